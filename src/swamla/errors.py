@@ -1,0 +1,50 @@
+"""Errors a user can mend. Each is one line and knows the exit status of the program it ends."""
+
+from typing import Any
+
+
+class SwamlaError(Exception):
+    """Base of every error whose message is written for the user; the command line prints it without a traceback."""
+
+    exit_status = 2
+
+
+class ConfigError(SwamlaError, ValueError):
+    """A setting that cannot be: `train.lr = -1 (run.toml:12): must be > 0, e.g. 3e-4`."""
+
+    def __init__(self, field: str, got: Any, allowed: str, origin: str = "") -> None:
+        self.field, self.got, self.allowed, self.origin = field, got, allowed, origin
+        where = f" ({origin})" if origin else ""
+        super().__init__(f"{field} = {got!r}{where}: {allowed}")
+
+
+class UsageError(SwamlaError, ValueError):
+    """A request that makes no sense as asked: unknown recipe, empty prompt, resume of nothing."""
+
+
+class DataError(SwamlaError, ValueError):
+    """Input data that cannot be used: says which file, where in it, and how to mend it."""
+
+
+class MissingBackendError(SwamlaError):
+    """A backend or an optional library that is not installed: says the install command."""
+
+
+class CorruptError(SwamlaError):
+    """An artefact (checkpoint, shard) that is damaged: truncated, missing parts, wrong checksum."""
+
+    exit_status = 3
+
+
+class Interrupted(SwamlaError):
+    """The run was asked to stop, saved its state and can be resumed (75 after SIGTERM, 130 after Ctrl-C)."""
+
+    def __init__(self, message: str, exit_status: int = 75) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
+def require(condition: bool, field: str, got: Any, allowed: str) -> None:
+    """Raise `ConfigError` unless `condition` holds; `allowed` says what would be accepted, with an example."""
+    if not condition:
+        raise ConfigError(field, got, allowed)

@@ -1,0 +1,80 @@
+"""Where documents lie in a batch of packed rows: the one object that every mixer of a forward pass shares."""
+
+from collections.abc import Callable, Hashable
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PADDING = -1
+
+
+class Layout:
+    """Which document each token belongs to, and its position inside that document.
+
+    Documents are contiguous: a change of id begins a new one, and so does every row. Tokens of one document never
+    see another's. Padding has document -1: its outputs are finite and mean nothing.
+
+    document_BT: integer ids.  position_BT: int64, 0 at each document's start.
+    runs: (count, length) pairs covering the flattened B*T tokens in order; each stands for `count` consecutive
+    documents of `length` tokens, so that equal neighbours can be computed as one batch.
+    """
+
+    def __init__(self, document_BT: Tensor, position_BT: Tensor, runs: tuple[tuple[int, int], ...]) -> None:
+        self.document_BT = document_BT
+        self.position_BT = position_BT
+        self.runs = runs
+        self._tables: dict[Hashable, Any] = {}
+
+    @classmethod
+    def from_documents(cls, document_BT: Tensor) -> "Layout":
+        """Derive positions and runs from document ids (B, T). Best called on the CPU, before moving to a device."""
+        batch, time = document_BT.shape
+        start_BT = torch.ones_like(document_BT, dtype=torch.bool)
+        start_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
+        index_T = torch.arange(time, device=document_BT.device)
+        begin_BT = torch.where(start_BT, index_T, 0).cummax(dim=1).values
+        starts = start_BT.flatten().nonzero().flatten().tolist()
+        lengths = [b - a for a, b in zip(starts, [*starts[1:], batch * time], strict=True)]
+        runs = tuple((len(list(group)), length) for length, group in groupby(lengths))
+        return cls(document_BT, index_T - begin_BT, runs)
+
+    @classmethod
+    def one_document_per_row(cls, batch: int, time: int, device: torch.device | str | None = None) -> "Layout":
+        """The layout of unpacked rows: each row is one document, from its start."""
+        zeros_BT = torch.zeros(batch, time, dtype=torch.int64, device=device)
+        position_BT = torch.arange(time, device=device).expand(batch, time)
+        return cls(zeros_BT, position_BT, ((batch, time),) if batch * time else ())
+
+    @classmethod
+    def continuing(cls, length_B: Tensor, valid_BT: Tensor) -> "Layout":
+        """The layout of new tokens (B, T) that follow `length_B` tokens already held in a state.
+
+        `valid_BT` is false for padding, which may stand only at the end of a row.
+        """
+        batch, time = valid_BT.shape
+        position_BT = length_B[:, None] + torch.arange(time, device=valid_BT.device)
+        document_BT = torch.where(valid_BT, 0, PADDING)
+        return cls(document_BT, position_BT, ((batch, time),))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T)."""
+        return self.document_BT.shape[0], self.document_BT.shape[1]
+
+    @property
+    def whole_rows(self) -> bool:
+        """True when every row is one document, so that no mask but the causal one is needed."""
+        batch, time = self.shape
+        return self.runs == ((batch, time),)
+
+    def table(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """A mask or table derived from this layout, made at its first use and shared by all layers."""
+        if key not in self._tables:
+            self._tables[key] = make()
+        return self._tables[key]
+
+    def to(self, device: torch.device | str) -> "Layout":
+        """The same layout with its tensors on `device`."""
+        return Layout(self.document_BT.to(device), self.position_BT.to(device), self.runs)
