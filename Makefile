@@ -1,0 +1,58 @@
+# make quickstart | make test | make clean | make help
+#
+# Needs Python >= 3.11 and make; everything else goes into .venv. To use another interpreter: make PYTHON=python3.12 …
+# On Linux PyPI's torch carries CUDA (several GB). For the CPU build, a tenth of that, put PyTorch's own index beside it:
+#     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make quickstart
+
+SUPPORTED = import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	$$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Bytecode is made at first import, and only for what is imported: compiling all of torch costs more than it saves.
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+DECLARED := pyproject.toml constraints.txt
+# Two test processes, one thread each; no test may reach for the network.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint clean
+
+help:
+	@echo 'make quickstart   install into $(VENV), then train the small model of the recipe "quickstart" (about 3 minutes)'
+	@echo 'make test         install with the development tools, then lint, types and every test'
+	@echo 'make lint         only ruff and mypy'
+	@echo 'make clean        remove $(VENV) and caches; trained models under runs/ are kept'
+
+quickstart: $(VENV)/.installed
+	$(BIN)/swamla quickstart
+
+test: lint
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is written only after an installation that succeeded, so an interrupted one is taken up again.
+$(VENV)/.installed: $(DECLARED) | $(BIN)/python
+	@echo 'installing swamla into $(VENV) …'
+	@$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(DECLARED) | $(BIN)/python
+	@echo 'installing swamla and its development tools into $(VENV) …'
+	@$(INSTALL) --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+$(BIN)/python:
+	@test -n '$(PYTHON)' || { echo 'swamla needs Python >= 3.11, and none was found; name one: make PYTHON=/path/to/python3.12 …' >&2; exit 2; }
+	@$(PYTHON) -c '$(SUPPORTED)' || { echo 'swamla needs Python >= 3.11; $(PYTHON) is older' >&2; exit 2; }
+	$(PYTHON) -m venv --clear $(VENV)

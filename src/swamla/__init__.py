@@ -1,0 +1,57 @@
+"""swamla: hybrid-attention language models, designed, trained, run and compared.
+
+    import swamla
+    model, tokenizer = swamla.load("runs/quickstart")
+
+Names are imported at their first use, so that `import swamla` alone stays quick and does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from swamla import data, model, ops
+    from swamla.checkpoint import load
+    from swamla.data import DataConfig
+    from swamla.errors import SwamlaError
+    from swamla.model import LanguageModel, LanguageModelConfig
+    from swamla.train.config import RunConfig, TrainConfig
+
+_HOME = {
+    "DataConfig": "swamla.data",
+    "LanguageModel": "swamla.model",
+    "LanguageModelConfig": "swamla.model",
+    "RunConfig": "swamla.train.config",
+    "SwamlaError": "swamla.errors",
+    "TrainConfig": "swamla.train.config",
+    "load": "swamla.checkpoint",
+}
+_MODULES = ("data", "model", "ops")
+
+__all__ = [
+    "DataConfig",
+    "LanguageModel",
+    "LanguageModelConfig",
+    "RunConfig",
+    "SwamlaError",
+    "TrainConfig",
+    "__version__",
+    "data",
+    "load",
+    "model",
+    "ops",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"swamla.{name}")
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'swamla' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
