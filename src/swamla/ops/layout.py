@@ -19,12 +19,16 @@ class Layout:
     document_BT: integer ids.  position_BT: int64, 0 at each document's start.
     runs: (count, length) pairs covering the flattened B*T tokens in order; each stands for `count` consecutive
     documents of `length` tokens, so that equal neighbours can be computed as one batch.
+    continues: the tokens follow others already held in a state, so that rows may start at different positions.
     """
 
-    def __init__(self, document_BT: Tensor, position_BT: Tensor, runs: tuple[tuple[int, int], ...]) -> None:
+    def __init__(
+        self, document_BT: Tensor, position_BT: Tensor, runs: tuple[tuple[int, int], ...], *, continues: bool = False
+    ) -> None:
         self.document_BT = document_BT
         self.position_BT = position_BT
         self.runs = runs
+        self.continues = continues
         self._tables: dict[Hashable, Any] = {}
 
     @classmethod
@@ -56,12 +60,22 @@ class Layout:
         batch, time = valid_BT.shape
         position_BT = length_B[:, None] + torch.arange(time, device=valid_BT.device)
         document_BT = torch.where(valid_BT, 0, PADDING)
-        return cls(document_BT, position_BT, ((batch, time),))
+        return cls(document_BT, position_BT, ((batch, time),), continues=True)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(B, T)."""
         return self.document_BT.shape[0], self.document_BT.shape[1]
+
+    @property
+    def end(self) -> int:
+        """One past the largest position: how many tokens of a state these reach back over (waits for the device)."""
+        return self.table("end", lambda: int(self.position_BT.max()) + 1)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document, those before in a state included."""
+        return self.end if self.continues else max((length for _, length in self.runs), default=0)
 
     @property
     def whole_rows(self) -> bool:
@@ -77,4 +91,5 @@ class Layout:
 
     def to(self, device: torch.device | str) -> "Layout":
         """The same layout with its tensors on `device`."""
-        return Layout(self.document_BT.to(device), self.position_BT.to(device), self.runs)
+        document_BT, position_BT = self.document_BT.to(device), self.position_BT.to(device)
+        return Layout(document_BT, position_BT, self.runs, continues=self.continues)

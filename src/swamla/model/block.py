@@ -1,0 +1,57 @@
+"""One layer: a sequence mixer, then an FFN, each behind a norm and added to the residual stream."""
+
+from dataclasses import dataclass, field
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swamla.model.ffns.dense import DenseConfig, Statistics
+from swamla.model.mixers.gdn import GDNConfig
+from swamla.model.mixers.mha import MHAConfig
+from swamla.model.mixers.mixer import Mixer, State
+from swamla.model.mixers.mla import MLAConfig
+from swamla.model.mixers.swa import SWAConfig
+from swamla.model.norm import NormConfig
+from swamla.ops.layout import Layout
+
+MixerConfig = MHAConfig | SWAConfig | MLAConfig | GDNConfig
+FFNConfig = DenseConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """What one layer is made of."""
+
+    mixer: MixerConfig
+    ffn: FFNConfig = field(default_factory=DenseConfig)
+
+    def build(self, width: int, norm: NormConfig, dropout: float) -> "Block":
+        """The module."""
+        return Block(self, width, norm, dropout)
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, config: BlockConfig, width: int, norm: NormConfig, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.mixer_norm = norm.build(width)
+        self.mixer: Mixer = config.mixer.build(width)
+        self.ffn_norm = norm.build(width)
+        self.ffn = config.ffn.build(width)
+
+    def forward(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
+        """(B, T, D) → (B, T, D) and the FFN's statistics."""
+        return self._add_ffn(x_BTD + self._drop(self.mixer(self.mixer_norm(x_BTD), seq)))
+
+    def step(self, x_BTD: Tensor, state: State, seq: Layout) -> Tensor:
+        """New tokens (B, T, D) after those in `state`, which is updated."""
+        return self._add_ffn(x_BTD + self.mixer.step(self.mixer_norm(x_BTD), state, seq))[0]
+
+    def _add_ffn(self, x_BTD: Tensor) -> tuple[Tensor, Statistics]:
+        y_BTD, statistics = self.ffn(self.ffn_norm(x_BTD))
+        return x_BTD + self._drop(y_BTD), statistics
+
+    def _drop(self, x_BTD: Tensor) -> Tensor:
+        return F.dropout(x_BTD, self.dropout, self.training) if self.dropout else x_BTD

@@ -1,0 +1,62 @@
+"""The whole model as data: named blocks, and the pattern in which they are stacked."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from swamla.errors import require
+from swamla.model.block import BlockConfig
+from swamla.model.norm import NormConfig, RMSNormConfig
+
+if TYPE_CHECKING:
+    from swamla.model.language_model import LanguageModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig:
+    """A decoder-only language model. The pattern names a block for every layer: its length is the depth.
+
+    vocab_size 0 stands for "as many as the tokenizer has" and must be settled before `build`.
+    learned_positions > 0 adds that many learned position vectors, which is then the longest document it can read.
+    init_std is the standard deviation of every weight; output projections get init_std / √(2 · depth).
+    """
+
+    vocab_size: int = 0
+    width: int
+    blocks: dict[str, BlockConfig]
+    pattern: tuple[str, ...]
+    norm: NormConfig = field(default_factory=RMSNormConfig)
+    tied_head: bool = True
+    learned_positions: int = 0
+    dropout: float = 0.0
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        require(self.vocab_size >= 0, "vocab_size", self.vocab_size, "must be > 0, or 0 for the tokenizer's")
+        require(self.width > 0, "width", self.width, "must be > 0, e.g. 256")
+        require(len(self.pattern) > 0, "pattern", self.pattern, 'must name a block for every layer, e.g. ["swa", "mla"]')
+        for name in self.pattern:
+            require(name in self.blocks, "pattern", name, f"must be one of the blocks: {', '.join(self.blocks)}")
+        for name in self.blocks:
+            require(name in self.pattern, "blocks", name, f"is not used by the pattern: {' '.join(self.pattern)}")
+        require(self.learned_positions >= 0, "learned_positions", self.learned_positions, "must be >= 0 (0: none)")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1), e.g. 0.1")
+        require(self.init_std > 0, "init_std", self.init_std, "must be > 0, e.g. 0.02")
+        for block in self.blocks.values():  # widths that do not fit the model's are found now, not when it is built
+            block.mixer.n_parameters(self.width)
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return len(self.pattern)
+
+    @property
+    def layers(self) -> tuple[BlockConfig, ...]:
+        """The block of every layer, bottom first."""
+        return tuple(self.blocks[name] for name in self.pattern)
+
+    def build(self) -> "LanguageModel":
+        """The model, freshly initialised from torch's random generator."""
+        from swamla.model.language_model import LanguageModel
+
+        require(self.vocab_size > 0, "vocab_size", self.vocab_size, "must be > 0 to build the model")
+        return LanguageModel(self)

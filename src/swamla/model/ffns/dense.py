@@ -1,0 +1,77 @@
+"""The dense feed-forward network: SwiGLU (arXiv 2002.05202) or GELU (as in GPT-2)."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swamla.errors import require
+
+Statistics = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig:
+    """hidden defaults to 8/3 of the width, rounded up to a multiple of 64 (SwiGLU), or to 4 times it (GELU)."""
+
+    kind: ClassVar[str] = "dense"
+    hidden: int | None = None
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.hidden is None or self.hidden > 0, "hidden", self.hidden, "must be > 0, e.g. 1024")
+
+    def hidden_dim(self, width: int) -> int:
+        """Hidden width in a model of `width`."""
+        if self.hidden is not None:
+            return self.hidden
+        return 4 * width if self.activation == "gelu" else (8 * width + 191) // 192 * 64
+
+    def build(self, width: int) -> nn.Module:
+        """The module."""
+        return GELU(self, width) if self.activation == "gelu" else SwiGLU(self, width)
+
+    def n_parameters(self, width: int) -> int:
+        """Parameters of the module."""
+        hidden, into = self.hidden_dim(width), 1 if self.activation == "gelu" else 2
+        return (into + 1) * width * hidden + self.bias * (into * hidden + width)
+
+    def n_active_parameters(self, width: int) -> int:
+        """Parameters that one token uses: all."""
+        return self.n_parameters(width)
+
+    def forward_flops(self, width: int, length: int) -> int:
+        """Floating-point operations of one forward pass over `length` tokens."""
+        into = 1 if self.activation == "gelu" else 2
+        return 2 * (into + 1) * width * self.hidden_dim(width) * length
+
+
+class SwiGLU(nn.Module):
+    """W_down (SiLU(W_gate x) ⊙ W_up x), gate and up fused into one projection."""
+
+    def __init__(self, config: DenseConfig, width: int) -> None:
+        super().__init__()
+        hidden = config.hidden_dim(width)
+        self.gate_up_proj = nn.Linear(width, 2 * hidden, bias=config.bias)
+        self.down_proj = nn.Linear(hidden, width, bias=config.bias)
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Statistics]:
+        """(B, T, D) → (B, T, D) and no statistics."""
+        gate, up = self.gate_up_proj(x_BTD).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up), {}
+
+
+class GELU(nn.Module):
+    """W_down GELU(W_up x), with the tanh approximation that GPT-2 uses."""
+
+    def __init__(self, config: DenseConfig, width: int) -> None:
+        super().__init__()
+        hidden = config.hidden_dim(width)
+        self.up_proj = nn.Linear(width, hidden, bias=config.bias)
+        self.down_proj = nn.Linear(hidden, width, bias=config.bias)
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Statistics]:
+        """(B, T, D) → (B, T, D) and no statistics."""
+        return self.down_proj(F.gelu(self.up_proj(x_BTD), approximate="tanh")), {}

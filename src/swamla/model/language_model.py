@@ -1,0 +1,146 @@
+"""The language model: embedding, a stack of blocks, final norm, head."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swamla.errors import UsageError
+from swamla.model.config import LanguageModelConfig
+from swamla.model.mixers.mixer import State
+from swamla.model.sampling import Sampling, generate
+from swamla.ops import chunked_cross_entropy
+from swamla.ops.layout import Layout
+
+OUTPUT_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
+
+
+@dataclass
+class ModelState:
+    """What the model remembers of a batch of sequences: one state a layer, and how many tokens each row holds."""
+
+    layers: list[State]
+    length_B: Tensor
+    max_len: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all layers, exactly what `accounting.state_bytes` predicts."""
+        return sum(layer.nbytes for layer in self.layers)
+
+
+class LanguageModel(nn.Module):
+    """Next-token logits from tokens. `step` after `step` gives what `forward` gives on the whole."""
+
+    def __init__(self, config: LanguageModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.positions = nn.Embedding(config.learned_positions, config.width) if config.learned_positions else None
+        self.blocks = nn.ModuleList(block.build(config.width, config.norm, config.dropout) for block in config.layers)
+        self.norm = config.norm.build(config.width)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.reset_weights()
+        if config.tied_head:
+            self.head.weight = self.embedding.weight
+
+    @torch.no_grad()
+    def reset_weights(self) -> None:
+        """Normal weights, output projections scaled by depth (GPT-2), zero biases."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2 and not name.endswith("conv_weight"):
+                depth_scale = (2 * self.config.depth) ** -0.5 if name.endswith(OUTPUT_PROJECTIONS) else 1.0
+                parameter.normal_(0.0, self.config.init_std * depth_scale)
+            elif name.endswith("_proj.bias"):
+                parameter.zero_()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
+
+    def forward(self, tokens_BT: Tensor, seq: Layout | None = None) -> Tensor:
+        """Logits (B, T, vocabulary) of the token after each of tokens (B, T); `seq` says where documents lie."""
+        return self.head(self.hidden(tokens_BT, seq)[0])
+
+    def hidden(self, tokens_BT: Tensor, seq: Layout | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the head sees, (B, T, D), and the FFNs' statistics by layer."""
+        if seq is None:
+            seq = Layout.one_document_per_row(*tokens_BT.shape, device=tokens_BT.device)
+        x_BTD = self._embed(tokens_BT, seq)
+        if self.config.dropout:
+            x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
+        statistics = {}
+        for index, block in enumerate(self.blocks):
+            x_BTD, found = block(x_BTD, seq)
+            statistics.update({f"{name}/{index}": value for name, value in found.items()})
+        return self.norm(x_BTD), statistics
+
+    def loss(
+        self, tokens_BT: Tensor, labels_BT: Tensor, seq: Layout | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum of −log p(label) in nats over labels that are not -100, and the FFNs' statistics.
+
+        The logits are never held all at once.
+        """
+        x_BTD, statistics = self.hidden(tokens_BT, seq)
+        return chunked_cross_entropy(x_BTD.flatten(0, 1), self.head.weight, labels_BT.flatten()), statistics
+
+    def init_state(
+        self,
+        batch: int,
+        max_len: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> ModelState:
+        """An empty state for `batch` sequences of at most `max_len` tokens; UsageError beyond learned positions."""
+        if self.positions is not None and max_len > self.config.learned_positions:
+            raise UsageError(
+                f"{max_len} tokens are more than the model's {self.config.learned_positions} learned positions"
+            )
+        dtype, device = dtype or self.embedding.weight.dtype, device or self.device
+        layers = [block.mixer.init_state(batch, max_len, dtype=dtype, device=device) for block in self.blocks]
+        return ModelState(layers, torch.zeros(batch, dtype=torch.int64, device=device), max_len)
+
+    def step(self, tokens_BT: Tensor, state: ModelState, valid_BT: Tensor | None = None) -> Tensor:
+        """Logits (B, T, vocabulary) of T >= 1 new tokens after those in `state`, which is updated.
+
+        valid_BT marks tokens that count (default all); padding may stand only at the end of a row, and its logits
+        mean nothing. UsageError when the state is full.
+        """
+        if valid_BT is None:
+            valid_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
+        seq = Layout.continuing(state.length_B, valid_BT)
+        if seq.end > state.max_len:
+            raise UsageError(f"{seq.end} tokens do not fit a state made for {state.max_len}")
+        x_BTD = self._embed(tokens_BT, seq)
+        for block, layer in zip(self.blocks, state.layers, strict=True):
+            x_BTD = block.step(x_BTD, layer, seq)
+        state.length_B += valid_BT.sum(dim=1)
+        return self.head(self.norm(x_BTD))
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        sampling: Sampling | None = None,
+        stop_id: int | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[list[int]]:
+        """Continue token sequences of any (unequal) lengths >= 1; see `swamla.model.sampling.generate`."""
+        return generate(self, prompts, max_new_tokens, sampling or Sampling(), stop_id=stop_id, on_token=on_token)
+
+    def _embed(self, tokens_BT: Tensor, seq: Layout) -> Tensor:
+        x_BTD = self.embedding(tokens_BT)
+        if self.positions is None:
+            return x_BTD
+        if seq.longest > self.config.learned_positions:
+            raise UsageError(
+                f"a document of {seq.longest} tokens is longer than the model's "
+                f"{self.config.learned_positions} learned positions"
+            )
+        return x_BTD + self.positions(seq.position_BT)

@@ -1,0 +1,179 @@
+"""Gated DeltaNet (arXiv 2412.06464): linear attention with a decaying, error-correcting memory matrix per head."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swamla.errors import require
+from swamla.model.mixers.mixer import Mixer, State
+from swamla.ops import gated_delta_rule, gated_delta_step, l2_normalize, short_conv
+from swamla.ops.layout import Layout
+
+CHUNK = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class GDNConfig:
+    """Heads of the memory. n_heads counts value heads; n_key_heads (default the same) must divide it.
+
+    Head widths default to width / n_heads. conv is the width of the short causal convolution on q, k and v.
+    """
+
+    kind: ClassVar[str] = "gdn"
+    n_heads: int
+    n_key_heads: int | None = None
+    head_k_dim: int | None = None
+    head_v_dim: int | None = None
+    conv: int = 4
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        require(self.n_heads > 0, "n_heads", self.n_heads, "must be > 0")
+        divides = self.key_heads > 0 and self.n_heads % self.key_heads == 0
+        require(divides, "n_key_heads", self.n_key_heads, f"must divide n_heads = {self.n_heads}")
+        require(self.head_k_dim is None or self.head_k_dim > 0, "head_k_dim", self.head_k_dim, "must be > 0, e.g. 128")
+        require(self.head_v_dim is None or self.head_v_dim > 0, "head_v_dim", self.head_v_dim, "must be > 0, e.g. 128")
+        require(self.conv > 0, "conv", self.conv, "must be > 0, e.g. 4")
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of queries and keys."""
+        return self.n_heads if self.n_key_heads is None else self.n_key_heads
+
+    def head_dims(self, width: int) -> tuple[int, int]:
+        """Key and value width of a head in a model of `width`."""
+        if self.head_k_dim is None or self.head_v_dim is None:
+            allowed = f"must divide the width {width}, or give head_k_dim and head_v_dim"
+            require(width % self.n_heads == 0, "n_heads", self.n_heads, allowed)
+        return self.head_k_dim or width // self.n_heads, self.head_v_dim or width // self.n_heads
+
+    def key_value_dims(self, width: int) -> tuple[int, int]:
+        """Width of all keys and of all values together."""
+        head_k, head_v = self.head_dims(width)
+        return self.key_heads * head_k, self.n_heads * head_v
+
+    def build(self, width: int) -> "GDN":
+        """The module."""
+        return GDN(self, width)
+
+    def n_parameters(self, width: int) -> int:
+        """Parameters of the module."""
+        keys, values = self.key_value_dims(width)
+        projections = width * (2 * keys + 2 * values + 2 * self.n_heads) + values * width
+        return projections + self.conv * (2 * keys + values) + 2 * self.n_heads + self.head_dims(width)[1]
+
+    def forward_flops(self, width: int, length: int) -> int:
+        """Floating-point operations of one forward pass over one sequence of `length` tokens, in chunks of 64.
+
+        Per token and head: K Kᵀ and Q Kᵀ, the triangular solve for K + V right-hand sides, the chunk-local output,
+        and reading (twice) and writing the state.
+        """
+        keys, values = self.key_value_dims(width)
+        head_k, head_v = self.head_dims(width)
+        dense = 2 * (width * (2 * keys + 3 * values + 2 * self.n_heads) + self.conv * (2 * keys + values))
+        rule = CHUNK * (4 * head_k + head_k + head_v + 2 * head_v) + 6 * head_k * head_v
+        return length * (dense + self.n_heads * rule)
+
+    def state_bytes(self, width: int, length: int, element_bytes: int) -> int:
+        """Bytes of the state of one sequence, whatever its length: fp32 memories and the last conv − 1 inputs."""
+        keys, values = self.key_value_dims(width)
+        head_k, head_v = self.head_dims(width)
+        return self.n_heads * head_k * head_v * 4 + (self.conv - 1) * (2 * keys + values) * element_bytes
+
+
+@dataclass
+class GDNState(State):
+    """The memory of each head (B, H, K, V), always fp32, and the convolution's last inputs (B, conv − 1, channels)."""
+
+    memory_BHKV: Tensor
+    conv_BWD: Tensor
+
+
+class GDN(Mixer[GDNState]):
+    """Short convolution, gated delta rule, gated RMSNorm: the layer of Qwen3-Next, its projections side by side."""
+
+    def __init__(self, config: GDNConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.head_k, self.head_v = config.head_dims(width)
+        keys, values = config.key_value_dims(width)
+        self.qkv_channels = (keys, keys, values)
+        self.qkvz_proj = nn.Linear(width, 2 * keys + 2 * values, bias=False)
+        self.ba_proj = nn.Linear(width, 2 * config.n_heads, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(2 * keys + values, config.conv))
+        self.A_log = nn.Parameter(torch.empty(config.n_heads))
+        self.dt_bias = nn.Parameter(torch.empty(config.n_heads))
+        self.norm_weight = nn.Parameter(torch.empty(self.head_v))
+        self.o_proj = nn.Linear(values, width, bias=False)
+        self.reset_gates()
+
+    @torch.no_grad()
+    def reset_gates(self) -> None:
+        """Decay rates spread over [1, 16] and time steps over [1e-3, 1e-1], as Mamba-2 does (arXiv 2405.21060)."""
+        self.A_log.copy_(torch.empty_like(self.A_log).uniform_(1, 16).log())
+        dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
+        nn.init.uniform_(self.conv_weight, -(self.config.conv**-0.5), self.config.conv**-0.5)
+        nn.init.ones_(self.norm_weight)
+
+    def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Inputs of the convolution (B, T, channels), gate z (B, T, H, V), and fp32 log α and β (B, T, H)."""
+        qkv, z = self.qkvz_proj(x_BTD).split((sum(self.qkv_channels), self.qkv_channels[2]), dim=-1)
+        b, a = self.ba_proj(x_BTD).float().chunk(2, dim=-1)
+        log_alpha = -self.A_log.float().exp() * F.softplus(a + self.dt_bias.float())
+        return qkv, z.unflatten(-1, (-1, self.head_v)), log_alpha, b.sigmoid()
+
+    def heads(self, qkv_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised queries and keys (B, T, H, K) and values (B, T, H, V) out of the convolved channels."""
+        q, k, v = qkv_BTD.split(self.qkv_channels, dim=-1)
+        q, k = (l2_normalize(part.unflatten(-1, (-1, self.head_k))) for part in (q, k))
+        repeats = self.config.n_heads // self.config.key_heads
+        if repeats > 1:
+            q, k = q.repeat_interleave(repeats, dim=2), k.repeat_interleave(repeats, dim=2)
+        return q, k, v.unflatten(-1, (-1, self.head_v))
+
+    def output(self, o_BTHV: Tensor, z_BTHV: Tensor) -> Tensor:
+        """Per-head RMSNorm gated by SiLU(z), then the output projection."""
+        normed = F.rms_norm(o_BTHV, (self.head_v,), self.norm_weight.to(o_BTHV.dtype), eps=1e-6)
+        return self.o_proj((normed * F.silu(z_BTHV)).flatten(2))
+
+    def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
+        qkv, z, log_alpha, beta = self.project(x_BTD)
+        q, k, v = self.heads(short_conv(qkv, self.conv_weight, seq=seq))
+        o, _ = gated_delta_rule(q, k, v, log_alpha, beta, seq=seq, backend=self.config.backend, chunk=CHUNK)
+        return self.output(o, z)
+
+    def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> GDNState:
+        memory = torch.zeros(batch, self.config.n_heads, self.head_k, self.head_v, device=device)
+        history = torch.zeros(batch, self.config.conv - 1, sum(self.qkv_channels), dtype=dtype, device=device)
+        return GDNState(memory, history)
+
+    def step(self, x_BTD: Tensor, state: GDNState, seq: Layout) -> Tensor:
+        qkv, z, log_alpha, beta = self.project(x_BTD)
+        valid_BT1 = (seq.document_BT >= 0).unsqueeze(-1)
+        log_alpha, beta = log_alpha * valid_BT1, beta * valid_BT1  # padding neither decays nor writes
+        q, k, v = self.heads(short_conv(qkv, self.conv_weight, history_BWD=state.conv_BWD.to(qkv.dtype)))
+        self._remember_inputs(state, qkv, valid_BT1)
+        if x_BTD.shape[1] == 1:
+            gates = log_alpha[:, 0], beta[:, 0]
+            o = gated_delta_step(q[:, 0], k[:, 0], v[:, 0], *gates, state.memory_BHKV).unsqueeze(1)
+        else:
+            memory = state.memory_BHKV
+            backend = self.config.backend
+            o, last = gated_delta_rule(
+                q, k, v, log_alpha, beta, initial_state_BHKV=memory, backend=backend, chunk=CHUNK
+            )
+            memory.copy_(last)
+        return self.output(o.to(z.dtype), z)
+
+    def _remember_inputs(self, state: GDNState, qkv_BTD: Tensor, valid_BT1: Tensor) -> None:
+        """Keep the last conv − 1 valid inputs of each row."""
+        seen_BSD = torch.cat((state.conv_BWD.to(qkv_BTD.dtype), qkv_BTD), dim=1)
+        n_valid_B1 = valid_BT1.sum(dim=1)
+        index_BW = n_valid_B1 + torch.arange(self.config.conv - 1, device=qkv_BTD.device)
+        row_B1 = torch.arange(qkv_BTD.shape[0], device=qkv_BTD.device)[:, None]
+        state.conv_BWD.copy_(seen_BSD[row_B1, index_BW])

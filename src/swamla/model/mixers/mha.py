@@ -1,0 +1,133 @@
+"""Multi-head and grouped-query attention over the whole past (arXiv 1706.03762, 2305.13245)."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from swamla.errors import require
+from swamla.model.mixers.mixer import Mixer, State, write_at
+from swamla.model.rope import RopeConfig, rotate
+from swamla.ops import cached_attention, causal_attention
+from swamla.ops.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class MHAConfig:
+    """n_kv_heads < n_heads shares keys and values among groups of query heads; head_dim defaults to width / n_heads.
+
+    rope=None leaves positions to the model (learned positions, GPT-2); bias adds one to every projection.
+    """
+
+    kind: ClassVar[str] = "mha"
+    n_heads: int
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    rope: RopeConfig | None = field(default_factory=RopeConfig)
+    bias: bool = False
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        require(self.n_heads > 0, "n_heads", self.n_heads, "must be > 0")
+        require(
+            self.kv_heads > 0 and self.n_heads % self.kv_heads == 0,
+            "n_kv_heads",
+            self.n_kv_heads,
+            f"must divide n_heads = {self.n_heads}",
+        )
+        require(self.head_dim is None or self.head_dim > 0, "head_dim", self.head_dim, "must be > 0, e.g. 64")
+        odd = self.rope is not None and self.head_dim is not None and self.head_dim % 2 == 1
+        require(not odd, "head_dim", self.head_dim, "must be even with rotary positions, e.g. 64")
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    def key_dim(self, width: int) -> int:
+        """Width of a head in a model of `width`; ConfigError where the heads do not divide it."""
+        if self.head_dim is not None:
+            return self.head_dim
+        require(width % self.n_heads == 0, "n_heads", self.n_heads, f"must divide the width {width}, or give head_dim")
+        even = self.rope is None or width // self.n_heads % 2 == 0
+        require(even, "n_heads", self.n_heads, f"gives heads of odd width {width // self.n_heads}, rope needs even")
+        return width // self.n_heads
+
+    def build(self, width: int) -> "MHA":
+        """The module."""
+        return MHA(self, width)
+
+    def n_parameters(self, width: int) -> int:
+        """Parameters of the module."""
+        key_dim = self.key_dim(width)
+        into, out = (self.n_heads + 2 * self.kv_heads) * key_dim, self.n_heads * key_dim
+        return width * (into + out) + self.bias * (into + width)
+
+    def forward_flops(self, width: int, length: int) -> int:
+        """Floating-point operations of one forward pass over one sequence of `length` tokens (causal: half)."""
+        key_dim = self.key_dim(width)
+        projections = 2 * width * (2 * self.n_heads + 2 * self.kv_heads) * key_dim * length
+        pairs = length * (length + 1) // 2
+        return projections + 4 * self.n_heads * key_dim * pairs
+
+    def state_bytes(self, width: int, length: int, element_bytes: int) -> int:
+        """Bytes of the state of one sequence that may grow to `length` tokens."""
+        return 2 * length * self.kv_heads * self.key_dim(width) * element_bytes
+
+
+@dataclass
+class KVState(State):
+    """Keys (rotated) and values, (B, S, G, K): all of them, or for windowed attention the sinks and a ring."""
+
+    k_BSGK: Tensor
+    v_BSGK: Tensor
+
+
+class MHA(Mixer[KVState]):
+    """softmax(q kᵀ / √K) v over all earlier tokens of the document."""
+
+    def __init__(self, config: MHAConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.key_dim = config.key_dim(width)
+        heads = config.n_heads + 2 * config.kv_heads
+        self.qkv_proj = nn.Linear(width, heads * self.key_dim, bias=config.bias)
+        self.o_proj = nn.Linear(config.n_heads * self.key_dim, width, bias=config.bias)
+
+    def project(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, H, K), keys and values (B, T, G, K), rotated where the config says so."""
+        config = self.config
+        qkv = self.qkv_proj(x_BTD).unflatten(-1, (-1, self.key_dim))
+        if config.rope is None:
+            q, k, v = qkv.split((config.n_heads, config.kv_heads, config.kv_heads), dim=2)
+            return q, k, v
+        qk, v = qkv.split((config.n_heads + config.kv_heads, config.kv_heads), dim=2)
+        qk = rotate(qk, config.rope.tables(seq, self.key_dim), config.rope.layout)
+        q, k = qk.split((config.n_heads, config.kv_heads), dim=2)
+        return q, k, v
+
+    def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
+        q, k, v = self.project(x_BTD, seq)
+        return self.o_proj(causal_attention(q, k, v, seq, backend=self.config.backend).flatten(2))
+
+    def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> KVState:
+        shape = (batch, max_len, self.config.kv_heads, self.key_dim)
+        k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        return KVState(k, v)
+
+    def step(self, x_BTD: Tensor, state: KVState, seq: Layout) -> Tensor:
+        q, k, v = self.project(x_BTD, seq)
+        valid_BT = seq.document_BT >= 0
+        write_at(state.k_BSGK, seq.position_BT, k, valid_BT)
+        write_at(state.v_BSGK, seq.position_BT, v, valid_BT)
+        seen = seq.end
+        allowed_BTS = seq.table("causal", lambda: causal_mask(seq, seen))
+        o = cached_attention(q, state.k_BSGK[:, :seen].to(q.dtype), state.v_BSGK[:, :seen].to(q.dtype), allowed_BTS)
+        return self.o_proj(o.flatten(2))
+
+
+def causal_mask(seq: Layout, seen: int) -> Tensor:
+    """(B, T, seen): which of the first `seen` tokens of a state each new token may see, itself included."""
+    slot_S = torch.arange(seen, device=seq.position_BT.device)
+    return slot_S <= seq.position_BT[:, :, None]

@@ -1,0 +1,155 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values out of one latent."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from swamla.errors import require
+from swamla.model.mixers.mha import causal_mask
+from swamla.model.mixers.mixer import Mixer, State, write_at
+from swamla.model.rope import RopeConfig, rotate
+from swamla.ops import cached_attention, causal_attention
+from swamla.ops.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLAConfig:
+    """Ranks and head widths, named as in DeepSeek's configs; q_lora_rank 0 leaves queries uncompressed."""
+
+    kind: ClassVar[str] = "mla"
+    n_heads: int
+    kv_lora_rank: int = 256
+    q_lora_rank: int = 0
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("n_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
+        require(self.q_lora_rank >= 0, "q_lora_rank", self.q_lora_rank, "must be >= 0 (0: queries not compressed)")
+        rope_dim = self.qk_rope_head_dim
+        require(rope_dim > 0 and rope_dim % 2 == 0, "qk_rope_head_dim", rope_dim, "must be even and > 0, e.g. 64")
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a query and key head: the part without positions and the rotary part."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied by before the softmax."""
+        return self.qk_head_dim**-0.5 * self.rope.softmax_factor
+
+    def check(self, width: int) -> None:
+        """ConfigError where a rank is larger than the width it compresses."""
+        allowed = f"a rank larger than the width {width} compresses nothing"
+        require(self.kv_lora_rank <= width, "kv_lora_rank", self.kv_lora_rank, allowed)
+        require(self.q_lora_rank <= width, "q_lora_rank", self.q_lora_rank, allowed)
+
+    def build(self, width: int) -> "MLA":
+        """The module."""
+        self.check(width)
+        return MLA(self, width)
+
+    def _projection_weights(self, width: int) -> int:
+        queries = self.n_heads * self.qk_head_dim
+        into = self.q_lora_rank * (width + queries) if self.q_lora_rank else width * queries
+        latent = width * (self.kv_lora_rank + self.qk_rope_head_dim)
+        expand = self.kv_lora_rank * self.n_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        return into + latent + expand + self.n_heads * self.v_head_dim * width
+
+    def n_parameters(self, width: int) -> int:
+        """Parameters of the module."""
+        return self._projection_weights(width) + self.q_lora_rank + self.kv_lora_rank
+
+    def forward_flops(self, width: int, length: int) -> int:
+        """Floating-point operations of one forward pass over one sequence of `length` tokens (causal: half)."""
+        pairs = length * (length + 1) // 2
+        attention = 2 * self.n_heads * (self.qk_head_dim + self.v_head_dim) * pairs
+        return 2 * self._projection_weights(width) * length + attention
+
+    def state_bytes(self, width: int, length: int, element_bytes: int) -> int:
+        """Bytes of the state of one sequence that may grow to `length` tokens: latent and rotary key only."""
+        return length * (self.kv_lora_rank + self.qk_rope_head_dim) * element_bytes
+
+
+@dataclass
+class MLAState(State):
+    """For each token its normalised latent and its rotated key, side by side: (B, max_len, R + rope)."""
+
+    latent_BSR: Tensor
+
+
+class MLA(Mixer[MLAState]):
+    """Attention whose keys and values are expanded from a latent of `kv_lora_rank` numbers a token.
+
+    `forward` expands them; `step` instead folds the expansion into queries and outputs ("absorbed"), so that the
+    state stays compressed and is read as it is. Both are the same function.
+    """
+
+    def __init__(self, config: MLAConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        queries = config.n_heads * config.qk_head_dim
+        if config.q_lora_rank:
+            self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=1e-6)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, queries, bias=False)
+        else:
+            self.q_proj = nn.Linear(width, queries, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(width, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)
+        self.kv_a_layernorm = nn.RMSNorm(config.kv_lora_rank, eps=1e-6)
+        expanded = config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, expanded, bias=False)
+        self.o_proj = nn.Linear(config.n_heads * config.v_head_dim, width, bias=False)
+
+    def project(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q_nope (B, T, H, nope), q_rope (B, T, H, rope), latent (B, T, R), k_rope (B, T, 1, rope)."""
+        config = self.config
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if config.q_lora_rank else self.q_proj(x_BTD)
+        q_nope, q_rope = q.unflatten(-1, (config.n_heads, -1)).split(
+            (config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1
+        )
+        latent, k_rope = self.kv_a_proj_with_mqa(x_BTD).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+        tables = config.rope.tables(seq, config.qk_rope_head_dim)
+        q_rope = rotate(q_rope, tables, config.rope.layout)
+        k_rope = rotate(k_rope.unsqueeze(2), tables, config.rope.layout)
+        return q_nope, q_rope, self.kv_a_layernorm(latent), k_rope
+
+    def expand(self, latent_BTR: Tensor, k_rope_BT1K: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (B, T, H, nope + rope) and values (B, T, H, V) of every head."""
+        config = self.config
+        kv = self.kv_b_proj(latent_BTR).unflatten(-1, (config.n_heads, -1))
+        k_nope, v = kv.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
+        return torch.cat((k_nope, k_rope_BT1K.expand(-1, -1, config.n_heads, -1).to(k_nope.dtype)), dim=-1), v
+
+    def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
+        q_nope, q_rope, latent, k_rope = self.project(x_BTD, seq)
+        k, v = self.expand(latent, k_rope)
+        q = torch.cat((q_nope, q_rope), dim=-1)
+        o = causal_attention(q, k, v, seq, scale=self.config.scale, backend=self.config.backend)
+        return self.o_proj(o.flatten(2))
+
+    def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> MLAState:
+        per_token = self.config.kv_lora_rank + self.config.qk_rope_head_dim
+        return MLAState(torch.zeros(batch, max_len, per_token, dtype=dtype, device=device))
+
+    def step(self, x_BTD: Tensor, state: MLAState, seq: Layout) -> Tensor:
+        config = self.config
+        q_nope, q_rope, latent, k_rope = self.project(x_BTD, seq)
+        entry_BTR = torch.cat((latent, k_rope.squeeze(2).to(latent.dtype)), dim=-1)
+        write_at(state.latent_BSR, seq.position_BT, entry_BTR, seq.document_BT >= 0)
+        # W_kb and W_vb, (H, nope, R) and (H, V, R): scores = (W_kbᵀ q) · c and outputs = W_vb (Σ p c).
+        w_HXR = self.kv_b_proj.weight.unflatten(0, (config.n_heads, -1)).to(q_nope.dtype)
+        w_kb, w_vb = w_HXR.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
+        q = torch.cat((torch.einsum("bthk,hkr->bthr", q_nope, w_kb), q_rope), dim=-1)
+        seen = seq.end
+        held = state.latent_BSR[:, :seen].to(q.dtype).unsqueeze(2)
+        allowed = seq.table("causal", lambda: causal_mask(seq, seen))
+        o = cached_attention(q, held, held[..., : config.kv_lora_rank], allowed, scale=config.scale)
+        return self.o_proj(torch.einsum("bthr,hvr->bthv", o, w_vb).flatten(2))

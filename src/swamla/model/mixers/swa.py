@@ -1,0 +1,101 @@
+"""Sliding-window attention (arXiv 2004.05150, 2310.06825) with attention sinks (arXiv 2309.17453)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from swamla.errors import require
+from swamla.model.mixers.mha import MHA, KVState, MHAConfig
+from swamla.model.mixers.mixer import write_at
+from swamla.ops import cached_attention, windowed_attention
+from swamla.ops.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class SWAConfig(MHAConfig):
+    """A token sees the last `window` tokens, itself included, and the first `sinks` tokens of its document."""
+
+    kind: ClassVar[str] = "swa"
+    window: int = 256
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.window > 0, "window", self.window, "must be > 0, e.g. 256")
+        require(self.sinks >= 0, "sinks", self.sinks, "must be >= 0, e.g. 4")
+
+    def build(self, width: int) -> "SWA":
+        """The module."""
+        return SWA(self, width)
+
+    def forward_flops(self, width: int, length: int) -> int:
+        """Floating-point operations of one forward pass over one sequence of `length` tokens, window counted."""
+        key_dim = self.key_dim(width)
+        projections = 2 * width * (2 * self.n_heads + 2 * self.kv_heads) * key_dim * length
+        beyond = max(0, length - self.window)
+        in_window = length * (length + 1) // 2 - beyond * (beyond + 1) // 2
+        reach = min(self.sinks, beyond)
+        in_sinks = reach * (reach + 1) // 2 + (beyond - reach) * self.sinks
+        return projections + 4 * self.n_heads * key_dim * (in_window + in_sinks)
+
+    def state_bytes(self, width: int, length: int, element_bytes: int) -> int:
+        """Bytes of the state of one sequence: a ring, whatever the length."""
+        return 2 * (self.window + self.sinks) * self.kv_heads * self.key_dim(width) * element_bytes
+
+
+class SWA(MHA):
+    """Attention whose cost and state do not grow with the distance to the document's start."""
+
+    config: SWAConfig
+
+    def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
+        q, k, v = self.project(x_BTD, seq)
+        config = self.config
+        o = windowed_attention(q, k, v, seq, window=config.window, sinks=config.sinks, backend=config.backend)
+        return self.o_proj(o.flatten(2))
+
+    def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> KVState:
+        # Slots 0 … sinks − 1 hold the sinks, the others a ring of the last `window` tokens behind them.
+        shape = (batch, self.config.sinks + self.config.window, self.config.kv_heads, self.key_dim)
+        k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        return KVState(k, v)
+
+    def step(self, x_BTD: Tensor, state: KVState, seq: Layout) -> Tensor:
+        q, k, v = self.project(x_BTD, seq)
+        pieces = range(0, x_BTD.shape[1], self.config.window)  # within a window no two tokens share a slot of the ring
+        out = [self._step_piece(q, k, v, state, seq, begin, begin + self.config.window) for begin in pieces]
+        return self.o_proj(torch.cat(out, dim=1).flatten(2))
+
+    def _step_piece(
+        self, q: Tensor, k: Tensor, v: Tensor, state: KVState, seq: Layout, begin: int, end: int
+    ) -> Tensor:
+        """New tokens [begin, end) see the ring as it was and each other, then enter it."""
+        q, k, v = q[:, begin:end], k[:, begin:end], v[:, begin:end]
+        position_BT, valid_BT = seq.position_BT[:, begin:end], seq.document_BT[:, begin:end] >= 0
+        held_BS = self._held(position_BT[:, 0])
+        k_all = torch.cat((state.k_BSGK.to(k.dtype), k), dim=1)
+        v_all = torch.cat((state.v_BSGK.to(v.dtype), v), dim=1)
+        source_BS = torch.cat((held_BS, position_BT), dim=1)
+        distance_BTS = position_BT[:, :, None] - source_BS[:, None, :]
+        near_BTS = (distance_BTS < self.config.window) | (source_BS < self.config.sinks)[:, None, :]
+        allowed_BTS = (source_BS >= 0)[:, None, :] & (distance_BTS >= 0) & near_BTS
+        slot_BT = self._slot(position_BT)
+        write_at(state.k_BSGK, slot_BT, k, valid_BT)
+        write_at(state.v_BSGK, slot_BT, v, valid_BT)
+        return cached_attention(q, k_all, v_all, allowed_BTS)
+
+    def _slot(self, position: Tensor) -> Tensor:
+        """Where the ring keeps the token at `position`."""
+        sinks, window = self.config.sinks, self.config.window
+        return torch.where(position < sinks, position, sinks + (position - sinks) % window)
+
+    def _held(self, length_B: Tensor) -> Tensor:
+        """(B, sinks + window): the position that each slot holds after `length_B` tokens, -1 where none."""
+        sinks, window = self.config.sinks, self.config.window
+        slot_S = torch.arange(sinks + window, device=length_B.device)
+        last_B1 = length_B[:, None] - 1
+        in_ring = last_B1 - (last_B1 - slot_S) % window
+        held_BS = torch.where(slot_S < sinks, slot_S, in_ring)
+        return torch.where((held_BS <= last_B1) & (held_BS >= torch.where(slot_S < sinks, 0, sinks)), held_BS, -1)

@@ -1,0 +1,84 @@
+"""Normalisations over the last dimension: RMSNorm, LayerNorm and DynamicTanh, each with its config."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from swamla.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMSNormConfig:
+    """x / rms(x) · γ (arXiv 1910.07467)."""
+
+    kind: ClassVar[str] = "rmsnorm"
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        require(self.eps > 0, "eps", self.eps, "must be > 0, e.g. 1e-6")
+
+    def build(self, width: int) -> nn.Module:
+        """The module, its gain at 1."""
+        return nn.RMSNorm(width, eps=self.eps)
+
+    def n_parameters(self, width: int) -> int:
+        """Parameters of one such norm."""
+        return width
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNormConfig:
+    """(x − mean) / std · γ + β, as in GPT-2."""
+
+    kind: ClassVar[str] = "layernorm"
+    eps: float = 1e-5
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.eps > 0, "eps", self.eps, "must be > 0, e.g. 1e-5")
+
+    def build(self, width: int) -> nn.Module:
+        """The module, its gain at 1 and its bias at 0."""
+        return nn.LayerNorm(width, eps=self.eps, bias=self.bias)
+
+    def n_parameters(self, width: int) -> int:
+        """Parameters of one such norm."""
+        return width * (1 + self.bias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicTanhConfig:
+    """tanh(αx)·γ + β with a learned scalar α (arXiv 2503.10622)."""
+
+    kind: ClassVar[str] = "dyt"
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        require(self.alpha > 0, "alpha", self.alpha, "must be > 0, e.g. 0.5")
+
+    def build(self, width: int) -> nn.Module:
+        """The module, its gain at 1, its bias at 0 and α at `alpha`."""
+        return DynamicTanh(width, self.alpha)
+
+    def n_parameters(self, width: int) -> int:
+        """Parameters of one such norm."""
+        return 2 * width + 1
+
+
+NormConfig = RMSNormConfig | LayerNormConfig | DynamicTanhConfig
+
+
+class DynamicTanh(nn.Module):
+    """tanh(αx)·γ + β: element-wise, no statistics (arXiv 2503.10622, eq. 1)."""
+
+    def __init__(self, width: int, alpha: float) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((1,), alpha))
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape whose last dimension is the width; same shape out."""
+        return torch.tanh(self.alpha * x) * self.weight + self.bias

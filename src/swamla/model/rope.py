@@ -1,0 +1,130 @@
+"""Rotary position embedding (arXiv 2104.09864) with linear and YaRN (arXiv 2309.00071) context extension."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from swamla.errors import require
+from swamla.ops.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """Positions divided by `factor` (position interpolation)."""
+
+    kind: ClassVar[str] = "linear"
+    factor: float
+
+    def __post_init__(self) -> None:
+        require(self.factor >= 1, "factor", self.factor, "must be >= 1, e.g. 4.0")
+
+    @property
+    def attention_factor(self) -> float:
+        """What the tables are multiplied by: nothing."""
+        return 1.0
+
+    @property
+    def softmax_factor(self) -> float:
+        """What latent attention multiplies its softmax scale by: nothing."""
+        return 1.0
+
+    def frequencies(self, plain: Tensor, base: float) -> Tensor:
+        """Angles per position for each rotated pair, from the unscaled ones."""
+        return plain / self.factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """YaRN: high frequencies kept, low ones interpolated, a ramp between, attention sharpened.
+
+    With `mscale_all_dim` > 0 the sharpening moves from the tables to the softmax scale, as DeepSeek-V2/V3 do.
+    """
+
+    kind: ClassVar[str] = "yarn"
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.factor >= 1, "factor", self.factor, "must be >= 1, e.g. 4.0")
+        require(self.original_length > 0, "original_length", self.original_length, "must be > 0, e.g. 4096")
+        require(self.beta_fast > self.beta_slow > 0, "beta_fast", self.beta_fast, "must be > beta_slow > 0, e.g. 32")
+
+    def _sharpening(self, mscale: float) -> float:
+        return 0.1 * mscale * math.log(self.factor) + 1.0
+
+    @property
+    def attention_factor(self) -> float:
+        """What the tables are multiplied by."""
+        if self.mscale_all_dim:
+            return self._sharpening(self.mscale) / self._sharpening(self.mscale_all_dim)
+        return self._sharpening(1.0)
+
+    @property
+    def softmax_factor(self) -> float:
+        """What latent attention multiplies its softmax scale by."""
+        return self._sharpening(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
+
+    def frequencies(self, plain: Tensor, base: float) -> Tensor:
+        """Angles per position for each rotated pair, from the unscaled ones (arXiv 2309.00071, eq. 13 and 14)."""
+        pairs = plain.numel()
+
+        def pair_turning(times: float) -> float:
+            """The (fractional) index of the pair that turns so many times within the original length."""
+            return pairs * math.log(self.original_length / (times * 2 * math.pi)) / math.log(base)
+
+        low = max(math.floor(pair_turning(self.beta_fast)), 0)
+        high = min(math.ceil(pair_turning(self.beta_slow)), 2 * pairs - 1)
+        ramp = (torch.arange(pairs, dtype=torch.float32, device=plain.device) - low) / max(high - low, 0.001)
+        interpolated = ramp.clamp(0, 1)
+        return plain / self.factor * interpolated + plain * (1 - interpolated)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Which pairs of a head turn, and how fast.
+
+    layout: "half" pairs element i with i + K/2 (Llama, Mistral), "interleaved" pairs 2i with 2i + 1 (DeepSeek).
+    """
+
+    base: float = 10000.0
+    layout: Literal["half", "interleaved"] = "half"
+    scaling: LinearScaling | YarnScaling | None = None
+
+    def __post_init__(self) -> None:
+        require(self.base > 1, "base", self.base, "must be > 1, e.g. 10000")
+
+    @property
+    def softmax_factor(self) -> float:
+        """What latent attention multiplies its softmax scale by (1 except under YaRN with mscale_all_dim)."""
+        return self.scaling.softmax_factor if self.scaling else 1.0
+
+    def tables(self, seq: Layout, head_dim: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each (B or 1, T, 1, head_dim / 2) in fp32, shared by all layers of this forward pass."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            position_BT = seq.position_BT[:1] if seq.whole_rows and not seq.continues else seq.position_BT
+            exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_BT.device) / head_dim
+            frequency = self.base**-exponent
+            factor = 1.0
+            if self.scaling:
+                frequency, factor = self.scaling.frequencies(frequency, self.base), self.scaling.attention_factor
+            angle = position_BT.float()[:, :, None, None] * frequency
+            return angle.cos() * factor, angle.sin() * factor
+
+        return seq.table(("rope", self, head_dim), make)
+
+
+def rotate(x_BTHK: Tensor, tables: tuple[Tensor, Tensor], layout: str) -> Tensor:
+    """Turn each pair of x (B, T, H, K) by the angles of its position; same shape and dtype out."""
+    cos, sin = tables
+    halves = x_BTHK.unflatten(-1, (2, -1) if layout == "half" else (-1, 2))
+    first, second = halves.unbind(-2 if layout == "half" else -1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.stack(turned, dim=-2 if layout == "half" else -1).flatten(-2).to(x_BTHK.dtype)

@@ -1,0 +1,138 @@
+"""Choosing the next token, and generating token by token with a constant-size state."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from swamla.errors import UsageError, require
+
+if TYPE_CHECKING:
+    from swamla.model.language_model import LanguageModel, ModelState
+
+PREFILL_PIECE = 512  # tokens of a prompt taken at once: bounds the attention mask at 512 × prompt length
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to draw the next token. temperature 0 is greedy; top_k 0 and top_p 1 leave all tokens in.
+
+    Row i of a batch draws from its own generator, seeded with seed + i, so that a prompt's continuation does not
+    depend on the prompts beside it.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        finite = math.isfinite(self.temperature) and self.temperature >= 0
+        require(finite, "temperature", self.temperature, "must be >= 0 (0: greedy), e.g. 0.8")
+        require(self.top_k >= 0, "top_k", self.top_k, "must be >= 0 (0: all tokens), e.g. 50")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "must be in (0, 1], e.g. 0.95")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "must be in [0, 2**63)")
+
+    def generators(self, batch: int) -> list[torch.Generator]:
+        """One random generator a row, on the CPU."""
+        return [torch.Generator().manual_seed(self.seed + row) for row in range(batch)]
+
+    def choose(self, logits_BV: Tensor, generators: list[torch.Generator]) -> list[int]:
+        """The next token of each row."""
+        if self.temperature == 0:
+            return logits_BV.argmax(dim=-1).tolist()
+        probabilities_BV = self.probabilities(logits_BV).cpu()
+        rows = zip(probabilities_BV, generators, strict=True)
+        return [int(torch.multinomial(p, 1, generator=generator)) for p, generator in rows]
+
+    def probabilities(self, logits_BV: Tensor) -> Tensor:
+        """What tokens are drawn from: temperature first, then the top_k likeliest, then the fewest that reach top_p."""
+        logits_BV = logits_BV.float() / self.temperature
+        if 0 < self.top_k < logits_BV.shape[-1]:
+            least_B1 = logits_BV.topk(self.top_k, dim=-1).values[:, -1:]
+            logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -math.inf)
+        probabilities_BV = logits_BV.softmax(dim=-1)
+        if self.top_p < 1:
+            sorted_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True)
+            before_BV = sorted_BV.cumsum(dim=-1) - sorted_BV  # the likeliest token always stays
+            dropped_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(-1, order_BV, before_BV >= self.top_p)
+            probabilities_BV = probabilities_BV.masked_fill(dropped_BV, 0.0)
+        return probabilities_BV / probabilities_BV.sum(dim=-1, keepdim=True)
+
+
+@torch.inference_mode()
+def generate(
+    model: "LanguageModel",
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    stop_id: int | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """Continue each prompt (token ids, length >= 1) by at most `max_new_tokens`; returns the new tokens only.
+
+    A row ends with `stop_id`, which is not returned. on_token(row, token) is called as soon as each token is known.
+    UsageError for an empty prompt, an id outside the vocabulary, or more tokens than learned positions.
+    """
+    _check(model, prompts, max_new_tokens)
+    was_training = model.training
+    model.eval()
+    try:
+        longest = max(len(prompt) for prompt in prompts)
+        state = model.init_state(len(prompts), longest + max_new_tokens)
+        logits_BV = prefill(model, prompts, state)
+        generators = sampling.generators(len(prompts))
+        produced: list[list[int]] = [[] for _ in prompts]
+        done = [False] * len(prompts)
+        for count in range(1, max_new_tokens + 1):
+            chosen = sampling.choose(logits_BV, generators)
+            for row, token in enumerate(chosen):
+                done[row] = done[row] or token == stop_id
+                if not done[row]:
+                    produced[row].append(token)
+                    if on_token:
+                        on_token(row, token)
+            if all(done) or count == max_new_tokens:
+                break
+            logits_BV = model.step(torch.tensor(chosen, device=model.device)[:, None], state)[:, -1]
+        return produced
+    finally:
+        model.train(was_training)
+
+
+def prefill(model: "LanguageModel", prompts: Sequence[Sequence[int]], state: "ModelState") -> Tensor:
+    """Read prompts of unequal lengths into an empty state; returns the logits (B, V) after each one's last token."""
+    lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    longest = int(lengths_B.max())
+    tokens_BT = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        tokens_BT[row, : len(prompt)] = torch.tensor(prompt)
+    tokens_BT = tokens_BT.to(model.device)
+    valid_BT = torch.arange(longest, device=model.device) < lengths_B[:, None]
+    last_BV: Tensor | None = None
+    for begin in range(0, longest, PREFILL_PIECE):
+        piece = slice(begin, begin + PREFILL_PIECE)
+        logits_BTV = model.step(tokens_BT[:, piece], state, valid_BT[:, piece])
+        last_B = lengths_B - 1 - begin
+        ends_here_B = (last_B >= 0) & (last_B < logits_BTV.shape[1])
+        index_B = last_B.clamp(0, logits_BTV.shape[1] - 1)
+        found_BV = logits_BTV[torch.arange(len(prompts), device=model.device), index_B]
+        last_BV = found_BV if last_BV is None else torch.where(ends_here_B[:, None], found_BV, last_BV)
+    assert last_BV is not None
+    return last_BV
+
+
+def _check(model: "LanguageModel", prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    if not prompts or not all(prompts):
+        raise UsageError("a prompt is empty: give at least one token (the document start token stands for nothing)")
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens = {max_new_tokens}: must be >= 1")
+    vocabulary = model.config.vocab_size
+    for row, prompt in enumerate(prompts):
+        for token in prompt:
+            if not 0 <= token < vocabulary:
+                raise UsageError(f"token {token} in prompt {row} is outside the vocabulary of {vocabulary}")
