@@ -1,0 +1,91 @@
+"""Text from a trained model: prompts in, streamed continuations out."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from swamla.data.tokenizer import StreamDecoder, Tokenizer
+from swamla.errors import UsageError
+from swamla.model.accounting import state_bytes
+from swamla.model.language_model import LanguageModel
+from swamla.model.sampling import Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One prompt's continuation; `tokens` are its ids and `ended` tells whether the document came to its end."""
+
+    prompt: str
+    text: str
+    tokens: list[int]
+    ended: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """All completions of a batch, and what they cost.
+
+    seconds_to_first covers reading the prompts and drawing one token each; tokens_per_second is the rate after that,
+    over all rows (0 when only one token was drawn).
+    """
+
+    completions: list[Completion]
+    seconds_to_first: float
+    tokens_per_second: float
+    state_bytes: int
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The document start token, then the prompt's; UsageError for NUL or text that is not Unicode."""
+    if "\0" in prompt:
+        raise UsageError(f"the prompt has a NUL character at position {prompt.index(chr(0))}: remove it")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the prompt has a lone surrogate at position {error.start}: it is not valid Unicode text"
+        ) from error
+    return [tokenizer.eos_id, *tokenizer.encode(prompt)]
+
+
+def generate_text(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int = 256,
+    *,
+    sampling: Sampling | None = None,
+    on_text: Callable[[int, str], None] | None = None,
+) -> Generation:
+    """Continue each prompt; an empty one starts a new document. on_text(row, piece) streams whole characters."""
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    decoders = [StreamDecoder(tokenizer) for _ in prompts]
+    times: list[float] = []
+
+    def on_token(row: int, token: int) -> None:
+        times.append(time.perf_counter())
+        piece = decoders[row].push(token)
+        if on_text and piece:
+            on_text(row, piece)
+
+    start = time.perf_counter()
+    produced = model.generate(
+        ids, max_new_tokens, sampling=sampling, stop_id=tokenizer.eos_id, on_token=on_token
+    )
+    if on_text:
+        for row, decoder in enumerate(decoders):
+            if rest := decoder.flush():
+                on_text(row, rest)
+    first_round = sum(1 for tokens in produced if tokens)
+    later = times[first_round:]
+    elapsed = later[-1] - times[first_round - 1] if later else 0.0
+    longest = max(map(len, ids)) + max_new_tokens
+    return Generation(
+        completions=[
+            Completion(prompt=prompt, text=tokenizer.decode(tokens), tokens=tokens, ended=len(tokens) < max_new_tokens)
+            for prompt, tokens in zip(prompts, produced, strict=True)
+        ],
+        seconds_to_first=times[first_round - 1] - start if times else 0.0,
+        tokens_per_second=len(later) / elapsed if elapsed else 0.0,
+        state_bytes=state_bytes(model.config, longest, batch=len(prompts)),
+    )
