@@ -1,0 +1,74 @@
+"""The gated delta rule, token by token (Gated DeltaNet, arXiv 2412.06464, equation 10)."""
+
+import torch
+from torch import Tensor
+
+from swamla.ops.layout import PADDING, Layout
+
+
+def recurrent_gated_delta_rule(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    log_alpha_BTH: Tensor,
+    beta_BTH: Tensor,
+    *,
+    seq: Layout | None,
+    initial_state_BHKV: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The definition that every fast path is tested against: outputs (B, T, H, V) and the final state (B, H, K, V).
+
+    Decay first, then the error, then the write; in fp32, or in double when the inputs are double. The state restarts
+    at position 0 of each document but the row's first, which continues from the initial state. Padding reads zero
+    and leaves the state as it was.
+    """
+    dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
+    q_BTHK, k_BTHK, v_BTHV = q_BTHK.to(dtype), k_BTHK.to(dtype), v_BTHV.to(dtype)
+    alpha_BTH, beta_BTH = log_alpha_BTH.to(dtype).exp(), beta_BTH.to(dtype)
+    batch, time, heads, key_width = q_BTHK.shape
+    state_BHKV = q_BTHK.new_zeros(batch, heads, key_width, v_BTHV.shape[-1])
+    if initial_state_BHKV is not None:
+        state_BHKV = initial_state_BHKV.to(dtype)
+    outputs_BHV = []
+    for t in range(time):
+        before_BHKV = state_BHKV
+        if seq is not None and t > 0:
+            state_BHKV = state_BHKV.masked_fill((seq.position_BT[:, t] == 0)[:, None, None, None], 0)
+        state_BHKV = alpha_BTH[:, t, :, None, None] * state_BHKV
+        error_BHV = v_BTHV[:, t] - torch.einsum("bhkv,bhk->bhv", state_BHKV, k_BTHK[:, t])
+        write_BHV = beta_BTH[:, t, :, None] * error_BHV
+        state_BHKV = state_BHKV + torch.einsum("bhk,bhv->bhkv", k_BTHK[:, t], write_BHV)
+        o_BHV = scale * torch.einsum("bhkv,bhk->bhv", state_BHKV, q_BTHK[:, t])
+        if seq is not None:
+            padding_B111 = (seq.document_BT[:, t] == PADDING)[:, None, None, None]
+            state_BHKV = torch.where(padding_B111, before_BHKV, state_BHKV)
+            o_BHV = o_BHV.masked_fill(padding_B111[..., 0], 0)
+        outputs_BHV.append(o_BHV)
+    return torch.stack(outputs_BHV, dim=1), state_BHKV
+
+
+def gated_delta_step(
+    q_BHK: Tensor,
+    k_BHK: Tensor,
+    v_BHV: Tensor,
+    log_alpha_BH: Tensor,
+    beta_BH: Tensor,
+    state_BHKV: Tensor,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """One token of the recurrence: reads and updates `state_BHKV` in place, returns o (B, H, V) in q's dtype.
+
+    Computed in the state's dtype, which should be fp32. A row with log alpha 0 and beta 0 leaves its state as it was.
+    """
+    scale = q_BHK.shape[-1] ** -0.5 if scale is None else scale
+    dtype = state_BHKV.dtype
+    with torch.autocast(q_BHK.device.type, enabled=False):
+        state_BHKV.mul_(log_alpha_BH.to(dtype).exp()[..., None, None])
+        k_BHK = k_BHK.to(dtype)
+        error_BHV = v_BHV.to(dtype) - (k_BHK[..., None, :] @ state_BHKV).squeeze(-2)
+        write_BHV = beta_BH.to(dtype)[..., None] * error_BHV
+        state_BHKV.addcmul_(k_BHK[..., None], write_BHV[..., None, :])
+        o_BHV = ((q_BHK.to(dtype) * scale)[..., None, :] @ state_BHKV).squeeze(-2)
+    return o_BHV.to(q_BHK.dtype)
