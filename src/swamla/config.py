@@ -1,0 +1,302 @@
+"""Configs and plain data: one dataclass per thing, its fields the only truth, TOML and JSON their outside form.
+
+A config is a frozen keyword-only dataclass. A choice is a union of dataclasses in an annotation, each with a class
+variable `kind`; its plain form carries that name under the key "kind". Everything the user may write wrongly ends as
+a `ConfigError` that names the dotted field, what it got, where it stood and what is allowed.
+"""
+
+import json
+import math
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, fields, is_dataclass
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from swamla.errors import ConfigError, UsageError
+
+T = TypeVar("T")
+Origin = str | Callable[[str], str]  # a place, or dotted field -> place ("run.toml:12"; "" where it is not known)
+
+_NUMBERS: dict[type, str] = {int: "a whole number", float: "a number"}
+_SECRET = re.compile(r"^(hf_|sk-|ghp_|gho_|github_pat_|xox[bp]-|AKIA|glpat-)[A-Za-z0-9_-]{8,}")
+_SECRET_KEY = re.compile(r"(^|_)(token|api_key|apikey|password|passwd|secret)$", re.IGNORECASE)
+_USE_ENVIRONMENT = "looks like a secret: keep it out of configs, which are stored with the run; use the environment"
+
+
+def to_plain(config: Any) -> Any:
+    """JSON-able form of a config: dataclasses become dicts (with "kind" where they have one), tuples become lists."""
+    if is_dataclass(config) and not isinstance(config, type):
+        kind = {"kind": kind_of(type(config))} if kind_of(type(config)) else {}
+        return kind | {f.name: to_plain(config.__dict__[f.name]) for f in fields(config)}
+    if isinstance(config, Mapping):
+        return {key: to_plain(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [to_plain(value) for value in config]
+    return config
+
+
+def from_plain(cls: type[T], data: Any, *, path: str = "", origin: Origin = "") -> T:
+    """Build a config of `cls` from plain data.
+
+    path: dotted name of the config itself, put before every field in messages. origin: where the data came from.
+    Fields left out take their defaults; "none" and null both stand for None. Raises `ConfigError`, and nothing else,
+    for unknown keys, wrong types, and values which the config's own checks refuse.
+    """
+    return _Reader(origin).dataclass(cls, data, path)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain data with `over` laid on `base`, table by table; a choice of another kind replaces the whole choice."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("kind") in (None, old.get("kind")):
+            value = merge(old, value)
+        merged[key] = value
+    return merged
+
+
+def load_file(path: Path) -> tuple[dict[str, Any], Callable[[str], str]]:
+    """Plain data of a .toml or .json file, and where in it a dotted field stands ("run.toml:12").
+
+    Raises `UsageError` for a file that cannot be read, is of another format, or gives a key twice.
+    """
+    readers = {".toml": load_toml, ".json": load_json}
+    if path.suffix not in readers:
+        raise UsageError(f"{path}: configs are .toml or .json files")
+    return readers[path.suffix](path)
+
+
+def load_toml(path: Path) -> tuple[dict[str, Any], Callable[[str], str]]:
+    """Plain data of a TOML file and a look-up dotted field -> "file:line"; see `load_file`."""
+    text = _read_text(path)
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path}: not TOML: {error}") from error
+    lines = _toml_lines(text)
+    return data, lambda field: f"{path}:{lines[field]}" if field in lines else ""
+
+
+def load_json(path: Path) -> tuple[dict[str, Any], Callable[[str], str]]:
+    """Plain data of a JSON file and a look-up that answers with the file for every field; see `load_file`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for index, (key, _) in enumerate(pairs):
+            if key in dict(pairs[:index]):
+                raise UsageError(f'{path}: the key "{key}" is given twice')
+        return dict(pairs)
+
+    try:
+        data = json.loads(_read_text(path), object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path}: not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: must hold a JSON object")
+    return data, lambda field: str(path)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text (byte {error.start})") from error
+
+
+def _toml_lines(text: str) -> dict[str, int]:
+    """Line of every dotted key of a valid TOML document (tables in arrays are left out).
+
+    Statement by statement: lines are added until they parse on their own, which finds the end of multi-line values.
+    """
+    found: dict[str, int] = {}
+    table, statement, begin = "", "", 1
+    for number, line in enumerate(text.splitlines(), 1):
+        statement, begin = (statement + "\n" + line, begin) if statement else (line, number)
+        try:
+            parsed = tomllib.loads(statement)
+        except tomllib.TOMLDecodeError:
+            continue
+        keys, statement = list(_dotted(parsed)), ""
+        header = line.lstrip().startswith("[") and number == begin
+        if header:
+            table = keys[-1]
+        for key in keys:
+            found.setdefault(key if header else join(table, key), begin)
+    return found
+
+
+def _dotted(data: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    for key, value in data.items():
+        yield join(path, key)
+        if isinstance(value, Mapping):
+            yield from _dotted(value, join(path, key))
+
+
+@contextmanager
+def within(path: str, origin: Origin = "") -> Iterator[None]:
+    """Put `path` before the field of any `ConfigError` raised inside, and say where the field came from."""
+    try:
+        yield
+    except ConfigError as error:
+        field = join(path, error.field)
+        raise ConfigError(field, error.got, error.allowed, error.origin or _place(origin, field)) from error
+
+
+def join(path: str, name: str) -> str:
+    """Dotted path of `name` inside `path`."""
+    return f"{path}.{name}" if path and name else path or name
+
+
+def kind_of(cls: type) -> str:
+    """The name of a choice, "" for a dataclass that is none."""
+    return cls.__dict__.get("kind", "")
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """`did you mean "width"?` where something known is close, otherwise all that is known."""
+    close = get_close_matches(name, known, n=1)
+    return f'did you mean "{close[0]}"?' if close else f"there are: {', '.join(known)}"
+
+
+@cache
+def field_types(cls: Any) -> dict[str, Any]:
+    """Resolved annotation of every field of a dataclass, in order."""
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls)}
+
+
+def choices_of(annotation: Any) -> dict[str, type]:
+    """The dataclasses an annotation allows, by kind; a lone dataclass without a kind stands under ""."""
+    return {kind_of(option): option for option in options_of(annotation) if isinstance(option, type)}
+
+
+def options_of(annotation: Any) -> tuple[Any, ...]:
+    """Members of a union; the annotation itself when it is none."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+class _Reader:
+    """Reads plain data by annotation; holds only where the data came from."""
+
+    def __init__(self, origin: Origin) -> None:
+        self.origin = origin
+
+    def fail(self, path: str, got: Any, allowed: str) -> ConfigError:
+        return ConfigError(path or "config", got, allowed, _place(self.origin, path))
+
+    def dataclass(self, cls: type[T], data: Any, path: str) -> T:
+        if not isinstance(data, Mapping):
+            raise self.fail(path, data, f"must be a table of {', '.join(field_types(cls))}")
+        types = field_types(cls)
+        given = {key: value for key, value in data.items() if key != "kind" or not kind_of(cls)}
+        for key, value in given.items():
+            if key not in types:
+                raise self._unknown(key, value, list(types), path)
+        for f in fields(cls):  # type: ignore[arg-type]
+            if _required(f) and f.name not in given:
+                raise self.fail(join(path, f.name), None, "must be given")
+        values = {key: self.value(types[key], value, join(path, key)) for key, value in given.items()}
+        with within(path, self.origin):
+            return cls(**values)
+
+    def _unknown(self, key: str, value: Any, known: list[str], path: str) -> ConfigError:
+        if _SECRET_KEY.search(key) and isinstance(value, str):
+            return self.fail(join(path, key), "…", _USE_ENVIRONMENT)
+        return self.fail(join(path, key), value, f"no such setting; {did_you_mean(key, known)}")
+
+    def value(self, annotation: Any, data: Any, path: str) -> Any:
+        if isinstance(data, str) and _SECRET.match(data):
+            raise self.fail(path, "…", _USE_ENVIRONMENT)
+        options = options_of(annotation)
+        if NoneType in options and (data is None or (data == "none" and str not in options)):
+            return None
+        options = tuple(option for option in options if option is not NoneType)
+        if all(is_dataclass(option) for option in options):
+            return self._choice(annotation, data, path)
+        if len(options) > 1:
+            return self._first_fitting(options, data, path)
+        return self._single(options[0], data, path)
+
+    def _choice(self, annotation: Any, data: Any, path: str) -> Any:
+        """One dataclass, or one of several told apart by their kind; a bare string names a kind with its defaults."""
+        choices = choices_of(annotation)
+        if isinstance(data, str):
+            data = {"kind": data}
+        if not isinstance(data, Mapping):
+            raise self.fail(path, data, "must be a table")
+        kind = data.get("kind", next(iter(choices)) if len(choices) == 1 else None)
+        if kind not in choices:
+            listed = f"must be one of {', '.join(choices)}"
+            hint = f"; {did_you_mean(kind, list(choices))}" if isinstance(kind, str) else ""
+            raise self.fail(join(path, "kind"), kind, listed + (hint if "mean" in hint else ""))
+        return self.dataclass(choices[kind], data, path)
+
+    def _first_fitting(self, options: tuple[Any, ...], data: Any, path: str) -> Any:
+        for option in options:
+            try:
+                return self.value(option, data, path)
+            except ConfigError as error:
+                refused = error
+        raise refused
+
+    def _single(self, annotation: Any, data: Any, path: str) -> Any:
+        origin = get_origin(annotation)
+        if annotation is Any:
+            return data
+        if origin is Literal:
+            if data not in get_args(annotation) or isinstance(data, bool):
+                raise self.fail(path, data, f"must be one of {', '.join(map(str, get_args(annotation)))}")
+            return data
+        if origin is tuple:
+            return self._tuple(get_args(annotation), data, path)
+        if origin is dict:
+            if not isinstance(data, Mapping):
+                raise self.fail(path, data, "must be a table")
+            return {key: self.value(get_args(annotation)[1], item, join(path, key)) for key, item in data.items()}
+        if annotation in _NUMBERS:
+            return self._number(annotation, data, path)
+        if annotation in (bool, str):
+            if not isinstance(data, annotation):
+                raise self.fail(path, data, "must be true or false" if annotation is bool else "must be text")
+            return data
+        raise TypeError(f"{path}: configs cannot hold {annotation}")
+
+    def _tuple(self, items: tuple[Any, ...], data: Any, path: str) -> tuple[Any, ...]:
+        if not isinstance(data, list | tuple):
+            raise self.fail(path, data, 'must be a list, e.g. ["swa", "mla"]' if str in items else "must be a list")
+        if items[-1] is Ellipsis:
+            items = (items[0],) * len(data)
+        if len(items) != len(data):
+            raise self.fail(path, data, f"must have {len(items)} items")
+        return tuple(
+            self.value(item, entry, f"{path}[{index}]")
+            for index, (item, entry) in enumerate(zip(items, data, strict=True))
+        )
+
+    def _number(self, kind: type, data: Any, path: str) -> int | float:
+        accepted = (int,) if kind is int else (int, float)
+        if isinstance(data, bool) or not isinstance(data, accepted):
+            raise self.fail(path, data, f"must be {_NUMBERS[kind]}")
+        try:
+            number = kind(data)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise self.fail(path, data, "must be a finite number")
+        return number
+
+
+def _required(f: Field[Any]) -> bool:
+    return f.default is MISSING and f.default_factory is MISSING
+
+
+def _place(origin: Origin, path: str) -> str:
+    return origin if isinstance(origin, str) else origin(path)
