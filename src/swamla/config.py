@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
-from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -166,7 +165,6 @@ def did_you_mean(name: str, known: list[str]) -> str:
     return f'did you mean "{close[0]}"?' if close else f"there are: {', '.join(known)}"
 
 
-@cache
 def field_types(cls: Any) -> dict[str, Any]:
     """Resolved annotation of every field of a dataclass, in order."""
     hints = get_type_hints(cls)
