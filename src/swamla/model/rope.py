@@ -111,7 +111,7 @@ class RopeConfig:
         def make() -> tuple[Tensor, Tensor]:
             position_BT = seq.position_BT[:1] if seq.whole_rows and not seq.continues else seq.position_BT
             exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_BT.device) / head_dim
-            frequency = self.base**-exponent
+            frequency = 1.0 / self.base**exponent  # the rounding of Llama and DeepSeek, which grows with position
             factor = 1.0
             if self.scaling:
                 frequency, factor = self.scaling.frequencies(frequency, self.base), self.scaling.attention_factor
