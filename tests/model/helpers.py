@@ -24,9 +24,7 @@ Named = dict[str, Tensor]
 MIXERS: dict[str, MixerConfig] = {
     "mha": MHAConfig(n_heads=4, n_kv_heads=2),
     "swa": SWAConfig(n_heads=4, n_kv_heads=2, window=WINDOW, sinks=3),
-    "mla": MLAConfig(
-        n_heads=2, kv_lora_rank=12, q_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6
-    ),
+    "mla": MLAConfig(n_heads=2, kv_lora_rank=12, q_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6),
     "gdn": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6),
 }
 
@@ -57,7 +55,9 @@ def build_mixer(config: MixerConfig, seed: int = 0) -> Mixer:
     return mixer
 
 
-def hybrid_config(backend: str = "auto", pattern: tuple[str, ...] = ("gdn", "swa", "mla", "mha")) -> LanguageModelConfig:
+def hybrid_config(
+    backend: str = "auto", pattern: tuple[str, ...] = ("gdn", "swa", "mla", "mha")
+) -> LanguageModelConfig:
     """A tiny model with every mixer."""
     blocks = {
         name: BlockConfig(mixer=replace(MIXERS[name], backend=backend), ffn=DenseConfig(hidden=24))

@@ -76,7 +76,15 @@ def test_a_mixer_stepped_through_random_splits_of_many_windows_and_chunks_is_for
 
 @pytest.mark.parametrize(
     "cuts",
-    [[], [LONG - 1], [WINDOW], [WINDOW - 1, WINDOW], [WINDOW, 2 * WINDOW, 3 * WINDOW], [1, 64, 65], [63, 127, 128, 129]],
+    [
+        [],
+        [LONG - 1],
+        [WINDOW],
+        [WINDOW - 1, WINDOW],
+        [WINDOW, 2 * WINDOW, 3 * WINDOW],
+        [1, 64, 65],
+        [63, 127, 128, 129],
+    ],
     ids=str,
 )
 @every_mixer

@@ -11,7 +11,16 @@ from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.ops.layout import Layout
 
-from .helpers import WIDTH, assert_close, assert_equal_to_oracle, build_mixer, packed, random_input, random_tokens, whole
+from .helpers import (
+    WIDTH,
+    assert_close,
+    assert_equal_to_oracle,
+    build_mixer,
+    packed,
+    random_input,
+    random_tokens,
+    whole,
+)
 from .test_mha import BACKENDS, DEPTH, from_llama
 
 
