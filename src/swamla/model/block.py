@@ -43,15 +43,14 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
         """(B, T, D) → (B, T, D) and the FFN's statistics."""
-        return self._add_ffn(x_BTD + self._drop(self.mixer(self.mixer_norm(x_BTD), seq)))
-
-    def step(self, x_BTD: Tensor, state: State, seq: Layout) -> Tensor:
-        """New tokens (B, T, D) after those in `state`, which is updated."""
-        return self._add_ffn(x_BTD + self.mixer.step(self.mixer_norm(x_BTD), state, seq))[0]
-
-    def _add_ffn(self, x_BTD: Tensor) -> tuple[Tensor, Statistics]:
+        x_BTD = x_BTD + self._drop(self.mixer(self.mixer_norm(x_BTD), seq))
         y_BTD, statistics = self.ffn(self.ffn_norm(x_BTD))
         return x_BTD + self._drop(y_BTD), statistics
+
+    def step(self, x_BTD: Tensor, state: State, seq: Layout) -> Tensor:
+        """New tokens (B, T, D) after those in `state`, which is updated. Never drops anything out."""
+        x_BTD = x_BTD + self.mixer.step(self.mixer_norm(x_BTD), state, seq)
+        return x_BTD + self.ffn(self.ffn_norm(x_BTD))[0]
 
     def _drop(self, x_BTD: Tensor) -> Tensor:
         return F.dropout(x_BTD, self.dropout, self.training) if self.dropout else x_BTD

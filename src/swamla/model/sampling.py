@@ -50,7 +50,9 @@ class Sampling:
 
     def probabilities(self, logits_BV: Tensor) -> Tensor:
         """What tokens are drawn from: temperature first, then the top_k likeliest, then the fewest that reach top_p."""
-        logits_BV = logits_BV.float() / self.temperature
+        logits_BV = logits_BV.float()
+        # Largest first taken off, so that however small the temperature the likeliest token stays finite.
+        logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / self.temperature
         if 0 < self.top_k < logits_BV.shape[-1]:
             least_B1 = logits_BV.topk(self.top_k, dim=-1).values[:, -1:]
             logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -math.inf)

@@ -53,7 +53,6 @@ class MLAConfig:
 
     def build(self, width: int) -> "MLA":
         """The module."""
-        self.check(width)
         return MLA(self, width)
 
     def _projection_weights(self, width: int) -> int:
@@ -64,7 +63,8 @@ class MLAConfig:
         return into + latent + expand + self.n_heads * self.v_head_dim * width
 
     def n_parameters(self, width: int) -> int:
-        """Parameters of the module."""
+        """Parameters of the module; ConfigError where a rank is larger than the width it compresses."""
+        self.check(width)
         return self._projection_weights(width) + self.q_lora_rank + self.kv_lora_rank
 
     def forward_flops(self, width: int, length: int) -> int:
