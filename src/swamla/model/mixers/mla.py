@@ -111,7 +111,11 @@ class MLA(Mixer[MLAState]):
     def project(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q_nope (B, T, H, nope), q_rope (B, T, H, rope), latent (B, T, R), k_rope (B, T, 1, rope)."""
         config = self.config
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if config.q_lora_rank else self.q_proj(x_BTD)
+        q = (
+            self.q_b_proj(normalise(self.q_a_layernorm, self.q_a_proj(x_BTD)))
+            if config.q_lora_rank
+            else self.q_proj(x_BTD)
+        )
         q_nope, q_rope = q.unflatten(-1, (config.n_heads, -1)).split(
             (config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1
         )
@@ -119,7 +123,7 @@ class MLA(Mixer[MLAState]):
         tables = config.rope.tables(seq, config.qk_rope_head_dim)
         q_rope = rotate(q_rope, tables, config.rope.layout)
         k_rope = rotate(k_rope.unsqueeze(2), tables, config.rope.layout)
-        return q_nope, q_rope, self.kv_a_layernorm(latent), k_rope
+        return q_nope, q_rope, normalise(self.kv_a_layernorm, latent), k_rope
 
     def expand(self, latent_BTR: Tensor, k_rope_BT1K: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (B, T, H, nope + rope) and values (B, T, H, V) of every head."""
@@ -153,3 +157,8 @@ class MLA(Mixer[MLAState]):
         allowed = seq.table("causal", lambda: causal_mask(seq, seen))
         o = cached_attention(q, held, held[..., : config.kv_lora_rank], allowed, scale=config.scale)
         return self.o_proj(torch.einsum("bthr,hvr->bthv", o, w_vb).flatten(2))
+
+
+def normalise(norm: nn.RMSNorm, latent_BTR: Tensor) -> Tensor:
+    """norm(latent), in the dtype of its gain: under autocast the two would differ, which is slow and warned about."""
+    return norm(latent_BTR.to(norm.weight.dtype))
