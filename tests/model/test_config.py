@@ -1,0 +1,271 @@
+"""Configs: each field changes something, and what cannot be is refused with its name, value and remedy."""
+
+import re
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+
+from swamla.errors import ConfigError, UsageError
+from swamla.model.block import BlockConfig, MixerConfig
+from swamla.model.config import LanguageModelConfig
+from swamla.model.ffns.dense import DenseConfig
+from swamla.model.mixers.gdn import GDNConfig
+from swamla.model.mixers.mha import MHAConfig
+from swamla.model.mixers.mla import MLAConfig
+from swamla.model.mixers.swa import SWAConfig
+from swamla.model.norm import DynamicTanhConfig, LayerNormConfig, RMSNormConfig
+from swamla.model.rope import LinearScaling, RopeConfig, YarnScaling
+
+from .helpers import MIXERS, WIDTH, random_tokens
+
+MHA, SWA, MLA, GDN = MIXERS.values()
+
+
+def with_mixer(mixer: MixerConfig) -> LanguageModelConfig:
+    return with_block(BlockConfig(mixer=mixer))
+
+
+def with_block(block: BlockConfig) -> LanguageModelConfig:
+    return LanguageModelConfig(vocab_size=31, width=WIDTH, blocks={"a": block}, pattern=("a",))
+
+
+def with_rope(rope: RopeConfig) -> LanguageModelConfig:
+    return with_mixer(replace(MLA, qk_rope_head_dim=16, rope=rope))
+
+
+def with_norm(norm: Any) -> LanguageModelConfig:
+    return replace(with_mixer(MHA), norm=norm)
+
+
+PLACES: dict[type, Callable[[Any], LanguageModelConfig]] = {
+    MHAConfig: with_mixer,
+    SWAConfig: with_mixer,
+    MLAConfig: with_mixer,
+    GDNConfig: with_mixer,
+    DenseConfig: lambda ffn: with_block(BlockConfig(mixer=MHA, ffn=ffn)),
+    BlockConfig: with_block,
+    RMSNormConfig: with_norm,
+    LayerNormConfig: with_norm,
+    DynamicTanhConfig: with_norm,
+    RopeConfig: with_rope,
+    LinearScaling: lambda scaling: with_rope(RopeConfig(scaling=scaling)),
+    YarnScaling: lambda scaling: with_rope(RopeConfig(scaling=scaling)),
+    LanguageModelConfig: lambda model: model,
+}
+CASES: list[tuple[Any, dict[str, Any]]] = [
+    (
+        MHAConfig(n_heads=4),
+        {
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "head_dim": 6,
+            "rope": None,
+            "bias": True,
+            "backend": "abacus",
+        },
+    ),
+    (
+        SWAConfig(n_heads=4, window=8),
+        {
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "head_dim": 6,
+            "rope": None,
+            "bias": True,
+            "backend": "abacus",
+            "window": 7,
+            "sinks": 3,
+        },
+    ),
+    (
+        MLA,
+        {
+            "n_heads": 3,
+            "kv_lora_rank": 11,
+            "q_lora_rank": 0,
+            "qk_nope_head_dim": 6,
+            "qk_rope_head_dim": 6,
+            "v_head_dim": 5,
+            "rope": RopeConfig(layout="interleaved"),
+            "backend": "abacus",
+        },
+    ),
+    (
+        GDN,
+        {"n_heads": 2, "n_key_heads": 4, "head_k_dim": 7, "head_v_dim": 7, "conv": 3, "backend": "abacus"},
+    ),
+    (DenseConfig(), {"hidden": 64, "activation": "gelu", "bias": True}),
+    (BlockConfig(mixer=MHA), {"mixer": SWA, "ffn": DenseConfig(hidden=5)}),
+    (RMSNormConfig(), {"eps": 1e-2}),
+    (LayerNormConfig(), {"eps": 1e-2, "bias": False}),
+    (DynamicTanhConfig(), {"alpha": 0.6}),
+    (RopeConfig(), {"base": 100.0, "layout": "interleaved", "scaling": LinearScaling(factor=2.0)}),
+    (LinearScaling(factor=2.0), {"factor": 3.0}),
+    (
+        YarnScaling(factor=4.0, original_length=4096, mscale_all_dim=1.0),
+        {
+            "factor": 5.0,
+            "original_length": 640,
+            "beta_fast": 8.0,
+            "beta_slow": 4.0,
+            "mscale": 0.5,
+            "mscale_all_dim": 0.5,
+        },
+    ),
+    (
+        with_mixer(MHA),
+        {
+            "vocab_size": 32,
+            "width": 64,
+            "blocks": {"a": BlockConfig(mixer=GDN)},
+            "pattern": ("a", "a"),
+            "norm": LayerNormConfig(),
+            "tied_head": False,
+            "learned_positions": 40,
+            "dropout": 0.1,
+            "init_std": 0.03,
+        },
+    ),
+]
+
+
+def behaviour(config: Any) -> Any:
+    """Everything that shows of a config: the weights of a fresh model, and its logits in training, or its error."""
+    torch.manual_seed(0)
+    model = PLACES[type(config)](config).build()
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)  # far enough from zero that attention is not uniform
+        try:
+            return weights, model(random_tokens(1, 40))
+        except UsageError as error:
+            return weights, str(error)
+
+
+def differ(first: Any, second: Any) -> bool:
+    if isinstance(first, dict):
+        return first.keys() != second.keys() or any(differ(first[key], second[key]) for key in first)
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return not torch.equal(first, second)
+    return bool(first != second)
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "value"),
+    [(config, field, value) for config, changes in CASES for field, value in changes.items()],
+    ids=[f"{type(config).__name__}.{field}" for config, changes in CASES for field in changes],
+)
+def test_changing_a_field_changes_the_model(config: Any, field: str, value: Any) -> None:
+    before, after = behaviour(config), behaviour(replace(config, **{field: value}))
+    assert differ(before[0], after[0]) or differ(before[1], after[1])
+    again = behaviour(config)
+    assert not differ(before[0], again[0])
+    assert not differ(before[1], again[1])
+
+
+def test_every_field_of_every_config_has_such_a_case() -> None:
+    assert {type(config) for config, _ in CASES} == set(PLACES)
+    for config, changes in CASES:
+        assert {field.name for field in fields(config)} == changes.keys(), type(config).__name__
+
+
+REFUSED: list[tuple[Callable[[], Any], str]] = [
+    (lambda: MHAConfig(n_heads=0), "n_heads = 0: must be > 0"),
+    (lambda: MHAConfig(n_heads=6, n_kv_heads=4), "n_kv_heads = 4: must divide n_heads = 6"),
+    (lambda: MHAConfig(n_heads=6, n_kv_heads=0), "n_kv_heads = 0: must divide n_heads = 6"),
+    (lambda: MHAConfig(n_heads=4, head_dim=0), "head_dim = 0: must be > 0"),
+    (lambda: MHAConfig(n_heads=4, head_dim=7), "head_dim = 7: must be even with rotary positions"),
+    (lambda: with_mixer(MHAConfig(n_heads=5)), f"n_heads = 5: must divide the width {WIDTH}, or give head_dim"),
+    (lambda: with_mixer(MHAConfig(n_heads=32)), "n_heads = 32: gives heads of odd width 1, rope needs even"),
+    (lambda: SWAConfig(n_heads=4, window=0), "window = 0: must be > 0"),
+    (lambda: SWAConfig(n_heads=4, window=-8), "window = -8: must be > 0"),
+    (lambda: SWAConfig(n_heads=4, sinks=-1), "sinks = -1: must be >= 0"),
+    (lambda: SWAConfig(n_heads=4, n_kv_heads=3), "n_kv_heads = 3: must divide n_heads = 4"),
+    (lambda: MLAConfig(n_heads=0), "n_heads = 0: must be > 0"),
+    (lambda: MLAConfig(n_heads=2, kv_lora_rank=0), "kv_lora_rank = 0: must be > 0"),
+    (lambda: MLAConfig(n_heads=2, q_lora_rank=-1), "q_lora_rank = -1: must be >= 0"),
+    (lambda: MLAConfig(n_heads=2, qk_nope_head_dim=0), "qk_nope_head_dim = 0: must be > 0"),
+    (lambda: MLAConfig(n_heads=2, qk_rope_head_dim=7), "qk_rope_head_dim = 7: must be even and > 0"),
+    (lambda: MLAConfig(n_heads=2, v_head_dim=0), "v_head_dim = 0: must be > 0"),
+    (
+        lambda: with_mixer(MLAConfig(n_heads=2, kv_lora_rank=33)),
+        "kv_lora_rank = 33: a rank larger than the width 32 compresses nothing",
+    ),
+    (
+        lambda: with_mixer(MLAConfig(n_heads=2, kv_lora_rank=8, q_lora_rank=33)),
+        "q_lora_rank = 33: a rank larger than the width 32 compresses nothing",
+    ),
+    (lambda: GDNConfig(n_heads=0), "n_heads = 0: must be > 0"),
+    (lambda: GDNConfig(n_heads=4, n_key_heads=3), "n_key_heads = 3: must divide n_heads = 4"),
+    (lambda: GDNConfig(n_heads=4, head_k_dim=0), "head_k_dim = 0: must be > 0"),
+    (lambda: GDNConfig(n_heads=4, head_v_dim=-2), "head_v_dim = -2: must be > 0"),
+    (lambda: GDNConfig(n_heads=4, conv=0), "conv = 0: must be > 0"),
+    (lambda: with_mixer(GDNConfig(n_heads=5)), "n_heads = 5: must divide the width 32, or give head_k_dim and"),
+    (lambda: DenseConfig(hidden=0), "hidden = 0: must be > 0"),
+    (lambda: RMSNormConfig(eps=0.0), "eps = 0.0: must be > 0"),
+    (lambda: LayerNormConfig(eps=-1.0), "eps = -1.0: must be > 0"),
+    (lambda: DynamicTanhConfig(alpha=0.0), "alpha = 0.0: must be > 0"),
+    (lambda: RopeConfig(base=1.0), "base = 1.0: must be > 1"),
+    (lambda: LinearScaling(factor=0.5), "factor = 0.5: must be >= 1"),
+    (lambda: YarnScaling(factor=0.5, original_length=64), "factor = 0.5: must be >= 1"),
+    (lambda: YarnScaling(factor=2.0, original_length=0), "original_length = 0: must be > 0"),
+    (
+        lambda: YarnScaling(factor=2.0, original_length=64, beta_fast=1.0, beta_slow=2.0),
+        "beta_fast = 1.0: must be > beta_slow",
+    ),
+    (lambda: replace(with_mixer(MHA), vocab_size=-1), "vocab_size = -1: must be > 0"),
+    (lambda: replace(with_mixer(MHA), vocab_size=0).build(), "vocab_size = 0: must be > 0 to build the model"),
+    (lambda: replace(with_mixer(MHA), width=0), "width = 0: must be > 0"),
+    (lambda: replace(with_mixer(MHA), pattern=()), "pattern = (): must name a block for every layer"),
+    (lambda: replace(with_mixer(MHA), pattern=("a", "b")), "pattern = 'b': must be one of the blocks: a"),
+    (
+        lambda: replace(with_mixer(MHA), blocks={"a": BlockConfig(mixer=MHA), "b": BlockConfig(mixer=MLA)}),
+        "blocks = 'b': is not used by the pattern: a",
+    ),
+    (lambda: replace(with_mixer(MHA), learned_positions=-1), "learned_positions = -1: must be >= 0"),
+    (lambda: replace(with_mixer(MHA), dropout=1.0), "dropout = 1.0: must be in [0, 1)"),
+    (lambda: replace(with_mixer(MHA), dropout=-0.1), "dropout = -0.1: must be in [0, 1)"),
+    (lambda: replace(with_mixer(MHA), init_std=0.0), "init_std = 0.0: must be > 0"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED, ids=[message.split(":")[0] for _, message in REFUSED])
+def test_what_cannot_be_is_refused_before_anything_is_built(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ConfigError, match="^" + re.escape(message)) as caught:
+        make()
+    assert caught.value.exit_status == 2
+    assert isinstance(caught.value, ValueError)
+    assert "\n" not in str(caught.value)
+
+
+NOT_A_NUMBER: list[tuple[Callable[[], Any], str]] = [
+    (lambda: RMSNormConfig(eps=float("nan")), "eps"),
+    (lambda: RopeConfig(base=float("nan")), "base"),
+    (lambda: LinearScaling(factor=float("nan")), "factor"),
+    (lambda: replace(with_mixer(MHA), dropout=float("nan")), "dropout"),
+    (lambda: replace(with_mixer(MHA), init_std=float("nan")), "init_std"),
+]
+
+
+@pytest.mark.parametrize(("make", "field"), NOT_A_NUMBER, ids=[field for _, field in NOT_A_NUMBER])
+def test_nan_is_no_setting(make: Callable[[], Any], field: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{field} = nan"):
+        make()
+
+
+def test_the_patterns_length_is_the_depth() -> None:
+    config = replace(with_mixer(MHA), pattern=("a",) * 7)
+    assert config.depth == 7
+    assert len(config.build().blocks) == 7
+    assert [block.mixer for block in config.layers] == [MHA] * 7
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(64, 192), (256, 704), (384, 1024), (768, 2048), (2048, 5504)])
+def test_swiglus_hidden_width_is_eight_thirds_rounded_up_to_64_and_gelus_is_fourfold(width: int, hidden: int) -> None:
+    assert DenseConfig().hidden_dim(width) == hidden
+    assert DenseConfig(activation="gelu").hidden_dim(width) == 4 * width
+    assert DenseConfig(hidden=77).hidden_dim(width) == 77
