@@ -1,0 +1,8 @@
+"""`swamla …` and `python -m swamla …`."""
+
+import sys
+
+from swamla.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

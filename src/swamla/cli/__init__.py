@@ -1,0 +1,92 @@
+"""The command line: a table of commands, each imported when it is chosen, and one way to end with an error.
+
+Exit status: 0 done, 1 a bug in swamla, 2 bad input, 3 a corrupt artefact, 75 stopped by SIGTERM with the state saved,
+130 stopped by Ctrl-C. An error is one line on stderr; --debug, anywhere on the line, shows the traceback instead.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+
+from swamla.errors import SwamlaError, UsageError
+
+COMMANDS = {
+    "quickstart": "train a small hybrid model on this Python's own source files (about 3 minutes)",
+    "train": "train a model: a recipe, and flags that change it",
+    "generate": "continue prompts with a trained model",
+    "evaluate": "held-out loss, perplexity and bits per byte of a trained model",
+    "prepare": "tokenize data ahead of training",
+    "info": "exact parameters, FLOPs and state bytes of a model, from its config alone",
+}
+INTERRUPTED = 130
+CLOSED_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    warnings.showwarning = _one_line_warning  # type: ignore[assignment]
+    try:
+        return _dispatch(arguments)
+    except BrokenPipeError:  # the reader of our output left, as in `swamla info … | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            raise
+        message, status = _explain(error)
+        print(f"swamla: error: {message}", file=sys.stderr)
+        return status
+
+
+def _dispatch(arguments: list[str]) -> int:
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if command == "--version":
+        from swamla import __version__
+
+        print(f"swamla {__version__}")
+        return 0
+    if command not in COMMANDS:
+        from swamla.config import did_you_mean
+
+        raise UsageError(f"no command {command!r}; {did_you_mean(command, list(COMMANDS))}")
+    return import_module(f"swamla.cli.{command}").main(arguments[1:])
+
+
+def _overview() -> str:
+    lines = [f"  {name:<11} {about}" for name, about in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: swamla COMMAND …",
+            "",
+            "Design, train, run and compare hybrid-attention language models.",
+            "",
+            *lines,
+            "",
+            "swamla COMMAND --help lists a command's flags; --version; --debug shows tracebacks.",
+        ]
+    )
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """(one line for the user, exit status)."""
+    match error:
+        case SwamlaError():
+            return " ".join(str(error).splitlines()), error.exit_status
+        case KeyboardInterrupt():
+            return "interrupted", INTERRUPTED
+        case OSError(filename=str() | bytes() | os.PathLike()):
+            return f"{error.filename}: {error.strerror}", SwamlaError.exit_status
+    first_line = (str(error).splitlines() or [""])[0]
+    return f"a bug in swamla: {type(error).__name__}: {first_line} (--debug shows the traceback)", 1
+
+
+def _one_line_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    print(f"swamla: warning: {' '.join(str(message).split())}", file=sys.stderr)

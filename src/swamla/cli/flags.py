@@ -1,0 +1,75 @@
+"""Parsing a command's flags with tyro: underscores, flat names, bare booleans, and every mistake one line."""
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, TypeVar, get_type_hints
+
+import tyro
+from tyro.conf import Positional as Positional
+from tyro.conf import UseAppendAction as Repeated
+
+from swamla.config import did_you_mean
+from swamla.errors import UsageError
+
+T = TypeVar("T")
+
+_BOX = re.compile(r"\x1b\[[0-9;]*m|[─━│┃╭╮╰╯╵╷├┤]")
+_TITLES = re.compile(
+    r"^ *(Parsing error|Value error|Missing argument|Unrecognized options|Invalid choice)\b", re.MULTILINE
+)
+_FOOTER = re.compile(r"(Argument helptext:|For full helptext).*", re.DOTALL)
+
+
+def parse(cls: type[T], argv: Sequence[str], *, command: str) -> tuple[T, frozenset[str]]:
+    """Read `argv` into the dataclass `cls`; returns it and the names of the flags that were given.
+
+    Prints the help and leaves on --help. Raises `UsageError` for an unknown flag, one given twice, a missing or
+    impossible value.
+    """
+    given = _check_names(cls, argv)
+    # Colours in an error would have to be taken out again, and its lines be joined.
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            parsed = tyro.cli(cls, prog=f"swamla {command}", args=list(argv), use_underscores=True)
+    except SystemExit as leave:
+        if leave.code in (0, None):
+            raise
+        raise UsageError(_one_line(complaint.getvalue())) from None
+    sys.stderr.write(complaint.getvalue())
+    return parsed, given
+
+
+def _check_names(cls: Any, argv: Sequence[str]) -> frozenset[str]:
+    """The names of the flags in `argv`, each known and none given twice."""
+    hints = get_type_hints(cls, include_extras=True)
+    markers = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    flags = [name for name in markers if Positional not in markers[name]]
+    negations = {f"no_{f.name}": f.name for f in fields(cls) if hints[f.name] is bool}
+    given: set[str] = set()
+    for token in argv:
+        written = token.partition("=")[0]
+        name = written.removeprefix("--").replace("-", "_")
+        if not token.startswith("--") or name == "help":
+            continue
+        if name not in flags and name not in negations:
+            raise UsageError(f"unknown flag {written}; {_suggest(name, flags)}")
+        name = negations.get(name, name)
+        if name in given and Repeated not in markers[name]:
+            raise UsageError(f"--{name} is given twice")
+        given.add(name)
+    return frozenset(given)
+
+
+def _suggest(name: str, flags: list[str]) -> str:
+    hint = did_you_mean(name, flags)
+    return hint.replace('"', "--", 1).replace('"', "") if "mean" in hint else "--help lists all"
+
+
+def _one_line(text: str) -> str:
+    """tyro's box without its frame, title and footer."""
+    return " ".join(_FOOTER.sub("", _TITLES.sub("", _BOX.sub(" ", text), count=1)).split())

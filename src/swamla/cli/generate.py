@@ -1,0 +1,81 @@
+"""`swamla generate RUN --prompt TEXT`: continuations, streamed."""
+
+import sys
+from dataclasses import dataclass
+
+from swamla.checkpoint import load
+from swamla.cli.flags import Positional, Repeated, parse
+from swamla.errors import UsageError
+from swamla.generate import Generation, generate_text
+from swamla.model.sampling import Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Continue prompts with a trained model. One prompt is streamed; of several each is printed when all are done."""
+
+    run: Positional[str]
+    """The run's folder."""
+    prompt: Repeated[tuple[str, ...]] = ()
+    """The text to continue; without one, a new document begins."""
+    max_new_tokens: int = 200
+    """Stop after so many tokens, or where the model ends the document."""
+    temperature: float = 0.8
+    """Below 1 more certain, above 1 more varied, 0 the same as --greedy."""
+    top_k: int = 0
+    """Draw from the k likeliest tokens only (0: from all)."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """The same seed draws the same text."""
+    greedy: bool = False
+    """Always take the likeliest token."""
+    checkpoint: str = "best"
+    """best, latest, or a step."""
+    stats: bool = False
+    """Print tokens per second and the size of the state, on stderr."""
+
+
+def main(argv: list[str]) -> int:
+    """Generate and print."""
+    arguments, given = parse(Arguments, argv, command="generate")
+    if arguments.greedy and "temperature" in given:
+        raise UsageError("--greedy and --temperature exclude each other: greedy is temperature 0")
+    if arguments.max_new_tokens < 1:
+        raise UsageError(f"--max_new_tokens {arguments.max_new_tokens}: must be > 0, e.g. 200")
+    sampling = Sampling(
+        temperature=0.0 if arguments.greedy else arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    prompts = arguments.prompt or ("",)
+    model, tokenizer = load(arguments.run, arguments.checkpoint)
+    alone = len(prompts) == 1
+    if alone:
+        _emit(prompts[0])
+    done = generate_text(
+        model,
+        tokenizer,
+        prompts,
+        arguments.max_new_tokens,
+        sampling=sampling,
+        on_text=(lambda _, piece: _emit(piece)) if alone else None,
+    )
+    _emit("\n" if alone else "".join(f"--- {index}\n{c.prompt}{c.text}\n" for index, c in enumerate(done.completions)))
+    if arguments.stats:
+        print(_statistics(done), file=sys.stderr)
+    return 0
+
+
+def _statistics(done: Generation) -> str:
+    tokens = sum(len(completion.tokens) for completion in done.completions)
+    return (
+        f"{tokens} tokens, the first after {done.seconds_to_first:.3f} s, then {done.tokens_per_second:,.0f} tokens/s; "
+        f"state {done.state_bytes:,} bytes"
+    )
+
+
+def _emit(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

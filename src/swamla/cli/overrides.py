@@ -1,0 +1,270 @@
+"""Flags generated from the config dataclasses, and what each of them changes in a recipe's plain data.
+
+A field of a config is a flag of its own name. A field that is a choice takes a kind (`--optimizer muon`), and the
+choice's own fields are flags prefixed by the kind (`--muon_momentum`); for mixers and FFNs such a flag changes every
+block of that kind (`--swa_window 128`).
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass, fields, make_dataclass
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import tyro
+
+from swamla.config import choices_of, field_types, join, options_of
+from swamla.data.config import DataConfig
+from swamla.errors import UsageError
+from swamla.model.block import BlockConfig
+from swamla.model.config import LanguageModelConfig
+from swamla.train.config import TrainConfig
+
+Plain = dict[str, Any]
+_BLOCK_PARTS = {part: choices_of(annotation) for part, annotation in field_types(BlockConfig).items()}
+_RENAMED = {"data.source": "data"}  # `--data FILE` reads better than `--source FILE`
+_SHAPE = {
+    "pattern": ("NAMES", 'blocks of the recipe or kinds of mixer, bottom first: "gdn gdn mla"'),
+    "n_layers": ("INT", "depth: the pattern is repeated, or cut, to it"),
+    "n_heads": ("INT", "heads of every block's mixer"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """A generated flag. field: dotted, for messages.  put: writes the value into plain data, where it belongs."""
+
+    name: str
+    field: str
+    annotation: Any
+    help: str
+    default: Any
+    put: Callable[[Plain, Any], None]
+
+
+def flags() -> dict[str, Flag]:
+    """Every generated flag by name, in the order of the configs' fields."""
+    found: dict[str, Flag] = {}
+    for section, cls in (("model", LanguageModelConfig), ("data", DataConfig), ("train", TrainConfig)):
+        for flag in [*_section_flags(section, cls), *(_block_flags() if section == "model" else ())]:
+            if flag.name in found:
+                raise TypeError(f"two configs give rise to the flag --{flag.name}")
+            found[flag.name] = flag
+    return found
+
+
+def add_flags(cls: type) -> Any:
+    """The dataclass `cls` with every generated flag as a further field: text, or a boolean, "" where not given."""
+    shape = [_argument(name, str, metavar, text, None) for name, (metavar, text) in _SHAPE.items()]
+    generated = [_argument(f.name, f.annotation, _metavar(f.annotation), f.help, f.default) for f in flags().values()]
+    made = make_dataclass(cls.__name__, [*shape, *generated], bases=(cls,), frozen=True, kw_only=True)
+    made.__doc__ = cls.__doc__
+    return made
+
+
+def apply(plain: Plain, arguments: Any, given: frozenset[str]) -> dict[str, str]:
+    """Write the flags in `given` into the plain run config `plain`; returns dotted field -> flag.
+
+    Raises `UsageError` for a pattern that names nothing known and for a flag of a kind that the model does not use.
+    """
+    values = arguments.__dict__
+    origins: dict[str, str] = {}
+    if given & _SHAPE.keys():
+        _reshape(plain["model"], {name: values[name] for name in _SHAPE if name in given}, origins)
+    known = flags()
+    for name in sorted(given & known.keys(), key=list(known).index):
+        flag = known[name]
+        flag.put(plain, _parse(values[name], flag.annotation))
+        origins[flag.field] = f"--{name}"
+    return origins
+
+
+def _section_flags(section: str, cls: type) -> Iterator[Flag]:
+    """Flags of the flat fields of a config and of its choices."""
+    docs = field_docs(cls)
+    defaults = {f.name: f.default for f in fields(cls)}
+    for name, annotation in field_types(cls).items():
+        path = f"{section}.{name}"
+        if any(get_origin(option) is dict for option in options_of(annotation)) or name == "pattern":
+            continue
+        choices = choices_of(annotation) if _is_choice(annotation) else {}
+        shown = Literal[tuple(choices)] if choices else annotation
+        yield Flag(
+            name=_RENAMED.get(path, name),
+            field=join(path, "kind") if choices else path,
+            annotation=shown,
+            help=docs.get(name, ""),
+            default=MISSING if choices else defaults[name],
+            put=_put_choice(section, name) if choices else _put(section, name),
+        )
+        for kind, choice in choices.items():
+            yield from _kind_flags(kind, choice, path, _put_in_choice(section, name, kind))
+
+
+def _block_flags() -> Iterator[Flag]:
+    for part, choices in _BLOCK_PARTS.items():
+        for kind, choice in choices.items():
+            yield from _kind_flags(kind, choice, f"model.blocks.*.{part}", _put_in_blocks(part, kind))
+
+
+def _kind_flags(kind: str, cls: type, path: str, put: Callable[[str], Callable[[Plain, Any], None]]) -> Iterator[Flag]:
+    docs = field_docs(cls)
+    for f in fields(cls):
+        annotation = field_types(cls)[f.name]
+        if not _is_choice(annotation):  # what is nested deeper (rope) is for recipes
+            flag = f"{kind}_{f.name}"
+            yield Flag(
+                name=flag,
+                field=join(path, f.name),
+                annotation=annotation,
+                help=docs.get(f.name, ""),
+                default=f.default,
+                put=put(f.name),
+            )
+
+
+def _put(section: str, name: str) -> Callable[[Plain, Any], None]:
+    def put(plain: Plain, value: Any) -> None:
+        plain.setdefault(section, {})[name] = value
+
+    return put
+
+
+def _put_choice(section: str, name: str) -> Callable[[Plain, Any], None]:
+    def put(plain: Plain, kind: Any) -> None:
+        if plain[section].get(name, {}).get("kind") != kind:
+            plain[section][name] = {"kind": kind}
+
+    return put
+
+
+def _put_in_choice(section: str, name: str, kind: str) -> Callable[[str], Callable[[Plain, Any], None]]:
+    def of_field(field: str) -> Callable[[Plain, Any], None]:
+        def put(plain: Plain, value: Any) -> None:
+            default = next(iter(choices_of(field_types(_SECTIONS[section])[name])))
+            choice = plain[section].setdefault(name, {"kind": default})
+            if choice["kind"] != kind:
+                raise UsageError(f"--{kind}_{field}: {section}.{name} is {choice['kind']}; add --{name} {kind}")
+            choice[field] = value
+
+        return put
+
+    return of_field
+
+
+def _put_in_blocks(part: str, kind: str) -> Callable[[str], Callable[[Plain, Any], None]]:
+    def of_field(field: str) -> Callable[[Plain, Any], None]:
+        def put(plain: Plain, value: Any) -> None:
+            only = next(iter(_BLOCK_PARTS[part])) if len(_BLOCK_PARTS[part]) == 1 else ""
+            blocks = plain["model"]["blocks"].values()
+            users = [block for block in blocks if block.get(part, {}).get("kind", only) == kind]
+            if not users:
+                raise UsageError(f"--{kind}_{field}: no block of the model has the {part} {kind}")
+            for block in users:
+                block.setdefault(part, {"kind": kind})[field] = value
+
+        return put
+
+    return of_field
+
+
+_SECTIONS: dict[str, type] = {"model": LanguageModelConfig, "data": DataConfig, "train": TrainConfig}
+
+
+def _reshape(model: Plain, wanted: dict[str, str], origins: dict[str, str]) -> None:
+    """--pattern, then --n_layers, then --n_heads; blocks that are no longer in the pattern go."""
+    blocks, pattern = model["blocks"], list(model["pattern"])
+    origins |= {"model.pattern": "--pattern"} if "pattern" in wanted else {}
+    if "pattern" in wanted:
+        pattern = wanted["pattern"].replace(",", " ").split()
+        for name in pattern:
+            blocks.setdefault(name, _new_block(name, blocks))
+    if "n_layers" in wanted:
+        depth = _parse(wanted["n_layers"], int)
+        if not isinstance(depth, int) or depth < 1:
+            raise UsageError(f"--n_layers {wanted['n_layers']}: must be a whole number > 0, e.g. 6")
+        pattern = [pattern[layer % len(pattern)] for layer in range(depth)] if pattern else []
+    model["pattern"] = pattern
+    model["blocks"] = {name: block for name, block in blocks.items() if name in pattern} if pattern else blocks
+    if "n_heads" in wanted:
+        for name, block in model["blocks"].items():
+            block["mixer"]["n_heads"] = _parse(wanted["n_heads"], int)
+            origins[f"model.blocks.{name}.mixer.n_heads"] = "--n_heads"
+
+
+def _new_block(name: str, blocks: Plain) -> Plain:
+    """A block for a kind of mixer which the recipe has not: defaults, with the heads and the FFN of its first block."""
+    kinds = _BLOCK_PARTS["mixer"]
+    if name not in kinds and name not in blocks:
+        known = ", ".join([*blocks, *(kind for kind in kinds if kind not in blocks)])
+        raise UsageError(f"--pattern: no block or mixer is called {name!r}; there are: {known}")
+    first = next(iter(blocks.values()))
+    ffn = {"ffn": dict(first["ffn"])} if "ffn" in first else {}
+    return {"mixer": {"kind": name, "n_heads": first["mixer"].get("n_heads", 4)}, **ffn}
+
+
+def _is_choice(annotation: Any) -> bool:
+    options = [option for option in options_of(annotation) if option is not NoneType]
+    return all(hasattr(option, "__dataclass_fields__") for option in options)
+
+
+def _argument(name: str, annotation: Any, metavar: str, text: str, default: Any) -> tuple[str, Any, Any]:
+    """A field for tyro. Values stay text: the config's own reader checks them, so that all errors read alike."""
+    shown = "" if default is MISSING or default is None else f"(default: {_show(default)})"
+    if annotation is bool:
+        argument = tyro.conf.arg(help=text, help_behavior_hint=shown)
+        return name, Annotated[bool, argument], default is True
+    argument = tyro.conf.arg(help=text, help_behavior_hint=shown, metavar=metavar)
+    return name, Annotated[str, argument], ""
+
+
+def _show(default: Any) -> str:
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default) or '""'
+
+
+def _metavar(annotation: Any) -> str:
+    options = options_of(annotation)
+    shown = "|".join(_metavar_of(option) for option in options if option is not NoneType)
+    return f"{shown}|none" if NoneType in options and str not in options else shown
+
+
+def _metavar_of(option: Any) -> str:
+    if get_origin(option) is Literal:
+        return "|".join(map(str, get_args(option)))
+    if get_origin(option) is tuple:
+        return ",".join(_metavar_of(item) for item in get_args(option))
+    return {int: "INT", float: "FLOAT", str: "TEXT", bool: "true|false"}[option]
+
+
+def _parse(text: Any, annotation: Any) -> Any:
+    """Text as the plain value that `annotation` wants; left as it is where that fails, for the reader to refuse."""
+    if not isinstance(text, str):
+        return text
+    options = options_of(annotation)
+    if str in options:
+        return text
+    if NoneType in options and text.lower() == "none":
+        return None
+    for option in options:
+        if get_origin(option) is tuple:
+            return [_parse(item, get_args(option)[0]) for item in re.split(r"[,\s]+", text.strip())]
+        if option in (int, float):
+            try:
+                return option(text)
+            except ValueError:
+                continue
+        if option is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+    return text
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """What a config's docstring says about its fields: `name: text` or `name, name: text`, at a line's start or after
+    two spaces."""
+    names = "|".join(f.name for f in fields(cls))
+    starts = list(re.finditer(rf"(?:^ *|  )((?:{names})(?:, (?:{names}))*): ", cls.__doc__ or "", re.MULTILINE))
+    docs: dict[str, str] = {}
+    for start, following in zip(starts, [*starts[1:], None], strict=True):
+        text = (cls.__doc__ or "")[start.end() : following.start() if following else None]
+        docs |= dict.fromkeys(start[1].split(", "), " ".join(text.split("\n\n")[0].split()).rstrip("."))
+    return docs

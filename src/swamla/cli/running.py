@@ -1,0 +1,77 @@
+"""What the commands share that train: prepare the data, hand the trainer its validation, train."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from swamla.data.prepare import Dataset, prepare
+from swamla.errors import require
+from swamla.evaluate import evaluate_split
+from swamla.model.language_model import LanguageModel
+from swamla.train import RunConfig, TrainState, train
+
+EVALUATION_TOKENS = 16384  # computed at once: more would only cost memory
+
+
+def prepare_data(config: RunConfig, console: Console) -> Dataset:
+    """The data of a run, tokenized now or found in the cache, with a line on the console about it."""
+    _check_together(config)
+    dataset = prepare(config.data, progress=lambda text: say(console, text))
+    for name, split in (("training", dataset.train), ("held out", dataset.held_out)):
+        say(console, f"{name}: {split.n_documents:,} documents, {split.n_bytes:,} bytes, {split.n_tokens:,} tokens")
+    return dataset
+
+
+def run_training(
+    config: RunConfig,
+    dataset: Dataset,
+    run_dir: Path,
+    console: Console,
+    *,
+    resume: bool = False,
+    on_start: Callable[[TrainState], None] | None = None,
+) -> TrainState:
+    """Train `config` in `run_dir`, validated on the held-out split; raises as `swamla.train.train` does."""
+    evaluate = validation(dataset, config.train.block_size, config.train.eval_tokens)
+    return train(config, run_dir, dataset=dataset, evaluate=evaluate, resume=resume, console=console, on_start=on_start)
+
+
+def validation(
+    dataset: Dataset, block_size: int, max_tokens: int | None = None
+) -> Callable[[LanguageModel], dict[str, float]]:
+    """A function that scores a model on the held-out split, or on its first `max_tokens`."""
+    batch_size = max(1, EVALUATION_TOKENS // block_size)
+
+    def evaluate(model: LanguageModel) -> dict[str, float]:
+        return evaluate_split(
+            model,
+            dataset.held_out,
+            eos_id=dataset.tokenizer.eos_id,
+            block_size=block_size,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+        ).as_dict()
+
+    return evaluate
+
+
+def numbered(folder: Path) -> Path:
+    """`folder`, or the first of folder-2, folder-3 … that does not exist."""
+    candidate, number = folder, 1
+    while candidate.exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
+
+
+def say(console: Console, text: str) -> None:
+    """Print text as it is: no markup, no wrapping, no highlighting."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _check_together(config: RunConfig) -> None:
+    """What no section can see alone."""
+    positions, block_size = config.model.learned_positions, config.train.block_size
+    fits = not positions or block_size <= positions
+    require(fits, "train.block_size", block_size, f"must not exceed model.learned_positions = {positions}")
