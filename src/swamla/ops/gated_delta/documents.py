@@ -14,14 +14,14 @@ from swamla.ops.layout import PADDING, Layout
 class ChunkMasks:
     """Which document each token of a chunk shares with what it could read from, as booleans that broadcast over heads.
 
-    same_NB1CC: two tokens of a chunk share a document.  reads_NB1C: a token's document is that of the state carried
-    into its chunk.  writes_NB1C: it is that of the state carried out.  keeps_NB1: those two are the same.
+    same_NB1CC: two tokens of a chunk share a document.  reads_NB1C1: a token's document is that of the state carried
+    into its chunk.  writes_NB1C1: it is that of the state carried out.  keeps_NB111: those two are the same.
     """
 
     same_NB1CC: Tensor
-    reads_NB1C: Tensor
-    writes_NB1C: Tensor
-    keeps_NB1: Tensor
+    reads_NB1C1: Tensor
+    writes_NB1C1: Tensor
+    keeps_NB111: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _masks(ordinal_BT: Tensor, chunk: int) -> ChunkMasks:
     entering_NB1 = torch.cat([torch.zeros_like(leaving_NB1[:1]), leaving_NB1[:-1]])
     return ChunkMasks(
         same_NB1CC=(ordinal_NBC[..., :, None] == ordinal_NBC[..., None, :])[:, :, None],
-        reads_NB1C=(ordinal_NBC == entering_NB1)[:, :, None],
-        writes_NB1C=(ordinal_NBC == leaving_NB1)[:, :, None],
-        keeps_NB1=entering_NB1 == leaving_NB1,
+        reads_NB1C1=(ordinal_NBC == entering_NB1)[:, :, None, :, None],
+        writes_NB1C1=(ordinal_NBC == leaving_NB1)[:, :, None, :, None],
+        keeps_NB111=(entering_NB1 == leaving_NB1)[:, :, None, :, None],
     )
