@@ -69,9 +69,7 @@ def generate_text(
             on_text(row, piece)
 
     start = time.perf_counter()
-    produced = model.generate(
-        ids, max_new_tokens, sampling=sampling, stop_id=tokenizer.eos_id, on_token=on_token
-    )
+    produced = model.generate(ids, max_new_tokens, sampling=sampling, stop_id=tokenizer.eos_id, on_token=on_token)
     if on_text:
         for row, decoder in enumerate(decoders):
             if rest := decoder.flush():
@@ -87,5 +85,7 @@ def generate_text(
         ],
         seconds_to_first=times[first_round - 1] - start if times else 0.0,
         tokens_per_second=len(later) / elapsed if elapsed else 0.0,
-        state_bytes=state_bytes(model.config, longest, batch=len(prompts)),
+        state_bytes=state_bytes(
+            model.config, longest, batch=len(prompts), element_bytes=model.embedding.weight.element_size()
+        ),
     )
