@@ -1,0 +1,87 @@
+"""Held-out loss, perplexity and bits per byte."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from swamla.data.packing import Batch
+from swamla.data.prepare import Split
+from swamla.data.sampler import HeldOutRows
+from swamla.errors import DataError
+from swamla.model.language_model import LanguageModel
+from swamla.ops.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What an evaluation found. loss: nats per label.  tokens: labels, each document's end included.
+
+    bytes: of text those labels stand for: exact over a whole split, its share by labels when only a part was read.
+    """
+
+    loss: float
+    tokens: int
+    bytes: float
+
+    @property
+    def perplexity(self) -> float:
+        """e to the loss; infinite when that is beyond floating point."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits that the model needs for a byte of text: comparable over tokenizers, and with gzip and xz."""
+        return self.loss * self.tokens / math.log(2) / self.bytes
+
+    def as_dict(self) -> dict[str, float]:
+        """All five figures by name."""
+        return asdict(self) | {"perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
+
+
+@torch.no_grad()
+def evaluate(model: LanguageModel, batches: Iterable[Batch], *, bytes_per_label: float) -> Evaluation:
+    """Score `batches` with the model in evaluation mode; its mode is put back afterwards.
+
+    bytes_per_label: bytes of text over labels of the text that the batches are (a part of).
+    Numbers are computed in the caller's autocast, summed in double precision. Raises `DataError` where no label is.
+    """
+    was_training, nats, labels = model.training, 0.0, 0
+    model.eval()
+    for batch in batches:
+        seq = Layout.from_documents(batch.document_BT).to(model.device)
+        total, _ = model.loss(batch.tokens_BT.to(model.device), batch.labels_BT.to(model.device), seq)
+        nats += total.item()
+        labels += int((batch.labels_BT != -100).sum())
+    model.train(was_training)
+    if labels == 0:
+        raise DataError("nothing to evaluate: the held-out split has no documents")
+    return Evaluation(loss=nats / labels, tokens=labels, bytes=labels * bytes_per_label)
+
+
+def evaluate_split(
+    model: LanguageModel, split: Split, *, eos_id: int, block_size: int, batch_size: int, max_tokens: int | None = None
+) -> Evaluation:
+    """Score a split in order, in rows of `block_size` tokens, each read without what came before the row.
+
+    max_tokens: stop after the first batch that reaches so many computed tokens; None reads every token exactly once.
+    """
+    if split.n_documents == 0:
+        raise DataError("nothing to evaluate: the held-out split has no documents")
+    labels = split.n_tokens + split.n_documents
+    batches: Iterable[Batch] = HeldOutRows(split, block_size, eos_id).batches(batch_size)
+    if max_tokens is not None:
+        batches = _first(batches, max_tokens)
+    found = evaluate(model, batches, bytes_per_label=split.n_bytes / labels)
+    exact = split.n_bytes if found.tokens == labels else found.bytes
+    return Evaluation(loss=found.loss, tokens=found.tokens, bytes=exact)
+
+
+def _first(batches: Iterable[Batch], max_tokens: int) -> Iterable[Batch]:
+    read = 0
+    for batch in batches:
+        yield batch
+        read += batch.tokens_BT.numel()
+        if read >= max_tokens:
+            return

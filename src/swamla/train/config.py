@@ -1,0 +1,104 @@
+"""What a training run is made of."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from swamla.data.config import DataConfig
+from swamla.errors import require
+from swamla.model.config import LanguageModelConfig
+from swamla.train.optim import AdamWConfig, MuonConfig
+from swamla.train.precision import Precision
+from swamla.train.schedule import Budget, Schedule, ScheduleName
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained.
+
+    steps, max_minutes: what ends the run, whichever comes first; one of them must be given. The schedule follows the
+        one that is further along, so that the run always ends annealed. Evaluations and saves count as time.
+    batch_size: rows in one optimizer step.  accumulation: micro-batches they are split into; this changes memory only.
+    block_size: tokens in a row.
+    lr: peak learning rate.  min_lr_ratio: its last value as a fraction of the peak.
+    warmup: below 1 a fraction of the run, from 1 on a number of steps.
+    schedule: "cosine", "linear", "wsd" (warm-up, stable, then `decay`, a last fraction of the run) or "constant".
+    weight_decay: decoupled; not on embeddings, biases and gains.  grad_clip: largest gradient norm, None for no limit.
+    eval_interval, eval_seconds: steps and seconds between evaluations (each None for never; one at the end always).
+    eval_tokens: how many held-out tokens an evaluation inside the run reads at most; None reads all.
+    save_interval: steps between checkpoints (None for none but the best and the last).
+    keep_last: checkpoints that are kept, besides the best.
+    precision: "auto" is bf16 autocast with fp32 weights where the machine has bf16 instructions, else fp32.
+    device: "auto" is CUDA where there is one, else the CPU.  threads: CPU threads, None for torch's own choice.
+    """
+
+    steps: int | None = None
+    max_minutes: float | None = None
+    batch_size: int = 32
+    accumulation: int = 1
+    block_size: int = 256
+    optimizer: AdamWConfig | MuonConfig = field(default_factory=AdamWConfig)
+    lr: float = 1e-3
+    min_lr_ratio: float = 0.1
+    warmup: float = 0.02
+    schedule: ScheduleName = "cosine"
+    decay: float = 0.2
+    weight_decay: float = 0.1
+    grad_clip: float | None = 1.0
+    eval_interval: int | None = 250
+    eval_seconds: float | None = None
+    eval_tokens: int | None = None
+    save_interval: int | None = 500
+    keep_last: int = 2
+    log_interval: int = 10
+    seed: int = 0
+    precision: Precision = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.steps is not None or self.max_minutes is not None, "steps", None, "give steps or max_minutes")
+        for name in (
+            "steps",
+            "max_minutes",
+            "eval_interval",
+            "eval_seconds",
+            "eval_tokens",
+            "save_interval",
+            "threads",
+        ):
+            value = self.__dict__[name]
+            require(value is None or value > 0, name, value, "must be > 0, or left out")
+        for name in ("batch_size", "accumulation", "block_size", "keep_last", "log_interval"):
+            require(self.__dict__[name] >= 1, name, self.__dict__[name], "must be >= 1")
+        accumulates = self.batch_size % self.accumulation == 0
+        require(accumulates, "accumulation", self.accumulation, f"must divide batch_size = {self.batch_size}")
+        self._check_rates()
+
+    def _check_rates(self) -> None:
+        require(0 < self.lr < float("inf"), "lr", self.lr, "must be > 0 and finite, e.g. 3e-4")
+        require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "must be between 0 and 1")
+        require(0 < self.decay <= 1, "decay", self.decay, "must be above 0, at most 1, e.g. 0.2")
+        require(self.warmup >= 0, "warmup", self.warmup, "must be >= 0: a fraction of the run below 1, else steps")
+        fits = self.steps is None or self.warmup <= self.steps
+        require(fits, "warmup", self.warmup, f"must not exceed steps = {self.steps}")
+        require(0 <= self.weight_decay < float("inf"), "weight_decay", self.weight_decay, "must be >= 0, e.g. 0.1")
+        require(self.grad_clip is None or self.grad_clip > 0, "grad_clip", self.grad_clip, "must be > 0, or left out")
+
+    @property
+    def budget(self) -> Budget:
+        """What ends the run."""
+        return Budget(steps=self.steps, seconds=None if self.max_minutes is None else 60 * self.max_minutes)
+
+    @property
+    def learning_rate(self) -> Schedule:
+        """The shape of the learning rate over the run."""
+        return Schedule(name=self.schedule, warmup=self.warmup, decay=self.decay, floor=self.min_lr_ratio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A run: a model, what it reads and how it is trained. Written, fully resolved, to RUN/config.json."""
+
+    model: LanguageModelConfig
+    data: DataConfig
+    train: TrainConfig

@@ -1,0 +1,274 @@
+"""The training loop, read top-down: `train` is the run, `training_step` the algorithm box."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from swamla.checkpoint import latest_checkpoint, list_checkpoints, mark_best, prune
+from swamla.data.packing import Batch
+from swamla.data.prepare import Dataset
+from swamla.data.sampler import PackedRows
+from swamla.errors import DataError, Interrupted, SwamlaError
+from swamla.model.language_model import LanguageModel
+from swamla.ops.layout import Layout
+from swamla.train.config import RunConfig, TrainConfig
+from swamla.train.plot import plot_losses
+from swamla.train.precision import autocast
+from swamla.train.run_folder import open_run
+from swamla.train.signals import StopRequest
+from swamla.train.state import TrainState
+from swamla.train.tracking import Display, Metrics, make_display
+
+MAX_SKIPPED_IN_A_ROW = 20
+
+Evaluate = Callable[[LanguageModel], dict[str, float]]
+
+
+class Diverged(SwamlaError):
+    """Training that cannot go on because its numbers are no longer finite."""
+
+    exit_status = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a training step found. loss: nats per token.  tokens: labels that carried loss."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+
+    @property
+    def finite(self) -> bool:
+        """False when the step had to be skipped."""
+        return math.isfinite(self.grad_norm) and math.isfinite(self.loss)
+
+
+def train(
+    config: RunConfig,
+    run_dir: str | Path,
+    *,
+    dataset: Dataset,
+    evaluate: Evaluate | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+    on_start: Callable[[TrainState], None] | None = None,
+) -> TrainState:
+    """Train `config.model` on `dataset` in the folder `run_dir`, from its start or from its last checkpoint.
+
+    evaluate: called with the model, in the run's precision; returns at least "loss", the held-out loss in nats per
+    token. on_start: called once before the first step. Returns the state at the end, with the last weights.
+    Raises `Interrupted` after SIGTERM (exit 75) or Ctrl-C (exit 130), when all is saved; `Diverged` when 20 steps in a
+    row had no finite gradient; and as `open_run` does.
+    """
+    run_dir = Path(run_dir)
+    config, state = open_run(config, run_dir, dataset=dataset, resume=resume)
+    metrics = Metrics(run_dir / "metrics.jsonl", resume_after=state.step if resume else None)
+    with StopRequest() as stop, make_display(console or Console()) as display:
+        loop = _Loop(config, run_dir, dataset, state, evaluate, metrics, display)
+        loop.announce(resume)
+        if on_start is not None:
+            on_start(state)
+        try:
+            loop.run(stop)
+        finally:
+            metrics.close()
+    return state
+
+
+def training_step(state: TrainState, batch: Batch, config: TrainConfig, lr: float) -> StepResult:
+    """One optimizer step on `batch`: the mean over all its labels, however they fall on the micro-batches.
+
+    A step whose loss or gradient is not finite changes no weight.
+    """
+    model, device = state.model.train(), state.device
+    labels = int((batch.labels_BT != -100).sum())
+    if labels == 0:
+        raise DataError(f"rows {state.sample} to {state.sample + config.batch_size - 1}: no label carries loss")
+    state.optimizer.zero_grad()
+    nats = torch.zeros((), device=device)
+    for tokens_BT, labels_BT, document_BT in _micro_batches(batch, config.accumulation):
+        seq = Layout.from_documents(document_BT).to(device)
+        with autocast(state.precision, device):
+            total, _ = model.loss(tokens_BT.to(device), labels_BT.to(device), seq)
+        (total / labels).backward()
+        nats += total.detach()
+
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    result = StepResult(loss=(nats / labels).item(), grad_norm=norm.item(), tokens=labels)
+    if result.finite:
+        if config.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
+        state.optimizer.set_lr(lr)
+        state.optimizer.step()
+    return result
+
+
+def _micro_batches(batch: Batch, count: int) -> "zip[tuple[torch.Tensor, ...]]":
+    return zip(*(t.chunk(count) for t in (batch.tokens_BT, batch.labels_BT, batch.document_BT)), strict=True)
+
+
+class _Loop:
+    """A run in progress: the state, and what watches over it."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        dataset: Dataset,
+        state: TrainState,
+        evaluate: Evaluate | None,
+        metrics: Metrics,
+        display: Display,
+    ) -> None:
+        self.config, self.run_dir, self.state = config.train, run_dir, state
+        self.checkpoints = run_dir / "checkpoints"
+        self.evaluate, self.metrics, self.display = evaluate, metrics, display
+        eos_id = dataset.tokenizer.eos_id
+        self.rows = PackedRows(dataset.train, self.config.block_size, self.config.seed, eos_id)
+        bytes_per_label = dataset.train.n_bytes / (dataset.train.n_tokens + dataset.train.n_documents)
+        self.bits_per_nat = 1 / (math.log(2) * bytes_per_label)
+        self.started = time.monotonic() - state.seconds
+        self.step_seconds = 0.0  # of the last step
+        self.logged_tokens, self.logged_seconds = state.tokens, 0.0
+        existing = list_checkpoints(self.checkpoints) if state.step else []
+        self.saved_step = state.step if existing else None
+
+    def announce(self, resume: bool) -> None:
+        """Say once what was chosen, so that nothing was chosen silently."""
+        parameters = sum(p.numel() for p in self.state.model.parameters())
+        where = f", resumed after step {self.state.step}" if resume else ""
+        self.display.say(f"{parameters:,} parameters, {self.state.precision} on {self.state.device}{where}")
+
+    def run(self, stop: StopRequest) -> None:
+        """Step until the budget is spent or somebody asks to stop; then evaluate, save, and say so."""
+        while (progress := self.progress()) < 1:
+            if stop.received:
+                self.save()
+                self.plot()
+                raise Interrupted(
+                    f"stopped by {stop.received.name} after step {self.state.step}; all is saved in {self.run_dir}: "
+                    "continue with --resume",
+                    stop.exit_status,
+                )
+            self.step(progress)
+            if self.evaluation_is_due():
+                self.evaluate_now()
+            if self.config.save_interval and self.state.step % self.config.save_interval == 0:
+                self.save()
+        if self.state.evaluated_step != self.state.step:
+            self.evaluate_now()
+        self.save()
+        self.plot()
+
+    def progress(self) -> float:
+        """How far the run will be in the middle of the next step: the step is taken while this is below 1."""
+        return self.config.budget.progress(self.state.step + 0.5, self.seconds() + 0.5 * self.step_seconds)
+
+    def seconds(self) -> float:
+        """Time spent on this run, over all its processes."""
+        return time.monotonic() - self.started
+
+    def step(self, progress: float) -> None:
+        """Take one training step, count it, tell about it."""
+        state, begin = self.state, time.monotonic()
+        lr = self.config.lr * self.config.learning_rate.factor(progress, state.step)
+        batch = self.rows.batch(state.sample, self.config.batch_size)
+        result = training_step(state, batch, self.config, lr)
+        state.step += 1
+        state.sample += self.config.batch_size
+        state.tokens += result.tokens if result.finite else 0
+        self.step_seconds = time.monotonic() - begin
+        self.logged_seconds += self.step_seconds
+        state.seconds = self.seconds()
+        if not result.finite:
+            self.skip(result)
+            return
+        state.skipped_in_a_row = 0
+        if state.step == 1 or state.step % self.config.log_interval == 0:
+            self.log(result, lr, progress)
+
+    def skip(self, result: StepResult) -> None:
+        """Count a step whose gradient was not finite; too many in a row end the run."""
+        state = self.state
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        self.metrics.write(state.step, {"skipped": state.skipped, "grad_norm": result.grad_norm})
+        self.display.say(
+            f"warning: step {state.step} skipped, gradient norm {result.grad_norm} ({state.skipped} so far)"
+        )
+        if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            self.give_up(f"{MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {state.step}, had no finite gradient")
+
+    def give_up(self, reason: str) -> None:
+        """Stop a run that diverged, naming what can be taken up again."""
+        good = latest_checkpoint(self.checkpoints)
+        where = f"the last good checkpoint is {good.path}" if good else "there is no checkpoint yet"
+        raise Diverged(f"{reason}; {where}; try a lower lr, now {self.config.lr}")
+
+    def log(self, result: StepResult, lr: float, progress: float) -> None:
+        """Write a step to metrics.jsonl and show it; the speed leaves out evaluations and saves."""
+        state = self.state
+        values = {
+            "loss": result.loss,
+            "bits_per_byte": result.loss * self.bits_per_nat,
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "tokens": state.tokens,
+            "tokens_per_second": (state.tokens - self.logged_tokens) / max(self.logged_seconds, 1e-9),
+            "elapsed": state.seconds,
+        }
+        self.logged_tokens, self.logged_seconds = state.tokens, 0.0
+        self.metrics.write(state.step, values)
+        self.display.update(progress, state.seconds, {"step": state.step, **values})
+
+    def evaluation_is_due(self) -> bool:
+        """By the number of steps or by the time since the last one, whichever was asked for."""
+        config, state = self.config, self.state
+        by_step = config.eval_interval is not None and state.step % config.eval_interval == 0
+        by_time = config.eval_seconds is not None and state.seconds - state.evaluated_at >= config.eval_seconds
+        return by_step or by_time
+
+    def evaluate_now(self) -> None:
+        """Evaluate, tell, and keep the state if it is the best so far."""
+        if self.evaluate is None:
+            return
+        state = self.state
+        with autocast(state.precision, state.device):
+            found = self.evaluate(state.model)
+        state.seconds = state.evaluated_at = self.seconds()
+        state.evaluated_step = state.step
+        self.metrics.write(state.step, {f"held_out_{k}": v for k, v in found.items()} | {"elapsed": state.seconds})
+        bits = f" | Bits/byte: {found['bits_per_byte']:.4f}" if "bits_per_byte" in found else ""
+        self.display.say(f"Step {state.step} | Held-out loss: {found['loss']:.4f}{bits}")
+        if state.best_loss is None or found["loss"] < state.best_loss:
+            state.best_step, state.best_loss = state.step, found["loss"]
+            self.save()
+            mark_best(self.checkpoints, state.best_step, state.best_loss)
+
+    def save(self) -> None:
+        """Save this moment unless that is done already, then let go of checkpoints that are no longer kept."""
+        state = self.state
+        if self.saved_step == state.step:
+            return
+        if not state.weights_are_finite():
+            self.give_up(f"the weights after step {state.step} are not finite, so they are not saved")
+        state.seconds = self.seconds()
+        self.metrics.sync()
+        state.save(self.checkpoints)
+        self.saved_step = state.step
+        pinned = [] if state.best_step is None else [state.best_step]
+        prune(self.checkpoints, keep_last=self.config.keep_last, pinned=pinned)
+
+    def plot(self) -> None:
+        """Draw loss.png from what metrics.jsonl holds."""
+        title = f"{self.run_dir.name}: training and held-out loss"
+        plot_losses(
+            self.run_dir / "metrics.jsonl", self.run_dir / "loss.png", title=title, bits_per_nat=self.bits_per_nat
+        )

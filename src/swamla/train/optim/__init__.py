@@ -1,0 +1,9 @@
+"""Optimizers and the one interface through which the loop sees them."""
+
+from swamla.train.optim.adamw import AdamWConfig
+from swamla.train.optim.muon import Muon, MuonConfig
+from swamla.train.optim.named import NamedOptimizer
+
+OptimizerConfig = AdamWConfig | MuonConfig
+
+__all__ = ["AdamWConfig", "Muon", "MuonConfig", "NamedOptimizer", "OptimizerConfig"]

@@ -1,0 +1,131 @@
+"""A run's folder: made for a new run, taken up again by a resumed one."""
+
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swamla.checkpoint import (
+    FORMAT_VERSION,
+    latest_checkpoint,
+    list_checkpoints,
+    mark_best,
+    read_run_config,
+    set_aside_after,
+    step_name,
+    write_text_atomically,
+)
+from swamla.config import to_plain
+from swamla.data.prepare import Dataset
+from swamla.errors import ConfigError, DataError, UsageError
+from swamla.train.config import RunConfig
+from swamla.train.precision import resolve_device, resolve_precision
+from swamla.train.state import TrainState
+
+# Settings a resumed run may change without becoming another run.
+MAY_CHANGE = (
+    *("train.steps", "train.max_minutes", "train.device", "train.threads", "train.log_interval"),
+    *("train.lr", "train.min_lr_ratio", "train.schedule", "train.warmup", "train.decay"),
+    *("train.weight_decay", "train.grad_clip", "train.save_interval", "train.keep_last"),
+    *("train.eval_interval", "train.eval_seconds", "train.eval_tokens"),
+)
+
+
+def open_run(config: RunConfig, run_dir: Path, *, dataset: Dataset, resume: bool) -> tuple[RunConfig, TrainState]:
+    """The settled config and the state from which the loop goes on; the folder is written or checked.
+
+    Raises `UsageError` for a folder that is not empty without `resume`, or that holds no run with it; `ConfigError`
+    and `DataError` when a resumed run would go on with another model, other data or another order of the data.
+    """
+    config = settle(config, dataset)
+    if resume:
+        _check_same_run(config, run_dir)
+    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise UsageError(f"{run_dir}: exists and is not empty: choose another folder, or continue it with --resume")
+    state = fresh_state(config, dataset)
+    if resume:
+        _take_up(state, run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    plain = {"format_version": FORMAT_VERSION, **to_plain(config)}
+    dataset.tokenizer.save(run_dir / "tokenizer.json")
+    write_text_atomically(run_dir / "config.json", json.dumps(plain, indent=2) + "\n")
+    return config, state
+
+
+def settle(config: RunConfig, dataset: Dataset) -> RunConfig:
+    """The config with the vocabulary size that the tokenizer decides. Raises `ConfigError` for one too small."""
+    needed = dataset.tokenizer.vocab_size
+    if config.model.vocab_size == 0:
+        return replace(config, model=replace(config.model, vocab_size=needed))
+    if config.model.vocab_size < needed:
+        raise ConfigError("model.vocab_size", config.model.vocab_size, f"must be >= the tokenizer's {needed}, or 0")
+    return config
+
+
+def fresh_state(config: RunConfig, dataset: Dataset) -> TrainState:
+    """The state of a run before its first step, a function of the config's seed."""
+    train = config.train
+    if train.threads is not None:
+        torch.set_num_threads(train.threads)
+    device = resolve_device(train.device)
+    torch.manual_seed(train.seed)
+    model = config.model.build().to(device)
+    return TrainState(
+        model=model,
+        optimizer=train.optimizer.build(model, lr=train.lr, weight_decay=train.weight_decay),
+        precision=resolve_precision(train.precision, device),
+        data_fingerprint=dataset.fingerprint,
+        device=device,
+    )
+
+
+def _take_up(state: TrainState, run_dir: Path) -> None:
+    """Move a fresh state to the newest checkpoint that verifies."""
+    directory = run_dir / "checkpoints"
+    checkpoint = latest_checkpoint(directory)
+    if checkpoint is None:
+        warnings.warn(f"{run_dir}: holds no checkpoint yet: starting from the first step", stacklevel=2)
+        return
+    found = checkpoint.state["data_fingerprint"]
+    if found != state.data_fingerprint:
+        raise DataError(
+            f"{run_dir}: the data changed since the checkpoint (fingerprint {state.data_fingerprint[:12]}, the run had "
+            f"{found[:12]}): restore the data, or start a new run"
+        )
+    state.restore(checkpoint)
+    set_aside_after(directory, checkpoint.step)
+    _agree_on_best(state, directory)
+
+
+def _agree_on_best(state: TrainState, directory: Path) -> None:
+    """Make best.json say what the state says: a crash may have come between the two, or the best be damaged."""
+    kept = {path.name for path in list_checkpoints(directory)}
+    if state.best_step is not None and state.best_loss is not None and step_name(state.best_step) in kept:
+        mark_best(directory, state.best_step, state.best_loss)
+    else:
+        state.best_step = state.best_loss = None
+        (directory / "best.json").unlink(missing_ok=True)
+
+
+def _check_same_run(config: RunConfig, run_dir: Path) -> None:
+    if not (run_dir / "config.json").exists():
+        raise UsageError(f"{run_dir}: nothing to resume (it has no config.json)")
+    before = dict(_leaves(read_run_config(run_dir)))
+    now = dict(_leaves(to_plain(config)))
+    for name in sorted((before.keys() | now.keys()) - set(MAY_CHANGE)):
+        if name.startswith(("model.", "train.")) and before.get(name) != now.get(name):
+            raise ConfigError(
+                name, now.get(name), f"the run to resume had {before.get(name)!r}; start a new run instead"
+            )
+
+
+def _leaves(plain: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in plain.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,61 @@
+"""The learning rate as a pure function of how far the run is, so that a run that is bounded by time anneals as well."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+ScheduleName = Literal["cosine", "linear", "wsd", "constant"]
+
+# The first steps of a warm-up learn something, however long it is.
+WARMUP_FLOOR = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Warm-up, then one of four shapes, as a factor of the peak learning rate.
+
+    warmup: below 1 a fraction of the run, from 1 on a number of steps.
+    decay: "wsd" only: the last fraction of the run, over which the rate falls linearly (arXiv 2404.06395).
+    floor: the factor at the end ("constant" stays at 1).
+    """
+
+    name: ScheduleName
+    warmup: float
+    decay: float
+    floor: float
+
+    def factor(self, progress: float, step: int) -> float:
+        """The factor for step `step` (from 0) of a run that is `progress` (0 … 1) of the way through."""
+        return self._warmup_factor(progress, step) * self._shape(min(progress, 1.0))
+
+    def _warmup_factor(self, progress: float, step: int) -> float:
+        if self.warmup == 0:
+            return 1.0
+        ramp = (step + 1) / self.warmup if self.warmup >= 1 else progress / self.warmup
+        return min(1.0, max(WARMUP_FLOOR, ramp))
+
+    def _shape(self, progress: float) -> float:
+        start = self.warmup if self.warmup < 1 else 0.0
+        along = max(0.0, (progress - start) / (1 - start))
+        shapes: dict[ScheduleName, Callable[[], float]] = {
+            "cosine": lambda: 0.5 * (1 + math.cos(math.pi * along)),
+            "linear": lambda: 1 - along,
+            "wsd": lambda: min(1.0, (1 - progress) / self.decay),
+            "constant": lambda: 1.0,
+        }
+        return self.floor + (1 - self.floor) * shapes[self.name]()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What ends a run: a number of steps, an amount of time, or whichever of the two comes first."""
+
+    steps: int | None
+    seconds: float | None
+
+    def progress(self, step: float, seconds: float) -> float:
+        """How far a run is after `step` steps and `seconds` of time: 0 … 1, and beyond when it overran."""
+        by_step = step / self.steps if self.steps else 0.0
+        by_time = seconds / self.seconds if self.seconds else 0.0
+        return max(by_step, by_time)

@@ -1,0 +1,119 @@
+"""Everything a run is at one moment: what it takes to go on as if it had never stopped."""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from swamla.checkpoint import Checkpoint, load_into, save_checkpoint
+from swamla.model.language_model import LanguageModel
+from swamla.train.optim import NamedOptimizer
+
+COUNTERS = (
+    "step",
+    "sample",
+    "tokens",
+    "seconds",
+    "skipped",
+    "skipped_in_a_row",
+    "evaluated_at",
+    "evaluated_step",
+    "best_step",
+    "best_loss",
+)
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """The state of a training run; all of it goes into a checkpoint, with the random generators'.
+
+    step: optimizer steps done, skipped ones included.  sample: index of the next row, which alone says what data
+    comes next.  tokens: labels learned from.  seconds: time spent, evaluations and saves included.
+    skipped, skipped_in_a_row: steps whose gradient was not finite.
+    evaluated_at, evaluated_step: `seconds` and `step` at the last evaluation.
+    best_step, best_loss: the lowest held-out loss so far, in nats per token.
+    """
+
+    model: LanguageModel
+    optimizer: NamedOptimizer
+    precision: Literal["fp32", "bf16"]
+    data_fingerprint: str
+    device: torch.device
+    step: int = 0
+    sample: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    evaluated_at: float = 0.0
+    evaluated_step: int | None = None
+    best_step: int | None = None
+    best_loss: float | None = None
+
+    def save(self, directory: Path) -> Path:
+        """Write a checkpoint of this moment under `directory`."""
+        tensors = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_tensors(),
+            "rng": generator_states(),
+        }
+        return save_checkpoint(directory, self.step, tensors=tensors, state=self._plain())
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Become the moment that `checkpoint` holds, the process's random generators included."""
+        load_into(self.model, checkpoint.tensors("model"), origin=str(checkpoint.path))
+        self.optimizer.load_state_tensors(
+            checkpoint.tensors("optimizer"),
+            stateless=checkpoint.state["parameters_without_optimizer_state"],
+            origin=str(checkpoint.path),
+        )
+        for name in COUNTERS:
+            setattr(self, name, checkpoint.state[name])
+        self.precision = checkpoint.state["precision"]
+        set_generator_states(checkpoint.tensors("rng"))
+
+    def weights_are_finite(self) -> bool:
+        """False as soon as one weight is infinite or not a number."""
+        return all(bool(p.isfinite().all()) for p in self.model.parameters())
+
+    def _plain(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in COUNTERS} | {
+            "precision": self.precision,
+            "data_fingerprint": self.data_fingerprint,
+            "parameters_without_optimizer_state": self.optimizer.stateless(),
+        }
+
+
+def generator_states() -> dict[str, Tensor]:
+    """The states of torch's, Python's and numpy's global random generators, as integer tensors."""
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *words]),
+        "python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
+        "numpy": torch.from_numpy(np.asarray([*keys, position, has_gauss], dtype=np.int64)),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+    }
+    for index in range(torch.cuda.device_count()):
+        states[f"cuda{index}"] = torch.cuda.get_rng_state(index)
+    return states
+
+
+def set_generator_states(states: Mapping[str, Tensor]) -> None:
+    """Put the global random generators where `generator_states` found them; those of absent devices are left out."""
+    torch.set_rng_state(states["torch"])
+    version, *words = states["python"].tolist()
+    gauss = states["python_gauss"].item()
+    random.setstate((version, tuple(words), None if gauss != gauss else gauss))
+    *keys, position, has_gauss = states["numpy"].tolist()
+    key_array = np.asarray(keys, dtype=np.uint32)
+    np.random.set_state(("MT19937", key_array, position, has_gauss, states["numpy_gauss"].item()))
+    for index in range(torch.cuda.device_count()):
+        if f"cuda{index}" in states:
+            torch.cuda.set_rng_state(states[f"cuda{index}"], index)

@@ -1,0 +1,135 @@
+"""What a run tells: metrics.jsonl for programs, a progress bar or plain lines for people."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from swamla.checkpoint import write_text_atomically
+
+
+class Metrics:
+    """An append-only file of JSON records, one a line, each with the step it belongs to."""
+
+    def __init__(self, file: Path, *, resume_after: int | None = None) -> None:
+        """Open `file`; of an existing one only the records up to step `resume_after` are kept."""
+        if file.exists():
+            kept = [r for r in read_metrics(file) if resume_after is not None and r["step"] <= resume_after]
+            write_text_atomically(file, "".join(json.dumps(r) + "\n" for r in kept))
+        self._stream = file.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append a record; numbers that are not finite, which JSON lacks, become null."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._stream.write(json.dumps({"step": step, **clean}) + "\n")
+
+    def sync(self) -> None:
+        """Make all records survive a power cut."""
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file; a last line that was cut off by a crash is left out."""
+    lines = file.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+class Display(Protocol):
+    """How people see a run."""
+
+    def update(self, progress: float, seconds: float, values: Mapping[str, float]) -> None:
+        """Show a training step: `values` has step, loss, bits_per_byte, lr and tokens_per_second."""
+
+    def say(self, text: str) -> None:
+        """Show one line that stays."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class PlainLines:
+    """One line a logged step, for pipes and log files."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def update(self, progress: float, seconds: float, values: Mapping[str, float]) -> None:
+        """Print the step's line."""
+        self.say(
+            f"Step {values['step']:.0f} | Loss: {values['loss']:.4f} | LR: {values['lr']:.2e} | "
+            f"Tokens/sec: {values['tokens_per_second']:,.0f}"
+        )
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+
+class ProgressBar:
+    """One live line on a terminal: how far, step, loss, bits per byte, speed and the time left."""
+
+    _TEXT = (
+        "step {task.fields[step]}  loss {task.fields[loss]}  {task.fields[bits]} bits/byte  {task.fields[speed]} tok/s"
+    )
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("[bold]{task.percentage:>3.0f}%"),
+            BarColumn(bar_width=24),
+            TextColumn(self._TEXT, markup=False),
+            TextColumn("[dim]{task.fields[eta]}"),
+            console=console,
+        )
+        self._task = self._progress.add_task("", total=1.0, step="0", loss="–", bits="–", speed="–", eta="")
+
+    def update(self, progress: float, seconds: float, values: Mapping[str, float]) -> None:
+        """Move the bar; the time left follows from the time spent and the way done."""
+        left = seconds * (1 - progress) / progress if 0 < progress < 1 else 0.0
+        self._progress.update(
+            self._task,
+            completed=min(progress, 1.0),
+            step=f"{values['step']:,.0f}",
+            loss=f"{values['loss']:.3f}",
+            bits=f"{values['bits_per_byte']:.3f}",
+            speed=f"{values['tokens_per_second']:,.0f}",
+            eta=f"{left // 60:.0f}:{left % 60:02.0f} left",
+        )
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+
+def make_display(console: Console) -> Display:
+    """A progress bar on a terminal, plain lines anywhere else."""
+    return ProgressBar(console) if console.is_terminal else PlainLines(console)
