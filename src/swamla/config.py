@@ -160,7 +160,7 @@ def kind_of(cls: type) -> str:
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
-    """`did you mean "width"?` where something known is close, otherwise all that is known."""
+    """Ends an error: `did you mean "width"?` where something known is close, otherwise all that is known."""
     close = get_close_matches(name, known, n=1)
     return f'did you mean "{close[0]}"?' if close else f"there are: {', '.join(known)}"
 
@@ -173,7 +173,8 @@ def field_types(cls: Any) -> dict[str, Any]:
 
 def choices_of(annotation: Any) -> dict[str, type]:
     """The dataclasses an annotation allows, by kind; a lone dataclass without a kind stands under ""."""
-    return {kind_of(option): option for option in options_of(annotation) if isinstance(option, type)}
+    options = (option for option in options_of(annotation) if option is not NoneType)
+    return {kind_of(option): option for option in options}
 
 
 def options_of(annotation: Any) -> tuple[Any, ...]:
@@ -226,15 +227,15 @@ class _Reader:
     def _choice(self, annotation: Any, data: Any, path: str) -> Any:
         """One dataclass, or one of several told apart by their kind; a bare string names a kind with its defaults."""
         choices = choices_of(annotation)
+        if list(choices) == [""]:
+            return self.dataclass(choices[""], data, path)
         if isinstance(data, str):
             data = {"kind": data}
         if not isinstance(data, Mapping):
             raise self.fail(path, data, "must be a table")
         kind = data.get("kind", next(iter(choices)) if len(choices) == 1 else None)
-        if kind not in choices:
-            listed = f"must be one of {', '.join(choices)}"
-            hint = f"; {did_you_mean(kind, list(choices))}" if isinstance(kind, str) else ""
-            raise self.fail(join(path, "kind"), kind, listed + (hint if "mean" in hint else ""))
+        if not isinstance(kind, str) or kind not in choices:
+            raise self.fail(join(path, "kind"), kind, f"must be one of {', '.join(choices)}")
         return self.dataclass(choices[kind], data, path)
 
     def _first_fitting(self, options: tuple[Any, ...], data: Any, path: str) -> Any:

@@ -259,12 +259,21 @@ def _parse(text: Any, annotation: Any) -> Any:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """What a config's docstring says about its fields: `name: text` or `name, name: text`, at a line's start or after
-    two spaces."""
-    names = "|".join(f.name for f in fields(cls))
-    starts = list(re.finditer(rf"(?:^ *|  )((?:{names})(?:, (?:{names}))*): ", cls.__doc__ or "", re.MULTILINE))
+    """What the docstrings of a config and its bases say about each field, for --help.
+
+    Either `name: text` (several names with commas) at a line's start or after two spaces, or else the first clause
+    that mentions the name.
+    """
+    text = "  ".join(base.__doc__ or "" for base in cls.__mro__ if hasattr(base, "__dataclass_fields__"))
+    names = [f.name for f in fields(cls)]
+    alternatives = "|".join(names)
+    starts = list(re.finditer(rf"(?:^ *|  )((?:{alternatives})(?:, (?:{alternatives}))*): ", text, re.MULTILINE))
+    ends = [start.start() for start in starts[1:]] + [len(text)]
     docs: dict[str, str] = {}
-    for start, following in zip(starts, [*starts[1:], None], strict=True):
-        text = (cls.__doc__ or "")[start.end() : following.start() if following else None]
-        docs |= dict.fromkeys(start[1].split(", "), " ".join(text.split("\n\n")[0].split()).rstrip("."))
-    return docs
+    for start, end in zip(starts, ends[: len(starts)], strict=True):
+        said = " ".join(text[start.end() : end].split("\n\n")[0].split()).rstrip(".")
+        docs |= {name: said for name in start[1].split(", ") if name not in docs}
+    prose = [" ".join(clause.split()).rstrip(".") for clause in re.split(r"\.\s|;\s|\n\s*\n", text)]
+    clauses = [clause for clause in prose if ": " not in clause]
+    mentions = {name: [clause for clause in clauses if re.search(rf"\b{name}\b", clause)] for name in names}
+    return {name: docs.get(name) or next(iter(mentions[name]), "") for name in names}
