@@ -1,0 +1,122 @@
+"""The short convolution against torch's own and against documents computed one at a time."""
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swamla.errors import UsageError
+from swamla.ops.layout import Layout
+from swamla.ops.short_conv import short_conv
+
+BACKENDS = ["reference", "torch"]
+
+
+@pytest.fixture(autouse=True)
+def _several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    module = importlib.import_module("swamla.ops.short_conv")  # the package's attribute of that name is the function
+    monkeypatch.setattr(module, "CPU_BLOCK", 40)  # five rows of eight: blocks end inside rows and documents
+
+
+def torch_conv(x_BTD: Tensor, weight_DW: Tensor, history_BWD: Tensor) -> Tensor:
+    line_BDS = torch.cat([history_BWD, x_BTD], dim=1).mT
+    return F.silu(F.conv1d(line_BDS, weight_DW[:, None], groups=weight_DW.shape[0])).mT
+
+
+def inputs(batch: int, time: int, dtype: torch.dtype = torch.float64, taps: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    x_BTD = torch.randn(batch, time, 8, dtype=dtype, requires_grad=True)
+    weight_DW = torch.randn(8, taps, dtype=dtype, requires_grad=True)
+    history_BWD = torch.randn(batch, taps - 1, 8, dtype=dtype, requires_grad=True)
+    return x_BTD, weight_DW, history_BWD
+
+
+def assert_same_with_gradients(got: Tensor, expected: Tensor, leaves: tuple[Tensor, ...], tolerance: float) -> None:
+    torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
+    d_y = torch.randn_like(expected)
+    got_gradients = torch.autograd.grad(got, leaves, d_y)
+    for mine, theirs in zip(got_gradients, torch.autograd.grad(expected, leaves, d_y), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("time", "taps"), [(1, 4), (2, 4), (23, 4), (23, 2), (9, 1)])
+def test_equals_torch_conv1d_with_gradients(backend: str, time: int, taps: int) -> None:
+    x_BTD, weight_DW, history_BWD = leaves = inputs(3, time, taps=taps)
+    got = short_conv(x_BTD, weight_DW, history_BWD=history_BWD, backend=backend)
+    assert_same_with_gradients(got, torch_conv(x_BTD, weight_DW, history_BWD), leaves, 1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_documents_equal_each_computed_alone(backend: str) -> None:
+    lengths = [[1, 1, 2, 3, 9, 4], [7, 5, 1, 4, 3]]
+    document_BT = torch.tensor([[i for i, n in enumerate(row) for _ in range(n)] for row in lengths])
+    x_BTD, weight_DW, history_BWD = leaves = inputs(2, 20)
+    got = short_conv(
+        x_BTD, weight_DW, seq=Layout.from_documents(document_BT), history_BWD=history_BWD, backend=backend
+    )
+    rows = []
+    for row, row_lengths in enumerate(lengths):
+        pasts = [history_BWD[row : row + 1]] + [torch.zeros(1, 3, 8, dtype=torch.float64)] * (len(row_lengths) - 1)
+        parts = zip(x_BTD[row : row + 1].split(row_lengths, dim=1), pasts, strict=True)
+        rows.append(torch.cat([torch_conv(part, weight_DW, past) for part, past in parts], dim=1))
+    assert_same_with_gradients(got, torch.cat(rows), leaves, 1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("start", [1, 4, 5, 6, 12])
+def test_a_document_sees_nothing_of_the_one_before_it(backend: str, start: int) -> None:
+    seq = Layout.from_documents((torch.arange(20) >= start).long()[None])
+    x_BTD, weight_DW, history_BWD = inputs(1, 20, torch.float32)
+    other_BTD = torch.where(torch.arange(20)[:, None] < start, float("nan"), x_BTD).detach().requires_grad_()
+    y_BTD, poisoned_BTD = (
+        short_conv(x, weight_DW, seq=seq, history_BWD=history_BWD, backend=backend)[:, start:]
+        for x in (x_BTD, other_BTD)
+    )
+    assert torch.equal(y_BTD, poisoned_BTD)
+    (d_x_BTD,) = torch.autograd.grad(y_BTD.sum(), x_BTD)
+    assert d_x_BTD[:, :start].abs().max() == 0
+    assert d_x_BTD[:, start:].abs().min() > 0
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("split", [1, 2, 3, 11, 19])
+def test_a_row_continued_from_its_history_equals_the_whole_row(backend: str, split: int) -> None:
+    x_BTD, weight_DW, history_BWD = inputs(2, 20, torch.float32)
+    whole_BTD = short_conv(x_BTD, weight_DW, history_BWD=history_BWD, backend=backend)
+    line_BSD = torch.cat([history_BWD, x_BTD], dim=1)
+    seq = Layout.continuing(torch.full((2,), split), torch.ones(2, 20 - split, dtype=torch.bool))
+    second_BTD = short_conv(
+        x_BTD[:, split:], weight_DW, seq=seq, history_BWD=line_BSD[:, split : split + 3], backend=backend
+    )
+    torch.testing.assert_close(second_BTD, whole_BTD[:, split:], atol=1e-6, rtol=1e-6)
+
+
+def test_bf16_stays_close_to_fp32() -> None:
+    x_BTD, weight_DW, _ = inputs(2, 30, torch.float32)
+    low_BTD = x_BTD.detach().bfloat16().requires_grad_()
+    exact_BTD = short_conv(low_BTD.float(), weight_DW, backend="reference")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y_BTD = short_conv(low_BTD, weight_DW, backend="torch")
+    assert y_BTD.dtype == torch.bfloat16
+    d_y = torch.randn_like(exact_BTD)
+    got = (y_BTD, *torch.autograd.grad(y_BTD, (low_BTD, weight_DW), d_y.bfloat16()))
+    expected = (exact_BTD, *torch.autograd.grad(exact_BTD, (low_BTD, weight_DW), d_y))
+    for mine, theirs in zip(got, expected, strict=True):
+        assert (mine.float() - theirs).norm() <= 1e-2 * theirs.norm()
+
+
+def test_takes_a_slice_of_a_wider_projection() -> None:
+    wide_BTE = torch.randn(2, 20, 24)
+    _, weight_DW, _ = inputs(1, 1, torch.float32)
+    x_BTD = wide_BTE[..., 8:16]
+    whole, sliced = (short_conv(x, weight_DW, backend="torch") for x in (x_BTD.contiguous(), x_BTD))
+    assert torch.equal(whole, sliced)
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    x_BTD, weight_DW, _ = inputs(1, 4)
+    with pytest.raises(UsageError, match="fla"):
+        short_conv(x_BTD, weight_DW, backend="fla")
