@@ -5,7 +5,6 @@ import io
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any, TypeVar, get_type_hints
 
 import tyro
@@ -49,7 +48,7 @@ def _check_names(cls: Any, argv: Sequence[str]) -> frozenset[str]:
     hints = get_type_hints(cls, include_extras=True)
     markers = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
     flags = [name for name in markers if Positional not in markers[name]]
-    negations = {f"no_{f.name}": f.name for f in fields(cls) if hints[f.name] is bool}
+    negations = {f"no_{name}": name for name, kind in get_type_hints(cls).items() if kind is bool}
     given: set[str] = set()
     for token in argv:
         written = token.partition("=")[0]

@@ -261,19 +261,21 @@ def _parse(text: Any, annotation: Any) -> Any:
 def field_docs(cls: type) -> dict[str, str]:
     """What the docstrings of a config and its bases say about each field, for --help.
 
-    Either `name: text` (several names with commas) at a line's start or after two spaces, or else the first clause
-    that mentions the name.
+    `name: text` (of several names: with commas) at the start of a line or sentence or after two spaces; else the first
+    unlabelled clause that has the name as a word, or any that has it in backticks; else nothing.
     """
     text = "  ".join(base.__doc__ or "" for base in cls.__mro__ if hasattr(base, "__dataclass_fields__"))
     names = [f.name for f in fields(cls)]
-    alternatives = "|".join(names)
-    starts = list(re.finditer(rf"(?:^ *|  )((?:{alternatives})(?:, (?:{alternatives}))*): ", text, re.MULTILINE))
+    name = "|".join(names)
+    starts = list(re.finditer(rf"(?:^ *|  |\. )((?:{name})(?:, (?:{name}))*): ", text, re.MULTILINE))
     ends = [start.start() for start in starts[1:]] + [len(text)]
     docs: dict[str, str] = {}
     for start, end in zip(starts, ends[: len(starts)], strict=True):
         said = " ".join(text[start.end() : end].split("\n\n")[0].split()).rstrip(".")
-        docs |= {name: said for name in start[1].split(", ") if name not in docs}
-    prose = [" ".join(clause.split()).rstrip(".") for clause in re.split(r"\.\s|;\s|\n\s*\n", text)]
-    clauses = [clause for clause in prose if ": " not in clause]
-    mentions = {name: [clause for clause in clauses if re.search(rf"\b{name}\b", clause)] for name in names}
-    return {name: docs.get(name) or next(iter(mentions[name]), "") for name in names}
+        docs = dict.fromkeys(start[1].split(", "), said) | docs
+    clauses = [" ".join(clause.split()).rstrip(".") for clause in re.split(r"\.\s|;\s|\n\s*\n", text)]
+    for field in names:
+        plain = (clause for clause in clauses if ": " not in clause and re.search(rf"\b{field}\b", clause))
+        quoted = (clause for clause in clauses if f"`{field}`" in clause)
+        docs.setdefault(field, next(plain, next(quoted, "")))
+    return docs

@@ -1,0 +1,149 @@
+"""Flags are the configs' own fields, and each changes exactly what it says."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from swamla.cli.flags import parse
+from swamla.cli.overrides import add_flags, flags
+from swamla.cli.run_config import read_recipe
+from swamla.config import field_types, to_plain
+from swamla.data.config import DataConfig
+from swamla.errors import ConfigError, UsageError
+from swamla.train.config import RunConfig, TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Nothing of its own."""
+
+
+def resolve(line: str, recipe: str = "quickstart") -> RunConfig:
+    arguments: Any
+    arguments, given = parse(add_flags(Arguments), line.split(), command="train")
+    return read_recipe(recipe, arguments, given)
+
+
+def differences(a: Any, b: Any, path: str = "") -> set[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return {d for key in a.keys() | b.keys() for d in differences(a.get(key), b.get(key), f"{path}.{key}")}
+    return set() if a == b else {path.removeprefix(".")}
+
+
+def changed(line: str) -> set[str]:
+    return differences(to_plain(resolve("")), to_plain(resolve(line)))
+
+
+def test_every_field_of_training_and_data_has_its_flag() -> None:
+    names = set(flags())
+    assert set(field_types(TrainConfig)) <= names
+    assert set(field_types(DataConfig)) - {"source"} | {"data"} <= names
+
+
+def test_every_flag_says_what_it_is_for_or_has_a_speaking_name() -> None:
+    unexplained = [name for name, flag in flags().items() if flag.field.startswith("train.") and not flag.help]
+    assert set(unexplained) <= {"optimizer", "log_interval", "seed"}
+
+
+@pytest.mark.parametrize(
+    ("line", "fields"),
+    [
+        ("--lr 1e-4", {"train.lr"}),
+        ("--steps 7 --max_minutes none", {"train.steps", "train.max_minutes"}),
+        ("--data notes.txt", {"data.source"}),
+        ("--tokenizer byte", {"data.tokenizer"}),
+        ("--width 512", {"model.width"}),
+        ("--no_tied_head", {"model.tied_head"}),
+        ("--no-tied-head", {"model.tied_head"}),
+        ("--adamw_betas 0.8,0.9", {"train.optimizer.betas"}),
+        ("--swa_window 99", {"model.blocks.swa.mixer.window"}),
+        ("--gdn_bias", None),
+        ("--dense_hidden 640", {f"model.blocks.{name}.ffn.hidden" for name in ("gdn", "swa", "mla")}),
+        ("--n_heads 2", {f"model.blocks.{name}.mixer.n_heads" for name in ("gdn", "swa", "mla")}),
+        ("--norm rmsnorm", set()),
+        ("", set()),
+    ],
+)
+def test_a_flag_changes_its_field_and_nothing_else(line: str, fields: set[str] | None) -> None:
+    if fields is None:
+        with pytest.raises(UsageError, match="unknown flag --gdn_bias"):
+            resolve(line)
+    else:
+        assert changed(line) == fields
+
+
+def test_another_kind_of_choice_takes_that_kinds_defaults() -> None:
+    train = resolve("--optimizer muon --muon_momentum 0.9 --lr 1e-2", "shakespeare-char").train
+    assert to_plain(train.optimizer) == {
+        "kind": "muon",
+        "momentum": 0.9,
+        **{k: v for k, v in to_plain(type(train.optimizer)()).items() if k not in ("kind", "momentum")},
+    }
+    assert resolve("--norm dyt").model.norm.kind == "dyt"
+
+
+def test_a_pattern_takes_blocks_and_mixers_and_drops_what_it_does_not_name() -> None:
+    model = resolve("--pattern 'swa,mha' --n_layers 5".replace("'", "")).model
+    assert model.pattern == ("swa", "mha", "swa", "mha", "swa")
+    assert set(model.blocks) == {"swa", "mha"}
+    assert model.blocks["mha"].mixer.n_heads == model.blocks["swa"].mixer.n_heads
+    assert model.blocks["swa"].mixer.window == resolve("").model.blocks["swa"].mixer.window
+
+
+def test_a_depth_repeats_or_cuts_the_recipes_pattern() -> None:
+    pattern = resolve("").model.pattern
+    assert resolve("--n_layers 6").model.pattern == (pattern * 2)[:6]
+    assert resolve("--n_layers 1").model.pattern == pattern[:1]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--lr -1", "train.lr = -1.0 (--lr): must be > 0"),
+        ("--lr 0", "train.lr = 0.0 (--lr): must be > 0"),
+        ("--lr nan", "train.lr = nan (--lr): must be a finite number"),
+        ("--lr 1e400", "train.lr = inf (--lr): must be a finite number"),
+        ("--lr fast", "train.lr = 'fast' (--lr): must be a number"),
+        ("--batch_size 1.5", "train.batch_size = '1.5' (--batch_size): must be a whole number"),
+        ("--steps 10 --warmup 11", "train.warmup = 11.0 (--warmup): must not exceed steps = 10"),
+        ("--accumulation 3", "train.accumulation = 3 (--accumulation): must divide batch_size"),
+        ("--keep_last 0", "train.keep_last = 0 (--keep_last): must be >= 1"),
+        ("--adamw_betas 0.9", "train.optimizer.betas = [0.9] (--adamw_betas): must have 2 items"),
+        ("--swa_window 0", "model.blocks.swa.mixer.window = 0 (--swa_window): must be > 0"),
+        ("--swa_sinks -1", "model.blocks.swa.mixer.sinks = -1 (--swa_sinks): must be >= 0"),
+        ("--precision fp8", "train.precision = 'fp8' (--precision): must be one of auto, fp32, bf16"),
+        ("--held_out_fraction 1", "data.held_out_fraction = 1.0 (--held_out_fraction): must be between 0 and 1"),
+        ("--tokenizer bpe:3", "data.tokenizer = 'bpe:3' (--tokenizer): vocabulary must be"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_field_and_flag(line: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(line)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--n_heads 3", "must divide the width 256"),
+        ("--mla_kv_lora_rank 300", "a rank larger than the width 256 compresses nothing"),
+        ("--n_layers 0", "--n_layers 0: must be a whole number > 0"),
+        ("--n_layers two", "--n_layers two: must be a whole number > 0"),
+        ("--pattern gdm", "--pattern: no block or mixer is called 'gdm'; there are: gdn, swa, mla, mha"),
+        ("--mha_bias", "--mha_bias: no block of the model has the mixer mha"),
+        ("--muon_momentum 0.5", "--muon_momentum: train.optimizer is adamw; add --optimizer muon"),
+        ("--swa_windw 3", "unknown flag --swa_windw; did you mean --swa_window?"),
+        ("--zzzzzzz 3", "unknown flag --zzzzzzz; --help lists all"),
+        ("--lr 1 --lr 2", "--lr is given twice"),
+        ("--lr=1 --lr 2", "--lr is given twice"),
+        ("--tied_head --no_tied_head", "--tied_head is given twice"),
+        ("--lr", "Missing value for argument '--lr'"),
+        ("stray", "Unrecognized options: stray"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_one_line(line: str, message: str) -> None:
+    with pytest.raises((ConfigError, UsageError)) as caught:
+        resolve(line)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

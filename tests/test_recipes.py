@@ -1,0 +1,64 @@
+"""The shipped recipes: each resolves, counts as it says, and rebuilds itself from what a run stores."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from swamla.config import from_plain, load_file, to_plain
+from swamla.errors import UsageError
+from swamla.model.accounting import count_parameters
+from swamla.recipes import recipe_names, recipe_path
+from swamla.train.config import RunConfig
+
+
+def read(name: str, vocab_size: int) -> RunConfig:
+    data, place = load_file(recipe_path(name))
+    data["model"]["vocab_size"] = vocab_size
+    return from_plain(RunConfig, data, origin=place)
+
+
+def test_both_recipes_are_shipped() -> None:
+    assert {"quickstart", "shakespeare-char"} <= set(recipe_names())
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_resolves_builds_and_comes_back_from_its_stored_form(name: str) -> None:
+    config = read(name, vocab_size=300)
+    assert from_plain(RunConfig, json.loads(json.dumps(to_plain(config)))) == config
+    built = sum(parameter.numel() for parameter in config.model.build().parameters())
+    assert built == count_parameters(config.model).total
+
+
+def test_quickstart_is_a_hybrid_of_three_mixers_and_three_to_five_million_parameters_with_a_time_budget() -> None:
+    config = read("quickstart", vocab_size=4096)
+    assert {block.mixer.kind for block in config.model.layers} == {"gdn", "swa", "mla"}
+    assert 3e6 <= count_parameters(config.model).total <= 5e6
+    assert config.train.max_minutes == 3
+    assert config.data.source == "stdlib"
+
+
+def test_shakespeare_char_has_nano_gpts_cpu_settings() -> None:
+    config = read("shakespeare-char", vocab_size=65)
+    model, train = config.model, config.train
+    assert (model.depth, model.width, model.learned_positions, model.dropout) == (4, 128, 64, 0.0)
+    assert {(block.mixer.kind, block.mixer.n_heads, block.mixer.rope) for block in model.layers} == {("mha", 4, None)}
+    assert (train.batch_size, train.block_size, train.steps, train.warmup) == (12, 64, 2000, 100)
+    assert (train.lr, train.lr * train.min_lr_ratio, train.optimizer.betas) == (1e-3, 1e-4, (0.9, 0.99))
+    # nanoGPT's count for these settings: 0.80 M, of which the positions are 8,192
+    assert count_parameters(model).total - 64 * 128 == 795_904
+
+
+def test_a_recipe_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match='no recipe of that name; did you mean "quickstart"'):
+        recipe_path("quikstart")
+    with pytest.raises(UsageError, match="there are: quickstart, shakespeare-char"):
+        recipe_path("zzz")
+    with pytest.raises(UsageError, match=r"gone\.toml: no such file"):
+        recipe_path(str(tmp_path / "gone.toml"))
+
+
+def test_a_users_own_file_is_a_recipe_too(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("")
+    assert recipe_path(str(file)) == file
