@@ -1,0 +1,24 @@
+"""Pure functions on tensors. Every op has a reference as close to its equation as code can be, and fast paths.
+
+One legend for shape suffixes: B batch, T time, S source time, D model width, H heads, G key heads, K key width,
+V value width (vocabulary in a head's weight), N rows, W convolution width, C chunk.
+"""
+
+from swamla.ops.attention import cached_attention, causal_attention, resolve_backend, windowed_attention
+from swamla.ops.cross_entropy import chunked_cross_entropy
+from swamla.ops.gated_delta import gated_delta_rule, gated_delta_step, l2_normalize
+from swamla.ops.layout import Layout
+from swamla.ops.short_conv import short_conv
+
+__all__ = [
+    "Layout",
+    "cached_attention",
+    "causal_attention",
+    "chunked_cross_entropy",
+    "gated_delta_rule",
+    "gated_delta_step",
+    "l2_normalize",
+    "resolve_backend",
+    "short_conv",
+    "windowed_attention",
+]

@@ -1,0 +1,122 @@
+"""Softmax attention of packed documents: causal, windowed with sinks, and of new tokens to a cache."""
+
+import torch
+from torch import Tensor
+
+from swamla.errors import MissingBackendError, UsageError, require
+from swamla.ops.attention.cached import attend_to_cache
+from swamla.ops.attention.causal import torch_causal_attention
+from swamla.ops.attention.flex import flex_attention
+from swamla.ops.attention.reference import allowed_mask, reference_attention
+from swamla.ops.attention.windowed import torch_windowed_attention
+from swamla.ops.layout import Layout
+
+__all__ = ["BACKENDS", "cached_attention", "causal_attention", "resolve_backend", "windowed_attention"]
+
+BACKENDS = ("auto", "reference", "torch", "flex")
+
+
+def resolve_backend(backend: str, device: torch.device | str) -> str:
+    """The backend that a name means on a device: "auto" is "flex" on CUDA and "torch" everywhere else.
+
+    Raises UsageError for an unknown name and MissingBackendError for "flex" without CUDA (FlexAttention has no
+    backward elsewhere).
+    """
+    if backend not in BACKENDS:
+        raise UsageError(f"backend = {backend!r}: attention has {', '.join(map(repr, BACKENDS))}")
+    cuda = torch.device(device).type == "cuda"
+    if backend == "auto":
+        return "flex" if cuda else "torch"
+    if backend == "flex" and not cuda:
+        raise MissingBackendError(f'backend = "flex" needs a CUDA device, these tensors are on {device}: use "torch"')
+    return backend
+
+
+def causal_attention(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, *, scale: float | None = None, backend: str = "auto"
+) -> Tensor:
+    """o (B, T, H, V): each token attends to its own document, up to itself.
+
+    G key heads serve H query heads (G divides H); the value width V may differ from K. scale: K^-½ unless given.
+    Padding gives finite outputs that mean nothing. Backends: see `resolve_backend`; "reference" writes out the mask.
+    Under autocast the inputs are cast to its dtype. Raises ConfigError for shapes that do not fit.
+    """
+    _check(q_BTHK, k_BTGK, v_BTGV, seq)
+    backend = resolve_backend(backend, q_BTHK.device)
+    q, k, v = _autocast(q_BTHK, k_BTGK, v_BTGV)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "reference":
+        return reference_attention(q, k, v, seq.table("causal mask", lambda: allowed_mask(seq)), scale=scale)
+    if backend == "flex":
+        return flex_attention(q, k, v, seq, window=None, sinks=0, scale=scale)
+    return torch_causal_attention(q, k, v, seq, scale=scale)
+
+
+def windowed_attention(
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGV: Tensor,
+    seq: Layout,
+    *,
+    window: int,
+    sinks: int,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """o (B, T, H, V): each token attends to its document's last `window` tokens, itself included, and first `sinks`.
+
+    Sliding windows: arXiv 2004.05150; sinks: arXiv 2309.17453. Everything else as `causal_attention`; time and memory
+    are linear in T, except on "reference".
+    """
+    _check(q_BTHK, k_BTGK, v_BTGV, seq)
+    require(window >= 1, "window", window, "must be >= 1, e.g. 256")
+    require(sinks >= 0, "sinks", sinks, "must be >= 0, e.g. 4")
+    backend = resolve_backend(backend, q_BTHK.device)
+    q, k, v = _autocast(q_BTHK, k_BTGK, v_BTGV)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "reference":
+        mask_BTS = seq.table(("windowed mask", window, sinks), lambda: allowed_mask(seq, window=window, sinks=sinks))
+        return reference_attention(q, k, v, mask_BTS, scale=scale)
+    if backend == "flex":
+        return flex_attention(q, k, v, seq, window=window, sinks=sinks, scale=scale)
+    return torch_windowed_attention(q, k, v, seq, window=window, sinks=sinks, scale=scale)
+
+
+def cached_attention(
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, allowed_BTS: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """o (B, T, H, V): T new tokens attend to the S held ones that the bool mask allows.
+
+    A query that may see nothing gives zeros. Keys that nobody may see must be finite. scale: K^-½ unless given.
+    """
+    _check_heads(q_BTHK, k_BSGK, v_BSGV)
+    expected = (*q_BTHK.shape[:2], k_BSGK.shape[1])
+    require(allowed_BTS.shape == expected, "allowed_BTS.shape", tuple(allowed_BTS.shape), f"must be {expected}")
+    q, k, v = _autocast(q_BTHK, k_BSGK, v_BSGV)
+    return attend_to_cache(q, k, v, allowed_BTS, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _check(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout) -> None:
+    _check_heads(q_BTHK, k_BTGK, v_BTGV)
+    for name, x in (("q", q_BTHK), ("k", k_BTGK), ("v", v_BTGV)):
+        require(x.shape[:2] == seq.shape, f"{name}.shape", tuple(x.shape), f"must begin with the layout's {seq.shape}")
+
+
+def _check_heads(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor) -> None:
+    heads, groups = q_BTHK.shape[2], k_BSGK.shape[2]
+    require(heads % groups == 0, "key heads", groups, f"must divide the {heads} query heads")
+    require(
+        v_BSGV.shape[:3] == k_BSGK.shape[:3], "v.shape", tuple(v_BSGV.shape), f"must begin as k's {tuple(k_BSGK.shape)}"
+    )
+    require(
+        q_BTHK.shape[3] == k_BSGK.shape[3], "q.shape", tuple(q_BTHK.shape), f"must end as k's {tuple(k_BSGK.shape)}"
+    )
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast does to PyTorch's own attention: fp32 inputs become its dtype, double stays."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)

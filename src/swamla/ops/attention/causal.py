@@ -1,0 +1,28 @@
+"""Causal attention by documents, on the backend "torch"."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from swamla.ops.attention.documents import each_document
+from swamla.ops.attention.tiled import tiled_attention
+from swamla.ops.layout import Layout
+
+
+def torch_causal_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, *, scale: float) -> Tensor:
+    """Each token attends to its document up to itself: (B, T, H, V), time quadratic in a document's length."""
+    # On CPUs, PyTorch's own kernel wants one width for keys and values, and gains nothing from bf16.
+    own = q_BTHK.device.type == "cpu" and (q_BTHK.dtype == torch.bfloat16 or k_BTGK.shape[-1] != v_BTGV.shape[-1])
+    return each_document(partial(_tiled if own else _fused, scale=scale), q_BTHK, k_BTGK, v_BTGV, seq)
+
+
+def _tiled(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *, scale: float) -> Tensor:
+    return tiled_attention(q_BTHK, k_BTGK, v_BTGV, window=q_BTHK.shape[1], sinks=0, scale=scale)
+
+
+def _fused(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *, scale: float) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGV))
+    grouped = q.shape[1] != k.shape[1]
+    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)

@@ -1,0 +1,40 @@
+"""Softmax attention with its mask written out: what every fast path is tested against."""
+
+import torch
+from torch import Tensor
+
+from swamla.ops.layout import Layout
+
+
+def allowed_mask(seq: Layout, *, window: int | None = None, sinks: int = 0) -> Tensor:
+    """(B, T, S) bool: same document, not in the future, and within the window or among the document's first tokens.
+
+        allowed(t, s) = same document ∧ s ≤ t ∧ (t − s < window ∨ pos(s) < sinks)       window None: no limit
+
+    A document is known by where it begins, so an id that comes back later in the row is another document.
+    """
+    index_T = torch.arange(seq.shape[1], device=seq.position_BT.device)
+    begin_BT = index_T - seq.position_BT
+    distance_TS = index_T[:, None] - index_T
+    allowed_BTS = (begin_BT[:, :, None] == begin_BT[:, None, :]) & (distance_TS >= 0)
+    if window is None:
+        return allowed_BTS
+    return allowed_BTS & ((distance_TS < window) | (seq.position_BT < sinks)[:, None, :])
+
+
+def reference_attention(
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, allowed_BTS: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """o = softmax(scale · q kᵀ) v over the allowed, computed in fp32 (double for double), in q's dtype: (B, T, H, V).
+
+    Every query must be allowed at least one key. Key head g serves the H/G query heads from g·H/G on. scale: K^-½.
+    """
+    dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
+    shared = q_BTHK.shape[2] // k_BSGK.shape[2]
+    scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
+    with torch.autocast(q_BTHK.device.type, enabled=False):
+        k_BSHK = k_BSGK.to(dtype).repeat_interleave(shared, dim=2)
+        v_BSHV = v_BSGV.to(dtype).repeat_interleave(shared, dim=2)
+        score_BHTS = scale * torch.einsum("bthk,bshk->bhts", q_BTHK.to(dtype), k_BSHK)
+        weight_BHTS = score_BHTS.masked_fill(~allowed_BTS[:, None], float("-inf")).softmax(dim=-1)
+        return torch.einsum("bhts,bshv->bthv", weight_BHTS, v_BSHV).to(q_BTHK.dtype)

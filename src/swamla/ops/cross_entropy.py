@@ -1,0 +1,93 @@
+"""Cross-entropy of a language model's head without ever holding all of its logits."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from swamla.errors import DataError, require
+
+LOGITS = 4_000_000  # of one chunk, in elements: 16 MB in fp32
+
+
+def chunked_cross_entropy(
+    x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, chunk: int | None = None, ignore: int = -100
+) -> Tensor:
+    """Sum over the labels other than `ignore` of −log softmax(x Wᵀ)[label]: nats, an fp32 scalar (double for double).
+
+    Logits are made `chunk` rows at a time (by default as many as give a few million) and turned into gradients on the
+    spot, so none is kept and none is computed twice. Under autocast the products are in its dtype; softmax and the
+    sum over chunks of the weight's gradient are in fp32. No labels at all give 0 and zero gradients. First derivatives
+    only. Raises DataError for a label outside the vocabulary.
+    """
+    require(chunk is None or chunk >= 1, "chunk", chunk, "must be >= 1, e.g. 1024")
+    _check_labels(labels_N, weight_VD.shape[0], ignore)
+    rows = chunk or max(16, LOGITS // weight_VD.shape[0])
+    return _ChunkedCrossEntropy.apply(x_ND, weight_VD, labels_N, rows, ignore)
+
+
+def _check_labels(labels_N: Tensor, vocabulary: int, ignore: int) -> None:
+    if labels_N.is_cuda:  # reading them back would stall the device, whose own kernels assert the range
+        return
+    wrong_N = ((labels_N < 0) | (labels_N >= vocabulary)) & (labels_N != ignore)
+    if wrong_N.any():
+        row = int(wrong_N.nonzero()[0])
+        raise DataError(
+            f"label {int(labels_N[row])} at row {row}: must be in [0, {vocabulary}), or {ignore} for no loss"
+        )
+
+
+def _product_dtype(x_ND: Tensor) -> torch.dtype:
+    """The dtype that autocast would give to the product, or x's own."""
+    device = x_ND.device.type
+    if torch.is_autocast_enabled(device) and x_ND.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x_ND.dtype
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, rows: int, ignore: int) -> Tensor:
+        dtype = _product_dtype(x_ND)
+        sums = torch.promote_types(dtype, torch.float32)
+        w_VD = weight_VD.to(dtype)
+        total = x_ND.new_zeros((), dtype=sums)
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        dx_ND = torch.empty_like(x_ND) if need_x else None
+        dw_VD = torch.zeros_like(weight_VD, dtype=sums) if need_weight else None
+        with torch.autocast(x_ND.device.type, enabled=False):
+            for start in range(0, x_ND.shape[0], rows):
+                part = slice(start, start + rows)
+                x_CD, labels_C = x_ND[part].to(dtype), labels_N[part]
+                counts_C = labels_C != ignore
+                target_C1 = labels_C.where(counts_C, 0)[:, None]
+                p_CV = (x_CD @ w_VD.mT).to(sums)
+                logit_C = p_CV.gather(1, target_C1)[:, 0]
+                logsumexp_C = p_CV.logsumexp(dim=1)
+                total += (logsumexp_C - logit_C).where(counts_C, 0).sum()
+                if dx_ND is None and dw_VD is None:
+                    continue
+                d_CV = _grad_logits(p_CV, logsumexp_C, target_C1, counts_C).to(dtype)
+                if dx_ND is not None:
+                    dx_ND[part] = d_CV @ w_VD
+                if dw_VD is not None:
+                    dw_VD += d_CV.mT @ x_CD
+        ctx.save_for_backward(dx_ND, dw_VD)
+        ctx.weight_dtype = weight_VD.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        dx_ND, dw_VD = ctx.saved_tensors
+        dx_ND = None if dx_ND is None else dx_ND * upstream.to(dx_ND.dtype)
+        dw_VD = None if dw_VD is None else (dw_VD * upstream).to(ctx.weight_dtype)
+        return dx_ND, dw_VD, None, None, None
+
+
+def _grad_logits(p_CV: Tensor, logsumexp_C: Tensor, target_C1: Tensor, counts_C: Tensor) -> Tensor:
+    """softmax − one-hot, zero in rows without a label; overwrites the logits."""
+    p_CV.sub_(logsumexp_C[:, None]).exp_()
+    p_CV.scatter_add_(1, target_C1, torch.full_like(target_C1, -1, dtype=p_CV.dtype))
+    return p_CV.mul_(counts_C[:, None])
