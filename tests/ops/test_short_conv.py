@@ -54,9 +54,7 @@ def test_packed_documents_equal_each_computed_alone(backend: str) -> None:
     lengths = [[1, 1, 2, 3, 9, 4], [7, 5, 1, 4, 3]]
     document_BT = torch.tensor([[i for i, n in enumerate(row) for _ in range(n)] for row in lengths])
     x_BTD, weight_DW, history_BWD = leaves = inputs(2, 20)
-    got = short_conv(
-        x_BTD, weight_DW, seq=Layout.from_documents(document_BT), history_BWD=history_BWD, backend=backend
-    )
+    got = short_conv(x_BTD, weight_DW, seq=Layout.from_documents(document_BT), history_BWD=history_BWD, backend=backend)
     rows = []
     for row, row_lengths in enumerate(lengths):
         pasts = [history_BWD[row : row + 1]] + [torch.zeros(1, 3, 8, dtype=torch.float64)] * (len(row_lengths) - 1)

@@ -132,7 +132,9 @@ class _ShortConv(torch.autograd.Function):
         after_WD = weight_WD.new_zeros(taps - 1, x_ND.shape[-1])  # first gradients of the block that follows
         for start, stop in reversed(_blocks(x_ND)):
             past_SD = _with_past(x_ND, start, stop, weight_WD)
-            d_conv_CD = _silu_backward(dy_ND[start:stop], _convolve(past_SD, weight_WD)).mul_(edges.inner_N1[start:stop])
+            d_conv_CD = _silu_backward(dy_ND[start:stop], _convolve(past_SD, weight_WD)).mul_(
+                edges.inner_N1[start:stop]
+            )
             for tap in range(taps):
                 d_weight_WD[tap] += (d_conv_CD * past_SD[tap : tap + stop - start]).sum(0)
             future_SD = torch.cat([d_conv_CD, after_WD])

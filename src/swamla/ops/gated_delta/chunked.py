@@ -77,7 +77,9 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
             u_NXCV, state_NXKV = _run_states(chunks, initial_state_BHKV.flatten(0, 1))
             do_NXCV = _to_chunks(do_BTHV, ctx.chunk) * ctx.scale
             d_u_NXCV, d_state_NXKV = _run_states_backward(chunks, do_NXCV, d_final_BHKV.flatten(0, 1))
-            d_q, d_k, d_v, d_log_alpha, d_beta = _gradients(chunks, u_NXCV, state_NXKV, do_NXCV, d_u_NXCV, d_state_NXKV)
+            d_q, d_k, d_v, d_log_alpha, d_beta = _gradients(
+                chunks, u_NXCV, state_NXKV, do_NXCV, d_u_NXCV, d_state_NXKV, ctx.masks
+            )
             return (
                 _from_chunks(d_q, q_BTHK),
                 _from_chunks(d_k, k_BTHK),
@@ -123,7 +125,7 @@ def _prepare(
 ) -> _Chunks:
     q_NXCK, k_NXCK, v_NXCV = (_to_chunks(x, chunk) for x in (q_BTHK, k_BTHK, v_BTHV))
     beta_NXC1, log_alpha_NXC1 = (_to_chunks(x[..., None], chunk) for x in (beta_BTH, log_alpha_BTH))
-    decay_NXCC, read_NXC1, write_NXC1, keep_NX11 = _decays(log_alpha_NXC1, masks, k_BTHK.shape[2])
+    decay_NXCC, read_NXC1, write_NXC1, keep_NX11 = _decays(log_alpha_NXC1, masks)
     system_NXCC = (k_NXCK @ k_NXCK.mT * decay_NXCC).mul_(beta_NXC1)
     identity_CC = torch.eye(chunk, dtype=system_NXCC.dtype, device=system_NXCC.device)
     solve_NXCC = torch.linalg.solve_triangular(
@@ -144,7 +146,7 @@ def _prepare(
     )
 
 
-def _decays(log_alpha_NXC1: Tensor, masks: ChunkMasks | None, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _decays(log_alpha_NXC1: Tensor, masks: ChunkMasks | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """D (N, X, C, C), the read and write weights (N, X, C, 1) and the keep weight (N, X, 1, 1)."""
     # In double: a difference of two large sums would lose the small gates that lie between two forgetful tokens.
     total_NXC1 = log_alpha_NXC1.double().cumsum(dim=2)
@@ -156,15 +158,17 @@ def _decays(log_alpha_NXC1: Tensor, masks: ChunkMasks | None, heads: int) -> tup
     if masks is None:
         return decay_NXCC, read_NXC1, write_NXC1, keep_NX11
 
-    def within_document(weight: Tensor, same: Tensor) -> Tensor:
-        return (weight.unflatten(1, (-1, heads)) * same).flatten(1, 2)
-
     return (
-        within_document(decay_NXCC, masks.same_NB1CC),
-        within_document(read_NXC1, masks.reads_NB1C1),
-        within_document(write_NXC1, masks.writes_NB1C1),
-        within_document(keep_NX11, masks.keeps_NB111),
+        _within_document(decay_NXCC, masks.same_NB1CC),
+        _within_document(read_NXC1, masks.reads_NB1C1),
+        _within_document(write_NXC1, masks.writes_NB1C1),
+        _within_document(keep_NX11, masks.keeps_NB111),
     )
+
+
+def _within_document(weight: Tensor, same: Tensor) -> Tensor:
+    """Weights (N, X, …) times a mask (N, B, 1, …)."""
+    return (weight.unflatten(1, (same.shape[1], -1)) * same).flatten(1, 2)
 
 
 def _run_states(chunks: _Chunks, initial_XKV: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,7 +212,13 @@ def _run_states_backward(chunks: _Chunks, do_NXCV: Tensor, d_final_XKV: Tensor) 
 
 
 def _gradients(
-    chunks: _Chunks, u_NXCV: Tensor, state_NXKV: Tensor, do_NXCV: Tensor, d_u_NXCV: Tensor, d_state_NXKV: Tensor
+    chunks: _Chunks,
+    u_NXCV: Tensor,
+    state_NXKV: Tensor,
+    do_NXCV: Tensor,
+    d_u_NXCV: Tensor,
+    d_state_NXKV: Tensor,
+    masks: ChunkMasks | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k (N, X, C, K), v (N, X, C, V), log alpha and beta (N, X, C), all chunks at once."""
     dtype, q_NXCK, k_NXCK = chunks.dtype, chunks.q_NXCK, chunks.k_NXCK
@@ -237,8 +247,17 @@ def _gradients(
     d_total_NXC = (d_q_NXCK * q_NXCK).sum(-1) + ((d_key_NXCK - d_written_NXCK) * k_NXCK).sum(-1)
     d_kept_NX = (state_NXKV[:-1] * d_state_NXKV[1:]).sum((-2, -1)) * chunks.keep_NX11[..., 0, 0]
     d_total_NXC[..., -1] += d_carried_NX + d_kept_NX
-    d_log_alpha_NXC = d_total_NXC.flip(-1).cumsum(-1).flip(-1)
+    d_log_alpha_NXC = _sum_of_later(d_total_NXC, masks)
     return d_q_NXCK, d_key_NXCK.add_(d_written_NXCK), d_error_NXCV * chunks.beta_NXC1, d_log_alpha_NXC, d_beta_NXC
+
+
+def _sum_of_later(x_NXC: Tensor, masks: ChunkMasks | None) -> Tensor:
+    """For each token, the sum of x over itself and the later tokens of its chunk and document."""
+    if masks is None:
+        return x_NXC.flip(-1).cumsum(-1).flip(-1)
+    # A cumulative sum would carry the rounding errors of one document into those before it.
+    x_NBHC = x_NXC.unflatten(1, (masks.same_NB1CC.shape[1], -1))
+    return (x_NBHC @ masks.same_NB1CC[:, :, 0].to(x_NXC.dtype)).flatten(1, 2)
 
 
 def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,9 +12,9 @@ from swamla.ops.layout import PADDING, Layout
 
 @dataclass(frozen=True)
 class ChunkMasks:
-    """Which document each token of a chunk shares with what it could read from, as booleans that broadcast over heads.
+    """Which document each token of a chunk shares with what it could read from; zeros and ones, equal for all heads.
 
-    same_NB1CC: two tokens of a chunk share a document.  reads_NB1C1: a token's document is that of the state carried
+    same_NB1CC: a token (row) and one not after it (column) share a document.  reads_NB1C1: a token's document is that of the state carried
     into its chunk.  writes_NB1C1: it is that of the state carried out.  keeps_NB111: those two are the same.
     """
 
@@ -59,7 +59,7 @@ def _masks(ordinal_BT: Tensor, chunk: int) -> ChunkMasks:
     leaving_NB1 = ordinal_NBC[..., -1:]
     entering_NB1 = torch.cat([torch.zeros_like(leaving_NB1[:1]), leaving_NB1[:-1]])
     return ChunkMasks(
-        same_NB1CC=(ordinal_NBC[..., :, None] == ordinal_NBC[..., None, :])[:, :, None],
+        same_NB1CC=(ordinal_NBC[..., :, None] == ordinal_NBC[..., None, :]).float().tril()[:, :, None],
         reads_NB1C1=(ordinal_NBC == entering_NB1)[:, :, None, :, None],
         writes_NB1C1=(ordinal_NBC == leaving_NB1)[:, :, None, :, None],
         keeps_NB111=(entering_NB1 == leaving_NB1)[:, :, None, :, None],

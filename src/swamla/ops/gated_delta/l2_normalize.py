@@ -1,7 +1,32 @@
 """Queries and keys of unit length."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
-    return x * (x * x).sum(-1, keepdim=True).add(eps).rsqrt()
+    """x / sqrt(sum x² + eps) over the last dimension, as Qwen3-Next does; computed in fp32, returned in x's dtype."""
+    return _L2Normalize.apply(x, eps)
+
+
+class _L2Normalize(torch.autograd.Function):
+    """By hand, because autograd would keep three tensors of x's size and cross memory twice as often."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().add_(eps).rsqrt_()
+        ctx.save_for_backward(x, inverse)
+        return (wide * inverse).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        x, inverse = ctx.saved_tensors
+        unit = x.to(inverse.dtype) * inverse
+        dy_wide = dy.to(unit.dtype)
+        along = (dy_wide * unit).sum(-1, keepdim=True)
+        return torch.addcmul(dy_wide, unit, along, value=-1).mul_(inverse).to(x.dtype), None
