@@ -21,7 +21,7 @@ from swamla.train.plot import plot_losses
 from swamla.train.precision import autocast
 from swamla.train.run_folder import open_run
 from swamla.train.signals import StopRequest
-from swamla.train.state import TrainState
+from swamla.train.state import TrainState, generator_states, set_generator_states
 from swamla.train.tracking import Display, Metrics, make_display
 
 MAX_SKIPPED_IN_A_ROW = 20
@@ -73,7 +73,9 @@ def train(
         loop = _Loop(config, run_dir, dataset, state, evaluate, metrics, display)
         loop.announce(resume)
         if on_start is not None:
+            generators = generator_states()
             on_start(state)
+            set_generator_states(generators)  # whatever it drew, the run is the same
         try:
             loop.run(stop)
         finally:
@@ -160,7 +162,7 @@ class _Loop:
             self.step(progress)
             if self.evaluation_is_due():
                 self.evaluate_now()
-            if self.config.save_interval and self.state.step % self.config.save_interval == 0:
+            if self.save_is_due():
                 self.save()
         if self.state.evaluated_step != self.state.step:
             self.evaluate_now()
@@ -234,6 +236,11 @@ class _Loop:
         by_step = config.eval_interval is not None and state.step % config.eval_interval == 0
         by_time = config.eval_seconds is not None and state.seconds - state.evaluated_at >= config.eval_seconds
         return by_step or by_time
+
+    def save_is_due(self) -> bool:
+        """By the number of steps; never amid skipped steps, so that the last checkpoint of a run that ends is good."""
+        interval, state = self.config.save_interval, self.state
+        return interval is not None and state.step % interval == 0 and state.skipped_in_a_row == 0
 
     def evaluate_now(self) -> None:
         """Evaluate, tell, and keep the state if it is the best so far."""

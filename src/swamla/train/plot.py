@@ -28,7 +28,7 @@ def plot_losses(metrics_file: Path, picture: Path, *, title: str, bits_per_nat: 
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="#dd8452", markersize=4, linewidth=1.4, label="held out")
     axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
-    right = axes.secondary_yaxis("right", functions=(lambda y: y * bits_per_nat, lambda y: y / bits_per_nat))
+    right = axes.secondary_yaxis("right", functions=(lambda y: y * bits_per_nat, lambda y: y * (1 / bits_per_nat)))
     right.set_ylabel("bits per byte")
     axes.grid(alpha=0.25)
     axes.spines[["top"]].set_visible(False)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from swamla.errors import require
-from swamla.train.optim.named import NamedOptimizer, NamedParameters, decay_groups, named_parameters
+from swamla.train.optim.named import NamedOptimizer, NamedParameters, Part, decay_groups, named_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,8 @@ def check_adam(betas: tuple[float, float], eps: float) -> None:
     require(eps > 0, "eps", eps, "must be > 0, e.g. 1e-8")
 
 
-def adamw(
-    parameters: NamedParameters, lr: float, weight_decay: float, betas: tuple[float, float], eps: float
-) -> torch.optim.AdamW:
+def adamw(parameters: NamedParameters, lr: float, weight_decay: float, betas: tuple[float, float], eps: float) -> Part:
     """torch's fused AdamW with decay on matrices only; CPU and CUDA both have the fused kernel, bit-deterministic."""
-    return torch.optim.AdamW(decay_groups(parameters, weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
+    groups = decay_groups(parameters, weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    return Part(optimizer, frozenset({"step", "exp_avg", "exp_avg_sq"}))

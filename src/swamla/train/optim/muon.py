@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from swamla.errors import require
 from swamla.train.optim.adamw import adamw, check_adam
-from swamla.train.optim.named import EMBEDDINGS, NamedOptimizer, named_parameters
+from swamla.train.optim.named import EMBEDDINGS, NamedOptimizer, Part, named_parameters
 from swamla.train.precision import bf16_is_fast
 
 # Of the quintic x -> ax + bx³ + cx⁵ whose slope at 0 is largest; singular values end between 0.7 and 1.2.
@@ -44,12 +44,12 @@ class MuonConfig:
         parameters = named_parameters(model)
         hidden = [p for name, p in parameters if is_hidden_matrix(name, p)]
         others = [(name, p) for name, p in parameters if not is_hidden_matrix(name, p)]
-        parts: list[torch.optim.Optimizer] = []
+        parts = []
         if others:
             parts.append(adamw(others, lr, weight_decay, self.betas, self.eps))
         if hidden:
-            settings = {"weight_decay": weight_decay, "momentum": self.momentum, "iterations": self.iterations}
-            parts.append(Muon(hidden, lr=lr, **settings))
+            muon = Muon(hidden, lr=lr, weight_decay=weight_decay, momentum=self.momentum, iterations=self.iterations)
+            parts.append(Part(muon, frozenset({"momentum_buffer"})))
         return NamedOptimizer(parts, parameters)
 
 
@@ -71,13 +71,12 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every matrix that has a gradient. `closure` is not used."""
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+            params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
             if params:
-                self._update(group, params)
+                self._update(group, params, [p.grad for p in params if p.grad is not None])
 
-    def _update(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         momentum, lr = group["momentum"], group["lr"]
-        grads = [p.grad for p in params]
         buffers = [self._buffer(p) for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         updates = orthogonalise_all(torch._foreach_lerp(grads, buffers, momentum), group["iterations"])
@@ -85,14 +84,14 @@ class Muon(torch.optim.Optimizer):
         for p, update in zip(params, updates, strict=True):
             p.add_(update, alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
 
-    def _buffer(self, p: nn.Parameter) -> Tensor:
+    def _buffer(self, p: Tensor) -> Tensor:
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
         return state["momentum_buffer"]
 
 
-def orthogonalise_all(matrices: list[Tensor], iterations: int) -> list[Tensor]:
+def orthogonalise_all(matrices: Sequence[Tensor], iterations: int) -> list[Tensor]:
     """`orthogonalise` each matrix; those whose sides are the same two numbers, either way round, go as one stack."""
     stacks: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for index, matrix in enumerate(matrices):

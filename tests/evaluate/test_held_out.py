@@ -1,0 +1,123 @@
+"""Held-out loss, perplexity and bits per byte are what their definitions say."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from swamla.data.packing import Batch
+from swamla.errors import DataError
+from swamla.evaluate import Evaluation, evaluate, evaluate_split
+from swamla.model.block import BlockConfig
+from swamla.model.config import LanguageModelConfig
+from swamla.model.ffns.dense import DenseConfig
+from swamla.model.mixers.mha import MHAConfig
+from swamla.ops.layout import Layout
+
+VOCABULARY, EOS = 11, 10
+
+
+@dataclass
+class Documents:
+    """A split held in memory."""
+
+    texts: list[list[int]]
+
+    @property
+    def n_documents(self) -> int:
+        return len(self.texts)
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def n_bytes(self) -> int:
+        return 3 * self.n_tokens
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.asarray([len(t) for t in self.texts], dtype=np.int64)
+
+    def document(self, i: int) -> np.ndarray:
+        return np.asarray(self.texts[i], dtype=np.uint16)
+
+
+SPLIT = Documents([[1, 2, 3, 4, 5], [6], [7, 8, 9, 1, 2, 3, 4, 5, 6, 7, 8], [2, 2]])
+
+
+@pytest.fixture
+def model():
+    block = BlockConfig(mixer=MHAConfig(n_heads=2), ffn=DenseConfig(hidden=32))
+    torch.manual_seed(0)
+    return LanguageModelConfig(
+        vocab_size=VOCABULARY, width=16, blocks={"mha": block}, pattern=("mha",), dropout=0.3, init_std=0.3
+    ).build()
+
+
+def by_hand(model, split):
+    """Total nats, document by document."""
+    model.eval()
+    nats = 0.0
+    for text in split.texts:
+        logits = model(torch.tensor([[EOS, *text]]))
+        nats += torch.nn.functional.cross_entropy(logits[0], torch.tensor([*text, EOS]), reduction="sum").item()
+    return nats
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_each_token_and_each_end_counts_once_as_if_documents_were_read_alone(model, batch_size):
+    found = evaluate_split(model, SPLIT, eos_id=EOS, block_size=64, batch_size=batch_size)
+    nats = by_hand(model, SPLIT)
+    assert found.tokens == 19 + 4
+    assert found.loss == pytest.approx(nats / 23, rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(nats / 23), rel=1e-5)
+    assert found.bytes == 57
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / 57, rel=1e-5)
+
+
+def test_batches_do_not_change_the_result(model):
+    a, b = (evaluate_split(model, SPLIT, eos_id=EOS, block_size=4, batch_size=n) for n in (1, 4))
+    assert a.tokens == b.tokens == 23
+    assert a.loss == pytest.approx(b.loss, rel=1e-6)
+
+
+def test_a_limit_reads_less_and_counts_its_share_of_bytes(model):
+    found = evaluate_split(model, SPLIT, eos_id=EOS, block_size=4, batch_size=1, max_tokens=8)
+    assert found.tokens == 8
+    assert found.bytes == pytest.approx(57 * 8 / 23)
+
+
+def test_dropout_is_off_and_the_mode_is_put_back(model):
+    for mode in (True, False):
+        model.train(mode)
+        first = evaluate_split(model, SPLIT, eos_id=EOS, block_size=8, batch_size=2)
+        assert first == evaluate_split(model, SPLIT, eos_id=EOS, block_size=8, batch_size=2)
+        assert model.training is mode
+
+
+def test_padding_and_labels_without_loss_do_not_count(model):
+    tokens = torch.tensor([[EOS, 1, 2, 0]])
+    batch = Batch(
+        tokens_BT=tokens, labels_BT=torch.tensor([[1, -100, EOS, -100]]), document_BT=torch.tensor([[0, 0, 0, -1]])
+    )
+    found = evaluate(model, [batch], bytes_per_label=1.0)
+    logits = model.eval()(tokens[:, :3], Layout.one_document_per_row(1, 3))[0].log_softmax(-1)
+    assert found.tokens == 2
+    assert found.loss == pytest.approx(-(logits[0, 1] + logits[2, EOS]).item() / 2, rel=1e-5)
+
+
+def test_nothing_to_evaluate_is_an_error(model):
+    with pytest.raises(DataError, match="held-out split has no documents"):
+        evaluate_split(model, Documents([]), eos_id=EOS, block_size=4, batch_size=1)
+    with pytest.raises(DataError, match="nothing to evaluate"):
+        evaluate(model, [], bytes_per_label=1.0)
+
+
+def test_the_figures_by_name_and_a_loss_beyond_exp():
+    found = Evaluation(loss=800.0, tokens=2, bytes=4).as_dict()
+    assert found["perplexity"] == math.inf
+    assert found["bits_per_byte"] == pytest.approx(800 * 2 / 4 / math.log(2))
+    assert set(found) == {"loss", "perplexity", "bits_per_byte", "tokens", "bytes"}

@@ -1,0 +1,13 @@
+"""One tiny dataset for all tests of training."""
+
+import pytest
+
+from swamla.data.prepare import Dataset
+
+from .helpers import tiny_dataset
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Dataset:
+    """Prepared once."""
+    return tiny_dataset(tmp_path_factory.mktemp("tiny"))

@@ -1,0 +1,77 @@
+"""What the tests of training share: a tiny run on a tiny text."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from swamla.data.config import DataConfig
+from swamla.data.prepare import Dataset, prepare
+from swamla.evaluate import evaluate_split
+from swamla.model.block import BlockConfig
+from swamla.model.config import LanguageModelConfig
+from swamla.model.ffns.dense import DenseConfig
+from swamla.model.language_model import LanguageModel
+from swamla.model.mixers.mha import MHAConfig
+from swamla.train import RunConfig, TrainConfig, TrainState, train
+from swamla.train.tracking import read_metrics
+
+BLOCK = BlockConfig(mixer=MHAConfig(n_heads=2), ffn=DenseConfig(hidden=32))
+# Dropout draws from torch's generator at every step: a resumed run that forgot its state would be found out.
+MODEL = LanguageModelConfig(width=16, blocks={"mha": BLOCK}, pattern=("mha",), dropout=0.1)
+
+
+def tiny_dataset(folder: Path) -> Dataset:
+    """Twenty documents of a few hundred bytes."""
+    documents = folder / "documents"
+    documents.mkdir(parents=True, exist_ok=True)
+    for i in range(20):
+        text = " ".join(f"{word} {(i * 7 + n) % 31}" for n, word in enumerate(["the", "cat", "sat", "on", "mats"] * 12))
+        (documents / f"{i}.txt").write_text(text)
+    source = DataConfig(source=str(documents), tokenizer="byte", held_out_fraction=0.2, cache_dir=str(folder / "cache"))
+    return prepare(source)
+
+
+def tiny_config(**settings: Any) -> RunConfig:
+    """Six steps of four rows of 32 bytes, everything logged, in fp32."""
+    defaults: dict[str, Any] = {
+        "batch_size": 4,
+        "block_size": 32,
+        "lr": 1e-2,
+        "precision": "fp32",
+        "device": "cpu",
+        "eval_interval": None,
+        "save_interval": None,
+        "log_interval": 1,
+    }
+    if "max_minutes" not in settings:
+        defaults["steps"] = 6
+    return RunConfig(model=MODEL, data=DataConfig(), train=TrainConfig(**(defaults | settings)))
+
+
+def held_out(dataset: Dataset) -> Callable[[LanguageModel], dict[str, float]]:
+    """The validation of a run on `dataset`."""
+
+    def score(model: LanguageModel) -> dict[str, float]:
+        eos_id = dataset.tokenizer.eos_id
+        return evaluate_split(model, dataset.held_out, eos_id=eos_id, block_size=32, batch_size=8).as_dict()
+
+    return score
+
+
+def run(config: RunConfig, run_dir: Path, dataset: Dataset, **options: Any) -> TrainState:
+    """Train without printing."""
+    return train(config, run_dir, dataset=dataset, console=Console(file=io.StringIO()), **options)
+
+
+def losses(run_dir: Path) -> list[tuple[int, float]]:
+    """(step, training loss) of every record."""
+    return [(r["step"], r["loss"]) for r in read_metrics(run_dir / "metrics.jsonl") if "loss" in r]
+
+
+def weights(state: TrainState) -> dict[str, torch.Tensor]:
+    """A copy of the weights."""
+    return {name: p.detach().clone() for name, p in state.model.named_parameters()}

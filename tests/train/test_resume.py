@@ -1,0 +1,165 @@
+"""A run interrupted anywhere and resumed is, to the bit, the run that was never interrupted."""
+
+import json
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from swamla.errors import ConfigError, CorruptError, DataError, Interrupted, UsageError
+from swamla.train import loop as loop_module
+from swamla.train.optim import AdamWConfig, MuonConfig
+from swamla.train.state import generator_states, set_generator_states
+
+from .helpers import held_out, losses, run, tiny_config, weights
+
+
+def stop_after(monkeypatch, step, number=signal.SIGTERM):
+    """Let the process receive a signal in the middle of step `step`."""
+    real = loop_module.training_step
+
+    def stopped(state, *args):
+        if state.step + 1 == step:
+            os.kill(os.getpid(), number)
+        return real(state, *args)
+
+    monkeypatch.setattr(loop_module, "training_step", stopped)
+
+
+@pytest.fixture(scope="module")
+def whole(dataset, tmp_path_factory):
+    """Uninterrupted runs by optimizer: (losses, weights, samples read)."""
+
+    def make(optimizer):
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        state = run(tiny_config(accumulation=2, optimizer=optimizer), folder, dataset, evaluate=held_out(dataset))
+        return losses(folder), weights(state), state.sample, state.best_loss
+
+    return {type(o): make(o) for o in (AdamWConfig(), MuonConfig())}
+
+
+@pytest.mark.parametrize("optimizer", [AdamWConfig(), MuonConfig()])
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_resumed_losses_samples_and_weights_are_the_uninterrupted_ones(
+    tmp_path, monkeypatch, dataset, whole, step, optimizer
+):
+    config = tiny_config(accumulation=2, optimizer=optimizer)
+    with monkeypatch.context() as patch:
+        stop_after(patch, step)
+        with pytest.raises(Interrupted) as caught:
+            run(config, tmp_path / "run", dataset, evaluate=held_out(dataset))
+    assert caught.value.exit_status == 75
+    assert losses(tmp_path / "run")[-1][0] == step
+    torch.manual_seed(99), random.seed(99), np.random.seed(99)
+    state = run(config, tmp_path / "run", dataset, evaluate=held_out(dataset), resume=True)
+    expected_losses, expected_weights, sample, best = whole[type(optimizer)]
+    assert losses(tmp_path / "run") == expected_losses
+    assert state.sample == sample
+    assert state.best_loss == best
+    assert all(torch.equal(p, expected_weights[name]) for name, p in weights(state).items())
+
+
+def test_after_a_crash_the_metrics_are_cut_back_to_the_checkpoint(tmp_path, monkeypatch, dataset, whole):
+    config = tiny_config(accumulation=2, save_interval=2)
+    real = loop_module.training_step
+
+    def crash(state, *args):
+        if state.step == 5:
+            raise RuntimeError("power cut")
+        return real(state, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop_module, "training_step", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(config, tmp_path / "run", dataset)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 6, "lo')  # the line that was being written
+    assert losses(tmp_path / "run")[-1][0] == 5
+    run(config, tmp_path / "run", dataset, resume=True)
+    assert losses(tmp_path / "run") == whole[AdamWConfig][0]
+
+
+def test_a_damaged_newest_checkpoint_is_fallen_back_from_and_set_aside(tmp_path, dataset, whole):
+    config = tiny_config(accumulation=2, save_interval=2, keep_last=3)
+    run(config, tmp_path / "run", dataset)
+    newest = tmp_path / "run" / "checkpoints" / "step-00000006"
+    os.truncate(newest / "optimizer.safetensors", 100)
+    with pytest.warns(UserWarning, match=r"step-00000006/optimizer\.safetensors"):
+        run(config, tmp_path / "run", dataset, resume=True)
+    assert losses(tmp_path / "run") == whole[AdamWConfig][0]
+    assert (newest.parent / "damaged-step-00000006").is_dir()
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_over(tmp_path, dataset, whole):
+    config = tiny_config(accumulation=2)
+    run(config, tmp_path / "run", dataset)
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        path.rename(tmp_path / path.name)
+    with pytest.warns(UserWarning, match="holds no checkpoint yet"):
+        run(config, tmp_path / "run", dataset, resume=True)
+    assert losses(tmp_path / "run") == whole[AdamWConfig][0]
+
+
+def test_a_run_may_be_prolonged(tmp_path, dataset):
+    run(tiny_config(steps=3), tmp_path / "run", dataset)
+    assert run(tiny_config(steps=5), tmp_path / "run", dataset, resume=True).step == 5
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["steps"] == 5
+
+
+@pytest.mark.parametrize(("setting", "value"), [("seed", 5), ("batch_size", 8), ("block_size", 16)])
+def test_what_would_make_it_another_run_is_refused_by_name(tmp_path, dataset, setting, value):
+    run(tiny_config(), tmp_path / "run", dataset)
+    with pytest.raises(ConfigError, match=f"train.{setting} = {value}: the run to resume had"):
+        run(tiny_config(**{setting: value}), tmp_path / "run", dataset, resume=True)
+
+
+def test_data_that_changed_since_the_checkpoint_is_refused(tmp_path, dataset):
+    run(tiny_config(), tmp_path / "run", dataset)
+    state = next((tmp_path / "run" / "checkpoints").glob("step-*")) / "state.json"
+    changed = state.read_text().replace(dataset.fingerprint, "f" * len(dataset.fingerprint))
+    manifest = json.loads((state.parent / "manifest.json").read_text())
+    del manifest["files"]["state.json"]
+    (state.parent / "manifest.json").write_text(json.dumps(manifest))
+    state.write_text(changed)
+    with pytest.raises(DataError, match="the data changed since the checkpoint"):
+        run(tiny_config(), tmp_path / "run", dataset, resume=True)
+
+
+def test_a_checkpoint_without_optimizer_state_is_refused(tmp_path, dataset):
+    run(tiny_config(), tmp_path / "run", dataset)
+    path = next((tmp_path / "run" / "checkpoints").glob("step-*"))
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["files"]["optimizer.safetensors"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "optimizer.safetensors").unlink()
+    with pytest.raises(CorruptError, match=r"optimizer\.safetensors: missing"):
+        run(tiny_config(), tmp_path / "run", dataset, resume=True)
+
+
+def test_a_folder_that_is_not_empty_is_refused_without_resume_and_left_as_it_is(tmp_path, dataset):
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(UsageError, match="is not empty: choose another folder, or continue it with --resume"):
+        run(tiny_config(), tmp_path, dataset)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_there_must_be_a_run_to_resume(tmp_path, dataset):
+    with pytest.raises(UsageError, match="nothing to resume"):
+        run(tiny_config(), tmp_path / "run", dataset, resume=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_three_random_generators_are_put_back():
+    random.gauss(0, 1), np.random.randn(3)  # leaves each with half of a pair in hand
+    states = {name: t.clone() for name, t in generator_states().items()}
+
+    def draw():
+        return torch.rand(3).tolist(), random.gauss(0, 1), random.random(), np.random.randn(3).tolist()
+
+    first = draw()
+    assert draw() != first
+    set_generator_states(states)
+    assert draw() == first

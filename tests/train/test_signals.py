@@ -1,0 +1,80 @@
+"""Being asked to stop."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import swamla
+from swamla.checkpoint import latest_checkpoint
+from swamla.train.signals import StopRequest
+
+PROGRAM = """
+import sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from tests.train.helpers import tiny_config, tiny_dataset
+from swamla.errors import SwamlaError
+from swamla.train import train
+try:
+    train(tiny_config(steps=10**6), Path({run!r}), dataset=tiny_dataset(Path({data!r})))
+except SwamlaError as error:
+    print(error)
+    sys.exit(error.exit_status)
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_running_program_finishes_its_step_saves_and_exits_with_the_right_status(tmp_path, number, status):
+    paths = {"root": str(Path(__file__).parents[2]), "run": str(tmp_path / "run"), "data": str(tmp_path)}
+    python_path = os.pathsep.join([str(Path(swamla.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-u", "-c", PROGRAM.format(**paths)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("Step 3 "):
+                process.send_signal(number)
+                break
+        rest = process.stdout.read()
+        assert process.wait(timeout=30) == status, rest
+    assert f"stopped by {number.name} after step" in rest
+    assert "continue with --resume" in rest
+    found = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    assert f"after step {found.step};" in rest
+
+
+def test_the_first_ctrl_c_is_noted_and_the_second_aborts_at_once():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert (stop.received, stop.exit_status) == (signal.SIGINT, 130)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_preemption_signals_are_noted_and_handlers_are_put_back(number):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert stop.received is None
+        os.kill(os.getpid(), number)
+        assert (stop.received, stop.exit_status) == (number, 75)
+    assert signal.getsignal(number) is before
+
+
+def test_outside_the_main_thread_the_process_keeps_its_handlers():
+    before, found = signal.getsignal(signal.SIGTERM), []
+
+    def work():
+        with StopRequest() as stop:
+            found.append((stop.received, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [(None, before)]

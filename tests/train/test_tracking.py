@@ -1,0 +1,75 @@
+"""What a run tells: programs read metrics.jsonl, people a line or a bar."""
+
+import io
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from swamla.train.plot import plot_losses, smooth
+from swamla.train.tracking import Metrics, PlainLines, ProgressBar, make_display, read_metrics
+
+VALUES = {"step": 100, "loss": 3.45671, "bits_per_byte": 1.234, "lr": 1e-4, "tokens_per_second": 45123.4}
+
+
+def test_plain_lines_are_as_promised():
+    out = io.StringIO()
+    display = make_display(Console(file=out))
+    assert isinstance(display, PlainLines)
+    with display:
+        display.update(0.5, 60, VALUES)
+    assert out.getvalue() == "Step 100 | Loss: 3.4567 | LR: 1.00e-04 | Tokens/sec: 45,123\n"
+
+
+def test_a_terminal_gets_one_live_line_with_loss_speed_and_time_left():
+    out = io.StringIO()
+    display = make_display(Console(file=out, force_terminal=True, width=140, color_system=None))
+    assert isinstance(display, ProgressBar)
+    with display:
+        display.update(0.25, 60, VALUES)
+        display.say("Step 100 | Held-out loss: 3.1")
+    text = out.getvalue()
+    assert "step 100  loss 3.457  1.234 bits/byte  45,123 tok/s" in text
+    assert "3:00 left" in text
+    assert "Held-out loss: 3.1" in text
+
+
+def test_metrics_are_valid_json_whatever_the_numbers(tmp_path):
+    metrics = Metrics(tmp_path / "m.jsonl")
+    metrics.write(1, {"loss": math.nan, "grad_norm": math.inf, "tokens": 5})
+    metrics.close()
+    (line,) = (tmp_path / "m.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"step": 1, "loss": None, "grad_norm": None, "tokens": 5}
+
+
+def test_floats_come_back_to_the_bit(tmp_path):
+    metrics = Metrics(tmp_path / "m.jsonl")
+    metrics.write(1, {"loss": 0.1 + 0.2})
+    assert read_metrics(tmp_path / "m.jsonl")[0]["loss"] == 0.1 + 0.2
+
+
+def test_resuming_keeps_what_came_before_the_checkpoint_and_drops_a_cut_line(tmp_path):
+    file = tmp_path / "m.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    metrics = Metrics(file, resume_after=2)
+    metrics.write(3, {"again": True})
+    metrics.close()
+    assert read_metrics(file) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+def test_smoothing_keeps_a_constant_and_follows_a_change():
+    assert smooth([2.0] * 50) == pytest.approx([2.0] * 50)
+    followed = smooth([1.0] * 100 + [0.0] * 100)
+    assert followed[99] == pytest.approx(1.0)
+    assert followed[-1] < 0.01
+
+
+def test_a_picture_is_drawn_without_held_out_points_and_none_without_records(tmp_path):
+    file = tmp_path / "m.jsonl"
+    file.write_text("")
+    plot_losses(file, tmp_path / "none.png", title="t", bits_per_nat=0.4)
+    assert not (tmp_path / "none.png").exists()
+    file.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n')
+    plot_losses(file, tmp_path / "some.png", title="t", bits_per_nat=0.4)
+    assert (tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")
