@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from swamla.errors import UsageError
-from swamla.ops.gated_delta import gated_delta_rule, gated_delta_step, l2_normalize
+from swamla.ops.gated_delta import chunked, gated_delta_rule, gated_delta_step, l2_normalize
 from swamla.ops.layout import Layout
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -46,6 +46,11 @@ def assert_all_close(got: list[Tensor], expected: list[Tensor], output: float, g
 def documents(*rows: list[tuple[int, int]]) -> Layout:
     """Rows of (document id, length)."""
     return Layout.from_documents(torch.tensor([[i for i, n in row for _ in range(n)] for row in rows]))
+
+
+@pytest.fixture(autouse=True, params=[1, 4096], ids=["many segments", "one segment"])
+def _segments(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "CPU_ROWS", request.param)
 
 
 PACKED = {

@@ -84,7 +84,7 @@ class _Edges(NamedTuple):
 
 
 def _make_edges(age_BT: Tensor, taps: int) -> _Edges:
-    batch, time = age_BT.shape
+    time = age_BT.shape[1]
     index_T = torch.arange(time, device=age_BT.device)
     edge_BT = (index_T < taps - 1) | (age_BT < taps - 1)
     token_M = edge_BT.flatten().nonzero().flatten()

@@ -1,7 +1,7 @@
 """The gated delta rule in chunks, with a hand-written backward pass.
 
 Inside a chunk, with G the running sum of log alpha and D_ts = exp(G_t - G_s) for s <= t, the recurrence is linear
-attention whose values `u` solve a unit-triangular system (DeltaNet in parallel, arXiv 2406.06484; the gate, 2412.06464):
+attention whose values `u` solve a unit-triangular system (arXiv 2406.06484; with the gate, 2412.06464):
 
     u = beta (v - p),   p_t = sum_{s<t} D_ts (k_t.k_s) u_s + e^{G_t} k_t S      what the state predicts for key t
     o_t             = sum_{s<=t} D_ts (q_t.k_s) u_s + e^{G_t} q_t S             what it answers to query t
@@ -12,6 +12,7 @@ Queries and keys read the chunk in the same way, so both passes treat `[q; k]` a
 Shapes: N chunks, X = B*H, C tokens a chunk, R = 2C readers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swamla.ops.gated_delta.documents import ChunkMasks
+
+# On a CPU a segment has about this many rows of q (tokens x heads), so that all its passes run in cache.
+CPU_ROWS = 4096
 
 
 def chunked_gated_delta_rule(
@@ -45,6 +49,8 @@ def chunked_gated_delta_rule(
 
 
 class _ChunkedGatedDeltaRule(torch.autograd.Function):
+    """Keeps its inputs and the states between segments; the backward pass recomputes the rest, segment by segment."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -58,39 +64,74 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
         scale: float,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        inputs = (q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH)
-        ctx.save_for_backward(*inputs, initial_state_BHKV)
+        inputs = (q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH[..., None], beta_BTH[..., None])
         ctx.masks, ctx.scale, ctx.chunk = masks, scale, chunk
+        o_BTHV = torch.empty_like(v_BTHV, memory_format=torch.contiguous_format)
+        carried_XKV, states = initial_state_BHKV.flatten(0, 1), []
         with torch.autocast(q_BTHK.device.type, enabled=False):
-            chunks = _prepare(*inputs, masks, chunk)
-            u_NXCV, state_NXKV = _run_states(chunks, initial_state_BHKV.flatten(0, 1))
-            final_BHKV = state_NXKV[-1].reshape(initial_state_BHKV.shape).clone()
-            return _from_chunks(_outputs(chunks, u_NXCV, state_NXKV) * scale, v_BTHV), final_BHKV
+            for segment in _segments(q_BTHK, chunk):
+                states.append(carried_XKV)
+                chunks = _prepare(_part(inputs, segment, chunk), _part_masks(masks, segment), chunk)
+                u_NXCV, state_NXKV = _run_states(chunks, carried_XKV)
+                _from_chunks(_outputs(chunks, u_NXCV, state_NXKV) * scale, o_BTHV, segment)
+                carried_XKV = state_NXKV[-1]
+        ctx.save_for_backward(*inputs, torch.stack(states))
+        return o_BTHV, carried_XKV.unflatten(0, initial_state_BHKV.shape[:2]).clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do_BTHV: Tensor, d_final_BHKV: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, initial_state_BHKV = ctx.saved_tensors
-        q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH = inputs
-        with torch.autocast(q_BTHK.device.type, enabled=False):
-            chunks = _prepare(*inputs, ctx.masks, ctx.chunk)
-            u_NXCV, state_NXKV = _run_states(chunks, initial_state_BHKV.flatten(0, 1))
-            do_NXCV = _to_chunks(do_BTHV, ctx.chunk) * ctx.scale
-            d_u_NXCV, d_state_NXKV = _run_states_backward(chunks, do_NXCV, d_final_BHKV.flatten(0, 1))
-            d_q, d_k, d_v, d_log_alpha, d_beta = _gradients(
-                chunks, u_NXCV, state_NXKV, do_NXCV, d_u_NXCV, d_state_NXKV, ctx.masks
-            )
-            return (
-                _from_chunks(d_q, q_BTHK),
-                _from_chunks(d_k, k_BTHK),
-                _from_chunks(d_v, v_BTHV),
-                _from_chunks(d_log_alpha[..., None], log_alpha_BTH[..., None])[..., 0],
-                _from_chunks(d_beta[..., None], beta_BTH[..., None])[..., 0],
-                d_state_NXKV[0].reshape(initial_state_BHKV.shape).clone(),
-                None,
-                None,
-                None,
-            )
+        *inputs, states_SXKV = ctx.saved_tensors
+        gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+        d_carried_XKV = d_final_BHKV.flatten(0, 1)
+        segments = _segments(inputs[0], ctx.chunk)
+        with torch.autocast(do_BTHV.device.type, enabled=False):
+            for segment, carried_XKV in zip(reversed(segments), states_SXKV.flip(0), strict=True):
+                masks = _part_masks(ctx.masks, segment)
+                chunks = _prepare(_part(inputs, segment, ctx.chunk), masks, ctx.chunk)
+                u_NXCV, state_NXKV = _run_states(chunks, carried_XKV)
+                do_NXCV = _part([do_BTHV], segment, ctx.chunk)[0] * ctx.scale
+                d_u_NXCV, d_state_NXKV = _run_states_backward(chunks, do_NXCV, d_carried_XKV)
+                parts = _gradients(chunks, u_NXCV, state_NXKV, do_NXCV, d_u_NXCV, d_state_NXKV, masks)
+                for gradient, part in zip(gradients, parts, strict=True):
+                    _from_chunks(part, gradient, segment)
+                d_carried_XKV = d_state_NXKV[0]
+        d_q, d_k, d_v, d_log_alpha, d_beta = gradients
+        d_initial_BHKV = d_carried_XKV.unflatten(0, d_final_BHKV.shape[:2])
+        return d_q, d_k, d_v, d_log_alpha[..., 0], d_beta[..., 0], d_initial_BHKV, None, None, None
+
+
+def _segments(q_BTHK: Tensor, chunk: int) -> list[slice]:
+    """Runs of chunks that are computed at once: all on an accelerator, as many as fit into cache on a CPU."""
+    batch, time, heads, _ = q_BTHK.shape
+    n_chunks = -(-time // chunk)
+    size = max(1, CPU_ROWS // (batch * heads * chunk)) if q_BTHK.device.type == "cpu" else n_chunks
+    return [slice(n, min(n + size, n_chunks)) for n in range(0, n_chunks, size)]
+
+
+def _part(inputs: Sequence[Tensor], segment: slice, chunk: int) -> list[Tensor]:
+    """The segment's chunks of each (B, T, H, D): (N, B*H, C, D), contiguous.
+
+    Zeros follow the end of the row: tokens that neither decay nor write.
+    """
+    parts = []
+    for x_BTHD in inputs:
+        part_BTHD = x_BTHD[:, segment.start * chunk : segment.stop * chunk]
+        part_BTHD = F.pad(part_BTHD, (0, 0, 0, 0, 0, -part_BTHD.shape[1] % chunk))
+        parts.append(part_BTHD.unflatten(1, (-1, chunk)).permute(1, 0, 3, 2, 4).flatten(1, 2).contiguous())
+    return parts
+
+
+def _part_masks(masks: ChunkMasks | None, segment: slice) -> ChunkMasks | None:
+    return None if masks is None else ChunkMasks(*(mask[segment] for mask in masks))
+
+
+def _from_chunks(x_NXCD: Tensor, target_BTHD: Tensor, segment: slice) -> None:
+    """Write chunks (N, B*H, C, D) to where their segment lies in (B, T, H, D)."""
+    batch, chunk = target_BTHD.shape[0], x_NXCD.shape[2]
+    part_BTHD = target_BTHD[:, segment.start * chunk : segment.stop * chunk]
+    x_BNCHD = x_NXCD.unflatten(1, (batch, -1)).permute(1, 0, 3, 2, 4)
+    part_BTHD.copy_(x_BNCHD.flatten(1, 2)[:, : part_BTHD.shape[1]])
 
 
 @dataclass(frozen=True)
@@ -114,17 +155,8 @@ class _Chunks:
         return self.q_NXCK.dtype
 
 
-def _prepare(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
-    log_alpha_BTH: Tensor,
-    beta_BTH: Tensor,
-    masks: ChunkMasks | None,
-    chunk: int,
-) -> _Chunks:
-    q_NXCK, k_NXCK, v_NXCV = (_to_chunks(x, chunk) for x in (q_BTHK, k_BTHK, v_BTHV))
-    beta_NXC1, log_alpha_NXC1 = (_to_chunks(x[..., None], chunk) for x in (beta_BTH, log_alpha_BTH))
+def _prepare(inputs_NXCD: list[Tensor], masks: ChunkMasks | None, chunk: int) -> _Chunks:
+    q_NXCK, k_NXCK, v_NXCV, log_alpha_NXC1, beta_NXC1 = inputs_NXCD
     decay_NXCC, read_NXC1, write_NXC1, keep_NX11 = _decays(log_alpha_NXC1, masks)
     system_NXCC = (k_NXCK @ k_NXCK.mT * decay_NXCC).mul_(beta_NXC1)
     identity_CC = torch.eye(chunk, dtype=system_NXCC.dtype, device=system_NXCC.device)
@@ -220,7 +252,7 @@ def _gradients(
     d_state_NXKV: Tensor,
     masks: ChunkMasks | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k (N, X, C, K), v (N, X, C, V), log alpha and beta (N, X, C), all chunks at once."""
+    """Gradients of q, k (N, X, C, K), v (N, X, C, V), log alpha and beta (N, X, C, 1), all chunks at once."""
     dtype, q_NXCK, k_NXCK = chunks.dtype, chunks.q_NXCK, chunks.k_NXCK
     d_error_NXCV = _matmul(chunks.solve_NXCC.mT, d_u_NXCV, dtype)
     low_u, low_state = u_NXCV.to(dtype), state_NXKV[:-1].to(dtype)
@@ -248,7 +280,8 @@ def _gradients(
     d_kept_NX = (state_NXKV[:-1] * d_state_NXKV[1:]).sum((-2, -1)) * chunks.keep_NX11[..., 0, 0]
     d_total_NXC[..., -1] += d_carried_NX + d_kept_NX
     d_log_alpha_NXC = _sum_of_later(d_total_NXC, masks)
-    return d_q_NXCK, d_key_NXCK.add_(d_written_NXCK), d_error_NXCV * chunks.beta_NXC1, d_log_alpha_NXC, d_beta_NXC
+    d_k_NXCK, d_v_NXCV = d_key_NXCK.add_(d_written_NXCK), d_error_NXCV * chunks.beta_NXC1
+    return d_q_NXCK, d_k_NXCK, d_v_NXCV, d_log_alpha_NXC[..., None], d_beta_NXC[..., None]
 
 
 def _sum_of_later(x_NXC: Tensor, masks: ChunkMasks | None) -> Tensor:
@@ -263,16 +296,3 @@ def _sum_of_later(x_NXC: Tensor, masks: ChunkMasks | None) -> Tensor:
 def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a b, computed and returned in `dtype`."""
     return a.to(dtype) @ b.to(dtype)
-
-
-def _to_chunks(x_BTHD: Tensor, chunk: int) -> Tensor:
-    """(B, T, H, D) → (N, B*H, C, D), zeros after the end: such tokens neither decay nor write."""
-    x_BTHD = F.pad(x_BTHD, (0, 0, 0, 0, 0, -x_BTHD.shape[1] % chunk))
-    return x_BTHD.unflatten(1, (-1, chunk)).permute(1, 0, 3, 2, 4).flatten(1, 2).contiguous()
-
-
-def _from_chunks(x_NXCD: Tensor, like_BTHD: Tensor) -> Tensor:
-    """(N, B*H, C, D) → (B, T, H, D), in the dtype of `like_BTHD`."""
-    batch, time, heads, _ = like_BTHD.shape
-    x_BNCHD = x_NXCD.unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4)
-    return x_BNCHD.flatten(1, 2)[:, :time].to(like_BTHD.dtype, memory_format=torch.contiguous_format)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +11,13 @@ from torch import Tensor
 from swamla.ops.layout import PADDING, Layout
 
 
-@dataclass(frozen=True)
-class ChunkMasks:
+class ChunkMasks(NamedTuple):
     """Which document each token of a chunk shares with what it could read from; zeros and ones, equal for all heads.
 
-    same_NB1CC: a token (row) and one not after it (column) share a document.  reads_NB1C1: a token's document is that of the state carried
-    into its chunk.  writes_NB1C1: it is that of the state carried out.  keeps_NB111: those two are the same.
+    same_NB1CC: a token (row) and one not after it (column) share a document.
+    reads_NB1C1: a token's document is that of the state carried into its chunk.
+    writes_NB1C1: it is that of the state carried out.
+    keeps_NB111: those two are the same.
     """
 
     same_NB1CC: Tensor
