@@ -156,7 +156,7 @@ class _TiledAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTHV: Tensor) -> tuple[Tensor | None, ...]:
-        """With weights P: dV = Pᵀ dO, dP = dO Vᵀ, dS = P ⊙ (dP − rowsum(dP ⊙ P)), dQ = dS K and dK = dSᵀ Q times scale."""
+        """With weights P: dV = Pᵀ dO, dP = dO Vᵀ, dS = P ⊙ (dP − rowsum(dP ⊙ P)), dQ = dS K, dK = dSᵀ Q (× scale)."""
         q_BTHK, k_BTGK, v_BTGV = ctx.saved_tensors
         band: Band = ctx.band
         q_NRTK, k_NTK, v_NTV = _heads_first(q_BTHK, k_BTGK), *_heads_of_keys(k_BTGK, v_BTGV)
