@@ -10,7 +10,9 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Bytecode is made at first import, and only for what is imported: compiling all of torch costs more than it saves.
+# Bytecode is made at first import, and only for what is imported: compiling all of torch doubles the installation.
+# Containers often forbid it, and then every start of torch takes twice as long.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 DECLARED := pyproject.toml constraints.txt
 # Two test processes, one thread each; no test may reach for the network.

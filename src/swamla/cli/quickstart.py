@@ -17,7 +17,7 @@ from swamla.checkpoint import load
 from swamla.cli.flags import parse
 from swamla.cli.overrides import add_flags
 from swamla.cli.run_config import read_recipe
-from swamla.cli.running import numbered, prepare_data, run_training, say, validation
+from swamla.cli.running import new_folder, prepare_data, run_training, say, validation
 from swamla.data.tokenizer import Tokenizer
 from swamla.generate import generate_text
 from swamla.model.language_model import LanguageModel
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     arguments: Any
     arguments, given = parse(add_flags(Arguments), argv, command="quickstart")
     config = read_recipe("quickstart", arguments, given)
-    run_dir = Path(arguments.output_dir) if arguments.output_dir else numbered(Path("runs/quickstart"))
+    run_dir = new_folder(arguments.output_dir, "quickstart")
     console = Console()
     say(console, _announcement(config, run_dir))
     dataset = prepare_data(config, console)

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from swamla.data.prepare import Dataset, prepare
-from swamla.errors import require
+from swamla.errors import UsageError, require
 from swamla.evaluate import evaluate_split
 from swamla.model.language_model import LanguageModel
 from swamla.train import RunConfig, TrainState, train
@@ -56,7 +56,27 @@ def validation(
     return evaluate
 
 
-def numbered(folder: Path) -> Path:
+def new_folder(output_dir: str, name: str) -> Path:
+    """The folder of a new run: `output_dir`, or where that is empty runs/NAME, numbered when it is taken.
+
+    Raises `UsageError`, before any data is read, for a folder that has something in it.
+    """
+    if not output_dir:
+        return _numbered(Path("runs") / name)
+    folder = checked(output_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder}: exists and is not empty: choose another folder, or continue it with --resume")
+    return folder
+
+
+def checked(folder: str) -> Path:
+    """A folder the user named, as a path that the system can take."""
+    if "\0" in folder:
+        raise UsageError(f"{folder!r}: a path cannot hold NUL")
+    return Path(folder)
+
+
+def _numbered(folder: Path) -> Path:
     """`folder`, or the first of folder-2, folder-3 … that does not exist."""
     candidate, number = folder, 1
     while candidate.exists():

@@ -9,7 +9,7 @@ from rich.console import Console
 from swamla.cli.flags import Positional, parse
 from swamla.cli.overrides import add_flags
 from swamla.cli.run_config import read_recipe
-from swamla.cli.running import numbered, prepare_data, run_training, say
+from swamla.cli.running import checked, new_folder, prepare_data, run_training, say
 from swamla.errors import UsageError
 from swamla.recipes import recipe_names
 
@@ -19,9 +19,9 @@ class Arguments:
     recipe: Positional[str] = "quickstart"
     """A shipped recipe, or a .toml or .json file. Flags change what it says."""
     output_dir: str = ""
-    """The run's folder. By default runs/NAME, numbered when that is taken."""
+    """The run's folder. By default runs/NAME, numbered when that is taken; with --run_name, its parent."""
     run_name: str = ""
-    """NAME of the folder under runs/; by default the recipe's."""
+    """NAME of the folder, under runs/ or output_dir; by default the recipe's."""
     resume: str = ""
     """Continue the run in output_dir, or in the folder given here, from its last checkpoint, bit for bit."""
 
@@ -52,22 +52,20 @@ def _resume_here(argv: list[str]) -> list[str]:
     ]
 
 
-def _new_folder(arguments: Arguments) -> Path:
-    if arguments.output_dir and arguments.run_name:
-        return _checked(Path(arguments.output_dir)) / _check_name(arguments.run_name)
-    if arguments.output_dir:
-        return _checked(Path(arguments.output_dir))
-    return numbered(Path("runs") / _check_name(arguments.run_name or Path(arguments.recipe).stem))
+def _new_folder(arguments: Any) -> Path:
+    name = _check_name(arguments.run_name or Path(arguments.recipe).stem)
+    parent = arguments.output_dir
+    return new_folder(str(Path(parent, name)) if parent and arguments.run_name else parent, name)
 
 
-def _resumed_folder(arguments: Arguments) -> Path:
+def _resumed_folder(arguments: Any) -> Path:
     """The folder to go on in; it must hold a run."""
     if arguments.resume and arguments.output_dir:
         raise UsageError("--resume RUN and --output_dir both name a folder: give one of them")
-    name = arguments.run_name or Path(arguments.recipe).stem
-    folder = _checked(Path(arguments.resume or arguments.output_dir or Path("runs") / _check_name(name)))
+    name = _check_name(arguments.run_name or Path(arguments.recipe).stem)
+    folder = checked(arguments.resume or arguments.output_dir or f"runs/{name}")
     if arguments.output_dir and arguments.run_name:
-        folder = folder / _check_name(arguments.run_name)
+        folder = folder / name
     if not (folder / "config.json").is_file():
         raise UsageError(f"--resume: {folder} holds no run to continue (it has no config.json)")
     return folder
@@ -78,9 +76,3 @@ def _check_name(name: str) -> str:
     if "\0" in name or name in (".", "..") or Path(name).name != name:
         raise UsageError(f"--run_name {name!r}: must be a plain folder name, without / .. or NUL, e.g. first-try")
     return name
-
-
-def _checked(folder: Path) -> Path:
-    if "\0" in str(folder):
-        raise UsageError(f"--output_dir {str(folder)!r}: a path cannot hold NUL")
-    return folder
