@@ -33,7 +33,9 @@ class LanguageModelConfig:
     def __post_init__(self) -> None:
         require(self.vocab_size >= 0, "vocab_size", self.vocab_size, "must be > 0, or 0 for the tokenizer's")
         require(self.width > 0, "width", self.width, "must be > 0, e.g. 256")
-        require(len(self.pattern) > 0, "pattern", self.pattern, 'must name a block for every layer, e.g. ["swa", "mla"]')
+        require(
+            len(self.pattern) > 0, "pattern", self.pattern, 'must name a block for every layer, e.g. ["swa", "mla"]'
+        )
         for name in self.pattern:
             require(name in self.blocks, "pattern", name, f"must be one of the blocks: {', '.join(self.blocks)}")
         for name in self.blocks:

@@ -78,9 +78,7 @@ class LanguageModel(nn.Module):
             statistics.update({f"{name}/{index}": value for name, value in found.items()})
         return self.norm(x_BTD), statistics
 
-    def loss(
-        self, tokens_BT: Tensor, labels_BT: Tensor, seq: Layout | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, tokens_BT: Tensor, labels_BT: Tensor, seq: Layout | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of −log p(label) in nats over labels that are not -100, and the FFNs' statistics.
 
         The logits are never held all at once.

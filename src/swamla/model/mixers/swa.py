@@ -68,9 +68,7 @@ class SWA(MHA):
         out = [self._step_piece(q, k, v, state, seq, begin, begin + self.config.window) for begin in pieces]
         return self.o_proj(torch.cat(out, dim=1).flatten(2))
 
-    def _step_piece(
-        self, q: Tensor, k: Tensor, v: Tensor, state: KVState, seq: Layout, begin: int, end: int
-    ) -> Tensor:
+    def _step_piece(self, q: Tensor, k: Tensor, v: Tensor, state: KVState, seq: Layout, begin: int, end: int) -> Tensor:
         """New tokens [begin, end) see the ring as it was and each other, then enter it."""
         q, k, v = q[:, begin:end], k[:, begin:end], v[:, begin:end]
         position_BT, valid_BT = seq.position_BT[:, begin:end], seq.document_BT[:, begin:end] >= 0
