@@ -1,0 +1,52 @@
+"""Text to batches: sources, tokenizers, shards on disk, packing and sampling.
+
+    from swamla.data.prepare import prepare
+    dataset = prepare(DataConfig(source="stdlib", tokenizer="bpe:4096"))
+    rows = PackedRows(dataset.train, block_size=512, seed=0, eos_id=dataset.tokenizer.eos_id)
+    batch = rows.batch(first_sample=0, count=8)
+
+Names are imported at their first use: only packing and sampling need torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from swamla.data.config import DataConfig
+    from swamla.data.dataset import Dataset
+    from swamla.data.packing import Batch
+    from swamla.data.sampler import HeldOutRows, PackedRows
+    from swamla.data.shards import Split
+    from swamla.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, make_tokenizer
+
+_HOME = {
+    "Batch": "packing",
+    "DataConfig": "config",
+    "Dataset": "dataset",
+    "HeldOutRows": "sampler",
+    "PackedRows": "sampler",
+    "Split": "shards",
+    "StreamDecoder": "tokenizer",
+    "Tokenizer": "tokenizer",
+    "load_tokenizer": "tokenizer",
+    "make_tokenizer": "tokenizer",
+}
+
+__all__ = [
+    "Batch",
+    "DataConfig",
+    "Dataset",
+    "HeldOutRows",
+    "PackedRows",
+    "Split",
+    "StreamDecoder",
+    "Tokenizer",
+    "load_tokenizer",
+    "make_tokenizer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"swamla.data.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'swamla.data' has no attribute {name!r}")

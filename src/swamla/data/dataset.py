@@ -1,0 +1,126 @@
+"""A prepared dataset: a folder of shards, their tokenizer, and meta.json with the size and SHA-256 of each file."""
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from swamla.data.shards import Split, sha256_of
+from swamla.data.tokenizer import Tokenizer, load_tokenizer
+from swamla.errors import CorruptError, DataError
+
+FORMAT_VERSION = 1
+META, TOKENIZER, HELD_OUT_TEXT = "meta.json", "tokenizer.json", "held_out.txt"
+
+
+class Dataset:
+    """Text as tokens, split into documents to train on and held-out ones."""
+
+    def __init__(self, path: Path, meta: dict[str, Any], tokenizer: Tokenizer) -> None:
+        self.path = path
+        self.meta = meta
+        self.tokenizer = tokenizer
+        self.fingerprint: str = meta["fingerprint"]
+        self.train = Split.open(path, "train", tokenizer.vocab_size)
+        self.held_out = Split.open(path, "held_out", tokenizer.vocab_size)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Dataset":
+        """Open a folder that `prepare` made, checking sizes and that tokenizer and shards agree, not every byte.
+
+        Raises DataError if there is none, CorruptError for a damaged one.
+        """
+        path = Path(path)
+        meta = _read_meta(path)
+        for name, entry in meta["files"].items():
+            _require_size(path / name, entry["size"])
+        tokenizer = load_tokenizer(path / TOKENIZER)
+        if tokenizer.fingerprint != meta["tokenizer"]["fingerprint"]:
+            raise CorruptError(
+                f"{path / TOKENIZER}: not the tokenizer that these shards were made with (fingerprint "
+                f"{tokenizer.fingerprint[:12]}, shards {meta['tokenizer']['fingerprint'][:12]}); delete {path}"
+            )
+        return cls(path, meta, tokenizer)
+
+    def verify(self) -> None:
+        """Check every byte against its SHA-256 and every id against the vocabulary; CorruptError names the file."""
+        for name, entry in self.meta["files"].items():
+            if sha256_of(self.path / name) != entry["sha256"]:
+                raise CorruptError(f"{self.path / name}: damaged (SHA-256 differs); delete {self.path}")
+        self.train.verify()
+        self.held_out.verify()
+
+    def require_fingerprint(self, expected: str) -> None:
+        """Raise DataError unless this is the data of that fingerprint, e.g. a checkpoint's."""
+        if self.fingerprint != expected:
+            raise DataError(
+                f"{self.path}: the data has changed: fingerprint {self.fingerprint[:12]}, expected {expected[:12]}"
+            )
+
+    def held_out_text(self) -> bytes:
+        """All held-out documents, one behind the other, in UTF-8: what other compressors are to be given."""
+        return (self.path / HELD_OUT_TEXT).read_bytes()
+
+    @cached_property
+    def bytes_per_token(self) -> float:
+        """Held-out UTF-8 bytes for each held-out token, ends of documents not counted."""
+        return self.held_out.n_bytes / self.held_out.n_tokens
+
+    def describe(self) -> list[tuple[str, str]]:
+        """(label, value) rows for people."""
+        meta = self.meta
+        rows = [
+            ("source", meta["source"]),
+            ("tokenizer", f"{meta['tokenizer']['spec']}, vocabulary {self.tokenizer.vocab_size}"),
+            ("train", _describe_split(self.train)),
+            ("held out", f"{_describe_split(self.held_out)} ({meta['held_out_rule']})"),
+            ("document length", _describe_lengths(self.train.lengths)),
+            ("bytes per token", f"{self.bytes_per_token:.3f} on held-out text"),
+        ]
+        rows += [("note", f"{count} {what}") for what, count in sorted(meta["notes"].items())]
+        if not meta["lossless"]:
+            rows.append(("note", "the tokenizer loses part of the text, which flatters bits per byte"))
+        return [*rows, ("fingerprint", self.fingerprint[:16]), ("folder", str(self.path))]
+
+
+def fingerprint_of(meta: dict[str, Any]) -> str:
+    """The SHA-256 that names the data: its files' and its tokenizer's, wherever and whenever they were made."""
+    hashes = {name: entry["sha256"] for name, entry in meta["files"].items()}
+    content = [meta["format_version"], meta["tokenizer"]["fingerprint"], hashes]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads((path / META).read_text(encoding="utf-8"))
+        version = meta["format_version"]
+        if version == FORMAT_VERSION and fingerprint_of(meta) != meta["fingerprint"]:
+            raise ValueError("its fingerprint is not that of its files")
+    except OSError as error:
+        raise DataError(
+            f"{path}: not a prepared dataset (no readable {META}); make one with `swamla prepare`"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptError(f"{path / META}: damaged ({error}); delete {path}") from error
+    if version != FORMAT_VERSION:
+        raise DataError(f"{path}: dataset format {version}, this swamla reads {FORMAT_VERSION}; delete it, or upgrade")
+    return meta
+
+
+def _require_size(path: Path, size: int) -> None:
+    actual = path.stat().st_size if path.is_file() else None
+    if actual != size:
+        state = "missing" if actual is None else f"{actual} bytes instead of {size}"
+        raise CorruptError(f"{path}: damaged ({state}); delete {path.parent} to have it made again")
+
+
+def _describe_split(split: Split) -> str:
+    return f"{split.n_documents:,} documents, {split.n_tokens:,} tokens, {split.n_bytes:,} bytes"
+
+
+def _describe_lengths(lengths: np.ndarray) -> str:
+    low, middle, high = np.percentile(lengths, (5, 50, 95))
+    return f"median {middle:,.0f} tokens, 5 % below {low:,.0f}, 5 % above {high:,.0f}, longest {lengths.max():,}"

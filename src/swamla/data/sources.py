@@ -1,0 +1,142 @@
+"""Where text comes from: documents, read lazily, in an order that depends on nothing but their names."""
+
+import io
+import os
+import sysconfig
+import tokenize
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from swamla.data.config import DataConfig
+from swamla.data.download import shakespeare
+from swamla.data.reading import COMPRESSED, decode_utf8, naming_damage, open_bytes
+from swamla.data.rows import jsonl_rows, parquet_rows
+from swamla.errors import DataError
+
+NAMED_SOURCES = ("stdlib", "shakespeare")
+_ROW_READERS = {".jsonl": jsonl_rows, ".ndjson": jsonl_rows, ".parquet": parquet_rows}
+_SNIFFED = 8192  # a NUL among a file's first bytes marks it as binary, as git has it
+_NOT_LIBRARY = frozenset({"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__"})
+
+
+class Document(NamedTuple):
+    """One text, and a name that stays the same from run to run and machine to machine."""
+
+    name: str
+    text: str
+
+
+FileReader = Callable[[str, Path, Counter[str]], Iterator[Document]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Named files, and how to read documents from one of them."""
+
+    name: str
+    files: tuple[tuple[str, Path], ...]
+    read: FileReader
+
+    def documents(self, notes: Counter[str]) -> Iterator[Document]:
+        """All documents that hold text, in the order of the files' names; what was left out is counted in `notes`."""
+        for name, path in self.files:
+            for document in self.read(name, path, notes):
+                if document.text:
+                    yield document
+                else:
+                    notes["empty documents skipped"] += 1
+
+    def state(self) -> list[list[str | int]]:
+        """Every file's name, place, size and times: when this is unchanged, so is the text."""
+        rows: list[list[str | int]] = []
+        for name, path in self.files:
+            stat = path.stat()
+            rows.append([name, str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
+        return rows
+
+
+def open_source(config: DataConfig, cache_dir: Path) -> Source:
+    """The source that `config.source` names. DataError if there is no such thing, or nothing in it."""
+    if config.source == "stdlib":
+        return _stdlib()
+    read = partial(_read_file, column=config.text_column, invalid=config.invalid_utf8)
+    if config.source == "shakespeare":
+        path = shakespeare(cache_dir)
+        return Source("shakespeare", ((path.name, path),), read)
+    return _from_path(Path(config.source).expanduser(), read)
+
+
+def _from_path(path: Path, read: Callable[..., Iterator[Document]]) -> Source:
+    name = path.resolve().name or "root"
+    if path.is_dir():
+        files = tuple(_walk(path, keep=lambda part: not part.startswith(".")))
+        if not files:
+            raise DataError(f"{path}: the folder holds no files (hidden ones do not count)")
+        return Source(name, files, partial(read, skip_binary=True))
+    if not path.is_file():
+        raise DataError(f"data.source = {str(path)!r}: no such file or folder{_suggestion(path)}")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty (0 bytes)")
+    return Source(name, ((path.name, path),), read)
+
+
+def _suggestion(path: Path) -> str:
+    close = get_close_matches(str(path), NAMED_SOURCES, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; give a path, or one of: {', '.join(NAMED_SOURCES)}"
+
+
+def _walk(root: Path, keep: Callable[[str], bool]) -> list[tuple[str, Path]]:
+    """(name relative to `root`, path) of every file under `root`, of folders and files that `keep` accepts, sorted."""
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = filter(keep, folders)
+        paths = (Path(folder, file) for file in files if keep(file))
+        found += [(path.relative_to(root).as_posix(), path) for path in paths if path.is_file()]
+    return sorted(found)
+
+
+def _read_file(
+    name: str, path: Path, notes: Counter[str], *, column: str, invalid: str, skip_binary: bool = False
+) -> Iterator[Document]:
+    """The rows of a jsonl or parquet file as documents, or any other file as one."""
+    kind = Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSED else path.suffix.lower()
+    if kind in _ROW_READERS:
+        for row, text in _ROW_READERS[kind](path, column, invalid, notes):
+            yield Document(f"{name}#{row}", text)
+        return
+    with naming_damage(path), open_bytes(path) as stream:
+        head = stream.read(_SNIFFED)
+        if skip_binary and b"\0" in head:
+            notes["binary files skipped"] += 1
+            return
+        data = head + stream.read()
+    yield Document(name, decode_utf8(data, path, invalid, notes))
+
+
+def _stdlib() -> Source:
+    """The running Python's own library: its .py files, without tests, idle, lib2to3 and installed packages."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = tuple(
+        (name, path) for name, path in _walk(root, lambda part: part not in _NOT_LIBRARY) if path.suffix == ".py"
+    )
+    if not files:
+        raise DataError(f"{root}: this Python came without its library's source files; give data.source a path")
+    return Source("stdlib", files, _read_python)
+
+
+def _read_python(name: str, path: Path, notes: Counter[str]) -> Iterator[Document]:
+    """A Python file in the encoding that it declares (PEP 263)."""
+    with naming_damage(path):
+        data = path.read_bytes()
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        text = data.decode(encoding)
+    except (SyntaxError, UnicodeDecodeError):
+        notes["undecodable Python files skipped"] += 1
+        return
+    yield Document(name, text)

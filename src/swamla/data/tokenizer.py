@@ -1,0 +1,273 @@
+"""Text to token ids and back. Whatever the tokenizer, text that looks like a special token is plain text."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from swamla.data.config import BYTES, parse_bpe
+from swamla.errors import CorruptError, DataError, MissingBackendError
+
+EOS_TEXT = "<|endoftext|>"
+_OTHER_EOS = ("<|end_of_text|>", "</s>", "<eos>")
+_OWN_KEY = "swamla_tokenizer"
+_GPT2_HUB_NAME = "openai-community/gpt2"
+
+
+class Tokenizer(Protocol):
+    """What the rest of swamla knows of a tokenizer.
+
+    `eos_id` begins every document as input and ends it as label; no text encodes to it. `fingerprint` is a SHA-256
+    of all that decides the ids.
+    """
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eos_id(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without specials. DataError for what is not Unicode or not in a character vocabulary."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, on all cores where the tokenizer can."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; incomplete UTF-8 becomes U+FFFD. DataError for an id outside of the vocabulary."""
+
+    def save(self, path: str | Path) -> None:
+        """Write the file that `load_tokenizer` reads."""
+
+
+class _Serialized:
+    """Identity, saving and checks that all tokenizers share: a tokenizer is its canonical JSON text."""
+
+    def __init__(self, serialized: str, vocab_size: int, eos_id: int) -> None:
+        self.vocab_size = vocab_size
+        self.eos_id = eos_id
+        canonical = json.dumps(json.loads(serialized), sort_keys=True, separators=(",", ":"))
+        self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
+        self._serialized = serialized
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self._serialized, encoding="utf-8")
+
+    def _require_known(self, ids: Sequence[int]) -> None:
+        for extreme in (min(ids, default=0), max(ids, default=0)):
+            if not 0 <= extreme < self.vocab_size:
+                raise DataError(f"token id {extreme} is outside of the vocabulary (0 to {self.vocab_size - 1})")
+
+
+class ByteTokenizer(_Serialized):
+    """Every UTF-8 byte is a token; nothing to train, nothing unknown."""
+
+    def __init__(self) -> None:
+        super().__init__(json.dumps({_OWN_KEY: "byte"}), vocab_size=BYTES + 1, eos_id=BYTES)
+
+    def encode(self, text: str) -> list[int]:
+        return list(utf8(text))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        self._require_known(ids)
+        eos = EOS_TEXT.encode()
+        return b"".join(eos if i == self.eos_id else bytes((i,)) for i in ids).decode("utf-8", errors="replace")
+
+
+class CharTokenizer(_Serialized):
+    """Every character of a given text is a token, in the order of code points."""
+
+    def __init__(self, characters: str) -> None:
+        self._characters = "".join(sorted(set(characters)))
+        self._codes = _code_points(self._characters)
+        serialized = json.dumps({_OWN_KEY: "char", "characters": self._characters})
+        super().__init__(serialized, vocab_size=len(self._codes) + 1, eos_id=len(self._codes))
+
+    def encode(self, text: str) -> list[int]:
+        codes = _code_points(text)
+        ids = np.minimum(np.searchsorted(self._codes, codes), len(self._codes) - 1)
+        unknown = np.flatnonzero(self._codes[ids] != codes) if len(self._codes) else np.arange(len(codes))
+        if len(unknown):
+            at = int(unknown[0])
+            raise DataError(
+                f"character {text[at]!r} at offset {at} is not among the {len(self._codes)} characters known"
+            )
+        return ids.tolist()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        self._require_known(ids)
+        return "".join(EOS_TEXT if i == self.eos_id else self._characters[i] for i in ids)
+
+
+class HFTokenizer(_Serialized):
+    """Any tokenizer of the `tokenizers` library, given as the JSON text of its tokenizer.json."""
+
+    def __init__(self, serialized: str) -> None:
+        import tokenizers
+
+        self._library = tokenizers.Tokenizer.from_str(serialized)
+        if self._find_eos() is None:
+            self._library.add_special_tokens([EOS_TEXT])
+            serialized = self._library.to_str()
+        eos_id = self._find_eos()
+        assert eos_id is not None
+        self._library.encode_special_tokens = True  # "<|endoftext|>" in a text is thirteen characters
+        self._library.no_truncation()
+        self._library.no_padding()
+        highest = max(self._library.get_vocab(with_added_tokens=True).values())
+        super().__init__(serialized, vocab_size=highest + 1, eos_id=eos_id)
+
+    def _find_eos(self) -> int | None:
+        special = {token.content: i for i, token in self._library.get_added_tokens_decoder().items() if token.special}
+        return next((special[text] for text in (EOS_TEXT, *_OTHER_EOS) if text in special), None)
+
+    def encode(self, text: str) -> list[int]:
+        utf8(text)
+        return self._library.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        for text in texts:
+            utf8(text)
+        return [each.ids for each in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        self._require_known(ids)
+        return self._library.decode(list(ids), skip_special_tokens=False)
+
+
+def utf8(text: str) -> bytes:
+    """The UTF-8 bytes of `text`; DataError for a lone surrogate, which has none."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise DataError(f"lone surrogate U+{code:04X} at offset {error.start}: the text is not Unicode") from error
+
+
+def _code_points(text: str) -> np.ndarray:
+    utf8(text)
+    return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a file written by `save`, or in any tokenizer.json. DataError if there is none."""
+    path = Path(path)
+    try:
+        serialized = path.read_text(encoding="utf-8")
+        data = json.loads(serialized)
+    except OSError as error:
+        raise DataError(f"{path}: no tokenizer there ({error.strerror or error})") from error
+    except ValueError as error:
+        raise CorruptError(f"{path}: not a tokenizer: {error}") from error
+    if not isinstance(data, dict):
+        raise CorruptError(f"{path}: not a tokenizer: needs a JSON object")
+    if _OWN_KEY in data:
+        return _own_tokenizer(data, path)
+    try:
+        return HFTokenizer(serialized)
+    except Exception as error:  # the library raises nothing narrower
+        raise CorruptError(f"{path}: not a tokenizer.json that `tokenizers` can read ({error})") from error
+
+
+def _own_tokenizer(data: dict[str, Any], path: Path) -> Tokenizer:
+    makers: dict[str, Callable[[], Tokenizer]] = {
+        "byte": ByteTokenizer,
+        "char": lambda: CharTokenizer(data["characters"]),
+    }
+    kind = data[_OWN_KEY]
+    if kind not in makers or (kind == "char" and not isinstance(data.get("characters"), str)):
+        raise CorruptError(f"{path}: not a tokenizer: kind {kind!r} needs to be one of {', '.join(makers)}, complete")
+    return makers[kind]()
+
+
+def make_tokenizer(spec: str, train_texts: Iterable[str] = (), all_texts: Iterable[str] = ()) -> Tokenizer:
+    """The tokenizer that `DataConfig.tokenizer` asks for.
+
+    A BPE learns from `train_texts`; a character vocabulary, so that held-out text never fails, from `all_texts`.
+    Neither is touched for other kinds. Raises DataError, or MissingBackendError without the hub's library.
+    """
+    from swamla.data import bpe
+
+    if spec == "byte":
+        return ByteTokenizer()
+    if spec == "char":
+        characters: set[str] = set()
+        for text in all_texts:
+            characters.update(text)
+        return CharTokenizer("".join(characters))
+    if parsed := parse_bpe(spec):
+        return HFTokenizer(bpe.train(train_texts, *parsed))
+    if spec == "gpt2" or spec.startswith("hub:"):
+        return _from_hub(_GPT2_HUB_NAME if spec == "gpt2" else spec.removeprefix("hub:"))
+    if spec.startswith("gpt2:"):
+        return HFTokenizer(bpe.gpt2(Path(spec.removeprefix("gpt2:")).expanduser()))
+    path = Path(spec).expanduser()
+    if not path.exists():
+        kinds = "byte, char, bpe:4096, bpe-lines:4096, gpt2, gpt2:FOLDER, hub:NAME"
+        raise DataError(f"data.tokenizer = {spec!r}: no such file; give the path of a tokenizer.json, or {kinds}")
+    return load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
+
+
+def tokenizer_files(spec: str) -> list[Path]:
+    """The files that `spec` is made from, if any: when they change, the tokenizer does."""
+    path = Path(spec.removeprefix("gpt2:")).expanduser()
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.suffix in (".json", ".bpe", ".txt"))
+    return [path] if path.is_file() else []
+
+
+def _from_hub(name: str) -> Tokenizer:
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise MissingBackendError(f"tokenizer {name!r} is on the hub: pip install 'swamla[hub]'") from error
+    try:
+        return load_tokenizer(hf_hub_download(name, "tokenizer.json"))
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"cannot fetch tokenizer {name!r} from the hub ({reason}); offline, pass the path of its tokenizer.json"
+        ) from error
+
+
+class StreamDecoder:
+    """Text from ids that come one at a time; a character is held back until all its bytes are there.
+
+    What `push` and `flush` return, joined, is what `decode` makes of all ids at once.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._context: list[int] = []  # ids whose text is out, kept because some decoders look one token back
+        self._pending: list[int] = []
+        self._sent = 0  # characters of the pending ids' text that are out already
+
+    def push(self, token: int) -> str:
+        """The text that is certain now that `token` has come; may be empty."""
+        self._pending.append(token)
+        text = self._pending_text()
+        if text.endswith("\ufffd"):  # only the last character can still change
+            new, self._sent = text[self._sent : -1], len(text) - 1
+            return new
+        new = text[self._sent :]
+        self._context, self._pending, self._sent = self._pending, [], 0
+        return new
+
+    def flush(self) -> str:
+        """What was held back, as U+FFFD."""
+        new = self._pending_text()[self._sent :]
+        self._context, self._pending, self._sent = [], [], 0
+        return new
+
+    def _pending_text(self) -> str:
+        before = len(self._tokenizer.decode(self._context))
+        return self._tokenizer.decode(self._context + self._pending)[before:]
