@@ -115,7 +115,8 @@ def test_step_after_step_equals_forward() -> None:
     with torch.no_grad():
         state_BHKV = x[5].clone()
         for t in range(20):
-            o_BHV = gated_delta_step(*(a[:, t] for a in x[:5]), state_BHKV)
+            q_BHK, k_BHK, v_BHV, log_alpha_BH, beta_BH = (a[:, t] for a in x[:5])
+            o_BHV = gated_delta_step(q_BHK, k_BHK, v_BHV, log_alpha_BH, beta_BH, state_BHKV)
             torch.testing.assert_close(o_BHV, o_BTHV[:, t], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(state_BHKV, final_BHKV, atol=1e-5, rtol=1e-5)
 

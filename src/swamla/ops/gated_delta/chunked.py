@@ -7,9 +7,9 @@ attention whose values `u` solve a unit-triangular system (arXiv 2406.06484; wit
     o_t             = sum_{s<=t} D_ts (q_t.k_s) u_s + e^{G_t} q_t S             what it answers to query t
     S'              = e^{G_C} S + sum_s e^{G_C - G_s} k_s u_s
 
-Queries and keys read the chunk in the same way, so both passes treat `[q; k]` as 2C readers. Only S runs sequentially.
+Queries and keys read in the same way, and so do their gradients. Only S runs sequentially over the chunks.
 
-Shapes: N chunks, X = B*H, C tokens a chunk, R = 2C readers.
+Shapes: N chunks, X = B*H, C tokens a chunk.
 """
 
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         inputs = (q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH[..., None], beta_BTH[..., None])
         ctx.masks, ctx.scale, ctx.chunk = masks, scale, chunk
-        o_BTHV = torch.empty_like(v_BTHV, memory_format=torch.contiguous_format)
+        o_BTHV = torch.empty_like(v_BTHV, dtype=q_BTHK.dtype, memory_format=torch.contiguous_format)
         carried_XKV, states = initial_state_BHKV.flatten(0, 1), []
         with torch.autocast(q_BTHK.device.type, enabled=False):
             for segment in _segments(q_BTHK, chunk):
