@@ -77,7 +77,7 @@ def generate_text(
     first_round = sum(1 for tokens in produced if tokens)
     later = times[first_round:]
     elapsed = later[-1] - times[first_round - 1] if later else 0.0
-    longest = max(map(len, ids)) + max_new_tokens
+    longest = max(map(len, ids)) + max_new_tokens - 1
     return Generation(
         completions=[
             Completion(prompt=prompt, text=tokenizer.decode(tokens), tokens=tokens, ended=len(tokens) < max_new_tokens)

@@ -169,9 +169,9 @@ def test_prompts_that_make_no_sense_are_refused(
 
 def test_more_tokens_than_learned_positions_are_refused_before_anything_is_drawn() -> None:
     model = build_model(replace(hybrid_config(), learned_positions=10))
-    assert len(model.generate([[1, 2, 3]], 7)[0]) == 7
+    assert len(model.generate([[1, 2, 3]], 8)[0]) == 8  # the last one is drawn, never read back
     with pytest.raises(UsageError, match="11 tokens are more than the model's 10 learned positions"):
-        model.generate([[1, 2, 3]], 8)
+        model.generate([[1, 2, 3]], 9)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swamla.errors import UsageError
+from swamla.model.block import Block
 from swamla.model.config import LanguageModelConfig
 from swamla.model.mixers.mixer import State
 from swamla.model.sampling import Sampling, generate
@@ -39,7 +40,8 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.positions = nn.Embedding(config.learned_positions, config.width) if config.learned_positions else None
-        self.blocks = nn.ModuleList(block.build(config.width, config.norm, config.dropout) for block in config.layers)
+        layers = [block.build(config.width, config.norm, config.dropout) for block in config.layers]
+        self.blocks: Sequence[Block] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norm = config.norm.build(config.width)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.reset_weights()
@@ -68,7 +70,8 @@ class LanguageModel(nn.Module):
     def hidden(self, tokens_BT: Tensor, seq: Layout | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """What the head sees, (B, T, D), and the FFNs' statistics by layer."""
         if seq is None:
-            seq = Layout.one_document_per_row(*tokens_BT.shape, device=tokens_BT.device)
+            batch, time = tokens_BT.shape
+            seq = Layout.one_document_per_row(batch, time, device=tokens_BT.device)
         x_BTD = self._embed(tokens_BT, seq)
         if self.config.dropout:
             x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
@@ -107,7 +110,7 @@ class LanguageModel(nn.Module):
         """Logits (B, T, vocabulary) of T >= 1 new tokens after those in `state`, which is updated.
 
         valid_BT marks tokens that count (default all); padding may stand only at the end of a row, and its logits
-        mean nothing. UsageError when the state is full.
+        mean nothing, but it needs room as tokens do. UsageError when the state is full.
         """
         if valid_BT is None:
             valid_BT = torch.ones_like(tokens_BT, dtype=torch.bool)

@@ -54,8 +54,8 @@ class Sampling:
         # Largest first taken off, so that however small the temperature the likeliest token stays finite.
         logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / self.temperature
         if 0 < self.top_k < logits_BV.shape[-1]:
-            least_B1 = logits_BV.topk(self.top_k, dim=-1).values[:, -1:]
-            logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -math.inf)
+            top = logits_BV.topk(self.top_k, dim=-1)
+            logits_BV = torch.full_like(logits_BV, -math.inf).scatter(-1, top.indices, top.values)
         probabilities_BV = logits_BV.softmax(dim=-1)
         if self.top_p < 1:
             sorted_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True)
@@ -85,7 +85,7 @@ def generate(
     model.eval()
     try:
         longest = max(len(prompt) for prompt in prompts)
-        state = model.init_state(len(prompts), longest + max_new_tokens)
+        state = model.init_state(len(prompts), longest + max_new_tokens - 1)  # the last token is not read back
         logits_BV = prefill(model, prompts, state)
         generators = sampling.generators(len(prompts))
         produced: list[list[int]] = [[] for _ in prompts]

@@ -118,9 +118,8 @@ class MHA(Mixer[KVState]):
 
     def step(self, x_BTD: Tensor, state: KVState, seq: Layout) -> Tensor:
         q, k, v = self.project(x_BTD, seq)
-        valid_BT = seq.document_BT >= 0
-        write_at(state.k_BSGK, seq.position_BT, k, valid_BT)
-        write_at(state.v_BSGK, seq.position_BT, v, valid_BT)
+        write_at(state.k_BSGK, seq.position_BT, k)  # padding too: it lies behind a row's end, unseen until overwritten
+        write_at(state.v_BSGK, seq.position_BT, v)
         seen = seq.end
         allowed_BTS = seq.table("causal", lambda: causal_mask(seq, seen))
         o = cached_attention(q, state.k_BSGK[:, :seen].to(q.dtype), state.v_BSGK[:, :seen].to(q.dtype), allowed_BTS)

@@ -46,9 +46,7 @@ class Mixer(nn.Module, ABC, Generic[S]):
         """
 
 
-def write_at(cache_BSX: Tensor, index_BT: Tensor, new_BTX: Tensor, keep_BT: Tensor) -> None:
-    """cache[b, index[b, t]] = new[b, t] where keep[b, t]; other slots stay. Indices kept in a row must differ."""
+def write_at(cache_BSX: Tensor, index_BT: Tensor, new_BTX: Tensor) -> None:
+    """cache[b, index[b, t]] = new[b, t], in place; the indices of a row must differ."""
     row_B1 = torch.arange(cache_BSX.shape[0], device=cache_BSX.device)[:, None]
-    keep = keep_BT.reshape(*keep_BT.shape, *([1] * (new_BTX.dim() - 2)))
-    old_BTX = cache_BSX[row_B1, index_BT]
-    cache_BSX[row_B1, index_BT] = torch.where(keep, new_BTX.to(cache_BSX.dtype), old_BTX)
+    cache_BSX[row_B1, index_BT] = new_BTX.to(cache_BSX.dtype)

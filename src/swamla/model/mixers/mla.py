@@ -45,12 +45,6 @@ class MLAConfig:
         """What scores are multiplied by before the softmax."""
         return self.qk_head_dim**-0.5 * self.rope.softmax_factor
 
-    def check(self, width: int) -> None:
-        """ConfigError where a rank is larger than the width it compresses."""
-        allowed = f"a rank larger than the width {width} compresses nothing"
-        require(self.kv_lora_rank <= width, "kv_lora_rank", self.kv_lora_rank, allowed)
-        require(self.q_lora_rank <= width, "q_lora_rank", self.q_lora_rank, allowed)
-
     def build(self, width: int) -> "MLA":
         """The module."""
         return MLA(self, width)
@@ -64,7 +58,9 @@ class MLAConfig:
 
     def n_parameters(self, width: int) -> int:
         """Parameters of the module; ConfigError where a rank is larger than the width it compresses."""
-        self.check(width)
+        allowed = f"a rank larger than the width {width} compresses nothing"
+        require(self.kv_lora_rank <= width, "kv_lora_rank", self.kv_lora_rank, allowed)
+        require(self.q_lora_rank <= width, "q_lora_rank", self.q_lora_rank, allowed)
         return self._projection_weights(width) + self.q_lora_rank + self.kv_lora_rank
 
     def forward_flops(self, width: int, length: int) -> int:
@@ -147,7 +143,7 @@ class MLA(Mixer[MLAState]):
         config = self.config
         q_nope, q_rope, latent, k_rope = self.project(x_BTD, seq)
         entry_BTR = torch.cat((latent, k_rope.squeeze(2).to(latent.dtype)), dim=-1)
-        write_at(state.latent_BSR, seq.position_BT, entry_BTR, seq.document_BT >= 0)
+        write_at(state.latent_BSR, seq.position_BT, entry_BTR)  # padding too, see MHA
         # W_kb and W_vb, (H, nope, R) and (H, V, R): scores = (W_kbᵀ q) · c and outputs = W_vb (Σ p c).
         w_HXR = self.kv_b_proj.weight.unflatten(0, (config.n_heads, -1)).to(q_nope.dtype)
         w_kb, w_vb = w_HXR.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)

@@ -80,8 +80,9 @@ class SWA(MHA):
         near_BTS = (distance_BTS < self.config.window) | (source_BS < self.config.sinks)[:, None, :]
         allowed_BTS = (source_BS >= 0)[:, None, :] & (distance_BTS >= 0) & near_BTS
         slot_BT = self._slot(position_BT)
-        write_at(state.k_BSGK, slot_BT, k, valid_BT)
-        write_at(state.v_BSGK, slot_BT, v, valid_BT)
+        for ring, new in ((state.k_BSGK, k), (state.v_BSGK, v)):
+            kept = ring.gather(1, slot_BT[..., None, None].expand_as(new))
+            write_at(ring, slot_BT, torch.where(valid_BT[..., None, None], new.to(ring.dtype), kept))
         return cached_attention(q, k_all, v_all, allowed_BTS)
 
     def _slot(self, position: Tensor) -> Tensor:
