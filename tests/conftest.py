@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+import swamla
+
+os.environ["PYTHONPATH"] = str(Path(swamla.__file__).parents[1])  # subprocesses test this checkout, installed or not
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 

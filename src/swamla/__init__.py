@@ -14,15 +14,16 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from swamla import data, model, ops
     from swamla.checkpoint import load
-    from swamla.data import DataConfig
+    from swamla.data.config import DataConfig
     from swamla.errors import SwamlaError
-    from swamla.model import LanguageModel, LanguageModelConfig
+    from swamla.model.config import LanguageModelConfig
+    from swamla.model.language_model import LanguageModel
     from swamla.train.config import RunConfig, TrainConfig
 
 _HOME = {
-    "DataConfig": "swamla.data",
-    "LanguageModel": "swamla.model",
-    "LanguageModelConfig": "swamla.model",
+    "DataConfig": "swamla.data.config",
+    "LanguageModel": "swamla.model.language_model",
+    "LanguageModelConfig": "swamla.model.config",
     "RunConfig": "swamla.train.config",
     "SwamlaError": "swamla.errors",
     "TrainConfig": "swamla.train.config",

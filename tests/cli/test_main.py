@@ -103,7 +103,7 @@ def test_every_listed_command_is_a_module_with_a_main() -> None:
         (["evaluate", "/nonexistent"], "/nonexistent: not a run folder"),
         (["evaluate", "/nonexistent", "--block_size", "-1"], "--block_size -1: must be > 0"),
         (["prepare", "notes.txt", "--source", "x"], "--source goes with a recipe"),
-        (["prepare", "stdlib", "--tokenizer", "bpe:1"], "data.tokenizer = 'bpe:1' (command line): vocabulary"),
+        (["prepare", "stdlib", "--tokenizer", "bpe:1"], "data.tokenizer = 'bpe:1' (--tokenizer): vocabulary"),
         (["train", "--run_name", "../x"], "--run_name '../x': must be a plain folder name"),
         (["train", "--run_name", ".."], "--run_name '..': must be a plain folder name"),
         (["train", "--run_name", "/x"], "--run_name '/x': must be a plain folder name"),

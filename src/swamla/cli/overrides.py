@@ -5,14 +5,14 @@ choice's own fields are flags prefixed by the kind (`--muon_momentum`); for mixe
 block of that kind (`--swa_window 128`).
 """
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields, make_dataclass
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_origin
 
 import tyro
 
+from swamla.cli.field_text import field_docs, metavar, parse_text
 from swamla.config import choices_of, field_types, join, options_of
 from swamla.data.config import DataConfig
 from swamla.errors import UsageError
@@ -55,8 +55,8 @@ def flags() -> dict[str, Flag]:
 
 def add_flags(cls: type) -> Any:
     """The dataclass `cls` with every generated flag as a further field: text, or a boolean, "" where not given."""
-    shape = [_argument(name, str, metavar, text, None) for name, (metavar, text) in _SHAPE.items()]
-    generated = [_argument(f.name, f.annotation, _metavar(f.annotation), f.help, f.default) for f in flags().values()]
+    shape = [_argument(name, str, shape, text, None) for name, (shape, text) in _SHAPE.items()]
+    generated = [_argument(f.name, f.annotation, metavar(f.annotation), f.help, f.default) for f in flags().values()]
     made = make_dataclass(cls.__name__, [*shape, *generated], bases=(cls,), frozen=True, kw_only=True)
     made.__doc__ = cls.__doc__
     return made
@@ -74,7 +74,7 @@ def apply(plain: Plain, arguments: Any, given: frozenset[str]) -> dict[str, str]
     known = flags()
     for name in sorted(given & known.keys(), key=list(known).index):
         flag = known[name]
-        flag.put(plain, _parse(values[name], flag.annotation))
+        flag.put(plain, parse_text(values[name], flag.annotation))
         origins[flag.field] = f"--{name}"
     return origins
 
@@ -180,7 +180,7 @@ def _reshape(model: Plain, wanted: dict[str, str], origins: dict[str, str]) -> N
         for name in pattern:
             blocks.setdefault(name, _new_block(name, blocks))
     if "n_layers" in wanted:
-        depth = _parse(wanted["n_layers"], int)
+        depth = parse_text(wanted["n_layers"], int)
         if not isinstance(depth, int) or depth < 1:
             raise UsageError(f"--n_layers {wanted['n_layers']}: must be a whole number > 0, e.g. 6")
         pattern = [pattern[layer % len(pattern)] for layer in range(depth)] if pattern else []
@@ -188,7 +188,7 @@ def _reshape(model: Plain, wanted: dict[str, str], origins: dict[str, str]) -> N
     model["blocks"] = {name: block for name, block in blocks.items() if name in pattern} if pattern else blocks
     if "n_heads" in wanted:
         for name, block in model["blocks"].items():
-            block["mixer"]["n_heads"] = _parse(wanted["n_heads"], int)
+            block["mixer"]["n_heads"] = parse_text(wanted["n_heads"], int)
             origins[f"model.blocks.{name}.mixer.n_heads"] = "--n_heads"
 
 
@@ -208,74 +208,15 @@ def _is_choice(annotation: Any) -> bool:
     return all(hasattr(option, "__dataclass_fields__") for option in options)
 
 
-def _argument(name: str, annotation: Any, metavar: str, text: str, default: Any) -> tuple[str, Any, Any]:
+def _argument(name: str, annotation: Any, shape: str, text: str, default: Any) -> tuple[str, Any, Any]:
     """A field for tyro. Values stay text: the config's own reader checks them, so that all errors read alike."""
     shown = "" if default is MISSING or default is None else f"(default: {_show(default)})"
     if annotation is bool:
         argument = tyro.conf.arg(help=text, help_behavior_hint=shown)
         return name, Annotated[bool, argument], default is True
-    argument = tyro.conf.arg(help=text, help_behavior_hint=shown, metavar=metavar)
+    argument = tyro.conf.arg(help=text, help_behavior_hint=shown, metavar=shape)
     return name, Annotated[str, argument], ""
 
 
 def _show(default: Any) -> str:
     return " ".join(map(str, default)) if isinstance(default, tuple) else str(default) or '""'
-
-
-def _metavar(annotation: Any) -> str:
-    options = options_of(annotation)
-    shown = "|".join(_metavar_of(option) for option in options if option is not NoneType)
-    return f"{shown}|none" if NoneType in options and str not in options else shown
-
-
-def _metavar_of(option: Any) -> str:
-    if get_origin(option) is Literal:
-        return "|".join(map(str, get_args(option)))
-    if get_origin(option) is tuple:
-        return ",".join(_metavar_of(item) for item in get_args(option))
-    return {int: "INT", float: "FLOAT", str: "TEXT", bool: "true|false"}[option]
-
-
-def _parse(text: Any, annotation: Any) -> Any:
-    """Text as the plain value that `annotation` wants; left as it is where that fails, for the reader to refuse."""
-    if not isinstance(text, str):
-        return text
-    options = options_of(annotation)
-    if str in options:
-        return text
-    if NoneType in options and text.lower() == "none":
-        return None
-    for option in options:
-        if get_origin(option) is tuple:
-            return [_parse(item, get_args(option)[0]) for item in re.split(r"[,\s]+", text.strip())]
-        if option in (int, float):
-            try:
-                return option(text)
-            except ValueError:
-                continue
-        if option is bool and text.lower() in ("true", "false"):
-            return text.lower() == "true"
-    return text
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """What the docstrings of a config and its bases say about each field, for --help.
-
-    `name: text` (of several names: with commas) at the start of a line or sentence or after two spaces; else the first
-    unlabelled clause that has the name as a word, or any that has it in backticks; else nothing.
-    """
-    text = "  ".join(base.__doc__ or "" for base in cls.__mro__ if hasattr(base, "__dataclass_fields__"))
-    names = [f.name for f in fields(cls)]
-    name = "|".join(names)
-    starts = list(re.finditer(rf"(?:^ *|  |\. )((?:{name})(?:, (?:{name}))*): ", text, re.MULTILINE))
-    ends = [start.start() for start in starts[1:]] + [len(text)]
-    docs: dict[str, str] = {}
-    for start, end in zip(starts, ends[: len(starts)], strict=True):
-        said = " ".join(text[start.end() : end].split("\n\n")[0].split()).rstrip(".")
-        docs = dict.fromkeys(start[1].split(", "), said) | docs
-    clauses = [" ".join(clause.split()).rstrip(".") for clause in re.split(r"\.\s|;\s|\n\s*\n", text)]
-    for field in names:
-        plain = (clause for clause in clauses if ": " not in clause and re.search(rf"\b{field}\b", clause))
-        quoted = (clause for clause in clauses if f"`{field}`" in clause)
-        docs.setdefault(field, next(plain, next(quoted, "")))
-    return docs

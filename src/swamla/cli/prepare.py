@@ -1,11 +1,14 @@
 """`swamla prepare DATA`: tokenize now what training would tokenize first."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from rich.console import Console
+
 from swamla.cli.flags import Positional, parse
+from swamla.cli.running import prepare_data
 from swamla.config import from_plain, load_file
 from swamla.data.config import DataConfig
-from swamla.data.prepare import prepare
 from swamla.errors import UsageError
 from swamla.recipes import recipe_names, recipe_path
 
@@ -28,16 +31,19 @@ def main(argv: list[str]) -> int:
     """Prepare and say what there is."""
     arguments, given = parse(Arguments, argv, command="prepare")
     plain: dict[str, object] = {"source": arguments.data}
-    place = None
-    if arguments.data in recipe_names():
-        recipe, place = load_file(recipe_path(arguments.data))
-        plain = recipe["data"]
+    written: Callable[[str], str] = _nowhere
+    if arguments.data in recipe_names() or arguments.data.endswith(".toml"):
+        recipe, written = load_file(recipe_path(arguments.data))
+        plain = recipe.get("data", {})
     elif "source" in given:
         raise UsageError(f"--source goes with a recipe ({', '.join(recipe_names())}), and {arguments.data} is none")
-    plain |= {name: getattr(arguments, name) for name in ("source", "tokenizer", "held_out_fraction") if name in given}
-    config = from_plain(DataConfig, plain, path="data", origin=place or "command line")
-    dataset = prepare(config, progress=print)
-    for name, split in (("training", dataset.train), ("held out", dataset.held_out)):
-        print(f"{name}: {split.n_documents:,} documents, {split.n_tokens:,} tokens, {split.n_bytes:,} bytes")
-    print(f"tokenizer: {config.tokenizer}, vocabulary {dataset.tokenizer.vocab_size:,}")
+    plain |= {name: value for name, value in arguments.__dict__.items() if name in given}
+    flags = {f"data.{name}": f"--{name}" for name in given}
+    config = from_plain(DataConfig, plain, path="data", origin=lambda field: flags.get(field) or written(field))
+    prepare_data(config, Console())
     return 0
+
+
+def _nowhere(field: str) -> str:
+    """Where a field stands that no file gave."""
+    return ""

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     run_dir = new_folder(arguments.output_dir, "quickstart")
     console = Console()
     say(console, _announcement(config, run_dir))
-    dataset = prepare_data(config, console)
+    dataset = prepare_data(config.data, console)
     samples: list[str] = []
 
     def first_sample(state: TrainState) -> None:
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     samples.append(_sample(model, tokenizer))
     text = "\n\n".join(f"=== {when} training ===\n{s}" for when, s in zip(("before", "after"), samples, strict=True))
     (run_dir / "samples.txt").write_text(text + "\n", encoding="utf-8")
-    say(console, f"\n{text}\n")
+    say(console, f"\n{_harmless(text)}\n")
     with autocast(state.precision, state.device):
         found = validation(dataset, config.train.block_size)(model)
     _compare(console, run_dir.name, found["bits_per_byte"], dataset.held_out_text())
@@ -78,6 +78,11 @@ def _sample(model: LanguageModel, tokenizer: Tokenizer) -> str:
     return PROMPT + done.completions[0].text
 
 
+def _harmless(text: str) -> str:
+    """Text without control characters: an untrained model may say anything, and the terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def _compare(console: Console, name: str, bits_per_byte: float, held_out: bytes) -> None:
     """The model beside two compressors, on the same bytes; these learn from nothing but the bytes themselves."""
     compressed = {
@@ -94,11 +99,8 @@ def _compare(console: Console, name: str, bits_per_byte: float, held_out: bytes)
 
 
 def _say_where_and_next(console: Console, run_dir: Path) -> None:
-    run, program = shlex.quote(str(run_dir)), shlex.quote(_program())
-    say(
-        console,
-        f"\n{run_dir} holds config.json, metrics.jsonl, loss.png, samples.txt and the checkpoints. Next, try:\n",
-    )
+    run, program = shlex.quote(str(run_dir)), _program()
+    say(console, f"\n{run_dir} holds config.json, metrics.jsonl, loss.png, samples.txt and the checkpoints. Next:\n")
     say(console, f'  {program} generate {run} --prompt "class " --stats')
     say(console, f"  {program} evaluate {run}")
     say(console, f'  {program} train quickstart --pattern "swa swa swa mla" --run_name swa-swa-swa-mla')
@@ -108,6 +110,6 @@ def _program() -> str:
     """How this program was called, in a form that works again from this folder."""
     called = sys.argv[0]
     if os.path.basename(called) != "swamla":
-        return "swamla"
+        return f"{shlex.quote(os.path.relpath(sys.executable))} -m swamla"
     on_path = shutil.which("swamla")
-    return "swamla" if on_path and os.path.samefile(on_path, called) else os.path.relpath(called)
+    return "swamla" if on_path and os.path.samefile(on_path, called) else shlex.quote(os.path.relpath(called))

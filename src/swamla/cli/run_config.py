@@ -4,7 +4,8 @@ import copy
 from typing import Any
 
 from swamla.cli.overrides import apply
-from swamla.config import from_plain, load_file
+from swamla.config import from_plain, load_file, within
+from swamla.errors import require
 from swamla.recipes import recipe_path
 from swamla.train.config import RunConfig
 
@@ -25,7 +26,17 @@ def read_recipe(recipe: str, arguments: Any, given: frozenset[str]) -> RunConfig
         general = ".".join([*parts[:2], "*", *parts[3:]]) if field.startswith("model.blocks.") else field
         return flags.get(field) or flags.get(general) or place(field)
 
-    return from_plain(RunConfig, plain, origin=origin)
+    config = from_plain(RunConfig, plain, origin=origin)
+    with within("", origin):
+        _check_together(config)
+    return config
+
+
+def _check_together(config: RunConfig) -> None:
+    """What no section of the config can see alone."""
+    positions, block_size = config.model.learned_positions, config.train.block_size
+    fits = not positions or block_size <= positions
+    require(fits, "train.block_size", block_size, f"must not exceed model.learned_positions = {positions}")
 
 
 def _has_model(plain: dict[str, Any]) -> bool:

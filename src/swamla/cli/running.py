@@ -5,8 +5,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from swamla.data.config import DataConfig
 from swamla.data.prepare import Dataset, prepare
-from swamla.errors import UsageError, require
+from swamla.errors import UsageError
 from swamla.evaluate import evaluate_split
 from swamla.model.language_model import LanguageModel
 from swamla.train import RunConfig, TrainState, train
@@ -14,12 +15,18 @@ from swamla.train import RunConfig, TrainState, train
 EVALUATION_TOKENS = 16384  # computed at once: more would only cost memory
 
 
-def prepare_data(config: RunConfig, console: Console) -> Dataset:
-    """The data of a run, tokenized now or found in the cache, with a line on the console about it."""
-    _check_together(config)
-    dataset = prepare(config.data, progress=lambda text: say(console, text))
-    for name, split in (("training", dataset.train), ("held out", dataset.held_out)):
-        say(console, f"{name}: {split.n_documents:,} documents, {split.n_bytes:,} bytes, {split.n_tokens:,} tokens")
+def prepare_data(config: DataConfig, console: Console) -> Dataset:
+    """The data of a run, tokenized now or found in the cache, and described on the console."""
+    with console.status("reading …") as status:  # shown on terminals only
+
+        def progress(stage: str, documents: int, n_bytes: int) -> None:
+            status.update(f"{stage}: {documents:,} documents, {n_bytes:,} bytes")
+
+        dataset = prepare(config, progress=progress)
+    rows = dataset.describe()
+    width = max(len(label) for label, _ in rows)
+    for label, value in rows:
+        say(console, f"{label:<{width}}  {value}")
     return dataset
 
 
@@ -88,10 +95,3 @@ def _numbered(folder: Path) -> Path:
 def say(console: Console, text: str) -> None:
     """Print text as it is: no markup, no wrapping, no highlighting."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def _check_together(config: RunConfig) -> None:
-    """What no section can see alone."""
-    positions, block_size = config.model.learned_positions, config.train.block_size
-    fits = not positions or block_size <= positions
-    require(fits, "train.block_size", block_size, f"must not exceed model.learned_positions = {positions}")

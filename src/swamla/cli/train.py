@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     config = read_recipe(recipe, arguments, given)
     console = Console()
     say(console, f"{'resuming' if resume else 'training'} {recipe} in {run_dir}")
-    run_training(config, prepare_data(config, console), run_dir, console, resume=resume)
+    run_training(config, prepare_data(config.data, console), run_dir, console, resume=resume)
     say(console, f"the run is in {run_dir}")
     return 0
 
