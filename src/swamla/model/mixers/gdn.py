@@ -13,7 +13,7 @@ from swamla.model.mixers.mixer import Mixer, State
 from swamla.ops import gated_delta_rule, gated_delta_step, l2_normalize, short_conv
 from swamla.ops.layout import Layout
 
-CHUNK = 64
+CHUNK = 64  # of the counted FLOPs; the op picks what is fastest on its device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,7 @@ class GDN(Mixer[GDNState]):
     def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
         qkv, z, log_alpha, beta = self.project(x_BTD)
         q, k, v = self.heads(short_conv(qkv, self.conv_weight, seq=seq))
-        o, _ = gated_delta_rule(q, k, v, log_alpha, beta, seq=seq, backend=self.config.backend, chunk=CHUNK)
+        o, _ = gated_delta_rule(q, k, v, log_alpha, beta, seq=seq, backend=self.config.backend)
         return self.output(o, z)
 
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> GDNState:
@@ -164,9 +164,7 @@ class GDN(Mixer[GDNState]):
         else:
             memory = state.memory_BHKV
             backend = self.config.backend
-            o, last = gated_delta_rule(
-                q, k, v, log_alpha, beta, initial_state_BHKV=memory, backend=backend, chunk=CHUNK
-            )
+            o, last = gated_delta_rule(q, k, v, log_alpha, beta, initial_state_BHKV=memory, backend=backend)
             memory.copy_(last)
         return self.output(o.to(z.dtype), z)
 
