@@ -134,16 +134,26 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_logits_of_all_rows_are_never_made(monkeypatch):
-    monkeypatch.setattr("swamla.ops.cross_entropy.LOGITS", 20_000)
-    rows, vocabulary = 1000, 500
+def test_at_most_an_eighth_of_the_logits_is_ever_held():
+    rows, vocabulary = 4000, 500
     x, weight, labels = inputs(rows=rows, vocabulary=vocabulary)
     with LargestTensor() as chunked:
         chunked_cross_entropy(x, weight, labels).backward()
     with LargestTensor() as whole:
         full_cross_entropy(x, weight, labels).backward()
     assert whole.elements == rows * vocabulary
-    assert chunked.elements <= 20_000
+    assert chunked.elements == rows * vocabulary // 8
+
+
+def test_a_large_vocabulary_makes_small_chunks_and_smaller_slabs_in_fp32(monkeypatch):
+    monkeypatch.setattr("swamla.ops.cross_entropy.LOGITS", 20_000)
+    monkeypatch.setattr("swamla.ops.cross_entropy.SLAB", 2_000)
+    x, weight, labels = inputs(rows=1000, vocabulary=500)
+    with LargestTensor() as chunked:
+        got = with_gradients(chunked_cross_entropy(x, weight, labels), x, weight)
+    assert chunked.elements == 20_000
+    for mine, theirs in zip(got, with_gradients(full_cross_entropy(x, weight, labels), x, weight), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-5)
 
 
 @pytest.mark.parametrize("label", [50, 1000, -1, -99])

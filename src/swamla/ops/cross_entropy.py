@@ -8,7 +8,8 @@ from torch.autograd.function import once_differentiable
 
 from swamla.errors import DataError, require
 
-LOGITS = 4_000_000  # of one chunk, in elements: 16 MB in fp32
+LOGITS = 16_000_000  # of one chunk, in elements, in the dtype of the product: enough rows to pay for a sum into dW
+SLAB = 1_000_000  # logits in fp32 at a time, in elements: their softmax runs in the cache
 
 
 def chunked_cross_entropy(
@@ -16,14 +17,14 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Sum over the labels other than `ignore` of −log softmax(x Wᵀ)[label]: nats, an fp32 scalar (double for double).
 
-    Logits are made `chunk` rows at a time (by default as many as give a few million) and turned into gradients on the
-    spot, so none is kept and none is computed twice. Under autocast the products are in its dtype; softmax and the
-    sum over chunks of the weight's gradient are in fp32. No labels at all give 0 and zero gradients. First derivatives
-    only. Raises DataError for a label outside the vocabulary.
+    Logits are made `chunk` rows at a time (by default 16 million of them, and at most an eighth of the whole) and
+    turned into gradients on the spot, so none is kept and none is computed twice. Under autocast the products are in
+    its dtype; softmax and the sum over chunks of the weight's gradient are in fp32. No labels at all give 0 and zero
+    gradients. First derivatives only. Raises DataError for a label outside the vocabulary.
     """
     require(chunk is None or chunk >= 1, "chunk", chunk, "must be >= 1, e.g. 1024")
     _check_labels(labels_N, weight_VD.shape[0], ignore)
-    rows = chunk or max(16, LOGITS // weight_VD.shape[0])
+    rows = chunk or max(1, min(LOGITS // weight_VD.shape[0], -(-x_ND.shape[0] // 8)))
     return _ChunkedCrossEntropy.apply(x_ND, weight_VD, labels_N, rows, ignore)
 
 
@@ -59,20 +60,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         with torch.autocast(x_ND.device.type, enabled=False):
             for start in range(0, x_ND.shape[0], rows):
                 part = slice(start, start + rows)
-                x_CD, labels_C = x_ND[part].to(dtype), labels_N[part]
-                counts_C = labels_C != ignore
-                target_C1 = labels_C.where(counts_C, 0)[:, None]
-                p_CV = (x_CD @ w_VD.mT).to(sums)
-                logit_C = p_CV.gather(1, target_C1)[:, 0]
-                logsumexp_C = p_CV.logsumexp(dim=1)
-                total += (logsumexp_C - logit_C).where(counts_C, 0).sum()
-                if dx_ND is None and dw_VD is None:
-                    continue
-                d_CV = _grad_logits(p_CV, logsumexp_C, target_C1, counts_C).to(dtype)
+                x_CD = x_ND[part].to(dtype)
+                logits_CV = x_CD @ w_VD.mT
+                total += _losses_and_gradients(logits_CV, labels_N[part], ignore, need_x or need_weight)
                 if dx_ND is not None:
-                    dx_ND[part] = d_CV @ w_VD
+                    dx_ND[part] = logits_CV @ w_VD
                 if dw_VD is not None:
-                    dw_VD += d_CV.mT @ x_CD
+                    dw_VD += logits_CV.mT @ x_CD
         ctx.save_for_backward(dx_ND, dw_VD)
         ctx.weight_dtype = weight_VD.dtype
         return total
@@ -86,8 +80,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return dx_ND, dw_VD, None, None, None
 
 
-def _grad_logits(p_CV: Tensor, logsumexp_C: Tensor, target_C1: Tensor, counts_C: Tensor) -> Tensor:
-    """softmax − one-hot, zero in rows without a label; overwrites the logits."""
-    p_CV.sub_(logsumexp_C[:, None]).exp_()
-    p_CV.scatter_add_(1, target_C1, torch.full_like(target_C1, -1, dtype=p_CV.dtype))
-    return p_CV.mul_(counts_C[:, None])
+def _losses_and_gradients(logits_CV: Tensor, labels_C: Tensor, ignore: int, need_gradients: bool) -> Tensor:
+    """The sum of the losses; if asked, each logit is replaced by its gradient: softmax − one-hot, 0 without a label."""
+    counts_C = labels_C != ignore
+    target_C1 = labels_C.where(counts_C, 0)[:, None]
+    dtype = torch.promote_types(logits_CV.dtype, torch.float32)
+    total = logits_CV.new_zeros((), dtype=dtype)
+    slab = max(1, SLAB // logits_CV.shape[1])
+    for start in range(0, logits_CV.shape[0], slab):
+        rows = slice(start, start + slab)
+        log_p_CV = logits_CV[rows].log_softmax(dim=1, dtype=dtype)
+        total -= log_p_CV.gather(1, target_C1[rows])[:, 0].where(counts_C[rows], 0).sum()
+        if need_gradients:
+            d_CV = log_p_CV.exp_()
+            d_CV.scatter_add_(1, target_C1[rows], d_CV.new_full((d_CV.shape[0], 1), -1.0))
+            logits_CV[rows] = d_CV.mul_(counts_C[rows, None])
+    return total
