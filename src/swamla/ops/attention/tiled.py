@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SCORES = 8_000_000  # of one batch of tiles, in elements: 16 MB in bf16, of which two or three are in use
+SCORES = 4_000_000  # of one batch of tiles, in elements: two or three such buffers in use, near the size of the caches
 
 
 @dataclass(frozen=True)
