@@ -1,13 +1,15 @@
 """Held-out loss, perplexity and bits per byte are what their definitions say."""
 
 import math
-from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from swamla.data.packing import Batch
+from swamla.data.shards import Split
 from swamla.errors import DataError
 from swamla.evaluate import Evaluation, evaluate, evaluate_split
 from swamla.model.block import BlockConfig
@@ -19,33 +21,22 @@ from swamla.ops.layout import Layout
 VOCABULARY, EOS = 11, 10
 
 
-@dataclass
-class Documents:
-    """A split held in memory."""
-
-    texts: list[list[int]]
-
-    @property
-    def n_documents(self) -> int:
-        return len(self.texts)
-
-    @property
-    def n_tokens(self) -> int:
-        return sum(self.lengths)
-
-    @property
-    def n_bytes(self) -> int:
-        return 3 * self.n_tokens
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.asarray([len(t) for t in self.texts], dtype=np.int64)
-
-    def document(self, i: int) -> np.ndarray:
-        return np.asarray(self.texts[i], dtype=np.uint16)
+TEXTS = [[1, 2, 3, 4, 5], [6], [7, 8, 9, 1, 2, 3, 4, 5, 6, 7, 8], [2, 2]]
 
 
-SPLIT = Documents([[1, 2, 3, 4, 5], [6], [7, 8, 9, 1, 2, 3, 4, 5, 6, 7, 8], [2, 2]])
+def split_of(texts: list[list[int]]) -> Split:
+    """A split held in memory, of three bytes a token."""
+    lengths = np.array([len(text) for text in texts], dtype=np.int64)
+    return Split(
+        path=Path("memory"),
+        tokens=np.array(list(chain(*texts)), dtype=np.uint16),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        byte_counts=3 * lengths,
+        vocab_size=VOCABULARY,
+    )
+
+
+SPLIT = split_of(TEXTS)
 
 
 @pytest.fixture
@@ -57,11 +48,11 @@ def model():
     ).build()
 
 
-def by_hand(model, split):
+def by_hand(model, texts):
     """Total nats, document by document."""
     model.eval()
     nats = 0.0
-    for text in split.texts:
+    for text in texts:
         logits = model(torch.tensor([[EOS, *text]]))
         nats += torch.nn.functional.cross_entropy(logits[0], torch.tensor([*text, EOS]), reduction="sum").item()
     return nats
@@ -70,7 +61,7 @@ def by_hand(model, split):
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_each_token_and_each_end_counts_once_as_if_documents_were_read_alone(model, batch_size):
     found = evaluate_split(model, SPLIT, eos_id=EOS, block_size=64, batch_size=batch_size)
-    nats = by_hand(model, SPLIT)
+    nats = by_hand(model, TEXTS)
     assert found.tokens == 19 + 4
     assert found.loss == pytest.approx(nats / 23, rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(nats / 23), rel=1e-5)
@@ -111,7 +102,7 @@ def test_padding_and_labels_without_loss_do_not_count(model):
 
 def test_nothing_to_evaluate_is_an_error(model):
     with pytest.raises(DataError, match="held-out split has no documents"):
-        evaluate_split(model, Documents([]), eos_id=EOS, block_size=4, batch_size=1)
+        evaluate_split(model, split_of([]), eos_id=EOS, block_size=4, batch_size=1)
     with pytest.raises(DataError, match="nothing to evaluate"):
         evaluate(model, [], bytes_per_label=1.0)
 

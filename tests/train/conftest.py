@@ -2,7 +2,7 @@
 
 import pytest
 
-from swamla.data.prepare import Dataset
+from swamla.data.dataset import Dataset
 
 from .helpers import tiny_dataset
 

@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 
 from swamla.data.config import DataConfig
-from swamla.data.prepare import Dataset, prepare
+from swamla.data.dataset import Dataset
+from swamla.data.prepare import prepare
 from swamla.evaluate import evaluate_split
 from swamla.model.block import BlockConfig
 from swamla.model.config import LanguageModelConfig

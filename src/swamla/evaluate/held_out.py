@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 import torch
 
 from swamla.data.packing import Batch
-from swamla.data.prepare import Split
 from swamla.data.sampler import HeldOutRows
+from swamla.data.shards import Split
 from swamla.errors import DataError
 from swamla.model.language_model import LanguageModel
 from swamla.ops.layout import Layout
@@ -53,7 +53,7 @@ def evaluate(model: LanguageModel, batches: Iterable[Batch], *, bytes_per_label:
         seq = Layout.from_documents(batch.document_BT).to(model.device)
         total, _ = model.loss(batch.tokens_BT.to(model.device), batch.labels_BT.to(model.device), seq)
         nats += total.item()
-        labels += int((batch.labels_BT != -100).sum())
+        labels += batch.n_labels
     model.train(was_training)
     if labels == 0:
         raise DataError("nothing to evaluate: the held-out split has no documents")

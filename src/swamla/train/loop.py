@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 
 from swamla.checkpoint import latest_checkpoint, list_checkpoints, mark_best, prune
+from swamla.data.dataset import Dataset
 from swamla.data.packing import Batch
-from swamla.data.prepare import Dataset
 from swamla.data.sampler import PackedRows
 from swamla.errors import DataError, Interrupted, SwamlaError
 from swamla.model.language_model import LanguageModel
@@ -89,8 +89,7 @@ def training_step(state: TrainState, batch: Batch, config: TrainConfig, lr: floa
     A step whose loss or gradient is not finite changes no weight.
     """
     model, device = state.model.train(), state.device
-    labels = int((batch.labels_BT != -100).sum())
-    if labels == 0:
+    if batch.n_labels == 0:
         raise DataError(f"rows {state.sample} to {state.sample + config.batch_size - 1}: no label carries loss")
     state.optimizer.zero_grad()
     nats = torch.zeros((), device=device)
@@ -98,12 +97,12 @@ def training_step(state: TrainState, batch: Batch, config: TrainConfig, lr: floa
         seq = Layout.from_documents(document_BT).to(device)
         with autocast(state.precision, device):
             total, _ = model.loss(tokens_BT.to(device), labels_BT.to(device), seq)
-        (total / labels).backward()
+        (total / batch.n_labels).backward()
         nats += total.detach()
 
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    result = StepResult(loss=(nats / labels).item(), grad_norm=norm.item(), tokens=labels)
+    result = StepResult(loss=(nats / batch.n_labels).item(), grad_norm=norm.item(), tokens=batch.n_labels)
     if result.finite:
         if config.grad_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)

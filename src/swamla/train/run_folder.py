@@ -20,7 +20,7 @@ from swamla.checkpoint import (
     write_text_atomically,
 )
 from swamla.config import to_plain
-from swamla.data.prepare import Dataset
+from swamla.data.dataset import Dataset
 from swamla.errors import ConfigError, DataError, UsageError
 from swamla.train.config import RunConfig
 from swamla.train.precision import resolve_device, resolve_precision
