@@ -8,7 +8,7 @@ from typing import Any
 from swamla.data.config import BYTES
 from swamla.errors import DataError
 
-_EOS_TEXT = "<|endoftext|>"
+EOS_TEXT = "<|endoftext|>"
 
 # What merges may not cross. Letters with the sign before them, up to three digits, and punctuation together with the
 # line's end and the next line's indentation, which saves 5 % of the tokens of Python source against GPT-2's pattern.
@@ -29,7 +29,7 @@ def train(texts: Iterable[str], vocab_size: int, lines: bool = False) -> str:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[_EOS_TEXT], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=[EOS_TEXT], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(_line_pieces(texts), trainer)
     assert tokenizer.get_vocab_size() > BYTES
@@ -61,7 +61,7 @@ def gpt2(folder: Path) -> str:
         raise DataError(f"{folder}: {encoder.name} and {merges.name} are not a BPE's ({error})") from error
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([_EOS_TEXT])
+    tokenizer.add_special_tokens([EOS_TEXT])
     return tokenizer.to_str()
 
 

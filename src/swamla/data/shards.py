@@ -100,11 +100,14 @@ class Split:
         """The split `name` in a dataset's folder. CorruptError if its parts do not fit each other."""
         path = folder / f"{name}.tokens.npy"
         tokens = open_array(path)
-        offsets, byte_counts = (open_array(folder / f"{name}.{part}.npy") for part in ("offsets", "bytes"))
+        offsets_path = folder / f"{name}.offsets.npy"
+        offsets, byte_counts = open_array(offsets_path), open_array(folder / f"{name}.bytes.npy")
         if tokens.dtype not in _DTYPES:
             raise CorruptError(f"{path}: needs uint16 or uint32, got {tokens.dtype}")
         if len(offsets) != len(byte_counts) + 1 or offsets[0] != 0 or offsets[-1] != len(tokens):
-            raise CorruptError(f"{path}: its offsets or byte counts belong to other tokens; delete {folder}")
+            raise CorruptError(f"{offsets_path}: belongs to other tokens or byte counts; delete {folder}")
+        if (np.diff(offsets) <= 0).any():
+            raise CorruptError(f"{offsets_path}: documents do not follow one another; delete {folder}")
         return cls(path=path, tokens=tokens, offsets=offsets, byte_counts=byte_counts, vocab_size=vocab_size)
 
     @property

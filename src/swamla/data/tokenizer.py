@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from swamla.data import bpe
+from swamla.data.bpe import EOS_TEXT
 from swamla.data.config import BYTES, parse_bpe
 from swamla.errors import CorruptError, DataError, MissingBackendError
 
-EOS_TEXT = "<|endoftext|>"
 _OTHER_EOS = ("<|end_of_text|>", "</s>", "<eos>")
 _OWN_KEY = "swamla_tokenizer"
 _GPT2_HUB_NAME = "openai-community/gpt2"
@@ -195,8 +196,6 @@ def make_tokenizer(spec: str, train_texts: Iterable[str] = (), all_texts: Iterab
     A BPE learns from `train_texts`; a character vocabulary, so that held-out text never fails, from `all_texts`.
     Neither is touched for other kinds. Raises DataError, or MissingBackendError without the hub's library.
     """
-    from swamla.data import bpe
-
     if spec == "byte":
         return ByteTokenizer()
     if spec == "char":

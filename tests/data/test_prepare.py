@@ -1,0 +1,211 @@
+"""prepare: encoded once, whole or not at all, held-out documents never trained on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from swamla.data import encode, held_out
+from swamla.data.config import DataConfig
+from swamla.data.dataset import Dataset
+from swamla.data.held_out import divide, is_held_out
+from swamla.data.prepare import prepare
+from swamla.data.sources import Document
+from swamla.data.tokenizer import make_tokenizer
+from swamla.errors import DataError
+
+Make = Callable[..., Dataset]
+
+
+def test_a_second_preparation_reads_no_text(make_dataset: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = make_dataset()
+    monkeypatch.setattr("swamla.data.prepare.encode_documents", None)
+    assert make_dataset().fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("tokenizer", "bpe:300"), ("held_out_fraction", 0.5), ("text_column", "body"), ("invalid_utf8", "replace")],
+)
+def test_every_setting_makes_its_own_dataset(make_dataset: Make, setting: str, value: object) -> None:
+    assert make_dataset().path != make_dataset(**{setting: value}).path
+
+
+def test_the_cache_folder_can_be_named(make_dataset: Make, tmp_path: Path) -> None:
+    named = make_dataset(cache_dir=str(tmp_path / "here"))
+    assert tmp_path / "here" in named.path.parents
+    assert named.fingerprint == make_dataset().fingerprint
+
+
+def test_a_changed_file_or_tokenizer_file_makes_a_new_dataset(make_dataset: Make, corpus: Path, tmp_path: Path) -> None:
+    own = tmp_path / "tokenizer.json"
+    make_tokenizer("bpe:300", ["a b c"]).save(own)
+    first = make_dataset(tokenizer=str(own))
+    (corpus / "part0" / "text00.txt").write_text("other")
+    second = make_dataset(tokenizer=str(own))
+    make_tokenizer("bpe:300", ["some other text"]).save(own)
+    third = make_dataset(tokenizer=str(own))
+    assert len({first.fingerprint, second.fingerprint, third.fingerprint}) == 3
+
+
+def test_the_tokenizer_learns_from_nothing_that_is_held_out(tmp_path: Path) -> None:
+    for i in range(60):
+        marker = "zqzqzqzq" if is_held_out(f"{i}.txt", 0.3) else "training"
+        (tmp_path / f"{i}.txt").write_text(f"{marker} " * 50)
+    dataset = prepare(DataConfig(source=str(tmp_path), tokenizer="bpe:280", held_out_fraction=0.3))
+    assert b"zqzq" in dataset.held_out_text()
+    assert len(dataset.tokenizer.encode("zqzqzqzq")) == 8
+    assert len(dataset.tokenizer.encode("training")) < 3
+
+
+def test_documents_are_held_out_by_name_alone() -> None:
+    names = [f"dir/file{i}.py" for i in range(4000)]
+    chosen = {name for name in names if is_held_out(name, 0.05)}
+    assert 0.04 < len(chosen) / len(names) < 0.06
+    assert chosen < {name for name in names if is_held_out(name, 0.1)}
+    _, pairs = divide((Document(name, "x") for name in reversed(names)), 0.05)
+    assert {document.name for document, held in pairs if held} == chosen
+
+
+def test_the_draw_does_not_change_with_machines_or_versions() -> None:
+    names = ("abc.py", "ast.py", "typing.py", "chunk.py", "json/decoder.py", "rows.jsonl#1")
+    assert [name for name in names if is_held_out(name, 0.4)] == ["json/decoder.py"]
+
+
+def test_of_the_standard_library_about_five_percent_is_held_out() -> None:
+    dataset = prepare(DataConfig(tokenizer="byte"))
+    share = dataset.held_out.n_bytes / (dataset.held_out.n_bytes + dataset.train.n_bytes)
+    assert 0.03 < share < 0.07
+    assert dataset.held_out.n_documents > 15
+
+
+def test_of_a_single_document_the_last_characters_are_held_out(tmp_path: Path) -> None:
+    text = "".join(chr(0x4E00 + i % 500) for i in range(1000))
+    (tmp_path / "one.txt").write_text(text, encoding="utf-8")
+    dataset = prepare(DataConfig(source=str(tmp_path / "one.txt"), tokenizer="char", held_out_fraction=0.1))
+    assert dataset.held_out_text().decode() == text[900:]
+    assert dataset.tokenizer.decode(dataset.train.document(0).tolist()) == text[:900]
+    assert dataset.meta["held_out_rule"] == "the last 10 % of the only document's characters"
+
+
+def test_a_character_vocabulary_covers_the_held_out_text(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("a" * 95 + "bcdef")
+    dataset = prepare(DataConfig(source=str(tmp_path / "one.txt"), tokenizer="char"))
+    assert dataset.tokenizer.vocab_size == 7
+
+
+def test_only_empty_documents_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 3)
+    for tokenizer in ("byte", "char", "bpe:300"):
+        with pytest.raises(DataError, match=r"no text to learn from \(3 empty documents skipped"):
+            prepare(DataConfig(source=str(tmp_path / "a.jsonl"), tokenizer=tokenizer))
+
+
+def test_an_empty_split_is_an_error_that_says_which_way_to_go(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).write_text(name)
+    for fraction, split, advice in ((1e-9, "held-out", "raise"), (1 - 1e-9, "training", "lower")):
+        with pytest.raises(DataError, match=f"the {split} split is empty: of 3 documents.*{advice} it"):
+            prepare(DataConfig(source=str(tmp_path), tokenizer="byte", held_out_fraction=fraction))
+
+
+def test_a_failure_leaves_nothing_behind(corpus: Path, tmp_path: Path) -> None:
+    (corpus / "part2" / "zz.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"zz\.txt: byte 0"):
+        prepare(DataConfig(source=str(corpus), tokenizer="byte", cache_dir=str(tmp_path / "c")))
+    assert list((tmp_path / "c" / "data").iterdir()) == []
+    replaced = prepare(DataConfig(source=str(corpus), tokenizer="byte", held_out_fraction=0.25, invalid_utf8="replace"))
+    assert ("note", "1 invalid UTF-8 sequences replaced") in replaced.describe()
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_that_names_it(make_dataset: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file.*: cannot be written"):
+        make_dataset(cache_dir=str(tmp_path / "file"))
+
+
+SCRIPT = """
+import sys
+from swamla.data.config import DataConfig
+from swamla.data.prepare import prepare
+config = DataConfig(source=sys.argv[1], tokenizer="bpe:300", held_out_fraction=0.25, cache_dir=sys.argv[2])
+print("ready", flush=True)
+sys.stdin.readline()
+print(prepare(config, progress=lambda *_: print("at work", flush=True)).fingerprint)
+"""
+
+
+def start(corpus: Path, cache: Path) -> subprocess.Popen[str]:
+    """A process that waits for a line, then prepares."""
+    command = [sys.executable, "-c", SCRIPT, str(corpus), str(cache)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_processes_that_prepare_at_once_agree_and_leave_one_dataset(corpus: Path, tmp_path: Path) -> None:
+    racers = [start(corpus, tmp_path / "c") for _ in range(3)]
+    for racer in racers:
+        assert racer.stdin is not None
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    fingerprints = {racer.communicate()[0].splitlines()[-1] for racer in racers}
+    assert [racer.returncode for racer in racers] == [0, 0, 0]
+    assert len(fingerprints) == 1
+    (only,) = (tmp_path / "c" / "data").iterdir()
+    Dataset.open(only).verify()
+
+
+def test_a_killed_preparation_is_never_taken_for_a_dataset(corpus: Path, tmp_path: Path) -> None:
+    victim = start(corpus, tmp_path / "c")
+    assert victim.stdin is not None
+    assert victim.stdout is not None
+    victim.stdin.write("go\n")
+    victim.stdin.flush()
+    assert victim.stdout.readline() == "at work\n"
+    victim.send_signal(signal.SIGKILL)
+    victim.communicate()
+    left = list((tmp_path / "c" / "data").glob("*"))
+    assert all(path.name.startswith(".staging-") for path in left)
+    config = DataConfig(source=str(corpus), tokenizer="bpe:300", held_out_fraction=0.25, cache_dir=str(tmp_path / "c"))
+    prepare(config).verify()
+
+
+def test_what_a_kill_left_is_removed_after_a_day_and_not_before(make_dataset: Make, tmp_path: Path) -> None:
+    parent = tmp_path / "c" / "data"
+    ages = {".staging-old": 2 * 86400, ".staging-live": 60}
+    for name, age in ages.items():
+        (parent / name).mkdir(parents=True)
+        (parent / name / "train.tokens.npy").touch()
+        for path in (parent / name / "train.tokens.npy", parent / name):
+            os.utime(path, times=(time.time() - age,) * 2)
+    make_dataset(cache_dir=str(tmp_path / "c"))
+    assert not (parent / ".staging-old").exists()
+    assert (parent / ".staging-live").exists()
+
+
+@pytest.mark.parametrize("spec", ["byte", "char", "bpe:400", "bpe-lines:400"])
+def test_a_text_encoded_in_pieces_has_the_ids_of_the_whole(spec: str) -> None:
+    text = Path(held_out.__file__).read_text(encoding="utf-8") + Path(encode.__file__).read_text(encoding="utf-8")
+    tokenizer = make_tokenizer(spec, [text], [text])
+    parts = list(encode.pieces(text, tokenizer, size=700))
+    assert len(parts) > 8
+    assert "".join(parts) == text
+    assert [i for part in parts for i in tokenizer.encode(part)] == tokenizer.encode(text)
+
+
+def test_one_endless_line_is_encoded_in_pieces_and_kept_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "PIECE", 1000)
+    monkeypatch.setattr(encode.pieces, "__defaults__", (1000,))
+    text = "xyz" * 20_000
+    (tmp_path / "one.txt").write_text(text)
+    dataset = prepare(DataConfig(source=str(tmp_path / "one.txt"), tokenizer="bpe:300"))
+    both = (dataset.tokenizer.decode(split.document(0).tolist()) for split in (dataset.train, dataset.held_out))
+    assert "".join(both) == text
+    assert dataset.meta["lossless"]

@@ -1,0 +1,175 @@
+"""Tokenizers: ids turn back into exactly the text, and agree with other implementations."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from swamla.data.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    StreamDecoder,
+    Tokenizer,
+    load_tokenizer,
+    make_tokenizer,
+)
+from swamla.errors import CorruptError, DataError
+
+GPT2 = Path(__file__).parents[3] / "shared" / "data" / "gpt2"
+CODE = "def f(x):\n    if x:\n        return self.value_1[2024]\n\n\n" * 20
+THIS_FILE = Path(__file__).read_text(encoding="utf-8")
+STRANGE = ["", " ", "\x00\r\n\t", "été 漢字 🙂👩‍👩‍👧", "<|endoftext|>", "a<|endoftext|>b", "\ufeff\ufffd", CODE]
+
+
+def make(spec: str) -> Tokenizer:
+    return make_tokenizer(spec, [CODE] * 3, STRANGE)
+
+
+@pytest.fixture(params=["byte", "char", "bpe:300", "bpe-lines:300"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return make(request.param)
+
+
+@pytest.mark.parametrize("text", STRANGE)
+def test_ids_turn_back_into_exactly_the_text(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+def test_a_special_tokens_name_in_a_text_is_plain_text(tokenizer: Tokenizer) -> None:
+    assert tokenizer.eos_id not in tokenizer.encode("<|endoftext|>")
+    assert tokenizer.decode([tokenizer.eos_id]) == "<|endoftext|>"
+
+
+def test_a_batch_encodes_as_its_texts_do_alone(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode_batch(STRANGE) == [tokenizer.encode(text) for text in STRANGE]
+
+
+def test_a_saved_tokenizer_is_the_same_when_loaded(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    for name in ("fingerprint", "vocab_size", "eos_id"):
+        assert getattr(loaded, name) == getattr(tokenizer, name)
+    assert loaded.encode_batch(STRANGE) == tokenizer.encode_batch(STRANGE)
+
+
+def test_a_lone_surrogate_is_an_error_with_its_offset(tokenizer: Tokenizer) -> None:
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
+        with pytest.raises(DataError, match=r"U\+DC00 at offset 2"):
+            encode("ab\udc00")
+
+
+def test_an_id_outside_of_the_vocabulary_is_an_error(tokenizer: Tokenizer) -> None:
+    for token in (-1, tokenizer.vocab_size):
+        with pytest.raises(DataError, match=f"token id {token} is outside"):
+            tokenizer.decode([0, token])
+
+
+def test_streamed_text_is_the_decoded_text_for_any_ids(tokenizer: Tokenizer) -> None:
+    ids = [*tokenizer.encode("é🙂 漢 x"), 255, 240, 159, 97, 226, 130, 172, 255, *tokenizer.encode("end 🙂")[:-1]]
+    ids = [i % tokenizer.vocab_size for i in ids]
+    decoder = StreamDecoder(tokenizer)
+    streamed = [decoder.push(i) for i in ids]
+    assert "".join(streamed) + decoder.flush() == tokenizer.decode(ids)
+
+
+def test_a_character_is_streamed_once_and_only_when_whole() -> None:
+    decoder = StreamDecoder(ByteTokenizer())
+    assert [decoder.push(byte) for byte in "a🙂b".encode()] == ["a", "", "", "", "🙂", "b"]
+
+
+def test_an_unknown_character_is_an_error_that_names_it() -> None:
+    with pytest.raises(DataError, match="character 'z' at offset 2"):
+        CharTokenizer("abc").encode("abz")
+
+
+def test_characters_are_numbered_by_code_point() -> None:
+    tokenizer = CharTokenizer("banana\n")
+    assert tokenizer.encode("\nabn") == [0, 1, 2, 3]
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (5, 4)
+
+
+def test_a_bpe_is_the_same_when_trained_again() -> None:
+    first, again, larger = (make_tokenizer(spec, [THIS_FILE]).fingerprint for spec in ("bpe:400", "bpe:400", "bpe:401"))
+    assert first == again != larger
+
+
+def test_a_bpe_has_the_vocabulary_that_was_asked_for_and_shortens_what_it_learned() -> None:
+    tokenizer = make_tokenizer("bpe:600", [THIS_FILE])
+    assert tokenizer.vocab_size == 600
+    assert len(tokenizer.encode(THIS_FILE)) < len(THIS_FILE) / 2
+
+
+def test_line_merges_cross_words_and_word_merges_do_not() -> None:
+    assert len(make("bpe-lines:400").encode(CODE)) < len(make("bpe:400").encode(CODE))
+
+
+def test_a_foreign_tokenizer_without_an_end_of_text_is_given_one(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers
+
+    library = Library(
+        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.enable_truncation(3)
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = make_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (257, 256)
+    assert tokenizer.decode(tokenizer.encode(CODE)) == CODE
+    tokenizer.save(tmp_path / "saved.json")
+    assert load_tokenizer(tmp_path / "saved.json").fingerprint == tokenizer.fingerprint
+
+
+def test_a_vocabulary_with_gaps_counts_to_its_highest_id(tmp_path: Path) -> None:
+    make("bpe:300").save(tmp_path / "t.json")
+    data = json.loads((tmp_path / "t.json").read_text())
+    last = max(data["model"]["vocab"], key=data["model"]["vocab"].get)
+    data["model"]["vocab"][last] = 70_000
+    (tmp_path / "t.json").write_text(json.dumps(data))
+    assert load_tokenizer(tmp_path / "t.json").vocab_size == 70_001
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"swamla_tokenizer": "word"}', '{"swamla_tokenizer": "char"}'])
+def test_a_file_that_is_no_tokenizer_is_an_error_that_names_it(tmp_path: Path, content: str) -> None:
+    (tmp_path / "t.json").write_text(content)
+    with pytest.raises(CorruptError, match=r"t\.json: not a tokenizer") as caught:
+        load_tokenizer(tmp_path / "t.json")
+    assert caught.value.exit_status == 3
+
+
+def test_a_tokenizer_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no such file; give the path of a tokenizer\.json, or byte, char"):
+        make_tokenizer(str(tmp_path / "absent.json"))
+    with pytest.raises(DataError, match=r"needs encoder\.json and vocab\.bpe"):
+        make_tokenizer(f"gpt2:{tmp_path}")
+
+
+def test_the_hub_offline_is_one_line_that_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+
+    def unreachable(*_: object) -> str:
+        raise ConnectionError("no route to host\nand a long story")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    with pytest.raises(DataError, match=r"cannot fetch tokenizer 'openai-community/gpt2'.*no route to host") as caught:
+        make_tokenizer("gpt2")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not GPT2.exists(), reason="GPT-2's encoder.json and vocab.bpe are not on this machine")
+def test_gpt2_ids_are_those_of_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "vocab.json").write_bytes((GPT2 / "encoder.json").read_bytes())
+    (tmp_path / "merges.txt").write_bytes((GPT2 / "vocab.bpe").read_bytes())
+    theirs = transformers.GPT2TokenizerFast.from_pretrained(str(tmp_path))
+    texts = [*STRANGE, THIS_FILE]
+    for folder in (GPT2, tmp_path):
+        ours = make_tokenizer(f"gpt2:{folder}")
+        assert (ours.vocab_size, ours.eos_id) == (50257, 50256)
+        for text in texts:
+            assert ours.decode(ours.encode(text)) == text
+            if "<|endoftext|>" not in text:  # theirs takes the name for the token
+                assert ours.encode(text) == theirs.encode(text)
