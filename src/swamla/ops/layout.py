@@ -1,7 +1,7 @@
 """Where documents lie in a batch of packed rows: the one object that every mixer of a forward pass shares."""
 
 from collections.abc import Callable, Hashable
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class Layout:
         index_T = torch.arange(time, device=document_BT.device)
         begin_BT = torch.where(start_BT, index_T, 0).cummax(dim=1).values
         starts = start_BT.flatten().nonzero().flatten().tolist()
-        lengths = [b - a for a, b in zip(starts, [*starts[1:], batch * time], strict=True)]
+        lengths = [end - begin for begin, end in pairwise([*starts, batch * time])]
         runs = tuple((len(list(group)), length) for length, group in groupby(lengths))
         return cls(document_BT, index_T - begin_BT, runs)
 
