@@ -276,7 +276,8 @@ def _save_tensors(file: Path, named: Mapping[str, Tensor]) -> None:
             unique[name] = tensor.detach().contiguous()
         else:
             aliases[name] = first
-    save_file(unique, file, metadata={"format": "pt", "aliases": json.dumps(aliases)})
+    # One key only: safetensors writes several in an order of its own each time, and equal runs give equal files.
+    save_file(unique, file, metadata={"aliases": json.dumps(aliases)})
 
 
 def _aliases(file: Path, header_bytes: int) -> dict[str, str]:

@@ -29,6 +29,7 @@ from swamla.train.optim import AdamWConfig, MuonConfig
         ({"grad_clip": 0.0}, "grad_clip = 0.0"),
         ({"eval_interval": 0}, "eval_interval = 0"),
         ({"threads": -2}, "threads = -2"),
+        ({"seed": -1}, "seed = -1: must be >= 0"),
     ],
 )
 def test_an_impossible_setting_is_refused_with_what_is_allowed(settings, message):

@@ -29,14 +29,20 @@ def stop_after(monkeypatch, step, number=signal.SIGTERM):
     monkeypatch.setattr(loop_module, "training_step", stopped)
 
 
+def digests(run_dir):
+    """SHA-256 of weights, optimizer state and random generators in the last checkpoint."""
+    manifest = json.loads((run_dir / "checkpoints" / "step-00000006" / "manifest.json").read_text())
+    return {name: file["sha256"] for name, file in manifest["files"].items() if name.endswith(".safetensors")}
+
+
 @pytest.fixture(scope="module")
 def whole(dataset, tmp_path_factory):
-    """Uninterrupted runs by optimizer: (losses, weights, samples read)."""
+    """Uninterrupted runs by optimizer: (losses, weights, samples read, best loss, files of the last checkpoint)."""
 
     def make(optimizer):
         folder = tmp_path_factory.mktemp("whole") / "run"
         state = run(tiny_config(accumulation=2, optimizer=optimizer), folder, dataset, evaluate=held_out(dataset))
-        return losses(folder), weights(state), state.sample, state.best_loss
+        return losses(folder), weights(state), state.sample, state.best_loss, digests(folder)
 
     return {type(o): make(o) for o in (AdamWConfig(), MuonConfig())}
 
@@ -55,11 +61,12 @@ def test_resumed_losses_samples_and_weights_are_the_uninterrupted_ones(
     assert losses(tmp_path / "run")[-1][0] == step
     torch.manual_seed(99), random.seed(99), np.random.seed(99)
     state = run(config, tmp_path / "run", dataset, evaluate=held_out(dataset), resume=True)
-    expected_losses, expected_weights, sample, best = whole[type(optimizer)]
+    expected_losses, expected_weights, sample, best, expected_files = whole[type(optimizer)]
     assert losses(tmp_path / "run") == expected_losses
     assert state.sample == sample
     assert state.best_loss == best
     assert all(torch.equal(p, expected_weights[name]) for name, p in weights(state).items())
+    assert digests(tmp_path / "run") == expected_files
 
 
 def test_after_a_crash_the_metrics_are_cut_back_to_the_checkpoint(tmp_path, monkeypatch, dataset, whole):

@@ -72,6 +72,7 @@ class TrainConfig:
             require(self.__dict__[name] >= 1, name, self.__dict__[name], "must be >= 1")
         accumulates = self.batch_size % self.accumulation == 0
         require(accumulates, "accumulation", self.accumulation, f"must divide batch_size = {self.batch_size}")
+        require(self.seed >= 0, "seed", self.seed, "must be >= 0")
         self._check_rates()
 
     def _check_rates(self) -> None:

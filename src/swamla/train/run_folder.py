@@ -24,7 +24,7 @@ from swamla.data.dataset import Dataset
 from swamla.errors import ConfigError, DataError, UsageError
 from swamla.train.config import RunConfig
 from swamla.train.precision import resolve_device, resolve_precision
-from swamla.train.state import TrainState
+from swamla.train.state import TrainState, seed_generators
 
 # Settings a resumed run may change without becoming another run.
 MAY_CHANGE = (
@@ -72,7 +72,7 @@ def fresh_state(config: RunConfig, dataset: Dataset) -> TrainState:
     if train.threads is not None:
         torch.set_num_threads(train.threads)
     device = resolve_device(train.device)
-    torch.manual_seed(train.seed)
+    seed_generators(train.seed)
     model = config.model.build().to(device)
     return TrainState(
         model=model,

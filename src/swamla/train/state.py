@@ -89,6 +89,13 @@ class TrainState:
         }
 
 
+def seed_generators(seed: int) -> None:
+    """Start torch's, Python's and numpy's global random generators from `seed`."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def generator_states() -> dict[str, Tensor]:
     """The states of torch's, Python's and numpy's global random generators, as integer tensors."""
     version, words, gauss = random.getstate()
