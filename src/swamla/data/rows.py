@@ -14,14 +14,15 @@ _PARQUET_ROWS = 256  # rows decoded at once: they may be long
 
 def jsonl_rows(path: Path, column: str, invalid: str, notes: Counter[str]) -> Iterator[tuple[int, str]]:
     """Each line's text; blank lines are no rows. DataError names file and line of what is not as it should be."""
-    offset = 0
+    row = offset = 0
     with naming_damage(path), open_bytes(path) as lines:
-        for row, line in enumerate(lines):
-            text = decode_utf8(line, path, invalid, notes, offset)
-            offset += len(line)
-            if text.strip("\ufeff \t\r\n"):
-                where = f"{path}: line {row + 1}"
-                yield row, mend_surrogates(_json_text(text, column, where), where, invalid, notes)
+        while line := lines.readline():
+            size, where = len(line), f"{path}: line {row + 1}"
+            if not line.isspace():
+                text = _json_text(decode_utf8(line, path, invalid, notes, offset), column, where)
+                del line  # a long one is not kept while its text is worked on
+                yield row, mend_surrogates(text, where, invalid, notes)
+            row, offset = row + 1, offset + size
 
 
 def _json_text(line: str, column: str, where: str) -> str:
