@@ -13,11 +13,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModelConfig:
-    """A decoder-only language model. The pattern names a block for every layer: its length is the depth.
+    """A decoder-only language model.
 
-    vocab_size 0 stands for "as many as the tokenizer has" and must be settled before `build`.
-    learned_positions > 0 adds that many learned position vectors, which is then the longest document it can read.
-    init_std is the standard deviation of every weight; output projections get init_std / √(2 · depth).
+    vocab_size: ids the model knows; 0 stands for as many as the tokenizer has, and is settled before `build`.
+    width: of the residual stream.
+    blocks: what a layer may be, by name.
+    pattern: the name of every layer's block, bottom first; its length is the depth.
+    norm: before every mixer and FFN, and before the head.
+    tied_head: whether the head shares the embedding's weights.
+    learned_positions: how many learned position vectors to add, then the longest document it can read; 0 for none.
+    dropout: of the embeddings and of what mixers and FFNs add, in training.
+    init_std: standard deviation of the initial weights; output projections get it / √(2 · depth).
     """
 
     vocab_size: int = 0

@@ -11,7 +11,10 @@ from swamla.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class RMSNormConfig:
-    """x / rms(x) · γ (arXiv 1910.07467)."""
+    """x / rms(x) · γ (arXiv 1910.07467).
+
+    eps: added to the mean square.
+    """
 
     kind: ClassVar[str] = "rmsnorm"
     eps: float = 1e-6
@@ -30,7 +33,11 @@ class RMSNormConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerNormConfig:
-    """(x − mean) / std · γ + β, as in GPT-2."""
+    """(x − mean) / std · γ + β, as in GPT-2.
+
+    eps: added to the variance.
+    bias: whether there is a β.
+    """
 
     kind: ClassVar[str] = "layernorm"
     eps: float = 1e-5
@@ -50,7 +57,10 @@ class LayerNormConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicTanhConfig:
-    """tanh(αx)·γ + β with a learned scalar α (arXiv 2503.10622)."""
+    """tanh(αx)·γ + β with a learned scalar α (arXiv 2503.10622).
+
+    alpha: where α starts.
+    """
 
     kind: ClassVar[str] = "dyt"
     alpha: float = 0.5

@@ -13,7 +13,12 @@ Statistics = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class DenseConfig:
-    """hidden defaults to 8/3 of the width, rounded up to a multiple of 64 (SwiGLU), or to 4 times it (GELU)."""
+    """A dense feed-forward network.
+
+    hidden: hidden width; by default 8/3 of the width, rounded up to a multiple of 64 (SwiGLU), or 4 times it (GELU).
+    activation: swiglu, or gelu as in GPT-2.
+    bias: whether projections add one.
+    """
 
     kind: ClassVar[str] = "dense"
     hidden: int | None = None

@@ -18,9 +18,14 @@ CHUNK = 64  # of the counted FLOPs; the op picks what is fastest on its device
 
 @dataclass(frozen=True, kw_only=True)
 class GDNConfig:
-    """Heads of the memory. n_heads counts value heads; n_key_heads (default the same) must divide it.
+    """Gated DeltaNet.
 
-    Head widths default to width / n_heads. conv is the width of the short causal convolution on q, k and v.
+    n_heads: value heads, each with a memory matrix.
+    n_key_heads: heads of queries and keys, each shared by a group of value heads; as many as n_heads by default.
+    head_k_dim: width of a query or key head, width / n_heads by default.
+    head_v_dim: width of a value head, width / n_heads by default.
+    conv: width of the short causal convolution on queries, keys and values.
+    backend: auto, reference or torch.
     """
 
     kind: ClassVar[str] = "gdn"

@@ -15,9 +15,14 @@ from swamla.ops.layout import Layout
 
 @dataclass(frozen=True, kw_only=True)
 class MHAConfig:
-    """n_kv_heads < n_heads shares keys and values among groups of query heads; head_dim defaults to width / n_heads.
+    """Multi-head attention.
 
-    rope=None leaves positions to the model (learned positions, GPT-2); bias adds one to every projection.
+    n_heads: query heads.
+    n_kv_heads: heads of keys and values, each shared by a group of query heads; as many as n_heads by default.
+    head_dim: width of a head, width / n_heads by default.
+    rope: rotary positions, or none (the model then needs learned positions).
+    bias: whether projections add one, as GPT-2's do.
+    backend: auto, reference, torch or flex.
     """
 
     kind: ClassVar[str] = "mha"

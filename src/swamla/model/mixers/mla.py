@@ -16,7 +16,17 @@ from swamla.ops.layout import Layout
 
 @dataclass(frozen=True, kw_only=True)
 class MLAConfig:
-    """Ranks and head widths, named as in DeepSeek's configs; q_lora_rank 0 leaves queries uncompressed."""
+    """Multi-head latent attention, its fields named as in DeepSeek's configs.
+
+    n_heads: heads.
+    kv_lora_rank: width of the latent that keys and values are expanded from.
+    q_lora_rank: width of the latent of the queries; 0 leaves them uncompressed.
+    qk_nope_head_dim: the part of a query or key head that knows no position.
+    qk_rope_head_dim: the part that carries rotary positions; its key is shared by all heads.
+    v_head_dim: width of a value head.
+    rope: rotary positions.
+    backend: auto, reference, torch or flex.
+    """
 
     kind: ClassVar[str] = "mla"
     n_heads: int

@@ -15,7 +15,17 @@ from swamla.ops.layout import Layout
 
 @dataclass(frozen=True, kw_only=True)
 class SWAConfig(MHAConfig):
-    """A token sees the last `window` tokens, itself included, and the first `sinks` tokens of its document."""
+    """Sliding-window attention: multi-head attention that looks back over a window only.
+
+    n_heads: query heads.
+    n_kv_heads: heads of keys and values, each shared by a group of query heads; as many as n_heads by default.
+    head_dim: width of a head, width / n_heads by default.
+    rope: rotary positions, or none (the model then needs learned positions).
+    bias: whether projections add one.
+    backend: auto, reference, torch or flex.
+    window: how many of the last tokens a token sees, itself included.
+    sinks: how many of its document's first tokens it sees besides.
+    """
 
     kind: ClassVar[str] = "swa"
     window: int = 256
