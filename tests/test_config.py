@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 
-from swamla.config import field_types, from_plain, load_file, load_toml, merge, to_plain, within
+from swamla.config import field_types, from_plain, load_file, load_toml, to_plain, within
 from swamla.errors import ConfigError, UsageError, require
 
 
@@ -124,14 +124,6 @@ def test_what_looks_like_a_secret_is_refused_and_not_repeated(data: dict[str, st
     with pytest.raises(ConfigError, match="use the environment") as caught:
         from_plain(Drawing, data)
     assert next(iter(data.values())) not in str(caught.value)
-
-
-def test_merging_keeps_what_is_not_mentioned_and_replaces_a_choice_of_another_kind() -> None:
-    base = {"a": {"kind": "circle", "radius": 1.0}, "b": {"x": 1, "y": 2}, "c": [1, 2]}
-    over = {"a": {"kind": "square"}, "b": {"y": 3}, "c": [3]}
-    assert merge(base, over) == {"a": {"kind": "square"}, "b": {"x": 1, "y": 3}, "c": [3]}
-    assert merge(base, {"a": {"radius": 2.0}})["a"] == {"kind": "circle", "radius": 2.0}
-    assert base["b"] == {"x": 1, "y": 2}
 
 
 def test_within_puts_the_path_before_the_field() -> None:

@@ -50,17 +50,6 @@ def from_plain(cls: type[T], data: Any, *, path: str = "", origin: Origin = "") 
     return _Reader(origin).dataclass(cls, data, path)
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain data with `over` laid on `base`, table by table; a choice of another kind replaces the whole choice."""
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("kind") in (None, old.get("kind")):
-            value = merge(old, value)
-        merged[key] = value
-    return merged
-
-
 def load_file(path: Path) -> tuple[dict[str, Any], Callable[[str], str]]:
     """Plain data of a .toml or .json file, and where in it a dotted field stands ("run.toml:12").
 

@@ -7,7 +7,7 @@ import pytest
 
 from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset
-from swamla.data.prepare import prepare
+from swamla.data.preparing import prepare
 
 TEXTS = {
     f"part{i % 3}/text{i:02d}.txt": "".join(f"line {j} of {i}: été\n" for j in range(i % 7 + 1)) for i in range(40)

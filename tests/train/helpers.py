@@ -10,7 +10,7 @@ from rich.console import Console
 
 from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset
-from swamla.data.prepare import prepare
+from swamla.data.preparing import prepare
 from swamla.evaluate import evaluate_split
 from swamla.model.block import BlockConfig
 from swamla.model.config import LanguageModelConfig

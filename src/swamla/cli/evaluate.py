@@ -8,7 +8,7 @@ from swamla.checkpoint import load, read_run_config
 from swamla.cli.flags import Positional, parse
 from swamla.cli.running import validation
 from swamla.config import from_plain
-from swamla.data.prepare import prepare
+from swamla.data.preparing import prepare
 from swamla.errors import UsageError
 from swamla.train import RunConfig
 from swamla.train.precision import autocast, resolve_precision

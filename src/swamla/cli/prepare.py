@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     plain |= {name: value for name, value in arguments.__dict__.items() if name in given}
     flags = {f"data.{name}": f"--{name}" for name in given}
     config = from_plain(DataConfig, plain, path="data", origin=lambda field: flags.get(field) or written(field))
-    prepare_data(config, Console())
+    prepare_data(config, Console()).verify()
     return 0
 
 

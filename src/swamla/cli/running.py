@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from swamla.data.config import DataConfig
-from swamla.data.prepare import Dataset, prepare
+from swamla.data.preparing import Dataset, prepare
 from swamla.errors import UsageError
 from swamla.evaluate import evaluate_split
 from swamla.model.language_model import LanguageModel

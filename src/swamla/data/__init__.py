@@ -1,6 +1,6 @@
 """Text to batches: sources, tokenizers, shards on disk, packing and sampling.
 
-    from swamla.data.prepare import prepare
+    from swamla.data import DataConfig, PackedRows, prepare
     dataset = prepare(DataConfig(source="stdlib", tokenizer="bpe:4096"))
     rows = PackedRows(dataset.train, block_size=512, seed=0, eos_id=dataset.tokenizer.eos_id)
     batch = rows.batch(first_sample=0, count=8)
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from swamla.data.config import DataConfig
     from swamla.data.dataset import Dataset
     from swamla.data.packing import Batch
+    from swamla.data.preparing import prepare
     from swamla.data.sampler import HeldOutRows, PackedRows
     from swamla.data.shards import Split
     from swamla.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, make_tokenizer
@@ -30,6 +31,7 @@ _HOME = {
     "Tokenizer": "tokenizer",
     "load_tokenizer": "tokenizer",
     "make_tokenizer": "tokenizer",
+    "prepare": "preparing",
 }
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "Tokenizer",
     "load_tokenizer",
     "make_tokenizer",
+    "prepare",
 ]
 
 

@@ -53,13 +53,6 @@ class Dataset:
         self.train.verify()
         self.held_out.verify()
 
-    def require_fingerprint(self, expected: str) -> None:
-        """Raise DataError unless this is the data of that fingerprint, e.g. a checkpoint's."""
-        if self.fingerprint != expected:
-            raise DataError(
-                f"{self.path}: the data has changed: fingerprint {self.fingerprint[:12]}, expected {expected[:12]}"
-            )
-
     def held_out_text(self) -> bytes:
         """All held-out documents, one behind the other, in UTF-8: what other compressors are to be given."""
         return (self.path / HELD_OUT_TEXT).read_bytes()

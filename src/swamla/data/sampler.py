@@ -51,10 +51,6 @@ class PackedRows:
             row[mine] = begin + self._row_order(int(e))[sample[mine] - begin]
         return self._stream.rows(row * self.block_size, self.block_size)
 
-    def epoch_of(self, sample: int) -> float:
-        """How many epochs lie before this sample."""
-        return sample * self.block_size / self.epoch_length
-
     def utilisation(self, first_sample: int, count: int) -> float:
         """Counted over these samples: positions that carry loss, of those computed."""
         batch = self.batch(first_sample, count)

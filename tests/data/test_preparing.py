@@ -14,7 +14,7 @@ from swamla.data import encode, held_out
 from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset
 from swamla.data.held_out import divide, is_held_out
-from swamla.data.prepare import prepare
+from swamla.data.preparing import prepare
 from swamla.data.sources import Document
 from swamla.data.tokenizer import make_tokenizer
 from swamla.errors import DataError
@@ -22,9 +22,17 @@ from swamla.errors import DataError
 Make = Callable[..., Dataset]
 
 
+def test_prepare_is_imported_from_the_package_even_after_its_module() -> None:
+    from swamla import data
+    from swamla.data import preparing
+
+    assert data.prepare is preparing.prepare
+    assert all(hasattr(data, name) for name in data.__all__)
+
+
 def test_a_second_preparation_reads_no_text(make_dataset: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     first = make_dataset()
-    monkeypatch.setattr("swamla.data.prepare.encode_documents", None)
+    monkeypatch.setattr("swamla.data.preparing.encode_documents", None)
     assert make_dataset().fingerprint == first.fingerprint
 
 
@@ -132,7 +140,7 @@ def test_a_cache_that_cannot_be_written_is_an_error_that_names_it(make_dataset: 
 SCRIPT = """
 import sys
 from swamla.data.config import DataConfig
-from swamla.data.prepare import prepare
+from swamla.data.preparing import prepare
 config = DataConfig(source=sys.argv[1], tokenizer="bpe:300", held_out_fraction=0.25, cache_dir=sys.argv[2])
 print("ready", flush=True)
 sys.stdin.readline()
