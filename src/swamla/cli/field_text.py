@@ -48,21 +48,16 @@ def parse_text(text: str | bool, annotation: Any) -> Any:
 def field_docs(cls: type) -> dict[str, str]:
     """What the docstrings of a config and its bases say about each field, for --help.
 
-    `name: text` (of several names: with commas) at the start of a line or sentence or after two spaces; else the first
-    unlabelled clause that has the name as a word, or any that has it in backticks; else nothing.
+    `name: text` (of several names: with commas) at the start of a line or sentence or after two spaces.
     """
-    text = "  ".join(base.__doc__ or "" for base in cls.__mro__ if hasattr(base, "__dataclass_fields__"))
-    names = [f.name for f in fields(cls)]
-    name = "|".join(names)
-    starts = list(re.finditer(rf"(?:^ *|  |\. )((?:{name})(?:, (?:{name}))*): ", text, re.MULTILINE))
-    ends = [start.start() for start in starts[1:]] + [len(text)]
+    names = "|".join(f.name for f in fields(cls))
+    label = re.compile(rf"(?:^ *|  |\. )((?:{names})(?:, (?:{names}))*): ", re.MULTILINE)
     docs: dict[str, str] = {}
-    for start, end in zip(starts, ends[: len(starts)], strict=True):
-        said = " ".join(text[start.end() : end].split("\n\n")[0].split()).rstrip(".")
-        docs = dict.fromkeys(start[1].split(", "), said) | docs
-    clauses = [" ".join(clause.split()).rstrip(".") for clause in re.split(r"\.\s|;\s|\n\s*\n", text)]
-    for field in names:
-        plain = (clause for clause in clauses if ": " not in clause and re.search(rf"\b{field}\b", clause))
-        quoted = (clause for clause in clauses if f"`{field}`" in clause)
-        docs.setdefault(field, next(plain, next(quoted, "")))
+    for base in cls.__mro__:
+        text = (base.__doc__ or "") if hasattr(base, "__dataclass_fields__") else ""
+        labels = list(label.finditer(text))
+        ends = [following.start() for following in labels[1:]] + [len(text)]
+        for found, end in zip(labels, ends[: len(labels)], strict=True):
+            said = " ".join(text[found.end() : end].split("\n\n")[0].split()).rstrip(".")
+            docs = dict.fromkeys(found[1].split(", "), said) | docs
     return docs

@@ -20,6 +20,14 @@ _BOX = re.compile(r"\x1b\[[0-9;]*m|[─━│┃╭╮╰╯╵╷├┤]")
 _TITLES = re.compile(
     r"^ *(Parsing error|Value error|Missing argument|Unrecognized options|Invalid choice)\b", re.MULTILINE
 )
+# What other programs call things, too far from our names to be found by spelling.
+_ALSO_CALLED = {
+    "source": "data",
+    "dataset": "data",
+    "learning_rate": "lr",
+    "max_iters": "steps",
+    "out_dir": "output_dir",
+}
 _FOOTER = re.compile(r"(Argument helptext:|For full helptext).*", re.DOTALL)
 
 
@@ -65,6 +73,8 @@ def _check_names(cls: Any, argv: Sequence[str]) -> frozenset[str]:
 
 
 def _suggest(name: str, flags: list[str]) -> str:
+    if _ALSO_CALLED.get(name) in flags:
+        return f"did you mean --{_ALSO_CALLED[name]}?"
     hint = did_you_mean(name, flags)
     return hint.replace('"', "--", 1).replace('"', "") if "mean" in hint else "--help lists all"
 

@@ -18,15 +18,17 @@ class TrainConfig:
     steps, max_minutes: what ends the run, whichever comes first; one of them must be given. The schedule follows the
         one that is further along, so that the run always ends annealed. Evaluations and saves count as time.
     batch_size: rows in one optimizer step.  accumulation: micro-batches they are split into; this changes memory only.
-    block_size: tokens in a row.
+    block_size: tokens in a row.  optimizer: what turns gradients into updates.
     lr: peak learning rate.  min_lr_ratio: its last value as a fraction of the peak.
     warmup: below 1 a fraction of the run, from 1 on a number of steps.
-    schedule: "cosine", "linear", "wsd" (warm-up, stable, then `decay`, a last fraction of the run) or "constant".
+    schedule: "cosine", "linear", "wsd" (warm-up, stable, then decaying) or "constant".
+    decay: of a wsd schedule, the last fraction of the run, in which the rate falls.
     weight_decay: decoupled; not on embeddings, biases and gains.  grad_clip: largest gradient norm, None for no limit.
     eval_interval, eval_seconds: steps and seconds between evaluations (each None for never; one at the end always).
     eval_tokens: how many held-out tokens an evaluation inside the run reads at most; None reads all.
     save_interval: steps between checkpoints (None for none but the best and the last).
-    keep_last: checkpoints that are kept, besides the best.
+    keep_last: checkpoints that are kept, besides the best.  log_interval: steps between lines of metrics.jsonl.
+    seed: of the initial weights, the order of the data and dropout.
     precision: "auto" is bf16 autocast with fp32 weights where the machine has bf16 instructions, else fp32.
     device: "auto" is CUDA where there is one, else the CPU.  threads: CPU threads, None for torch's own choice.
     """
