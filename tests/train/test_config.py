@@ -25,6 +25,8 @@ from swamla.train.optim import AdamWConfig, MuonConfig
         ({"keep_last": 0}, "keep_last = 0: must be >= 1"),
         ({"min_lr_ratio": 1.5}, "min_lr_ratio = 1.5: must be between 0 and 1"),
         ({"decay": 0.0}, "decay = 0.0"),
+        ({"schedule": "wsd", "warmup": 0.3, "decay": 0.8}, "decay = 0.8: must not begin in the warm-up"),
+        ({"schedule": "wsd", "warmup": 5, "decay": 0.8}, "decay = 0.8: must not begin in the warm-up"),
         ({"weight_decay": -0.1}, "weight_decay = -0.1"),
         ({"grad_clip": 0.0}, "grad_clip = 0.0"),
         ({"eval_interval": 0}, "eval_interval = 0"),

@@ -1,5 +1,7 @@
 """The learning rate over a run."""
 
+import math
+
 import pytest
 
 from swamla.train.schedule import WARMUP_FLOOR, Budget, Schedule
@@ -26,8 +28,52 @@ def test_each_shape_has_the_values_of_its_formula(name, values):
 def test_warm_up_by_fraction_rises_with_progress_and_the_shape_begins_after_it():
     s = schedule(warmup=0.2)
     assert s.factor(0.1, step=0) == pytest.approx(0.5)
-    assert s.factor(0.2, step=0) == pytest.approx(1.0)
+    assert s.factor(0.2, step=0) == 1.0
     assert s.factor(0.6, step=0) == pytest.approx(0.55)
+
+
+def factors(s, steps):
+    """The factor of every step of a run of `steps`."""
+    return [s.factor((i + 0.5) / steps, step=i) for i in range(steps)]
+
+
+def nanogpt(step, steps, warmup, floor):
+    """nanoGPT's get_lr over the learning rate."""
+    along = (step - warmup) / (steps - warmup)
+    return floor + 0.5 * (1 + math.cos(math.pi * along)) * (1 - floor)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant"])
+@pytest.mark.parametrize("steps", [200, 2000])
+def test_the_peak_is_reached_when_a_warm_up_by_steps_ends_and_not_before(name, steps):
+    found = factors(schedule(name, warmup=100), steps)
+    assert found[99] == 1.0
+    assert max(found[:99]) < 1.0
+    assert found[:99] == pytest.approx([(i + 1) / 100 for i in range(99)])
+    assert found[100:] == sorted(found[100:], reverse=True)
+    assert found[-1] == pytest.approx(1.0 if name == "constant" else 0.1, abs=0.03)
+
+
+def test_after_its_warm_up_cosine_is_nanogpts():
+    found = factors(schedule(warmup=100), 2000)
+    assert found[100:] == pytest.approx([nanogpt(i, 2000, 100, 0.1) for i in range(100, 2000)], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
+def test_warm_up_by_steps_is_warm_up_by_the_fraction_that_they_are(name):
+    by_steps, by_fraction = factors(schedule(name, warmup=50), 500), factors(schedule(name, warmup=0.1), 500)
+    assert by_steps[50:] == pytest.approx(by_fraction[50:])
+
+
+def test_bounded_by_time_the_shape_begins_after_a_warm_up_by_steps_at_the_pace_so_far():
+    s = schedule("linear", warmup=10, floor=0.0)
+    assert s.factor(0.095, step=9) == 1.0  # a step takes a hundredth of the run
+    assert s.factor(0.5, step=49) == pytest.approx(1 - (0.5 - 10 / 99) / (1 - 10 / 99))
+    assert s.factor(1.0, step=99) == 0.0
+
+
+def test_a_run_that_is_all_warm_up_ends_at_the_peak():
+    assert factors(schedule(warmup=8), 8)[-1] == 1.0
 
 
 def test_warm_up_by_steps_counts_steps():

@@ -15,22 +15,32 @@ from swamla.train.schedule import Budget, Schedule, ScheduleName
 class TrainConfig:
     """How a model is trained.
 
-    steps, max_minutes: what ends the run, whichever comes first; one of them must be given. The schedule follows the
-        one that is further along, so that the run always ends annealed. Evaluations and saves count as time.
-    batch_size: rows in one optimizer step.  accumulation: micro-batches they are split into; this changes memory only.
-    block_size: tokens in a row.  optimizer: what turns gradients into updates.
-    lr: peak learning rate.  min_lr_ratio: its last value as a fraction of the peak.
+    The run ends with its steps or its time, whichever comes first. The schedule follows the one that is further along,
+    so that the run always ends annealed; evaluations and saves count as time.
+
+    steps: optimizer steps of the run; none where max_minutes alone bounds it.
+    max_minutes: minutes of the run, over all its processes; none where steps alone bound it.
+    batch_size: rows in one optimizer step.
+    accumulation: micro-batches that a step's rows are split into; this changes memory only.
+    block_size: tokens in a row.
+    optimizer: what turns gradients into updates.
+    lr: learning rate at the end of the warm-up, its peak.
+    min_lr_ratio: the last learning rate as a fraction of the peak.
     warmup: below 1 a fraction of the run, from 1 on a number of steps.
-    schedule: "cosine", "linear", "wsd" (warm-up, stable, then decaying) or "constant".
+    schedule: "cosine", "linear", "wsd" (stable, then decaying) or "constant", each after the warm-up.
     decay: of a wsd schedule, the last fraction of the run, in which the rate falls.
-    weight_decay: decoupled; not on embeddings, biases and gains.  grad_clip: largest gradient norm, None for no limit.
-    eval_interval, eval_seconds: steps and seconds between evaluations (each None for never; one at the end always).
-    eval_tokens: how many held-out tokens an evaluation inside the run reads at most; None reads all.
-    save_interval: steps between checkpoints (None for none but the best and the last).
-    keep_last: checkpoints that are kept, besides the best.  log_interval: steps between lines of metrics.jsonl.
+    weight_decay: decoupled from the gradient; not on embeddings, biases and gains.
+    grad_clip: largest norm of the gradient; none for no limit.
+    eval_interval: steps between evaluations, none for the one at the end only.
+    eval_seconds: seconds between evaluations, besides or instead of steps.
+    eval_tokens: how many held-out tokens an evaluation inside the run reads at most; none for all.
+    save_interval: steps between checkpoints, none for the best and the last only.
+    keep_last: how many checkpoints are kept, besides the best.
+    log_interval: steps between lines of metrics.jsonl and on the console.
     seed: of the initial weights, the order of the data and dropout.
     precision: "auto" is bf16 autocast with fp32 weights where the machine has bf16 instructions, else fp32.
-    device: "auto" is CUDA where there is one, else the CPU.  threads: CPU threads, None for torch's own choice.
+    device: "auto" is CUDA where there is one, else the CPU.
+    threads: CPU threads, none for torch's own choice.
     """
 
     steps: int | None = None
@@ -84,8 +94,17 @@ class TrainConfig:
         require(self.warmup >= 0, "warmup", self.warmup, "must be >= 0: a fraction of the run below 1, else steps")
         fits = self.steps is None or self.warmup <= self.steps
         require(fits, "warmup", self.warmup, f"must not exceed steps = {self.steps}")
+        begins = self.warmup_fraction + self.decay <= 1 or self.schedule != "wsd"
+        require(begins, "decay", self.decay, "must not begin in the warm-up: lower decay or warmup")
         require(0 <= self.weight_decay < float("inf"), "weight_decay", self.weight_decay, "must be >= 0, e.g. 0.1")
         require(self.grad_clip is None or self.grad_clip > 0, "grad_clip", self.grad_clip, "must be > 0, or left out")
+
+    @property
+    def warmup_fraction(self) -> float:
+        """What the warm-up takes of the run; 0 where it is steps of a run bounded by time alone."""
+        if self.warmup < 1:
+            return self.warmup
+        return 0.0 if self.steps is None else self.warmup / self.steps
 
     @property
     def budget(self) -> Budget:

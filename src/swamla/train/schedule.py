@@ -13,9 +13,10 @@ WARMUP_FLOOR = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Warm-up, then one of four shapes, as a factor of the peak learning rate.
+    """Warm-up to the peak learning rate, then one of four shapes over what is left of the run, as a factor of the peak.
 
-    warmup: below 1 a fraction of the run, from 1 on a number of steps.
+    warmup: below 1 a fraction of the run, from 1 on a number of steps. In a run that is bounded by time the fraction
+        which these are is taken from the pace so far; in one of a known number of steps that is exact.
     decay: "wsd" only: the last fraction of the run, over which the rate falls linearly (arXiv 2404.06395).
     floor: the factor at the end ("constant" stays at 1).
     """
@@ -27,7 +28,7 @@ class Schedule:
 
     def factor(self, progress: float, step: int) -> float:
         """The factor for step `step` (from 0) of a run that is `progress` (0 … 1) of the way through."""
-        return self._warmup_factor(progress, step) * self._shape(min(progress, 1.0))
+        return self._warmup_factor(progress, step) * self._shape(min(progress, 1.0), self._start(progress, step))
 
     def _warmup_factor(self, progress: float, step: int) -> float:
         if self.warmup == 0:
@@ -35,9 +36,12 @@ class Schedule:
         ramp = (step + 1) / self.warmup if self.warmup >= 1 else progress / self.warmup
         return min(1.0, max(WARMUP_FLOOR, ramp))
 
-    def _shape(self, progress: float) -> float:
-        start = self.warmup if self.warmup < 1 else 0.0
-        along = max(0.0, (progress - start) / (1 - start))
+    def _start(self, progress: float, step: int) -> float:
+        """The progress at which the warm-up ends; `progress` is that of the middle of step `step`."""
+        return self.warmup if self.warmup < 1 else self.warmup * progress / (step + 0.5)
+
+    def _shape(self, progress: float, start: float) -> float:
+        along = (progress - start) / (1 - start) if start < progress else 0.0
         shapes: dict[ScheduleName, Callable[[], float]] = {
             "cosine": lambda: 0.5 * (1 + math.cos(math.pi * along)),
             "linear": lambda: 1 - along,
