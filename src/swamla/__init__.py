@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from swamla import data, model, ops
+    from swamla import data, model, ops, train
     from swamla.checkpoint import load
     from swamla.data.config import DataConfig
     from swamla.errors import SwamlaError
+    from swamla.generate import generate_text
     from swamla.model.config import LanguageModelConfig
     from swamla.model.language_model import LanguageModel
+    from swamla.model.sampling import Sampling
     from swamla.train.config import RunConfig, TrainConfig
 
 _HOME = {
@@ -25,24 +27,29 @@ _HOME = {
     "LanguageModel": "swamla.model.language_model",
     "LanguageModelConfig": "swamla.model.config",
     "RunConfig": "swamla.train.config",
+    "Sampling": "swamla.model.sampling",
     "SwamlaError": "swamla.errors",
     "TrainConfig": "swamla.train.config",
+    "generate_text": "swamla.generate",
     "load": "swamla.checkpoint",
 }
-_MODULES = ("data", "model", "ops")
+_MODULES = ("data", "model", "ops", "train")
 
 __all__ = [
     "DataConfig",
     "LanguageModel",
     "LanguageModelConfig",
     "RunConfig",
+    "Sampling",
     "SwamlaError",
     "TrainConfig",
     "__version__",
     "data",
+    "generate_text",
     "load",
     "model",
     "ops",
+    "train",
 ]
 
 

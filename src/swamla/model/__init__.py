@@ -1,1 +1,83 @@
 """Models as data: configs that build language models out of mixers, FFNs and norms."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from swamla.model.accounting import count_parameters, state_bytes, training_flops_per_token
+    from swamla.model.block import Block, BlockConfig
+    from swamla.model.config import LanguageModelConfig
+    from swamla.model.ffns.dense import DenseConfig
+    from swamla.model.language_model import LanguageModel, ModelState
+    from swamla.model.mixers.gdn import GDN, GDNConfig
+    from swamla.model.mixers.mha import MHA, MHAConfig
+    from swamla.model.mixers.mixer import Mixer, State
+    from swamla.model.mixers.mla import MLA, MLAConfig
+    from swamla.model.mixers.swa import SWA, SWAConfig
+    from swamla.model.norm import DynamicTanhConfig, LayerNormConfig, RMSNormConfig
+    from swamla.model.rope import LinearScaling, RopeConfig, YarnScaling
+    from swamla.model.sampling import Sampling
+
+_HOME = {
+    "Block": "block",
+    "BlockConfig": "block",
+    "DenseConfig": "ffns.dense",
+    "DynamicTanhConfig": "norm",
+    "GDN": "mixers.gdn",
+    "GDNConfig": "mixers.gdn",
+    "LanguageModel": "language_model",
+    "LanguageModelConfig": "config",
+    "LayerNormConfig": "norm",
+    "LinearScaling": "rope",
+    "MHA": "mixers.mha",
+    "MHAConfig": "mixers.mha",
+    "MLA": "mixers.mla",
+    "MLAConfig": "mixers.mla",
+    "Mixer": "mixers.mixer",
+    "ModelState": "language_model",
+    "RMSNormConfig": "norm",
+    "RopeConfig": "rope",
+    "SWA": "mixers.swa",
+    "SWAConfig": "mixers.swa",
+    "Sampling": "sampling",
+    "State": "mixers.mixer",
+    "YarnScaling": "rope",
+    "count_parameters": "accounting",
+    "state_bytes": "accounting",
+    "training_flops_per_token": "accounting",
+}
+
+__all__ = [
+    "GDN",
+    "MHA",
+    "MLA",
+    "SWA",
+    "Block",
+    "BlockConfig",
+    "DenseConfig",
+    "DynamicTanhConfig",
+    "GDNConfig",
+    "LanguageModel",
+    "LanguageModelConfig",
+    "LayerNormConfig",
+    "LinearScaling",
+    "MHAConfig",
+    "MLAConfig",
+    "Mixer",
+    "ModelState",
+    "RMSNormConfig",
+    "RopeConfig",
+    "SWAConfig",
+    "Sampling",
+    "State",
+    "YarnScaling",
+    "count_parameters",
+    "state_bytes",
+    "training_flops_per_token",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"swamla.model.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'swamla.model' has no attribute {name!r}")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from swamla.config import within
 from swamla.errors import require
 from swamla.model.block import BlockConfig
 from swamla.model.norm import NormConfig, RMSNormConfig
@@ -49,8 +50,9 @@ class LanguageModelConfig:
         require(self.learned_positions >= 0, "learned_positions", self.learned_positions, "must be >= 0 (0: none)")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1), e.g. 0.1")
         require(self.init_std > 0, "init_std", self.init_std, "must be > 0, e.g. 0.02")
-        for block in self.blocks.values():  # widths that do not fit the model's are found now, not when it is built
-            block.mixer.n_parameters(self.width)
+        for name, block in self.blocks.items():  # what does not fit the width is found now, not when it is built
+            with within(f"blocks.{name}.mixer"):
+                block.mixer.n_parameters(self.width)
 
     @property
     def depth(self) -> int:

@@ -13,6 +13,7 @@ from swamla.model.mixers.mixer import Mixer, State
 from swamla.ops import gated_delta_rule, gated_delta_step, l2_normalize, short_conv
 from swamla.ops.layout import Layout
 
+BACKENDS = ("auto", "reference", "torch")
 CHUNK = 64  # of the counted FLOPs; the op picks what is fastest on its device
 
 
@@ -43,6 +44,7 @@ class GDNConfig:
         require(self.head_k_dim is None or self.head_k_dim > 0, "head_k_dim", self.head_k_dim, "must be > 0, e.g. 128")
         require(self.head_v_dim is None or self.head_v_dim > 0, "head_v_dim", self.head_v_dim, "must be > 0, e.g. 128")
         require(self.conv > 0, "conv", self.conv, "must be > 0, e.g. 4")
+        require(self.backend in BACKENDS, "backend", self.backend, f"must be one of {', '.join(BACKENDS)}")
 
     @property
     def key_heads(self) -> int:
@@ -148,7 +150,7 @@ class GDN(Mixer[GDNState]):
 
     def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
         qkv, z, log_alpha, beta = self.project(x_BTD)
-        q, k, v = self.heads(short_conv(qkv, self.conv_weight, seq=seq))
+        q, k, v = self.heads(short_conv(qkv, self.conv_weight, seq=seq, backend=self.config.backend))
         o, _ = gated_delta_rule(q, k, v, log_alpha, beta, seq=seq, backend=self.config.backend)
         return self.output(o, z)
 
@@ -161,14 +163,14 @@ class GDN(Mixer[GDNState]):
         qkv, z, log_alpha, beta = self.project(x_BTD)
         valid_BT1 = (seq.document_BT >= 0).unsqueeze(-1)
         log_alpha, beta = log_alpha * valid_BT1, beta * valid_BT1  # padding neither decays nor writes
-        q, k, v = self.heads(short_conv(qkv, self.conv_weight, history_BWD=state.conv_BWD.to(qkv.dtype)))
+        history, backend = state.conv_BWD.to(qkv.dtype), self.config.backend
+        q, k, v = self.heads(short_conv(qkv, self.conv_weight, history_BWD=history, backend=backend))
         self._remember_inputs(state, qkv, valid_BT1)
         if x_BTD.shape[1] == 1:
             gates = log_alpha[:, 0], beta[:, 0]
             o = gated_delta_step(q[:, 0], k[:, 0], v[:, 0], *gates, state.memory_BHKV).unsqueeze(1)
         else:
             memory = state.memory_BHKV
-            backend = self.config.backend
             o, last = gated_delta_rule(q, k, v, log_alpha, beta, initial_state_BHKV=memory, backend=backend)
             memory.copy_(last)
         return self.output(o.to(z.dtype), z)

@@ -10,6 +10,7 @@ from swamla.errors import require
 from swamla.model.mixers.mixer import Mixer, State, write_at
 from swamla.model.rope import RopeConfig, rotate
 from swamla.ops import cached_attention, causal_attention
+from swamla.ops.attention import BACKENDS
 from swamla.ops.layout import Layout
 
 
@@ -20,7 +21,7 @@ class MHAConfig:
     n_heads: query heads.
     n_kv_heads: heads of keys and values, each shared by a group of query heads; as many as n_heads by default.
     head_dim: width of a head, width / n_heads by default.
-    rope: rotary positions, or none (the model then needs learned positions).
+    rope: rotary positions, or none (the model may have learned ones).
     bias: whether projections add one, as GPT-2's do.
     backend: auto, reference, torch or flex.
     """
@@ -44,6 +45,7 @@ class MHAConfig:
         require(self.head_dim is None or self.head_dim > 0, "head_dim", self.head_dim, "must be > 0, e.g. 64")
         odd = self.rope is not None and self.head_dim is not None and self.head_dim % 2 == 1
         require(not odd, "head_dim", self.head_dim, "must be even with rotary positions, e.g. 64")
+        require(self.backend in BACKENDS, "backend", self.backend, f"must be one of {', '.join(BACKENDS)}")
 
     @property
     def kv_heads(self) -> int:

@@ -11,6 +11,7 @@ from swamla.model.mixers.mha import causal_mask
 from swamla.model.mixers.mixer import Mixer, State, write_at
 from swamla.model.rope import RopeConfig, rotate
 from swamla.ops import cached_attention, causal_attention
+from swamla.ops.attention import BACKENDS
 from swamla.ops.layout import Layout
 
 
@@ -44,6 +45,7 @@ class MLAConfig:
         require(self.q_lora_rank >= 0, "q_lora_rank", self.q_lora_rank, "must be >= 0 (0: queries not compressed)")
         rope_dim = self.qk_rope_head_dim
         require(rope_dim > 0 and rope_dim % 2 == 0, "qk_rope_head_dim", rope_dim, "must be even and > 0, e.g. 64")
+        require(self.backend in BACKENDS, "backend", self.backend, f"must be one of {', '.join(BACKENDS)}")
 
     @property
     def qk_head_dim(self) -> int:

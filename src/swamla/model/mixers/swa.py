@@ -20,7 +20,7 @@ class SWAConfig(MHAConfig):
     n_heads: query heads.
     n_kv_heads: heads of keys and values, each shared by a group of query heads; as many as n_heads by default.
     head_dim: width of a head, width / n_heads by default.
-    rope: rotary positions, or none (the model then needs learned positions).
+    rope: rotary positions, or none (the model may have learned ones).
     bias: whether projections add one.
     backend: auto, reference, torch or flex.
     window: how many of the last tokens a token sees, itself included.
