@@ -48,6 +48,23 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return [tokenizer.eos_id, *tokenizer.encode(prompt)]
 
 
+def room(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> int | None:
+    """How many tokens can follow the longest of the encoded prompts; None: any number.
+
+    Raises `UsageError` for a prompt that leaves no room for one.
+    """
+    positions = model.config.learned_positions
+    if not positions:
+        return None
+    longest = max(map(len, prompts))
+    if longest > positions:
+        raise UsageError(
+            f"the prompt has {longest} tokens, the document's start included, and the model {positions} learned "
+            f"positions: shorten it by {longest - positions}"
+        )
+    return positions - longest + 1  # the last token is not read back
+
+
 def generate_text(
     model: LanguageModel,
     tokenizer: Tokenizer,

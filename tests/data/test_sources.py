@@ -185,7 +185,9 @@ def test_an_empty_file_and_an_empty_folder_are_errors(tmp_path: Path) -> None:
 
 
 def test_shakespeare_offline_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="pass --source FILE") as caught:
+    with pytest.raises(
+        DataError, match=r"swamla prepare shakespeare-char --source FILE \(or each time: --data FILE\)"
+    ) as caught:
         shakespeare(tmp_path, url=(tmp_path / "absent").as_uri())
     assert "\n" not in str(caught.value)
     assert caught.value.exit_status == 2

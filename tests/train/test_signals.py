@@ -43,10 +43,9 @@ def test_a_running_program_finishes_its_step_saves_and_exits_with_the_right_stat
         rest = process.stdout.read()
         assert process.wait(timeout=30) == status, rest
     assert f"stopped by {number.name} after step" in rest
-    assert "continue with --resume" in rest
     found = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert found is not None
-    assert f"after step {found.step};" in rest
+    assert f"after step {found.step}; all is saved in {tmp_path / 'run'}" in rest
 
 
 def test_the_first_ctrl_c_is_noted_and_the_second_aborts_at_once():

@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     warnings.showwarning = _one_line_warning  # type: ignore[assignment]
     try:
-        return _dispatch(arguments)
+        status = _dispatch(arguments)
+        sys.stdout.flush()  # what is still buffered finds a closed pipe here, not when the interpreter ends
+        return status
     except BrokenPipeError:  # the reader of our output left, as in `swamla info … | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED_PIPE

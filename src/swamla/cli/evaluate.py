@@ -1,14 +1,15 @@
 """`swamla evaluate RUN [--data …]`: how well a model predicts held-out text."""
 
 import json
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from swamla.checkpoint import load, read_run_config
+from swamla.checkpoint import find_checkpoint, load, read_run_config
+from swamla.cli.console import Console
 from swamla.cli.flags import Positional, parse
-from swamla.cli.running import validation
+from swamla.cli.running import read_data, validation
 from swamla.config import from_plain
-from swamla.data.preparing import prepare
 from swamla.errors import UsageError
 from swamla.train import RunConfig
 from swamla.train.precision import autocast, resolve_precision
@@ -39,18 +40,27 @@ def main(argv: list[str]) -> int:
     plain = read_run_config(run)
     plain.pop("format_version", None)
     config = from_plain(RunConfig, plain, origin=str(run / "config.json"))
-    model, _ = load(run, arguments.checkpoint)
-    data = config.data
-    if arguments.data:
-        data = replace(data, source=arguments.data, tokenizer=str(run / "tokenizer.json"))
-    score = validation(prepare(data), arguments.block_size or config.train.block_size)
-    with autocast(resolve_precision(config.train.precision, model.device), model.device):
+    checkpoint = find_checkpoint(run, arguments.checkpoint)
+    model, _ = load(run, str(checkpoint.step))
+    # The run's own tokenizer, never one made again: today's source might give another.
+    data = replace(config.data, source=arguments.data or config.data.source, tokenizer=str(run / "tokenizer.json"))
+    dataset = read_data(data, Console(stderr=True))
+    trained_on = checkpoint.state["data_fingerprint"]
+    if not arguments.data and dataset.fingerprint != trained_on:
+        warnings.warn(
+            f"{data.source} is not what the run was trained on (fingerprint {dataset.fingerprint[:12]}, then "
+            f"{trained_on[:12]}): what is scored now may have been trained on",
+            stacklevel=2,
+        )
+    score = validation(dataset, arguments.block_size or config.train.block_size)
+    precision = resolve_precision(config.train.precision, model.device)
+    with autocast(precision, model.device):
         found = score(model)
     if arguments.json:
-        print(json.dumps(found))
+        print(json.dumps(found | {"precision": precision}))
     else:
         print(f"loss          {found['loss']:.4f} nats per token")
         print(f"perplexity    {found['perplexity']:.2f}")
         print(f"bits per byte {found['bits_per_byte']:.4f}")
-        print(f"over {found['tokens']:,} tokens, {found['bytes']:,.0f} bytes of {data.source}")
+        print(f"over {found['tokens']:,} tokens, {found['bytes']:,.0f} bytes of {data.source}, in {precision}")
     return 0

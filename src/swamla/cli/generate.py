@@ -4,9 +4,10 @@ import sys
 from dataclasses import dataclass
 
 from swamla.checkpoint import load
+from swamla.cli.console import harmless
 from swamla.cli.flags import Positional, Repeated, parse
 from swamla.errors import UsageError
-from swamla.generate import Generation, generate_text
+from swamla.generate import Generation, encode_prompt, generate_text, room
 from swamla.model.sampling import Sampling
 
 
@@ -19,7 +20,7 @@ class Arguments:
     prompt: Repeated[tuple[str, ...]] = ()
     """The text to continue; without one, a new document begins."""
     max_new_tokens: int = 200
-    """Stop after so many tokens, or where the model ends the document."""
+    """Stop after so many tokens, or where the model ends the document; by default also where it has no more room."""
     temperature: float = 0.8
     """Below 1 more certain, above 1 more varied, 0 the same as --greedy."""
     top_k: int = 0
@@ -51,6 +52,8 @@ def main(argv: list[str]) -> int:
     )
     prompts = arguments.prompt or ("",)
     model, tokenizer = load(arguments.run, arguments.checkpoint)
+    fitting = room(model, [encode_prompt(tokenizer, prompt) for prompt in prompts])
+    max_new_tokens = _limit(arguments.max_new_tokens, fitting, asked="max_new_tokens" in given)
     alone = len(prompts) == 1
     if alone:
         _emit(prompts[0])
@@ -58,7 +61,7 @@ def main(argv: list[str]) -> int:
         model,
         tokenizer,
         prompts,
-        arguments.max_new_tokens,
+        max_new_tokens,
         sampling=sampling,
         on_text=(lambda _, piece: _emit(piece)) if alone else None,
     )
@@ -68,14 +71,27 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _limit(wanted: int, fitting: int | None, *, asked: bool) -> int:
+    """How many tokens to generate where `fitting` are possible; UsageError where more were asked for."""
+    if fitting is None or wanted <= fitting:
+        return wanted
+    if asked:
+        raise UsageError(
+            f"--max_new_tokens {wanted}: with this prompt the model's learned positions leave room for {fitting}: "
+            f"--max_new_tokens {fitting}, or a shorter prompt"
+        )
+    print(f"swamla: stopping after {fitting} tokens: the model has no more positions", file=sys.stderr)
+    return fitting
+
+
 def _statistics(done: Generation) -> str:
     tokens = sum(len(completion.tokens) for completion in done.completions)
     return (
         f"{tokens} tokens, the first after {done.seconds_to_first:.3f} s, then {done.tokens_per_second:,.0f} tokens/s; "
-        f"state {done.state_bytes:,} bytes"
+        f"fp32, state {done.state_bytes:,} bytes"
     )
 
 
 def _emit(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()

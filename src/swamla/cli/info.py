@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from swamla.cli.console import Console
 from swamla.cli.flags import Positional, parse
 from swamla.cli.overrides import add_flags
 from swamla.cli.run_config import read_recipe

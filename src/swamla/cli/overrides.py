@@ -53,11 +53,20 @@ def flags() -> dict[str, Flag]:
     return found
 
 
-def add_flags(cls: type) -> Any:
-    """The dataclass `cls` with every generated flag as a further field: text, or a boolean, "" where not given."""
-    shape = [_argument(name, str, shape, text, None) for name, (shape, text) in _SHAPE.items()]
-    generated = [_argument(f.name, f.annotation, metavar(f.annotation), f.help, f.default) for f in flags().values()]
-    made = make_dataclass(cls.__name__, [*shape, *generated], bases=(cls,), frozen=True, kw_only=True)
+def data_flags() -> dict[str, Flag]:
+    """The flags of `DataConfig` alone, each by its field's own name."""
+    return {flag.field.removeprefix("data."): flag for flag in _section_flags("data", DataConfig)}
+
+
+def add_flags(cls: type, generated: dict[str, Flag] | None = None) -> Any:
+    """The dataclass `cls` with flags as further fields: text, or a boolean, "" where not given.
+
+    By default every generated flag is added, and those that reshape a whole model.
+    """
+    added = [] if generated else [_argument(name, str, shape, text, None) for name, (shape, text) in _SHAPE.items()]
+    for name, flag in (generated or flags()).items():
+        added.append(_argument(name, flag.annotation, metavar(flag.annotation), flag.help, flag.default))
+    made = make_dataclass(cls.__name__, added, bases=(cls,), frozen=True, kw_only=True)
     made.__doc__ = cls.__doc__
     return made
 
@@ -67,16 +76,18 @@ def apply(plain: Plain, arguments: Any, given: frozenset[str]) -> dict[str, str]
 
     Raises `UsageError` for a pattern that names nothing known and for a flag of a kind that the model does not use.
     """
-    values = arguments.__dict__
     origins: dict[str, str] = {}
     if given & _SHAPE.keys():
-        _reshape(plain["model"], {name: values[name] for name in _SHAPE if name in given}, origins)
-    known = flags()
-    for name in sorted(given & known.keys(), key=list(known).index):
-        flag = known[name]
-        flag.put(plain, parse_text(values[name], flag.annotation))
-        origins[flag.field] = f"--{name}"
-    return origins
+        _reshape(plain["model"], {name: arguments.__dict__[name] for name in _SHAPE if name in given}, origins)
+    return origins | put_flags(plain, arguments, given, flags())
+
+
+def put_flags(plain: Plain, arguments: Any, given: frozenset[str], known: dict[str, Flag]) -> dict[str, str]:
+    """Write those of the `known` flags that are in `given` into `plain`; returns dotted field -> flag."""
+    chosen = [name for name in known if name in given]
+    for name in chosen:
+        known[name].put(plain, parse_text(arguments.__dict__[name], known[name].annotation))
+    return {known[name].field: f"--{name}" for name in chosen}
 
 
 def _section_flags(section: str, cls: type) -> Iterator[Flag]:

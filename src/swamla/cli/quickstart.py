@@ -2,30 +2,28 @@
 
 import gzip
 import lzma
-import os
 import shlex
-import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from swamla.checkpoint import load
+from swamla.cli.console import Console, harmless, program, say
 from swamla.cli.flags import parse
 from swamla.cli.overrides import add_flags
 from swamla.cli.run_config import read_recipe
-from swamla.cli.running import new_folder, prepare_data, run_training, say, validation
+from swamla.cli.running import new_folder, prepare_data, resume_here, resumed_folder, run_training, validation
 from swamla.data.tokenizer import Tokenizer
-from swamla.generate import generate_text
+from swamla.generate import encode_prompt, generate_text, room
 from swamla.model.language_model import LanguageModel
 from swamla.train import RunConfig, TrainState
 from swamla.train.precision import autocast
 
 PROMPT = "def "
 SAMPLE_TOKENS = 120
+_AFTER = "\n\n=== after training ===\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,29 +32,35 @@ class Arguments:
 
     output_dir: str = ""
     """The run's folder; by default runs/quickstart, numbered when that is taken."""
+    resume: str = ""
+    """Continue the run in this folder, or in output_dir, or the newest runs/quickstart, and finish it."""
 
 
 def main(argv: list[str]) -> int:
     """Train, sample, compare, and say what to try next."""
     arguments: Any
-    arguments, given = parse(add_flags(Arguments), argv, command="quickstart")
-    config = read_recipe("quickstart", arguments, given)
-    run_dir = new_folder(arguments.output_dir, "quickstart")
+    arguments, given = parse(add_flags(Arguments), resume_here(argv), command="quickstart")
+    resume = "resume" in given
+    named = arguments.output_dir
+    run_dir = resumed_folder(arguments.resume, named, "quickstart") if resume else new_folder(named, "quickstart")
+    config = read_recipe(str(run_dir / "config.json") if resume else "quickstart", arguments, given)
     console = Console()
-    say(console, _announcement(config, run_dir))
-    dataset = prepare_data(config.data, console)
-    samples: list[str] = []
+    say(console, f"resuming {run_dir}" if resume else _announcement(config, run_dir))
+    dataset = prepare_data(config.data, console, block_size=config.train.block_size)
+    samples = run_dir / "samples.txt"
 
     def first_sample(state: TrainState) -> None:
-        samples.append(_sample(state.model, dataset.tokenizer))
+        if state.step == 0:  # written at once: a run that is interrupted still has it when it is resumed
+            before = _sample(state.model, dataset.tokenizer)
+            samples.write_text(f"=== before training ===\n{before}", encoding="utf-8")
 
-    state = run_training(config, dataset, run_dir, console, on_start=first_sample)
+    state = run_training(config, dataset, run_dir, console, command="quickstart", resume=resume, on_start=first_sample)
     model, tokenizer = load(run_dir)
     model = model.to(state.device)
-    samples.append(_sample(model, tokenizer))
-    text = "\n\n".join(f"=== {when} training ===\n{s}" for when, s in zip(("before", "after"), samples, strict=True))
-    (run_dir / "samples.txt").write_text(text + "\n", encoding="utf-8")
-    say(console, f"\n{_harmless(text)}\n")
+    before = samples.read_text(encoding="utf-8").partition(_AFTER)[0] if samples.exists() else ""
+    text = f"{before}{_AFTER}{_sample(model, tokenizer)}\n"
+    samples.write_text(text, encoding="utf-8")
+    say(console, f"\n{harmless(text)}")
     with autocast(state.precision, state.device):
         found = validation(dataset, config.train.block_size)(model)
     _compare(console, run_dir.name, found["bits_per_byte"], dataset.held_out_text())
@@ -74,13 +78,9 @@ def _announcement(config: RunConfig, run_dir: Path) -> str:
 
 def _sample(model: LanguageModel, tokenizer: Tokenizer) -> str:
     model.eval()
-    done = generate_text(model, tokenizer, [PROMPT], SAMPLE_TOKENS)
+    fitting = room(model, [encode_prompt(tokenizer, PROMPT)])
+    done = generate_text(model, tokenizer, [PROMPT], SAMPLE_TOKENS if fitting is None else min(SAMPLE_TOKENS, fitting))
     return PROMPT + done.completions[0].text
-
-
-def _harmless(text: str) -> str:
-    """Text without control characters: an untrained model may say anything, and the terminal would obey."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _compare(console: Console, name: str, bits_per_byte: float, held_out: bytes) -> None:
@@ -99,17 +99,8 @@ def _compare(console: Console, name: str, bits_per_byte: float, held_out: bytes)
 
 
 def _say_where_and_next(console: Console, run_dir: Path) -> None:
-    run, program = shlex.quote(str(run_dir)), _program()
+    run, swamla = shlex.quote(str(run_dir)), program()
     say(console, f"\n{run_dir} holds config.json, metrics.jsonl, loss.png, samples.txt and the checkpoints. Next:\n")
-    say(console, f'  {program} generate {run} --prompt "class " --stats')
-    say(console, f"  {program} evaluate {run}")
-    say(console, f'  {program} train quickstart --pattern "swa swa swa mla" --run_name swa-swa-swa-mla')
-
-
-def _program() -> str:
-    """How this program was called, in a form that works again from this folder."""
-    called = sys.argv[0]
-    if os.path.basename(called) != "swamla":
-        return f"{shlex.quote(os.path.relpath(sys.executable))} -m swamla"
-    on_path = shutil.which("swamla")
-    return "swamla" if on_path and os.path.samefile(on_path, called) else shlex.quote(os.path.relpath(called))
+    say(console, f'  {swamla} generate {run} --prompt "class " --stats')
+    say(console, f"  {swamla} evaluate {run}")
+    say(console, f'  {swamla} train quickstart --pattern "swa swa swa mla" --run_name swa-swa-swa-mla')

@@ -1,10 +1,14 @@
 """From a recipe and flags to a `RunConfig`: defaults, then the recipe, then the command line."""
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from swamla.cli.overrides import apply
 from swamla.config import from_plain, load_file, within
+from swamla.data.config import DataConfig
+from swamla.data.sources import NAMED_SOURCES
 from swamla.errors import require
 from swamla.recipes import recipe_path
 from swamla.train.config import RunConfig
@@ -29,7 +33,24 @@ def read_recipe(recipe: str, arguments: Any, given: frozenset[str]) -> RunConfig
     config = from_plain(RunConfig, plain, origin=origin)
     with within("", origin):
         _check_together(config)
-    return config
+    return replace(config, data=_located(config.data))
+
+
+def _located(data: DataConfig) -> DataConfig:
+    """Data whose paths do not depend on the folder we are in: a run is resumed and evaluated from anywhere."""
+    kind, colon, name = data.tokenizer.rpartition("gpt2:")
+    return replace(
+        data,
+        source=data.source if data.source in NAMED_SOURCES else _absolute(data.source),
+        tokenizer=data.tokenizer if name in ("byte", "char", "gpt2") else kind + colon + _absolute(name),
+        cache_dir=data.cache_dir and str(Path(data.cache_dir).expanduser().resolve()),
+    )
+
+
+def _absolute(path: str) -> str:
+    """The absolute path of what exists; a name that leads nowhere is left for the reader to refuse as it was given."""
+    found = Path(path).expanduser()
+    return str(found.resolve()) if found.exists() else path
 
 
 def _check_together(config: RunConfig) -> None:

@@ -1,31 +1,42 @@
-"""What the commands share that train: prepare the data, hand the trainer its validation, train."""
+"""What the commands share that train: find the folder, prepare the data, hand the trainer its validation, train."""
 
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-
+from swamla.cli.console import Console, program, say
 from swamla.data.config import DataConfig
 from swamla.data.preparing import Dataset, prepare
-from swamla.errors import UsageError
+from swamla.data.sampler import PackedRows
+from swamla.errors import Interrupted, UsageError
 from swamla.evaluate import evaluate_split
 from swamla.model.language_model import LanguageModel
-from swamla.train import RunConfig, TrainState, train
+from swamla.train import RunConfig, TrainConfig, TrainState, train
 
 EVALUATION_TOKENS = 16384  # computed at once: more would only cost memory
+UTILISATION_TOKENS = 1 << 18  # counted to tell how many of the positions that training computes carry loss
 
 
-def prepare_data(config: DataConfig, console: Console) -> Dataset:
-    """The data of a run, tokenized now or found in the cache, and described on the console."""
+def read_data(config: DataConfig, console: Console) -> Dataset:
+    """Data, tokenized now or found in the cache."""
     with console.status("reading …") as status:  # shown on terminals only
 
         def progress(stage: str, documents: int, n_bytes: int) -> None:
             status.update(f"{stage}: {documents:,} documents, {n_bytes:,} bytes")
 
-        dataset = prepare(config, progress=progress)
-    rows = dataset.describe()
-    width = max(len(label) for label, _ in rows)
-    for label, value in rows:
+        return prepare(config, progress=progress)
+
+
+def prepare_data(config: DataConfig, console: Console, *, block_size: int = TrainConfig.block_size) -> Dataset:
+    """The data of a run, described on the console."""
+    dataset = read_data(config, console)
+    rows = PackedRows(dataset.train, block_size, 0, dataset.tokenizer.eos_id)
+    count = max(1, UTILISATION_TOKENS // block_size)
+    share = f"{rows.utilisation(0, count):.2%} of the positions in {count:,} rows of {block_size} carry loss"
+    described = [*dataset.describe(), ("utilisation", share)]
+    width = max(len(label) for label, _ in described)
+    for label, value in described:
         say(console, f"{label:<{width}}  {value}")
     return dataset
 
@@ -36,12 +47,22 @@ def run_training(
     run_dir: Path,
     console: Console,
     *,
-    resume: bool = False,
+    command: str,
+    resume: bool,
     on_start: Callable[[TrainState], None] | None = None,
 ) -> TrainState:
-    """Train `config` in `run_dir`, validated on the held-out split; raises as `swamla.train.train` does."""
+    """Train `config` in `run_dir`, validated on the held-out split; raises as `swamla.train.train` does.
+
+    command: what to type, after the program's name, to go on if the run is interrupted.
+    """
     evaluate = validation(dataset, config.train.block_size, config.train.eval_tokens)
-    return train(config, run_dir, dataset=dataset, evaluate=evaluate, resume=resume, console=console, on_start=on_start)
+    try:
+        return train(
+            config, run_dir, dataset=dataset, evaluate=evaluate, resume=resume, console=console, on_start=on_start
+        )
+    except Interrupted as stop:
+        go_on = f"{program()} {command} --resume {shlex.quote(str(run_dir))}"
+        raise Interrupted(f"{stop}; go on with: {go_on}", stop.exit_status) from None
 
 
 def validation(
@@ -76,6 +97,27 @@ def new_folder(output_dir: str, name: str) -> Path:
     return folder
 
 
+def resumed_folder(resume: str, output_dir: str, name: str) -> Path:
+    """The folder of the run to go on with: `resume` or `output_dir`, else the newest of runs/NAME, runs/NAME-2 …
+
+    Raises `UsageError` where both are given, and where there is no run.
+    """
+    if resume and output_dir:
+        raise UsageError("--resume RUN and --output_dir both name a folder: give one of them")
+    folder = checked(resume or output_dir) if resume or output_dir else _newest(Path("runs") / name)
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"--resume: {folder} holds no run to continue (it has no config.json)")
+    return folder
+
+
+def resume_here(argv: list[str]) -> list[str]:
+    """A bare --resume, followed by no folder, leaves it to us which run is meant: written out for the parser."""
+    return [
+        "--resume=" if token == "--resume" and (index + 1 == len(argv) or argv[index + 1].startswith("--")) else token
+        for index, token in enumerate(argv)
+    ]
+
+
 def checked(folder: str) -> Path:
     """A folder the user named, as a path that the system can take."""
     if "\0" in folder:
@@ -92,6 +134,8 @@ def _numbered(folder: Path) -> Path:
     return candidate
 
 
-def say(console: Console, text: str) -> None:
-    """Print text as it is: no markup, no wrapping, no highlighting."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+def _newest(folder: Path) -> Path:
+    """Of `folder` and its numbered siblings the run begun, or gone on with, last; `folder` where there is none."""
+    name = re.compile(re.escape(folder.name) + r"(-\d+)?")
+    begun = [p for p in folder.parent.glob("*") if name.fullmatch(p.name) and (p / "config.json").is_file()]
+    return max(begun, key=lambda path: (path / "config.json").stat().st_mtime_ns, default=folder)

@@ -1,0 +1,35 @@
+"""What the commands print with."""
+
+import os
+import shlex
+import shutil
+import sys
+
+import rich.console
+
+
+class Console(rich.console.Console):
+    """rich's console, but a reader of our output who leaves early is `main`'s to answer, as everywhere else."""
+
+    def on_broken_pipe(self) -> None:
+        """Called while a `BrokenPipeError` is handled: let it go on."""
+        raise
+
+
+def say(console: rich.console.Console, text: str) -> None:
+    """Print text as it is: no markup, no wrapping, no highlighting."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def harmless(text: str) -> str:
+    """Text without control characters: an untrained model may say anything, and the terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def program() -> str:
+    """How this program was called, in a form that works again from this folder."""
+    called = sys.argv[0]
+    if os.path.basename(called) != "swamla":
+        return f"{shlex.quote(os.path.relpath(sys.executable))} -m swamla"
+    on_path = shutil.which("swamla")
+    return "swamla" if on_path and os.path.samefile(on_path, called) else shlex.quote(os.path.relpath(called))
