@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla.errors import require
+from swamla.ops import rms_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class RMSNormConfig:
 
     def build(self, width: int) -> nn.Module:
         """The module, its gain at 1."""
-        return nn.RMSNorm(width, eps=self.eps)
+        return RMSNorm(width, self.eps)
 
     def n_parameters(self, width: int) -> int:
         """Parameters of one such norm."""
@@ -78,6 +79,19 @@ class DynamicTanhConfig:
 
 
 NormConfig = RMSNormConfig | LayerNormConfig | DynamicTanhConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · γ, in the dtype of x."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape whose last dimension is the width; same shape out."""
+        return rms_norm(x, self.weight, self.eps)
 
 
 class DynamicTanh(nn.Module):

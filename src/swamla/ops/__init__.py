@@ -8,6 +8,7 @@ from swamla.ops.attention import cached_attention, causal_attention, resolve_bac
 from swamla.ops.cross_entropy import chunked_cross_entropy
 from swamla.ops.gated_delta import gated_delta_rule, gated_delta_step, l2_normalize
 from swamla.ops.layout import Layout
+from swamla.ops.rms_norm import rms_norm
 from swamla.ops.short_conv import short_conv
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "gated_delta_step",
     "l2_normalize",
     "resolve_backend",
+    "rms_norm",
     "short_conv",
     "windowed_attention",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from swamla.errors import require
 from swamla.model.mixers.mixer import Mixer, State
-from swamla.ops import gated_delta_rule, gated_delta_step, l2_normalize, short_conv
+from swamla.ops import gated_delta_rule, gated_delta_step, l2_normalize, rms_norm, short_conv
 from swamla.ops.layout import Layout
 
 BACKENDS = ("auto", "reference", "torch")
@@ -145,8 +145,7 @@ class GDN(Mixer[GDNState]):
 
     def output(self, o_BTHV: Tensor, z_BTHV: Tensor) -> Tensor:
         """Per-head RMSNorm gated by SiLU(z), then the output projection."""
-        normed = F.rms_norm(o_BTHV, (self.head_v,), self.norm_weight.to(o_BTHV.dtype), eps=1e-6)
-        return self.o_proj((normed * F.silu(z_BTHV)).flatten(2))
+        return self.o_proj((rms_norm(o_BTHV, self.norm_weight, 1e-6) * F.silu(z_BTHV)).flatten(2))
 
     def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
         qkv, z, log_alpha, beta = self.project(x_BTD)

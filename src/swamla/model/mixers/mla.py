@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from swamla.errors import require
 from swamla.model.mixers.mha import causal_mask
 from swamla.model.mixers.mixer import Mixer, State, write_at
+from swamla.model.norm import RMSNorm
 from swamla.model.rope import RopeConfig, rotate
 from swamla.ops import cached_attention, causal_attention
 from swamla.ops.attention import BACKENDS
@@ -106,12 +107,12 @@ class MLA(Mixer[MLAState]):
         queries = config.n_heads * config.qk_head_dim
         if config.q_lora_rank:
             self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=False)
-            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=1e-6)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, 1e-6)
             self.q_b_proj = nn.Linear(config.q_lora_rank, queries, bias=False)
         else:
             self.q_proj = nn.Linear(width, queries, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(width, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)
-        self.kv_a_layernorm = nn.RMSNorm(config.kv_lora_rank, eps=1e-6)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, 1e-6)
         expanded = config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, expanded, bias=False)
         self.o_proj = nn.Linear(config.n_heads * config.v_head_dim, width, bias=False)
@@ -119,11 +120,7 @@ class MLA(Mixer[MLAState]):
     def project(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q_nope (B, T, H, nope), q_rope (B, T, H, rope), latent (B, T, R), k_rope (B, T, 1, rope)."""
         config = self.config
-        q = (
-            self.q_b_proj(normalise(self.q_a_layernorm, self.q_a_proj(x_BTD)))
-            if config.q_lora_rank
-            else self.q_proj(x_BTD)
-        )
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if config.q_lora_rank else self.q_proj(x_BTD)
         q_nope, q_rope = q.unflatten(-1, (config.n_heads, -1)).split(
             (config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1
         )
@@ -131,7 +128,7 @@ class MLA(Mixer[MLAState]):
         tables = config.rope.tables(seq, config.qk_rope_head_dim)
         q_rope = rotate(q_rope, tables, config.rope.layout)
         k_rope = rotate(k_rope.unsqueeze(2), tables, config.rope.layout)
-        return q_nope, q_rope, normalise(self.kv_a_layernorm, latent), k_rope
+        return q_nope, q_rope, self.kv_a_layernorm(latent), k_rope
 
     def expand(self, latent_BTR: Tensor, k_rope_BT1K: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (B, T, H, nope + rope) and values (B, T, H, V) of every head."""
@@ -165,8 +162,3 @@ class MLA(Mixer[MLAState]):
         allowed = seq.table("causal", lambda: causal_mask(seq, seen))
         o = cached_attention(q, held, held[..., : config.kv_lora_rank], allowed, scale=config.scale)
         return self.o_proj(torch.einsum("bthr,hvr->bthv", o, w_vb).flatten(2))
-
-
-def normalise(norm: nn.RMSNorm, latent_BTR: Tensor) -> Tensor:
-    """norm(latent), in the dtype of its gain: under autocast the two would differ, which is slow and warned about."""
-    return norm(latent_BTR.to(norm.weight.dtype))

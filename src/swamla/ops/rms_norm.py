@@ -1,0 +1,44 @@
+"""RMSNorm (arXiv 1910.07467) with a hand-written backward pass."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / √(mean(x²) + eps) · weight over the last dimension; any shape, result in x's dtype.
+
+    On CPUs, where PyTorch has no kernel for its backward pass, by a hand-written one that walks over x six times
+    instead of some fifteen (first derivatives only); elsewhere PyTorch's own.
+    """
+    if x.device.type != "cpu":
+        return F.rms_norm(x, (x.shape[-1],), weight_D.to(x.dtype), eps)
+    return _RMSNorm.apply(x, weight_D, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        x_ND = x.reshape(-1, x.shape[-1])
+        sums = torch.promote_types(x.dtype, torch.float32)
+        mean_square_N1 = torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True, dtype=sums).square_().div_(x.shape[-1])
+        scale_N1 = mean_square_N1.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight_D, scale_N1)
+        return (x_ND * scale_N1).mul_(weight_D).to(x.dtype).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """With r the scale and n = x r: dw = Σ g n, dx = r (g w − n · mean(g w n))."""
+        x, weight_D, scale_N1 = ctx.saved_tensors
+        width = x.shape[-1]
+        x_ND, grad_ND = x.reshape(-1, width).to(scale_N1.dtype), grad.reshape(-1, width).to(scale_N1.dtype)
+        weight_D = weight_D.to(scale_N1.dtype)
+        grad_x_ND = grad_ND * x_ND
+        d_weight_D = torch.mv(grad_x_ND.mT, scale_N1[:, 0])
+        coefficient_N1 = torch.mv(grad_x_ND, weight_D)[:, None].mul_(scale_N1.pow(3)).div_(-width)
+        dx_ND = torch.mul(grad_ND, weight_D, out=grad_x_ND).mul_(scale_N1).addcmul_(x_ND, coefficient_N1)
+        return dx_ND.to(x.dtype).view(x.shape), d_weight_D.to(ctx.saved_tensors[1].dtype), None
