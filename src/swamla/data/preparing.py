@@ -17,10 +17,10 @@ from swamla.data.config import DataConfig
 from swamla.data.dataset import FORMAT_VERSION, META, TOKENIZER, Dataset, fingerprint_of
 from swamla.data.encode import Encoded, Progress, encode_documents
 from swamla.data.held_out import divide
-from swamla.data.shards import sha256_of
 from swamla.data.sources import Source, open_source
 from swamla.data.tokenizer import Tokenizer, make_tokenizer, tokenizer_files
 from swamla.errors import DataError
+from swamla.files import fsync, sha256_of
 
 __all__ = ["Dataset", "default_cache_dir", "prepare"]
 
@@ -32,13 +32,18 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("SWAMLA_CACHE") or "~/.cache/swamla").expanduser()
 
 
+def cache_of(config: DataConfig) -> Path:
+    """The folder in which `prepare` keeps what it makes of this data, and what it downloads."""
+    return Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+
+
 def prepare(config: DataConfig, *, progress: Progress | None = None) -> Dataset:
     """The dataset that `config` describes, from the cache if source, tokenizer and settings are as they were.
 
     `progress(stage, documents, bytes)` is called as work goes on. Raises DataError for input that cannot be used and
     CorruptError for a damaged cache; a killed or failed preparation leaves nothing that would be taken for a dataset.
     """
-    cache = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+    cache = cache_of(config)
     source = open_source(config, cache)
     target = cache / "data" / f"{_slug(source.name)}-{_cache_key(config, source)[:16]}"
     if not target.exists():
@@ -153,19 +158,11 @@ def _files(folder: Path) -> dict[str, dict[str, Any]]:
 def _move(folder: Path, target: Path) -> None:
     """Put the finished folder in place; if another process was faster, its result is as good as ours."""
     for path in folder.iterdir():
-        _sync(path)
-    _sync(folder)
+        fsync(path)
+    fsync(folder)
     try:
         folder.rename(target)
     except OSError:
         if not (target / META).exists():
             raise
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    fsync(target.parent)
