@@ -154,8 +154,7 @@ class _Loop:
                 self.save()
                 self.plot()
                 raise Interrupted(
-                    f"stopped by {stop.received.name} after step {self.state.step}; all is saved in {self.run_dir}: "
-                    "continue with --resume",
+                    f"stopped by {stop.received.name} after step {self.state.step}; all is saved in {self.run_dir}",
                     stop.exit_status,
                 )
             self.step(progress)
