@@ -2,9 +2,8 @@
 
 import errno
 import json
+import math
 import os
-import pickle
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from swamla import checkpoint as ckpt
+from swamla import tensor_file
 from swamla.errors import CorruptError, SwamlaError, UsageError
 
 GROUPS = {"model": {"w": torch.arange(6.0).reshape(2, 3)}, "optimizer": {"w/step": torch.tensor(3.0)}}
@@ -119,7 +119,7 @@ def test_a_full_disk_names_path_and_bytes_and_leaves_older_checkpoints_intact(tm
         raise NO_SPACE[stage]
 
     if stage == "tensors":
-        monkeypatch.setattr(ckpt, "save_file", full)
+        monkeypatch.setattr(tensor_file, "save_file", full)
     else:
         monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(SwamlaError, match=r"step-00000002: disk full: needs 28 bytes") as caught:
@@ -183,39 +183,6 @@ def test_a_manifest_that_names_a_file_elsewhere_is_refused(tmp_path):
         ckpt.load_checkpoint(path)
 
 
-@pytest.mark.parametrize("header", [2**63, 200_000_000, 4096])
-def test_a_huge_header_is_refused_before_it_is_read(tmp_path, header):
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(struct.pack("<Q", header) + b"{}")
-    with pytest.raises(CorruptError, match=f"header of {header} bytes"):
-        ckpt.read_tensors(file)
-
-
-def test_a_broken_header_is_a_named_error(tmp_path):
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(struct.pack("<Q", 4) + b"nope")
-    with pytest.raises(CorruptError, match=str(file)):
-        ckpt.read_tensors(file)
-
-
-class _Bomb:
-    def __reduce__(self):
-        return (Path.touch, (Path("exploded"),))
-
-
-@pytest.mark.parametrize("make", ["pickle", "torch"])
-def test_a_pickle_is_refused_and_nothing_in_it_runs(tmp_path, monkeypatch, make):
-    monkeypatch.chdir(tmp_path)
-    file = tmp_path / "model.safetensors"
-    if make == "pickle":
-        file.write_bytes(pickle.dumps(_Bomb()))
-    else:
-        torch.save({"w": _Bomb()}, file)
-    with pytest.raises(CorruptError, match="is a pickle: refused"):
-        ckpt.read_tensors(file)
-    assert not (tmp_path / "exploded").exists()
-
-
 def test_a_run_is_found_by_best_latest_or_step(tmp_path):
     directory = tmp_path / "checkpoints"
     save(directory, 1, 2, 3)
@@ -244,6 +211,69 @@ def test_what_is_no_run_folder_is_said(tmp_path):
     (tmp_path / "model.pt").write_bytes(b"\x80\x02")
     with pytest.raises(UsageError, match="pickles are never loaded"):
         ckpt.load(tmp_path / "model.pt")
+
+
+def write_json(file, data):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(data if isinstance(data, str) else json.dumps(data))
+
+
+@pytest.mark.parametrize("best", ["", "{", "[]", "{}", '{"step": "2"}', '{"step": true}', '{"step": 7}'])
+def test_a_best_json_that_says_nothing_usable_gives_the_latest_with_a_warning(tmp_path, best):
+    save(tmp_path / "checkpoints", 1, 2)
+    write_json(tmp_path / "checkpoints" / "best.json", best)
+    with pytest.warns(UserWarning, match="the best checkpoint is damaged, using the latest"):
+        assert ckpt.find_checkpoint(tmp_path).step == 2
+
+
+RUN = {"format_version": 1, "model": {}, "data": {}, "train": {}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": None}, '"model" is None, expected a table'),
+        ({"train": []}, r'"train" is \[\], expected a table'),
+        ({"format_version": "2"}, "\"format_version\" is '2', expected a whole number"),
+        ({"format_version": None}, '"format_version" is None'),
+        ({"format_version": 0}, "there is no format version 0"),
+    ],
+)
+def test_a_damaged_run_config_is_a_corrupt_artefact(tmp_path, change, message):
+    write_json(tmp_path / "config.json", RUN | change)
+    with pytest.raises(CorruptError, match=rf"config\.json: .*{message}"):
+        ckpt.load(tmp_path)
+    write_json(tmp_path / "config.json", RUN | {"format_version": 2})
+    with pytest.raises(UsageError, match="format version 2, this swamla reads up to 1"):
+        ckpt.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda manifest: manifest["files"]["state.json"].pop("bytes"), '"bytes" is None'),
+        (lambda manifest: manifest["files"]["state.json"].pop("sha256"), '"sha256" is None'),
+        (lambda manifest: manifest["files"].update({"state.json": 3}), '"bytes" is None'),
+        (lambda manifest: manifest.update(files=[]), r'"files" is \[\]'),
+        (lambda manifest: manifest.update(step="1"), "\"step\" is '1'"),
+        (lambda manifest: manifest.update(format_version="1"), "\"format_version\" is '1'"),
+    ],
+)
+def test_a_damaged_manifest_is_a_corrupt_artefact(tmp_path, edit, message):
+    (path,) = save(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    edit(manifest)
+    write_json(path / "manifest.json", manifest)
+    with pytest.raises(CorruptError, match=rf"manifest\.json: damaged: {message}"):
+        ckpt.load_checkpoint(path)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, object()])
+def test_a_state_that_cannot_be_written_leaves_no_staging_folder_behind(tmp_path, wrong):
+    save(tmp_path, 1)
+    with pytest.raises((ValueError, TypeError)):
+        ckpt.save_checkpoint(tmp_path, 2, tensors=GROUPS, state={"loss": wrong})
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
 
 
 KILLER = """

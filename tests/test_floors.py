@@ -11,8 +11,8 @@ import swamla
 PACKAGE = Path(swamla.__file__).parent
 FLOORS = [
     {"errors"},
-    {"config", "ops"},
-    {"model", "data", "recipes"},
+    {"config", "files", "ops"},
+    {"model", "data", "recipes", "tensor_file"},
     {"checkpoint", "generate"},
     {"train", "evaluate"},
     {"cli"},

@@ -9,9 +9,7 @@ A directory whose name begins with a dot is being written or being deleted, and 
 """
 
 import errno
-import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping
@@ -20,18 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from swamla.errors import CorruptError, SwamlaError, UsageError
+from swamla.files import entry, fsync, read_json, regular_file, sha256_of, write_text_atomically
+from swamla.tensor_file import read_tensors, save_tensors
 
 if TYPE_CHECKING:
     from swamla.data.tokenizer import Tokenizer
     from swamla.model.language_model import LanguageModel
 
 FORMAT_VERSION = 1
-MAX_HEADER_BYTES = 100_000_000
-_PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +41,7 @@ class Checkpoint:
 
     def tensors(self, group: str) -> dict[str, Tensor]:
         """The tensors of `group`, e.g. "model"; a name that was tied to another gives the same tensor object."""
-        return read_tensors(_regular_file(self.path / f"{group}.safetensors", inside=self.path))
+        return read_tensors(regular_file(self.path / f"{group}.safetensors", inside=self.path))
 
 
 def save_checkpoint(
@@ -61,21 +58,22 @@ def save_checkpoint(
     staging.mkdir()
     try:
         for group, named in tensors.items():
-            _save_tensors(staging / f"{group}.safetensors", named)
+            save_tensors(staging / f"{group}.safetensors", named)
         (staging / "state.json").write_text(json.dumps({"step": step, **state}, allow_nan=False))
-        files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(staging.iterdir())}
+        files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256_of(f)} for f in sorted(staging.iterdir())}
         manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
         (staging / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for file in staging.iterdir():
-            _fsync(file)
-        _fsync(staging)
+            fsync(file)
+        fsync(staging)
         if final.exists():  # a damaged or abandoned future of a run that was resumed from before it
             final.rename(directory / f".deleting-{final.name}")
         staging.rename(final)
-        _fsync(directory)
+        fsync(directory)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(staging, ignore_errors=True)
         raise _explain_write_error(error, final, tensors) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)  # where it still is, something went wrong
     _sweep(directory)
     return final
 
@@ -86,20 +84,16 @@ def verify(path: Path) -> dict[str, Any]:
     Raises `CorruptError` naming the first file that is missing, truncated, altered or outside the checkpoint, and
     `UsageError` for a format newer than this program.
     """
-    manifest = _read_json(path / "manifest.json", inside=path)
-    version = manifest.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise UsageError(
-            f"{path}: format version {version}, this swamla reads up to {FORMAT_VERSION}: pip install --upgrade swamla"
-        )
-    if version != FORMAT_VERSION or not isinstance(manifest.get("files"), dict):
-        raise CorruptError(f"{path / 'manifest.json'}: not a checkpoint manifest")
-    for name, listed in manifest["files"].items():
-        file = _regular_file(path / name, inside=path)
-        size = file.stat().st_size
-        if size != listed["bytes"]:
-            raise CorruptError(f"{file}: {size} bytes, the manifest says {listed['bytes']}: truncated or overwritten")
-        if _sha256(file) != listed["sha256"]:
+    listing = path / "manifest.json"
+    manifest = read_json(listing, inside=path)
+    _require_format(manifest, listing)
+    entry(manifest, "step", int, file=listing)
+    for name, listed in entry(manifest, "files", dict, file=listing).items():
+        file = regular_file(path / name, inside=path)
+        size, expected = file.stat().st_size, entry(listed, "bytes", int, file=listing)
+        if size != expected:
+            raise CorruptError(f"{file}: {size} bytes, the manifest says {expected}: truncated or overwritten")
+        if sha256_of(file) != entry(listed, "sha256", str, file=listing):
             raise CorruptError(f"{file}: SHA-256 differs from the manifest: the file was altered or is damaged")
     return manifest
 
@@ -107,7 +101,7 @@ def verify(path: Path) -> dict[str, Any]:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Verify and open one checkpoint directory; tensors are read when asked for. Raises as `verify` does."""
     manifest = verify(path)
-    return Checkpoint(path=path, step=manifest["step"], state=_read_json(path / "state.json", inside=path))
+    return Checkpoint(path=path, step=manifest["step"], state=read_json(path / "state.json", inside=path))
 
 
 def latest_checkpoint(directory: Path) -> Checkpoint | None:
@@ -172,10 +166,11 @@ def find_checkpoint(run_dir: Path, which: str = "best") -> Checkpoint:
             have = ", ".join(str(_step_of(p)) for p in list_checkpoints(directory)) or "none"
             raise UsageError(f"{run_dir}: no checkpoint of step {which}; there are: {have}")
         return load_checkpoint(path)
-    if which == "best" and (directory / "best.json").exists():
-        best = _read_json(directory / "best.json", inside=directory)
+    best = directory / "best.json"
+    if which == "best" and best.exists():
         try:
-            return load_checkpoint(directory / step_name(best["step"]))
+            step = entry(read_json(best, inside=directory), "step", int, file=best)
+            return load_checkpoint(directory / step_name(step))
         except CorruptError as error:
             warnings.warn(f"the best checkpoint is damaged, using the latest: {error}", stacklevel=2)
     latest = latest_checkpoint(directory)
@@ -205,7 +200,10 @@ def load(run_dir: str | Path, which: str = "best") -> "tuple[LanguageModel, Toke
 
 
 def read_run_config(run_dir: Path) -> dict[str, Any]:
-    """The plain config of a run. Raises `UsageError` when `run_dir` is not a run folder or is from a newer swamla."""
+    """The plain config of a run.
+
+    Raises `UsageError` when `run_dir` is not a run folder or is from a newer swamla, `CorruptError` for a damaged one.
+    """
     file = run_dir / "config.json"
     if run_dir.is_file():
         raise UsageError(
@@ -213,13 +211,21 @@ def read_run_config(run_dir: Path) -> dict[str, Any]:
         )
     if not file.exists():
         raise UsageError(f"{run_dir}: not a run folder (it has no config.json)")
-    plain = _read_json(file, inside=run_dir)
-    if plain.get("format_version", 0) > FORMAT_VERSION:
-        raise UsageError(
-            f"{file}: format version {plain['format_version']}, this swamla reads up to {FORMAT_VERSION}: "
-            "pip install --upgrade swamla"
-        )
+    plain = read_json(file, inside=run_dir)
+    _require_format(plain, file)
+    for part in ("model", "data", "train"):
+        entry(plain, part, dict, file=file)
     return plain
+
+
+def _require_format(data: dict[str, Any], file: Path) -> None:
+    version = entry(data, "format_version", int, file=file)
+    if version > FORMAT_VERSION:
+        raise UsageError(
+            f"{file}: format version {version}, this swamla reads up to {FORMAT_VERSION}: pip install --upgrade swamla"
+        )
+    if version < 1:
+        raise CorruptError(f"{file}: there is no format version {version}")
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, origin: str) -> None:
@@ -238,72 +244,6 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, origin: str) 
         more = f" … and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise CorruptError(f"{origin}: weights do not fit the model: {'; '.join(wrong[:5])}{more}")
     module.load_state_dict(dict(tensors))
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file on the CPU. Raises `CorruptError` for pickles, huge headers and damage."""
-    with file.open("rb") as stream:
-        head = stream.read(8)
-    header, size = int.from_bytes(head, "little"), file.stat().st_size
-    if head.startswith(_PICKLE_MAGIC) and header > size:
-        raise CorruptError(f"{file}: is a pickle: refused, only safetensors and JSON are read")
-    if len(head) < 8 or header > min(size - 8, MAX_HEADER_BYTES):
-        raise CorruptError(f"{file}: header of {header} bytes in a file of {size}: not a safetensors file, or damaged")
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise CorruptError(f"{file}: {error}") from error
-    return tensors | {alias: tensors[name] for alias, name in _aliases(file, header).items()}
-
-
-def write_text_atomically(file: Path, text: str) -> None:
-    """Replace `file` by one that holds `text`: readers see the old or the new, never half."""
-    staging = file.with_name(f".{file.name}.new")
-    staging.write_text(text, encoding="utf-8")
-    _fsync(staging)
-    staging.replace(file)
-    _fsync(file.parent)
-
-
-def _save_tensors(file: Path, named: Mapping[str, Tensor]) -> None:
-    """Write tensors, each storage once: a tied name is recorded in the header as an alias of the first."""
-    unique: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    seen: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
-    for name, tensor in named.items():
-        first = seen.setdefault((tensor.data_ptr(), tuple(tensor.shape), tensor.stride()), name)
-        if first == name or tensor.numel() == 0:
-            unique[name] = tensor.detach().contiguous()
-        else:
-            aliases[name] = first
-    # One key only: safetensors writes several in an order of its own each time, and equal runs give equal files.
-    save_file(unique, file, metadata={"aliases": json.dumps(aliases)})
-
-
-def _aliases(file: Path, header_bytes: int) -> dict[str, str]:
-    with file.open("rb") as stream:
-        stream.seek(8)
-        metadata = json.loads(stream.read(header_bytes)).get("__metadata__", {})
-    return json.loads(metadata.get("aliases", "{}"))
-
-
-def _regular_file(file: Path, *, inside: Path) -> Path:
-    """`file` itself, if it is a regular file and lies in `inside` once symbolic links are followed."""
-    if not file.resolve().is_relative_to(inside.resolve()):
-        raise CorruptError(f"{file}: leads outside {inside} (to {file.resolve()}): refused")
-    if not file.is_file():
-        raise CorruptError(f"{file}: missing")
-    return file
-
-
-def _read_json(file: Path, *, inside: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(_regular_file(file, inside=inside).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptError(f"{file}: not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CorruptError(f"{file}: must hold a JSON object")
-    return data
 
 
 def _explain_write_error(error: Exception, path: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> Exception:
@@ -329,16 +269,3 @@ def step_name(step: int) -> str:
 
 def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from swamla.data.packing import NO_LABEL, PADDING, Batch
+from swamla.data.packing import NO_LABEL, Batch
 from swamla.data.sampler import HeldOutRows, PackedRows, permutation
 from swamla.data.shards import Split
 from swamla.errors import ConfigError
+from swamla.ops.layout import PADDING
 
 EOS = 1000
 LENGTHS = (1, 7, 3, 30, 2, 1, 12, 64, 5)

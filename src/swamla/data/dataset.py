@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from swamla.data.shards import Split, sha256_of
+from swamla.data.shards import Split
 from swamla.data.tokenizer import Tokenizer, load_tokenizer
 from swamla.errors import CorruptError, DataError
+from swamla.files import sha256_of
 
 FORMAT_VERSION = 1
 META, TOKENIZER, HELD_OUT_TEXT = "meta.json", "tokenizer.json", "held_out.txt"

@@ -15,7 +15,6 @@ from torch import Tensor
 from swamla.data.shards import Split
 
 NO_LABEL = -100
-PADDING = -1
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from swamla.data.packing import NO_LABEL, PADDING, Batch, DocumentStream
+from swamla.data.packing import NO_LABEL, Batch, DocumentStream
 from swamla.data.shards import Split
 from swamla.errors import require
+from swamla.ops.layout import PADDING
 
 _DOCUMENTS, _ROWS = 0, 1
 

@@ -1,6 +1,5 @@
 """Tokens on disk: one memory-mapped .npy of ids per split, with the offsets and byte counts of its documents."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -60,12 +59,6 @@ class ArrayWriter:
             self._file.seek(0)
             self._write_header()
             assert self._file.tell() == self._header_size
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_array(path: Path) -> np.ndarray:

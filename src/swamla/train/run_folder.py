@@ -17,11 +17,11 @@ from swamla.checkpoint import (
     read_run_config,
     set_aside_after,
     step_name,
-    write_text_atomically,
 )
 from swamla.config import to_plain
 from swamla.data.dataset import Dataset
 from swamla.errors import ConfigError, DataError, UsageError
+from swamla.files import write_text_atomically
 from swamla.train.config import RunConfig
 from swamla.train.precision import resolve_device, resolve_precision
 from swamla.train.state import TrainState, seed_generators

@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from swamla.checkpoint import write_text_atomically
+from swamla.files import write_text_atomically
 
 
 class Metrics:

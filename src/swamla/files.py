@@ -1,0 +1,64 @@
+"""Files that are written whole or not at all, and read only from where they belong."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from swamla.errors import CorruptError
+
+
+def fsync(path: Path) -> None:
+    """Put a file's bytes, or a folder's names, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text_atomically(file: Path, text: str) -> None:
+    """Replace `file` by one that holds `text`: readers see the old or the new, never half."""
+    staging = file.with_name(f".{file.name}.new")
+    staging.write_text(text, encoding="utf-8")
+    fsync(staging)
+    staging.replace(file)
+    fsync(file.parent)
+
+
+def regular_file(file: Path, *, inside: Path) -> Path:
+    """`file` itself, if it is a regular file and lies in `inside` once links are followed; else `CorruptError`."""
+    if not file.resolve().is_relative_to(inside.resolve()):
+        raise CorruptError(f"{file}: leads outside {inside} (to {file.resolve()}): refused")
+    if not file.is_file():
+        raise CorruptError(f"{file}: missing")
+    return file
+
+
+def read_json(file: Path, *, inside: Path) -> dict[str, Any]:
+    """The JSON object in a file of our own. Raises `CorruptError` for anything else, and as `regular_file` does."""
+    try:
+        data = json.loads(regular_file(file, inside=inside).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptError(f"{file}: not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CorruptError(f"{file}: must hold a JSON object")
+    return data
+
+
+def entry(data: Any, key: str, kind: type, *, file: Path) -> Any:
+    """data[key], a `kind`; `CorruptError` naming `file` where `data` has no such entry (True is no int)."""
+    found = data.get(key) if isinstance(data, dict) else None
+    if not isinstance(found, kind) or isinstance(found, bool):
+        raise CorruptError(f'{file}: damaged: "{key}" is {found!r}, expected {_NAMES[kind]}')
+    return found
+
+
+_NAMES = {int: "a whole number", str: "text", dict: "a table"}
