@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from swamla.data import encode, held_out
+from swamla.data import bpe, encode, held_out, preparing
 from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset
 from swamla.data.held_out import divide, is_held_out
@@ -24,7 +24,6 @@ Make = Callable[..., Dataset]
 
 def test_prepare_is_imported_from_the_package_even_after_its_module() -> None:
     from swamla import data
-    from swamla.data import preparing
 
     assert data.prepare is preparing.prepare
     assert all(hasattr(data, name) for name in data.__all__)
@@ -135,6 +134,42 @@ def test_a_cache_that_cannot_be_written_is_an_error_that_names_it(make_dataset: 
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"file.*: cannot be written"):
         make_dataset(cache_dir=str(tmp_path / "file"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_source_that_cannot_be_read_is_said_to_be_unreadable(make_dataset: Make, corpus: Path) -> None:
+    (corpus / "part0" / "text00.txt").chmod(0)
+    with pytest.raises(DataError, match=r"text00\.txt: cannot be read"):
+        make_dataset()
+
+
+def test_a_file_that_vanishes_while_it_is_read_is_said_to_be_unreadable(
+    make_dataset: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def vanished(*_: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory", "/elsewhere/text.txt")
+
+    monkeypatch.setattr(preparing, "encode_documents", vanished)
+    with pytest.raises(DataError, match=r"^/elsewhere/text\.txt: cannot be read \(No such file"):
+        make_dataset()
+
+
+def test_a_full_disk_is_said_of_the_dataset(make_dataset: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(preparing, "encode_documents", full)
+    with pytest.raises(DataError, match=r"data/corpus-.*: cannot be written \(No space left"):
+        make_dataset()
+
+
+def test_a_bpe_trained_by_other_rules_is_never_taken_from_the_cache(
+    make_dataset: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {spec: make_dataset(tokenizer=spec).path for spec in ("bpe:300", "byte")}
+    monkeypatch.setattr(bpe, "WORDS", bpe.WORDS.replace("{1,3}", "{1,2}"))
+    assert make_dataset(tokenizer="bpe:300").path != before["bpe:300"]
+    assert make_dataset(tokenizer="byte").path == before["byte"]
 
 
 SCRIPT = """

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,13 @@ EOS_TEXT = "<|endoftext|>"
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:\s*[\r\n]+[ \t]*)?|\s*[\r\n]+[ \t]*|\s+(?!\S)|\s+"
 # Merges may span words of a line: a further 13 % fewer tokens, but "def f" is then often one of them.
 LINES = r"[^\n]*\n[ \t]*|[^\n]+"
+_RULES = "1"  # to be raised when `train` changes in what the patterns do not show
 _TRAINING_PIECE = 1 << 16  # the library needs some 50 bytes a character while it splits
+
+
+def training_version() -> list[str]:
+    """What, besides the texts and the size, decides which BPE `train` makes: its rules, and whose code follows them."""
+    return [version("tokenizers"), _RULES, WORDS, LINES]
 
 
 def train(texts: Iterable[str], vocab_size: int, lines: bool = False) -> str:

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from swamla.data.config import DataConfig
+from swamla.data import bpe
+from swamla.data.config import DataConfig, parse_bpe
 from swamla.data.dataset import FORMAT_VERSION, META, TOKENIZER, Dataset, fingerprint_of
 from swamla.data.encode import Encoded, Progress, encode_documents
 from swamla.data.held_out import divide
@@ -47,7 +48,7 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> Dataset:
     source = open_source(config, cache)
     target = cache / "data" / f"{_slug(source.name)}-{_cache_key(config, source)[:16]}"
     if not target.exists():
-        with _writing(target), _staging(target) as folder:
+        with _naming_files(target, cache), _staging(target) as folder:
             _fill(folder, config, source, progress or _silent)
             _move(folder, target)
     return Dataset.open(target)
@@ -62,19 +63,24 @@ def _slug(name: str) -> str:
 
 
 def _cache_key(config: DataConfig, source: Source) -> str:
-    """Changes whenever the dataset might: settings, any file's size or time, the tokenizer's own files."""
+    """Changes whenever the dataset might: settings, any file's size or time, the tokenizer's files or its training."""
     settings = [config.text_column, config.tokenizer, config.held_out_fraction, config.invalid_utf8]
     tokenizer = [(path.name, sha256_of(path)) for path in tokenizer_files(config.tokenizer)]
-    content = [FORMAT_VERSION, source.name, source.state(), settings, tokenizer]
+    trained = bpe.training_version() if parse_bpe(config.tokenizer) else []
+    content = [FORMAT_VERSION, source.name, source.state(), settings, tokenizer, trained]
     return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @contextmanager
-def _writing(target: Path) -> Iterator[None]:
+def _naming_files(target: Path, cache: Path) -> Iterator[None]:
+    """Say of a file of ours that it cannot be written, of any other that it cannot be read."""
     try:
         yield
     except OSError as error:
-        raise DataError(f"{error.filename or target}: cannot be written ({error.strerror or error})") from error
+        file = Path(error.filename) if error.filename else target  # a full disk names no file
+        ours = file.is_relative_to(cache) or cache.is_relative_to(file)
+        what = "written" if ours else "read"
+        raise DataError(f"{file}: cannot be {what} ({error.strerror or error})") from error
 
 
 @contextmanager
