@@ -1,18 +1,22 @@
 """The commands as a user types them: train, lose the end, resume, generate, evaluate. Two of them in a new process."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from swamla.cli import main
+from swamla.data import download
 
 TEXT = "".join(f"line {i}: the square of {i} is {i * i}, its half is {i // 2}\n" for i in range(400))
 FLAGS = shlex.split(
@@ -32,9 +36,16 @@ class Ended:
     stderr: str
 
 
-def swamla(folder: Path, *arguments: str) -> Ended:
+class Terminal(io.StringIO):
+    """An output that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def swamla(folder: Path, *arguments: str, terminal: bool = False) -> Ended:
     """Run a command in `folder`, in this process, which has torch already."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err = Terminal() if terminal else io.StringIO(), io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         os.environ["SWAMLA_CACHE"] = str(folder / "cache")
         status = main(arguments)
@@ -131,16 +142,151 @@ def test_generation_streams_one_prompt_and_prints_several_alike(home: Path) -> N
     assert "--- 1\nthe square" in batch.stdout
 
 
-def test_evaluation_scores_the_runs_own_held_out_text_and_other_text(home: Path) -> None:
-    done = swamla(home, "evaluate", "runs/quickstart", "--json")
+def test_generation_does_not_show_the_prompt_of_a_refused_request(home: Path) -> None:
+    done = swamla(home, "generate", "runs/quickstart", "--prompt", "abc\ud800")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "swamla: error: the prompt has a lone surrogate at position 3: it is not valid Unicode text\n"
+    )
+
+
+def test_a_terminal_is_not_shown_control_characters(home: Path) -> None:
+    ask = ("generate", "runs/quickstart", "--prompt", "\x1b[31mline", "--max_new_tokens", "1")
+    assert swamla(home, *ask).stdout.startswith("\x1b[31mline")
+    assert swamla(home, *ask, terminal=True).stdout.startswith("\N{REPLACEMENT CHARACTER}[31mline")
+
+
+def test_generation_stops_at_the_last_position_or_names_the_number_that_fits(home: Path) -> None:
+    pairs = dict(zip(FLAGS[::2], FLAGS[1::2], strict=True))
+    pairs = {name: value for name, value in pairs.items() if not name.startswith(("--swa", "--mla"))}
+    pairs |= {"--pattern": "mha", "--learned_positions": "64", "--steps": "1", "--output_dir": "short"}
+    done = swamla(home, "train", *(part for pair in pairs.items() for part in pair))
     assert done.returncode == 0, done.stderr
+    prompt = ("generate", "short", "--prompt", "line ")
+    done = swamla(home, *prompt, "--stats")
+    assert done.returncode == 0, done.stderr
+    assert "stopping after 59 tokens: the model has no more positions" in done.stderr  # 64 - 6 read, 1 not read back
+    assert swamla(home, *prompt, "--max_new_tokens", "59").returncode == 0
+    refused = swamla(home, *prompt, "--max_new_tokens", "60")
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+    assert "--max_new_tokens 59, or a shorter prompt" in refused.stderr
+    refused = swamla(home, "generate", "short", "--prompt", "x" * 64)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "the prompt has 65 tokens, the document's start included" in refused.stderr
+    assert "shorten it by 1" in refused.stderr
+
+
+def test_evaluation_scores_the_runs_own_held_out_text_and_other_text(home: Path, tmp_path: Path) -> None:
+    done = swamla(home, "evaluate", "runs/quickstart", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     best = min(r["held_out_loss"] for r in records(home / "runs/quickstart") if "held_out_loss" in r)
     assert found["loss"] == pytest.approx(best, rel=1e-2)  # training may have evaluated in bf16 too, in other batches
+    assert found["precision"] in ("fp32", "bf16")
+    elsewhere = swamla(tmp_path, "evaluate", str(home / "runs/quickstart"), "--json")
+    assert json.loads(elsewhere.stdout) == found
     (home / "other.txt").write_text("0123456789" * 300)
     other = swamla(home, "evaluate", "runs/quickstart", "--data", "other.txt")
-    assert other.returncode == 0, other.stderr
+    assert (other.returncode, other.stderr) == (0, "")
     assert "bits per byte" in other.stdout
+    assert f"bytes of other.txt, in {found['precision']}" in other.stdout
+
+
+def test_evaluation_keeps_the_runs_tokenizer_when_the_text_changes_and_says_that_it_changed(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("@" + TEXT)
+    flags = ["char" if flag == "byte" else flag for flag in FLAGS]
+    assert swamla(tmp_path, "train", *flags, "--output_dir", "run").returncode == 0
+    before = json.loads(swamla(tmp_path, "evaluate", "run", "--json").stdout)
+    # What is held out, the end, stays as it was; but a vocabulary made anew would lack @ and count all letters anew.
+    (tmp_path / "text.txt").write_text("a" + TEXT)
+    done = swamla(tmp_path, "evaluate", "run", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout) == before
+    assert done.stderr.startswith("swamla: warning: ")
+    assert "is not what the run was trained on (fingerprint" in done.stderr
+    assert done.stderr.count("\n") == 1
+    (tmp_path / "text.txt").write_text("☃" + TEXT)
+    done = swamla(tmp_path, "evaluate", "run")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "character '☃' at offset 0 is not among the" in done.stderr
+
+
+def test_prepared_text_is_what_a_training_with_the_same_flags_reads(home: Path) -> None:
+    (home / "rows.jsonl").write_text("".join(json.dumps({"body": f"{line}\n"}) + "\n" for line in TEXT.splitlines()))
+    ask = ("prepare", "rows.jsonl", "--tokenizer", "byte", "--cache_dir", "own-cache")
+    done = swamla(home, *ask)
+    assert done.returncode == 2
+    assert "body" in done.stderr
+    done = swamla(home, *ask, "--text_column", "body")
+    assert done.returncode == 0, done.stderr
+    assert "utilisation" in done.stdout
+    assert "100.00% of the positions in 1,024 rows of 256 carry loss" in done.stdout
+    assert len(list((home / "own-cache/data").iterdir())) == 1
+    (home / "recipe.json").write_text((home / "runs/quickstart/config.json").read_text())
+    as_trained = swamla(home, "prepare", "recipe.json")
+    assert as_trained.returncode == 0, as_trained.stderr
+    trained = next(line for line in (home / "shown.txt").read_text().splitlines() if line.startswith("folder"))
+    assert trained in as_trained.stdout
+
+
+def test_a_text_given_to_prepare_is_kept_in_the_place_of_the_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other.txt").write_text(TEXT)
+    done = swamla(tmp_path, "prepare", "shakespeare-char", "--source", "other.txt")
+    assert done.returncode == 0, done.stderr
+    assert "other.txt is another text than shakespeare-char's: train on it with --data other.txt" in done.stdout
+    assert not (tmp_path / "cache/sources").exists()
+    monkeypatch.setattr(download, "SHAKESPEARE_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
+    done = swamla(tmp_path, "prepare", "shakespeare-char", "--source", "other.txt")
+    assert done.returncode == 0, done.stderr
+    again = swamla(tmp_path, "prepare", "shakespeare-char")  # no test may download: it is found
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == done.stdout
+    assert "source           shakespeare" in again.stdout
+
+
+def test_resume_alone_means_the_newest_run_of_the_name(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    few = ["2" if flag == "8" else flag for flag in FLAGS]
+    for _ in range(2):
+        assert swamla(tmp_path, "train", *few).returncode == 0
+    (tmp_path / "runs/quickstart-notes").mkdir()
+    (tmp_path / "runs/quickstart-notes/config.json").write_text("{}")
+    done = swamla(tmp_path, "train", "--resume", "--steps", "3")
+    assert done.returncode == 0, done.stderr
+    assert "in runs/quickstart-2" in done.stdout
+    assert [r["step"] for r in records(tmp_path / "runs/quickstart-2") if "loss" in r] == [1, 2, 3]
+    assert [r["step"] for r in records(tmp_path / "runs/quickstart") if "loss" in r] == [1, 2]
+
+
+def test_a_quickstart_that_is_terminated_saves_and_is_finished_by_the_command_it_names(home: Path) -> None:
+    run = home / "stopped run"
+    flags = list(FLAGS)
+    flags[flags.index("--steps") + 1] = "100000"
+    command = [sys.executable, "-m", "swamla", "quickstart", *flags, "--output_dir", run.name]
+    environment = os.environ | {"SWAMLA_CACHE": str(home / "cache")}
+    with subprocess.Popen(
+        command, cwd=home, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not ((run / "metrics.jsonl").exists() and len(records(run)) > 3):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 75, error
+    assert error.startswith("swamla: error: stopped by SIGTERM after step ")
+    before = (run / "samples.txt").read_text()
+    assert "after training" not in before
+    go_on = error.rstrip().partition("; go on with: ")[2]
+    assert go_on.endswith("-m swamla quickstart --resume 'stopped run'")
+    done = swamla(home, *shlex.split(go_on)[3:], "--steps", str(int(records(run)[-1]["step"]) + 2))
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stdout for word in ("resumed after step", "xz -9e", "after training", "holds config.json"))
+    assert (run / "samples.txt").read_text().startswith(before)
+    assert (run / "samples.txt").read_text().count("=== after training ===") == 1
 
 
 def test_a_damaged_checkpoint_ends_with_status_3(home: Path) -> None:
