@@ -165,7 +165,7 @@ def test_generation_stops_at_the_last_position_or_names_the_number_that_fits(hom
     prompt = ("generate", "short", "--prompt", "line ")
     done = swamla(home, *prompt, "--stats")
     assert done.returncode == 0, done.stderr
-    assert "stopping after 59 tokens: the model has no more positions" in done.stderr  # 64 - 6 read, 1 not read back
+    assert "at most 59 tokens: the model has no more positions" in done.stderr  # 64 - 6 read, 1 not read back
     assert swamla(home, *prompt, "--max_new_tokens", "59").returncode == 0
     refused = swamla(home, *prompt, "--max_new_tokens", "60")
     assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)

@@ -80,7 +80,7 @@ def _limit(wanted: int, fitting: int | None, *, asked: bool) -> int:
             f"--max_new_tokens {wanted}: with this prompt the model's learned positions leave room for {fitting}: "
             f"--max_new_tokens {fitting}, or a shorter prompt"
         )
-    print(f"swamla: stopping after {fitting} tokens: the model has no more positions", file=sys.stderr)
+    print(f"swamla: at most {fitting} tokens: the model has no more positions", file=sys.stderr)
     return fitting
 
 

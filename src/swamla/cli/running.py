@@ -92,8 +92,7 @@ def new_folder(output_dir: str, name: str) -> Path:
     if not output_dir:
         return _numbered(Path("runs") / name)
     folder = checked(output_dir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder}: exists and is not empty: choose another folder, or continue it with --resume")
+    require_empty(folder)
     return folder
 
 
