@@ -7,8 +7,9 @@ import math
 import pytest
 from rich.console import Console
 
+from swamla.errors import CorruptError
 from swamla.train.plot import plot_losses, smooth
-from swamla.train.tracking import Metrics, PlainLines, ProgressBar, make_display, read_metrics
+from swamla.train.tracking import Metrics, PlainLines, ProgressBar, make_display, read_metrics, time_left
 
 VALUES = {"step": 100, "loss": 3.45671, "bits_per_byte": 1.234, "lr": 1e-4, "tokens_per_second": 45123.4}
 
@@ -19,7 +20,16 @@ def test_plain_lines_are_as_promised():
     assert isinstance(display, PlainLines)
     with display:
         display.update(0.5, 60, VALUES)
-    assert out.getvalue() == "Step 100 | Loss: 3.4567 | LR: 1.00e-04 | Tokens/sec: 45,123\n"
+    expected = "Step 100 | Loss: 3.4567 | LR: 1.00e-04 | Tokens/sec: 45,123 | Bits/byte: 1.2340 | 1:00 left\n"
+    assert out.getvalue() == expected
+
+
+@pytest.mark.parametrize(
+    ("progress", "seconds", "text"),
+    [(0.25, 60, "3:00"), (0.5, 59.7, "1:00"), (0.01, 180, "4:57:00"), (1.2, 9, "0:00"), (0.0, 9, "0:00")],
+)
+def test_the_time_left_is_what_the_pace_so_far_lets_expect(progress, seconds, text):
+    assert time_left(progress, seconds) == f"{text} left"
 
 
 def test_a_terminal_gets_one_live_line_with_loss_speed_and_time_left():
@@ -56,6 +66,14 @@ def test_resuming_keeps_what_came_before_the_checkpoint_and_drops_a_cut_line(tmp
     metrics.write(3, {"again": True})
     metrics.close()
     assert read_metrics(file) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+@pytest.mark.parametrize("line", ["{", "3", "{}", '{"step": "1"}', "\xff"])
+def test_a_damaged_line_is_a_corrupt_artefact_with_its_place(tmp_path, line):
+    file = tmp_path / "m.jsonl"
+    file.write_text(f'{{"step": 1}}\n{line}\n', encoding="latin-1")
+    with pytest.raises(CorruptError, match=r"m\.jsonl:2: not"):
+        read_metrics(file)
 
 
 def test_smoothing_keeps_constants_and_slopes_and_averages_noise():

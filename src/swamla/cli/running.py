@@ -13,6 +13,7 @@ from swamla.errors import Interrupted, UsageError
 from swamla.evaluate import evaluate_split
 from swamla.model.language_model import LanguageModel
 from swamla.train import RunConfig, TrainConfig, TrainState, train
+from swamla.train.run_folder import require_empty
 
 EVALUATION_TOKENS = 16384  # computed at once: more would only cost memory
 UTILISATION_TOKENS = 1 << 18  # counted to tell how many of the positions that training computes carry loss

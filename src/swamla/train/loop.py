@@ -16,6 +16,7 @@ from swamla.data.sampler import PackedRows
 from swamla.errors import DataError, Interrupted, SwamlaError
 from swamla.model.language_model import LanguageModel
 from swamla.ops.layout import Layout
+from swamla.train.backends import describe
 from swamla.train.config import RunConfig, TrainConfig
 from swamla.train.plot import plot_losses
 from swamla.train.precision import autocast
@@ -146,6 +147,7 @@ class _Loop:
         parameters = sum(p.numel() for p in self.state.model.parameters())
         where = f", resumed after step {self.state.step}" if resume else ""
         self.display.say(f"{parameters:,} parameters, {self.state.precision} on {self.state.device}{where}")
+        self.display.say(f"backends: {describe(self.state.backends)}")
 
     def run(self, stop: StopRequest) -> None:
         """Step until the budget is spent or somebody asks to stop; then evaluate, save, and say so."""
@@ -252,7 +254,9 @@ class _Loop:
         self.metrics.write(state.step, {f"held_out_{k}": v for k, v in found.items()} | {"elapsed": state.seconds})
         bits = f" | Bits/byte: {found['bits_per_byte']:.4f}" if "bits_per_byte" in found else ""
         self.display.say(f"Step {state.step} | Held-out loss: {found['loss']:.4f}{bits}")
-        if state.best_loss is None or found["loss"] < state.best_loss:
+        if not math.isfinite(found["loss"]):
+            self.display.say(f"warning: the held-out loss after step {state.step} is not finite, so never the best")
+        elif state.best_loss is None or found["loss"] < state.best_loss:
             state.best_step, state.best_loss = state.step, found["loss"]
             self.save()
             mark_best(self.checkpoints, state.best_step, state.best_loss)

@@ -11,6 +11,7 @@ import torch
 
 from swamla.checkpoint import (
     FORMAT_VERSION,
+    Checkpoint,
     latest_checkpoint,
     list_checkpoints,
     mark_best,
@@ -20,8 +21,10 @@ from swamla.checkpoint import (
 )
 from swamla.config import to_plain
 from swamla.data.dataset import Dataset
+from swamla.data.tokenizer import load_tokenizer
 from swamla.errors import ConfigError, DataError, UsageError
-from swamla.files import write_text_atomically
+from swamla.files import entry, write_text_atomically
+from swamla.train.backends import resolve_backends
 from swamla.train.config import RunConfig
 from swamla.train.precision import resolve_device, resolve_precision
 from swamla.train.state import TrainState, seed_generators
@@ -41,19 +44,26 @@ def open_run(config: RunConfig, run_dir: Path, *, dataset: Dataset, resume: bool
     Raises `UsageError` for a folder that is not empty without `resume`, or that holds no run with it; `ConfigError`
     and `DataError` when a resumed run would go on with another model, other data or another order of the data.
     """
+    checkpoint = _checkpoint_to_take_up(run_dir, dataset) if resume else None
     config = settle(config, dataset)
     if resume:
         _check_same_run(config, run_dir)
-    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise UsageError(f"{run_dir}: exists and is not empty: choose another folder, or continue it with --resume")
+    else:
+        require_empty(run_dir)
     state = fresh_state(config, dataset)
-    if resume:
-        _take_up(state, run_dir)
+    if checkpoint is not None:
+        _take_up(state, checkpoint)
     run_dir.mkdir(parents=True, exist_ok=True)
     plain = {"format_version": FORMAT_VERSION, **to_plain(config)}
     dataset.tokenizer.save(run_dir / "tokenizer.json")
     write_text_atomically(run_dir / "config.json", json.dumps(plain, indent=2) + "\n")
     return config, state
+
+
+def require_empty(run_dir: Path) -> None:
+    """Raise `UsageError` for a folder, or a file, in the place of a new run."""
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise UsageError(f"{run_dir}: exists and is not empty: choose another folder, or continue it with --resume")
 
 
 def settle(config: RunConfig, dataset: Dataset) -> RunConfig:
@@ -72,31 +82,53 @@ def fresh_state(config: RunConfig, dataset: Dataset) -> TrainState:
     if train.threads is not None:
         torch.set_num_threads(train.threads)
     device = resolve_device(train.device)
+    backends = resolve_backends(config.model, device)
     seed_generators(train.seed)
     model = config.model.build().to(device)
     return TrainState(
         model=model,
         optimizer=train.optimizer.build(model, lr=train.lr, weight_decay=train.weight_decay),
         precision=resolve_precision(train.precision, device),
+        backends=backends,
         data_fingerprint=dataset.fingerprint,
         device=device,
     )
 
 
-def _take_up(state: TrainState, run_dir: Path) -> None:
-    """Move a fresh state to the newest checkpoint that verifies."""
-    directory = run_dir / "checkpoints"
-    checkpoint = latest_checkpoint(directory)
+def _checkpoint_to_take_up(run_dir: Path, dataset: Dataset) -> Checkpoint | None:
+    """The newest checkpoint that verifies, None before the first; of a run on the same data, whatever else changed."""
+    if not (run_dir / "config.json").exists():
+        raise UsageError(f"{run_dir}: nothing to resume (it has no config.json)")
+    _check_same_tokenizer(run_dir, dataset)
+    checkpoint = latest_checkpoint(run_dir / "checkpoints")
     if checkpoint is None:
         warnings.warn(f"{run_dir}: holds no checkpoint yet: starting from the first step", stacklevel=2)
-        return
-    found = checkpoint.state["data_fingerprint"]
-    if found != state.data_fingerprint:
-        raise DataError(
-            f"{run_dir}: the data changed since the checkpoint (fingerprint {state.data_fingerprint[:12]}, the run had "
-            f"{found[:12]}): restore the data, or start a new run"
-        )
+        return None
+    before = entry(checkpoint.state, "data_fingerprint", str, file=checkpoint.path / "state.json")
+    if before != dataset.fingerprint:
+        raise _changed(run_dir, "the data", before, dataset.fingerprint)
+    return checkpoint
+
+
+def _check_same_tokenizer(run_dir: Path, dataset: Dataset) -> None:
+    file = run_dir / "tokenizer.json"
+    if file.exists():
+        before, now = load_tokenizer(file).fingerprint, dataset.tokenizer.fingerprint
+        if before != now:
+            raise _changed(run_dir, "the data, or its tokenizer,", before, now)
+
+
+def _changed(run_dir: Path, what: str, before: str, now: str) -> DataError:
+    return DataError(
+        f"{run_dir}: {what} changed since the checkpoint (fingerprint {now[:12]}, the run had {before[:12]}): "
+        "restore the data, or start a new run"
+    )
+
+
+def _take_up(state: TrainState, checkpoint: Checkpoint) -> None:
+    """Move a fresh state to `checkpoint`."""
     state.restore(checkpoint)
+    directory = checkpoint.path.parent
     set_aside_after(directory, checkpoint.step)
     _agree_on_best(state, directory)
 
@@ -112,8 +144,6 @@ def _agree_on_best(state: TrainState, directory: Path) -> None:
 
 
 def _check_same_run(config: RunConfig, run_dir: Path) -> None:
-    if not (run_dir / "config.json").exists():
-        raise UsageError(f"{run_dir}: nothing to resume (it has no config.json)")
     before = dict(_leaves(read_run_config(run_dir)))
     now = dict(_leaves(to_plain(config)))
     for name in sorted((before.keys() | now.keys()) - set(MAY_CHANGE)):

@@ -1,6 +1,7 @@
 """Everything a run is at one moment: what it takes to go on as if it had never stopped."""
 
 import random
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from swamla.checkpoint import Checkpoint, load_into, save_checkpoint
+from swamla.errors import CorruptError
 from swamla.model.language_model import LanguageModel
 from swamla.train.optim import NamedOptimizer
 
@@ -32,6 +34,7 @@ COUNTERS = (
 class TrainState:
     """The state of a training run; all of it goes into a checkpoint, with the random generators'.
 
+    backends: what computes each op on `device`.
     step: optimizer steps done, skipped ones included.  sample: index of the next row, which alone says what data
     comes next.  tokens: labels learned from.  seconds: time spent, evaluations and saves included.
     skipped, skipped_in_a_row: steps whose gradient was not finite.
@@ -42,6 +45,7 @@ class TrainState:
     model: LanguageModel
     optimizer: NamedOptimizer
     precision: Literal["fp32", "bf16"]
+    backends: dict[str, str]
     data_fingerprint: str
     device: torch.device
     step: int = 0
@@ -65,16 +69,25 @@ class TrainState:
         return save_checkpoint(directory, self.step, tensors=tensors, state=self._plain())
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Become the moment that `checkpoint` holds, the process's random generators included."""
+        """Become the moment that `checkpoint` holds, the process's random generators included.
+
+        Raises `CorruptError` for one that lacks something; warns where other backends computed it.
+        """
+        file, saved = checkpoint.path / "state.json", checkpoint.state
+        missing = {*COUNTERS, "precision", "backends", "parameters_without_optimizer_state"} - saved.keys()
+        if missing:
+            raise CorruptError(f"{file}: damaged: says nothing of {', '.join(sorted(missing))}")
         load_into(self.model, checkpoint.tensors("model"), origin=str(checkpoint.path))
         self.optimizer.load_state_tensors(
             checkpoint.tensors("optimizer"),
-            stateless=checkpoint.state["parameters_without_optimizer_state"],
+            stateless=saved["parameters_without_optimizer_state"],
             origin=str(checkpoint.path),
         )
         for name in COUNTERS:
-            setattr(self, name, checkpoint.state[name])
-        self.precision = checkpoint.state["precision"]
+            setattr(self, name, saved[name])
+        self.precision = saved["precision"]
+        if saved["backends"] != self.backends:
+            warnings.warn(f"computed before by {saved['backends']}, from here on by {self.backends}", stacklevel=2)
         set_generator_states(checkpoint.tensors("rng"))
 
     def weights_are_finite(self) -> bool:
@@ -84,6 +97,7 @@ class TrainState:
     def _plain(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in COUNTERS} | {
             "precision": self.precision,
+            "backends": self.backends,
             "data_fingerprint": self.data_fingerprint,
             "parameters_without_optimizer_state": self.optimizer.stateless(),
         }

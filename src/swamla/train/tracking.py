@@ -11,6 +11,7 @@ from typing import Any, Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from swamla.errors import CorruptError
 from swamla.files import write_text_atomically
 
 
@@ -39,9 +40,22 @@ class Metrics:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line that was cut off by a crash is left out."""
-    lines = file.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    """The records of a metrics file; a last line that was cut off by a crash is left out.
+
+    Raises `CorruptError` naming any other line that is no record.
+    """
+    lines = file.read_bytes().split(b"\n")
+    return [_record(line, f"{file}:{number}") for number, line in enumerate(lines[:-1], 1) if line]
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise CorruptError(f"{where}: not JSON: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise CorruptError(f"{where}: not a record with its step")
+    return record
 
 
 class Display(Protocol):
@@ -60,6 +74,13 @@ class Display(Protocol):
     ) -> None: ...
 
 
+def time_left(progress: float, seconds: float) -> str:
+    """What the time spent and the way done let expect, as "3:05 left"."""
+    left = round(seconds * (1 - progress) / progress) if 0 < progress < 1 else 0
+    hours, minutes = divmod(left // 60, 60)
+    return f"{hours}:{minutes:02}:{left % 60:02} left" if hours else f"{minutes}:{left % 60:02} left"
+
+
 class PlainLines:
     """One line a logged step, for pipes and log files."""
 
@@ -70,7 +91,8 @@ class PlainLines:
         """Print the step's line."""
         self.say(
             f"Step {values['step']:.0f} | Loss: {values['loss']:.4f} | LR: {values['lr']:.2e} | "
-            f"Tokens/sec: {values['tokens_per_second']:,.0f}"
+            f"Tokens/sec: {values['tokens_per_second']:,.0f} | Bits/byte: {values['bits_per_byte']:.4f} | "
+            f"{time_left(progress, seconds)}"
         )
 
     def say(self, text: str) -> None:
@@ -104,8 +126,7 @@ class ProgressBar:
         self._task = self._progress.add_task("", total=1.0, step="0", loss="–", bits="–", speed="–", eta="")
 
     def update(self, progress: float, seconds: float, values: Mapping[str, float]) -> None:
-        """Move the bar; the time left follows from the time spent and the way done."""
-        left = seconds * (1 - progress) / progress if 0 < progress < 1 else 0.0
+        """Move the bar."""
         self._progress.update(
             self._task,
             completed=min(progress, 1.0),
@@ -113,7 +134,7 @@ class ProgressBar:
             loss=f"{values['loss']:.3f}",
             bits=f"{values['bits_per_byte']:.3f}",
             speed=f"{values['tokens_per_second']:,.0f}",
-            eta=f"{left // 60:.0f}:{left % 60:02.0f} left",
+            eta=time_left(progress, seconds),
         )
 
     def say(self, text: str) -> None:

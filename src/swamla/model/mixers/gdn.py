@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from swamla.errors import require
 from swamla.model.mixers.mixer import Mixer, State
 from swamla.ops import gated_delta_rule, gated_delta_step, l2_normalize, rms_norm, short_conv
+from swamla.ops.gated_delta import resolve_backend
 from swamla.ops.layout import Layout
 
 BACKENDS = ("auto", "reference", "torch")
@@ -66,6 +67,10 @@ class GDNConfig:
     def build(self, width: int) -> "GDN":
         """The module."""
         return GDN(self, width)
+
+    def backends(self, device: torch.device) -> dict[str, str]:
+        """What computes which op, on any device."""
+        return {"delta rule": resolve_backend(self.backend)}
 
     def n_parameters(self, width: int) -> int:
         """Parameters of the module."""

@@ -10,7 +10,7 @@ from swamla.errors import require
 from swamla.model.mixers.mixer import Mixer, State, write_at
 from swamla.model.rope import RopeConfig, rotate
 from swamla.ops import cached_attention, causal_attention
-from swamla.ops.attention import BACKENDS
+from swamla.ops.attention import BACKENDS, resolve_backend
 from swamla.ops.layout import Layout
 
 
@@ -64,6 +64,10 @@ class MHAConfig:
     def build(self, width: int) -> "MHA":
         """The module."""
         return MHA(self, width)
+
+    def backends(self, device: torch.device) -> dict[str, str]:
+        """What computes which op on `device`. Raises `MissingBackendError` for a backend that cannot."""
+        return {"attention": resolve_backend(self.backend, device)}
 
     def n_parameters(self, width: int) -> int:
         """Parameters of the module."""

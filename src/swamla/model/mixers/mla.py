@@ -12,7 +12,7 @@ from swamla.model.mixers.mixer import Mixer, State, write_at
 from swamla.model.norm import RMSNorm
 from swamla.model.rope import RopeConfig, rotate
 from swamla.ops import cached_attention, causal_attention
-from swamla.ops.attention import BACKENDS
+from swamla.ops.attention import BACKENDS, resolve_backend
 from swamla.ops.layout import Layout
 
 
@@ -68,6 +68,10 @@ class MLAConfig:
         latent = width * (self.kv_lora_rank + self.qk_rope_head_dim)
         expand = self.kv_lora_rank * self.n_heads * (self.qk_nope_head_dim + self.v_head_dim)
         return into + latent + expand + self.n_heads * self.v_head_dim * width
+
+    def backends(self, device: torch.device) -> dict[str, str]:
+        """What computes which op on `device`. Raises `MissingBackendError` for a backend that cannot."""
+        return {"attention": resolve_backend(self.backend, device)}
 
     def n_parameters(self, width: int) -> int:
         """Parameters of the module; ConfigError where a rank is larger than the width it compresses."""

@@ -13,6 +13,13 @@ from swamla.ops.layout import Layout
 __all__ = ["gated_delta_rule", "gated_delta_step", "l2_normalize"]
 
 
+def resolve_backend(backend: str) -> str:
+    """The backend that a name means, on any device: "auto" is "torch". Raises UsageError for an unknown name."""
+    if backend not in ("auto", "reference", "torch"):
+        raise UsageError(f'backend = {backend!r}: the gated delta rule has "auto", "reference" and "torch"')
+    return "torch" if backend == "auto" else backend
+
+
 def gated_delta_rule(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
@@ -36,7 +43,7 @@ def gated_delta_rule(
     Raises UsageError for any other. `chunk`: tokens a chunk, by default 32 on a CPU and 64 on an accelerator.
     """
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "reference":
+    if resolve_backend(backend) == "reference":
         with torch.autocast(q_BTHK.device.type, enabled=False):
             o_BTHV, final_BHKV = recurrent_gated_delta_rule(
                 q_BTHK,
@@ -49,8 +56,6 @@ def gated_delta_rule(
                 scale=scale,
             )
         return o_BTHV.to(q_BTHK.dtype), final_BHKV
-    if backend not in ("auto", "torch"):
-        raise UsageError(f'backend = {backend!r}: the gated delta rule has "auto", "reference" and "torch"')
 
     chunk = min(chunk or (32 if q_BTHK.device.type == "cpu" else 64), q_BTHK.shape[1])
     documents = documents_of(seq, chunk)
