@@ -1,6 +1,7 @@
 """Flags are the configs' own fields, and each changes exactly what it says."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,9 @@ class Arguments:
     """Nothing of its own."""
 
 
+ADAMW = "--optimizer adamw"  # whatever the recipe has
+
+
 def resolve(line: str, recipe: str = "quickstart") -> RunConfig:
     arguments: Any
     arguments, given = parse(add_flags(Arguments), line.split(), command="train")
@@ -32,7 +36,7 @@ def differences(a: Any, b: Any, path: str = "") -> set[str]:
 
 
 def changed(line: str) -> set[str]:
-    return differences(to_plain(resolve("")), to_plain(resolve(line)))
+    return differences(to_plain(resolve(ADAMW)), to_plain(resolve(f"{ADAMW} {line}")))
 
 
 def test_every_field_of_training_and_data_has_its_flag() -> None:
@@ -85,6 +89,20 @@ def test_another_kind_of_choice_takes_that_kinds_defaults() -> None:
     assert resolve("--norm dyt").model.norm.kind == "dyt"
 
 
+def test_a_choice_that_a_recipe_names_by_its_kind_alone_takes_flags_too(tmp_path: Path) -> None:
+    recipe = tmp_path / "short.toml"
+    recipe.write_text(
+        "[model]\nwidth = 64\npattern = ['a']\nnorm = 'dyt'\n[model.blocks.a]\nmixer = { kind = 'mha', n_heads = 2 }\n"
+        "ffn = 'dense'\n[data]\n[train]\nsteps = 5\noptimizer = 'muon'\n"
+    )
+    config = resolve("--muon_momentum 0.7 --dense_hidden 32 --dyt_alpha 0.25 --pattern a,swa", str(recipe))
+    assert config.train.optimizer.momentum == 0.7
+    assert config.model.norm.alpha == 0.25
+    assert {name: block.ffn.hidden for name, block in config.model.blocks.items()} == {"a": 32, "swa": 32}
+    with pytest.raises(UsageError, match=r"train\.optimizer is muon; add --optimizer adamw"):
+        resolve("--adamw_eps 1e-9", str(recipe))
+
+
 def test_a_pattern_takes_blocks_and_mixers_and_drops_what_it_does_not_name() -> None:
     model = resolve("--pattern 'swa,mha' --n_layers 5".replace("'", "")).model
     assert model.pattern == ("swa", "mha", "swa", "mha", "swa")
@@ -111,7 +129,7 @@ def test_a_depth_repeats_or_cuts_the_recipes_pattern() -> None:
         ("--steps 10 --warmup 11", "train.warmup = 11.0 (--warmup): must not exceed steps = 10"),
         ("--accumulation 3", "train.accumulation = 3 (--accumulation): must divide batch_size"),
         ("--keep_last 0", "train.keep_last = 0 (--keep_last): must be >= 1"),
-        ("--adamw_betas 0.9", "train.optimizer.betas = [0.9] (--adamw_betas): must have 2 items"),
+        (f"{ADAMW} --adamw_betas 0.9", "train.optimizer.betas = [0.9] (--adamw_betas): must have 2 items"),
         ("--swa_window 0", "model.blocks.swa.mixer.window = 0 (--swa_window): must be > 0"),
         ("--swa_sinks -1", "model.blocks.swa.mixer.sinks = -1 (--swa_sinks): must be >= 0"),
         ("--precision fp8", "train.precision = 'fp8' (--precision): must be one of auto, fp32, bf16"),
@@ -134,7 +152,7 @@ def test_a_bad_value_is_refused_with_its_field_and_flag(line: str, message: str)
         ("--n_layers two", "--n_layers two: must be a whole number > 0"),
         ("--pattern gdm", "--pattern: no block or mixer is called 'gdm'; there are: gdn, swa, mla, mha"),
         ("--mha_bias", "--mha_bias: no block of the model has the mixer mha"),
-        ("--muon_momentum 0.5", "--muon_momentum: train.optimizer is adamw; add --optimizer muon"),
+        (f"{ADAMW} --muon_momentum 0.5", "--muon_momentum: train.optimizer is adamw; add --optimizer muon"),
         ("--swa_windw 3", "unknown flag --swa_windw; did you mean --swa_window?"),
         ("--source notes.txt", "unknown flag --source; did you mean --data?"),
         ("--learning_rate 1", "unknown flag --learning_rate; did you mean --lr?"),

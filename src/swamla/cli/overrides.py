@@ -143,7 +143,7 @@ def _put(section: str, name: str) -> Callable[[Plain, Any], None]:
 
 def _put_choice(section: str, name: str) -> Callable[[Plain, Any], None]:
     def put(plain: Plain, kind: Any) -> None:
-        if plain[section].get(name, {}).get("kind") != kind:
+        if _choice(plain.setdefault(section, {}), name).get("kind") != kind:
             plain[section][name] = {"kind": kind}
 
     return put
@@ -152,8 +152,8 @@ def _put_choice(section: str, name: str) -> Callable[[Plain, Any], None]:
 def _put_in_choice(section: str, name: str, kind: str) -> Callable[[str], Callable[[Plain, Any], None]]:
     def of_field(field: str) -> Callable[[Plain, Any], None]:
         def put(plain: Plain, value: Any) -> None:
-            default = next(iter(choices_of(field_types(_SECTIONS[section])[name])))
-            choice = plain[section].setdefault(name, {"kind": default})
+            choice = _choice(plain.setdefault(section, {}), name)
+            choice.setdefault("kind", next(iter(choices_of(field_types(_SECTIONS[section])[name]))))
             if choice["kind"] != kind:
                 raise UsageError(f"--{kind}_{field}: {section}.{name} is {choice['kind']}; add --{name} {kind}")
             choice[field] = value
@@ -168,15 +168,23 @@ def _put_in_blocks(part: str, kind: str) -> Callable[[str], Callable[[Plain, Any
         def put(plain: Plain, value: Any) -> None:
             only = next(iter(_BLOCK_PARTS[part])) if len(_BLOCK_PARTS[part]) == 1 else ""
             blocks = plain["model"]["blocks"].values()
-            users = [block for block in blocks if block.get(part, {}).get("kind", only) == kind]
+            users = [block for block in blocks if _choice(block, part).get("kind", only) == kind]
             if not users:
                 raise UsageError(f"--{kind}_{field}: no block of the model has the {part} {kind}")
             for block in users:
-                block.setdefault(part, {"kind": kind})[field] = value
+                block[part][field] = value
 
         return put
 
     return of_field
+
+
+def _choice(table: Plain, name: str) -> Plain:
+    """The choice `name` in `table` as a table of its own, where a recipe may have named its kind only, or nothing."""
+    written = table.setdefault(name, {})
+    if isinstance(written, str):
+        table[name] = {"kind": written}
+    return table[name]
 
 
 _SECTIONS: dict[str, type] = {"model": LanguageModelConfig, "data": DataConfig, "train": TrainConfig}
@@ -210,7 +218,7 @@ def _new_block(name: str, blocks: Plain) -> Plain:
         known = ", ".join([*blocks, *(kind for kind in kinds if kind not in blocks)])
         raise UsageError(f"--pattern: no block or mixer is called {name!r}; there are: {known}")
     first = next(iter(blocks.values()))
-    ffn = {"ffn": dict(first["ffn"])} if "ffn" in first else {}
+    ffn = {"ffn": dict(_choice(first, "ffn"))} if "ffn" in first else {}
     return {"mixer": {"kind": name, "n_heads": first["mixer"].get("n_heads", 4)}, **ffn}
 
 
