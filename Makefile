@@ -1,8 +1,8 @@
 # make quickstart | make test | make clean | make help
 #
 # Needs Python >= 3.11 and make; everything else goes into .venv. To use another interpreter: make PYTHON=python3.12 …
-# On Linux PyPI's torch carries CUDA (several GB). For the CPU build, a tenth of that, put PyTorch's own index beside it:
-#     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make quickstart
+# On Linux PyPI's torch carries CUDA (several GB). The CPU build, a tenth of that, comes from PyTorch's CPU index, whose
+# address is on its installation page: set PIP_EXTRA_INDEX_URL to it when calling make.
 
 SUPPORTED = import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
@@ -15,7 +15,8 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 DECLARED := pyproject.toml constraints.txt
-# Two test processes, one thread each; no test may reach for the network.
+# Two test processes, one thread each, a module's tests in one of them, as they share what its fixtures made; no test
+# may reach for the network.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 
@@ -27,12 +28,14 @@ help:
 	@echo 'make test         install with the development tools, then lint, types and every test'
 	@echo 'make lint         only ruff and mypy'
 	@echo 'make clean        remove $(VENV) and caches; trained models under runs/ are kept'
+	@echo
+	@echo "On Linux without a GPU, set PIP_EXTRA_INDEX_URL to PyTorch's CPU index (see its installation page): much smaller."
 
 quickstart: $(VENV)/.installed
 	$(BIN)/swamla quickstart
 
 test: lint
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -44,17 +47,19 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written only after an installation that succeeded, so an interrupted one is taken up again.
-$(VENV)/.installed: $(DECLARED) | $(BIN)/python
+$(VENV)/.installed: $(DECLARED) $(VENV)/.created
 	@echo 'installing swamla into $(VENV) …'
 	@$(INSTALL) --editable .
 	@touch $@
 
-$(VENV)/.installed-dev: $(DECLARED) | $(BIN)/python
+$(VENV)/.installed-dev: $(DECLARED) $(VENV)/.created
 	@echo 'installing swamla and its development tools into $(VENV) …'
 	@$(INSTALL) --editable '.[dev]'
 	@touch $@ $(VENV)/.installed
 
-$(BIN)/python:
+# Python is linked into the environment before pip is put there: only the stamp says that it is whole.
+$(VENV)/.created:
 	@test -n '$(PYTHON)' || { echo 'swamla needs Python >= 3.11, and none was found; name one: make PYTHON=/path/to/python3.12 …' >&2; exit 2; }
 	@$(PYTHON) -c '$(SUPPORTED)' || { echo 'swamla needs Python >= 3.11; $(PYTHON) is older' >&2; exit 2; }
-	$(PYTHON) -m venv --clear $(VENV)
+	$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
+	@touch $@

@@ -16,27 +16,43 @@ from swamla.model.block import BlockConfig
 from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.language_model import LanguageModel
+from swamla.model.mixers.gdn import GDNConfig
 from swamla.model.mixers.mha import MHAConfig
+from swamla.model.mixers.mla import MLAConfig
+from swamla.model.mixers.swa import SWAConfig
 from swamla.train import RunConfig, TrainConfig, TrainState, train
 from swamla.train.tracking import read_metrics
 
-BLOCK = BlockConfig(mixer=MHAConfig(n_heads=2), ffn=DenseConfig(hidden=32))
-# Dropout draws from torch's generator at every step: a resumed run that forgot its state would be found out.
-MODEL = LanguageModelConfig(width=16, blocks={"mha": BLOCK}, pattern=("mha",), dropout=0.1)
+MIXERS = {
+    "mha": MHAConfig(n_heads=2),
+    "swa": SWAConfig(n_heads=2, window=8, sinks=2),
+    "mla": MLAConfig(n_heads=2, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=8),
+    "gdn": GDNConfig(n_heads=2),
+}
 
 
-def tiny_dataset(folder: Path) -> Dataset:
+def model_of(*pattern: str) -> LanguageModelConfig:
+    """A tiny model whose layers have these mixers."""
+    blocks = {name: BlockConfig(mixer=MIXERS[name], ffn=DenseConfig(hidden=32)) for name in pattern}
+    # Dropout draws from torch's generator at every step: a resumed run that forgot its state would be found out.
+    return LanguageModelConfig(width=16, blocks=blocks, pattern=pattern, dropout=0.1)
+
+
+MODEL = model_of("mha")
+
+
+def tiny_dataset(folder: Path, tokenizer: str = "byte") -> Dataset:
     """Twenty documents of a few hundred bytes."""
     documents = folder / "documents"
     documents.mkdir(parents=True, exist_ok=True)
     for i in range(20):
         text = " ".join(f"{word} {(i * 7 + n) % 31}" for n, word in enumerate(["the", "cat", "sat", "on", "mats"] * 12))
         (documents / f"{i}.txt").write_text(text)
-    source = DataConfig(source=str(documents), tokenizer="byte", held_out_fraction=0.2, cache_dir=str(folder / "cache"))
-    return prepare(source)
+    cache = str(folder / "cache")
+    return prepare(DataConfig(source=str(documents), tokenizer=tokenizer, held_out_fraction=0.2, cache_dir=cache))
 
 
-def tiny_config(**settings: Any) -> RunConfig:
+def tiny_config(model: LanguageModelConfig = MODEL, **settings: Any) -> RunConfig:
     """Six steps of four rows of 32 bytes, everything logged, in fp32."""
     defaults: dict[str, Any] = {
         "batch_size": 4,
@@ -50,7 +66,7 @@ def tiny_config(**settings: Any) -> RunConfig:
     }
     if "max_minutes" not in settings:
         defaults["steps"] = 6
-    return RunConfig(model=MODEL, data=DataConfig(), train=TrainConfig(**(defaults | settings)))
+    return RunConfig(model=model, data=DataConfig(), train=TrainConfig(**(defaults | settings)))
 
 
 def held_out(dataset: Dataset) -> Callable[[LanguageModel], dict[str, float]]:

@@ -240,6 +240,26 @@ def test_the_best_checkpoint_is_pinned_and_the_last_ones_kept(tmp_path, dataset)
     assert (state.best_step, state.best_loss) == (2, 1.0)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_held_out_loss_that_is_not_finite_is_told_and_never_the_best(tmp_path, dataset, bad):
+    found = iter([bad, 2.0, bad, 3.0])
+    state = run(
+        tiny_config(steps=4, eval_interval=1), tmp_path / "a", dataset, evaluate=lambda m: {"loss": next(found)}
+    )
+    assert (state.best_step, state.best_loss) == (2, 2.0)
+    always = run(tiny_config(eval_interval=2), tmp_path / "b", dataset, evaluate=lambda m: {"loss": bad})
+    assert always.best_step is None
+    assert sorted(p.name for p in (tmp_path / "b" / "checkpoints").iterdir()) == ["step-00000006"]
+    records = read_metrics(tmp_path / "b" / "metrics.jsonl")
+    assert [r["held_out_loss"] for r in records if "held_out_loss" in r] == [None] * 3
+
+
+def test_a_learning_rate_beyond_all_measure_ends_without_a_bug(tmp_path, dataset):
+    state = run(tiny_config(lr=1e15, eval_interval=2), tmp_path / "run", dataset, evaluate=held_out(dataset))
+    assert state.step == 6
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
 def test_evaluation_and_the_start_hook_disturb_nothing(tmp_path, dataset):
     def noisy(state):
         torch.rand(7)

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from swamla.errors import ConfigError, CorruptError, DataError, Interrupted, Usa
 from swamla.train import loop as loop_module
 from swamla.train.optim import AdamWConfig, MuonConfig
 from swamla.train.state import generator_states, set_generator_states
+from swamla.train.tracking import read_metrics
 
-from .helpers import held_out, losses, run, tiny_config, weights
+from .helpers import MIXERS, held_out, losses, model_of, run, tiny_config, tiny_dataset, weights
 
 
 def stop_after(monkeypatch, step, number=signal.SIGTERM):
@@ -29,9 +31,9 @@ def stop_after(monkeypatch, step, number=signal.SIGTERM):
     monkeypatch.setattr(loop_module, "training_step", stopped)
 
 
-def digests(run_dir):
+def digests(run_dir, step=6):
     """SHA-256 of weights, optimizer state and random generators in the last checkpoint."""
-    manifest = json.loads((run_dir / "checkpoints" / "step-00000006" / "manifest.json").read_text())
+    manifest = json.loads((run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text())
     return {name: file["sha256"] for name, file in manifest["files"].items() if name.endswith(".safetensors")}
 
 
@@ -67,6 +69,55 @@ def test_resumed_losses_samples_and_weights_are_the_uninterrupted_ones(
     assert state.best_loss == best
     assert all(torch.equal(p, expected_weights[name]) for name, p in weights(state).items())
     assert digests(tmp_path / "run") == expected_files
+
+
+HYBRID = ("gdn", "swa", "mla", "mha")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("pattern", [*((name,) for name in MIXERS), HYBRID], ids=" ".join)
+def test_every_mixer_resumes_to_the_bit_from_an_interruption_at_any_step(
+    tmp_path, monkeypatch, dataset, pattern, precision
+):
+    monkeypatch.setattr(loop_module, "plot_losses", lambda *args, **options: None)  # most of these runs' time
+    config = tiny_config(model_of(*pattern), precision=precision, steps=4)
+    expected = run(config, tmp_path / "whole", dataset)
+    expected_losses = losses(tmp_path / "whole")
+    for step in (1, 2, 3):
+        folder = tmp_path / str(step)
+        with monkeypatch.context() as patch:
+            stop_after(patch, step)
+            with pytest.raises(Interrupted):
+                run(config, folder, dataset)
+        torch.manual_seed(99), random.seed(99), np.random.seed(99)
+        state = run(config, folder, dataset, resume=True)
+        assert losses(folder) == expected_losses
+        assert digests(folder, 4) == digests(tmp_path / "whole", 4)
+        assert all(torch.equal(p, weights(expected)[name]) for name, p in weights(state).items())
+
+
+def test_a_signal_during_an_evaluation_ends_the_run_after_it_and_nothing_is_lost(tmp_path, dataset):
+    config = tiny_config(model_of(*HYBRID), eval_interval=2)
+    score = held_out(dataset)
+    run(config, tmp_path / "whole", dataset, evaluate=score)
+
+    def interrupted(model):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return score(model)
+
+    with pytest.raises(Interrupted, match="stopped by SIGTERM after step 2") as caught:
+        run(config, tmp_path / "run", dataset, evaluate=interrupted)
+    assert caught.value.exit_status == 75
+    assert [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "held_out_loss" in r] == [2]
+    run(config, tmp_path / "run", dataset, evaluate=score, resume=True)
+    assert timeless(tmp_path / "run") == timeless(tmp_path / "whole")
+    assert digests(tmp_path / "run") == digests(tmp_path / "whole")
+
+
+def timeless(run_dir):
+    """All records of a run, training and held-out, without the clock."""
+    clock = ("elapsed", "tokens_per_second")
+    return [{k: v for k, v in r.items() if k not in clock} for r in read_metrics(run_dir / "metrics.jsonl")]
 
 
 def test_after_a_crash_the_metrics_are_cut_back_to_the_checkpoint(tmp_path, monkeypatch, dataset, whole):
@@ -125,13 +176,42 @@ def test_what_would_make_it_another_run_is_refused_by_name(tmp_path, dataset, se
 
 def test_data_that_changed_since_the_checkpoint_is_refused(tmp_path, dataset):
     run(tiny_config(), tmp_path / "run", dataset)
-    state = next((tmp_path / "run" / "checkpoints").glob("step-*")) / "state.json"
-    changed = state.read_text().replace(dataset.fingerprint, "f" * len(dataset.fingerprint))
-    manifest = json.loads((state.parent / "manifest.json").read_text())
-    del manifest["files"]["state.json"]
-    (state.parent / "manifest.json").write_text(json.dumps(manifest))
-    state.write_text(changed)
+    rewrite_state(tmp_path / "run", lambda state: state.update(data_fingerprint="f" * 64))
     with pytest.raises(DataError, match="the data changed since the checkpoint"):
+        run(tiny_config(), tmp_path / "run", dataset, resume=True)
+
+
+def test_changed_data_is_said_before_what_follows_from_it(tmp_path, dataset):
+    run(tiny_config(), tmp_path / "run", dataset)
+    more_characters = tiny_dataset(tmp_path / "other", tokenizer="char")
+    settled = json.loads((tmp_path / "run" / "config.json").read_text())["model"]["vocab_size"]
+    config = tiny_config(replace(model_of("mha"), vocab_size=settled - 240))  # smaller than either tokenizer's
+    with pytest.raises(DataError, match="the data, or its tokenizer, changed since the checkpoint"):
+        run(config, tmp_path / "run", more_characters, resume=True)
+
+
+def rewrite_state(run_dir, edit):
+    """Change state.json of the last checkpoint, which the manifest then no longer lists."""
+    path = next((run_dir / "checkpoints").glob("step-*"))
+    state, manifest = (json.loads((path / name).read_text()) for name in ("state.json", "manifest.json"))
+    edit(state)
+    del manifest["files"]["state.json"]
+    (path / "state.json").write_text(json.dumps(state))
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", ["sample", "precision", "backends", "data_fingerprint"])
+def test_a_state_that_lacks_something_is_a_corrupt_artefact(tmp_path, dataset, name):
+    run(tiny_config(), tmp_path / "run", dataset)
+    rewrite_state(tmp_path / "run", lambda state: state.pop(name))
+    with pytest.raises(CorruptError, match=rf"state\.json: damaged: .*{name}"):
+        run(tiny_config(), tmp_path / "run", dataset, resume=True)
+
+
+def test_other_backends_than_the_runs_are_told(tmp_path, dataset):
+    run(tiny_config(), tmp_path / "run", dataset)
+    rewrite_state(tmp_path / "run", lambda state: state.update(backends={"attention": "flex"}))
+    with pytest.warns(UserWarning, match="computed before by .*flex.*, from here on by .*torch"):
         run(tiny_config(), tmp_path / "run", dataset, resume=True)
 
 
