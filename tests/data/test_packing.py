@@ -150,6 +150,14 @@ def test_held_out_rows_are_the_same_in_any_batch_size() -> None:
     assert torch.equal(one, many)
 
 
+@pytest.mark.parametrize("most", [1, 3, 7])
+def test_a_few_held_out_rows_are_spread_evenly_over_all(most: int) -> None:
+    held_out = HeldOutRows(make_split(), 8, EOS)
+    every = torch.cat([batch.labels_BT for batch in held_out.batches(4)])
+    some = torch.cat([batch.labels_BT for batch in held_out.batches(2, most)])
+    assert torch.equal(some, every[[i * held_out.n_rows // most for i in range(most)]])
+
+
 def test_a_block_of_no_tokens_is_refused() -> None:
     for rows in (lambda: PackedRows(make_split(), 0, 0, EOS), lambda: HeldOutRows(make_split(), -1, EOS)):
         with pytest.raises(ConfigError, match="block_size"):

@@ -130,6 +130,13 @@ def test_a_step_whose_gradient_is_not_finite_changes_no_weight_and_is_counted(tm
     assert records[1]["grad_norm"] is None  # JSON has no infinity
 
 
+def test_every_step_is_recorded_however_rarely_the_console_hears_of_it(tmp_path, dataset):
+    run(tiny_config(steps=5, log_interval=4), tmp_path / "run", dataset, evaluate=None)
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5]
+    assert all(r["tokens_per_second"] > 0 for r in records if "loss" in r)
+
+
 def test_twenty_skipped_steps_in_a_row_end_the_run_and_name_the_last_good_checkpoint(tmp_path, monkeypatch, dataset):
     poison(monkeypatch, set(range(4, 100)))
     with pytest.raises(Diverged, match=r"20 steps in a row, up to step 23.*step-00000002") as caught:

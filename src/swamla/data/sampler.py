@@ -74,18 +74,18 @@ class HeldOutRows:
         self.n_labels = self._stream.epoch_length
         self.n_rows = -(-self.n_labels // block_size)
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Batches of `batch_size` rows, the last with what is left."""
-        for first in range(0, self.n_rows, batch_size):
-            row = np.arange(first, min(first + batch_size, self.n_rows))
-            batch = self._stream.rows(row * self.block_size, self.block_size)
-            yield _pad(batch, self.n_labels - first * self.block_size)
+    def batches(self, batch_size: int, most_rows: int | None = None) -> Iterator[Batch]:
+        """Batches of `batch_size` rows, the last with what is left: all, or `most_rows` spread evenly over them."""
+        count = min(self.n_rows, most_rows or self.n_rows)
+        chosen = np.arange(count) * self.n_rows // count
+        for first in range(0, count, batch_size):
+            start_B = chosen[first : first + batch_size] * self.block_size
+            yield _pad(self._stream.rows(start_B, self.block_size), self.n_labels - start_B)
 
 
-def _pad(batch: Batch, n_labels: int) -> Batch:
-    """The batch with everything behind its first `n_labels` positions turned into padding."""
-    shape = batch.tokens_BT.shape
-    beyond_BT = (torch.arange(shape.numel()) >= n_labels).reshape(shape)
+def _pad(batch: Batch, n_labels_B: np.ndarray) -> Batch:
+    """The batch with everything behind the first `n_labels_B` positions of a row turned into padding."""
+    beyond_BT = torch.arange(batch.tokens_BT.shape[1]) >= torch.from_numpy(n_labels_B)[:, None]
     return Batch(
         batch.tokens_BT.masked_fill(beyond_BT, 0),
         batch.labels_BT.masked_fill(beyond_BT, NO_LABEL),

@@ -65,23 +65,14 @@ def evaluate_split(
 ) -> Evaluation:
     """Score a split in order, in rows of `block_size` tokens, each read without what came before the row.
 
-    max_tokens: stop after the first batch that reaches so many computed tokens; None reads every token exactly once.
+    max_tokens: read only as many rows, spread evenly over the split, as hold at most so many tokens (one at least);
+    None reads every token exactly once.
     """
     if split.n_documents == 0:
         raise DataError("nothing to evaluate: the held-out split has no documents")
     labels = split.n_tokens + split.n_documents
-    batches: Iterable[Batch] = HeldOutRows(split, block_size, eos_id).batches(batch_size)
-    if max_tokens is not None:
-        batches = _first(batches, max_tokens)
+    most_rows = None if max_tokens is None else max(1, max_tokens // block_size)
+    batches = HeldOutRows(split, block_size, eos_id).batches(batch_size, most_rows)
     found = evaluate(model, batches, bytes_per_label=split.n_bytes / labels)
     exact = split.n_bytes if found.tokens == labels else found.bytes
     return Evaluation(loss=found.loss, tokens=found.tokens, bytes=exact)
-
-
-def _first(batches: Iterable[Batch], max_tokens: int) -> Iterable[Batch]:
-    read = 0
-    for batch in batches:
-        yield batch
-        read += batch.tokens_BT.numel()
-        if read >= max_tokens:
-            return

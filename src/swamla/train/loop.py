@@ -138,7 +138,7 @@ class _Loop:
         self.bits_per_nat = 1 / (math.log(2) * bytes_per_label)
         self.started = time.monotonic() - state.seconds
         self.step_seconds = 0.0  # of the last step
-        self.logged_tokens, self.logged_seconds = state.tokens, 0.0
+        self.shown_tokens, self.shown_seconds = state.tokens, 0.0
         existing = list_checkpoints(self.checkpoints) if state.step else []
         self.saved_step = state.step if existing else None
 
@@ -187,14 +187,13 @@ class _Loop:
         state.sample += self.config.batch_size
         state.tokens += result.tokens if result.finite else 0
         self.step_seconds = time.monotonic() - begin
-        self.logged_seconds += self.step_seconds
+        self.shown_seconds += self.step_seconds
         state.seconds = self.seconds()
         if not result.finite:
             self.skip(result)
             return
         state.skipped_in_a_row = 0
-        if state.step == 1 or state.step % self.config.log_interval == 0:
-            self.log(result, lr, progress)
+        self.log(result, lr, progress)
 
     def skip(self, result: StepResult) -> None:
         """Count a step whose gradient was not finite; too many in a row end the run."""
@@ -215,7 +214,10 @@ class _Loop:
         raise Diverged(f"{reason}; {where}; try a lower lr, now {self.config.lr}")
 
     def log(self, result: StepResult, lr: float, progress: float) -> None:
-        """Write a step to metrics.jsonl and show it; the speed leaves out evaluations and saves."""
+        """Write a step to metrics.jsonl and, when it is time, show it; the speed shown is that since the last time.
+
+        Speeds leave out evaluations and saves.
+        """
         state = self.state
         values = {
             "loss": result.loss,
@@ -223,12 +225,14 @@ class _Loop:
             "lr": lr,
             "grad_norm": result.grad_norm,
             "tokens": state.tokens,
-            "tokens_per_second": (state.tokens - self.logged_tokens) / max(self.logged_seconds, 1e-9),
+            "tokens_per_second": result.tokens / max(self.step_seconds, 1e-9),
             "elapsed": state.seconds,
         }
-        self.logged_tokens, self.logged_seconds = state.tokens, 0.0
         self.metrics.write(state.step, values)
-        self.display.update(progress, state.seconds, {"step": state.step, **values})
+        if state.step == 1 or state.step % self.config.log_interval == 0:
+            speed = (state.tokens - self.shown_tokens) / max(self.shown_seconds, 1e-9)
+            self.shown_tokens, self.shown_seconds = state.tokens, 0.0
+            self.display.update(progress, state.seconds, {"step": state.step, **values, "tokens_per_second": speed})
 
     def evaluation_is_due(self) -> bool:
         """By the number of steps or by the time since the last one, whichever was asked for."""
