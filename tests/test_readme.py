@@ -1,0 +1,62 @@
+"""What the README and the guides show can be done: their Python runs, and their commands' flags exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from swamla.cli import COMMANDS, main
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+PYTHON = [(page.name, code) for page in PAGES for code in blocks(page, "python")]
+LINES = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines() if "swamla " in line]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny run where the README has its quickstart's."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "text.txt").write_text("import os\n" * 200)
+    run = folder / "runs" / "quickstart"
+    flags = "--pattern swa --width 16 --n_heads 2 --steps 1 --max_minutes none --batch_size 1 --block_size 16"
+    where = f"--data {folder}/text.txt --tokenizer byte --cache_dir {folder}/cache --output_dir {run}"
+    assert main(["train", "quickstart", *shlex.split(f"{flags} {where}")]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(("page", "code"), PYTHON, ids=[page for page, _ in PYTHON])
+def test_the_python_shown_runs(page: str, code: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    exec(compile(code, page, "exec"), {})
+
+
+def test_there_is_python_to_run_and_there_are_commands_to_check() -> None:
+    assert len(PYTHON) >= 3
+    assert len(LINES) >= 10
+
+
+@pytest.mark.parametrize("line", sorted(set(LINES)))
+def test_the_commands_shown_and_their_flags_exist(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = shlex.split(line, comments=True)
+    command, *arguments = words[next(i for i, word in enumerate(words) if Path(word).name == "swamla") + 1 :]
+    assert command in COMMANDS
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main([command, "--help"])
+    help_text = capsys.readouterr().out
+    for flag in (argument for argument in arguments if argument.startswith("--")):
+        assert re.search(rf"{re.escape(flag)}\b", help_text), flag
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_a_page_links_to_exists(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8"))
+    for target in targets:
+        assert (page.parent / target).is_file(), target
