@@ -16,10 +16,11 @@ VALUES = {"step": 100, "loss": 3.45671, "bits_per_byte": 1.234, "lr": 1e-4, "tok
 
 def test_plain_lines_are_as_promised():
     out = io.StringIO()
-    display = make_display(Console(file=out))
+    display = make_display(Console(file=out), 50)
     assert isinstance(display, PlainLines)
     with display:
         display.update(0.5, 60, VALUES)
+        display.update(0.5, 60, VALUES | {"step": 101})
     expected = "Step 100 | Loss: 3.4567 | LR: 1.00e-04 | Tokens/sec: 45,123 | Bits/byte: 1.2340 | 1:00 left\n"
     assert out.getvalue() == expected
 
@@ -34,7 +35,7 @@ def test_the_time_left_is_what_the_pace_so_far_lets_expect(progress, seconds, te
 
 def test_a_terminal_gets_one_live_line_with_loss_speed_and_time_left():
     out = io.StringIO()
-    display = make_display(Console(file=out, force_terminal=True, width=140, color_system=None))
+    display = make_display(Console(file=out, force_terminal=True, width=140, color_system=None), 50)
     assert isinstance(display, ProgressBar)
     with display:
         display.update(0.25, 60, VALUES)

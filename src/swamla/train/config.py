@@ -36,7 +36,7 @@ class TrainConfig:
     eval_tokens: how many held-out tokens an evaluation inside the run reads at most; none for all.
     save_interval: steps between checkpoints, none for the best and the last only.
     keep_last: how many checkpoints are kept, besides the best.
-    log_interval: steps between lines on the console; metrics.jsonl has every step.
+    log_interval: steps between lines where there is no terminal for a progress bar; metrics.jsonl has every step.
     seed: of the initial weights, the order of the data and dropout.
     precision: "auto" is bf16 autocast with fp32 weights where the machine has bf16 instructions, else fp32.
     device: "auto" is CUDA where there is one, else the CPU.

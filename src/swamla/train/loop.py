@@ -70,7 +70,7 @@ def train(
     run_dir = Path(run_dir)
     config, state = open_run(config, run_dir, dataset=dataset, resume=resume)
     metrics = Metrics(run_dir / "metrics.jsonl", resume_after=state.step if resume else None)
-    with StopRequest() as stop, make_display(console or Console()) as display:
+    with StopRequest() as stop, make_display(console or Console(), config.train.log_interval) as display:
         loop = _Loop(config, run_dir, dataset, state, evaluate, metrics, display)
         loop.announce(resume)
         if on_start is not None:
@@ -138,7 +138,7 @@ class _Loop:
         self.bits_per_nat = 1 / (math.log(2) * bytes_per_label)
         self.started = time.monotonic() - state.seconds
         self.step_seconds = 0.0  # of the last step
-        self.shown_tokens, self.shown_seconds = state.tokens, 0.0
+        self.recent_tokens = self.recent_seconds = 0.0
         existing = list_checkpoints(self.checkpoints) if state.step else []
         self.saved_step = state.step if existing else None
 
@@ -187,13 +187,12 @@ class _Loop:
         state.sample += self.config.batch_size
         state.tokens += result.tokens if result.finite else 0
         self.step_seconds = time.monotonic() - begin
-        self.shown_seconds += self.step_seconds
         state.seconds = self.seconds()
         if not result.finite:
             self.skip(result)
             return
         state.skipped_in_a_row = 0
-        self.log(result, lr, progress)
+        self.log(result, lr)
 
     def skip(self, result: StepResult) -> None:
         """Count a step whose gradient was not finite; too many in a row end the run."""
@@ -213,8 +212,8 @@ class _Loop:
         where = f"the last good checkpoint is {good.path}" if good else "there is no checkpoint yet"
         raise Diverged(f"{reason}; {where}; try a lower lr, now {self.config.lr}")
 
-    def log(self, result: StepResult, lr: float, progress: float) -> None:
-        """Write a step to metrics.jsonl and, when it is time, show it; the speed shown is that since the last time.
+    def log(self, result: StepResult, lr: float) -> None:
+        """Write a step to metrics.jsonl and show it, with the speed of the last ten steps or so.
 
         Speeds leave out evaluations and saves.
         """
@@ -229,10 +228,11 @@ class _Loop:
             "elapsed": state.seconds,
         }
         self.metrics.write(state.step, values)
-        if state.step == 1 or state.step % self.config.log_interval == 0:
-            speed = (state.tokens - self.shown_tokens) / max(self.shown_seconds, 1e-9)
-            self.shown_tokens, self.shown_seconds = state.tokens, 0.0
-            self.display.update(progress, state.seconds, {"step": state.step, **values, "tokens_per_second": speed})
+        self.recent_tokens = 0.9 * self.recent_tokens + result.tokens
+        self.recent_seconds = 0.9 * self.recent_seconds + self.step_seconds
+        speed = self.recent_tokens / max(self.recent_seconds, 1e-9)
+        done = self.config.budget.progress(state.step, state.seconds)
+        self.display.update(done, state.seconds, {"step": state.step, **values, "tokens_per_second": speed})
 
     def evaluation_is_due(self) -> bool:
         """By the number of steps or by the time since the last one, whichever was asked for."""

@@ -82,13 +82,15 @@ def time_left(progress: float, seconds: float) -> str:
 
 
 class PlainLines:
-    """One line a logged step, for pipes and log files."""
+    """A line for the first step and for every `interval`-th, for pipes and log files."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, interval: int) -> None:
+        self._console, self._interval = console, interval
 
     def update(self, progress: float, seconds: float, values: Mapping[str, float]) -> None:
-        """Print the step's line."""
+        """Print the step's line, if it is its turn."""
+        if values["step"] != 1 and values["step"] % self._interval:
+            return
         self.say(
             f"Step {values['step']:.0f} | Loss: {values['loss']:.4f} | LR: {values['lr']:.2e} | "
             f"Tokens/sec: {values['tokens_per_second']:,.0f} | Bits/byte: {values['bits_per_byte']:.4f} | "
@@ -151,6 +153,6 @@ class ProgressBar:
         self._progress.stop()
 
 
-def make_display(console: Console) -> Display:
-    """A progress bar on a terminal, plain lines anywhere else."""
-    return ProgressBar(console) if console.is_terminal else PlainLines(console)
+def make_display(console: Console, interval: int) -> Display:
+    """A progress bar on a terminal, plain lines every `interval` steps anywhere else."""
+    return ProgressBar(console) if console.is_terminal else PlainLines(console, interval)
