@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,6 +149,18 @@ def test_generation_does_not_show_the_prompt_of_a_refused_request(home: Path) ->
     assert done.stderr == (
         "swamla: error: the prompt has a lone surrogate at position 3: it is not valid Unicode text\n"
     )
+
+
+def test_what_is_said_of_an_interrupted_generation_begins_a_line_of_its_own(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, on_text: Callable[[int, str], None], **__: object) -> None:
+        on_text(0, " is")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("swamla.cli.generate.generate_text", interrupted)
+    assert main(["generate", str(home / "runs" / "quickstart"), "--prompt", "line"]) == 130
+    assert capsys.readouterr() == ("line is\n", "swamla: error: interrupted\n")
 
 
 def test_a_terminal_is_not_shown_control_characters(home: Path) -> None:

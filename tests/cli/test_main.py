@@ -43,6 +43,12 @@ class Command:
         (KeyboardInterrupt(), 130, "swamla: error: interrupted\n"),
         (PermissionError(13, "Permission denied", "/runs"), 2, "swamla: error: /runs: Permission denied\n"),
         (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nmore"),
+            2,
+            "swamla: error: out of memory: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.; "
+            "a smaller batch_size, more accumulation or a smaller block_size needs less\n",
+        ),
+        (
             ZeroDivisionError("oh"),
             1,
             "swamla: error: a bug in swamla: ZeroDivisionError: oh (--debug shows the traceback)\n",
@@ -90,7 +96,8 @@ def test_every_listed_command_is_a_module_with_a_main() -> None:
         (["info", "--lr", "-1"], "train.lr = -1.0 (--lr): must be > 0"),
         (["info", "nosuch"], "nosuch: no recipe of that name"),
         (["info", "shakespeare-char"], "depends on the data: add --vocab_size"),
-        (["generate"], "run"),
+        (["generate"], "RUN is missing: swamla generate RUN …; --help"),
+        (["prepare", "--tokenizer", "char"], "DATA is missing: swamla prepare DATA …; --help"),
         (["generate", "/nonexistent"], "/nonexistent: not a run folder"),
         (["generate", "/nonexistent", "--temperature", "-1"], "temperature = -1.0: must be >= 0"),
         (["generate", "/nonexistent", "--temperature", "nan"], "temperature = nan: must be >= 0"),

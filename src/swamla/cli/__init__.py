@@ -98,7 +98,16 @@ def _explain(error: BaseException) -> tuple[str, int]:
         case OSError(filename=str() | bytes() | os.PathLike()):
             return f"{error.filename}: {error.strerror}", SwamlaError.exit_status
     first_line = (str(error).splitlines() or [""])[0]
+    if _out_of_memory(error):
+        mend = "a smaller batch_size, more accumulation or a smaller block_size needs less"
+        return f"out of memory: {first_line}; {mend}", SwamlaError.exit_status
     return f"a bug in swamla: {type(error).__name__}: {first_line} (--debug shows the traceback)", 1
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """True for Python's and CUDA's own errors; on the CPU torch has none, only words."""
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
 
 
 def _one_line_warning(message: Warning | str, category: type[Warning], *_: object) -> None:

@@ -5,6 +5,7 @@ import io
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_type_hints
 
 import tyro
@@ -46,7 +47,7 @@ def parse(cls: type[T], argv: Sequence[str], *, command: str) -> tuple[T, frozen
     except SystemExit as leave:
         if leave.code in (0, None):
             raise
-        raise UsageError(_one_line(complaint.getvalue())) from None
+        raise UsageError(_missing(cls, command, complaint.getvalue()) or _one_line(complaint.getvalue())) from None
     sys.stderr.write(complaint.getvalue())
     return parsed, given
 
@@ -77,6 +78,14 @@ def _suggest(name: str, flags: list[str]) -> str:
         return f"did you mean --{_ALSO_CALLED[name]}?"
     hint = did_you_mean(name, flags)
     return hint.replace('"', "--", 1).replace('"', "") if "mean" in hint else "--help lists all"
+
+
+def _missing(cls: Any, command: str, complaint: str) -> str:
+    """What to say when an argument without a default was not given; tyro would name its type. Empty otherwise."""
+    required = [f.name.upper() for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    if "Required options" not in complaint or not required:
+        return ""
+    return f"{' '.join(required)} is missing: swamla {command} {' '.join(required)} …; --help tells what it is"
 
 
 def _one_line(text: str) -> str:

@@ -57,14 +57,18 @@ def main(argv: list[str]) -> int:
     alone = len(prompts) == 1
     if alone:
         _emit(prompts[0])
-    done = generate_text(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens,
-        sampling=sampling,
-        on_text=(lambda _, piece: _emit(piece)) if alone else None,
-    )
+    try:
+        done = generate_text(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens,
+            sampling=sampling,
+            on_text=(lambda _, piece: _emit(piece)) if alone else None,
+        )
+    except KeyboardInterrupt:
+        _emit("\n")  # what is said about it begins a line of its own
+        raise
     _emit("\n" if alone else "".join(f"--- {index}\n{c.prompt}{c.text}\n" for index, c in enumerate(done.completions)))
     if arguments.stats:
         print(_statistics(done), file=sys.stderr)

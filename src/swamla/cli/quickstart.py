@@ -89,12 +89,13 @@ def _compare(console: Console, name: str, bits_per_byte: float, held_out: bytes)
         "gzip -9": len(gzip.compress(held_out, 9)),
         "xz -9e": len(lzma.compress(held_out, preset=9 | lzma.PRESET_EXTREME)),
     }
-    table = Table(title=f"{len(held_out):,} bytes of held-out text", title_justify="left")
+    table = Table()
     table.add_column("")
     table.add_column("bits per byte", justify="right")
     for compressor, size in compressed.items():
         table.add_row(compressor, f"{8 * size / len(held_out):.3f}")
     table.add_row(f"[bold]{name}", f"[bold]{bits_per_byte:.3f}")
+    say(console, f"{len(held_out):,} bytes of held-out text")  # no title of the table, whose width would wrap it
     console.print(table)
 
 
