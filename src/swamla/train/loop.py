@@ -68,9 +68,24 @@ def train(
     row had no finite gradient; and as `open_run` does.
     """
     run_dir = Path(run_dir)
-    config, state = open_run(config, run_dir, dataset=dataset, resume=resume)
+    with open_run(config, run_dir, dataset=dataset, resume=resume) as (config, state):
+        _train(config, run_dir, dataset, state, evaluate, resume, console or Console(), on_start)
+    return state
+
+
+def _train(
+    config: RunConfig,
+    run_dir: Path,
+    dataset: Dataset,
+    state: TrainState,
+    evaluate: Evaluate | None,
+    resume: bool,
+    console: Console,
+    on_start: Callable[[TrainState], None] | None,
+) -> None:
+    """Train in a folder that was opened."""
     metrics = Metrics(run_dir / "metrics.jsonl", resume_after=state.step if resume else None)
-    with StopRequest() as stop, make_display(console or Console(), config.train.log_interval) as display:
+    with StopRequest() as stop, make_display(console, config.train.log_interval) as display:
         loop = _Loop(config, run_dir, dataset, state, evaluate, metrics, display)
         loop.announce(resume)
         if on_start is not None:
@@ -81,7 +96,6 @@ def train(
             loop.run(stop)
         finally:
             metrics.close()
-    return state
 
 
 def training_step(state: TrainState, batch: Batch, config: TrainConfig, lr: float) -> StepResult:

@@ -1,8 +1,11 @@
 """A run's folder: made for a new run, taken up again by a resumed one."""
 
+import fcntl
 import json
+import os
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,26 +41,50 @@ MAY_CHANGE = (
 )
 
 
-def open_run(config: RunConfig, run_dir: Path, *, dataset: Dataset, resume: bool) -> tuple[RunConfig, TrainState]:
+@contextmanager
+def open_run(
+    config: RunConfig, run_dir: Path, *, dataset: Dataset, resume: bool
+) -> Iterator[tuple[RunConfig, TrainState]]:
     """The settled config and the state from which the loop goes on; the folder is written or checked.
 
-    Raises `UsageError` for a folder that is not empty without `resume`, or that holds no run with it; `ConfigError`
-    and `DataError` when a resumed run would go on with another model, other data or another order of the data.
+    Until the block ends no other process can train in the folder. Raises `UsageError` for a folder that is not empty
+    without `resume`, that holds no run with it, or that is being trained in; `ConfigError` and `DataError` when a
+    resumed run would go on with another model, other data or another order of the data.
     """
-    checkpoint = _checkpoint_to_take_up(run_dir, dataset) if resume else None
-    config = settle(config, dataset)
-    if resume:
-        _check_same_run(config, run_dir)
-    else:
-        require_empty(run_dir)
-    state = fresh_state(config, dataset)
-    if checkpoint is not None:
-        _take_up(state, checkpoint)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    plain = {"format_version": FORMAT_VERSION, **to_plain(config)}
-    dataset.tokenizer.save(run_dir / "tokenizer.json")
-    write_text_atomically(run_dir / "config.json", json.dumps(plain, indent=2) + "\n")
-    return config, state
+    with ExitStack() as held:
+        if resume and run_dir.is_dir():
+            held.enter_context(_alone_in(run_dir))
+        checkpoint = _checkpoint_to_take_up(run_dir, dataset) if resume else None
+        config = settle(config, dataset)
+        if resume:
+            _check_same_run(config, run_dir)
+        else:
+            require_empty(run_dir)
+        state = fresh_state(config, dataset)
+        if checkpoint is not None:
+            _take_up(state, checkpoint)
+        if not resume:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(_alone_in(run_dir))
+            require_empty(run_dir)  # another run may have come while this one was being made
+        plain = {"format_version": FORMAT_VERSION, **to_plain(config)}
+        dataset.tokenizer.save(run_dir / "tokenizer.json")
+        write_text_atomically(run_dir / "config.json", json.dumps(plain, indent=2) + "\n")
+        yield config, state
+
+
+@contextmanager
+def _alone_in(run_dir: Path) -> Iterator[None]:
+    """Hold the folder; the system lets go of it however this process ends. `UsageError` if another one holds it."""
+    folder = os.open(run_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{run_dir}: another process is training in it: wait for it, or stop it first") from None
+        yield
+    finally:
+        os.close(folder)
 
 
 def require_empty(run_dir: Path) -> None:
