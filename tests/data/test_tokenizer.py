@@ -1,6 +1,7 @@
 """Tokenizers: ids turn back into exactly the text, and agree with other implementations."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,7 @@ def test_the_hub_offline_is_one_line_that_says_what_to_do(tmp_path: Path, monkey
     huggingface_hub = pytest.importorskip("huggingface_hub")
 
     def unreachable(*_: object) -> str:
+        assert not logging.getLogger("huggingface_hub.utils").isEnabledFor(logging.WARNING)  # each attempt warns
         raise ConnectionError("no route to host\nand a long story")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)

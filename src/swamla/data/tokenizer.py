@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -229,6 +230,9 @@ def _from_hub(name: str) -> Tokenizer:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
         raise MissingBackendError(f"tokenizer {name!r} is on the hub: pip install 'swamla[hub]'") from error
+    chatter = logging.getLogger("huggingface_hub")  # two lines for each of its attempts; ours says it in one
+    before = chatter.level
+    chatter.setLevel(logging.ERROR)
     try:
         return load_tokenizer(hf_hub_download(name, "tokenizer.json"))
     except (OSError, ValueError) as error:
@@ -236,6 +240,8 @@ def _from_hub(name: str) -> Tokenizer:
         raise DataError(
             f"cannot fetch tokenizer {name!r} from the hub ({reason}); offline, pass the path of its tokenizer.json"
         ) from error
+    finally:
+        chatter.setLevel(before)
 
 
 class StreamDecoder:
