@@ -43,7 +43,7 @@ def test_shakespeare_char_has_nano_gpts_cpu_settings_at_twice_its_learning_rate(
     model, train = config.model, config.train
     assert (model.depth, model.width, model.learned_positions, model.dropout) == (4, 128, 64, 0.0)
     assert {(block.mixer.kind, block.mixer.n_heads, block.mixer.rope) for block in model.layers} == {("mha", 4, None)}
-    assert (train.batch_size, train.block_size, train.steps, train.warmup) == (12, 64, 2000, 100)
+    assert (train.batch_size, train.block_size, train.steps, train.warmup * train.steps) == (12, 64, 2000, 100)
     assert (train.lr, train.lr * train.min_lr_ratio, train.optimizer.betas) == (2e-3, 2e-4, (0.9, 0.99))
     # nanoGPT's count for these settings: 0.80 M, of which the positions are 8,192
     assert count_parameters(model).total - 64 * 128 == 795_904

@@ -232,3 +232,10 @@ def test_a_model_in_another_dtype_computes_in_it_and_its_steps_too(dtype: torch.
     for found in (other(tokens), stepped):
         assert found.dtype == dtype
         assert (found.float() - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 0), (0, 5), (1, 2, 3)])
+def test_tokens_that_are_no_batch_of_rows_are_refused(shape: tuple[int, ...]) -> None:
+    model = build_model(hybrid_config())
+    with pytest.raises(UsageError, match=r"must be \(batch, time\), one token at least"):
+        model(torch.zeros(shape, dtype=torch.int64))

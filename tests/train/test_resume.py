@@ -97,8 +97,9 @@ def test_every_mixer_resumes_to_the_bit_from_an_interruption_at_any_step(
         assert all(torch.equal(p, weights(expected)[name]) for name, p in weights(state).items())
 
 
-def test_a_signal_during_an_evaluation_ends_the_run_after_it_and_nothing_is_lost(tmp_path, dataset):
-    config = tiny_config(model_of(*HYBRID), eval_interval=2)
+@pytest.mark.parametrize("step", [2, 6], ids=["in the run", "at its end"])
+def test_a_signal_during_an_evaluation_ends_the_run_after_it_and_nothing_is_lost(tmp_path, dataset, step):
+    config = tiny_config(model_of(*HYBRID), eval_interval=step)
     score = held_out(dataset)
     run(config, tmp_path / "whole", dataset, evaluate=score)
 
@@ -106,10 +107,10 @@ def test_a_signal_during_an_evaluation_ends_the_run_after_it_and_nothing_is_lost
         os.kill(os.getpid(), signal.SIGTERM)
         return score(model)
 
-    with pytest.raises(Interrupted, match="stopped by SIGTERM after step 2") as caught:
+    with pytest.raises(Interrupted, match=f"stopped by SIGTERM after step {step}") as caught:
         run(config, tmp_path / "run", dataset, evaluate=interrupted)
     assert caught.value.exit_status == 75
-    assert [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "held_out_loss" in r] == [2]
+    assert [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "held_out_loss" in r] == [step]
     run(config, tmp_path / "run", dataset, evaluate=score, resume=True)
     assert timeless(tmp_path / "run") == timeless(tmp_path / "whole")
     assert digests(tmp_path / "run") == digests(tmp_path / "whole")

@@ -69,6 +69,10 @@ class LanguageModel(nn.Module):
 
     def hidden(self, tokens_BT: Tensor, seq: Layout | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """What the head sees, (B, T, D), and the FFNs' statistics by layer."""
+        if tokens_BT.ndim != 2 or not tokens_BT.numel():
+            raise UsageError(
+                f"tokens have the shape {tuple(tokens_BT.shape)}: must be (batch, time), one token at least"
+            )
         if seq is None:
             batch, time = tokens_BT.shape
             seq = Layout.one_document_per_row(batch, time, device=tokens_BT.device)

@@ -164,24 +164,20 @@ class _Loop:
         self.display.say(f"backends: {describe(self.state.backends)}")
 
     def run(self, stop: StopRequest) -> None:
-        """Step until the budget is spent or somebody asks to stop; then evaluate, save, and say so."""
-        while (progress := self.progress()) < 1:
-            if stop.received:
-                self.save()
-                self.plot()
-                raise Interrupted(
-                    f"stopped by {stop.received.name} after step {self.state.step}; all is saved in {self.run_dir}",
-                    stop.exit_status,
-                )
+        """Step until the budget is spent or somebody asks to stop; then evaluate, if nobody did, and save."""
+        while not stop.received and (progress := self.progress()) < 1:
             self.step(progress)
             if self.evaluation_is_due():
                 self.evaluate_now()
             if self.save_is_due():
                 self.save()
-        if self.state.evaluated_step != self.state.step:
+        if not stop.received and self.state.evaluated_step != self.state.step:
             self.evaluate_now()
         self.save()
         self.plot()
+        if stop.received:
+            where = f"after step {self.state.step}; all is saved in {self.run_dir}"
+            raise Interrupted(f"stopped by {stop.received.name} {where}", stop.exit_status)
 
     def progress(self) -> float:
         """How far the run will be in the middle of the next step: the step is taken while this is below 1."""
