@@ -35,7 +35,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("page", "code"), PYTHON, ids=[page for page, _ in PYTHON])
 def test_the_python_shown_runs(page: str, code: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)
-    exec(compile(code, page, "exec"), {})
+    names: dict[str, object] = {}
+    exec(compile(code, page, "exec"), names)
+    assert names.keys() - {"__builtins__"}, "the example does nothing"
 
 
 def test_there_is_python_to_run_and_there_are_commands_to_check() -> None:
