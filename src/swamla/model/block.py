@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swamla.model.ffns.dense import DenseConfig, Statistics
+from swamla.model.ffns.dense import DenseConfig
+from swamla.model.ffns.ffn import FFN, Statistics
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mixer import Mixer, State
@@ -39,7 +40,7 @@ class Block(nn.Module):
         self.mixer_norm = norm.build(width)
         self.mixer: Mixer = config.mixer.build(width)
         self.ffn_norm = norm.build(width)
-        self.ffn = config.ffn.build(width)
+        self.ffn: FFN = config.ffn.build(width)
 
     def forward(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
         """(B, T, D) → (B, T, D) and the FFN's statistics."""

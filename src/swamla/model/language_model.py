@@ -1,6 +1,7 @@
 """The language model: embedding, a stack of blocks, final norm, head."""
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,12 +87,22 @@ class LanguageModel(nn.Module):
         return self.norm(x_BTD), statistics
 
     def loss(self, tokens_BT: Tensor, labels_BT: Tensor, seq: Layout | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum of −log p(label) in nats over labels that are not -100, and the FFNs' statistics.
+        """Sum of −log p(label) in nats over labels that are not -100, and the FFNs' statistics as `name/layer`.
 
-        The logits are never held all at once.
+        Statistics called "loss/…" belong to what training minimises; they are not part of the sum. The logits are
+        never held all at once.
         """
         x_BTD, statistics = self.hidden(tokens_BT, seq)
         return chunked_cross_entropy(x_BTD.flatten(0, 1), self.head.weight, labels_BT.flatten()), statistics
+
+    def rebalance(self, statistics: Mapping[str, Tensor]) -> None:
+        """After an optimizer step: let every FFN balance its experts, given the whole batch's statistics."""
+        by_layer: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        for full_name, value in statistics.items():
+            name, layer = full_name.rsplit("/", 1)
+            by_layer[int(layer)][name] = value
+        for index, found in by_layer.items():
+            self.blocks[index].ffn.rebalance(found)
 
     def init_state(
         self,

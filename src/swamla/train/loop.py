@@ -14,6 +14,7 @@ from swamla.data.dataset import Dataset
 from swamla.data.packing import Batch
 from swamla.data.sampler import PackedRows
 from swamla.errors import DataError, Interrupted, SwamlaError
+from swamla.model.ffns.ffn import Statistics
 from swamla.model.language_model import LanguageModel
 from swamla.ops.layout import Layout
 from swamla.train.backends import describe
@@ -38,11 +39,15 @@ class Diverged(SwamlaError):
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a training step found. loss: nats per token.  tokens: labels that carried loss."""
+    """What a training step found.
+
+    loss: nats per token.  tokens: labels that carried loss.  statistics: of the FFNs, summed over the whole batch.
+    """
 
     loss: float
     grad_norm: float
     tokens: int
+    statistics: Statistics
 
     @property
     def finite(self) -> bool:
@@ -108,21 +113,27 @@ def training_step(state: TrainState, batch: Batch, config: TrainConfig, lr: floa
         raise DataError(f"rows {state.sample} to {state.sample + config.batch_size - 1}: no label carries loss")
     state.optimizer.zero_grad()
     nats = torch.zeros((), device=device)
+    statistics: Statistics = {}
     for tokens_BT, labels_BT, document_BT in _micro_batches(batch, config.accumulation):
         seq = Layout.from_documents(document_BT).to(device)
         with autocast(state.precision, device):
-            total, _ = model.loss(tokens_BT.to(device), labels_BT.to(device), seq)
-        (total / batch.n_labels).backward()
+            total, found = model.loss(tokens_BT.to(device), labels_BT.to(device), seq)
+        extra = sum(value for name, value in found.items() if name.startswith("loss/"))
+        ((total + extra) / batch.n_labels).backward()
         nats += total.detach()
+        for name, value in found.items():
+            statistics[name] = statistics.get(name, 0) + value.detach()
 
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    result = StepResult(loss=(nats / batch.n_labels).item(), grad_norm=norm.item(), tokens=batch.n_labels)
+    loss = (nats / batch.n_labels).item()
+    result = StepResult(loss=loss, grad_norm=norm.item(), tokens=batch.n_labels, statistics=statistics)
     if result.finite:
         if config.grad_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
         state.optimizer.set_lr(lr)
         state.optimizer.step()
+        model.rebalance(statistics)
     return result
 
 

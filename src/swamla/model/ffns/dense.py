@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swamla.errors import require
-
-Statistics = dict[str, Tensor]
+from swamla.model.ffns.ffn import FFN, Statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +33,7 @@ class DenseConfig:
             return self.hidden
         return 4 * width if self.activation == "gelu" else (8 * width + 191) // 192 * 64
 
-    def build(self, width: int) -> nn.Module:
+    def build(self, width: int) -> FFN:
         """The module."""
         return GELU(self, width) if self.activation == "gelu" else SwiGLU(self, width)
 
@@ -53,7 +52,7 @@ class DenseConfig:
         return 2 * (into + 1) * width * self.hidden_dim(width) * length
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(FFN):
     """W_down (SiLU(W_gate x) ⊙ W_up x), gate and up fused into one projection."""
 
     def __init__(self, config: DenseConfig, width: int) -> None:
@@ -68,7 +67,7 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(gate) * up), {}
 
 
-class GELU(nn.Module):
+class GELU(FFN):
     """W_down GELU(W_up x), with the tanh approximation that GPT-2 uses."""
 
     def __init__(self, config: DenseConfig, width: int) -> None:
