@@ -169,6 +169,17 @@ def test_a_run_may_be_prolonged(tmp_path, dataset):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["steps"] == 5
 
 
+def test_a_run_older_than_a_setting_counts_as_having_its_default(tmp_path, dataset):
+    run(tiny_config(), tmp_path / "run", dataset)
+    file = tmp_path / "run" / "config.json"
+    plain = json.loads(file.read_text())
+    del plain["train"]["seed"]
+    file.write_text(json.dumps(plain))
+    with pytest.raises(ConfigError, match=r"train.seed = 5: the run to resume had 0"):
+        run(tiny_config(seed=5), tmp_path / "run", dataset, resume=True)
+    run(tiny_config(), tmp_path / "run", dataset, resume=True)
+
+
 @pytest.mark.parametrize(("setting", "value"), [("seed", 5), ("batch_size", 8), ("block_size", 16)])
 def test_what_would_make_it_another_run_is_refused_by_name(tmp_path, dataset, setting, value):
     run(tiny_config(), tmp_path / "run", dataset)

@@ -1,13 +1,18 @@
 """One layer: a sequence mixer, then an FFN, each behind a norm and added to the residual stream."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.ffns.ffn import FFN, Statistics
 from swamla.model.mixers.gdn import GDNConfig
+from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mixer import Mixer, State
 from swamla.model.mixers.mla import MLAConfig
@@ -15,8 +20,10 @@ from swamla.model.mixers.swa import SWAConfig
 from swamla.model.norm import NormConfig
 from swamla.ops.layout import Layout
 
-MixerConfig = MHAConfig | SWAConfig | MLAConfig | GDNConfig
+MixerConfig = MHAConfig | SWAConfig | MLAConfig | GDNConfig | LatentConfig
 FFNConfig = DenseConfig
+
+Checkpointing = Literal["none", "attention", "ffn", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +39,16 @@ class BlockConfig:
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + ffn(norm(x))."""
+    """x + mixer(norm(x)), then x + ffn(norm(x)).
+
+    checkpointing: which of the two keep only their inputs in training and are computed again in the backward pass:
+    "attention" the mixer, "ffn" the FFN, "all" the block as a whole, which then keeps a single tensor.
+    """
 
     def __init__(self, config: BlockConfig, width: int, norm: NormConfig, dropout: float) -> None:
         super().__init__()
         self.dropout = dropout
+        self.checkpointing: Checkpointing = "none"
         self.mixer_norm = norm.build(width)
         self.mixer: Mixer = config.mixer.build(width)
         self.ffn_norm = norm.build(width)
@@ -44,7 +56,25 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
         """(B, T, D) → (B, T, D) and the FFN's statistics."""
-        x_BTD = x_BTD + self._drop(self.mixer(self.mixer_norm(x_BTD), seq))
+        again = self.checkpointing if torch.is_grad_enabled() else "none"
+        if again == "none":
+            return self.whole(x_BTD, seq)
+        if again == "all":
+            return _computed_again(self.whole, x_BTD, seq)
+        if again == "attention":
+            return self.feed(_computed_again(self.mix, x_BTD, seq))
+        return _computed_again(self.feed, self.mix(x_BTD, seq))
+
+    def whole(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
+        """Both halves."""
+        return self.feed(self.mix(x_BTD, seq))
+
+    def mix(self, x_BTD: Tensor, seq: Layout) -> Tensor:
+        """x + mixer(norm(x))."""
+        return x_BTD + self._drop(self.mixer(self.mixer_norm(x_BTD), seq))
+
+    def feed(self, x_BTD: Tensor) -> tuple[Tensor, Statistics]:
+        """x + ffn(norm(x)), and the FFN's statistics."""
         y_BTD, statistics = self.ffn(self.ffn_norm(x_BTD))
         return x_BTD + self._drop(y_BTD), statistics
 
@@ -55,3 +85,8 @@ class Block(nn.Module):
 
     def _drop(self, x_BTD: Tensor) -> Tensor:
         return F.dropout(x_BTD, self.dropout, self.training) if self.dropout else x_BTD
+
+
+def _computed_again(function: Callable[..., Any], *inputs: Any) -> Any:
+    """`function` of `inputs`, of which alone is kept for the backward pass; dropout draws the same numbers again."""
+    return checkpoint(function, *inputs, use_reentrant=False)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swamla.errors import UsageError
-from swamla.model.block import Block
+from swamla.model.block import Block, Checkpointing
 from swamla.model.config import LanguageModelConfig
 from swamla.model.mixers.mixer import State
 from swamla.model.sampling import Sampling, generate
@@ -63,6 +63,11 @@ class LanguageModel(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.embedding.weight.device
+
+    def checkpoint_activations(self, what: Checkpointing) -> None:
+        """From now on compute this part of every block again in the backward pass instead of keeping it."""
+        for block in self.blocks:
+            block.checkpointing = what
 
     def forward(self, tokens_BT: Tensor, seq: Layout | None = None) -> Tensor:
         """Logits (B, T, vocabulary) of the token after each of tokens (B, T); `seq` says where documents lie."""
@@ -145,10 +150,14 @@ class LanguageModel(nn.Module):
         *,
         sampling: Sampling | None = None,
         stop_id: int | None = None,
+        known_ids: int | None = None,
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[list[int]]:
         """Continue token sequences of any (unequal) lengths >= 1; see `swamla.model.sampling.generate`."""
-        return generate(self, prompts, max_new_tokens, sampling or Sampling(), stop_id=stop_id, on_token=on_token)
+        sampling = sampling or Sampling()
+        return generate(
+            self, prompts, max_new_tokens, sampling, stop_id=stop_id, known_ids=known_ids, on_token=on_token
+        )
 
     def _embed(self, tokens_BT: Tensor, seq: Layout) -> Tensor:
         x_BTD = self.embedding(tokens_BT)

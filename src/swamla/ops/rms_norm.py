@@ -33,12 +33,12 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """With r the scale and n = x r: dw = Σ g n, dx = r (g w − n · mean(g w n))."""
-        x, weight_D, scale_N1 = ctx.saved_tensors
-        width = x.shape[-1]
+        x, weight_D, scale_N1 = ctx.saved_tensors  # may be unpacked once only, where activations are checkpointed
+        width, weight_dtype = x.shape[-1], weight_D.dtype
         x_ND, grad_ND = x.reshape(-1, width).to(scale_N1.dtype), grad.reshape(-1, width).to(scale_N1.dtype)
         weight_D = weight_D.to(scale_N1.dtype)
         grad_x_ND = grad_ND * x_ND
         d_weight_D = torch.mv(grad_x_ND.mT, scale_N1[:, 0])
         coefficient_N1 = torch.mv(grad_x_ND, weight_D)[:, None].mul_(scale_N1.pow(3)).div_(-width)
         dx_ND = torch.mul(grad_ND, weight_D, out=grad_x_ND).mul_(scale_N1).addcmul_(x_ND, coefficient_N1)
-        return dx_ND.to(x.dtype).view(x.shape), d_weight_D.to(ctx.saved_tensors[1].dtype), None
+        return dx_ND.to(x.dtype).view(x.shape), d_weight_D.to(weight_dtype), None

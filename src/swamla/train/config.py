@@ -5,6 +5,7 @@ from typing import Literal
 
 from swamla.data.config import DataConfig
 from swamla.errors import require
+from swamla.model.block import Checkpointing
 from swamla.model.config import LanguageModelConfig
 from swamla.train.optim import AdamWConfig, MuonConfig
 from swamla.train.precision import Precision
@@ -39,6 +40,8 @@ class TrainConfig:
     log_interval: steps between lines where there is no terminal for a progress bar; metrics.jsonl has every step.
     seed: of the initial weights, the order of the data and dropout.
     precision: "auto" is bf16 autocast with fp32 weights where the machine has bf16 instructions, else fp32.
+    checkpointing: what is computed again in the backward pass instead of being kept, which saves memory and changes no
+        number: "none", "attention" (the mixers), "ffn" or "all" (whole blocks).
     device: "auto" is CUDA where there is one, else the CPU.
     threads: CPU threads, none for torch's own choice.
     """
@@ -64,6 +67,7 @@ class TrainConfig:
     log_interval: int = 10
     seed: int = 0
     precision: Precision = "auto"
+    checkpointing: Checkpointing = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
 

@@ -22,7 +22,7 @@ from swamla.checkpoint import (
     set_aside_after,
     step_name,
 )
-from swamla.config import to_plain
+from swamla.config import from_plain, to_plain
 from swamla.data.dataset import Dataset
 from swamla.data.tokenizer import load_tokenizer
 from swamla.errors import ConfigError, DataError, UsageError
@@ -35,6 +35,7 @@ from swamla.train.state import TrainState, seed_generators
 # Settings a resumed run may change without becoming another run.
 MAY_CHANGE = (
     *("train.steps", "train.max_minutes", "train.device", "train.threads", "train.log_interval"),
+    "train.checkpointing",
     *("train.lr", "train.min_lr_ratio", "train.schedule", "train.warmup", "train.decay"),
     *("train.weight_decay", "train.grad_clip", "train.save_interval", "train.keep_last"),
     *("train.eval_interval", "train.eval_seconds", "train.eval_tokens"),
@@ -112,6 +113,7 @@ def fresh_state(config: RunConfig, dataset: Dataset) -> TrainState:
     backends = resolve_backends(config.model, device)
     seed_generators(train.seed)
     model = config.model.build().to(device)
+    model.checkpoint_activations(train.checkpointing)
     return TrainState(
         model=model,
         optimizer=train.optimizer.build(model, lr=train.lr, weight_decay=train.weight_decay),
@@ -171,7 +173,10 @@ def _agree_on_best(state: TrainState, directory: Path) -> None:
 
 
 def _check_same_run(config: RunConfig, run_dir: Path) -> None:
-    before = dict(_leaves(read_run_config(run_dir)))
+    plain = read_run_config(run_dir)
+    del plain["format_version"]
+    # Read as a config, so that a setting which the run's swamla did not have yet counts as its default.
+    before = dict(_leaves(to_plain(from_plain(RunConfig, plain, origin=str(run_dir / "config.json")))))
     now = dict(_leaves(to_plain(config)))
     for name in sorted((before.keys() | now.keys()) - set(MAY_CHANGE)):
         if name.startswith(("model.", "train.")) and before.get(name) != now.get(name):
