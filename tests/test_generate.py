@@ -139,3 +139,12 @@ def test_the_costs_are_those_of_this_generation(model: LanguageModel) -> None:
     assert in_half.state_bytes == copy.deepcopy(model).bfloat16().init_state(2, 26).nbytes < state.nbytes
     much_longer, _ = generate(model, ["abc" * 50, "a"], max_new_tokens=10)
     assert much_longer.state_bytes == found.state_bytes, "windows and memories do not grow"
+
+
+def test_a_model_with_more_ids_than_its_tokenizer_never_draws_one_that_no_text_has(model: LanguageModel) -> None:
+    torch.manual_seed(0)
+    wide = LanguageModelConfig(
+        vocab_size=4 * TOKENIZER.vocab_size, width=16, blocks=model.config.blocks, pattern=("gdn", "swa")
+    ).build()
+    found = generate_text(wide, TOKENIZER, ["a"], 60, sampling=Sampling(temperature=3.0))
+    assert max(found.completions[0].tokens) < TOKENIZER.vocab_size

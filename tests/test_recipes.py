@@ -11,9 +11,12 @@ from swamla.model.accounting import count_parameters
 from swamla.recipes import recipe_names, recipe_path
 from swamla.train.config import RunConfig
 
+PRESETS = [name for name in recipe_names() if load_file(recipe_path(name))[0]["model"].get("vocab_size")]
+
 
 def read(name: str, vocab_size: int) -> RunConfig:
     data, place = load_file(recipe_path(name))
+    data.pop("spare", None)
     data["model"]["vocab_size"] = vocab_size
     return from_plain(RunConfig, data, origin=place)
 
@@ -22,7 +25,7 @@ def test_both_recipes_are_shipped() -> None:
     assert {"quickstart", "shakespeare-char"} <= set(recipe_names())
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", sorted(set(recipe_names()) - set(PRESETS)))  # test_presets.py has the others
 def test_a_recipe_resolves_builds_and_comes_back_from_its_stored_form(name: str) -> None:
     config = read(name, vocab_size=300)
     assert from_plain(RunConfig, json.loads(json.dumps(to_plain(config)))) == config
@@ -52,7 +55,7 @@ def test_shakespeare_char_has_nano_gpts_cpu_settings_at_twice_its_learning_rate(
 def test_a_recipe_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match='no recipe of that name; did you mean "quickstart"'):
         recipe_path("quikstart")
-    with pytest.raises(UsageError, match="there are: quickstart, shakespeare-char"):
+    with pytest.raises(UsageError, match=r"there are: base, gpt2, .*, medium"):
         recipe_path("zzz")
     with pytest.raises(UsageError, match=r"gone\.toml: no such file"):
         recipe_path(str(tmp_path / "gone.toml"))

@@ -86,7 +86,14 @@ def generate_text(
             on_text(row, piece)
 
     start = time.perf_counter()
-    produced = model.generate(ids, max_new_tokens, sampling=sampling, stop_id=tokenizer.eos_id, on_token=on_token)
+    produced = model.generate(
+        ids,
+        max_new_tokens,
+        sampling=sampling,
+        stop_id=tokenizer.eos_id,
+        known_ids=tokenizer.vocab_size,
+        on_token=on_token,
+    )
     if on_text:
         for row, decoder in enumerate(decoders):
             if rest := decoder.flush():

@@ -13,21 +13,15 @@ from typing import Annotated, Any, Literal, get_origin
 import tyro
 
 from swamla.cli.field_text import field_docs, metavar, parse_text
+from swamla.cli.plain import BLOCK_PARTS, Plain, choice
+from swamla.cli.reshape import SHAPE
 from swamla.config import choices_of, field_types, join, options_of
 from swamla.data.config import DataConfig
 from swamla.errors import UsageError
-from swamla.model.block import BlockConfig
 from swamla.model.config import LanguageModelConfig
 from swamla.train.config import TrainConfig
 
-Plain = dict[str, Any]
-_BLOCK_PARTS = {part: choices_of(annotation) for part, annotation in field_types(BlockConfig).items()}
 _RENAMED = {"data.source": "data"}  # `--data FILE` reads better than `--source FILE`
-_SHAPE = {
-    "pattern": ("NAMES", 'blocks of the recipe or kinds of mixer, bottom first: "gdn gdn mla"'),
-    "n_layers": ("INT", "depth: the pattern is repeated, or cut, to it"),
-    "n_heads": ("INT", "heads of every block's mixer"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,23 +57,12 @@ def add_flags(cls: type, generated: dict[str, Flag] | None = None) -> Any:
 
     By default every generated flag is added, and those that reshape a whole model.
     """
-    added = [] if generated else [_argument(name, str, shape, text, None) for name, (shape, text) in _SHAPE.items()]
+    added = [] if generated else [_argument(name, str, shape, text, None) for name, (shape, text) in SHAPE.items()]
     for name, flag in (generated or flags()).items():
         added.append(_argument(name, flag.annotation, metavar(flag.annotation), flag.help, flag.default))
     made = make_dataclass(cls.__name__, added, bases=(cls,), frozen=True, kw_only=True)
     made.__doc__ = cls.__doc__
     return made
-
-
-def apply(plain: Plain, arguments: Any, given: frozenset[str]) -> dict[str, str]:
-    """Write the flags in `given` into the plain run config `plain`; returns dotted field -> flag.
-
-    Raises `UsageError` for a pattern that names nothing known and for a flag of a kind that the model does not use.
-    """
-    origins: dict[str, str] = {}
-    if given & _SHAPE.keys():
-        _reshape(plain["model"], {name: arguments.__dict__[name] for name in _SHAPE if name in given}, origins)
-    return origins | put_flags(plain, arguments, given, flags())
 
 
 def put_flags(plain: Plain, arguments: Any, given: frozenset[str], known: dict[str, Flag]) -> dict[str, str]:
@@ -108,14 +91,14 @@ def _section_flags(section: str, cls: type) -> Iterator[Flag]:
             default=MISSING if choices else defaults[name],
             put=_put_choice(section, name) if choices else _put(section, name),
         )
-        for kind, choice in choices.items():
-            yield from _kind_flags(kind, choice, path, _put_in_choice(section, name, kind))
+        for kind, config in choices.items():
+            yield from _kind_flags(kind, config, path, _put_in_choice(section, name, kind))
 
 
 def _block_flags() -> Iterator[Flag]:
-    for part, choices in _BLOCK_PARTS.items():
-        for kind, choice in choices.items():
-            yield from _kind_flags(kind, choice, f"model.blocks.*.{part}", _put_in_blocks(part, kind))
+    for part, choices in BLOCK_PARTS.items():
+        for kind, config in choices.items():
+            yield from _kind_flags(kind, config, f"model.blocks.*.{part}", _put_in_blocks(part, kind))
 
 
 def _kind_flags(kind: str, cls: type, path: str, put: Callable[[str], Callable[[Plain, Any], None]]) -> Iterator[Flag]:
@@ -143,7 +126,7 @@ def _put(section: str, name: str) -> Callable[[Plain, Any], None]:
 
 def _put_choice(section: str, name: str) -> Callable[[Plain, Any], None]:
     def put(plain: Plain, kind: Any) -> None:
-        if _choice(plain.setdefault(section, {}), name).get("kind") != kind:
+        if choice(plain.setdefault(section, {}), name).get("kind") != kind:
             plain[section][name] = {"kind": kind}
 
     return put
@@ -152,11 +135,11 @@ def _put_choice(section: str, name: str) -> Callable[[Plain, Any], None]:
 def _put_in_choice(section: str, name: str, kind: str) -> Callable[[str], Callable[[Plain, Any], None]]:
     def of_field(field: str) -> Callable[[Plain, Any], None]:
         def put(plain: Plain, value: Any) -> None:
-            choice = _choice(plain.setdefault(section, {}), name)
-            choice.setdefault("kind", next(iter(choices_of(field_types(_SECTIONS[section])[name]))))
-            if choice["kind"] != kind:
-                raise UsageError(f"--{kind}_{field}: {section}.{name} is {choice['kind']}; add --{name} {kind}")
-            choice[field] = value
+            chosen = choice(plain.setdefault(section, {}), name)
+            chosen.setdefault("kind", next(iter(choices_of(field_types(_SECTIONS[section])[name]))))
+            if chosen["kind"] != kind:
+                raise UsageError(f"--{kind}_{field}: {section}.{name} is {chosen['kind']}; add --{name} {kind}")
+            chosen[field] = value
 
         return put
 
@@ -166,9 +149,9 @@ def _put_in_choice(section: str, name: str, kind: str) -> Callable[[str], Callab
 def _put_in_blocks(part: str, kind: str) -> Callable[[str], Callable[[Plain, Any], None]]:
     def of_field(field: str) -> Callable[[Plain, Any], None]:
         def put(plain: Plain, value: Any) -> None:
-            only = next(iter(_BLOCK_PARTS[part])) if len(_BLOCK_PARTS[part]) == 1 else ""
+            only = next(iter(BLOCK_PARTS[part])) if len(BLOCK_PARTS[part]) == 1 else ""
             blocks = plain["model"]["blocks"].values()
-            users = [block for block in blocks if _choice(block, part).get("kind", only) == kind]
+            users = [block for block in blocks if choice(block, part).get("kind", only) == kind]
             if not users:
                 raise UsageError(f"--{kind}_{field}: no block of the model has the {part} {kind}")
             for block in users:
@@ -179,47 +162,7 @@ def _put_in_blocks(part: str, kind: str) -> Callable[[str], Callable[[Plain, Any
     return of_field
 
 
-def _choice(table: Plain, name: str) -> Plain:
-    """The choice `name` in `table` as a table of its own, where a recipe may have named its kind only, or nothing."""
-    written = table.setdefault(name, {})
-    if isinstance(written, str):
-        table[name] = {"kind": written}
-    return table[name]
-
-
 _SECTIONS: dict[str, type] = {"model": LanguageModelConfig, "data": DataConfig, "train": TrainConfig}
-
-
-def _reshape(model: Plain, wanted: dict[str, str], origins: dict[str, str]) -> None:
-    """--pattern, then --n_layers, then --n_heads; blocks that are no longer in the pattern go."""
-    blocks, pattern = model["blocks"], list(model["pattern"])
-    origins |= {"model.pattern": "--pattern"} if "pattern" in wanted else {}
-    if "pattern" in wanted:
-        pattern = wanted["pattern"].replace(",", " ").split()
-        for name in pattern:
-            blocks.setdefault(name, _new_block(name, blocks))
-    if "n_layers" in wanted:
-        depth = parse_text(wanted["n_layers"], int)
-        if not isinstance(depth, int) or depth < 1:
-            raise UsageError(f"--n_layers {wanted['n_layers']}: must be a whole number > 0, e.g. 6")
-        pattern = [pattern[layer % len(pattern)] for layer in range(depth)] if pattern else []
-    model["pattern"] = pattern
-    model["blocks"] = {name: block for name, block in blocks.items() if name in pattern} if pattern else blocks
-    if "n_heads" in wanted:
-        for name, block in model["blocks"].items():
-            block["mixer"]["n_heads"] = parse_text(wanted["n_heads"], int)
-            origins[f"model.blocks.{name}.mixer.n_heads"] = "--n_heads"
-
-
-def _new_block(name: str, blocks: Plain) -> Plain:
-    """A block for a kind of mixer which the recipe has not: defaults, with the heads and the FFN of its first block."""
-    kinds = _BLOCK_PARTS["mixer"]
-    if name not in kinds and name not in blocks:
-        known = ", ".join([*blocks, *(kind for kind in kinds if kind not in blocks)])
-        raise UsageError(f"--pattern: no block or mixer is called {name!r}; there are: {known}")
-    first = next(iter(blocks.values()))
-    ffn = {"ffn": dict(_choice(first, "ffn"))} if "ffn" in first else {}
-    return {"mixer": {"kind": name, "n_heads": first["mixer"].get("n_heads", 4)}, **ffn}
 
 
 def _is_choice(annotation: Any) -> bool:

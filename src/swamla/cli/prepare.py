@@ -14,7 +14,7 @@ from swamla.data.config import DataConfig
 from swamla.data.download import keep_shakespeare
 from swamla.data.preparing import cache_of
 from swamla.errors import UsageError
-from swamla.recipes import recipe_names, recipe_path
+from swamla.recipes import ALIASES, recipe_names, recipe_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     arguments, given = parse(add_flags(Arguments, data_flags()), argv, command="prepare")
     plain: dict[str, Any] = {"data": {"source": arguments.data}}
     written: Callable[[str], str] = _nowhere
-    if arguments.data in recipe_names() or arguments.data.endswith((".toml", ".json")):
+    if arguments.data in (*recipe_names(), *ALIASES) or arguments.data.endswith((".toml", ".json")):
         plain, written = load_file(recipe_path(arguments.data))
     elif "source" in given:
         raise UsageError(f"--source goes with a recipe ({', '.join(recipe_names())}), and {arguments.data} is none")

@@ -1,15 +1,18 @@
 """From a recipe and flags to a `RunConfig`: defaults, then the recipe, then the command line."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from swamla.cli.overrides import apply
+from swamla.cli.overrides import flags, put_flags
+from swamla.cli.reshape import SHAPE, reshape
 from swamla.config import from_plain, load_file, within
 from swamla.data.config import DataConfig
 from swamla.data.sources import NAMED_SOURCES
-from swamla.errors import require
+from swamla.errors import ConfigError, require
+from swamla.model.block import BlockConfig
 from swamla.recipes import recipe_path
 from swamla.train.config import RunConfig
 
@@ -23,17 +26,40 @@ def read_recipe(recipe: str, arguments: Any, given: frozenset[str]) -> RunConfig
     plain, place = load_file(path)
     plain = copy.deepcopy(plain)
     plain.pop("format_version", None)  # a run's own config.json is a recipe too
-    flags = apply(plain, arguments, given) if _has_model(plain) else {}
+    spare = _spare_blocks(plain, place)
+    by_flag = _apply(plain, arguments, given, spare) if _has_model(plain) else {}
 
     def origin(field: str) -> str:
         parts = field.split(".")
-        general = ".".join([*parts[:2], "*", *parts[3:]]) if field.startswith("model.blocks.") else field
-        return flags.get(field) or flags.get(general) or place(field)
+        of_block = field.startswith("model.blocks.")
+        general = ".".join([*parts[:2], "*", *parts[3:]]) if of_block else field
+        put_to_use = ".".join(["spare", *parts[2:]]) if of_block and parts[2] in spare else field
+        return by_flag.get(field) or by_flag.get(general) or place(field) or place(put_to_use)
 
     config = from_plain(RunConfig, plain, origin=origin)
     with within("", origin):
         _check_together(config)
     return replace(config, data=_located(config.data))
+
+
+def _apply(plain: dict[str, Any], arguments: Any, given: frozenset[str], spare: dict[str, Any]) -> dict[str, str]:
+    """Write the flags in `given` into the plain run config; returns dotted field -> flag.
+
+    Raises `UsageError` for a pattern that names nothing known and for a flag of a kind that the model does not use.
+    """
+    wanted = {name: arguments.__dict__[name] for name in SHAPE if name in given}
+    reshaped = reshape(plain["model"], wanted, spare, cycle={}) if wanted else {}
+    return reshaped | put_flags(plain, arguments, given, flags())
+
+
+def _spare_blocks(plain: dict[str, Any], place: Callable[[str], str]) -> dict[str, Any]:
+    """The tables [spare.NAME], taken out of a recipe: blocks that flags may put into the pattern, each checked."""
+    spare = plain.pop("spare", {})
+    if not isinstance(spare, dict):
+        raise ConfigError("spare", spare, "must be a table of blocks, e.g. [spare.gdn.mixer]", place("spare"))
+    for name, block in spare.items():
+        from_plain(BlockConfig, block, path=f"spare.{name}", origin=place)
+    return spare
 
 
 def _located(data: DataConfig) -> DataConfig:

@@ -73,11 +73,13 @@ def generate(
     sampling: Sampling,
     *,
     stop_id: int | None = None,
+    known_ids: int | None = None,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt (token ids, length >= 1) by at most `max_new_tokens`; returns the new tokens only.
 
-    A row ends with `stop_id`, which is not returned. on_token(row, token) is called as soon as each token is known.
+    A row ends with `stop_id`, which is not returned. known_ids: ids from there on are never drawn; a model may have
+    more than its tokenizer. on_token(row, token) is called as soon as each token is known.
     UsageError for an empty prompt, an id outside the vocabulary, or more tokens than learned positions.
     """
     _check(model, prompts, max_new_tokens)
@@ -91,7 +93,7 @@ def generate(
         produced: list[list[int]] = [[] for _ in prompts]
         done = [False] * len(prompts)
         for count in range(1, max_new_tokens + 1):
-            chosen = sampling.choose(logits_BV, generators)
+            chosen = sampling.choose(logits_BV[:, :known_ids], generators)
             for row, token in enumerate(chosen):
                 done[row] = done[row] or token == stop_id
                 if not done[row]:

@@ -6,6 +6,7 @@ from swamla.config import did_you_mean
 from swamla.errors import UsageError
 
 _FOLDER = Path(__file__).parent
+ALIASES = {"medium": "base"}
 
 
 def recipe_names() -> list[str]:
@@ -15,6 +16,7 @@ def recipe_names() -> list[str]:
 
 def recipe_path(recipe: str) -> Path:
     """The file of a shipped recipe, or of a .toml or .json file of the user's. Raises `UsageError` for neither."""
+    recipe = ALIASES.get(recipe, recipe)
     shipped = _FOLDER / f"{recipe}.toml"
     if recipe in recipe_names():
         return shipped
@@ -22,4 +24,6 @@ def recipe_path(recipe: str) -> Path:
     if path.suffix in (".toml", ".json") and path.is_file():
         return path
     missing = "no such file" if path.suffix or len(path.parts) > 1 else "no recipe of that name"
-    raise UsageError(f"{recipe}: {missing}; {did_you_mean(recipe, recipe_names())} (or give a .toml or .json file)")
+    raise UsageError(
+        f"{recipe}: {missing}; {did_you_mean(recipe, [*recipe_names(), *ALIASES])} (or give a .toml or .json file)"
+    )

@@ -1,0 +1,22 @@
+"""The plain data of a recipe, into which flags write."""
+
+from typing import Any
+
+from swamla.config import choices_of, field_types
+from swamla.model.block import BlockConfig
+
+Plain = dict[str, Any]
+BLOCK_PARTS = {part: choices_of(annotation) for part, annotation in field_types(BlockConfig).items()}
+
+
+def choice(table: Plain, name: str) -> Plain:
+    """The choice `name` in `table` as a table of its own, where a recipe may have named its kind only, or nothing."""
+    written = table.setdefault(name, {})
+    if isinstance(written, str):
+        table[name] = {"kind": written}
+    return table[name]
+
+
+def mixer_kind(block: Plain) -> str:
+    """The kind of a block's mixer, "" where the recipe forgot it."""
+    return choice(block, "mixer").get("kind", "")
