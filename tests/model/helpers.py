@@ -11,6 +11,7 @@ from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.language_model import LanguageModel
 from swamla.model.mixers.gdn import GDNConfig
+from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mixer import Mixer
 from swamla.model.mixers.mla import MLAConfig
@@ -26,6 +27,8 @@ MIXERS: dict[str, MixerConfig] = {
     "swa": SWAConfig(n_heads=4, n_kv_heads=2, window=WINDOW, sinks=3),
     "mla": MLAConfig(n_heads=2, kv_lora_rank=12, q_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6),
     "gdn": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6),
+    "gdn_latent": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, latent_dim=10, share_qk=True),
+    "latent": LatentConfig(n_heads=4, n_latent=12, bias=True),
 }
 
 
@@ -50,6 +53,7 @@ def scramble(module: nn.Module, seed: int = 0) -> None:
 
 def build_mixer(config: MixerConfig, seed: int = 0) -> Mixer:
     """The mixer at width `WIDTH` with scrambled weights."""
+    torch.manual_seed(seed)  # scrambling a bias starts from the one that was drawn
     mixer = config.build(WIDTH)
     scramble(mixer, seed)
     return mixer

@@ -12,6 +12,7 @@ from swamla.model.block import BlockConfig, MixerConfig
 from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.mixers.gdn import CHUNK, GDNConfig
+from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mla import MLAConfig
 from swamla.model.mixers.swa import SWAConfig
@@ -28,6 +29,9 @@ MORE_MIXERS: dict[str, MixerConfig] = {
     "mla with plain queries": MLAConfig(n_heads=3, kv_lora_rank=8),
     "gdn with default heads": GDNConfig(n_heads=2),
     "gdn with wide values": GDNConfig(n_heads=6, n_key_heads=3, head_k_dim=4, head_v_dim=20, conv=2),
+    "gdn with shared keys": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, share_qk=True),
+    "gdn with latents": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, latent_dim=5),
+    "latent of half the width": LatentConfig(n_heads=2),
 }
 FFNS = [
     DenseConfig(),
@@ -114,13 +118,23 @@ def pairs_seen(mixer: MixerConfig, length: int) -> int:
 
 def masked_flops(mixer: MixerConfig, length: int) -> int:
     """What the reference path spends on pairs that the mask then hides: it multiplies all T × T of them."""
-    widths = mixer.qk_head_dim + mixer.v_head_dim if isinstance(mixer, MLAConfig) else 2 * mixer.key_dim(WIDTH)
-    return 2 * mixer.n_heads * widths * (length * length - pairs_seen(mixer, length))
+    match mixer:
+        case MLAConfig():
+            widths = mixer.n_heads * (mixer.qk_head_dim + mixer.v_head_dim)
+        case LatentConfig():
+            widths = mixer.latent_dim(WIDTH) + WIDTH
+        case _:
+            widths = 2 * mixer.n_heads * mixer.key_dim(WIDTH)
+    return 2 * widths * (length * length - pairs_seen(mixer, length))
 
 
 @pytest.mark.parametrize("length", [2, 7, 8, 9, 20, 70])
 @pytest.mark.parametrize(
-    "name", ["mha", "swa", "mla", "mqa with wide heads", "mla with plain queries", "swa of 1 head"]
+    "name",
+    [
+        *("mha", "swa", "mla", "mqa with wide heads", "mla with plain queries", "swa of 1 head"),
+        *("latent", "latent of half the width"),
+    ],
 )
 def test_flops_of_attention_are_the_counters_less_the_masked_pairs(name: str, length: int) -> None:
     mixer = replace(MORE_MIXERS[name], backend="reference")
@@ -130,15 +144,13 @@ def test_flops_of_attention_are_the_counters_less_the_masked_pairs(name: str, le
     assert mixer.forward_flops(WIDTH, length) == counter.get_total_flops() - masked_flops(mixer, length)
 
 
-@pytest.mark.parametrize("name", ["gdn", "gdn with default heads", "gdn with wide values"])
+@pytest.mark.parametrize("name", [name for name in MORE_MIXERS if name.startswith("gdn")])
 def test_flops_of_the_delta_rule_are_near_the_counters(name: str) -> None:
     """Projections are exact. Of the chunks the counter sees no triangular solve but its use, a dense product."""
     config, length = MORE_MIXERS[name], 256
     mixer, x = config.build(WIDTH), random_input(1, length)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        mixer.qkvz_proj(x)
-        mixer.ba_proj(x)
-        mixer.o_proj(torch.zeros(1, length, mixer.o_proj.in_features))
+        mixer.output(torch.zeros(1, length, config.n_heads, mixer.head_v), mixer.project(x)[1])
     projections = counter.get_total_flops()
     convolution = 2 * length * mixer.conv_weight.numel()
     q, k, v = mixer.heads(mixer.project(x)[0])

@@ -13,6 +13,7 @@ from swamla.model.block import BlockConfig, MixerConfig
 from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.mixers.gdn import GDNConfig
+from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mla import MLAConfig
 from swamla.model.mixers.swa import SWAConfig
@@ -21,7 +22,7 @@ from swamla.model.rope import LinearScaling, RopeConfig, YarnScaling
 
 from .helpers import MIXERS, WIDTH, random_tokens
 
-MHA, SWA, MLA, GDN = MIXERS.values()
+MHA, MLA, SWA, GDN, LATENT = (MIXERS[kind] for kind in ("mha", "mla", "swa", "gdn", "latent"))
 
 
 def with_mixer(mixer: MixerConfig) -> LanguageModelConfig:
@@ -45,6 +46,7 @@ PLACES: dict[type, Callable[[Any], LanguageModelConfig]] = {
     SWAConfig: with_mixer,
     MLAConfig: with_mixer,
     GDNConfig: with_mixer,
+    LatentConfig: with_mixer,
     DenseConfig: lambda ffn: with_block(BlockConfig(mixer=MHA, ffn=ffn)),
     BlockConfig: with_block,
     RMSNormConfig: with_norm,
@@ -95,7 +97,20 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
     ),
     (
         GDN,
-        {"n_heads": 2, "n_key_heads": 4, "head_k_dim": 7, "head_v_dim": 7, "conv": 3, "backend": "reference"},
+        {
+            "n_heads": 2,
+            "n_key_heads": 4,
+            "head_k_dim": 7,
+            "head_v_dim": 7,
+            "conv": 3,
+            "latent_dim": 5,
+            "share_qk": True,
+            "backend": "reference",
+        },
+    ),
+    (
+        LATENT,
+        {"n_heads": 2, "n_latent": None, "bias": False, "backend": "reference"},
     ),
     (DenseConfig(), {"hidden": 64, "activation": "gelu", "bias": True}),
     (BlockConfig(mixer=MHA), {"mixer": SWA, "ffn": DenseConfig(hidden=5)}),
@@ -209,6 +224,27 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
         "blocks.a.mixer.q_lora_rank = 33: a rank larger than the width 32 compresses nothing",
     ),
     (lambda: GDNConfig(n_heads=0), "n_heads = 0: must be > 0"),
+    (lambda: GDNConfig(n_heads=4, latent_dim=-1), "latent_dim = -1: must be >= 0 (0: not compressed)"),
+    (
+        lambda: with_mixer(GDNConfig(n_heads=4, latent_dim=33)),
+        "blocks.a.mixer.latent_dim = 33: a rank larger than the width 32 compresses nothing",
+    ),
+    (lambda: LatentConfig(n_heads=0), "n_heads = 0: must be > 0"),
+    (lambda: LatentConfig(n_heads=4, n_latent=0), "n_latent = 0: must be a multiple of n_heads = 4"),
+    (lambda: LatentConfig(n_heads=4, n_latent=10), "n_latent = 10: must be a multiple of n_heads = 4"),
+    (
+        lambda: LatentConfig(n_heads=4, backend="abacus"),
+        "backend = 'abacus': must be one of auto, reference, torch, flex",
+    ),
+    (lambda: with_mixer(LatentConfig(n_heads=5)), "blocks.a.mixer.n_heads = 5: must divide the width 32"),
+    (
+        lambda: with_mixer(LatentConfig(n_heads=32)),
+        "blocks.a.mixer.n_heads = 32: must divide half the width, 16, or give n_latent",
+    ),
+    (
+        lambda: with_mixer(LatentConfig(n_heads=4, n_latent=36)),
+        "blocks.a.mixer.n_latent = 36: a latent larger than the width 32 compresses nothing",
+    ),
     (lambda: GDNConfig(n_heads=4, n_key_heads=3), "n_key_heads = 3: must divide n_heads = 4"),
     (lambda: GDNConfig(n_heads=4, head_k_dim=0), "head_k_dim = 0: must be > 0"),
     (lambda: GDNConfig(n_heads=4, head_v_dim=-2), "head_v_dim = -2: must be > 0"),

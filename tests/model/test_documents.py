@@ -25,7 +25,7 @@ from .helpers import (
     random_tokens,
 )
 
-PATTERNS = [("mha",), ("swa",), ("mla",), ("gdn",), ("gdn", "swa", "mla", "mha")]
+PATTERNS = [*((kind,) for kind in MIXERS), ("gdn", "swa", "mla", "mha", "latent")]
 CHUNK = 64
 # Document boundaries on, before and after the edges of windows and of the delta rule's chunks.
 BOUNDARIES = [1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK - 1, 2 * CHUNK]
@@ -48,7 +48,11 @@ def perturbed(tokens: Tensor, where: slice) -> Tensor:
 @torch.no_grad()
 def test_perturbing_one_document_leaves_the_others_unchanged(pattern: tuple[str, ...], backend: str) -> None:
     model, tokens = tiny(pattern, backend), random_tokens(1, TIME)
-    boundaries = BOUNDARIES if backend == "auto" or "gdn" not in pattern else [WINDOW, CHUNK - 1, CHUNK, CHUNK + 1]
+    boundaries = (
+        BOUNDARIES
+        if backend == "auto" or not {"gdn", "gdn_latent"} & {*pattern}
+        else [WINDOW, CHUNK - 1, CHUNK, CHUNK + 1]
+    )
     for boundary in boundaries:
         seq = packed(boundary, TIME - boundary)
         logits = model(tokens, seq)
@@ -161,7 +165,10 @@ def test_fast_backends_are_the_reference_over_many_tiles_and_chunks(kind: str, l
 
 
 # The delta rule's layer is above a hundredth already with its rule in fp32: it rounds more projections in a row.
-@pytest.mark.parametrize(("kind", "tolerance"), [("mha", 1e-2), ("swa", 1e-2), ("mla", 1e-2), ("gdn", 1.5e-2)])
+@pytest.mark.parametrize(
+    ("kind", "tolerance"),
+    [("mha", 1e-2), ("swa", 1e-2), ("mla", 1e-2), ("latent", 1e-2), ("gdn", 1.5e-2), ("gdn_latent", 1.5e-2)],
+)
 @torch.no_grad()
 def test_bfloat16_autocast_of_a_mixer_is_within_its_rounding_of_fp32(kind: str, tolerance: float) -> None:
     mixer, x, seq = build_mixer(MIXERS[kind]), random_input(1, 300), packed(1, 170, 129)

@@ -241,6 +241,7 @@ def test_only_full_attention_has_a_state_that_grows() -> None:
     assert at("gdn", 10) == at("gdn", 10_000)
     assert at("mha", 20) == 2 * at("mha", 10)
     assert at("mla", 20) == 2 * at("mla", 10)
+    assert at("latent", 20) == 2 * at("latent", 10)
 
 
 def test_more_tokens_than_the_state_holds_are_refused_and_leave_it_as_it_was() -> None:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from swamla.model.ffns.dense import DenseConfig
     from swamla.model.language_model import LanguageModel, ModelState
     from swamla.model.mixers.gdn import GDN, GDNConfig
+    from swamla.model.mixers.latent import LatentAttention, LatentConfig
     from swamla.model.mixers.mha import MHA, MHAConfig
     from swamla.model.mixers.mixer import Mixer, State
     from swamla.model.mixers.mla import MLA, MLAConfig
@@ -27,6 +28,8 @@ _HOME = {
     "GDNConfig": "mixers.gdn",
     "LanguageModel": "language_model",
     "LanguageModelConfig": "config",
+    "LatentAttention": "mixers.latent",
+    "LatentConfig": "mixers.latent",
     "LayerNormConfig": "norm",
     "LinearScaling": "rope",
     "MHA": "mixers.mha",
@@ -59,6 +62,8 @@ __all__ = [
     "GDNConfig",
     "LanguageModel",
     "LanguageModelConfig",
+    "LatentAttention",
+    "LatentConfig",
     "LayerNormConfig",
     "LinearScaling",
     "MHAConfig",

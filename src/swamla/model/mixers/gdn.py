@@ -27,6 +27,8 @@ class GDNConfig:
     head_k_dim: width of a query or key head, width / n_heads by default.
     head_v_dim: width of a value head, width / n_heads by default.
     conv: width of the short causal convolution on queries, keys and values.
+    latent_dim: project queries, keys, values and output through this many numbers each, the gate never; 0 for directly.
+    share_qk: whether the normalised queries serve as keys too.
     backend: auto, reference or torch.
     """
 
@@ -36,6 +38,8 @@ class GDNConfig:
     head_k_dim: int | None = None
     head_v_dim: int | None = None
     conv: int = 4
+    latent_dim: int = 0
+    share_qk: bool = False
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -45,6 +49,7 @@ class GDNConfig:
         require(self.head_k_dim is None or self.head_k_dim > 0, "head_k_dim", self.head_k_dim, "must be > 0, e.g. 128")
         require(self.head_v_dim is None or self.head_v_dim > 0, "head_v_dim", self.head_v_dim, "must be > 0, e.g. 128")
         require(self.conv > 0, "conv", self.conv, "must be > 0, e.g. 4")
+        require(self.latent_dim >= 0, "latent_dim", self.latent_dim, "must be >= 0 (0: not compressed)")
         require(self.backend in BACKENDS, "backend", self.backend, f"must be one of {', '.join(BACKENDS)}")
 
     @property
@@ -64,6 +69,11 @@ class GDNConfig:
         head_k, head_v = self.head_dims(width)
         return self.key_heads * head_k, self.n_heads * head_v
 
+    def channels(self, width: int) -> dict[str, int]:
+        """Channels of the convolution: queries, keys where they are not the queries, values."""
+        keys, values = self.key_value_dims(width)
+        return {"q": keys, "v": values} if self.share_qk else {"q": keys, "k": keys, "v": values}
+
     def build(self, width: int) -> "GDN":
         """The module."""
         return GDN(self, width)
@@ -72,11 +82,20 @@ class GDNConfig:
         """What computes which op, on any device."""
         return {"delta rule": resolve_backend(self.backend)}
 
+    def _projection_weights(self, width: int) -> int:
+        channels, values = self.channels(width), self.key_value_dims(width)[1]
+        gates = width * (values + 2 * self.n_heads)
+        ends = [(width, out) for out in channels.values()] + [(values, width)]
+        if self.latent_dim:
+            return gates + sum(self.latent_dim * (into + out) for into, out in ends)
+        return gates + sum(into * out for into, out in ends)
+
     def n_parameters(self, width: int) -> int:
-        """Parameters of the module."""
-        keys, values = self.key_value_dims(width)
-        projections = width * (2 * keys + 2 * values + 2 * self.n_heads) + values * width
-        return projections + self.conv * (2 * keys + values) + 2 * self.n_heads + self.head_dims(width)[1]
+        """Parameters of the module; ConfigError where `latent_dim` is larger than the width it compresses."""
+        allowed = f"a rank larger than the width {width} compresses nothing"
+        require(self.latent_dim <= width, "latent_dim", self.latent_dim, allowed)
+        convolution = self.conv * sum(self.channels(width).values())
+        return self._projection_weights(width) + convolution + 2 * self.n_heads + self.head_dims(width)[1]
 
     def forward_flops(self, width: int, length: int) -> int:
         """Floating-point operations of one forward pass over one sequence of `length` tokens, in chunks of 64.
@@ -84,17 +103,16 @@ class GDNConfig:
         Per token and head: K Kᵀ and Q Kᵀ, the triangular solve for K + V right-hand sides, the chunk-local output,
         and reading (twice) and writing the state.
         """
-        keys, values = self.key_value_dims(width)
         head_k, head_v = self.head_dims(width)
-        dense = 2 * (width * (2 * keys + 3 * values + 2 * self.n_heads) + self.conv * (2 * keys + values))
+        dense = 2 * (self._projection_weights(width) + self.conv * sum(self.channels(width).values()))
         rule = CHUNK * (4 * head_k + head_k + head_v + 2 * head_v) + 6 * head_k * head_v
         return length * (dense + self.n_heads * rule)
 
     def state_bytes(self, width: int, length: int, element_bytes: int) -> int:
         """Bytes of the state of one sequence, whatever its length: fp32 memories and the last conv − 1 inputs."""
-        keys, values = self.key_value_dims(width)
         head_k, head_v = self.head_dims(width)
-        return self.n_heads * head_k * head_v * 4 + (self.conv - 1) * (2 * keys + values) * element_bytes
+        history = (self.conv - 1) * sum(self.channels(width).values())
+        return self.n_heads * head_k * head_v * 4 + history * element_bytes
 
 
 @dataclass
@@ -106,21 +124,30 @@ class GDNState(State):
 
 
 class GDN(Mixer[GDNState]):
-    """Short convolution, gated delta rule, gated RMSNorm: the layer of Qwen3-Next, its projections side by side."""
+    """Short convolution, gated delta rule, gated RMSNorm: the layer of Qwen3-Next, its projections side by side.
+
+    With `latent_dim` what stands side by side are the latents of queries, keys and values, each expanded on its own,
+    and the output is compressed before its projection; the gate z is projected directly all the same, as it scales
+    every number of the output on its own. With `share_qk` keys have neither projection nor convolution.
+    """
 
     def __init__(self, config: GDNConfig, width: int) -> None:
         super().__init__()
         self.config = config
         self.head_k, self.head_v = config.head_dims(width)
-        keys, values = config.key_value_dims(width)
-        self.qkv_channels = (keys, keys, values)
-        self.qkvz_proj = nn.Linear(width, 2 * keys + 2 * values, bias=False)
+        channels, rank = config.channels(width), config.latent_dim
+        self.channels, values = tuple(channels.values()), channels["v"]
+        self.inner = (rank,) * len(channels) if rank else self.channels  # what x is projected to, before it is expanded
+        self.qkvz_proj = nn.Linear(width, sum(self.inner) + values, bias=False)
         self.ba_proj = nn.Linear(width, 2 * config.n_heads, bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(2 * keys + values, config.conv))
+        if rank:
+            self.expand = nn.ModuleDict({name: nn.Linear(rank, out, bias=False) for name, out in channels.items()})
+        self.conv_weight = nn.Parameter(torch.empty(sum(self.channels), config.conv))
         self.A_log = nn.Parameter(torch.empty(config.n_heads))
         self.dt_bias = nn.Parameter(torch.empty(config.n_heads))
         self.norm_weight = nn.Parameter(torch.empty(self.head_v))
-        self.o_proj = nn.Linear(values, width, bias=False)
+        self.compress_o = nn.Linear(values, rank, bias=False) if rank else nn.Identity()
+        self.o_proj = nn.Linear(rank or values, width, bias=False)
         self.reset_gates()
 
     @torch.no_grad()
@@ -134,23 +161,28 @@ class GDN(Mixer[GDNState]):
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Inputs of the convolution (B, T, channels), gate z (B, T, H, V), and fp32 log α and β (B, T, H)."""
-        qkv, z = self.qkvz_proj(x_BTD).split((sum(self.qkv_channels), self.qkv_channels[2]), dim=-1)
+        qkv, z = self.qkvz_proj(x_BTD).split((sum(self.inner), self.channels[-1]), dim=-1)
+        if self.config.latent_dim:
+            latents = qkv.split(self.inner, dim=-1)
+            expanded = [into(latent) for into, latent in zip(self.expand.values(), latents, strict=True)]
+            qkv = torch.cat(expanded, dim=-1)
         b, a = self.ba_proj(x_BTD).float().chunk(2, dim=-1)
         log_alpha = -self.A_log.float().exp() * F.softplus(a + self.dt_bias.float())
         return qkv, z.unflatten(-1, (-1, self.head_v)), log_alpha, b.sigmoid()
 
     def heads(self, qkv_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised queries and keys (B, T, H, K) and values (B, T, H, V) out of the convolved channels."""
-        q, k, v = qkv_BTD.split(self.qkv_channels, dim=-1)
-        q, k = (l2_normalize(part.unflatten(-1, (-1, self.head_k))) for part in (q, k))
+        *qk, v = qkv_BTD.split(self.channels, dim=-1)
+        qk = [l2_normalize(part.unflatten(-1, (-1, self.head_k))) for part in qk]
         repeats = self.config.n_heads // self.config.key_heads
         if repeats > 1:
-            q, k = q.repeat_interleave(repeats, dim=2), k.repeat_interleave(repeats, dim=2)
-        return q, k, v.unflatten(-1, (-1, self.head_v))
+            qk = [part.repeat_interleave(repeats, dim=2) for part in qk]
+        return qk[0], qk[-1], v.unflatten(-1, (-1, self.head_v))
 
     def output(self, o_BTHV: Tensor, z_BTHV: Tensor) -> Tensor:
         """Per-head RMSNorm gated by SiLU(z), then the output projection."""
-        return self.o_proj((rms_norm(o_BTHV, self.norm_weight, 1e-6) * F.silu(z_BTHV)).flatten(2))
+        gated_BTHV = rms_norm(o_BTHV, self.norm_weight, 1e-6) * F.silu(z_BTHV)
+        return self.o_proj(self.compress_o(gated_BTHV.flatten(2)))
 
     def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
         qkv, z, log_alpha, beta = self.project(x_BTD)
@@ -160,7 +192,7 @@ class GDN(Mixer[GDNState]):
 
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> GDNState:
         memory = torch.zeros(batch, self.config.n_heads, self.head_k, self.head_v, device=device)
-        history = torch.zeros(batch, self.config.conv - 1, sum(self.qkv_channels), dtype=dtype, device=device)
+        history = torch.zeros(batch, self.config.conv - 1, sum(self.channels), dtype=dtype, device=device)
         return GDNState(memory, history)
 
     def step(self, x_BTD: Tensor, state: GDNState, seq: Layout) -> Tensor:

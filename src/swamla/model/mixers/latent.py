@@ -1,0 +1,133 @@
+"""Attention whose keys and values share one latent and know no position: a drop-in for GPT-2's attention."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from swamla.errors import require
+from swamla.model.mixers.mha import causal_mask
+from swamla.model.mixers.mixer import Mixer, State, write_at
+from swamla.ops import cached_attention, causal_attention
+from swamla.ops.attention import BACKENDS, resolve_backend
+from swamla.ops.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """Latent attention without positions of its own; the model's learned ones are its only.
+
+    n_heads: heads.
+    n_latent: width of the latent, and of all queries and of all keys together; half the model's width by default.
+    bias: whether projections add one, as GPT-2's do.
+    backend: auto, reference, torch or flex.
+    """
+
+    kind: ClassVar[str] = "latent"
+    n_heads: int
+    n_latent: int | None = None
+    bias: bool = False
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        require(self.n_heads > 0, "n_heads", self.n_heads, "must be > 0")
+        fits = self.n_latent is None or (self.n_latent > 0 and self.n_latent % self.n_heads == 0)
+        require(fits, "n_latent", self.n_latent, f"must be a multiple of n_heads = {self.n_heads}")
+        require(self.backend in BACKENDS, "backend", self.backend, f"must be one of {', '.join(BACKENDS)}")
+
+    def latent_dim(self, width: int) -> int:
+        """Width of the latent in a model of `width`; ConfigError where it, or the heads, do not fit."""
+        require(width % self.n_heads == 0, "n_heads", self.n_heads, f"must divide the width {width}")
+        if self.n_latent is None:
+            half = width // 2
+            allowed = f"must divide half the width, {half}, or give n_latent"
+            require(half > 0 and half % self.n_heads == 0, "n_heads", self.n_heads, allowed)
+            return half
+        allowed = f"a latent larger than the width {width} compresses nothing"
+        require(self.n_latent <= width, "n_latent", self.n_latent, allowed)
+        return self.n_latent
+
+    def build(self, width: int) -> "LatentAttention":
+        """The module."""
+        return LatentAttention(self, width)
+
+    def backends(self, device: torch.device) -> dict[str, str]:
+        """What computes which op on `device`. Raises `MissingBackendError` for a backend that cannot."""
+        return {"attention": resolve_backend(self.backend, device)}
+
+    def _projection_weights(self, width: int) -> int:
+        latent = self.latent_dim(width)
+        return 2 * width * latent + latent * (latent + width) + width * width
+
+    def n_parameters(self, width: int) -> int:
+        """Parameters of the module."""
+        return self._projection_weights(width) + self.bias * (3 * self.latent_dim(width) + 2 * width)
+
+    def forward_flops(self, width: int, length: int) -> int:
+        """Floating-point operations of one forward pass over one sequence of `length` tokens (causal: half)."""
+        pairs = length * (length + 1) // 2
+        return 2 * self._projection_weights(width) * length + 2 * (self.latent_dim(width) + width) * pairs
+
+    def state_bytes(self, width: int, length: int, element_bytes: int) -> int:
+        """Bytes of the state of one sequence that may grow to `length` tokens: the latents."""
+        return length * self.latent_dim(width) * element_bytes
+
+
+@dataclass
+class LatentState(State):
+    """The latent of each token, (B, max_len, R)."""
+
+    latent_BSR: Tensor
+
+
+class LatentAttention(Mixer[LatentState]):
+    """c = W_c x, q = W_q x, k = W_k c, v = W_v c, with heads of R / H for queries and keys and D / H for values.
+
+    `forward` expands keys and values; `step` instead folds the expansion into queries and outputs ("absorbed"), so
+    that the state is the latent alone and is read as it is. Both are the same function, biases included: a key's adds
+    the same to all scores of a query, which softmax does not see, and a value's passes through weights that sum to 1.
+    """
+
+    def __init__(self, config: LatentConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.latent_dim, self.width = config.latent_dim(width), width
+        self.key_dim = self.latent_dim // config.n_heads
+        self.qc_proj = nn.Linear(width, 2 * self.latent_dim, bias=config.bias)
+        self.kv_proj = nn.Linear(self.latent_dim, self.latent_dim + width, bias=config.bias)
+        self.o_proj = nn.Linear(width, width, bias=config.bias)
+
+    def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (B, T, H, K) and the latent (B, T, R)."""
+        q, latent = self.qc_proj(x_BTD).chunk(2, dim=-1)
+        return q.unflatten(-1, (-1, self.key_dim)), latent
+
+    def expand(self, latent_BTR: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (B, T, H, K) and values (B, T, H, V) of every head."""
+        k, v = self.kv_proj(latent_BTR).split((self.latent_dim, self.width), dim=-1)
+        return k.unflatten(-1, (-1, self.key_dim)), v.unflatten(-1, (self.config.n_heads, -1))
+
+    def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
+        q, latent = self.project(x_BTD)
+        k, v = self.expand(latent)
+        return self.o_proj(causal_attention(q, k, v, seq, backend=self.config.backend).flatten(2))
+
+    def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> LatentState:
+        return LatentState(torch.zeros(batch, max_len, self.latent_dim, dtype=dtype, device=device))
+
+    def step(self, x_BTD: Tensor, state: LatentState, seq: Layout) -> Tensor:
+        q, latent = self.project(x_BTD)
+        write_at(state.latent_BSR, seq.position_BT, latent)  # padding too, see MHA
+        # W_k and W_v, (H, K, R) and (H, V, R): scores = (W_kᵀ q) · c and outputs = W_v (Σ p c) + b_v.
+        w_k, w_v = (
+            part.unflatten(0, (self.config.n_heads, -1)).to(q.dtype)
+            for part in self.kv_proj.weight.split((self.latent_dim, self.width))
+        )
+        seen = seq.end
+        held = state.latent_BSR[:, :seen].to(q.dtype).unsqueeze(2)
+        allowed = seq.table("causal", lambda: causal_mask(seq, seen))
+        q = torch.einsum("bthk,hkr->bthr", q, w_k)
+        o = cached_attention(q, held, held, allowed, scale=self.key_dim**-0.5)
+        o_BTD = torch.einsum("bthr,hvr->bthv", o, w_v).flatten(2)
+        return self.o_proj(o_BTD if self.kv_proj.bias is None else o_BTD + self.kv_proj.bias[self.latent_dim :])
