@@ -7,6 +7,7 @@ from swamla.data.config import DataConfig
 from swamla.errors import require
 from swamla.model.block import Checkpointing
 from swamla.model.config import LanguageModelConfig
+from swamla.train.curriculum import Curriculum
 from swamla.train.optim import AdamWConfig, MuonConfig
 from swamla.train.precision import Precision
 from swamla.train.schedule import Budget, Schedule, ScheduleName
@@ -24,6 +25,8 @@ class TrainConfig:
     batch_size: rows in one optimizer step.
     accumulation: micro-batches that a step's rows are split into; this changes memory only.
     block_size: tokens in a row.
+    curriculum: shorter rows first, as in "512:500M,1024:2B,2048:inf": 512 tokens for 500 million, then 1024 for two
+        billion, then block_size. Rows are cut, so a step has as many tokens as ever; evaluations are at block_size.
     optimizer: what turns gradients into updates.
     lr: learning rate at the end of the warm-up, its peak.
     min_lr_ratio: the last learning rate as a fraction of the peak.
@@ -51,6 +54,7 @@ class TrainConfig:
     batch_size: int = 32
     accumulation: int = 1
     block_size: int = 256
+    curriculum: str = ""
     optimizer: AdamWConfig | MuonConfig = field(default_factory=AdamWConfig)
     lr: float = 1e-3
     min_lr_ratio: float = 0.1
@@ -89,6 +93,7 @@ class TrainConfig:
         accumulates = self.batch_size % self.accumulation == 0
         require(accumulates, "accumulation", self.accumulation, f"must divide batch_size = {self.batch_size}")
         require(self.seed >= 0, "seed", self.seed, "must be >= 0")
+        Curriculum.parse(self.curriculum, self.block_size)
         self._check_rates()
 
     def _check_rates(self) -> None:
@@ -114,6 +119,11 @@ class TrainConfig:
     def budget(self) -> Budget:
         """What ends the run."""
         return Budget(steps=self.steps, seconds=None if self.max_minutes is None else 60 * self.max_minutes)
+
+    @property
+    def lengths(self) -> Curriculum:
+        """The sequence length over the run."""
+        return Curriculum.parse(self.curriculum, self.block_size)
 
     @property
     def learning_rate(self) -> Schedule:

@@ -1,29 +1,26 @@
-"""The training loop, read top-down: `train` is the run, `training_step` the algorithm box."""
+"""The training loop, read top-down: `train` is the run; its steps are in step.py."""
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from swamla.checkpoint import latest_checkpoint, list_checkpoints, mark_best, prune
 from swamla.data.dataset import Dataset
-from swamla.data.packing import Batch
 from swamla.data.sampler import PackedRows
-from swamla.errors import DataError, Interrupted, SwamlaError
-from swamla.model.ffns.ffn import Statistics
+from swamla.errors import Interrupted, SwamlaError
 from swamla.model.language_model import LanguageModel
-from swamla.ops.layout import Layout
 from swamla.train.backends import describe
-from swamla.train.config import RunConfig, TrainConfig
+from swamla.train.config import RunConfig
+from swamla.train.curriculum import cut
 from swamla.train.plot import plot_losses
 from swamla.train.precision import autocast
 from swamla.train.run_folder import open_run
 from swamla.train.signals import StopRequest
 from swamla.train.state import TrainState, generator_states, set_generator_states
+from swamla.train.step import StepResult, training_step
 from swamla.train.tracking import Display, Metrics, make_display
 
 MAX_SKIPPED_IN_A_ROW = 20
@@ -35,24 +32,6 @@ class Diverged(SwamlaError):
     """Training that cannot go on because its numbers are no longer finite."""
 
     exit_status = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """What a training step found.
-
-    loss: nats per token.  tokens: labels that carried loss.  statistics: of the FFNs, summed over the whole batch.
-    """
-
-    loss: float
-    grad_norm: float
-    tokens: int
-    statistics: Statistics
-
-    @property
-    def finite(self) -> bool:
-        """False when the step had to be skipped."""
-        return math.isfinite(self.grad_norm) and math.isfinite(self.loss)
 
 
 def train(
@@ -103,44 +82,6 @@ def _train(
             metrics.close()
 
 
-def training_step(state: TrainState, batch: Batch, config: TrainConfig, lr: float) -> StepResult:
-    """One optimizer step on `batch`: the mean over all its labels, however they fall on the micro-batches.
-
-    A step whose loss or gradient is not finite changes no weight.
-    """
-    model, device = state.model.train(), state.device
-    if batch.n_labels == 0:
-        raise DataError(f"rows {state.sample} to {state.sample + config.batch_size - 1}: no label carries loss")
-    state.optimizer.zero_grad()
-    nats = torch.zeros((), device=device)
-    statistics: Statistics = {}
-    for tokens_BT, labels_BT, document_BT in _micro_batches(batch, config.accumulation):
-        seq = Layout.from_documents(document_BT).to(device)
-        with autocast(state.precision, device):
-            total, found = model.loss(tokens_BT.to(device), labels_BT.to(device), seq)
-        extra = sum(value for name, value in found.items() if name.startswith("loss/"))
-        ((total + extra) / batch.n_labels).backward()
-        nats += total.detach()
-        for name, value in found.items():
-            statistics[name] = statistics.get(name, 0) + value.detach()
-
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    loss = (nats / batch.n_labels).item()
-    result = StepResult(loss=loss, grad_norm=norm.item(), tokens=batch.n_labels, statistics=statistics)
-    if result.finite:
-        if config.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
-        state.optimizer.set_lr(lr)
-        state.optimizer.step()
-        model.rebalance(statistics)
-    return result
-
-
-def _micro_batches(batch: Batch, count: int) -> "zip[tuple[torch.Tensor, ...]]":
-    return zip(*(t.chunk(count) for t in (batch.tokens_BT, batch.labels_BT, batch.document_BT)), strict=True)
-
-
 class _Loop:
     """A run in progress: the state, and what watches over it."""
 
@@ -159,6 +100,7 @@ class _Loop:
         self.evaluate, self.metrics, self.display = evaluate, metrics, display
         eos_id = dataset.tokenizer.eos_id
         self.rows = PackedRows(dataset.train, self.config.block_size, self.config.seed, eos_id)
+        self.curriculum, self.length = self.config.lengths, self.config.block_size  # where there is none, none is told
         bytes_per_label = dataset.train.n_bytes / (dataset.train.n_tokens + dataset.train.n_documents)
         self.bits_per_nat = 1 / (math.log(2) * bytes_per_label)
         self.started = time.monotonic() - state.seconds
@@ -203,7 +145,7 @@ class _Loop:
         state, begin = self.state, time.monotonic()
         lr = self.config.lr * self.config.learning_rate.factor(progress, state.step)
         batch = self.rows.batch(state.sample, self.config.batch_size)
-        result = training_step(state, batch, self.config, lr)
+        result = training_step(state, cut(batch, self.sequence_length()), self.config, lr)
         state.step += 1
         state.sample += self.config.batch_size
         state.tokens += result.tokens if result.finite else 0
@@ -214,6 +156,14 @@ class _Loop:
             return
         state.skipped_in_a_row = 0
         self.log(result, lr)
+
+    def sequence_length(self) -> int:
+        """Of the next step, by the curriculum; a change is told."""
+        length = self.curriculum.length(self.state.tokens)
+        if length != self.length:
+            self.display.say(f"sequence length {length} from step {self.state.step + 1}, {self.state.tokens:,} tokens")
+            self.length = length
+        return length
 
     def skip(self, result: StepResult) -> None:
         """Count a step whose gradient was not finite; too many in a row end the run."""
