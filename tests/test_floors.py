@@ -14,7 +14,7 @@ FLOORS = [
     {"config", "files", "ops"},
     {"model", "data", "recipes", "tensor_file"},
     {"checkpoint", "generate"},
-    {"train", "evaluate"},
+    {"train", "evaluate", "export"},
     {"cli"},
 ]
 FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}

@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train a model: a recipe, and flags that change it",
     "generate": "continue prompts with a trained model",
     "evaluate": "held-out loss, perplexity and bits per byte of a trained model",
+    "export": "a trained model as a folder that other programs load",
     "prepare": "tokenize data ahead of training",
     "info": "exact parameters, FLOPs and state bytes of a model, from its config alone",
 }

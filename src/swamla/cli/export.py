@@ -1,0 +1,37 @@
+"""`swamla export RUN FOLDER`: a trained model in a form that other programs load."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from swamla.checkpoint import load
+from swamla.cli.console import Console, say
+from swamla.cli.flags import Positional, parse
+from swamla.cli.running import checked
+from swamla.export import save_gpt2
+
+FORMATS = {"gpt2": save_gpt2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """A trained model and its tokenizer, as a folder that other programs load."""
+
+    run: Positional[str]
+    """The run's folder."""
+    folder: Positional[str]
+    """Where to write: a folder that is not there yet, or is empty."""
+    format: Literal["gpt2"] = "gpt2"
+    """gpt2: what GPT2LMHeadModel.from_pretrained of transformers loads, for models that are GPT-2s."""
+    which: str = "best"
+    """The checkpoint: best, latest, or a step."""
+
+
+def main(argv: list[str]) -> int:
+    """Load and write."""
+    arguments, _ = parse(Arguments, argv, command="export")
+    folder = checked(arguments.folder)
+    model, tokenizer = load(checked(arguments.run), arguments.which)
+    FORMATS[arguments.format](model, folder, tokenizer=tokenizer)
+    files = ", ".join(sorted(path.name for path in folder.iterdir()))
+    say(Console(), f"{folder} holds {files}")
+    return 0

@@ -1,0 +1,269 @@
+"""GPT-2 out and in: a folder with config.json and model.safetensors, as transformers' `GPT2LMHeadModel` has it.
+
+Nothing here imports transformers, and nothing reads a pickle.
+"""
+
+import json
+import re
+import shutil
+import warnings
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from swamla.config import from_plain, load_json, to_plain
+from swamla.data.tokenizer import Tokenizer
+from swamla.errors import CorruptError, UsageError, require
+from swamla.files import fsync
+from swamla.model.block import BlockConfig
+from swamla.model.config import LanguageModelConfig
+from swamla.model.ffns.dense import DenseConfig
+from swamla.model.language_model import LanguageModel
+from swamla.model.mixers.mha import MHAConfig
+from swamla.model.norm import LayerNormConfig
+from swamla.tensor_file import read_tensors
+
+_LAYER = {
+    "mixer_norm": "ln_1",
+    "mixer.qkv_proj": "attn.c_attn",
+    "mixer.o_proj": "attn.c_proj",
+    "ffn_norm": "ln_2",
+    "ffn.up_proj": "mlp.c_fc",
+    "ffn.down_proj": "mlp.c_proj",
+}
+_CAUSAL_MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # a buffer that older files hold; no weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPT2Config:
+    """What a GPT-2 config.json says of the function it computes, under its own names; everything else is left out.
+
+    n_inner: hidden width of the MLP, 4 · n_embd where it is None.
+    """
+
+    model_type: Literal["gpt2"]
+    vocab_size: int
+    n_positions: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_inner: int | None = None
+    activation_function: Literal["gelu_new", "gelu_pytorch_tanh"] = "gelu_new"
+    layer_norm_epsilon: float = 1e-5
+    resid_pdrop: float = 0.1
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    add_cross_attention: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
+            size = self.__dict__[name]
+            require(size is None or size > 0, name, size, "must be > 0")
+        require(self.n_embd % self.n_head == 0, "n_head", self.n_head, f"must divide n_embd = {self.n_embd}")
+        for name in ("tie_word_embeddings", "scale_attn_weights"):
+            require(self.__dict__[name], name, False, "must be true: nothing else is supported")
+        for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+            require(not self.__dict__[name], name, True, "must be false: nothing else is supported")
+
+    def language_model(self) -> LanguageModelConfig:
+        """Ours. Dropout is that of the residual stream; we have none of attention weights."""
+        hidden = None if self.n_inner in (None, 4 * self.n_embd) else self.n_inner
+        block = BlockConfig(
+            mixer=MHAConfig(n_heads=self.n_head, rope=None, bias=True),
+            ffn=DenseConfig(hidden=hidden, activation="gelu", bias=True),
+        )
+        return LanguageModelConfig(
+            vocab_size=self.vocab_size,
+            width=self.n_embd,
+            blocks={"mha": block},
+            pattern=("mha",) * self.n_layer,
+            norm=LayerNormConfig(eps=self.layer_norm_epsilon),
+            learned_positions=self.n_positions,
+            dropout=self.resid_pdrop,
+            init_std=self.initializer_range,
+        )
+
+
+def gpt2_config(model: LanguageModel) -> dict[str, Any]:
+    """The config.json of a GPT-2 that computes what `model` does; UsageError naming what GPT-2 has no place for."""
+    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+    return {"architectures": ["GPT2LMHeadModel"], **to_plain(_as_gpt2(model.config)), "dtype": dtype}
+
+
+def save_gpt2(model: LanguageModel, folder: str | Path, *, tokenizer: Tokenizer | None = None) -> None:
+    """Write `model` so that `transformers.GPT2LMHeadModel.from_pretrained(folder)` loads it, in its own dtype.
+
+    With a tokenizer, its tokenizer.json too, and its end of text as the model's. The folder is there whole or not at
+    all. UsageError where it has something in it, and for a model that is no GPT-2: any mixer but mha without rope and
+    with a bias, any FFN but gelu with a bias, another norm, an untied head, no learned positions.
+    """
+    folder, plain = Path(folder), gpt2_config(model)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder}: exists and is not empty: choose another folder")
+    eos = None if tokenizer is None else tokenizer.eos_id
+    ours = model.state_dict()
+    tensors = {}
+    for name, (mine, transposed) in _names(model.config.depth).items():
+        tensor = ours[mine].detach().cpu()
+        tensors[f"transformer.{name}"] = (tensor.T if transposed else tensor).contiguous()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.with_name(f".saving-{folder.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        (staging / "config.json").write_text(
+            json.dumps(plain | {"bos_token_id": eos, "eos_token_id": eos}, indent=2) + "\n"
+        )
+        save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
+        if tokenizer is not None:
+            _save_tokenizer(tokenizer, staging, model.config.learned_positions)
+        for file in (*staging.iterdir(), staging):
+            fsync(file)
+        staging.rename(folder)
+        fsync(folder.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)  # where it still is, something went wrong
+
+
+def load_gpt2(folder: str | Path) -> LanguageModel:
+    """The model in a folder that transformers' GPT-2 was saved to, in evaluation mode and fp32.
+
+    `wte` or `transformer.wte` are both known as names, and an lm_head.weight that is the embedding. Dropout of
+    attention weights, or other of the embeddings than elsewhere, is left out with a warning: it matters in training
+    alone. Raises `UsageError` or `ConfigError` for what is no such model, and `CorruptError` listing the first five
+    tensors that are missing, unexpected or of another shape.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    model = config.language_model().build()
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        why = f"{pickles[0]} is a pickle, which is never loaded" if pickles else "weights in several files are not read"
+        raise UsageError(f"{file}: no such file ({why}): save the model with transformers' save_pretrained")
+    theirs = _weights(read_tensors(file), file)
+    mine = model.state_dict()
+    names = _names(config.n_layer)
+    expected = {n: tuple(mine[own].T.shape if turned else mine[own].shape) for n, (own, turned) in names.items()}
+    _require_shapes(expected, {name: tuple(tensor.shape) for name, tensor in theirs.items()}, file)
+    loaded = {own: theirs[n].T if turned else theirs[n] for n, (own, turned) in names.items()}
+    model.load_state_dict(loaded | {"head.weight": loaded["embedding.weight"]})
+    return model.eval()
+
+
+def _as_gpt2(config: LanguageModelConfig) -> GPT2Config:
+    """GPT-2's config of ours; `UsageError` naming the first setting that is in the way."""
+    shapes = {name: _as_gpt2_block(block, f"blocks.{name}", config.width) for name, block in config.blocks.items()}
+    first = config.pattern[0]
+    for name, shape in shapes.items():
+        _fits(f"blocks.{name}", dict(shape), shapes[first], f"the same as blocks.{first}")
+    if not isinstance(config.norm, LayerNormConfig):
+        raise _in_the_way("norm.kind", config.norm.kind, "layernorm")
+    _fits("norm.bias", config.norm.bias, True)
+    _fits("tied_head", config.tied_head, True)
+    if not config.learned_positions:
+        raise _in_the_way("learned_positions", 0, "a number of them")
+    return GPT2Config(
+        model_type="gpt2",
+        vocab_size=config.vocab_size,
+        n_positions=config.learned_positions,
+        n_embd=config.width,
+        n_layer=config.depth,
+        **shapes[first],
+        layer_norm_epsilon=config.norm.eps,
+        resid_pdrop=config.dropout,
+        embd_pdrop=config.dropout,
+        attn_pdrop=0.0,
+        initializer_range=config.init_std,
+    )
+
+
+def _as_gpt2_block(block: BlockConfig, where: str, width: int) -> dict[str, Any]:
+    """What GPT-2's config says of a block. `UsageError` naming what of it is in the way."""
+    mixer, ffn = block.mixer, block.ffn
+    if type(mixer) is not MHAConfig:  # a window is one too
+        raise _in_the_way(f"{where}.mixer.kind", mixer.kind, MHAConfig.kind)
+    if not isinstance(ffn, DenseConfig):
+        raise _in_the_way(f"{where}.ffn.kind", ffn.kind, DenseConfig.kind)
+    if mixer.rope is not None:
+        raise _in_the_way(f"{where}.mixer.rope", "a table", "none")
+    _fits(f"{where}.mixer.bias", mixer.bias, True)
+    _fits(f"{where}.mixer.n_kv_heads", mixer.kv_heads, mixer.n_heads)
+    _fits(f"{where}.mixer.head_dim", mixer.n_heads * mixer.key_dim(width), width, f"width / n_heads, the width {width}")
+    _fits(f"{where}.ffn.activation", ffn.activation, "gelu")
+    _fits(f"{where}.ffn.bias", ffn.bias, True)
+    hidden = ffn.hidden_dim(width)
+    return {"n_head": mixer.n_heads, "n_inner": None if hidden == 4 * width else hidden}
+
+
+def _fits(field: str, got: Any, wanted: Any, said: str = "") -> None:
+    if got != wanted:
+        raise _in_the_way(field, got, said or repr(wanted))
+
+
+def _in_the_way(field: str, got: Any, wanted: str) -> UsageError:
+    return UsageError(f"{field} = {got!r}: GPT-2 has no place for it, it must be {wanted}")
+
+
+def _read_config(folder: Path) -> GPT2Config:
+    plain, _ = load_json(folder / "config.json")
+    known = {field.name for field in fields(GPT2Config)}
+    config = from_plain(
+        GPT2Config, {key: plain[key] for key in plain if key in known}, origin=str(folder / "config.json")
+    )
+    for name, ours in (("attn_pdrop", 0.0), ("embd_pdrop", config.resid_pdrop)):
+        found = config.__dict__[name]
+        if found != ours:
+            warnings.warn(f"{folder}: {name} = {found} becomes {ours}, which matters in training alone", stacklevel=3)
+    return config
+
+
+def _names(depth: int) -> dict[str, tuple[str, bool]]:
+    """GPT-2's name of every weight -> ours, and whether it is kept transposed, as in its `Conv1D`."""
+    names = {"wte.weight": ("embedding.weight", False), "wpe.weight": ("positions.weight", False)}
+    for layer in range(depth):
+        for mine, theirs in _LAYER.items():
+            for part in ("weight", "bias"):
+                turned = part == "weight" and "." in theirs
+                names[f"h.{layer}.{theirs}.{part}"] = (f"blocks.{layer}.{mine}.{part}", turned)
+    return names | {f"ln_f.{part}": (f"norm.{part}", False) for part in ("weight", "bias")}
+
+
+def _weights(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The weights by name without prefix; masks are left out, and a head if it is the embedding."""
+    named = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    named = {name: tensor for name, tensor in named.items() if not _CAUSAL_MASK.fullmatch(name)}
+    head, embedding = named.pop("lm_head.weight", None), named.get("wte.weight")
+    if head is not None and embedding is not None and not torch.equal(head, embedding):
+        raise UsageError(f"{file}: lm_head.weight is not wte.weight: only a tied head is supported")
+    return named
+
+
+def _require_shapes(expected: dict[str, tuple[int, ...]], got: dict[str, tuple[int, ...]], file: Path) -> None:
+    wrong = [
+        f"{name}: got {got.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
+        for name in [*expected, *(got.keys() - expected.keys())]
+        if got.get(name) != expected.get(name)
+    ]
+    if wrong:
+        more = f" … and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise CorruptError(f"{file}: not the weights that config.json describes: {'; '.join(wrong[:5])}{more}")
+
+
+def _save_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
+    """tokenizer.json and, where it is one that transformers can read, what makes it do so."""
+    file = folder / "tokenizer.json"
+    tokenizer.save(file)
+    if "model" not in json.loads(file.read_text(encoding="utf-8")):
+        return  # bytes and characters are our own
+    eos = tokenizer.decode([tokenizer.eos_id])
+    plain = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eos, "eos_token": eos}
+    (folder / "tokenizer_config.json").write_text(json.dumps(plain | {"model_max_length": longest}, indent=2) + "\n")
