@@ -4,9 +4,9 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import MISSING, fields
-from typing import Any, TypeVar, get_type_hints
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.conf import Positional as Positional
@@ -25,20 +25,22 @@ _TITLES = re.compile(
 _ALSO_CALLED = {
     "source": "data",
     "dataset": "data",
-    "learning_rate": "lr",
+    "learning_rate": "lr",  # where the flags of the project before this one are not taken
     "max_iters": "steps",
     "out_dir": "output_dir",
 }
 _FOOTER = re.compile(r"(Argument helptext:|For full helptext).*", re.DOTALL)
 
 
-def parse(cls: type[T], argv: Sequence[str], *, command: str) -> tuple[T, frozenset[str]]:
+def parse(
+    cls: type[T], argv: Sequence[str], *, command: str, refusal: Callable[[str], str] = lambda name: ""
+) -> tuple[T, frozenset[str]]:
     """Read `argv` into the dataclass `cls`; returns it and the names of the flags that were given.
 
-    Prints the help and leaves on --help. Raises `UsageError` for an unknown flag, one given twice, a missing or
-    impossible value.
+    refusal: why a name that is no flag is none, where that can be said. Prints the help and leaves on --help. Raises
+    `UsageError` for an unknown flag, one given twice, a missing or impossible value.
     """
-    given = _check_names(cls, argv)
+    given = _check_names(cls, argv, refusal)
     # Colours in an error would have to be taken out again, and its lines be joined.
     complaint = io.StringIO()
     try:
@@ -52,12 +54,12 @@ def parse(cls: type[T], argv: Sequence[str], *, command: str) -> tuple[T, frozen
     return parsed, given
 
 
-def _check_names(cls: Any, argv: Sequence[str]) -> frozenset[str]:
+def _check_names(cls: Any, argv: Sequence[str], refusal: Callable[[str], str]) -> frozenset[str]:
     """The names of the flags in `argv`, each known and none given twice."""
-    hints = get_type_hints(cls, include_extras=True)
-    markers = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    markers = {name: getattr(hint, "__metadata__", ()) for name, hint in _annotations(cls).items()}
     flags = [name for name in markers if Positional not in markers[name]]
-    negations = {f"no_{name}": name for name, kind in get_type_hints(cls).items() if kind is bool}
+    paired = [name for name, hint in _annotations(cls).items() if _is_bool(hint) and not _is_switch(markers[name])]
+    negations = {f"no_{name}": name for name in paired}
     given: set[str] = set()
     for token in argv:
         written = token.partition("=")[0]
@@ -65,12 +67,29 @@ def _check_names(cls: Any, argv: Sequence[str]) -> frozenset[str]:
         if not token.startswith("--") or name == "help":
             continue
         if name not in flags and name not in negations:
-            raise UsageError(f"unknown flag {written}; {_suggest(name, flags)}")
+            raise UsageError(f"unknown flag {written}; {refusal(name) or _suggest(name, flags)}")
         name = negations.get(name, name)
         if name in given and Repeated not in markers[name]:
             raise UsageError(f"--{name} is given twice")
         given.add(name)
     return frozenset(given)
+
+
+def _annotations(cls: Any) -> dict[str, Any]:
+    """The annotation of every flag, those in groups included."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        bare = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        found |= _annotations(bare) if is_dataclass(bare) else {name: hint}
+    return found
+
+
+def _is_bool(hint: Any) -> bool:
+    return hint is bool or (get_origin(hint) is Annotated and get_args(hint)[0] is bool)
+
+
+def _is_switch(markers: tuple[Any, ...]) -> bool:
+    return tyro.conf.FlagCreatePairsOff in markers
 
 
 def _suggest(name: str, flags: list[str]) -> str:

@@ -5,7 +5,7 @@ choice's own fields are flags prefixed by the kind (`--muon_momentum`); for mixe
 block of that kind (`--swa_window 128`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, make_dataclass
 from types import NoneType
 from typing import Annotated, Any, Literal, get_origin
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_origin
 import tyro
 
 from swamla.cli.field_text import field_docs, metavar, parse_text
-from swamla.cli.plain import BLOCK_PARTS, Plain, choice
+from swamla.cli.plain import BLOCK_PARTS, DEFAULT_KINDS, Plain, choice
 from swamla.cli.reshape import SHAPE
 from swamla.config import choices_of, field_types, join, options_of
 from swamla.data.config import DataConfig
@@ -26,7 +26,11 @@ _RENAMED = {"data.source": "data"}  # `--data FILE` reads better than `--source 
 
 @dataclass(frozen=True, kw_only=True)
 class Flag:
-    """A generated flag. field: dotted, for messages.  put: writes the value into plain data, where it belongs."""
+    """A generated flag.
+
+    field: dotted, for messages.  put: writes the value into plain data, where it belongs.  switch: a boolean that is
+    only ever given bare, without a --no_ form.
+    """
 
     name: str
     field: str
@@ -34,6 +38,7 @@ class Flag:
     help: str
     default: Any
     put: Callable[[Plain, Any], None]
+    switch: bool = False
 
 
 def flags() -> dict[str, Flag]:
@@ -57,19 +62,22 @@ def add_flags(cls: type, generated: dict[str, Flag] | None = None) -> Any:
 
     By default every generated flag is added, and those that reshape a whole model.
     """
-    added = [] if generated else [_argument(name, str, shape, text, None) for name, (shape, text) in SHAPE.items()]
+    added = [] if generated else [argument(name, str, shape, text, None) for name, (shape, text) in SHAPE.items()]
     for name, flag in (generated or flags()).items():
-        added.append(_argument(name, flag.annotation, metavar(flag.annotation), flag.help, flag.default))
+        added.append(argument(name, flag.annotation, metavar(flag.annotation), flag.help, flag.default))
     made = make_dataclass(cls.__name__, added, bases=(cls,), frozen=True, kw_only=True)
     made.__doc__ = cls.__doc__
     return made
 
 
-def put_flags(plain: Plain, arguments: Any, given: frozenset[str], known: dict[str, Flag]) -> dict[str, str]:
-    """Write those of the `known` flags that are in `given` into `plain`; returns dotted field -> flag."""
+def put_flags(plain: Plain, values: Mapping[str, Any], given: frozenset[str], known: dict[str, Flag]) -> dict[str, str]:
+    """Write those of the `known` flags that are in `given` into `plain`; returns dotted field -> flag.
+
+    Raises `UsageError` for a flag of a kind that the config does not use.
+    """
     chosen = [name for name in known if name in given]
     for name in chosen:
-        known[name].put(plain, parse_text(arguments.__dict__[name], known[name].annotation))
+        known[name].put(plain, parse_text(values[name], known[name].annotation))
     return {known[name].field: f"--{name}" for name in chosen}
 
 
@@ -149,13 +157,12 @@ def _put_in_choice(section: str, name: str, kind: str) -> Callable[[str], Callab
 def _put_in_blocks(part: str, kind: str) -> Callable[[str], Callable[[Plain, Any], None]]:
     def of_field(field: str) -> Callable[[Plain, Any], None]:
         def put(plain: Plain, value: Any) -> None:
-            only = next(iter(BLOCK_PARTS[part])) if len(BLOCK_PARTS[part]) == 1 else ""
             blocks = plain["model"]["blocks"].values()
-            users = [block for block in blocks if choice(block, part).get("kind", only) == kind]
+            users = [block for block in blocks if choice(block, part).get("kind", DEFAULT_KINDS.get(part)) == kind]
             if not users:
                 raise UsageError(f"--{kind}_{field}: no block of the model has the {part} {kind}")
             for block in users:
-                block[part][field] = value
+                block[part] = {"kind": kind} | block[part] | {field: value}
 
         return put
 
@@ -170,14 +177,17 @@ def _is_choice(annotation: Any) -> bool:
     return all(hasattr(option, "__dataclass_fields__") for option in options)
 
 
-def _argument(name: str, annotation: Any, shape: str, text: str, default: Any) -> tuple[str, Any, Any]:
+def argument(
+    name: str, annotation: Any, shape: str, text: str, default: Any, *, switch: bool = False
+) -> tuple[str, Any, Any]:
     """A field for tyro. Values stay text: the config's own reader checks them, so that all errors read alike."""
     shown = "" if default is MISSING or default is None else f"(default: {_show(default)})"
     if annotation is bool:
-        argument = tyro.conf.arg(help=text, help_behavior_hint=shown)
-        return name, Annotated[bool, argument], default is True
-    argument = tyro.conf.arg(help=text, help_behavior_hint=shown, metavar=shape)
-    return name, Annotated[str, argument], ""
+        described = tyro.conf.arg(help=text, help_behavior_hint=shown)
+        shown_as = Annotated[bool, described]
+        return name, tyro.conf.FlagCreatePairsOff[shown_as] if switch else shown_as, default is True
+    described = tyro.conf.arg(help=text, help_behavior_hint=shown, metavar=shape)
+    return name, Annotated[str, described], ""
 
 
 def _show(default: Any) -> str:

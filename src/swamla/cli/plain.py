@@ -1,12 +1,17 @@
 """The plain data of a recipe, into which flags write."""
 
+from dataclasses import MISSING, fields
 from typing import Any
 
-from swamla.config import choices_of, field_types
+from swamla.config import choices_of, field_types, kind_of
 from swamla.model.block import BlockConfig
 
 Plain = dict[str, Any]
 BLOCK_PARTS = {part: choices_of(annotation) for part, annotation in field_types(BlockConfig).items()}
+
+DEFAULT_KINDS = {
+    f.name: kind_of(type(f.default_factory())) for f in fields(BlockConfig) if f.default_factory is not MISSING
+}
 
 
 def choice(table: Plain, name: str) -> Plain:

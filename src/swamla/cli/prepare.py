@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     elif "source" in given:
         raise UsageError(f"--source goes with a recipe ({', '.join(recipe_names())}), and {arguments.data} is none")
     downloaded = plain.get("data", {}).get("source") == "shakespeare"
-    flags = put_flags(plain, arguments, given, data_flags())
+    flags = put_flags(plain, arguments.__dict__, given, data_flags())
     config = from_plain(
         DataConfig, plain.get("data", {}), path="data", origin=lambda field: flags.get(field) or written(field)
     )

@@ -1,19 +1,21 @@
 """From a recipe and flags to a `RunConfig`: defaults, then the recipe, then the command line."""
 
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from swamla.cli import original_flags
 from swamla.cli.overrides import flags, put_flags
 from swamla.cli.reshape import SHAPE, reshape
 from swamla.config import from_plain, load_file, within
 from swamla.data.config import DataConfig
 from swamla.data.sources import NAMED_SOURCES
-from swamla.errors import ConfigError, require
+from swamla.errors import ConfigError, UsageError, require
 from swamla.model.block import BlockConfig
-from swamla.recipes import recipe_path
+from swamla.recipes import ALIASES, recipe_path
 from swamla.train.config import RunConfig
 
 
@@ -42,14 +44,29 @@ def read_recipe(recipe: str, arguments: Any, given: frozenset[str]) -> RunConfig
     return replace(config, data=_located(config.data))
 
 
+def chosen_recipe(recipe: str, size: str) -> str:
+    """The recipe that the positional argument or --size names; `UsageError` where they differ."""
+    if recipe and size and ALIASES.get(recipe, recipe) != ALIASES.get(size, size):
+        raise UsageError(f"the recipe {recipe} and --size {size} are two models: give one of them")
+    return recipe or size or "quickstart"
+
+
 def _apply(plain: dict[str, Any], arguments: Any, given: frozenset[str], spare: dict[str, Any]) -> dict[str, str]:
     """Write the flags in `given` into the plain run config; returns dotted field -> flag.
 
     Raises `UsageError` for a pattern that names nothing known and for a flag of a kind that the model does not use.
     """
-    wanted = {name: arguments.__dict__[name] for name in SHAPE if name in given}
-    reshaped = reshape(plain["model"], wanted, spare, cycle={}) if wanted else {}
-    return reshaped | put_flags(plain, arguments, given, flags())
+    values = dict(arguments.__dict__)
+    values |= values.pop("original", arguments).__dict__
+    original_flags.check_conflicts(given)
+    more, cycle = original_flags.reshaping(values, given)
+    wanted = {name: values[name] for name in SHAPE if name in given} | more
+    origins = reshape(plain["model"], wanted, spare, cycle=cycle) if wanted or cycle else {}
+    for known in (original_flags.choosing_flags(), flags(), original_flags.setting_flags()):
+        origins |= put_flags(plain, values, given, known)
+    for note in original_flags.notes(given):
+        print(f"swamla: {note}", file=sys.stderr)
+    return origins
 
 
 def _spare_blocks(plain: dict[str, Any], place: Callable[[str], str]) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from swamla.cli.console import Console, say
 from swamla.cli.flags import Positional, parse
+from swamla.cli.original_flags import add_original_flags, bare_compile, refusal
 from swamla.cli.overrides import add_flags
-from swamla.cli.run_config import read_recipe
+from swamla.cli.run_config import chosen_recipe, read_recipe
 from swamla.cli.running import new_folder, prepare_data, resume_here, resumed_folder, run_training
 from swamla.errors import UsageError
 from swamla.recipes import recipe_names
@@ -15,14 +18,18 @@ from swamla.recipes import recipe_names
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    recipe: Positional[str] = "quickstart"
+    recipe: Annotated[Positional[str], tyro.conf.arg(help_behavior_hint="(default: quickstart)")] = ""
     """A shipped recipe, or a .toml or .json file. Flags change what it says."""
+    size: str = ""
+    """The recipe, as a flag."""
     output_dir: str = ""
     """The run's folder. By default runs/NAME, numbered when that is taken; with --run_name, its parent."""
     run_name: str = ""
     """NAME of the folder, under runs/ or output_dir; by default the recipe's."""
     resume: str = ""
     """Continue the run in this folder, or in output_dir, or the newest of that name, bit for bit."""
+    resume_from: str = ""
+    """The same; a folder must be named."""
 
 
 Arguments.__doc__ = f"""Train a model, on whatever --data points to. Recipes: {", ".join(recipe_names())}."""
@@ -31,10 +38,12 @@ Arguments.__doc__ = f"""Train a model, on whatever --data points to. Recipes: {"
 def main(argv: list[str]) -> int:
     """Train, and say where the run is."""
     arguments: Any
-    arguments, given = parse(add_flags(Arguments), resume_here(argv), command="train")
-    resume = "resume" in given
-    run_dir = _folder(arguments, resume)
-    recipe = str(run_dir / "config.json") if resume else arguments.recipe
+    takes = add_flags(add_original_flags(Arguments))
+    arguments, given = parse(takes, bare_compile(resume_here(argv)), command="train", refusal=refusal)
+    named = chosen_recipe(arguments.recipe, arguments.size)
+    resume = not given.isdisjoint(("resume", "resume_from"))
+    run_dir = _folder(arguments, named, resume)
+    recipe = str(run_dir / "config.json") if resume else named
     config = read_recipe(recipe, arguments, given)
     console = Console()
     say(console, f"{'resuming' if resume else 'training'} {recipe} in {run_dir}")
@@ -44,12 +53,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _folder(arguments: Any, resume: bool) -> Path:
+def _folder(arguments: Any, recipe: str, resume: bool) -> Path:
     """The folder of a new run, or the one to go on in."""
-    name = _check_name(arguments.run_name or Path(arguments.recipe).stem)
+    name = _check_name(arguments.run_name or Path(recipe).stem)
     parent = arguments.output_dir
     folder = str(Path(parent, name)) if parent and arguments.run_name else parent
-    return resumed_folder(arguments.resume, folder, name) if resume else new_folder(folder, name)
+    return (
+        resumed_folder(arguments.resume or arguments.resume_from, folder, name) if resume else new_folder(folder, name)
+    )
 
 
 def _check_name(name: str) -> str:
