@@ -7,7 +7,7 @@ from torch import nn
 from swamla.errors import CorruptError
 from swamla.train.optim import AdamWConfig, Muon, MuonConfig
 from swamla.train.optim import muon as muon_module
-from swamla.train.optim.muon import COEFFICIENTS, is_hidden_matrix, orthogonalise, orthogonalise_all
+from swamla.train.optim.muon import is_hidden, orthogonalise, orthogonalise_all
 
 from .helpers import MODEL
 
@@ -35,8 +35,9 @@ def matrices(seed):
     return [nn.Parameter(torch.randn(s, generator=generator)) for s in SHAPES]
 
 
-def test_stacked_muon_takes_the_steps_of_torch_muon():
-    ours, theirs = matrices(0), matrices(0)
+def steps_of_both_muons():
+    """Where the matrices were, and where five steps of ours and of torch's took them."""
+    before, ours, theirs = matrices(0), matrices(0), matrices(0)
     a = Muon(ours, lr=1e-2, weight_decay=0.1)
     b = torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     generator = torch.Generator().manual_seed(1)
@@ -46,23 +47,60 @@ def test_stacked_muon_takes_the_steps_of_torch_muon():
             q.grad = p.grad.clone()
         a.step()
         b.step()
-    for before, p, q in zip(matrices(0), ours, theirs, strict=True):
-        # Both run Newton-Schulz in bf16, in another order of summation: 1e-2 of the way moved is its rounding.
+    return zip(before, ours, theirs, strict=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_stacked_muon_takes_the_steps_of_torch_muon(monkeypatch, dtype):
+    # torch's own code, told to go to a wider format where it says bfloat16: what is left is the algorithm.
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor.to(dtype))
+    monkeypatch.setattr(muon_module, "working_dtype", lambda device: dtype)
+    for before, p, q in steps_of_both_muons():
+        assert not torch.equal(q, before)
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-6)
+
+
+def test_stacked_muon_in_bf16_takes_the_steps_of_torch_muon_but_for_rounding(monkeypatch):
+    monkeypatch.setattr(muon_module, "working_dtype", lambda device: torch.bfloat16)
+    for before, p, q in steps_of_both_muons():  # where the matrix products sum in one order, equal to the bit
         assert torch.linalg.norm(p - q) <= 1e-2 * torch.linalg.norm(q - before)
 
 
-def test_in_fp32_stacked_newton_schulz_is_the_loop_over_matrices(monkeypatch):
-    monkeypatch.setattr(muon_module, "bf16_is_fast", lambda device: False)
-    stack = [p.detach() for p in matrices(0)]
-    for matrix, found in zip(stack, orthogonalise_all(stack, 5), strict=True):
-        wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-        a, b, c = COEFFICIENTS
-        x = (wide / wide.norm()).double()
-        for _ in range(5):
-            gram = x @ x.T
-            x = a * x + (b * gram + c * gram @ gram) @ x
-        expected = x if matrix.shape[0] <= matrix.shape[1] else x.T
-        torch.testing.assert_close(found, expected.float(), atol=2e-6, rtol=2e-6)
+def test_muon_takes_each_expert_as_a_matrix_of_its_own(monkeypatch):
+    monkeypatch.setattr(muon_module, "STACK", 16 * 24 * 2)  # so that a stack of five is taken apart as well
+    generator = torch.Generator().manual_seed(0)
+    stacks = [torch.randn(5, 16, 24, generator=generator), torch.randn(3, 24, 16, generator=generator)]
+    together = [nn.Parameter(stack.clone()) for stack in stacks]
+    alone = [nn.Parameter(expert.clone()) for stack in stacks for expert in stack]
+    a, b = (Muon(params, lr=1e-2, weight_decay=0.1) for params in (together, alone))
+    for _ in range(3):
+        for p in together:
+            p.grad = torch.randn(p.shape, generator=generator)
+        for p, gradient in zip(alone, (expert for p in together for expert in p.grad), strict=True):
+            p.grad = gradient.clone()
+        a.step()
+        b.step()
+    for p, q in zip((expert for p in together for expert in p), alone, strict=True):
+        torch.testing.assert_close(p, q)
+    assert not torch.equal(together[0], stacks[0])
+
+
+def test_muon_never_orthogonalises_more_numbers_at_a_time_than_a_stack_may_have(monkeypatch):
+    monkeypatch.setattr(muon_module, "STACK", 1000)
+    sizes = []
+    real = muon_module.orthogonalise
+
+    def seen(stack, iterations):
+        sizes.append(stack.numel())
+        return real(stack, iterations)
+
+    monkeypatch.setattr(muon_module, "orthogonalise", seen)
+    params = [nn.Parameter(torch.ones(s)) for s in [(16, 24), (24, 16), (16, 24), (16, 16), (7, 16, 24)]]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    Muon(params, lr=1e-2, weight_decay=0.1).step()
+    assert max(sizes) <= 1000
+    assert sum(sizes) == sum(p.numel() for p in params)
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one():
@@ -74,13 +112,13 @@ def test_orthogonalised_matrices_have_singular_values_near_one():
 
 def test_muon_takes_the_matrices_inside_the_blocks_and_adamw_the_rest():
     model = tiny_model()
-    taken = {name for name, p in model.named_parameters() if is_hidden_matrix(name, p)}
+    taken = {name for name, p in model.named_parameters() if is_hidden(name, p.shape)}
     assert taken == {n for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2}
-    assert not is_hidden_matrix("embedding.weight", model.embedding.weight)
-    assert not is_hidden_matrix("head.weight", model.head.weight)
-    assert not is_hidden_matrix("blocks.0.mixer.conv_weight", nn.Parameter(torch.zeros(64, 4)))
+    assert not is_hidden("embedding.weight", (40, 16))
+    assert not is_hidden("head.weight", (40, 16))
+    assert not is_hidden("blocks.0.mixer.conv_weight", (64, 4))
     optimizer = MuonConfig().build(model, lr=1e-3, weight_decay=0.1)
-    owned = [p for part in optimizer.parts for group in part.optimizer.param_groups for p in group["params"]]
+    owned = [p for part in optimizer.parts for group in part.param_groups for p in group["params"]]
     assert len(owned) == len(set(owned)) == len(list(model.parameters()))
 
 

@@ -1,40 +1,100 @@
-"""AdamW (arXiv 1711.05101), fused."""
+"""AdamW (arXiv 1711.05101): torch's fused one, or one whose moments are kept in fewer bits."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from swamla.errors import require
-from swamla.train.optim.named import NamedOptimizer, NamedParameters, Part, decay_groups, named_parameters
+from swamla.train.optim.elementwise import Elementwise, Piece
+from swamla.train.optim.moments import Moments
+from swamla.train.optim.named import (
+    Held,
+    NamedOptimizer,
+    NamedParameters,
+    OptimizerBase,
+    Shape,
+    decay_groups,
+    named_parameters,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamWConfig:
-    """AdamW. betas: decay of the gradient's first and second moment.  eps: added to the root of the second."""
+class AdamWConfig(OptimizerBase):
+    """AdamW. The project before called it FP8AdamW when its moments were bf16; nothing in it was FP8.
+
+    betas: decay of the gradient's first and second moment.
+    eps: added to the root of the second.
+    moments: "fp32" takes 8 bytes a parameter; "bf16", rounded stochastically, 4; "8bit", by torchao's map, about 2.
+    """
 
     kind: ClassVar[str] = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
+    moments: Moments = "fp32"
 
     def __post_init__(self) -> None:
         check_adam(self.betas, self.eps)
 
     def build(self, model: nn.Module, *, lr: float, weight_decay: float) -> NamedOptimizer:
-        """The optimizer of all trainable parameters of `model`."""
+        """The optimizer of all trainable parameters of `model`. Raises `MissingBackendError` without torchao."""
         parameters = named_parameters(model)
-        return NamedOptimizer([adamw(parameters, lr, weight_decay, self.betas, self.eps)], parameters)
+        part: torch.optim.Optimizer
+        if self.moments == "fp32":
+            part = fused_adamw(parameters, lr, weight_decay, self.betas, self.eps)
+        else:
+            groups = decay_groups(parameters, weight_decay)
+            part = AdamW(groups, lr=lr, betas=self.betas, eps=self.eps, moments=self.moments)
+        return NamedOptimizer([part], parameters, self.remembers)
+
+    def remembers(self, name: str, shape: Shape) -> Mapping[str, Held]:
+        """Both moments and the number of updates."""
+        return AdamW.held(shape, self.moments)
+
+
+def check_betas(betas: tuple[float, float], example: str) -> None:
+    """Raise `ConfigError` unless moments with these betas decay."""
+    allowed = f"must each be at least 0 and below 1, e.g. {example}"
+    require(all(0 <= beta < 1 for beta in betas), "betas", betas, allowed)
 
 
 def check_adam(betas: tuple[float, float], eps: float) -> None:
     """Raise `ConfigError` unless the moments decay and the division is safe."""
-    require(all(0 <= beta < 1 for beta in betas), "betas", betas, "must each be at least 0 and below 1, e.g. 0.9, 0.95")
+    check_betas(betas, "0.9, 0.95")
     require(eps > 0, "eps", eps, "must be > 0, e.g. 1e-8")
 
 
-def adamw(parameters: NamedParameters, lr: float, weight_decay: float, betas: tuple[float, float], eps: float) -> Part:
+def fused_adamw(
+    parameters: NamedParameters, lr: float, weight_decay: float, betas: tuple[float, float], eps: float
+) -> torch.optim.Optimizer:
     """torch's fused AdamW with decay on matrices only; CPU and CUDA both have the fused kernel, bit-deterministic."""
-    groups = decay_groups(parameters, weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
-    return Part(optimizer, frozenset({"step", "exp_avg", "exp_avg_sq"}))
+    return torch.optim.AdamW(decay_groups(parameters, weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
+
+
+class AdamW(Elementwise):
+    """AdamW over moments in any format: the arithmetic is fp32, only what is kept between steps is rounded."""
+
+    SIGNED: ClassVar[dict[str, bool]] = {"exp_avg": True, "exp_avg_sq": False}
+    COUNTS: ClassVar[bool] = True
+
+    def __init__(
+        self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float, moments: Moments
+    ) -> None:
+        super().__init__(groups, moments, {"lr": lr, "betas": betas, "eps": eps})
+
+    def update(self, pieces: list[Piece], values: dict[str, list[Tensor]], group: dict[str, Any]) -> None:
+        """One step of algorithm 2 of the paper."""
+        (beta1, beta2), lr, eps = group["betas"], group["lr"], group["eps"]
+        weights, gradients = [piece.weights for piece in pieces], [piece.gradients for piece in pieces]
+        first, second = values["exp_avg"], values["exp_avg_sq"]
+        torch._foreach_lerp_(first, gradients, 1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
+        root = torch._foreach_sqrt(second)
+        torch._foreach_div_(root, [math.sqrt(1 - beta2**piece.updates) for piece in pieces])
+        torch._foreach_add_(root, eps)
+        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        torch._foreach_addcdiv_(weights, first, root, [-lr / (1 - beta1**piece.updates) for piece in pieces])

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,18 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from swamla.errors import require
-from swamla.train.optim.adamw import adamw, check_adam
-from swamla.train.optim.named import EMBEDDINGS, NamedOptimizer, Part, named_parameters
+from swamla.train.optim.adamw import AdamWConfig, check_adam, fused_adamw
+from swamla.train.optim.named import (
+    EMBEDDINGS,
+    Held,
+    NamedOptimizer,
+    OptimizerBase,
+    Shape,
+    named_parameters,
+)
 from swamla.train.precision import bf16_is_fast
 
 # Of the quintic x -> ax + bx³ + cx⁵ whose slope at 0 is largest; singular values end between 0.7 and 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NOT_HIDDEN = EMBEDDINGS | {"head.weight"}
+STACK = 1 << 26  # numbers orthogonalised at a time: bounds the memory of a step, and fills any GPU
 
 
 @dataclass(frozen=True, kw_only=True)
-class MuonConfig:
-    """Muon for the matrices inside the blocks, AdamW for all else, at one learning rate.
+class MuonConfig(OptimizerBase):
+    """Muon for the matrices inside the blocks, each expert's on its own; AdamW for all else; one learning rate.
 
     A matrix's update is scaled by 0.2·√(longer side), which gives it the size of an AdamW update (arXiv 2502.16982,
     eq. 4), so that learning rates and weight decay tuned for AdamW serve both.
@@ -42,20 +50,38 @@ class MuonConfig:
     def build(self, model: nn.Module, *, lr: float, weight_decay: float) -> NamedOptimizer:
         """The optimizer of all trainable parameters of `model`."""
         parameters = named_parameters(model)
-        hidden = [p for name, p in parameters if is_hidden_matrix(name, p)]
-        others = [(name, p) for name, p in parameters if not is_hidden_matrix(name, p)]
-        parts = []
+        hidden = [p for name, p in parameters if is_hidden(name, p.shape)]
+        others = [(name, p) for name, p in parameters if not is_hidden(name, p.shape)]
+        parts: list[torch.optim.Optimizer] = []
         if others:
-            parts.append(adamw(others, lr, weight_decay, self.betas, self.eps))
+            parts.append(fused_adamw(others, lr, weight_decay, self.betas, self.eps))
         if hidden:
             muon = Muon(hidden, lr=lr, weight_decay=weight_decay, momentum=self.momentum, iterations=self.iterations)
-            parts.append(Part(muon, frozenset({"momentum_buffer"})))
-        return NamedOptimizer(parts, parameters)
+            parts.append(muon)
+        return NamedOptimizer(parts, parameters, self.remembers)
+
+    def remembers(self, name: str, shape: Shape) -> Mapping[str, Held]:
+        """The momentum of hidden matrices, AdamW's state of the rest."""
+        return {"momentum_buffer": Held(shape)} if is_hidden(name, shape) else AdamWConfig().remembers(name, shape)
 
 
-def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """True for a matrix that maps activations to activations; filters of a depthwise convolution are none."""
-    return parameter.ndim == 2 and name not in NOT_HIDDEN and min(parameter.shape) > 8
+def is_hidden(name: str, shape: Sequence[int]) -> bool:
+    """True for a matrix, or a stack of experts' matrices, that maps activations to activations.
+
+    Not for routers, whose rows are one vector an expert, nor filters of convolutions, nor matrices with a side of 8
+    or less: there is nothing to orthogonalise.
+    """
+    excluded = name in NOT_HIDDEN or name.endswith(("router.weight", "conv_weight"))
+    return len(shape) in (2, 3) and min(shape[-2:]) > 8 and not excluded
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """One matrix or some of a parameter's stack, their gradients and momentum."""
+
+    weights: Tensor
+    gradients: Tensor
+    momentum: Tensor
 
 
 class Muon(torch.optim.Optimizer):
@@ -71,39 +97,63 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every matrix that has a gradient. `closure` is not used."""
         for group in self.param_groups:
-            params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(group, params, [p.grad for p in params if p.grad is not None])
+            for equal in stacks(part for p in group["params"] if p.grad is not None for part in self._matrices(p)):
+                self._update(equal, group)
 
-    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        momentum, lr = group["momentum"], group["lr"]
-        buffers = [self._buffer(p) for p in params]
-        torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        updates = orthogonalise_all(torch._foreach_lerp(grads, buffers, momentum), group["iterations"])
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        for p, update in zip(params, updates, strict=True):
-            p.add_(update, alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
+    def _update(self, equal: list[Matrices], group: dict[str, Any]) -> None:
+        weights, gradients = [m.weights for m in equal], [m.gradients for m in equal]
+        buffers, momentum, lr = [m.momentum for m in equal], group["momentum"], group["lr"]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        updates = orthogonalise_all(torch._foreach_lerp(gradients, buffers, momentum), group["iterations"])
+        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        for p, update in zip(weights, updates, strict=True):
+            p.add_(update, alpha=-lr * 0.2 * math.sqrt(max(p.shape[-2:])))
 
-    def _buffer(self, p: Tensor) -> Tensor:
+    def _matrices(self, p: Tensor) -> Iterator[Matrices]:
+        """A parameter whole, or the experts of a very large one a few at a time."""
+        assert p.grad is not None
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
-        return state["momentum_buffer"]
+        whole = Matrices(p.detach(), p.grad, state["momentum_buffer"])
+        if p.ndim == 2:
+            yield whole
+            return
+        experts = max(1, STACK // p[0].numel())
+        for part in zip(*(t.split(experts) for t in (whole.weights, whole.gradients, whole.momentum)), strict=True):
+            yield Matrices(*part)
 
 
-def orthogonalise_all(matrices: Sequence[Tensor], iterations: int) -> list[Tensor]:
-    """`orthogonalise` each matrix; those whose sides are the same two numbers, either way round, go as one stack."""
-    stacks: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for index, matrix in enumerate(matrices):
-        stacks[tuple(sorted(matrix.shape))].append(index)
-    out: list[Tensor] = [torch.empty(0)] * len(matrices)
-    for members in stacks.values():
-        wide = [matrices[i] if matrices[i].shape[0] <= matrices[i].shape[1] else matrices[i].mT for i in members]
-        dtype = torch.bfloat16 if bf16_is_fast(wide[0].device) else torch.float32
-        stack_NAB = orthogonalise(torch.stack(wide).to(dtype), iterations)
-        for i, update in zip(members, stack_NAB, strict=True):
-            out[i] = update if matrices[i].shape[0] <= matrices[i].shape[1] else update.mT
-    return out
+def stacks(matrices: Iterable[Matrices]) -> Iterator[list[Matrices]]:
+    """Matrices whose sides are the same two numbers, either way round, as many together as `STACK` allows."""
+    open_stacks: dict[tuple[int, ...], list[Matrices]] = defaultdict(list)
+    for matrix in matrices:
+        stack = open_stacks[tuple(sorted(matrix.weights.shape[-2:]))]
+        if stack and sum(m.weights.numel() for m in [*stack, matrix]) > STACK:
+            yield list(stack)
+            stack.clear()
+        stack.append(matrix)
+    yield from open_stacks.values()
+
+
+def orthogonalise_all(equal: Sequence[Tensor], iterations: int) -> list[Tensor]:
+    """`orthogonalise` matrices (A, B), (B, A) and stacks of either, all at once."""
+    stacked = [m if m.ndim == 3 else m[None] for m in equal]
+    stacked = [m if is_wide(m) else m.mT for m in stacked]
+    joined = torch.cat(stacked)
+    updates = orthogonalise(joined.to(working_dtype(joined.device)), iterations).split([len(m) for m in stacked])
+    back = [update if is_wide(m) else update.mT for m, update in zip(equal, updates, strict=True)]
+    return [update if m.ndim == 3 else update[0] for m, update in zip(equal, back, strict=True)]
+
+
+def is_wide(matrix: Tensor) -> bool:
+    """True where no matrix has more rows than columns."""
+    return matrix.shape[-2] <= matrix.shape[-1]
+
+
+def working_dtype(device: torch.device) -> torch.dtype:
+    """What Newton–Schulz computes in: its result need not be precise, so bf16 wherever that is fast."""
+    return torch.bfloat16 if bf16_is_fast(device) else torch.float32
 
 
 def orthogonalise(stack_NAB: Tensor, iterations: int) -> Tensor:

@@ -1,0 +1,63 @@
+"""Lion (arXiv 2302.06675): the sign of an interpolated momentum; one moment, every weight moves by the same amount."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from swamla.train.optim.adamw import check_betas
+from swamla.train.optim.elementwise import Elementwise, Piece
+from swamla.train.optim.moments import Moments
+from swamla.train.optim.named import Held, NamedOptimizer, OptimizerBase, Shape, decay_groups, named_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class LionConfig(OptimizerBase):
+    """Lion. Wants a learning rate 3 to 10 times lower than AdamW's, and weight decay as much higher (section 5).
+
+    The project before called it FP8Lion when its moment was bf16; nothing in it was FP8.
+    betas: weight of the moment in the update, and the moment's decay.
+    moments: "fp32" takes 4 bytes a parameter; "bf16", rounded stochastically, 2; "8bit", by torchao's map, about 1.
+    """
+
+    kind: ClassVar[str] = "lion"
+    betas: tuple[float, float] = (0.9, 0.99)
+    moments: Moments = "fp32"
+
+    def __post_init__(self) -> None:
+        check_betas(self.betas, "0.9, 0.99")
+
+    def build(self, model: nn.Module, *, lr: float, weight_decay: float) -> NamedOptimizer:
+        """The optimizer of all trainable parameters of `model`. Raises `MissingBackendError` without torchao."""
+        parameters = named_parameters(model)
+        lion = Lion(decay_groups(parameters, weight_decay), lr=lr, betas=self.betas, moments=self.moments)
+        return NamedOptimizer([lion], parameters, self.remembers)
+
+    def remembers(self, name: str, shape: Shape) -> Mapping[str, Held]:
+        """The moment; for stochastic rounding the number of updates too."""
+        return Lion.held(shape, self.moments)
+
+
+class Lion(Elementwise):
+    """Lion over a moment in any format: the arithmetic is fp32, only what is kept between steps is rounded."""
+
+    SIGNED: ClassVar[dict[str, bool]] = {"exp_avg": True}
+    COUNTS: ClassVar[bool] = False
+
+    def __init__(
+        self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], moments: Moments
+    ) -> None:
+        super().__init__(groups, moments, {"lr": lr, "betas": betas})
+
+    def update(self, pieces: list[Piece], values: dict[str, list[Tensor]], group: dict[str, Any]) -> None:
+        """One step of algorithm 2 of the paper."""
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        weights, gradients = [piece.weights for piece in pieces], [piece.gradients for piece in pieces]
+        moments = values["exp_avg"]
+        signs = torch._foreach_lerp(moments, gradients, 1 - beta1)
+        torch._foreach_sign_(signs)
+        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(weights, signs, alpha=-lr)
+        torch._foreach_lerp_(moments, gradients, 1 - beta2)
