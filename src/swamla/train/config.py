@@ -8,7 +8,7 @@ from swamla.errors import require
 from swamla.model.block import Checkpointing
 from swamla.model.config import LanguageModelConfig
 from swamla.train.curriculum import Curriculum
-from swamla.train.optim import AdamWConfig, MuonConfig
+from swamla.train.optim import AdamWConfig, LionConfig, MuonConfig
 from swamla.train.precision import Precision
 from swamla.train.schedule import Budget, Schedule, ScheduleName
 
@@ -55,7 +55,7 @@ class TrainConfig:
     accumulation: int = 1
     block_size: int = 256
     curriculum: str = ""
-    optimizer: AdamWConfig | MuonConfig = field(default_factory=AdamWConfig)
+    optimizer: AdamWConfig | LionConfig | MuonConfig = field(default_factory=AdamWConfig)
     lr: float = 1e-3
     min_lr_ratio: float = 0.1
     warmup: float = 0.02
