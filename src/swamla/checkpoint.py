@@ -3,6 +3,7 @@
     RUN/config.json                                what the run is, enough to rebuild the model
     RUN/tokenizer.json
     RUN/checkpoints/step-00000500/model.safetensors  optimizer.safetensors  rng.safetensors  state.json  manifest.json
+                                                   ema.safetensors where the run averages its weights
     RUN/checkpoints/best.json                      which step had the lowest held-out loss
 
 A directory whose name begins with a dot is being written or being deleted, and is never read.
@@ -42,6 +43,10 @@ class Checkpoint:
     def tensors(self, group: str) -> dict[str, Tensor]:
         """The tensors of `group`, e.g. "model"; a name that was tied to another gives the same tensor object."""
         return read_tensors(regular_file(self.path / f"{group}.safetensors", inside=self.path))
+
+    def has(self, group: str) -> bool:
+        """True if it holds tensors of `group`."""
+        return (self.path / f"{group}.safetensors").exists()
 
 
 def save_checkpoint(
@@ -179,11 +184,12 @@ def find_checkpoint(run_dir: Path, which: str = "best") -> Checkpoint:
     return latest
 
 
-def load(run_dir: str | Path, which: str = "best") -> "tuple[LanguageModel, Tokenizer]":
+def load(run_dir: str | Path, which: str = "best", *, raw: bool = False) -> "tuple[LanguageModel, Tokenizer]":
     """Rebuild the model of a run, in evaluation mode and fp32, and its tokenizer. Exported as `swamla.load`.
 
-    which: "best" (lowest held-out loss), "latest", or a step such as "500". Only safetensors and JSON are ever read.
-    Raises `UsageError` for a folder that is no run, `CorruptError` for a damaged one.
+    which: "best" (lowest held-out loss), "latest", or a step such as "500". The weights of a run with `ema` are the
+    averaged ones, which its evaluations scored; raw: those that training itself goes on from. Only safetensors and
+    JSON are ever read. Raises `UsageError` for a folder that is no run, `CorruptError` for a damaged one.
     """
     run_dir = Path(run_dir)
     plain = read_run_config(run_dir)
@@ -195,7 +201,13 @@ def load(run_dir: str | Path, which: str = "best") -> "tuple[LanguageModel, Toke
 
     config = from_plain(LanguageModelConfig, plain["model"], path="model", origin=str(run_dir / "config.json"))
     model = config.build()
-    load_into(model, checkpoint.tensors("model"), origin=str(checkpoint.path))
+    tensors = checkpoint.tensors("model")
+    if checkpoint.has("ema") and not raw:
+        averages = checkpoint.tensors("ema")
+        if averages.keys() != dict(model.named_parameters(remove_duplicate=False)).keys():
+            raise CorruptError(f"{checkpoint.path}: the averaged weights do not fit the model")
+        tensors |= averages
+    load_into(model, tensors, origin=str(checkpoint.path))
     return model.eval(), load_tokenizer(run_dir / "tokenizer.json")
 
 

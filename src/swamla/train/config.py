@@ -35,12 +35,17 @@ class TrainConfig:
     decay: of a wsd schedule, the last fraction of the run, in which the rate falls.
     weight_decay: decoupled from the gradient; not on embeddings, biases and gains.
     grad_clip: largest norm of the gradient; none for no limit.
+    ema: decay, e.g. 0.999, of an exponential moving average of the weights, which then is what evaluations score and
+        `swamla.load` returns; none for no average.
     eval_interval: steps between evaluations, none for the one at the end only.
     eval_seconds: seconds between evaluations, besides or instead of steps.
     eval_tokens: how many held-out tokens an evaluation inside the run reads at most; none for all.
     save_interval: steps between checkpoints, none for the best and the last only.
     keep_last: how many checkpoints are kept, besides the best.
     log_interval: steps between lines where there is no terminal for a progress bar; metrics.jsonl has every step.
+    tensorboard: also write TensorBoard event files, to RUN/tensorboard.
+    wandb_project: also send the run to this project of Weights & Biases; offline where there is no key or no network.
+    wandb_run_name: the run's name there; by default one that is drawn there.
     seed: of the initial weights, the order of the data and dropout.
     precision: "auto" is bf16 autocast with fp32 weights where the machine has bf16 instructions, else fp32.
     checkpointing: what is computed again in the backward pass instead of being kept, which saves memory and changes no
@@ -63,12 +68,16 @@ class TrainConfig:
     decay: float = 0.2
     weight_decay: float = 0.1
     grad_clip: float | None = 1.0
+    ema: float | None = None
     eval_interval: int | None = 250
     eval_seconds: float | None = None
     eval_tokens: int | None = None
     save_interval: int | None = 500
     keep_last: int = 2
     log_interval: int = 10
+    tensorboard: bool = False
+    wandb_project: str = ""
+    wandb_run_name: str = ""
     seed: int = 0
     precision: Precision = "auto"
     checkpointing: Checkpointing = "none"
@@ -106,6 +115,9 @@ class TrainConfig:
         begins = self.warmup_fraction + self.decay <= 1 or self.schedule != "wsd"
         require(begins, "decay", self.decay, "must not begin in the warm-up: lower decay or warmup")
         require(0 <= self.weight_decay < float("inf"), "weight_decay", self.weight_decay, "must be >= 0, e.g. 0.1")
+        require(
+            self.ema is None or 0 < self.ema < 1, "ema", self.ema, "must be between 0 and 1, e.g. 0.999, or left out"
+        )
         require(self.grad_clip is None or self.grad_clip > 0, "grad_clip", self.grad_clip, "must be > 0, or left out")
 
     @property

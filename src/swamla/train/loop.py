@@ -11,17 +11,21 @@ from swamla.checkpoint import latest_checkpoint, list_checkpoints, mark_best, pr
 from swamla.data.dataset import Dataset
 from swamla.data.sampler import PackedRows
 from swamla.errors import Interrupted, SwamlaError
+from swamla.model.accounting import training_flops_per_token
 from swamla.model.language_model import LanguageModel
 from swamla.train.backends import describe
 from swamla.train.config import RunConfig
 from swamla.train.curriculum import cut
 from swamla.train.plot import plot_losses
 from swamla.train.precision import autocast
+from swamla.train.router_health import RouterHealth
 from swamla.train.run_folder import open_run
 from swamla.train.signals import StopRequest
 from swamla.train.state import TrainState, generator_states, set_generator_states
 from swamla.train.step import StepResult, training_step
-from swamla.train.tracking import Display, Metrics, make_display
+from swamla.train.trackers import Records, require_trackers
+from swamla.train.tracking import Display, make_display
+from swamla.train.utilisation import peak_memory, peak_of
 
 MAX_SKIPPED_IN_A_ROW = 20
 
@@ -49,9 +53,10 @@ def train(
     evaluate: called with the model, in the run's precision; returns at least "loss", the held-out loss in nats per
     token. on_start: called once before the first step. Returns the state at the end, with the last weights.
     Raises `Interrupted` after SIGTERM (exit 75) or Ctrl-C (exit 130), when all is saved; `Diverged` when 20 steps in a
-    row had no finite gradient; and as `open_run` does.
+    row had no finite gradient; and as `require_trackers` and `open_run` do.
     """
     run_dir = Path(run_dir)
+    require_trackers(config.train)
     with open_run(config, run_dir, dataset=dataset, resume=resume) as (config, state):
         _train(config, run_dir, dataset, state, evaluate, resume, console or Console(), on_start)
     return state
@@ -68,18 +73,19 @@ def _train(
     on_start: Callable[[TrainState], None] | None,
 ) -> None:
     """Train in a folder that was opened."""
-    metrics = Metrics(run_dir / "metrics.jsonl", resume_after=state.step if resume else None)
-    with StopRequest() as stop, make_display(console, config.train.log_interval) as display:
+    resume_after = state.step if resume else None
+    with (
+        StopRequest() as stop,
+        make_display(console, config.train.log_interval) as display,
+        Records(config.train, run_dir, resume_after=resume_after, say=display.say) as metrics,
+    ):
         loop = _Loop(config, run_dir, dataset, state, evaluate, metrics, display)
         loop.announce(resume)
         if on_start is not None:
             generators = generator_states()
             on_start(state)
             set_generator_states(generators)  # whatever it drew, the run is the same
-        try:
-            loop.run(stop)
-        finally:
-            metrics.close()
+        loop.run(stop)
 
 
 class _Loop:
@@ -92,12 +98,14 @@ class _Loop:
         dataset: Dataset,
         state: TrainState,
         evaluate: Evaluate | None,
-        metrics: Metrics,
+        metrics: Records,
         display: Display,
     ) -> None:
         self.config, self.run_dir, self.state = config.train, run_dir, state
+        self.model, self.peak = config.model, peak_of(state.device, state.precision)
         self.checkpoints = run_dir / "checkpoints"
         self.evaluate, self.metrics, self.display = evaluate, metrics, display
+        self.router_health = RouterHealth()
         eos_id = dataset.tokenizer.eos_id
         self.rows = PackedRows(dataset.train, self.config.block_size, self.config.seed, eos_id)
         self.curriculum, self.length = self.config.lengths, self.config.block_size  # where there is none, none is told
@@ -115,6 +123,7 @@ class _Loop:
         where = f", resumed after step {self.state.step}" if resume else ""
         self.display.say(f"{parameters:,} parameters, {self.state.precision} on {self.state.device}{where}")
         self.display.say(f"backends: {describe(self.state.backends)}")
+        self.display.say(f"mfu is relative to {self.peak.name}")
 
     def run(self, stop: StopRequest) -> None:
         """Step until the budget is spent or somebody asks to stop; then evaluate, if nobody did, and save."""
@@ -189,16 +198,22 @@ class _Loop:
         Speeds leave out evaluations and saves.
         """
         state = self.state
+        speed = result.tokens / max(self.step_seconds, 1e-9)
         values = {
             "loss": result.loss,
             "bits_per_byte": result.loss * self.bits_per_nat,
             "lr": lr,
             "grad_norm": result.grad_norm,
             "tokens": state.tokens,
-            "tokens_per_second": result.tokens / max(self.step_seconds, 1e-9),
+            "tokens_per_second": speed,
+            "mfu": speed * training_flops_per_token(self.model, self.length) / self.peak.flops,
+            "peak_memory": peak_memory(state.device),
             "elapsed": state.seconds,
         }
-        self.metrics.write(state.step, values)
+        routers, warnings = self.router_health.watch(state.model, result.statistics)
+        self.metrics.write(state.step, values | routers)
+        for warning in warnings:
+            self.display.say(warning)
         self.recent_tokens = 0.9 * self.recent_tokens + result.tokens
         self.recent_seconds = 0.9 * self.recent_seconds + self.step_seconds
         speed = self.recent_tokens / max(self.recent_seconds, 1e-9)
@@ -222,7 +237,7 @@ class _Loop:
         if self.evaluate is None:
             return
         state = self.state
-        with autocast(state.precision, state.device):
+        with state.evaluated_weights(), autocast(state.precision, state.device):
             found = self.evaluate(state.model)
         state.seconds = state.evaluated_at = self.seconds()
         state.evaluated_step = state.step

@@ -29,6 +29,7 @@ from swamla.errors import ConfigError, DataError, UsageError
 from swamla.files import entry, write_text_atomically
 from swamla.train.backends import resolve_backends
 from swamla.train.config import RunConfig
+from swamla.train.ema import WeightAverage
 from swamla.train.precision import resolve_device, resolve_precision
 from swamla.train.state import TrainState, seed_generators
 
@@ -39,6 +40,7 @@ MAY_CHANGE = (
     *("train.lr", "train.min_lr_ratio", "train.schedule", "train.warmup", "train.decay"),
     *("train.weight_decay", "train.grad_clip", "train.save_interval", "train.keep_last"),
     *("train.eval_interval", "train.eval_seconds", "train.eval_tokens"),
+    *("train.tensorboard", "train.wandb_project", "train.wandb_run_name"),
 )
 
 
@@ -121,6 +123,7 @@ def fresh_state(config: RunConfig, dataset: Dataset) -> TrainState:
         backends=backends,
         data_fingerprint=dataset.fingerprint,
         device=device,
+        average=None if train.ema is None else WeightAverage(model, train.ema),
     )
 
 

@@ -3,6 +3,7 @@
 import random
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from torch import Tensor
 from swamla.checkpoint import Checkpoint, load_into, save_checkpoint
 from swamla.errors import CorruptError
 from swamla.model.language_model import LanguageModel
+from swamla.train.ema import WeightAverage
 from swamla.train.optim import NamedOptimizer
 
 COUNTERS = (
@@ -35,6 +37,7 @@ class TrainState:
     """The state of a training run; all of it goes into a checkpoint, with the random generators'.
 
     backends: what computes each op on `device`.
+    average: of the weights, where the run has one: what evaluations score.
     step: optimizer steps done, skipped ones included.  sample: index of the next row, which alone says what data
     comes next.  tokens: labels learned from.  seconds: time spent, evaluations and saves included.
     skipped, skipped_in_a_row: steps whose gradient was not finite.
@@ -48,6 +51,7 @@ class TrainState:
     backends: dict[str, str]
     data_fingerprint: str
     device: torch.device
+    average: WeightAverage | None = None
     step: int = 0
     sample: int = 0
     tokens: int = 0
@@ -66,6 +70,8 @@ class TrainState:
             "optimizer": self.optimizer.state_tensors(),
             "rng": generator_states(),
         }
+        if self.average is not None:
+            tensors["ema"] = self.average.tensors()
         return save_checkpoint(directory, self.step, tensors=tensors, state=self._plain())
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -83,12 +89,23 @@ class TrainState:
             stateless=saved["parameters_without_optimizer_state"],
             origin=str(checkpoint.path),
         )
+        if self.average is not None:
+            self.average.load(checkpoint.tensors("ema"), origin=str(checkpoint.path))
         for name in COUNTERS:
             setattr(self, name, saved[name])
         self.precision = saved["precision"]
         if saved["backends"] != self.backends:
             warnings.warn(f"computed before by {saved['backends']}, from here on by {self.backends}", stacklevel=2)
         set_generator_states(checkpoint.tensors("rng"))
+
+    @property
+    def updates(self) -> int:
+        """Steps that changed the weights."""
+        return self.step - self.skipped
+
+    def evaluated_weights(self) -> AbstractContextManager[None]:
+        """While entered the model's weights are those to be judged: the averages, where there are any."""
+        return nullcontext() if self.average is None else self.average.in_place()
 
     def weights_are_finite(self) -> bool:
         """False as soon as one weight is infinite or not a number."""

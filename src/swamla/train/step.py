@@ -63,6 +63,8 @@ def training_step(state: TrainState, batch: Batch, config: TrainConfig, lr: floa
         state.optimizer.set_lr(lr)
         state.optimizer.step()
         model.rebalance(statistics)
+        if state.average is not None:
+            state.average.update(state.updates + 1)
     return result
 
 

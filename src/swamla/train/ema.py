@@ -1,0 +1,62 @@
+"""The exponential moving average of the weights."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from swamla.errors import CorruptError
+
+
+class WeightAverage:
+    """After n steps Σ decay^(n − i) · weights_i / Σ decay^(n − i), over the weights after every step i = 1 … n.
+
+    The division leaves no trace of the initial weights, and the first steps count no more than their share: it is
+    Adam's correction of its moments (arXiv 1412.6980, sec. 3), folded into the weight of the newest term. Averages
+    are kept in fp32. Buffers, such as a router's biases, are not averaged: they are used as they stand.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._parameters = dict(model.named_parameters())
+        self._averages = {name: p.detach().float().clone() for name, p in self._parameters.items()}
+        # under every name that a tied weight has, so that a checkpoint can be read without knowing what is tied
+        own = {p: name for name, p in self._parameters.items()}
+        self._names = {name: own[p] for name, p in model.named_parameters(remove_duplicate=False)}
+
+    @torch.no_grad()
+    def update(self, count: int) -> None:
+        """Take in the weights as they are after step `count` (from 1), skipped steps not counted."""
+        newest = (1 - self.decay) / (1 - self.decay**count)
+        weights = [p.detach().float() for p in self._parameters.values()]
+        torch._foreach_lerp_(list(self._averages.values()), weights, newest)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While entered the model's weights are the averages; its own are put back however the block ends."""
+        with torch.no_grad():
+            own = [p.clone() for p in self._parameters.values()]
+        try:
+            self._write(self._averages.values())
+            yield
+        finally:
+            self._write(own)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The averages by the names of the weights."""
+        return {name: self._averages[own] for name, own in self._names.items()}
+
+    def load(self, tensors: Mapping[str, Tensor], *, origin: str) -> None:
+        """Take over what `tensors` gave. Raises `CorruptError` for other names or shapes."""
+        expected = {name: average.shape for name, average in self.tensors().items()}
+        if {name: tensor.shape for name, tensor in tensors.items()} != expected:
+            raise CorruptError(f"{origin}: the averaged weights do not fit the model")
+        for name, average in self._averages.items():
+            average.copy_(tensors[name])
+
+    @torch.no_grad()
+    def _write(self, tensors: Iterable[Tensor]) -> None:
+        """Into the weights themselves: whoever holds them, a compiled graph for one, sees the change."""
+        for p, tensor in zip(self._parameters.values(), tensors, strict=True):
+            p.copy_(tensor)
