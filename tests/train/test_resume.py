@@ -118,7 +118,7 @@ def test_a_signal_during_an_evaluation_ends_the_run_after_it_and_nothing_is_lost
 
 def timeless(run_dir):
     """All records of a run, training and held-out, without the clock."""
-    clock = ("elapsed", "tokens_per_second")
+    clock = ("elapsed", "tokens_per_second", "mfu", "peak_memory")
     return [{k: v for k, v in r.items() if k not in clock} for r in read_metrics(run_dir / "metrics.jsonl")]
 
 

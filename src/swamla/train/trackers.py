@@ -1,0 +1,171 @@
+"""Where a run's records go: metrics.jsonl always, TensorBoard and Weights & Biases where the config asks for them.
+
+Only metrics.jsonl may stop a run. A tracker that fails is told once and then left out; training does not wait for it
+and is the same to the bit.
+"""
+
+import contextlib
+import importlib.util
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from swamla.errors import MissingBackendError, SwamlaError
+from swamla.files import write_text_atomically
+from swamla.train import wandb_follower
+from swamla.train.config import TrainConfig
+from swamla.train.tracking import Metrics
+
+END_SECONDS = 30.0  # for what a tracker has left when a run is done
+STOP_SECONDS = 5.0  # and when it was stopped, or failed: something waits for the process to end
+
+Say = Callable[[str], None]
+
+
+def require_trackers(config: TrainConfig) -> None:
+    """Raise `MissingBackendError`, with the install command, for a tracker that is asked for and not installed."""
+    wanted = {
+        "tensorboard": ("tensorboard", config.tensorboard),
+        "wandb_project": ("wandb", bool(config.wandb_project)),
+    }
+    for setting, (package, asked) in wanted.items():
+        if asked and importlib.util.find_spec(package) is None:
+            raise MissingBackendError(f"train.{setting}: {package} is not installed: pip install 'swamla[tracking]'")
+
+
+class Records:
+    """The records of a run while it is entered; leaving waits a bounded time for trackers."""
+
+    def __init__(self, config: TrainConfig, run_dir: Path, *, resume_after: int | None, say: Say) -> None:
+        """resume_after: the step of the checkpoint that a resumed run goes on from; None for a new run."""
+        self._say = say
+        self._metrics = Metrics(run_dir / "metrics.jsonl", resume_after=resume_after)
+        self._tensorboard = self._wandb = None
+        if config.tensorboard:
+            self._tensorboard = self._try(lambda: TensorBoard(run_dir / "tensorboard", resume_after=resume_after))
+        if config.wandb_project and os.environ.get("WANDB_MODE") != "disabled":
+            self._wandb = WeightsAndBiases(config.wandb_project, config.wandb_run_name, run_dir, say=say)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append a record."""
+        self._metrics.write(step, values)
+        if self._wandb is not None:
+            self._wandb.listen()
+        tensorboard = self._tensorboard
+        if tensorboard is not None and self._try(lambda: tensorboard.write(step, values)) is None:
+            self._tensorboard = None
+
+    def sync(self) -> None:
+        """Make all records survive what may come: they are as many as the checkpoint that is written next counts."""
+        self._metrics.sync()
+        tensorboard = self._tensorboard
+        if tensorboard is not None and self._try(tensorboard.flush) is None:
+            self._tensorboard = None
+
+    def _try(self, action: Callable[[], Any]) -> Any:
+        """What TensorBoard's `action` returns; None after a failure, which is told."""
+        try:
+            return action()
+        except Exception as error:
+            self._say(f"warning: TensorBoard failed ({type(error).__name__}: {error}); training goes on without it")
+            return None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._metrics.close()
+        if self._tensorboard is not None:
+            self._try(self._tensorboard.close)
+        if self._wandb is not None:
+            status = error.exit_status if isinstance(error, SwamlaError) else int(error is not None)
+            self._wandb.close(status)
+
+
+class TensorBoard:
+    """Event files in a folder: one scalar for each number of a record."""
+
+    def __init__(self, folder: Path, *, resume_after: int | None) -> None:
+        """Of earlier events, TensorBoard hides those after step `resume_after`."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=None if resume_after is None else resume_after + 1)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> bool:
+        """Add a record's numbers."""
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, step)
+        return True
+
+    def flush(self) -> bool:
+        """Put all events on the disk."""
+        self._writer.flush()
+        return True
+
+    def close(self) -> bool:
+        """Close the file."""
+        self._writer.close()
+        return True
+
+
+class WeightsAndBiases:
+    """A process that follows the run's metrics.jsonl and sends it; see `wandb_follower`."""
+
+    def __init__(self, project: str, name: str, run_dir: Path, *, say: Say) -> None:
+        self._say, self._run_dir, self._heard = say, run_dir, b""
+        command = [sys.executable, "-P", wandb_follower.__file__, str(run_dir), project, name, run_id(run_dir)]
+        self._process = subprocess.Popen(
+            [*command, str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is the trainer's to answer
+            env={"WANDB_ERROR_REPORTING": "false", **os.environ},
+        )
+        assert self._process.stdin
+        assert self._process.stdout
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        os.set_blocking(self._stdout.fileno(), False)
+
+    def listen(self) -> None:
+        """Say what the process has to tell; it never waits."""
+        with contextlib.suppress(BlockingIOError):  # all is read
+            while text := os.read(self._stdout.fileno(), 4096):
+                self._heard += text
+        *lines, self._heard = self._heard.split(b"\n")
+        for line in lines:
+            self._say(line.decode(errors="replace"))
+
+    def close(self, status: int) -> None:
+        """Tell the run's exit status and give the process a bounded time for what is left."""
+        seconds = END_SECONDS if status == 0 else STOP_SECONDS
+        with contextlib.suppress(BrokenPipeError):  # it failed, and told so
+            self._stdin.write(f"{status}\n".encode())
+            self._stdin.close()
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            where = self._run_dir / "wandb"
+            self._say(f"warning: Weights & Biases took more than {seconds:g} s to end; its files are in {where}")
+        self.listen()
+        self._stdout.close()
+
+
+def run_id(run_dir: Path) -> str:
+    """The id of the run at Weights & Biases: drawn once, then kept in the run's folder."""
+    file = run_dir / "wandb" / "run_id"
+    if not file.exists():
+        file.parent.mkdir(exist_ok=True)
+        write_text_atomically(file, secrets.token_hex(6))  # not of the seeded generators: every run has its own
+    return file.read_text(encoding="utf-8")
