@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from swamla.model.block import Block, BlockConfig
     from swamla.model.config import LanguageModelConfig
     from swamla.model.ffns.dense import DenseConfig
+    from swamla.model.ffns.latent_moe import LatentMoE, LatentMoEConfig
+    from swamla.model.ffns.moe import MoE, MoEConfig
     from swamla.model.language_model import LanguageModel, ModelState
     from swamla.model.mixers.gdn import GDN, GDNConfig
     from swamla.model.mixers.latent import LatentAttention, LatentConfig
@@ -30,12 +32,16 @@ _HOME = {
     "LanguageModelConfig": "config",
     "LatentAttention": "mixers.latent",
     "LatentConfig": "mixers.latent",
+    "LatentMoE": "ffns.latent_moe",
+    "LatentMoEConfig": "ffns.latent_moe",
     "LayerNormConfig": "norm",
     "LinearScaling": "rope",
     "MHA": "mixers.mha",
     "MHAConfig": "mixers.mha",
     "MLA": "mixers.mla",
     "MLAConfig": "mixers.mla",
+    "MoE": "ffns.moe",
+    "MoEConfig": "ffns.moe",
     "Mixer": "mixers.mixer",
     "ModelState": "language_model",
     "RMSNormConfig": "norm",
@@ -64,11 +70,15 @@ __all__ = [
     "LanguageModelConfig",
     "LatentAttention",
     "LatentConfig",
+    "LatentMoE",
+    "LatentMoEConfig",
     "LayerNormConfig",
     "LinearScaling",
     "MHAConfig",
     "MLAConfig",
     "Mixer",
+    "MoE",
+    "MoEConfig",
     "ModelState",
     "RMSNormConfig",
     "RopeConfig",

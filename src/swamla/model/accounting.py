@@ -26,7 +26,7 @@ def count_parameters(config: LanguageModelConfig) -> ParameterCount:
     inactive = 0
     for block in config.layers:
         parts[block.mixer.kind] += block.mixer.n_parameters(width)
-        parts[block.ffn.kind] += block.ffn.n_parameters(width)
+        parts.update(block.ffn.components(width))
         parts["norms"] += 2 * config.norm.n_parameters(width)
         inactive += block.ffn.n_parameters(width) - block.ffn.n_active_parameters(width)
     parts["norms"] += config.norm.n_parameters(width)

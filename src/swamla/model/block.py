@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.ffns.ffn import FFN, Statistics
+from swamla.model.ffns.latent_moe import LatentMoEConfig
+from swamla.model.ffns.moe import MoEConfig
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mha import MHAConfig
@@ -21,7 +23,7 @@ from swamla.model.norm import NormConfig
 from swamla.ops.layout import Layout
 
 MixerConfig = MHAConfig | SWAConfig | MLAConfig | GDNConfig | LatentConfig
-FFNConfig = DenseConfig
+FFNConfig = DenseConfig | MoEConfig | LatentMoEConfig
 
 Checkpointing = Literal["none", "attention", "ffn", "all"]
 

@@ -53,6 +53,8 @@ class LanguageModelConfig:
         for name, block in self.blocks.items():  # what does not fit the width is found now, not when it is built
             with within(f"blocks.{name}.mixer"):
                 block.mixer.n_parameters(self.width)
+            with within(f"blocks.{name}.ffn"):
+                block.ffn.n_parameters(self.width)
 
     @property
     def depth(self) -> int:

@@ -16,7 +16,8 @@ from swamla.model.sampling import Sampling, generate
 from swamla.ops import chunked_cross_entropy
 from swamla.ops.layout import Layout
 
-OUTPUT_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
+OUTPUT_PROJECTIONS = ("o_proj.weight", ".down_proj.weight", "experts.down")
+KEEP_THEIR_OWN = ("conv_weight", "latent_down_proj.weight", "latent_up_proj.weight")  # already drawn by their module
 
 
 @dataclass
@@ -53,7 +54,7 @@ class LanguageModel(nn.Module):
     def reset_weights(self) -> None:
         """Normal weights, output projections scaled by depth (GPT-2), zero biases."""
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 2 and not name.endswith("conv_weight"):
+            if parameter.ndim >= 2 and not name.endswith(KEEP_THEIR_OWN):
                 depth_scale = (2 * self.config.depth) ** -0.5 if name.endswith(OUTPUT_PROJECTIONS) else 1.0
                 parameter.normal_(0.0, self.config.init_std * depth_scale)
             elif name.endswith("_proj.bias"):

@@ -7,6 +7,7 @@ V value width (vocabulary in a head's weight), N rows, W convolution width, C ch
 from swamla.ops.attention import cached_attention, causal_attention, resolve_backend, windowed_attention
 from swamla.ops.cross_entropy import chunked_cross_entropy
 from swamla.ops.gated_delta import gated_delta_rule, gated_delta_step, l2_normalize
+from swamla.ops.grouped_mm import grouped_mm
 from swamla.ops.layout import Layout
 from swamla.ops.rms_norm import rms_norm
 from swamla.ops.short_conv import short_conv
@@ -18,6 +19,7 @@ __all__ = [
     "chunked_cross_entropy",
     "gated_delta_rule",
     "gated_delta_step",
+    "grouped_mm",
     "l2_normalize",
     "resolve_backend",
     "rms_norm",

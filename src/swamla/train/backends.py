@@ -18,7 +18,7 @@ def resolve_backends(model: LanguageModelConfig, device: torch.device) -> dict[s
             found = block.mixer.backends(device)
         except MissingBackendError as error:
             raise MissingBackendError(f"model.blocks.{name}.mixer.{error}") from error
-        for op, backend in found.items():
+        for op, backend in (found | block.ffn.backends(device)).items():
             chosen.setdefault(op, set()).add(backend)
     return {op: " and ".join(sorted(backends)) for op, backends in sorted(chosen.items())}
 

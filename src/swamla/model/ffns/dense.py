@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -36,6 +37,14 @@ class DenseConfig:
     def build(self, width: int) -> FFN:
         """The module."""
         return GELU(self, width) if self.activation == "gelu" else SwiGLU(self, width)
+
+    def backends(self, device: torch.device) -> dict[str, str]:
+        """No op with a choice."""
+        return {}
+
+    def components(self, width: int) -> dict[str, int]:
+        """Parameters by what they are."""
+        return {"dense": self.n_parameters(width)}
 
     def n_parameters(self, width: int) -> int:
         """Parameters of the module."""

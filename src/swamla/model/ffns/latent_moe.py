@@ -1,0 +1,69 @@
+"""LatentMoE (arXiv 2601.18089): experts that work in a narrower latent, so that there may be more of them."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from swamla.errors import require
+from swamla.model.ffns.moe import MoE, MoEConfig
+from swamla.ops.grouped_mm import Dispatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentMoEConfig(MoEConfig):
+    """A mixture of experts in a latent `ratio` times narrower than the model; router and shared experts see the model.
+
+    At equal cost a latent allows `ratio` times the experts and the active ones: 32 and 3 become 128 and 12.
+    ratio: the model's width over the latent's.
+    preserve_expert_dim: whether experts keep their hidden width in the latent; else it is `ratio` times smaller too.
+    """
+
+    kind: ClassVar[str] = "latent_moe"
+    n_experts: int = 128
+    n_activated: int = 12
+    ratio: int = 4
+    preserve_expert_dim: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.ratio > 0, "ratio", self.ratio, "must be > 0, e.g. 4")
+
+    def expert_dim(self, width: int) -> int:
+        """`expert_hidden`, or 8/3 · width shared out over n_activated / ratio + n_shared, rounded up to 64."""
+        met = self.n_activated + self.ratio * self.n_shared  # in units of 1 / ratio
+        return self.expert_hidden or (8 * width * self.ratio + 192 * met - 1) // (192 * met) * 64
+
+    def routed_dims(self, width: int) -> tuple[int, int]:
+        """Width of the latent, and the routed experts' hidden width."""
+        require(width % self.ratio == 0, "ratio", self.ratio, f"must divide the width {width}")
+        hidden = self.expert_dim(width)
+        if not self.preserve_expert_dim:
+            allowed = f"must divide expert_hidden = {hidden} unless preserve_expert_dim"
+            require(hidden % self.ratio == 0, "ratio", self.ratio, allowed)
+            hidden //= self.ratio
+        return self._aligned(width // self.ratio, hidden)
+
+    def build(self, width: int) -> "LatentMoE":
+        """The module."""
+        return LatentMoE(self, width)
+
+    def components(self, width: int) -> dict[str, int]:
+        """Parameters by what they are."""
+        return {**super().components(width), "latent projections": 2 * width * (width // self.ratio)}
+
+
+class LatentMoE(MoE):
+    """W_up Σ pᵢ Eᵢ(W_down x) + shared(x); routed on x itself."""
+
+    def __init__(self, config: LatentMoEConfig, width: int) -> None:
+        super().__init__(config, width)
+        latent = config.routed_dims(width)[0]
+        self.latent_down_proj = nn.Linear(width, latent, bias=False)
+        self.latent_up_proj = nn.Linear(latent, width, bias=False)
+        for projection in (self.latent_down_proj, self.latent_up_proj):  # the detour keeps the scale of what takes it
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+
+    def routed(self, x_ND: Tensor, dispatch: Dispatch, weight_NK: Tensor) -> Tensor:
+        """What the routed experts make of tokens (N, D), by way of the latent."""
+        return self.latent_up_proj(self.experts(self.latent_down_proj(x_ND), dispatch, weight_NK))

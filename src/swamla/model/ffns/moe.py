@@ -1,0 +1,143 @@
+"""A mixture of experts: every token goes through a few of many small SwiGLUs, and through shared ones."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from swamla.errors import require
+from swamla.model.ffns.dense import DenseConfig, SwiGLU
+from swamla.model.ffns.experts import Experts
+from swamla.model.ffns.ffn import FFN, Statistics
+from swamla.model.ffns.router import Router, routed_loss
+from swamla.ops.grouped_mm import BACKENDS, Dispatch, resolve_backend
+
+ROW = 8  # numbers a row must be a multiple of, for the fast grouped product: 16 bytes of bf16
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """A mixture of experts, routed as in DeepSeek-V3; no token is ever dropped.
+
+    n_experts: routed experts, each a SwiGLU.
+    n_activated: how many of them a token goes to.
+    n_shared: experts that every token goes to, besides.
+    expert_hidden: hidden width of an expert; by default so that a token meets as many weights as in a dense SwiGLU.
+    shared_hidden: hidden width of a shared expert, as the routed ones' by default.
+    bias_rate: how far a step moves the bias that balances the experts.
+    aux_loss: weight of DeepSeek-V3's sequence-wise balance loss; 0 for none.
+    z_loss: weight of the loss that keeps the router's logits small; 0 for none.
+    backend: auto, reference or torch.
+    """
+
+    kind: ClassVar[str] = "moe"
+    n_experts: int = 32
+    n_activated: int = 3
+    n_shared: int = 1
+    expert_hidden: int | None = None
+    shared_hidden: int | None = None
+    bias_rate: float = 1e-3
+    aux_loss: float = 0.0
+    z_loss: float = 0.0
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        require(self.n_experts > 0, "n_experts", self.n_experts, "must be > 0, e.g. 32")
+        fits = 1 <= self.n_activated <= self.n_experts
+        require(fits, "n_activated", self.n_activated, f"must be 1 … n_experts = {self.n_experts}")
+        require(self.n_shared >= 0, "n_shared", self.n_shared, "must be >= 0 (0: none)")
+        for name in ("expert_hidden", "shared_hidden"):
+            value = self.__dict__[name]
+            require(value is None or value > 0, name, value, "must be > 0, or left out")
+        for name in ("bias_rate", "aux_loss", "z_loss"):
+            value = self.__dict__[name]
+            require(0 <= value < float("inf"), name, value, "must be >= 0 (0: none)")
+        require(self.backend in BACKENDS, "backend", self.backend, f"must be one of {', '.join(BACKENDS)}")
+
+    def expert_dim(self, width: int) -> int:
+        """`expert_hidden`, or 8/3 · width shared out over the experts a token meets, rounded up to 64."""
+        met = self.n_activated + self.n_shared
+        return self.expert_hidden or (8 * width + 192 * met - 1) // (192 * met) * 64
+
+    def routed_dims(self, width: int) -> tuple[int, int]:
+        """Width that the routed experts work on, and their hidden width."""
+        return self._aligned(width, self.expert_dim(width))
+
+    def shared_config(self, width: int) -> DenseConfig | None:
+        """The shared experts as one SwiGLU (they differ in nothing but their weights); none where n_shared is 0."""
+        if not self.n_shared:
+            return None
+        return DenseConfig(hidden=self.n_shared * (self.shared_hidden or self.expert_dim(width)))
+
+    def build(self, width: int) -> "MoE":
+        """The module."""
+        return MoE(self, width)
+
+    def backends(self, device: torch.device) -> dict[str, str]:
+        """What computes which op, on any device."""
+        return {"experts": resolve_backend(self.backend)}
+
+    def components(self, width: int) -> dict[str, int]:
+        """Parameters by what they are."""
+        inner, hidden = self.routed_dims(width)
+        shared = self.shared_config(width)
+        return {
+            "experts": self.n_experts * 3 * inner * hidden,
+            "router": self.n_experts * width,
+            "shared experts": shared.n_parameters(width) if shared else 0,
+        }
+
+    def n_parameters(self, width: int) -> int:
+        """Parameters of the module."""
+        return sum(self.components(width).values())
+
+    def n_active_parameters(self, width: int) -> int:
+        """Parameters that one token uses: n_activated experts, and all else."""
+        inner, hidden = self.routed_dims(width)
+        return self.n_parameters(width) - (self.n_experts - self.n_activated) * 3 * inner * hidden
+
+    def forward_flops(self, width: int, length: int) -> int:
+        """Floating-point operations of one forward pass over `length` tokens: every active parameter is multiplied."""
+        return 2 * self.n_active_parameters(width) * length
+
+    def _aligned(self, inner: int, hidden: int) -> tuple[int, int]:
+        aligned = resolve_backend(self.backend) == "reference" or (inner % ROW == 0 and hidden % ROW == 0)
+        allowed = (
+            f'must give experts whose widths are multiples of {ROW}, got {inner} and {hidden}; or backend = "reference"'
+        )
+        require(aligned, "expert_hidden", self.expert_hidden, allowed)
+        return inner, hidden
+
+
+class MoE(FFN):
+    """Σ pᵢ Eᵢ(x) over the chosen experts, plus the shared ones; routed on x itself."""
+
+    def __init__(self, config: MoEConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.router = Router(width, config.n_experts, config.n_activated)
+        self.experts = Experts(config.n_experts, *config.routed_dims(width), config.backend)
+        shared = config.shared_config(width)
+        self.shared = SwiGLU(shared, width) if shared else None
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Statistics]:
+        """(B, T, D) → (B, T, D) and the router's statistics."""
+        x_ND = x_BTD.flatten(0, 1)
+        routing = self.router(x_ND)
+        dispatch = Dispatch(routing.expert_NK, self.config.n_experts)
+        y_BTD = self.routed(x_ND, dispatch, routing.weight_NK).view(x_BTD.shape)
+        if self.shared is not None:
+            y_BTD = y_BTD + self.shared(x_BTD)[0]
+        logits_BTE = routing.logits_NE.unflatten(0, x_BTD.shape[:2])
+        loss = routed_loss(self.router, logits_BTE, self.config.aux_loss, self.config.z_loss)
+        return y_BTD, {**loss, **self.router.statistics(routing, dispatch.load_E)}
+
+    def routed(self, x_ND: Tensor, dispatch: Dispatch, weight_NK: Tensor) -> Tensor:
+        """What the routed experts make of tokens (N, D)."""
+        return self.experts(x_ND, dispatch, weight_NK)
+
+    def rebalance(self, statistics: Mapping[str, Tensor]) -> None:
+        """Move the router's bias by the load of the whole batch."""
+        self.router.rebalance(statistics["load"], self.config.bias_rate)

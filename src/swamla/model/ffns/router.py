@@ -1,0 +1,92 @@
+"""The router of a mixture of experts: sigmoid scores, top-k, balanced by a bias instead of a loss.
+
+DeepSeek-V3 (arXiv 2412.19437, section 2.1.2); the bias of arXiv 2408.15664.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swamla.model.ffns.ffn import Statistics
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where N tokens go: the K chosen experts of each and their weights, which sum to 1 (fp32); logits (N, E)."""
+
+    expert_NK: Tensor
+    weight_NK: Tensor
+    logits_NE: Tensor
+
+
+class Router(nn.Module):
+    """Chooses experts by score + bias and weighs them by score alone; always in fp32, autocast or not."""
+
+    def __init__(self, width: int, n_experts: int, n_activated: int) -> None:
+        super().__init__()
+        self.n_activated = n_activated
+        self.weight = nn.Parameter(torch.empty(n_experts, width).uniform_(-(width**-0.5), width**-0.5))
+        self.bias: Tensor
+        self.register_buffer("bias", torch.zeros(n_experts))
+
+    def forward(self, x_ND: Tensor) -> Routing:
+        """Route tokens (N, D)."""
+        dtype = torch.promote_types(x_ND.dtype, torch.float32)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            logits_NE = F.linear(x_ND.to(dtype), self.weight.to(dtype))
+        chosen_NK = self.choose(logits_NE.detach().sigmoid() + self.bias)
+        # σᵢ / Σ σⱼ over the chosen, as a softmax of log σ: no division by zero however low all scores are.
+        weight_NK = F.logsigmoid(logits_NE.gather(1, chosen_NK)).softmax(dim=1)
+        return Routing(chosen_NK, weight_NK, logits_NE)
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """The experts (…, K) of highest score (…, E)."""
+        return scores.topk(self.n_activated, dim=-1, sorted=False).indices
+
+    def auxiliary_loss(self, logits_BTE: Tensor) -> Tensor:
+        """The sequence-wise balance loss of DeepSeek-V3 (eq. 17 to 20, α = 1), summed over tokens; a row is a sequence.
+
+        1 a token where all experts are used alike. As there, it counts the experts of highest score: the bias, which
+        may already have balanced the choice, does not hide scores that are not.
+        """
+        _, time, n_experts = logits_BTE.shape
+        scores_BTE = logits_BTE.sigmoid()
+        share_BTE = scores_BTE / scores_BTE.sum(-1, keepdim=True)
+        chosen_BTE = torch.zeros_like(share_BTE).scatter_(-1, self.choose(logits_BTE.detach()), 1.0)
+        fraction_BE = chosen_BTE.sum(1) * (n_experts / (self.n_activated * time))
+        return (fraction_BE * share_BTE.sum(1)).sum()
+
+    @staticmethod
+    def z_loss(logits: Tensor) -> Tensor:
+        """The square of log Σ exp(logit), summed over tokens: keeps logits small (arXiv 2202.08906, eq. 5)."""
+        return logits.logsumexp(-1).square().sum()
+
+    @torch.no_grad()
+    def statistics(self, routing: Routing, load_E: Tensor) -> Statistics:
+        """Sums over tokens. Entropy: of the scores as shares of their sum, log E nats a token at most.
+
+        Padding is routed and counted as any token is; rows of training, which alone move the bias, have none.
+        """
+        log_share_NE = F.logsigmoid(routing.logits_NE)
+        log_share_NE -= log_share_NE.logsumexp(-1, keepdim=True)
+        entropy = -(log_share_NE.exp() * log_share_NE).sum()
+        return {"load": load_E, "entropy": entropy, "tokens": load_E.sum() // self.n_activated}
+
+    @torch.no_grad()
+    def rebalance(self, load_E: Tensor, rate: float) -> None:
+        """Move the bias by ±`rate`: up for experts with less than the mean load, down for those with more."""
+        load_E = load_E.to(self.bias.dtype)
+        self.bias += rate * (load_E.mean() - load_E).sign()
+
+
+def routed_loss(router: Router, logits_BTE: Tensor, aux_loss: float, z_loss: float) -> Mapping[str, Tensor]:
+    """The statistic "loss", weighted by its coefficients; nothing where both are 0."""
+    terms = []
+    if aux_loss:
+        terms.append(aux_loss * router.auxiliary_loss(logits_BTE))
+    if z_loss:
+        terms.append(z_loss * router.z_loss(logits_BTE))
+    return {"loss": sum(terms[1:], start=terms[0])} if terms else {}

@@ -1,0 +1,124 @@
+"""Rows sorted by expert, each times its expert's matrix; and the way of tokens to their experts and back."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from swamla.errors import UsageError
+
+BACKENDS = ("auto", "reference", "torch")
+ALIGNMENT = 16  # bytes: what the torch kernel asks of the length of every row
+
+
+def resolve_backend(backend: str) -> str:
+    """The backend that a name means, on any device: "auto" is "torch". Raises UsageError for an unknown name."""
+    if backend not in BACKENDS:
+        raise UsageError(f"backend = {backend!r}: grouped products have {', '.join(map(repr, BACKENDS))}")
+    return "torch" if backend == "auto" else backend
+
+
+def grouped_mm(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, *, backend: str = "auto") -> Tensor:
+    """y (N, F): row n of x times the matrix of the expert it belongs to.
+
+    Rows are sorted by expert: expert e owns those from ends[e − 1] (0 for the first) up to ends[e], which are int32 and
+    end at N. Under autocast x and the weights are cast to its dtype. Gradients reach every expert: zeros where it owns
+    no row. Backends: "reference" (a loop over experts, waits for the device), "torch" (`F.grouped_mm`, whose rows must
+    be a multiple of 16 bytes, not for doubles), "auto" ("torch": on a CPU it is as fast as the loop, and twice as fast
+    as padding all experts to one batch of equal sizes). Raises UsageError for what the backend cannot compute.
+    """
+    device = x_ND.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_ND.dtype
+    x_ND, weight_EDF = x_ND.to(dtype), weight_EDF.to(dtype)
+    if resolve_backend(backend) == "reference":
+        return reference_grouped_mm(x_ND, weight_EDF, ends_E)
+    _, width, out_width = weight_EDF.shape
+    if dtype == torch.float64 or width * dtype.itemsize % ALIGNMENT or out_width * dtype.itemsize % ALIGNMENT:
+        raise UsageError(
+            f'backend = "torch": grouped products take no float64, and rows of a multiple of {ALIGNMENT} bytes; these '
+            f'are {width} and {out_width} × {dtype}: use "reference"'
+        )
+    return _GroupedMM.apply(x_ND, weight_EDF, ends_E)
+
+
+def reference_grouped_mm(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    """One expert after the other."""
+    begins, ends = [0, *ends_E.tolist()[:-1]], ends_E.tolist()
+    with torch.autocast(x_ND.device.type, enabled=False):
+        parts = [x_ND[b:e] @ weight for b, e, weight in zip(begins, ends, weight_EDF.unbind(), strict=True)]
+    return torch.cat(parts)
+
+
+class _GroupedMM(torch.autograd.Function):
+    """`F.grouped_mm` with a backward of its own, because torch's fails on gradients that are not contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
+        x_ND = x_ND.contiguous()
+        ctx.save_for_backward(x_ND, weight_EDF, ends_E)
+        return F.grouped_mm(x_ND, weight_EDF, offs=ends_E)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, weight_EDF, ends_E = ctx.saved_tensors
+        grad_NF, dx_ND, dw_EDF = grad_NF.contiguous(), None, None
+        if ctx.needs_input_grad[0]:
+            dx_ND = F.grouped_mm(grad_NF, weight_EDF.mT, offs=ends_E)
+        if ctx.needs_input_grad[1]:
+            dw_EDF = F.grouped_mm(x_ND.mT, grad_NF, offs=ends_E)
+            if dw_EDF.device.type != "cpu":  # a CPU writes zeros for an empty expert; elsewhere that is not promised
+                empty_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
+                dw_EDF.masked_fill_(empty_E[:, None, None], 0)
+        return dx_ND, dw_EDF, None
+
+
+class Dispatch:
+    """Which row goes to which expert: N tokens, each to K of E experts, as N·K rows sorted by expert.
+
+    Every row moves by a gather, forward and backward, so that sums have one order on every device. Of equal experts
+    the earlier token comes first.
+    """
+
+    def __init__(self, expert_NK: Tensor, n_experts: int) -> None:
+        self.shape = expert_NK.shape
+        flat = expert_NK.flatten()
+        sorted_expert, self.order = flat.sort(stable=True)
+        self.place = torch.empty_like(self.order)
+        self.place[self.order] = torch.arange(flat.numel(), device=flat.device)
+        every_expert = torch.arange(n_experts, device=flat.device)
+        self.ends_E = torch.searchsorted(sorted_expert, every_expert, right=True, out_int32=True)
+
+    @property
+    def load_E(self) -> Tensor:
+        """Tokens of each expert, int64."""
+        return self.ends_E.long().diff(prepend=self.ends_E.new_zeros(1, dtype=torch.int64))
+
+    def scatter(self, x_ND: Tensor) -> Tensor:
+        """(N, D) → (N·K, D): each token once for every expert that it goes to, sorted by expert."""
+        repeats = self.shape[1]
+        return _Gather.apply(x_ND, self.order // repeats, self.place, repeats)
+
+    def gather(self, y: Tensor, weight_NK: Tensor) -> Tensor:
+        """(N·K, D) → (N, D): the weighted sum over the experts that each token went to, in y's dtype."""
+        y_NKD = _Gather.apply(y, self.place, self.order, 1).unflatten(0, self.shape)
+        return torch.bmm(weight_NK.to(y.dtype).unsqueeze(1), y_NKD).squeeze(1)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows by index; backwards, each row sums up its `repeats` copies, which `back` finds."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor, repeats: int) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.repeats = repeats
+        return x.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (back,) = ctx.saved_tensors
+        rows = grad.index_select(0, back)
+        return rows.unflatten(0, (-1, ctx.repeats)).sum(1) if ctx.repeats > 1 else rows, None, None, None

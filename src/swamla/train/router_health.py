@@ -1,0 +1,50 @@
+"""How well the routers share out their tokens: figures for every step, and a warning when an expert dies."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from swamla.model.language_model import LanguageModel
+
+DEAD_AFTER = 50  # steps in a row without a token
+
+
+class RouterHealth:
+    """Watches the routers of a run, step by step; a resumed run begins to count anew."""
+
+    def __init__(self, dead_after: int = DEAD_AFTER) -> None:
+        self.dead_after = dead_after
+        self._idle_E: dict[str, Tensor] = {}  # steps in a row without a token, by layer
+
+    def watch(self, model: LanguageModel, statistics: Mapping[str, Tensor]) -> tuple[dict[str, float], list[str]]:
+        """Figures of a step by layer, from the sums over its whole batch, and a line for every layer that lost experts.
+
+        "router/2/load_max_over_mean": tokens of layer 2's busiest expert over the mean; 1 is perfect balance.
+        "router/2/idle_experts": experts without a token in this step; "dead_experts": in the last 50.
+        "router/2/entropy": mean over tokens, in nats, of the scores as shares of their sum; at most log of the experts.
+        "router/2/bias_range": largest less smallest bias.
+        """
+        figures: dict[str, float] = {}
+        warnings = []
+        for layer in (name.removeprefix("load/") for name in statistics if name.startswith("load/")):
+            load_E = statistics[f"load/{layer}"].cpu()
+            bias_E = model.get_buffer(f"blocks.{layer}.ffn.router.bias")
+            idle_E = load_E == 0
+            before_E = self._idle_E.get(layer, torch.zeros_like(load_E))
+            self._idle_E[layer] = now_E = torch.where(idle_E, before_E + 1, 0)
+            values = {
+                "load_max_over_mean": load_E.max().item() / load_E.double().mean().item(),
+                "idle_experts": idle_E.sum().item(),
+                "dead_experts": (now_E >= self.dead_after).sum().item(),
+                "entropy": statistics[f"entropy/{layer}"].item() / statistics[f"tokens/{layer}"].item(),
+                "bias_range": (bias_E.max() - bias_E.min()).item(),
+            }
+            figures |= {f"router/{layer}/{name}": value for name, value in values.items()}
+            died = int((now_E == self.dead_after).sum())
+            if died:
+                warnings.append(
+                    f"warning: layer {layer}: {died} of {len(load_E)} experts died, no token for {self.dead_after} "
+                    f"steps ({values['dead_experts']} are dead now); a higher bias_rate may bring them back"
+                )
+        return figures, warnings
