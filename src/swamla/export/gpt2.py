@@ -161,10 +161,11 @@ def load_gpt2(folder: str | Path) -> LanguageModel:
 
 def _as_gpt2(config: LanguageModelConfig) -> GPT2Config:
     """GPT-2's config of ours; `UsageError` naming the first setting that is in the way."""
-    shapes = {name: _as_gpt2_block(block, f"blocks.{name}", config.width) for name, block in config.blocks.items()}
-    first = config.pattern[0]
-    for name, shape in shapes.items():
-        _fits(f"blocks.{name}", dict(shape), shapes[first], f"the same as blocks.{first}")
+    shapes = {name: _heads_and_hidden(block, f"blocks.{name}", config.width) for name, block in config.blocks.items()}
+    n_heads, hidden = shapes[config.pattern[0]]
+    for name, (its_heads, its_hidden) in shapes.items():
+        _fits(f"blocks.{name}.mixer.n_heads", its_heads, n_heads, f"{n_heads} in every layer")
+        _fits(f"blocks.{name}.ffn.hidden", its_hidden, hidden, f"{hidden} in every layer")
     if not isinstance(config.norm, LayerNormConfig):
         raise _in_the_way("norm.kind", config.norm.kind, "layernorm")
     _fits("norm.bias", config.norm.bias, True)
@@ -177,7 +178,8 @@ def _as_gpt2(config: LanguageModelConfig) -> GPT2Config:
         n_positions=config.learned_positions,
         n_embd=config.width,
         n_layer=config.depth,
-        **shapes[first],
+        n_head=n_heads,
+        n_inner=None if hidden == 4 * config.width else hidden,
         layer_norm_epsilon=config.norm.eps,
         resid_pdrop=config.dropout,
         embd_pdrop=config.dropout,
@@ -186,8 +188,8 @@ def _as_gpt2(config: LanguageModelConfig) -> GPT2Config:
     )
 
 
-def _as_gpt2_block(block: BlockConfig, where: str, width: int) -> dict[str, Any]:
-    """What GPT-2's config says of a block. `UsageError` naming what of it is in the way."""
+def _heads_and_hidden(block: BlockConfig, where: str, width: int) -> tuple[int, int]:
+    """All that one GPT-2's block differs by from another's; `UsageError` naming what is in the way of being one."""
     mixer, ffn = block.mixer, block.ffn
     if type(mixer) is not MHAConfig:  # a window is one too
         raise _in_the_way(f"{where}.mixer.kind", mixer.kind, MHAConfig.kind)
@@ -197,11 +199,11 @@ def _as_gpt2_block(block: BlockConfig, where: str, width: int) -> dict[str, Any]
         raise _in_the_way(f"{where}.mixer.rope", "a table", "none")
     _fits(f"{where}.mixer.bias", mixer.bias, True)
     _fits(f"{where}.mixer.n_kv_heads", mixer.kv_heads, mixer.n_heads)
-    _fits(f"{where}.mixer.head_dim", mixer.n_heads * mixer.key_dim(width), width, f"width / n_heads, the width {width}")
+    if mixer.n_heads * mixer.key_dim(width) != width:
+        raise _in_the_way(f"{where}.mixer.head_dim", mixer.head_dim, f"the width {width} / n_heads")
     _fits(f"{where}.ffn.activation", ffn.activation, "gelu")
     _fits(f"{where}.ffn.bias", ffn.bias, True)
-    hidden = ffn.hidden_dim(width)
-    return {"n_head": mixer.n_heads, "n_inner": None if hidden == 4 * width else hidden}
+    return mixer.n_heads, ffn.hidden_dim(width)
 
 
 def _fits(field: str, got: Any, wanted: Any, said: str = "") -> None:
