@@ -20,6 +20,7 @@ from swamla.export import gpt2_config, load_gpt2, save_gpt2
 from swamla.model.block import BlockConfig
 from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
+from swamla.model.ffns.moe import MoEConfig
 from swamla.model.language_model import LanguageModel
 from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mha import MHAConfig
@@ -210,6 +211,7 @@ IN_THE_WAY: list[tuple[dict[str, Any], str]] = [
     ({"mixer": replace(MIXER, bias=False)}, "blocks.a.mixer.bias = False"),
     ({"mixer": replace(MIXER, n_kv_heads=2)}, "blocks.a.mixer.n_kv_heads = 2: GPT-2 has no place for it, it must be 4"),
     ({"mixer": replace(MIXER, head_dim=16)}, "blocks.a.mixer.head_dim = 16"),
+    ({"ffn": MoEConfig(n_experts=4, n_activated=2)}, "blocks.a.ffn.kind = 'moe'"),
     ({"ffn": replace(FFN, activation="swiglu")}, "blocks.a.ffn.activation = 'swiglu'"),
     ({"ffn": replace(FFN, bias=False)}, "blocks.a.ffn.bias = False"),
     ({"second": BlockConfig(mixer=replace(MIXER, n_heads=2), ffn=FFN)}, "blocks.b.mixer.n_heads = 2"),

@@ -1,15 +1,27 @@
 """Gated DeltaNet against transformers' Qwen3-Next layer (its PyTorch path), weights mapped."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from swamla.model.mixers.gdn import GDNConfig
 
-from .helpers import WIDTH, Named, assert_equal_to_oracle, random_input, whole
+from .helpers import (
+    WIDTH,
+    Named,
+    assert_close,
+    assert_equal_to_oracle,
+    build_mixer,
+    gradients_of,
+    packed,
+    random_input,
+    whole,
+)
 
 
 def from_qwen(theirs: Named, config: GDNConfig) -> Named:
@@ -34,6 +46,25 @@ def from_qwen(theirs: Named, config: GDNConfig) -> Named:
     }
 
 
+def qwen(config: GDNConfig) -> Any:
+    """Their layer of the same shape."""
+    from transformers import Qwen3NextConfig
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+
+    head_k, head_v = config.head_dims(WIDTH)
+    shape = Qwen3NextConfig(
+        hidden_size=WIDTH,
+        linear_num_value_heads=config.n_heads,
+        linear_num_key_heads=config.key_heads,
+        linear_key_head_dim=head_k,
+        linear_value_head_dim=head_v,
+        linear_conv_kernel_dim=config.conv,
+        num_hidden_layers=1,
+        layer_types=["linear_attention"],
+    )
+    return Qwen3NextGatedDeltaNet(shape, layer_idx=0)
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("time", [5, 64, 150])
 @pytest.mark.parametrize(
@@ -46,25 +77,7 @@ def from_qwen(theirs: Named, config: GDNConfig) -> Named:
     ids=["heads 2", "value heads 4, key heads 2", "value heads 3, key heads 1"],
 )
 def test_gdn_is_qwen3_nexts_gated_deltanet(config: GDNConfig, time: int, backend: str) -> None:
-    from dataclasses import replace
-
-    from transformers import Qwen3NextConfig
-    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
-
-    head_k, head_v = config.head_dims(WIDTH)
-    theirs = Qwen3NextGatedDeltaNet(
-        Qwen3NextConfig(
-            hidden_size=WIDTH,
-            linear_num_value_heads=config.n_heads,
-            linear_num_key_heads=config.key_heads,
-            linear_key_head_dim=head_k,
-            linear_value_head_dim=head_v,
-            linear_conv_kernel_dim=config.conv,
-            num_hidden_layers=1,
-            layer_types=["linear_attention"],
-        ),
-        layer_idx=0,
-    )
+    theirs = qwen(config)
     ours = replace(config, backend=backend).build(WIDTH)
     assert_equal_to_oracle(
         ours,
@@ -104,3 +117,137 @@ def test_the_layer_is_its_equations() -> None:
         out.append(torch.cat(normed) * F.silu(z[t]) @ weights["o_proj.weight"].T)
     found = mixer(x, whole(x))[0]
     assert (found - torch.stack(out)).abs().max() < 1e-6
+
+
+def plain_weights(ours: Any, config: GDNConfig) -> Named:
+    """The layer's weights as the uncompressed, unshared layer has them: each pair multiplied, queries written twice.
+
+    Differentiable, so that the gradients of the plain layer's weights become those of the factors.
+    """
+    named = dict(ours.named_parameters())
+    channels, rank = list(config.channels(WIDTH).values()), config.latent_dim
+    inner = [rank] * len(channels) if rank else channels
+    *into, z = named["qkvz_proj.weight"].split([*inner, channels[-1]])
+    if rank:
+        into = [named[f"expand.{name}.weight"] @ down for name, down in zip(config.channels(WIDTH), into, strict=True)]
+    convolutions = list(named["conv_weight"].split(channels))
+    if config.share_qk:
+        into, convolutions = [into[0], *into], [convolutions[0], *convolutions]
+    out = named["o_proj.weight"]
+    return {
+        "qkvz_proj.weight": torch.cat([*into, z]),
+        "conv_weight": torch.cat(convolutions),
+        "o_proj.weight": out @ named["compress_o.weight"] if rank else out,
+        **{name: named[name] for name in ("ba_proj.weight", "A_log", "dt_bias", "norm_weight")},
+    }
+
+
+def to_qwen(plain: Named, config: GDNConfig) -> Named:
+    """The inverse of `from_qwen`."""
+    head_k, head_v = config.head_dims(WIDTH)
+    groups, repeats = config.key_heads, config.n_heads // config.key_heads
+    widths = (head_k, head_k, repeats * head_v, repeats * head_v)
+    by_head = [
+        part.unflatten(0, (groups, -1))
+        for part in plain["qkvz_proj.weight"].split([groups * width for width in widths])
+    ]
+    gates = [part.unflatten(0, (groups, -1)) for part in plain["ba_proj.weight"].chunk(2)]
+    return {
+        "in_proj_qkvz.weight": torch.cat(by_head, dim=1).flatten(0, 1),
+        "in_proj_ba.weight": torch.cat(gates, dim=1).flatten(0, 1),
+        "conv1d.weight": plain["conv_weight"].unsqueeze(1),
+        "A_log": plain["A_log"],
+        "dt_bias": plain["dt_bias"],
+        "norm.weight": plain["norm_weight"],
+        "out_proj.weight": plain["o_proj.weight"],
+    }
+
+
+FORMS = {
+    "latents": {"latent_dim": 10},
+    "queries as keys": {"share_qk": True},
+    "both": {"latent_dim": 10, "share_qk": True},
+    "a latent as wide as the model": {"latent_dim": WIDTH},
+    "latents of one number": {"latent_dim": 1},
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize(
+    "config",
+    [
+        GDNConfig(n_heads=2, head_k_dim=8, head_v_dim=12),
+        GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6),
+    ],
+    ids=["heads 2", "value heads 4, key heads 2"],
+)
+def test_compressed_and_shared_gdn_is_qwen3_nexts_with_the_products_of_the_factors(
+    config: GDNConfig, form: dict[str, Any], backend: str
+) -> None:
+    """Outputs, the gradient of the input, and those of every factor by the chain rule through the product."""
+    config = replace(config, backend=backend, **form)
+    ours, theirs = build_mixer(config), qwen(config)
+    weights = to_qwen(plain_weights(ours, config), config)
+    x = random_input(2, 70)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    found, expected = ours(inputs[0], whole(x)), torch.func.functional_call(theirs, weights, inputs[1])
+    assert expected.abs().max() > 0.1
+    assert_close(found, expected, 1e-5, "output")
+
+    upstream = random_input(2, 70, seed=2)
+    found.backward(upstream)
+    mine = {name: gradient.clone() for name, gradient in gradients_of(ours).items()}
+    ours.zero_grad()
+    expected.backward(upstream)
+    assert inputs[0].grad is not None
+    assert inputs[1].grad is not None
+    assert_close(inputs[0].grad, inputs[1].grad, 1e-4, "input gradient")
+    for name, gradient in gradients_of(ours).items():
+        assert_close(mine[name], gradient, 1e-4, f"gradient of {name}")
+
+
+def test_with_shared_queries_and_keys_the_keys_are_the_normalised_queries() -> None:
+    mixer = build_mixer(GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, share_qk=True))
+    q, k, v = mixer.heads(torch.randn(1, 5, 2 * 8 + 4 * 6, generator=torch.Generator().manual_seed(0)))
+    assert (q.shape, k.shape, v.shape) == ((1, 5, 4, 8), (1, 5, 4, 8), (1, 5, 4, 6))
+    assert torch.equal(q, k)
+    assert_close(k.norm(dim=-1), torch.ones(1, 5, 4), 1e-5)
+
+
+def test_each_form_has_the_weights_and_the_state_that_its_arithmetic_says() -> None:
+    """Written out for one shape: D = 32, L = 10, 2 key heads of 8 (16 channels), 4 value heads of 6 (24), conv 4."""
+    plain = GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6)
+    gates, small = 32 * (24 + 4 + 4), 4 + 4 + 6  # z, b and a stay full; A_log, dt_bias, the norm
+    weights = {
+        "plain": (plain, 32 * (16 + 16 + 24) + 24 * 32 + gates + 4 * 56 + small),
+        "shared": (replace(plain, share_qk=True), 32 * (16 + 24) + 24 * 32 + gates + 4 * 40 + small),
+        "latent": (replace(plain, latent_dim=10), 10 * (48 + 48 + 56 + 56) + gates + 4 * 56 + small),
+        "both": (replace(plain, latent_dim=10, share_qk=True), 10 * (48 + 56 + 56) + gates + 4 * 40 + small),
+    }
+    for name, (config, expected) in weights.items():
+        assert config.n_parameters(WIDTH) == expected, name
+        assert sum(p.numel() for p in config.build(WIDTH).parameters()) == expected, name
+        channels = 40 if config.share_qk else 56
+        assert config.state_bytes(WIDTH, 1000, 2) == 4 * 8 * 6 * 4 + 3 * channels * 2, name
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@torch.no_grad()
+def test_every_form_keeps_documents_apart(form: dict[str, Any]) -> None:
+    mixer = build_mixer(GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, **form))
+    x = random_input(1, 70)
+    together = mixer(x, packed(3, 62, 5))
+    alone = [mixer(part, whole(part)) for part in x.split((3, 62, 5), dim=1)]
+    assert_close(together, torch.cat(alone, dim=1), 1e-5)
+
+
+@pytest.mark.parametrize("form", [{}, *FORMS.values()], ids=["plain", *FORMS])
+def test_all_that_x_is_projected_to_but_the_gates_leaves_by_one_matrix(form: dict[str, Any]) -> None:
+    mixer = GDNConfig(n_heads=4, **form).build(WIDTH)
+    reads_x = {name: m.out_features for name, m in mixer.named_modules() if name in ("qkvz_proj", "ba_proj")}
+    n_paths = 2 if mixer.config.share_qk else 3
+    assert reads_x == {"qkvz_proj": n_paths * (mixer.config.latent_dim or WIDTH) + WIDTH, "ba_proj": 8}
+    others = {name for name, m in mixer.named_modules() if isinstance(m, nn.Linear)} - reads_x.keys()
+    expansions = {f"expand.{name}" for name in mixer.config.channels(WIDTH)} | {"compress_o"}
+    assert others == {"o_proj"} | (expansions if mixer.config.latent_dim else set())

@@ -12,6 +12,7 @@ from swamla.model.block import BlockConfig
 from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.mixers.gdn import GDNConfig
+from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mla import MLAConfig
 from swamla.model.mixers.swa import SWAConfig
@@ -28,12 +29,14 @@ def wide_config(**changes) -> LanguageModelConfig:
         "swa": BlockConfig(mixer=SWAConfig(n_heads=4)),
         "mla": BlockConfig(mixer=MLAConfig(n_heads=2, kv_lora_rank=64, q_lora_rank=64)),
         "gdn": BlockConfig(mixer=GDNConfig(n_heads=8)),
+        "gdn_latent": BlockConfig(mixer=GDNConfig(n_heads=8, latent_dim=64, share_qk=True)),
+        "latent": BlockConfig(mixer=LatentConfig(n_heads=4, bias=True)),
     }
     settings = {
         "vocab_size": 100,
         "width": 128,
         "blocks": blocks,
-        "pattern": ("mha", "swa", "mla", "gdn"),
+        "pattern": tuple(blocks),
         "norm": LayerNormConfig(),
         "learned_positions": 64,
     }
@@ -49,7 +52,7 @@ def test_weights_start_normal_and_output_projections_are_scaled_by_depth(init_st
         if parameter.ndim < 2 or name.endswith("conv_weight"):
             continue
         is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
-        expected = init_std / math.sqrt(2 * 4) if is_output else init_std
+        expected = init_std / math.sqrt(2 * model.config.depth) if is_output else init_std
         spread = 4 / math.sqrt(2 * parameter.numel())  # four standard errors of a measured standard deviation
         assert parameter.std().item() == pytest.approx(expected, rel=spread), name
         assert abs(parameter.mean().item()) < 5 * expected / math.sqrt(parameter.numel()), name

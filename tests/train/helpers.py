@@ -17,6 +17,7 @@ from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.language_model import LanguageModel
 from swamla.model.mixers.gdn import GDNConfig
+from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mla import MLAConfig
 from swamla.model.mixers.swa import SWAConfig
@@ -28,6 +29,8 @@ MIXERS = {
     "swa": SWAConfig(n_heads=2, window=8, sinks=2),
     "mla": MLAConfig(n_heads=2, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=8),
     "gdn": GDNConfig(n_heads=2),
+    "gdn_latent": GDNConfig(n_heads=2, latent_dim=6, share_qk=True),
+    "latent": LatentConfig(n_heads=2, bias=True),
 }
 
 
