@@ -14,8 +14,10 @@ import json
 import netrc
 import os
 import select
+import shutil
 import signal
 import sys
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -26,7 +28,10 @@ from typing import Any, Literal
 REACHABLE_SECONDS = 2.0  # an ordinary answer takes a tenth of that
 START_SECONDS = 10.0
 FINISH_SECONDS = 20.0
+RETRY_SECONDS = 60.0  # what a server did not do it may do after so long
 POLL_SECONDS = 0.5
+NO_KEY = "no WANDB_API_KEY"
+ASKED_OFFLINE = "WANDB_MODE"
 DIED = 1  # the status of a trainer that could not tell its own
 
 Tell = Callable[[str], None]
@@ -51,52 +56,75 @@ class Follower:
             yield json.loads(line)
 
 
-def follow(run_dir: Path, project: str, name: str, run_id: str, trainer: int, tell: Tell) -> None:
-    """Send records until the trainer ends, then what is left; where there was no way to send, try once more."""
-    import wandb
+class Sender:
+    """One run at Weights & Biases, or its offline stand-in, and how it came to be which."""
 
-    records = Follower(run_dir / "metrics.jsonl")
-    identity: dict[str, Any] = {
-        "project": project,
-        "name": name or None,
-        "id": run_id,
-        "dir": str(run_dir),
-        "config": json.loads((run_dir / "config.json").read_text(encoding="utf-8")),
-    }
+    def __init__(self, wandb: Any, run_dir: Path, project: str, name: str, run_id: str, trainer: int) -> None:
+        self.wandb = wandb
+        self.folder = run_dir / "wandb"
+        self.config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+        self.project, self.name, self.run_id, self.trainer = project, name, run_id, trainer
 
-    def start(mode: Literal["online", "offline"]) -> Any:
-        # An offline run holds the whole history: there is nothing to resume.
-        how: dict[str, Any] = {"mode": mode} | ({"resume": "allow"} if mode == "online" else {})
-        return wandb.init(settings=_settings(wandb, trainer), **how, **identity)
-
-    online, obstacle = _way_to_server()
-    run = None
-    if online:
+    def start_online(self) -> tuple[Any, str]:
+        """(the run, "") or (None, why it cannot be online)."""
+        obstacle = _obstacle()
+        if obstacle:
+            return None, obstacle
+        before = set(self.folder.iterdir())
         try:
-            run = start("online")
-            tell(f"Weights & Biases: {run.url}")
+            return self._init("online", resume="allow"), ""
         except Exception as error:
-            online, obstacle = False, _one_line(error)
-    if run is None:
-        run = start("offline")
-        tell(f"Weights & Biases: offline ({obstacle}); to send it later: wandb sync {Path(run.dir).parent}")
-    retry = not online and obstacle not in (NO_KEY, ASKED_OFFLINE)
+            self.wandb.teardown()  # which forgets the run id
+            for path in set(self.folder.glob(f"run-*-{self.run_id}")) - before:
+                shutil.rmtree(path)  # it holds nothing, and must not be sent in place of the run
+            return None, _one_line(error)
 
-    status = None
-    first = run.step
+    def start_offline(self) -> Any:
+        """A run on the disk; it gets the whole history, so of several the newest holds all of them."""
+        return self._init("offline")
+
+    def _init(self, mode: Literal["online", "offline"], resume: Literal["allow"] | None = None) -> Any:
+        return self.wandb.init(
+            mode=mode,
+            resume=resume,
+            project=self.project,
+            name=self.name or None,
+            id=self.run_id,
+            dir=str(self.folder.parent),
+            config=self.config,
+            settings=_settings(self.wandb, self.trainer),
+        )
+
+
+def follow(sender: Sender, records: Follower, tell: Tell) -> None:
+    """Send records until the trainer ends, then what is left; where there was no way to send, try once more."""
+    began = time.monotonic()
+    run, obstacle = sender.start_online()
+    online = run is not None
+    if not online:
+        run = sender.start_offline()
+        failed = "" if obstacle in (NO_KEY, ASKED_OFFLINE) else "warning: "
+        tell(f"{failed}Weights & Biases: offline ({obstacle}); to send it later: wandb sync {Path(run.dir).parent}")
+    else:
+        tell(f"Weights & Biases: {run.url}")
+    status, first = None, run.step
     while status is None:
         status = _trainer_status()
         _log(run, records, first)
     _finish(run, status, tell)
-    if retry and _way_to_server()[0]:
-        try:
-            run = start("online")
-        except Exception:  # told at the start already
-            return
-        records.rewind()
-        _log(run, records, run.step)
-        _finish(run, status, tell)
-        tell(f"Weights & Biases: reached at the end: {run.url}")
+    if not online and obstacle not in (NO_KEY, ASKED_OFFLINE) and time.monotonic() - began > RETRY_SECONDS:
+        _once_more(sender, records, status, tell)
+
+
+def _once_more(sender: Sender, records: Follower, status: int, tell: Tell) -> None:
+    """Send the whole run now, if that is possible; that it was not is told already."""
+    run, obstacle = sender.start_online()
+    if obstacle:
+        return
+    records.rewind()
+    _log(run, records, run.step)
+    _finish(run, status, tell)
+    tell(f"Weights & Biases: reached at the end: {run.url}")
 
 
 def _settings(wandb: Any, trainer: int) -> Any:
@@ -117,26 +145,22 @@ def _settings(wandb: Any, trainer: int) -> Any:
     )
 
 
-NO_KEY = "no WANDB_API_KEY"
-ASKED_OFFLINE = "WANDB_MODE"
-
-
-def _way_to_server() -> tuple[bool, str]:
-    """Whether a run can be online, and if not, why. wandb itself would wait 100 s to find out."""
+def _obstacle() -> str:
+    """Why a run cannot be online, "" where it can. wandb itself would wait 100 s to find out."""
     if os.environ.get("WANDB_MODE", "online") in ("offline", "dryrun"):
-        return False, ASKED_OFFLINE
+        return ASKED_OFFLINE
     url = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
     host = urllib.parse.urlparse(url).hostname or url
     if not os.environ.get("WANDB_API_KEY") and not _known_to_netrc(host):
-        return False, NO_KEY
+        return NO_KEY
     try:
         urllib.request.urlopen(url, timeout=REACHABLE_SECONDS).close()
     except urllib.error.HTTPError as error:
         error.close()
-        return error.code < 500, f"{host} answers {error.code}"
+        return f"{host} answers {error.code}" if error.code >= 500 else ""
     except (OSError, http.client.HTTPException, ValueError) as error:
-        return False, f"{host} does not answer: {_one_line(error)}"
-    return True, ""
+        return f"{host} does not answer: {_one_line(error)}"
+    return ""
 
 
 def _known_to_netrc(host: str) -> bool:
@@ -152,7 +176,7 @@ def _log(run: Any, records: Follower, first: int) -> None:
     for record in records.new():
         step = record.pop("step")
         if step >= first:
-            run.log({k: v for k, v in record.items() if v is not None}, step=step)
+            run.log({k: v for k, v in record.items() if isinstance(v, int | float)}, step=step)
 
 
 def _finish(run: Any, status: int, tell: Tell) -> None:
@@ -189,7 +213,11 @@ def main(arguments: list[str]) -> int:
 
     run_dir, project, name, run_id, trainer = arguments
     try:
-        follow(Path(run_dir), project, name, run_id, int(trainer), tell)
+        import wandb
+
+        folder = Path(run_dir)
+        follow(Sender(wandb, folder, project, name, run_id, int(trainer)), Follower(folder / "metrics.jsonl"), tell)
+        wandb.teardown()
     except BaseException as error:
         tell(f"warning: Weights & Biases failed ({type(error).__name__}: {_one_line(error)}); training goes on")
         return 1
@@ -197,5 +225,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    os._exit(status)  # wandb's exit handlers would wait for its servers again
+    os._exit(main(sys.argv[1:]))  # wandb's exit handlers would wait for its servers again
