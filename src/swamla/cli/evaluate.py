@@ -12,7 +12,7 @@ from swamla.cli.running import read_data, validation
 from swamla.config import from_plain
 from swamla.errors import UsageError
 from swamla.train import RunConfig
-from swamla.train.precision import autocast, resolve_precision
+from swamla.train.precision import autocast, resolve_precision, without_fp8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
             stacklevel=2,
         )
     score = validation(dataset, arguments.block_size or config.train.block_size)
-    precision = resolve_precision(config.train.precision, model.device)
+    precision = without_fp8(resolve_precision(config.train.precision, model.device))
     with autocast(precision, model.device):
         found = score(model)
     if arguments.json:

@@ -19,7 +19,7 @@ from swamla.data.tokenizer import Tokenizer
 from swamla.generate import encode_prompt, generate_text, room
 from swamla.model.language_model import LanguageModel
 from swamla.train import RunConfig, TrainState
-from swamla.train.precision import autocast
+from swamla.train.precision import autocast, without_fp8
 
 PROMPT = "def "
 SAMPLE_TOKENS = 120
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     text = f"{before}{_AFTER}{_sample(model, tokenizer)}\n"
     samples.write_text(text, encoding="utf-8")
     say(console, f"\n{harmless(text)}")
-    with autocast(state.precision, state.device):
+    with autocast(without_fp8(state.precision), state.device):
         found = validation(dataset, config.train.block_size)(model)
     _compare(console, run_dir.name, found["bits_per_byte"], dataset.held_out_text())
     _say_where_and_next(console, run_dir)

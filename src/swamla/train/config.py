@@ -47,7 +47,8 @@ class TrainConfig:
     wandb_project: also send the run to this project of Weights & Biases; offline where there is no key or no network.
     wandb_run_name: the run's name there; by default one that is drawn there.
     seed: of the initial weights, the order of the data and dropout.
-    precision: "auto" is bf16 autocast with fp32 weights where the machine has bf16 instructions, else fp32.
+    precision: "auto" is bf16 autocast with fp32 weights where the machine has bf16 instructions, else fp32. "fp8"
+        besides multiplies the large matrices in fp8, by torchao; "auto" never chooses it.
     checkpointing: what is computed again in the backward pass instead of being kept, which saves memory and changes no
         number: "none", "attention" (the mixers), "ffn" or "all" (whole blocks).
     device: "auto" is CUDA where there is one, else the CPU.

@@ -123,6 +123,8 @@ class _Loop:
         where = f", resumed after step {self.state.step}" if resume else ""
         self.display.say(f"{parameters:,} parameters, {self.state.precision} on {self.state.device}{where}")
         self.display.say(f"backends: {describe(self.state.backends)}")
+        for note in self.state.notes:
+            self.display.say(note)
         self.display.say(f"mfu is relative to {self.peak.name}")
 
     def run(self, stop: StopRequest) -> None:

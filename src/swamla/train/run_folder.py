@@ -30,6 +30,7 @@ from swamla.files import entry, write_text_atomically
 from swamla.train.backends import resolve_backends
 from swamla.train.config import RunConfig
 from swamla.train.ema import WeightAverage
+from swamla.train.fp8 import convert_to_fp8
 from swamla.train.precision import resolve_device, resolve_precision
 from swamla.train.state import TrainState, seed_generators
 
@@ -116,11 +117,14 @@ def fresh_state(config: RunConfig, dataset: Dataset) -> TrainState:
     seed_generators(train.seed)
     model = config.model.build().to(device)
     model.checkpoint_activations(train.checkpointing)
+    precision = resolve_precision(train.precision, device)
+    notes = [convert_to_fp8(model, device)] if precision == "fp8" else []
     return TrainState(
         model=model,
         optimizer=train.optimizer.build(model, lr=train.lr, weight_decay=train.weight_decay),
-        precision=resolve_precision(train.precision, device),
+        precision=precision,
         backends=backends,
+        notes=tuple(notes),
         data_fingerprint=dataset.fingerprint,
         device=device,
         average=None if train.ema is None else WeightAverage(model, train.ema),

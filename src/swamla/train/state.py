@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from swamla.errors import CorruptError
 from swamla.model.language_model import LanguageModel
 from swamla.train.ema import WeightAverage
 from swamla.train.optim import NamedOptimizer
+from swamla.train.precision import Chosen
 
 COUNTERS = (
     "step",
@@ -36,7 +37,7 @@ COUNTERS = (
 class TrainState:
     """The state of a training run; all of it goes into a checkpoint, with the random generators'.
 
-    backends: what computes each op on `device`.
+    backends: what computes each op on `device`.  notes: more that was chosen, a line each for people.
     average: of the weights, where the run has one: what evaluations score.
     step: optimizer steps done, skipped ones included.  sample: index of the next row, which alone says what data
     comes next.  tokens: labels learned from.  seconds: time spent, evaluations and saves included.
@@ -47,10 +48,11 @@ class TrainState:
 
     model: LanguageModel
     optimizer: NamedOptimizer
-    precision: Literal["fp32", "bf16"]
+    precision: Chosen
     backends: dict[str, str]
     data_fingerprint: str
     device: torch.device
+    notes: tuple[str, ...] = ()
     average: WeightAverage | None = None
     step: int = 0
     sample: int = 0
