@@ -18,6 +18,8 @@ COMMANDS = {
     "generate": "continue prompts with a trained model",
     "evaluate": "held-out loss, perplexity and bits per byte of a trained model",
     "export": "a trained model as a folder that other programs load",
+    "runs": "the runs in a folder: what they are, how far, how good",
+    "plot": "curves of several runs in one picture",
     "prepare": "tokenize data ahead of training",
     "info": "exact parameters, FLOPs and state bytes of a model, from its config alone",
 }

@@ -1,7 +1,9 @@
-"""loss.png: the run at a glance."""
+"""Pictures: loss.png, the run at a glance, and curves of several runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +39,87 @@ def plot_losses(metrics_file: Path, picture: Path, *, title: str, bits_per_nat: 
     axes.spines[["top"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(picture)
+
+
+X_AXES = {"step": "step", "tokens": "tokens", "time": "minutes"}
+_HELD_OUT = "held_out_"
+# Eight colours that colour-blind people can tell apart too (Okabe and Ito), the palest last.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#8C8C8C")
+_LINES = ("-", "--", ":", "-.")
+_START = 0.02  # of a run, whose high values would leave little room for the rest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A run's curves of one quantity: (x, y) of each training record, and of each evaluation."""
+
+    name: str
+    training: list[tuple[float, float]]
+    held_out: list[tuple[float, float]]
+
+
+def read_curve(name: str, records: Sequence[Mapping[str, Any]], *, x: str, y: str) -> Curve:
+    """The curve of `y` over `x` (a key of `X_AXES`) in a run's records, each y beside its own of held-out text."""
+    training_key, held_out_key = ("", y) if y.startswith(_HELD_OUT) else (y, _HELD_OUT + y)
+    training: list[tuple[float, float]] = []
+    held_out: list[tuple[float, float]] = []
+    tokens = 0
+    for record in records:
+        tokens = record.get("tokens", tokens)
+        place = {"step": record["step"], "tokens": tokens, "time": record.get("elapsed", 0.0) / 60}[x]
+        for key, points in ((training_key, training), (held_out_key, held_out)):
+            if isinstance(record.get(key), int | float):
+                points.append((place, record[key]))
+    return Curve(name=name, training=training, held_out=held_out)
+
+
+def plot_runs(curves: Sequence[Curve], picture: Path, *, x: str, y: str) -> None:
+    """Draw each run in its own colour: training records faint, smoothed strong; evaluations as marks."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    seen: list[float] = []
+    for index, curve in enumerate(curves):
+        colour, line = _COLOURS[index % len(_COLOURS)], _LINES[index // len(_COLOURS) % len(_LINES)]
+        label: str | None = curve.name
+        if curve.training:
+            places, values = zip(*curve.training, strict=True)
+            smoothed = smooth(values)
+            axes.plot(places, values, color=colour, alpha=0.15, linewidth=0.6)
+            axes.plot(places, smoothed, color=colour, linestyle=line, linewidth=1.6, label=label)
+            seen += smoothed[int(_START * len(smoothed)) :]
+            label = None
+        if curve.held_out:
+            style = "o" if curve.training else f"o{line}"
+            axes.plot(
+                *zip(*curve.held_out, strict=True),
+                style,
+                color=colour,
+                markersize=5,
+                markeredgecolor="white",
+                markeredgewidth=0.7,
+                label=label,
+            )
+            seen += [value for _, value in curve.held_out]
+    margin = 0.05 * (max(seen) - min(seen)) or 0.05 * abs(max(seen)) or 1.0
+    axes.set_ylim(min(seen) - margin, max(seen) + margin)
+    axes.set(xlabel=X_AXES[x], ylabel=y.replace("_", " "), title=_title(curves, y))
+    if x != "time":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(picture)
+
+
+def _title(curves: Sequence[Curve], y: str) -> str:
+    held_out = any(curve.held_out for curve in curves) and not y.startswith(_HELD_OUT)
+    trained = any(curve.training for curve in curves)
+    return y.replace("_", " ") + (", training (lines) and held out (marks)" if held_out and trained else "")
 
 
 def smooth(values: Sequence[float]) -> list[float]:

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -82,13 +83,31 @@ def _alone_in(run_dir: Path) -> Iterator[None]:
     """Hold the folder; the system lets go of it however this process ends. `UsageError` if another one holds it."""
     folder = os.open(run_dir, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{run_dir}: another process is training in it: wait for it, or stop it first") from None
+        if not _locks(folder, fcntl.LOCK_EX):
+            time.sleep(0.05)  # `is_running` holds it for a moment
+            if not _locks(folder, fcntl.LOCK_EX):
+                raise UsageError(f"{run_dir}: another process is training in it: wait for it, or stop it first")
         yield
     finally:
         os.close(folder)
+
+
+def is_running(run_dir: Path) -> bool:
+    """True while a process trains in the folder."""
+    folder = os.open(run_dir, os.O_RDONLY)
+    try:
+        return not _locks(folder, fcntl.LOCK_SH)
+    finally:
+        os.close(folder)
+
+
+def _locks(folder: int, how: int) -> bool:
+    """True if the lock could be had at once."""
+    try:
+        fcntl.flock(folder, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def require_empty(run_dir: Path) -> None:

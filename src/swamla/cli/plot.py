@@ -1,0 +1,79 @@
+"""`swamla plot RUN …`: curves of several runs in one picture."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from swamla.cli.console import Console, say
+from swamla.cli.flags import Positional, parse
+from swamla.cli.running import checked
+from swamla.config import did_you_mean
+from swamla.errors import UsageError
+from swamla.train.plot import plot_runs, read_curve
+from swamla.train.tracking import read_metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Draw training curves, faint as they are and strong when smoothed, with the evaluations as marks."""
+
+    runs: Positional[tuple[str, ...]]
+    """Folders of runs, or their names under runs/."""
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "curves.png"
+    """The picture: .png, .pdf or .svg."""
+    x: Literal["step", "tokens", "time"] = "step"
+    """What is to the right."""
+    y: str = "loss"
+    """What is up: loss, held_out_loss, bits_per_byte, lr, grad_norm, or whatever else metrics.jsonl has."""
+
+
+def main(argv: list[str]) -> int:
+    """Draw, and say where."""
+    arguments, _ = parse(Arguments, argv, command="plot")
+    picture = checked(arguments.output)
+    if picture.suffix not in (".png", ".pdf", ".svg"):
+        raise UsageError(f"--output {picture}: must end in .png, .pdf or .svg")
+    if not picture.parent.is_dir():
+        raise UsageError(f"--output {picture}: there is no folder {picture.parent}")
+    if not arguments.runs:
+        raise UsageError("RUNS is missing: swamla plot RUN … draws them; swamla runs lists them")
+    folders = [_folder(name) for name in arguments.runs]
+    records = [read_metrics(folder / "metrics.jsonl") for folder in folders]
+    curves = [
+        read_curve(name, found, x=arguments.x, y=arguments.y)
+        for name, found in zip(_names(folders), records, strict=True)
+    ]
+    drawn = [curve for curve in curves if curve.training or curve.held_out]
+    for curve in curves:
+        if curve not in drawn and len(drawn) > 0:
+            raise UsageError(f"--y {arguments.y}: {curve.name} has none; leave that run out")
+    if not drawn:
+        raise UsageError(f"--y {arguments.y}: no run has it; {_suggest(arguments.y, records)}")
+    plot_runs(drawn, picture, x=arguments.x, y=arguments.y)
+    say(Console(), f"{picture}: {arguments.y} of {', '.join(curve.name for curve in drawn)}")
+    return 0
+
+
+def _folder(name: str) -> Path:
+    """The run called so: a folder, or a name under runs/."""
+    given = checked(name)
+    for folder in (given, Path("runs") / given):
+        if (folder / "metrics.jsonl").is_file():
+            return folder
+    raise UsageError(
+        f"{name}: no run (it has no metrics.jsonl), nor is there one in runs/{name}; swamla runs lists them"
+    )
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """What tells the runs apart in the legend: the folders' names, with their parents' where two are the same."""
+    names = [folder.resolve().name for folder in folders]
+    alone = len(set(names)) == len(names)
+    return names if alone else ["/".join(folder.resolve().parts[-2:]) for folder in folders]
+
+
+def _suggest(y: str, records: list[list[dict[str, Any]]]) -> str:
+    numbers = {key for found in records for record in found for key, value in record.items() if value is not None}
+    return did_you_mean(y, sorted(numbers - {"step"}))
