@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -253,14 +254,33 @@ def test_a_folder_with_something_in_it_is_left_alone_and_an_empty_one_is_taken(t
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
-def test_a_save_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device", "somewhere")
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device", "x"), SafetensorError("No space left")])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_save_that_fails_leaves_nothing_behind(
+    error: Exception, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Any, file: Path, **__: Any) -> None:
+        file.write_text("half")
+        raise error
 
     monkeypatch.setattr("swamla.export.gpt2.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    if there:
+        (tmp_path / "out").mkdir()
+    with pytest.raises((OSError, SwamlaError), match="No space left"):
         save_gpt2(model_of(), tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.rglob("*")] == (["out"] if there else [])
+
+
+def test_the_folder_may_be_the_one_we_are_in_or_below_ones_not_yet_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    save_gpt2(model_of(), ".")
+    save_gpt2(model_of(), "../a/b/c")
+    for folder in (tmp_path / "here", tmp_path / "a/b/c"):
+        assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+        load_gpt2(folder)
 
 
 def rewritten(**settings: Any) -> Callable[[Path], None]:

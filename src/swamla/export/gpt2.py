@@ -7,17 +7,20 @@ import json
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from swamla.config import from_plain, load_json, to_plain
 from swamla.data.tokenizer import Tokenizer
-from swamla.errors import CorruptError, UsageError, require
+from swamla.errors import CorruptError, SwamlaError, UsageError, require
 from swamla.files import fsync
 from swamla.model.block import BlockConfig
 from swamla.model.config import LanguageModelConfig
@@ -101,36 +104,24 @@ def gpt2_config(model: LanguageModel) -> dict[str, Any]:
 def save_gpt2(model: LanguageModel, folder: str | Path, *, tokenizer: Tokenizer | None = None) -> None:
     """Write `model` so that `transformers.GPT2LMHeadModel.from_pretrained(folder)` loads it, in its own dtype.
 
-    With a tokenizer, its tokenizer.json too, and its end of text as the model's. The folder is there whole or not at
-    all. UsageError where it has something in it, and for a model that is no GPT-2: any mixer but mha without rope and
-    with a bias, any FFN but gelu with a bias, another norm, an untied head, no learned positions.
+    With a tokenizer, its tokenizer.json too, and its end of text as the model's. config.json comes last, so that half
+    a folder is none. UsageError for a folder that has something in it, and for a model that is no GPT-2: any mixer but
+    mha without rope and with a bias, any FFN but gelu with a bias, another norm, an untied head, no learned positions.
     """
     folder, plain = Path(folder), gpt2_config(model)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder}: exists and is not empty: choose another folder")
     eos = None if tokenizer is None else tokenizer.eos_id
-    ours = model.state_dict()
-    tensors = {}
+    ours, tensors = model.state_dict(), {}
     for name, (mine, transposed) in _names(model.config.depth).items():
         tensor = ours[mine].detach().cpu()
         tensors[f"transformer.{name}"] = (tensor.T if transposed else tensor).contiguous()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = folder.with_name(f".saving-{folder.name}")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    try:
-        (staging / "config.json").write_text(
-            json.dumps(plain | {"bos_token_id": eos, "eos_token_id": eos}, indent=2) + "\n"
-        )
+    with _written_whole(folder) as staging:
         save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
             _save_tokenizer(tokenizer, staging, model.config.learned_positions)
-        for file in (*staging.iterdir(), staging):
-            fsync(file)
-        staging.rename(folder)
-        fsync(folder.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)  # where it still is, something went wrong
+        text = json.dumps(plain | {"bos_token_id": eos, "eos_token_id": eos}, indent=2)
+        (staging / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def load_gpt2(folder: str | Path) -> LanguageModel:
@@ -213,6 +204,29 @@ def _fits(field: str, got: Any, wanted: Any, said: str = "") -> None:
 
 def _in_the_way(field: str, got: Any, wanted: str) -> UsageError:
     return UsageError(f"{field} = {got!r}: GPT-2 has no place for it, it must be {wanted}")
+
+
+@contextmanager
+def _written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write in, whose files come into `folder` at the end, config.json, without which none counts, last.
+
+    Where writing fails nothing of it stays; `SwamlaError` for what safetensors cannot write.
+    """
+    made = not folder.exists()
+    staging = folder / ".saving"
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
+            fsync(file)
+            file.rename(folder / file.name)
+        fsync(folder)
+    except SafetensorError as error:
+        raise SwamlaError(f"{folder}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _read_config(folder: Path) -> GPT2Config:
