@@ -95,7 +95,7 @@ def test_every_listed_command_is_a_module_with_a_main() -> None:
     [
         (["info", "--lr", "-1"], "train.lr = -1.0 (--lr): must be > 0"),
         (["info", "nosuch"], "nosuch: no recipe of that name"),
-        (["info", "shakespeare-char"], "depends on the data: add --vocab_size"),
+        (["info", "shakespeare-char", "--data", "x.txt"], "depends on the data: add --vocab_size"),
         (["generate"], "RUN is missing: swamla generate RUN …; --help"),
         (["prepare", "--tokenizer", "char"], "DATA is missing: swamla prepare DATA …; --help"),
         (["generate", "/nonexistent"], "/nonexistent: not a run folder"),

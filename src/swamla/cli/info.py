@@ -1,90 +1,162 @@
-"""`swamla info RECIPE`: what a model costs, exactly, before a weight exists."""
+"""`swamla info RECIPE`: what a model is and what it costs, before a weight exists."""
 
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from rich.table import Table
+import tyro
 
-from swamla.cli.console import Console
 from swamla.cli.flags import Positional, parse
+from swamla.cli.info_tables import compare, show
+from swamla.cli.original_flags import add_original_flags, bare_compile, refusal
 from swamla.cli.overrides import add_flags
-from swamla.cli.run_config import read_recipe
-from swamla.data.config import parse_bpe
+from swamla.cli.run_config import chosen_recipe, read_recipe
+from swamla.data.config import DataConfig, parse_bpe
 from swamla.errors import UsageError
-from swamla.model.accounting import count_parameters, state_bytes, training_flops_per_token
+from swamla.model.accounting import (
+    activation_bytes,
+    all_mha_state_bytes,
+    count_parameters,
+    parameter_shapes,
+    state_bytes,
+    training_flops_per_token,
+)
 from swamla.model.config import LanguageModelConfig
+from swamla.train.config import RunConfig
+from swamla.train.precision import resolve_device, resolve_precision
 
 LENGTHS = (256, 1024, 4096, 16384, 65536)
-_VOCABULARIES = {"byte": 257, "gpt2": 50257}
+_VOCABULARIES = {("byte", ""): 257, ("gpt2", ""): 50257, ("char", "shakespeare"): 66}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Exact parameters, training FLOPs and state bytes of a model, from its config alone."""
+    """Exact parameters, training FLOPs, state and training memory of a model, from its config alone."""
 
-    recipe: Positional[str] = "quickstart"
-    """A shipped recipe, a .toml or .json file, or a run's folder."""
+    recipe: Annotated[Positional[str], tyro.conf.arg(help_behavior_hint="(default: quickstart)")] = ""
+    """A shipped recipe, a .toml or .json file, or a run's folder. Flags change what it says."""
+    size: str = ""
+    """The recipe, as a flag."""
+    compare: Annotated[str, tyro.conf.arg(metavar="RECIPE")] = ""
+    """Another recipe or run, as it is, beside the first."""
     json: bool = False
-    """Print one JSON object."""
+    """Print one JSON object; two of them in a list with --compare."""
 
 
 def main(argv: list[str]) -> int:
     """Count and print."""
     arguments: Any
-    arguments, given = parse(add_flags(Arguments), argv, command="info")
-    run = Path(arguments.recipe) / "config.json"
-    config = read_recipe(str(run) if run.is_file() else arguments.recipe, arguments, given)
-    model = _with_vocabulary(config.model, config.data.tokenizer)
-    facts = _facts(model)
+    argv = _both_behind_compare(bare_compile(argv))
+    arguments, given = parse(add_flags(add_original_flags(Arguments)), argv, command="info", refusal=refusal)
+    found = [_facts_of(chosen_recipe(arguments.recipe, arguments.size), arguments, given)]
+    if arguments.compare:
+        found.append(_facts_of(arguments.compare, Arguments(), frozenset()))
     if arguments.json:
-        print(json.dumps(facts))
+        print(json.dumps(found if arguments.compare else found[0]))
+    elif arguments.compare:
+        compare(*found)
     else:
-        _show(model, facts)
+        show(found[0])
     return 0
 
 
-def _with_vocabulary(model: LanguageModelConfig, tokenizer: str) -> LanguageModelConfig:
+def _both_behind_compare(argv: list[str]) -> list[str]:
+    """`--compare A B` as `A --compare B`."""
+    for index in (i for i, token in enumerate(argv) if token == "--compare"):
+        both = argv[index + 1 : index + 3]
+        if len(both) == 2 and not any(token.startswith("-") for token in both):
+            return [*argv[:index], both[0], "--compare", both[1], *argv[index + 3 :]]
+    return argv
+
+
+def _facts_of(recipe: str, arguments: Any, given: frozenset[str]) -> dict[str, Any]:
+    """All that is told of a recipe or a run, as plain data."""
+    run = Path(recipe) / "config.json"
+    config = read_recipe(str(run) if run.is_file() else recipe, arguments, given)
+    config = replace(config, model=_with_vocabulary(config.model, config.data))
+    return {"name": recipe, **_model(config.model), **_costs(config.model), "training": _training(config)}
+
+
+def _with_vocabulary(model: LanguageModelConfig, data: DataConfig) -> LanguageModelConfig:
     """The model with the vocabulary its tokenizer will have, where that can be told without reading data."""
     if model.vocab_size:
         return model
-    bpe = parse_bpe(tokenizer)
-    size = bpe[0] if bpe else _VOCABULARIES.get(tokenizer, 0)
+    bpe = parse_bpe(data.tokenizer)
+    known = _VOCABULARIES.get((data.tokenizer, ""), 0) or _VOCABULARIES.get((data.tokenizer, data.source), 0)
+    size = bpe[0] if bpe else known
     if not size:
-        raise UsageError(f"the vocabulary of the tokenizer {tokenizer!r} depends on the data: add --vocab_size N")
+        raise UsageError(f"the vocabulary of the tokenizer {data.tokenizer!r} depends on the data: add --vocab_size N")
     return replace(model, vocab_size=size)
 
 
-def _facts(model: LanguageModelConfig) -> dict[str, Any]:
-    parameters = count_parameters(model)
-    lengths = [n for n in LENGTHS if not model.learned_positions or n <= model.learned_positions]
+def _model(model: LanguageModelConfig) -> dict[str, Any]:
+    """Shape and parameters."""
+    counted = count_parameters(model)
+    layers = {}
+    for name in dict.fromkeys(model.pattern):
+        block = model.blocks[name]
+        layers[name] = {
+            "count": model.pattern.count(name),
+            "mixer": {"kind": block.mixer.kind, **_numbers(block.mixer)},
+            "ffn": {"kind": block.ffn.kind, **_numbers(block.ffn)},
+        }
     return {
+        "width": model.width,
+        "vocab_size": model.vocab_size,
+        "learned_positions": model.learned_positions,
+        "tied_head": model.tied_head,
+        "pattern": list(model.pattern),
+        "blocks": layers,
         "parameters": {
-            "total": parameters.total,
-            "active": parameters.active,
-            "non_embedding": parameters.non_embedding,
-            **{f"by_component.{name}": count for name, count in parameters.by_component.items()},
+            "total": counted.total,
+            "active": counted.active,
+            "non_embedding": counted.non_embedding,
+            "by_component": counted.by_component,
         },
-        "lengths": lengths or [model.learned_positions],
-        "training_flops_per_token": [training_flops_per_token(model, n) for n in lengths or [model.learned_positions]],
-        "state_bytes": [state_bytes(model, n) for n in lengths or [model.learned_positions]],
     }
 
 
-def _show(model: LanguageModelConfig, facts: dict[str, Any]) -> None:
-    console = Console()
-    console.print(f"{' '.join(model.pattern)}  (width {model.width}, vocabulary {model.vocab_size:,})", highlight=False)
-    parameters = Table("parameters", title_justify="left")
-    parameters.add_column("", justify="right")
-    for name, count in facts["parameters"].items():
-        parameters.add_row(name.removeprefix("by_component."), f"{count:,}")
-    console.print(parameters)
-    costs = Table("at length")
-    for heading in ("training MFLOP a token", "state bytes (fp32, one sequence)"):
-        costs.add_column(heading, justify="right")
-    for length, flops, state in zip(
-        facts["lengths"], facts["training_flops_per_token"], facts["state_bytes"], strict=True
-    ):
-        costs.add_row(f"{length:,}", f"{flops / 1e6:,.2f}", f"{state:,}")
-    console.print(costs)
+def _numbers(config: Any) -> dict[str, Any]:
+    """The numbers and switches of a mixer's or FFN's config."""
+    return {name: value for name, value in config.__dict__.items() if isinstance(value, int | float)}
+
+
+def _costs(model: LanguageModelConfig) -> dict[str, Any]:
+    """FLOPs and state by length."""
+    fitting = [n for n in LENGTHS if not model.learned_positions or n <= model.learned_positions]
+    lengths = fitting or [model.learned_positions]
+    return {
+        "lengths": lengths,
+        "training_flops_per_token": [training_flops_per_token(model, n) for n in lengths],
+        "state_bytes": [state_bytes(model, n) for n in lengths],
+        "all_mha_state_bytes": [all_mha_state_bytes(model, n) for n in lengths],
+    }
+
+
+def _training(config: RunConfig) -> dict[str, Any]:
+    """Memory of a training step as the recipe has it; the activations are an estimate."""
+    train, shapes = config.train, parameter_shapes(config.model)
+    weights = 4 * count_parameters(config.model).total
+    precision = resolve_precision(train.precision, resolve_device(train.device))
+    rows = train.batch_size // train.accumulation
+    activations = activation_bytes(
+        config.model,
+        rows * train.block_size,
+        element_bytes=4 if precision == "fp32" else 2,
+        checkpointing=train.checkpointing,
+    )
+    parts = {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer_state": train.optimizer.state_bytes(shapes),
+        "averaged_weights": weights if train.ema is not None else 0,
+        "activations_estimate": activations,
+    }
+    return {
+        "optimizer": train.optimizer.kind,
+        "precision": precision,
+        "micro_batch": [rows, train.block_size],
+        "checkpointing": train.checkpointing,
+        "bytes": parts | {"sum": sum(parts.values())},
+    }

@@ -1,0 +1,109 @@
+"""`swamla info`: what it prints is what the accounting says, in 80 columns, and as one JSON object."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from swamla.cli import main
+from swamla.cli.info_tables import short
+from swamla.model.accounting import count_parameters, parameter_shapes, state_bytes
+from swamla.recipes import recipe_names
+
+from .test_overrides import resolve
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["info", *arguments]) == 0
+    shown, errors = capsys.readouterr()
+    assert errors == ""
+    return shown
+
+
+def facts(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    return json.loads(told(capsys, *arguments, "--json"))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_told_in_80_columns_with_its_exact_count(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = told(capsys, name)
+    assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
+    assert "…" not in shown, "a cell was cut off"
+    found = facts(capsys, name)
+    assert f"{found['parameters']['total']:,}" in shown
+    drawn = "".join(line.removeprefix("mixers") for line in shown.splitlines() if line.startswith("mixers")).split()
+    letter = {"swa": "S", "gdn": "G", "mla": "M", "mha": "A", "latent": "L"}
+    assert drawn == [letter[found["blocks"][block]["mixer"]["kind"]] for block in found["pattern"]]
+
+
+def test_the_json_holds_what_the_accounting_says(capsys: pytest.CaptureFixture[str]) -> None:
+    model = resolve("", "small").model
+    found, counted = facts(capsys, "small"), count_parameters(model)
+    assert found["parameters"]["total"] == counted.total == 213_018_624
+    assert found["parameters"]["by_component"] == counted.by_component
+    assert found["state_bytes"] == [state_bytes(model, n) for n in found["lengths"]]
+    assert found["all_mha_state_bytes"][1] == 12 * 2 * 1024 * 1024 * 4
+
+
+def test_training_memory_follows_the_training_section(capsys: pytest.CaptureFixture[str]) -> None:
+    def memory(*flags: str) -> dict[str, int]:
+        return facts(capsys, "small", "--precision", "bf16", *flags)["training"]["bytes"]
+
+    whole, total = memory(), count_parameters(resolve("", "small").model).total
+    shapes = parameter_shapes(resolve("", "small").model)
+    assert whole["weights"] == whole["gradients"] == 4 * total
+    assert whole["optimizer_state"] == 8 * total + 4 * len(shapes)
+    assert whole["sum"] == sum(size for name, size in whole.items() if name != "sum")
+    assert memory("--optimizer", "lion", "--lion_moments", "bf16")["optimizer_state"] == 2 * total + 4 * len(shapes)
+    assert memory("--accumulation", "8")["activations_estimate"] < whole["activations_estimate"] / 5
+    assert memory("--checkpointing", "all")["activations_estimate"] < whole["activations_estimate"] / 4
+    assert memory("--ema", "0.999")["averaged_weights"] == 4 * total
+
+
+def test_two_models_stand_side_by_side_whichever_way_they_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = told(capsys, "base", "--compare", "small")
+    assert told(capsys, "--compare", "base", "small") == shown
+    assert re.search(r"parameters, total +│ +756\.6 M │ +213\.0 M │ +3\.55", shown)
+    both = json.loads(told(capsys, "--compare", "base", "small", "--json"))
+    assert both == [facts(capsys, "base"), facts(capsys, "small")]
+
+
+def test_flags_change_the_first_of_two_models(capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = json.loads(told(capsys, "base", "--local_mixer", "gdn", "--compare", "base", "--json"))
+    assert first["parameters"]["total"] == 795_195_264
+    assert second == facts(capsys, "base")
+
+
+def test_a_size_is_a_recipe_and_medium_is_base(capsys: pytest.CaptureFixture[str]) -> None:
+    named = facts(capsys, "--size", "medium")
+    assert named == facts(capsys, "medium") == facts(capsys, "base") | {"name": "medium"}
+    assert facts(capsys, "base", "--size", "medium")["name"] == "base"
+    assert main(["info", "base", "--size", "small"]) == 2
+    assert "the recipe base and --size small are two models" in capsys.readouterr().err
+
+
+def test_a_run_is_told_from_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from swamla.config import to_plain
+
+    config = {"format_version": 1, **to_plain(resolve("--vocab_size 300"))}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert facts(capsys, str(tmp_path)) | {"name": ""} == facts(capsys, "--vocab_size", "300") | {"name": ""}
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1.00 k"),
+        (999_499, "999.5 k"),
+        (756_559_360, "756.6 M"),
+        (1_478_480_128, "1.48 G"),
+    ],
+)
+def test_short_numbers_have_four_digits_at_most(number: int, text: str) -> None:
+    assert short(number) == text
