@@ -6,9 +6,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from swamla.model.block import BlockConfig, MixerConfig
+from swamla.model.block import BlockConfig, FFNConfig, MixerConfig
 from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
+from swamla.model.ffns.latent_moe import LatentMoEConfig
+from swamla.model.ffns.moe import MoEConfig
 from swamla.model.language_model import LanguageModel
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.model.mixers.latent import LatentConfig
@@ -29,6 +31,13 @@ MIXERS: dict[str, MixerConfig] = {
     "gdn": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6),
     "gdn_latent": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, latent_dim=10, share_qk=True),
     "latent": LatentConfig(n_heads=4, n_latent=12, bias=True),
+}
+
+
+FFNS: dict[str, FFNConfig] = {
+    "dense": DenseConfig(hidden=24),
+    "moe": MoEConfig(n_experts=8, n_activated=3, expert_hidden=16, shared_hidden=24),
+    "latent_moe": LatentMoEConfig(n_experts=8, n_activated=3, ratio=4, expert_hidden=16, shared_hidden=24),
 }
 
 
@@ -60,11 +69,11 @@ def build_mixer(config: MixerConfig, seed: int = 0) -> Mixer:
 
 
 def hybrid_config(
-    backend: str = "auto", pattern: tuple[str, ...] = ("gdn", "swa", "mla", "mha")
+    backend: str = "auto", pattern: tuple[str, ...] = ("gdn", "swa", "mla", "mha"), ffn: str = "dense"
 ) -> LanguageModelConfig:
     """A tiny model with every mixer."""
     blocks = {
-        name: BlockConfig(mixer=replace(MIXERS[name], backend=backend), ffn=DenseConfig(hidden=24))
+        name: BlockConfig(mixer=replace(MIXERS[name], backend=backend), ffn=FFNS[ffn])
         for name in dict.fromkeys(pattern)
     }
     return LanguageModelConfig(vocab_size=31, width=WIDTH, blocks=blocks, pattern=pattern)

@@ -8,9 +8,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from swamla.model.accounting import count_parameters, forward_flops, training_flops_per_token
-from swamla.model.block import BlockConfig, MixerConfig
+from swamla.model.block import BlockConfig, FFNConfig, MixerConfig
 from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
+from swamla.model.ffns.latent_moe import LatentMoEConfig
+from swamla.model.ffns.moe import MoEConfig
 from swamla.model.mixers.gdn import CHUNK, GDNConfig
 from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mha import MHAConfig
@@ -33,11 +35,18 @@ MORE_MIXERS: dict[str, MixerConfig] = {
     "gdn with latents": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, latent_dim=5),
     "latent of half the width": LatentConfig(n_heads=2),
 }
-FFNS = [
+ROUTED: list[FFNConfig] = [
+    MoEConfig(n_experts=6, backend="reference"),
+    MoEConfig(n_experts=6, n_activated=2, n_shared=0, expert_hidden=8, backend="reference"),
+    LatentMoEConfig(n_experts=10, n_activated=5, n_shared=2, shared_hidden=7, backend="reference"),
+    LatentMoEConfig(n_experts=12, ratio=2, expert_hidden=32, preserve_expert_dim=False, backend="reference"),
+]
+FFNS: list[FFNConfig] = [
     DenseConfig(),
     DenseConfig(hidden=10, bias=True),
     DenseConfig(activation="gelu"),
     DenseConfig(activation="gelu", bias=True, hidden=17),
+    *ROUTED,
 ]
 NORMS: list[NormConfig] = [RMSNormConfig(), LayerNormConfig(), LayerNormConfig(bias=False), DynamicTanhConfig()]
 GPT2 = LanguageModelConfig(
@@ -59,7 +68,12 @@ def assert_counts_are_the_modules(config: LanguageModelConfig) -> None:
         model = config.build()
     counted = count_parameters(config)
     assert counted.total == sum(parameter.numel() for parameter in model.parameters())
-    assert counted.active == counted.total
+    idle = 0  # of the experts, a token's own share is used
+    for block, built in zip(config.layers, model.blocks, strict=True):
+        sizes = {name: p.numel() for name, p in built.ffn.named_parameters() if name.startswith("experts.")}
+        if sizes:
+            idle += sum(sizes.values()) // block.ffn.n_experts * (block.ffn.n_experts - block.ffn.n_activated)
+    assert counted.active == counted.total - idle
     assert sum(counted.by_component.values()) == counted.total
     embeddings = {id(p): p.numel() for n, p in model.named_parameters() if not n.startswith(("blocks.", "norm."))}
     assert counted.non_embedding == counted.total - sum(embeddings.values())
@@ -99,6 +113,21 @@ def test_components_are_those_of_the_blocks_in_the_pattern() -> None:
     assert counted["gdn"] == sizes[1]
     assert counted["dense"] == 3 * sum(p.numel() for p in model.blocks[0].ffn.parameters())
     assert counted["norms"] == 7 * WIDTH
+
+
+@pytest.mark.parametrize("ffn", ROUTED, ids=str)
+def test_experts_router_shared_experts_and_latent_projections_are_told_apart(ffn: MoEConfig) -> None:
+    block = BlockConfig(mixer=MHAConfig(n_heads=4), ffn=ffn)
+    config = LanguageModelConfig(vocab_size=13, width=WIDTH, blocks={"a": block}, pattern=("a", "a"))
+    counted = count_parameters(config).by_component
+    named = dict(config.build().blocks[0].ffn.named_parameters())
+    for component, prefix in [
+        ("experts", "experts."),
+        ("router", "router."),
+        ("shared experts", "shared."),
+        ("latent projections", "latent_"),
+    ]:
+        assert counted.get(component, 0) == 2 * sum(p.numel() for n, p in named.items() if n.startswith(prefix))
 
 
 def test_gpt2_has_its_known_124_million_parameters() -> None:
@@ -171,7 +200,7 @@ def test_flops_of_the_model_are_its_layers_and_its_head() -> None:
 
 
 @pytest.mark.parametrize("ffn", FFNS)
-def test_flops_of_an_ffn_are_the_counters(ffn: DenseConfig) -> None:
+def test_flops_of_an_ffn_are_the_counters(ffn: FFNConfig) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         ffn.build(WIDTH)(random_input(2, 9))
     assert ffn.forward_flops(WIDTH, 18) == counter.get_total_flops()

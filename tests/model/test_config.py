@@ -12,6 +12,8 @@ from swamla.errors import ConfigError, UsageError
 from swamla.model.block import BlockConfig, MixerConfig
 from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
+from swamla.model.ffns.latent_moe import LatentMoEConfig
+from swamla.model.ffns.moe import MoEConfig
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mha import MHAConfig
@@ -48,6 +50,8 @@ PLACES: dict[type, Callable[[Any], LanguageModelConfig]] = {
     GDNConfig: with_mixer,
     LatentConfig: with_mixer,
     DenseConfig: lambda ffn: with_block(BlockConfig(mixer=MHA, ffn=ffn)),
+    MoEConfig: lambda ffn: with_block(BlockConfig(mixer=MHA, ffn=ffn)),
+    LatentMoEConfig: lambda ffn: with_block(BlockConfig(mixer=MHA, ffn=ffn)),
     BlockConfig: with_block,
     RMSNormConfig: with_norm,
     LayerNormConfig: with_norm,
@@ -56,6 +60,17 @@ PLACES: dict[type, Callable[[Any], LanguageModelConfig]] = {
     LinearScaling: lambda scaling: with_rope(RopeConfig(scaling=scaling)),
     YarnScaling: lambda scaling: with_rope(RopeConfig(scaling=scaling)),
     LanguageModelConfig: lambda model: model,
+}
+OF_EXPERTS: dict[str, Any] = {
+    "n_experts": 9,
+    "n_activated": 2,
+    "n_shared": 2,
+    "expert_hidden": 8,
+    "shared_hidden": 8,
+    "bias_rate": 0.1,
+    "aux_loss": 0.1,
+    "z_loss": 0.1,
+    "backend": "reference",
 }
 CASES: list[tuple[Any, dict[str, Any]]] = [
     (
@@ -113,6 +128,8 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
         {"n_heads": 2, "n_latent": None, "bias": False, "backend": "reference"},
     ),
     (DenseConfig(), {"hidden": 64, "activation": "gelu", "bias": True}),
+    (MoEConfig(n_experts=8), OF_EXPERTS),
+    (LatentMoEConfig(n_experts=8, n_activated=3), {**OF_EXPERTS, "ratio": 2, "preserve_expert_dim": False}),
     (BlockConfig(mixer=MHA), {"mixer": SWA, "ffn": DenseConfig(hidden=5)}),
     (RMSNormConfig(), {"eps": 1e-2}),
     (LayerNormConfig(), {"eps": 1e-2, "bias": False}),
@@ -148,17 +165,24 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
 
 
 def behaviour(config: Any) -> Any:
-    """Everything that shows of a config: the weights of a fresh model, and its logits in training, or its error."""
+    """Everything that shows of a config: the weights of a fresh model, and what it does in training.
+
+    That is its logits, or its error, its statistics, the balance after a step, and what computes its FFNs.
+    """
     torch.manual_seed(0)
     model = PLACES[type(config)](config).build()
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(5)  # far enough from zero that attention is not uniform
+        tokens = random_tokens(1, 40)
         try:
-            return weights, model(random_tokens(1, 40))
+            logits, statistics = model(tokens), model.loss(tokens, tokens)[1]
         except UsageError as error:
             return weights, str(error)
+    model.rebalance(statistics)
+    backends = {str(i): block.ffn.backends(model.device) for i, block in enumerate(model.config.layers)}
+    return weights, {"logits": logits, **statistics, **dict(model.named_buffers()), **backends}
 
 
 def differ(first: Any, second: Any) -> bool:
@@ -254,6 +278,31 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
         "blocks.a.mixer.n_heads = 5: must divide the width 32, or give head_k_dim and",
     ),
     (lambda: DenseConfig(hidden=0), "hidden = 0: must be > 0"),
+    (lambda: MoEConfig(n_experts=0), "n_experts = 0: must be > 0"),
+    (lambda: MoEConfig(n_activated=33), "n_activated = 33: must be 1 … n_experts = 32"),
+    (lambda: MoEConfig(n_activated=0), "n_activated = 0: must be 1 … n_experts = 32"),
+    (lambda: MoEConfig(n_shared=-1), "n_shared = -1: must be >= 0"),
+    (lambda: MoEConfig(expert_hidden=0), "expert_hidden = 0: must be > 0"),
+    (lambda: MoEConfig(shared_hidden=-3), "shared_hidden = -3: must be > 0"),
+    (lambda: MoEConfig(bias_rate=-1e-3), "bias_rate = -0.001: must be >= 0"),
+    (lambda: MoEConfig(aux_loss=float("inf")), "aux_loss = inf: must be >= 0"),
+    (lambda: MoEConfig(z_loss=-1.0), "z_loss = -1.0: must be >= 0"),
+    (lambda: MoEConfig(backend="flex"), "backend = 'flex': must be one of auto, reference, torch"),
+    (
+        lambda: with_block(BlockConfig(mixer=MHA, ffn=MoEConfig(expert_hidden=12))),
+        "blocks.a.ffn.expert_hidden = 12: must give experts with widths that are multiples of 8, not 32 and 12; or",
+    ),
+    (lambda: LatentMoEConfig(ratio=0), "ratio = 0: must be > 0"),
+    (
+        lambda: with_block(BlockConfig(mixer=MHA, ffn=LatentMoEConfig(ratio=5))),
+        "blocks.a.ffn.ratio = 5: must divide the width 32",
+    ),
+    (
+        lambda: with_block(
+            BlockConfig(mixer=MHA, ffn=LatentMoEConfig(ratio=4, expert_hidden=30, preserve_expert_dim=False))
+        ),
+        "blocks.a.ffn.ratio = 4: must divide expert_hidden = 30 unless preserve_expert_dim",
+    ),
     (lambda: RMSNormConfig(eps=0.0), "eps = 0.0: must be > 0"),
     (lambda: LayerNormConfig(eps=-1.0), "eps = -1.0: must be > 0"),
     (lambda: DynamicTanhConfig(alpha=0.0), "alpha = 0.0: must be > 0"),
@@ -292,6 +341,7 @@ def test_what_cannot_be_is_refused_before_anything_is_built(make: Callable[[], A
 
 NOT_A_NUMBER: list[tuple[Callable[[], Any], str]] = [
     (lambda: RMSNormConfig(eps=float("nan")), "eps"),
+    (lambda: MoEConfig(bias_rate=float("nan")), "bias_rate"),
     (lambda: RopeConfig(base=float("nan")), "base"),
     (lambda: LinearScaling(factor=float("nan")), "factor"),
     (lambda: replace(with_mixer(MHA), dropout=float("nan")), "dropout"),

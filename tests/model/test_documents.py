@@ -66,6 +66,23 @@ def test_perturbing_one_document_leaves_the_others_unchanged(pattern: tuple[str,
                 assert_close(again[:, kept], logits[:, kept], 1e-5, f"boundary at {boundary}")
 
 
+@pytest.mark.parametrize("ffn", ["moe", "latent_moe"])
+@torch.no_grad()
+def test_experts_carry_nothing_from_one_document_to_another(ffn: str) -> None:
+    """Not to the bit: how many rows an expert has decides the order in which its products are summed."""
+    model, tokens = build_model(hybrid_config(pattern=("swa", "mla"), ffn=ffn)).eval(), random_tokens(1, TIME)
+    for boundary in (1, CHUNK, TIME - 1):
+        seq = packed(boundary, TIME - boundary)
+        logits = model(tokens, seq)
+        for disturbed, kept in (
+            (slice(0, boundary), slice(boundary, TIME)),
+            (slice(boundary, TIME), slice(0, boundary)),
+        ):
+            again = model(perturbed(tokens, disturbed), seq)
+            assert not torch.equal(again[:, disturbed], logits[:, disturbed])
+            assert_close(again[:, kept], logits[:, kept], 1e-5, f"boundary at {boundary}")
+
+
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("pattern", PATTERNS, ids="-".join)
 def test_gradients_do_not_cross_documents(pattern: tuple[str, ...], backend: str) -> None:

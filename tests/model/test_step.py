@@ -15,6 +15,7 @@ from swamla.model.mixers.swa import SWAConfig
 from swamla.ops.layout import Layout
 
 from .helpers import (
+    FFNS,
     MIXERS,
     WIDTH,
     WINDOW,
@@ -198,9 +199,10 @@ def test_the_whole_model_stepped_in_any_split_is_forward(backend: str) -> None:
         assert state.length_B.tolist() == [LONG, LONG]
 
 
+@pytest.mark.parametrize("ffn", FFNS)
 @torch.no_grad()
-def test_every_two_way_split_of_a_short_prompt_gives_the_models_logits() -> None:
-    model, tokens = build_model(hybrid_config()).eval(), random_tokens(1, SHORT)
+def test_every_two_way_split_of_a_short_prompt_gives_the_models_logits(ffn: str) -> None:
+    model, tokens = build_model(hybrid_config(ffn=ffn)).eval(), random_tokens(1, SHORT)
     expected = model(tokens)
     for cut in range(1, SHORT):
         state = model.init_state(1, SHORT)
@@ -208,9 +210,10 @@ def test_every_two_way_split_of_a_short_prompt_gives_the_models_logits() -> None
         assert_close(found, expected, 1e-4, f"cut at {cut}")
 
 
+@pytest.mark.parametrize("ffn", FFNS)
 @torch.no_grad()
-def test_the_model_steps_rows_of_unequal_lengths_as_each_alone() -> None:
-    model, tokens = build_model(hybrid_config()).eval(), random_tokens(3, 40)
+def test_the_model_steps_rows_of_unequal_lengths_as_each_alone(ffn: str) -> None:
+    model, tokens = build_model(hybrid_config(ffn=ffn)).eval(), random_tokens(3, 40)
     lengths = torch.tensor([5, 40, 17])
     valid = torch.arange(40) < lengths[:, None]
     state = model.init_state(3, 42)

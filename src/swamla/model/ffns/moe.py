@@ -99,14 +99,13 @@ class MoEConfig:
         return self.n_parameters(width) - (self.n_experts - self.n_activated) * 3 * inner * hidden
 
     def forward_flops(self, width: int, length: int) -> int:
-        """Floating-point operations of one forward pass over `length` tokens: every active parameter is multiplied."""
-        return 2 * self.n_active_parameters(width) * length
+        """Floating-point operations of one forward pass over `length` tokens: active parameters and the weighted sum."""
+        return 2 * (self.n_active_parameters(width) + self.n_activated * self.routed_dims(width)[0]) * length
 
     def _aligned(self, inner: int, hidden: int) -> tuple[int, int]:
         aligned = resolve_backend(self.backend) == "reference" or (inner % ROW == 0 and hidden % ROW == 0)
-        allowed = (
-            f'must give experts whose widths are multiples of {ROW}, got {inner} and {hidden}; or backend = "reference"'
-        )
+        widths = f"{inner} and {hidden}"
+        allowed = f'must give experts with widths that are multiples of {ROW}, not {widths}; or backend = "reference"'
         require(aligned, "expert_hidden", self.expert_hidden, allowed)
         return inner, hidden
 
