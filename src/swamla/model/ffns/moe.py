@@ -99,7 +99,7 @@ class MoEConfig:
         return self.n_parameters(width) - (self.n_experts - self.n_activated) * 3 * inner * hidden
 
     def forward_flops(self, width: int, length: int) -> int:
-        """Floating-point operations of one forward pass over `length` tokens: active parameters and the weighted sum."""
+        """Floating-point operations of one forward pass over `length` tokens, the weighted sum included."""
         return 2 * (self.n_active_parameters(width) + self.n_activated * self.routed_dims(width)[0]) * length
 
     def _aligned(self, inner: int, hidden: int) -> tuple[int, int]:
