@@ -71,9 +71,9 @@ def test_stacked_muon_in_bf16_takes_the_steps_of_torch_muon_but_for_rounding(mon
 
 
 def test_muon_takes_each_expert_as_a_matrix_of_its_own(monkeypatch):
-    monkeypatch.setattr(muon_module, "STACK", 16 * 24 * 2)  # so that a stack of five is taken apart as well
+    monkeypatch.setattr(muon_module, "STACK", 16 * 24 * 2)  # so that the stacks are taken apart as well
     generator = torch.Generator().manual_seed(0)
-    stacks = [torch.randn(5, 16, 24, generator=generator), torch.randn(3, 24, 16, generator=generator)]
+    stacks = [torch.randn(31, 16, 24, generator=generator), torch.randn(3, 24, 16, generator=generator)]
     together = [nn.Parameter(stack.clone()) for stack in stacks]
     alone = [nn.Parameter(expert.clone()) for stack in stacks for expert in stack]
     a, b = (Muon(params, lr=1e-2, weight_decay=0.1) for params in (together, alone))
@@ -212,3 +212,22 @@ def test_the_state_of_one_optimizer_is_no_other_ones(config, other):
         with pytest.raises(CorruptError, match=r"here: .* (optimizer state has|got torch\.)"):
             into.load_state_tensors(optimizer.state_tensors(), stateless=[], origin="here")
         assert into.state_tensors() == {}  # refused before anything was taken over
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_on_a_gpu_each_optimizer_goes_where_it_goes_on_the_cpu(config):
+    before = [p.detach() for p in tiny_model().parameters()]
+    found = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model().to(device)
+        optimizer = config.build(model, lr=1e-2, weight_decay=0.1)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator).to(device)
+            optimizer.step()
+        found.append([p.detach().cpu() for p in model.parameters()])
+    for start, p, q in zip(before, *found, strict=True):
+        assert torch.linalg.norm(p - q) <= 0.05 * torch.linalg.norm(p - start)  # bf16 is rounded by other noise there

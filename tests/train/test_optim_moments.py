@@ -18,7 +18,7 @@ from swamla.train.optim.moments import held_moment, round_stochastically_
 from .helpers import MODEL, losses, run, tiny_config, weights
 from .test_resume import digests, stop_after
 
-SHAPES = [(64, 64), (64, 65), (3, 32, 128), (10,), (4095,)]  # the first and third are kept in 8 bits
+SHAPES = [(64, 64), (64, 65), (3, 32, 128), (10,), (4095,), (15, 256)]  # the first and third are kept in 8 bits
 LOW_BIT = [AdamWConfig(moments="bf16"), AdamWConfig(moments="8bit"), LionConfig(moments="bf16")]
 
 
