@@ -4,14 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
+from swamla.model.config import LanguageModelConfig
+from swamla.model.ffns.latent_moe import LatentMoEConfig
+from swamla.model.ffns.moe import MoEConfig
+from swamla.model.language_model import LanguageModel
 from swamla.train.optim import AdamWConfig, LionConfig, MuonConfig
 from swamla.train.optim.muon import is_hidden
 
 from .helpers import model_of
 
-HYBRID = replace(model_of("gdn", "swa", "mla", "mha"), width=32, vocab_size=512, learned_positions=64, tied_head=False)
 CONFIGS = [
     MuonConfig(),
     *(make(moments=moments) for make in (AdamWConfig, LionConfig) for moments in ("fp32", "bf16", "8bit")),
@@ -19,27 +21,15 @@ CONFIGS = [
 EXEMPT = ("norm.weight", "norm_weight", "layernorm.weight", "bias", "A_log", "dt_bias")
 
 
-class Experts(nn.Module):
-    """The parameters of a mixture of experts, by their names and shapes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate_up = nn.Parameter(torch.randn(16, 32, 48))
-        self.down = nn.Parameter(torch.randn(16, 24, 32))
-
-
-class Mixture(nn.Module):
-    """A hybrid model with a mixture of experts beside it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.hybrid = HYBRID.build()
-        self.router = nn.Linear(32, 16, bias=False)
-        self.experts = Experts()
-
-    def named_parameters(self, *args, **options):  # the model's own names, as if the experts stood in one of its blocks
-        for name, p in super().named_parameters(*args, **options):
-            yield (name.removeprefix("hybrid.") if name.startswith("hybrid.") else f"blocks.0.ffn.{name}"), p
+def every_kind() -> LanguageModel:
+    """A model with each of the mixers, experts at full width and in a latent space."""
+    blocks = model_of("gdn", "swa", "mla", "mha").blocks
+    blocks = blocks | {
+        "mla": replace(blocks["mla"], ffn=LatentMoEConfig(n_experts=40, n_activated=4, ratio=2, expert_hidden=24)),
+        "mha": replace(blocks["mha"], ffn=MoEConfig(n_experts=16, expert_hidden=24)),
+    }
+    config = LanguageModelConfig(width=32, blocks=blocks, pattern=("gdn", "swa", "mla", "mha"), vocab_size=512)
+    return replace(config, learned_positions=64, tied_head=False).build()
 
 
 def step_with(model, optimizer, gradient):
@@ -53,16 +43,15 @@ def expected_to_decay(name):
 
 
 def test_the_model_of_these_tests_has_every_kind_of_parameter():
-    names = [name for name, _ in Mixture().named_parameters()]
+    names = [name for name, _ in every_kind().named_parameters()]
     kinds = ("A_log", "dt_bias", "conv_weight", "norm.weight", "norm_weight", "layernorm.weight", "o_proj.weight")
     assert all(any(name.endswith(kind) for name in names) for kind in kinds)
-    assert {"embedding.weight", "positions.weight", "head.weight", "blocks.0.ffn.experts.gate_up"} <= set(names)
-    assert len(names) == len(set(names))
+    assert {"embedding.weight", "positions.weight", "head.weight", "blocks.3.ffn.experts.gate_up"} <= set(names)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_weight_decay_pulls_on_what_multiplies_activations_and_on_nothing_else(config):
-    model = Mixture()
+    model = every_kind()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     step_with(model, config.build(model, lr=1e-2, weight_decay=0.5), torch.zeros_like)
     for name, p in model.named_parameters():
@@ -72,15 +61,16 @@ def test_weight_decay_pulls_on_what_multiplies_activations_and_on_nothing_else(c
 
 def test_muon_takes_projections_and_experts_and_adamw_the_rest():
     """kv_b_proj is the projection from a latent of 8 here, and ba_proj has 4 rows: too small to orthogonalise."""
-    matrices = {name for name, p in Mixture().named_parameters() if p.ndim >= 2}
-    taken = {name for name, p in Mixture().named_parameters() if is_hidden(name, p.shape)}
-    projections = ("q_proj", "qkv_proj", "qkvz_proj", "kv_a_proj_with_mqa", "o_proj", "gate_up_proj", "down_proj")
+    matrices = {name for name, p in every_kind().named_parameters() if p.ndim >= 2}
+    taken = {name for name, p in every_kind().named_parameters() if is_hidden(name, p.shape)}
+    projections = {"q_proj", "qkv_proj", "qkvz_proj", "kv_a_proj_with_mqa", "o_proj", "gate_up_proj", "down_proj"}
+    projections |= {"latent_down_proj", "latent_up_proj"}
     suffixes = {name.split(".", 2)[2] for name in taken}
     experts = {"ffn.experts.gate_up", "ffn.experts.down"}
-    assert {name.rsplit(".", 2)[-2] for name in suffixes - experts} == set(projections)
+    assert {name.rsplit(".", 2)[-2] for name in suffixes - experts} == projections
     assert experts < suffixes
     small = {"blocks.0.mixer.ba_proj.weight", "blocks.2.mixer.kv_b_proj.weight"}
-    other = {"blocks.0.ffn.router.weight", "blocks.0.mixer.conv_weight"}
+    other = {"blocks.2.ffn.router.weight", "blocks.3.ffn.router.weight", "blocks.0.mixer.conv_weight"}
     assert matrices - taken == {"embedding.weight", "positions.weight", "head.weight", *small, *other}
 
 
@@ -106,8 +96,8 @@ def test_what_is_a_hidden_matrix_is_said_by_name_and_shape(name, shape, hidden):
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_the_bytes_of_the_state_are_known_before_a_weight_exists(config):
     with torch.device("meta"):
-        shapes = [(name, tuple(p.shape)) for name, p in Mixture().named_parameters()]
-    model = Mixture()
+        shapes = [(name, tuple(p.shape)) for name, p in every_kind().named_parameters()]
+    model = every_kind()
     optimizer = config.build(model, lr=1e-2, weight_decay=0.1)
     step_with(model, optimizer, torch.ones_like)
     live = optimizer.state_tensors()
