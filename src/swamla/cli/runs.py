@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     if runs:
         console.print(_table(runs, time.time()))
     for path, reason in broken.items():
-        say(console, f"broken: {path}: {reason}")
+        say(console, f"broken: {reason}" if path in reason else f"broken: {path}: {reason}")
     if not runs and not broken:
         say(console, f"no runs in {arguments.folder}")
     return 0
@@ -79,7 +79,7 @@ def _read(folder: Path) -> tuple[list[Run], dict[str, str]]:
         try:
             runs.append(summarize(path))
         except (SwamlaError, OSError) as error:
-            broken[str(path)] = str(error).removeprefix(f"{path}: ")
+            broken[str(path)] = str(error)
     return sorted(runs, key=lambda run: run.modified, reverse=True), broken
 
 

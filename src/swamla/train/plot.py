@@ -43,6 +43,7 @@ def plot_losses(metrics_file: Path, picture: Path, *, title: str, bits_per_nat: 
 
 X_AXES = {"step": "step", "tokens": "tokens", "time": "minutes"}
 _HELD_OUT = "held_out_"
+_UNITS = {"loss": " (nats per token)", "held_out_loss": " (nats per token)", "peak_memory": " (bytes)"}
 # Eight colours that colour-blind people can tell apart too (Okabe and Ito), the palest last.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#8C8C8C")
 _LINES = ("-", "--", ":", "-.")
@@ -107,7 +108,7 @@ def plot_runs(curves: Sequence[Curve], picture: Path, *, x: str, y: str) -> None
             seen += [value for _, value in curve.held_out]
     margin = 0.05 * (max(seen) - min(seen)) or 0.05 * abs(max(seen)) or 1.0
     axes.set_ylim(min(seen) - margin, max(seen) + margin)
-    axes.set(xlabel=X_AXES[x], ylabel=y.replace("_", " "), title=_title(curves, y))
+    axes.set(xlabel=X_AXES[x], ylabel=y.replace("_", " ") + _UNITS.get(y, ""), title=_title(curves, y))
     if x != "time":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.25)
