@@ -23,7 +23,7 @@ from swamla.train.config import TrainConfig
 
 SAME = (
     *("batch_size", "block_size", "dropout", "weight_decay", "grad_clip", "seed"),
-    *("log_interval", "eval_interval", "save_interval", "swa_window"),
+    *("log_interval", "eval_interval", "save_interval", "wandb_project", "wandb_run_name", "swa_window"),
     *("mla_q_lora_rank", "mla_kv_lora_rank", "mla_qk_nope_head_dim", "mla_qk_rope_head_dim", "mla_v_head_dim"),
 )
 RENAMED = {
@@ -33,6 +33,7 @@ RENAMED = {
     "swa_sink_size": "swa_sinks",
     "deltanet_latent_dim": "gdn_latent_dim",
     "deltanet_share_qk": "gdn_share_qk",
+    "use_tensorboard": "tensorboard",
 }
 CYCLE = {
     "swa_layers_per_cycle": "local",
@@ -99,11 +100,7 @@ def choosing_flags() -> dict[str, Flag]:
 def setting_flags() -> dict[str, Flag]:
     """Flags that set a value, in the order in which they build on each other."""
     known = flags()
-    ours = [
-        replace(known[same], name=name, help=f"--{same}", default=MISSING)
-        for name, same in RENAMED.items()
-        if same in known
-    ]
+    ours = [replace(known[same], name=name, help=f"--{same}", default=MISSING) for name, same in RENAMED.items()]
     scaled = "; of a LatentMoE before its ratio multiplies them"
     return _by_name(
         *ours,

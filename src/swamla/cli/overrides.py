@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_origin
 import tyro
 
 from swamla.cli.field_text import field_docs, metavar, parse_text
-from swamla.cli.plain import BLOCK_PARTS, DEFAULT_KINDS, Plain, choice
+from swamla.cli.plain import BLOCK_PARTS, Plain, choice
 from swamla.cli.reshape import SHAPE
 from swamla.config import choices_of, field_types, join, options_of
 from swamla.data.config import DataConfig
@@ -158,11 +158,11 @@ def _put_in_blocks(part: str, kind: str) -> Callable[[str], Callable[[Plain, Any
     def of_field(field: str) -> Callable[[Plain, Any], None]:
         def put(plain: Plain, value: Any) -> None:
             blocks = plain["model"]["blocks"].values()
-            users = [block for block in blocks if choice(block, part).get("kind", DEFAULT_KINDS.get(part)) == kind]
+            users = [block for block in blocks if choice(block, part).get("kind") == kind]
             if not users:
                 raise UsageError(f"--{kind}_{field}: no block of the model has the {part} {kind}")
             for block in users:
-                block[part] = {"kind": kind} | block[part] | {field: value}
+                block[part][field] = value
 
         return put
 

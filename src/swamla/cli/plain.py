@@ -16,7 +16,7 @@ DEFAULT_KINDS = {
 
 def choice(table: Plain, name: str) -> Plain:
     """The choice `name` in `table` as a table of its own, where a recipe may have named its kind only, or nothing."""
-    written = table.setdefault(name, {})
+    written = table.setdefault(name, {"kind": DEFAULT_KINDS[name]} if name in DEFAULT_KINDS else {})
     if isinstance(written, str):
         table[name] = {"kind": written}
     return table[name]

@@ -1,0 +1,342 @@
+"""Every flag, generated or of the original project, changes the config it resolves to, and only where it says."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+
+from swamla.cli.flags import parse
+from swamla.cli.original_flags import (
+    CYCLE,
+    NO_EFFECT,
+    RENAMED,
+    SAME,
+    add_original_flags,
+    bare_compile,
+    choosing_flags,
+    refusal,
+    setting_flags,
+    shape_flags,
+)
+from swamla.cli.overrides import Flag, add_flags, flags
+from swamla.cli.run_config import read_recipe
+from swamla.config import options_of, to_plain
+from swamla.errors import ConfigError, UsageError
+
+from .test_overrides import Arguments, differences
+
+EVERYTHING = """
+[model]
+vocab_size = 300
+width = 64
+pattern = ["mha", "swa", "mla", "gdn", "latent"]
+
+[model.blocks.mha]
+mixer = { kind = "mha", n_heads = 4 }
+[model.blocks.swa]
+mixer = { kind = "swa", n_heads = 4 }
+ffn = { kind = "moe", n_experts = 8, n_activated = 2 }
+[model.blocks.mla]
+mixer = { kind = "mla", n_heads = 4, kv_lora_rank = 32 }
+ffn = { kind = "latent_moe", n_experts = 16, n_activated = 4, ratio = 2 }
+[model.blocks.gdn]
+mixer = { kind = "gdn", n_heads = 4 }
+[model.blocks.latent]
+mixer = { kind = "latent", n_heads = 4 }
+
+[data]
+source = "stdlib"
+tokenizer = "bpe:4096"
+
+[train]
+steps = 1000
+batch_size = 8
+accumulation = 2
+block_size = 1024
+"""
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A recipe with every kind of mixer and FFN."""
+    recipe = tmp_path_factory.mktemp("recipes") / "everything.toml"
+    recipe.write_text(EVERYTHING)
+    return str(recipe)
+
+
+ORIGINAL_NAMES = {*choosing_flags(), *setting_flags(), *shape_flags()}
+ALL = flags() | choosing_flags() | setting_flags()
+KNOWN = {*ALL, *shape_flags()}
+TAKES: Any = add_flags(add_original_flags(Arguments))
+
+
+def resolve(recipe: str, line: str) -> Any:
+    """The config of a recipe with the flags of a command line."""
+    arguments, given = parse(TAKES, bare_compile(line.split()), command="train", refusal=refusal)
+    return to_plain(read_recipe(recipe, arguments, given))
+
+
+def quickly(recipe: str, line: str) -> Any:
+    """The same, of a line that is known to be well formed: the parser takes ten times as long as all the rest."""
+    values: dict[str, Any] = {}
+    for part in line.replace(" --", "\n--").splitlines():
+        name, _, value = part.strip().removeprefix("--").partition(" ")
+        if not value and name not in KNOWN and name.removeprefix("no_") in KNOWN:
+            values[name.removeprefix("no_")] = False
+        elif name:
+            values[name] = value or True
+    return to_plain(read_recipe(recipe, SimpleNamespace(**values), frozenset(values)))
+
+
+def changed(recipe: str, base: str, line: str) -> set[str]:
+    """Dotted fields that `line` changes beyond what `base` says, a block's name as *."""
+    found = differences(quickly(recipe, base), quickly(recipe, f"{base} {line}"))
+    return {re.sub(r"^model\.blocks\.\w+\.", "model.blocks.*.", field) for field in found}
+
+
+def candidates(flag: Flag) -> list[str]:
+    """Values to try, as text: one of them is sure to be allowed, and another than what the config has."""
+    found: list[str] = []
+    for option in options_of(flag.annotation):
+        if get_origin(option) is Literal:
+            found += [str(value) for value in get_args(option)]
+        elif get_origin(option) is tuple:
+            found += ["0.7,0.8"]
+        elif option is int:
+            found += ["2", "1", "16", "64", "512", "2048"]
+        elif option is float:
+            found += ["0.125", "0.5", "3e-3"]
+        elif option is str:
+            found += ["reference", "byte", "512:1M,1024:inf"]
+    return found
+
+
+def lines(flag: Flag) -> list[str]:
+    if flag.annotation is bool:
+        return [f"--{flag.name}", f"--no_{flag.name}"]
+    return [f"--{flag.name} {value}" for value in candidates(flag)]
+
+
+def chosen_first(flag: Flag) -> str:
+    """What has to be said before a flag of a choice's kind: --optimizer lion before --lion_moments."""
+    _section, name, *rest = flag.field.split(".")
+    kind = flag.name.removesuffix(f"_{rest[-1]}") if rest else ""
+    return f"--{name} {kind}" if rest and name != "blocks" and rest != ["kind"] else ""
+
+
+@pytest.mark.parametrize("name", flags())
+def test_a_generated_flag_changes_its_field_and_nothing_else(name: str, everything: str) -> None:
+    flag = flags()[name]
+    tried: dict[str, set[str]] = {}
+    for line in lines(flag):
+        try:
+            tried[line] = changed(everything, chosen_first(flag), line)
+        except (ConfigError, UsageError):
+            continue
+    expected = flag.field.removesuffix(".kind")
+    hits = [fields for fields in tried.values() if fields]
+    assert hits, f"no value changes anything: {tried}"
+    assert all(field == expected or field.startswith(f"{expected}.") for fields in hits for field in fields), tried
+
+
+def test_the_parser_takes_every_flag_at_once_and_knows_which_were_given() -> None:
+    shape = ["--pattern=mla", "--local_mixer=gdn", "--n_layers=2", "--n_heads=2"]
+    rest = [f"--{name}" if flag.annotation is bool else f"--{name}=1" for name, flag in ALL.items()]
+    rest += [f"--{name}=1" if metavar else f"--{name}" for name, (metavar, _) in shape_flags().items()]
+    _, given = parse(TAKES, [*shape, *rest], command="train", refusal=refusal)
+    assert given == {"pattern", "local_mixer", "n_layers", "n_heads"} | KNOWN
+
+
+FFN = "model.blocks.*.ffn"
+MLA_MOE = "--use_latent_moe"
+ORIGINAL: dict[str, tuple[str, str, set[str]]] = {  # flag: (said before, line, fields it changes)
+    "optimizer_type": ("", "--optimizer_type fp8_adamw", {"train.optimizer.moments"}),
+    "use_moe": ("", "--use_moe", {FFN}),
+    "use_latent_moe": ("", "--use_latent_moe", {FFN}),
+    "no_moe": ("", "--no_moe", {FFN}),
+    "learning_rate": ("", "--learning_rate 1e-4", {"train.lr"}),
+    "max_iters": ("", "--max_iters 500", {"train.steps"}),
+    "warmup_iters": ("", "--warmup_iters 7", {"train.warmup"}),
+    "min_lr": ("--learning_rate 1e-3", "--min_lr 2e-4", {"train.min_lr_ratio"}),
+    "beta1": ("", "--beta1 0.8", {"train.optimizer.betas"}),
+    "beta2": ("", "--beta2 0.99", {"train.optimizer.betas"}),
+    "gradient_accumulation_steps": ("", "--gradient_accumulation_steps 4", {"train.accumulation", "train.batch_size"}),
+    "gradient_checkpointing": ("", "--gradient_checkpointing", {"train.checkpointing"}),
+    "compile_mode": ("", "--compile_mode max-autotune", {"train.compile"}),
+    "use_fp8": ("", "--use_fp8", {"train.precision"}),
+    "tokenizer_name": ("", "--tokenizer_name some/name", {"data.tokenizer"}),
+    "use_ema": ("", "--use_ema", {"train.ema"}),
+    "ema_decay": ("", "--ema_decay 0.99", {"train.ema"}),
+    "use_progressive": ("", "--use_progressive", {"train.curriculum"}),
+    "progressive_schedule": ("", "--progressive_schedule 512:1M,2048:inf", {"train.curriculum"}),
+    "swa_sink_size": ("", "--swa_sink_size 8", {"model.blocks.*.mixer.sinks"}),
+    "swa_layers_per_cycle": ("", "--swa_layers_per_cycle 3", {"model.pattern"}),
+    "local_layers_per_cycle": ("", "--local_layers_per_cycle 1", {"model.pattern"}),
+    "mla_layers_per_cycle": ("", "--mla_layers_per_cycle 2", {"model.pattern"}),
+    "use_gated_deltanet": ("", "--use_gated_deltanet", {"model.pattern", "model.blocks.swa", "model.blocks.gdn"}),
+    "deltanet_latent_dim": (
+        "--use_gated_deltanet",
+        "--deltanet_latent_dim 64",
+        {"model.blocks.*.mixer.latent_dim"},
+    ),
+    "deltanet_share_qk": ("--use_gated_deltanet", "--deltanet_share_qk", {"model.blocks.*.mixer.share_qk"}),
+    "latent_ratio": (MLA_MOE, "--latent_ratio 8", {f"{FFN}.{name}" for name in ("ratio", "n_experts", "n_activated")}),
+    "n_experts": (MLA_MOE, "--n_experts 16", {f"{FFN}.n_experts"}),
+    "n_activated": (MLA_MOE, "--n_activated 2", {f"{FFN}.n_activated"}),
+    "n_shared_experts": (MLA_MOE, "--n_shared_experts 2", {f"{FFN}.n_shared"}),
+    "expert_dim": (MLA_MOE, "--expert_dim 512", {f"{FFN}.expert_hidden"}),
+    "router_z_loss_coef": (MLA_MOE, "--router_z_loss_coef 1e-3", {f"{FFN}.z_loss"}),
+    "latent_preserve_expert_dim": (MLA_MOE, "--no_latent_preserve_expert_dim", {f"{FFN}.preserve_expert_dim"}),
+    "use_tensorboard": ("", "--use_tensorboard", {"train.tensorboard"}),
+}
+
+
+def test_every_flag_of_the_original_is_tried_below_or_said_to_change_nothing() -> None:
+    assert set(ORIGINAL) | set(NO_EFFECT) == ORIGINAL_NAMES
+    assert set(SAME) | set(RENAMED.values()) <= set(flags())
+    assert set(CYCLE) <= ORIGINAL_NAMES
+
+
+@pytest.mark.parametrize("name", ORIGINAL)
+def test_a_flag_of_the_original_changes_its_fields_and_nothing_else(name: str) -> None:
+    before, line, expected = ORIGINAL[name]
+    recipe = "moe-1b" if name == "no_moe" else "small"
+    found = changed(recipe, before, line)
+    if expected == {FFN}:
+        assert found
+        assert all(field.startswith(f"{FFN}.") for field in found)
+    else:
+        assert found == expected
+
+
+@pytest.mark.parametrize("name", NO_EFFECT)
+def test_a_flag_that_changes_nothing_says_so(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert changed("small", "", f"--{name}") == set()
+    error = capsys.readouterr().err
+    assert error.startswith(f"swamla: --{name} changes nothing: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "fields"),
+    [
+        ("--learning_rate 2e-4 --min_lr 1e-5", {"lr": 2e-4, "min_lr_ratio": 0.05}),
+        ("--beta1 0.8 --beta2 0.9", {"optimizer.betas": [0.8, 0.9]}),
+        ("--batch_size 4 --gradient_accumulation_steps 8", {"batch_size": 32, "accumulation": 8}),
+        ("--optimizer_type fp8_lion", {"optimizer.kind": "lion", "optimizer.moments": "bf16"}),
+        ("--optimizer_type muon --muon_momentum 0.9", {"optimizer.kind": "muon", "optimizer.momentum": 0.9}),
+        ("--use_ema --ema_decay 0.99", {"ema": 0.99}),
+        ("--use_progressive --progressive_schedule 512:1M,2048:inf", {"curriculum": "512:1M,2048:inf"}),
+        ("--gradient_checkpointing", {"checkpointing": "all"}),
+        ("--compile", {"compile": "default"}),
+        ("--compile max-autotune", {"compile": "max-autotune"}),
+        ("--compile --compile_mode reduce-overhead", {"compile": "reduce-overhead"}),
+        ("--use_fp8", {"precision": "fp8"}),
+    ],
+)
+def test_training_flags_of_the_original_mean_what_they_meant(line: str, fields: dict[str, Any]) -> None:
+    train = resolve("small", line)["train"]
+    for path, value in fields.items():
+        found = train
+        for part in path.split("."):
+            found = found[part]
+        assert found == (pytest.approx(value) if isinstance(value, float) else value), path
+
+
+@pytest.mark.parametrize(
+    ("line", "pattern"),
+    [
+        ("--n_layers 6 --swa_layers_per_cycle 3 --mla_layers_per_cycle 1", "swa swa swa mla swa swa"),
+        ("--n_layers 5 --local_layers_per_cycle 1 --mla_layers_per_cycle 2", "swa mla mla swa mla"),
+        ("--n_layers 3 --mla_layers_per_cycle 0", "swa swa swa"),
+        ("--n_layers 3 --swa_layers_per_cycle 0", "mla mla mla"),
+        ("--n_layers 3 --use_gated_deltanet", "gdn gdn mla"),
+        ("--n_layers 4 --use_gated_deltanet --local_layers_per_cycle 1", "gdn mla gdn mla"),
+        ("--pattern mla --n_layers 4 --swa_layers_per_cycle 1", "swa mla swa mla"),
+        ("--pattern gdn,mha,swa --local_mixer swa", "swa mha swa"),
+    ],
+)
+def test_cycles_and_local_mixers_are_patterns(line: str, pattern: str) -> None:
+    model = resolve("small", line)["model"]
+    assert model["pattern"] == pattern.split()
+    assert set(model["blocks"]) == set(pattern.split())
+
+
+def test_gated_deltanet_comes_with_the_heads_that_the_recipe_keeps_ready_for_it() -> None:
+    for line in ("--local_mixer gdn", "--pattern gdn,gdn,mla", "--use_gated_deltanet"):
+        mixer = resolve("base", line)["model"]["blocks"]["gdn"]["mixer"]
+        assert (mixer["n_heads"], mixer["head_k_dim"], mixer["head_v_dim"]) == (12, 128, 128)
+
+
+def experts(recipe: str, line: str) -> dict[str, Any]:
+    return resolve(recipe, line)["model"]["blocks"]["mla"]["ffn"]
+
+
+def test_expert_numbers_of_the_original_are_multiplied_by_the_ratio_of_a_latent_moe_only() -> None:
+    ffn = experts("small", "--use_moe --use_latent_moe --latent_ratio 4 --n_experts 32 --n_activated 3")
+    assert (ffn["kind"], ffn["ratio"], ffn["n_experts"], ffn["n_activated"]) == ("latent_moe", 4, 128, 12)
+    ffn = experts("small", "--use_latent_moe --latent_ratio 2")
+    assert (ffn["n_experts"], ffn["n_activated"]) == (64, 6)
+    ffn = experts("small", "--use_moe --n_experts 16 --n_activated 2")
+    assert (ffn["kind"], ffn["n_experts"], ffn["n_activated"]) == ("moe", 16, 2)
+    assert experts("moe-1b", "--use_moe")["kind"] == "latent_moe"
+    assert experts("moe-1b", "--no_moe")["kind"] == "dense"
+    assert resolve("small", "--use_latent_moe")["model"]["blocks"]["swa"]["ffn"]["kind"] == "dense"
+
+
+@pytest.mark.parametrize(
+    ("name", "tokenizer"),
+    [("gpt2", "gpt2"), ("openai-community/gpt2", "gpt2"), ("org/name", "hub:org/name"), ("bpe:512", "bpe:512")],
+)
+def test_tokenizer_names_are_ours_or_the_hubs(name: str, tokenizer: str) -> None:
+    assert resolve("small", f"--tokenizer_name {name}")["data"]["tokenizer"] == tokenizer
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--lr 1e-3 --learning_rate 1e-3", "--learning_rate and --lr say the same thing: give one of them"),
+        ("--optimizer lion --optimizer_type lion", "--optimizer_type and --optimizer say the same thing"),
+        ("--no_moe --use_moe", "--use_moe and --no_moe say the same thing"),
+        ("--optimizer_type sgd", "--optimizer_type sgd: must be one of adamw, lion, muon, fp8_adamw, fp8_lion"),
+        ("--learning_rate -1", "train.lr = -1.0 (--learning_rate): must be > 0"),
+        ("--learning_rate 1e-4 --min_lr 1e-3", "(--min_lr): must be between 0 and 1"),
+        ("--min_lr little", "train.min_lr_ratio = 'little' (--min_lr): must be a number"),
+        ("--beta1 2", "(--beta1): must each be at least 0 and below 1"),
+        ("--n_experts 8", "--n_experts: no mla block of the model has such an FFN; add --use_moe or --use_latent_moe"),
+        (
+            "--use_moe --latent_ratio 8",
+            "--latent_ratio: no mla block of the model has such an FFN; add --use_latent_moe",
+        ),
+        ("--pattern swa --use_moe", "MoE flags act on the FFNs of mla blocks, and the pattern has none"),
+        ("--use_latent_moe --n_experts few", "ffn.n_experts = 'few' (--n_experts): must be a whole number"),
+        ("--mla_layers_per_cycle -1", "--mla_layers_per_cycle -1: must be a whole number >= 0"),
+        ("--swa_layers_per_cycle 0 --mla_layers_per_cycle 0", "a cycle without any layer"),
+        ("--deltanet_share_qk", "no block of the model has the mixer gdn"),
+        ("--local_mixer mha", "--local_mixer mha: must be one of swa, gdn"),
+        ("--pattern mha --local_mixer gdn", "--local_mixer gdn: no layer of the pattern is local: mha"),
+        ("--hf_repo_id me/mine", "unknown flag --hf_repo_id; uploading to and resuming from the hub is not there yet"),
+        ("--use_engram", "unknown flag --use_engram; swamla has no engram memory"),
+        ("--use_triton_kernels", "unknown flag --use_triton_kernels; there is no switch for Triton"),
+        ("--no_use_moe", "unknown flag --no_use_moe"),
+        ("--use_moe --use_moe", "--use_moe is given twice"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_line(line: str, message: str) -> None:
+    with pytest.raises((ConfigError, UsageError)) as caught:
+        resolve("small", line)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_spare_block_is_checked_even_when_no_flag_puts_it_to_use(everything: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "spare.toml"
+    recipe.write_text(EVERYTHING + "\n[spare.local.mixer]\nkind = 'gdn'\nn_heads = 0\n")
+    with pytest.raises(ConfigError, match=r"spare\.local\.mixer\.n_heads = 0 \(.*spare\.toml:\d+\): must be > 0"):
+        resolve(str(recipe), "")
+    recipe.write_text(EVERYTHING + "\n[spare.local.mixer]\nkind = 'gdn'\nn_heads = 3\n")
+    assert "spare" not in resolve(str(recipe), "")
+    with pytest.raises(ConfigError, match=r"n_heads = 3 \(.*spare\.toml:\d+\): must divide the width 64"):
+        resolve(str(recipe), "--pattern local")
