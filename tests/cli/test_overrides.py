@@ -56,6 +56,8 @@ def test_every_flag_says_what_it_is_for_and_nothing_else() -> None:
     ("line", "fields"),
     [
         ("--lr 1e-4", {"train.lr"}),
+        ("--tensorboard", {"train.tensorboard"}),
+        ("--wandb_project p --wandb_run_name n", {"train.wandb_project", "train.wandb_run_name"}),
         ("--steps 7 --max_minutes none", {"train.steps", "train.max_minutes"}),
         ("--data notes.txt", {"data.source"}),
         ("--tokenizer byte", {"data.tokenizer"}),

@@ -32,6 +32,8 @@ from swamla.train.optim import AdamWConfig, MuonConfig
         ({"eval_interval": 0}, "eval_interval = 0"),
         ({"threads": -2}, "threads = -2"),
         ({"seed": -1}, "seed = -1: must be >= 0"),
+        ({"wandb_project": "me/mine"}, "wandb_project = 'me/mine': must not contain / "),
+        ({"wandb_run_name": "first"}, "wandb_run_name = 'first': names a run in a project: give wandb_project too"),
     ],
 )
 def test_an_impossible_setting_is_refused_with_what_is_allowed(settings, message):

@@ -7,6 +7,7 @@ from swamla.data.config import DataConfig
 from swamla.errors import require
 from swamla.model.block import Checkpointing
 from swamla.model.config import LanguageModelConfig
+from swamla.train.compile import Compile
 from swamla.train.curriculum import Curriculum
 from swamla.train.optim import AdamWConfig, LionConfig, MuonConfig
 from swamla.train.precision import Precision
@@ -51,6 +52,8 @@ class TrainConfig:
         besides multiplies the large matrices in fp8, by torchao; "auto" never chooses it.
     checkpointing: what is computed again in the backward pass instead of being kept, which saves memory and changes no
         number: "none", "attention" (the mixers), "ffn" or "all" (whole blocks).
+    compile: "none", or a mode of torch.compile: "default", "reduce-overhead" (CUDA graphs) or "max-autotune". On a GPU
+        it pays, with fp8 all the more; on a CPU it took longer to start than it saved in quickstart's time.
     device: "auto" is CUDA where there is one, else the CPU.
     threads: CPU threads, none for torch's own choice.
     """
@@ -82,6 +85,7 @@ class TrainConfig:
     seed: int = 0
     precision: Precision = "auto"
     checkpointing: Checkpointing = "none"
+    compile: Compile = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
 
@@ -104,6 +108,10 @@ class TrainConfig:
         require(accumulates, "accumulation", self.accumulation, f"must divide batch_size = {self.batch_size}")
         require(self.seed >= 0, "seed", self.seed, "must be >= 0")
         Curriculum.parse(self.curriculum, self.block_size)
+        legal = not set(self.wandb_project) & set("/\\#?%:")
+        require(legal, "wandb_project", self.wandb_project, "must not contain / \\ # ? % or :, e.g. swamla")
+        named = not self.wandb_run_name or bool(self.wandb_project)
+        require(named, "wandb_run_name", self.wandb_run_name, "names a run in a project: give wandb_project too")
         self._check_rates()
 
     def _check_rates(self) -> None:
