@@ -12,7 +12,7 @@ import zstandard
 
 from swamla.data.config import DataConfig
 from swamla.data.download import shakespeare
-from swamla.data.sources import Document, open_source
+from swamla.data.sources import Document, Entry, open_source
 from swamla.errors import DataError
 
 ROWS = ["first", "second\nline", "dritte ß"]
@@ -70,13 +70,13 @@ def test_a_folder_is_read_in_the_order_of_names_without_hidden_and_binary_files(
         (tmp_path / name).write_bytes(data)
     (tmp_path / "empty.txt").touch()
     notes: Counter[str] = Counter()
-    assert [document.name for document in read(tmp_path, notes)] == ["a.jsonl#0", "a.jsonl#1", "a/z.md", "b.txt"]
+    assert [document.name for document in read(tmp_path, notes)] == ["a.jsonl#0", "a.jsonl#27", "a/z.md", "b.txt"]
     assert notes == {"binary files skipped": 1, "empty documents skipped": 1}
 
 
 def test_the_standard_library_comes_without_tests_and_installed_packages() -> None:
     source = open_source(DataConfig(), Path("unused"))
-    names = [name for name, _ in source.files]
+    names = [entry.name for entry in source.entries]
     assert {"abc.py", "json/decoder.py"} < set(names)
     assert names == sorted(names)
     parts = {part for name in names for part in name.split("/")}
@@ -89,8 +89,9 @@ def test_python_files_are_read_in_the_encoding_they_declare(tmp_path: Path) -> N
     notes: Counter[str] = Counter()
     (tmp_path / "a.py").write_bytes("# -*- coding: latin-1 -*-\nx = 'é'\r\n".encode("latin-1"))
     (tmp_path / "b.py").write_bytes(b"x = '\xe9'\n")
-    assert next(_read_python("a.py", tmp_path / "a.py", notes)).text.endswith("x = 'é'\r\n")
-    assert list(_read_python("b.py", tmp_path / "b.py", notes)) == []
+    a, b = (Entry(name, tmp_path / name, 0, ()) for name in ("a.py", "b.py"))
+    assert next(_read_python(a, notes, None)).text.endswith("x = 'é'\r\n")
+    assert list(_read_python(b, notes, None)) == []
     assert notes == {"undecodable Python files skipped": 1}
 
 

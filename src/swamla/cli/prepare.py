@@ -8,12 +8,12 @@ from typing import Any
 from swamla.cli.console import Console, say
 from swamla.cli.flags import Positional, parse
 from swamla.cli.overrides import add_flags, data_flags, put_flags
-from swamla.cli.running import prepare_data
+from swamla.cli.running import describe_data, read_data, shown_progress
 from swamla.config import from_plain, load_file
 from swamla.data.config import DataConfig
 from swamla.data.download import keep_shakespeare
-from swamla.data.preparing import cache_of
-from swamla.errors import UsageError
+from swamla.data.preparing import Dataset, Part, cache_of, prepare_part
+from swamla.errors import DataError, UsageError, require
 from swamla.recipes import ALIASES, recipe_names, recipe_path
 
 
@@ -23,6 +23,11 @@ class Arguments:
 
     data: Positional[str]
     """A recipe, whose data is taken, or a source: stdlib, a file or a folder. --source replaces a recipe's source."""
+    workers: int = 0
+    """Processes that encode large data, each on one core; 0 for as many as there are cores."""
+    part: str = ""
+    """i/N: do the i-th of N parts of the work, independently of the others, in one shared --cache_dir; whichever part
+    finds that none is missing any more makes the dataset. "assemble": only that."""
 
 
 def main(argv: list[str]) -> int:
@@ -43,8 +48,27 @@ def main(argv: list[str]) -> int:
     console = Console()
     if downloaded and "source" in given:
         config = _instead_of_download(config, arguments.data, console)
-    prepare_data(config, console).verify()
+    require(arguments.workers >= 0, "workers", arguments.workers, "must be >= 0; 0 takes all cores")
+    workers = arguments.workers or None
+    part = Part.parse(arguments.part) if "part" in given else None
+    dataset = _run_part(config, part, workers, console) if part else read_data(config, console, workers=workers)
+    if dataset:
+        describe_data(dataset, console)
+        dataset.verify()
     return 0
+
+
+def _run_part(config: DataConfig, part: Part, workers: int | None, console: Console) -> Dataset | None:
+    """Do a part; the dataset, if that was the last. `DataError` if there is nothing to assemble yet."""
+    with shown_progress(console) as progress:
+        done = prepare_part(config, part, progress=progress, workers=workers)
+    if done.dataset is not None:
+        return done.dataset
+    left = f"{done.missing} of {done.units} units are still to be made by other parts"
+    if not part.count:
+        raise DataError(f"{config.source}: cannot assemble yet: {left}")
+    say(console, f"part {part.number}/{part.count} is done ({done.throughput or 'it had nothing left to do'}); {left}")
+    return None
 
 
 def _instead_of_download(config: DataConfig, recipe: str, console: Console) -> DataConfig:

@@ -2,11 +2,13 @@
 
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from swamla.cli.console import Console, program, say
 from swamla.data.config import DataConfig
+from swamla.data.encode import Progress
 from swamla.data.preparing import Dataset, prepare
 from swamla.data.sampler import PackedRows
 from swamla.errors import Interrupted, UsageError
@@ -19,19 +21,32 @@ EVALUATION_TOKENS = 16384  # computed at once: more would only cost memory
 UTILISATION_TOKENS = 1 << 18  # counted to tell how many of the positions that training computes carry loss
 
 
-def read_data(config: DataConfig, console: Console) -> Dataset:
-    """Data, tokenized now or found in the cache."""
-    with console.status("reading …") as status:  # shown on terminals only
+@contextmanager
+def shown_progress(console: Console) -> Iterator[Progress]:
+    """A function that shows how far reading is, on terminals only."""
+    with console.status("reading …") as status:
 
         def progress(stage: str, documents: int, n_bytes: int) -> None:
             status.update(f"{stage}: {documents:,} documents, {n_bytes:,} bytes")
 
-        return prepare(config, progress=progress)
+        yield progress
+
+
+def read_data(config: DataConfig, console: Console, *, workers: int | None = None) -> Dataset:
+    """Data, tokenized now or found in the cache."""
+    with shown_progress(console) as progress:
+        return prepare(config, progress=progress, workers=workers)
 
 
 def prepare_data(config: DataConfig, console: Console, *, block_size: int = TrainConfig.block_size) -> Dataset:
     """The data of a run, described on the console."""
     dataset = read_data(config, console)
+    describe_data(dataset, console, block_size)
+    return dataset
+
+
+def describe_data(dataset: Dataset, console: Console, block_size: int = TrainConfig.block_size) -> None:
+    """Tell what there is, and how well it fills rows of `block_size`."""
     rows = PackedRows(dataset.train, block_size, 0, dataset.tokenizer.eos_id)
     count = max(1, UTILISATION_TOKENS // block_size)
     share = f"{rows.utilisation(0, count):.2%} of the positions in {count:,} rows of {block_size} carry loss"
@@ -39,7 +54,6 @@ def prepare_data(config: DataConfig, console: Console, *, block_size: int = Trai
     width = max(len(label) for label, _ in described)
     for label, value in described:
         say(console, f"{label:<{width}}  {value}")
-    return dataset
 
 
 def run_training(

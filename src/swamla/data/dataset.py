@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,42 @@ FORMAT_VERSION = 1
 META, TOKENIZER, HELD_OUT_TEXT = "meta.json", "tokenizer.json", "held_out.txt"
 
 
-class Dataset:
-    """Text as tokens, split into documents to train on and held-out ones."""
+@dataclass(frozen=True)
+class Throughput:
+    """What was encoded just now, reading and writing included, in how many seconds and by how many processes."""
 
-    def __init__(self, path: Path, meta: dict[str, Any], tokenizer: Tokenizer) -> None:
+    tokens: int
+    bytes: int
+    seconds: float
+    workers: int
+
+    def __str__(self) -> str:
+        seconds = max(self.seconds, 1e-9)
+        return (
+            f"{self.tokens:,} tokens in {self.seconds:.1f} s by {self.workers} process{'es' * (self.workers > 1)}: "
+            f"{self.tokens / seconds:,.0f} tokens/s, {self.bytes / seconds / 1e6:.1f} MB/s"
+        )
+
+
+class Dataset:
+    """Text as tokens, split into documents to train on and held-out ones.
+
+    throughput: of its making, where that was now; None for what the cache had.
+    """
+
+    def __init__(
+        self, path: Path, meta: dict[str, Any], tokenizer: Tokenizer, throughput: Throughput | None = None
+    ) -> None:
         self.path = path
         self.meta = meta
         self.tokenizer = tokenizer
+        self.throughput = throughput
         self.fingerprint: str = meta["fingerprint"]
         self.train = Split.open(path, "train", tokenizer.vocab_size)
         self.held_out = Split.open(path, "held_out", tokenizer.vocab_size)
 
     @classmethod
-    def open(cls, path: str | Path) -> "Dataset":
+    def open(cls, path: str | Path, throughput: Throughput | None = None) -> "Dataset":
         """Open a folder that `prepare` made, checking sizes and that tokenizer and shards agree, not every byte.
 
         Raises DataError if there is none, CorruptError for a damaged one.
@@ -44,7 +68,7 @@ class Dataset:
                 f"{path / TOKENIZER}: not the tokenizer that these shards were made with (fingerprint "
                 f"{tokenizer.fingerprint[:12]}, shards {meta['tokenizer']['fingerprint'][:12]}); delete {path}"
             )
-        return cls(path, meta, tokenizer)
+        return cls(path, meta, tokenizer, throughput)
 
     def verify(self) -> None:
         """Check every byte against its SHA-256 and every id against the vocabulary; CorruptError names the file."""
@@ -77,6 +101,7 @@ class Dataset:
         rows += [("note", f"{count} {what}") for what, count in sorted(meta["notes"].items())]
         if not meta["lossless"]:
             rows.append(("note", "the tokenizer loses part of the text, which flatters bits per byte"))
+        rows += [("encoded", str(self.throughput))] if self.throughput else []
         return [*rows, ("fingerprint", self.fingerprint[:16]), ("folder", str(self.path))]
 
 
@@ -116,5 +141,8 @@ def _describe_split(split: Split) -> str:
 
 
 def _describe_lengths(lengths: np.ndarray) -> str:
-    low, middle, high = np.percentile(lengths, (5, 50, 95))
-    return f"median {middle:,.0f} tokens, 5 % below {low:,.0f}, 5 % above {high:,.0f}, longest {lengths.max():,}"
+    shares = (5, 25, 50, 75, 95, 99)
+    parts = ", ".join(
+        f"{share} % {value:,.0f}" for share, value in zip(shares, np.percentile(lengths, shares), strict=True)
+    )
+    return f"{parts}, longest {lengths.max():,}, mean {lengths.mean():,.0f} tokens"

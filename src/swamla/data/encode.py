@@ -101,12 +101,18 @@ class _SplitWriter:
     def n_documents(self) -> int:
         return self._bytes.count
 
+    @property
+    def n_tokens(self) -> int:
+        return self._tokens.count
+
 
 class Encoded(NamedTuple):
-    """Documents written to each split, and whether the held-out ones decode to exactly their text."""
+    """Documents written to each split, tokens and bytes to both; whether the held-out ones decode to their text."""
 
     train: int
     held_out: int
+    tokens: int
+    bytes: int
     lossless: bool
 
 
@@ -127,4 +133,5 @@ def encode_documents(
                     text_file.write(raw)
                     lossless = lossless and tokenizer.decode(ids) == piece.text
             progress("encoding", train.n_documents + held_out.n_documents, done)
-    return Encoded(train.n_documents, held_out.n_documents, lossless)
+    n_tokens = train.n_tokens + held_out.n_tokens
+    return Encoded(train.n_documents, held_out.n_documents, n_tokens, done, lossless)

@@ -27,7 +27,12 @@ def divide(documents: Iterable[Document], fraction: float) -> tuple[str, Iterato
     if len(first) == 1:
         return f"the last {100 * fraction:g} % of the only document's characters", _cut(first[0], fraction)
     whole = ((document, is_held_out(document.name, fraction)) for document in chain(first, remaining))
-    return f"{100 * fraction:g} % of documents, by a hash of their names", whole
+    return rule_for_many(fraction), whole
+
+
+def rule_for_many(fraction: float) -> str:
+    """How more than one document are split, in words."""
+    return f"{100 * fraction:g} % of documents, by a hash of their names"
 
 
 def _cut(document: Document, fraction: float) -> Iterator[tuple[Document, bool]]:

@@ -1,4 +1,9 @@
-"""`prepare`: text to a dataset, once. The result is cached, and appears whole or not at all."""
+"""`prepare`: text to a dataset, once. The result is cached, and appears whole or not at all.
+
+A small source is encoded at once, in this process. A large one is cut into units, which are encoded by as many
+processes as there are cores, or by N independent runs of this program, and are then joined. What was finished before a
+kill is never done again, and the dataset is byte for byte the same however its units came to be.
+"""
 
 import hashlib
 import json
@@ -10,22 +15,64 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from swamla.data import bpe
+from swamla.data.assembling import assemble, require_documents, write_meta
 from swamla.data.config import DataConfig, parse_bpe
-from swamla.data.dataset import FORMAT_VERSION, META, TOKENIZER, Dataset, fingerprint_of
-from swamla.data.encode import Encoded, Progress, encode_documents
+from swamla.data.dataset import FORMAT_VERSION, META, TOKENIZER, Dataset, Throughput
+from swamla.data.encode import Progress, encode_documents
 from swamla.data.held_out import divide
+from swamla.data.learning import learn_tokenizer
 from swamla.data.sources import Source, open_source
-from swamla.data.tokenizer import Tokenizer, make_tokenizer, tokenizer_files
-from swamla.errors import DataError
+from swamla.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
+from swamla.data.unit_files import Job, silent
+from swamla.data.units import Unit, units_of
+from swamla.data.workers import Workers, available_cores
+from swamla.errors import DataError, SwamlaError, require
 from swamla.files import fsync, sha256_of
 
-__all__ = ["Dataset", "default_cache_dir", "prepare"]
+__all__ = ["Dataset", "Part", "PartDone", "default_cache_dir", "prepare", "prepare_part"]
 
-_STALE_SECONDS = 24 * 3600
+_STALE_SECONDS = {".staging-*": 24 * 3600, ".units-*": 14 * 24 * 3600}
+_RULES = 2  # to be raised when other documents are held out, or other names given to them, than before
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part `number` (from 1) of `count` independent runs; of 0, the run that only puts their work together."""
+
+    number: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        """ "2/8" or "assemble". Raises ConfigError for anything else."""
+        found = re.fullmatch(r"([1-9]\d{0,6})/([1-9]\d{0,6})", text)
+        part = cls(0, 0) if text == "assemble" else cls(int(found[1]), int(found[2])) if found else None
+        require(
+            part is not None and part.number <= part.count,
+            "part",
+            text,
+            'must be "i/N" with 1 <= i <= N, or "assemble"',
+        )
+        assert part is not None
+        return part
+
+    def of(self, numbers: list[int]) -> list[int]:
+        """Those of the units that are this part's to make."""
+        return [number for number in numbers if self.count and number % self.count == self.number - 1]
+
+
+@dataclass(frozen=True)
+class PartDone:
+    """How far an array of parts is. dataset: once no unit is missing.  throughput: of this part, if it did any work."""
+
+    units: int
+    missing: int
+    throughput: "Throughput | None"
+    dataset: Dataset | None
 
 
 def default_cache_dir() -> Path:
@@ -38,24 +85,125 @@ def cache_of(config: DataConfig) -> Path:
     return Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
 
 
-def prepare(config: DataConfig, *, progress: Progress | None = None) -> Dataset:
+def prepare(config: DataConfig, *, progress: Progress | None = None, workers: int | None = None) -> Dataset:
     """The dataset that `config` describes, from the cache if source, tokenizer and settings are as they were.
 
-    `progress(stage, documents, bytes)` is called as work goes on. Raises DataError for input that cannot be used and
-    CorruptError for a damaged cache; a killed or failed preparation leaves nothing that would be taken for a dataset.
+    `progress(stage, documents, bytes)` is called as work goes on. workers: processes for a large source, by default as
+    many as there are cores. Raises DataError for input that cannot be used and CorruptError for a damaged cache; a
+    killed or failed preparation leaves nothing that would be taken for a dataset.
     """
-    cache = cache_of(config)
-    source = open_source(config, cache)
-    target = cache / "data" / f"{_slug(source.name)}-{_cache_key(config, source)[:16]}"
-    if not target.exists():
-        with _naming_files(target, cache), _staging(target) as folder:
-            _fill(folder, config, source, progress or _silent)
-            _move(folder, target)
-    return Dataset.open(target)
+    work = _Work(config, progress or silent)
+    if work.target.exists():
+        return Dataset.open(work.target)
+    throughput = None
+    with work.naming_files():
+        units = units_of(work.source)
+        if len(units) > 1:
+            throughput = work.make(units, Part(1, 1), workers or available_cores())
+            work.join(units)
+        else:
+            throughput = work.make_whole(units)
+    return Dataset.open(work.target, throughput)
 
 
-def _silent(stage: str, documents: int, n_bytes: int) -> None:
-    pass
+def prepare_part(
+    config: DataConfig, part: Part, *, progress: Progress | None = None, workers: int | None = None
+) -> PartDone:
+    """Make one part's units; the part that finds that none is missing any more makes the dataset of them.
+
+    Raises as `prepare` does.
+    """
+    work = _Work(config, progress or silent)
+    if work.target.exists():
+        return PartDone(0, 0, None, Dataset.open(work.target))
+    with work.naming_files():
+        units = units_of(work.source)
+        throughput = work.make(units, part, workers or available_cores()) if part.count else None
+        missing = len(work.job(units).missing())
+        if missing:
+            return PartDone(len(units), missing, throughput, None)
+        work.join(units)
+    return PartDone(len(units), 0, throughput, Dataset.open(work.target))
+
+
+class _Work:
+    """One source on its way to a dataset. target: the dataset's folder.  folder: where its units are kept till then."""
+
+    def __init__(self, config: DataConfig, progress: Progress) -> None:
+        self.config, self.progress = config, progress
+        self.cache = cache_of(config)
+        self.source = open_source(config, self.cache)
+        self.target = self.cache / "data" / f"{_slug(self.source.name)}-{_cache_key(config, self.source)[:16]}"
+        self.folder = self.target.with_name(f".units-{self.target.name}")
+
+    def job(self, units: list[Unit]) -> Job:
+        return Job(self.source, tuple(units), self.folder, self.config.held_out_fraction)
+
+    def make(self, units: list[Unit], part: Part, workers: int) -> Throughput | None:
+        """Make the units of a part that are missing; None if there was nothing to do."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _remove_stale(self.target.parent)
+        job, begin = self.job(units), time.monotonic()
+        numbers = part.of(job.missing())
+        if not numbers:
+            return None
+        self.tokenizer(units)
+        workers = min(workers, len(numbers))
+        done = documents = n_bytes = tokens = 0
+        with Workers(job, workers) as pool:
+            for done, record in enumerate(pool.make(numbers), 1):
+                documents, n_bytes = documents + record.train + record.held_out, n_bytes + record.bytes
+                tokens += record.tokens
+                self.progress(f"encoding, unit {done} of {len(numbers)}", documents, n_bytes)
+        return Throughput(tokens, n_bytes, time.monotonic() - begin, workers)
+
+    def tokenizer(self, units: list[Unit]) -> Tokenizer:
+        """The tokenizer of all units: what the first to come here made, or what any other would make."""
+        path = self.folder / TOKENIZER
+        if not path.exists():
+            staged = path.with_name(f".{TOKENIZER}.{os.getpid()}")
+            learn_tokenizer(self.config, self.source, units, self.progress).save(staged)
+            fsync(staged)
+            staged.replace(path)
+        return load_tokenizer(path)
+
+    def join(self, units: list[Unit]) -> None:
+        """Make the dataset of all units, and remove these."""
+        try:
+            with _staging(self.target) as staging:
+                if assemble(self.job(units), staging, self.config, self.tokenizer(units)) == 1:
+                    self.make_whole([Unit(0, len(self.source.entries))])
+                else:
+                    _move(staging, self.target)
+        except (SwamlaError, OSError):
+            if not self.target.exists():  # else another part was faster, and has removed the units
+                raise
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def make_whole(self, units: list[Unit]) -> Throughput:
+        """Make the dataset in this process, in one go."""
+        begin = time.monotonic()
+        with _staging(self.target) as folder:
+            tokenizer = learn_tokenizer(self.config, self.source, units, self.progress)
+            tokenizer.save(folder / TOKENIZER)
+            notes: Counter[str] = Counter()
+            rule, divided = divide(self.source.documents(notes), self.config.held_out_fraction)
+            encoded = encode_documents(divided, tokenizer, folder, self.progress)
+            require_documents(self.config, encoded, notes)
+            write_meta(folder, self.config, tokenizer, rule, encoded, notes)
+            _move(folder, self.target)
+        return Throughput(encoded.tokens, encoded.bytes, time.monotonic() - begin, 1)
+
+    @contextmanager
+    def naming_files(self) -> Iterator[None]:
+        """Say of a file of ours that it cannot be written, of any other that it cannot be read."""
+        try:
+            yield
+        except OSError as error:
+            file = Path(error.filename) if error.filename else self.target  # a full disk names no file
+            ours = file.is_relative_to(self.cache) or self.cache.is_relative_to(file)
+            what = "written" if ours else "read"
+            raise DataError(f"{file}: cannot be {what} ({error.strerror or error})") from error
 
 
 def _slug(name: str) -> str:
@@ -67,20 +215,8 @@ def _cache_key(config: DataConfig, source: Source) -> str:
     settings = [config.text_column, config.tokenizer, config.held_out_fraction, config.invalid_utf8]
     tokenizer = [(path.name, sha256_of(path)) for path in tokenizer_files(config.tokenizer)]
     trained = bpe.training_version() if parse_bpe(config.tokenizer) else []
-    content = [FORMAT_VERSION, source.name, source.state(), settings, tokenizer, trained]
+    content = [FORMAT_VERSION, _RULES, source.name, source.state(), settings, tokenizer, trained]
     return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-@contextmanager
-def _naming_files(target: Path, cache: Path) -> Iterator[None]:
-    """Say of a file of ours that it cannot be written, of any other that it cannot be read."""
-    try:
-        yield
-    except OSError as error:
-        file = Path(error.filename) if error.filename else target  # a full disk names no file
-        ours = file.is_relative_to(cache) or cache.is_relative_to(file)
-        what = "written" if ours else "read"
-        raise DataError(f"{file}: cannot be {what} ({error.strerror or error})") from error
 
 
 @contextmanager
@@ -96,69 +232,12 @@ def _staging(target: Path) -> Iterator[Path]:
 
 
 def _remove_stale(parent: Path) -> None:
-    """Delete what killed preparations left; a live one has written within the day."""
-    for folder in parent.glob(".staging-*"):
-        times = [path.stat().st_mtime for path in (folder, *folder.glob("*")) if path.exists()]
-        if times and time.time() - max(times) > _STALE_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _fill(folder: Path, config: DataConfig, source: Source, progress: Progress) -> None:
-    tokenizer = _make_tokenizer(config, source, progress)
-    tokenizer.save(folder / TOKENIZER)
-    notes: Counter[str] = Counter()
-    rule, divided = divide(source.documents(notes), config.held_out_fraction)
-    encoded = encode_documents(divided, tokenizer, folder, progress)
-    _require_documents(config, encoded, notes)
-    meta = {
-        "format_version": FORMAT_VERSION,
-        "source": config.source,
-        "held_out_rule": rule,
-        "tokenizer": {"spec": config.tokenizer, "fingerprint": tokenizer.fingerprint},
-        "lossless": encoded.lossless,
-        "notes": dict(notes),
-        "files": _files(folder),
-    }
-    meta["fingerprint"] = fingerprint_of(meta)
-    (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
-
-
-def _make_tokenizer(config: DataConfig, source: Source, progress: Progress) -> Tokenizer:
-    """Trained on what is not held out, if it is trained."""
-
-    def texts(with_held_out: bool) -> Iterator[str]:
-        n_documents = n_characters = 0
-        _, divided = divide(source.documents(Counter()), config.held_out_fraction)
-        for document, held_out in divided:
-            if with_held_out or not held_out:
-                yield document.text
-                n_documents, n_characters = n_documents + 1, n_characters + len(document.text)
-                progress("reading for the tokenizer", n_documents, n_characters)
-
-    return make_tokenizer(config.tokenizer, texts(with_held_out=False), texts(with_held_out=True))
-
-
-def _require_documents(config: DataConfig, encoded: Encoded, notes: Counter[str]) -> None:
-    total = encoded.train + encoded.held_out
-    if not total:
-        left_out = ", ".join(f"{count} {what}" for what, count in notes.items()) or "no rows"
-        raise DataError(f"{config.source}: no text to learn from ({left_out})")
-    for split, count, advice in (
-        ("held-out", encoded.held_out, "raise"),
-        ("training", encoded.train, "lower"),
-    ):
-        if not count:
-            fraction = config.held_out_fraction
-            raise DataError(
-                f"{config.source}: the {split} split is empty: of {total} documents, data.held_out_fraction = "
-                f"{fraction} chose {encoded.held_out}; {advice} it"
-            )
-
-
-def _files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of each file; the tokenizer has its own fingerprint."""
-    paths = sorted(path for path in folder.iterdir() if path.name != TOKENIZER)
-    return {path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
+    """Delete what killed preparations left and nobody has written to for long; units wait longer to be gone on with."""
+    for pattern, age in _STALE_SECONDS.items():
+        for folder in parent.glob(pattern):
+            times = [path.stat().st_mtime for path in (folder, *folder.glob("*")) if path.exists()]
+            if times and time.time() - max(times) > age:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _move(folder: Path, target: Path) -> None:

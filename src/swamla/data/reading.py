@@ -6,8 +6,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, Protocol
 
 from swamla.errors import DataError
 
@@ -15,18 +14,30 @@ COMPRESSED = (".gz", ".zst")
 _CHUNK = 1 << 18
 
 
-def open_bytes(path: Path) -> BinaryIO:
+class File(Protocol):
+    """A file to read from, here or on a hub: the part of `Path` that reading needs. Its text form names it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def stem(self) -> str: ...
+    @property
+    def suffix(self) -> str: ...
+    def open(self, mode: Literal["rb"]) -> BinaryIO: ...
+
+
+def open_bytes(path: File) -> BinaryIO:
     """A stream of the file's bytes, decompressed if its name ends in .gz or .zst."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]  # a BinaryIO in all but name
+        return io.BufferedReader(_GzipStream(path.open("rb")), _CHUNK)
     if suffix == ".zst":
-        return io.BufferedReader(_ZstdStream(path), _CHUNK)
+        return io.BufferedReader(_ZstdStream(path.open("rb")), _CHUNK)
     return path.open("rb")
 
 
 @contextmanager
-def naming_damage(path: Path) -> Iterator[None]:
+def naming_damage(path: File) -> Iterator[None]:
     """Turn the many errors of unreadable or damaged files into one DataError that names the file."""
     try:
         yield
@@ -72,14 +83,26 @@ def mend_surrogates(text: str, where: object, invalid: str, notes: Counter[str])
     return text
 
 
+class _GzipStream(gzip.GzipFile):
+    """Gzip that closes the file below it, too."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(fileobj=file, mode="rb")
+        self._below = file
+
+    def close(self) -> None:
+        super().close()
+        self._below.close()
+
+
 class _ZstdStream(io.RawIOBase):
     """Zstandard frames as a raw stream that, unlike the library's own, notices a truncated last frame."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         import zstandard
 
         self._library = zstandard
-        self._file = path.open("rb")
+        self._file = file
         self._frame: Any = None
         self._compressed = b""
         self._plain = memoryview(b"")  # slicing a view copies nothing, however much one chunk expands to

@@ -34,7 +34,14 @@ class ArrayWriter:
 
     def append(self, values: Any) -> None:
         """Write `values` behind what is there. DataError for one that the file's type cannot hold."""
-        array = np.asarray(values, dtype=np.int64)
+        array = np.asarray(values)
+        if array.dtype != self.dtype:
+            array = self._fitting(array.astype(np.int64))
+        self._file.write(array.tobytes())
+        self.count += len(array)
+
+    def _fitting(self, array: np.ndarray) -> np.ndarray:
+        """Whole numbers as the file's type; DataError for one that it cannot hold."""
         limits = np.iinfo(self.dtype)
         unfit = np.flatnonzero((array < limits.min) | (array > limits.max))
         if len(unfit):
@@ -43,8 +50,7 @@ class ArrayWriter:
                 f"{self.path.name}: offset {self.count + at}: id {array[at]} is too large for {self.dtype} "
                 f"(0 to {limits.max}); does the tokenizer state its vocabulary size?"
             )
-        self._file.write(array.astype(self.dtype).tobytes())
-        self.count += len(array)
+        return array.astype(self.dtype)
 
     def _write_header(self) -> None:
         # NumPy pads the header so that the length may grow in place

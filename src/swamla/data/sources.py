@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from swamla.data.config import DataConfig
 from swamla.data.download import shakespeare
-from swamla.data.reading import COMPRESSED, decode_utf8, naming_damage, open_bytes
-from swamla.data.rows import jsonl_rows, parquet_rows
+from swamla.data.reading import COMPRESSED, File, decode_utf8, naming_damage, open_bytes
+from swamla.data.rows import Span, jsonl_rows, parquet_rows
 from swamla.errors import DataError
 
 NAMED_SOURCES = ("stdlib", "shakespeare")
@@ -31,33 +31,46 @@ class Document(NamedTuple):
     text: str
 
 
-FileReader = Callable[[str, Path, Counter[str]], Iterator[Document]]
+class Entry(NamedTuple):
+    """A file of a source. name: relative to the source, the same everywhere.  size: in bytes.
+
+    state: what changes whenever the file does.
+    """
+
+    name: str
+    file: File
+    size: int
+    state: tuple[str | int, ...]
+
+
+FileReader = Callable[[Entry, Counter[str], Span | None], Iterator[Document]]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Named files, and how to read documents from one of them."""
+    """Named files, and how to read documents from one of them. column: of rows, where their text is."""
 
     name: str
-    files: tuple[tuple[str, Path], ...]
+    entries: tuple[Entry, ...]
     read: FileReader
+    column: str = ""
 
     def documents(self, notes: Counter[str]) -> Iterator[Document]:
         """All documents that hold text, in the order of the files' names; what was left out is counted in `notes`."""
-        for name, path in self.files:
-            for document in self.read(name, path, notes):
-                if document.text:
-                    yield document
-                else:
-                    notes["empty documents skipped"] += 1
+        for entry in self.entries:
+            yield from self.entry_documents(entry, notes)
+
+    def entry_documents(self, entry: Entry, notes: Counter[str], span: Span | None = None) -> Iterator[Document]:
+        """The documents of one file, or of a span of it, that hold text."""
+        for document in self.read(entry, notes, span):
+            if document.text:
+                yield document
+            else:
+                notes["empty documents skipped"] += 1
 
     def state(self) -> list[list[str | int]]:
-        """Every file's name, place, size and times: when this is unchanged, so is the text."""
-        rows: list[list[str | int]] = []
-        for name, path in self.files:
-            stat = path.stat()
-            rows.append([name, str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
-        return rows
+        """Every file's name and what changes whenever it does: when this is unchanged, so is the text."""
+        return [[entry.name, *entry.state] for entry in self.entries]
 
 
 def open_source(config: DataConfig, cache_dir: Path) -> Source:
@@ -67,22 +80,33 @@ def open_source(config: DataConfig, cache_dir: Path) -> Source:
     read = partial(_read_file, column=config.text_column, invalid=config.invalid_utf8)
     if config.source == "shakespeare":
         path = shakespeare(cache_dir)
-        return Source("shakespeare", ((path.name, path),), read)
-    return _from_path(Path(config.source).expanduser(), read)
+        return Source("shakespeare", (_entry(path.name, path),), read)
+    return _from_path(Path(config.source).expanduser(), config.text_column, read)
 
 
-def _from_path(path: Path, read: Callable[..., Iterator[Document]]) -> Source:
+def kind_of(name: str) -> str:
+    """The suffix that tells a file's kind, .gz and .zst aside: ".jsonl" of "a.jsonl.zst"."""
+    path = Path(name)
+    return Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSED else path.suffix.lower()
+
+
+def _entry(name: str, path: Path) -> Entry:
+    stat = path.stat()
+    return Entry(name, path, stat.st_size, (str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+
+
+def _from_path(path: Path, column: str, read: Callable[..., Iterator[Document]]) -> Source:
     name = path.resolve().name or "root"
     if path.is_dir():
-        files = tuple(_walk(path, keep=lambda part: not part.startswith(".")))
-        if not files:
+        entries = tuple(_entry(*found) for found in _walk(path, keep=lambda part: not part.startswith(".")))
+        if not entries:
             raise DataError(f"{path}: the folder holds no files (hidden ones do not count)")
-        return Source(name, files, partial(read, skip_binary=True))
+        return Source(name, entries, partial(read, skip_binary=True), column)
     if not path.is_file():
         raise DataError(f"data.source = {str(path)!r}: no such file or folder{_suggestion(path)}")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty (0 bytes)")
-    return Source(name, ((path.name, path),), read)
+    return Source(name, (_entry(path.name, path),), read, column)
 
 
 def _suggestion(path: Path) -> str:
@@ -101,42 +125,41 @@ def _walk(root: Path, keep: Callable[[str], bool]) -> list[tuple[str, Path]]:
 
 
 def _read_file(
-    name: str, path: Path, notes: Counter[str], *, column: str, invalid: str, skip_binary: bool = False
+    entry: Entry, notes: Counter[str], span: Span | None, *, column: str, invalid: str, skip_binary: bool = False
 ) -> Iterator[Document]:
     """The rows of a jsonl or parquet file as documents, or any other file as one."""
-    kind = Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSED else path.suffix.lower()
+    kind = kind_of(entry.name)
     if kind in _ROW_READERS:
-        for row, text in _ROW_READERS[kind](path, column, invalid, notes):
-            yield Document(f"{name}#{row}", text)
+        for row, text in _ROW_READERS[kind](entry.file, column, invalid, notes, span):
+            yield Document(f"{entry.name}#{row}", text)
         return
-    with naming_damage(path), open_bytes(path) as stream:
+    with naming_damage(entry.file), open_bytes(entry.file) as stream:
         head = stream.read(_SNIFFED)
         if skip_binary and b"\0" in head:
             notes["binary files skipped"] += 1
             return
         data = head + stream.read()
-    yield Document(name, decode_utf8(data, path, invalid, notes))
+    yield Document(entry.name, decode_utf8(data, entry.file, invalid, notes))
 
 
 def _stdlib() -> Source:
     """The running Python's own library: its .py files, without tests, idle, lib2to3 and installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
-    files = tuple(
-        (name, path) for name, path in _walk(root, lambda part: part not in _NOT_LIBRARY) if path.suffix == ".py"
-    )
-    if not files:
+    found = _walk(root, lambda part: part not in _NOT_LIBRARY)
+    entries = tuple(_entry(name, path) for name, path in found if path.suffix == ".py")
+    if not entries:
         raise DataError(f"{root}: this Python came without its library's source files; give data.source a path")
-    return Source("stdlib", files, _read_python)
+    return Source("stdlib", entries, _read_python)
 
 
-def _read_python(name: str, path: Path, notes: Counter[str]) -> Iterator[Document]:
+def _read_python(entry: Entry, notes: Counter[str], span: Span | None) -> Iterator[Document]:
     """A Python file in the encoding that it declares (PEP 263)."""
-    with naming_damage(path):
-        data = path.read_bytes()
+    with naming_damage(entry.file), entry.file.open("rb") as stream:
+        data = stream.read()
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
         text = data.decode(encoding)
     except (SyntaxError, UnicodeDecodeError):
         notes["undecodable Python files skipped"] += 1
         return
-    yield Document(name, text)
+    yield Document(entry.name, text)

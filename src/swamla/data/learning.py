@@ -1,0 +1,50 @@
+"""The tokenizer of a dataset: found, or learned from a sample of its text that depends on the input alone."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from swamla.data.config import DataConfig
+from swamla.data.encode import Progress
+from swamla.data.held_out import divide, is_held_out
+from swamla.data.sources import Document, Source
+from swamla.data.tokenizer import Tokenizer, make_tokenizer
+from swamla.data.units import Unit, unit_documents
+
+SAMPLE = 1 << 26  # characters; a BPE learned from more is hardly another, and takes the longer
+_PLACES = 64  # units that a sample is taken from, evenly over all
+
+
+def learn_tokenizer(config: DataConfig, source: Source, units: list[Unit], progress: Progress) -> Tokenizer:
+    """The tokenizer that `config` asks for; a trained one never saw what is held out."""
+
+    def counted(texts: Iterator[str]) -> Iterator[str]:
+        n_documents = n_characters = 0
+        for text in texts:
+            yield text
+            n_documents, n_characters = n_documents + 1, n_characters + len(text)
+            progress("reading for the tokenizer", n_documents, n_characters)
+
+    every = (document.text for document in source.documents(Counter()))
+    return make_tokenizer(
+        config.tokenizer, counted(training_texts(source, units, config.held_out_fraction)), counted(every)
+    )
+
+
+def training_texts(source: Source, units: list[Unit], held_out_fraction: float) -> Iterator[str]:
+    """Texts that are trained on: all of a small source, as much from each of many places of a large one."""
+    count = min(len(units), _PLACES)
+    for place in range(count):
+        left = SAMPLE // count
+        for document, held_out in _divided(source, units, place * len(units) // count, held_out_fraction):
+            if not held_out:
+                yield document.text[:left]
+                left -= len(document.text)
+            if left <= 0:
+                break
+
+
+def _divided(source: Source, units: list[Unit], number: int, fraction: float) -> Iterator[tuple[Document, bool]]:
+    documents = unit_documents(source, units[number], Counter())
+    if len(units) == 1:
+        return divide(documents, fraction)[1]
+    return ((document, is_held_out(document.name, fraction)) for document in documents)

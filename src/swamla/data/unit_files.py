@@ -1,0 +1,110 @@
+"""Encoded units on disk: each in a folder of its own that appears whole or not at all, whoever makes it."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from swamla.data.encode import Progress, encode_documents
+from swamla.data.held_out import is_held_out
+from swamla.data.sources import Source
+from swamla.data.tokenizer import Tokenizer
+from swamla.data.units import Unit, unit_documents
+from swamla.errors import CorruptError
+from swamla.files import fsync, read_json, sha256_of, write_text_atomically
+
+RECORD = "record.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitRecord:
+    """What a unit came to.
+
+    train, held_out: documents of each split.  tokens, bytes: of both.  lossless: the held-out ones decode to exactly
+    their text.  tokenizer: its fingerprint.  notes: what was left out, counted.  files: size and SHA-256 of each.
+    """
+
+    train: int
+    held_out: int
+    tokens: int
+    bytes: int
+    lossless: bool
+    tokenizer: str
+    notes: dict[str, int]
+    files: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Units to be encoded: where from, where to, and which documents are held out."""
+
+    source: Source
+    units: tuple[Unit, ...]
+    folder: Path
+    held_out_fraction: float
+
+    def path(self, number: int) -> Path:
+        """The folder of a unit."""
+        return self.folder / f"unit-{number:06d}"
+
+    def missing(self) -> list[int]:
+        """The units that nobody has made yet."""
+        return [number for number in range(len(self.units)) if not self.path(number).exists()]
+
+    def record(self, number: int) -> UnitRecord:
+        """What a unit that was made came to. CorruptError if it cannot be read."""
+        path = self.path(number)
+        try:
+            return UnitRecord(**read_json(path / RECORD, inside=path))
+        except TypeError as error:
+            raise CorruptError(f"{path / RECORD}: damaged ({error}); delete {path}") from error
+
+
+def make_unit(job: Job, tokenizer: Tokenizer, number: int) -> UnitRecord:
+    """Encode a unit. If somebody else was faster, that one's files are as good, and byte for byte the same."""
+    staging = Path(tempfile.mkdtemp(prefix=".unit-", dir=job.folder))
+    try:
+        notes: Counter[str] = Counter()
+        documents = unit_documents(job.source, job.units[number], notes)
+        divided = ((document, is_held_out(document.name, job.held_out_fraction)) for document in documents)
+        encoded = encode_documents(divided, tokenizer, staging, _silent)
+        record = UnitRecord(
+            **encoded._asdict(), tokenizer=tokenizer.fingerprint, notes=dict(notes), files=files_of(staging)
+        )
+        write_text_atomically(staging / RECORD, json.dumps(asdict(record)))
+        for path in staging.iterdir():
+            fsync(path)
+        try:
+            staging.rename(job.path(number))
+        except OSError:
+            if not (job.path(number) / RECORD).exists():
+                raise
+        fsync(job.folder)
+        return record
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def files_of(folder: Path, but: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each file in `folder`."""
+    paths = sorted(path for path in folder.iterdir() if path.name not in but)
+    return {path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
+
+
+def verify_unit(path: Path, record: UnitRecord) -> None:
+    """Raise CorruptError naming the file that is not what was written."""
+    for name, entry in record.files.items():
+        file = path / name
+        if not file.is_file() or os.path.getsize(file) != entry["size"] or sha256_of(file) != entry["sha256"]:
+            raise CorruptError(f"{file}: damaged or missing; delete {path} to have it made again")
+
+
+def _silent(stage: str, documents: int, n_bytes: int) -> None:
+    pass
+
+
+silent: Progress = _silent
