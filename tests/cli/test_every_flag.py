@@ -16,9 +16,10 @@ from swamla.cli.original_flags import (
     add_original_flags,
     bare_compile,
     choosing_flags,
+    other_flags,
     refusal,
     setting_flags,
-    shape_flags,
+    workers,
 )
 from swamla.cli.overrides import Flag, add_flags, flags
 from swamla.cli.run_config import read_recipe
@@ -55,6 +56,7 @@ steps = 1000
 batch_size = 8
 accumulation = 2
 block_size = 1024
+wandb_project = "p"
 """
 
 
@@ -66,9 +68,9 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(recipe)
 
 
-ORIGINAL_NAMES = {*choosing_flags(), *setting_flags(), *shape_flags()}
+ORIGINAL_NAMES = {*choosing_flags(), *setting_flags(), *other_flags()}
 ALL = flags() | choosing_flags() | setting_flags()
-KNOWN = {*ALL, *shape_flags()}
+KNOWN = {*ALL, *other_flags()}
 TAKES: Any = add_flags(add_original_flags(Arguments))
 
 
@@ -120,7 +122,9 @@ def lines(flag: Flag) -> list[str]:
 
 
 def chosen_first(flag: Flag) -> str:
-    """What has to be said before a flag of a choice's kind: --optimizer lion before --lion_moments."""
+    """What has to be said before a flag means something, as --optimizer lion before --lion_moments."""
+    if flag.name == "wandb_run_name":  # of what project?
+        return "--wandb_project p"
     _section, name, *rest = flag.field.split(".")
     kind = flag.name.removesuffix(f"_{rest[-1]}") if rest else ""
     return f"--{name} {kind}" if rest and name != "blocks" and rest != ["kind"] else ""
@@ -144,9 +148,17 @@ def test_a_generated_flag_changes_its_field_and_nothing_else(name: str, everythi
 def test_the_parser_takes_every_flag_at_once_and_knows_which_were_given() -> None:
     shape = ["--pattern=mla", "--local_mixer=gdn", "--n_layers=2", "--n_heads=2"]
     rest = [f"--{name}" if flag.annotation is bool else f"--{name}=1" for name, flag in ALL.items()]
-    rest += [f"--{name}=1" if metavar else f"--{name}" for name, (metavar, _) in shape_flags().items()]
+    rest += [f"--{name}=1" if metavar else f"--{name}" for name, (metavar, _) in other_flags().items()]
     _, given = parse(TAKES, [*shape, *rest], command="train", refusal=refusal)
     assert given == {"pattern", "local_mixer", "n_layers", "n_heads"} | KNOWN
+
+
+@pytest.mark.parametrize(("text", "count"), [("0", 1), ("1", 1), ("7", 7)])
+def test_workers_are_processes_that_tokenize(text: str, count: int) -> None:
+    assert workers(*parse(TAKES, ["--num_workers", text], command="train")) == count
+    assert workers(*parse(TAKES, [], command="train")) is None
+    with pytest.raises(UsageError, match="--num_workers many: must be a whole number >= 0"):
+        workers(*parse(TAKES, ["--num_workers", "many"], command="train"))
 
 
 FFN = "model.blocks.*.ffn"
@@ -194,7 +206,7 @@ ORIGINAL: dict[str, tuple[str, str, set[str]]] = {  # flag: (said before, line, 
 
 
 def test_every_flag_of_the_original_is_tried_below_or_said_to_change_nothing() -> None:
-    assert set(ORIGINAL) | set(NO_EFFECT) == ORIGINAL_NAMES
+    assert set(ORIGINAL) | set(NO_EFFECT) | {"num_workers"} == ORIGINAL_NAMES
     assert set(SAME) | set(RENAMED.values()) <= set(flags())
     assert set(CYCLE) <= ORIGINAL_NAMES
 

@@ -38,6 +38,12 @@ class Arguments:
     """A shipped recipe, a .toml or .json file, or a run's folder. Flags change what it says."""
     size: str = ""
     """The recipe, as a flag."""
+    output_dir: str = ""
+    """Of no account here, as run_name and resume_from: the command line of a training can be asked about as it is."""
+    run_name: str = ""
+    """Of no account here."""
+    resume_from: str = ""
+    """Of no account here."""
     compare: Annotated[str, tyro.conf.arg(metavar="RECIPE")] = ""
     """Another recipe or run, as it is, beside the first."""
     json: bool = False

@@ -144,17 +144,31 @@ def setting_flags() -> dict[str, Flag]:
     )
 
 
-def shape_flags() -> dict[str, tuple[str, str]]:
-    """Flags that reshape the pattern: metavar and help."""
+def other_flags() -> dict[str, tuple[str, str]]:
+    """Flags that no field of a config answers to, metavar and help: of the pattern, and of how data is read."""
     cycle = {name: ("INT", f"{kind} layers in a cycle of the pattern, at its depth") for name, kind in CYCLE.items()}
-    return cycle | {"use_gated_deltanet": ("", "--local_mixer gdn")}
+    return cycle | {
+        "use_gated_deltanet": ("", "--local_mixer gdn"),
+        "num_workers": ("INT", "processes that tokenize large data; 0 is one, by default as many as there are cores"),
+    }
+
+
+def workers(arguments: Any, given: frozenset[str]) -> int | None:
+    """What --num_workers asks for; None where it was not given."""
+    if "num_workers" not in given:
+        return None
+    text = arguments.original.num_workers
+    count = parse_text(text, int)
+    if not isinstance(count, int) or count < 0:
+        raise UsageError(f"--num_workers {text}: must be a whole number >= 0, e.g. 4")
+    return max(count, 1)
 
 
 def add_original_flags(cls: type) -> Any:
     """The dataclass `cls` with the flags of the original in a group of their own, the field `original`."""
     added = [
         argument(name, str if shape else bool, shape, f"→ {text}", None, switch=not shape)
-        for name, (shape, text) in shape_flags().items()
+        for name, (shape, text) in other_flags().items()
     ]
     for flag in (choosing_flags() | setting_flags()).values():
         added.append(

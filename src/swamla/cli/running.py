@@ -38,9 +38,11 @@ def read_data(config: DataConfig, console: Console, *, workers: int | None = Non
         return prepare(config, progress=progress, workers=workers)
 
 
-def prepare_data(config: DataConfig, console: Console, *, block_size: int = TrainConfig.block_size) -> Dataset:
+def prepare_data(
+    config: DataConfig, console: Console, *, block_size: int = TrainConfig.block_size, workers: int | None = None
+) -> Dataset:
     """The data of a run, described on the console."""
-    dataset = read_data(config, console)
+    dataset = read_data(config, console, workers=workers)
     describe_data(dataset, console, block_size)
     return dataset
 

@@ -8,7 +8,7 @@ import tyro
 
 from swamla.cli.console import Console, say
 from swamla.cli.flags import Positional, parse
-from swamla.cli.original_flags import add_original_flags, bare_compile, refusal
+from swamla.cli.original_flags import add_original_flags, bare_compile, refusal, workers
 from swamla.cli.overrides import add_flags
 from swamla.cli.run_config import chosen_recipe, read_recipe
 from swamla.cli.running import new_folder, prepare_data, resume_here, resumed_folder, run_training
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     config = read_recipe(recipe, arguments, given)
     console = Console()
     say(console, f"{'resuming' if resume else 'training'} {recipe} in {run_dir}")
-    dataset = prepare_data(config.data, console, block_size=config.train.block_size)
+    dataset = prepare_data(config.data, console, block_size=config.train.block_size, workers=workers(arguments, given))
     run_training(config, dataset, run_dir, console, command="train", resume=resume)
     say(console, f"the run is in {run_dir}")
     return 0

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Train a preset: sliding windows beneath latent attention.
+#
+#   scripts/train_swa_mla.sh SIZE BATCH BLOCK [OUT RESUME OPTIMIZER] [-- FLAGS …]
+#
+# SIZE       a recipe: small, medium, large …
+# BATCH      rows of a micro-batch, BLOCK tokens each
+# OUT        the run's folder (default runs/swa-mla-SIZE)
+# RESUME     false (default), true to go on in OUT, or the folder of the run to go on with
+# OPTIMIZER  adamw (default), lion, muon, fp8_adamw or fp8_lion
+#
+# What stands behind -- is handed to train.py as it is. PYTHON names the interpreter.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+. "$here/common.sh"
+call='train_swa_mla.sh SIZE BATCH BLOCK [OUT RESUME OPTIMIZER] [-- FLAGS …]'
+
+arguments=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    arguments+=("$1")
+    shift
+done
+[ $# -eq 0 ] || shift
+[ ${#arguments[@]} -ge 3 ] && [ ${#arguments[@]} -le 6 ] || usage "$call"
+
+size=${arguments[0]} batch=${arguments[1]} block=${arguments[2]}
+out=${arguments[3]:-runs/swa-mla-$size} resume=${arguments[4]:-false} optimizer=${arguments[5]:-adamw}
+is_number "$batch" && is_number "$block" || usage "$call"
+
+choose_python
+say_devices
+resume_flags "$resume" "$out"
+exec "$python" "$here/../train.py" --size "$size" --batch_size "$batch" --block_size "$block" "${where[@]}" \
+    --optimizer_type "$optimizer" "$@"
