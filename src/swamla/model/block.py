@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,14 @@ class BlockConfig:
         return Block(self, width, norm, dropout)
 
 
+class Parts(NamedTuple):
+    """What a block runs when gradients are wanted: its own methods, or what was compiled of them."""
+
+    whole: Callable[[Tensor, Layout], tuple[Tensor, Statistics]]
+    mix: Callable[[Tensor, Layout], Tensor]
+    feed: Callable[[Tensor], tuple[Tensor, Statistics]]
+
+
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + ffn(norm(x)).
 
@@ -55,17 +63,20 @@ class Block(nn.Module):
         self.mixer: Mixer = config.mixer.build(width)
         self.ffn_norm = norm.build(width)
         self.ffn: FFN = config.ffn.build(width)
+        self.trained = Parts(self.whole, self.mix, self.feed)
 
     def forward(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
         """(B, T, D) → (B, T, D) and the FFN's statistics."""
-        again = self.checkpointing if torch.is_grad_enabled() else "none"
-        if again == "none":
+        if not torch.is_grad_enabled():
             return self.whole(x_BTD, seq)
-        if again == "all":
-            return _computed_again(self.whole, x_BTD, seq)
-        if again == "attention":
-            return self.feed(_computed_again(self.mix, x_BTD, seq))
-        return _computed_again(self.feed, self.mix(x_BTD, seq))
+        whole, mix, feed = self.trained
+        if self.checkpointing == "none":
+            return whole(x_BTD, seq)
+        if self.checkpointing == "all":
+            return _computed_again(whole, x_BTD, seq)
+        if self.checkpointing == "attention":
+            return feed(_computed_again(mix, x_BTD, seq))
+        return _computed_again(feed, mix(x_BTD, seq))
 
     def whole(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
         """Both halves."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from swamla.errors import require
+from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import Layout
 
 
@@ -105,6 +106,7 @@ class RopeConfig:
         """What latent attention multiplies its softmax scale by (1 except under YaRN with mscale_all_dim)."""
         return self.scaling.softmax_factor if self.scaling else 1.0
 
+    @outside_graphs
     def tables(self, seq: Layout, head_dim: int) -> tuple[Tensor, Tensor]:
         """(cos, sin), each (B or 1, T, 1, head_dim / 2) in fp32, shared by all layers of this forward pass."""
 

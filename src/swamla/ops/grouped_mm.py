@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swamla.errors import UsageError
+from swamla.ops.graphs import outside_graphs
 
 BACKENDS = ("auto", "reference", "torch")
 ALIGNMENT = 16  # bytes: what the torch kernel asks of the length of every row
@@ -20,6 +21,7 @@ def resolve_backend(backend: str) -> str:
     return "torch" if backend == "auto" else backend
 
 
+@outside_graphs
 def grouped_mm(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, *, backend: str = "auto") -> Tensor:
     """y (N, F): row n of x times the matrix of the expert it belongs to.
 

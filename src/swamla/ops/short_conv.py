@@ -8,12 +8,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swamla.errors import UsageError
+from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import Layout
 
 # On a CPU the fast path works on blocks of about this many elements, so that all its passes run in cache.
 CPU_BLOCK = 2**18
 
 
+@outside_graphs
 def short_conv(
     x_BTD: Tensor,
     weight_DW: Tensor,

@@ -29,6 +29,7 @@ from swamla.data.tokenizer import load_tokenizer
 from swamla.errors import ConfigError, DataError, UsageError
 from swamla.files import entry, write_text_atomically
 from swamla.train.backends import resolve_backends
+from swamla.train.compile import compile_blocks
 from swamla.train.config import RunConfig
 from swamla.train.ema import WeightAverage
 from swamla.train.fp8 import convert_to_fp8
@@ -38,7 +39,7 @@ from swamla.train.state import TrainState, seed_generators
 # Settings a resumed run may change without becoming another run.
 MAY_CHANGE = (
     *("train.steps", "train.max_minutes", "train.device", "train.threads", "train.log_interval"),
-    "train.checkpointing",
+    *("train.checkpointing", "train.compile"),
     *("train.lr", "train.min_lr_ratio", "train.schedule", "train.warmup", "train.decay"),
     *("train.weight_decay", "train.grad_clip", "train.save_interval", "train.keep_last"),
     *("train.eval_interval", "train.eval_seconds", "train.eval_tokens"),
@@ -138,6 +139,10 @@ def fresh_state(config: RunConfig, dataset: Dataset) -> TrainState:
     model.checkpoint_activations(train.checkpointing)
     precision = resolve_precision(train.precision, device)
     notes = [convert_to_fp8(model, device)] if precision == "fp8" else []
+    if train.compile != "none":
+        notes.append(compile_blocks(model, train.compile, device))
+    elif precision == "fp8" and device.type == "cuda":
+        notes.append("fp8 without compile: its casts run one by one, and may cost more than its products save")
     return TrainState(
         model=model,
         optimizer=train.optimizer.build(model, lr=train.lr, weight_decay=train.weight_decay),

@@ -9,6 +9,7 @@ from swamla.data.packing import Batch
 from swamla.errors import DataError
 from swamla.model.ffns.ffn import Statistics
 from swamla.ops.layout import Layout
+from swamla.train.compile import begin_step
 from swamla.train.config import TrainConfig
 from swamla.train.precision import autocast
 from swamla.train.state import TrainState
@@ -41,6 +42,7 @@ def training_step(state: TrainState, batch: Batch, config: TrainConfig, lr: floa
     if batch.n_labels == 0:
         raise DataError(f"rows {state.sample} to {state.sample + config.batch_size - 1}: no label carries loss")
     state.optimizer.zero_grad()
+    begin_step(config.compile)
     nats = torch.zeros((), device=device)
     statistics: Statistics = {}
     for tokens_BT, labels_BT, document_BT in _micro_batches(batch, config.accumulation):

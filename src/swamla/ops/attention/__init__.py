@@ -9,6 +9,7 @@ from swamla.ops.attention.causal import torch_causal_attention
 from swamla.ops.attention.flex import flex_attention
 from swamla.ops.attention.reference import allowed_mask, reference_attention
 from swamla.ops.attention.windowed import torch_windowed_attention
+from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import Layout
 
 __all__ = ["BACKENDS", "cached_attention", "causal_attention", "resolve_backend", "windowed_attention"]
@@ -32,6 +33,7 @@ def resolve_backend(backend: str, device: torch.device | str) -> str:
     return backend
 
 
+@outside_graphs
 def causal_attention(
     q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, *, scale: float | None = None, backend: str = "auto"
 ) -> Tensor:
@@ -52,6 +54,7 @@ def causal_attention(
     return torch_causal_attention(q, k, v, seq, scale=scale)
 
 
+@outside_graphs
 def windowed_attention(
     q_BTHK: Tensor,
     k_BTGK: Tensor,

@@ -8,6 +8,7 @@ from swamla.ops.gated_delta.chunked import chunked_gated_delta_rule
 from swamla.ops.gated_delta.documents import documents_of
 from swamla.ops.gated_delta.l2_normalize import l2_normalize
 from swamla.ops.gated_delta.reference import gated_delta_step, recurrent_gated_delta_rule
+from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import Layout
 
 __all__ = ["gated_delta_rule", "gated_delta_step", "l2_normalize"]
@@ -20,6 +21,7 @@ def resolve_backend(backend: str) -> str:
     return "torch" if backend == "auto" else backend
 
 
+@outside_graphs
 def gated_delta_rule(
     q_BTHK: Tensor,
     k_BTHK: Tensor,

@@ -1,0 +1,58 @@
+"""torch.compile, block by block: layers alike share their graphs, so that a deep model starts as soon as a flat one."""
+
+from typing import Literal
+
+import torch
+
+from swamla.errors import MissingBackendError
+from swamla.model.block import Parts
+from swamla.model.language_model import LanguageModel
+from swamla.ops.graphs import keep_outside_graphs
+
+Compile = Literal["none", "default", "reduce-overhead", "max-autotune"]
+
+
+def compile_blocks(model: LanguageModel, mode: Compile, device: torch.device) -> str:
+    """Compile what training runs of every block, and say so; parameters and their names stay as they are.
+
+    Graphs end before the ops that `swamla.ops.graphs` keeps outside, two in a mixer and two in a mixture of experts,
+    and begin anew behind them. Without gradients a block runs uncompiled. Dropout draws the
+    numbers that it draws uncompiled. Raises `MissingBackendError` where the machine cannot compile.
+    """
+    _require_compiler(mode, device)
+    keep_outside_graphs()
+    # A graph for each kind of block and each shape, of which a curriculum has several. Graphs that serve many shapes
+    # would be other ones after an interruption, and so might be the last bits of a resumed run.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16 * len(model.config.blocks))
+    options = {**torch._inductor.list_mode_options(mode), "fallback_random": True}
+    for block in model.blocks:
+        whole, mix, feed = block.trained
+        block.trained = Parts(
+            torch.compile(whole, dynamic=False, options=options),
+            torch.compile(mix, dynamic=False, options=options),
+            torch.compile(feed, dynamic=False, options=options),
+        )
+    return f"compile: {mode}, block by block; the first steps wait for it"
+
+
+def begin_step(mode: Compile) -> None:
+    """Before the first forward pass of an optimizer step: what the last one's CUDA graphs gave is no longer needed."""
+    if mode in ("reduce-overhead", "max-autotune"):
+        torch.compiler.cudagraph_mark_step_begin()
+
+
+def _require_compiler(mode: Compile, device: torch.device) -> None:
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            raise MissingBackendError(f"compile = {mode} needs triton on a GPU: pip install triton; or compile = none")
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        needs = f"compile = {mode} needs a C++ compiler on a CPU: apt install g++ (or set CXX); or compile = none"
+        raise MissingBackendError(needs) from error

@@ -1,0 +1,149 @@
+"""Compiled training computes what uncompiled training does, and is compiled once."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor import cpp_builder
+from torch._inductor.exc import InvalidCxxCompiler
+
+import swamla
+from swamla.errors import Interrupted, MissingBackendError
+from swamla.model.block import BlockConfig
+from swamla.model.ffns.moe import MoEConfig
+from swamla.ops.layout import Layout
+from swamla.train.compile import compile_blocks
+
+from .helpers import MIXERS, held_out, losses, model_of, run, tiny_config, weights
+from .test_resume import digests, stop_after
+
+CPU = torch.device("cpu")
+
+
+def has_compiler():
+    try:
+        return bool(cpp_builder.get_cpp_compiler())
+    except InvalidCxxCompiler:
+        return False
+
+
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="torch.compile on a CPU needs a C++ compiler")
+
+
+def hybrid():
+    """Every kind of mixer but mha, and a mixture of experts with its losses."""
+    moe = MoEConfig(n_experts=4, n_activated=2, expert_hidden=16, aux_loss=0.01, z_loss=0.01)
+    config = model_of("gdn", "mla")
+    blocks = {**config.blocks, "swa": BlockConfig(mixer=MIXERS["swa"], ffn=moe)}
+    return replace(config, vocab_size=64, blocks=blocks, pattern=("gdn", "swa", "mla"))
+
+
+def step(model, seed):
+    """Loss and gradients of a batch whose documents, like the dropout, depend on the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    document_BT = (torch.rand(4, 32, generator=generator) < 0.15).cumsum(1)
+    tokens_BT = torch.randint(64, (4, 32), generator=generator)
+    torch.manual_seed(seed)
+    model.zero_grad()
+    loss, statistics = model.loss(tokens_BT, tokens_BT.flip(1), Layout.from_documents(document_BT))
+    (loss + sum(value for name, value in statistics.items() if name.startswith("loss/"))).backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@needs_compiler
+def test_losses_and_gradients_are_the_uncompiled_ones_and_other_documents_compile_nothing_anew():
+    torch.manual_seed(0)
+    reference, model = hybrid().build().train(), hybrid().build().train()
+    model.load_state_dict(reference.state_dict())
+    names = list(model.state_dict())
+    compile_blocks(model, "default", CPU)
+    assert list(model.state_dict()) == names
+    counters.clear()
+    graphs = []
+    for seed, checkpointing in enumerate(["none", "none", "none", "all", "all"]):
+        model.checkpoint_activations(checkpointing)
+        expected_loss, expected = step(reference, seed)
+        loss, gradients = step(model, seed)
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        for name, gradient in gradients.items():
+            assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert graphs[1:] == graphs[:-1]
+
+
+@needs_compiler
+def test_a_compiled_run_resumes_to_the_bit_and_is_the_uncompiled_one_within_rounding(tmp_path, monkeypatch, dataset):
+    monkeypatch.setattr("swamla.train.loop.plot_losses", lambda *args, **options: None)
+    stages = {"curriculum": "16:200,32:inf", "eval_interval": 2, "steps": 4, "ema": 0.5, "accumulation": 2}
+    config = tiny_config(compile="default", **stages)
+    score = held_out(dataset)
+    state = run(config, tmp_path / "whole", dataset, evaluate=score)
+    run(tiny_config(**stages), tmp_path / "eager", dataset, evaluate=score)
+    assert dict(losses(tmp_path / "whole")) == pytest.approx(dict(losses(tmp_path / "eager")), rel=1e-5)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Interrupted):
+            run(config, tmp_path / "run", dataset, evaluate=score)
+    torch._dynamo.reset()  # as in a new process, whose first shapes are others
+    run(config, tmp_path / "run", dataset, evaluate=score, resume=True)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert digests(tmp_path / "run", 4) == digests(tmp_path / "whole", 4)
+    assert len(state.model.generate([[1, 2, 3]], 5)[0]) == 5
+    loaded, _ = swamla.load(tmp_path / "whole", "latest", raw=True)
+    assert all(torch.equal(p, weights(state)[name]) for name, p in loaded.named_parameters())
+    assert swamla.load(tmp_path / "whole")  # the best
+
+
+def compiled_with(monkeypatch, mode):
+    """The options with which every part of the blocks is compiled."""
+    given = []
+    monkeypatch.setattr(torch, "compile", lambda part, *, dynamic, options: given.append(options) or part)
+    compile_blocks(hybrid().build(), mode, CPU)
+    return given
+
+
+@needs_compiler
+def test_the_mode_reaches_the_compiler(monkeypatch):
+    options = {mode: compiled_with(monkeypatch, mode) for mode in ("default", "reduce-overhead", "max-autotune")}
+    assert all(len(given) == 3 * 3 for given in options.values())
+    assert all(each["fallback_random"] for given in options.values() for each in given)
+    assert not options["default"][0].get("triton.cudagraphs")
+    assert options["reduce-overhead"][0]["triton.cudagraphs"]
+    assert not options["reduce-overhead"][0].get("max_autotune")
+    assert options["max-autotune"][0]["max_autotune"]
+
+
+@needs_compiler
+def test_a_run_is_compiled_exactly_if_it_is_asked_to_be(tmp_path, monkeypatch, dataset):
+    called = []
+
+    def counted(part, **options):
+        def call(*args):
+            called.append(part.__name__)
+            return part(*args)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", counted)
+    run(tiny_config(steps=1), tmp_path / "none", dataset)
+    assert called == []
+    run(tiny_config(steps=1, compile="default", checkpointing="ffn"), tmp_path / "default", dataset)
+    assert called == ["mix", "feed", "feed"]
+
+
+def test_without_a_compiler_the_error_says_what_to_install(monkeypatch):
+    def none_found():
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none_found)
+    with pytest.raises(MissingBackendError, match=r"compile = default needs a C\+\+ compiler on a CPU: apt install g"):
+        compile_blocks(hybrid().build(), "default", CPU)
+
+
+def test_who_compiles_nothing_does_not_load_the_compiler():
+    code = "import sys, swamla.model, swamla.train; assert 'torch._inductor.compile_fx' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
