@@ -256,10 +256,10 @@ def state_of(pid: int) -> str:
 
 
 def test_a_large_row_that_is_the_only_document_is_cut_in_two(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a.jsonl", ["word " * 4000])
+    write_jsonl(tmp_path / "a.jsonl", ["word " * 10000])
     config = DataConfig(source=str(tmp_path / "a.jsonl"), tokenizer="byte", held_out_fraction=0.1)
     dataset = prepare(config)
-    assert (dataset.train.n_tokens, dataset.held_out.n_tokens) == (18000, 2000)
+    assert (dataset.train.n_tokens, dataset.held_out.n_tokens) == (45000, 5000)
     assert [path.name for path in dataset.path.parent.iterdir()] == [dataset.path.name]
 
 

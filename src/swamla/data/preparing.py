@@ -36,6 +36,7 @@ from swamla.files import fsync, sha256_of
 __all__ = ["Dataset", "Part", "PartDone", "default_cache_dir", "prepare", "prepare_part"]
 
 _STALE_SECONDS = {".staging-*": 24 * 3600, ".units-*": 14 * 24 * 3600}
+_AT_ONCE = 4  # units that are encoded in this process: starting others, and joining what they made, takes as long
 _RULES = 2  # to be raised when other documents are held out, or other names given to them, than before
 
 
@@ -98,11 +99,11 @@ def prepare(config: DataConfig, *, progress: Progress | None = None, workers: in
     throughput = None
     with work.naming_files():
         units = units_of(work.source)
-        if len(units) > 1:
+        if len(units) > _AT_ONCE:
             throughput = work.make(units, Part(1, 1), workers or available_cores())
             work.join(units)
         else:
-            throughput = work.make_whole(units)
+            throughput = work.make_whole()
     return Dataset.open(work.target, throughput)
 
 
@@ -172,7 +173,7 @@ class _Work:
         try:
             with _staging(self.target) as staging:
                 if assemble(self.job(units), staging, self.config, self.tokenizer(units)) == 1:
-                    self.make_whole([Unit(0, len(self.source.entries))])
+                    self.make_whole()
                 else:
                     _move(staging, self.target)
         except (SwamlaError, OSError):
@@ -180,9 +181,9 @@ class _Work:
                 raise
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def make_whole(self, units: list[Unit]) -> Throughput:
+    def make_whole(self) -> Throughput:
         """Make the dataset in this process, in one go."""
-        begin = time.monotonic()
+        begin, units = time.monotonic(), [Unit(0, len(self.source.entries))]
         with _staging(self.target) as folder:
             tokenizer = learn_tokenizer(self.config, self.source, units, self.progress)
             tokenizer.save(folder / TOKENIZER)

@@ -11,7 +11,7 @@ from swamla.data.reading import COMPRESSED
 from swamla.data.rows import Span, parquet_group_sizes
 from swamla.data.sources import Document, Entry, Source, kind_of
 
-UNIT_BYTES = 1 << 24
+UNIT_BYTES = 1 << 23
 _EXPANSION = 4  # text is about so much larger than what .gz and .zst make of it
 
 
