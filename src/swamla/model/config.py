@@ -66,9 +66,26 @@ class LanguageModelConfig:
         """The block of every layer, bottom first."""
         return tuple(self.blocks[name] for name in self.pattern)
 
-    def build(self) -> "LanguageModel":
-        """The model, freshly initialised from torch's random generator."""
+    def build(self, seed: int | None = None) -> "LanguageModel":
+        """The model with the initial weights of `seed`, or of a seed drawn from torch's random generator."""
+        import torch
+
+        model, device = self.skeleton(), torch.get_default_device()
+        if device.type == "meta":
+            return model
+        if seed is None:
+            seed = int(torch.randint(2**63 - 1, (), device="cpu").item())
+        model.to_empty(device=device)
+        model.tie()
+        model.reset_weights(seed)
+        return model
+
+    def skeleton(self) -> "LanguageModel":
+        """The model without numbers, on torch's meta device: shapes and names alone."""
+        import torch
+
         from swamla.model.language_model import LanguageModel
 
         require(self.vocab_size > 0, "vocab_size", self.vocab_size, "must be > 0 to build the model")
-        return LanguageModel(self)
+        with torch.device("meta"):
+            return LanguageModel(self)

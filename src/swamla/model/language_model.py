@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from swamla.errors import UsageError
 from swamla.model.block import Block, Checkpointing
 from swamla.model.config import LanguageModelConfig
+from swamla.model.initial import Draw, constant, drawn, normal, own_starts
 from swamla.model.mixers.mixer import State
 from swamla.model.sampling import Sampling, generate
 from swamla.ops import chunked_cross_entropy
 from swamla.ops.layout import Layout
 
 OUTPUT_PROJECTIONS = ("o_proj.weight", ".down_proj.weight", "experts.down")
-KEEP_THEIR_OWN = ("conv_weight", "latent_down_proj.weight", "latent_up_proj.weight")  # already drawn by their module
 
 
 @dataclass
@@ -35,7 +35,10 @@ class ModelState:
 
 
 class LanguageModel(nn.Module):
-    """Next-token logits from tokens. `step` after `step` gives what `forward` gives on the whole."""
+    """Next-token logits from tokens. `step` after `step` gives what `forward` gives on the whole.
+
+    Its weights mean nothing before `reset_weights`, which `LanguageModelConfig.build` calls.
+    """
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
@@ -46,19 +49,34 @@ class LanguageModel(nn.Module):
         self.blocks: Sequence[Block] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norm = config.norm.build(config.width)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
-        self.reset_weights()
-        if config.tied_head:
+        self.tie()
+
+    def tie(self) -> None:
+        """Let the head be the embedding where the config says so."""
+        if self.config.tied_head:
             self.head.weight = self.embedding.weight
 
     @torch.no_grad()
-    def reset_weights(self) -> None:
-        """Normal weights, output projections scaled by depth (GPT-2), zero biases."""
+    def reset_weights(self, seed: int, within: str = "") -> None:
+        """The initial weights that `seed` stands for, those alone whose names begin with `within`; buffers get 0.
+
+        Normal weights, output projections scaled by depth (GPT-2), zero biases, gains of 1, and what modules draw by
+        rules of their own. A parameter's numbers depend on the seed, its name and its shape alone.
+        """
+        own = own_starts(self)
         for name, parameter in self.named_parameters():
-            if parameter.ndim >= 2 and not name.endswith(KEEP_THEIR_OWN):
-                depth_scale = (2 * self.config.depth) ** -0.5 if name.endswith(OUTPUT_PROJECTIONS) else 1.0
-                parameter.normal_(0.0, self.config.init_std * depth_scale)
-            elif name.endswith("_proj.bias"):
-                parameter.zero_()
+            if name.startswith(within):
+                draw = own[name] if name in own else self._start(name, parameter.ndim)
+                parameter.copy_(drawn(draw, parameter.shape, seed, name))
+        for name, buffer in self.named_buffers():
+            if name.startswith(within):
+                buffer.zero_()
+
+    def _start(self, name: str, ndim: int) -> Draw:
+        if ndim < 2:
+            return constant(0.0 if name.endswith("bias") else 1.0)
+        depth_scale = (2 * self.config.depth) ** -0.5 if name.endswith(OUTPUT_PROJECTIONS) else 1.0
+        return normal(self.config.init_std * depth_scale)
 
     @property
     def device(self) -> torch.device:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla.errors import require
+from swamla.model.initial import Draw, constant
 from swamla.ops import rms_norm
 
 
@@ -102,6 +103,11 @@ class DynamicTanh(nn.Module):
         self.alpha = nn.Parameter(torch.full((1,), alpha))
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
+        self.start = alpha
+
+    def own_start(self) -> dict[str, Draw]:
+        """α where the config puts it."""
+        return {"alpha": constant(self.start)}
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape whose last dimension is the width; same shape out."""

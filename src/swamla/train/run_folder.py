@@ -135,7 +135,7 @@ def fresh_state(config: RunConfig, dataset: Dataset) -> TrainState:
     device = resolve_device(train.device)
     backends = resolve_backends(config.model, device)
     seed_generators(train.seed)
-    model = config.model.build().to(device)
+    model = config.model.build(seed=train.seed).to(device)
     model.checkpoint_activations(train.checkpointing)
     precision = resolve_precision(train.precision, device)
     notes = [convert_to_fp8(model, device)] if precision == "fp8" else []

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from swamla.errors import require
 from swamla.model.ffns.moe import MoE, MoEConfig
+from swamla.model.initial import Draw, draw_alone, normal
 from swamla.ops.grouped_mm import Dispatch
 
 
@@ -61,8 +62,12 @@ class LatentMoE(MoE):
         latent = config.routed_dims(width)[0]
         self.latent_down_proj = nn.Linear(width, latent, bias=False)
         self.latent_up_proj = nn.Linear(latent, width, bias=False)
-        for projection in (self.latent_down_proj, self.latent_up_proj):  # the detour keeps the scale of what takes it
-            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+        draw_alone(self)
+
+    def own_start(self) -> dict[str, Draw]:
+        """The detour keeps the scale of what takes it."""
+        detour = {"latent_down_proj": self.latent_down_proj, "latent_up_proj": self.latent_up_proj}
+        return {f"{name}.weight": normal(projection.in_features**-0.5) for name, projection in detour.items()}
 
     def routed(self, x_ND: Tensor, dispatch: Dispatch, weight_NK: Tensor) -> Tensor:
         """What the routed experts make of tokens (N, D), by way of the latent."""

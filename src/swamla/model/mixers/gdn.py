@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swamla.errors import require
+from swamla.model.initial import Draw, constant, draw_alone, uniform
 from swamla.model.mixers.mixer import Mixer, State
 from swamla.ops import gated_delta_rule, gated_delta_step, l2_normalize, rms_norm, short_conv
 from swamla.ops.gated_delta import resolve_backend
@@ -148,16 +149,12 @@ class GDN(Mixer[GDNState]):
         self.norm_weight = nn.Parameter(torch.empty(self.head_v))
         self.compress_o = nn.Linear(values, rank, bias=False) if rank else nn.Identity()
         self.o_proj = nn.Linear(rank or values, width, bias=False)
-        self.reset_gates()
+        draw_alone(self)
 
-    @torch.no_grad()
-    def reset_gates(self) -> None:
+    def own_start(self) -> dict[str, Draw]:
         """Decay rates spread over [1, 16] and time steps over [1e-3, 1e-1], as Mamba-2 does (arXiv 2405.21060)."""
-        self.A_log.copy_(torch.empty_like(self.A_log).uniform_(1, 16).log())
-        dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
-        nn.init.uniform_(self.conv_weight, -(self.config.conv**-0.5), self.config.conv**-0.5)
-        nn.init.ones_(self.norm_weight)
+        gates: dict[str, Draw] = {"A_log": _draw_decay_rates, "dt_bias": _draw_time_steps}
+        return {**gates, "conv_weight": uniform(self.config.conv**-0.5), "norm_weight": constant(1.0)}
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Inputs of the convolution (B, T, channels), gate z (B, T, H, V), and fp32 log α and β (B, T, H)."""
@@ -218,3 +215,12 @@ class GDN(Mixer[GDNState]):
         index_BW = n_valid_B1 + torch.arange(self.config.conv - 1, device=qkv_BTD.device)
         row_B1 = torch.arange(qkv_BTD.shape[0], device=qkv_BTD.device)[:, None]
         state.conv_BWD.copy_(seen_BSD[row_B1, index_BW])
+
+
+def _draw_decay_rates(A_log: Tensor, generator: torch.Generator | None) -> None:
+    A_log.uniform_(1, 16, generator=generator).log_()
+
+
+def _draw_time_steps(dt_bias: Tensor, generator: torch.Generator | None) -> None:
+    dt = dt_bias.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp()
+    dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
