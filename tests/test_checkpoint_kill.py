@@ -42,7 +42,7 @@ print(f"{good}/12")
 
 
 def test_kill_9_at_random_moments_of_saving_and_pruning_always_leaves_the_newest_checkpoint_whole(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(Path(ckpt.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(ckpt.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", KILLER, str(tmp_path)], env=environment, capture_output=True, text=True
     )

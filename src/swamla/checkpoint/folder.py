@@ -16,18 +16,14 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from swamla.errors import CorruptError, SwamlaError, UsageError
 from swamla.files import entry, fsync, read_json, regular_file, sha256_of, write_text_atomically
 from swamla.tensor_file import read_tensors, save_tensors
-
-if TYPE_CHECKING:
-    from swamla.data.tokenizer import Tokenizer
-    from swamla.model.language_model import LanguageModel
 
 FORMAT_VERSION = 1
 
@@ -91,7 +87,7 @@ def verify(path: Path) -> dict[str, Any]:
     """
     listing = path / "manifest.json"
     manifest = read_json(listing, inside=path)
-    _require_format(manifest, listing)
+    require_format(manifest, listing)
     entry(manifest, "step", int, file=listing)
     for name, listed in entry(manifest, "files", dict, file=listing).items():
         file = regular_file(path / name, inside=path)
@@ -135,7 +131,7 @@ def prune(directory: Path, *, keep_last: int, pinned: Iterable[int] = ()) -> Non
     """Delete all but the newest `keep_last` checkpoints and the `pinned` steps, once the newest has verified."""
     pinned_steps = set(pinned)
     paths = list_checkpoints(directory)
-    doomed = [p for p in paths[: -max(keep_last, 1)] if _step_of(p) not in pinned_steps]
+    doomed = [p for p in paths[: -max(keep_last, 1)] if step_of(p) not in pinned_steps]
     if doomed:
         verify(paths[-1])
     for path in doomed:  # renamed first, so that a half-deleted directory never looks like a checkpoint
@@ -146,7 +142,7 @@ def prune(directory: Path, *, keep_last: int, pinned: Iterable[int] = ()) -> Non
 def set_aside_after(directory: Path, step: int) -> None:
     """Rename the checkpoints later than `step` to `damaged-step-…`: a run falls back to `step` only if they are."""
     for path in list_checkpoints(directory):
-        if _step_of(path) > step:
+        if step_of(path) > step:
             shutil.rmtree(directory / f"damaged-{path.name}", ignore_errors=True)
             path.rename(directory / f"damaged-{path.name}")
 
@@ -156,81 +152,7 @@ def mark_best(directory: Path, step: int, loss: float) -> None:
     write_text_atomically(directory / "best.json", json.dumps({"step": step, "loss": loss}) + "\n")
 
 
-def find_checkpoint(run_dir: Path, which: str = "best") -> Checkpoint:
-    """The checkpoint of a run called "best", "latest" or by its step, e.g. "500".
-
-    "best" is the one with the lowest held-out loss, or the latest where none was evaluated or the best is damaged (a
-    warning says so). Raises `UsageError` where there is none.
-    """
-    directory = run_dir / "checkpoints"
-    if which not in ("best", "latest") and not which.isdigit():
-        raise UsageError(f'checkpoint {which!r}: must be "best", "latest" or a step, e.g. "500"')
-    if which.isdigit():
-        path = directory / step_name(int(which))
-        if not path.is_dir():
-            have = ", ".join(str(_step_of(p)) for p in list_checkpoints(directory)) or "none"
-            raise UsageError(f"{run_dir}: no checkpoint of step {which}; there are: {have}")
-        return load_checkpoint(path)
-    best = directory / "best.json"
-    if which == "best" and best.exists():
-        try:
-            step = entry(read_json(best, inside=directory), "step", int, file=best)
-            return load_checkpoint(directory / step_name(step))
-        except CorruptError as error:
-            warnings.warn(f"the best checkpoint is damaged, using the latest: {error}", stacklevel=2)
-    latest = latest_checkpoint(directory)
-    if latest is None:
-        raise UsageError(f"{run_dir}: holds no checkpoint (looked in {directory})")
-    return latest
-
-
-def load(run_dir: str | Path, which: str = "best", *, raw: bool = False) -> "tuple[LanguageModel, Tokenizer]":
-    """Rebuild the model of a run, in evaluation mode and fp32, and its tokenizer. Exported as `swamla.load`.
-
-    which: "best" (lowest held-out loss), "latest", or a step such as "500". The weights of a run with `ema` are the
-    averaged ones, which its evaluations scored; raw: those that training itself goes on from. Only safetensors and
-    JSON are ever read. Raises `UsageError` for a folder that is no run, `CorruptError` for a damaged one.
-    """
-    run_dir = Path(run_dir)
-    plain = read_run_config(run_dir)
-    checkpoint = find_checkpoint(run_dir, str(which))
-
-    from swamla.config import from_plain
-    from swamla.data.tokenizer import load_tokenizer
-    from swamla.model.config import LanguageModelConfig
-
-    config = from_plain(LanguageModelConfig, plain["model"], path="model", origin=str(run_dir / "config.json"))
-    model = config.build()
-    tensors = checkpoint.tensors("model")
-    if checkpoint.has("ema") and not raw:
-        averages = checkpoint.tensors("ema")
-        if averages.keys() != dict(model.named_parameters(remove_duplicate=False)).keys():
-            raise CorruptError(f"{checkpoint.path}: the averaged weights do not fit the model")
-        tensors |= averages
-    load_into(model, tensors, origin=str(checkpoint.path))
-    return model.eval(), load_tokenizer(run_dir / "tokenizer.json")
-
-
-def read_run_config(run_dir: Path) -> dict[str, Any]:
-    """The plain config of a run.
-
-    Raises `UsageError` when `run_dir` is not a run folder or is from a newer swamla, `CorruptError` for a damaged one.
-    """
-    file = run_dir / "config.json"
-    if run_dir.is_file():
-        raise UsageError(
-            f"{run_dir}: is a file; give the run folder (pickles are never loaded, only safetensors and JSON)"
-        )
-    if not file.exists():
-        raise UsageError(f"{run_dir}: not a run folder (it has no config.json)")
-    plain = read_json(file, inside=run_dir)
-    _require_format(plain, file)
-    for part in ("model", "data", "train"):
-        entry(plain, part, dict, file=file)
-    return plain
-
-
-def _require_format(data: dict[str, Any], file: Path) -> None:
+def require_format(data: dict[str, Any], file: Path) -> None:
     version = entry(data, "format_version", int, file=file)
     if version > FORMAT_VERSION:
         raise UsageError(
@@ -238,24 +160,6 @@ def _require_format(data: dict[str, Any], file: Path) -> None:
         )
     if version < 1:
         raise CorruptError(f"{file}: there is no format version {version}")
-
-
-def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, origin: str) -> None:
-    """Copy `tensors` into the parameters and buffers of `module`, all of them and nothing else.
-
-    Raises `CorruptError` listing the first five names that are missing, unexpected or of another shape.
-    """
-    expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-    got = {name: tuple(t.shape) for name, t in tensors.items()}
-    wrong = [
-        f"{name}: got {got.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
-        for name in [*expected, *(got.keys() - expected.keys())]
-        if got.get(name) != expected.get(name)
-    ]
-    if wrong:
-        more = f" … and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise CorruptError(f"{origin}: weights do not fit the model: {'; '.join(wrong[:5])}{more}")
-    module.load_state_dict(dict(tensors))
 
 
 def _explain_write_error(error: Exception, path: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> Exception:
@@ -279,5 +183,5 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))

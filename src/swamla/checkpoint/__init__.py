@@ -1,0 +1,36 @@
+"""Checkpoints: written, verified, chosen, pruned and loaded."""
+
+from swamla.checkpoint.folder import (
+    FORMAT_VERSION,
+    Checkpoint,
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    mark_best,
+    prune,
+    save_checkpoint,
+    set_aside_after,
+    step_name,
+    step_of,
+    verify,
+)
+from swamla.checkpoint.run import find_checkpoint, load, load_into, read_run_config
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Checkpoint",
+    "find_checkpoint",
+    "latest_checkpoint",
+    "list_checkpoints",
+    "load",
+    "load_checkpoint",
+    "load_into",
+    "mark_best",
+    "prune",
+    "read_run_config",
+    "save_checkpoint",
+    "set_aside_after",
+    "step_name",
+    "step_of",
+    "verify",
+]

@@ -1,0 +1,116 @@
+"""The checkpoint of a run that is asked for, and the model it holds."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from swamla.checkpoint.folder import (
+    Checkpoint,
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    require_format,
+    step_name,
+    step_of,
+)
+from swamla.errors import CorruptError, UsageError
+from swamla.files import entry, read_json
+
+if TYPE_CHECKING:
+    from swamla.data.tokenizer import Tokenizer
+    from swamla.model.language_model import LanguageModel
+
+
+def find_checkpoint(run_dir: Path, which: str = "best") -> Checkpoint:
+    """The checkpoint of a run called "best", "latest" or by its step, e.g. "500".
+
+    "best" is the one with the lowest held-out loss, or the latest where none was evaluated or the best is damaged (a
+    warning says so). Raises `UsageError` where there is none.
+    """
+    directory = run_dir / "checkpoints"
+    if which not in ("best", "latest") and not which.isdigit():
+        raise UsageError(f'checkpoint {which!r}: must be "best", "latest" or a step, e.g. "500"')
+    if which.isdigit():
+        path = directory / step_name(int(which))
+        if not path.is_dir():
+            have = ", ".join(str(step_of(p)) for p in list_checkpoints(directory)) or "none"
+            raise UsageError(f"{run_dir}: no checkpoint of step {which}; there are: {have}")
+        return load_checkpoint(path)
+    best = directory / "best.json"
+    if which == "best" and best.exists():
+        try:
+            step = entry(read_json(best, inside=directory), "step", int, file=best)
+            return load_checkpoint(directory / step_name(step))
+        except CorruptError as error:
+            warnings.warn(f"the best checkpoint is damaged, using the latest: {error}", stacklevel=2)
+    latest = latest_checkpoint(directory)
+    if latest is None:
+        raise UsageError(f"{run_dir}: holds no checkpoint (looked in {directory})")
+    return latest
+
+
+def load(run_dir: str | Path, which: str = "best", *, raw: bool = False) -> "tuple[LanguageModel, Tokenizer]":
+    """Rebuild the model of a run, in evaluation mode and fp32, and its tokenizer. Exported as `swamla.load`.
+
+    which: "best" (lowest held-out loss), "latest", or a step such as "500". The weights of a run with `ema` are the
+    averaged ones, which its evaluations scored; raw: those that training itself goes on from. Only safetensors and
+    JSON are ever read. Raises `UsageError` for a folder that is no run, `CorruptError` for a damaged one.
+    """
+    run_dir = Path(run_dir)
+    plain = read_run_config(run_dir)
+    checkpoint = find_checkpoint(run_dir, str(which))
+
+    from swamla.config import from_plain
+    from swamla.data.tokenizer import load_tokenizer
+    from swamla.model.config import LanguageModelConfig
+
+    config = from_plain(LanguageModelConfig, plain["model"], path="model", origin=str(run_dir / "config.json"))
+    model = config.build()
+    tensors = checkpoint.tensors("model")
+    if checkpoint.has("ema") and not raw:
+        averages = checkpoint.tensors("ema")
+        if averages.keys() != dict(model.named_parameters(remove_duplicate=False)).keys():
+            raise CorruptError(f"{checkpoint.path}: the averaged weights do not fit the model")
+        tensors |= averages
+    load_into(model, tensors, origin=str(checkpoint.path))
+    return model.eval(), load_tokenizer(run_dir / "tokenizer.json")
+
+
+def read_run_config(run_dir: Path) -> dict[str, Any]:
+    """The plain config of a run.
+
+    Raises `UsageError` when `run_dir` is not a run folder or is from a newer swamla, `CorruptError` for a damaged one.
+    """
+    file = run_dir / "config.json"
+    if run_dir.is_file():
+        raise UsageError(
+            f"{run_dir}: is a file; give the run folder (pickles are never loaded, only safetensors and JSON)"
+        )
+    if not file.exists():
+        raise UsageError(f"{run_dir}: not a run folder (it has no config.json)")
+    plain = read_json(file, inside=run_dir)
+    require_format(plain, file)
+    for part in ("model", "data", "train"):
+        entry(plain, part, dict, file=file)
+    return plain
+
+
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, origin: str) -> None:
+    """Copy `tensors` into the parameters and buffers of `module`, all of them and nothing else.
+
+    Raises `CorruptError` listing the first five names that are missing, unexpected or of another shape.
+    """
+    expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    got = {name: tuple(t.shape) for name, t in tensors.items()}
+    wrong = [
+        f"{name}: got {got.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
+        for name in [*expected, *(got.keys() - expected.keys())]
+        if got.get(name) != expected.get(name)
+    ]
+    if wrong:
+        more = f" … and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise CorruptError(f"{origin}: weights do not fit the model: {'; '.join(wrong[:5])}{more}")
+    module.load_state_dict(dict(tensors))
