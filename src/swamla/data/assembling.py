@@ -49,7 +49,7 @@ def assemble(job: Job, folder: Path, config: DataConfig, tokenizer: Tokenizer) -
         for path in paths:
             joined.write((path / HELD_OUT_TEXT).read_bytes())
     tokenizer.save(folder / TOKENIZER)
-    write_meta(folder, config, tokenizer, rule_for_many(config.held_out_fraction), encoded, notes)
+    write_meta(folder, config, job.source.origin, tokenizer, rule_for_many(config.held_out_fraction), encoded, notes)
     return encoded.train + encoded.held_out
 
 
@@ -72,12 +72,18 @@ def _join_split(paths: list[Path], split: str, folder: Path, dtype: np.dtype) ->
 
 
 def write_meta(
-    folder: Path, config: DataConfig, tokenizer: Tokenizer, rule: str, encoded: Encoded, notes: Counter[str]
+    folder: Path,
+    config: DataConfig,
+    origin: str,
+    tokenizer: Tokenizer,
+    rule: str,
+    encoded: Encoded,
+    notes: Counter[str],
 ) -> None:
     """Write meta.json: the same bytes for the same data, whenever and however it was made."""
     meta = {
         "format_version": FORMAT_VERSION,
-        "source": config.source,
+        "source": origin or config.source,
         "held_out_rule": rule,
         "tokenizer": {"spec": config.tokenizer, "fingerprint": tokenizer.fingerprint},
         "lossless": encoded.lossless,

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from swamla.data import bpe
+from swamla.data import bpe, hub
 from swamla.data.assembling import assemble, require_documents, write_meta
 from swamla.data.config import DataConfig, parse_bpe
 from swamla.data.dataset import FORMAT_VERSION, META, TOKENIZER, Dataset, Throughput
@@ -30,7 +30,7 @@ from swamla.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from swamla.data.unit_files import Job, silent
 from swamla.data.units import Unit, units_of
 from swamla.data.workers import Workers, available_cores
-from swamla.errors import DataError, SwamlaError, require
+from swamla.errors import ConfigError, DataError, SwamlaError, require
 from swamla.files import fsync, sha256_of
 
 __all__ = ["Dataset", "Part", "PartDone", "default_cache_dir", "prepare", "prepare_part"]
@@ -115,6 +115,12 @@ def prepare_part(
     Raises as `prepare` does.
     """
     work = _Work(config, progress or silent)
+    if config.source.startswith(hub.PREFIX) and not hub.is_commit(config.hub_revision):
+        raise ConfigError(
+            "data.hub_revision",
+            config.hub_revision,
+            f"parts begin at different times: pin it; now {work.source.origin}",
+        )
     if work.target.exists():
         return PartDone(0, 0, None, Dataset.open(work.target))
     with work.naming_files():
@@ -191,7 +197,7 @@ class _Work:
             rule, divided = divide(self.source.documents(notes), self.config.held_out_fraction)
             encoded = encode_documents(divided, tokenizer, folder, self.progress)
             require_documents(self.config, encoded, notes)
-            write_meta(folder, self.config, tokenizer, rule, encoded, notes)
+            write_meta(folder, self.config, self.source.origin, tokenizer, rule, encoded, notes)
             _move(folder, self.target)
         return Throughput(encoded.tokens, encoded.bytes, time.monotonic() - begin, 1)
 

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from swamla.data import hub
 from swamla.data.config import DataConfig
 from swamla.data.download import shakespeare
 from swamla.data.reading import COMPRESSED, File, decode_utf8, naming_damage, open_bytes
@@ -48,12 +49,16 @@ FileReader = Callable[[Entry, Counter[str], Span | None], Iterator[Document]]
 
 @dataclass(frozen=True)
 class Source:
-    """Named files, and how to read documents from one of them. column: of rows, where their text is."""
+    """Named files, and how to read documents from one of them.
+
+    column: of rows, where their text is.  origin: where it all is from, for people; empty where the name tells that.
+    """
 
     name: str
     entries: tuple[Entry, ...]
     read: FileReader
     column: str = ""
+    origin: str = ""
 
     def documents(self, notes: Counter[str]) -> Iterator[Document]:
         """All documents that hold text, in the order of the files' names; what was left out is counted in `notes`."""
@@ -81,7 +86,19 @@ def open_source(config: DataConfig, cache_dir: Path) -> Source:
     if config.source == "shakespeare":
         path = shakespeare(cache_dir)
         return Source("shakespeare", (_entry(path.name, path),), read)
+    if config.source.startswith(hub.PREFIX):
+        return _from_hub(hub.list_dataset(config, cache_dir), config, partial(read, json_rows=True))
     return _from_path(Path(config.source).expanduser(), config.text_column, read)
+
+
+def _from_hub(listing: hub.HubListing, config: DataConfig, read: FileReader) -> Source:
+    entries = tuple(
+        Entry(path, hub.HubFile(listing.repo, listing.commit, path, size), size, (listing.repo, size, content))
+        for path, size, content in listing.files
+    )
+    which = f"config {config.hub_config or 'default'}, split {config.hub_split}"
+    origin = f"{config.source} ({which}, commit {listing.commit})"
+    return Source(listing.repo.rpartition("/")[2], entries, read, config.text_column, origin)
 
 
 def kind_of(name: str) -> str:
@@ -125,10 +142,21 @@ def _walk(root: Path, keep: Callable[[str], bool]) -> list[tuple[str, Path]]:
 
 
 def _read_file(
-    entry: Entry, notes: Counter[str], span: Span | None, *, column: str, invalid: str, skip_binary: bool = False
+    entry: Entry,
+    notes: Counter[str],
+    span: Span | None,
+    *,
+    column: str,
+    invalid: str,
+    skip_binary: bool = False,
+    json_rows: bool = False,
 ) -> Iterator[Document]:
-    """The rows of a jsonl or parquet file as documents, or any other file as one."""
+    """The rows of a jsonl or parquet file as documents, or any other file as one.
+
+    json_rows: a .json file has rows, too: on the hub many are called so.
+    """
     kind = kind_of(entry.name)
+    kind = ".jsonl" if json_rows and kind == ".json" else kind
     if kind in _ROW_READERS:
         for row, text in _ROW_READERS[kind](entry.file, column, invalid, notes, span):
             yield Document(f"{entry.name}#{row}", text)

@@ -1,0 +1,215 @@
+"""Datasets of the Hugging Face hub: which of their files are meant, and reading these by ranges, nothing kept on disk.
+
+A revision is resolved once to a commit, and files are read from that commit only, so the text cannot change under way.
+Access tokens are the library's business: it finds them in the environment, and none is written or shown here.
+"""
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, Literal, cast
+
+from swamla.data.config import DataConfig
+from swamla.errors import ConfigError, DataError, MissingBackendError
+from swamla.files import write_text_atomically
+
+PREFIX = "hf:"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_READABLE = re.compile(r"\.(parquet|jsonl|ndjson|json|txt)(\.gz|\.zst)?$", re.IGNORECASE)
+_QUERY = re.compile(r"\?\S*")  # the address of a redirected download carries a signature
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a dataset at a commit, to be read as if it were a local one."""
+
+    repo: str
+    commit: str
+    path: str
+    size: int
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.path).name
+
+    @property
+    def stem(self) -> str:
+        return PurePosixPath(self.path).stem
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.path).suffix
+
+    def __str__(self) -> str:
+        return f"{PREFIX}{self.repo}@{self.commit[:12]}/{self.path}"
+
+    def open(self, mode: Literal["rb"]) -> BinaryIO:
+        """A seekable stream of its bytes, fetched as they are read."""
+        return io.BufferedReader(_Ranges(self), _BLOCK)
+
+
+class _Ranges(io.RawIOBase):
+    """Every read a request for that range; the library waits and tries again where the network or the hub fails."""
+
+    def __init__(self, file: HubFile) -> None:
+        library = _library()
+        self._file, self._at = file, 0
+        self._url = library.hf_hub_url(file.repo, file.path, repo_type="dataset", revision=file.commit)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
+        return self._at
+
+    def readinto(self, target: Any) -> int:
+        count = min(len(target), self._file.size - self._at)
+        if count <= 0:
+            return 0
+        data = self._fetch(self._at, count)
+        target[:count] = data
+        self._at += count
+        return count
+
+    def _fetch(self, start: int, count: int) -> bytes:
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+
+        headers = {**build_hf_headers(), "Range": f"bytes={start}-{start + count - 1}"}
+        try:
+            response = http_backoff("GET", self._url, headers=headers, timeout=60)
+            hf_raise_for_status(response)
+        except Exception as error:  # which kinds there are depends on the library's version
+            raise OSError(reason(error)) from None
+        data = response.content[start : start + count] if response.status_code == 200 else response.content
+        if len(data) != count:
+            raise OSError(f"bytes {start} to {start + count - 1} were asked for, {len(data)} bytes came")
+        return data
+
+
+@dataclass(frozen=True)
+class HubListing:
+    """The files of one split of a dataset. files: path, size and a hash of the content of each."""
+
+    repo: str
+    commit: str
+    files: tuple[tuple[str, int, str], ...]
+
+
+def is_commit(revision: str) -> bool:
+    """Whether a revision can never mean anything else later."""
+    return bool(_COMMIT.fullmatch(revision))
+
+
+def list_dataset(config: DataConfig, cache_dir: Path) -> HubListing:
+    """The files that `config` asks for, in the order of their names; of a commit, asked for once and then kept.
+
+    Raises DataError if the hub has no such dataset, or cannot be reached, and ConfigError, which lists what there is,
+    for a config or split that it has not.
+    """
+    repo = config.source.removeprefix(PREFIX)
+    key = json.dumps([repo, config.hub_config, config.hub_split, config.hub_revision])
+    kept = cache_dir / "sources" / f"hub-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+    if is_commit(config.hub_revision) and kept.exists():
+        data = json.loads(kept.read_text(encoding="utf-8"))
+        return HubListing(data["repo"], data["commit"], tuple(tuple(file) for file in data["files"]))
+    listing = _ask(config, repo)
+    if is_commit(config.hub_revision):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(kept, json.dumps(listing.__dict__))
+    return listing
+
+
+def _ask(config: DataConfig, repo: str) -> HubListing:
+    api = _library().HfApi()
+    try:
+        info = api.dataset_info(repo, revision=config.hub_revision or None)
+        card = info.card_data.to_dict() if info.card_data else {}
+        patterns = _patterns(config, card.get("configs") or [])
+        folder = _folder_of(patterns)
+        tree = api.list_repo_tree(repo, folder, recursive=True, revision=info.sha, repo_type="dataset")
+        found = [item for item in tree if hasattr(item, "size") and _READABLE.search(item.path)]
+    except ConfigError:
+        raise
+    except Exception as error:  # which kinds there are depends on the library's version
+        at = f" at revision {config.hub_revision!r}" if config.hub_revision else ""
+        raise DataError(f"cannot list the dataset {repo!r}{at} on the hub ({reason(error)})") from None
+    chosen = _chosen(config.hub_split, patterns, [item.path for item in found], by_card=bool(card.get("configs")))
+    files = sorted(
+        (item.path, item.size, item.lfs.sha256 if item.lfs else item.blob_id) for item in found if item.path in chosen
+    )
+    if not files:
+        raise DataError(
+            f"{config.source}: no parquet, jsonl or text file of split {config.hub_split!r}"
+            + (f" under {', '.join(patterns)}" if patterns else "")
+        )
+    return HubListing(repo, info.sha, tuple(files))
+
+
+def _patterns(config: DataConfig, configs: list[dict[str, Any]]) -> list[str]:
+    """Glob patterns of the split's files by the dataset's own card; none where the card says nothing."""
+    names = [each["config_name"] for each in configs]
+    if not configs:
+        return [f"{config.hub_config}/**", f"**/{config.hub_config}/**"] if config.hub_config else []
+    default = [each["config_name"] for each in configs if each.get("default") or len(configs) == 1]
+    name = config.hub_config or next(iter(default), "default")
+    if name not in names:
+        raise ConfigError("data.hub_config", config.hub_config, f"must be one of {_some(names)}")
+    entry = configs[names.index(name)]
+    files = entry.get("data_files", f"{entry['data_dir']}/**" if "data_dir" in entry else "**")
+    by_split: dict[str, list[str]] = {}
+    for each in files if isinstance(files, list) else [files]:
+        split, paths = (each["split"], each["path"]) if isinstance(each, dict) else ("train", each)
+        by_split.setdefault(split, []).extend(paths if isinstance(paths, list) else [paths])
+    if config.hub_split not in by_split:
+        raise ConfigError("data.hub_split", config.hub_split, f"must be one of {_some(list(by_split))}")
+    return by_split[config.hub_split]
+
+
+def _chosen(split: str, patterns: list[str], paths: list[str], *, by_card: bool) -> set[str]:
+    """Paths that a pattern matches; without a card's word, of these those named after the split, if any are."""
+    matching = {path for path in paths if not patterns or any(_glob(pattern).fullmatch(path) for pattern in patterns)}
+    named = re.compile(rf"(^|[/_.-]){re.escape(split)}([/_.-]|$)")
+    of_split = {path for path in matching if named.search(path)}
+    return matching if by_card or (split == "train" and not of_split) else of_split
+
+
+def _glob(pattern: str) -> re.Pattern[str]:
+    parts = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    pieces = re.split(r"(\*\*/|\*\*|\*|\?)", pattern)
+    return re.compile("".join(parts.get(piece, re.escape(piece)) for piece in pieces))
+
+
+def _folder_of(patterns: Iterable[str]) -> str | None:
+    """The folder that holds all that the patterns can match; None for the whole repository."""
+    folders = {re.split(r"[*?]", pattern)[0].rpartition("/")[0] for pattern in patterns}
+    return (folders.pop() or None) if len(folders) == 1 else None
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:20]) + (f" … ({len(names)} in all)" if len(names) > 20 else "")
+
+
+def reason(error: Exception) -> str:
+    """The first line of a library's error, without what may be secret in an address."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return _QUERY.sub("", line)
+
+
+def _library() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise MissingBackendError("data on the hub needs its library: pip install 'swamla[hub]'") from error
+    return cast(Any, huggingface_hub)
