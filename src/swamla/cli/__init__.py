@@ -21,7 +21,8 @@ COMMANDS = {
     "runs": "the runs in a folder: what they are, how far, how good",
     "plot": "curves of several runs in one picture",
     "prepare": "tokenize data ahead of training",
-    "info": "exact parameters, FLOPs and state bytes of a model, from its config alone",
+    "info": "what a model costs, before a weight exists: parameters, FLOPs, state, memory",
+    "doctor": "this machine as swamla sees it, and a self-check of about ten seconds",
 }
 INTERRUPTED = 130
 CLOSED_PIPE = 141  # what a shell reports for a program that SIGPIPE ended

@@ -1,0 +1,171 @@
+"""`swamla doctor`: this machine as swamla sees it, and whether it computes what it should."""
+
+import json
+import os
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swamla import __version__
+from swamla.cli.console import Console, say
+from swamla.cli.flags import parse
+from swamla.cli.info_tables import short
+from swamla.cli.plain import BLOCK_PARTS
+from swamla.cli.self_check import Outcome, run_checks, tiny_model
+from swamla.data.preparing import default_cache_dir
+from swamla.data.workers import available_cores
+from swamla.train.backends import describe, resolve_backends
+from swamla.train.precision import bf16_is_fast, resolve_device, resolve_precision
+
+# Optional libraries, and the extra that brings them.
+OPTIONAL = {"huggingface_hub": "hub", "tensorboard": "tracking", "wandb": "tracking", "torchao": "fp8"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Environment, devices, optional libraries, what `auto` chooses here, and a self-check of about ten seconds.
+
+    Nothing is fetched from the network. The exit status is 1 if a check fails.
+    """
+
+    json: bool = False
+    """Print one JSON object."""
+
+
+def main(argv: list[str]) -> int:
+    """Look, try, and tell."""
+    arguments, _ = parse(Arguments, argv, command="doctor")
+    device = resolve_device("auto")
+    found = {
+        "environment": _environment(),
+        "devices": _devices(),
+        "optional": {name: _version(name) for name in OPTIONAL},
+        "auto": _choices(device),
+        "storage": _storage(),
+    }
+    console = Console()
+    if not arguments.json:
+        _show(console, found)
+    outcomes = []
+    for outcome in run_checks(device):
+        outcomes.append(outcome)
+        if not arguments.json:
+            _show_outcome(console, outcome)
+    ok = all(outcome.ok for outcome in outcomes)
+    if arguments.json:
+        print(json.dumps(found | {"checks": [asdict(outcome) for outcome in outcomes], "ok": ok}))
+    else:
+        failed = sum(not outcome.ok for outcome in outcomes)
+        seconds = sum(outcome.seconds for outcome in outcomes)
+        verdict = "all is well" if ok else f"{failed} of {len(outcomes)} checks failed"
+        say(console, f"\n{verdict} ({seconds:.1f} s)")
+    return 0 if ok else 1
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "swamla": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": available_cores(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": _memory(),
+        "bf16_instructions": bf16_is_fast(torch.device("cpu")),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # no Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _memory() -> int:
+    """Bytes that this process may have: the machine's, or less where its container is limited."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def _devices() -> list[dict[str, Any]]:
+    """CUDA devices."""
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"{properties.major}.{properties.minor}"
+        found.append({"name": properties.name, "memory_bytes": properties.total_memory, "capability": capability})
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _choices(device: torch.device) -> dict[str, Any]:
+    """What "auto" means here."""
+    return {
+        "device": device.type,
+        "precision": resolve_precision("auto", device),
+        "backends": resolve_backends(tiny_model(torch.device("cpu")).config, device),
+        "mixers": list(BLOCK_PARTS["mixer"]),
+        "ffns": list(BLOCK_PARTS["ffn"]),
+    }
+
+
+def _storage() -> dict[str, Any]:
+    """Where data is cached, how much of it there is, and what is free there and here."""
+    cache = default_cache_dir()
+    existing = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
+    used = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) if cache.is_dir() else 0
+    return {
+        "cache": str(cache),
+        "cache_bytes": used,
+        "cache_free_bytes": shutil.disk_usage(existing).free,
+        "here_free_bytes": shutil.disk_usage(".").free,
+    }
+
+
+def _show(console: Console, found: dict[str, Any]) -> None:
+    environment, chosen, storage = found["environment"], found["auto"], found["storage"]
+    free = [short(storage[name], "B") for name in ("cache_free_bytes", "here_free_bytes")]
+    bf16 = "with bf16 instructions" if environment["bf16_instructions"] else "without bf16 instructions: fp32 is faster"
+    devices = [f"{d['name']}, {short(d['memory_bytes'], 'B')}, sm {d['capability']}" for d in found["devices"]]
+    rows = [
+        ("swamla", f"{environment['swamla']} on Python {environment['python']}, torch {environment['torch']}"),
+        ("system", environment["system"]),
+        ("CPU", f"{environment['cpu']}, {bf16}"),
+        ("cores", f"{environment['cores']}, of which torch uses {environment['threads']}"),
+        ("memory", short(environment["memory_bytes"], "B")),
+        ("CUDA", "; ".join(devices) or "no device"),
+        *((name, found["optional"][name] or f"missing: pip install 'swamla[{OPTIONAL[name]}]'") for name in OPTIONAL),
+        ("auto", f"{chosen['precision']} on {chosen['device']}; {describe(chosen['backends'])}"),
+        ("cache", f"{storage['cache']}, {short(storage['cache_bytes'], 'B')}"),
+        (
+            "disk",
+            f"{short(storage['cache_free_bytes'], 'B')} free there, {short(storage['here_free_bytes'], 'B')} here",
+        ),
+    ]
+    width = max(len(label) for label, _ in rows)
+    for label, text in rows:
+        say(console, f"{label:<{width}}  {text}")
+    say(console, "")
+
+
+def _show_outcome(console: Console, outcome: Outcome) -> None:
+    say(console, f"{'✓' if outcome.ok else '✗'} {outcome.name:<18}  {outcome.detail}")

@@ -1,0 +1,237 @@
+"""What `swamla doctor` tries: every op's fast path against its reference, and a tiny model all the way."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swamla.checkpoint import latest_checkpoint, load_into, save_checkpoint
+from swamla.model.block import BlockConfig
+from swamla.model.config import LanguageModelConfig
+from swamla.model.ffns.latent_moe import LatentMoEConfig
+from swamla.model.ffns.moe import MoEConfig
+from swamla.model.language_model import LanguageModel
+from swamla.model.mixers.gdn import GDNConfig
+from swamla.model.mixers.latent import LatentConfig
+from swamla.model.mixers.mha import MHAConfig
+from swamla.model.mixers.mla import MLAConfig
+from swamla.model.mixers.swa import SWAConfig
+from swamla.ops import (
+    Layout,
+    causal_attention,
+    chunked_cross_entropy,
+    gated_delta_rule,
+    l2_normalize,
+    rms_norm,
+    short_conv,
+    windowed_attention,
+)
+from swamla.ops.grouped_mm import grouped_mm
+from swamla.train.optim import AdamWConfig
+
+TOLERANCE = {"cpu": 1e-4, "cuda": 2e-3}  # of fp32 results, relative to their largest number
+STEPS = 30
+FALL = 0.7  # what a text of eight letters leaves of the first loss, at most
+
+Op = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a check ended. detail: what was found, or what went wrong."""
+
+    name: str
+    ok: bool
+    detail: str
+    seconds: float
+
+
+def run_checks(device: torch.device) -> Iterator[Outcome]:
+    """Every check, one after the other; none stops those behind it."""
+    for name, check in _checks():
+        started = time.monotonic()
+        generator_state = torch.get_rng_state()
+        torch.manual_seed(0)
+        try:
+            detail, ok = check(device), True
+        except Exception as error:  # whatever is wrong with this machine is what the user wants to know
+            first_line = (str(error).splitlines() or [""])[0]
+            detail, ok = f"{type(error).__name__}: {first_line}", False
+        torch.set_rng_state(generator_state)
+        yield Outcome(name=name, ok=ok, detail=detail, seconds=time.monotonic() - started)
+
+
+def _checks() -> list[tuple[str, Callable[[torch.device], str]]]:
+    return [
+        ("causal attention", _causal),
+        ("windowed attention", _windowed),
+        ("gated delta rule", _delta_rule),
+        ("short convolution", _convolution),
+        ("grouped products", _grouped),
+        ("cross-entropy", _cross_entropy),
+        ("RMSNorm", _norm),
+        ("training", _training),
+        ("step by step", _steps),
+        ("saving and loading", _saving),
+    ]
+
+
+class Wrong(Exception):
+    """A check that found a difference."""
+
+
+def compare(fast: Op, reference: Op, inputs: Sequence[Tensor], tolerance: float) -> str:
+    """Outputs, and gradients of every input; raises `Wrong` where they differ by more than `tolerance`."""
+    results = []
+    for op in (fast, reference):
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        out = op(*leaves)
+        upstream = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=out.dtype).view(out.shape)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, upstream)])
+    worst = max(_difference(a, b) for a, b in zip(*results, strict=True))
+    if not worst <= tolerance:  # NaN is no small number
+        raise Wrong(f"outputs and gradients differ from the reference by {worst:.1e}, allowed {tolerance:.0e}")
+    near = f"within {worst:.0e} of" if worst else "equal to"
+    return f"{near} the reference, gradients included"
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
+
+
+def _random(device: torch.device, *shape: int) -> Tensor:
+    return torch.randn(shape).to(device)
+
+
+def _documents(device: torch.device, time_: int) -> Layout:
+    """One row of three documents."""
+    cuts = torch.tensor([time_ // 5, time_ // 2])
+    return Layout.from_documents(torch.bucketize(torch.arange(time_), cuts, right=True)[None]).to(device)
+
+
+def _compare_backends(op: Op, inputs: Sequence[Tensor], device: torch.device) -> str:
+    return compare(
+        lambda *x: op(*x, backend="auto"), lambda *x: op(*x, backend="reference"), inputs, TOLERANCE[device.type]
+    )
+
+
+def _causal(device: torch.device) -> str:
+    seq, inputs = _documents(device, 200), [_random(device, 1, 200, 4, 32) for _ in range(3)]
+    return _compare_backends(lambda q, k, v, backend: causal_attention(q, k, v, seq, backend=backend), inputs, device)
+
+
+def _windowed(device: torch.device) -> str:
+    seq, inputs = _documents(device, 200), [_random(device, 1, 200, 4, 32) for _ in range(3)]
+
+    def op(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+        return windowed_attention(q, k, v, seq, window=48, sinks=4, backend=backend)
+
+    return _compare_backends(op, inputs, device)
+
+
+def _delta_rule(device: torch.device) -> str:
+    seq, (q, k, v) = _documents(device, 150), [_random(device, 1, 150, 2, 32) for _ in range(3)]
+    gates = [-_random(device, 1, 150, 2).exp(), _random(device, 1, 150, 2).sigmoid()]
+
+    def op(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, backend: str) -> Tensor:
+        return gated_delta_rule(l2_normalize(q), l2_normalize(k), v, log_alpha, beta, seq=seq, backend=backend)[0]
+
+    return _compare_backends(op, [q, k, v, *gates], device)
+
+
+def _convolution(device: torch.device) -> str:
+    seq, inputs = _documents(device, 150), [_random(device, 1, 150, 24), _random(device, 24, 4)]
+    return _compare_backends(lambda x, w, backend: short_conv(x, w, seq=seq, backend=backend), inputs, device)
+
+
+def _grouped(device: torch.device) -> str:
+    ends = torch.tensor([20, 20, 50, 64], dtype=torch.int32, device=device)
+    inputs = [_random(device, 64, 32), _random(device, 4, 32, 48)]
+    return _compare_backends(lambda x, w, backend: grouped_mm(x, w, ends, backend=backend), inputs, device)
+
+
+def _cross_entropy(device: torch.device) -> str:
+    labels = torch.arange(90, device=device) % 50
+    return compare(
+        lambda x, w: chunked_cross_entropy(x, w, labels, chunk=16),
+        lambda x, w: F.cross_entropy(x @ w.T, labels, reduction="sum"),
+        [_random(device, 90, 32), _random(device, 50, 32)],
+        TOLERANCE[device.type],
+    )
+
+
+def _norm(device: torch.device) -> str:
+    return compare(
+        lambda x, w: rms_norm(x, w, 1e-6),
+        lambda x, w: x * (x.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt() * w,
+        [_random(device, 40, 64), _random(device, 64)],
+        TOLERANCE[device.type],
+    )
+
+
+def tiny_model(device: torch.device) -> LanguageModel:
+    """A model with every mixer and every FFN."""
+    blocks = {
+        "mha": BlockConfig(mixer=MHAConfig(n_heads=2)),
+        "swa": BlockConfig(mixer=SWAConfig(n_heads=2, window=16)),
+        "mla": BlockConfig(
+            mixer=MLAConfig(n_heads=2, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32),
+            ffn=LatentMoEConfig(n_experts=8, n_activated=4, expert_hidden=32),
+        ),
+        "gdn": BlockConfig(mixer=GDNConfig(n_heads=2), ffn=MoEConfig(n_experts=4, n_activated=2, expert_hidden=32)),
+        "latent": BlockConfig(mixer=LatentConfig(n_heads=2)),
+    }
+    config = LanguageModelConfig(vocab_size=64, width=64, blocks=blocks, pattern=tuple(blocks))
+    return config.build().to(device)
+
+
+def _training(device: torch.device) -> str:
+    model = tiny_model(device).train()
+    optimizer = AdamWConfig().build(model, lr=3e-3, weight_decay=0.1)
+    tokens = torch.randint(8, (8, 64)).to(device)
+    losses = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        nats, _ = model.loss(tokens[:, :-1], tokens[:, 1:].contiguous())
+        (nats / tokens[:, 1:].numel()).backward()
+        optimizer.step()
+        losses.append(nats.item() / tokens[:, 1:].numel())
+    if not losses[-1] <= FALL * losses[0]:
+        raise Wrong(f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f} in {STEPS} steps, and must fall by 30 %")
+    return f"loss {losses[0]:.2f} → {losses[-1]:.2f} in {STEPS} steps, every mixer and FFN"
+
+
+@torch.no_grad()
+def _steps(device: torch.device) -> str:
+    """Experts are chosen by comparison, which rounding may turn over: this model has none."""
+    config = tiny_model(device).config
+    dense = {name: replace(block, ffn=BlockConfig(mixer=block.mixer).ffn) for name, block in config.blocks.items()}
+    model = replace(config, blocks=dense).build().to(device).eval()
+    tokens = torch.randint(64, (2, 40)).to(device)
+    state = model.init_state(2, 40)
+    pieces = [model.step(piece, state) for piece in (tokens[:, :17], *tokens[:, 17:].split(1, dim=1))]
+    worst = _difference(torch.cat(pieces, dim=1), model(tokens))
+    allowed = 10 * TOLERANCE[device.type]
+    if not worst <= allowed:
+        raise Wrong(f"logits differ from those of the whole sequence by {worst:.1e}, allowed {allowed:.0e}")
+    return f"a prompt and 23 single tokens within {worst:.0e} of the whole"
+
+
+@torch.no_grad()
+def _saving(device: torch.device) -> str:
+    model = tiny_model(device).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(Path(folder), 1, tensors={"model": model.state_dict()}, state={})
+        checkpoint = latest_checkpoint(Path(folder))
+        assert checkpoint is not None
+        other = tiny_model(device).eval()
+        load_into(other, checkpoint.tensors("model"), origin=folder)
+    tokens = torch.randint(64, (2, 40)).to(device)
+    if not torch.equal(model(tokens), other(tokens)):
+        raise Wrong("a model that was saved and loaded computes something else")
+    return "a checkpoint verifies and gives the same logits"
