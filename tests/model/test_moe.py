@@ -335,7 +335,7 @@ def test_the_model_names_statistics_by_layer_and_hands_them_back_to_the_router(c
         assert torch.equal(block.ffn.router.bias.double(), 0.25 * (load.mean() - load).sign())
 
 
-def test_a_fresh_model_draws_experts_as_it_draws_dense_ffns_and_the_latent_keeps_the_scale() -> None:
+def test_a_fresh_model_draws_experts_as_dense_ffns_and_the_way_out_of_the_latent_undoes_their_averaging() -> None:
     torch.manual_seed(0)
     latent = LatentMoEConfig(n_experts=16, n_activated=4, ratio=2)
     config = replace(one_layer(latent), width=128, pattern=("a",) * 8, init_std=0.05)
@@ -348,7 +348,7 @@ def test_a_fresh_model_draws_experts_as_it_draws_dense_ffns_and_the_latent_keeps
         (ffn.shared.gate_up_proj.weight, 0.05),
         (ffn.shared.down_proj.weight, 0.05 / 4),
         (ffn.latent_down_proj.weight, 128**-0.5),
-        (ffn.latent_up_proj.weight, inner**-0.5),
+        (ffn.latent_up_proj.weight, 4 * inner**-0.5),
     ]:
         assert weight.std().item() == pytest.approx(std, rel=0.05)
         assert abs(weight.mean().item()) < 4 * std * weight.numel() ** -0.5

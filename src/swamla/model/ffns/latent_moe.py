@@ -65,9 +65,15 @@ class LatentMoE(MoE):
         draw_alone(self)
 
     def own_start(self) -> dict[str, Draw]:
-        """The detour keeps the scale of what takes it."""
-        detour = {"latent_down_proj": self.latent_down_proj, "latent_up_proj": self.latent_up_proj}
-        return {f"{name}.weight": normal(projection.in_features**-0.5) for name, projection in detour.items()}
+        """The detour keeps the scale of what takes it; the way up makes a sum again of what the router averages.
+
+        Weights that sum to 1 leave of n_activated experts what one of them would add. A dense FFN adds them all up.
+        """
+        width, latent = self.latent_down_proj.in_features, self.latent_up_proj.in_features
+        return {
+            "latent_down_proj.weight": normal(width**-0.5),
+            "latent_up_proj.weight": normal(self.config.n_activated * latent**-0.5),
+        }
 
     def routed(self, x_ND: Tensor, dispatch: Dispatch, weight_NK: Tensor) -> Tensor:
         """What the routed experts make of tokens (N, D), by way of the latent."""
