@@ -1,5 +1,6 @@
 """What a training run is made of."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -47,13 +48,19 @@ class TrainConfig:
     tensorboard: also write TensorBoard event files, to RUN/tensorboard.
     wandb_project: also send the run to this project of Weights & Biases; offline where there is no key or no network.
     wandb_run_name: the run's name there; by default one that is drawn there.
+    hf_repo_id: USER/NAME of a repository on the Hugging Face Hub: each new best, and the end, is pushed there with all
+        it takes to train on. The token is HF_TOKEN of the environment.
+    hf_private: whether that repository is a private one, where it has to be made first.
+    profile: trace a few steps, from this process's beginning, to RUN/profile, and show where the time went.
+    profile_steps: how many steps are traced.
+    profile_warmup: steps before them, which take longer than others.
     seed: of the initial weights, the order of the data and dropout.
     precision: "auto" is bf16 autocast with fp32 weights where the machine has bf16 instructions, else fp32. "fp8"
         besides multiplies the large matrices in fp8, by torchao; "auto" never chooses it.
     checkpointing: what is computed again in the backward pass instead of being kept, which saves memory and changes no
         number: "none", "attention" (the mixers), "ffn" or "all" (whole blocks).
-    compile: "none", or a mode of torch.compile: "default", "reduce-overhead" (CUDA graphs) or "max-autotune". On a GPU
-        it pays, with fp8 all the more; on a CPU it took longer to start than it saved in quickstart's time.
+    compile: "none", or a mode of torch.compile: "default", "reduce-overhead" (CUDA graphs) or "max-autotune". Made
+        for GPUs: on two busy CPU cores the first step of quickstart's model waited 70 s for it.
     device: "auto" is CUDA where there is one, else the CPU.
     threads: CPU threads, none for torch's own choice.
     """
@@ -82,6 +89,11 @@ class TrainConfig:
     tensorboard: bool = False
     wandb_project: str = ""
     wandb_run_name: str = ""
+    hf_repo_id: str = ""
+    hf_private: bool = True
+    profile: bool = False
+    profile_steps: int = 5
+    profile_warmup: int = 2
     seed: int = 0
     precision: Precision = "auto"
     checkpointing: Checkpointing = "none"
@@ -102,10 +114,13 @@ class TrainConfig:
         ):
             value = self.__dict__[name]
             require(value is None or value > 0, name, value, "must be > 0, or left out")
-        for name in ("batch_size", "accumulation", "block_size", "keep_last", "log_interval"):
+        for name in ("batch_size", "accumulation", "block_size", "keep_last", "log_interval", "profile_steps"):
             require(self.__dict__[name] >= 1, name, self.__dict__[name], "must be >= 1")
         accumulates = self.batch_size % self.accumulation == 0
         require(accumulates, "accumulation", self.accumulation, f"must divide batch_size = {self.batch_size}")
+        require(self.profile_warmup >= 0, "profile_warmup", self.profile_warmup, "must be >= 0")
+        named = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)?", self.hf_repo_id, re.ASCII) is not None
+        require(named, "hf_repo_id", self.hf_repo_id, "must be USER/NAME, e.g. me/first-try")
         require(self.seed >= 0, "seed", self.seed, "must be >= 0")
         Curriculum.parse(self.curriculum, self.block_size)
         legal = not set(self.wandb_project) & set("/\\#?%:")
