@@ -1,7 +1,7 @@
 """Pure functions on tensors. Every op has a reference as close to its equation as code can be, and fast paths.
 
 One legend for shape suffixes: B batch, T time, S source time, D model width, H heads, G key heads, K key width,
-V value width (vocabulary in a head's weight), N rows, W convolution width, C chunk.
+V value width (vocabulary in a head's weight), N rows, W convolution width, C chunk, E experts, F FFN hidden.
 """
 
 from swamla.ops.attention import cached_attention, causal_attention, resolve_backend, windowed_attention
