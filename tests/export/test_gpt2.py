@@ -415,7 +415,7 @@ def test_an_exported_run_writes_the_same_text_in_transformers(
 
     import swamla
 
-    assert main(["export", str(home / "gpt2"), str(tmp_path / "out"), "--which", "latest"]) == 0
+    assert main(["export", str(home / "gpt2"), str(tmp_path / "out"), "--checkpoint", "latest"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("config.json", "model.safetensors", "tokenizer.json"))
     ours, tokenizer = swamla.load(home / "gpt2", "latest")
@@ -435,7 +435,7 @@ def test_which_checkpoint_is_exported_can_be_chosen(home: Path, tmp_path: Path) 
     import swamla
 
     for which in ("1", "latest"):
-        assert main(["export", str(home / "gpt2"), str(tmp_path / which), "--which", which, "--format", "gpt2"]) == 0
+        assert main(["export", str(home / "gpt2"), str(tmp_path / which), "--checkpoint", which, "--format", "gpt2"]) == 0
         expected = swamla.load(home / "gpt2", which)[0].state_dict()
         found = load_gpt2(tmp_path / which).state_dict()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

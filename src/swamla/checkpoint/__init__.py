@@ -14,11 +14,12 @@ from swamla.checkpoint.folder import (
     step_of,
     verify,
 )
-from swamla.checkpoint.run import find_checkpoint, load, load_into, read_run_config
+from swamla.checkpoint.run import best_step, find_checkpoint, load, load_into, read_run_config
 
 __all__ = [
     "FORMAT_VERSION",
     "Checkpoint",
+    "best_step",
     "find_checkpoint",
     "latest_checkpoint",
     "list_checkpoints",

@@ -39,17 +39,22 @@ def find_checkpoint(run_dir: Path, which: str = "best") -> Checkpoint:
             have = ", ".join(str(step_of(p)) for p in list_checkpoints(directory)) or "none"
             raise UsageError(f"{run_dir}: no checkpoint of step {which}; there are: {have}")
         return load_checkpoint(path)
-    best = directory / "best.json"
-    if which == "best" and best.exists():
+    if which == "best":
         try:
-            step = entry(read_json(best, inside=directory), "step", int, file=best)
-            return load_checkpoint(directory / step_name(step))
+            if (step := best_step(directory)) is not None:
+                return load_checkpoint(directory / step_name(step))
         except CorruptError as error:
             warnings.warn(f"the best checkpoint is damaged, using the latest: {error}", stacklevel=2)
     latest = latest_checkpoint(directory)
     if latest is None:
         raise UsageError(f"{run_dir}: holds no checkpoint (looked in {directory})")
     return latest
+
+
+def best_step(directory: Path) -> int | None:
+    """The step that best.json names, None where there is none. Raises `CorruptError` for one that says nothing."""
+    best = directory / "best.json"
+    return entry(read_json(best, inside=directory), "step", int, file=best) if best.exists() else None
 
 
 def load(run_dir: str | Path, which: str = "best", *, raw: bool = False) -> "tuple[LanguageModel, Tokenizer]":

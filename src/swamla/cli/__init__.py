@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": "held-out loss, perplexity and bits per byte of a trained model",
     "export": "a trained model as a folder that other programs load",
     "runs": "the runs in a folder: what they are, how far, how good",
+    "checkpoint": "what a run has saved: list it, verify it, convert it",
     "plot": "curves of several runs in one picture",
     "prepare": "tokenize data ahead of training",
     "info": "what a model costs, before a weight exists: parameters, FLOPs, state, memory",

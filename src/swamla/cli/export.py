@@ -22,15 +22,15 @@ class Arguments:
     """Where to write: a folder that is not there yet, or is empty."""
     format: Literal["gpt2"] = "gpt2"
     """gpt2: what GPT2LMHeadModel.from_pretrained of transformers loads, for models that are GPT-2s."""
-    which: str = "best"
-    """The checkpoint: best, latest, or a step."""
+    checkpoint: str = "best"
+    """best, latest, or a step."""
 
 
 def main(argv: list[str]) -> int:
     """Load and write."""
     arguments, _ = parse(Arguments, argv, command="export")
     folder = checked(arguments.folder)
-    model, tokenizer = load(checked(arguments.run), arguments.which)
+    model, tokenizer = load(checked(arguments.run), arguments.checkpoint)
     FORMATS[arguments.format](model, folder, tokenizer=tokenizer)
     files = ", ".join(sorted(path.name for path in folder.iterdir()))
     say(Console(), f"{folder} holds {files}")

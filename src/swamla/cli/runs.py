@@ -143,7 +143,7 @@ def _table(runs: list[Run], now: float) -> Table:
     for run in runs:
         sizes = (_short(run.parameters), _short(run.steps), _short(run.tokens))
         losses = (_figure(run.loss), _figure(run.held_out_loss), _figure(run.bits_per_byte))
-        table.add_row(run.name, run.pattern, *sizes, *losses, _age(now, run.modified), run.state)
+        table.add_row(run.name, run.pattern, *sizes, *losses, age(now, run.modified), run.state)
     return table
 
 
@@ -159,7 +159,8 @@ def _short(count: int) -> str:
     return str(count)
 
 
-def _age(now: float, then: float) -> str:
+def age(now: float, then: float) -> str:
+    """How long ago: 3 h."""
     seconds = max(0.0, now - then)
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:

@@ -1,0 +1,170 @@
+"""`swamla checkpoint`: what a run has saved, whether it is whole, and the same in another layout."""
+
+import json
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from swamla.checkpoint import best_step, list_checkpoints, step_of, verify
+from swamla.cli.console import Console, say
+from swamla.cli.flags import Positional, parse
+from swamla.cli.info_tables import short
+from swamla.cli.running import checked
+from swamla.cli.runs import age
+from swamla.config import did_you_mean
+from swamla.errors import CorruptError, SwamlaError, UsageError
+
+HELP = """usage: swamla checkpoint list RUN
+       swamla checkpoint verify RUN|CHECKPOINT
+
+list      the checkpoints of a run: step, size, age, which is the best and which the latest
+verify    every file against its manifest; exit status 3, naming the file, where one is damaged
+
+Each takes --json and --help."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class List:
+    """The checkpoints of a run, oldest first."""
+
+    run: Positional[str]
+    """The run's folder."""
+    verify: bool = False
+    """Read every file and compare its SHA-256; otherwise only sizes are compared."""
+    json: bool = False
+    """Print a JSON list."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Every file of a checkpoint, or of all checkpoints of a run, against its manifest."""
+
+    path: Positional[str]
+    """A run's folder, or one checkpoint: RUN/checkpoints/step-00000500."""
+    json: bool = False
+    """Print a JSON list."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One checkpoint. state: "whole" (all files, in their sizes), "verified" (their SHA-256 too), or what is wrong."""
+
+    path: str
+    step: int
+    bytes: int
+    written: float
+    best: bool
+    latest: bool
+    layout: str
+    state: str
+    damaged: bool
+
+
+def main(argv: list[str]) -> int:
+    """Choose."""
+    actions = {"list": _list, "verify": _verify}
+    action = argv[0] if argv else "--help"
+    if action in ("-h", "--help"):
+        print(HELP)
+        return 0
+    if action not in actions:
+        raise UsageError(f"swamla checkpoint {action}: {did_you_mean(action, list(actions))}")
+    return actions[action](argv[1:])
+
+
+def _list(argv: list[str]) -> int:
+    arguments, _ = parse(List, argv, command="checkpoint list")
+    run = checked(arguments.run)
+    rows = _rows(_of_run(run), hashes=arguments.verify)
+    if arguments.json:
+        print(json.dumps([_plain(row) for row in rows]))
+        return 0
+    if not rows:
+        say(Console(), f"no checkpoints in {run}")
+        return 0
+    Console().print(_table(rows, time.time()))
+    return 0
+
+
+def _verify(argv: list[str]) -> int:
+    arguments, _ = parse(Verify, argv, command="checkpoint verify")
+    path = checked(arguments.path)
+    paths = [path] if (path / "manifest.json").exists() or path.name.startswith("step-") else _of_run(path)
+    if not paths or not path.is_dir():
+        raise UsageError(f"{path}: there is no checkpoint to verify")
+    rows = _rows(paths, hashes=True)
+    if arguments.json:
+        print(json.dumps([_plain(row) for row in rows]))
+    else:
+        for row in rows:
+            say(Console(), f"{row.path}: {row.state}" if not row.damaged else f"damaged: {row.state}")
+    damaged = [row.state for row in rows if row.damaged]
+    if damaged:
+        raise CorruptError(f"{len(damaged)} of {len(rows)} checkpoints damaged: {damaged[0]}")
+    return 0
+
+
+def _of_run(run: Path) -> list[Path]:
+    if not (run / "checkpoints").is_dir():
+        raise UsageError(f"{run}: not a run's folder (it has no folder checkpoints)")
+    return list_checkpoints(run / "checkpoints")
+
+
+def _rows(paths: list[Path], *, hashes: bool) -> list[Row]:
+    directory = paths[0].parent if paths else Path()
+    newest = list_checkpoints(directory)[-1:]
+    try:
+        best = best_step(directory)
+    except CorruptError as error:
+        warnings.warn(str(error), stacklevel=2)
+        best = None
+    return [_row(path, step_of(path) == best, path in newest, hashes) for path in paths]
+
+
+def _row(path: Path, best: bool, latest: bool, hashes: bool) -> Row:
+    """What a checkpoint is, damaged or not."""
+    layout, state, damaged = "–", "verified" if hashes else "whole", False
+    try:
+        layout = _layout(verify(path, hashes=hashes))
+    except SwamlaError as error:
+        state, damaged = str(error), True
+    return Row(
+        path=str(path),
+        step=step_of(path),
+        bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        written=path.stat().st_mtime,
+        best=best,
+        latest=latest,
+        layout=layout,
+        state=state,
+        damaged=damaged,
+    )
+
+
+def _layout(manifest: dict[str, Any]) -> str:
+    shards = sum(name.startswith("model/") for name in manifest["files"])
+    return f"{shards} shards" if shards else "single"
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    return asdict(row) | {"written": datetime.fromtimestamp(row.written).astimezone().isoformat()}
+
+
+def _table(rows: list[Row], now: float) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    for heading in ("step", "size", "when"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("layout", no_wrap=True)
+    table.add_column("state", overflow="fold")
+    for row in rows:
+        marks = " ".join(name for name, it_is in (("best", row.best), ("latest", row.latest)) if it_is)
+        state = f"damaged: {row.state}" if row.damaged else row.state
+        table.add_row(str(row.step), short(row.bytes, "B"), age(now, row.written), marks, row.layout, Text(state))
+    return table
