@@ -12,6 +12,13 @@ from swamla.train.precision import autocast
 
 from .helpers import MIXERS, losses, model_of, run, tiny_config, weights
 
+
+@pytest.fixture(autouse=True)
+def _no_plots(monkeypatch):
+    """Most of a tiny run's time."""
+    monkeypatch.setattr("swamla.train.loop.plot_losses", lambda *args, **options: None)
+
+
 HYBRID = ("gdn", "swa", "mla", "mha")
 CHOICES = ("attention", "ffn", "all")
 DOCUMENTS_BT = torch.tensor([[0] * 11 + [1] * 13 + [2] * 8, [0] * 32])

@@ -20,6 +20,13 @@ from swamla.train.compile import compile_blocks
 from .helpers import MIXERS, held_out, losses, model_of, run, tiny_config, weights
 from .test_resume import digests, stop_after
 
+
+@pytest.fixture(autouse=True)
+def _no_plots(monkeypatch):
+    """Most of a tiny run's time."""
+    monkeypatch.setattr("swamla.train.loop.plot_losses", lambda *args, **options: None)
+
+
 CPU = torch.device("cpu")
 
 
@@ -77,7 +84,6 @@ def test_losses_and_gradients_are_the_uncompiled_ones_and_other_documents_compil
 
 @needs_compiler
 def test_a_compiled_run_resumes_to_the_bit_and_is_the_uncompiled_one_within_rounding(tmp_path, monkeypatch, dataset):
-    monkeypatch.setattr("swamla.train.loop.plot_losses", lambda *args, **options: None)
     stages = {"curriculum": "16:200,32:inf", "eval_interval": 2, "steps": 4, "ema": 0.5, "accumulation": 2}
     config = tiny_config(compile="default", **stages)
     score = held_out(dataset)

@@ -17,6 +17,13 @@ from swamla.train.curriculum import Curriculum, cut
 from .helpers import losses, model_of, run, tiny_config, weights
 from .test_resume import digests, stop_after
 
+
+@pytest.fixture(autouse=True)
+def _no_plots(monkeypatch):
+    """Most of a tiny run's time."""
+    monkeypatch.setattr("swamla.train.loop.plot_losses", lambda *args, **options: None)
+
+
 # Steps are of 4 × 32 = 128 tokens: two of length 8, one of 16 (it begins at 256, before 330), the rest of 32.
 STAGES = "8:130,16:0.2K,32:inf"
 

@@ -16,6 +16,12 @@ from .helpers import held_out, losses, model_of, run, tiny_config, weights
 from .test_resume import digests, stop_after
 
 
+@pytest.fixture(autouse=True)
+def _no_plots(monkeypatch):
+    """Most of a tiny run's time."""
+    monkeypatch.setattr("swamla.train.loop.plot_losses", lambda *args, **options: None)
+
+
 def test_the_average_is_the_weighted_mean_of_the_weights_after_every_step():
     model, history = nn.Linear(3, 2), []
     average = WeightAverage(model, 0.9)
