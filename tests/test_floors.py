@@ -14,6 +14,7 @@ FLOORS = [
     {"config", "files", "ops"},
     {"model", "data", "recipes", "tensor_file"},
     {"checkpoint", "generate"},
+    {"hub"},
     {"train", "evaluate", "export"},
     {"cli"},
 ]

@@ -48,3 +48,13 @@ def require(condition: bool, field: str, got: Any, allowed: str) -> None:
     """Raise `ConfigError` unless `condition` holds; `allowed` says what would be accepted, with an example."""
     if not condition:
         raise ConfigError(field, got, allowed)
+
+
+class OutOfMemory(SwamlaError):
+    """Training needed more memory than there is; its notes name what would need less."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for Python's and CUDA's own errors; on the CPU torch has none, only words."""
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or (isinstance(error, RuntimeError) and "allocate memory" in str(error))

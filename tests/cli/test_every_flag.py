@@ -98,6 +98,13 @@ def changed(recipe: str, base: str, line: str) -> set[str]:
     return {re.sub(r"^model\.blocks\.\w+\.", "model.blocks.*.", field) for field in found}
 
 
+MEANT_OF = {  # what these say more about, which has to be there
+    "wandb_run_name": "--wandb_project p",
+    "hub_config": "--data hf:owner/name",
+    "hub_revision": "--data hf:owner/name",
+}
+
+
 def candidates(flag: Flag) -> list[str]:
     """Values to try, as text: one of them is sure to be allowed, and another than what the config has."""
     found: list[str] = []
@@ -111,7 +118,7 @@ def candidates(flag: Flag) -> list[str]:
         elif option is float:
             found += ["0.125", "0.5", "3e-3"]
         elif option is str:
-            found += ["reference", "byte", "512:1M,1024:inf"]
+            found += ["reference", "byte", "512:1M,1024:inf", "me/mine"]
     return found
 
 
@@ -123,8 +130,8 @@ def lines(flag: Flag) -> list[str]:
 
 def chosen_first(flag: Flag) -> str:
     """What has to be said before a flag means something, as --optimizer lion before --lion_moments."""
-    if flag.name == "wandb_run_name":  # of what project?
-        return "--wandb_project p"
+    if flag.name in MEANT_OF:
+        return MEANT_OF[flag.name]
     _section, name, *rest = flag.field.split(".")
     kind = flag.name.removesuffix(f"_{rest[-1]}") if rest else ""
     return f"--{name} {kind}" if rest and name != "blocks" and rest != ["kind"] else ""
@@ -329,7 +336,9 @@ def test_tokenizer_names_are_ours_or_the_hubs(name: str, tokenizer: str) -> None
         ("--deltanet_share_qk", "no block of the model has the mixer gdn"),
         ("--local_mixer mha", "--local_mixer mha: must be one of swa, gdn"),
         ("--pattern mha --local_mixer gdn", "--local_mixer gdn: no layer of the pattern is local: mha"),
-        ("--hf_repo_id me/mine", "unknown flag --hf_repo_id; uploading to and resuming from the hub is not there yet"),
+        ("--hf_repo_id mine", "train.hf_repo_id = 'mine' (--hf_repo_id): must be USER/NAME, e.g. me/first-try"),
+        ("--hf_repo_id hf_A1B2C3D4E5F6", "looks like a secret: keep it out of configs"),
+        ("--hf_token secret", "unknown flag --hf_token; the token is read from HF_TOKEN in the environment"),
         ("--use_engram", "unknown flag --use_engram; swamla has no engram memory"),
         ("--use_triton_kernels", "unknown flag --use_triton_kernels; there is no switch for Triton"),
         ("--no_use_moe", "unknown flag --no_use_moe"),

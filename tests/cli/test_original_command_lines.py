@@ -126,10 +126,10 @@ def test_wrong_arguments_end_with_the_usage_and_status_2(arguments: tuple[str, .
     assert done.stderr.startswith(message)
 
 
-def test_a_repository_of_the_hub_is_refused_in_one_line(home: Path) -> None:
-    done = script("train_swa_mla_latent_deltanet.sh", "8", "64", "out", "false", "adamw", "me/mine")
+def test_a_repository_of_the_hub_without_a_token_is_refused_in_one_line(home: Path) -> None:
+    done = script("train_swa_mla_latent_deltanet.sh", "8", "64", "out", "false", "adamw", "me/mine", HF_TOKEN="")
     assert done.returncode == 2
-    assert "--hf_repo_id; uploading to and resuming from the hub is not there yet" in done.stderr
+    assert "train.hf_repo_id: pushing needs HF_TOKEN in the environment" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (home / "out").exists()
 

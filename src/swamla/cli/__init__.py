@@ -1,7 +1,8 @@
 """The command line: a table of commands, each imported when it is chosen, and one way to end with an error.
 
 Exit status: 0 done, 1 a bug in swamla, 2 bad input, 3 a corrupt artefact, 75 stopped by SIGTERM with the state saved,
-130 stopped by Ctrl-C. An error is one line on stderr; --debug, anywhere on the line, shows the traceback instead.
+130 stopped by Ctrl-C. An error is one line on stderr, with advice on lines of its own; --debug, anywhere on the line,
+shows the traceback instead.
 """
 
 import os
@@ -10,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
-from swamla.errors import SwamlaError, UsageError
+from swamla.errors import SwamlaError, UsageError, is_out_of_memory
 
 COMMANDS = {
     "quickstart": "train a small hybrid model on this Python's own source files (about 3 minutes)",
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         message, status = _explain(error)
         print(f"swamla: error: {message}", file=sys.stderr)
+        for note in getattr(error, "__notes__", ()):
+            print(f"swamla: {note}", file=sys.stderr)
         return status
 
 
@@ -103,16 +106,10 @@ def _explain(error: BaseException) -> tuple[str, int]:
         case OSError(filename=str() | bytes() | os.PathLike()):
             return f"{error.filename}: {error.strerror}", SwamlaError.exit_status
     first_line = (str(error).splitlines() or [""])[0]
-    if _out_of_memory(error):
+    if is_out_of_memory(error):
         mend = "a smaller batch_size, more accumulation or a smaller block_size needs less"
         return f"out of memory: {first_line}; {mend}", SwamlaError.exit_status
     return f"a bug in swamla: {type(error).__name__}: {first_line} (--debug shows the traceback)", 1
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """True for Python's and CUDA's own errors; on the CPU torch has none, only words."""
-    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return known or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
 
 
 def _one_line_warning(message: Warning | str, category: type[Warning], *_: object) -> None:

@@ -15,15 +15,14 @@ from swamla.cli.run_config import chosen_recipe, read_recipe
 from swamla.data.config import DataConfig, parse_bpe
 from swamla.errors import UsageError
 from swamla.model.accounting import (
-    activation_bytes,
     all_mha_state_bytes,
     count_parameters,
-    parameter_shapes,
     state_bytes,
     training_flops_per_token,
 )
 from swamla.model.config import LanguageModelConfig
 from swamla.train.config import RunConfig
+from swamla.train.memory_advice import training_bytes
 from swamla.train.precision import resolve_device, resolve_precision
 
 LENGTHS = (256, 1024, 4096, 16384, 65536)
@@ -142,27 +141,13 @@ def _costs(model: LanguageModelConfig) -> dict[str, Any]:
 
 def _training(config: RunConfig) -> dict[str, Any]:
     """Memory of a training step as the recipe has it; the activations are an estimate."""
-    train, shapes = config.train, parameter_shapes(config.model)
-    weights = 4 * count_parameters(config.model).total
+    train = config.train
     precision = resolve_precision(train.precision, resolve_device(train.device))
-    rows = train.batch_size // train.accumulation
-    activations = activation_bytes(
-        config.model,
-        rows * train.block_size,
-        element_bytes=4 if precision == "fp32" else 2,
-        checkpointing=train.checkpointing,
-    )
-    parts = {
-        "weights": weights,
-        "gradients": weights,
-        "optimizer_state": train.optimizer.state_bytes(shapes),
-        "averaged_weights": weights if train.ema is not None else 0,
-        "activations_estimate": activations,
-    }
+    parts = training_bytes(config, precision)
     return {
         "optimizer": train.optimizer.kind,
         "precision": precision,
-        "micro_batch": [rows, train.block_size],
+        "micro_batch": [train.batch_size // train.accumulation, train.block_size],
         "checkpointing": train.checkpointing,
         "bytes": parts | {"sum": sum(parts.values())},
     }

@@ -23,7 +23,7 @@ from swamla.train.config import TrainConfig
 
 SAME = (
     *("batch_size", "block_size", "dropout", "weight_decay", "grad_clip", "seed"),
-    *("log_interval", "eval_interval", "save_interval", "wandb_project", "wandb_run_name", "swa_window"),
+    *("log_interval", "eval_interval", "save_interval", "wandb_project", "wandb_run_name", "swa_window", "hf_repo_id"),
     *("mla_q_lora_rank", "mla_kv_lora_rank", "mla_qk_nope_head_dim", "mla_qk_rope_head_dim", "mla_v_head_dim"),
 )
 RENAMED = {
@@ -69,9 +69,8 @@ NO_EFFECT = {
     "use_varlen_attn": "packed documents never see each other, whatever the kernel",
     "disable_tf32": "swamla never switches TF32 on",
 }
-_HUB_LATER = "uploading to and resuming from the hub is not there yet; the run's folder holds all there is to upload"
 _REFUSED = {
-    r"hf_repo_id|resume_from_hf|hf_.*": _HUB_LATER,
+    r"hf_token|hub_token": "the token is read from HF_TOKEN in the environment, so that it is stored nowhere",
     r".*engram.*": "swamla has no engram memory",
     r".*mup.*": "swamla has no muP; learning rates are given for the model as it is",
     r".*wedlm.*": "swamla has no WeDLM; every model is causal",

@@ -13,6 +13,7 @@ from swamla.data.preparing import Dataset, prepare
 from swamla.data.sampler import PackedRows
 from swamla.errors import Interrupted, UsageError
 from swamla.evaluate import evaluate_split
+from swamla.hub import pull
 from swamla.model.language_model import LanguageModel
 from swamla.train import RunConfig, TrainConfig, TrainState, train
 from swamla.train.run_folder import require_empty
@@ -80,6 +81,13 @@ def run_training(
     except Interrupted as stop:
         go_on = f"{program()} {command} --resume {shlex.quote(str(run_dir))}"
         raise Interrupted(f"{stop}; go on with: {go_on}", stop.exit_status) from None
+
+
+def fetch_run(repo_id: str, run_dir: Path, revision: str, console: Console) -> None:
+    """Make the new folder `run_dir` from a run on the hub; says from which commit. Raises as `swamla.hub.pull` does."""
+    with console.status(f"fetching {repo_id} …"):
+        pulled = pull(repo_id, run_dir, revision=revision)
+    say(console, f"{repo_id} at commit {pulled.commit}, step {pulled.step}, is in {run_dir}")
 
 
 def validation(

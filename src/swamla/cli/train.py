@@ -11,8 +11,9 @@ from swamla.cli.flags import Positional, parse
 from swamla.cli.original_flags import add_original_flags, bare_compile, refusal, workers
 from swamla.cli.overrides import add_flags
 from swamla.cli.run_config import chosen_recipe, read_recipe
-from swamla.cli.running import new_folder, prepare_data, resume_here, resumed_folder, run_training
+from swamla.cli.running import fetch_run, new_folder, prepare_data, resume_here, resumed_folder, run_training
 from swamla.errors import UsageError
+from swamla.hub import require_hub
 from swamla.recipes import recipe_names
 
 
@@ -30,6 +31,10 @@ class Arguments:
     """Continue the run in this folder, or in output_dir, or the newest of that name, bit for bit."""
     resume_from: str = ""
     """The same; a folder must be named."""
+    resume_from_hf: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Continue the run in --hf_repo_id, in a new folder."""
+    hf_revision: str = ""
+    """Of the repository: a branch, a tag or a commit; by default the newest."""
 
 
 Arguments.__doc__ = f"""Train a model, on whatever --data points to. Recipes: {", ".join(recipe_names())}."""
@@ -41,11 +46,16 @@ def main(argv: list[str]) -> int:
     takes = add_flags(add_original_flags(Arguments))
     arguments, given = parse(takes, bare_compile(resume_here(argv)), command="train", refusal=refusal)
     named = chosen_recipe(arguments.recipe, arguments.size)
+    console = Console()
+    from_hub = _is_from_hub(arguments, given)
     resume = not given.isdisjoint(("resume", "resume_from"))
-    run_dir = _folder(arguments, named, resume)
+    run_dir = _folder(arguments, arguments.hf_repo_id if from_hub else named, resume)
+    if from_hub:
+        fetch_run(arguments.hf_repo_id, run_dir, arguments.hf_revision, console)
+        resume = True
     recipe = str(run_dir / "config.json") if resume else named
     config = read_recipe(recipe, arguments, given)
-    console = Console()
+    require_hub(config.train.hf_repo_id)
     say(console, f"{'resuming' if resume else 'training'} {recipe} in {run_dir}")
     dataset = prepare_data(config.data, console, block_size=config.train.block_size, workers=workers(arguments, given))
     run_training(config, dataset, run_dir, console, command="train", resume=resume)
@@ -61,6 +71,19 @@ def _folder(arguments: Any, recipe: str, resume: bool) -> Path:
     return (
         resumed_folder(arguments.resume or arguments.resume_from, folder, name) if resume else new_folder(folder, name)
     )
+
+
+def _is_from_hub(arguments: Any, given: frozenset[str]) -> bool:
+    """Whether the run is one on the hub. Raises `UsageError` where that cannot be told which, or is told otherwise."""
+    if not arguments.resume_from_hf:
+        if arguments.hf_revision:
+            raise UsageError("--hf_revision is of the repository that --resume_from_hf continues: give both, or none")
+        return False
+    if "hf_repo_id" not in given:
+        raise UsageError("--resume_from_hf: say of which repository: --hf_repo_id USER/NAME")
+    if arguments.recipe or not given.isdisjoint(("resume", "resume_from", "size")):
+        raise UsageError("--resume_from_hf takes the recipe, and the run, from the hub: no other can be named")
+    return True
 
 
 def _check_name(name: str) -> str:

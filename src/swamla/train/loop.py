@@ -11,13 +11,16 @@ from swamla.checkpoint import latest_checkpoint, list_checkpoints, mark_best, pr
 from swamla.data.dataset import Dataset
 from swamla.data.sampler import PackedRows
 from swamla.errors import Interrupted, SwamlaError
+from swamla.hub import Pushes, require_hub
 from swamla.model.accounting import training_flops_per_token
 from swamla.model.language_model import LanguageModel
 from swamla.train.backends import describe
 from swamla.train.config import RunConfig
 from swamla.train.curriculum import cut
+from swamla.train.memory_advice import advised
 from swamla.train.plot import plot_losses
 from swamla.train.precision import autocast
+from swamla.train.profiling import Profiling
 from swamla.train.router_health import RouterHealth
 from swamla.train.run_folder import open_run
 from swamla.train.signals import StopRequest
@@ -53,10 +56,11 @@ def train(
     evaluate: called with the model, in the run's precision; returns at least "loss", the held-out loss in nats per
     token. on_start: called once before the first step. Returns the state at the end, with the last weights.
     Raises `Interrupted` after SIGTERM (exit 75) or Ctrl-C (exit 130), when all is saved; `Diverged` when 20 steps in a
-    row had no finite gradient; and as `require_trackers` and `open_run` do.
+    row had no finite gradient; `OutOfMemory`; and as `require_trackers`, `require_hub` and `open_run` do.
     """
     run_dir = Path(run_dir)
     require_trackers(config.train)
+    require_hub(config.train.hf_repo_id)
     with open_run(config, run_dir, dataset=dataset, resume=resume) as (config, state):
         _train(config, run_dir, dataset, state, evaluate, resume, console or Console(), on_start)
     return state
@@ -73,13 +77,22 @@ def _train(
     on_start: Callable[[TrainState], None] | None,
 ) -> None:
     """Train in a folder that was opened."""
-    resume_after = state.step if resume else None
+    settings, resume_after = config.train, state.step if resume else None
     with (
+        advised(config, state.precision, state.device, run_dir),
         StopRequest() as stop,
-        make_display(console, config.train.log_interval) as display,
-        Records(config.train, run_dir, resume_after=resume_after, say=display.say) as metrics,
+        make_display(console, settings.log_interval) as display,
+        Records(settings, run_dir, resume_after=resume_after, say=display.say) as metrics,
+        Pushes(
+            settings.hf_repo_id,
+            run_dir,
+            private=settings.hf_private,
+            say=display.say,
+            hurry=lambda: bool(stop.received),
+        ) as hub,
+        Profiling(settings, run_dir, state.device, first_step=state.step + 1, say=display.say) as profiling,
     ):
-        loop = _Loop(config, run_dir, dataset, state, evaluate, metrics, display)
+        loop = _Loop(config, run_dir, dataset, state, evaluate, metrics, display, hub, profiling)
         loop.announce(resume)
         if on_start is not None:
             generators = generator_states()
@@ -100,11 +113,14 @@ class _Loop:
         evaluate: Evaluate | None,
         metrics: Records,
         display: Display,
+        hub: Pushes,
+        profiling: Profiling,
     ) -> None:
         self.config, self.run_dir, self.state = config.train, run_dir, state
         self.model, self.peak = config.model, peak_of(state.device, state.precision)
         self.checkpoints = run_dir / "checkpoints"
         self.evaluate, self.metrics, self.display = evaluate, metrics, display
+        self.hub, self.profiling = hub, profiling
         self.router_health = RouterHealth()
         eos_id = dataset.tokenizer.eos_id
         self.rows = PackedRows(dataset.train, self.config.block_size, self.config.seed, eos_id)
@@ -131,6 +147,8 @@ class _Loop:
         """Step until the budget is spent or somebody asks to stop; then evaluate, if nobody did, and save."""
         while not stop.received and (progress := self.progress()) < 1:
             self.step(progress)
+            self.profiling.step()
+            self.hub.attend()
             if self.evaluation_is_due():
                 self.evaluate_now()
             if self.save_is_due():
@@ -252,6 +270,7 @@ class _Loop:
             state.best_step, state.best_loss = state.step, found["loss"]
             self.save()
             mark_best(self.checkpoints, state.best_step, state.best_loss)
+            self.hub.push()
 
     def save(self) -> None:
         """Save this moment unless that is done already, then let go of checkpoints that are no longer kept."""

@@ -43,7 +43,8 @@ MAY_CHANGE = (
     *("train.lr", "train.min_lr_ratio", "train.schedule", "train.warmup", "train.decay"),
     *("train.weight_decay", "train.grad_clip", "train.save_interval", "train.keep_last"),
     *("train.eval_interval", "train.eval_seconds", "train.eval_tokens"),
-    *("train.tensorboard", "train.wandb_project", "train.wandb_run_name"),
+    *("train.tensorboard", "train.wandb_project", "train.wandb_run_name", "train.hf_repo_id", "train.hf_private"),
+    *("train.profile", "train.profile_steps", "train.profile_warmup"),
 )
 
 

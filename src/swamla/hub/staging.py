@@ -1,0 +1,60 @@
+"""What a run looks like on the hub: a folder made from files alone, of hard links, so that training may go on."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from swamla.checkpoint import Checkpoint, list_checkpoints, step_name
+from swamla.errors import UsageError
+from swamla.files import entry, read_json
+from swamla.hub.card import model_card
+from swamla.tensor_file import save_tensors
+
+COPIED = ("config.json", "tokenizer.json", "metrics.jsonl", "loss.png", "wandb/run_id")  # what a run may rewrite
+BEST, WEIGHTS = "checkpoints/best.json", "model.safetensors"
+
+
+def stage(run_dir: Path, folder: Path, repo_id: str) -> int:
+    """Fill the new `folder` with what goes to the hub, and return the newest checkpoint's step.
+
+    Raises `UsageError` for a run without a checkpoint, `CorruptError` and `OSError` where files are not as they should.
+    """
+    checkpoints = list_checkpoints(run_dir / "checkpoints")
+    if not checkpoints:
+        raise UsageError(f"{run_dir}: holds no checkpoint to push")
+    newest = judged = checkpoints[-1]
+    if (run_dir / BEST).exists():
+        step = entry(read_json(run_dir / BEST, inside=run_dir), "step", int, file=run_dir / BEST)
+        judged = newest.with_name(step_name(step))
+        _link(run_dir / BEST, folder / BEST)
+    for checkpoint in {newest, judged}:
+        for file in (path for path in checkpoint.rglob("*") if path.is_file()):
+            _link(file, folder / file.relative_to(run_dir))
+    for name in COPIED:
+        if (run_dir / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(run_dir / name, folder / name)
+    _weights(judged, folder / WEIGHTS)
+    state = read_json(judged / "state.json", inside=judged)
+    (folder / "README.md").write_text(model_card(run_dir, state, repo_id), encoding="utf-8")
+    return int(json.loads((newest / "state.json").read_text())["step"])
+
+
+def _weights(path: Path, to: Path) -> None:
+    """The weights that are judged, and loaded: the averages, where there are any, and the buffers besides."""
+    checkpoint = Checkpoint(path=path, step=0, state={})
+    if not checkpoint.has("ema") and (path / WEIGHTS).exists():
+        _link(path / WEIGHTS, to)
+    else:
+        averages = checkpoint.tensors("ema") if checkpoint.has("ema") else {}
+        save_tensors(to, checkpoint.tensors("model") | averages)
+
+
+def _link(file: Path, to: Path) -> None:
+    """The same bytes under another name; a copy where the file system has no links."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(file, to)
+    except OSError:
+        shutil.copyfile(file, to)

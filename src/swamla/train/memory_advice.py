@@ -1,0 +1,134 @@
+"""What a training step needs in memory, by the accounting, and what to change where that is too much."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from swamla.errors import OutOfMemory, is_out_of_memory
+from swamla.model.accounting import activation_bytes, count_parameters, parameter_shapes
+from swamla.train.config import RunConfig
+from swamla.train.optim import AdamWConfig, LionConfig
+from swamla.train.precision import Chosen, bf16_is_fast
+
+
+def training_bytes(config: RunConfig, precision: Chosen) -> dict[str, int]:
+    """Bytes by what they hold; all exact but those of the activations of a micro-batch, see `activation_bytes`."""
+    train = config.train
+    weights = 4 * count_parameters(config.model).total
+    return {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer_state": train.optimizer.state_bytes(parameter_shapes(config.model)),
+        "averaged_weights": weights if train.ema is not None else 0,
+        "activations_estimate": activation_bytes(
+            config.model,
+            train.batch_size // train.accumulation * train.block_size,
+            element_bytes=4 if precision == "fp32" else 2,
+            checkpointing=train.checkpointing,
+        ),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """A change of the run that needs less memory: its flags, the bytes it saves, and what else it does."""
+
+    flags: str
+    saves: int
+    effect: str
+
+
+def advice(config: RunConfig, precision: Chosen, device: torch.device) -> list[Advice]:
+    """Each single change that saves something, the numerically equal ones first, each kind by what it saves."""
+    before = sum(training_bytes(config, precision).values())
+    found = []
+    for rank, flags, effect, changed, computed in _changes(config, precision, device):
+        saves = before - sum(training_bytes(changed, computed).values())
+        if saves > 0:
+            found.append((rank, -saves, Advice(flags=flags, saves=saves, effect=effect)))
+    return [entry for _, _, entry in sorted(found, key=lambda item: item[:2])]
+
+
+_Change = tuple[int, str, str, RunConfig, Chosen]
+
+
+def _changes(config: RunConfig, precision: Chosen, device: torch.device) -> Iterator[_Change]:
+    """Rank (0 keeps the numbers), flags, effect, and what they lead to."""
+    train = config.train
+    rows = train.batch_size // train.accumulation
+    finer = [n for n in (2 * train.accumulation, train.batch_size) if n > train.accumulation]
+    for count in dict.fromkeys(n for n in finer if train.batch_size % n == 0):
+        effect = f"micro-batches of {train.batch_size // count} rows instead of {rows}; the same step"
+        yield 0, f"--accumulation {count}", effect, _with(config, accumulation=count), precision
+    if train.checkpointing != "all":
+        effect = "blocks are computed twice; the same numbers"
+        yield 0, "--checkpointing all", effect, _with(config, checkpointing="all"), precision
+    if precision == "fp32" and bf16_is_fast(device):
+        yield 1, "--precision bf16", "bf16 products", _with(config, precision="bf16"), "bf16"
+    optimizer = train.optimizer
+    if isinstance(optimizer, AdamWConfig | LionConfig):
+        for moments in ("bf16", "8bit"):
+            if moments != optimizer.moments:
+                coarser = _with(config, optimizer=replace(optimizer, moments=moments))
+                yield 1, f"--{optimizer.kind}_moments {moments}", "coarser moments of the optimizer", coarser, precision
+    if train.ema is not None:
+        yield 1, "--ema none", "no averaged weights", _with(config, ema=None), precision
+    if rows == 1 and train.block_size > 1:  # a micro-batch cannot be smaller but by shorter rows
+        half = train.block_size // 2
+        shorter = _with(config, block_size=half, curriculum="")
+        yield 2, f"--block_size {half}", "shorter rows: another run", shorter, precision
+
+
+def _with(config: RunConfig, **changes: object) -> RunConfig:
+    return replace(config, train=replace(config.train, **changes))  # type: ignore[arg-type]
+
+
+@contextmanager
+def advised(config: RunConfig, precision: Chosen, device: torch.device, run_dir: Path) -> Iterator[None]:
+    """Make of an error for want of memory an `OutOfMemory` whose notes say what needs how much, and what would help.
+
+    Where CUDA's allocations were being recorded, they are kept in RUN/profile/out-of-memory.pickle, to be looked at
+    with https://pytorch.org/memory_viz; nothing of swamla reads it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        told = OutOfMemory(f"out of memory on {device}: {(str(error).splitlines() or ['MemoryError'])[0]}")
+        snapshot = _keep_snapshot(device, run_dir / "profile" / "out-of-memory.pickle")
+        for note in (*_notes(config, precision, device), *snapshot):
+            told.add_note(note)
+        raise told from error
+
+
+def _notes(config: RunConfig, precision: Chosen, device: torch.device) -> Iterator[str]:
+    """The need and the advice, a line each."""
+    needs = training_bytes(config, precision)
+    labels = {"activations_estimate": "activations about"}
+    parts = [f"{labels.get(name, name.replace('_', ' '))} {_size(n)}" for name, n in needs.items() if n]
+    yield f"a training step needs about {_size(sum(needs.values()))}: {', '.join(parts)}"
+    found = advice(config, precision, device)
+    width = max((len(entry.flags) for entry in found), default=0)
+    for entry in found:
+        yield f"{entry.flags:<{width}}  saves about {_size(entry.saves)} ({entry.effect})"
+
+
+def _size(n_bytes: float) -> str:
+    unit, name = (1e9, "GB") if n_bytes >= 1e9 else (1e6, "MB")
+    return f"{n_bytes / unit:,.3g} {name}"
+
+
+def _keep_snapshot(device: torch.device, file: Path) -> list[str]:
+    """Write what was recorded of CUDA's allocations, if anything was; the line that says where."""
+    if device.type != "cuda" or not torch._C._cuda_isHistoryEnabled():
+        return []
+    try:
+        file.parent.mkdir(exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(file))
+    except (OSError, RuntimeError, MemoryError) as error:
+        return [f"the snapshot of the allocations could not be written: {error}"]
+    return [f"the allocations are in {file}: look at them with https://pytorch.org/memory_viz"]
