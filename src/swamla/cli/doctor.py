@@ -156,10 +156,7 @@ def _show(console: Console, found: dict[str, Any]) -> None:
         *((name, found["optional"][name] or f"missing: pip install 'swamla[{OPTIONAL[name]}]'") for name in OPTIONAL),
         ("auto", f"{chosen['precision']} on {chosen['device']}; {describe(chosen['backends'])}"),
         ("cache", f"{storage['cache']}, {short(storage['cache_bytes'], 'B')}"),
-        (
-            "disk",
-            f"{short(storage['cache_free_bytes'], 'B')} free there, {short(storage['here_free_bytes'], 'B')} here",
-        ),
+        ("disk", f"{free[0]} free there, {free[1]} here"),
     ]
     width = max(len(label) for label, _ in rows)
     for label, text in rows:
