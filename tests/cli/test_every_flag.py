@@ -264,6 +264,11 @@ def test_training_flags_of_the_original_mean_what_they_meant(line: str, fields: 
         assert found == (pytest.approx(value) if isinstance(value, float) else value), path
 
 
+def test_a_bare_compile_takes_no_recipe_for_its_mode() -> None:
+    assert bare_compile(["--compile", "small"]) == ["--compile=default", "small"]
+    assert bare_compile(["--compile", "default", "small"]) == ["--compile", "default", "small"]
+
+
 @pytest.mark.parametrize(
     ("line", "pattern"),
     [
