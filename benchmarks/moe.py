@@ -28,9 +28,9 @@ from swamla.train.optim import MuonConfig
 from swamla.train.run_folder import settle
 from swamla.train.tracking import read_metrics
 
-WIDTH, ROWS, LENGTH = 256, 8, 512
+WIDTH, ROWS, LENGTH = 128, 8, 512
 DATA = DataConfig(source="stdlib", tokenizer="bpe:4096")
-EXPERTS = LatentMoEConfig(n_experts=64, n_activated=8, ratio=2, expert_hidden=64, shared_hidden=256, bias_rate=1e-2)
+EXPERTS = LatentMoEConfig(n_experts=32, n_activated=4, ratio=2, expert_hidden=64, shared_hidden=128, bias_rate=1e-2)
 TOLERANCE = 0.02  # by which the active parameters of the twins may differ
 
 
@@ -93,7 +93,7 @@ def counted(name: str, config: RunConfig, dataset: Dataset) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="of each run (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=1_500_000, help="of each run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--lr", type=float, default=5e-3, help="of both (default: %(default)s)")
