@@ -19,7 +19,8 @@ from swamla.data.dataset import Dataset
 from swamla.data.hub import _chosen, _patterns, reason
 from swamla.data.preparing import prepare
 from swamla.errors import ConfigError
-from tests.data.hub_stub import COMMIT, Hub, serving
+
+from .hub_stub import COMMIT, Hub, serving
 
 pytest.importorskip("huggingface_hub")
 

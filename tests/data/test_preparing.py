@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from swamla.data import bpe, encode, held_out, preparing
+from swamla.data import bpe, encode, held_out, preparing, work
 from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset
 from swamla.data.held_out import divide, is_held_out
@@ -31,7 +31,7 @@ def test_prepare_is_imported_from_the_package_even_after_its_module() -> None:
 
 def test_a_second_preparation_reads_no_text(make_dataset: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     first = make_dataset()
-    monkeypatch.setattr("swamla.data.preparing.encode_documents", None)
+    monkeypatch.setattr("swamla.data.work.encode_documents", None)
     assert make_dataset().fingerprint == first.fingerprint
 
 
@@ -149,7 +149,7 @@ def test_a_file_that_vanishes_while_it_is_read_is_said_to_be_unreadable(
     def vanished(*_: object) -> None:
         raise FileNotFoundError(2, "No such file or directory", "/elsewhere/text.txt")
 
-    monkeypatch.setattr(preparing, "encode_documents", vanished)
+    monkeypatch.setattr(work, "encode_documents", vanished)
     with pytest.raises(DataError, match=r"^/elsewhere/text\.txt: cannot be read \(No such file"):
         make_dataset()
 
@@ -158,7 +158,7 @@ def test_a_full_disk_is_said_of_the_dataset(make_dataset: Make, monkeypatch: pyt
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(preparing, "encode_documents", full)
+    monkeypatch.setattr(work, "encode_documents", full)
     with pytest.raises(DataError, match=r"data/corpus-.*: cannot be written \(No space left"):
         make_dataset()
 

@@ -87,7 +87,7 @@ def _section_flags(section: str, cls: type) -> Iterator[Flag]:
     defaults = {f.name: f.default for f in fields(cls)}
     for name, annotation in field_types(cls).items():
         path = f"{section}.{name}"
-        if any(get_origin(option) is dict for option in options_of(annotation)) or name == "pattern":
+        if any(get_origin(option) is dict for option in options_of(annotation)) or name in ("pattern", "mixture"):
             continue
         choices = choices_of(annotation) if _is_choice(annotation) else {}
         shown = Literal[tuple(choices)] if choices else annotation

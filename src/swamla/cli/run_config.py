@@ -85,6 +85,10 @@ def _located(data: DataConfig) -> DataConfig:
     return replace(
         data,
         source=data.source if data.source in NAMED_SOURCES else _absolute(data.source),
+        mixture=tuple(
+            part if part.source in NAMED_SOURCES else replace(part, source=_absolute(part.source))
+            for part in data.mixture
+        ),
         tokenizer=data.tokenizer if name in ("byte", "char", "gpt2") else kind + colon + _absolute(name),
         cache_dir=data.cache_dir and str(Path(data.cache_dir).expanduser().resolve()),
     )

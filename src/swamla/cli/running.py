@@ -10,7 +10,6 @@ from swamla.cli.console import Console, program, say
 from swamla.data.config import DataConfig
 from swamla.data.encode import Progress
 from swamla.data.preparing import Dataset, prepare
-from swamla.data.sampler import PackedRows
 from swamla.errors import Interrupted, UsageError
 from swamla.evaluate import evaluate_split
 from swamla.hub import pull
@@ -50,9 +49,13 @@ def prepare_data(
 
 def describe_data(dataset: Dataset, console: Console, block_size: int = TrainConfig.block_size) -> None:
     """Tell what there is, and how well it fills rows of `block_size`."""
-    rows = PackedRows(dataset.train, block_size, 0, dataset.tokenizer.eos_id)
     count = max(1, UTILISATION_TOKENS // block_size)
-    share = f"{rows.utilisation(0, count):.2%} of the positions in {count:,} rows of {block_size} carry loss"
+    batch = dataset.rows(block_size, 0).batch(0, count)
+    filled, cut = batch.n_labels / batch.tokens_BT.numel(), batch.cut_share(dataset.tokenizer.eos_id)
+    share = (
+        f"{filled:.2%} of the positions in {count:,} rows of {block_size} carry loss; {cut:.0%} of the stretches of "
+        f"documents there are cut"
+    )
     described = [*dataset.describe(), ("utilisation", share)]
     width = max(len(label) for label, _ in described)
     for label, value in described:

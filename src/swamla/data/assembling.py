@@ -28,6 +28,7 @@ def assemble(job: Job, folder: Path, config: DataConfig, tokenizer: Tokenizer) -
     encoded = Encoded(
         train=sum(record.train for record in records),
         held_out=sum(record.held_out for record in records),
+        train_tokens=sum(record.train_tokens for record in records),
         tokens=sum(record.tokens for record in records),
         bytes=sum(record.bytes for record in records),
         lossless=all(record.lossless for record in records),

@@ -7,7 +7,29 @@ from typing import Literal
 from swamla.errors import require
 
 BYTES = 256
+MIXTURE = "mixture"
 _BPE = re.compile(r"bpe(?P<lines>-lines)?:(?P<size>\d{1,9})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedSource:
+    """A source of a mixture.
+
+    weight: its share of the rows, before the weights are divided by their sum.
+    source, text_column, hub_config, hub_split, hub_revision: as in `DataConfig`.
+    """
+
+    source: str
+    weight: float
+    text_column: str = "text"
+    hub_config: str = ""
+    hub_split: str = "train"
+    hub_revision: str = ""
+
+    def __post_init__(self) -> None:
+        _check_source(self)
+        require(self.source != MIXTURE, "source", self.source, "a mixture cannot hold another")
+        require(self.weight > 0, "weight", self.weight, "must be > 0, e.g. 0.3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +37,8 @@ class DataConfig:
     """The data of a run.
 
     source: "stdlib" (this Python's own library), "shakespeare" (downloaded once), the path of a text file, a .jsonl or
-        .parquet file, any of these as .gz or .zst, or a folder of them, or "hf:OWNER/NAME", a dataset on the hub.
+        .parquet file, any of these as .gz or .zst, or a folder of them, or "hf:OWNER/NAME", a dataset on the hub;
+        or "mixture".
     text_column: the column of jsonl and parquet rows that holds the text.
     hub_config: which of a hub dataset's configs, e.g. CC-MAIN-2024-10; empty for its default.
     hub_split: which split of it.
@@ -24,6 +47,11 @@ class DataConfig:
         "gpt2:FOLDER" (encoder.json and vocab.bpe), or the path of a tokenizer.json.
     held_out_fraction: the share of documents never trained on; of a single document, its last characters.
     invalid_utf8: whether bytes that are not UTF-8 are an error or replaced by U+FFFD and counted.
+    stream: how many units (of some 8 MB of text) are shuffled together while training reads the source bit by bit and
+        keeps little of it; 0 prepares all of it first.
+    buffer_docs: how many documents are fitted into rows together so that few are cut; rows may then end in padding. 0
+        fills every row and cuts documents at its end.
+    mixture: sources with weights, for source = "mixture".
     cache_dir: where prepared data is kept; empty for $SWAMLA_CACHE, else ~/.cache/swamla.
     """
 
@@ -35,18 +63,20 @@ class DataConfig:
     tokenizer: str = "bpe:4096"
     held_out_fraction: float = 0.05
     invalid_utf8: Literal["error", "replace"] = "error"
+    stream: int = 0
+    buffer_docs: int = 0
+    mixture: tuple[WeightedSource, ...] = ()
     cache_dir: str = ""
 
     def __post_init__(self) -> None:
-        require(bool(self.source), "source", self.source, "needs a path, or one of: stdlib, shakespeare")
-        require("\0" not in self.source, "source", self.source, "a path cannot hold NUL")
-        hub = self.source.startswith("hf:")
-        named = re.fullmatch(r"hf:[\w.-]+/[\w.-]+", self.source)
-        require(not hub or named is not None, "source", self.source, "must be like hf:HuggingFaceFW/fineweb-edu")
-        for field, value in (("hub_config", self.hub_config), ("hub_revision", self.hub_revision)):
-            require(hub or not value, field, value, 'is for sources of the hub, such as "hf:OWNER/NAME"')
-        require(bool(self.hub_split), "hub_split", self.hub_split, "needs a split's name, e.g. train")
-        require(bool(self.text_column), "text_column", self.text_column, "needs a column's name, e.g. text")
+        _check_source(self)
+        require(self.stream >= 0, "stream", self.stream, "must be >= 0, e.g. 4; 0 prepares everything first")
+        require(self.buffer_docs >= 0, "buffer_docs", self.buffer_docs, "must be >= 0, e.g. 1000; 0 fills every row")
+        both = bool(self.stream and self.buffer_docs)
+        require(not both, "buffer_docs", self.buffer_docs, "needs prepared data, and data.stream was asked for")
+        mixed = self.source == MIXTURE
+        require(mixed or not self.mixture, "source", self.source, f'must be "{MIXTURE}" where data.mixture is given')
+        require(not mixed or bool(self.mixture), "mixture", (), "needs [[data.mixture]] tables of source and weight")
         fraction = self.held_out_fraction
         require(0 < fraction < 1, "held_out_fraction", fraction, "must be between 0 and 1, e.g. 0.05")
         policies = ("error", "replace")
@@ -54,6 +84,18 @@ class DataConfig:
         require(bool(self.tokenizer), "tokenizer", self.tokenizer, "needs e.g. byte, char, bpe:4096 or a path")
         if self.tokenizer.startswith(("bpe:", "bpe-lines:")):
             parse_bpe(self.tokenizer)
+
+
+def _check_source(config: "DataConfig | WeightedSource") -> None:
+    require(bool(config.source), "source", config.source, "needs a path, or one of: stdlib, shakespeare")
+    require("\0" not in config.source, "source", config.source, "a path cannot hold NUL")
+    hub = config.source.startswith("hf:")
+    named = re.fullmatch(r"hf:[\w.-]+/[\w.-]+", config.source)
+    require(not hub or named is not None, "source", config.source, "must be like hf:HuggingFaceFW/fineweb-edu")
+    for field, value in (("hub_config", config.hub_config), ("hub_revision", config.hub_revision)):
+        require(hub or not value, field, value, 'is for sources of the hub, such as "hf:OWNER/NAME"')
+    require(bool(config.hub_split), "hub_split", config.hub_split, "needs a split's name, e.g. train")
+    require(bool(config.text_column), "text_column", config.text_column, "needs a column's name, e.g. text")
 
 
 def parse_bpe(spec: str) -> tuple[int, bool] | None:

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from swamla.data.shards import Split
 from swamla.data.tokenizer import Tokenizer, load_tokenizer
 from swamla.errors import CorruptError, DataError
 from swamla.files import sha256_of
+
+if TYPE_CHECKING:
+    from swamla.data.packing import Batch
 
 FORMAT_VERSION = 1
 META, TOKENIZER, HELD_OUT_TEXT = "meta.json", "tokenizer.json", "held_out.txt"
@@ -35,11 +38,20 @@ class Throughput:
         )
 
 
+class Rows(Protocol):
+    """Rows to train on: sample i is the same whoever asks, and in whatever order."""
+
+    def batch(self, first_sample: int, count: int) -> "Batch":
+        """Samples first_sample … first_sample + count - 1."""
+
+
 class Dataset:
     """Text as tokens, split into documents to train on and held-out ones.
 
     throughput: of its making, where that was now; None for what the cache had.
     """
+
+    _buffer_docs = 0
 
     def __init__(
         self, path: Path, meta: dict[str, Any], tokenizer: Tokenizer, throughput: Throughput | None = None
@@ -49,8 +61,6 @@ class Dataset:
         self.tokenizer = tokenizer
         self.throughput = throughput
         self.fingerprint: str = meta["fingerprint"]
-        self.train = Split.open(path, "train", tokenizer.vocab_size)
-        self.held_out = Split.open(path, "held_out", tokenizer.vocab_size)
 
     @classmethod
     def open(cls, path: str | Path, throughput: Throughput | None = None) -> "Dataset":
@@ -68,7 +78,38 @@ class Dataset:
                 f"{path / TOKENIZER}: not the tokenizer that these shards were made with (fingerprint "
                 f"{tokenizer.fingerprint[:12]}, shards {meta['tokenizer']['fingerprint'][:12]}); delete {path}"
             )
-        return cls(path, meta, tokenizer, throughput)
+        dataset = cls(path, meta, tokenizer, throughput)
+        assert dataset.train.vocab_size == dataset.held_out.vocab_size  # opened now: what is damaged is told now
+        return dataset
+
+    @cached_property
+    def train(self) -> Split:
+        """The documents to train on."""
+        return Split.open(self.path, "train", self.tokenizer.vocab_size)
+
+    @cached_property
+    def held_out(self) -> Split:
+        """The documents never trained on."""
+        return Split.open(self.path, "held_out", self.tokenizer.vocab_size)
+
+    def rows(self, block_size: int, seed: int) -> "Rows":
+        """The endless rows to train on."""
+        from swamla.data.blocks import BestFitRows
+        from swamla.data.sampler import PackedRows
+
+        if self._buffer_docs:
+            return BestFitRows(self.train, block_size, seed, self.tokenizer.eos_id, self._buffer_docs)
+        return PackedRows(self.train, block_size, seed, self.tokenizer.eos_id)
+
+    def fit_documents(self, buffer_docs: int) -> None:
+        """From now on fit whole documents into rows, so many at a time: the same text, learned in another order."""
+        self._buffer_docs = buffer_docs
+        self.fingerprint = hashlib.sha256(f"{self.fingerprint} buffer_docs {buffer_docs}".encode()).hexdigest()
+
+    @property
+    def bytes_per_label(self) -> float:
+        """UTF-8 bytes of text to train on for each position that carries loss."""
+        return self.train.n_bytes / (self.train.n_tokens + self.train.n_documents)
 
     def verify(self) -> None:
         """Check every byte against its SHA-256 and every id against the vocabulary; CorruptError names the file."""

@@ -107,10 +107,11 @@ class _SplitWriter:
 
 
 class Encoded(NamedTuple):
-    """Documents written to each split, tokens and bytes to both; whether the held-out ones decode to their text."""
+    """Documents of each split, tokens of one and of both, bytes; whether what is held out decodes to its text."""
 
     train: int
     held_out: int
+    train_tokens: int
     tokens: int
     bytes: int
     lossless: bool
@@ -134,4 +135,4 @@ def encode_documents(
                     lossless = lossless and tokenizer.decode(ids) == piece.text
             progress("encoding", train.n_documents + held_out.n_documents, done)
     n_tokens = train.n_tokens + held_out.n_tokens
-    return Encoded(train.n_documents, held_out.n_documents, n_tokens, done, lossless)
+    return Encoded(train.n_documents, held_out.n_documents, train.n_tokens, n_tokens, done, lossless)

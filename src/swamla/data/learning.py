@@ -2,6 +2,8 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
+from typing import NamedTuple
 
 from swamla.data.config import DataConfig
 from swamla.data.encode import Progress
@@ -14,7 +16,15 @@ SAMPLE = 1 << 26  # characters; a BPE learned from more is hardly another, and t
 _PLACES = 64  # units that a sample is taken from, evenly over all
 
 
-def learn_tokenizer(config: DataConfig, source: Source, units: list[Unit], progress: Progress) -> Tokenizer:
+class Share(NamedTuple):
+    """A source in units, and its share of what a tokenizer learns from."""
+
+    source: Source
+    units: list[Unit]
+    weight: float = 1.0
+
+
+def learn_tokenizer(config: DataConfig, parts: list[Share], progress: Progress) -> Tokenizer:
     """The tokenizer that `config` asks for; a trained one never saw what is held out."""
 
     def counted(texts: Iterator[str]) -> Iterator[str]:
@@ -24,17 +34,20 @@ def learn_tokenizer(config: DataConfig, source: Source, units: list[Unit], progr
             n_documents, n_characters = n_documents + 1, n_characters + len(text)
             progress("reading for the tokenizer", n_documents, n_characters)
 
-    every = (document.text for document in source.documents(Counter()))
-    return make_tokenizer(
-        config.tokenizer, counted(training_texts(source, units, config.held_out_fraction)), counted(every)
+    total = sum(part.weight for part in parts)
+    every = (document.text for part in parts for document in part.source.documents(Counter()))
+    some = (
+        training_texts(part.source, part.units, config.held_out_fraction, int(SAMPLE * part.weight / total))
+        for part in parts
     )
+    return make_tokenizer(config.tokenizer, counted(chain.from_iterable(some)), counted(every))
 
 
-def training_texts(source: Source, units: list[Unit], held_out_fraction: float) -> Iterator[str]:
-    """Texts that are trained on: all of a small source, as much from each of many places of a large one."""
+def training_texts(source: Source, units: list[Unit], held_out_fraction: float, size: int) -> Iterator[str]:
+    """Texts that are trained on, `size` characters: all of a small source, some from many places of a large one."""
     count = min(len(units), _PLACES)
     for place in range(count):
-        left = SAMPLE // count
+        left = size // count
         for document, held_out in _divided(source, units, place * len(units) // count, held_out_fraction):
             if not held_out:
                 yield document.text[:left]

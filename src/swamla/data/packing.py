@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from swamla.data.shards import Split
+from swamla.ops.layout import PADDING
 
 NO_LABEL = -100
 
@@ -34,8 +35,17 @@ class Batch:
         """How many positions carry loss."""
         return int((self.labels_BT != NO_LABEL).sum())
 
+    def cut_share(self, eos_id: int) -> float:
+        """Of the stretches of documents in these rows: those that are not the whole document."""
+        starts_BT = self.document_BT.diff(dim=1, prepend=torch.full_like(self.document_BT[:, :1], -2)) != 0
+        ends_BT = self.document_BT.diff(dim=1, append=torch.full_like(self.document_BT[:, :1], -2)) != 0
+        real_BT = self.document_BT != PADDING
+        whole_start = (self.tokens_BT == eos_id)[starts_BT & real_BT]
+        whole_end = (self.labels_BT == eos_id)[ends_BT & real_BT]
+        return 1 - float((whole_start & whole_end).float().mean())
 
-class _Segments(NamedTuple):
+
+class Segments(NamedTuple):
     """Stretches of single documents, in the order in which they fill the rows."""
 
     row: np.ndarray
@@ -43,8 +53,8 @@ class _Segments(NamedTuple):
     first: np.ndarray  # position inside the document
     length: np.ndarray
 
-    def take(self, index: np.ndarray) -> "_Segments":
-        return _Segments(*(column[index] for column in self))
+    def take(self, index: np.ndarray) -> "Segments":
+        return Segments(*(column[index] for column in self))
 
 
 class DocumentStream:
@@ -63,14 +73,11 @@ class DocumentStream:
         """Rows of `length` positions, each from its place `start_B` (int64) in the stream."""
         segments = self._segments(start_B, length)
         shape = len(start_B), length
-        tokens, labels = self._gather(segments)
-        opens_row = np.diff(segments.row, prepend=-1) > 0
-        index = np.arange(len(segments.row))
-        in_row = index - np.maximum.accumulate(np.where(opens_row, index, 0))
-        documents = np.repeat(in_row, segments.length)
+        tokens, labels = _gather(self._split, self._eos_id, segments)
+        documents = np.repeat(_place_in_row(segments.row), segments.length)
         return Batch(*(torch.from_numpy(flat.reshape(shape)) for flat in (tokens, labels, documents)))
 
-    def _segments(self, start_B: np.ndarray, length: int) -> _Segments:
+    def _segments(self, start_B: np.ndarray, length: int) -> Segments:
         """Cut the rows at the starts of epochs, then of documents."""
         epoch_B, last_B = start_B // self.epoch_length, (start_B + length - 1) // self.epoch_length
         row, step = _spread(last_B - epoch_B + 1)
@@ -78,10 +85,10 @@ class DocumentStream:
         begin = np.maximum(start_B[row] - epoch * self.epoch_length, 0)
         end = np.minimum(start_B[row] + length - epoch * self.epoch_length, self.epoch_length)
         parts = [self._within_epoch(e, row[epoch == e], begin[epoch == e], end[epoch == e]) for e in np.unique(epoch)]
-        joined = _Segments(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        joined = Segments(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
         return joined.take(np.argsort(joined.row, kind="stable"))  # epochs ascend, so they stay in order in each row
 
-    def _within_epoch(self, epoch: int, row: np.ndarray, begin: np.ndarray, end: np.ndarray) -> _Segments:
+    def _within_epoch(self, epoch: int, row: np.ndarray, begin: np.ndarray, end: np.ndarray) -> Segments:
         order, ends = self._epoch(int(epoch))
         first = np.searchsorted(ends, begin, side="right")
         last = np.searchsorted(ends, end - 1, side="right")
@@ -90,7 +97,7 @@ class DocumentStream:
         document_begin = ends[place] - self._positions[order[place]]
         start = np.maximum(document_begin, begin[interval])
         stop = np.minimum(ends[place], end[interval])
-        return _Segments(row[interval], order[place], start - document_begin, stop - start)
+        return Segments(row[interval], order[place], start - document_begin, stop - start)
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The documents in their order, and where each ends; the two latest epochs are kept."""
@@ -101,23 +108,44 @@ class DocumentStream:
             self._epochs[epoch] = order, np.cumsum(self._positions[order])
         return self._epochs[epoch]
 
-    def _gather(self, segments: _Segments) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and labels of the segments, end to end, int64."""
-        split, eos = self._split, self._eos_id
-        begin = np.cumsum(segments.length) - segments.length
-        source = split.offsets[segments.document] + segments.first  # of the label; the input is the one before
-        position = np.repeat(source - begin, segments.length)
-        position += np.arange(len(position))
-        raw = split.tokens[np.minimum(position, split.n_tokens - 1)]
-        split.require_known(raw, position)
-        labels = raw.astype(np.int64)
-        complete = segments.first + segments.length == self._positions[segments.document]
-        labels[(begin + segments.length - 1)[complete]] = eos
-        tokens = np.roll(labels, 1)
-        before = split.tokens[np.maximum(source - 1, 0)]
-        split.require_known(before, source - 1)
-        tokens[begin] = np.where(segments.first == 0, eos, before)
-        return tokens, labels
+
+def gather_padded(split: Split, eos_id: int, segments: Segments, length: int) -> Batch:
+    """Rows of `length` positions that the segments, ordered by row from 0, need not fill."""
+    flat = _gather(split, eos_id, segments)
+    documents = np.repeat(_place_in_row(segments.row), segments.length)
+    row = np.repeat(segments.row, segments.length)
+    column = np.arange(len(row)) - np.searchsorted(row, row)
+    padded = []
+    for values, nothing in ((flat[0], 0), (flat[1], NO_LABEL), (documents, PADDING)):
+        target = np.full((int(row[-1]) + 1, length), nothing, dtype=np.int64)
+        target[row, column] = values
+        padded.append(torch.from_numpy(target))
+    return Batch(*padded)
+
+
+def _gather(split: Split, eos_id: int, segments: Segments) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and labels of the segments, end to end, int64."""
+    begin = np.cumsum(segments.length) - segments.length
+    source = split.offsets[segments.document] + segments.first  # of the label; the input is the one before
+    position = np.repeat(source - begin, segments.length)
+    position += np.arange(len(position))
+    raw = split.tokens[np.minimum(position, split.n_tokens - 1)]
+    split.require_known(raw, position)
+    labels = raw.astype(np.int64)
+    n_positions = split.offsets[segments.document + 1] - split.offsets[segments.document] + 1
+    complete = segments.first + segments.length == n_positions
+    labels[(begin + segments.length - 1)[complete]] = eos_id
+    tokens = np.roll(labels, 1)
+    before = split.tokens[np.maximum(source - 1, 0)]
+    split.require_known(before, source - 1)
+    tokens[begin] = np.where(segments.first == 0, eos_id, before)
+    return tokens, labels
+
+
+def _place_in_row(row: np.ndarray) -> np.ndarray:
+    """For rows [3, 3, 5, 5, 5]: [0, 1, 0, 1, 2]."""
+    index = np.arange(len(row))
+    return index - np.maximum.accumulate(np.where(np.diff(row, prepend=-1) > 0, index, 0))
 
 
 def _spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,63 +7,22 @@ kill is never done again, and the dataset is byte for byte the same however its 
 
 import hashlib
 import json
-import os
-import re
-import shutil
-import tempfile
-import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
-from swamla.data import bpe, hub
-from swamla.data.assembling import assemble, require_documents, write_meta
-from swamla.data.config import DataConfig, parse_bpe
-from swamla.data.dataset import FORMAT_VERSION, META, TOKENIZER, Dataset, Throughput
-from swamla.data.encode import Progress, encode_documents
-from swamla.data.held_out import divide
-from swamla.data.learning import learn_tokenizer
-from swamla.data.sources import Source, open_source
-from swamla.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
-from swamla.data.unit_files import Job, silent
-from swamla.data.units import Unit, units_of
-from swamla.data.workers import Workers, available_cores
-from swamla.errors import ConfigError, DataError, SwamlaError, require
-from swamla.files import fsync, sha256_of
+from swamla.data import hub
+from swamla.data.config import MIXTURE, DataConfig, parse_bpe
+from swamla.data.dataset import Dataset, Throughput
+from swamla.data.encode import Progress
+from swamla.data.learning import Share, learn_tokenizer
+from swamla.data.unit_files import silent
+from swamla.data.units import units_of
+from swamla.data.work import Part, Work, cache_of, default_cache_dir, save_tokenizer
+from swamla.data.workers import available_cores
+from swamla.errors import ConfigError, require
 
 __all__ = ["Dataset", "Part", "PartDone", "default_cache_dir", "prepare", "prepare_part"]
 
-_STALE_SECONDS = {".staging-*": 24 * 3600, ".units-*": 14 * 24 * 3600}
 _AT_ONCE = 4  # units that are encoded in this process: starting others, and joining what they made, takes as long
-_RULES = 2  # to be raised when other documents are held out, or other names given to them, than before
-
-
-@dataclass(frozen=True)
-class Part:
-    """Part `number` (from 1) of `count` independent runs; of 0, the run that only puts their work together."""
-
-    number: int
-    count: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Part":
-        """ "2/8" or "assemble". Raises ConfigError for anything else."""
-        found = re.fullmatch(r"([1-9]\d{0,6})/([1-9]\d{0,6})", text)
-        part = cls(0, 0) if text == "assemble" else cls(int(found[1]), int(found[2])) if found else None
-        require(
-            part is not None and part.number <= part.count,
-            "part",
-            text,
-            'must be "i/N" with 1 <= i <= N, or "assemble"',
-        )
-        assert part is not None
-        return part
-
-    def of(self, numbers: list[int]) -> list[int]:
-        """Those of the units that are this part's to make."""
-        return [number for number in numbers if self.count and number % self.count == self.number - 1]
 
 
 @dataclass(frozen=True)
@@ -76,16 +35,6 @@ class PartDone:
     dataset: Dataset | None
 
 
-def default_cache_dir() -> Path:
-    """$SWAMLA_CACHE, else ~/.cache/swamla."""
-    return Path(os.environ.get("SWAMLA_CACHE") or "~/.cache/swamla").expanduser()
-
-
-def cache_of(config: DataConfig) -> Path:
-    """The folder in which `prepare` keeps what it makes of this data, and what it downloads."""
-    return Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
-
-
 def prepare(config: DataConfig, *, progress: Progress | None = None, workers: int | None = None) -> Dataset:
     """The dataset that `config` describes, from the cache if source, tokenizer and settings are as they were.
 
@@ -93,10 +42,19 @@ def prepare(config: DataConfig, *, progress: Progress | None = None, workers: in
     many as there are cores. Raises DataError for input that cannot be used and CorruptError for a damaged cache; a
     killed or failed preparation leaves nothing that would be taken for a dataset.
     """
-    work = _Work(config, progress or silent)
+    if config.source == MIXTURE:
+        return _prepare_mixture(config, progress or silent, workers)
+    work = Work(config, progress or silent)
+    dataset = work.stream(workers) if config.stream else _prepare_whole(work, workers)
+    if config.buffer_docs:
+        dataset.fit_documents(config.buffer_docs)
+    return dataset
+
+
+def _prepare_whole(work: Work, workers: int | None) -> Dataset:
+    """All of one source, now or from the cache."""
     if work.target.exists():
         return Dataset.open(work.target)
-    throughput = None
     with work.naming_files():
         units = units_of(work.source)
         if len(units) > _AT_ONCE:
@@ -107,6 +65,27 @@ def prepare(config: DataConfig, *, progress: Progress | None = None, workers: in
     return Dataset.open(work.target, throughput)
 
 
+def _prepare_mixture(config: DataConfig, progress: Progress, workers: int | None) -> Dataset:
+    """Every source of a mixture by itself, with one tokenizer, which learns from each by its weight."""
+    from swamla.data.mixing import MixtureDataset
+
+    singles = [
+        replace(config, mixture=(), **{name: value for name, value in part.__dict__.items() if name != "weight"})
+        for part in config.mixture
+    ]
+    weights = [part.weight for part in config.mixture]
+    if parse_bpe(config.tokenizer) or config.tokenizer == "char":
+        works = [Work(single, progress) for single in singles]
+        key = json.dumps([[work.target.name, weight] for work, weight in zip(works, weights, strict=True)])
+        path = cache_of(config) / "tokenizers" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        if not path.exists():
+            learned = [Share(w.source, units_of(w.source), weight) for w, weight in zip(works, weights, strict=True)]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_tokenizer(learn_tokenizer(config, learned, progress), path)
+        singles = [replace(single, tokenizer=str(path)) for single in singles]
+    return MixtureDataset([prepare(single, progress=progress, workers=workers) for single in singles], weights)
+
+
 def prepare_part(
     config: DataConfig, part: Part, *, progress: Progress | None = None, workers: int | None = None
 ) -> PartDone:
@@ -114,7 +93,9 @@ def prepare_part(
 
     Raises as `prepare` does.
     """
-    work = _Work(config, progress or silent)
+    for field, value in (("mixture", config.mixture), ("stream", config.stream)):
+        require(not value, f"data.{field}", value, "cannot be prepared in parts; prepare its sources by themselves")
+    work = Work(config, progress or silent)
     if config.source.startswith(hub.PREFIX) and not hub.is_commit(config.hub_revision):
         raise ConfigError(
             "data.hub_revision",
@@ -131,130 +112,3 @@ def prepare_part(
             return PartDone(len(units), missing, throughput, None)
         work.join(units)
     return PartDone(len(units), 0, throughput, Dataset.open(work.target))
-
-
-class _Work:
-    """One source on its way to a dataset. target: the dataset's folder.  folder: where its units are kept till then."""
-
-    def __init__(self, config: DataConfig, progress: Progress) -> None:
-        self.config, self.progress = config, progress
-        self.cache = cache_of(config)
-        self.source = open_source(config, self.cache)
-        self.target = self.cache / "data" / f"{_slug(self.source.name)}-{_cache_key(config, self.source)[:16]}"
-        self.folder = self.target.with_name(f".units-{self.target.name}")
-
-    def job(self, units: list[Unit]) -> Job:
-        return Job(self.source, tuple(units), self.folder, self.config.held_out_fraction)
-
-    def make(self, units: list[Unit], part: Part, workers: int) -> Throughput | None:
-        """Make the units of a part that are missing; None if there was nothing to do."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _remove_stale(self.target.parent)
-        job, begin = self.job(units), time.monotonic()
-        numbers = part.of(job.missing())
-        if not numbers:
-            return None
-        self.tokenizer(units)
-        workers = min(workers, len(numbers))
-        done = documents = n_bytes = tokens = 0
-        with Workers(job, workers) as pool:
-            for done, record in enumerate(pool.make(numbers), 1):
-                documents, n_bytes = documents + record.train + record.held_out, n_bytes + record.bytes
-                tokens += record.tokens
-                self.progress(f"encoding, unit {done} of {len(numbers)}", documents, n_bytes)
-        return Throughput(tokens, n_bytes, time.monotonic() - begin, workers)
-
-    def tokenizer(self, units: list[Unit]) -> Tokenizer:
-        """The tokenizer of all units: what the first to come here made, or what any other would make."""
-        path = self.folder / TOKENIZER
-        if not path.exists():
-            staged = path.with_name(f".{TOKENIZER}.{os.getpid()}")
-            learn_tokenizer(self.config, self.source, units, self.progress).save(staged)
-            fsync(staged)
-            staged.replace(path)
-        return load_tokenizer(path)
-
-    def join(self, units: list[Unit]) -> None:
-        """Make the dataset of all units, and remove these."""
-        try:
-            with _staging(self.target) as staging:
-                if assemble(self.job(units), staging, self.config, self.tokenizer(units)) == 1:
-                    self.make_whole()
-                else:
-                    _move(staging, self.target)
-        except (SwamlaError, OSError):
-            if not self.target.exists():  # else another part was faster, and has removed the units
-                raise
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def make_whole(self) -> Throughput:
-        """Make the dataset in this process, in one go."""
-        begin, units = time.monotonic(), [Unit(0, len(self.source.entries))]
-        with _staging(self.target) as folder:
-            tokenizer = learn_tokenizer(self.config, self.source, units, self.progress)
-            tokenizer.save(folder / TOKENIZER)
-            notes: Counter[str] = Counter()
-            rule, divided = divide(self.source.documents(notes), self.config.held_out_fraction)
-            encoded = encode_documents(divided, tokenizer, folder, self.progress)
-            require_documents(self.config, encoded, notes)
-            write_meta(folder, self.config, self.source.origin, tokenizer, rule, encoded, notes)
-            _move(folder, self.target)
-        return Throughput(encoded.tokens, encoded.bytes, time.monotonic() - begin, 1)
-
-    @contextmanager
-    def naming_files(self) -> Iterator[None]:
-        """Say of a file of ours that it cannot be written, of any other that it cannot be read."""
-        try:
-            yield
-        except OSError as error:
-            file = Path(error.filename) if error.filename else self.target  # a full disk names no file
-            ours = file.is_relative_to(self.cache) or self.cache.is_relative_to(file)
-            what = "written" if ours else "read"
-            raise DataError(f"{file}: cannot be {what} ({error.strerror or error})") from error
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:40]
-
-
-def _cache_key(config: DataConfig, source: Source) -> str:
-    """Changes whenever the dataset might: settings, any file's size or time, the tokenizer's files or its training."""
-    settings = [config.text_column, config.tokenizer, config.held_out_fraction, config.invalid_utf8]
-    tokenizer = [(path.name, sha256_of(path)) for path in tokenizer_files(config.tokenizer)]
-    trained = bpe.training_version() if parse_bpe(config.tokenizer) else []
-    content = [FORMAT_VERSION, _RULES, source.name, source.state(), settings, tokenizer, trained]
-    return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-@contextmanager
-def _staging(target: Path) -> Iterator[Path]:
-    """A folder of our own beside `target`, gone in the end whatever happens short of a kill."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(target.parent)
-    folder = Path(tempfile.mkdtemp(prefix=".staging-", dir=target.parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_stale(parent: Path) -> None:
-    """Delete what killed preparations left and nobody has written to for long; units wait longer to be gone on with."""
-    for pattern, age in _STALE_SECONDS.items():
-        for folder in parent.glob(pattern):
-            times = [path.stat().st_mtime for path in (folder, *folder.glob("*")) if path.exists()]
-            if times and time.time() - max(times) > age:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _move(folder: Path, target: Path) -> None:
-    """Put the finished folder in place; if another process was faster, its result is as good as ours."""
-    for path in folder.iterdir():
-        fsync(path)
-    fsync(folder)
-    try:
-        folder.rename(target)
-    except OSError:
-        if not (target / META).exists():
-            raise
-    fsync(target.parent)

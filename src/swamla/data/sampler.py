@@ -80,10 +80,10 @@ class HeldOutRows:
         chosen = np.arange(count) * self.n_rows // count
         for first in range(0, count, batch_size):
             start_B = chosen[first : first + batch_size] * self.block_size
-            yield _pad(self._stream.rows(start_B, self.block_size), self.n_labels - start_B)
+            yield pad(self._stream.rows(start_B, self.block_size), self.n_labels - start_B)
 
 
-def _pad(batch: Batch, n_labels_B: np.ndarray) -> Batch:
+def pad(batch: Batch, n_labels_B: np.ndarray) -> Batch:
     """The batch with everything behind the first `n_labels_B` positions of a row turned into padding."""
     beyond_BT = torch.arange(batch.tokens_BT.shape[1]) >= torch.from_numpy(n_labels_B)[:, None]
     return Batch(

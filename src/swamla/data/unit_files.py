@@ -1,10 +1,13 @@
 """Encoded units on disk: each in a folder of its own that appears whole or not at all, whoever makes it."""
 
+import fcntl
 import json
 import os
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +20,19 @@ from swamla.data.units import Unit, unit_documents
 from swamla.errors import CorruptError
 from swamla.files import fsync, read_json, sha256_of, write_text_atomically
 
-RECORD = "record.json"
-
 
 @dataclass(frozen=True, kw_only=True)
 class UnitRecord:
     """What a unit came to.
 
-    train, held_out: documents of each split.  tokens, bytes: of both.  lossless: the held-out ones decode to exactly
-    their text.  tokenizer: its fingerprint.  notes: what was left out, counted.  files: size and SHA-256 of each.
+    train, held_out: documents of each split.  train_tokens: of one.  tokens, bytes: of both.  lossless: the held-out
+    ones decode to exactly their text.  tokenizer: its fingerprint.  notes: what was left out, counted.  files: size
+    and SHA-256 of each.
     """
 
     train: int
     held_out: int
+    train_tokens: int
     tokens: int
     bytes: int
     lossless: bool
@@ -51,21 +54,49 @@ class Job:
         """The folder of a unit."""
         return self.folder / f"unit-{number:06d}"
 
+    def known(self, number: int) -> bool:
+        """Whether it is on record what the unit came to, be it there or not."""
+        return self.record_path(number).exists()
+
+    def present(self) -> list[int]:
+        """The units whose files are there."""
+        return [int(path.name.removeprefix("unit-")) for path in self.folder.glob("unit-*") if not path.suffix]
+
     def missing(self) -> list[int]:
         """The units that nobody has made yet."""
         return [number for number in range(len(self.units)) if not self.path(number).exists()]
 
     def record(self, number: int) -> UnitRecord:
         """What a unit that was made came to. CorruptError if it cannot be read."""
-        path = self.path(number)
+        path = self.record_path(number)
         try:
-            return UnitRecord(**read_json(path / RECORD, inside=path))
+            return UnitRecord(**read_json(path, inside=path.parent))
         except TypeError as error:
-            raise CorruptError(f"{path / RECORD}: damaged ({error}); delete {path}") from error
+            raise CorruptError(f"{path}: damaged ({error}); delete {path} and {self.path(number)}") from error
+
+    def record_path(self, number: int) -> Path:
+        """Beside the unit's folder: a stream drops units and keeps what is known of them."""
+        return self.folder / f"unit-{number:06d}.json"
 
 
 def make_unit(job: Job, tokenizer: Tokenizer, number: int) -> UnitRecord:
-    """Encode a unit. If somebody else was faster, that one's files are as good, and byte for byte the same."""
+    """Encode a unit, unless it is there. Whoever makes it, it is byte for byte the same."""
+    with _turn(job.folder / f"unit-{number:06d}.lock"):
+        if job.path(number).exists() and job.known(number):
+            return job.record(number)
+        return _make(job, tokenizer, number)
+
+
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """One after the other on this machine; file systems that cannot lock let all in, which is only slower."""
+    with path.open("w") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _make(job: Job, tokenizer: Tokenizer, number: int) -> UnitRecord:
     staging = Path(tempfile.mkdtemp(prefix=".unit-", dir=job.folder))
     try:
         notes: Counter[str] = Counter()
@@ -75,13 +106,13 @@ def make_unit(job: Job, tokenizer: Tokenizer, number: int) -> UnitRecord:
         record = UnitRecord(
             **encoded._asdict(), tokenizer=tokenizer.fingerprint, notes=dict(notes), files=files_of(staging)
         )
-        write_text_atomically(staging / RECORD, json.dumps(asdict(record)))
         for path in staging.iterdir():
             fsync(path)
+        write_text_atomically(job.record_path(number), json.dumps(asdict(record)))  # the unit is there once it is moved
         try:
             staging.rename(job.path(number))
         except OSError:
-            if not (job.path(number) / RECORD).exists():
+            if not job.path(number).exists():
                 raise
         fsync(job.folder)
         return record

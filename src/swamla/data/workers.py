@@ -11,9 +11,11 @@ import queue
 import subprocess
 import sys
 import traceback
+import weakref
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from contextlib import suppress
+from threading import Thread
 from typing import Any, BinaryIO
 
 from swamla import errors
@@ -32,13 +34,16 @@ def available_cores() -> int:
 
 
 class Workers:
-    """`count` processes for a job; a context that ends them."""
+    """`count` processes for a job, each with a thread that talks to it; a context that ends them."""
 
     def __init__(self, job: Job, count: int) -> None:
-        self._job, self._packed = job, pickle.dumps(job)
-        self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
-        self._all = [self._start() for _ in range(count)]
-        self._threads = ThreadPoolExecutor(count, thread_name_prefix="swamla-units")
+        self._job, packed = job, pickle.dumps(job)
+        self._tasks: queue.SimpleQueue[tuple[int, Future[UnitRecord]] | None] = queue.SimpleQueue()
+        self._processes = [_start(packed) for _ in range(count)]
+        self._threads = [Thread(target=self._work, args=(process,), daemon=True) for process in self._processes]
+        for thread in self._threads:
+            thread.start()
+        self._kill = weakref.finalize(self, _kill, self._processes)  # at exit, too
 
     def __enter__(self) -> "Workers":
         return self
@@ -48,54 +53,72 @@ class Workers:
 
     def close(self) -> None:
         """End the processes; what they were at is lost, what they finished is not."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        for worker in self._all:
-            worker.kill()
-        self._threads.shutdown(wait=True)
-        for worker in self._all:
-            worker.communicate()
+        with suppress(queue.Empty):
+            while task := self._tasks.get_nowait():
+                task[1].cancel()
+        for _ in self._threads:
+            self._tasks.put(None)
+        self._kill()
+        for thread in self._threads:
+            thread.join()
 
     def submit(self, number: int) -> "Future[UnitRecord]":
         """Have a unit made. The future raises as `make_unit` does, and DataError if the worker dies."""
-        return self._threads.submit(self._make, number)
+        future: Future[UnitRecord] = Future()
+        self._tasks.put((number, future))
+        return future
 
     def make(self, numbers: list[int]) -> Iterator[UnitRecord]:
         """Make units; their records come as they are finished."""
         for done in as_completed([self.submit(number) for number in numbers]):
             yield done.result()
 
-    def _start(self) -> "subprocess.Popen[bytes]":
-        environment = {**os.environ, **_ONE_CORE, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        worker = subprocess.Popen(
-            [sys.executable, "-c", "from swamla.data.workers import serve; serve()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            start_new_session=True,  # Ctrl-C is for the parent, who ends its workers
-        )
-        assert worker.stdin is not None
-        with suppress(BrokenPipeError):  # a worker that died at once is noticed when it does not answer
-            worker.stdin.write(self._packed)
-            worker.stdin.flush()
-        self._idle.put(worker)
-        return worker
+    def _work(self, process: "subprocess.Popen[bytes]") -> None:
+        while task := self._tasks.get():
+            number, future = task
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(self._ask(process, number))
+                except Exception as error:  # for whoever waits for it
+                    future.set_exception(error)
 
-    def _make(self, number: int) -> UnitRecord:
-        worker = self._idle.get()
-        assert worker.stdin is not None
-        assert worker.stdout is not None
+    def _ask(self, process: "subprocess.Popen[bytes]", number: int) -> UnitRecord:
+        assert process.stdin is not None
+        assert process.stdout is not None
         with suppress(BrokenPipeError):
-            worker.stdin.write(b"%d\n" % number)
-            worker.stdin.flush()
-        answer = worker.stdout.readline()
-        self._idle.put(worker)  # a dead one, too: whoever takes it next is told the same and does not wait for ever
+            process.stdin.write(b"%d\n" % number)
+            process.stdin.flush()
+        answer = process.stdout.readline()
         if not answer:
             unit = describe_unit(self._job.source, self._job.units[number])
             raise DataError(
-                f"{unit}: the process that encoded it died ({_how_it_ended(worker.wait())}); run the same command "
+                f"{unit}: the process that encoded it died ({_how_it_ended(process.wait())}); run the same command "
                 f"again to go on, with fewer --workers if memory was short"
             )
         return _read(json.loads(answer))
+
+
+def _start(packed_job: bytes) -> "subprocess.Popen[bytes]":
+    environment = {**os.environ, **_ONE_CORE, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from swamla.data.workers import serve; serve()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,  # Ctrl-C is for the parent, who ends its workers
+    )
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):  # a worker that died at once is noticed when it does not answer
+        process.stdin.write(packed_job)
+        process.stdin.flush()
+    return process
+
+
+def _kill(processes: "list[subprocess.Popen[bytes]]") -> None:
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait()
 
 
 def _how_it_ended(status: int) -> str:

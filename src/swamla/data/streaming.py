@@ -1,0 +1,153 @@
+"""Training while the text is still being read: units are encoded ahead of the rows that need them, and then dropped.
+
+The rows of a stream are a pure function of (seed, sample index), as those of prepared data are: in every epoch the
+units of the source are shuffled and taken a window at a time; the documents of a window are shuffled, packed one behind
+the other, and its rows shuffled again. So the position of a run is one integer. What a window's rows number is kept
+beside its units, and where that was lost, the units are encoded again: the answer is the same.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from swamla.data.blocks import BlockRows
+from swamla.data.dataset import Dataset
+from swamla.data.packing import Batch, DocumentStream
+from swamla.data.sampler import pad, permutation
+from swamla.data.shards import Split
+from swamla.data.unit_files import Job, UnitRecord
+from swamla.data.workers import Workers, available_cores
+
+_UNITS, _DOCUMENTS, _ROWS = 2, 0, 1
+_KEPT = 2  # windows whose units stay, so that the ranks of a machine need not be quite in step
+
+
+class UnitSupply:
+    """Encoded units of a job by their numbers, made when they are wanted; the processes start at the first of these."""
+
+    def __init__(self, job: Job, workers: int | None = None) -> None:
+        self.job = job
+        self._count = workers or max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        self._workers: Workers | None = None
+        self._coming: dict[int, Future[UnitRecord]] = {}
+
+    def want(self, numbers: list[int]) -> None:
+        """Begin to make those that are not there; returns at once."""
+        for number in numbers:
+            if number not in self._coming and not self.job.path(number).exists():
+                self._workers = self._workers or Workers(self.job, self._count)
+                self._coming[number] = self._workers.submit(number)
+
+    def record(self, number: int) -> UnitRecord:
+        """What a unit came to; waits for one that is not known. Raises as `make_unit` does."""
+        if not self.job.known(number):
+            self.path(number)
+        return self.job.record(number)
+
+    def path(self, number: int) -> Path:
+        """The folder of a unit; waits for one that is not there."""
+        self.want([number])
+        if number in self._coming:
+            self._coming.pop(number).result()
+        return self.job.path(number)
+
+    def drop(self, numbers: list[int]) -> None:
+        """Remove units but not what is known of them."""
+        for number in numbers:
+            shutil.rmtree(self.job.path(number), ignore_errors=True)
+
+    def close(self) -> None:
+        """End the processes."""
+        if self._workers is not None:
+            self._workers.close()
+
+
+class StreamRows(BlockRows):
+    """The endless training rows of a source whose units come by and by. window: units that are shuffled together."""
+
+    def __init__(
+        self, supply: UnitSupply, block_size: int, seed: int, eos_id: int, vocab_size: int, window: int
+    ) -> None:
+        super().__init__(block_size, seed)
+        self._supply, self._eos_id, self._vocab_size, self._window = supply, eos_id, vocab_size, window
+        self._n_units = len(supply.job.units)
+        self._windows = -(-self._n_units // window)  # in an epoch
+        self._stream: Callable[[int], tuple[DocumentStream, np.ndarray]] = lru_cache(2)(self._open)
+
+    def units(self, block: int) -> list[int]:
+        """The units of a window."""
+        epoch, place = divmod(block, self._windows)
+        order = permutation(self._n_units, self.seed, epoch, _UNITS)
+        return order[place * self._window : (place + 1) * self._window].tolist()
+
+    def n_rows(self, block: int) -> int:
+        numbers = self.units(block)
+        self._supply.want([number for number in numbers if not self._supply.job.known(number)])
+        records = [self._supply.record(number) for number in numbers]
+        return -(-sum(record.train_tokens + record.train for record in records) // self.block_size)
+
+    def rows(self, block: int, row: np.ndarray) -> Batch:
+        stream, order = self._stream(block)
+        start_B = order[row] * self.block_size
+        return pad(stream.rows(start_B, self.block_size), stream.epoch_length - start_B)
+
+    def _open(self, block: int) -> tuple[DocumentStream, np.ndarray]:
+        """The documents of a window, shuffled, and the order of its rows. The next window is begun, old ones go."""
+        numbers = self.units(block)
+        self._supply.want(numbers)
+        paths = [self._supply.path(number) for number in numbers]
+        split = _joined(paths, self._vocab_size)
+        self._supply.want(self.units(block + 1))
+        recent = {number for near in range(max(0, block - _KEPT + 1), block + 2) for number in self.units(near)}
+        self._supply.drop([number for number in self._supply.job.present() if number not in recent])
+        stream = DocumentStream(
+            split, self._eos_id, lambda _: permutation(split.n_documents, self.seed, block, _DOCUMENTS)
+        )
+        return stream, permutation(self.n_rows(block), self.seed, block, _ROWS)
+
+
+def _joined(paths: list[Path], vocab_size: int) -> Split:
+    """The training documents of units, in memory."""
+    return join_splits([Split.open(path, "train", vocab_size) for path in paths])
+
+
+def join_splits(splits: list[Split]) -> Split:
+    """The documents of all splits, one behind the other, in memory."""
+    begins = np.cumsum([0, *(split.n_tokens for split in splits)])
+    offsets = [split.offsets[:-1] + begin for split, begin in zip(splits, begins[:-1], strict=True)]
+    return Split(
+        path=splits[0].path,
+        tokens=np.concatenate([split.tokens for split in splits]),
+        offsets=np.concatenate([*offsets, begins[-1:]]),
+        byte_counts=np.concatenate([split.byte_counts for split in splits]),
+        vocab_size=splits[0].vocab_size,
+    )
+
+
+class StreamDataset(Dataset):
+    """A source that is encoded while it is trained on; what of it is here is a sample, held-out documents included.
+
+    key: of the whole source, in the place of the fingerprint of shards that nobody has.
+    """
+
+    def __init__(self, sample: Dataset, supply: UnitSupply, window: int, key: str) -> None:
+        super().__init__(sample.path, sample.meta, sample.tokenizer, sample.throughput)
+        self.supply, self._window = supply, window
+        content = json.dumps(["stream", key, window, sample.tokenizer.fingerprint])
+        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
+
+    def rows(self, block_size: int, seed: int) -> StreamRows:
+        tokenizer = self.tokenizer
+        return StreamRows(self.supply, block_size, seed, tokenizer.eos_id, tokenizer.vocab_size, self._window)
+
+    def describe(self) -> list[tuple[str, str]]:
+        units = len(self.supply.job.units)
+        what = f"{units} units, shuffled {self._window} at a time; the figures here are of a sample"
+        return [("stream", what), *super().describe()]
