@@ -8,6 +8,7 @@ held-out text, and the median training speed. About twelve minutes on two cores 
 import argparse
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
 
@@ -95,13 +96,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=1_500_000, help="of each run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument("--experts", type=int, default=EXPERTS.n_experts, help="routed ones (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--lr", type=float, default=5e-3, help="of both (default: %(default)s)")
     parser.add_argument("--eval_tokens", type=int, default=None, help="held-out tokens scored (default: all)")
     arguments = parser.parse_args()
 
     dataset = prepare(DATA)
-    twins = {"latent_moe": model(EXPERTS), "dense": model(dense_twin(EXPERTS))}
+    experts = replace(EXPERTS, n_experts=arguments.experts)
+    twins = {"latent_moe": model(experts), "dense": model(dense_twin(experts))}
     first = {name: run_config(config, arguments, arguments.seeds[0]) for name, config in twins.items()}
     sparse, dense = (counted(name, config, dataset) for name, config in first.items())
     if abs(sparse - dense) > TOLERANCE * dense:
