@@ -28,6 +28,12 @@ class Arguments:
     part: str = ""
     """i/N: do the i-th of N parts of the work, independently of the others, in one shared --cache_dir; whichever part
     finds that none is missing any more makes the dataset. "assemble": only that."""
+    executor: str = ""
+    """local, slurm or ray: hand the parts to this executor of datatrove (pip install 'swamla[data]')."""
+    parts: int = 0
+    """How many parts --executor has."""
+    executor_options: str = ""
+    """Its further arguments: "time=04:00:00 partition=cpu"."""
 
 
 def main(argv: list[str]) -> int:
@@ -50,11 +56,27 @@ def main(argv: list[str]) -> int:
         config = _instead_of_download(config, arguments.data, console)
     require(arguments.workers >= 0, "workers", arguments.workers, "must be >= 0; 0 takes all cores")
     workers = arguments.workers or None
+    if "executor" in given:
+        return _hand_over(config, arguments, console)
     part = Part.parse(arguments.part) if "part" in given else None
     dataset = _run_part(config, part, workers, console) if part else read_data(config, console, workers=workers)
     if dataset:
         describe_data(dataset, console)
         dataset.verify()
+    return 0
+
+
+def _hand_over(config: DataConfig, arguments: Any, console: Console) -> int:
+    """Start datatrove's executor; what it started may still be at work when this returns, as a Slurm array is."""
+    from swamla.data.datatrove import executor
+
+    settings: dict[str, str | int] = {}
+    for option in arguments.executor_options.split():
+        name, equals, value = option.partition("=")
+        require(bool(name and equals), "executor_options", option, 'must be like "time=04:00:00 partition=cpu"')
+        settings[name] = int(value) if value.isdigit() else value
+    executor(arguments.executor, config, arguments.parts, settings).run()
+    say(console, f"handed {arguments.parts} parts to {arguments.executor}; the last one makes the dataset")
     return 0
 
 

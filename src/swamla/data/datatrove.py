@@ -1,0 +1,45 @@
+"""The parts of a preparation as tasks of datatrove's executors: processes here, a Slurm array, or a Ray cluster."""
+
+from collections.abc import Mapping
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+from swamla.data.config import DataConfig
+from swamla.data.work import Part, cache_of
+from swamla.errors import MissingBackendError, UsageError, require
+
+EXECUTORS = {"local": "LocalPipelineExecutor", "slurm": "SlurmPipelineExecutor", "ray": "RayPipelineExecutor"}
+
+
+def executor(kind: str, config: DataConfig, parts: int, settings: Mapping[str, Any] | None = None) -> Any:
+    """datatrove's executor for `parts` tasks, each on one core; its `run()` starts them.
+
+    The task that finds that no unit is missing any more makes the dataset, in the cache of `config`, which all of them
+    must see. settings: further arguments of the executor, such as Slurm's `time` and `partition`. Raises ConfigError,
+    UsageError for settings that it does not take, MissingBackendError where datatrove is not installed.
+    """
+    require(kind in EXECUTORS, "executor", kind, f"must be one of {', '.join(EXECUTORS)}")
+    require(parts > 0, "parts", parts, "must be > 0: how many tasks there are")
+    try:
+        cls = getattr(import_module(f"datatrove.executor.{kind}"), EXECUTORS[kind])
+    except ImportError as error:
+        raise MissingBackendError(f"--executor {kind} needs datatrove: pip install 'swamla[data]' ({error})") from error
+    ours = {
+        "pipeline": [partial(_make_part, config)],
+        "tasks": parts,
+        "logging_dir": str(cache_of(config) / "datatrove"),
+        "skip_completed": False,  # what is done is told by the units that are there, not by logs
+    }
+    try:
+        return cls(**{**ours, **(settings or {})})
+    except TypeError as error:
+        raise UsageError(f"--executor_options: {error}") from error
+
+
+def _make_part(config: DataConfig, data: Any, rank: int = 0, world_size: int = 1) -> Any:
+    """One task: `rank` (from 0) of `world_size`."""
+    from swamla.data.preparing import prepare_part
+
+    prepare_part(config, Part(rank + 1, world_size), workers=1)
+    return data
