@@ -18,7 +18,7 @@ RECORD = "resumed_from_hub.json"
 _RUN_FILES = ("config.json", "tokenizer.json")
 _MORE_FILES = ("metrics.jsonl", "checkpoints/best.json", "wandb/run_id")
 _MANIFEST = re.compile(r"checkpoints/step-\d{8}/manifest\.json")
-_DATA = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.(safetensors|json)")  # all that is fetched, let alone read
+_DATA = re.compile(r"(\w[\w-]*/)?\w[\w.-]*\.(safetensors|json)", re.ASCII)  # all that is fetched, let alone read
 
 
 @dataclass(frozen=True, kw_only=True)

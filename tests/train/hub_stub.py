@@ -12,12 +12,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+CANARY = "hf_" + "canary" + 28 * "7"  # a token
+
 
 @dataclass
 class Hub:
     """Repositories by name, each a list of commits, each a dictionary of files.
 
-    status: what every request is answered with instead, 0 for never.  private: as repositories were asked to be.
+    status: what every request to its API is answered with instead; 0: nothing is answered, ever.
+    private: as repositories were asked to be.
     """
 
     url: str = ""
@@ -87,10 +90,10 @@ class _Handler(BaseHTTPRequestHandler):
         hub.tokens.add(self.headers.get("authorization", "").removeprefix("Bearer "))
         if hub.status == 0:
             time.sleep(60)
-        if hub.status:
-            self.answer(hub.status, {"error": "the hub is unwell"})
-        elif path == "":
+        if path == "":
             self.answer(200, {})
+        elif hub.status:
+            self.answer(hub.status, {"error": "the hub is unwell"})
         elif path == "api/repos/create":
             asked = json.loads(body)
             repo = f"{asked['organization']}/{asked['name']}"
