@@ -11,7 +11,7 @@ import swamla
 PACKAGE = Path(swamla.__file__).parent
 FLOORS = [
     {"errors"},
-    {"config", "files", "ops"},
+    {"config", "files", "ops", "distributed"},
     {"model", "data", "recipes", "tensor_file"},
     {"checkpoint", "generate"},
     {"hub"},

@@ -58,3 +58,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     """True for Python's and CUDA's own errors; on the CPU torch has none, only words."""
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return known or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+
+
+class FailedElsewhere(SwamlaError):
+    """Another process of the run could not go on, and says why itself."""
+
+    def __init__(self, message: str, exit_status: int) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,13 @@ _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x0
 
 def save_tensors(file: Path, named: Mapping[str, Tensor]) -> None:
     """Write tensors, each storage once: a tied name is recorded in the header as an alias of the first."""
+    unique, aliases = without_aliases(named)
+    # One key only: safetensors writes several in an order of its own each time, and equal runs give equal files.
+    save_file(unique, file, metadata={"aliases": json.dumps(aliases)})
+
+
+def without_aliases(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors as they can be written, each storage once, and the name that stands for each other name."""
     unique: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
@@ -25,8 +33,7 @@ def save_tensors(file: Path, named: Mapping[str, Tensor]) -> None:
             unique[name] = tensor.detach().contiguous()
         else:
             aliases[name] = first
-    # One key only: safetensors writes several in an order of its own each time, and equal runs give equal files.
-    save_file(unique, file, metadata={"aliases": json.dumps(aliases)})
+    return unique, aliases
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -34,22 +41,30 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
     Raises `CorruptError` for pickles, huge headers and damage.
     """
-    with file.open("rb") as stream:
-        head = stream.read(8)
-    header, size = int.from_bytes(head, "little"), file.stat().st_size
-    if head.startswith(_PICKLE_MAGIC) and header > size:
-        raise CorruptError(f"{file}: is a pickle: refused, only safetensors and JSON are read")
-    if len(head) < 8 or header > min(size - 8, MAX_HEADER_BYTES):
-        raise CorruptError(f"{file}: header of {header} bytes in a file of {size}: not a safetensors file, or damaged")
+    metadata = read_header(file).get("__metadata__", {})
     try:
+        aliases = json.loads(metadata.get("aliases", "{}"))
         tensors = load_file(file)
-        return tensors | {alias: tensors[name] for alias, name in _aliases(file, header).items()}
-    except (SafetensorError, ValueError, KeyError, AttributeError) as error:
+        return tensors | {alias: tensors[name] for alias, name in aliases.items()}
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptError(f"{file}: {error}") from error
 
 
-def _aliases(file: Path, header_bytes: int) -> dict[str, str]:
+def read_header(file: Path) -> dict[str, Any]:
+    """What a safetensors file says of its tensors: name -> dtype, shape, place. Raises as `read_tensors` does."""
     with file.open("rb") as stream:
-        stream.seek(8)
-        metadata = json.loads(stream.read(header_bytes)).get("__metadata__", {})
-    return json.loads(metadata.get("aliases", "{}"))
+        head, size = stream.read(8), file.stat().st_size
+        length = int.from_bytes(head, "little")
+        if head.startswith(_PICKLE_MAGIC) and length > size:
+            raise CorruptError(f"{file}: is a pickle: refused, only safetensors and JSON are read")
+        if len(head) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise CorruptError(
+                f"{file}: header of {length} bytes in a file of {size}: not a safetensors file, or damaged"
+            )
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise CorruptError(f"{file}: its header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise CorruptError(f"{file}: its header is not a table")
+    return header

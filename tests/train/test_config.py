@@ -23,6 +23,7 @@ from swamla.train.optim import AdamWConfig, MuonConfig
         ({"accumulation": 3}, "accumulation = 3: must divide batch_size = 32"),
         ({"batch_size": 0}, "batch_size = 0: must be >= 1"),
         ({"keep_last": 0}, "keep_last = 0: must be >= 1"),
+        ({"keep_last": 1, "async_save": True}, "keep_last = 1: must be >= 2 with async_save"),
         ({"min_lr_ratio": 1.5}, "min_lr_ratio = 1.5: must be between 0 and 1"),
         ({"decay": 0.0}, "decay = 0.0"),
         ({"schedule": "wsd", "warmup": 0.3, "decay": 0.8}, "decay = 0.8: must not begin in the warm-up"),

@@ -3,6 +3,7 @@
 from swamla.checkpoint.folder import (
     FORMAT_VERSION,
     Checkpoint,
+    Crew,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -14,11 +15,18 @@ from swamla.checkpoint.folder import (
     step_of,
     verify,
 )
+from swamla.checkpoint.pieces import Piece, Pieces, save_pieces
 from swamla.checkpoint.run import best_step, find_checkpoint, load, load_into, read_run_config
+from swamla.checkpoint.saver import Saved, Saver
 
 __all__ = [
     "FORMAT_VERSION",
     "Checkpoint",
+    "Crew",
+    "Piece",
+    "Pieces",
+    "Saved",
+    "Saver",
     "best_step",
     "find_checkpoint",
     "latest_checkpoint",
@@ -30,6 +38,7 @@ __all__ = [
     "prune",
     "read_run_config",
     "save_checkpoint",
+    "save_pieces",
     "set_aside_after",
     "step_name",
     "step_of",

@@ -4,6 +4,7 @@
     RUN/tokenizer.json
     RUN/checkpoints/step-00000500/model.safetensors  optimizer.safetensors  rng.safetensors  state.json  manifest.json
                                                    ema.safetensors where the run averages its weights
+                                                   of a sharded run model/shard-….safetensors, one a rank, and so on
     RUN/checkpoints/best.json                      which step had the lowest held-out loss
 
 A directory whose name begins with a dot is being written or being deleted, and is never read.
@@ -13,19 +14,23 @@ import errno
 import json
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from safetensors import SafetensorError
 from torch import Tensor
 
+from swamla.checkpoint.pieces import Held, Like, Piece, Pieces, read_like, save_pieces, shard_name
 from swamla.errors import CorruptError, SwamlaError, UsageError
+from swamla.faults import fault
 from swamla.files import entry, fsync, read_json, regular_file, sha256_of, write_text_atomically
-from swamla.tensor_file import read_tensors, save_tensors
+from swamla.tensor_file import save_tensors
 
 FORMAT_VERSION = 1
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,48 +40,108 @@ class Checkpoint:
     path: Path
     step: int
     state: dict[str, Any]
+    files: tuple[str, ...]
 
-    def tensors(self, group: str) -> dict[str, Tensor]:
-        """The tensors of `group`, e.g. "model"; a name that was tied to another gives the same tensor object."""
-        return read_tensors(regular_file(self.path / f"{group}.safetensors", inside=self.path))
+    def tensors(self, group: str, like: Like = lambda name: None) -> dict[str, Tensor]:
+        """The tensors of `group`, e.g. "model"; a name that was tied to another gives the same tensor object.
+
+        like: a tensor for a name, or None; a tensor that is like a sharded one of its shape comes as this rank's part
+        of it, alone, whoever wrote it: one process, or any number of them.
+        """
+        return read_like(self.pieces(group), like)
+
+    def pieces(self, group: str) -> Pieces:
+        """The tensors of `group`, to be read one by one."""
+        shards = [name for name in self.files if name.startswith(f"{group}/")] or [f"{group}.safetensors"]
+        return Pieces([regular_file(self.path / name, inside=self.path) for name in sorted(shards)])
 
     def has(self, group: str) -> bool:
         """True if it holds tensors of `group`."""
-        return (self.path / f"{group}.safetensors").exists()
+        return any(name.split("/")[0] in (group, f"{group}.safetensors") for name in self.files)
+
+
+class Crew:
+    """The processes that write a checkpoint together; this class is one alone, and the main one."""
+
+    rank = 0
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """What `work` gives, of every process in the order of ranks; where it fails on one, it raises on all."""
+        return [work()]
+
+
+ALONE = Crew()
 
 
 def save_checkpoint(
-    directory: Path, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+    directory: Path,
+    step: int,
+    *,
+    tensors: Mapping[str, Mapping[str, Tensor | Piece]],
+    state: Mapping[str, Any],
+    crew: Crew = ALONE,
 ) -> Path:
     """Write `directory/step-<step>` so that it is there whole or not at all, and return its path.
 
-    tensors: group name -> tensors; each group becomes one safetensors file. state: plain JSON data.
+    tensors: group name -> tensors; each group becomes one safetensors file, or one file a process where it has pieces.
+    state: plain JSON data. crew: all its processes call this, at the same step, with the pieces that each holds.
     Raises `SwamlaError`, naming the path and the bytes needed, when the disk is full; older checkpoints stay intact.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    _sweep(directory)
     final, staging = directory / step_name(step), directory / f".saving-{step_name(step)}"
-    staging.mkdir()
+    main = crew.rank == 0
     try:
-        for group, named in tensors.items():
-            save_tensors(staging / f"{group}.safetensors", named)
-        (staging / "state.json").write_text(json.dumps({"step": step, **state}, allow_nan=False))
-        files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256_of(f)} for f in sorted(staging.iterdir())}
-        manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
-        (staging / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        for file in staging.iterdir():
-            fsync(file)
-        fsync(staging)
-        if final.exists():  # a damaged or abandoned future of a run that was resumed from before it
-            final.rename(directory / f".deleting-{final.name}")
-        staging.rename(final)
-        fsync(directory)
+        crew.together(lambda: _begin(directory, staging) if main else None)
+        listings = crew.together(lambda: _write(staging, tensors, crew.rank))
+        files = {name: listed for listing in listings for name, listed in listing.items()}
+        crew.together(lambda: _finish(staging, final, files, {"step": step, **state}) if main else None)
     except (OSError, SafetensorError) as error:
         raise _explain_write_error(error, final, tensors) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)  # where it still is, something went wrong
-    _sweep(directory)
+        if main:
+            shutil.rmtree(staging, ignore_errors=True)  # where it still is, something went wrong
     return final
+
+
+def _begin(directory: Path, staging: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    _sweep(directory)
+    staging.mkdir()
+
+
+def _write(staging: Path, tensors: Mapping[str, Held], rank: int) -> dict[str, dict[str, Any]]:
+    """Write what this process holds and return its part of the manifest."""
+    files = []
+    for group, named in tensors.items():
+        if any(isinstance(tensor, Piece) for tensor in named.values()):
+            (staging / group).mkdir(exist_ok=True)
+            files.append(staging / group / shard_name(rank))
+            save_pieces(files[-1], {n: t for n, t in named.items() if isinstance(t, Piece) or rank == 0})
+        elif rank == 0:
+            files.append(staging / f"{group}.safetensors")
+            save_tensors(files[-1], cast("Mapping[str, Tensor]", named))
+    for file in files:
+        fsync(file)
+        fsync(file.parent)
+    return {str(file.relative_to(staging)): _listed(file) for file in files}
+
+
+def _listed(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+
+
+def _finish(staging: Path, final: Path, files: dict[str, Any], state: dict[str, Any]) -> None:
+    """What the main process alone does, when all tensors are on the disk."""
+    (staging / "state.json").write_text(json.dumps(state, allow_nan=False))
+    files = dict(sorted((files | {"state.json": _listed(staging / "state.json")}).items()))
+    manifest = {"format_version": FORMAT_VERSION, "step": state["step"], "files": files}
+    (staging / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    for path in (staging / "state.json", staging / "manifest.json", staging):
+        fsync(path)
+    if final.exists():  # a damaged or abandoned future of a run that was resumed from before it
+        final.rename(final.with_name(f".deleting-{final.name}"))
+    staging.rename(final)
+    fsync(final.parent)
+    _sweep(final.parent)
 
 
 def verify(path: Path, *, hashes: bool = True) -> dict[str, Any]:
@@ -102,7 +167,8 @@ def verify(path: Path, *, hashes: bool = True) -> dict[str, Any]:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Verify and open one checkpoint directory; tensors are read when asked for. Raises as `verify` does."""
     manifest = verify(path)
-    return Checkpoint(path=path, step=manifest["step"], state=read_json(path / "state.json", inside=path))
+    state = read_json(path / "state.json", inside=path)
+    return Checkpoint(path=path, step=manifest["step"], state=state, files=tuple(manifest["files"]))
 
 
 def latest_checkpoint(directory: Path) -> Checkpoint | None:
@@ -162,11 +228,12 @@ def require_format(data: dict[str, Any], file: Path) -> None:
         raise CorruptError(f"{file}: there is no format version {version}")
 
 
-def _explain_write_error(error: Exception, path: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> Exception:
+def _explain_write_error(error: Exception, path: Path, tensors: Mapping[str, Held]) -> Exception:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if not full and "os error 28" not in str(error) and "os error 122" not in str(error):
         return error
-    needed = sum(t.nbytes for named in tensors.values() for t in named.values())
+    whole = [t.tensor if isinstance(t, Piece) else t for named in tensors.values() for t in named.values()]
+    needed = sum(tensor.nbytes for tensor in whole)
     free = shutil.disk_usage(path.parent).free
     return SwamlaError(f"{path}: disk full: needs {needed:,} bytes, {free:,} are free; older checkpoints are intact")
 

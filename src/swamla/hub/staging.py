@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from swamla.checkpoint import Checkpoint, list_checkpoints, step_name
+from swamla.checkpoint import Checkpoint, list_checkpoints, step_name, verify
 from swamla.errors import UsageError
 from swamla.files import entry, read_json
 from swamla.hub.card import model_card
@@ -43,7 +43,8 @@ def stage(run_dir: Path, folder: Path, repo_id: str) -> int:
 
 def _weights(path: Path, to: Path) -> None:
     """The weights that are judged, and loaded: the averages, where there are any, and the buffers besides."""
-    checkpoint = Checkpoint(path=path, step=0, state={})
+    listed = verify(path, hashes=False)  # which would take long, while training waits
+    checkpoint = Checkpoint(path=path, step=listed["step"], state={}, files=tuple(listed["files"]))
     if not checkpoint.has("ema") and (path / WEIGHTS).exists():
         _link(path / WEIGHTS, to)
     else:

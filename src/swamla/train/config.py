@@ -44,6 +44,10 @@ class TrainConfig:
     eval_tokens: how many held-out tokens an evaluation inside the run reads at most; none for all.
     save_interval: steps between checkpoints, none for the best and the last only.
     keep_last: how many checkpoints are kept, besides the best.
+    async_save: copy what is saved, and write it while training goes on; takes its size again in memory, and keep_last
+        of 2 at least.
+    on_save_error: what follows a checkpoint that could not be written, as on a full disk: "stop", or "continue" with a
+        warning and try again at the next; one that fails at the run's end is an error in any case.
     log_interval: steps between lines where there is no terminal for a progress bar; metrics.jsonl has every step.
     tensorboard: also write TensorBoard event files, to RUN/tensorboard.
     wandb_project: also send the run to this project of Weights & Biases; offline where there is no key or no network.
@@ -85,6 +89,8 @@ class TrainConfig:
     eval_tokens: int | None = None
     save_interval: int | None = 500
     keep_last: int = 2
+    async_save: bool = False
+    on_save_error: Literal["stop", "continue"] = "stop"
     log_interval: int = 10
     tensorboard: bool = False
     wandb_project: str = ""
@@ -116,6 +122,8 @@ class TrainConfig:
             require(value is None or value > 0, name, value, "must be > 0, or left out")
         for name in ("batch_size", "accumulation", "block_size", "keep_last", "log_interval", "profile_steps"):
             require(self.__dict__[name] >= 1, name, self.__dict__[name], "must be >= 1")
+        kept = self.keep_last > 1 or not self.async_save
+        require(kept, "keep_last", self.keep_last, "must be >= 2 with async_save: one stays whole while one is written")
         accumulates = self.batch_size % self.accumulation == 0
         require(accumulates, "accumulation", self.accumulation, f"must divide batch_size = {self.batch_size}")
         require(self.profile_warmup >= 0, "profile_warmup", self.profile_warmup, "must be >= 0")

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from swamla.checkpoint import latest_checkpoint, list_checkpoints, mark_best, prune
+from swamla.checkpoint import Saved, Saver, latest_checkpoint, list_checkpoints
 from swamla.data.dataset import Dataset
 from swamla.errors import Interrupted, SwamlaError
 from swamla.hub import Pushes, require_hub
 from swamla.model.accounting import training_flops_per_token
 from swamla.model.language_model import LanguageModel
 from swamla.train.backends import describe
-from swamla.train.config import RunConfig
+from swamla.train.config import RunConfig, TrainConfig
 from swamla.train.curriculum import cut
 from swamla.train.memory_advice import advised
 from swamla.train.plot import plot_losses
@@ -90,14 +90,25 @@ def _train(
             hurry=lambda: bool(stop.received),
         ) as hub,
         Profiling(settings, run_dir, state.device, first_step=state.step + 1, say=display.say) as profiling,
+        _saver(config.train, run_dir, state, display) as saver,
     ):
-        loop = _Loop(config, run_dir, dataset, state, evaluate, metrics, display, hub, profiling)
+        loop = _Loop(config, run_dir, dataset, state, evaluate, metrics, display, hub, profiling, saver)
         loop.announce(resume)
         if on_start is not None:
             generators = generator_states()
             on_start(state)
             set_generator_states(generators)  # whatever it drew, the run is the same
         loop.run(stop)
+
+
+def _saver(config: TrainConfig, run_dir: Path, state: TrainState, display: Display) -> Saver:
+    return Saver(
+        run_dir / "checkpoints",
+        keep_last=config.keep_last,
+        background=config.async_save,
+        best=state.best,
+        say=display.say,
+    )
 
 
 class _Loop:
@@ -114,12 +125,13 @@ class _Loop:
         display: Display,
         hub: Pushes,
         profiling: Profiling,
+        saver: Saver,
     ) -> None:
         self.config, self.run_dir, self.state = config.train, run_dir, state
         self.model, self.peak = config.model, peak_of(state.device, state.precision)
         self.checkpoints = run_dir / "checkpoints"
         self.evaluate, self.metrics, self.display = evaluate, metrics, display
-        self.hub, self.profiling = hub, profiling
+        self.hub, self.profiling, self.saver = hub, profiling, saver
         self.router_health = RouterHealth()
         self.rows = dataset.rows(self.config.block_size, self.config.seed)
         self.curriculum, self.length = self.config.lengths, self.config.block_size  # where there is none, none is told
@@ -129,6 +141,7 @@ class _Loop:
         self.recent_tokens = self.recent_seconds = 0.0
         existing = list_checkpoints(self.checkpoints) if state.step else []
         self.saved_step = state.step if existing else None
+        self.unsaved: Exception | None = None  # why the newest save failed
 
     def announce(self, resume: bool) -> None:
         """Say once what was chosen, so that nothing was chosen silently."""
@@ -144,6 +157,7 @@ class _Loop:
         """Step until the budget is spent or somebody asks to stop; then evaluate, if nobody did, and save."""
         while not stop.received and (progress := self.progress()) < 1:
             self.step(progress)
+            self.settle()
             self.profiling.step()
             self.hub.attend()
             if self.evaluation_is_due():
@@ -153,6 +167,9 @@ class _Loop:
         if not stop.received and self.state.evaluated_step != self.state.step:
             self.evaluate_now()
         self.save()
+        self.settle(wait=True)
+        if self.unsaved is not None:  # the last one: whatever the run was told, all would be for nothing
+            raise self.unsaved
         self.plot()
         if stop.received:
             where = f"after step {self.state.step}; all is saved in {self.run_dir}"
@@ -205,6 +222,8 @@ class _Loop:
 
     def give_up(self, reason: str) -> None:
         """Stop a run that diverged, naming what can be taken up again."""
+        for saved in self.saver.saved(wait=True):
+            self.tell(saved)
         good = latest_checkpoint(self.checkpoints)
         where = f"the last good checkpoint is {good.path}" if good else "there is no checkpoint yet"
         raise Diverged(f"{reason}; {where}; try a lower lr, now {self.config.lr}")
@@ -265,23 +284,44 @@ class _Loop:
             self.display.say(f"warning: the held-out loss after step {state.step} is not finite, so never the best")
         elif state.best_loss is None or found["loss"] < state.best_loss:
             state.best_step, state.best_loss = state.step, found["loss"]
-            self.save()
-            mark_best(self.checkpoints, state.best_step, state.best_loss)
-            self.hub.push()
+            self.save(best_loss=found["loss"])
 
-    def save(self) -> None:
-        """Save this moment unless that is done already, then let go of checkpoints that are no longer kept."""
+    def save(self, best_loss: float | None = None) -> None:
+        """Save this moment, which is the best if it has a `best_loss`, unless that is done already."""
         state = self.state
         if self.saved_step == state.step:
+            if best_loss is not None:
+                self.saver.mark(state.step, best_loss)
+                self.settle()
             return
         if not state.weights_are_finite():
             self.give_up(f"the weights after step {state.step} are not finite, so they are not saved")
         state.seconds = self.seconds()
         self.metrics.sync()
-        state.save(self.checkpoints)
+        self.saver.save(state.step, tensors=state.tensors(), state=state.plain(), best_loss=best_loss)
         self.saved_step = state.step
-        pinned = [] if state.best_step is None else [state.best_step]
-        prune(self.checkpoints, keep_last=self.config.keep_last, pinned=pinned)
+        self.settle()
+
+    def settle(self, *, wait: bool = False) -> None:
+        """See what became of the saves, of all of them with `wait`: one that failed ends the run, if it is to."""
+        for saved in self.saver.saved(wait=wait):
+            self.tell(saved)
+            if self.unsaved is not None and self.config.on_save_error == "stop":
+                raise self.unsaved
+
+    def tell(self, saved: Saved) -> None:
+        """Of a save that is done. One that failed is never the best, and is tried again."""
+        state, self.unsaved = self.state, saved.error
+        if saved.error is None:
+            if saved.best:
+                self.hub.push()
+            return
+        if self.config.on_save_error == "continue":
+            self.display.say(f"warning: the checkpoint of step {saved.step} was not saved: {saved.error}")
+        if self.saved_step == saved.step:
+            self.saved_step = None
+        if state.best_step == saved.step:
+            state.best_step, state.best_loss = self.saver.best or (None, None)
 
     def plot(self) -> None:
         """Draw loss.png from what metrics.jsonl holds."""

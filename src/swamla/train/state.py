@@ -5,14 +5,13 @@ import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from swamla.checkpoint import Checkpoint, load_into, save_checkpoint
+from swamla.checkpoint import Checkpoint, load_into
 from swamla.errors import CorruptError
 from swamla.model.language_model import LanguageModel
 from swamla.train.ema import WeightAverage
@@ -65,8 +64,8 @@ class TrainState:
     best_step: int | None = None
     best_loss: float | None = None
 
-    def save(self, directory: Path) -> Path:
-        """Write a checkpoint of this moment under `directory`."""
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All tensors of this moment, by the groups of a checkpoint; most are those that training changes next."""
         tensors = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_tensors(),
@@ -74,7 +73,16 @@ class TrainState:
         }
         if self.average is not None:
             tensors["ema"] = self.average.tensors()
-        return save_checkpoint(directory, self.step, tensors=tensors, state=self._plain())
+        return tensors
+
+    def plain(self) -> dict[str, Any]:
+        """All that is not tensors, as JSON data."""
+        return {name: getattr(self, name) for name in COUNTERS} | {
+            "precision": self.precision,
+            "backends": self.backends,
+            "data_fingerprint": self.data_fingerprint,
+            "parameters_without_optimizer_state": self.optimizer.stateless(),
+        }
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Become the moment that `checkpoint` holds, the process's random generators included.
@@ -101,6 +109,11 @@ class TrainState:
         set_generator_states(checkpoint.tensors("rng"))
 
     @property
+    def best(self) -> tuple[int, float] | None:
+        """Step and held-out loss of the best moment so far."""
+        return None if self.best_step is None or self.best_loss is None else (self.best_step, self.best_loss)
+
+    @property
     def updates(self) -> int:
         """Steps that changed the weights."""
         return self.step - self.skipped
@@ -112,14 +125,6 @@ class TrainState:
     def weights_are_finite(self) -> bool:
         """False as soon as one weight is infinite or not a number."""
         return all(bool(p.isfinite().all()) for p in self.model.parameters())
-
-    def _plain(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in COUNTERS} | {
-            "precision": self.precision,
-            "backends": self.backends,
-            "data_fingerprint": self.data_fingerprint,
-            "parameters_without_optimizer_state": self.optimizer.stateless(),
-        }
 
 
 def seed_generators(seed: int) -> None:
