@@ -174,6 +174,16 @@ def test_a_stream_keeps_little_on_disk(stream: DataConfig) -> None:
     dataset.supply.close()
 
 
+def test_two_readers_of_a_stream_that_drop_each_others_units_read_on(stream: DataConfig) -> None:
+    dataset, other = streamed(replace(stream, stream=1)), streamed(replace(stream, stream=1))
+    rows = [each.rows(64, seed) for each, seed in ((dataset, 0), (dataset, 1), (other, 2))]
+    for at in range(0, 300, 10):
+        for reader in rows:
+            assert reader.batch(at, 10).tokens_BT.shape == (10, 64)
+    for each in (dataset, other):
+        each.supply.close()
+
+
 def test_damage_met_in_a_stream_is_named_when_its_rows_are_due(stream: DataConfig) -> None:
     path = Path(stream.source)
     dataset = streamed(stream)

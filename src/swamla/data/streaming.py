@@ -9,9 +9,10 @@ beside its units, and where that was lost, the units are encoded again: the answ
 import hashlib
 import json
 import os
-import shutil
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from swamla.data.sampler import pad, permutation
 from swamla.data.shards import Split
 from swamla.data.unit_files import Job, UnitRecord
 from swamla.data.workers import Workers, available_cores
+from swamla.errors import CorruptError
 
 _UNITS, _DOCUMENTS, _ROWS = 2, 0, 1
 _KEPT = 2  # windows whose units stay, so that the ranks of a machine need not be quite in step
@@ -41,27 +43,38 @@ class UnitSupply:
     def want(self, numbers: list[int]) -> None:
         """Begin to make those that are not there; returns at once."""
         for number in numbers:
-            if number not in self._coming and not self.job.path(number).exists():
+            on_its_way = number in self._coming and not self._coming[number].done()
+            if not on_its_way and not self.job.path(number).exists():
                 self._workers = self._workers or Workers(self.job, self._count)
                 self._coming[number] = self._workers.submit(number)
 
     def record(self, number: int) -> UnitRecord:
         """What a unit came to; waits for one that is not known. Raises as `make_unit` does."""
         if not self.job.known(number):
-            self.path(number)
+            self._wait_for(number)
         return self.job.record(number)
 
-    def path(self, number: int) -> Path:
-        """The folder of a unit; waits for one that is not there."""
+    def split(self, number: int, vocab_size: int) -> Split:
+        """The training documents of a unit; waits for one that is not there. Raises as `make_unit` does."""
+        while True:
+            path = self._wait_for(number)
+            try:
+                return Split.open(path, "train", vocab_size)
+            except CorruptError:
+                if path.exists():  # else another process has just dropped it: once more
+                    raise
+
+    def _wait_for(self, number: int) -> Path:
         self.want([number])
         if number in self._coming:
             self._coming.pop(number).result()
         return self.job.path(number)
 
     def drop(self, numbers: list[int]) -> None:
-        """Remove units but not what is known of them."""
+        """Remove units but not what is known of them; a unit is there as a whole or not at all."""
         for number in numbers:
-            shutil.rmtree(self.job.path(number), ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=".dropped-", dir=self.job.folder) as away, suppress(OSError):
+                self.job.path(number).rename(Path(away) / "unit")  # another process may be faster
 
     def close(self) -> None:
         """End the processes."""
@@ -102,8 +115,7 @@ class StreamRows(BlockRows):
         """The documents of a window, shuffled, and the order of its rows. The next window is begun, old ones go."""
         numbers = self.units(block)
         self._supply.want(numbers)
-        paths = [self._supply.path(number) for number in numbers]
-        split = _joined(paths, self._vocab_size)
+        split = join_splits([self._supply.split(number, self._vocab_size) for number in numbers])
         self._supply.want(self.units(block + 1))
         recent = {number for near in range(max(0, block - _KEPT + 1), block + 2) for number in self.units(near)}
         self._supply.drop([number for number in self._supply.job.present() if number not in recent])
@@ -111,11 +123,6 @@ class StreamRows(BlockRows):
             split, self._eos_id, lambda _: permutation(split.n_documents, self.seed, block, _DOCUMENTS)
         )
         return stream, permutation(self.n_rows(block), self.seed, block, _ROWS)
-
-
-def _joined(paths: list[Path], vocab_size: int) -> Split:
-    """The training documents of units, in memory."""
-    return join_splits([Split.open(path, "train", vocab_size) for path in paths])
 
 
 def join_splits(splits: list[Split]) -> Split:
