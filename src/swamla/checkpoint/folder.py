@@ -93,6 +93,7 @@ def save_checkpoint(
         crew.together(lambda: _begin(directory, staging) if main else None)
         listings = crew.together(lambda: _write(staging, tensors, crew.rank))
         files = {name: listed for listing in listings for name, listed in listing.items()}
+        fault("save-staging", step)
         crew.together(lambda: _finish(staging, final, files, {"step": step, **state}) if main else None)
     except (OSError, SafetensorError) as error:
         raise _explain_write_error(error, final, tensors) from error
@@ -137,9 +138,11 @@ def _finish(staging: Path, final: Path, files: dict[str, Any], state: dict[str, 
     (staging / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for path in (staging / "state.json", staging / "manifest.json", staging):
         fsync(path)
+    fault("save-manifest", state["step"])
     if final.exists():  # a damaged or abandoned future of a run that was resumed from before it
         final.rename(final.with_name(f".deleting-{final.name}"))
     staging.rename(final)
+    fault("save-rename", state["step"])
     fsync(final.parent)
     _sweep(final.parent)
 
@@ -202,6 +205,7 @@ def prune(directory: Path, *, keep_last: int, pinned: Iterable[int] = ()) -> Non
         verify(paths[-1])
     for path in doomed:  # renamed first, so that a half-deleted directory never looks like a checkpoint
         path.rename(directory / f".deleting-{path.name}")
+        fault("prune", step_of(paths[-1]))
     _sweep(directory)
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from swamla.checkpoint import Saved, Saver, latest_checkpoint, list_checkpoints
 from swamla.data.dataset import Dataset
 from swamla.errors import Interrupted, SwamlaError
+from swamla.faults import fault
 from swamla.hub import Pushes, require_hub
 from swamla.model.accounting import training_flops_per_token
 from swamla.model.language_model import LanguageModel
@@ -186,9 +187,11 @@ class _Loop:
     def step(self, progress: float) -> None:
         """Take one training step, count it, tell about it."""
         state, begin = self.state, time.monotonic()
+        fault("begin", state.step + 1)
         lr = self.config.lr * self.config.learning_rate.factor(progress, state.step)
         batch = self.rows.batch(state.sample, self.config.batch_size)
         result = training_step(state, cut(batch, self.sequence_length()), self.config, lr)
+        fault("update", state.step + 1)
         state.step += 1
         state.sample += self.config.batch_size
         state.tokens += result.tokens if result.finite else 0
@@ -275,6 +278,7 @@ class _Loop:
         state = self.state
         with state.evaluated_weights(), autocast(state.precision, state.device):
             found = self.evaluate(state.model)
+        fault("evaluation", state.step)
         state.seconds = state.evaluated_at = self.seconds()
         state.evaluated_step = state.step
         self.metrics.write(state.step, {f"held_out_{k}": v for k, v in found.items()} | {"elapsed": state.seconds})
