@@ -11,6 +11,7 @@ from swamla.errors import ConfigError, DataError
 from swamla.ops.layout import Layout
 from swamla.train import Diverged, training_step
 from swamla.train import loop as loop_module
+from swamla.train.parallel import Spread
 from swamla.train.run_folder import fresh_state, settle
 from swamla.train.tracking import read_metrics
 
@@ -31,10 +32,10 @@ def start(config, dataset):
 
 def poison(monkeypatch, steps):
     """Make the gradient of the steps in `steps` infinite."""
-    real = torch.nn.utils.get_total_norm
+    real = Spread.gradient_norm
     calls = iter(range(10_000))
     monkeypatch.setattr(
-        torch.nn.utils, "get_total_norm", lambda g: real(g) * (math.inf if next(calls) + 1 in steps else 1)
+        Spread, "gradient_norm", lambda spread: real(spread) * (math.inf if next(calls) + 1 in steps else 1)
     )
 
 

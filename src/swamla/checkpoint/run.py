@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from swamla import distributed
 from swamla.checkpoint.folder import (
     Checkpoint,
     latest_checkpoint,
@@ -118,4 +120,6 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, origin: str) 
     if wrong:
         more = f" … and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise CorruptError(f"{origin}: weights do not fit the model: {'; '.join(wrong[:5])}{more}")
-    module.load_state_dict(dict(tensors))
+    with torch.no_grad():
+        for name, own in module.state_dict().items():
+            distributed.local(own).copy_(distributed.shard_like(tensors[name], own))

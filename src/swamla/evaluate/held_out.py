@@ -1,12 +1,14 @@
 """Held-out loss, perplexity and bits per byte."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 
 import torch
 
-from swamla.data.packing import Batch
+from swamla import distributed
+from swamla.data.packing import NO_LABEL, Batch
 from swamla.data.sampler import HeldOutRows
 from swamla.data.shards import Split
 from swamla.errors import DataError
@@ -44,20 +46,35 @@ class Evaluation:
 def evaluate(model: LanguageModel, batches: Iterable[Batch], *, bytes_per_label: float) -> Evaluation:
     """Score `batches` with the model in evaluation mode; its mode is put back afterwards.
 
+    Of several ranks, which must all be given the same batches, each scores its share, and all get the whole's figures.
     bytes_per_label: bytes of text over labels of the text that the batches are (a part of).
     Numbers are computed in the caller's autocast, summed in double precision. Raises `DataError` where no label is.
     """
     was_training, nats, labels = model.training, 0.0, 0
     model.eval()
-    for batch in batches:
+    for batch in _share(batches):
         seq = Layout.from_documents(batch.document_BT).to(model.device)
         total, _ = model.loss(batch.tokens_BT.to(model.device), batch.labels_BT.to(model.device), seq)
         nats += total.item()
         labels += batch.n_labels
     model.train(was_training)
+    nats, labels = distributed.sum_of(nats), round(distributed.sum_of(labels))
     if labels == 0:
         raise DataError("nothing to evaluate: the held-out split has no documents")
     return Evaluation(loss=nats / labels, tokens=labels, bytes=labels * bytes_per_label)
+
+
+def _share(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Of every so many batches as there are ranks this one's: all take part in as many forward passes.
+
+    Where the last ones do not go round, whoever gets none has a batch without a label.
+    """
+    rank, ranks = distributed.rank(), distributed.world_size()
+    batches = iter(batches)
+    while together := list(islice(batches, ranks)):
+        first = together[0]
+        spare = replace(first, labels_BT=torch.full_like(first.labels_BT, NO_LABEL))
+        yield together[rank] if rank < len(together) else spare
 
 
 def evaluate_split(

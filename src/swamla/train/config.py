@@ -11,6 +11,7 @@ from swamla.model.config import LanguageModelConfig
 from swamla.train.compile import Compile
 from swamla.train.curriculum import Curriculum
 from swamla.train.optim import AdamWConfig, LionConfig, MuonConfig
+from swamla.train.parallel import Asked
 from swamla.train.precision import Precision
 from swamla.train.schedule import Budget, Schedule, ScheduleName
 
@@ -24,8 +25,8 @@ class TrainConfig:
 
     steps: optimizer steps of the run; none where max_minutes alone bounds it.
     max_minutes: minutes of the run, over all its processes; none where steps alone bound it.
-    batch_size: rows in one optimizer step.
-    accumulation: micro-batches that a step's rows are split into; this changes memory only.
+    batch_size: rows in one optimizer step, those of all processes together.
+    accumulation: micro-batches that a process's rows of a step are split into; this changes memory only.
     block_size: tokens in a row.
     curriculum: shorter rows first, as in "512:500M,1024:2B,2048:inf": 512 tokens for 500 million, then 1024 for two
         billion, then block_size. Rows are cut, so a step has as many tokens as ever; evaluations are at block_size.
@@ -65,6 +66,9 @@ class TrainConfig:
         number: "none", "attention" (the mixers), "ffn" or "all" (whole blocks).
     compile: "none", or a mode of torch.compile: "default", "reduce-overhead" (CUDA graphs) or "max-autotune". Made
         for GPUs: on two busy CPU cores the first step of quickstart's model waited 70 s for it.
+    parallel: how the processes that torchrun starts share the work: "ddp", each with the whole model; "fsdp", each with
+        a part of it; "hsdp", copies each in `shards` parts. "auto" is ddp, and plain training in one process.
+    shards: processes that hold a copy together in hsdp; by default those of one machine.
     device: "auto" is CUDA where there is one, else the CPU.
     threads: CPU threads, none for torch's own choice.
     """
@@ -104,6 +108,8 @@ class TrainConfig:
     precision: Precision = "auto"
     checkpointing: Checkpointing = "none"
     compile: Compile = "none"
+    parallel: Asked = "auto"
+    shards: int | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
 
@@ -117,16 +123,24 @@ class TrainConfig:
             "eval_tokens",
             "save_interval",
             "threads",
+            "shards",
         ):
             value = self.__dict__[name]
             require(value is None or value > 0, name, value, "must be > 0, or left out")
-        for name in ("batch_size", "accumulation", "block_size", "keep_last", "log_interval", "profile_steps"):
+        for name in (
+            "batch_size",
+            "accumulation",
+            "block_size",
+            "keep_last",
+            "log_interval",
+            "profile_steps",
+            "profile_warmup",
+        ):
             require(self.__dict__[name] >= 1, name, self.__dict__[name], "must be >= 1")
         kept = self.keep_last > 1 or not self.async_save
         require(kept, "keep_last", self.keep_last, "must be >= 2 with async_save: one stays whole while one is written")
         accumulates = self.batch_size % self.accumulation == 0
         require(accumulates, "accumulation", self.accumulation, f"must divide batch_size = {self.batch_size}")
-        require(self.profile_warmup >= 0, "profile_warmup", self.profile_warmup, "must be >= 0")
         named = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)?", self.hf_repo_id, re.ASCII) is not None
         require(named, "hf_repo_id", self.hf_repo_id, "must be USER/NAME, e.g. me/first-try")
         require(self.seed >= 0, "seed", self.seed, "must be >= 0")

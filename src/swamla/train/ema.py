@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from swamla import distributed
 from swamla.errors import CorruptError
 
 
@@ -14,13 +15,14 @@ class WeightAverage:
 
     The division leaves no trace of the initial weights, and the first steps count no more than their share: it is
     Adam's correction of its moments (arXiv 1412.6980, sec. 3), folded into the weight of the newest term. Averages
-    are kept in fp32. Buffers, such as a router's biases, are not averaged: they are used as they stand.
+    are kept in fp32, each process those of the weights it holds. Buffers, such as a router's biases, are not averaged:
+    they are used as they stand.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self._parameters = dict(model.named_parameters())
-        self._averages = {name: p.detach().float().clone() for name, p in self._parameters.items()}
+        self._averages = {name: part.float().clone() for name, part in self._parts().items()}
         # under every name that a tied weight has, so that a checkpoint can be read without knowing what is tied
         own = {p: name for name, p in self._parameters.items()}
         self._names = {name: own[p] for name, p in model.named_parameters(remove_duplicate=False)}
@@ -29,14 +31,14 @@ class WeightAverage:
     def update(self, count: int) -> None:
         """Take in the weights as they are after step `count` (from 1), skipped steps not counted."""
         newest = (1 - self.decay) / (1 - self.decay**count)
-        weights = [p.detach().float() for p in self._parameters.values()]
+        weights = [part.float() for part in self._parts().values()]
         torch._foreach_lerp_(list(self._averages.values()), weights, newest)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """While entered the model's weights are the averages; its own are put back however the block ends."""
         with torch.no_grad():
-            own = [p.clone() for p in self._parameters.values()]
+            own = [part.clone() for part in self._parts().values()]
         try:
             self._write(self._averages.values())
             yield
@@ -44,8 +46,12 @@ class WeightAverage:
             self._write(own)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The averages by the names of the weights."""
-        return {name: self._averages[own] for name, own in self._names.items()}
+        """The averages by the names of the weights, sharded as these are."""
+        found = {}
+        for name, p in self._parameters.items():
+            average = self._averages[name]
+            found[name] = distributed.as_sharded(average, p) if distributed.sharded(p) else average
+        return {name: found[own] for name, own in self._names.items()}
 
     def load(self, tensors: Mapping[str, Tensor], *, origin: str) -> None:
         """Take over what `tensors` gave. Raises `CorruptError` for other names or shapes."""
@@ -53,10 +59,14 @@ class WeightAverage:
         if {name: tensor.shape for name, tensor in tensors.items()} != expected:
             raise CorruptError(f"{origin}: the averaged weights do not fit the model")
         for name, average in self._averages.items():
-            average.copy_(tensors[name])
+            average.copy_(distributed.shard_like(tensors[name], self._parameters[name]))
 
     @torch.no_grad()
     def _write(self, tensors: Iterable[Tensor]) -> None:
         """Into the weights themselves: whoever holds them, a compiled graph for one, sees the change."""
-        for p, tensor in zip(self._parameters.values(), tensors, strict=True):
-            p.copy_(tensor)
+        for part, tensor in zip(self._parts().values(), tensors, strict=True):
+            part.copy_(tensor)
+
+    def _parts(self) -> dict[str, Tensor]:
+        """What this process holds of the weights, whose memory it is."""
+        return {name: distributed.local(p.detach()) for name, p in self._parameters.items()}

@@ -1,12 +1,14 @@
 """The training loop, read top-down: `train` is the run; its steps are in step.py."""
 
 import math
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
+from swamla import distributed
 from swamla.checkpoint import Saved, Saver, latest_checkpoint, list_checkpoints
 from swamla.data.dataset import Dataset
 from swamla.errors import Interrupted, SwamlaError
@@ -18,6 +20,7 @@ from swamla.train.backends import describe
 from swamla.train.config import RunConfig, TrainConfig
 from swamla.train.curriculum import cut
 from swamla.train.memory_advice import advised
+from swamla.train.parallel import make_crew
 from swamla.train.plot import plot_losses
 from swamla.train.precision import autocast
 from swamla.train.profiling import Profiling
@@ -26,7 +29,7 @@ from swamla.train.run_folder import open_run
 from swamla.train.signals import StopRequest
 from swamla.train.state import TrainState, generator_states, set_generator_states
 from swamla.train.step import StepResult, training_step
-from swamla.train.trackers import Records, require_trackers
+from swamla.train.trackers import Records, make_records, require_trackers
 from swamla.train.tracking import Display, make_display
 from swamla.train.utilisation import peak_memory, peak_of
 
@@ -82,9 +85,9 @@ def _train(
         advised(config, state.precision, state.device, run_dir),
         StopRequest() as stop,
         make_display(console, settings.log_interval) as display,
-        Records(settings, run_dir, resume_after=resume_after, say=display.say) as metrics,
+        make_records(settings, run_dir, resume_after=resume_after, say=display.say) as metrics,
         Pushes(
-            settings.hf_repo_id,
+            settings.hf_repo_id if distributed.is_main() else "",
             run_dir,
             private=settings.hf_private,
             say=display.say,
@@ -108,6 +111,7 @@ def _saver(config: TrainConfig, run_dir: Path, state: TrainState, display: Displ
         keep_last=config.keep_last,
         background=config.async_save,
         best=state.best,
+        crew=make_crew(),
         say=display.say,
     )
 
@@ -156,7 +160,7 @@ class _Loop:
 
     def run(self, stop: StopRequest) -> None:
         """Step until the budget is spent or somebody asks to stop; then evaluate, if nobody did, and save."""
-        while not stop.received and (progress := self.progress()) < 1:
+        while not (stopped := self.stopped(stop)) and (progress := self.progress()) < 1:
             self.step(progress)
             self.settle()
             self.profiling.step()
@@ -165,14 +169,14 @@ class _Loop:
                 self.evaluate_now()
             if self.save_is_due():
                 self.save()
-        if not stop.received and self.state.evaluated_step != self.state.step:
+        if not stopped and self.state.evaluated_step != self.state.step:
             self.evaluate_now()
         self.save()
         self.settle(wait=True)
         if self.unsaved is not None:  # the last one: whatever the run was told, all would be for nothing
             raise self.unsaved
-        self.plot()
-        if stop.received:
+        distributed.on_main(self.plot)
+        if self.stopped(stop) and stop.received:
             where = f"after step {self.state.step}; all is saved in {self.run_dir}"
             raise Interrupted(f"stopped by {stop.received.name} {where}", stop.exit_status)
 
@@ -180,28 +184,37 @@ class _Loop:
         """How far the run will be in the middle of the next step: the step is taken while this is below 1."""
         return self.config.budget.progress(self.state.step + 0.5, self.seconds() + 0.5 * self.step_seconds)
 
+    def stopped(self, stop: StopRequest) -> bool:
+        """True on every rank once one of them was asked to stop."""
+        number = int(distributed.highest(stop.received or 0))
+        if number:
+            stop.received = signal.Signals(number)
+        return bool(number)
+
     def seconds(self) -> float:
-        """Time spent on this run, over all its processes."""
-        return time.monotonic() - self.started
+        """Time spent on this run, whenever it was taken up; by the main rank's clock, so that all decide alike."""
+        return distributed.from_main(time.monotonic() - self.started)
 
     def step(self, progress: float) -> None:
         """Take one training step, count it, tell about it."""
         state, begin = self.state, time.monotonic()
         fault("begin", state.step + 1)
         lr = self.config.lr * self.config.learning_rate.factor(progress, state.step)
-        batch = self.rows.batch(state.sample, self.config.batch_size)
+        share = self.config.batch_size // distributed.world_size()
+        batch = self.rows.batch(state.sample + distributed.rank() * share, share)
         result = training_step(state, cut(batch, self.sequence_length()), self.config, lr)
         fault("update", state.step + 1)
         state.step += 1
         state.sample += self.config.batch_size
         state.tokens += result.tokens if result.finite else 0
-        self.step_seconds = time.monotonic() - begin
+        self.step_seconds = distributed.from_main(time.monotonic() - begin)
         state.seconds = self.seconds()
         if not result.finite:
             self.skip(result)
             return
         state.skipped_in_a_row = 0
-        self.log(result, lr)
+        if distributed.is_main():
+            self.log(result, lr)
 
     def sequence_length(self) -> int:
         """Of the next step, by the curriculum; a change is told."""
@@ -237,7 +250,7 @@ class _Loop:
         Speeds leave out evaluations and saves.
         """
         state = self.state
-        speed = result.tokens / max(self.step_seconds, 1e-9)
+        speed, ranks = result.tokens / max(self.step_seconds, 1e-9), distributed.world_size()
         values = {
             "loss": result.loss,
             "bits_per_byte": result.loss * self.bits_per_nat,
@@ -245,7 +258,7 @@ class _Loop:
             "grad_norm": result.grad_norm,
             "tokens": state.tokens,
             "tokens_per_second": speed,
-            "mfu": speed * training_flops_per_token(self.model, self.length) / self.peak.flops,
+            "mfu": speed * training_flops_per_token(self.model, self.length) / (self.peak.flops * ranks),
             "peak_memory": peak_memory(state.device),
             "elapsed": state.seconds,
         }
@@ -278,6 +291,7 @@ class _Loop:
         state = self.state
         with state.evaluated_weights(), autocast(state.precision, state.device):
             found = self.evaluate(state.model)
+            state.spread.let_go()
         fault("evaluation", state.step)
         state.seconds = state.evaluated_at = self.seconds()
         state.evaluated_step = state.step

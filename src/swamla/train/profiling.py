@@ -10,6 +10,7 @@ from typing import Self
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from swamla import distributed
 from swamla.train.config import TrainConfig
 
 _ROWS, _NAME_WIDTH = 10, 44
@@ -28,7 +29,8 @@ class Profiling:
         """first_step: the first that will be taken. Where the config asks for no profile nothing is done."""
         self._config, self._folder, self._device, self._say = config, run_dir / "profile", device, say
         self._first = first_step + config.profile_warmup
-        self._left = config.profile_warmup + config.profile_steps if config.profile else 0
+        profiles = config.profile and distributed.is_main()
+        self._left = config.profile_warmup + config.profile_steps if profiles else 0
         self._profile: profile | None = None
 
     def __enter__(self) -> Self:

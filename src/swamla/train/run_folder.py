@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from swamla import distributed
 from swamla.checkpoint import (
     FORMAT_VERSION,
     Checkpoint,
@@ -28,18 +29,20 @@ from swamla.data.dataset import Dataset
 from swamla.data.tokenizer import load_tokenizer
 from swamla.errors import ConfigError, DataError, UsageError
 from swamla.files import entry, write_text_atomically
+from swamla.model.language_model import LanguageModel
 from swamla.train.backends import resolve_backends
 from swamla.train.compile import compile_blocks
 from swamla.train.config import RunConfig
 from swamla.train.ema import WeightAverage
 from swamla.train.fp8 import convert_to_fp8
+from swamla.train.parallel import build_model
 from swamla.train.precision import resolve_device, resolve_precision
 from swamla.train.state import TrainState, seed_generators
 
 # Settings a resumed run may change without becoming another run.
 MAY_CHANGE = (
     *("train.steps", "train.max_minutes", "train.device", "train.threads", "train.log_interval"),
-    *("train.checkpointing", "train.compile"),
+    *("train.checkpointing", "train.compile", "train.parallel", "train.shards"),
     *("train.lr", "train.min_lr_ratio", "train.schedule", "train.warmup", "train.decay"),
     *("train.weight_decay", "train.grad_clip", "train.save_interval", "train.keep_last"),
     *("train.async_save", "train.on_save_error"),
@@ -55,29 +58,40 @@ def open_run(
 ) -> Iterator[tuple[RunConfig, TrainState]]:
     """The settled config and the state from which the loop goes on; the folder is written or checked.
 
-    Until the block ends no other process can train in the folder. Raises `UsageError` for a folder that is not empty
-    without `resume`, that holds no run with it, or that is being trained in; `ConfigError` and `DataError` when a
-    resumed run would go on with another model, other data or another order of the data.
+    Of several ranks the main one alone holds, checks and writes the folder, which all must see. Until the block ends
+    no other process can train in the folder. Raises `UsageError` for a folder that is not empty without `resume`, that
+    holds no run with it, or that is being trained in; `ConfigError` and `DataError` when a resumed run would go on
+    with another model, other data or another order of the data.
     """
+    distributed.require_rows(config.train.batch_size, config.train.accumulation)
     with ExitStack() as held:
-        if resume and run_dir.is_dir():
-            held.enter_context(_alone_in(run_dir))
-        checkpoint = _checkpoint_to_take_up(run_dir, dataset) if resume else None
+
+        def check() -> Checkpoint | None:
+            if resume and run_dir.is_dir():
+                held.enter_context(_alone_in(run_dir))
+            checkpoint = _checkpoint_to_take_up(run_dir, dataset) if resume else None
+            settled = settle(config, dataset)
+            if resume:
+                _check_same_run(settled, run_dir)
+            else:
+                require_empty(run_dir)
+            return checkpoint
+
+        def write() -> None:
+            if not resume:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                held.enter_context(_alone_in(run_dir))
+                require_empty(run_dir)  # another run may have come while this one was being made
+            plain = {"format_version": FORMAT_VERSION, **to_plain(config)}
+            dataset.tokenizer.save(run_dir / "tokenizer.json")
+            write_text_atomically(run_dir / "config.json", json.dumps(plain, indent=2) + "\n")
+
+        checkpoint = distributed.on_main(check)
         config = settle(config, dataset)
-        if resume:
-            _check_same_run(config, run_dir)
-        else:
-            require_empty(run_dir)
         state = fresh_state(config, dataset)
         if checkpoint is not None:
             _take_up(state, checkpoint)
-        if not resume:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            held.enter_context(_alone_in(run_dir))
-            require_empty(run_dir)  # another run may have come while this one was being made
-        plain = {"format_version": FORMAT_VERSION, **to_plain(config)}
-        dataset.tokenizer.save(run_dir / "tokenizer.json")
-        write_text_atomically(run_dir / "config.json", json.dumps(plain, indent=2) + "\n")
+        distributed.on_main(write)
         yield config, state
 
 
@@ -137,16 +151,31 @@ def fresh_state(config: RunConfig, dataset: Dataset) -> TrainState:
     device = resolve_device(train.device)
     backends = resolve_backends(config.model, device)
     seed_generators(train.seed)
-    model = config.model.build(seed=train.seed).to(device)
-    model.checkpoint_activations(train.checkpointing)
     precision = resolve_precision(train.precision, device)
-    notes = [convert_to_fp8(model, device)] if precision == "fp8" else []
+    notes = []
+
+    def prepare(model: LanguageModel) -> None:
+        model.checkpoint_activations(train.checkpointing)
+        if precision == "fp8":
+            notes.append(convert_to_fp8(model, device))
+
+    spread = build_model(
+        config.model,
+        parallel=train.parallel,
+        shards=train.shards,
+        seed=train.seed,
+        device=device,
+        prepare=prepare,
+    )
+    model = spread.model
+    if (described := spread.describe()) is not None:
+        notes.append(described)
     if train.compile != "none":
         notes.append(compile_blocks(model, train.compile, device))
     elif precision == "fp8" and device.type == "cuda":
         notes.append("fp8 without compile: its casts run one by one, and may cost more than its products save")
     return TrainState(
-        model=model,
+        spread=spread,
         optimizer=train.optimizer.build(model, lr=train.lr, weight_decay=train.weight_decay),
         precision=precision,
         backends=backends,
@@ -190,19 +219,20 @@ def _changed(run_dir: Path, what: str, before: str, now: str) -> DataError:
 def _take_up(state: TrainState, checkpoint: Checkpoint) -> None:
     """Move a fresh state to `checkpoint`."""
     state.restore(checkpoint)
+    distributed.barrier()  # nothing is set aside that another rank still reads
     directory = checkpoint.path.parent
-    set_aside_after(directory, checkpoint.step)
-    _agree_on_best(state, directory)
+    distributed.on_main(lambda: set_aside_after(directory, checkpoint.step))
+    state.best_step, state.best_loss = distributed.on_main(lambda: _agreed_best(state, directory))
 
 
-def _agree_on_best(state: TrainState, directory: Path) -> None:
+def _agreed_best(state: TrainState, directory: Path) -> tuple[int | None, float | None]:
     """Make best.json say what the state says: a crash may have come between the two, or the best be damaged."""
     kept = {path.name for path in list_checkpoints(directory)}
     if state.best_step is not None and state.best_loss is not None and step_name(state.best_step) in kept:
         mark_best(directory, state.best_step, state.best_loss)
-    else:
-        state.best_step = state.best_loss = None
-        (directory / "best.json").unlink(missing_ok=True)
+        return state.best_step, state.best_loss
+    (directory / "best.json").unlink(missing_ok=True)
+    return None, None
 
 
 def _check_same_run(config: RunConfig, run_dir: Path) -> None:

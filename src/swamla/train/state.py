@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from swamla import distributed
 from swamla.checkpoint import Checkpoint, load_into
 from swamla.errors import CorruptError
 from swamla.model.language_model import LanguageModel
 from swamla.train.ema import WeightAverage
 from swamla.train.optim import NamedOptimizer
+from swamla.train.parallel import Spread
 from swamla.train.precision import Chosen
 
 COUNTERS = (
@@ -45,7 +47,7 @@ class TrainState:
     best_step, best_loss: the lowest held-out loss so far, in nats per token.
     """
 
-    model: LanguageModel
+    spread: Spread
     optimizer: NamedOptimizer
     precision: Chosen
     backends: dict[str, str]
@@ -64,10 +66,15 @@ class TrainState:
     best_step: int | None = None
     best_loss: float | None = None
 
+    @property
+    def model(self) -> LanguageModel:
+        """The model, of which this process may hold a part only."""
+        return self.spread.model
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All tensors of this moment, by the groups of a checkpoint; most are those that training changes next."""
         tensors = {
-            "model": self.model.state_dict(),
+            "model": self.model.state_dict(keep_vars=True),
             "optimizer": self.optimizer.state_tensors(),
             "rng": generator_states(),
         }
@@ -93,14 +100,15 @@ class TrainState:
         missing = {*COUNTERS, "precision", "backends", "parameters_without_optimizer_state"} - saved.keys()
         if missing:
             raise CorruptError(f"{file}: damaged: says nothing of {', '.join(sorted(missing))}")
-        load_into(self.model, checkpoint.tensors("model"), origin=str(checkpoint.path))
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        load_into(self.model, checkpoint.tensors("model", like=parameters.get), origin=str(checkpoint.path))
         self.optimizer.load_state_tensors(
-            checkpoint.tensors("optimizer"),
+            checkpoint.tensors("optimizer", like=lambda name: parameters.get(name.rpartition("/")[0])),
             stateless=saved["parameters_without_optimizer_state"],
             origin=str(checkpoint.path),
         )
         if self.average is not None:
-            self.average.load(checkpoint.tensors("ema"), origin=str(checkpoint.path))
+            self.average.load(checkpoint.tensors("ema", like=parameters.get), origin=str(checkpoint.path))
         for name in COUNTERS:
             setattr(self, name, saved[name])
         self.precision = saved["precision"]
@@ -123,8 +131,9 @@ class TrainState:
         return nullcontext() if self.average is None else self.average.in_place()
 
     def weights_are_finite(self) -> bool:
-        """False as soon as one weight is infinite or not a number."""
-        return all(bool(p.isfinite().all()) for p in self.model.parameters())
+        """False as soon as one weight is infinite or not a number, on any rank."""
+        finite = all(bool(distributed.local(p).isfinite().all()) for p in self.model.parameters())
+        return not distributed.highest(not finite)
 
 
 def seed_generators(seed: int) -> None:

@@ -5,12 +5,15 @@ from dataclasses import dataclass
 
 import torch
 
+from swamla import distributed
 from swamla.data.packing import Batch
 from swamla.errors import DataError
+from swamla.faults import fault
 from swamla.model.ffns.ffn import Statistics
 from swamla.ops.layout import Layout
 from swamla.train.compile import begin_step
 from swamla.train.config import TrainConfig
+from swamla.train.parallel import clip, seed_ranks
 from swamla.train.precision import autocast
 from swamla.train.state import TrainState
 
@@ -19,7 +22,8 @@ from swamla.train.state import TrainState
 class StepResult:
     """What a training step found.
 
-    loss: nats per token.  tokens: labels that carried loss.  statistics: of the FFNs, summed over the whole batch.
+    All of it is over the whole batch, of every rank. loss: nats per token.  tokens: labels that carried loss.
+    statistics: of the FFNs, summed.
     """
 
     loss: float
@@ -36,32 +40,35 @@ class StepResult:
 def training_step(state: TrainState, batch: Batch, config: TrainConfig, lr: float) -> StepResult:
     """One optimizer step on `batch`: the mean over all its labels, however they fall on the micro-batches.
 
-    A step whose loss or gradient is not finite changes no weight.
+    batch: this rank's rows; the mean is over those of all ranks. A step whose loss or gradient is not finite changes
+    no weight.
     """
-    model, device = state.model.train(), state.device
-    if batch.n_labels == 0:
+    model, spread, ranks = state.model.train(), state.spread, distributed.world_size()
+    n_labels = round(distributed.sum_of(batch.n_labels))
+    if n_labels == 0:
         raise DataError(f"rows {state.sample} to {state.sample + config.batch_size - 1}: no label carries loss")
     state.optimizer.zero_grad()
     begin_step(config.compile)
-    nats = torch.zeros((), device=device)
-    statistics: Statistics = {}
-    for tokens_BT, labels_BT, document_BT in _micro_batches(batch, config.accumulation):
-        seq = Layout.from_documents(document_BT).to(device)
-        with autocast(state.precision, device):
-            total, found = model.loss(tokens_BT.to(device), labels_BT.to(device), seq)
-        extra = sum(value for name, value in found.items() if name.startswith("loss/"))
-        ((total + extra) / batch.n_labels).backward()
-        nats += total.detach()
-        for name, value in found.items():
-            statistics[name] = statistics.get(name, 0) + value.detach()
+    seed_ranks(config.seed, state.step)
+    sums: Statistics = {}
+    for number, (tokens_BT, labels_BT, document_BT) in enumerate(_micro_batches(batch, config.accumulation), 1):
+        with spread.backward_pass(last=number == config.accumulation):
+            seq = Layout.from_documents(document_BT).to(state.device)
+            with autocast(state.precision, state.device):
+                total, found = spread.loss(tokens_BT.to(state.device), labels_BT.to(state.device), seq)
+            extra = sum(value for name, value in found.items() if name.startswith("loss/"))
+            ((total + extra) / n_labels * ranks).backward()  # the ranks' gradients are averaged
+        for name, value in [("nats", total), *found.items()]:
+            exact = value.detach().double() if value.is_floating_point() else value.detach()
+            sums[name] = sums[name] + exact if name in sums else exact
+        fault("accumulation" if number < config.accumulation else "step", state.step + 1)
 
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    loss = (nats / batch.n_labels).item()
-    result = StepResult(loss=loss, grad_norm=norm.item(), tokens=batch.n_labels, statistics=statistics)
+    statistics = distributed.all_reduce_sum(sums)
+    loss, norm = statistics.pop("nats").item() / n_labels, spread.gradient_norm()
+    result = StepResult(loss=loss, grad_norm=norm, tokens=n_labels, statistics=statistics)
     if result.finite:
         if config.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
+            clip(spread.gradients(), norm, config.grad_clip)
         state.optimizer.set_lr(lr)
         state.optimizer.step()
         model.rebalance(statistics)

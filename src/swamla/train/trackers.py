@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from swamla import distributed
 from swamla.errors import MissingBackendError, SwamlaError
 from swamla.files import write_text_atomically
 from swamla.train import wandb_follower
@@ -88,6 +89,31 @@ class Records:
         if self._wandb is not None:
             status = error.exit_status if isinstance(error, SwamlaError) else int(error is not None)
             self._wandb.close(status)
+
+
+class _Unrecorded(Records):
+    """What the other ranks of a run have: the main one keeps its records."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+def make_records(config: TrainConfig, run_dir: Path, *, resume_after: int | None, say: Say) -> Records:
+    """`Records` on the main rank, which alone keeps any."""
+    if distributed.is_main():
+        return Records(config, run_dir, resume_after=resume_after, say=say)
+    return _Unrecorded()
 
 
 class TensorBoard:

@@ -11,6 +11,7 @@ from typing import Any, Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from swamla import distributed
 from swamla.errors import CorruptError
 from swamla.files import write_text_atomically
 
@@ -153,6 +154,26 @@ class ProgressBar:
         self._progress.stop()
 
 
+class Silence:
+    """What the ranks show that are not the main one."""
+
+    def update(self, progress: float, seconds: float, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+
 def make_display(console: Console, interval: int) -> Display:
-    """A progress bar on a terminal, plain lines every `interval` steps anywhere else."""
+    """A progress bar on a terminal, plain lines every `interval` steps anywhere else; on the main rank alone."""
+    if not distributed.is_main():
+        return Silence()
     return ProgressBar(console) if console.is_terminal else PlainLines(console, interval)

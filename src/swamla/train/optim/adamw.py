@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla.errors import require
-from swamla.train.optim.elementwise import Elementwise, Piece
+from swamla.train.optim.elementwise import Elementwise, Piece, require_whole
 from swamla.train.optim.moments import Moments
 from swamla.train.optim.named import (
     Held,
@@ -47,6 +47,7 @@ class AdamWConfig(OptimizerBase):
             part = fused_adamw(parameters, lr, weight_decay, self.betas, self.eps)
         else:
             groups = decay_groups(parameters, weight_decay)
+            require_whole(parameters, self.moments)
             part = AdamW(groups, lr=lr, betas=self.betas, eps=self.eps, moments=self.moments)
         return NamedOptimizer([part], parameters, self.remembers)
 

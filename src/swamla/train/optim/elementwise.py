@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from swamla.errors import require
 from swamla.train.optim.moments import Moment, Moments, held_moment, moment_in, require_torchao
-from swamla.train.optim.named import Held, Shape
+from swamla.train.optim.named import Held, NamedParameters, Shape
 
 # Numbers updated at a time: the fp32 copies of moments kept in fewer bits must stay small beside the moments.
 PIECE = {"cpu": 1 << 18, "cuda": 1 << 24}
@@ -23,6 +24,13 @@ class Piece:
     gradients: Tensor
     moments: dict[str, Moment]
     updates: float
+
+
+def require_whole(parameters: NamedParameters, moments: Moments) -> None:
+    """Raise `ConfigError` for 8-bit moments of sharded parameters: 256 numbers share a scale, wherever a shard ends."""
+    whole = all(trained.part is trained.parameter for trained in parameters)
+    allowed = 'needs every parameter whole: "bf16" or "fp32" where parallel is fsdp or hsdp'
+    require(whole or moments != "8bit", "moments", moments, allowed)
 
 
 class Elementwise(torch.optim.Optimizer):

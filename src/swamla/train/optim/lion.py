@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla.train.optim.adamw import check_betas
-from swamla.train.optim.elementwise import Elementwise, Piece
+from swamla.train.optim.elementwise import Elementwise, Piece, require_whole
 from swamla.train.optim.moments import Moments
 from swamla.train.optim.named import Held, NamedOptimizer, OptimizerBase, Shape, decay_groups, named_parameters
 
@@ -32,6 +32,7 @@ class LionConfig(OptimizerBase):
     def build(self, model: nn.Module, *, lr: float, weight_decay: float) -> NamedOptimizer:
         """The optimizer of all trainable parameters of `model`. Raises `MissingBackendError` without torchao."""
         parameters = named_parameters(model)
+        require_whole(parameters, self.moments)
         lion = Lion(decay_groups(parameters, weight_decay), lr=lr, betas=self.betas, moments=self.moments)
         return NamedOptimizer([lion], parameters, self.remembers)
 

@@ -4,11 +4,13 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from swamla import distributed
 from swamla.errors import require
 from swamla.train.optim.adamw import AdamWConfig, check_adam, fused_adamw
 from swamla.train.optim.named import (
@@ -19,6 +21,7 @@ from swamla.train.optim.named import (
     Shape,
     named_parameters,
 )
+from swamla.train.optim.sharing import orthogonalise_together
 from swamla.train.precision import bf16_is_fast
 
 # Of the quintic x -> ax + bx³ + cx⁵ whose slope at 0 is largest; singular values end between 0.7 and 1.2.
@@ -50,14 +53,15 @@ class MuonConfig(OptimizerBase):
     def build(self, model: nn.Module, *, lr: float, weight_decay: float) -> NamedOptimizer:
         """The optimizer of all trainable parameters of `model`."""
         parameters = named_parameters(model)
-        hidden = [p for name, p in parameters if is_hidden(name, p.shape)]
-        others = [(name, p) for name, p in parameters if not is_hidden(name, p.shape)]
+        hidden = [trained for trained in parameters if is_hidden(trained.name, trained.shape)]
+        others = [trained for trained in parameters if not is_hidden(trained.name, trained.shape)]
         parts: list[torch.optim.Optimizer] = []
         if others:
             parts.append(fused_adamw(others, lr, weight_decay, self.betas, self.eps))
         if hidden:
-            muon = Muon(hidden, lr=lr, weight_decay=weight_decay, momentum=self.momentum, iterations=self.iterations)
-            parts.append(muon)
+            wholes = {trained.part: trained.parameter for trained in hidden}
+            settings: dict[str, Any] = {"momentum": self.momentum, "iterations": self.iterations, "wholes": wholes}
+            parts.append(Muon(list(wholes), lr=lr, weight_decay=weight_decay, **settings))
         return NamedOptimizer(parts, parameters, self.remembers)
 
     def remembers(self, name: str, shape: Shape) -> Mapping[str, Held]:
@@ -88,17 +92,46 @@ class Muon(torch.optim.Optimizer):
     """`torch.optim.Muon` with Nesterov momentum and `match_rms_adamw`, over stacks instead of a loop over matrices."""
 
     def __init__(
-        self, params: list[nn.Parameter], *, lr: float, weight_decay: float, momentum: float = 0.95, iterations: int = 5
+        self,
+        params: list[nn.Parameter],
+        *,
+        lr: float,
+        weight_decay: float,
+        momentum: float = 0.95,
+        iterations: int = 5,
+        wholes: Mapping[nn.Parameter, nn.Parameter] | None = None,
     ) -> None:
+        """wholes: the parameters that `params` are this process's parts of, where they are not themselves."""
+        self._wholes = wholes or {}
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "iterations": iterations}
         super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every matrix that has a gradient. `closure` is not used."""
+        if distributed.world_size() > 1:
+            self._step_together()
+            return
         for group in self.param_groups:
             for equal in stacks(part for p in group["params"] if p.grad is not None for part in self._matrices(p)):
                 self._update(equal, group)
+
+    def _step_together(self) -> None:
+        """Several processes: each moves the momentum that it holds, and orthogonalises its share of the matrices."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            held = [Matrices(p.detach(), p.grad, self._momentum(p)) for p in params]
+            weights, gradients, buffers = ([getattr(m, name) for m in held] for name in Matrices.__dataclass_fields__)
+            momentum, lr = group["momentum"], group["lr"]
+            torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+            updates = torch._foreach_lerp(gradients, buffers, momentum)
+            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+            wholes = [self._wholes.get(p, p) for p in params]
+            orthogonalised = partial(in_stacks, iterations=group["iterations"])
+            together = orthogonalise_together(updates, wholes, orthogonalised, working_dtype(wholes[0].device))
+            for index, update in together:
+                scale = 0.2 * math.sqrt(max(wholes[index].shape[-2:]))
+                weights[index].add_(update, alpha=-lr * scale)
 
     def _update(self, equal: list[Matrices], group: dict[str, Any]) -> None:
         weights, gradients = [m.weights for m in equal], [m.gradients for m in equal]
@@ -112,16 +145,35 @@ class Muon(torch.optim.Optimizer):
     def _matrices(self, p: Tensor) -> Iterator[Matrices]:
         """A parameter whole, or the experts of a very large one a few at a time."""
         assert p.grad is not None
-        state = self.state[p]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(p)
-        whole = Matrices(p.detach(), p.grad, state["momentum_buffer"])
+        whole = Matrices(p.detach(), p.grad, self._momentum(p))
         if p.ndim == 2:
             yield whole
             return
         experts = max(1, STACK // p[0].numel())
         for part in zip(*(t.split(experts) for t in (whole.weights, whole.gradients, whole.momentum)), strict=True):
             yield Matrices(*part)
+
+    def _momentum(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        return state["momentum_buffer"]
+
+
+def in_stacks(matrices: Sequence[Tensor], iterations: int) -> list[Tensor]:
+    """`orthogonalise` each of them, whatever their shapes, those with the same sides together."""
+    found: dict[int, list[Tensor]] = defaultdict(list)
+    places: dict[int, int] = {}
+    pieces = []
+    for index, matrix in enumerate(matrices):
+        experts = max(1, STACK // max(1, matrix[:1].numel())) if matrix.ndim == 3 else len(matrix)
+        for piece in matrix.split(experts) if len(matrix) else ():
+            places[id(piece)] = index
+            pieces.append(Matrices(piece, piece, piece))
+    for equal in stacks(pieces):
+        for m, update in zip(equal, orthogonalise_all([m.weights for m in equal], iterations), strict=True):
+            found[places[id(m.weights)]].append(update)
+    return [torch.cat(found[i]) if len(found[i]) > 1 else (found[i] or [m])[0] for i, m in enumerate(matrices)]
 
 
 def stacks(matrices: Iterable[Matrices]) -> Iterator[list[Matrices]]:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from swamla import distributed
 from swamla.errors import CorruptError
 
 EMBEDDINGS = frozenset({"embedding.weight", "positions.weight"})
 
 Shape = tuple[int, ...]
-NamedParameters = list[tuple[str, nn.Parameter]]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,36 @@ class Held:
         return torch.zeros(self.shape, dtype=self.dtype, device=device)
 
 
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A parameter as an optimizer sees it.
+
+    parameter: the model's, with its whole shape.  part: what this process holds and updates of it, sharing its memory:
+    a plain tensor, the parameter itself where it is not sharded.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    part: nn.Parameter
+
+    @property
+    def shape(self) -> Shape:
+        """Of the whole."""
+        return tuple(self.parameter.shape)
+
+    def attach(self) -> None:
+        """Let the part see the weights and the gradient as they are now."""
+        if self.part is not self.parameter:
+            gradient = self.parameter.grad
+            self.part.data = distributed.local(self.parameter.detach())
+            self.part.grad = None if gradient is None else distributed.local(gradient)
+
+    def is_cut_like(self, state: Tensor) -> bool:
+        """True for a tensor that holds a number for each of the part's, where that is not the whole."""
+        return self.part is not self.parameter and state.ndim > 0 and state.shape == self.part.shape
+
+
+NamedParameters = list[Trained]
 Remembers = Callable[[str, Shape], Mapping[str, Held]]
 
 
@@ -54,7 +84,11 @@ class OptimizerBase(ABC):
 
 def named_parameters(model: nn.Module) -> NamedParameters:
     """The trainable parameters of a model, each once."""
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [Trained(name, p, _part(p)) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def _part(p: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(distributed.local(p.detach())) if distributed.sharded(p) else p
 
 
 def decays(name: str, shape: Sequence[int]) -> bool:
@@ -68,8 +102,8 @@ def decays(name: str, shape: Sequence[int]) -> bool:
 def decay_groups(parameters: NamedParameters, weight_decay: float) -> list[dict[str, object]]:
     """The parameter groups, with and without weight decay, that a torch optimizer takes; empty ones are left out."""
     groups = [
-        {"params": [p for name, p in parameters if decays(name, p.shape)], "weight_decay": weight_decay},
-        {"params": [p for name, p in parameters if not decays(name, p.shape)], "weight_decay": 0.0},
+        {"params": [t.part for t in parameters if decays(t.name, t.shape)], "weight_decay": weight_decay},
+        {"params": [t.part for t in parameters if not decays(t.name, t.shape)], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
@@ -84,7 +118,7 @@ class NamedOptimizer:
         self, parts: Sequence[torch.optim.Optimizer], parameters: NamedParameters, remembers: Remembers
     ) -> None:
         self.parts = parts
-        self._name: dict[Tensor, str] = {p: name for name, p in parameters}
+        self._trained: dict[Tensor, Trained] = {trained.part: trained for trained in parameters}
         self._remembers = remembers
 
     def set_lr(self, lr: float) -> None:
@@ -94,29 +128,34 @@ class NamedOptimizer:
 
     def step(self) -> None:
         """Update every parameter that has a gradient."""
+        for trained in self._trained.values():
+            trained.attach()
         for part in self.parts:
             part.step()
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
-        for part in self.parts:
-            part.zero_grad(set_to_none=True)
+        for trained in self._trained.values():
+            trained.parameter.grad = trained.part.grad = None
 
     def stateless(self) -> list[str]:
         """Names of the parameters that have not been updated yet, and so have no state."""
-        return sorted(name for p, name in self._name.items() if not any(p in part.state for part in self.parts))
+        stateless = (p for p in self._trained if not any(p in part.state for part in self.parts))
+        return sorted(self._trained[p].name for p in stateless)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The state as `parameter name/state name` -> tensor."""
-        return {
-            f"{self._name[p]}/{key}": value
-            for part in self.parts
-            for p, state in part.state.items()
-            for key, value in state.items()
-        }
+        """The state as `parameter name/state name` -> tensor; of a sharded parameter the state is sharded as it is."""
+        found = {}
+        for part in self.parts:
+            for p, state in part.state.items():
+                trained = self._trained[p]
+                for key, value in state.items():
+                    cut = trained.is_cut_like(value)
+                    found[f"{trained.name}/{key}"] = distributed.as_sharded(value, trained.parameter) if cut else value
+        return found
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor], *, stateless: Sequence[str], origin: str) -> None:
-        """Take over the state that `state_tensors` gave.
+        """Take over the state that `state_tensors` gave, gathered; every process cuts its part of it.
 
         Raises `CorruptError` when a parameter that is not `stateless` finds none, or one of another kind or shape.
         """
@@ -125,23 +164,31 @@ class NamedOptimizer:
             name, key = full_name.rsplit("/", 1)
             by_name.setdefault(name, {})[key] = tensor
         self._check_complete(by_name, set(stateless), origin)
-        for p, name in self._name.items():
-            if name in by_name:
-                _check_fits(f"{origin}: {name}", by_name[name], self._remembers(name, tuple(p.shape)))
+        for trained in self._trained.values():
+            if trained.name in by_name:
+                expected = self._remembers(trained.name, trained.shape)
+                _check_fits(f"{origin}: {trained.name}", by_name[trained.name], expected)
         for part in self.parts:
             for p in (p for group in part.param_groups for p in group["params"]):
-                state = by_name.get(self._name[p])
+                state = by_name.get(self._trained[p].name)
                 if state:
-                    part.state[p] = {key: tensor.to(p.device) for key, tensor in state.items()}
+                    part.state[p] = {key: _taken(tensor, self._trained[p]) for key, tensor in state.items()}
 
     def _check_complete(self, by_name: dict[str, dict[str, Tensor]], stateless: set[str], origin: str) -> None:
-        missing = [name for name in self._name.values() if name not in by_name and name not in stateless]
+        names = [trained.name for trained in self._trained.values()]
+        missing = [name for name in names if name not in by_name and name not in stateless]
         if missing:
             more = f" … and {len(missing) - 5} more" if len(missing) > 5 else ""
             raise CorruptError(f"{origin}: no optimizer state for {', '.join(missing[:5])}{more}")
 
     def _groups(self) -> list[dict[str, object]]:
         return [group for part in self.parts for group in part.param_groups]
+
+
+def _taken(state: Tensor, trained: Trained) -> Tensor:
+    """What this process keeps of a state tensor."""
+    per_number = state.ndim > 0 and state.shape == trained.parameter.shape
+    return (distributed.shard_like(state, trained.parameter) if per_number else state).to(trained.part.device)
 
 
 def _check_fits(where: str, state: Mapping[str, Tensor], expected: Mapping[str, Held]) -> None:
