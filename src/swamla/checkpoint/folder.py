@@ -69,6 +69,10 @@ class Crew:
         """What `work` gives, of every process in the order of ranks; where it fails on one, it raises on all."""
         return [work()]
 
+    def any(self, flag: bool) -> bool:
+        """True where the flag of one is up; asked by the thread that trains, not the one that writes."""
+        return flag
+
 
 ALONE = Crew()
 
@@ -116,7 +120,7 @@ def _write(staging: Path, tensors: Mapping[str, Held], rank: int) -> dict[str, d
         if any(isinstance(tensor, Piece) for tensor in named.values()):
             (staging / group).mkdir(exist_ok=True)
             files.append(staging / group / shard_name(rank))
-            save_pieces(files[-1], {n: t for n, t in named.items() if isinstance(t, Piece) or rank == 0})
+            save_pieces(files[-1], named)
         elif rank == 0:
             files.append(staging / f"{group}.safetensors")
             save_tensors(files[-1], cast("Mapping[str, Tensor]", named))

@@ -43,12 +43,13 @@ class Piece:
 Held = Mapping[str, Tensor | Piece]
 
 
-def held_here(named: Mapping[str, Tensor]) -> dict[str, Tensor | Piece]:
-    """What this process is to write: of tensors that are spread its pieces, unless another process has the same."""
+def held_here(named: Mapping[str, Tensor], *, main: bool) -> dict[str, Tensor | Piece]:
+    """What this process is to write: its pieces, unless another has the same, and the rest if it is the main one."""
     held: dict[str, Tensor | Piece] = {}
     for name, tensor in named.items():
         if not sharded(tensor):
-            held[name] = tensor
+            if main:
+                held[name] = tensor
         elif _is_first_replica(tensor):
             (box,) = tensor.__create_chunk_list__()  # type: ignore[attr-defined]
             held[name] = Piece(tensor=local(tensor).detach(), shape=tuple(tensor.shape), offset=tuple(box.offsets))

@@ -63,7 +63,8 @@ class Saver:
     ) -> None:
         """Begin to save this moment, or save it; best_loss: its held-out loss, where that makes it the best."""
         self._wait()
-        held = {group: held_here(named) for group, named in tensors.items()}
+        main = self._crew.rank == 0
+        held = {group: held_here(named, main=main) for group, named in tensors.items()}
         if not self._background:
             self._write(step, held, state, best_loss)
             return
@@ -76,16 +77,18 @@ class Saver:
     def mark(self, step: int, loss: float) -> None:
         """Make a checkpoint that was saved already the best."""
         self._wait()
-        self._keep(step, lambda: self._settle_best((step, loss)), best=True)
+        self._keep(step, lambda: self._settle((step, loss)), best=True)
 
     def saved(self, *, wait: bool = False) -> list[Saved]:
         """What became of the saves since this was last asked, in their order; wait: of all of them.
 
         Raises what was a mistake of ours.
         """
-        if wait or (self._thread is not None and not self._thread.is_alive()):
+        if self._thread is not None and (wait or not self._crew.any(self._thread.is_alive())):
             self._wait()
-        found, self._saved = (self._saved, []) if self._thread is None else ([], self._saved)
+        if self._thread is not None:
+            return []
+        found, self._saved = self._saved, []
         for one in found:
             if one.error is not None and not isinstance(one.error, UNWRITTEN):
                 raise one.error
@@ -99,10 +102,7 @@ class Saver:
     def _write(self, step: int, held: Mapping[str, Held], state: Mapping[str, Any], best_loss: float | None) -> None:
         def work() -> None:
             save_checkpoint(self._directory, step, tensors=held, state=state, crew=self._crew)
-            if best_loss is not None:
-                self._settle_best((step, best_loss))
-            elif self._crew.rank == 0:
-                self._prune()
+            self._settle(None if best_loss is None else (step, best_loss))
 
         self._keep(step, work, best=best_loss is not None)
 
@@ -115,15 +115,17 @@ class Saver:
             error = caught
         self._saved.append(Saved(step=step, best=best, error=error))
 
-    def _settle_best(self, best: tuple[int, float]) -> None:
-        if self._crew.rank == 0:
-            mark_best(self._directory, *best)
-        self.best = best
-        if self._crew.rank == 0:
-            self._prune()
+    def _settle(self, best: tuple[int, float] | None) -> None:
+        """What is done once a checkpoint is in place, by the main process; all know whether it was."""
+        kept = best or self.best
 
-    def _prune(self) -> None:
-        prune(self._directory, keep_last=self._keep_last, pinned=() if self.best is None else (self.best[0],))
+        def work() -> None:
+            if best is not None:
+                mark_best(self._directory, *best)
+            prune(self._directory, keep_last=self._keep_last, pinned=() if kept is None else (kept[0],))
+
+        self._crew.together(lambda: work() if self._crew.rank == 0 else None)
+        self.best = kept
 
     def __enter__(self) -> Self:
         return self

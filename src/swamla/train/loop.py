@@ -82,7 +82,7 @@ def _train(
     """Train in a folder that was opened."""
     settings, resume_after = config.train, state.step if resume else None
     with (
-        advised(config, state.precision, state.device, run_dir),
+        advised(config, state, run_dir),
         StopRequest() as stop,
         make_display(console, settings.log_interval) as display,
         make_records(settings, run_dir, resume_after=resume_after, say=display.say) as metrics,
@@ -298,6 +298,7 @@ class _Loop:
         self.metrics.write(state.step, {f"held_out_{k}": v for k, v in found.items()} | {"elapsed": state.seconds})
         bits = f" | Bits/byte: {found['bits_per_byte']:.4f}" if "bits_per_byte" in found else ""
         self.display.say(f"Step {state.step} | Held-out loss: {found['loss']:.4f}{bits}")
+        self.settle()  # a best that could not be saved is none to compare with
         if not math.isfinite(found["loss"]):
             self.display.say(f"warning: the held-out loss after step {state.step} is not finite, so never the best")
         elif state.best_loss is None or found["loss"] < state.best_loss:
