@@ -11,12 +11,12 @@ from swamla.errors import OutOfMemory
 from swamla.model.accounting import count_parameters
 from swamla.train import loop as loop_module
 from swamla.train import memory_advice
-from swamla.train.memory_advice import advice, training_bytes
+from swamla.train.memory_advice import Place, advice, training_bytes
 from swamla.train.optim import AdamWConfig, LionConfig, MuonConfig
 
 from .helpers import model_of, run, tiny_config
 
-CPU = torch.device("cpu")
+HERE = Place(precision="fp32")
 MODEL = model_of("mha", "mha")
 CONFIG = tiny_config(model=replace(MODEL, vocab_size=4096))
 CUDA_WORDS = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB\nmore"
@@ -27,17 +27,17 @@ ERRORS = [torch.OutOfMemoryError(CUDA_WORDS), RuntimeError(CPU_WORDS), MemoryErr
 
 
 def saves(config, flags: str) -> int:
-    (found,) = [entry.saves for entry in advice(config, "fp32", CPU) if entry.flags == flags]
+    (found,) = [entry.saves for entry in advice(config, HERE) if entry.flags == flags]
     return found
 
 
 def test_what_a_step_needs_is_weights_gradients_moments_and_activations():
     weights = 4 * count_parameters(CONFIG.model).total
-    needs = training_bytes(CONFIG, "fp32")
+    needs = training_bytes(CONFIG, HERE)
     assert (needs["weights"], needs["gradients"], needs["averaged_weights"]) == (weights, weights, 0)
     assert needs["optimizer_state"] >= 2 * weights
-    assert training_bytes(changed(ema=0.9), "fp32")["averaged_weights"] == weights
-    assert training_bytes(CONFIG, "bf16")["activations_estimate"] < needs["activations_estimate"]
+    assert training_bytes(changed(ema=0.9), HERE)["averaged_weights"] == weights
+    assert training_bytes(CONFIG, Place(precision="bf16"))["activations_estimate"] < needs["activations_estimate"]
 
 
 def changed(**settings):
@@ -59,24 +59,38 @@ def changed(**settings):
     ],
 )
 def test_a_change_saves_what_the_accounting_says_it_does(before, flags, after):
-    first, second = (sum(training_bytes(changed(**kw), "fp32").values()) for kw in (before, before | after))
+    first, second = (sum(training_bytes(changed(**kw), HERE).values()) for kw in (before, before | after))
     assert saves(changed(**before), flags) == first - second > 0
 
 
 def test_bf16_is_advised_where_the_machine_has_it_and_changes_that_keep_the_numbers_come_first(monkeypatch):
     for has, expected in ((True, True), (False, False)):
         monkeypatch.setattr(memory_advice, "bf16_is_fast", lambda device, has=has: has)
-        assert ("--precision bf16" in [entry.flags for entry in advice(CONFIG, "fp32", CPU)]) == expected
-    found = advice(CONFIG, "fp32", CPU)
+        assert ("--precision bf16" in [entry.flags for entry in advice(CONFIG, HERE)]) == expected
+    found = advice(CONFIG, HERE)
     exact = [entry.flags.startswith(("--accumulation", "--checkpointing")) for entry in found]
     assert exact == sorted(exact, reverse=True)
+
+
+def test_of_several_processes_each_has_its_rows_and_may_hold_a_part_of_the_model():
+    four = replace(HERE, ranks=4)
+    whole, spread = training_bytes(CONFIG, HERE), training_bytes(CONFIG, four)
+    assert spread["activations_estimate"] == whole["activations_estimate"] / 4
+    assert spread["weights"] == whole["weights"]
+    parts = training_bytes(CONFIG, replace(four, parts=4))
+    for name in ("weights", "gradients", "optimizer_state"):
+        assert parts[name] == whole[name] // 4
+    (found,) = [entry for entry in advice(CONFIG, four) if entry.flags == "--parallel fsdp"]
+    assert found.saves == sum(spread.values()) - sum(parts.values())
+    flags = [entry.flags for entry in advice(CONFIG, replace(four, parts=4))]
+    assert not [flag for flag in flags if flag.startswith(("--accumulation", "--parallel"))]  # one row each: no less
 
 
 def test_nothing_is_advised_that_is_done_already_or_saves_nothing():
     least = changed(
         accumulation=4, checkpointing="all", optimizer=MuonConfig(), block_size=1, curriculum="", precision="bf16"
     )
-    assert advice(least, "bf16", CPU) == []
+    assert advice(least, Place(precision="bf16")) == []
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)

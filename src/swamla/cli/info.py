@@ -22,7 +22,7 @@ from swamla.model.accounting import (
 )
 from swamla.model.config import LanguageModelConfig
 from swamla.train.config import RunConfig
-from swamla.train.memory_advice import training_bytes
+from swamla.train.memory_advice import Place, training_bytes
 from swamla.train.precision import resolve_device, resolve_precision
 
 LENGTHS = (256, 1024, 4096, 16384, 65536)
@@ -143,7 +143,7 @@ def _training(config: RunConfig) -> dict[str, Any]:
     """Memory of a training step as the recipe has it; the activations are an estimate."""
     train = config.train
     precision = resolve_precision(train.precision, resolve_device(train.device))
-    parts = training_bytes(config, precision)
+    parts = training_bytes(config, Place(precision=precision))
     return {
         "optimizer": train.optimizer.kind,
         "precision": precision,

@@ -7,26 +7,46 @@ from pathlib import Path
 
 import torch
 
+from swamla import distributed
 from swamla.errors import OutOfMemory, is_out_of_memory
 from swamla.model.accounting import activation_bytes, count_parameters, parameter_shapes
 from swamla.train.config import RunConfig
 from swamla.train.optim import AdamWConfig, LionConfig
 from swamla.train.precision import Chosen, bf16_is_fast
+from swamla.train.state import TrainState
+
+_CPU = torch.device("cpu")
 
 
-def training_bytes(config: RunConfig, precision: Chosen) -> dict[str, int]:
-    """Bytes by what they hold; all exact but those of the activations of a micro-batch, see `activation_bytes`."""
-    train = config.train
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a step runs: the format it computes in, and how the run is spread.
+
+    ranks: processes that share a step's rows.  parts: how many of them hold the model together.
+    """
+
+    precision: Chosen
+    device: torch.device = _CPU
+    ranks: int = 1
+    parts: int = 1
+
+
+def training_bytes(config: RunConfig, place: Place) -> dict[str, int]:
+    """Bytes that one process holds, by what they are; exact but for the activations, see `activation_bytes`.
+
+    Of a model in parts a process keeps the whole gradient while it accumulates.
+    """
+    train, parts = config.train, place.parts
     weights = 4 * count_parameters(config.model).total
     return {
-        "weights": weights,
-        "gradients": weights,
-        "optimizer_state": train.optimizer.state_bytes(parameter_shapes(config.model)),
-        "averaged_weights": weights if train.ema is not None else 0,
+        "weights": weights // parts,
+        "gradients": weights // parts if train.accumulation == 1 else weights,
+        "optimizer_state": train.optimizer.state_bytes(parameter_shapes(config.model)) // parts,
+        "averaged_weights": weights // parts if train.ema is not None else 0,
         "activations_estimate": activation_bytes(
             config.model,
-            train.batch_size // train.accumulation * train.block_size,
-            element_bytes=4 if precision == "fp32" else 2,
+            train.batch_size // place.ranks // train.accumulation * train.block_size,
+            element_bytes=4 if place.precision == "fp32" else 2,
             checkpointing=train.checkpointing,
         ),
     }
@@ -41,45 +61,49 @@ class Advice:
     effect: str
 
 
-def advice(config: RunConfig, precision: Chosen, device: torch.device) -> list[Advice]:
-    """Each single change that saves something, the numerically equal ones first, each kind by what it saves."""
-    before = sum(training_bytes(config, precision).values())
+def advice(config: RunConfig, place: Place) -> list[Advice]:
+    """Each single change that saves something: first those of the same step, each kind by what it saves."""
+    before = sum(training_bytes(config, place).values())
     found = []
-    for rank, flags, effect, changed, computed in _changes(config, precision, device):
-        saves = before - sum(training_bytes(changed, computed).values())
+    for rank, flags, effect, changed, there in _changes(config, place):
+        saves = before - sum(training_bytes(changed, there).values())
         if saves > 0:
             found.append((rank, -saves, Advice(flags=flags, saves=saves, effect=effect)))
     return [entry for _, _, entry in sorted(found, key=lambda item: item[:2])]
 
 
-_Change = tuple[int, str, str, RunConfig, Chosen]
+_Change = tuple[int, str, str, RunConfig, Place]
 
 
-def _changes(config: RunConfig, precision: Chosen, device: torch.device) -> Iterator[_Change]:
-    """Rank (0 keeps the numbers), flags, effect, and what they lead to."""
+def _changes(config: RunConfig, place: Place) -> Iterator[_Change]:
+    """Rank (0 for the same step), flags, effect, and what they lead to."""
     train = config.train
-    rows = train.batch_size // train.accumulation
-    finer = [n for n in (2 * train.accumulation, train.batch_size) if n > train.accumulation]
-    for count in dict.fromkeys(n for n in finer if train.batch_size % n == 0):
-        effect = f"micro-batches of {train.batch_size // count} rows instead of {rows}; the same step"
-        yield 0, f"--accumulation {count}", effect, _with(config, accumulation=count), precision
+    own = train.batch_size // place.ranks
+    rows = own // train.accumulation
+    for count in dict.fromkeys((2 * train.accumulation, own)):
+        if count > train.accumulation and own % count == 0:
+            effect = f"micro-batches of {own // count} row{'s' * (own > count)} instead of {rows}; the same step"
+            yield 0, f"--accumulation {count}", effect, _with(config, accumulation=count), place
     if train.checkpointing != "all":
         effect = "blocks are computed twice; the same numbers"
-        yield 0, "--checkpointing all", effect, _with(config, checkpointing="all"), precision
-    if precision == "fp32" and bf16_is_fast(device):
-        yield 1, "--precision bf16", "bf16 products", _with(config, precision="bf16"), "bf16"
+        yield 0, "--checkpointing all", effect, _with(config, checkpointing="all"), place
+    if place.ranks > 1 and place.parts == 1:
+        effect = "each process holds a part of the model; the same step"
+        yield 0, "--parallel fsdp", effect, _with(config, parallel="fsdp"), replace(place, parts=place.ranks)
+    if place.precision == "fp32" and bf16_is_fast(place.device):
+        yield 1, "--precision bf16", "bf16 products", _with(config, precision="bf16"), replace(place, precision="bf16")
     optimizer = train.optimizer
     if isinstance(optimizer, AdamWConfig | LionConfig):
         for moments in ("bf16", "8bit"):
             if moments != optimizer.moments:
                 coarser = _with(config, optimizer=replace(optimizer, moments=moments))
-                yield 1, f"--{optimizer.kind}_moments {moments}", "coarser moments of the optimizer", coarser, precision
+                yield 1, f"--{optimizer.kind}_moments {moments}", "coarser moments of the optimizer", coarser, place
     if train.ema is not None:
-        yield 1, "--ema none", "no averaged weights", _with(config, ema=None), precision
+        yield 1, "--ema none", "no averaged weights", _with(config, ema=None), place
     if rows == 1 and train.block_size > 1:  # a micro-batch cannot be smaller but by shorter rows
         half = train.block_size // 2
         shorter = _with(config, block_size=half, curriculum="")
-        yield 2, f"--block_size {half}", "shorter rows: another run", shorter, precision
+        yield 2, f"--block_size {half}", "shorter rows: another run", shorter, place
 
 
 def _with(config: RunConfig, **changes: object) -> RunConfig:
@@ -87,7 +111,7 @@ def _with(config: RunConfig, **changes: object) -> RunConfig:
 
 
 @contextmanager
-def advised(config: RunConfig, precision: Chosen, device: torch.device, run_dir: Path) -> Iterator[None]:
+def advised(config: RunConfig, state: TrainState, run_dir: Path) -> Iterator[None]:
     """Make of an error for want of memory an `OutOfMemory` whose notes say what needs how much, and what would help.
 
     Where CUDA's allocations were being recorded, they are kept in RUN/profile/out-of-memory.pickle, to be looked at
@@ -98,20 +122,31 @@ def advised(config: RunConfig, precision: Chosen, device: torch.device, run_dir:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        told = OutOfMemory(f"out of memory on {device}: {(str(error).splitlines() or ['MemoryError'])[0]}")
-        snapshot = _keep_snapshot(device, run_dir / "profile" / "out-of-memory.pickle")
-        for note in (*_notes(config, precision, device), *snapshot):
+        told = OutOfMemory(f"out of memory on {state.device}: {(str(error).splitlines() or ['MemoryError'])[0]}")
+        snapshot = _keep_snapshot(state.device, run_dir / "profile" / "out-of-memory.pickle")
+        for note in (*_notes(config, _place_of(state)), *snapshot):
             told.add_note(note)
         raise told from error
 
 
-def _notes(config: RunConfig, precision: Chosen, device: torch.device) -> Iterator[str]:
+def _place_of(state: TrainState) -> Place:
+    parameters = list(state.model.parameters())
+    held = sum(distributed.local(p).numel() for p in parameters)
+    return Place(
+        precision=state.precision,
+        device=state.device,
+        ranks=distributed.world_size(),
+        parts=round(sum(p.numel() for p in parameters) / max(held, 1)),
+    )
+
+
+def _notes(config: RunConfig, place: Place) -> Iterator[str]:
     """The need and the advice, a line each."""
-    needs = training_bytes(config, precision)
+    needs = training_bytes(config, place)
     labels = {"activations_estimate": "activations about"}
     parts = [f"{labels.get(name, name.replace('_', ' '))} {_size(n)}" for name, n in needs.items() if n]
     yield f"a training step needs about {_size(sum(needs.values()))}: {', '.join(parts)}"
-    found = advice(config, precision, device)
+    found = advice(config, place)
     width = max((len(entry.flags) for entry in found), default=0)
     for entry in found:
         yield f"{entry.flags:<{width}}  saves about {_size(entry.saves)} ({entry.effect})"

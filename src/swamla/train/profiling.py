@@ -1,6 +1,7 @@
 """A trace of a few steps by torch.profiler, and which operations took the time."""
 
 import gzip
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,7 @@ class Profiling:
     def __enter__(self) -> Self:
         if self._left:
             config, cuda = self._config, self._device.type == "cuda"
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # no lines of its own; read when the first profile is made
             self._profile = profile(
                 activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda,
                 schedule=schedule(wait=0, warmup=config.profile_warmup, active=config.profile_steps, repeat=1),
