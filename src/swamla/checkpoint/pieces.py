@@ -68,14 +68,19 @@ def shard_name(index: int) -> str:
 
 def save_pieces(file: Path, held: Held) -> None:
     """Write what one process holds; a tensor that is no piece is written as the whole that it is."""
-    tensors = {name: t.tensor if isinstance(t, Piece) else t for name, t in held.items()}
-    tensors, aliases = without_aliases({name: t for name, t in tensors.items() if t.numel() or not t.ndim})
+    tensors = {name: t.tensor if isinstance(t, Piece) else t for name, t in held.items() if not _is_nothing(t)}
+    tensors, aliases = without_aliases(tensors)
     places: dict[str, Any] = {name: {"alias": first} for name, first in aliases.items()}
     for name, tensor in tensors.items():
         whole = held[name]
         offset = whole.offset if isinstance(whole, Piece) else (0,) * tensor.ndim
         places[name] = {OFFSETS: list(offset), "shape": list(whole.shape if isinstance(whole, Piece) else tensor.shape)}
     save_file(tensors, file, metadata={SHARDING: json.dumps(places)})
+
+
+def _is_nothing(one: Tensor | Piece) -> bool:
+    """True for the share of a process that is one too many for a tensor."""
+    return isinstance(one, Piece) and not one.tensor.numel() and bool(prod(one.shape))
 
 
 @dataclass(frozen=True)
