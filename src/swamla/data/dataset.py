@@ -23,7 +23,7 @@ META, TOKENIZER, HELD_OUT_TEXT = "meta.json", "tokenizer.json", "held_out.txt"
 
 @dataclass(frozen=True)
 class Throughput:
-    """What was encoded just now, reading and writing included, in how many seconds and by how many processes."""
+    """What was encoded just now, in how many seconds and by how many processes; reading and writing count."""
 
     tokens: int
     bytes: int

@@ -111,4 +111,4 @@ def prepare_part(
         if missing:
             return PartDone(len(units), missing, throughput, None)
         work.join(units)
-    return PartDone(len(units), 0, throughput, Dataset.open(work.target))
+    return PartDone(len(units), 0, throughput, Dataset.open(work.target, throughput))

@@ -86,13 +86,14 @@ class Work:
         """Make the units of a part that are missing; None if there was nothing to do."""
         self.folder.mkdir(parents=True, exist_ok=True)
         _remove_stale(self.target.parent)
-        job, begin = self.job(units), time.monotonic()
+        job = self.job(units)
         numbers = part.of(job.missing())
         if not numbers:
             return None
         self.tokenizer(units)
+        begin = time.monotonic()
         workers = min(workers, len(numbers))
-        done = documents = n_bytes = tokens = 0
+        documents = n_bytes = tokens = 0
         with Workers(job, workers) as pool:
             for done, record in enumerate(pool.make(numbers), 1):
                 documents, n_bytes = documents + record.train + record.held_out, n_bytes + record.bytes
@@ -144,10 +145,11 @@ class Work:
 
     def make_whole(self) -> Throughput:
         """Make the dataset in this process, in one go."""
-        begin, units = time.monotonic(), [Unit(0, len(self.source.entries))]
+        units = [Unit(0, len(self.source.entries))]
         with _staging(self.target) as folder:
             tokenizer = learn_tokenizer(self.config, [Share(self.source, units)], self.progress)
             tokenizer.save(folder / TOKENIZER)
+            begin = time.monotonic()
             notes: Counter[str] = Counter()
             rule, divided = divide(self.source.documents(notes), self.config.held_out_fraction)
             encoded = encode_documents(divided, tokenizer, folder, self.progress)
