@@ -1,9 +1,8 @@
 """Text to batches: sources, tokenizers, shards on disk, packing and sampling.
 
-    from swamla.data import DataConfig, PackedRows, prepare
+    from swamla.data import DataConfig, prepare
     dataset = prepare(DataConfig(source="stdlib", tokenizer="bpe:4096"))
-    rows = PackedRows(dataset.train, block_size=512, seed=0, eos_id=dataset.tokenizer.eos_id)
-    batch = rows.batch(first_sample=0, count=8)
+    batch = dataset.rows(block_size=512, seed=0).batch(first_sample=0, count=8)
 
 Names are imported at their first use: only packing and sampling need torch.
 """
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from swamla.data.config import DataConfig
     from swamla.data.dataset import Dataset
     from swamla.data.packing import Batch
-    from swamla.data.preparing import prepare
+    from swamla.data.preparing import Part, prepare, prepare_part
     from swamla.data.sampler import HeldOutRows, PackedRows
     from swamla.data.shards import Split
     from swamla.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, make_tokenizer
@@ -26,12 +25,14 @@ _HOME = {
     "Dataset": "dataset",
     "HeldOutRows": "sampler",
     "PackedRows": "sampler",
+    "Part": "preparing",
     "Split": "shards",
     "StreamDecoder": "tokenizer",
     "Tokenizer": "tokenizer",
     "load_tokenizer": "tokenizer",
     "make_tokenizer": "tokenizer",
     "prepare": "preparing",
+    "prepare_part": "preparing",
 }
 
 __all__ = [
@@ -40,12 +41,14 @@ __all__ = [
     "Dataset",
     "HeldOutRows",
     "PackedRows",
+    "Part",
     "Split",
     "StreamDecoder",
     "Tokenizer",
     "load_tokenizer",
     "make_tokenizer",
     "prepare",
+    "prepare_part",
 ]
 
 
