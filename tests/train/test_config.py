@@ -24,6 +24,8 @@ from swamla.train.optim import AdamWConfig, MuonConfig
         ({"batch_size": 0}, "batch_size = 0: must be >= 1"),
         ({"keep_last": 0}, "keep_last = 0: must be >= 1"),
         ({"keep_last": 1, "async_save": True}, "keep_last = 1: must be >= 2 with async_save"),
+        ({"profile_steps": 0}, "profile_steps = 0: must be >= 1"),
+        ({"profile_warmup": 0}, "profile_warmup = 0: must be >= 1"),
         ({"min_lr_ratio": 1.5}, "min_lr_ratio = 1.5: must be between 0 and 1"),
         ({"decay": 0.0}, "decay = 0.0"),
         ({"schedule": "wsd", "warmup": 0.3, "decay": 0.8}, "decay = 0.8: must not begin in the warm-up"),

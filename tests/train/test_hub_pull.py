@@ -7,11 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from swamla.checkpoint import load
+from swamla.checkpoint import find_checkpoint, load, save_checkpoint
+from swamla.checkpoint.pieces import Piece
 from swamla.cli import main
 from swamla.errors import CorruptError, UsageError
 from swamla.hub import Pulled, Pushes, pull
+from swamla.tensor_file import read_tensors
 from swamla.train.tracking import read_metrics
 
 from .helpers import held_out, losses, run, tiny_config
@@ -59,6 +62,24 @@ def test_a_run_resumed_from_the_hub_is_to_the_bit_the_one_resumed_from_the_disk(
         [r["held_out_loss"] for r in read_metrics(f / "metrics.jsonl") if "held_out_loss" in r] for f in (local, remote)
     ]
     assert scores[0] == scores[1]
+
+
+def test_a_checkpoint_in_pieces_travels_too_and_its_root_has_the_whole_weights(hub, half, tmp_path):
+    folder = tmp_path / "sharded"
+    shutil.copytree(half, folder)
+    checkpoint = find_checkpoint(folder)
+    whole = {group: checkpoint.tensors(group) for group in ("model", "optimizer", "rng")}
+    pieces = {n: Piece(tensor=t, shape=tuple(t.shape), offset=(0,) * t.ndim) for n, t in whole["model"].items()}
+    save_checkpoint(folder / "checkpoints", 3, tensors=whole | {"model": pieces}, state=checkpoint.state)
+    with Pushes(REPO, folder, private=True, say=print, hurry=lambda: False):
+        pass
+    pull(REPO, tmp_path / "run")
+    assert list((tmp_path / "run" / STEP / "model").glob("shard-*.safetensors"))
+    (tmp_path / "root.safetensors").write_bytes(hub.repos[REPO][-1]["model.safetensors"])
+    root, expected = read_tensors(tmp_path / "root.safetensors"), load(half)[0].state_dict()
+    for found in (root, load(tmp_path / "run")[0].state_dict()):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_the_command_line_pushes_and_takes_up_again_at_a_pinned_commit(hub, tmp_path, monkeypatch, capsys):
