@@ -66,11 +66,22 @@ def started(*, timeout: float = TIMEOUT) -> Iterator[None]:
     device = torch.device("cuda", local) if gpu else None
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout), device_id=device)
     _patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=PATIENCE))
-    # After a failure nobody waits for anybody: the connections that break end the others.
-    yield
-    dist.barrier(group=_patient)  # a rank that ends while others still speak makes their threads abort
-    _patient = None
-    dist.destroy_process_group()
+    failed = True
+    try:
+        yield
+        dist.barrier(group=_patient)  # a rank that ends while others still speak makes their threads abort
+        failed = False
+    finally:
+        # After a failure nobody waits for anybody: connections that break end the others. NCCL would wait.
+        _patient = None
+        if not (failed and gpu):
+            dist.destroy_process_group()
+
+
+def lost_a_rank(error: BaseException) -> bool:
+    """True for what a rank meets when another one is gone, or did not come in time."""
+    known = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
+    return known or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def barrier() -> None:

@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
-from swamla.errors import SwamlaError, UsageError, is_out_of_memory
+from swamla.distributed import is_main, lost_a_rank
+from swamla.errors import ConfigError, FailedElsewhere, Interrupted, SwamlaError, UsageError, is_out_of_memory
 
 COMMANDS = {
     "quickstart": "train a small hybrid model on this Python's own source files (about 3 minutes)",
@@ -48,10 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         message, status = _explain(error)
-        print(f"swamla: error: {message}", file=sys.stderr)
-        for note in getattr(error, "__notes__", ()):
-            print(f"swamla: {note}", file=sys.stderr)
+        if _is_mine_to_tell(error):
+            where = "" if is_main() else f"rank {os.environ['RANK']}: "
+            print(f"swamla: error: {where}{message}", file=sys.stderr)
+            for note in getattr(error, "__notes__", ()):
+                print(f"swamla: {note}", file=sys.stderr)
         return status
+
+
+def _is_mine_to_tell(error: BaseException) -> bool:
+    """Of several processes the main one speaks; the others only of what happened to them alone."""
+    return is_main() or not isinstance(error, FailedElsewhere | Interrupted | UsageError | ConfigError)
 
 
 def _wait_politely() -> None:
@@ -106,6 +114,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
         case OSError(filename=str() | bytes() | os.PathLike()):
             return f"{error.filename}: {error.strerror}", SwamlaError.exit_status
     first_line = (str(error).splitlines() or [""])[0]
+    if lost_a_rank(error):
+        return f"another process of this run is gone, or did not answer in time: {first_line}", 1
     if is_out_of_memory(error):
         mend = "a smaller batch_size, more accumulation or a smaller block_size needs less"
         return f"out of memory: {first_line}; {mend}", SwamlaError.exit_status
@@ -113,4 +123,5 @@ def _explain(error: BaseException) -> tuple[str, int]:
 
 
 def _one_line_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
-    print(f"swamla: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    if is_main():
+        print(f"swamla: warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -4,12 +4,21 @@ import os
 import shlex
 import shutil
 import sys
+from typing import Any
 
 import rich.console
 
+from swamla.distributed import is_main
+
 
 class Console(rich.console.Console):
-    """rich's console, but a reader of our output who leaves early is `main`'s to answer, as everywhere else."""
+    """rich's console, but a reader of our output who leaves early is `main`'s to answer, as everywhere else.
+
+    Of several processes of a run only the main one's prints.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(quiet=not is_main(), **settings)
 
     def on_broken_pipe(self) -> None:
         """Called while a `BrokenPipeError` is handled: let it go on."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from swamla import distributed
 from swamla.checkpoint import load
 from swamla.cli.console import Console, harmless, program, say
 from swamla.cli.flags import parse
@@ -16,6 +17,7 @@ from swamla.cli.overrides import add_flags
 from swamla.cli.run_config import read_recipe
 from swamla.cli.running import new_folder, prepare_data, resume_here, resumed_folder, run_training, validation
 from swamla.data.tokenizer import Tokenizer
+from swamla.errors import UsageError
 from swamla.generate import encode_prompt, generate_text, room
 from swamla.model.language_model import LanguageModel
 from swamla.train import RunConfig, TrainState
@@ -39,6 +41,8 @@ class Arguments:
 def main(argv: list[str]) -> int:
     """Train, sample, compare, and say what to try next."""
     arguments: Any
+    if distributed.launched():
+        raise UsageError("quickstart is for one process; several train the same model with: train quickstart")
     arguments, given = parse(add_flags(Arguments), resume_here(argv), command="quickstart")
     resume = "resume" in given
     named = arguments.output_dir

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from swamla import distributed
 from swamla.cli.console import Console, program, say
 from swamla.data.config import DataConfig
 from swamla.data.encode import Progress
@@ -33,9 +34,17 @@ def shown_progress(console: Console) -> Iterator[Progress]:
 
 
 def read_data(config: DataConfig, console: Console, *, workers: int | None = None) -> Dataset:
-    """Data, tokenized now or found in the cache."""
-    with shown_progress(console) as progress:
-        return prepare(config, progress=progress, workers=workers)
+    """Data, tokenized now or found in the cache. Of several processes the main one goes first, and fills the cache."""
+    found = []
+
+    def prepared() -> None:
+        with shown_progress(console) as progress:
+            found.append(prepare(config, progress=progress, workers=workers))
+
+    distributed.on_main(prepared)
+    if not found:
+        prepared()
+    return found[0]
 
 
 def prepare_data(
@@ -48,7 +57,9 @@ def prepare_data(
 
 
 def describe_data(dataset: Dataset, console: Console, block_size: int = TrainConfig.block_size) -> None:
-    """Tell what there is, and how well it fills rows of `block_size`."""
+    """Tell what there is, and how well it fills rows of `block_size`; on the main process alone."""
+    if not distributed.is_main():
+        return
     count = max(1, UTILISATION_TOKENS // block_size)
     batch = dataset.rows(block_size, 0).batch(0, count)
     filled, cut = batch.n_labels / batch.tokens_BT.numel(), batch.cut_share(dataset.tokenizer.eos_id)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from swamla import distributed
 from swamla.cli.console import Console, say
 from swamla.cli.flags import Positional, parse
 from swamla.cli.original_flags import add_original_flags, bare_compile, refusal, workers
@@ -45,13 +46,19 @@ def main(argv: list[str]) -> int:
     arguments: Any
     takes = add_flags(add_original_flags(Arguments))
     arguments, given = parse(takes, bare_compile(resume_here(argv)), command="train", refusal=refusal)
+    with distributed.started():
+        return _train(arguments, given)
+
+
+def _train(arguments: Any, given: frozenset[str]) -> int:
+    """What every process of the run does."""
     named = chosen_recipe(arguments.recipe, arguments.size)
     console = Console()
     from_hub = _is_from_hub(arguments, given)
     resume = not given.isdisjoint(("resume", "resume_from"))
-    run_dir = _folder(arguments, arguments.hf_repo_id if from_hub else named, resume)
+    run_dir = distributed.on_main(lambda: _folder(arguments, arguments.hf_repo_id if from_hub else named, resume))
     if from_hub:
-        fetch_run(arguments.hf_repo_id, run_dir, arguments.hf_revision, console)
+        distributed.on_main(lambda: fetch_run(arguments.hf_repo_id, run_dir, arguments.hf_revision, console))
         resume = True
     recipe = str(run_dir / "config.json") if resume else named
     config = read_recipe(recipe, arguments, given)

@@ -11,7 +11,7 @@ from rich.console import Console
 from swamla import distributed
 from swamla.checkpoint import Saved, Saver, latest_checkpoint, list_checkpoints
 from swamla.data.dataset import Dataset
-from swamla.errors import Interrupted, SwamlaError
+from swamla.errors import FailedElsewhere, Interrupted, SwamlaError
 from swamla.faults import fault
 from swamla.hub import Pushes, require_hub
 from swamla.model.accounting import training_flops_per_token
@@ -242,7 +242,9 @@ class _Loop:
             self.tell(saved)
         good = latest_checkpoint(self.checkpoints)
         where = f"the last good checkpoint is {good.path}" if good else "there is no checkpoint yet"
-        raise Diverged(f"{reason}; {where}; try a lower lr, now {self.config.lr}")
+        if distributed.is_main():
+            raise Diverged(f"{reason}; {where}; try a lower lr, now {self.config.lr}")
+        raise FailedElsewhere(reason, Diverged.exit_status)
 
     def log(self, result: StepResult, lr: float) -> None:
         """Write a step to metrics.jsonl and show it, with the speed of the last ten steps or so.

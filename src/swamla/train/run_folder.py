@@ -42,7 +42,7 @@ from swamla.train.state import TrainState, seed_generators
 # Settings a resumed run may change without becoming another run.
 MAY_CHANGE = (
     *("train.steps", "train.max_minutes", "train.device", "train.threads", "train.log_interval"),
-    *("train.checkpointing", "train.compile", "train.parallel", "train.shards"),
+    *("train.checkpointing", "train.compile", "train.parallel", "train.shards", "train.accumulation"),
     *("train.lr", "train.min_lr_ratio", "train.schedule", "train.warmup", "train.decay"),
     *("train.weight_decay", "train.grad_clip", "train.save_interval", "train.keep_last"),
     *("train.async_save", "train.on_save_error"),

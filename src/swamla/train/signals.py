@@ -2,8 +2,13 @@
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
+
+from swamla.distributed import launched
+
+FORWARDED = 2.0  # seconds in which torchrun passes on the Ctrl-C that the terminal already sent to every process
 
 _EXIT_STATUS = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
 
@@ -17,6 +22,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._since = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     @property
@@ -36,6 +42,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
+        again = number == signal.SIGINT and self.received == signal.SIGINT
+        if again and time.monotonic() - self._since > (FORWARDED if launched() else 0):
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+        if not again:
+            self.received, self._since = signal.Signals(number), time.monotonic()
