@@ -50,7 +50,8 @@ def tiny_dataset(folder: Path, tokenizer: str = "byte") -> Dataset:
     documents.mkdir(parents=True, exist_ok=True)
     for i in range(20):
         text = " ".join(f"{word} {(i * 7 + n) % 31}" for n, word in enumerate(["the", "cat", "sat", "on", "mats"] * 12))
-        (documents / f"{i}.txt").write_text(text)
+        if not (documents / f"{i}.txt").exists():  # another rank may be reading it
+            (documents / f"{i}.txt").write_text(text)
     cache = str(folder / "cache")
     return prepare(DataConfig(source=str(documents), tokenizer=tokenizer, held_out_fraction=0.2, cache_dir=cache))
 
