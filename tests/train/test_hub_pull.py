@@ -14,6 +14,7 @@ from swamla.checkpoint.pieces import Piece
 from swamla.cli import main
 from swamla.errors import CorruptError, UsageError
 from swamla.hub import Pulled, Pushes, pull
+from swamla.hub.staging import stage
 from swamla.tensor_file import read_tensors
 from swamla.train.tracking import read_metrics
 
@@ -34,14 +35,18 @@ def half(tmp_path_factory, dataset) -> Path:
 
 
 @pytest.fixture
-def pushed(hub: Hub, half: Path) -> dict[str, bytes]:
-    """The same on the hub: its files there."""
+def pushed(hub: Hub, half: Path, tmp_path: Path) -> dict[str, bytes]:
+    """The same on the hub: its files there, as a push leaves them."""
+    staged = tmp_path / "staged"
+    stage(half, staged, REPO)
+    files = {path.relative_to(staged).as_posix(): path.read_bytes() for path in staged.rglob("*") if path.is_file()}
+    hub.repos[REPO] = [files]
+    return files
+
+
+def test_a_run_resumed_from_the_hub_is_to_the_bit_the_one_resumed_from_the_disk(hub, half, dataset, tmp_path):
     with Pushes(REPO, half, private=True, say=print, hurry=lambda: False):
         pass
-    return hub.repos[REPO][-1]
-
-
-def test_a_run_resumed_from_the_hub_is_to_the_bit_the_one_resumed_from_the_disk(pushed, hub, half, dataset, tmp_path):
     local, remote = tmp_path / "local", tmp_path / "remote"
     shutil.copytree(half, local)
     assert pull(REPO, remote) == Pulled(repo_id=REPO, commit=hub.commit_id(1), step=3)
