@@ -1,9 +1,11 @@
 """What the processes of a trial do. They are forked from a process that has imported this module and run nothing."""
 
 import io
+import json
 import os
 import socket
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -14,8 +16,14 @@ import torch
 import torch._dynamo  # building a model takes it, which takes two seconds
 from rich.console import Console
 
+from swamla.checkpoint import folder as checkpoint_folder
+from swamla.data import units
+from swamla.data.config import DataConfig
+from swamla.data.dataset import Dataset
+from swamla.data.preparing import prepare
 from swamla.errors import SwamlaError
 from swamla.train import loop, train
+from tests.train import helpers
 from tests.train.helpers import held_out, tiny_config, tiny_dataset
 
 loop.plot_losses = lambda *args, **options: None  # most of a tiny run's time
@@ -43,14 +51,13 @@ def play(act: Callable[..., None], args: tuple[Any, ...], env: dict[str, str], l
 def train_run(run_dir: str, data: str, options: dict[str, Any]) -> None:
     """Train a tiny model on tiny data, or go on where there is something to go on with.
 
-    options: settings, of the training; twist, a function that is called before with those settings and may change
-    what it likes.
+    options: settings, of the training; twist, a function that is called before and may change what it likes; stream,
+    to have the data read while training, by processes.
     """
     settings = {"accumulation": 2, "steps": 12, "save_interval": 2, "eval_interval": 4} | options.get("settings", {})
-    twist = options.get("twist")
-    if twist is not None:
-        twist(settings)
-    folder, dataset = Path(run_dir), tiny_dataset(Path(data))
+    options.get("twist", lambda: None)()
+    folder = Path(run_dir)
+    dataset = _streamed(Path(data)) if options.get("stream") else tiny_dataset(Path(data))
     train(
         tiny_config(**settings),
         folder,
@@ -59,6 +66,79 @@ def train_run(run_dir: str, data: str, options: dict[str, Any]) -> None:
         resume=(folder / "config.json").exists(),
         console=Console(file=sys.stdout, width=200),
     )
+
+
+def _streamed(folder: Path) -> Dataset:
+    """Documents in some nine units, which two processes encode."""
+    units.UNIT_BYTES = 4000
+    source = folder / "stream.jsonl"
+    if not source.exists():
+        texts = [f"{i} " + "stream " * (i * 7 % 40) for i in range(240)]
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    cache = str(folder / "stream-cache")
+    config = DataConfig(source=str(source), tokenizer="byte", held_out_fraction=0.2, cache_dir=cache, stream=2)
+    return prepare(config, workers=2)
+
+
+def signal_in_step(number: int, step: int) -> None:
+    """Let this process get a signal when a step is half done."""
+    real = loop.training_step
+
+    def disturbed(state: Any, *args: Any) -> Any:
+        result = real(state, *args)
+        if state.step + 1 == step:
+            os.kill(os.getpid(), number)
+        return result
+
+    loop.training_step = disturbed
+
+
+def signal_in_evaluation(number: int, step: int) -> None:
+    """The same in an evaluation."""
+    real = helpers.evaluate_split
+
+    def disturbed(model: Any, *args: Any, **options: Any) -> Any:
+        if step_under_way[0] == step:
+            os.kill(os.getpid(), number)
+        return real(model, *args, **options)
+
+    helpers.evaluate_split = disturbed
+    step_under_way = _watch_steps()
+
+
+def signal_in_save(number: int, step: int) -> None:
+    """The same in a save."""
+    real = checkpoint_folder._finish
+
+    def disturbed(staging: Path, final: Path, *args: Any) -> None:
+        if final.name == f"step-{step:08d}":
+            os.kill(os.getpid(), number)
+        real(staging, final, *args)
+
+    checkpoint_folder._finish = disturbed
+
+
+def slow_down(seconds: float) -> None:
+    """Let every step take that much longer, so that somebody outside has time to do something."""
+    real = loop.training_step
+
+    def slow(state: Any, *args: Any) -> Any:
+        time.sleep(seconds)
+        return real(state, *args)
+
+    loop.training_step = slow
+
+
+def _watch_steps() -> list[int]:
+    """A box that holds the number of the last step."""
+    real, box = loop.training_step, [0]
+
+    def watched(state: Any, *args: Any) -> Any:
+        box[0] = state.step + 1
+        return real(state, *args)
+
+    loop.training_step = watched
+    return box
 
 
 def free_port() -> int:

@@ -1,5 +1,5 @@
 """The fault matrix: all rows, in the order in which docs/reliability.md tells them."""
 
-from tests.faults import kills
+from tests.faults import disks, kills, signals
 
-ROWS = [*kills.ROWS]
+ROWS = [*kills.ROWS, *disks.ROWS, *signals.ROWS]
