@@ -44,7 +44,7 @@ def test_list_tells_size_and_marks_of_every_checkpoint(run: Path, capsys) -> Non
     size = sum(file.stat().st_size for file in Path(rows[0]["path"]).iterdir())
     assert [row["bytes"] for row in rows] == [size] * 3
     assert {row["state"] for row in rows} == {"whole"}
-    assert {row["layout"] for row in rows} == {"single"}
+    assert {row["layout"] for row in rows} == {"single file"}
     assert main(["checkpoint", "list", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3"]
@@ -121,4 +121,4 @@ def test_a_best_json_that_says_nothing_is_a_warning_and_the_list_goes_on(run: Pa
 def test_help_names_the_actions(capsys) -> None:
     assert main(["checkpoint"]) == main(["checkpoint", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(action in shown for action in ("list", "verify"))
+    assert all(action in shown for action in ("list", "verify", "convert"))

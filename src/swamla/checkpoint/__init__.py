@@ -1,5 +1,6 @@
 """Checkpoints: written, verified, chosen, pruned and loaded."""
 
+from swamla.checkpoint.convert import convert_checkpoint
 from swamla.checkpoint.folder import (
     FORMAT_VERSION,
     Checkpoint,
@@ -28,6 +29,7 @@ __all__ = [
     "Saved",
     "Saver",
     "best_step",
+    "convert_checkpoint",
     "find_checkpoint",
     "latest_checkpoint",
     "list_checkpoints",

@@ -14,7 +14,7 @@ import errno
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -55,9 +55,14 @@ class Checkpoint:
         shards = [name for name in self.files if name.startswith(f"{group}/")] or [f"{group}.safetensors"]
         return Pieces([regular_file(self.path / name, inside=self.path) for name in sorted(shards)])
 
+    def groups(self) -> list[str]:
+        """The names of all groups."""
+        tensors = (name for name in self.files if name.endswith(".safetensors"))
+        return sorted({name.split("/")[0].removesuffix(".safetensors") for name in tensors})
+
     def has(self, group: str) -> bool:
         """True if it holds tensors of `group`."""
-        return any(name.split("/")[0] in (group, f"{group}.safetensors") for name in self.files)
+        return group in self.groups()
 
 
 class Crew:
@@ -84,11 +89,13 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor | Piece]],
     state: Mapping[str, Any],
     crew: Crew = ALONE,
+    others: Sequence[Mapping[str, Held]] = (),
 ) -> Path:
     """Write `directory/step-<step>` so that it is there whole or not at all, and return its path.
 
     tensors: group name -> tensors; each group becomes one safetensors file, or one file a process where it has pieces.
     state: plain JSON data. crew: all its processes call this, at the same step, with the pieces that each holds.
+    others: the pieces of processes that are not there, for one that is alone.
     Raises `SwamlaError`, naming the path and the bytes needed, when the disk is full; older checkpoints stay intact.
     """
     final, staging = directory / step_name(step), directory / f".saving-{step_name(step)}"
@@ -96,6 +103,7 @@ def save_checkpoint(
     try:
         crew.together(lambda: _begin(directory, staging) if main else None)
         listings = crew.together(lambda: _write(staging, tensors, crew.rank))
+        listings += [_write(staging, share, rank) for rank, share in enumerate(others, 1)]
         files = {name: listed for listing in listings for name, listed in listing.items()}
         fault("save-staging", step)
         crew.together(lambda: _finish(staging, final, files, {"step": step, **state}) if main else None)

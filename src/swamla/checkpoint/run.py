@@ -76,14 +76,18 @@ def load(run_dir: str | Path, which: str = "best", *, raw: bool = False) -> "tup
 
     config = from_plain(LanguageModelConfig, plain["model"], path="model", origin=str(run_dir / "config.json"))
     model = config.build()
-    tensors = checkpoint.tensors("model")
     if checkpoint.has("ema") and not raw:
-        averages = checkpoint.tensors("ema")
-        if averages.keys() != dict(model.named_parameters(remove_duplicate=False)).keys():
+        weights = dict(model.named_parameters(remove_duplicate=False)).keys()
+        if checkpoint.pieces("ema").shapes().keys() != weights:
             raise CorruptError(f"{checkpoint.path}: the averaged weights do not fit the model")
-        tensors |= averages
-    load_into(model, tensors, origin=str(checkpoint.path))
+    load_into(model, weights_of(checkpoint, raw=raw), origin=str(checkpoint.path))
     return model.eval(), load_tokenizer(run_dir / "tokenizer.json")
+
+
+def weights_of(checkpoint: Checkpoint, *, raw: bool = False) -> dict[str, Tensor]:
+    """The weights and buffers that are judged: the averages of the weights where there are any, unless `raw`."""
+    tensors = checkpoint.tensors("model")
+    return tensors if raw or not checkpoint.has("ema") else tensors | checkpoint.tensors("ema")
 
 
 def read_run_config(run_dir: Path) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from swamla.checkpoint import best_step, list_checkpoints, step_of, verify
+from swamla.checkpoint import best_step, convert_checkpoint, list_checkpoints, step_of, verify
+from swamla.checkpoint.convert import WeightType
 from swamla.cli.console import Console, say
 from swamla.cli.flags import Positional, parse
 from swamla.cli.info_tables import short
@@ -22,9 +23,11 @@ from swamla.errors import CorruptError, SwamlaError, UsageError
 
 HELP = """usage: swamla checkpoint list RUN
        swamla checkpoint verify RUN|CHECKPOINT
+       swamla checkpoint convert RUN FOLDER
 
 list      the checkpoints of a run: step, size, age, which is the best and which the latest
 verify    every file against its manifest; exit status 3, naming the file, where one is damaged
+convert   one checkpoint in another layout, or its weights alone, as a run's folder of its own
 
 Each takes --json and --help."""
 
@@ -52,6 +55,26 @@ class Verify:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Convert:
+    """One checkpoint of a run, in another layout, as the only one of a new run's folder."""
+
+    run: Positional[str]
+    """The run's folder."""
+    folder: Positional[str]
+    """The new run's folder: one that is not there yet, or is empty."""
+    checkpoint: str = "best"
+    """best, latest, or a step."""
+    shards: int = 1
+    """Files that weights and optimizer state are cut into, as fsdp saves them on so many processes; 1: not at all."""
+    weights_only: bool = False
+    """Only what the model is loaded from, averages where there are any; it cannot be resumed."""
+    dtype: WeightType = "fp32"
+    """Of the matrices; another than fp32 with --weights_only alone."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One checkpoint. state: "whole" (all files, in their sizes), "verified" (their SHA-256 too), or what is wrong."""
 
@@ -68,7 +91,7 @@ class Row:
 
 def main(argv: list[str]) -> int:
     """Choose."""
-    actions = {"list": _list, "verify": _verify}
+    actions = {"list": _list, "verify": _verify, "convert": _convert}
     action = argv[0] if argv else "--help"
     if action in ("-h", "--help"):
         print(HELP)
@@ -107,6 +130,25 @@ def _verify(argv: list[str]) -> int:
     damaged = [row.state for row in rows if row.damaged]
     if damaged:
         raise CorruptError(f"{len(damaged)} of {len(rows)} checkpoints damaged: {damaged[0]}")
+    return 0
+
+
+def _convert(argv: list[str]) -> int:
+    arguments, _ = parse(Convert, argv, command="checkpoint convert")
+    folder = checked(arguments.folder)
+    convert_checkpoint(
+        checked(arguments.run),
+        folder,
+        which=arguments.checkpoint,
+        shards=arguments.shards,
+        weights_only=arguments.weights_only,
+        dtype=arguments.dtype,
+    )
+    (row,) = _rows(_of_run(folder), hashes=True)
+    if arguments.json:
+        print(json.dumps(_plain(row)))
+    else:
+        say(Console(), f"{row.path}: {short(row.bytes, 'B')}, {row.layout}, {row.state}")
     return 0
 
 
@@ -149,7 +191,7 @@ def _row(path: Path, best: bool, latest: bool, hashes: bool) -> Row:
 
 def _layout(manifest: dict[str, Any]) -> str:
     shards = sum(name.startswith("model/") for name in manifest["files"])
-    return f"{shards} shards" if shards else "single"
+    return f"{shards} shards" if shards else "single file"
 
 
 def _plain(row: Row) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import random
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from swamla import distributed
 from swamla.checkpoint import Checkpoint, load_into
-from swamla.errors import CorruptError
+from swamla.errors import CorruptError, UsageError
 from swamla.model.language_model import LanguageModel
 from swamla.train.ema import WeightAverage
 from swamla.train.optim import NamedOptimizer
 from swamla.train.parallel import Spread
 from swamla.train.precision import Chosen
+from swamla.train.spikes import UsualLoss
 
 COUNTERS = (
     "step",
@@ -45,6 +46,7 @@ class TrainState:
     skipped, skipped_in_a_row: steps whose gradient was not finite.
     evaluated_at, evaluated_step: `seconds` and `step` at the last evaluation.
     best_step, best_loss: the lowest held-out loss so far, in nats per token.
+    usual: the loss of late, by which spikes are told.
     """
 
     spread: Spread
@@ -65,6 +67,7 @@ class TrainState:
     evaluated_step: int | None = None
     best_step: int | None = None
     best_loss: float | None = None
+    usual: UsualLoss = field(default_factory=UsualLoss)
 
     @property
     def model(self) -> LanguageModel:
@@ -85,6 +88,7 @@ class TrainState:
     def plain(self) -> dict[str, Any]:
         """All that is not tensors, as JSON data."""
         return {name: getattr(self, name) for name in COUNTERS} | {
+            "usual_loss": self.usual.plain(),
             "precision": self.precision,
             "backends": self.backends,
             "data_fingerprint": self.data_fingerprint,
@@ -97,6 +101,8 @@ class TrainState:
         Raises `CorruptError` for one that lacks something; warns where other backends computed it.
         """
         file, saved = checkpoint.path / "state.json", checkpoint.state
+        if saved.get("weights_only"):
+            raise UsageError(f"{checkpoint.path}: holds weights alone, as converted: there is nothing to resume from")
         missing = {*COUNTERS, "precision", "backends", "parameters_without_optimizer_state"} - saved.keys()
         if missing:
             raise CorruptError(f"{file}: damaged: says nothing of {', '.join(sorted(missing))}")
@@ -111,10 +117,27 @@ class TrainState:
             self.average.load(checkpoint.tensors("ema", like=parameters.get), origin=str(checkpoint.path))
         for name in COUNTERS:
             setattr(self, name, saved[name])
+        self.usual = UsualLoss.of(saved.get("usual_loss"))  # which older checkpoints lack
         self.precision = saved["precision"]
         if saved["backends"] != self.backends:
             warnings.warn(f"computed before by {saved['backends']}, from here on by {self.backends}", stacklevel=2)
         set_generator_states(checkpoint.tensors("rng"))
+
+    def go_back(self, checkpoint: Checkpoint) -> int:
+        """Take what was learned from `checkpoint`; steps, rows and time go on. Returns the first row it has not seen.
+
+        The steps since count as skipped. The random generators go on as well.
+        """
+        now = {name: getattr(self, name) for name in COUNTERS if name not in ("tokens", "skipped")}
+        usual, generators = self.usual, generator_states()
+        self.restore(checkpoint)
+        set_generator_states(generators)
+        first, updates = self.sample, self.updates
+        for name, value in now.items():
+            setattr(self, name, value)
+        self.usual, self.skipped = usual, self.step - updates
+        self.skipped_in_a_row += 1
+        return first
 
     @property
     def best(self) -> tuple[int, float] | None:

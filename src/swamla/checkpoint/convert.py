@@ -1,0 +1,89 @@
+"""A checkpoint in another layout, or its weights alone, as a run's folder of its own."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from swamla.checkpoint.folder import Checkpoint, mark_best, save_checkpoint
+from swamla.checkpoint.pieces import Held, Piece
+from swamla.checkpoint.run import best_step, find_checkpoint, read_run_config, weights_of
+from swamla.errors import UsageError
+from swamla.files import regular_file
+
+WeightType = Literal["fp32", "bf16", "fp16"]
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WHOLE = ("rng",)  # groups that are never cut
+
+
+def convert_checkpoint(
+    source: Path,
+    folder: Path,
+    *,
+    which: str = "best",
+    shards: int = 1,
+    weights_only: bool = False,
+    dtype: WeightType = "fp32",
+) -> Checkpoint:
+    """Write a checkpoint of the run `source` as the only one of the new run folder `folder`; returns what was read.
+
+    shards: files a group is cut into, as `fully_shard` cuts over so many processes; 1 for a single file.
+    weights_only: what `swamla.load` takes, the averages where there are any, and nothing to resume from; it alone can
+    be in another dtype, in which matrices are then: vectors are few, and routers' biases and decays are in need of
+    their digits. Raises `UsageError` for a folder that is not empty.
+    """
+    if shards < 1:
+        raise UsageError(f"--shards {shards}: must be >= 1")
+    if dtype != "fp32" and not weights_only:
+        raise UsageError(f"--dtype {dtype} needs --weights_only: a run does not go on from rounded weights")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder}: exists and is not empty: choose another folder")
+    read_run_config(source)
+    checkpoint = find_checkpoint(source, which)
+    groups, state = _groups(checkpoint, weights_only, TYPES[dtype]), dict(checkpoint.state)
+    if weights_only:
+        state["weights_only"] = True
+    first, *others = [
+        {group: _share(named, rank, shards, group) for group, named in groups.items()} for rank in range(shards)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        save_checkpoint(folder / "checkpoints", checkpoint.step, tensors=first, others=others, state=state)
+        if checkpoint.step == best_step(checkpoint.path.parent) and state.get("best_loss") is not None:
+            mark_best(folder / "checkpoints", checkpoint.step, state["best_loss"])
+        for name in ("tokenizer.json", "metrics.jsonl", "config.json"):  # the last of which makes it a run
+            if (source / name).exists():
+                shutil.copyfile(regular_file(source / name, inside=source), folder / name)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return checkpoint
+
+
+def _groups(checkpoint: Checkpoint, weights_only: bool, dtype: torch.dtype) -> Mapping[str, Mapping[str, Tensor]]:
+    if not weights_only:
+        return {group: checkpoint.tensors(group) for group in checkpoint.groups()}
+    done: dict[int, Tensor] = {}  # tied weights stay tied
+    weights = weights_of(checkpoint)
+    for tensor in weights.values():
+        if id(tensor) not in done:
+            done[id(tensor)] = tensor.to(dtype) if tensor.ndim > 1 and tensor.is_floating_point() else tensor
+    return {"model": {name: done[id(tensor)] for name, tensor in weights.items()}}
+
+
+def _share(named: Mapping[str, Tensor], rank: int, shards: int, group: str) -> Held:
+    if shards == 1 or group in WHOLE:
+        return dict(named) if rank == 0 else {}
+    cut: dict[str, Any] = {name: _piece(tensor, rank, shards) for name, tensor in named.items() if tensor.ndim}
+    return cut | ({name: tensor for name, tensor in named.items() if not tensor.ndim} if rank == 0 else {})
+
+
+def _piece(tensor: Tensor, rank: int, shards: int) -> Piece:
+    length = len(tensor)
+    size = -(-length // shards)
+    begin = min(rank * size, length)
+    part = tensor[begin : begin + size]
+    return Piece(tensor=part, shape=tuple(tensor.shape), offset=(begin, *(0,) * (tensor.ndim - 1)))
