@@ -435,7 +435,9 @@ def test_which_checkpoint_is_exported_can_be_chosen(home: Path, tmp_path: Path) 
     import swamla
 
     for which in ("1", "latest"):
-        assert main(["export", str(home / "gpt2"), str(tmp_path / which), "--checkpoint", which, "--format", "gpt2"]) == 0
+        assert (
+            main(["export", str(home / "gpt2"), str(tmp_path / which), "--checkpoint", which, "--format", "gpt2"]) == 0
+        )
         expected = swamla.load(home / "gpt2", which)[0].state_dict()
         found = load_gpt2(tmp_path / which).state_dict()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
