@@ -63,6 +63,7 @@ def _train(arguments: Any, given: frozenset[str]) -> int:
     recipe = str(run_dir / "config.json") if resume else named
     config = read_recipe(recipe, arguments, given)
     require_hub(config.train.hf_repo_id)
+    distributed.require_rows(config.train.batch_size, config.train.accumulation)
     say(console, f"{'resuming' if resume else 'training'} {recipe} in {run_dir}")
     dataset = prepare_data(config.data, console, block_size=config.train.block_size, workers=workers(arguments, given))
     run_training(config, dataset, run_dir, console, command="train", resume=resume)

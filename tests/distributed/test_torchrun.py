@@ -1,0 +1,139 @@
+"""`torchrun … -m swamla train …` as a user types it: on one machine, and on two that are network namespaces."""
+
+import json
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TEXT = "".join(f"line {i}: the square of {i} is {i * i}, its half is {i // 2}\n" for i in range(400))
+TRAIN = (
+    "-m swamla train quickstart --data text.txt --tokenizer byte --held_out_fraction 0.1 --cache_dir cache --width 32 "
+    "--n_heads 2 --n_layers 4 --swa_window 16 --mla_kv_lora_rank 16 --mla_qk_nope_head_dim 8 --mla_qk_rope_head_dim 8 "
+    "--mla_v_head_dim 8 --batch_size 4 --block_size 64 --steps 4 --max_minutes none --eval_seconds none "
+    "--eval_interval 2 --log_interval 1 --threads 1 --device cpu --precision fp32 "
+)
+MODULE = [sys.executable, "-m", "torch.distributed.run"]
+Ended = subprocess.CompletedProcess[str]
+
+
+def start(folder: Path, command: list[str]) -> "subprocess.Popen[str]":
+    """A command in `folder`, none of whose settings come from whoever runs the tests."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def ended(process: "subprocess.Popen[str]") -> Ended:
+    """What it said, and how it ended; a minute is enough."""
+    out, err = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def torchrun(folder: Path, command: str, ranks: int = 2) -> Ended:
+    """Several ranks on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    flags = ["--nproc_per_node", str(ranks), "--master_port", port]
+    return ended(start(folder, [*MODULE, *flags, *shlex.split(command)]))
+
+
+def curve(run: Path) -> list[tuple[int, float, float]]:
+    """Step, loss and gradient norm, and held-out losses."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r.get("loss", r.get("held_out_loss")), r.get("grad_norm", 0.0)) for r in records]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A text, and the run of one process on it in two micro-batches."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    (folder / "text.txt").write_text(TEXT)
+    alone = ended(start(folder, [sys.executable, *shlex.split(f"{TRAIN} --accumulation 2 --output_dir alone")]))
+    assert alone.returncode == 0, alone.stderr
+    return folder
+
+
+def test_two_ranks_that_find_no_prepared_data_train_as_one_process_and_one_of_them_speaks(folder: Path) -> None:
+    shutil.rmtree(folder / "cache")
+    done = torchrun(folder, f"{TRAIN} --parallel fsdp --output_dir two")
+    assert done.returncode == 0, done.stderr
+    assert "swamla:" not in done.stderr
+    for line in ("the run is in two", "2 processes, each with a part of the model (fsdp)", "Step 4 | Loss"):
+        assert done.stdout.count(line) == 1
+    assert curve(folder / "two") == curve(folder / "alone")
+    held_out = [entry for entry in curve(folder / "two") if entry[2] == 0.0]
+    assert [step for step, _, _ in held_out] == [2, 4]
+
+
+def test_what_cannot_be_shared_out_is_said_once_and_ends_all_ranks(folder: Path) -> None:
+    begin = time.monotonic()
+    done = torchrun(folder, TRAIN.replace("--batch_size 4", "--batch_size 3") + "--output_dir refused")
+    assert done.returncode != 0
+    assert time.monotonic() - begin < 40  # torchrun's own patience with a process that does not end is 30 s
+    said = [line for line in done.stderr.splitlines() if line.startswith("swamla:")]
+    assert said == [
+        "swamla: error: train.batch_size = 3: must be a multiple of the 2 processes · accumulation = 1, it is the "
+        "rows of all of them together"
+    ]
+    assert "exitcode  : 2" in done.stderr
+    assert not (folder / "refused").exists()
+
+
+def test_quickstart_says_how_several_processes_train_it(folder: Path) -> None:
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
+    command = [sys.executable, "-m", "swamla", "quickstart"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "train quickstart" in done.stderr
+
+
+@pytest.fixture
+def nodes() -> Iterator[list[str]]:
+    """Two network namespaces joined by a cable, as prefixes of commands; they are gone afterwards."""
+    if shutil.which("ip") is None:
+        pytest.skip("needs the command ip (package iproute2)")
+    names = [f"swamla-{os.getpid()}-{i}" for i in range(2)]
+
+    def ip(command: str) -> Ended:
+        return subprocess.run(["ip", *shlex.split(command)], capture_output=True, text=True)
+
+    try:
+        for name in names:
+            made = ip(f"netns add {name}")
+            if made.returncode:
+                pytest.skip(f"may not make a network namespace here: {made.stderr.strip()}")
+        cable = ip(f"link add node0 netns {names[0]} type veth peer name node1 netns {names[1]}")
+        if cable.returncode:
+            pytest.skip(f"may not join network namespaces here: {cable.stderr.strip()}")
+        for i, name in enumerate(names):
+            for command in (f"addr add 10.77.0.{i + 1}/24 dev node{i}", f"link set node{i} up", "link set lo up"):
+                assert ip(f"-n {name} {command}").returncode == 0
+        yield names
+    finally:
+        for name in names:
+            ip(f"netns del {name}")
+
+
+def test_two_machines_train_as_one_process_does(folder: Path, nodes: list[str]) -> None:
+    both = "--nnodes 2 --nproc_per_node 1 --master_addr 10.77.0.1 --master_port 29500"
+    running = []
+    for i, name in enumerate(nodes):
+        inside = ["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME=node{i}"]
+        command = shlex.split(f"{both} --node_rank {i} {TRAIN} --parallel ddp --output_dir machines")
+        running.append(start(folder, [*inside, *MODULE, *command]))
+    first, second = [ended(process) for process in running]
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "the run is in machines" in first.stdout
+    assert second.stdout == ""
+    assert curve(folder / "machines") == curve(folder / "alone")
