@@ -84,6 +84,14 @@ def lost_a_rank(error: BaseException) -> bool:
     return known or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
+def own_store(prefix: str) -> Any:
+    """What all ranks can read and write by keys, over a connection of its own; for signs of life between them."""
+    import torch
+
+    store = torch.distributed.distributed_c10d._get_default_store()
+    return torch.distributed.PrefixStore(prefix, store.clone())  # type: ignore[attr-defined]
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if world_size() > 1:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from swamla.data.config import DataConfig
+from swamla.distributed import TIMEOUT
 from swamla.errors import require
 from swamla.model.block import Checkpointing
 from swamla.model.config import LanguageModelConfig
@@ -49,6 +50,11 @@ class TrainConfig:
         of 2 at least.
     on_save_error: what follows a checkpoint that could not be written, as on a full disk: "stop", or "continue" with a
         warning and try again at the next; one that fails at the run's end is an error in any case.
+    max_skipped: steps in a row without a finite gradient (or with a spike) that end the run.
+    spike_factor: a step whose loss exceeds this times the usual, the mean of the last 100 or so, counts as a spike:
+        weights and optimizer go back to the last checkpoint, and the rows since are not seen again; none for never.
+    rank_timeout_minutes: of several processes, one that gives no sign of life for so long, or whose step takes longer,
+        is named and ends the run.
     log_interval: steps between lines where there is no terminal for a progress bar; metrics.jsonl has every step.
     tensorboard: also write TensorBoard event files, to RUN/tensorboard.
     wandb_project: also send the run to this project of Weights & Biases; offline where there is no key or no network.
@@ -95,6 +101,9 @@ class TrainConfig:
     keep_last: int = 2
     async_save: bool = False
     on_save_error: Literal["stop", "continue"] = "stop"
+    max_skipped: int = 20
+    spike_factor: float | None = None
+    rank_timeout_minutes: float = 5.0
     log_interval: int = 10
     tensorboard: bool = False
     wandb_project: str = ""
@@ -132,11 +141,17 @@ class TrainConfig:
             "accumulation",
             "block_size",
             "keep_last",
+            "max_skipped",
             "log_interval",
             "profile_steps",
             "profile_warmup",
         ):
             require(self.__dict__[name] >= 1, name, self.__dict__[name], "must be >= 1")
+        spikes = self.spike_factor is None or 1 < self.spike_factor < float("inf")
+        require(spikes, "spike_factor", self.spike_factor, "must be > 1, e.g. 2, or left out")
+        timeout = self.rank_timeout_minutes
+        in_time = 0 < timeout < TIMEOUT / 60
+        require(in_time, "rank_timeout_minutes", timeout, f"must be > 0 and below {TIMEOUT / 60:g}, torch's own limit")
         kept = self.keep_last > 1 or not self.async_save
         require(kept, "keep_last", self.keep_last, "must be >= 2 with async_save: one stays whole while one is written")
         accumulates = self.batch_size % self.accumulation == 0

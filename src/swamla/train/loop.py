@@ -24,16 +24,16 @@ from swamla.train.parallel import make_crew
 from swamla.train.plot import plot_losses
 from swamla.train.precision import autocast
 from swamla.train.profiling import Profiling
+from swamla.train.rank_watch import RankWatch
 from swamla.train.router_health import RouterHealth
 from swamla.train.run_folder import open_run
 from swamla.train.signals import StopRequest
+from swamla.train.spikes import checkpoint_to_go_back_to
 from swamla.train.state import TrainState, generator_states, set_generator_states
 from swamla.train.step import StepResult, training_step
 from swamla.train.trackers import Records, make_records, require_trackers
 from swamla.train.tracking import Display, make_display
 from swamla.train.utilisation import peak_memory, peak_of
-
-MAX_SKIPPED_IN_A_ROW = 20
 
 Evaluate = Callable[[LanguageModel], dict[str, float]]
 
@@ -58,8 +58,9 @@ def train(
 
     evaluate: called with the model, in the run's precision; returns at least "loss", the held-out loss in nats per
     token. on_start: called once before the first step. Returns the state at the end, with the last weights.
-    Raises `Interrupted` after SIGTERM (exit 75) or Ctrl-C (exit 130), when all is saved; `Diverged` when 20 steps in a
-    row had no finite gradient; `OutOfMemory`; and as `require_trackers`, `require_hub` and `open_run` do.
+    Raises `Interrupted` after SIGTERM (exit 75) or Ctrl-C (exit 130), when all is saved; `Diverged` when
+    `max_skipped` steps in a row had no finite gradient; `OutOfMemory`; and as `require_trackers`, `require_hub` and
+    `open_run` do.
     """
     run_dir = Path(run_dir)
     require_trackers(config.train)
@@ -95,8 +96,9 @@ def _train(
         ) as hub,
         Profiling(settings, run_dir, state.device, first_step=state.step + 1, say=display.say) as profiling,
         _saver(config.train, run_dir, state, display) as saver,
+        RankWatch(settings.rank_timeout_minutes) as watch,
     ):
-        loop = _Loop(config, run_dir, dataset, state, evaluate, metrics, display, hub, profiling, saver)
+        loop = _Loop(config, run_dir, dataset, state, evaluate, metrics, display, hub, profiling, saver, watch)
         loop.announce(resume)
         if on_start is not None:
             generators = generator_states()
@@ -131,12 +133,13 @@ class _Loop:
         hub: Pushes,
         profiling: Profiling,
         saver: Saver,
+        watch: RankWatch,
     ) -> None:
         self.config, self.run_dir, self.state = config.train, run_dir, state
         self.model, self.peak = config.model, peak_of(state.device, state.precision)
         self.checkpoints = run_dir / "checkpoints"
         self.evaluate, self.metrics, self.display = evaluate, metrics, display
-        self.hub, self.profiling, self.saver = hub, profiling, saver
+        self.hub, self.profiling, self.saver, self.watch = hub, profiling, saver, watch
         self.router_health = RouterHealth()
         self.rows = dataset.rows(self.config.block_size, self.config.seed)
         self.curriculum, self.length = self.config.lengths, self.config.block_size  # where there is none, none is told
@@ -198,6 +201,7 @@ class _Loop:
     def step(self, progress: float) -> None:
         """Take one training step, count it, tell about it."""
         state, begin = self.state, time.monotonic()
+        self.watch.begin(f"step {state.step + 1}", limited=True)
         fault("begin", state.step + 1)
         lr = self.config.lr * self.config.learning_rate.factor(progress, state.step)
         share = self.config.batch_size // distributed.world_size()
@@ -209,8 +213,12 @@ class _Loop:
         state.tokens += result.tokens if result.finite else 0
         self.step_seconds = distributed.from_main(time.monotonic() - begin)
         state.seconds = self.seconds()
+        self.watch.end()
         if not result.finite:
             self.skip(result)
+            return
+        if self.is_spike(result):
+            self.roll_back(result)
             return
         state.skipped_in_a_row = 0
         if distributed.is_main():
@@ -233,8 +241,43 @@ class _Loop:
         self.display.say(
             f"warning: step {state.step} skipped, gradient norm {result.grad_norm} ({state.skipped} so far)"
         )
-        if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            self.give_up(f"{MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {state.step}, had no finite gradient")
+        self.end_if_too_many("had no finite gradient")
+
+    def end_if_too_many(self, what: str) -> None:
+        """End a run in which so many steps in a row were for nothing."""
+        most = self.config.max_skipped
+        if self.state.skipped_in_a_row >= most:
+            self.give_up(f"{most} steps in a row, up to step {self.state.step}, {what}")
+
+    def is_spike(self, result: StepResult) -> bool:
+        """Judge a loss by the usual one, which it becomes a part of where it is none."""
+        spike = self.config.spike_factor is not None and self.state.usual.exceeds(result.loss, self.config.spike_factor)
+        if not spike:
+            self.state.usual.note(result.loss)
+        return spike
+
+    def roll_back(self, result: StepResult) -> None:
+        """After a spike: go back to the weights of the last checkpoint, and on with the rows after those of this step.
+
+        Saved at once, so that a resumed run goes on from there too. Steps and time go on counting.
+        """
+        state, loss = self.state, f"loss {result.loss:.4f} in step {self.state.step}, usual is {self.state.usual}"
+        self.settle(wait=True)
+        folder, interval = self.checkpoints, self.config.save_interval
+        checkpoint = distributed.on_main(lambda: checkpoint_to_go_back_to(folder, interval))
+        if checkpoint is None:
+            self.display.say(f"warning: {loss}: there is no checkpoint yet to go back to")
+            return
+        first = state.go_back(checkpoint)
+        rows = {"first": first, "last": state.sample - 1}
+        self.metrics.write(state.step, {"spike": result.loss, "rolled_back_to": checkpoint.step, "rows": rows})
+        self.display.say(
+            f"warning: {loss}: weights are those of step {checkpoint.step} again, rows {first} to {state.sample - 1} "
+            "are left behind"
+        )
+        self.end_if_too_many("had a loss spike")
+        self.saved_step = None
+        self.save()
 
     def give_up(self, reason: str) -> None:
         """Stop a run that diverged, naming what can be taken up again."""
@@ -291,6 +334,7 @@ class _Loop:
         if self.evaluate is None:
             return
         state = self.state
+        self.watch.begin(f"the evaluation after step {state.step}")
         with state.evaluated_weights(), autocast(state.precision, state.device):
             found = self.evaluate(state.model)
             state.spread.let_go()
@@ -317,6 +361,7 @@ class _Loop:
             return
         if not state.weights_are_finite():
             self.give_up(f"the weights after step {state.step} are not finite, so they are not saved")
+        self.watch.begin(f"the save after step {state.step}")
         state.seconds = self.seconds()
         self.metrics.sync()
         self.saver.save(state.step, tensors=state.tensors(), state=state.plain(), best_loss=best_loss)

@@ -46,6 +46,7 @@ MAY_CHANGE = (
     *("train.lr", "train.min_lr_ratio", "train.schedule", "train.warmup", "train.decay"),
     *("train.weight_decay", "train.grad_clip", "train.save_interval", "train.keep_last"),
     *("train.async_save", "train.on_save_error"),
+    *("train.max_skipped", "train.spike_factor", "train.rank_timeout_minutes"),
     *("train.eval_interval", "train.eval_seconds", "train.eval_tokens"),
     *("train.tensorboard", "train.wandb_project", "train.wandb_run_name", "train.hf_repo_id", "train.hf_private"),
     *("train.profile", "train.profile_steps", "train.profile_warmup"),

@@ -1,0 +1,95 @@
+"""Watching over ranks: one that hangs, or that the network lost, is named and ends the run instead of stalling it.
+
+Each rank has a thread that leaves a sign of life in the store of the process group and looks for that of the next rank,
+so that a stopped process, a lost machine and a broken network are noticed whatever the others wait for. A rank whose
+own step does not end says where it is. Nothing can be saved then, as that takes all ranks: the process ends at once,
+and torchrun starts all of them again (--max-restarts) from the last checkpoint.
+"""
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
+
+from swamla import distributed
+
+BEATS = 8  # signs of life in the time after which a rank counts as hanging
+
+
+class RankWatch:
+    """While entered on every rank of several, a rank that gives no sign of life for `minutes` ends them all.
+
+    A single process is not watched. `begin` and `end` tell where the run is; a step, other than the first of the
+    process, which may have to compile, must not take that long either.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self._limit = 60 * minutes
+        self._over = threading.Event()
+        self._place, self._since, self._steps = "before the first step", 0.0, 0
+        self._thread: threading.Thread | None = None
+
+    def begin(self, place: str, *, limited: bool = False) -> None:
+        """Say what comes: "step 18"; limited: it may take `minutes` at most."""
+        self._steps += limited
+        self._place, self._since = place, time.monotonic() if limited and self._steps > 1 else 0.0
+
+    def end(self) -> None:
+        """What began has ended."""
+        self._since = 0.0
+
+    def __enter__(self) -> Self:
+        if distributed.world_size() > 1:
+            self._store, self._main = distributed.own_store("signs of life"), threading.get_ident()
+            self._thread = threading.Thread(target=self._watch, name="rank-watch", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._thread is None:
+            return
+        self._over.set()
+        self._thread.join(self._limit)
+
+    def _watch(self) -> None:
+        rank, count = distributed.rank(), distributed.world_size()
+        neighbour, number, heard, at = (rank + 1) % count, 0, b"", time.monotonic()
+        while number == 0 or not self._over.wait(self._limit / BEATS):
+            number += 1
+            try:
+                self._store.set(str(rank), f"{number} {self._place}")
+                said = self._store.get(str(neighbour)) if self._store.check([str(neighbour)]) else b""
+            except Exception as failure:  # the rank that holds the store is gone, and with it the group
+                self._fail(f"the store of the process group does not answer rank {rank}, {self._place}: {failure}")
+            now = time.monotonic()
+            if said != heard or said == b"over":
+                heard, at = said, now
+            elif now - at > self._limit:
+                last = heard.decode().partition(" ")[2] or "never heard of"
+                self._fail(
+                    f"rank {neighbour} hangs or is cut off: silent for {now - at:.0f} s, last {last}; "
+                    f"rank {rank} is in {self._place}"
+                )
+            if self._since and now - self._since > self._limit:
+                where = _innermost(sys._current_frames().get(self._main))
+                self._fail(f"rank {rank} is in {self._place} for {now - self._since:.0f} s, at {where}")
+        self._store.set(str(rank), "over")
+
+    def _fail(self, message: str) -> None:
+        print(f"swamla: error: {message}; start again with --resume", file=sys.stderr, flush=True)
+        os._exit(1)  # the main thread waits for what will never come
+
+
+def _innermost(frame: FrameType | None) -> str:
+    """The line that a thread is at, outside of Python's own and of torch's."""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not {"site-packages", "lib"}.intersection(Path(file).parts) or "swamla" in Path(file).parts:
+            return f"{file}:{frame.f_lineno} ({frame.f_code.co_name})"
+        frame = frame.f_back
+    return "an unknown place"
