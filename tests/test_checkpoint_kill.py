@@ -1,26 +1,32 @@
-"""A process killed while it saves leaves what it had saved."""
+"""A process killed while it saves, in either way, leaves what it had saved, and the best."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from swamla import checkpoint as ckpt
 
 KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
-import numpy as np, torch
-from swamla.checkpoint import latest_checkpoint, prune, save_checkpoint
+import torch
+from swamla.checkpoint import Saver, best_step, latest_checkpoint, load_checkpoint, step_name
 
-directory, rng = Path(sys.argv[1]), random.Random(0)
+directory, background, rng = Path(sys.argv[1]), sys.argv[2] == "background", random.Random(0)
 
 def save_for_ever(step):
+    w = torch.zeros(50_000)
+    best = best_step(directory)
+    saver = Saver(directory, keep_last=2, background=background, best=None if best is None else (best, 1 / best))
     while True:
         step += 1
-        w = torch.from_numpy(np.full(50_000, step, dtype=np.float32))
-        save_checkpoint(directory, step, tensors={"model": {"w": w}, "optimizer": {"w/m": w}}, state={})
-        prune(directory, keep_last=2)
+        w.fill_(step)  # also while it is being written
+        tensors = {"model": {"w": w}, "optimizer": {"w/m": w}}
+        saver.save(step, tensors=tensors, state={}, best_loss=1 / step if step % 3 == 0 else None)
+        assert all(saved.error is None for saved in saver.saved())
 
 reached, good = 0, 0
 for trial in range(12):
@@ -35,15 +41,23 @@ for trial in range(12):
     assert step >= reached, (step, reached)
     for group, name in [("model", "w"), ("optimizer", "w/m")] if found else []:
         assert bool((found.tensors(group)[name] == step).all())
+    best = best_step(directory)
+    if best is not None:
+        assert best % 3 == 0
+        assert bool((load_checkpoint(directory / step_name(best)).tensors("model")["w"] == best).all())
     reached, good = step, good + 1
 assert reached > 5, reached
 print(f"{good}/12")
 """
 
 
-def test_kill_9_at_random_moments_of_saving_and_pruning_always_leaves_the_newest_checkpoint_whole(tmp_path):
+@pytest.mark.parametrize("way", ["at once", "background"])
+def test_kill_9_at_random_moments_of_saving_and_pruning_leaves_the_newest_and_the_best_whole(tmp_path, way):
     environment = os.environ | {"PYTHONPATH": str(Path(ckpt.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", KILLER, str(tmp_path)], env=environment, capture_output=True, text=True
+        [sys.executable, "-W", "error", "-c", KILLER, str(tmp_path), way],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.stdout == "12/12\n", done.stderr
