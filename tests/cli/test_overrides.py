@@ -105,6 +105,14 @@ def test_a_choice_that_a_recipe_names_by_its_kind_alone_takes_flags_too(tmp_path
         resolve("--adamw_eps 1e-9", str(recipe))
 
 
+def test_another_source_takes_nothing_over_of_what_the_recipe_said_of_its_own() -> None:
+    assert resolve("", "small").data.hub_config == "CC-MAIN-2024-10"
+    assert resolve("", "small").data.stream > 0
+    elsewhere = resolve("--data stdlib", "small").data
+    assert (elsewhere.source, elsewhere.hub_config, elsewhere.stream) == ("stdlib", "", 0)
+    assert resolve("--stream 3 --data stdlib", "small").data.stream == 3
+
+
 def test_a_pattern_takes_blocks_and_mixers_and_drops_what_it_does_not_name() -> None:
     model = resolve("--pattern 'swa,mha' --n_layers 5".replace("'", "")).model
     assert model.pattern == ("swa", "mha", "swa", "mha", "swa")

@@ -126,10 +126,21 @@ def _kind_flags(kind: str, cls: type, path: str, put: Callable[[str], Callable[[
 
 
 def _put(section: str, name: str) -> Callable[[Plain, Any], None]:
+    if (section, name) == ("data", "source"):
+        return _put_source
+
     def put(plain: Plain, value: Any) -> None:
         plain.setdefault(section, {})[name] = value
 
     return put
+
+
+def _put_source(plain: Plain, source: Any) -> None:
+    """Another source takes nothing over of what the recipe says of its own; flags that come after may."""
+    data = plain.setdefault("data", {})
+    for name in ("hub_config", "hub_split", "hub_revision", "stream", "mixture"):
+        data.pop(name, None)
+    data["source"] = source
 
 
 def _put_choice(section: str, name: str) -> Callable[[Plain, Any], None]:
