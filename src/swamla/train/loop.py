@@ -136,7 +136,8 @@ class _Loop:
         watch: RankWatch,
     ) -> None:
         self.config, self.run_dir, self.state = config.train, run_dir, state
-        self.model, self.peak = config.model, peak_of(state.device, state.precision)
+        self.model = config.model
+        self.peak = distributed.on_main(lambda: peak_of(state.device, state.precision))  # measured, so by one alone
         self.checkpoints = run_dir / "checkpoints"
         self.evaluate, self.metrics, self.display = evaluate, metrics, display
         self.hub, self.profiling, self.saver, self.watch = hub, profiling, saver, watch
