@@ -2,8 +2,10 @@
 
 import os
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -36,21 +38,19 @@ def config_of(**settings: object) -> RunConfig:
 
 def train_on(folder: Path, data: Path, config: RunConfig, resume: bool, stop_after: int | None) -> None:
     """What a rank does: train, and be stopped by a signal in the middle of a step, where that is asked for."""
-    dataset = tiny_dataset(data)
-    loop_module.plot_losses = lambda *args, **options: None
-    real = loop_module.training_step
+    dataset, real = tiny_dataset(data), loop_module.training_step
 
     def step(state, *args):
         if state.step + 1 == stop_after and distributed.rank() == distributed.world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(state, *args)
 
-    loop_module.training_step = step
-    try:
+    with (
+        patch.object(loop_module, "training_step", step),
+        patch.object(loop_module, "plot_losses"),
+        nullcontext() if stop_after is None else pytest.raises(Interrupted),
+    ):
         run(config, folder, dataset, evaluate=held_out(dataset), resume=resume)
-        assert stop_after is None
-    except Interrupted:
-        assert stop_after is not None
 
 
 @pytest.fixture(scope="module")
