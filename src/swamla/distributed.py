@@ -86,10 +86,7 @@ def lost_a_rank(error: BaseException) -> bool:
 
 def own_store(prefix: str) -> Any:
     """What all ranks can read and write by keys, over a connection of its own; for signs of life between them."""
-    import torch
-
-    store = torch.distributed.distributed_c10d._get_default_store()
-    return torch.distributed.PrefixStore(prefix, store.clone())  # type: ignore[attr-defined]
+    return _dist().PrefixStore(prefix, _dist().distributed_c10d._get_default_store().clone())
 
 
 def barrier() -> None:

@@ -9,13 +9,16 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo  # building a model takes it, which takes two seconds
+import torch.distributed.tensor
 from rich.console import Console
 
+from swamla import distributed
 from swamla.checkpoint import folder as checkpoint_folder
 from swamla.data import units
 from swamla.data.config import DataConfig
@@ -24,7 +27,7 @@ from swamla.data.preparing import prepare
 from swamla.errors import SwamlaError
 from swamla.train import loop, train
 from tests.train import helpers
-from tests.train.helpers import held_out, tiny_config, tiny_dataset
+from tests.train.helpers import MODEL, held_out, tiny_config, tiny_dataset
 
 loop.plot_losses = lambda *args, **options: None  # most of a tiny run's time
 
@@ -56,16 +59,19 @@ def train_run(run_dir: str, data: str, options: dict[str, Any]) -> None:
     """
     settings = {"accumulation": 2, "steps": 12, "save_interval": 2, "eval_interval": 4} | options.get("settings", {})
     options.get("twist", lambda: None)()
+    model = replace(MODEL, dropout=settings.pop("dropout", MODEL.dropout))
     folder = Path(run_dir)
-    dataset = _streamed(Path(data)) if options.get("stream") else tiny_dataset(Path(data))
-    train(
-        tiny_config(**settings),
-        folder,
-        dataset=dataset,
-        evaluate=held_out(dataset),
-        resume=(folder / "config.json").exists(),
-        console=Console(file=sys.stdout, width=200),
-    )
+    with distributed.started(timeout=60):
+        distributed.on_main(lambda: tiny_dataset(Path(data)))
+        dataset = _streamed(Path(data)) if options.get("stream") else tiny_dataset(Path(data))
+        train(
+            tiny_config(model, **settings),
+            folder,
+            dataset=dataset,
+            evaluate=held_out(dataset),
+            resume=distributed.on_main((folder / "config.json").exists),
+            console=Console(file=sys.stdout, width=200, quiet=not distributed.is_main()),
+        )
 
 
 def _streamed(folder: Path) -> Dataset:
@@ -116,6 +122,40 @@ def signal_in_save(number: int, step: int) -> None:
         real(staging, final, *args)
 
     checkpoint_folder._finish = disturbed
+
+
+def on_rank(rank: str, twist: Callable[[], None]) -> None:
+    """A twist for one rank alone."""
+    if os.environ.get("RANK") == rank:
+        twist()
+
+
+def stay_in_step(step: int) -> None:
+    """Let this process come to a step and never out of it."""
+    real = loop.training_step
+
+    def stuck(state: Any, *args: Any) -> Any:
+        while state.step + 1 == step:
+            time.sleep(0.1)
+        return real(state, *args)
+
+    loop.training_step = stuck
+
+
+def spoil_gradient(steps: range) -> None:
+    """Let this process have a gradient of NaN in these steps."""
+    real = loop.training_step
+
+    def spoiled(state: Any, *args: Any) -> Any:
+        parameter = next(iter(state.model.parameters()))
+        hook = parameter.register_hook(lambda grad: grad * float("nan")) if state.step + 1 in steps else None
+        try:
+            return real(state, *args)
+        finally:
+            if hook is not None:
+                hook.remove()
+
+    loop.training_step = spoiled
 
 
 def slow_down(seconds: float) -> None:

@@ -1,5 +1,5 @@
 """The fault matrix: all rows, in the order in which docs/reliability.md tells them."""
 
-from tests.faults import disks, kills, signals
+from tests.faults import disks, kills, ranks, signals
 
-ROWS = [*kills.ROWS, *disks.ROWS, *signals.ROWS]
+ROWS = [*kills.ROWS, *disks.ROWS, *signals.ROWS, *ranks.ROWS]

@@ -50,9 +50,10 @@ def while_compiling(stage: Stage, times: int) -> Iterator[None]:
     settings = {"steps": 2, "compile": "default", "eval_interval": None}
     for number in (signal.SIGUSR1, signal.SIGTERM)[:times]:
         run_dir = stage.fresh()
-        cache = {"TORCHINDUCTOR_CACHE_DIR": str(stage.fresh("cache")), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        made = stage.fresh("cache")
+        cache = {"TORCHINDUCTOR_CACHE_DIR": str(made), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         with ending([stage.start(run_dir, settings=settings, env=cache)]) as (process,):
-            until(lambda: any((stage.folder / cache["TORCHINDUCTOR_CACHE_DIR"]).rglob("*.py")) or not process.alive())
+            until(lambda made=made, process=process: any(made.rglob("*.py")) or not process.alive())
             process.kill(number)
             said = process.expect(75)
         assert f"stopped by {number.name} after step 1; all is saved" in said, said

@@ -61,11 +61,7 @@ class RankWatch:
         neighbour, number, heard, at = (rank + 1) % count, 0, b"", time.monotonic()
         while number == 0 or not self._over.wait(self._limit / BEATS):
             number += 1
-            try:
-                self._store.set(str(rank), f"{number} {self._place}")
-                said = self._store.get(str(neighbour)) if self._store.check([str(neighbour)]) else b""
-            except Exception as failure:  # the rank that holds the store is gone, and with it the group
-                self._fail(f"the store of the process group does not answer rank {rank}, {self._place}: {failure}")
+            said = self._exchange(rank, neighbour, f"{number} {self._place}")
             now = time.monotonic()
             if said != heard or said == b"over":
                 heard, at = said, now
@@ -76,9 +72,38 @@ class RankWatch:
                     f"rank {rank} is in {self._place}"
                 )
             if self._since and now - self._since > self._limit:
-                where = _innermost(sys._current_frames().get(self._main))
-                self._fail(f"rank {rank} is in {self._place} for {now - self._since:.0f} s, at {where}")
+                where = self._where()
+                self._fail(f"{self._place} takes more than {now - self._since:.0f} s: {where}")
         self._store.set(str(rank), "over")
+
+    def _exchange(self, rank: int, neighbour: int, sign: str) -> bytes:
+        """Leave a sign of life and read the neighbour's, nothing where there is none yet."""
+        lost = (
+            f"the process at MASTER_ADDR, which keeps the signs of life, hangs or is cut off from rank {rank}; "
+            f"that is in {self._place}"
+        )
+        late = threading.Timer(self._limit, self._fail, [lost])  # the store itself would wait on
+        late.daemon = True
+        late.start()
+        try:
+            self._store.set(str(rank), sign)
+            return self._store.get(str(neighbour)) if self._store.check([str(neighbour)]) else b""
+        except Exception as error:
+            self._fail(f"{lost} ({error})")
+            raise
+        finally:
+            late.cancel()
+
+    def _where(self) -> str:
+        """Where every rank is; those that wait are at an exchange, the one that they wait for is not."""
+        self._store.set(f"at {distributed.rank()}", _innermost(sys._current_frames().get(self._main)))
+        time.sleep(2 * self._limit / BEATS)  # all have begun the step at about the same time
+        found: dict[str, list[str]] = {}
+        for rank in range(distributed.world_size()):
+            known = self._store.check([f"at {rank}"])
+            found.setdefault(self._store.get(f"at {rank}").decode() if known else "elsewhere", []).append(str(rank))
+        time.sleep(self._limit / BEATS)  # as the store may end with this process
+        return "; ".join(f"rank {', '.join(ranks)} at {place}" for place, ranks in found.items())
 
     def _fail(self, message: str) -> None:
         print(f"swamla: error: {message}; start again with --resume", file=sys.stderr, flush=True)
