@@ -31,13 +31,19 @@ resume_flags() {
     esac
 }
 
-# One process drives one device today, however many there are.
-say_devices() {
-    local found=0
-    if command -v nvidia-smi > /dev/null; then
-        found=$(nvidia-smi --list-gpus 2> /dev/null | wc -l) || found=0
+# choose_launch BATCH: one process for each GPU, under torchrun where there are several. Sets the array `launch`, and
+# `rows`, those of a step: BATCH for every process. GPUS says how many, by default all that there are.
+choose_launch() {
+    local processes=${GPUS:-}
+    if [ -z "$processes" ] && command -v nvidia-smi > /dev/null; then
+        processes=$(nvidia-smi --list-gpus 2> /dev/null | wc -l) || processes=1
     fi
-    if [ "$found" -gt 1 ]; then
-        echo "$found GPUs found, one is used: training on several is not there yet" >&2
+    if is_number "${processes:-1}" && [ "${processes:-1}" -gt 1 ]; then
+        launch=("$python" -m torch.distributed.run --standalone --nproc_per_node "$processes")
+        rows=$(($1 * processes))
+        echo "$processes processes, $1 rows each" >&2
+    else
+        launch=("$python")
+        rows=$1
     fi
 }

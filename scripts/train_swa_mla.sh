@@ -4,12 +4,13 @@
 #   scripts/train_swa_mla.sh SIZE BATCH BLOCK [OUT RESUME OPTIMIZER] [-- FLAGS …]
 #
 # SIZE       a recipe: small, medium, large …
-# BATCH      rows of a micro-batch, BLOCK tokens each
+# BATCH      rows of a step for each process, BLOCK tokens each
 # OUT        the run's folder (default runs/swa-mla-SIZE)
 # RESUME     false (default), true to go on in OUT, or the folder of the run to go on with
 # OPTIMIZER  adamw (default), lion, muon, fp8_adamw or fp8_lion
 #
-# What stands behind -- is handed to train.py as it is. PYTHON names the interpreter.
+# What stands behind -- is handed to train.py as it is. PYTHON names the interpreter, GPUS how
+# many processes to start, by default one for each GPU.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -29,7 +30,7 @@ out=${arguments[3]:-runs/swa-mla-$size} resume=${arguments[4]:-false} optimizer=
 is_number "$batch" && is_number "$block" || usage "$call"
 
 choose_python
-say_devices
+choose_launch "$batch"
 resume_flags "$resume" "$out"
-exec "$python" "$here/../train.py" --size "$size" --batch_size "$batch" --block_size "$block" "${where[@]}" \
+exec "${launch[@]}" "$here/../train.py" --size "$size" --batch_size "$rows" --block_size "$block" "${where[@]}" \
     --optimizer_type "$optimizer" "$@"

@@ -4,11 +4,11 @@
 #
 #   scripts/train_swa_mla_latent_deltanet.sh BATCH BLOCK [OUT RESUME OPTIMIZER HF_REPO] [-- FLAGS …]
 #
-# BATCH      rows of a micro-batch, BLOCK tokens each
+# BATCH      rows of a step for each process, BLOCK tokens each
 # OUT        the run's folder (default runs/latent-deltanet)
 # RESUME     false (default), true to go on in OUT, or the folder of the run to go on with
 # OPTIMIZER  adamw (default), lion, muon, fp8_adamw or fp8_lion
-# HF_REPO    where to upload the model; not there yet, so refused
+# HF_REPO    where on the Hugging Face Hub to push the best checkpoints; needs HF_TOKEN
 #
 # From the environment, with their defaults:
 #   LATENT_RATIO=4           how many times narrower than the model the experts work
@@ -18,7 +18,8 @@
 #   DELTANET_SHARE_QK=true   whether queries serve as keys
 #   MLA_Q_LORA_RANK=256      latent of the latent attention's queries, 0 for none
 #
-# What stands behind -- is handed to train.py as it is. PYTHON names the interpreter.
+# What stands behind -- is handed to train.py as it is. PYTHON names the interpreter, GPUS how
+# many processes to start, by default one for each GPU.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -57,7 +58,7 @@ if [ -n "$repository" ]; then
 fi
 
 choose_python
-say_devices
+choose_launch "$batch"
 resume_flags "$resume" "$out"
-exec "$python" "$here/../train.py" --size moe-2b --batch_size "$batch" --block_size "$block" "${where[@]}" \
+exec "${launch[@]}" "$here/../train.py" --size moe-2b --batch_size "$rows" --block_size "$block" "${where[@]}" \
     "${model[@]}" --optimizer_type "$optimizer" "$@"

@@ -88,7 +88,7 @@ def test_the_first_script_trains_a_size_with_train_py_and_goes_on_with_it(home: 
     assert steps(home / "a run") == [1, 2, 3]
 
 
-def test_the_second_script_trains_latent_experts_over_compressed_deltanet(home: Path) -> None:
+def test_the_second_script_trains_latent_experts_over_compressed_deltanet_in_two_processes(home: Path) -> None:
     done = script(
         *("train_swa_mla_latent_deltanet.sh", "2", "64", "out", "false", "fp8_lion", "--", *SMALL, *EXPERTS),
         *("--max_iters", "2", "--warmup_iters", "1"),
@@ -96,9 +96,11 @@ def test_the_second_script_trains_latent_experts_over_compressed_deltanet(home: 
         N_EXPERTS="4",
         DELTANET_LATENT_DIM="16",
         MLA_Q_LORA_RANK="16",
+        GPUS="2",
     )
     assert done.returncode == 0, done.stderr
     config = run_config(home / "out")
+    assert config["train"]["batch_size"] == 4
     blocks = config["model"]["blocks"]
     assert config["model"]["pattern"] == ["gdn", "gdn", "mla"]
     assert (blocks["gdn"]["mixer"]["latent_dim"], blocks["gdn"]["mixer"]["share_qk"]) == (16, True)
