@@ -6,6 +6,8 @@ but `is_main` are to be called by every rank, in the same order.
 
 import datetime
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -64,7 +66,10 @@ def started(*, timeout: float = TIMEOUT) -> Iterator[None]:
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     device = torch.device("cuda", local) if gpu else None
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout), device_id=device)
+    limit = datetime.timedelta(seconds=timeout)
+    store, rank, count = next(dist.rendezvous("env://", timeout=limit))
+    store = dist.PrefixStore(_attempt(store, rank, count, timeout), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=limit, device_id=device)
     _patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=PATIENCE))
     failed = True
     try:
@@ -76,6 +81,29 @@ def started(*, timeout: float = TIMEOUT) -> Iterator[None]:
         _patient = None
         if not (failed and gpu):
             dist.destroy_process_group()
+
+
+def _attempt(store: Any, rank: int, count: int, timeout: float) -> str:
+    """A name for this start of the ranks, which all of them and no earlier ones have.
+
+    torchrun's store outlives the processes that it starts again, with the addresses of those that are gone. So the
+    main rank makes a name, the others sign it, each with a word of its own, and none believes a name until its own
+    word stands in what the main rank publishes.
+    """
+    word, deadline = uuid.uuid4().hex, time.monotonic() + timeout
+    if rank == 0:
+        store.set("attempt", word)
+        signed = [store.get(f"{word}/{other}").decode() for other in range(1, count)]
+        store.set(f"{word}/all", " ".join(signed))
+        return word
+    while time.monotonic() < deadline:
+        if store.check(["attempt"]):
+            name = store.get("attempt").decode()
+            store.set(f"{name}/{rank}", word)
+            if store.check([f"{name}/all"]) and word in store.get(f"{name}/all").decode().split():
+                return name
+        time.sleep(0.02)
+    raise UsageError(f"rank {rank}: rank 0 did not start within {timeout:.0f} s")
 
 
 def lost_a_rank(error: BaseException) -> bool:
