@@ -60,6 +60,22 @@ def test_the_commands_shown_and_their_flags_exist(line: str, capsys: pytest.Capt
         assert re.search(rf"{re.escape(flag)}\b", help_text), flag
 
 
+def modelled(line: str) -> list[str]:
+    """The recipe and flags of a line that trains, without those that only say where; empty for any other line."""
+    words = shlex.split(line.replace("…", ""), comments=True)
+    command, *arguments = words[next(i for i, word in enumerate(words) if Path(word).name == "swamla") + 1 :]
+    elsewhere = any(a.endswith(".toml") or a in ("--resume", "--resume_from_hf") for a in arguments)
+    if command != "train" or elsewhere:
+        return []
+    where = [i for i, word in enumerate(arguments) if word in ("--output_dir", "--run_name")]
+    return [word for i, word in enumerate(arguments) if i not in where and i - 1 not in where]
+
+
+@pytest.mark.parametrize("line", sorted({line for line in LINES if modelled(line)}))
+def test_the_trainings_shown_are_possible_ones(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", *modelled(line), "--vocab_size", "60000"]) == 0, capsys.readouterr().err
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_file_a_page_links_to_exists(page: Path) -> None:
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8"))

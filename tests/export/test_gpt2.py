@@ -459,11 +459,11 @@ def test_a_tokenizer_of_our_own_is_copied_too(tmp_path: Path) -> None:
         ("{home}/plain {out}", "blocks.mha.mixer.bias = False: GPT-2 has no place for it"),
         ("{home}/cache {out}", "cache: not a run folder"),
         ("{home}/gone {out}", "gone: not a run folder"),
-        ("{home}/gpt2 {out} --which 77", "no checkpoint of step 77; there are: 1, 2"),
-        ("{home}/gpt2 {out} --which worst", "checkpoint 'worst': must be"),
+        ("{home}/gpt2 {out} --checkpoint 77", "no checkpoint of step 77; there are: 1, 2"),
+        ("{home}/gpt2 {out} --checkpoint worst", "checkpoint 'worst': must be"),
         ("{home}/gpt2 {out} --format onnx", "onnx"),
         ("{home}/gpt2", "FOLDER"),
-        ("{home}/gpt2 {out} --wich best", "unknown flag --wich; did you mean --which?"),
+        ("{home}/gpt2 {out} --chekpoint best", "unknown flag --chekpoint; did you mean --checkpoint?"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(
