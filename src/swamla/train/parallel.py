@@ -145,9 +145,14 @@ def build_model(
         if ranks == 1:
             return Spread(model)
         torch._dynamo.config.optimize_ddp = False  # graphs are single blocks: there is nothing to split for buckets
+        # Without find_unused_parameters DDP arranges its buckets anew after a process's first step, and more than two
+        # ranks then sum in another order: a run that was resumed would differ, in the last bit, from one that went on.
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renamed the option, 2.11 knows this name alone
-            wrapped = nn.parallel.DistributedDataParallel(_Loss(model), broadcast_buffers=False)
+            wrapped = nn.parallel.DistributedDataParallel(
+                _Loss(model), broadcast_buffers=False, find_unused_parameters=True
+            )
         return Copies(model, wrapped)
     return _build_parts(config, _mesh(parallel, shards, device), seed, device, prepare)
 
