@@ -20,7 +20,7 @@ from rich.console import Console
 
 from swamla import distributed
 from swamla.checkpoint import folder as checkpoint_folder
-from swamla.data import units
+from swamla.data import units, workers
 from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset
 from swamla.data.preparing import prepare
@@ -156,6 +156,30 @@ def spoil_gradient(steps: range) -> None:
                 hook.remove()
 
     loop.training_step = spoiled
+
+
+def spoil_loss(step: int) -> None:
+    """Let a step's loss be three times as large."""
+    real = loop.training_step
+
+    def spoiled(state: Any, *args: Any) -> Any:
+        this = state.step + 1
+        result = real(state, *args)
+        return replace(result, loss=3 * result.loss) if this == step else result
+
+    loop.training_step = spoiled
+
+
+def kill_workers(step: int) -> None:
+    """Kill a process that encodes data when it is asked to, from this step on."""
+    real, step_under_way = workers.Workers._ask, _watch_steps()
+
+    def dying(self: Any, process: Any, number: int) -> Any:
+        if step_under_way[0] >= step:
+            process.kill()
+        return real(self, process, number)
+
+    workers.Workers._ask = dying  # type: ignore[method-assign]
 
 
 def slow_down(seconds: float) -> None:
