@@ -36,6 +36,11 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def started_again() -> bool:
+    """True on all ranks where torchrun (--max-restarts) has started them again, after one of them died."""
+    return bool(highest(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
+
+
 def rank() -> int:
     """This process's number in the group, from 0."""
     return _dist().get_rank() if _joined() else 0

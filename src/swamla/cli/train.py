@@ -55,8 +55,11 @@ def _train(arguments: Any, given: frozenset[str]) -> int:
     named = chosen_recipe(arguments.recipe, arguments.size)
     console = Console()
     from_hub = _is_from_hub(arguments, given)
-    resume = not given.isdisjoint(("resume", "resume_from"))
-    run_dir = distributed.on_main(lambda: _folder(arguments, arguments.hf_repo_id if from_hub else named, resume))
+    name, resume = arguments.hf_repo_id if from_hub else named, not given.isdisjoint(("resume", "resume_from"))
+    again = distributed.started_again() and not resume
+    begun = distributed.on_main(lambda: _begun(arguments, name)) if again else None
+    from_hub, resume = from_hub and begun is None, resume or begun is not None
+    run_dir = begun or distributed.on_main(lambda: _folder(arguments, name, resume))
     if from_hub:
         distributed.on_main(lambda: fetch_run(arguments.hf_repo_id, run_dir, arguments.hf_revision, console))
         resume = True
@@ -69,6 +72,14 @@ def _train(arguments: Any, given: frozenset[str]) -> int:
     run_training(config, dataset, run_dir, console, command="train", resume=resume)
     say(console, f"the run is in {run_dir}")
     return 0
+
+
+def _begun(arguments: Any, recipe: str) -> Path | None:
+    """The run that this very command had begun when a process of it died, and torchrun started all again."""
+    try:
+        return _folder(arguments, recipe, resume=True)
+    except UsageError:  # it had not come so far
+        return None
 
 
 def _folder(arguments: Any, recipe: str, resume: bool) -> Path:
