@@ -117,6 +117,8 @@ class _Loss(nn.Module):
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
         self.model = model
+        # Never used, so that DDP does not say at every start that there is nothing unused.
+        self.unused = nn.Parameter(torch.zeros((), device=model.device))
 
     def forward(self, tokens_BT: Tensor, labels_BT: Tensor, seq: Layout) -> Found:
         return self.model.loss(tokens_BT, labels_BT, seq)
@@ -147,7 +149,6 @@ def build_model(
         torch._dynamo.config.optimize_ddp = False  # graphs are single blocks: there is nothing to split for buckets
         # Without find_unused_parameters DDP arranges its buckets anew after a process's first step, and more than two
         # ranks then sum in another order: a run that was resumed would differ, in the last bit, from one that went on.
-        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renamed the option, 2.11 knows this name alone
             wrapped = nn.parallel.DistributedDataParallel(
