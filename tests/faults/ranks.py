@@ -22,6 +22,11 @@ EIGHT = {"steps": 8, "batch_size": 8}
 def launched(stage: Stage, run_dir: Path, count: int, restarts: int, steps: int, **env: str) -> "subprocess.Popen[str]":
     """torchrun with a program that trains, or goes on."""
     program = [str(ROOT / "tests" / "faults" / "program.py"), str(run_dir), str(stage.data), str(steps)]
+    return torchrun(program, count, restarts, **env)
+
+
+def torchrun(program: list[str], count: int, restarts: int, **env: str) -> "subprocess.Popen[str]":
+    """torchrun, which starts a program on so many ranks, and all of them again when one dies."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(count)]
     command += ["--max-restarts", str(restarts), "--monitor-interval", "0.1", "--rdzv-backend", "c10d"]
     command += ["--rdzv-endpoint", f"127.0.0.1:{acts.free_port()}", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
@@ -43,16 +48,35 @@ def _undisturbed(stage: Stage, count: int, **settings: Any) -> Path:
 
 
 def one_killed(stage: Stage, times: int) -> Iterator[None]:
-    """A rank of two is killed in a step; torchrun starts both again."""
+    """A rank of two is killed in a step; torchrun starts both again. The last trial is of the command line."""
     expected = _undisturbed(stage, 2, **EIGHT)
     for rank in range(times):
+        if rank == 2:
+            _command_line(stage)
+            yield
+            return
         run_dir = stage.fresh()
-        with launched(stage, run_dir, 2, 1, 8, SWAMLA_FAULT=f"step:6@{rank}") as torchrun:
-            said = torchrun.communicate(timeout=300)[0]
-        assert torchrun.returncode == 0, said
+        with launched(stage, run_dir, 2, 1, 8, SWAMLA_FAULT=f"step:6@{rank}") as agent:
+            said = agent.communicate(timeout=300)[0]
+        assert agent.returncode == 0, said
         assert "resumed after step 4" in said, said
         assert_same_end(run_dir, expected)
         yield
+
+
+def _command_line(stage: Stage) -> None:
+    """The one command that torchrun was given goes on, when it is run again, with what it had begun."""
+    text, runs = stage.data / "text.txt", stage.fresh("runs")
+    text.write_text("\n\n".join(f"the cat {i} sat on mat {i * 7 % 13} " * 5 for i in range(200)))
+    line = f"-m swamla train quickstart --data {text} --tokenizer byte --steps 8 --max_minutes none --batch_size 4"
+    line += " --block_size 64 --pattern swa --width 32 --swa_n_heads 2 --precision fp32 --eval_interval none"
+    line += f" --save_interval 2 --output_dir {runs}"
+    for name, fault in (("whole", {}), ("killed", {"SWAMLA_FAULT": "step:6@1"})):
+        with torchrun([*line.split(), "--run_name", name], 2, 1, **fault) as process:
+            said = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, said
+        assert ("resumed after step 4" in said) == bool(fault), said
+    assert_same_end(runs / "killed", runs / "whole")
 
 
 def killed_five_times(stage: Stage, times: int) -> Iterator[None]:
@@ -60,20 +84,20 @@ def killed_five_times(stage: Stage, times: int) -> Iterator[None]:
     steps = 40
     expected = _undisturbed(stage, 4, **EIGHT | {"steps": steps})
     run_dir, rng, killed = stage.fresh(), random.Random(5), 0
-    with launched(stage, run_dir, 4, times, steps, SWAMLA_SLOWLY="0.2") as torchrun:
+    with launched(stage, run_dir, 4, times, steps, SWAMLA_SLOWLY="0.2") as agent:
         while killed < times:
             begun = _last_step(run_dir)
             # It must have come further than at the last kill, and is killed a random time after.
-            until(lambda begun=begun: _last_step(run_dir) > begun or torchrun.poll() is not None, seconds=300)
+            until(lambda begun=begun: _last_step(run_dir) > begun or agent.poll() is not None, seconds=300)
             time.sleep(1.5 * rng.random())
-            assert torchrun.poll() is None, torchrun.communicate()[0]
-            ranks = _children(torchrun.pid)
+            assert agent.poll() is None, agent.communicate()[0]
+            ranks = _children(agent.pid)
             os.kill(rng.choice(ranks), signal.SIGKILL)
             killed += 1
             gone = set(ranks)
-            until(lambda gone=gone: not gone & set(_children(torchrun.pid)) or torchrun.poll() is not None)
-        said = torchrun.communicate(timeout=300)[0]
-    assert torchrun.returncode == 0, said
+            until(lambda gone=gone: not gone & set(_children(agent.pid)) or agent.poll() is not None)
+        said = agent.communicate(timeout=300)[0]
+    assert agent.returncode == 0, said
     assert_same_end(run_dir, expected)
     for _ in range(times):
         yield
@@ -165,10 +189,10 @@ ROWS = [
     Row(
         fault="one rank killed",
         expected="torchrun starts all ranks again, the run resumes, curve and weights are equal to the bit",
-        how="`SWAMLA_FAULT=step:6@RANK`, two ranks under `torchrun --max-restarts 1`",
+        how="`SWAMLA_FAULT=step:6@RANK`, two ranks under `torchrun --max-restarts 1`; also of `swamla train`",
         trials=one_killed,
         short=0,
-        long=2,
+        long=3,
     ),
     Row(
         fault="one rank of four killed at random moments, five times",
