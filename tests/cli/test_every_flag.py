@@ -116,7 +116,7 @@ def candidates(flag: Flag) -> list[str]:
         elif option is int:
             found += ["2", "1", "16", "64", "512", "2048"]
         elif option is float:
-            found += ["0.125", "0.5", "3e-3"]
+            found += ["0.125", "0.5", "3e-3", "3"]
         elif option is str:
             found += ["reference", "byte", "512:1M,1024:inf", "me/mine"]
     return found

@@ -20,6 +20,7 @@ from swamla.evaluate.held_out import evaluate
 from swamla.model.block import BlockConfig
 from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.latent_moe import LatentMoEConfig
+from swamla.model.ffns.moe import MoEConfig
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.model.mixers.mla import MLAConfig
 from swamla.model.mixers.swa import SWAConfig
@@ -49,6 +50,17 @@ MODEL = LanguageModelConfig(
     },
     pattern=("gdn", "swa", "mla"),
 )
+MODELS = {"latent_moe": MODEL}
+MODELS["moe"] = replace(
+    MODEL,
+    blocks=MODEL.blocks
+    | {
+        "mla": replace(
+            MODEL.blocks["mla"],
+            ffn=MoEConfig(n_experts=8, n_activated=3, expert_hidden=16, shared_hidden=24, z_loss=1e-3),
+        )
+    },
+)
 OPTIMIZERS = {"adamw": AdamWConfig(), "lion": LionConfig(), "muon": MuonConfig()}
 
 
@@ -56,9 +68,11 @@ OPTIMIZERS = {"adamw": AdamWConfig(), "lion": LionConfig(), "muon": MuonConfig()
 class Case:
     """A few steps. Gradients are clipped in all of them; bf16: autocast."""
 
+    experts: str = "latent_moe"
     optimizer: str = "adamw"
     parallel: str = "auto"
     shards: int | None = None
+    expert_parallel: int = 1
     accumulation: int = 1
     checkpointing: str = "none"
     precision: str = "fp32"
@@ -66,12 +80,12 @@ class Case:
 
     def alone(self, accumulation: int) -> "Case":
         """The same in one process."""
-        return replace(self, parallel="auto", shards=None, accumulation=accumulation)
+        return replace(self, parallel="auto", shards=None, expert_parallel=1, accumulation=accumulation)
 
     @property
     def train(self) -> TrainConfig:
         settings: dict[str, Any] = {
-            name: value for name, value in vars(self).items() if name not in ("optimizer", "poisoned")
+            name: value for name, value in vars(self).items() if name not in ("experts", "optimizer", "poisoned")
         }
         lengths = {"batch_size": ROWS, "block_size": TIME}
         return TrainConfig(steps=9, grad_clip=0.5, optimizer=OPTIMIZERS[self.optimizer], **lengths, **settings)
@@ -90,13 +104,14 @@ ON_FOUR = [
 ]
 
 
-def fresh(case: Case, model: LanguageModelConfig = MODEL) -> TrainState:
+def fresh(case: Case, model: LanguageModelConfig | None = None) -> TrainState:
     """The state before the first step."""
     config = case.train
     spread = build_model(
-        model,
+        model or MODELS[case.experts],
         parallel=config.parallel,
         shards=config.shards,
+        expert_parallel=config.expert_parallel,
         seed=SEED,
         device=CPU,
         prepare=lambda model: model.checkpoint_activations(config.checkpointing),

@@ -31,8 +31,7 @@ def grouped_mm(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, *, backend: str
     be a multiple of 16 bytes, not for doubles), "auto" ("torch": on a CPU it is as fast as the loop, and twice as fast
     as padding all experts to one batch of equal sizes). Raises UsageError for what the backend cannot compute.
     """
-    device = x_ND.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_ND.dtype
+    dtype = product_dtype(x_ND)
     x_ND, weight_EDF = x_ND.to(dtype), weight_EDF.to(dtype)
     if resolve_backend(backend) == "reference":
         return reference_grouped_mm(x_ND, weight_EDF, ends_E)
@@ -42,7 +41,15 @@ def grouped_mm(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, *, backend: str
             f'backend = "torch": grouped products take no float64, and rows of a multiple of {ALIGNMENT} bytes; these '
             f'are {width} and {out_width} × {dtype}: use "reference"'
         )
+    if not len(x_ND):  # which torch's refuses
+        return reference_grouped_mm(x_ND, weight_EDF, ends_E)
     return _GroupedMM.apply(x_ND, weight_EDF, ends_E)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What products with x are computed in: autocast's dtype, or x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def reference_grouped_mm(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
@@ -103,9 +110,13 @@ class Dispatch:
         repeats = self.shape[1]
         return _Gather.apply(x_ND, self.order // repeats, self.place, repeats)
 
+    def unsorted(self, y: Tensor) -> Tensor:
+        """(N·K, D), sorted by expert, → (N·K, D), by token."""
+        return _Gather.apply(y, self.place, self.order, 1)
+
     def gather(self, y: Tensor, weight_NK: Tensor) -> Tensor:
         """(N·K, D) → (N, D): the weighted sum over the experts that each token went to, in y's dtype."""
-        y_NKD = _Gather.apply(y, self.place, self.order, 1).unflatten(0, self.shape)
+        y_NKD = self.unsorted(y).unflatten(0, self.shape)
         return torch.bmm(weight_NK.to(y.dtype).unsqueeze(1), y_NKD).squeeze(1)
 
 

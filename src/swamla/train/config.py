@@ -75,6 +75,8 @@ class TrainConfig:
     parallel: how the processes that torchrun starts share the work: "ddp", each with the whole model; "fsdp", each with
         a part of it; "hsdp", copies each in `shards` parts. "auto" is ddp, and plain training in one process.
     shards: processes that hold a copy together in hsdp; by default those of one machine.
+    expert_parallel: processes that share out the experts of every layer; tokens travel to those that own theirs. The
+        rest of the model is spread as `parallel` says. 1 for experts that are copied or cut like everything else.
     device: "auto" is CUDA where there is one, else the CPU.
     threads: CPU threads, none for torch's own choice.
     """
@@ -119,6 +121,7 @@ class TrainConfig:
     compile: Compile = "none"
     parallel: Asked = "auto"
     shards: int | None = None
+    expert_parallel: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
 
@@ -139,6 +142,7 @@ class TrainConfig:
         for name in (
             "batch_size",
             "accumulation",
+            "expert_parallel",
             "block_size",
             "keep_last",
             "max_skipped",

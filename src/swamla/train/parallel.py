@@ -9,9 +9,10 @@ no more than the order of sums.
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -30,13 +31,40 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class OwnedExperts:
+    """Expert parallelism: of every layer's experts each rank owns some, and tokens travel to those that own theirs.
+
+    parameters: of the experts, DTensors.  mesh: its second dimension is over the owners of all experts together, its
+    first over copies of that.
+    """
+
+    parameters: list[nn.Parameter]
+    mesh: Any
+
+    def describe(self) -> str:
+        """For people."""
+        return f"; the experts of a layer over {self.mesh.size(1)} of them (expert parallelism)"
+
+    def average_gradients(self) -> None:
+        """Of what each copy found for its own ranks' rows make the mean over all ranks, as of all other gradients."""
+        for p in self.parameters:
+            if p.grad is not None:
+                gradient = distributed.local(p.grad)
+                if self.mesh.size(0) > 1:
+                    torch.distributed.all_reduce(gradient, group=self.mesh.get_group(0))
+                gradient /= distributed.world_size()
+
+
+@dataclass(frozen=True)
 class Spread:
     """A model as one process alone holds it.
 
     model: with the names and shapes of all its parameters, whichever parts are here.
+    experts: where ranks share them out, whatever becomes of the rest.
     """
 
     model: LanguageModel
+    experts: OwnedExperts | None = field(default=None, kw_only=True)
 
     def describe(self) -> str | None:
         """For people, where there is something to tell."""
@@ -46,8 +74,16 @@ class Spread:
         """`LanguageModel.loss` of this rank's rows, whose backward pass leaves the mean of all ranks' gradients."""
         return self.model.loss(tokens_BT, labels_BT, seq)
 
-    def backward_pass(self, *, last: bool) -> AbstractContextManager[object]:
+    @contextmanager
+    def backward_pass(self, *, last: bool) -> Iterator[None]:
         """The context of a micro-batch's passes: ranks exchange gradients in a step's last one only."""
+        with self.exchanging(last):
+            yield
+        if last and self.experts is not None:
+            self.experts.average_gradients()
+
+    def exchanging(self, last: bool) -> AbstractContextManager[object]:
+        """While entered, gradients of all but owned experts are exchanged by the backward pass, if it is the last."""
         return nullcontext()
 
     def gradients(self) -> list[Tensor]:
@@ -56,12 +92,13 @@ class Spread:
 
     def gradient_norm(self) -> float:
         """The norm of the whole gradient: squares are summed in double precision, so that layouts agree on it."""
-        squares = torch.stack(torch._foreach_norm(self.gradients(), 2, dtype=torch.float64)).square().sum()
-        return self.over_parts(squares).sqrt().float().item()
-
-    def over_parts(self, number: Tensor) -> Tensor:
-        """The sum over the ranks that hold different parts of the model."""
-        return number
+        held = defaultdict[Any, list[Tensor]](list)
+        for p in self.model.parameters():
+            if p.grad is not None:
+                mesh = p.device_mesh if distributed.sharded(p) else None  # type: ignore[attr-defined]
+                held[mesh].append(distributed.local(p.grad))
+        squares = [_sum_of_squares(gradients, mesh) for mesh, gradients in held.items()]
+        return torch.stack(squares).sum().sqrt().float().item()
 
     def let_go(self) -> None:
         """After forward passes without a backward pass: free what was gathered, so that changed weights are seen."""
@@ -74,12 +111,13 @@ class Copies(Spread):
     wrapped: nn.parallel.DistributedDataParallel
 
     def describe(self) -> str:
-        return f"{distributed.world_size()} processes, each with the whole model (ddp)"
+        experts = self.experts.describe() if self.experts else ""
+        return f"{distributed.world_size()} processes, each with the whole model (ddp){experts}"
 
     def loss(self, tokens_BT: Tensor, labels_BT: Tensor, seq: Layout) -> Found:
         return self.wrapped(tokens_BT, labels_BT, seq)
 
-    def backward_pass(self, *, last: bool) -> AbstractContextManager[object]:
+    def exchanging(self, last: bool) -> AbstractContextManager[object]:
         return nullcontext() if last else self.wrapped.no_sync()
 
 
@@ -95,20 +133,25 @@ class Parts(Spread):
 
     def describe(self) -> str:
         copies, parts = self.mesh.shape if self.mesh.ndim == 2 else (1, self.mesh.size())
+        experts = self.experts.describe() if self.experts else ""
         if copies == 1:
-            return f"{parts} processes, each with a part of the model (fsdp)"
-        return f"{copies * parts} processes: {copies} copies of the model, each in {parts} parts (hsdp)"
+            return f"{parts} processes, each with a part of the model (fsdp){experts}"
+        return f"{copies * parts} processes: {copies} copies of the model, each in {parts} parts (hsdp){experts}"
 
-    def backward_pass(self, *, last: bool) -> AbstractContextManager[object]:
+    def exchanging(self, last: bool) -> AbstractContextManager[object]:
         self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
         return nullcontext()
 
-    def over_parts(self, number: Tensor) -> Tensor:
-        torch.distributed.all_reduce(number, group=self.mesh.get_group(self.mesh.ndim - 1))
-        return number
-
     def let_go(self) -> None:
         self.model.reshard()  # type: ignore[operator]
+
+
+def _sum_of_squares(gradients: list[Tensor], mesh: Any) -> Tensor:
+    """Of the whole of gradients whose parts, where there is a mesh, are along its last dimension."""
+    squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).square().sum()
+    if mesh is not None:
+        torch.distributed.all_reduce(squares, group=mesh.get_group(mesh.ndim - 1))
+    return squares
 
 
 class _Loss(nn.Module):
@@ -132,52 +175,98 @@ def build_model(
     seed: int,
     device: torch.device,
     prepare: Callable[[LanguageModel], None],
+    expert_parallel: int = 1,
 ) -> Spread:
     """The model with the initial weights of `seed`, spread over all ranks as asked; one process holds it plainly.
 
     prepare: called with the model before it is spread; it may replace modules, but no parameter. Parts are filled
-    block by block, so that no rank ever holds more than one block whole. Raises `ConfigError` for shards that do not
-    divide the ranks.
+    block by block, so that no rank ever holds more than one block's parameters whole. Raises `ConfigError` for shards
+    that do not divide the ranks, and for experts that so many ranks cannot share.
     """
     ranks = distributed.world_size()
     _require_device(device)
-    if ranks == 1 or parallel in ("auto", "ddp"):
+    fits = ranks % expert_parallel == 0
+    require(fits, "train.expert_parallel", expert_parallel, f"must divide the number of processes, here {ranks}")
+    if ranks == 1:
         model = config.build(seed).to(device)
         prepare(model)
-        if ranks == 1:
-            return Spread(model)
+        return Spread(model)
+    if parallel in ("auto", "ddp"):
+        model = config.skeleton()
+        prepare(model)
+        experts = _fill(model, seed, device, expert_parallel)
         torch._dynamo.config.optimize_ddp = False  # graphs are single blocks: there is nothing to split for buckets
         # Without find_unused_parameters DDP arranges its buckets anew after a process's first step, and more than two
         # ranks then sum in another order: a run that was resumed would differ, in the last bit, from one that went on.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renamed the option, 2.11 knows this name alone
             wrapped = nn.parallel.DistributedDataParallel(
-                _Loss(model), broadcast_buffers=False, find_unused_parameters=True
+                _ignoring(experts, _Loss(model)), broadcast_buffers=False, find_unused_parameters=True
             )
-        return Copies(model, wrapped)
-    return _build_parts(config, _mesh(parallel, shards, device), seed, device, prepare)
-
-
-def _build_parts(
-    config: LanguageModelConfig, mesh: Any, seed: int, device: torch.device, prepare: Callable[[LanguageModel], None]
-) -> Parts:
+        return Copies(model, wrapped, experts=experts)
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    model = config.skeleton()
+    mesh, model = _mesh(parallel, shards, device), config.skeleton()
     prepare(model)
+    experts = _fill(
+        model,
+        seed,
+        device,
+        expert_parallel,
+        lambda module, owned: fully_shard(module, mesh=mesh, ignored_params=set(owned)),
+    )
+    register_fsdp_forward_method(model, "loss")
+    return Parts(model, mesh, experts=experts)
+
+
+def _fill(
+    model: LanguageModel,
+    seed: int,
+    device: torch.device,
+    expert_parallel: int,
+    shard: Callable[[nn.Module, list[nn.Parameter]], object] = lambda module, owned: None,
+) -> OwnedExperts | None:
+    """Give a skeleton its initial weights, block by block; each is cut as soon as it has them.
+
+    shard: called with every block and then with the model, and with the parameters in it that were cut already, those
+    of owned experts, which are returned.
+    """
+    mesh = _expert_mesh(expert_parallel, device) if expert_parallel > 1 else None
+    owned: list[nn.Parameter] = []
     for index, block in enumerate(model.blocks):
         block.to_empty(device=device)
         model.reset_weights(seed, within=f"blocks.{index}.")
-        fully_shard(block, mesh=mesh)
+        here = [] if mesh is None else block.ffn.own_experts(mesh)
+        shard(block, here)
+        owned += here
     rest = {name for name, _ in model.named_children()} - {"blocks"}
     for name in sorted(rest):
         model.get_submodule(name).to_empty(device=device)
     model.tie()
     for name in sorted(rest):
         model.reset_weights(seed, within=f"{name}.")
-    fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "loss")
-    return Parts(model, mesh)
+    shard(model, owned)
+    if mesh is None:
+        return None
+    require(bool(owned), "train.expert_parallel", expert_parallel, "must be 1: no layer of the model has experts")
+    return OwnedExperts(owned, mesh)
+
+
+def _ignoring(experts: OwnedExperts | None, module: nn.Module) -> nn.Module:
+    """The module, marked so that DDP leaves owned experts alone."""
+    if experts is not None:
+        owned = {id(p) for p in experts.parameters}
+        names = [name for name, p in module.named_parameters() if id(p) in owned]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+    return module
+
+
+def _expert_mesh(owners: int, device: torch.device) -> Any:
+    """Neighbours own experts together, as exchange is fastest within a machine."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    shape = (distributed.world_size() // owners, owners)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("expert_copies", "owners"))
 
 
 def _mesh(parallel: Asked, shards: int | None, device: torch.device) -> Any:

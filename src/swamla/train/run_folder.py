@@ -43,6 +43,7 @@ from swamla.train.state import TrainState, seed_generators
 MAY_CHANGE = (
     *("train.steps", "train.max_minutes", "train.device", "train.threads", "train.log_interval"),
     *("train.checkpointing", "train.compile", "train.parallel", "train.shards", "train.accumulation"),
+    "train.expert_parallel",
     *("train.lr", "train.min_lr_ratio", "train.schedule", "train.warmup", "train.decay"),
     *("train.weight_decay", "train.grad_clip", "train.save_interval", "train.keep_last"),
     *("train.async_save", "train.on_save_error"),
@@ -164,6 +165,7 @@ def fresh_state(config: RunConfig, dataset: Dataset) -> TrainState:
         config.model,
         parallel=train.parallel,
         shards=train.shards,
+        expert_parallel=train.expert_parallel,
         seed=train.seed,
         device=device,
         prepare=prepare,

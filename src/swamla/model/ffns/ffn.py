@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,6 +20,10 @@ class FFN(nn.Module, ABC):
     @abstractmethod
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Statistics]:
         """(B, T, D) → (B, T, D), and statistics; none for a network without a router."""
+
+    def own_experts(self, mesh: Any) -> list[nn.Parameter]:
+        """Keep only the experts that this process owns, see `Experts.own`; the parameters that are cut, if any."""
+        return []
 
     def rebalance(self, statistics: Mapping[str, Tensor]) -> None:
         """After an optimizer step: move what balances the experts, given the statistics of the whole batch."""

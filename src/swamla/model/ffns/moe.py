@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from swamla.errors import require
 from swamla.model.ffns.dense import DenseConfig, SwiGLU
@@ -136,6 +136,10 @@ class MoE(FFN):
     def routed(self, x_ND: Tensor, dispatch: Dispatch, weight_NK: Tensor) -> Tensor:
         """What the routed experts make of tokens (N, D)."""
         return self.experts(x_ND, dispatch, weight_NK)
+
+    def own_experts(self, mesh: Any) -> list[nn.Parameter]:
+        """Keep the routed experts that this process owns; router, shared experts and projections stay as they are."""
+        return self.experts.own(mesh)
 
     def rebalance(self, statistics: Mapping[str, Tensor]) -> None:
         """Move the router's bias by the load of the whole batch."""

@@ -29,7 +29,7 @@ class Piece:
 def require_whole(parameters: NamedParameters, moments: Moments) -> None:
     """Raise `ConfigError` for 8-bit moments of sharded parameters: 256 numbers share a scale, wherever a shard ends."""
     whole = all(trained.part is trained.parameter for trained in parameters)
-    allowed = 'needs every parameter whole: "bf16" or "fp32" where parallel is fsdp or hsdp'
+    allowed = 'needs every parameter whole: "bf16" or "fp32" where parallel is fsdp or hsdp, or expert_parallel above 1'
     require(whole or moments != "8bit", "moments", moments, allowed)
 
 

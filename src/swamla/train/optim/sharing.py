@@ -25,7 +25,7 @@ class Holders:
 
     @classmethod
     def of(cls, parameter: Tensor) -> "Holders":
-        """Those of this parameter; all are alike in a run."""
+        """Those of this parameter; all are alike in a run but experts that have owners."""
         if not distributed.sharded(parameter):
             return cls(torch.distributed.group.WORLD, None)
         mesh = parameter.device_mesh  # type: ignore[attr-defined]
@@ -40,15 +40,20 @@ def orthogonalise_together(
     updates: this process's parts.  wholes: the parameters they belong to; stacks of experts are cut between experts,
     so that every part is whole matrices.  dtype: of what `orthogonalise` gives.
     """
-    holders = Holders.of(wholes[0])
-    size, taken, numbers = distributed.world_size() * ROUND, list[int](), 0
+    size = distributed.world_size() * ROUND
+    alike: dict[Any, list[int]] = {}
     for index, whole in enumerate(wholes):
-        if taken and numbers + whole.numel() > size:
-            yield from _round(holders, taken, updates, wholes, orthogonalise, dtype)
-            taken, numbers = [], 0
-        taken.append(index)
-        numbers += whole.numel()
-    yield from _round(holders, taken, updates, wholes, orthogonalise, dtype)
+        mesh = whole.device_mesh if distributed.sharded(whole) else None  # type: ignore[attr-defined]
+        alike.setdefault(mesh, []).append(index)
+    for indices in alike.values():
+        holders, taken, numbers = Holders.of(wholes[indices[0]]), list[int](), 0
+        for index in indices:
+            if taken and numbers + wholes[index].numel() > size:
+                yield from _round(holders, taken, updates, wholes, orthogonalise, dtype)
+                taken, numbers = [], 0
+            taken.append(index)
+            numbers += wholes[index].numel()
+        yield from _round(holders, taken, updates, wholes, orthogonalise, dtype)
 
 
 def _round(

@@ -1,0 +1,57 @@
+"""Rows that travel to the processes which own their experts, and what becomes of them, which travels back."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from swamla.ops.graphs import outside_graphs
+from swamla.ops.grouped_mm import Dispatch
+
+Work = Callable[[Tensor, Tensor], Tensor]
+"""Of rows (N, D) sorted by expert and where each expert's end, (N, F): row by row, as `grouped_mm` works."""
+
+
+@outside_graphs
+def at_owners(rows_ND: Tensor, load_E: Tensor, work: Work, group: Any) -> Tensor:
+    """y (N, F): `work` of every row, done by the process of `group` that owns the row's expert.
+
+    Rows are sorted by expert, of which expert e has load[e]; of E experts on P processes the p-th owns the p-th E / P.
+    All processes of the group call this together, each with rows of its own, as many as it has: none is dropped, and
+    one that gets no row works on none. A process's rows come in the order of the senders, so that as for one process
+    alone an expert's rows are in the order of the whole batch. The backward pass travels as well. Waits for the device.
+    """
+    processes = torch.distributed.get_world_size(group)
+    arriving_E = torch.empty_like(load_E)
+    torch.distributed.all_to_all_single(arriving_E, load_E.contiguous(), group=group)
+    arriving_PE = arriving_E.view(processes, -1)
+    there: list[int] = load_E.view(processes, -1).sum(1).tolist()
+    here: list[int] = arriving_PE.sum(1).tolist()
+
+    owned = arriving_PE.shape[1]
+    expert_N = torch.arange(owned, device=load_E.device).repeat(processes).repeat_interleave(arriving_E)
+    sorting = Dispatch(expert_N.unsqueeze(1), owned)
+    y_NF = work(sorting.scatter(_Travel.apply(rows_ND, there, here, group)), sorting.ends_E)
+    return _Travel.apply(sorting.unsorted(y_NF), here, there, group)
+
+
+class _Travel(torch.autograd.Function):
+    """Rows to the processes of a group: the first `leaving[0]` to its first and so on; gradients go the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, leaving: list[int], arriving: list[int], group: Any) -> Tensor:
+        ctx.leaving, ctx.arriving, ctx.group = leaving, arriving, group
+        return _travelled(rows, leaving, arriving, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _travelled(grad, ctx.arriving, ctx.leaving, ctx.group), None, None, None
+
+
+def _travelled(rows: Tensor, leaving: list[int], arriving: list[int], group: Any) -> Tensor:
+    arrived = rows.new_empty(sum(arriving), *rows.shape[1:])
+    torch.distributed.all_to_all_single(arrived, rows.contiguous(), arriving, leaving, group=group)
+    return arrived
