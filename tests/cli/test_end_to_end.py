@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -316,3 +317,43 @@ def test_a_damaged_checkpoint_ends_with_status_3(home: Path) -> None:
     done = swamla(home, "generate", "damaged")
     assert done.returncode == 3, done.stderr
     assert "truncated" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--optimizer adamw", "train.optimizer = 'adamw' (--optimizer): the run to resume had 'muon'; start a new run"),
+        ("--optimizer_type fp8_lion", "train.optimizer = 'lion' (--optimizer_type): the run to resume had 'muon'"),
+        (
+            "--local_mixer swa",
+            "model.pattern = ['swa', 'swa', 'swa', 'mla'] (--local_mixer swa): the run to resume",
+        ),
+        ("--norm dyt --width 64", "model.norm = 'dyt' (--norm): the run to resume had 'rmsnorm'"),
+        ("--use_moe", "model.blocks.mla.ffn = 'moe' (--use_moe): the run to resume had 'dense'"),
+        ("--swa_window 8", "model.blocks.swa.mixer.window = 8 (--swa_window): the run to resume had 16"),
+        (
+            "--gradient_accumulation_steps 2",
+            "train.batch_size = 8 (--gradient_accumulation_steps): the run to resume",
+        ),
+        ("small", "small is another model than that of the run runs/quickstart: leave small out to go on with the run"),
+        ("--size medium", "medium is another model than that of the run runs/quickstart: leave medium out"),
+    ],
+)
+def test_what_would_make_another_run_of_it_is_refused_by_its_flag_before_data_is_read(
+    flags: str, message: str, home: Path
+) -> None:
+    done = swamla(home, "train", *flags.split(), "--resume", "runs/quickstart")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"swamla: error: {message}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_recipe_and_flags_that_give_the_runs_own_model_go_on_with_it(home: Path) -> None:
+    shutil.copytree(home / "runs/quickstart", home / "same")
+    flags = list(FLAGS)
+    flags[flags.index("--steps") + 1] = "9"
+    flags[flags.index("--log_interval") + 1] = "5"
+    done = swamla(home, "train", "quickstart", *flags, "--resume", "same")
+    assert done.returncode == 0, done.stderr
+    assert "resumed after step 8" in done.stdout
+    assert "\nStep 9 | Loss: " in done.stdout  # the last step, though not one of every five

@@ -102,6 +102,7 @@ MEANT_OF = {  # what these say more about, which has to be there
     "wandb_run_name": "--wandb_project p",
     "hub_config": "--data hf:owner/name",
     "hub_revision": "--data hf:owner/name",
+    "tokenizer": "--vocab_size 5000",  # else another takes its own
 }
 
 
@@ -185,7 +186,7 @@ ORIGINAL: dict[str, tuple[str, str, set[str]]] = {  # flag: (said before, line, 
     "gradient_checkpointing": ("", "--gradient_checkpointing", {"train.checkpointing"}),
     "compile_mode": ("", "--compile_mode max-autotune", {"train.compile"}),
     "use_fp8": ("", "--use_fp8", {"train.precision"}),
-    "tokenizer_name": ("", "--tokenizer_name some/name", {"data.tokenizer"}),
+    "tokenizer_name": ("", "--tokenizer_name some/name", {"data.tokenizer", "model.vocab_size"}),
     "use_ema": ("", "--use_ema", {"train.ema"}),
     "ema_decay": ("", "--ema_decay 0.99", {"train.ema"}),
     "use_progressive": ("", "--use_progressive", {"train.curriculum"}),
@@ -204,6 +205,9 @@ ORIGINAL: dict[str, tuple[str, str, set[str]]] = {  # flag: (said before, line, 
     "latent_ratio": (MLA_MOE, "--latent_ratio 8", {f"{FFN}.{name}" for name in ("ratio", "n_experts", "n_activated")}),
     "n_experts": (MLA_MOE, "--n_experts 16", {f"{FFN}.n_experts"}),
     "n_activated": (MLA_MOE, "--n_activated 2", {f"{FFN}.n_activated"}),
+    "latent_dim": (MLA_MOE, "--latent_dim 128", {f"{FFN}.{name}" for name in ("ratio", "n_experts", "n_activated")}),
+    "latent_n_experts": (MLA_MOE, "--latent_n_experts 100", {f"{FFN}.n_experts"}),
+    "latent_n_activated": (MLA_MOE, "--latent_n_activated 5", {f"{FFN}.n_activated"}),
     "n_shared_experts": (MLA_MOE, "--n_shared_experts 2", {f"{FFN}.n_shared"}),
     "expert_dim": (MLA_MOE, "--expert_dim 512", {f"{FFN}.expert_hidden"}),
     "router_z_loss_coef": (MLA_MOE, "--router_z_loss_coef 1e-3", {f"{FFN}.z_loss"}),
@@ -264,8 +268,11 @@ def test_training_flags_of_the_original_mean_what_they_meant(line: str, fields: 
         assert found == (pytest.approx(value) if isinstance(value, float) else value), path
 
 
-def test_a_bare_compile_takes_no_recipe_for_its_mode() -> None:
+def test_a_bare_compile_takes_no_recipe_for_its_mode(tmp_path: Path) -> None:
     assert bare_compile(["--compile", "small"]) == ["--compile=default", "small"]
+    assert bare_compile(["--compile", str(tmp_path)]) == ["--compile=default", str(tmp_path)]
+    assert bare_compile(["--compile", "--lr", "1"]) == ["--compile=default", "--lr", "1"]
+    assert bare_compile(["--compile", "fast", "small"]) == ["--compile", "fast", "small"]
     assert bare_compile(["--compile", "default", "small"]) == ["--compile", "default", "small"]
 
 
@@ -294,6 +301,36 @@ def test_gated_deltanet_comes_with_the_heads_that_the_recipe_keeps_ready_for_it(
         assert (mixer["n_heads"], mixer["head_k_dim"], mixer["head_v_dim"]) == (12, 128, 128)
 
 
+@pytest.mark.parametrize("line", ["--deltanet_latent_dim 256", "--deltanet_share_qk", "--use_gated_deltanet"])
+def test_a_flag_of_deltanet_makes_it_the_local_mixer_unless_there_is_some(line: str) -> None:
+    assert resolve("small", f"{line} --n_layers 3")["model"]["pattern"] == ["gdn", "gdn", "mla"]
+    if "use" not in line:
+        assert resolve("quickstart", line)["model"]["pattern"] == resolve("quickstart", "")["model"]["pattern"]
+        assert resolve("small", f"--pattern gdn,swa,mla {line}")["model"]["pattern"] == ["gdn", "swa", "mla"]
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        (
+            "--use_gated_deltanet --swa_window 256 --swa_sink_size 4",
+            "--swa_window and --swa_sink_size change nothing: ",
+        ),
+        ("--local_mixer gdn --swa_sink_size 4", "--swa_sink_size changes nothing: "),
+        ("--deltanet_share_qk --swa_window 99", "--swa_window changes nothing: "),
+        ("--pattern gdn,mla --use_gated_deltanet --swa_window 99", "--swa_window changes nothing: "),
+    ],
+)
+def test_what_is_said_of_windows_where_deltanet_took_their_place_changes_nothing_and_says_so(
+    line: str, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = resolve("small", line)["model"]
+    error = capsys.readouterr().err
+    assert error.startswith(f"swamla: {named}")
+    assert error.count("\n") == 1
+    assert {block["mixer"]["kind"] for block in model["blocks"].values()} == {"gdn", "mla"}
+
+
 def experts(recipe: str, line: str) -> dict[str, Any]:
     return resolve(recipe, line)["model"]["blocks"]["mla"]["ffn"]
 
@@ -305,6 +342,10 @@ def test_expert_numbers_of_the_original_are_multiplied_by_the_ratio_of_a_latent_
     assert (ffn["n_experts"], ffn["n_activated"]) == (64, 6)
     ffn = experts("small", "--use_moe --n_experts 16 --n_activated 2")
     assert (ffn["kind"], ffn["n_experts"], ffn["n_activated"]) == ("moe", 16, 2)
+    ffn = experts("small", "--use_latent_moe --latent_dim 128 --latent_n_experts 100 --latent_n_activated 7")
+    assert (ffn["ratio"], ffn["n_experts"], ffn["n_activated"]) == (8, 100, 7)
+    ffn = experts("small", "--use_latent_moe --latent_dim 128 --n_experts 10 --n_activated 2 --width 512 --n_heads 8")
+    assert (ffn["ratio"], ffn["n_experts"], ffn["n_activated"]) == (4, 40, 8)
     assert experts("moe-1b", "--use_moe")["kind"] == "latent_moe"
     assert experts("moe-1b", "--no_moe")["kind"] == "dense"
     assert resolve("small", "--use_latent_moe")["model"]["blocks"]["swa"]["ffn"]["kind"] == "dense"
@@ -326,19 +367,47 @@ def test_tokenizer_names_are_ours_or_the_hubs(name: str, tokenizer: str) -> None
         ("--no_moe --use_moe", "--use_moe and --no_moe say the same thing"),
         ("--optimizer_type sgd", "--optimizer_type sgd: must be one of adamw, lion, muon, fp8_adamw, fp8_lion"),
         ("--learning_rate -1", "train.lr = -1.0 (--learning_rate): must be > 0"),
-        ("--learning_rate 1e-4 --min_lr 1e-3", "(--min_lr): must be between 0 and 1"),
-        ("--min_lr little", "train.min_lr_ratio = 'little' (--min_lr): must be a number"),
-        ("--beta1 2", "(--beta1): must each be at least 0 and below 1"),
-        ("--n_experts 8", "--n_experts: no mla block of the model has such an FFN; add --use_moe or --use_latent_moe"),
+        ("--learning_rate 1e-4 --min_lr 1", "--min_lr 1: must be a number between 0 and the learning rate, 0.0001"),
+        ("--min_lr little", "--min_lr little: must be a number between 0 and the learning rate"),
+        ("--beta1 2", "--beta1 2: must be a number of at least 0 and below 1"),
+        ("--beta2 x", "--beta2 x: must be a number of at least 0 and below 1"),
+        (
+            "--gradient_accumulation_steps 0",
+            "--gradient_accumulation_steps 0: must be a whole number > 0, e.g. 4",
+        ),
+        (
+            "--batch_size 0 --gradient_accumulation_steps 4",
+            "train.batch_size = 0 (--batch_size, --gradient_accumulation_steps): must be >= 1",
+        ),
+        (f"{MLA_MOE} --latent_ratio 0", "--latent_ratio 0: must be a whole number > 0, e.g. 4"),
+        (f"{MLA_MOE} --latent_dim 0", "--latent_dim 0: must be a whole number > 0"),
+        (f"{MLA_MOE} --latent_dim 100", "--latent_dim 100: must divide the width 1024"),
+        (f"{MLA_MOE} --latent_dim 256 --latent_ratio 4", "--latent_dim and --latent_ratio say the same thing"),
+        (f"{MLA_MOE} --latent_n_experts 0", "--latent_n_experts 0: must be a whole number > 0"),
+        ("--use_moe --latent_n_experts 9", "--latent_n_experts 9: no mla block of the model has such an FFN"),
+        ("--compile fast", "train.compile = 'fast' (--compile): must be one of none, default, reduce-overhead, max-"),
+        ("--compile_mode fast", "train.compile = 'fast' (--compile_mode): must be one of none, default"),
+        (
+            "--n_experts 8",
+            "--n_experts 8: no mla block of the model has such an FFN; add --use_moe or --use_latent_moe",
+        ),
         (
             "--use_moe --latent_ratio 8",
-            "--latent_ratio: no mla block of the model has such an FFN; add --use_latent_moe",
+            "--latent_ratio 8: no mla block of the model has such an FFN; add --use_latent_moe",
         ),
         ("--pattern swa --use_moe", "MoE flags act on the FFNs of mla blocks, and the pattern has none"),
-        ("--use_latent_moe --n_experts few", "ffn.n_experts = 'few' (--n_experts): must be a whole number"),
+        ("--use_latent_moe --n_experts few", "--n_experts few: must be a whole number > 0"),
         ("--mla_layers_per_cycle -1", "--mla_layers_per_cycle -1: must be a whole number >= 0"),
-        ("--swa_layers_per_cycle 0 --mla_layers_per_cycle 0", "a cycle without any layer"),
-        ("--deltanet_share_qk", "no block of the model has the mixer gdn"),
+        ("--swa_layers_per_cycle 0 --mla_layers_per_cycle 0", "--mla_layers_per_cycle 0: a cycle without"),
+        ("--local_mixer swa --deltanet_share_qk", "--deltanet_share_qk: no block of the model has the mixer gdn"),
+        (
+            "--local_mixer swa --deltanet_latent_dim 64",
+            "--deltanet_latent_dim 64: no block of the model has the mixer gdn",
+        ),
+        ("--pattern mha --deltanet_latent_dim 64", "--deltanet_latent_dim: no layer of the pattern is local: mha"),
+        ("--pattern mha --use_gated_deltanet", "--use_gated_deltanet: no layer of the pattern is local: mha"),
+        ("--pattern mla --swa_window 64", "--swa_window 64: no block of the model has the mixer swa"),
+        ("--pattern mla --swa_sink_size 4", "--swa_sink_size 4: no block of the model has the mixer swa"),
         ("--local_mixer mha", "--local_mixer mha: must be one of swa, gdn"),
         ("--pattern mha --local_mixer gdn", "--local_mixer gdn: no layer of the pattern is local: mha"),
         ("--hf_repo_id mine", "train.hf_repo_id = 'mine' (--hf_repo_id): must be USER/NAME, e.g. me/first-try"),

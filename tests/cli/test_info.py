@@ -1,6 +1,7 @@
 """`swamla info`: what it prints is what the accounting says, in 80 columns, and as one JSON object."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from swamla.cli import main
 from swamla.cli.info_tables import short
-from swamla.model.accounting import count_parameters, parameter_shapes, state_bytes
+from swamla.model.accounting import count_parameters, parameter_shapes, state_bytes, training_flops_per_token
 from swamla.recipes import recipe_names
 
 from .test_overrides import resolve
@@ -47,6 +48,41 @@ def test_the_json_holds_what_the_accounting_says(capsys: pytest.CaptureFixture[s
     assert found["parameters"]["by_component"] == counted.by_component
     assert found["state_bytes"] == [state_bytes(model, n) for n in found["lengths"]]
     assert found["all_mha_state_bytes"][1] == 12 * 2 * 1024 * 1024 * 4
+
+
+def test_training_flops_are_those_of_the_accounting_and_of_the_matrices(capsys: pytest.CaptureFixture[str]) -> None:
+    model, found = resolve("", "small").model, facts(capsys, "small")
+    assert found["training_flops_per_token"] == [training_flops_per_token(model, n) for n in found["lengths"]]
+    products = 6 * found["parameters"]["total"]  # 2 forward, 4 backward for each weight; pairs are the rest
+    assert 1 < found["training_flops_per_token"][0] / products < 1.05
+
+
+def test_the_copies_of_the_weights_in_bf16_count_as_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    def activations(precision: str, rows: int) -> int:
+        told = facts(capsys, "small", "--precision", precision, "--batch_size", str(rows))
+        return told["training"]["bytes"]["activations_estimate"]
+
+    shapes = parameter_shapes(resolve("", "small").model)
+    matrices = sum(math.prod(shape) for name, shape in shapes if name.startswith("blocks.") and len(shape) >= 2)
+    assert 2 * activations("bf16", 8) - activations("bf16", 16) == 2 * matrices  # what does not grow with the tokens
+    assert 2 * activations("fp32", 8) - activations("fp32", 16) == 0
+
+
+def test_widths_that_follow_from_the_models_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    def ffn(*arguments: str) -> dict[str, int]:
+        return facts(capsys, *arguments)["blocks"]["mla"]["ffn"]
+
+    assert ffn("small")["hidden"] == 2752
+    assert "hidden 2752" in told(capsys, "small")
+    experts = ffn("small", "--use_latent_moe")
+    assert (experts["latent"], experts["expert_hidden"], experts["shared_hidden"]) == (256, 704, 704)
+    halved = ffn("small", "--use_latent_moe", "--no_latent_preserve_expert_dim")
+    assert (halved["latent"], halved["expert_hidden"], halved["shared_hidden"]) == (256, 176, 704)
+    plain = ffn("small", "--use_moe", "--n_shared_experts", "0")
+    assert plain["expert_hidden"] == 960
+    assert not plain.keys() & {"latent", "shared_hidden"}
+    assert "expert_hidden 704" in (shown := " ".join(told(capsys, "small", "--use_latent_moe").split()))
+    assert "latent 256" in shown
 
 
 def test_training_memory_follows_the_training_section(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,12 @@ from typing import Any
 import pytest
 
 from swamla.cli import main
+from swamla.cli.flags import parse
+from swamla.cli.original_flags import add_original_flags, bare_compile
+from swamla.cli.overrides import add_flags
+from swamla.cli.run_config import chosen_recipe, read_recipe
+from swamla.cli.train import Arguments
+from swamla.train.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
 TEXT = "".join(f"line {i}: the square of {i} is {i * i}, its half is {i // 2}\n" for i in range(400))
@@ -63,6 +69,79 @@ def test_a_command_line_of_the_original_trains_scaled_down(
     assert steps(home / "out") == [1, 2]
     shown = capsys.readouterr().out
     assert "Step 1 | Loss: " in shown or "log_interval" not in line
+
+
+SCRIPT = (
+    "--size medium --batch_size 8 --block_size 2048 --output_dir X --optimizer_type lion --learning_rate 1e-4 "
+    "--weight_decay 0.1 --warmup_iters 400 --max_iters 100000 --grad_clip 1.0 --gradient_accumulation_steps 1 "
+    "--num_workers 8 --swa_layers_per_cycle 2 --mla_layers_per_cycle 1 --swa_window 256 --swa_sink_size 4 "
+    "--mla_q_lora_rank 0 --mla_kv_lora_rank 256 --mla_qk_nope_head_dim 128 --mla_qk_rope_head_dim 64 "
+    "--mla_v_head_dim 128 --tokenizer_name openai-community/gpt2 --log_interval 10 --eval_interval 5000 "
+    "--save_interval 20000 --use_fp8 --gradient_checkpointing --use_tensorboard"
+)
+LATENT = "--latent_ratio 4 --latent_preserve_expert_dim --n_experts 32 --n_activated 3"
+TRAINING = {
+    "batch_size": 8,
+    "block_size": 2048,
+    "lr": 1e-4,
+    "weight_decay": 0.1,
+    "warmup": 400,
+    "steps": 100000,
+    "accumulation": 1,
+    "precision": "fp8",
+    "checkpointing": "all",
+    "tensorboard": True,
+    "save_interval": 20000,
+}
+
+
+def taken(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[RunConfig, dict[str, Any], list[str]]:
+    """What `swamla train` would train, what `swamla info` tells of it, and the lines that this says besides."""
+    assert main(["info", *line.split(), "--json"]) == 0
+    told, said = capsys.readouterr()
+    arguments, given = parse(add_flags(add_original_flags(Arguments)), bare_compile(line.split()), command="train")
+    config = read_recipe(chosen_recipe("", arguments.size), arguments, given)
+    assert capsys.readouterr().err == said
+    return config, json.loads(told), said.splitlines()
+
+
+def test_the_body_of_the_originals_first_script_is_taken_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    config, told, said = taken(SCRIPT, capsys)
+    assert said == []
+    assert {name: config.train.__dict__[name] for name in TRAINING} == TRAINING
+    assert config.train.optimizer.kind == "lion"
+    assert config.data.tokenizer == "gpt2"
+    assert config.model.pattern == ("swa", "swa", "mla") * 8
+    assert told["parameters"]["total"] == 756_559_360  # the preset's own count
+
+
+def test_the_body_with_deltanet_and_experts_is_taken_and_says_what_changes_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    more = "--use_flash_attention --use_gated_deltanet --compile --use_moe --use_latent_moe"
+    config, told, said = taken(f"{SCRIPT} {more} {LATENT}", capsys)
+    assert [line.split(" change")[0] for line in said] == [
+        "swamla: --use_flash_attention",
+        "swamla: --swa_window and --swa_sink_size",
+    ]
+    assert config.train.compile == "default"
+    assert config.model.pattern == ("gdn", "gdn", "mla") * 8
+    ffn = told["blocks"]["mla"]["ffn"]
+    assert (ffn["kind"], ffn["n_experts"], ffn["n_activated"], ffn["latent"]) == ("latent_moe", 128, 12, 384)
+
+
+def test_the_body_of_the_second_script_has_deltanet_without_asking_for_it(capsys: pytest.CaptureFixture[str]) -> None:
+    line = SCRIPT.replace("--size medium", "--size moe-2b").replace("--mla_q_lora_rank 0", "--mla_q_lora_rank 256")
+    more = "--deltanet_latent_dim 256 --deltanet_share_qk --compile --compile_mode max-autotune"
+    config, told, said = taken(f"{line} {more} {LATENT}", capsys)
+    assert len(said) == 1
+    assert said[0].startswith("swamla: --swa_window and --swa_sink_size change nothing: ")
+    assert config.train.compile == "max-autotune"
+    assert config.model.pattern == ("gdn", "gdn", "mla") * 6
+    assert told["blocks"]["gdn"]["mixer"]["latent_dim"] == 256
+    assert told["blocks"]["gdn"]["mixer"]["share_qk"]
+    assert told["blocks"]["mla"]["mixer"]["q_lora_rank"] == 256
+    assert told["blocks"]["mla"]["ffn"]["n_experts"] == 128
 
 
 def script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

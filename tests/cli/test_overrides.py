@@ -113,6 +113,45 @@ def test_another_source_takes_nothing_over_of_what_the_recipe_said_of_its_own() 
     assert resolve("--stream 3 --data stdlib", "small").data.stream == 3
 
 
+def test_another_tokenizer_takes_its_own_vocabulary_unless_told_otherwise() -> None:
+    def vocabulary(line: str) -> int:
+        return resolve(line, "small").model.vocab_size
+
+    assert vocabulary("--tokenizer byte") == 0
+    assert vocabulary("--tokenizer gpt2") == vocabulary("") == 50304  # the recipe's own, rounded up
+    assert vocabulary("--tokenizer byte --vocab_size 300") == 300
+    assert "vocab_size" in flags()["tokenizer"].help
+
+
+@pytest.mark.parametrize(
+    ("recipe", "line", "warns"),
+    [
+        ("gpt2", "--pattern latent --n_layers 2", False),
+        ("gpt2", "--pattern latent --n_layers 2 --learned_positions 0", True),
+        ("gpt2", "--learned_positions 0", True),
+        ("gpt2", "--pattern gpt2,swa --learned_positions 0", False),
+        ("small", "--pattern latent", True),
+        ("small", "--pattern latent,mla", False),
+        ("small", "--pattern mha", False),
+    ],
+)
+def test_a_model_that_cannot_tell_the_order_of_its_tokens_is_warned_of(
+    recipe: str, line: str, warns: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resolve(line, recipe)
+    warning = "swamla: warning: nothing in this model knows the order of the tokens it attends to: "
+    error = capsys.readouterr().err
+    assert error.startswith(warning) == warns
+    assert error.count("\n") == warns
+
+
+@pytest.mark.parametrize("mixer", ["latent", "mha", "swa"])
+def test_a_block_made_for_a_pattern_has_biases_where_its_neighbour_has(mixer: str) -> None:
+    assert resolve(f"--pattern gpt2,{mixer}", "gpt2").model.blocks[mixer].mixer.bias
+    assert not resolve(f"--pattern mla,{mixer}", "small").model.blocks[mixer].mixer.bias
+    assert resolve("--pattern gpt2,gdn", "gpt2").model.blocks["gdn"].mixer.n_heads == 12
+
+
 def test_a_pattern_takes_blocks_and_mixers_and_drops_what_it_does_not_name() -> None:
     model = resolve("--pattern 'swa,mha' --n_layers 5".replace("'", "")).model
     assert model.pattern == ("swa", "mha", "swa", "mha", "swa")
@@ -162,7 +201,7 @@ def test_a_bad_value_is_refused_with_its_field_and_flag(line: str, message: str)
         ("--n_layers two", "--n_layers two: must be a whole number > 0"),
         ("--pattern gdm", "--pattern: no block or mixer is called 'gdm'; there are: gdn, swa, mla, mha"),
         ("--mha_bias", "--mha_bias: no block of the model has the mixer mha"),
-        (f"{ADAMW} --muon_momentum 0.5", "--muon_momentum: train.optimizer is adamw; add --optimizer muon"),
+        (f"{ADAMW} --muon_momentum 0.5", "--muon_momentum 0.5: train.optimizer is adamw; add --optimizer muon"),
         ("--swa_windw 3", "unknown flag --swa_windw; did you mean --swa_window?"),
         ("--source notes.txt", "unknown flag --source; did you mean --data?"),
         ("--learning_rate 1", "unknown flag --learning_rate; did you mean --lr?"),

@@ -21,8 +21,19 @@ def test_plain_lines_are_as_promised():
     with display:
         display.update(0.5, 60, VALUES)
         display.update(0.5, 60, VALUES | {"step": 101})
+        display.update(0.5, 60, VALUES | {"step": 102})
+        display.update(1.0, 60, VALUES | {"step": 103})
     expected = "Step 100 | Loss: 3.4567 | LR: 1.00e-04 | Tokens/sec: 45,123 | Bits/byte: 1.2340 | 1:00 left\n"
-    assert out.getvalue() == expected
+    assert out.getvalue() == expected + expected.replace("100", "103").replace("1:00", "0:00")
+
+
+def test_the_last_step_of_a_run_that_ends_by_time_is_said_at_its_end():
+    out = io.StringIO()
+    with make_display(Console(file=out), 50) as display:
+        display.update(0.98, 60, VALUES | {"step": 100})
+        display.update(0.99, 60, VALUES | {"step": 101})
+        display.say("Step 101 | Held-out loss: 3.1")
+    assert [text.split(" | ")[0] for text in out.getvalue().splitlines()] == ["Step 100", "Step 101", "Step 101"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ block of that kind (`--swa_window 128`).
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, make_dataclass
 from types import NoneType
 from typing import Annotated, Any, Literal, get_origin
@@ -22,14 +23,18 @@ from swamla.model.config import LanguageModelConfig
 from swamla.train.config import TrainConfig
 
 _RENAMED = {"data.source": "data"}  # `--data FILE` reads better than `--source FILE`
+_TOKENIZER = "; another than the recipe's sets vocab_size to 0, for as many ids as it has, unless --vocab_size is given"
+
+Put = Callable[[Plain, Any], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flag:
     """A generated flag.
 
-    field: dotted, for messages.  put: writes the value into plain data, where it belongs.  switch: a boolean that is
-    only ever given bare, without a --no_ form.
+    field: dotted, for messages.  put: writes the value into plain data, where it belongs; raises `UsageError` for one
+    that makes no sense there.  switch: a boolean that is only ever given bare, without a --no_ form.
+    besides: a further field that it changes.
     """
 
     name: str
@@ -37,8 +42,9 @@ class Flag:
     annotation: Any
     help: str
     default: Any
-    put: Callable[[Plain, Any], None]
+    put: Put
     switch: bool = False
+    besides: str = ""
 
 
 def flags() -> dict[str, Flag]:
@@ -54,7 +60,7 @@ def flags() -> dict[str, Flag]:
 
 def data_flags() -> dict[str, Flag]:
     """The flags of `DataConfig` alone, each by its field's own name."""
-    return {flag.field.removeprefix("data."): flag for flag in _section_flags("data", DataConfig)}
+    return {flag.field.removeprefix("data."): flag for flag in _section_flags("data", DataConfig, with_model=False)}
 
 
 def add_flags(cls: type, generated: dict[str, Flag] | None = None) -> Any:
@@ -73,16 +79,27 @@ def add_flags(cls: type, generated: dict[str, Flag] | None = None) -> Any:
 def put_flags(plain: Plain, values: Mapping[str, Any], given: frozenset[str], known: dict[str, Flag]) -> dict[str, str]:
     """Write those of the `known` flags that are in `given` into `plain`; returns dotted field -> flag.
 
-    Raises `UsageError` for a flag of a kind that the config does not use.
+    Raises `UsageError`, which names the flag as it was given, for one of a kind that the config does not use.
     """
     chosen = [name for name in known if name in given]
     for name in chosen:
-        known[name].put(plain, parse_text(values[name], known[name].annotation))
+        with naming(name, values[name]):
+            known[name].put(plain, parse_text(values[name], known[name].annotation))
     return {known[name].field: f"--{name}" for name in chosen}
 
 
-def _section_flags(section: str, cls: type) -> Iterator[Flag]:
-    """Flags of the flat fields of a config and of its choices."""
+@contextmanager
+def naming(name: str, text: Any) -> Iterator[None]:
+    """Put a flag and its value before any `UsageError` raised inside."""
+    try:
+        yield
+    except UsageError as error:
+        value = f" {text}" if isinstance(text, str) else ""
+        raise UsageError(f"--{name}{value}: {error}") from None
+
+
+def _section_flags(section: str, cls: type, *, with_model: bool = True) -> Iterator[Flag]:
+    """Flags of the flat fields of a config and of its choices; `with_model` where they may change a model's too."""
     docs = field_docs(cls)
     defaults = {f.name: f.default for f in fields(cls)}
     for name, annotation in field_types(cls).items():
@@ -95,7 +112,7 @@ def _section_flags(section: str, cls: type) -> Iterator[Flag]:
             name=_RENAMED.get(path, name),
             field=join(path, "kind") if choices else path,
             annotation=shown,
-            help=docs.get(name, ""),
+            help=docs.get(name, "") + (_TOKENIZER if path == "data.tokenizer" and with_model else ""),
             default=MISSING if choices else defaults[name],
             put=_put_choice(section, name) if choices else _put(section, name),
         )
@@ -109,7 +126,7 @@ def _block_flags() -> Iterator[Flag]:
             yield from _kind_flags(kind, config, f"model.blocks.*.{part}", _put_in_blocks(part, kind))
 
 
-def _kind_flags(kind: str, cls: type, path: str, put: Callable[[str], Callable[[Plain, Any], None]]) -> Iterator[Flag]:
+def _kind_flags(kind: str, cls: type, path: str, put: Callable[[str], Put]) -> Iterator[Flag]:
     docs = field_docs(cls)
     for f in fields(cls):
         annotation = field_types(cls)[f.name]
@@ -125,7 +142,7 @@ def _kind_flags(kind: str, cls: type, path: str, put: Callable[[str], Callable[[
             )
 
 
-def _put(section: str, name: str) -> Callable[[Plain, Any], None]:
+def _put(section: str, name: str) -> Put:
     if (section, name) == ("data", "source"):
         return _put_source
 
@@ -143,7 +160,7 @@ def _put_source(plain: Plain, source: Any) -> None:
     data["source"] = source
 
 
-def _put_choice(section: str, name: str) -> Callable[[Plain, Any], None]:
+def _put_choice(section: str, name: str) -> Put:
     def put(plain: Plain, kind: Any) -> None:
         if choice(plain.setdefault(section, {}), name).get("kind") != kind:
             plain[section][name] = {"kind": kind}
@@ -151,13 +168,13 @@ def _put_choice(section: str, name: str) -> Callable[[Plain, Any], None]:
     return put
 
 
-def _put_in_choice(section: str, name: str, kind: str) -> Callable[[str], Callable[[Plain, Any], None]]:
-    def of_field(field: str) -> Callable[[Plain, Any], None]:
+def _put_in_choice(section: str, name: str, kind: str) -> Callable[[str], Put]:
+    def of_field(field: str) -> Put:
         def put(plain: Plain, value: Any) -> None:
             chosen = choice(plain.setdefault(section, {}), name)
             chosen.setdefault("kind", next(iter(choices_of(field_types(_SECTIONS[section])[name]))))
             if chosen["kind"] != kind:
-                raise UsageError(f"--{kind}_{field}: {section}.{name} is {chosen['kind']}; add --{name} {kind}")
+                raise UsageError(f"{section}.{name} is {chosen['kind']}; add --{name} {kind}")
             chosen[field] = value
 
         return put
@@ -165,13 +182,13 @@ def _put_in_choice(section: str, name: str, kind: str) -> Callable[[str], Callab
     return of_field
 
 
-def _put_in_blocks(part: str, kind: str) -> Callable[[str], Callable[[Plain, Any], None]]:
-    def of_field(field: str) -> Callable[[Plain, Any], None]:
+def _put_in_blocks(part: str, kind: str) -> Callable[[str], Put]:
+    def of_field(field: str) -> Put:
         def put(plain: Plain, value: Any) -> None:
             blocks = plain["model"]["blocks"].values()
             users = [block for block in blocks if choice(block, part).get("kind") == kind]
             if not users:
-                raise UsageError(f"--{kind}_{field}: no block of the model has the {part} {kind}")
+                raise UsageError(f"no block of the model has the {part} {kind}")
             for block in users:
                 block[part][field] = value
 

@@ -5,9 +5,11 @@ only flags put to use), and last among the kinds of mixer.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from swamla.cli.field_text import parse_text
 from swamla.cli.plain import BLOCK_PARTS, Plain, choice, mixer_kind
+from swamla.config import field_types
 from swamla.errors import UsageError
 
 SHAPE = {
@@ -20,30 +22,49 @@ LOCAL = ("swa", "gdn")  # mixers whose cost and state do not grow with the dista
 PER_CYCLE = {"local": 2, "mla": 1}
 
 
-def reshape(model: Plain, wanted: Mapping[str, str], spare: Plain, *, cycle: Mapping[str, int]) -> dict[str, str]:
-    """Write the flags of `SHAPE` in `wanted` into `model`; returns dotted field -> flag.
+@dataclass(frozen=True, kw_only=True)
+class Reshaping:
+    """What the command line wants of a model's shape; every entry with the flag that says so, as it was typed.
 
-    cycle: local and mla layers of one cycle; where it is not empty the pattern is made of such cycles, at its depth.
-    Blocks that are no longer in the pattern go.
+    wanted: values of `SHAPE`.  cycle: local and mla layers of one cycle; where it is not empty the pattern is made of
+    such cycles, at its depth.  implied: a flag that means gated DeltaNet for the local mixer, unless there is some.
     """
-    blocks, pattern, origins = model["blocks"], list(model["pattern"]), {}
+
+    wanted: Mapping[str, tuple[str, str]]
+    cycle: Mapping[str, tuple[int, str]]
+    implied: str = ""
+
+
+def reshape(model: Plain, asked: Reshaping, spare: Plain) -> dict[str, str]:
+    """Write what was asked into `model`; returns dotted field -> flag. Blocks that are no longer in the pattern go."""
+    wanted, blocks, pattern = dict(asked.wanted), model["blocks"], list(model["pattern"])
+    before, said, origins = [*pattern], [], {}
     if "pattern" in wanted:
-        pattern = wanted["pattern"].replace(",", " ").split()
-        origins["model.pattern"] = "--pattern"
+        text, flag = wanted["pattern"]
+        pattern = text.replace(",", " ").split()
+        said.append(flag.split()[0])
         for name in pattern:
             _provide(name, blocks, spare, "--pattern")
+    if asked.implied and not any(mixer_kind(blocks[name]) == "gdn" for name in pattern if name in blocks):
+        wanted["local_mixer"] = ("gdn", asked.implied)
     if "local_mixer" in wanted:
-        pattern = _with_local(wanted["local_mixer"], pattern, blocks, spare)
+        kind, flag = wanted["local_mixer"]
+        said.append(flag)
+        pattern = _with_local(kind, flag, pattern, blocks, spare)
     if "n_layers" in wanted:
-        depth = _depth(wanted["n_layers"])
+        said.append("--n_layers")
+        depth = _depth(wanted["n_layers"][0])
         pattern = _repeat(pattern, depth) if pattern else []
-    if cycle:
-        pattern = _repeat(_cycle(pattern, blocks, spare, cycle), len(pattern))
+    if asked.cycle:
+        said.extend(flag for _, flag in asked.cycle.values())
+        pattern = _repeat(_cycle(pattern, blocks, spare, asked.cycle), len(pattern))
     model["pattern"] = pattern
+    if said and (pattern != before or "pattern" in wanted):
+        origins["model.pattern"] = ", ".join(said)
     model["blocks"] = {name: block for name, block in blocks.items() if name in pattern} if pattern else blocks
     if "n_heads" in wanted:
         for name, block in model["blocks"].items():
-            choice(block, "mixer")["n_heads"] = parse_text(wanted["n_heads"], int)
+            choice(block, "mixer")["n_heads"] = parse_text(wanted["n_heads"][0], int)
             origins[f"model.blocks.{name}.mixer.n_heads"] = "--n_heads"
     return origins
 
@@ -59,27 +80,28 @@ def _repeat(pattern: list[str], depth: int) -> list[str]:
     return [pattern[layer % len(pattern)] for layer in range(depth)]
 
 
-def _with_local(kind: str, pattern: list[str], blocks: Plain, spare: Plain) -> list[str]:
+def _with_local(kind: str, flag: str, pattern: list[str], blocks: Plain, spare: Plain) -> list[str]:
     """The pattern with the block `kind` in the place of every local layer."""
     if kind not in LOCAL:
-        raise UsageError(f"--local_mixer {kind}: must be one of {', '.join(LOCAL)}")
+        raise UsageError(f"{flag}: must be one of {', '.join(LOCAL)}")
     local = {name for name in pattern if name in blocks and mixer_kind(blocks[name]) in LOCAL}
     if not local:
-        raise UsageError(f"--local_mixer {kind}: no layer of the pattern is local: {' '.join(dict.fromkeys(pattern))}")
-    _provide(kind, blocks, spare, "--local_mixer", like=next(name for name in pattern if name in local))
+        raise UsageError(f"{flag}: no layer of the pattern is local: {' '.join(dict.fromkeys(pattern))}")
+    _provide(kind, blocks, spare, flag, like=next(name for name in pattern if name in local))
     return [kind if name in local else name for name in pattern]
 
 
-def _cycle(pattern: list[str], blocks: Plain, spare: Plain, cycle: Mapping[str, int]) -> list[str]:
+def _cycle(pattern: list[str], blocks: Plain, spare: Plain, cycle: Mapping[str, tuple[int, str]]) -> list[str]:
     """One cycle: so many local layers, then so many of latent attention."""
     local = next((name for name in pattern if mixer_kind(blocks[name]) in LOCAL), "swa")
     latent = next((name for name in pattern if mixer_kind(blocks[name]) == "mla"), "mla")
-    counts = PER_CYCLE | dict(cycle)
+    counts = PER_CYCLE | {kind: count for kind, (count, _) in cycle.items()}
     names = [local] * counts["local"] + [latent] * counts["mla"]
     if not names:
-        raise UsageError("a cycle without any layer: give --local_layers_per_cycle or --mla_layers_per_cycle above 0")
-    for name in set(names):
-        _provide(name, blocks, spare, "--mla_layers_per_cycle")
+        flags = ", ".join(flag for _, flag in cycle.values())
+        raise UsageError(f"{flags}: a cycle without any layer: one of them must be above 0")
+    for name in names:
+        _provide(name, blocks, spare, "")
     return names
 
 
@@ -96,4 +118,8 @@ def _provide(name: str, blocks: Plain, spare: Plain, flag: str, like: str = "") 
         raise UsageError(f"{flag}: no block or mixer is called {name!r}; there are: {known}")
     model_block = blocks[like] if like else next(iter(blocks.values()))
     ffn = {"ffn": dict(choice(model_block, "ffn"))} if "ffn" in model_block else {}
-    blocks[name] = {"mixer": {"kind": name, "n_heads": choice(model_block, "mixer").get("n_heads", 4)}, **ffn}
+    neighbour = choice(model_block, "mixer")
+    mixer = {"kind": name, "n_heads": neighbour.get("n_heads", 4)}
+    if "bias" in neighbour and "bias" in field_types(kinds[name]):
+        mixer["bias"] = neighbour["bias"]
+    blocks[name] = {"mixer": mixer, **ffn}

@@ -3,18 +3,22 @@
 import copy
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from swamla import distributed
 from swamla.cli import original_flags
 from swamla.cli.overrides import flags, put_flags
-from swamla.cli.reshape import SHAPE, reshape
+from swamla.cli.plain import mixer_kind
+from swamla.cli.reshape import reshape
 from swamla.config import from_plain, load_file, within
 from swamla.data.config import DataConfig
 from swamla.data.sources import NAMED_SOURCES
 from swamla.errors import ConfigError, UsageError, require
-from swamla.model.block import BlockConfig
+from swamla.model.block import BlockConfig, MixerConfig
+from swamla.model.mixers.latent import LatentConfig
+from swamla.model.mixers.mha import MHAConfig
 from swamla.recipes import ALIASES, recipe_path
 from swamla.train.config import RunConfig
 
@@ -22,26 +26,66 @@ from swamla.train.config import RunConfig
 def read_recipe(recipe: str, arguments: Any, given: frozenset[str]) -> RunConfig:
     """The run that a recipe (a shipped one's name, or a file) and the flags in `given` describe.
 
-    Raises `UsageError` and `ConfigError`, which name the flag or the file and line at fault.
+    Says what there is to tell. Raises `UsageError` and `ConfigError`, which name the flag, or the file and line.
     """
+    resolved = resolve(recipe, arguments, given)
+    say_notes(resolved)
+    return resolved.config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """A run's config, where each of its dotted fields was said (a flag, or a file and line), and what to tell of it."""
+
+    config: RunConfig
+    origin: Callable[[str], str]
+    notes: tuple[str, ...]
+
+
+def resolve(recipe: str, arguments: Any, given: frozenset[str]) -> Resolved:
+    """As `read_recipe`, silently, with all there is to know."""
     path = recipe_path(recipe)
     plain, place = load_file(path)
     plain = copy.deepcopy(plain)
     plain.pop("format_version", None)  # a run's own config.json is a recipe too
     spare = _spare_blocks(plain, place)
-    by_flag = _apply(plain, arguments, given, spare) if _has_model(plain) else {}
+    by_flag, notes = _apply(plain, arguments, given, spare) if _has_model(plain) else ({}, [])
 
     def origin(field: str) -> str:
         parts = field.split(".")
         of_block = field.startswith("model.blocks.")
         general = ".".join([*parts[:2], "*", *parts[3:]]) if of_block else field
         put_to_use = ".".join(["spare", *parts[2:]]) if of_block and parts[2] in spare else field
-        return by_flag.get(field) or by_flag.get(general) or place(field) or place(put_to_use)
+        said = (by_flag.get(name) for name in (field, general, f"{field}.kind", f"{general}.kind"))
+        return next(filter(None, said), "") or place(field) or place(put_to_use)
 
     config = from_plain(RunConfig, plain, origin=origin)
     with within("", origin):
         _check_together(config)
-    return replace(config, data=_located(config.data))
+    if not _knows_order(config):
+        notes.append(
+            "warning: nothing in this model knows the order of the tokens it attends to: give it --learned_positions N"
+        )
+    return Resolved(config=replace(config, data=_located(config.data)), origin=origin, notes=tuple(notes))
+
+
+def say_notes(resolved: Resolved) -> None:
+    """Print what there is to tell, a line each, on the main process's stderr."""
+    for note in resolved.notes if distributed.is_main() else ():
+        print(f"swamla: {note}", file=sys.stderr)
+
+
+def _knows_order(config: RunConfig) -> bool:
+    """False for a model of order-blind attention alone, without learned positions."""
+    mixers = [block.mixer for block in config.model.blocks.values()]
+    return config.model.learned_positions > 0 or any(map(_has_positions, mixers))
+
+
+def _has_positions(mixer: MixerConfig) -> bool:
+    match mixer:
+        case LatentConfig() | MHAConfig(kind="mha", rope=None):
+            return False
+    return True
 
 
 def chosen_recipe(recipe: str, size: str) -> str:
@@ -51,22 +95,28 @@ def chosen_recipe(recipe: str, size: str) -> str:
     return recipe or size or "quickstart"
 
 
-def _apply(plain: dict[str, Any], arguments: Any, given: frozenset[str], spare: dict[str, Any]) -> dict[str, str]:
-    """Write the flags in `given` into the plain run config; returns dotted field -> flag.
+def _apply(
+    plain: dict[str, Any], arguments: Any, given: frozenset[str], spare: dict[str, Any]
+) -> tuple[dict[str, str], list[str]]:
+    """Write the flags in `given` into the plain run config; returns dotted field -> flag, and lines about the flags.
 
     Raises `UsageError` for a pattern that names nothing known and for a flag of a kind that the model does not use.
     """
     values = dict(arguments.__dict__)
     values |= values.pop("original", arguments).__dict__
     original_flags.check_conflicts(given)
-    more, cycle = original_flags.reshaping(values, given)
-    wanted = {name: values[name] for name in SHAPE if name in given} | more
-    origins = reshape(plain["model"], wanted, spare, cycle=cycle) if wanted or cycle else {}
+    asked, tokenizer = original_flags.reshaping(values, given), plain.get("data", {}).get("tokenizer")
+    origins = reshape(plain["model"], asked, spare) if asked.wanted or asked.cycle or asked.implied else {}
+    mixers = {mixer_kind(block) for block in plain["model"]["blocks"].values()}
+    unused = original_flags.of_no_use(given, values, mixers)
     for known in (original_flags.choosing_flags(), flags(), original_flags.setting_flags()):
-        origins |= put_flags(plain, values, given, known)
-    for note in original_flags.notes(given):
-        print(f"swamla: {note}", file=sys.stderr)
-    return origins
+        origins |= put_flags(plain, values, given - unused, known)
+    for name, flag in original_flags.setting_flags().items():
+        if name in given and flag.besides:
+            origins[flag.besides] = ", ".join(filter(None, [origins.get(flag.besides), f"--{name}"]))
+    if "vocab_size" not in given and plain.get("data", {}).get("tokenizer") != tokenizer:
+        plain["model"]["vocab_size"] = 0  # that of the recipe's tokenizer means nothing to another
+    return origins, original_flags.notes(given, unused)
 
 
 def _spare_blocks(plain: dict[str, Any], place: Callable[[str], str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """`swamla train [RECIPE] …`: a new run, or one taken up again."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,11 +11,13 @@ from swamla.cli.console import Console, say
 from swamla.cli.flags import Positional, parse
 from swamla.cli.original_flags import add_original_flags, bare_compile, refusal, workers
 from swamla.cli.overrides import add_flags
-from swamla.cli.run_config import chosen_recipe, read_recipe
+from swamla.cli.run_config import Resolved, chosen_recipe, resolve, say_notes
 from swamla.cli.running import fetch_run, new_folder, prepare_data, resume_here, resumed_folder, run_training
+from swamla.config import within
 from swamla.errors import UsageError
 from swamla.hub import require_hub
 from swamla.recipes import recipe_names
+from swamla.train.run_folder import check_same_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,11 @@ def _train(arguments: Any, given: frozenset[str]) -> int:
         distributed.on_main(lambda: fetch_run(arguments.hf_repo_id, run_dir, arguments.hf_revision, console))
         resume = True
     recipe = str(run_dir / "config.json") if resume else named
-    config = read_recipe(recipe, arguments, given)
+    resolved = resolve(recipe, arguments, given)
+    config = resolved.config
+    say_notes(resolved)
+    if resume:
+        distributed.on_main(lambda: _check_resumed(resolved, run_dir, arguments, given))
     require_hub(config.train.hf_repo_id)
     distributed.require_rows(config.train.batch_size, config.train.accumulation)
     say(console, f"{'resuming' if resume else 'training'} {recipe} in {run_dir}")
@@ -72,6 +78,24 @@ def _train(arguments: Any, given: frozenset[str]) -> int:
     run_training(config, dataset, run_dir, console, command="train", resume=resume)
     say(console, f"the run is in {run_dir}")
     return 0
+
+
+def _check_resumed(resolved: Resolved, run_dir: Path, arguments: Any, given: frozenset[str]) -> None:
+    """Raise, before any data is read, for flags that would make another run of it, and for a recipe of another model.
+
+    A recipe beside a bare --resume only says which run is meant.
+    """
+    with within("", resolved.origin):
+        check_same_run(resolved.config, run_dir)
+    recipe = arguments.recipe or arguments.size
+    if not recipe or not (arguments.resume or arguments.resume_from or arguments.output_dir):
+        return
+    wanted, model = resolve(recipe, arguments, given).config.model, resolved.config.model
+    if replace(wanted, vocab_size=model.vocab_size) != model:
+        raise UsageError(
+            f"{recipe} is another model than that of the run {run_dir}: leave {recipe} out to go on with the run, "
+            "or --resume to start a new one"
+        )
 
 
 def _begun(arguments: Any, recipe: str) -> Path | None:

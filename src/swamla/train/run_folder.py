@@ -74,7 +74,7 @@ def open_run(
             checkpoint = _checkpoint_to_take_up(run_dir, dataset) if resume else None
             settled = settle(config, dataset)
             if resume:
-                _check_same_run(settled, run_dir)
+                check_same_run(settled, run_dir)
             else:
                 require_empty(run_dir)
             return checkpoint
@@ -238,17 +238,28 @@ def _agreed_best(state: TrainState, directory: Path) -> tuple[int | None, float 
     return None, None
 
 
-def _check_same_run(config: RunConfig, run_dir: Path) -> None:
+def check_same_run(config: RunConfig, run_dir: Path) -> None:
+    """Raise `ConfigError` where `config` would make another run of the one in the folder.
+
+    Of all that differs it names what the rest follows from: the pattern, else what is of another kind. A vocabulary
+    that the tokenizer has yet to decide (size 0) counts as the run's.
+    """
     plain = read_run_config(run_dir)
     del plain["format_version"]
     # Read as a config, so that a setting which the run's swamla did not have yet counts as its default.
     before = dict(_leaves(to_plain(from_plain(RunConfig, plain, origin=str(run_dir / "config.json")))))
     now = dict(_leaves(to_plain(config)))
-    for name in sorted((before.keys() | now.keys()) - set(MAY_CHANGE)):
-        if name.startswith(("model.", "train.")) and before.get(name) != now.get(name):
-            raise ConfigError(
-                name, now.get(name), f"the run to resume had {before.get(name)!r}; start a new run instead"
-            )
+    if config.model.vocab_size == 0:
+        now["model.vocab_size"] = before["model.vocab_size"]
+    differing = [
+        name
+        for name in sorted((before.keys() | now.keys()) - set(MAY_CHANGE))
+        if name.startswith(("model.", "train.")) and before.get(name) != now.get(name)
+    ]
+    if differing:
+        name = min(differing, key=lambda name: (name != "model.pattern", not name.endswith(".kind")))
+        had = f"the run to resume had {before.get(name)!r}; start a new run instead"
+        raise ConfigError(name.removesuffix(".kind"), now.get(name), had)
 
 
 def _leaves(plain: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -83,20 +83,26 @@ def time_left(progress: float, seconds: float) -> str:
 
 
 class PlainLines:
-    """A line for the first step and for every `interval`-th, for pipes and log files."""
+    """A line for the first step, for every `interval`-th and for the last, for pipes and log files."""
 
     def __init__(self, console: Console, interval: int) -> None:
         self._console, self._interval = console, interval
+        self._unsaid = ""  # the newest step's line, until it is printed
 
     def update(self, progress: float, seconds: float, values: Mapping[str, float]) -> None:
         """Print the step's line, if it is its turn."""
-        if values["step"] != 1 and values["step"] % self._interval:
-            return
-        self.say(
+        self._unsaid = (
             f"Step {values['step']:.0f} | Loss: {values['loss']:.4f} | LR: {values['lr']:.2e} | "
             f"Tokens/sec: {values['tokens_per_second']:,.0f} | Bits/byte: {values['bits_per_byte']:.4f} | "
             f"{time_left(progress, seconds)}"
         )
+        if values["step"] == 1 or values["step"] % self._interval == 0 or progress >= 1:
+            self._say_step()
+
+    def _say_step(self) -> None:
+        if self._unsaid:
+            self.say(self._unsaid)
+            self._unsaid = ""
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -108,7 +114,7 @@ class PlainLines:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        return None
+        self._say_step()  # of a run that ended by time, or was stopped
 
 
 class ProgressBar:
