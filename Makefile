@@ -26,7 +26,7 @@ WORKERS ?= 2
 help:
 	@echo 'make quickstart   install into $(VENV), then train the small model of the recipe "quickstart" (about 3 minutes)'
 	@echo 'make test         install with the development tools, then lint, types and every test'
-	@echo 'make faults       try everything that a run should survive, and write docs/reliability.md (about 15 minutes)'
+	@echo 'make faults       try everything that a run should survive, and write docs/reliability.md (about 10 minutes)'
 	@echo 'make lint         only ruff and mypy'
 	@echo 'make clean        remove $(VENV) and caches; trained models under runs/ are kept'
 	@echo
