@@ -1,5 +1,7 @@
 """Initial weights are a function of the seed, the name and the shape of each parameter."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -69,3 +71,12 @@ def test_a_skeleton_holds_no_numbers() -> None:
     model = CONFIGS["moe"].skeleton()
     assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
     assert model.head.weight is model.embedding.weight
+
+
+def test_building_does_not_load_torchs_compiler() -> None:
+    code = (
+        "import sys; from swamla.model import *;"
+        "LanguageModelConfig(vocab_size=9, width=8, blocks={'a': BlockConfig(mixer=MHAConfig(n_heads=2))},"
+        "pattern=('a',)).build(seed=0); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -84,8 +84,9 @@ class LanguageModelConfig:
         """The model without numbers, on torch's meta device: shapes and names alone."""
         import torch
 
+        from swamla.model.initial import Unfilled
         from swamla.model.language_model import LanguageModel
 
         require(self.vocab_size > 0, "vocab_size", self.vocab_size, "must be > 0 to build the model")
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             return LanguageModel(self)

@@ -6,10 +6,11 @@ however it is laid out over processes.
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 Draw = Callable[[Tensor, torch.Generator | None], object]
 """Fills an fp32 tensor on the CPU, in place; without a generator from torch's global one."""
@@ -21,6 +22,21 @@ class HasOwnStart(Protocol):
 
     def own_start(self) -> Mapping[str, Draw]:
         """How they are drawn, by their names in the module."""
+
+
+TORCHS_INITIALISERS = frozenset(f for name, f in vars(nn.init).items() if name.endswith("_") and callable(f))
+
+
+class Unfilled(TorchFunctionMode):
+    """Passes torch's own initialisers over: on the meta device they load torch's compiler, a second, to fill nothing."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in TORCHS_INITIALISERS:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
 
 
 def normal(std: float) -> Draw:
