@@ -28,7 +28,7 @@ TORCHS_INITIALISERS = frozenset(f for name, f in vars(nn.init).items() if name.e
 
 
 class Unfilled(TorchFunctionMode):
-    """Passes torch's own initialisers over: on the meta device they load torch's compiler, a second, to fill nothing."""
+    """Passes torch's own initialisers over: on the meta device they load torch's compiler, which takes a second."""
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
