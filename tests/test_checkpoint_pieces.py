@@ -181,7 +181,8 @@ def test_where_one_process_cannot_write_all_fail_and_older_checkpoints_stay(chec
 
     monkeypatch.setattr(folder, "save_pieces", full)
     errors = save_by(3, checkpoint.parent, 2, lambda rank: share(rank, 3))
-    assert "step-00000002: disk full: needs" in str(errors[failing])
+    for error in errors:  # the main process, which speaks, has the path and the bytes whoever failed
+        assert "step-00000002: disk full: needs" in str(error)
     assert all(isinstance(error, SwamlaError) for error in errors)
     assert [p.name for p in checkpoint.parent.iterdir()] == [checkpoint.name]
     verify(checkpoint)

@@ -100,13 +100,23 @@ def save_checkpoint(
     """
     final, staging = directory / step_name(step), directory / f".saving-{step_name(step)}"
     main = crew.rank == 0
+
+    def together(work: Callable[[], T]) -> list[T]:
+        def explained() -> T:  # where it fails: the other processes are told no more than its words
+            try:
+                return work()
+            except (OSError, SafetensorError) as error:
+                raise _explain_write_error(error, final, tensors) from error
+
+        return crew.together(explained)
+
     try:
-        crew.together(lambda: _begin(directory, staging) if main else None)
-        listings = crew.together(lambda: _write(staging, tensors, crew.rank))
+        together(lambda: _begin(directory, staging) if main else None)
+        listings = together(lambda: _write(staging, tensors, crew.rank))
         listings += [_write(staging, share, rank) for rank, share in enumerate(others, 1)]
         files = {name: listed for listing in listings for name, listed in listing.items()}
         fault("save-staging", step)
-        crew.together(lambda: _finish(staging, final, files, {"step": step, **state}) if main else None)
+        together(lambda: _finish(staging, final, files, {"step": step, **state}) if main else None)
     except (OSError, SafetensorError) as error:
         raise _explain_write_error(error, final, tensors) from error
     finally:
