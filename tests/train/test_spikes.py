@@ -101,10 +101,18 @@ def test_without_the_setting_nothing_is_a_spike(tmp_path, monkeypatch, dataset):
     assert run(tiny_config(**STEPS | {"spike_factor": None}), tmp_path / "run", dataset).skipped == 0
 
 
-def test_a_spike_before_the_first_checkpoint_is_told_and_the_run_goes_on(tmp_path, monkeypatch, dataset):
+def test_a_spike_before_the_first_checkpoint_is_recorded_and_the_run_goes_on(tmp_path, monkeypatch, dataset):
     spoil(monkeypatch, {26 * 4})
-    state = run(tiny_config(**STEPS | {"save_interval": None}), tmp_path / "run", dataset)
-    assert (state.step, state.skipped) == (30, 0)
+    state = run(tiny_config(**STEPS | {"save_interval": None}, max_skipped=2), tmp_path / "run", dataset)
+    assert (state.step, state.skipped, state.skipped_in_a_row) == (30, 0, 0)
+    assert [step for step, _ in losses(tmp_path / "run")] == list(range(1, 31))
+
+
+def test_a_loss_that_stays_up_before_the_first_checkpoint_ends_the_run_too(tmp_path, monkeypatch, dataset):
+    spoil(monkeypatch, range(26 * 4, 1000))
+    with pytest.raises(Diverged, match=r"3 steps in a row, up to step 29, had a loss spike; there is no checkpoint"):
+        run(tiny_config(**STEPS | {"save_interval": None}, max_skipped=3), tmp_path / "run", dataset)
+    assert [step for step, _ in losses(tmp_path / "run")] == list(range(1, 30))
 
 
 def test_a_loss_that_stays_up_ends_the_run_after_as_many_steps_as_allowed(tmp_path, monkeypatch, dataset):

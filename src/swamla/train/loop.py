@@ -218,12 +218,15 @@ class _Loop:
         if not result.finite:
             self.skip(result)
             return
-        if self.is_spike(result):
-            self.roll_back(result)
+        spike = self.is_spike(result)
+        if spike and self.roll_back(result):
             return
-        state.skipped_in_a_row = 0
+        # A spike before any checkpoint stays a step like any other, but max_skipped of them in a row end the run.
+        state.skipped_in_a_row = state.skipped_in_a_row + 1 if spike else 0
         if distributed.is_main():
             self.log(result, lr)
+        if spike:
+            self.end_if_too_many("had a loss spike")
 
     def sequence_length(self) -> int:
         """Of the next step, by the curriculum; a change is told."""
@@ -257,10 +260,11 @@ class _Loop:
             self.state.usual.note(result.loss)
         return spike
 
-    def roll_back(self, result: StepResult) -> None:
+    def roll_back(self, result: StepResult) -> bool:
         """After a spike: go back to the weights of the last checkpoint, and on with the rows after those of this step.
 
-        Saved at once, so that a resumed run goes on from there too. Steps and time go on counting.
+        Saved at once, so that a resumed run goes on from there too. Steps and time go on counting. False where there is
+        no checkpoint to go back to: nothing is changed then.
         """
         state, loss = self.state, f"loss {result.loss:.4f} in step {self.state.step}, usual is {self.state.usual}"
         self.settle(wait=True)
@@ -268,7 +272,7 @@ class _Loop:
         checkpoint = distributed.on_main(lambda: checkpoint_to_go_back_to(folder, interval))
         if checkpoint is None:
             self.display.say(f"warning: {loss}: there is no checkpoint yet to go back to")
-            return
+            return False
         first = state.go_back(checkpoint)
         rows = {"first": first, "last": state.sample - 1}
         self.metrics.write(state.step, {"spike": result.loss, "rolled_back_to": checkpoint.step, "rows": rows})
@@ -279,6 +283,7 @@ class _Loop:
         self.end_if_too_many("had a loss spike")
         self.saved_step = None
         self.save()
+        return True
 
     def give_up(self, reason: str) -> None:
         """Stop a run that diverged, naming what can be taken up again."""
