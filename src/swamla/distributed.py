@@ -28,7 +28,7 @@ _patient: "ProcessGroup | None" = None
 
 def is_main() -> bool:
     """True in the one process that writes files and speaks, before and after the group is joined."""
-    return os.environ.get("RANK", "0") == "0"
+    return not launched() or os.environ.get("RANK", "0") == "0"  # a RANK that something else left behind is none
 
 
 def launched() -> bool:

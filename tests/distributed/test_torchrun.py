@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from swamla import distributed
+
 TEXT = "".join(f"line {i}: the square of {i} is {i * i}, its half is {i // 2}\n" for i in range(400))
 TRAIN = (
     "-m swamla train quickstart --data text.txt --tokenizer byte --held_out_fraction 0.1 --cache_dir cache --width 32 "
@@ -96,6 +98,24 @@ def test_quickstart_says_how_several_processes_train_it(folder: Path) -> None:
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "train quickstart" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        ({}, True),
+        ({"RANK": "3"}, True),  # left behind by something that is not torchrun, which sets both
+        ({"RANK": "0", "WORLD_SIZE": "1"}, True),
+        ({"RANK": "0", "WORLD_SIZE": "4"}, True),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, False),
+    ],
+)
+def test_the_main_process_is_the_only_one_or_the_first_of_several(monkeypatch, place, expected) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.is_main() == expected
 
 
 @pytest.fixture
