@@ -15,8 +15,8 @@ from rich.console import Console
 import swamla
 from swamla.checkpoint import find_checkpoint
 from swamla.errors import ConfigError, Interrupted, MissingBackendError, UsageError
-from swamla.hub import Pushes, push
-from swamla.hub.staging import stage
+from swamla.hub import Pushes, push, staging
+from swamla.hub.staging import complete, stage
 from swamla.model.accounting import count_parameters
 from swamla.tensor_file import read_tensors
 from swamla.train import TrainConfig, TrainState, train
@@ -106,6 +106,8 @@ def pushes(folder: Path, said: list[str], hurry: bool = False) -> Pushes:
 
 def test_the_weights_at_the_root_are_those_that_load_gives_averages_where_there_are_any(finished, tmp_path):
     assert stage(finished, tmp_path / "staged", REPO) == 6
+    assert not (tmp_path / "staged/model.safetensors").exists()  # training does not wait for that
+    complete(tmp_path / "staged")
     model, _ = swamla.load(tmp_path / "staged")
     expected, _ = swamla.load(finished)
     root = read_tensors(tmp_path / "staged/model.safetensors")
@@ -114,6 +116,22 @@ def test_the_weights_at_the_root_are_those_that_load_gives_averages_where_there_
         assert torch.equal(model.state_dict()[name], tensor)
     raw = find_checkpoint(finished).tensors("model")
     assert any(not torch.equal(root[name], raw[name]) for name in raw)
+
+
+def test_averages_become_whole_weights_in_the_process_that_pushes_and_not_in_the_one_that_trains(
+    hub, finished, tmp_path, monkeypatch
+):
+    stage(finished, tmp_path / "staged", REPO)
+    complete(tmp_path / "staged")
+
+    def here(*_: Any) -> None:
+        raise AssertionError("training waits for this")
+
+    monkeypatch.setattr(staging, "save_tensors", here)
+    monkeypatch.setattr(staging.Checkpoint, "tensors", here)
+    with pushes(finished, []):
+        pass
+    assert hub.files(REPO)[1]["model.safetensors"] == (tmp_path / "staged/model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(("status", "reason"), [(500, "500"), (401, "401"), (0, "it took too long")])

@@ -2,7 +2,8 @@
 
 Training shares nothing with it but a folder that it only reads, so whatever happens here (a server that hangs or
 refuses, a client that crashes) costs training nothing; it ends by itself when its time is over, whoever still waits.
-It imports nothing of swamla, whose import would bring torch. The token is HF_TOKEN of the environment.
+It imports nothing of swamla, whose import would bring torch, but where weights are to be put together first. The token
+is HF_TOKEN of the environment.
 
 Arguments: the folder, the repository, "private" or "public" for one that is not there yet, the commit's message, the
 seconds it may take. On stdout one line of JSON: {"commit": its hash, "url": where} or {"error": why not, in one line}.
@@ -25,6 +26,7 @@ def push(folder: Path, repo_id: str, private: bool, message: str) -> dict[str, s
     """Make the repository hold the files of `folder`, and no older checkpoints besides."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+    _complete(folder)
     api = HfApi(token=os.environ["HF_TOKEN"], library_name="swamla")
     _reach(api.endpoint)
     api.create_repo(repo_id, private=private, exist_ok=True)
@@ -36,6 +38,15 @@ def push(folder: Path, repo_id: str, private: bool, message: str) -> dict[str, s
     deletions = [CommitOperationDelete(name, is_folder=False) for name in old]
     commit = api.create_commit(repo_id, [*additions, *deletions], commit_message=message)
     return {"commit": commit.oid, "url": str(commit.repo_url)}
+
+
+def _complete(folder: Path) -> None:
+    """Put together the weights at the folder's root, where training left that to us."""
+    if not (folder / "model.safetensors").exists():
+        sys.path.append(str(Path(__file__).resolve().parents[2]))  # where swamla was not installed, or moved
+        from swamla.hub.staging import complete
+
+        complete(folder)
 
 
 def _once(additions: list[Any]) -> list[Any]:
