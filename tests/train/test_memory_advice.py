@@ -86,6 +86,15 @@ def test_of_several_processes_each_has_its_rows_and_may_hold_a_part_of_the_model
     assert not [flag for flag in flags if flag.startswith(("--accumulation", "--parallel"))]  # one row each: no less
 
 
+def test_copies_that_accumulate_hold_the_gradient_twice_and_those_that_do_not_hold_it_once():
+    weights = 4 * count_parameters(CONFIG.model).total
+    two = replace(HERE, ranks=2)
+    assert training_bytes(CONFIG, two)["gradients"] == weights
+    assert training_bytes(changed(accumulation=2), two)["gradients"] == 2 * weights
+    assert training_bytes(changed(accumulation=2), replace(two, parts=2))["gradients"] == weights
+    assert training_bytes(changed(accumulation=2), HERE)["gradients"] == weights
+
+
 def test_nothing_is_advised_that_is_done_already_or_saves_nothing():
     least = changed(
         accumulation=4, checkpointing="all", optimizer=MuonConfig(), block_size=1, curriculum="", precision="bf16"

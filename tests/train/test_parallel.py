@@ -164,6 +164,7 @@ def train(case: Case) -> Outcome:
     tensors |= {f"average/{name}": tensor for name, tensor in state.average.tensors().items()}
     return {
         "steps": [(r.loss, r.grad_norm, r.tokens) for r in found],
+        "gradient_storages": len({grad.untyped_storage().data_ptr() for grad in state.spread.gradients()}),
         "load": [r.statistics["load/2"].tolist() for r in found if r.finite],
         "held_out": held_out.loss,
         "tensors": {name: distributed.full(tensor.detach()).clone() for name, tensor in tensors.items()},
@@ -289,6 +290,12 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(two, ca
     clean = two["cases"][replace(case, poisoned=False)]
     assert found["steps"][0] == clean["steps"][0]
     assert found["steps"][-1] != clean["steps"][-1]
+
+
+def test_copies_hold_their_gradients_in_the_buckets_alone(two) -> None:
+    cases = [case for case in [*ON_TWO, *ACCUMULATING] if case.parallel == "ddp"]
+    assert {two["cases"][case]["gradient_storages"] for case in cases} == {1}  # a bucket is larger than the model
+    assert alone(ON_TWO[0], 2)["gradient_storages"] > 9
 
 
 def assert_near(found: Outcome, expected: Outcome) -> None:

@@ -34,13 +34,17 @@ class Place:
 def training_bytes(config: RunConfig, place: Place) -> dict[str, int]:
     """Bytes that one process holds, by what they are; exact but for the activations, see `activation_bytes`.
 
-    Of a model in parts a process keeps the whole gradient while it accumulates.
+    While it accumulates, a process keeps the whole gradient of a model in parts; of a whole one that others have too
+    (DDP) it has the gradient twice, as it is and in the buckets that are exchanged with the last micro-batch.
     """
     train, parts = config.train, place.parts
     weights = 4 * count_parameters(config.model).total
+    gradients = weights // parts
+    if train.accumulation > 1:
+        gradients = 2 * weights if parts == 1 < place.ranks else weights
     return {
         "weights": weights // parts,
-        "gradients": weights // parts if train.accumulation == 1 else weights,
+        "gradients": gradients,
         "optimizer_state": train.optimizer.state_bytes(parameter_shapes(config.model)) // parts,
         "averaged_weights": weights // parts if train.ema is not None else 0,
         "activations_estimate": activation_bytes(

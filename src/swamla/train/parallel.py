@@ -201,7 +201,10 @@ def build_model(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renamed the option, 2.11 knows this name alone
             wrapped = nn.parallel.DistributedDataParallel(
-                _ignoring(experts, _Loss(model)), broadcast_buffers=False, find_unused_parameters=True
+                _ignoring(experts, _Loss(model)),
+                broadcast_buffers=False,
+                find_unused_parameters=True,
+                gradient_as_bucket_view=True,  # gradients are held once, not in the buckets and beside them
             )
         return Copies(model, wrapped, experts=experts)
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
