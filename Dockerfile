@@ -13,7 +13,7 @@ RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-de
 WORKDIR /opt/swamla
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY src src
-RUN pip install --no-cache-dir --constraint constraints.txt .
+RUN pip install --no-cache-dir --constraint constraints.txt '.[hub,tracking]'
 WORKDIR /work
 ENV SWAMLA_CACHE=/work/runs/cache
 ENTRYPOINT ["swamla"]

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,12 @@ def test_every_file_a_page_links_to_exists(page: Path) -> None:
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8"))
     for target in targets:
         assert (page.parent / target).is_file(), target
+
+
+def test_the_image_has_what_its_examples_need() -> None:
+    """Its second one trains a recipe on the recipe's own data, which is on the hub."""
+    image = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (extras,) = re.findall(r"pip install .*'\.\[(.*)\]'", image)
+    assert "hub" in extras.split(",")
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
