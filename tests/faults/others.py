@@ -1,5 +1,6 @@
 """What a run's surroundings do to it: trackers, hubs, data; and rows that are made of the suite's own tests."""
 
+import importlib.util
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -7,7 +8,8 @@ from functools import partial
 from swamla.train.tracking import read_metrics
 from tests.faults import acts
 from tests.faults.rows import Row
-from tests.faults.stage import Stage, assert_same_end, ending
+from tests.faults.stage import NotHere, Stage, assert_same_end, ending
+from tests.train.hub_stub import Hub, serving
 
 CANARY = "canary" + 34 * "7"
 
@@ -41,15 +43,25 @@ def worker_dies(stage: Stage, times: int) -> Iterator[None]:
 
 
 def secrets(stage: Stage, times: int) -> Iterator[None]:
-    """The keys of trackers and hubs, in no file of the run."""
+    """The keys of trackers and hubs, in no file of a run that uses them all, and in nothing that it pushed."""
+    for package in ("huggingface_hub", "wandb", "tensorboard"):
+        if importlib.util.find_spec(package) is None:
+            raise NotHere(f"{package} is not installed")
+    users = {"tensorboard": True, "wandb_project": "mine", "hf_repo_id": "me/mine"}
     for _ in range(times):
         run_dir = stage.fresh()
-        keys = {"HF_TOKEN": CANARY, "WANDB_API_KEY": CANARY, "WANDB_MODE": "offline"}
-        stage.start(run_dir, settings={"steps": 4, "profile": True, "profile_steps": 1}, env=keys).expect(0)
-        files = [file for file in run_dir.rglob("*") if file.is_file()]
-        assert len(files) > 8
-        for file in files:
-            assert CANARY.encode() not in file.read_bytes(), file
+        with serving(Hub()) as hub:
+            env = {"HF_TOKEN": CANARY, "WANDB_API_KEY": CANARY, "WANDB_MODE": "offline", "HF_ENDPOINT": hub.url}
+            env |= {"HF_HOME": f"{run_dir}-hf", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+            settings = {"steps": 4, "profile": True, "profile_steps": 1, **users}
+            said = stage.start(run_dir, settings=settings, env=env).expect(0)
+        assert CANARY in hub.tokens, said  # so it was used
+        written = {str(file): file.read_bytes() for file in run_dir.rglob("*") if file.is_file()}
+        for name in ("config.json", "tensorboard/events.", "wandb/offline-run-", "profile/"):
+            assert any(f"{run_dir}/{name}" in file for file in written), f"{name}:\n{said}"
+        written |= {"the log": said.encode(), **hub.objects, **hub.files("me/mine")[1]}
+        for name, data in written.items():
+            assert CANARY.encode() not in data, name
         assert json.loads((run_dir / "config.json").read_text())
         yield
 
@@ -119,7 +131,8 @@ ROWS = [
     Row(
         fault="secrets",
         expected="HF_TOKEN and WANDB_API_KEY are in no file that the run wrote",
-        how="a canary in both, every file searched",
+        how="a canary in both, with wandb (offline), TensorBoard and a hub on this machine in use: every file, the "
+        "output and all that was pushed searched",
         trials=secrets,
         short=1,
         long=1,
