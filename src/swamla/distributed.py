@@ -122,6 +122,14 @@ def own_store(prefix: str) -> Any:
     return _dist().PrefixStore(prefix, _dist().distributed_c10d._get_default_store().clone())
 
 
+def gathered(value: T) -> list[T]:
+    """Every rank's `value`, in the order of the ranks. They are pickled."""
+    found = [value] * world_size()
+    if len(found) > 1:
+        _dist().all_gather_object(found, value, group=_patient)
+    return found
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if world_size() > 1:

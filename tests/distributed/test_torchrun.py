@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,13 +24,15 @@ TRAIN = (
     "--eval_interval 2 --log_interval 1 --threads 1 --device cpu --precision fp32 "
 )
 MODULE = [sys.executable, "-m", "torch.distributed.run"]
+RESTARTS = ["--standalone", "--max-restarts", "1", "--monitor-interval", "0.1"]
+LONG = TRAIN.replace("--steps 4", "--steps 100000").replace("--eval_interval 2", "--eval_interval none")
 Ended = subprocess.CompletedProcess[str]
 
 
-def start(folder: Path, command: list[str]) -> "subprocess.Popen[str]":
+def start(folder: Path, command: list[str], **env: str) -> "subprocess.Popen[str]":
     """A command in `folder`, none of whose settings come from whoever runs the tests."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    environment |= env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
     return subprocess.Popen(
         command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -48,6 +51,11 @@ def torchrun(folder: Path, command: str, ranks: int = 2) -> Ended:
         port = str(free.getsockname()[1])
     flags = ["--nproc_per_node", str(ranks), "--master_port", port]
     return ended(start(folder, [*MODULE, *flags, *shlex.split(command)]))
+
+
+def restarted(folder: Path, command: str, *, ranks: int, **env: str) -> Ended:
+    """Ranks on this machine, which are started again once."""
+    return ended(start(folder, [*MODULE, *RESTARTS, "--nproc_per_node", str(ranks), *shlex.split(command)], **env))
 
 
 def curve(run: Path) -> list[tuple[int, float, float]]:
@@ -157,3 +165,42 @@ def test_two_machines_train_as_one_process_does(folder: Path, nodes: list[str]) 
     assert "the run is in machines" in first.stdout
     assert second.stdout == ""
     assert curve(folder / "machines") == curve(folder / "alone")
+
+
+def test_a_restart_goes_on_with_nothing_but_what_its_own_launch_began(folder: Path) -> None:
+    def files(run: Path) -> dict[str, bytes]:
+        return {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+    foreign = {"alone": files(folder / "alone")}
+    shutil.copytree(folder / "alone", folder / "runs" / "quickstart")
+    refused = restarted(folder, f"{LONG} --output_dir alone", ranks=1)
+    assert refused.returncode != 0
+    assert refused.stderr.count("alone: exists and is not empty") == 2  # the first attempt's, and the restart's
+    assert files(folder / "alone") == foreign["alone"]
+    done = restarted(folder, f"{TRAIN} --save_interval 1", ranks=2, SWAMLA_FAULT="step:3@1")
+    assert done.returncode == 0, done.stderr
+    assert "resuming runs/quickstart-2/config.json in runs/quickstart-2" in done.stdout
+    assert "resumed after step 2" in done.stdout
+    assert files(folder / "runs" / "quickstart") == foreign["alone"]
+
+
+def test_a_run_that_was_asked_to_stop_is_not_started_again_and_a_new_launch_goes_on_with_it(folder: Path) -> None:
+    run = folder / "stopped"
+    command = [*MODULE, *RESTARTS, "--nproc_per_node", "2", *shlex.split(f"{LONG} --output_dir stopped")]
+    process = start(folder, command)
+    deadline = time.monotonic() + 40
+    while not (run / "metrics.jsonl").exists() or '"loss"' not in (run / "metrics.jsonl").read_text():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(ranks[-1]), signal.SIGTERM)
+    done = ended(process)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("not started again: the run in stopped was asked to stop, and is saved") == 1
+    reached = curve(run)[-1][0]
+    assert reached < 100_000
+    again = torchrun(folder, f"{TRAIN.replace('--steps 4', f'--steps {reached + 2}')} --resume stopped")
+    assert again.returncode == 0, again.stderr
+    assert curve(run)[-1][0] == reached + 2
+    assert not json.loads((run / "launch.json").read_text())["stopped"]

@@ -293,3 +293,29 @@ def test_a_folder_taken_while_a_run_was_being_made_is_left_as_it_is(tmp_path, mo
     with pytest.raises(UsageError, match="exists and is not empty"):
         run(tiny_config(), tmp_path / "run", dataset)
     assert [file.read_text() for file in (tmp_path / "run").iterdir()] == ["another's"]
+
+
+def test_a_best_that_was_evaluated_only_after_it_was_saved_is_still_the_best_after_a_crash(tmp_path, dataset):
+    folder, calls = tmp_path / "run", []
+
+    def evaluate(model):
+        calls.append(1)
+        return {"loss": 1.0 / len(calls)}
+
+    config = tiny_config(steps=4, save_interval=4, eval_interval=None)  # step 4 is saved, then evaluated
+    state = run(config, folder, dataset, evaluate=evaluate)
+    assert (state.best, state.evaluated_step, len(calls)) == ((4, 1.0), 4, 1)
+    saved = json.loads((folder / "checkpoints" / "step-00000004" / "state.json").read_text())
+    assert (saved["best_step"], saved["evaluated_step"]) == (None, None)
+    resumed = run(config, folder, dataset, evaluate=evaluate, resume=True)
+    assert (resumed.best, resumed.evaluated_step, len(calls)) == ((4, 1.0), 4, 1)
+    assert json.loads((folder / "checkpoints" / "best.json").read_text()) == {"step": 4, "loss": 1.0}
+
+
+@pytest.mark.parametrize("said", ['{"step": 5, "loss": 0.1}', '{"step": 4, "loss": 9.0}', '{"step": 4}', "no JSON"])
+def test_a_best_json_that_is_worse_or_says_nothing_of_use_gives_way_to_the_state(tmp_path, dataset, said):
+    folder = tmp_path / "run"
+    config = tiny_config(steps=4, save_interval=2, eval_interval=2)
+    best = run(config, folder, dataset, evaluate=held_out(dataset)).best
+    (folder / "checkpoints" / "best.json").write_text(said)
+    assert run(config, folder, dataset, evaluate=held_out(dataset), resume=True).best == best

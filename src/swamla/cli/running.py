@@ -16,6 +16,7 @@ from swamla.evaluate import evaluate_split
 from swamla.hub import pull
 from swamla.model.language_model import LanguageModel
 from swamla.train import RunConfig, TrainConfig, TrainState, train
+from swamla.train.launch import begun_by
 from swamla.train.run_folder import require_empty
 
 EVALUATION_TOKENS = 16384  # computed at once: more would only cost memory
@@ -148,6 +149,15 @@ def resumed_folder(resume: str, output_dir: str, name: str) -> Path:
     return folder
 
 
+def begun_folder(names: tuple[str, ...], folder: str, name: str) -> tuple[Path, bool] | None:
+    """The folder of the run which the launch of these names began, or took up, and whether it was asked to stop there.
+
+    It is `folder` or, where that is empty, one of runs/NAME, runs/NAME-2 …; None where the launch came to no run.
+    """
+    begun = begun_by(names, [checked(folder)] if folder else _siblings(Path("runs") / name))
+    return begun and (begun[0], begun[1].stopped)
+
+
 def resume_here(argv: list[str]) -> list[str]:
     """A bare --resume, followed by no folder, leaves it to us which run is meant: written out for the parser."""
     return [
@@ -174,6 +184,11 @@ def _numbered(folder: Path) -> Path:
 
 def _newest(folder: Path) -> Path:
     """Of `folder` and its numbered siblings the run begun, or gone on with, last; `folder` where there is none."""
-    name = re.compile(re.escape(folder.name) + r"(-\d+)?")
-    begun = [p for p in folder.parent.glob("*") if name.fullmatch(p.name) and (p / "config.json").is_file()]
+    begun = [path for path in _siblings(folder) if (path / "config.json").is_file()]
     return max(begun, key=lambda path: (path / "config.json").stat().st_mtime_ns, default=folder)
+
+
+def _siblings(folder: Path) -> list[Path]:
+    """What there is of `folder`, folder-2, folder-3 …"""
+    name = re.compile(re.escape(folder.name) + r"(-\d+)?")
+    return [path for path in folder.parent.glob("*") if name.fullmatch(path.name)]

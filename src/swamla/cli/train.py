@@ -1,5 +1,6 @@
 """`swamla train [RECIPE] …`: a new run, or one taken up again."""
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,16 +8,25 @@ from typing import Annotated, Any
 import tyro
 
 from swamla import distributed
-from swamla.cli.console import Console, say
+from swamla.cli.console import Console, program, say
 from swamla.cli.flags import Positional, parse
 from swamla.cli.original_flags import add_original_flags, bare_compile, refusal, workers
 from swamla.cli.overrides import add_flags
 from swamla.cli.run_config import Resolved, chosen_recipe, resolve, say_notes
-from swamla.cli.running import fetch_run, new_folder, prepare_data, resume_here, resumed_folder, run_training
+from swamla.cli.running import (
+    begun_folder,
+    fetch_run,
+    new_folder,
+    prepare_data,
+    resume_here,
+    resumed_folder,
+    run_training,
+)
 from swamla.config import within
 from swamla.errors import UsageError
 from swamla.hub import require_hub
 from swamla.recipes import recipe_names
+from swamla.train.launch import this_launch
 from swamla.train.run_folder import check_same_run
 
 
@@ -58,8 +68,12 @@ def _train(arguments: Any, given: frozenset[str]) -> int:
     console = Console()
     from_hub = _is_from_hub(arguments, given)
     name, resume = arguments.hf_repo_id if from_hub else named, not given.isdisjoint(("resume", "resume_from"))
-    again = distributed.started_again() and not resume
-    begun = distributed.on_main(lambda: _begun(arguments, name)) if again else None
+    launch = this_launch() if distributed.started_again() else ()
+    begun, stopped = distributed.on_main(lambda: _begun(arguments, name, launch)) or (None, False)
+    if begun is not None and stopped:
+        go_on = f"{program()} train --resume {shlex.quote(str(begun))}"
+        say(console, f"not started again: the run in {begun} was asked to stop, and is saved; go on with: {go_on}")
+        return 0
     from_hub, resume = from_hub and begun is None, resume or begun is not None
     run_dir = begun or distributed.on_main(lambda: _folder(arguments, name, resume))
     if from_hub:
@@ -98,22 +112,25 @@ def _check_resumed(resolved: Resolved, run_dir: Path, arguments: Any, given: fro
         )
 
 
-def _begun(arguments: Any, recipe: str) -> Path | None:
-    """The run that this very command had begun when a process of it died, and torchrun started all again."""
-    try:
-        return _folder(arguments, recipe, resume=True)
-    except UsageError:  # it had not come so far
-        return None
+def _begun(arguments: Any, recipe: str, launch: tuple[str, ...]) -> tuple[Path, bool] | None:
+    """The run that this very launch had begun when torchrun started all again, and whether it was asked to stop."""
+    folder, name = _named_folder(arguments, recipe)
+    return begun_folder(launch, arguments.resume or arguments.resume_from or folder, name) if launch else None
 
 
 def _folder(arguments: Any, recipe: str, resume: bool) -> Path:
     """The folder of a new run, or the one to go on in."""
-    name = _check_name(arguments.run_name or Path(recipe).stem)
-    parent = arguments.output_dir
-    folder = str(Path(parent, name)) if parent and arguments.run_name else parent
+    folder, name = _named_folder(arguments, recipe)
     return (
         resumed_folder(arguments.resume or arguments.resume_from, folder, name) if resume else new_folder(folder, name)
     )
+
+
+def _named_folder(arguments: Any, recipe: str) -> tuple[str, str]:
+    """The folder that the flags say, "" where it is to be found by the run's name, and that name."""
+    name = _check_name(arguments.run_name or Path(recipe).stem)
+    parent = arguments.output_dir
+    return (str(Path(parent, name)) if parent and arguments.run_name else parent), name
 
 
 def _is_from_hub(arguments: Any, given: frozenset[str]) -> bool:

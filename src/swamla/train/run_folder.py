@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import time
 import warnings
@@ -27,14 +28,15 @@ from swamla.checkpoint import (
 from swamla.config import from_plain, to_plain
 from swamla.data.dataset import Dataset
 from swamla.data.tokenizer import load_tokenizer
-from swamla.errors import ConfigError, DataError, UsageError
-from swamla.files import entry, write_text_atomically
+from swamla.errors import ConfigError, CorruptError, DataError, Interrupted, UsageError
+from swamla.files import entry, read_json, write_text_atomically
 from swamla.model.language_model import LanguageModel
 from swamla.train.backends import resolve_backends
 from swamla.train.compile import compile_blocks
 from swamla.train.config import RunConfig
 from swamla.train.ema import WeightAverage
 from swamla.train.fp8 import convert_to_fp8
+from swamla.train.launch import Launch, this_launch
 from swamla.train.parallel import build_model
 from swamla.train.precision import resolve_device, resolve_precision
 from swamla.train.state import TrainState, seed_generators
@@ -66,6 +68,7 @@ def open_run(
     with another model, other data or another order of the data.
     """
     distributed.require_rows(config.train.batch_size, config.train.accumulation)
+    launch = this_launch()
     with ExitStack() as held:
 
         def check() -> Checkpoint | None:
@@ -87,6 +90,7 @@ def open_run(
             plain = {"format_version": FORMAT_VERSION, **to_plain(config)}
             dataset.tokenizer.save(run_dir / "tokenizer.json")
             write_text_atomically(run_dir / "config.json", json.dumps(plain, indent=2) + "\n")
+            Launch(names=launch).write(run_dir)
 
         checkpoint = distributed.on_main(check)
         config = settle(config, dataset)
@@ -94,7 +98,11 @@ def open_run(
         if checkpoint is not None:
             _take_up(state, checkpoint)
         distributed.on_main(write)
-        yield config, state
+        try:
+            yield config, state
+        except Interrupted:  # torchrun may start all again, which would undo it
+            distributed.on_main(lambda: Launch(names=launch, stopped=True).write(run_dir))
+            raise
 
 
 @contextmanager
@@ -225,17 +233,36 @@ def _take_up(state: TrainState, checkpoint: Checkpoint) -> None:
     distributed.barrier()  # nothing is set aside that another rank still reads
     directory = checkpoint.path.parent
     distributed.on_main(lambda: set_aside_after(directory, checkpoint.step))
-    state.best_step, state.best_loss = distributed.on_main(lambda: _agreed_best(state, directory))
+    best = distributed.on_main(lambda: _agreed_best(state, directory))
+    state.best_step, state.best_loss = best or (None, None)
+    if state.best_step == state.step != state.evaluated_step:
+        state.evaluated_step, state.evaluated_at = state.step, state.seconds
 
 
-def _agreed_best(state: TrainState, directory: Path) -> tuple[int | None, float | None]:
-    """Make best.json say what the state says: a crash may have come between the two, or the best be damaged."""
+def _agreed_best(state: TrainState, directory: Path) -> tuple[int, float] | None:
+    """Make best.json and the state agree: a crash may have come between the two, or the best be damaged.
+
+    A moment that was saved before it was evaluated is the best by best.json alone.
+    """
     kept = {path.name for path in list_checkpoints(directory)}
-    if state.best_step is not None and state.best_loss is not None and step_name(state.best_step) in kept:
-        mark_best(directory, state.best_step, state.best_loss)
-        return state.best_step, state.best_loss
-    (directory / "best.json").unlink(missing_ok=True)
-    return None, None
+    known = [best for best in (state.best, _marked_best(directory)) if best and step_name(best[0]) in kept]
+    best = min((best for best in known if best[0] <= state.step), key=lambda best: best[1], default=None)
+    if best is None:
+        (directory / "best.json").unlink(missing_ok=True)
+    else:
+        mark_best(directory, *best)
+    return best
+
+
+def _marked_best(directory: Path) -> tuple[int, float] | None:
+    """What best.json says, None where it says nothing of use."""
+    file = directory / "best.json"
+    try:
+        marked = read_json(file, inside=directory) if file.exists() else {}
+    except CorruptError:
+        return None
+    step, loss = marked.get("step"), marked.get("loss")
+    return (step, loss) if type(step) is int and isinstance(loss, float) and math.isfinite(loss) else None
 
 
 def check_same_run(config: RunConfig, run_dir: Path) -> None:
