@@ -29,8 +29,6 @@ from swamla.train import loop, train
 from tests.train import helpers
 from tests.train.helpers import MODEL, held_out, tiny_config, tiny_dataset
 
-loop.plot_losses = lambda *args, **options: None  # most of a tiny run's time
-
 
 def play(act: Callable[..., None], args: tuple[Any, ...], env: dict[str, str], log: str) -> None:
     """Run `act` as the command line would: an error is one line and its exit status; both streams go to `log`."""
@@ -41,6 +39,7 @@ def play(act: Callable[..., None], args: tuple[Any, ...], env: dict[str, str], l
     sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", 0, closefd=False), write_through=True)
     warnings.simplefilter("default")
     torch.set_num_threads(1)
+    loop.plot_losses = lambda *args, **options: None  # most of a tiny run's time
     try:
         act(*args)
     except SwamlaError as error:
