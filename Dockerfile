@@ -1,8 +1,8 @@
 # swamla for a GPU machine. Untested: where it was written no image could be built.
 #
 #   docker build -t swamla .
-#   docker run --gpus all --ipc host -v "$PWD/runs:/work/runs" swamla train small --data /work/runs/text.txt
-#   docker run --gpus all --ipc host -v "$PWD/runs:/work/runs" --entrypoint torchrun swamla \
+#   docker run --gpus all --ipc host -v "$PWD/runs:/training/runs" swamla train small --data /training/runs/text.txt
+#   docker run --gpus all --ipc host -v "$PWD/runs:/training/runs" --entrypoint torchrun swamla \
 #       --nproc_per_node 8 -m swamla train small --parallel fsdp
 #
 # --ipc host: NCCL exchanges through shared memory, of which a container has 64 MB otherwise.
@@ -14,7 +14,7 @@ WORKDIR /opt/swamla
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY src src
 RUN pip install --no-cache-dir --constraint constraints.txt '.[hub,tracking]'
-WORKDIR /work
-ENV SWAMLA_CACHE=/work/runs/cache
+WORKDIR /training
+ENV SWAMLA_CACHE=/training/runs/cache
 ENTRYPOINT ["swamla"]
 CMD ["--help"]

@@ -62,5 +62,11 @@ def test_a_process_is_killed_at_the_place_that_is_named_and_nowhere_else(asked, 
 
 
 def test_without_the_variable_nothing_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[int] = []
+    monkeypatch.setattr("os.kill", lambda process, _: killed.append(process))
     monkeypatch.delenv("SWAMLA_FAULT", raising=False)
     fault("step", 3)
+    assert killed == []
+    monkeypatch.setenv("SWAMLA_FAULT", "step:3")
+    fault("step", 3)
+    assert len(killed) == 1
