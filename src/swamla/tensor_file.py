@@ -68,3 +68,14 @@ def read_header(file: Path) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise CorruptError(f"{file}: its header is not a table")
     return header
+
+
+def misfits(got: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
+    """The first five names that are missing, unexpected or of another shape, for people; empty where all fit."""
+    wrong = [
+        f"{name}: got {got.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
+        for name in [*expected, *sorted(got.keys() - expected.keys())]
+        if got.get(name) != expected.get(name)
+    ]
+    more = f" … and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+    return f"{'; '.join(wrong[:5])}{more}"

@@ -20,6 +20,7 @@ from swamla.checkpoint.folder import (
 )
 from swamla.errors import CorruptError, UsageError
 from swamla.files import entry, read_json
+from swamla.tensor_file import misfits
 
 if TYPE_CHECKING:
     from swamla.data.tokenizer import Tokenizer
@@ -116,14 +117,8 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, origin: str) 
     """
     expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     got = {name: tuple(t.shape) for name, t in tensors.items()}
-    wrong = [
-        f"{name}: got {got.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
-        for name in [*expected, *(got.keys() - expected.keys())]
-        if got.get(name) != expected.get(name)
-    ]
-    if wrong:
-        more = f" … and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise CorruptError(f"{origin}: weights do not fit the model: {'; '.join(wrong[:5])}{more}")
+    if wrong := misfits(got, expected):
+        raise CorruptError(f"{origin}: weights do not fit the model: {wrong}")
     with torch.no_grad():
         for name, own in module.state_dict().items():
             distributed.local(own).copy_(distributed.shard_like(tensors[name], own))

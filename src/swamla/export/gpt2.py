@@ -28,7 +28,7 @@ from swamla.model.ffns.dense import DenseConfig
 from swamla.model.language_model import LanguageModel
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.norm import LayerNormConfig
-from swamla.tensor_file import read_tensors
+from swamla.tensor_file import misfits, read_tensors
 
 _LAYER = {
     "mixer_norm": "ln_1",
@@ -264,14 +264,8 @@ def _weights(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
 
 
 def _require_shapes(expected: dict[str, tuple[int, ...]], got: dict[str, tuple[int, ...]], file: Path) -> None:
-    wrong = [
-        f"{name}: got {got.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
-        for name in [*expected, *(got.keys() - expected.keys())]
-        if got.get(name) != expected.get(name)
-    ]
-    if wrong:
-        more = f" … and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise CorruptError(f"{file}: not the weights that config.json describes: {'; '.join(wrong[:5])}{more}")
+    if wrong := misfits(got, expected):
+        raise CorruptError(f"{file}: not the weights that config.json describes: {wrong}")
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
