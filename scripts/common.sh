@@ -5,6 +5,17 @@ usage() {
     exit 2
 }
 
+# split_arguments …: sets the array `arguments` to what stands before --, and `flags` to what stands behind it.
+split_arguments() {
+    arguments=()
+    while [ $# -gt 0 ] && [ "$1" != -- ]; do
+        arguments+=("$1")
+        shift
+    done
+    [ $# -eq 0 ] || shift
+    flags=("$@")
+}
+
 is_number() {
     case $1 in
         '' | *[!0-9]* | 0*) return 1 ;;

@@ -9,20 +9,15 @@
 # RESUME     false (default), true to go on in OUT, or the folder of the run to go on with
 # OPTIMIZER  adamw (default), lion, muon, fp8_adamw or fp8_lion
 #
-# What stands behind -- is handed to train.py as it is. PYTHON names the interpreter, GPUS how
-# many processes to start, by default one for each GPU.
+# What stands behind -- is handed to train.py as it is. PYTHON names the interpreter, GPUS how many
+# processes to start, by default one for each GPU.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/common.sh"
 call='train_swa_mla.sh SIZE BATCH BLOCK [OUT RESUME OPTIMIZER] [-- FLAGS …]'
 
-arguments=()
-while [ $# -gt 0 ] && [ "$1" != -- ]; do
-    arguments+=("$1")
-    shift
-done
-[ $# -eq 0 ] || shift
+split_arguments "$@"
 [ ${#arguments[@]} -ge 3 ] && [ ${#arguments[@]} -le 6 ] || usage "$call"
 
 size=${arguments[0]} batch=${arguments[1]} block=${arguments[2]}
@@ -33,4 +28,4 @@ choose_python
 choose_launch "$batch"
 resume_flags "$resume" "$out"
 exec "${launch[@]}" "$here/../train.py" --size "$size" --batch_size "$rows" --block_size "$block" "${where[@]}" \
-    --optimizer_type "$optimizer" "$@"
+    --optimizer_type "$optimizer" "${flags[@]}"

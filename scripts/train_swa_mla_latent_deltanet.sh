@@ -18,20 +18,15 @@
 #   DELTANET_SHARE_QK=true   whether queries serve as keys
 #   MLA_Q_LORA_RANK=256      latent of the latent attention's queries, 0 for none
 #
-# What stands behind -- is handed to train.py as it is. PYTHON names the interpreter, GPUS how
-# many processes to start, by default one for each GPU.
+# What stands behind -- is handed to train.py as it is. PYTHON names the interpreter, GPUS how many
+# processes to start, by default one for each GPU.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/common.sh"
 call='train_swa_mla_latent_deltanet.sh BATCH BLOCK [OUT RESUME OPTIMIZER HF_REPO] [-- FLAGS …]'
 
-arguments=()
-while [ $# -gt 0 ] && [ "$1" != -- ]; do
-    arguments+=("$1")
-    shift
-done
-[ $# -eq 0 ] || shift
+split_arguments "$@"
 [ ${#arguments[@]} -ge 2 ] && [ ${#arguments[@]} -le 6 ] || usage "$call"
 
 batch=${arguments[0]} block=${arguments[1]}
@@ -61,4 +56,4 @@ choose_python
 choose_launch "$batch"
 resume_flags "$resume" "$out"
 exec "${launch[@]}" "$here/../train.py" --size moe-2b --batch_size "$rows" --block_size "$block" "${where[@]}" \
-    "${model[@]}" --optimizer_type "$optimizer" "$@"
+    "${model[@]}" --optimizer_type "$optimizer" "${flags[@]}"
