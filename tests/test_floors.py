@@ -16,6 +16,7 @@ FLOORS = [
     {"checkpoint", "generate"},
     {"hub"},
     {"train", "evaluate", "export"},
+    {"bench"},
     {"cli"},
 ]
 FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}

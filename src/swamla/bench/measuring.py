@@ -1,0 +1,210 @@
+"""Time, memory, and what the machine can do at most: every speed is quoted beside its ceilings."""
+
+import ctypes
+import gc
+import os
+import pickle
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from swamla.data.workers import available_cores
+
+Run = Callable[[], object]
+
+_clock = time.perf_counter
+_CEILING_SECONDS = 1.0  # that each ceiling is measured for, at most
+_PRODUCT = {"cpu": 1024, "cuda": 8192}  # the size of the square matrices multiplied
+_COPIED = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes copied: more than caches hold
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """What one contender took, in seconds a round.
+
+    median: of all rounds.
+    low: the lower quartile.
+    high: the upper quartile.
+    rounds: how many were timed.
+    """
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> "Timing":
+        """Median and quartiles of at least one round."""
+        if len(seconds) == 1:
+            low = median = high = seconds[0]
+        else:
+            low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        return cls(median=median, low=low, high=high, rounds=len(seconds))
+
+
+def interleaved(
+    contenders: Mapping[str, Run], *, rounds: int, warmup: int = 1, limit: float | None = None
+) -> dict[str, Timing]:
+    """Time contenders in turns, A B A B …, so that a machine that slows down slows them all.
+
+    warmup: rounds before, not timed. limit: seconds, warm-up included, after which no further round begins; each
+    contender is timed once at least.
+    """
+    begin = _clock()
+    for _ in range(warmup):
+        for run in contenders.values():
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(max(1, rounds)):
+        if number and limit is not None and _clock() - begin >= limit:
+            break
+        for name, run in contenders.items():
+            seconds[name].append(seconds_of(run))
+    return {name: Timing.of(found) for name, found in seconds.items()}
+
+
+def seconds_of(run: Run) -> float:
+    """How long `run` takes, what it asked of a CUDA device included."""
+    settle()
+    begin = _clock()
+    run()
+    settle()
+    return _clock() - begin
+
+
+def settle() -> None:
+    """Wait until a CUDA device in use has done all that it was asked."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def ceilings(device: torch.device | str = "cpu") -> dict[str, float]:
+    """What the machine reaches at most, a second: operations of large matrix products, bytes read and written.
+
+    The medians of about a second each, as "fp32_flops", "bf16_flops" and "copy_bytes".
+    """
+    device = torch.device(device)
+    size, n_bytes = _PRODUCT[device.type], _COPIED[device.type]
+    found = {}
+    for name, dtype in (("fp32_flops", torch.float32), ("bf16_flops", torch.bfloat16)):
+        a = torch.full((size, size), 0.5, device=device, dtype=dtype)
+        found[name] = 2 * size**3 / _median_of(partial(torch.matmul, a, a))
+    source, target = (torch.ones(n_bytes // 4, device=device) for _ in range(2))
+    found["copy_bytes"] = 2 * n_bytes / _median_of(partial(target.copy_, source))
+    return found
+
+
+def _median_of(run: Run) -> float:
+    return interleaved({"": run}, rounds=50, warmup=2, limit=_CEILING_SECONDS)[""].median
+
+
+def machine() -> dict[str, object]:
+    """What was measured on: nothing that names the machine, only what it is."""
+    return {
+        "processor": processor(),
+        "cores": available_cores(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": memory_bytes(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+    }
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # no Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def memory_bytes() -> int:
+    """Bytes that this process may have: the machine's, or less where its container is limited."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def peak_memory(run: Run) -> int:
+    """Bytes held at the peak while `run()` runs, above those held before it.
+
+    On a CUDA device in use: of tensors there. Else of the whole process: on Linux by the high-water mark that the
+    kernel keeps, elsewhere by that of a child, which runs `run` on one thread and whose effects are lost.
+    """
+    gc.collect()
+    if torch.cuda.is_initialized():
+        settle()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        settle()
+        return torch.cuda.max_memory_allocated() - before
+    if sys.platform == "linux" and _forget_high_water():
+        before = _status_bytes("VmRSS")
+        run()
+        return max(0, _status_bytes("VmHWM") - before)
+    return peak_memory_of_child(run)
+
+
+def _forget_high_water() -> bool:
+    """Give freed memory back, that it be seen when it is taken again, and start the mark anew; False if forbidden."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others keep less
+    if trim is not None:
+        trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:  # some containers
+        return False
+    return True
+
+
+def _status_bytes(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
+    assert found, f"Linux tells {name} of every process"
+    return 1024 * int(found[1])
+
+
+def peak_memory_of_child(run: Run) -> int:
+    """As `peak_memory`, in a copy of this process; for systems whose mark cannot be reset. Raises what `run` does."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            torch.set_num_threads(1)  # the other threads are not there in a copy
+            before = _most_ever()
+            run()
+            answer: int | Exception = _most_ever() - before
+        except Exception as error:
+            answer = error
+        with os.fdopen(write, "wb") as pipe:
+            pickle.dump(answer, pipe)
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        answer = pickle.load(pipe)  # of our own process, just now
+    os.waitpid(child, 0)
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _most_ever() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
