@@ -186,22 +186,32 @@ def peak_memory_of_child(run: Run) -> int:
     child = os.fork()
     if not child:
         try:
-            torch.set_num_threads(1)  # the other threads are not there in a copy
-            before = _most_ever()
-            run()
-            answer: int | Exception = _most_ever() - before
-        except Exception as error:
-            answer = error
-        with os.fdopen(write, "wb") as pipe:
-            pickle.dump(answer, pipe)
-        os._exit(0)
+            _answer(run, write)
+        finally:
+            os._exit(0)  # whatever happened: there must not be two of us
     os.close(write)
     with os.fdopen(read, "rb") as pipe:
-        answer = pickle.load(pipe)  # of our own process, just now
+        told = pipe.read()
     os.waitpid(child, 0)
+    if not told:
+        raise RuntimeError("the process in which memory was to be measured ended without a word")
+    answer = pickle.loads(told)  # of our own process, just now
     if isinstance(answer, Exception):
         raise answer
     return answer
+
+
+def _answer(run: Run, write: int) -> None:
+    answer: int | Exception
+    torch.set_num_threads(1)  # the other threads are not there in a copy
+    before = _most_ever()
+    try:
+        run()
+        answer = _most_ever() - before
+    except Exception as error:
+        answer = error
+    with os.fdopen(write, "wb") as pipe:
+        pipe.write(pickle.dumps(answer))
 
 
 def _most_ever() -> int:

@@ -48,7 +48,11 @@ class Results:
         self._start = time.monotonic() - self.seconds
 
     def add(self, table: str, row: Row) -> None:
-        """Append a row, say it in one line and write the file anew: whatever comes next, this row is kept."""
+        """Append a row, say it in one line and write the file anew: whatever comes next, this row is kept.
+
+        Raises `ValueError` for a row that JSON has no words for, such as one with a figure that is no number.
+        """
+        json.dumps(row, allow_nan=False)
         self.rows.setdefault(table, []).append(row)
         self.say(readable(table, row))
         self.seconds = round(time.monotonic() - self._start, 1)
@@ -72,7 +76,7 @@ class Results:
         }
 
     def save(self) -> None:
-        """Write the file, if there is one. `ValueError` for a figure that is no number."""
+        """Write the file, if there is one."""
         if self.file is not None:
             write_text_atomically(self.file, json.dumps(self.plain(), indent=1, allow_nan=False) + "\n")
 
