@@ -187,9 +187,9 @@ def test_a_query_that_may_see_nothing_gives_zeros_and_finite_gradients(value):
 # --- choices and refusals
 
 
-def test_auto_is_torch_on_the_cpu_and_flex_on_cuda():
+def test_auto_is_torch_on_the_cpu_and_cudnn_on_cuda():
     assert resolve_backend("auto", "cpu") == "torch"
-    assert resolve_backend("auto", "cuda") == "flex"
+    assert resolve_backend("auto", "cuda") == "cudnn"
     assert resolve_backend("reference", "cuda") == "reference"
 
 

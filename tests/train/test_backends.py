@@ -27,8 +27,9 @@ def with_backend(name, backend):
 @pytest.mark.parametrize("name", MIXERS)
 def test_auto_is_resolved_by_device_and_a_name_is_taken_as_it_is(name):
     op = "delta rule" if name.startswith("gdn") else "attention"
+    on_cuda = {"delta rule": "torch", "attention": "flex" if name == "swa" else "cudnn"}
     assert resolve_backends(model_of(name), CPU) == {op: "torch"}
-    assert resolve_backends(model_of(name), CUDA) == {op: "torch" if op == "delta rule" else "flex"}
+    assert resolve_backends(model_of(name), CUDA) == {op: on_cuda[op]}
     assert resolve_backends(with_backend(name, "reference"), CUDA) == {op: "reference"}
 
 

@@ -20,6 +20,7 @@ class Layout:
     runs: (count, length) pairs covering the flattened B*T tokens in order; each stands for `count` consecutive
     documents of `length` tokens, so that equal neighbours can be computed as one batch.
     continues: the tokens follow others already held in a state, so that rows may start at different positions.
+    whole_rows: every row is one document, so that no mask but the causal one is needed.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class Layout:
         self.position_BT = position_BT
         self.runs = runs
         self.continues = continues
+        self.whole_rows = runs == (self.shape,)  # kept, as a compiled graph may ask this and must not hang on `runs`
         self._tables: dict[Hashable, Any] = {}
 
     @classmethod
@@ -77,17 +79,15 @@ class Layout:
         """Tokens of the longest document, those before in a state included."""
         return self.end if self.continues else max((length for _, length in self.runs), default=0)
 
-    @property
-    def whole_rows(self) -> bool:
-        """True when every row is one document, so that no mask but the causal one is needed."""
-        batch, time = self.shape
-        return self.runs == ((batch, time),)
-
     def table(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """A mask or table derived from this layout, made at its first use and shared by all layers."""
         if key not in self._tables:
             self._tables[key] = make()
         return self._tables[key]
+
+    def made(self, key: Hashable) -> Any:
+        """What `table` has made for this key, or None."""
+        return self._tables.get(key)
 
     def to(self, device: torch.device | str) -> "Layout":
         """The same layout with its tensors on `device`."""

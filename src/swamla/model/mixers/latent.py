@@ -21,7 +21,7 @@ class LatentConfig:
     n_heads: heads.
     n_latent: width of the latent, and of all queries and of all keys together; half the model's width by default.
     bias: whether projections add one, as GPT-2's do.
-    backend: auto, reference, torch or flex.
+    backend: auto, reference, torch, or on CUDA flex or cudnn.
     """
 
     kind: ClassVar[str] = "latent"

@@ -23,7 +23,7 @@ class MHAConfig:
     head_dim: width of a head, width / n_heads by default.
     rope: rotary positions, or none (the model may have learned ones).
     bias: whether projections add one, as GPT-2's do.
-    backend: auto, reference, torch or flex.
+    backend: auto, reference, torch, or on CUDA flex or cudnn.
     """
 
     kind: ClassVar[str] = "mha"

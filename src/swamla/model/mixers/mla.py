@@ -27,7 +27,7 @@ class MLAConfig:
     qk_rope_head_dim: the part that carries rotary positions; its key is shared by all heads.
     v_head_dim: width of a value head.
     rope: rotary positions.
-    backend: auto, reference, torch or flex.
+    backend: auto, reference, torch, or on CUDA flex or cudnn.
     """
 
     kind: ClassVar[str] = "mla"

@@ -10,6 +10,7 @@ from swamla.errors import require
 from swamla.model.mixers.mha import MHA, KVState, MHAConfig
 from swamla.model.mixers.mixer import write_at
 from swamla.ops import cached_attention, windowed_attention
+from swamla.ops.attention import WINDOWED_BACKENDS, resolve_backend
 from swamla.ops.layout import Layout
 
 
@@ -22,7 +23,7 @@ class SWAConfig(MHAConfig):
     head_dim: width of a head, width / n_heads by default.
     rope: rotary positions, or none (the model may have learned ones).
     bias: whether projections add one.
-    backend: auto, reference, torch or flex.
+    backend: auto, reference, torch, or on CUDA flex.
     window: how many of the last tokens a token sees, itself included.
     sinks: how many of its document's first tokens it sees besides.
     """
@@ -35,10 +36,16 @@ class SWAConfig(MHAConfig):
         super().__post_init__()
         require(self.window > 0, "window", self.window, "must be > 0, e.g. 256")
         require(self.sinks >= 0, "sinks", self.sinks, "must be >= 0, e.g. 4")
+        allowed = f"must be one of {', '.join(WINDOWED_BACKENDS)}"
+        require(self.backend in WINDOWED_BACKENDS, "backend", self.backend, allowed)
 
     def build(self, width: int) -> "SWA":
         """The module."""
         return SWA(self, width)
+
+    def backends(self, device: torch.device) -> dict[str, str]:
+        """What computes which op on `device`. Raises `MissingBackendError` for a backend that cannot."""
+        return {"attention": resolve_backend(self.backend, device, windowed=True)}
 
     def forward_flops(self, width: int, length: int) -> int:
         """Floating-point operations of one forward pass over one sequence of `length` tokens, window counted."""

@@ -6,6 +6,7 @@ from torch import Tensor
 from swamla.errors import MissingBackendError, UsageError, require
 from swamla.ops.attention.cached import attend_to_cache
 from swamla.ops.attention.causal import torch_causal_attention
+from swamla.ops.attention.cudnn import cudnn_causal_attention
 from swamla.ops.attention.flex import flex_attention
 from swamla.ops.attention.reference import allowed_mask, reference_attention
 from swamla.ops.attention.windowed import torch_windowed_attention
@@ -14,22 +15,26 @@ from swamla.ops.layout import Layout
 
 __all__ = ["BACKENDS", "cached_attention", "causal_attention", "resolve_backend", "windowed_attention"]
 
-BACKENDS = ("auto", "reference", "torch", "flex")
+BACKENDS = ("auto", "reference", "torch", "flex", "cudnn")
+WINDOWED_BACKENDS = ("auto", "reference", "torch", "flex")
 
 
-def resolve_backend(backend: str, device: torch.device | str) -> str:
-    """The backend that a name means on a device: "auto" is "flex" on CUDA and "torch" everywhere else.
+def resolve_backend(backend: str, device: torch.device | str, *, windowed: bool = False) -> str:
+    """The backend that a name means on a device.
 
-    Raises UsageError for an unknown name and MissingBackendError for "flex" without CUDA (FlexAttention has no
-    backward elsewhere).
+    "auto" is "torch", but on CUDA "cudnn", and "flex" for windowed attention. Raises UsageError for an unknown name
+    and MissingBackendError for "cudnn" or "flex" without CUDA (FlexAttention has no backward elsewhere).
     """
-    if backend not in BACKENDS:
-        raise UsageError(f"backend = {backend!r}: attention has {', '.join(map(repr, BACKENDS))}")
+    backends = WINDOWED_BACKENDS if windowed else BACKENDS
+    if backend not in backends:
+        kind = "windowed attention" if windowed else "attention"
+        raise UsageError(f"backend = {backend!r}: {kind} has {', '.join(map(repr, backends))}")
     cuda = torch.device(device).type == "cuda"
     if backend == "auto":
-        return "flex" if cuda else "torch"
-    if backend == "flex" and not cuda:
-        raise MissingBackendError(f'backend = "flex" needs a CUDA device, these tensors are on {device}: use "torch"')
+        return ("flex" if windowed else "cudnn") if cuda else "torch"
+    if backend in ("cudnn", "flex") and not cuda:
+        needs = f'backend = "{backend}" needs a CUDA device, these tensors are on {device}: use "torch"'
+        raise MissingBackendError(needs)
     return backend
 
 
@@ -49,6 +54,8 @@ def causal_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
         return reference_attention(q, k, v, seq.table("causal mask", lambda: allowed_mask(seq)), scale=scale)
+    if backend == "cudnn":
+        return cudnn_causal_attention(q, k, v, seq, scale=scale)
     if backend == "flex":
         return flex_attention(q, k, v, seq, window=None, sinks=0, scale=scale)
     return torch_causal_attention(q, k, v, seq, scale=scale)
@@ -74,7 +81,7 @@ def windowed_attention(
     _check(q_BTHK, k_BTGK, v_BTGV, seq)
     require(window >= 1, "window", window, "must be >= 1, e.g. 256")
     require(sinks >= 0, "sinks", sinks, "must be >= 0, e.g. 4")
-    backend = resolve_backend(backend, q_BTHK.device)
+    backend = resolve_backend(backend, q_BTHK.device, windowed=True)
     q, k, v = _autocast(q_BTHK, k_BTGK, v_BTGV)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
@@ -86,15 +93,21 @@ def windowed_attention(
 
 
 def cached_attention(
-    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, allowed_BTS: Tensor, *, scale: float | None = None
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, allowed_BTS: Tensor | None, *, scale: float | None = None
 ) -> Tensor:
     """o (B, T, H, V): T new tokens attend to the S held ones that the bool mask allows.
 
-    A query that may see nothing gives zeros. Keys that nobody may see must be finite. scale: K^-½ unless given.
+    Without a mask (None) the new tokens are the last T of those held, and see all but later ones; so nothing is spent
+    on a mask. A query that may see nothing gives zeros. Keys that nobody may see must be finite. scale: K^-½ unless
+    given.
     """
     _check_heads(q_BTHK, k_BSGK, v_BSGV)
-    expected = (*q_BTHK.shape[:2], k_BSGK.shape[1])
-    require(allowed_BTS.shape == expected, "allowed_BTS.shape", tuple(allowed_BTS.shape), f"must be {expected}")
+    if allowed_BTS is None:
+        time, held = q_BTHK.shape[1], k_BSGK.shape[1]
+        require(time <= held, "q.shape", tuple(q_BTHK.shape), f"must have no more tokens than are held, {held}")
+    else:
+        expected = (*q_BTHK.shape[:2], k_BSGK.shape[1])
+        require(allowed_BTS.shape == expected, "allowed_BTS.shape", tuple(allowed_BTS.shape), f"must be {expected}")
     q, k, v = _autocast(q_BTHK, k_BSGK, v_BSGV)
     return attend_to_cache(q, k, v, allowed_BTS, scale=q.shape[-1] ** -0.5 if scale is None else scale)
 

@@ -1,40 +1,121 @@
-"""Causal and windowed attention on CUDA by FlexAttention, with one block mask a layout. Not measured on a GPU yet."""
+"""Causal and windowed attention of packed rows on CUDA by FlexAttention (arXiv 2412.05496). Not measured on GPU."""
 
 from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from swamla.errors import UsageError
+from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import Layout
+
+BLOCK = 128  # tokens a block of the mask has on either side: FlexAttention's own, a multiple of every kernel's tile
+NARROWEST = 16  # heads its kernels take
+SHAPES = 64  # for which flex_attention may be compiled; one more is an error, never the uncompiled fallback
 
 
 def flex_attention(
     q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, *, window: int | None, sinks: int, scale: float
 ) -> Tensor:
     """Attention under the mask of `reference.allowed_mask`; blocks in which nothing is allowed cost nothing."""
-    mask = seq.table(("flex", window, sinks), lambda: _block_mask(seq, window, sinks))
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGV))
-    o = _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return o.transpose(1, 2)
+    refuse_doubles("flex", q_BTHK)
+    mask = made_block_mask(seq, window, sinks)
+    q, k, v = (at_least(NARROWEST, x.transpose(1, 2)) for x in (q_BTHK, k_BTGK, v_BTGV))
+    o = _flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return o[..., : v_BTGV.shape[-1]].transpose(1, 2)
+
+
+def refuse_doubles(backend: str, x: Tensor) -> None:
+    """Raise UsageError for doubles, which no fused kernel takes."""
+    if x.dtype == torch.float64:
+        raise UsageError(f'backend = "{backend}": takes no float64: use "torch" or "reference"')
+
+
+def at_least(width: int, x: Tensor) -> Tensor:
+    """x, widened by zeros: they add nothing to a score, and to an output nothing but columns that are cut off."""
+    return x if x.shape[-1] >= width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def _flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention if torch.compiler.is_compiling() else _compiled()
 
 
 @lru_cache(maxsize=1)
 def _compiled() -> Any:
+    """Uncompiled it would write out all scores. The second length that comes compiles kernels for every length."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)  # uncompiled, it would write out all scores
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
+    return torch.compile(flex_attention, fullgraph=True)
 
 
-def _block_mask(seq: Layout, window: int | None, sinks: int) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
+def made_block_mask(seq: Layout, window: int | None, sinks: int) -> Any:
+    """The layout's one BlockMask for this window, made at its first use: best before a graph that needs it."""
+    made = seq.made(("flex", window, sinks))
+    return _make_block_mask(seq, window, sinks) if made is None else made
 
-    position_BT = seq.position_BT
-    begin_BT = torch.arange(seq.shape[1], device=position_BT.device) - position_BT
 
-    def allowed(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        causal = (begin_BT[b, t] == begin_BT[b, s]) & (s <= t)
-        return causal if window is None else causal & ((t - s < window) | (position_BT[b, s] < sinks))
+@outside_graphs
+def _make_block_mask(seq: Layout, window: int | None, sinks: int) -> Any:
+    return seq.table(("flex", window, sinks), lambda: block_mask(seq, window, sinks))
 
-    batch, time = seq.shape
-    return create_block_mask(allowed, batch, None, time, time, device=str(position_BT.device))
+
+def block_mask(seq: Layout, window: int | None, sinks: int) -> Any:
+    """Which of the document's tokens each sees, as blocks: nothing of size T × T is ever made, the host never waits.
+
+    Token t sees [begin, sinks' end) and [low, t], the second beginning at its document or at its window. The numbers
+    lie in tensors, so that kernels compiled for one window serve another.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    time = seq.shape[1]
+    index_T = torch.arange(time, device=seq.position_BT.device)
+    begin_BT = (index_T - seq.position_BT).int()
+    low_BT = begin_BT if window is None else torch.maximum(begin_BT, (index_T - window + 1).int())
+    sinks_end_BT = None if window is None or not sinks else begin_BT + sinks
+    partial, full = (_ordered(x) for x in _blocks(begin_BT, low_BT, sinks_end_BT))
+    rule = _allowed(begin_BT, low_BT, sinks_end_BT)
+    return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=(time, time))
+
+
+def _allowed(begin_BT: Tensor, low_BT: Tensor, sinks_end_BT: Tensor | None) -> Any:
+    def band(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return (s >= low_BT[b, t]) & (s <= t)
+
+    if sinks_end_BT is None:
+        return band
+
+    def band_and_sinks(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return ((s >= low_BT[b, t]) | ((s >= begin_BT[b, t]) & (s < sinks_end_BT[b, t]))) & (s <= t)
+
+    return band_and_sinks
+
+
+def _blocks(begin_BT: Tensor, low_BT: Tensor, sinks_end_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(B, 1, N, N) bools: blocks of queries (rows) that see some, and all, of a block of keys.
+
+    Neither end of what a token sees moves back from one token to the next, so the first and the last of a block of
+    queries decide. Blocks full of sinks count as partly seen, which costs little.
+    """
+    time = low_BT.shape[1]
+    first_N = torch.arange(0, time, BLOCK, device=low_BT.device)
+    last_N = (first_N + BLOCK - 1).clamp(max=time - 1)
+    earlier_NM = first_N[:, None] > first_N
+    key_end_M = first_N + BLOCK  # one past the last key
+    seen_BNM = earlier_NM & (low_BT[:, first_N, None] < key_end_M)
+    full_BNM = earlier_NM & (low_BT[:, last_N, None] <= first_N)
+    if sinks_end_BT is not None:
+        begin_BN1, end_BN1 = begin_BT[:, first_N, None], sinks_end_BT[:, first_N, None]
+        seen_BNM = seen_BNM | (earlier_NM & (begin_BN1 < key_end_M) & (end_BN1 > first_N))
+    own_NM = first_N[:, None] == first_N
+    return ((seen_BNM & ~full_BNM) | own_NM)[:, None], full_BNM[:, None]
+
+
+def _ordered(blocks_B1NM: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks each row has, and their columns in front of the others', both int32."""
+    columns = blocks_B1NM.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks_B1NM.sum(dim=-1, dtype=torch.int32), columns.int()

@@ -1,0 +1,148 @@
+"""What CUDA's attention is made of, as far as a CPU can tell: masks by blocks, widths, the kernels that are allowed."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
+from torch.nn.attention.flex_attention import flex_attention as uncompiled
+
+from swamla.errors import ConfigError, MissingBackendError, UsageError
+from swamla.model.mixers.mha import MHAConfig
+from swamla.model.mixers.swa import SWAConfig
+from swamla.ops import causal_attention
+from swamla.ops.attention import cudnn, flex, resolve_backend
+from swamla.ops.attention.reference import allowed_mask, reference_attention
+from swamla.ops.layout import Layout
+
+from .attention_checks import documents, random_inputs, random_layout, with_gradients
+
+WINDOWS = [(None, 0), (64, 0), (64, 4), (200, 130), (1, 1)]
+LAYOUTS = {
+    "one short row": documents([2]),
+    "a block": documents([128]),
+    "a block and a token": documents([129]),
+    "documents that end with blocks": documents([128, 128, 256], [512]),
+    "many": random_layout(0, time=640),
+    "padding": random_layout(6, time=300),
+    "ids that come back": Layout.from_documents(torch.tensor([[0] * 150 + [1] * 100 + [0] * 150])),
+}
+each_layout = pytest.mark.parametrize("seq", LAYOUTS.values(), ids=LAYOUTS.keys())
+each_window = pytest.mark.parametrize(("window", "sinks"), WINDOWS)
+
+
+@each_layout
+@each_window
+def test_a_block_mask_has_the_blocks_in_which_something_is_allowed_and_its_rule_is_the_mask(seq, window, sinks):
+    mask = flex.block_mask(seq, window, sinks)
+    exact_BTS = allowed_mask(seq, window=window, sinks=sinks)
+    time = seq.shape[1]
+    rest = -time % flex.BLOCK
+    blocks = F.pad(exact_BTS, (0, rest, 0, rest)).unflatten(2, (-1, flex.BLOCK)).unflatten(1, (-1, flex.BLOCK))
+    assert torch.equal(mask.to_dense()[:, 0].bool(), blocks.any(4).any(2))
+    index_T = torch.arange(time)
+    for row in range(seq.shape[0]):
+        rule_TS = mask.mask_mod(torch.tensor(row), torch.tensor(0), index_T[:, None], index_T)
+        assert torch.equal(rule_TS, exact_BTS[row])
+
+
+@each_layout
+@each_window
+def test_a_block_that_skips_the_rule_is_allowed_altogether(seq, window, sinks):
+    mask = flex.block_mask(seq, window, sinks)
+    exact_BTS = allowed_mask(seq, window=window, sinks=sinks)
+    for row in range(seq.shape[0]):
+        for block, count in enumerate(mask.full_kv_num_blocks[row, 0].tolist()):
+            for column in mask.full_kv_indices[row, 0, block, :count].tolist():
+                queries, keys = (slice(n * flex.BLOCK, (n + 1) * flex.BLOCK) for n in (block, column))
+                assert exact_BTS[row, queries, keys].all()
+
+
+def test_the_middle_of_a_wide_window_skips_the_rule():
+    counts = flex.block_mask(documents([1024]), 512, 4).full_kv_num_blocks[0, 0]
+    assert counts.tolist() == [0, 1, 2, 3, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize(("key", "value"), [(24, 16), (8, 4)])
+def test_flex_attention_under_the_block_mask_is_the_reference(monkeypatch, key, value):
+    monkeypatch.setattr(flex, "_compiled", lambda: uncompiled)
+    seq = random_layout(3, time=300)
+    q, k, v = (x.detach() for x in random_inputs(seq, heads=4, groups=2, key=key, value=value))
+    for window, sinks in WINDOWS[:3]:
+        o = flex.flex_attention(q, k, v, seq, window=window, sinks=sinks, scale=0.3)
+        expected = reference_attention(q, k, v, allowed_mask(seq, window=window, sinks=sinks), scale=0.3)
+        torch.testing.assert_close(o, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_layers_of_one_window_share_one_block_mask():
+    seq = documents([100, 100])
+    assert flex.made_block_mask(seq, 64, 4) is flex.made_block_mask(seq, 64, 4)
+    assert flex.made_block_mask(seq, 64, 4) is not flex.made_block_mask(seq, 32, 4)
+
+
+@pytest.mark.parametrize(("key", "value"), [(192, 128), (64, 64), (36, 20), (4, 8)])
+@pytest.mark.parametrize("groups", [4, 2])
+def test_fused_attention_of_any_widths_and_groups_is_the_reference(monkeypatch, key, value, groups):
+    monkeypatch.setattr(cudnn, "KERNELS", [SDPBackend.MATH])  # the CPU's
+    seq = documents([33], [33])
+    inputs = random_inputs(seq, heads=4, groups=groups, key=key, value=value)
+
+    def fused(q, k, v, seq):
+        return cudnn.cudnn_causal_attention(q, k, v, seq, scale=key**-0.5)
+
+    def reference(q, k, v, seq):
+        return causal_attention(q, k, v, seq, backend="reference")
+
+    for found, expected in zip(with_gradients(fused, inputs, seq), with_gradients(reference, inputs, seq), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_whole_rows_go_to_cudnn_or_the_efficient_kernel_and_to_no_other(monkeypatch):
+    enabled = []
+
+    def recorded(q, k, v, **options):
+        backends = torch.backends.cuda
+        enabled.append((backends.cudnn_sdp_enabled(), backends.mem_efficient_sdp_enabled()))
+        enabled.append((backends.flash_sdp_enabled(), backends.math_sdp_enabled()))
+        assert options == {"is_causal": True, "scale": 0.5}
+        assert (q.shape[-1], v.shape[-1]) == (24, 16)
+        return v
+
+    monkeypatch.setattr(cudnn, "scaled_dot_product_attention", recorded)
+    seq = documents([5])
+    q, k, v = random_inputs(seq, key=20, value=10)
+    assert cudnn.cudnn_causal_attention(q, k, v, seq, scale=0.5).shape == v.shape
+    assert enabled == [(True, True), (False, False)]
+    assert torch.backends.cuda.math_sdp_enabled()
+
+
+def test_packed_rows_go_to_flex(monkeypatch):
+    monkeypatch.setattr(cudnn, "flex_attention", lambda q, k, v, seq, **options: options)
+    seq = documents([5, 4])
+    options = {"window": None, "sinks": 0, "scale": 0.5}
+    assert cudnn.cudnn_causal_attention(*random_inputs(seq), seq, scale=0.5) == options
+
+
+def test_auto_on_cuda_is_cudnn_for_causal_and_flex_for_windowed_attention():
+    assert resolve_backend("auto", "cuda") == "cudnn"
+    assert resolve_backend("auto", "cuda", windowed=True) == "flex"
+    assert MHAConfig(n_heads=2).backends(torch.device("cuda")) == {"attention": "cudnn"}
+    assert SWAConfig(n_heads=2).backends(torch.device("cuda")) == {"attention": "flex"}
+    for windowed in (False, True):
+        assert resolve_backend("auto", "cpu", windowed=windowed) == "torch"
+
+
+def test_cudnn_is_refused_without_cuda_and_for_windows():
+    seq = documents([3])
+    with pytest.raises(MissingBackendError, match=r'"cudnn" needs a CUDA device.*use "torch"'):
+        causal_attention(*random_inputs(seq), seq, backend="cudnn")
+    with pytest.raises(UsageError, match=r"'cudnn': windowed attention has 'auto', 'reference', 'torch', 'flex'$"):
+        resolve_backend("cudnn", "cuda", windowed=True)
+    with pytest.raises(ConfigError, match=r"backend = 'cudnn': must be one of auto, reference, torch, flex$"):
+        SWAConfig(n_heads=2, backend="cudnn")
+
+
+def test_doubles_are_refused_with_what_takes_them():
+    for lengths in ([5], [3, 2]):
+        seq = documents(lengths)
+        with pytest.raises(UsageError, match='takes no float64: use "torch" or "reference"'):
+            cudnn.cudnn_causal_attention(*random_inputs(seq, dtype=torch.float64), seq, scale=1.0)
