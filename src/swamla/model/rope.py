@@ -10,6 +10,9 @@ from torch import Tensor
 from swamla.errors import require
 from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import Layout
+from swamla.ops.rotary import rotate
+
+__all__ = ["LinearScaling", "RopeConfig", "YarnScaling", "rotate"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,12 +124,3 @@ class RopeConfig:
             return angle.cos() * factor, angle.sin() * factor
 
         return seq.table(("rope", self, head_dim), make)
-
-
-def rotate(x_BTHK: Tensor, tables: tuple[Tensor, Tensor], layout: str) -> Tensor:
-    """Turn each pair of x (B, T, H, K) by the angles of its position; same shape and dtype out."""
-    cos, sin = tables
-    halves = x_BTHK.unflatten(-1, (2, -1) if layout == "half" else (-1, 2))
-    first, second = halves.unbind(-2 if layout == "half" else -1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return torch.stack(turned, dim=-2 if layout == "half" else -1).flatten(-2).to(x_BTHK.dtype)

@@ -1,0 +1,84 @@
+"""Rotary positions (RoFormer, arXiv 2104.09864): turn pairs of a head's elements by the angles of their position."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from swamla.ops.graphs import outside_graphs
+
+CPU_BLOCK = 200_000  # elements turned at a time on a CPU: in fp32, with their partners, they stay in the cache
+
+Tables = tuple[Tensor, Tensor]
+
+
+def rotate(x_BTHK: Tensor, tables: Tables, layout: str) -> Tensor:
+    """Turn the last elements of each head, as many as there are angles for; same shape and dtype out, fp32 inside.
+
+    tables: cos and sin, each (B or 1, T, 1, pairs). layout: "half" pairs the turned element i with i + pairs,
+    "interleaved" 2i with 2i + 1. What stands in a head before the last 2 · pairs elements passes as it is.
+    """
+    cos, sin = (_both(table, layout) for table in tables)
+    sin = _partners(sin, layout, sign=-1)
+    if x_BTHK.device.type == "cpu":
+        return _in_blocks(x_BTHK, cos, sin, layout)
+    still, turned = x_BTHK.split((x_BTHK.shape[-1] - cos.shape[-1], cos.shape[-1]), dim=-1)
+    wide = turned.to(torch.promote_types(x_BTHK.dtype, torch.float32))
+    return torch.cat((still, (wide * cos + _partners(wide, layout) * sin).to(x_BTHK.dtype)), dim=-1)
+
+
+def reference_rotate(x_BTHK: Tensor, tables: Tables, layout: str) -> Tensor:
+    """(a, b) ↦ (a cos − b sin, b cos + a sin) for each pair of x (B, T, H, 2 · pairs)."""
+    cos, sin = tables
+    pairs = x_BTHK.unflatten(-1, (2, -1) if layout == "half" else (-1, 2))
+    a, b = pairs.unbind(-2 if layout == "half" else -1)
+    turned = (a * cos - b * sin, b * cos + a * sin)
+    return torch.stack(turned, dim=-2 if layout == "half" else -1).flatten(-2).to(x_BTHK.dtype)
+
+
+def _both(table: Tensor, layout: str) -> Tensor:
+    """A pair's number for both of its elements."""
+    return torch.cat((table, table), dim=-1) if layout == "half" else table.repeat_interleave(2, dim=-1)
+
+
+def _partners(x: Tensor, layout: str, sign: int = 1) -> Tensor:
+    """Each element's partner; of the partners that come second, `sign` times it."""
+    if layout == "half":
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((b if sign == 1 else b * sign, a), dim=-1)
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((b if sign == 1 else b * sign, a), dim=-1).flatten(-2)
+
+
+@outside_graphs
+def _in_blocks(x_BTHK: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
+    return _Rotate.apply(x_BTHK, cos, sin, layout)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BTHK: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.layout = layout
+        return _turn(x_BTHK, cos, sin, layout)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BTHK: Tensor) -> tuple[Tensor | None, ...]:
+        """The rotation the other way round."""
+        cos, sin = ctx.saved_tensors
+        return _turn(grad_BTHK, cos, -sin, ctx.layout), None, None, None
+
+
+def _turn(x_BTHK: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
+    y_BTHK = torch.empty_like(x_BTHK, memory_format=torch.contiguous_format)
+    still, (batch, time, heads, _) = x_BTHK.shape[-1] - cos.shape[-1], x_BTHK.shape
+    y_BTHK[..., :still] = x_BTHK[..., :still]
+    size = max(1, CPU_BLOCK // (batch * heads * cos.shape[-1]))
+    for start in range(0, time, size):
+        part = slice(start, start + size)
+        wide = x_BTHK[:, part, :, still:].to(torch.promote_types(x_BTHK.dtype, cos.dtype))
+        partners = _partners(wide, layout)
+        y_BTHK[:, part, :, still:] = (wide * cos[:, part]).addcmul_(partners, sin[:, part])
+    return y_BTHK
