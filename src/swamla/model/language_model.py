@@ -22,16 +22,39 @@ OUTPUT_PROJECTIONS = ("o_proj.weight", ".down_proj.weight", "experts.down")
 
 @dataclass
 class ModelState:
-    """What the model remembers of a batch of sequences: one state a layer, and how many tokens each row holds."""
+    """What the model remembers of a batch of sequences: one state a layer, and how many tokens each row holds.
+
+    held: that number where it is one for all rows, known without asking the device; None where rows differ.
+    """
 
     layers: list[State]
     length_B: Tensor
     max_len: int
+    held: int | None = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes held by all layers, exactly what `accounting.state_bytes` predicts."""
         return sum(layer.nbytes for layer in self.layers)
+
+    def following(self, tokens_BT: Tensor, valid_BT: Tensor | None) -> Layout:
+        """The layout of new tokens behind those held; `valid_BT` marks what is not padding (None: there is none)."""
+        if self.held is not None and valid_BT is None:
+            batch, time = tokens_BT.shape
+            return Layout.continuing_level(self.held, batch, time, device=tokens_BT.device)
+        if valid_BT is None:
+            valid_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
+        return Layout.continuing(self.length_B, valid_BT)
+
+    def advance(self, time: int, valid_BT: Tensor | None) -> None:
+        """Count `time` new tokens a row, or those of them that are no padding."""
+        if valid_BT is None:
+            self.length_B += time
+            self.held = None if self.held is None else self.held + time
+        else:
+            self.length_B += valid_BT.sum(dim=1)
+            lengths = self.length_B.tolist()
+            self.held = lengths[0] if len(set(lengths)) == 1 else None
 
 
 class LanguageModel(nn.Module):
@@ -151,16 +174,20 @@ class LanguageModel(nn.Module):
         valid_BT marks tokens that count (default all); padding may stand only at the end of a row, and its logits
         mean nothing, but it needs room as tokens do. UsageError when the state is full.
         """
-        if valid_BT is None:
-            valid_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
-        seq = Layout.continuing(state.length_B, valid_BT)
+        return self.head(self.read(tokens_BT, state, valid_BT))
+
+    def read(self, tokens_BT: Tensor, state: ModelState, valid_BT: Tensor | None = None) -> Tensor:
+        """`step` as far as the head, of what it sees (B, T, D): of a long prompt only the last logits are wanted."""
+        if valid_BT is not None and bool(valid_BT.all()):
+            valid_BT = None
+        seq = state.following(tokens_BT, valid_BT)
         if seq.end > state.max_len:
             raise UsageError(f"{seq.end} tokens do not fit a state made for {state.max_len}")
         x_BTD = self._embed(tokens_BT, seq)
         for block, layer in zip(self.blocks, state.layers, strict=True):
             x_BTD = block.step(x_BTD, layer, seq)
-        state.length_B += valid_BT.sum(dim=1)
-        return self.head(self.norm(x_BTD))
+        state.advance(tokens_BT.shape[1], valid_BT)
+        return self.norm(x_BTD)
 
     def generate(
         self,

@@ -1,7 +1,7 @@
 """Choosing the next token, and generating token by token with a constant-size state."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,8 @@ from swamla.errors import UsageError, require
 if TYPE_CHECKING:
     from swamla.model.language_model import LanguageModel, ModelState
 
-PREFILL_PIECE = 512  # tokens of a prompt taken at once: bounds the attention mask at 512 × prompt length
+PREFILL_PIECE = 4096  # tokens of prompts taken at once: bounds the activations
+MASKED_PIECE = 512  # of a row, where some have ended: bounds the attention mask at 512 × prompt length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,17 +118,24 @@ def prefill(model: "LanguageModel", prompts: Sequence[Sequence[int]], state: "Mo
         tokens_BT[row, : len(prompt)] = torch.tensor(prompt)
     tokens_BT = tokens_BT.to(model.device)
     valid_BT = torch.arange(longest, device=model.device) < lengths_B[:, None]
-    last_BV: Tensor | None = None
-    for begin in range(0, longest, PREFILL_PIECE):
-        piece = slice(begin, begin + PREFILL_PIECE)
-        logits_BTV = model.step(tokens_BT[:, piece], state, valid_BT[:, piece])
-        last_B = lengths_B - 1 - begin
-        ends_here_B = (last_B >= 0) & (last_B < logits_BTV.shape[1])
-        index_B = last_B.clamp(0, logits_BTV.shape[1] - 1)
-        found_BV = logits_BTV[torch.arange(len(prompts), device=model.device), index_B]
-        last_BV = found_BV if last_BV is None else torch.where(ends_here_B[:, None], found_BV, last_BV)
-    assert last_BV is not None
-    return last_BV
+    last_BD = torch.zeros(len(prompts), model.config.width, dtype=model.embedding.weight.dtype, device=model.device)
+    for begin, end in _pieces(int(lengths_B.min()), longest, len(prompts)):
+        x_BTD = model.read(tokens_BT[:, begin:end], state, valid_BT[:, begin:end])
+        index_B = lengths_B - 1 - begin
+        ends_here_B = (index_B >= 0) & (index_B < x_BTD.shape[1])
+        found_BD = x_BTD[torch.arange(len(prompts), device=model.device), index_B.clamp(0, x_BTD.shape[1] - 1)]
+        last_BD = torch.where(ends_here_B[:, None], found_BD, last_BD)
+    return model.head(last_BD)
+
+
+def _pieces(shortest: int, longest: int, batch: int) -> Iterator[tuple[int, int]]:
+    """Where prompts are cut: large pieces as long as no row has ended, and then small ones, which need masks."""
+    large = max(1, PREFILL_PIECE // batch)
+    for begin in range(0, shortest, large):
+        yield begin, min(begin + large, shortest)
+    small = min(large, MASKED_PIECE)
+    for begin in range(shortest, longest, small):
+        yield begin, min(begin + small, longest)
 
 
 def _check(model: "LanguageModel", prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -21,15 +21,24 @@ class Layout:
     documents of `length` tokens, so that equal neighbours can be computed as one batch.
     continues: the tokens follow others already held in a state, so that rows may start at different positions.
     whole_rows: every row is one document, so that no mask but the causal one is needed.
+    held: how many tokens the state of every row holds already, where that is one number and no token is padding; the
+    mixers then need no masks, and nobody has to ask the device. None where rows differ, or nobody knows.
     """
 
     def __init__(
-        self, document_BT: Tensor, position_BT: Tensor, runs: tuple[tuple[int, int], ...], *, continues: bool = False
+        self,
+        document_BT: Tensor,
+        position_BT: Tensor,
+        runs: tuple[tuple[int, int], ...],
+        *,
+        continues: bool = False,
+        held: int | None = None,
     ) -> None:
         self.document_BT = document_BT
         self.position_BT = position_BT
         self.runs = runs
         self.continues = continues
+        self.held = held
         self.whole_rows = runs == (self.shape,)  # kept, as a compiled graph may ask this and must not hang on `runs`
         self._tables: dict[Hashable, Any] = {}
 
@@ -64,6 +73,13 @@ class Layout:
         document_BT = torch.where(valid_BT, 0, PADDING)
         return cls(document_BT, position_BT, ((batch, time),), continues=True)
 
+    @classmethod
+    def continuing_level(cls, held: int, batch: int, time: int, device: torch.device | str | None = None) -> "Layout":
+        """`continuing`, where every row holds `held` tokens already and none of the new ones is padding."""
+        position_BT = torch.arange(held, held + time, device=device).expand(batch, time)
+        document_BT = torch.zeros(batch, time, dtype=torch.int64, device=device)
+        return cls(document_BT, position_BT, ((batch, time),), continues=True, held=held)
+
     @property
     def shape(self) -> tuple[int, int]:
         """(B, T)."""
@@ -71,7 +87,12 @@ class Layout:
 
     @property
     def end(self) -> int:
-        """One past the largest position: how many tokens of a state these reach back over (waits for the device)."""
+        """One past the largest position: how many tokens of a state these reach back over.
+
+        Waits for the device, unless it is known what the rows hold.
+        """
+        if self.held is not None:
+            return self.held + self.shape[1]
         return self.table("end", lambda: int(self.position_BT.max()) + 1)
 
     @property
@@ -92,4 +113,4 @@ class Layout:
     def to(self, device: torch.device | str) -> "Layout":
         """The same layout with its tensors on `device`."""
         document_BT, position_BT = self.document_BT.to(device), self.position_BT.to(device)
-        return Layout(document_BT, position_BT, self.runs, continues=self.continues)
+        return Layout(document_BT, position_BT, self.runs, continues=self.continues, held=self.held)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla.errors import require
-from swamla.model.mixers.mha import causal_mask
-from swamla.model.mixers.mixer import Mixer, State, write_at
+from swamla.model.mixers.mixer import Mixer, State, absorb, append, attend_to_held, causal_mask, expansion_pays_from
 from swamla.ops import cached_attention, causal_attention
 from swamla.ops.attention import BACKENDS, resolve_backend
 from swamla.ops.layout import Layout
@@ -97,6 +96,7 @@ class LatentAttention(Mixer[LatentState]):
         self.qc_proj = nn.Linear(width, 2 * self.latent_dim, bias=config.bias)
         self.kv_proj = nn.Linear(self.latent_dim, self.latent_dim + width, bias=config.bias)
         self.o_proj = nn.Linear(width, width, bias=config.bias)
+        self.expand_from = expansion_pays_from(self.latent_dim, self.key_dim + width // config.n_heads)
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (B, T, H, K) and the latent (B, T, R)."""
@@ -118,16 +118,17 @@ class LatentAttention(Mixer[LatentState]):
 
     def step(self, x_BTD: Tensor, state: LatentState, seq: Layout) -> Tensor:
         q, latent = self.project(x_BTD)
-        write_at(state.latent_BSR, seq.position_BT, latent)  # padding too, see MHA
+        append(state.latent_BSR, latent, seq)
+        held = state.latent_BSR[:, : seq.end].to(q.dtype)
+        if seq.held is not None and x_BTD.shape[1] >= self.expand_from:
+            k, v = self.expand(held)
+            return self.o_proj(attend_to_held(q, k, v, seq, backend=self.config.backend).flatten(2))
         # W_k and W_v, (H, K, R) and (H, V, R): scores = (W_kᵀ q) · c and outputs = W_v (Σ p c) + b_v.
         w_k, w_v = (
             part.unflatten(0, (self.config.n_heads, -1)).to(q.dtype)
             for part in self.kv_proj.weight.split((self.latent_dim, self.width))
         )
-        seen = seq.end
-        held = state.latent_BSR[:, :seen].to(q.dtype).unsqueeze(2)
-        allowed = seq.table("causal", lambda: causal_mask(seq, seen))
-        q = torch.einsum("bthk,hkr->bthr", q, w_k)
-        o = cached_attention(q, held, held, allowed, scale=self.key_dim**-0.5)
-        o_BTD = torch.einsum("bthr,hvr->bthv", o, w_v).flatten(2)
+        latent_heads = held.unsqueeze(2)
+        o = cached_attention(absorb(q, w_k), latent_heads, latent_heads, causal_mask(seq), scale=self.key_dim**-0.5)
+        o_BTD = absorb(o, w_v.mT).flatten(2)
         return self.o_proj(o_BTD if self.kv_proj.bias is None else o_BTD + self.kv_proj.bias[self.latent_dim :])

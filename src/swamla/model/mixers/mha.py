@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from swamla.errors import require
-from swamla.model.mixers.mixer import Mixer, State, write_at
+from swamla.model.mixers.mixer import Mixer, State, append, attend_to_held
 from swamla.model.rope import RopeConfig, rotate
-from swamla.ops import cached_attention, causal_attention
+from swamla.ops import causal_attention
 from swamla.ops.attention import BACKENDS, resolve_backend
 from swamla.ops.layout import Layout
 
@@ -129,15 +129,7 @@ class MHA(Mixer[KVState]):
 
     def step(self, x_BTD: Tensor, state: KVState, seq: Layout) -> Tensor:
         q, k, v = self.project(x_BTD, seq)
-        write_at(state.k_BSGK, seq.position_BT, k)  # padding too: it lies behind a row's end, unseen until overwritten
-        write_at(state.v_BSGK, seq.position_BT, v)
-        seen = seq.end
-        allowed_BTS = seq.table("causal", lambda: causal_mask(seq, seen))
-        o = cached_attention(q, state.k_BSGK[:, :seen].to(q.dtype), state.v_BSGK[:, :seen].to(q.dtype), allowed_BTS)
-        return self.o_proj(o.flatten(2))
-
-
-def causal_mask(seq: Layout, seen: int) -> Tensor:
-    """(B, T, seen): which of the first `seen` tokens of a state each new token may see, itself included."""
-    slot_S = torch.arange(seen, device=seq.position_BT.device)
-    return slot_S <= seq.position_BT[:, :, None]
+        append(state.k_BSGK, k, seq)
+        append(state.v_BSGK, v, seq)
+        held_k, held_v = state.k_BSGK[:, : seq.end].to(q.dtype), state.v_BSGK[:, : seq.end].to(q.dtype)
+        return self.o_proj(attend_to_held(q, held_k, held_v, seq, backend=self.config.backend).flatten(2))

@@ -1,5 +1,6 @@
 """What every sequence mixer offers, and the state it keeps between steps."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Generic, TypeVar
@@ -7,6 +8,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from swamla.ops import cached_attention, causal_attention
 from swamla.ops.layout import Layout
 
 
@@ -46,7 +48,53 @@ class Mixer(nn.Module, ABC, Generic[S]):
         """
 
 
+def append(cache_BSX: Tensor, new_BTX: Tensor, seq: Layout) -> None:
+    """Write new tokens to where a cache of all tokens keeps them, in place.
+
+    Padding too: it lies behind a row's end, where nobody looks before it is overwritten.
+    """
+    if seq.held is not None:
+        cache_BSX[:, seq.held : seq.end] = new_BTX
+    else:
+        write_at(cache_BSX, seq.position_BT, new_BTX)
+
+
 def write_at(cache_BSX: Tensor, index_BT: Tensor, new_BTX: Tensor) -> None:
     """cache[b, index[b, t]] = new[b, t], in place; the indices of a row must differ."""
     row_B1 = torch.arange(cache_BSX.shape[0], device=cache_BSX.device)[:, None]
     cache_BSX[row_B1, index_BT] = new_BTX.to(cache_BSX.dtype)
+
+
+def attend_to_held(
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, seq: Layout, *, scale: float | None = None, backend: str
+) -> Tensor:
+    """(B, T, H, V): new tokens attend to the first `seq.end` tokens of a state, themselves included."""
+    if seq.held == 0 and q_BTHK.shape[1] > 1:
+        return causal_attention(q_BTHK, k_BSGK, v_BSGV, seq, scale=scale, backend=backend)
+    return cached_attention(q_BTHK, k_BSGK, v_BSGV, causal_mask(seq), scale=scale)
+
+
+def causal_mask(seq: Layout) -> Tensor | None:
+    """(B, T, seq.end): which held tokens each new one may see; None where the rows are level: all but later ones."""
+    return None if seq.held is not None else seq.table("causal", lambda: _causal_mask(seq))
+
+
+def _causal_mask(seq: Layout) -> Tensor:
+    slot_S = torch.arange(seq.end, device=seq.position_BT.device)
+    return slot_S <= seq.position_BT[:, :, None]
+
+
+def expansion_pays_from(rank: int, made: int) -> float:
+    """How many new tokens it takes until expanding all held latents costs less than to attend to the latents.
+
+    rank: width of the latent. made: numbers of a key and a value that a head makes of it. Attending to latents costs
+    2 · rank products a query and key (score and sum) instead of `made`; an expansion rank · made, once a key.
+    """
+    return rank * made / (2 * rank - made) if made < 2 * rank else math.inf
+
+
+def absorb(x_BTHX: Tensor, weight_HXR: Tensor) -> Tensor:
+    """Each head's vectors times its own matrix: (B, T, H, X) → (B, T, H, R)."""
+    batch, time, heads, width = x_BTHX.shape
+    x_HNX = x_BTHX.reshape(batch * time, heads, width).transpose(0, 1)
+    return torch.bmm(x_HNX, weight_HXR).transpose(0, 1).view(batch, time, heads, -1)

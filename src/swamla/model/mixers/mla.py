@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla.errors import require
-from swamla.model.mixers.mha import causal_mask
-from swamla.model.mixers.mixer import Mixer, State, write_at
+from swamla.model.mixers.mixer import Mixer, State, absorb, append, attend_to_held, causal_mask, expansion_pays_from
 from swamla.model.norm import RMSNorm
 from swamla.model.rope import RopeConfig, rotate
 from swamla.ops import cached_attention, causal_attention
@@ -120,27 +119,20 @@ class MLA(Mixer[MLAState]):
         expanded = config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, expanded, bias=False)
         self.o_proj = nn.Linear(config.n_heads * config.v_head_dim, width, bias=False)
+        self.expand_from = expansion_pays_from(config.kv_lora_rank, config.qk_nope_head_dim + config.v_head_dim)
 
     def project(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q_nope (B, T, H, nope), q_rope (B, T, H, rope), latent (B, T, R), k_rope (B, T, 1, rope)."""
-        parts = (self.config.qk_nope_head_dim, self.config.qk_rope_head_dim)
-        return *self.queries(x_BTD, seq).split(parts, dim=-1), *self.compress(x_BTD, seq)
-
-    def queries(self, x_BTD: Tensor, seq: Layout) -> Tensor:
-        """(B, T, H, nope + rope), of which the rotary part is turned."""
         config = self.config
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if config.q_lora_rank else self.q_proj(x_BTD)
-        return self._turned(q.unflatten(-1, (config.n_heads, -1)), seq)
-
-    def compress(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Tensor]:
-        """The latent (B, T, R), and the rotary key (B, T, 1, rope) that all heads share."""
-        config = self.config
+        q_nope, q_rope = q.unflatten(-1, (config.n_heads, -1)).split(
+            (config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1
+        )
         latent, k_rope = self.kv_a_proj_with_mqa(x_BTD).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        return self.kv_a_layernorm(latent), self._turned(k_rope.unsqueeze(2), seq)
-
-    def _turned(self, x_BTHK: Tensor, seq: Layout) -> Tensor:
-        config = self.config
-        return rotate(x_BTHK, config.rope.tables(seq, config.qk_rope_head_dim), config.rope.layout)
+        tables = config.rope.tables(seq, config.qk_rope_head_dim)
+        q_rope = rotate(q_rope, tables, config.rope.layout)
+        k_rope = rotate(k_rope.unsqueeze(2), tables, config.rope.layout)
+        return q_nope, q_rope, self.kv_a_layernorm(latent), k_rope
 
     def expand(self, latent_BTR: Tensor, k_rope_BT1K: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (B, T, H, nope + rope) and values (B, T, H, V) of every head."""
@@ -150,8 +142,9 @@ class MLA(Mixer[MLAState]):
         return torch.cat((k_nope, k_rope_BT1K.expand(-1, -1, config.n_heads, -1).to(k_nope.dtype)), dim=-1), v
 
     def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
-        q = self.queries(x_BTD, seq)
-        k, v = self.expand(*self.compress(x_BTD, seq))
+        q_nope, q_rope, latent, k_rope = self.project(x_BTD, seq)
+        k, v = self.expand(latent, k_rope)
+        q = torch.cat((q_nope, q_rope), dim=-1)
         o = causal_attention(q, k, v, seq, scale=self.config.scale, backend=self.config.backend)
         return self.o_proj(o.flatten(2))
 
@@ -162,14 +155,17 @@ class MLA(Mixer[MLAState]):
     def step(self, x_BTD: Tensor, state: MLAState, seq: Layout) -> Tensor:
         config = self.config
         q_nope, q_rope, latent, k_rope = self.project(x_BTD, seq)
-        entry_BTR = torch.cat((latent, k_rope.squeeze(2).to(latent.dtype)), dim=-1)
-        write_at(state.latent_BSR, seq.position_BT, entry_BTR)  # padding too, see MHA
+        append(state.latent_BSR, torch.cat((latent, k_rope.squeeze(2).to(latent.dtype)), dim=-1), seq)
+        held = state.latent_BSR[:, : seq.end].to(q_nope.dtype)
+        if seq.held is not None and x_BTD.shape[1] >= self.expand_from:
+            k, v = self.expand(held[..., : config.kv_lora_rank], held[..., None, config.kv_lora_rank :])
+            q = torch.cat((q_nope, q_rope), dim=-1)
+            o = attend_to_held(q, k, v, seq, scale=config.scale, backend=config.backend)
+            return self.o_proj(o.flatten(2))
         # W_kb and W_vb, (H, nope, R) and (H, V, R): scores = (W_kbᵀ q) · c and outputs = W_vb (Σ p c).
         w_HXR = self.kv_b_proj.weight.unflatten(0, (config.n_heads, -1)).to(q_nope.dtype)
         w_kb, w_vb = w_HXR.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
-        q = torch.cat((torch.einsum("bthk,hkr->bthr", q_nope, w_kb), q_rope), dim=-1)
-        seen = seq.end
-        held = state.latent_BSR[:, :seen].to(q.dtype).unsqueeze(2)
-        allowed = seq.table("causal", lambda: causal_mask(seq, seen))
-        o = cached_attention(q, held, held[..., : config.kv_lora_rank], allowed, scale=config.scale)
-        return self.o_proj(torch.einsum("bthr,hvr->bthv", o, w_vb).flatten(2))
+        q = torch.cat((absorb(q_nope, w_kb), q_rope), dim=-1)
+        latents = held.unsqueeze(2)
+        o = cached_attention(q, latents, latents[..., : config.kv_lora_rank], causal_mask(seq), scale=config.scale)
+        return self.o_proj(absorb(o, w_vb.mT).flatten(2))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from swamla.errors import require
@@ -81,9 +82,64 @@ class SWA(MHA):
 
     def step(self, x_BTD: Tensor, state: KVState, seq: Layout) -> Tensor:
         q, k, v = self.project(x_BTD, seq)
-        pieces = range(0, x_BTD.shape[1], self.config.window)  # within a window no two tokens share a slot of the ring
+        time = x_BTD.shape[1]
+        if seq.held is not None and time == 1:
+            return self.o_proj(self._step_one(q, k, v, state, seq.held).flatten(2))
+        if seq.held is not None and (seq.held == 0 or time >= self.config.window):
+            return self.o_proj(self._step_many(q, k, v, state, seq.held, seq).flatten(2))
+        pieces = range(0, time, self.config.window)  # within a window no two tokens share a slot of the ring
         out = [self._step_piece(q, k, v, state, seq, begin, begin + self.config.window) for begin in pieces]
         return self.o_proj(torch.cat(out, dim=1).flatten(2))
+
+    def _step_one(self, q: Tensor, k: Tensor, v: Tensor, state: KVState, held: int) -> Tensor:
+        """A token takes the place of the one that has just left the window, and then sees all that is there."""
+        sinks, window = self.config.sinks, self.config.window
+        slot = held if held < sinks else sinks + (held - sinks) % window
+        state.k_BSGK[:, slot : slot + 1] = k
+        state.v_BSGK[:, slot : slot + 1] = v
+        filled = min(held + 1, sinks + window)
+        return cached_attention(q, state.k_BSGK[:, :filled].to(q.dtype), state.v_BSGK[:, :filled].to(q.dtype), None)
+
+    def _step_many(self, q: Tensor, k: Tensor, v: Tensor, state: KVState, held: int, seq: Layout) -> Tensor:
+        """Many tokens attend in bands, behind those that the ring holds put in order; then the last of them enter it.
+
+        Sinks that lie further back than the window stand right before it: farther from every query than the window
+        reaches all the same, so that the mask is that of a whole row.
+        """
+        config, batch = self.config, k.shape[0]
+        k_line = torch.cat((self._in_order(state.k_BSGK, held).to(k.dtype), k), dim=1)
+        v_line = torch.cat((self._in_order(state.v_BSGK, held).to(v.dtype), v), dim=1)
+        behind = k_line.shape[1] - k.shape[1]  # their queries are zeros, and what comes of them is left out
+        line = seq.table(("line", behind), lambda: Layout.one_document_per_row(batch, k_line.shape[1], device=k.device))
+        q_line = F.pad(q, (0, 0, 0, 0, behind, 0))
+        o = windowed_attention(
+            q_line, k_line, v_line, line, window=config.window, sinks=config.sinks, backend=config.backend
+        )
+        for ring, new in ((state.k_BSGK, k), (state.v_BSGK, v)):
+            self._enter(ring, new, held)
+        return o[:, behind:]
+
+    def _in_order(self, ring_BSGK: Tensor, held: int) -> Tensor:
+        """What the ring holds after `held` tokens: sinks, then the others from the oldest on."""
+        sinks, window = self.config.sinks, self.config.window
+        if held <= sinks + window:
+            return ring_BSGK[:, :held]
+        oldest = sinks + (held - sinks) % window
+        return torch.cat((ring_BSGK[:, :sinks], ring_BSGK[:, oldest:], ring_BSGK[:, sinks:oldest]), dim=1)
+
+    def _enter(self, ring_BSGK: Tensor, new_BTGK: Tensor, held: int) -> None:
+        """Write those of the tokens from position `held` on that stay: sinks, and the last `window` of the others."""
+        sinks, window = self.config.sinks, self.config.window
+        end = held + new_BTGK.shape[1]
+        if held < sinks:
+            last = min(sinks, end)
+            ring_BSGK[:, held:last] = new_BTGK[:, : last - held]
+        position = max(held, sinks, end - window)
+        while position < end:  # twice at most: up to the ring's end, and from its start
+            slot = (position - sinks) % window
+            count = min(end - position, window - slot)
+            ring_BSGK[:, sinks + slot : sinks + slot + count] = new_BTGK[:, position - held : position - held + count]
+            position += count
 
     def _step_piece(self, q: Tensor, k: Tensor, v: Tensor, state: KVState, seq: Layout, begin: int, end: int) -> Tensor:
         """New tokens [begin, end) see the ring as it was and each other, then enter it."""

@@ -4,25 +4,71 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+ROWS = 128  # queries of one block on a CPU: enough for the rate of its matmul
+SCORES = 4_000_000  # of one block: near the size of the caches
 
-def attend_to_cache(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, allowed_BTS: Tensor, *, scale: float) -> Tensor:
-    """Dense attention under an explicit mask; a query that may see nothing gives zeros.
 
-    The query heads that share a key head are stacked as rows of it, so that the cache is never copied per head.
+def attend_to_cache(
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, allowed_BTS: Tensor | None, *, scale: float
+) -> Tensor:
+    """Dense attention, (B, T, H, V): under a mask, where a query that may see nothing gives zeros; or without.
+
+    Without one the T queries are those of the last T of the S held tokens, and see all but later ones. The query heads
+    that share a key head are stacked as rows of it, so that the cache is never copied per head.
     """
-    time = q_BTHK.shape[1]
-    groups = k_BSGK.shape[2]
-    q_BGMK = q_BTHK.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    shared = q_BGMK.shape[2] // time
-    allowed_B1MS = allowed_BTS[:, None].expand(-1, shared, -1, -1).flatten(1, 2)[:, None]
+    time, groups = q_BTHK.shape[1], k_BSGK.shape[2]
+    q_BGRTK = q_BTHK.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
+    if allowed_BTS is None and time > 1:
+        if q_BTHK.device.type == "cpu":
+            return _in_blocks(q_BGRTK, k_BSGK, v_BSGV, scale)
+        held = k_BSGK.shape[1] - time
+        allowed_BTS = torch.ones(1, time, held + time, dtype=torch.bool, device=q_BTHK.device).tril(held)
+    shared = q_BGRTK.shape[2]
+    q_BGMK = q_BGRTK.flatten(2, 3)
+    allowed_B1MS = None
+    if allowed_BTS is not None:
+        allowed_B1MS = allowed_BTS[:, None].expand(-1, shared, -1, -1).flatten(1, 2)[:, None]
     if k_BSGK.shape[-1] == v_BSGV.shape[-1]:
         k_BGSK, v_BGSV = k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2)
         o_BGMV = scaled_dot_product_attention(q_BGMK, k_BGSK, v_BGSV, attn_mask=allowed_B1MS, scale=scale)
     else:  # PyTorch's kernels would turn the whole cache to fp32 at every token
-        score_BGMS = scale * torch.matmul(q_BGMK, k_BSGK.permute(0, 2, 3, 1)).to(
-            torch.promote_types(q_BTHK.dtype, torch.float32)
-        )
-        weight_BGMS = score_BGMS.masked_fill(~allowed_B1MS, -torch.inf).softmax(dim=-1)
-        weight_BGMS = weight_BGMS.masked_fill(~allowed_B1MS, 0.0)  # also where nothing is allowed: zeros, not NaN
-        o_BGMV = torch.matmul(weight_BGMS.to(v_BSGV.dtype), v_BSGV.transpose(1, 2))
+        o_BGMV = _matmuls(q_BGMK, k_BSGK, v_BSGV, allowed_B1MS, scale)
     return o_BGMV.unflatten(2, (shared, time)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _matmuls(q_BGMK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, allowed_B1MS: Tensor | None, scale: float) -> Tensor:
+    score_BGMS = torch.matmul(q_BGMK * scale, k_BSGK.permute(0, 2, 3, 1))
+    weight_BGMS = _masked(score_BGMS.to(torch.promote_types(q_BGMK.dtype, torch.float32)), allowed_B1MS)
+    return torch.matmul(weight_BGMS.to(v_BSGV.dtype), v_BSGV.transpose(1, 2))
+
+
+def _masked(score_BGMS: Tensor, allowed_B1MS: Tensor | None) -> Tensor:
+    if allowed_B1MS is None:
+        return score_BGMS.softmax(dim=-1)
+    weight_BGMS = score_BGMS.masked_fill(~allowed_B1MS, -torch.inf).softmax(dim=-1)
+    return weight_BGMS.masked_fill(~allowed_B1MS, 0.0)  # also where nothing is allowed: zeros, not NaN
+
+
+def _in_blocks(q_BGRTK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float) -> Tensor:
+    """The last T of S tokens, a block of queries after the other, each as plain matmuls over the keys it may see.
+
+    Like `tiled.py`, and for its reasons; here most keys have no query. The causal mask is added to a block's last
+    square alone. Shapes: N (rows × key heads), R query heads that share a key head.
+    """
+    batch, groups, shared, time, _ = q_BGRTK.shape
+    k_NSK, v_NSV = (x.transpose(1, 2).flatten(0, 1) for x in (k_BSGK, v_BSGV))
+    q_NRTK = q_BGRTK.flatten(0, 1)
+    length = k_NSK.shape[1]
+    o_NRTV = q_NRTK.new_empty(*q_NRTK.shape[:3], v_NSV.shape[-1])
+    later_TT = torch.full((ROWS, ROWS), -torch.inf, dtype=q_NRTK.dtype).triu_(1)
+    at_once = max(1, SCORES // (shared * ROWS * length))
+    for n in range(0, batch * groups, at_once):
+        for begin in range(0, time, ROWS):
+            q_NRMK = q_NRTK[n : n + at_once, :, begin : begin + ROWS]
+            rows, seen = q_NRMK.shape[2], length - time + begin + q_NRMK.shape[2]
+            keys_NKS = k_NSK[n : n + at_once, :seen].mT
+            score_NRMS = torch.bmm(q_NRMK.flatten(1, 2) * scale, keys_NKS).unflatten(1, (shared, rows))
+            score_NRMS[..., seen - rows :] += later_TT[:rows, :rows]
+            o_NXV = torch.bmm(score_NRMS.softmax(dim=-1).flatten(1, 2), v_NSV[n : n + at_once, :seen])
+            o_NRTV[n : n + at_once, :, begin : begin + ROWS] = o_NXV.unflatten(1, (shared, rows))
+    return o_NRTV.unflatten(0, (batch, groups)).permute(0, 3, 1, 2, 4).flatten(2, 3)
