@@ -123,16 +123,24 @@ class MLA(Mixer[MLAState]):
 
     def project(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q_nope (B, T, H, nope), q_rope (B, T, H, rope), latent (B, T, R), k_rope (B, T, 1, rope)."""
+        parts = (self.config.qk_nope_head_dim, self.config.qk_rope_head_dim)
+        return *self.queries(x_BTD, seq).split(parts, dim=-1), *self.compress(x_BTD, seq)
+
+    def queries(self, x_BTD: Tensor, seq: Layout) -> Tensor:
+        """(B, T, H, nope + rope), of which the rotary part is turned."""
         config = self.config
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if config.q_lora_rank else self.q_proj(x_BTD)
-        q_nope, q_rope = q.unflatten(-1, (config.n_heads, -1)).split(
-            (config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1
-        )
+        return self._turned(q.unflatten(-1, (config.n_heads, -1)), seq)
+
+    def compress(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Tensor]:
+        """The latent (B, T, R), and the rotary key (B, T, 1, rope) that all heads share."""
+        config = self.config
         latent, k_rope = self.kv_a_proj_with_mqa(x_BTD).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        tables = config.rope.tables(seq, config.qk_rope_head_dim)
-        q_rope = rotate(q_rope, tables, config.rope.layout)
-        k_rope = rotate(k_rope.unsqueeze(2), tables, config.rope.layout)
-        return q_nope, q_rope, self.kv_a_layernorm(latent), k_rope
+        return self.kv_a_layernorm(latent), self._turned(k_rope.unsqueeze(2), seq)
+
+    def _turned(self, x_BTHK: Tensor, seq: Layout) -> Tensor:
+        config = self.config
+        return rotate(x_BTHK, config.rope.tables(seq, config.qk_rope_head_dim), config.rope.layout)
 
     def expand(self, latent_BTR: Tensor, k_rope_BT1K: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (B, T, H, nope + rope) and values (B, T, H, V) of every head."""
@@ -142,9 +150,8 @@ class MLA(Mixer[MLAState]):
         return torch.cat((k_nope, k_rope_BT1K.expand(-1, -1, config.n_heads, -1).to(k_nope.dtype)), dim=-1), v
 
     def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
-        q_nope, q_rope, latent, k_rope = self.project(x_BTD, seq)
-        k, v = self.expand(latent, k_rope)
-        q = torch.cat((q_nope, q_rope), dim=-1)
+        q = self.queries(x_BTD, seq)
+        k, v = self.expand(*self.compress(x_BTD, seq))
         o = causal_attention(q, k, v, seq, scale=self.config.scale, backend=self.config.backend)
         return self.o_proj(o.flatten(2))
 
