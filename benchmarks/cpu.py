@@ -1,0 +1,116 @@
+"""Everything that is said of speed on a CPU, measured side by side: make bench, or python -m benchmarks.cpu
+
+    make bench BENCH_ARGS="--nanogpt ../nanoGPT"     # with nanoGPT's own model.py among the contenders
+    make bench BENCH_ARGS="--only ops,data"          # some tables
+
+Contenders take turns in one process (A B A B …); rows hold medians, quartiles and the number of rounds, and ratios are
+between medians of the same rounds. What the machine can do at most is measured before and after. About 14 minutes on
+two cores that have nothing else to do. Every row is printed and written at once, so that Ctrl-C loses none; a row that
+fails says why. `python -m benchmarks.report` makes the tables of docs/performance.md out of the newest whole run.
+"""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line does
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # that it has no kernels for GPUs
+
+from benchmarks.libraries import nanogpt_module
+from benchmarks.running import Bench
+from benchmarks.tables import data, generation, ops, optimizers, scaling, startup, training
+from swamla.bench.measuring import ceilings, machine
+from swamla.bench.results import Results
+from swamla.errors import UsageError
+
+RESULTS = Path(__file__).parent / "results"
+# What each table may take, in seconds; the first two also begin with what the machine did not have to do before.
+TABLES: dict[str, tuple[Callable[[Bench], None], float]] = {
+    training.TABLE: (training.measure, 450),
+    ops.TABLE: (ops.measure, 90),
+    optimizers.TABLE: (optimizers.measure, 25),
+    generation.TABLE: (generation.measure, 180),
+    scaling.TABLE: (scaling.measure, 45),
+    data.TABLE: (data.measure, 35),
+    startup.TABLE: (startup.measure, 15),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write; returns the exit status."""
+    options = parse(arguments)
+    try:
+        tables = chosen(options.only)
+        if options.nanogpt:
+            nanogpt_module(options.nanogpt)  # told now, not in a quarter of an hour
+    except UsageError as error:
+        print(f"error: {error}")
+        return 2
+    file = options.out or default_file(whole=tables == list(TABLES) and not options.quick)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    results = Results(command=command(options), machine=machine(), ceilings=ceilings(), file=file)
+    bench = Bench(results=results, quick=options.quick, nanogpt=options.nanogpt)
+    results.add("ceilings", {"name": "before", **results.ceilings})
+    try:
+        for table in tables:
+            measure, seconds = TABLES[table]
+            results.say(f"\n{table}: at most about {seconds} s")
+            bench.allow(seconds)
+            measure_table(bench, table, measure)
+        results.add("ceilings", {"name": "after", **ceilings()})
+    except KeyboardInterrupt:
+        results.say(f"interrupted; what was measured is in {file}")
+        return 130
+    results.say(f"\n{results.seconds:.0f} s in all, in {file}")
+    return 0
+
+
+def measure_table(bench: Bench, table: str, measure: Callable[[Bench], None]) -> None:
+    """One table; what breaks it gets a row, and the next one goes on."""
+    try:
+        measure(bench)
+    except Exception as error:
+        bench.results.failed(table, "the table", error)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="TABLES", help=f"some of {','.join(TABLES)}")
+    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT, as a contender")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: tries all, and its figures mean nothing")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the JSON goes (default: benchmarks/results)")
+    return parser.parse_args(arguments)
+
+
+def chosen(only: str) -> list[str]:
+    """The tables asked for, in their order; UsageError for one that there is not."""
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    for name in names:
+        if name not in TABLES:
+            raise UsageError(f"--only {name}: must be some of {', '.join(TABLES)}")
+    return [name for name in TABLES if not names or name in names]
+
+
+def command(options: argparse.Namespace) -> str:
+    """What to type for the same again, wherever nanoGPT is there."""
+    words = [f"--only {options.only}"] * bool(options.only) + ["--quick"] * options.quick
+    words += ["--nanogpt ../nanoGPT"] * bool(options.nanogpt)
+    return f'make bench BENCH_ARGS="{" ".join(words)}"' if words else "make bench"
+
+
+def default_file(whole: bool) -> Path:
+    """Whole runs are results, a second one of a day with -2; parts and trials go to the system's temporary folder."""
+    day = datetime.now(UTC).date().isoformat()
+    if not whole:
+        return Path(tempfile.mkdtemp(prefix="swamla-bench-")) / f"cpu-{day}.json"
+    names = [f"cpu-{day}.json", *(f"cpu-{day}-{number}.json" for number in range(2, 1000))]
+    return next(RESULTS / name for name in names if not (RESULTS / name).exists())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,257 @@
+"""The tables of docs/performance.md out of the newest run's JSON: python -m benchmarks.report
+
+A page has blocks between `<!-- training -->` and `<!-- end of training -->`; what stands there is made anew, all else
+stays. No figure is typed, and what is missing is said.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.targets import Found, targets
+from swamla.bench.results import Results, in_bytes, in_seconds
+from swamla.errors import CorruptError, UsageError
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+NOT_YET = "Not measured yet."
+Row = dict[str, Any]  # as it was read: what it must have is found when it is used
+Cell = Callable[[Row], str]
+_NAME = re.compile(r"cpu-(\d{4}-\d\d-\d\d)(?:-(\d+))?\.json")
+
+
+def newest(folder: Path = RESULTS) -> Path | None:
+    """The last whole run; none where there is none."""
+    runs = [(found[1], int(found[2] or 1), file) for file in folder.glob("*") if (found := _NAME.fullmatch(file.name))]
+    return max(runs)[2] if runs else None
+
+
+def rewritten(page: str, results: Results | None) -> str:
+    """The page with every block made of these results; UsageError where page and blocks do not agree."""
+    blocks = dict.fromkeys(BLOCKS, NOT_YET) if results is None else rendered(results)
+    there = re.findall(r"^<!-- (?!end of )(.+?) -->$", page, flags=re.MULTILINE)
+    if sorted(there) != sorted(blocks):
+        raise UsageError(f"the page has the blocks {', '.join(there)}: must be {', '.join(blocks)}, once each")
+    for name, text in blocks.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        before, _, rest = page.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise UsageError(f"the block {name} of the page does not end: put {end} on a line of its own")
+        page = f"{before}{begin}\n{text}\n\n{end}{after}"
+    return page
+
+
+def rendered(results: Results) -> dict[str, str]:
+    """Every block as Markdown; CorruptError for tables or rows that this version does not know."""
+    unknown = results.rows.keys() - BLOCKS.keys()
+    if unknown:
+        raise CorruptError(f"results with a table {', '.join(sorted(unknown))}: this version knows {', '.join(BLOCKS)}")
+    try:
+        return {name: block(results) for name, block in BLOCKS.items()}
+    except KeyError as missing:
+        raise CorruptError(f"results with a row that has no {missing}: this version cannot read them") from missing
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows)
+
+
+def pivot(corner: str, rows: Sequence[Row], across: str, cell: Cell) -> str:
+    """Names down, the values of the key `across` across."""
+    columns = sorted({row[across] for row in rows if across in row})
+    names = dict.fromkeys(str(row["name"]) for row in rows)
+    at = {(str(row["name"]), row[across]): row for row in rows if across in row}
+    lines = [[shown(name), *(_cell(at.get((name, column)), cell) for column in columns)] for name in names]
+    return table([corner, *(f"{column:,}" for column in columns)], lines)
+
+
+def _cell(row: Row | None, cell: Cell) -> str:
+    return "" if row is None else "failed" if "error" in row else "–" if "note" in row else cell(row)
+
+
+def shown(name: str) -> str:
+    """Our patterns in the typewriter, other names as they are."""
+    return f"`{name}`" if set(name.split()) <= {"swa", "gdn", "mla", "mha"} else name
+
+
+def footed(results: Results, name: str, *parts: str) -> str:
+    """Tables, and under them what they were made with, how much rounds differed, and what is missing."""
+    rows = results.rows[name]
+    spreads = [
+        max(row[high] - row[median], row[median] - row[low]) / row[median]
+        for row in rows
+        for low, median, high in (("low_s", "median_s", "high_s"), ("token_low_s", "token_s", "token_high_s"))
+        if median in row
+    ]
+    rounds = [row["rounds"] for row in rows if "rounds" in row]
+    foot = f"`{results.command}`, {results.begun[:10]}"
+    if rounds:
+        told = f"{min(rounds)} rounds" if min(rounds) == max(rounds) else f"{min(rounds)} to {max(rounds)} rounds"
+        middle = sorted(spreads)[len(spreads) // 2]
+        foot += f"; {told}; quartiles within {middle:.1%} of the median (middle row), {max(spreads):.0%} (worst row)"
+    notes = [_missing(row) for row in rows if "error" in row or "note" in row]
+    return "\n\n".join([*parts, f"{foot}."] + ["; ".join(notes) + "."] * bool(notes))
+
+
+def _missing(row: Row) -> str:
+    keys = ("length", "prompt", "op", "axis", "dtype")
+    where = " ".join([shown(str(row["name"])), *(f"{row[key]}" for key in keys if key in row)])
+    return f"{where}: {row.get('note') or 'failed, ' + str(row['error'])}"
+
+
+def measured(rows: Sequence[Row]) -> list[Row]:
+    """The rows that have figures."""
+    return [row for row in rows if "error" not in row and "note" not in row]
+
+
+def listed(rows: Sequence[Row], columns: dict[str, Cell]) -> str:
+    """One line a row, with figures or without."""
+    lines = [[cell(row) for cell in columns.values()] for row in measured(rows)]
+    return table(list(columns), lines)
+
+
+def times(row: Row) -> str:
+    """A ratio."""
+    value = row["ratio"]
+    return "" if value is None else f"{value:,.0f}×" if value >= 100 else f"{value:.2f}×"
+
+
+def ceilings(results: Results) -> str:
+    """The machine, and what it reaches at most, before and after."""
+    machine, rows = results.machine, results.rows["ceilings"]
+    about = (
+        f"{machine['processor']}, {machine['threads']} threads, {in_bytes(machine['memory_bytes'])}, "
+        f"{machine['system']}, Python {machine['python']}, torch {machine['torch']}."
+    )
+    columns: dict[str, Cell] = {
+        "": lambda row: f"{row['name']} all else",
+        "fp32 matmul, GFLOP/s": lambda row: f"{row['fp32_flops'] / 1e9:,.0f}",
+        "bf16 matmul, GFLOP/s": lambda row: f"{row['bf16_flops'] / 1e9:,.0f}",
+        "copy, GB/s": lambda row: f"{row['copy_bytes'] / 1e9:,.1f}",
+    }
+    took = f"All tables together took {results.seconds / 60:.1f} minutes."
+    return footed(results, "ceilings", about, listed(rows, columns), took)
+
+
+def training(results: Results) -> str:
+    rows = results.rows["training"]
+    corner = "tokens of a row"
+    speed = pivot(corner, rows, "length", lambda row: f"{row['tokens_per_s']:,.0f}{_ratio(row)}")
+    share = pivot(corner, rows, "length", lambda row: f"{row['bf16_share']:.0%}")
+    memory = pivot(corner, rows, "length", lambda row: in_bytes(row["peak_bytes"]))
+    return footed(
+        results,
+        "training",
+        f"Tokens/s, in brackets against {next(row['name'] for row in rows)}:\n\n{speed}",
+        f"Share of the bf16 matmul rate that the arithmetic of the model itself takes:\n\n{share}",
+        f"Peak memory of a step beyond weights and the optimizer's moments:\n\n{memory}",
+    )
+
+
+def _ratio(row: Row) -> str:
+    return f" ({times(row)})" if row["ratio"] is not None else ""
+
+
+def ops(results: Results) -> str:
+    columns: dict[str, Cell] = {
+        "op": lambda row: f"{row['op']}" + (f", vocabulary {row['vocabulary']:,}" if "vocabulary" in row else ""),
+        "": lambda row: row["dtype"],
+        "by": lambda row: row["name"],
+        "time": lambda row: in_seconds(row["median_s"]),
+        "times as fast as the first": times,
+        "peak memory": lambda row: in_bytes(row["peak_bytes"]),
+    }
+    return footed(results, "ops", listed(results.rows["ops"], columns))
+
+
+def optimizers(results: Results) -> str:
+    columns: dict[str, Cell] = {
+        "": lambda row: row["name"],
+        "time of a step": lambda row: in_seconds(row["median_s"]),
+        "times as fast as PyTorch's": times,
+        "bytes a parameter": lambda row: f"{row['state_bytes'] / row['parameters']:.2f}",
+    }
+    return footed(results, "optimizers", listed(results.rows["optimizers"], columns))
+
+
+def generation(results: Results) -> str:
+    rows = results.rows["generation"]
+    corner = "tokens of the prompt"
+    decode = pivot(corner, rows, "prompt", lambda row: f"{row['decode_tokens_per_s']:,.0f}{_ratio(row)}")
+    prefill = pivot(corner, rows, "prompt", lambda row: f"{row['prefill_tokens_per_s']:,.0f}")
+    state = pivot(corner, rows, "prompt", lambda row: in_bytes(row["state_bytes"]))
+    return footed(
+        results,
+        "generation",
+        f"Decode, tokens/s, in brackets against GPT-2:\n\n{decode}",
+        f"Prefill, tokens/s:\n\n{prefill}",
+        f"State:\n\n{state}",
+    )
+
+
+def scaling(results: Results) -> str:
+    columns: dict[str, Cell] = {
+        "": lambda row: row["name"],
+        "parameters (active)": lambda row: f"{row['parameters']:,} ({row['active_parameters']:,})",
+        "tokens of a step": lambda row: f"{row['step_tokens']:,}",
+        "time of a step": lambda row: in_seconds(row["median_s"]),
+        "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}",
+        "peak memory": lambda row: in_bytes(row["peak_bytes"]),
+    }
+    return footed(results, "scaling", listed(results.rows["scaling"], columns))
+
+
+def data(results: Results) -> str:
+    columns: dict[str, Cell] = {
+        "": lambda row: f"{row['what']}: {row['name']}",
+        "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}",
+        "text": lambda row: f"{in_bytes(row['text_bytes_per_s'])}/s" if "text_bytes_per_s" in row else "",
+        "of what is trained on, or of the first": times,
+    }
+    return footed(results, "data", listed(results.rows["data"], columns))
+
+
+def startup(results: Results) -> str:
+    columns: dict[str, Cell] = {"": lambda row: row["name"], "time": lambda row: in_seconds(row["median_s"])}
+    return footed(results, "start-up", listed(results.rows["start-up"], columns))
+
+
+def verdicts(results: Results) -> str:
+    """Targets beside figures."""
+    found = Found(results)
+    lines = table(["target", "", "measured", ""], [target.cells(found) for target in targets()])
+    return f"{lines}\n\n`{results.command}`, {results.begun[:10]}."
+
+
+def _if_there(name: str, block: Callable[[Results], str]) -> Callable[[Results], str]:
+    return lambda results: block(results) if name in results.rows else "Not part of this run."
+
+
+_TABLES: dict[str, Callable[[Results], str]] = {
+    "ceilings": ceilings,
+    "training": training,
+    "ops": ops,
+    "optimizers": optimizers,
+    "generation": generation,
+    "scaling": scaling,
+    "data": data,
+    "start-up": startup,
+}
+BLOCKS = {"targets": verdicts, **{name: _if_there(name, block) for name, block in _TABLES.items()}}
+
+
+def main() -> int:
+    """Rewrite the page."""
+    file = newest()
+    page = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(rewritten(page, Results.load(file) if file else None), encoding="utf-8")
+    print(f"{PAGE.name}: " + (f"made of {file.name}" if file else "no run yet"))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

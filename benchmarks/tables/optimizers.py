@@ -1,0 +1,75 @@
+"""One step of each optimizer on the model of the training table: ours against PyTorch's own."""
+
+import torch
+from torch import nn
+
+from benchmarks.contenders import QUICK, Shape
+from benchmarks.running import Bench, Maker, times_faster
+from swamla.bench.measuring import Run
+from swamla.bench.results import Row
+from swamla.train.optim import AdamWConfig, LionConfig, MuonConfig, OptimizerConfig
+from swamla.train.optim.muon import is_hidden
+
+TABLE = "optimizers"
+ADAMW, MUON = "PyTorch, AdamW fused", "PyTorch, Muon and AdamW"
+OURS: dict[str, OptimizerConfig] = {
+    "AdamW": AdamWConfig(),
+    "AdamW, bf16 moments": AdamWConfig(moments="bf16"),
+    "AdamW, 8-bit moments": AdamWConfig(moments="8bit"),
+    "Lion": LionConfig(),
+    "Lion, bf16 moments": LionConfig(moments="bf16"),
+    "Lion, 8-bit moments": LionConfig(moments="8bit"),
+    "Muon": MuonConfig(),
+}
+LR, DECAY = 1e-4, 0.1
+
+
+def measure(bench: Bench) -> None:
+    """The table; ratios are to PyTorch's optimizer of that name, of Lion to AdamW."""
+    model = (QUICK if bench.quick else Shape()).config("swa swa mla").build(seed=0)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    numbers = sum(p.numel() for p in model.parameters())
+    held: dict[str, list[torch.optim.Optimizer]] = {}
+
+    def maker(name: str) -> Maker:
+        def make() -> Run:
+            if name in OURS:
+                optimizer = OURS[name].build(model, lr=LR, weight_decay=DECAY)
+                held[name] = list(optimizer.parts)
+                return optimizer.step
+            held[name] = parts = pytorch_adamw(model) if name == ADAMW else pytorch_muon(model)
+            return lambda: [part.step() for part in parts]
+
+        return make
+
+    what: Row = {"parameters": numbers}
+    makers = {name: maker(name) for name in (ADAMW, MUON, *OURS)}
+    outcomes = bench.race(TABLE, what, makers, rounds=11, limit=22)
+    for name, outcome in outcomes.items():
+        row: Row = {
+            "name": name,
+            **what,
+            "ratio": times_faster(outcomes.get(MUON if "Muon" in name else ADAMW), outcome),
+            "state_bytes": sum(state_bytes(part) for part in held[name]),
+        }
+        bench.results.add(TABLE, {**row, **outcome.row()})
+
+
+def pytorch_adamw(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """All parameters in the fused AdamW."""
+    return [torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=DECAY, fused=True)]
+
+
+def pytorch_muon(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """The matrices that ours takes in Muon, all else in the fused AdamW."""
+    sides: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, p in model.named_parameters():
+        sides[is_hidden(name, p.shape)].append(p)
+    muon = torch.optim.Muon(sides[True], lr=LR, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(sides[False], lr=LR, weight_decay=DECAY, fused=True)]
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the tensors that it keeps of its parameters."""
+    return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))

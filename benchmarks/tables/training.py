@@ -1,0 +1,127 @@
+"""Tokens a second of a training step: ours against what a user would pick instead, at one size, by sequence length.
+
+All have fused AdamW, bf16 autocast over fp32 weights, no compilation, and the loss that their library offers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.contenders import (
+    GPT2,
+    NANOGPT,
+    QUICK,
+    TRANSFORMERS,
+    Contender,
+    Shape,
+    contender,
+)
+from benchmarks.running import Bench, Maker, times_faster
+from swamla.bench.measuring import Run
+from swamla.bench.results import Row
+
+TABLE = "training"
+HYBRIDS = ("swa swa mla", "gdn gdn mla")
+OURS = (*HYBRIDS, "mha", "mla")
+FIVE_TO_ONE = "swa swa swa swa swa mla"
+STEP = 4096  # tokens of a step, of longer rows one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """Who takes turns at one length.
+
+    length: tokens of a row.
+    names: of the contenders.
+    left_out: contenders that would take too long.
+    rounds: at most.
+    limit: seconds after which no further round begins.
+    warmup: rounds that do not count.
+    """
+
+    length: int
+    names: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+    rounds: int = 9
+    limit: float
+    warmup: int = 1
+
+
+def plan(nanogpt: bool, quick: bool) -> list[Race]:
+    """Every length with all contenders, beyond 8192 without those of transformers that are not the baseline."""
+    baseline = NANOGPT if nanogpt else GPT2
+    everyone = (*dict.fromkeys((baseline, *OURS, *TRANSFORMERS)),)
+    others = tuple(name for name in TRANSFORMERS if name != baseline)
+    few = (baseline, *OURS, FIVE_TO_ONE)
+    if quick:
+        return [
+            Race(length=32, names=everyone, limit=0),
+            Race(length=64, names=few, left_out=others, limit=0, warmup=0),
+        ]
+    races = [
+        Race(length=256, names=everyone, limit=40),
+        Race(length=1024, names=everyone, limit=50),
+        Race(length=4096, names=everyone, limit=60),
+        Race(length=8192, names=everyone, limit=50, rounds=3, warmup=0),
+        Race(length=16384, names=few, left_out=others, limit=50, rounds=3, warmup=0),
+    ]
+    if nanogpt:
+        races.append(Race(length=32768, names=(NANOGPT, *HYBRIDS), rounds=1, limit=0, warmup=0))
+    return races
+
+
+def measure(bench: Bench) -> None:
+    """The table, race by race."""
+    shape = QUICK if bench.quick else Shape()
+    for race in plan(bench.nanogpt is not None, bench.quick):
+        measure_race(bench, race, shape)
+
+
+def measure_race(bench: Bench, race: Race, shape: Shape) -> None:
+    """The rows of one length; the first contender is the baseline."""
+    what: Row = {"length": race.length}
+    rows = max(1, (64 if bench.quick else STEP) // race.length)
+    built: dict[str, Contender] = {}
+
+    def maker(name: str) -> Maker:
+        def make() -> Run:
+            built[name] = contender(name, shape, race.length, bench.nanogpt)
+            return training_step(built[name], shape.vocabulary, rows, race.length)
+
+        return make
+
+    makers = {name: maker(name) for name in race.names}
+    outcomes = bench.race(TABLE, what, makers, rounds=race.rounds, limit=race.limit, warmup=race.warmup)
+    baseline = outcomes.get(race.names[0])
+    for name, outcome in outcomes.items():
+        speed = rows * race.length / outcome.timing.median
+        row: Row = {
+            "name": name,
+            **what,
+            "rows": rows,
+            "parameters": built[name].n_parameters,
+            "tokens_per_s": speed,
+            "ratio": times_faster(baseline, outcome),
+            "bf16_share": speed * built[name].flops_per_token(race.length) / bench.results.ceilings["bf16_flops"],
+            "peak_bytes": outcome.peak_bytes,
+            **outcome.row(),
+        }
+        bench.results.add(TABLE, row)
+    bench.leave_out(TABLE, what, race.left_out, "too slow at this length for the time there is")
+
+
+def training_step(contender: Contender, vocabulary: int, rows: int, length: int) -> Run:
+    """A step on random tokens. Its first, on a short row, was taken: the optimizer's moments are there."""
+    model = contender.model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens_BT, labels_BT = (torch.randint(vocabulary, (rows, length)) for _ in range(2))
+
+    def step(time: int = length) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = contender.loss(tokens_BT[:, :time], labels_BT[:, :time])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step(min(length, 32))
+    return step
