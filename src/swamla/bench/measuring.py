@@ -21,7 +21,6 @@ from swamla.data.workers import available_cores
 Run = Callable[[], object]
 
 _clock = time.perf_counter
-_CEILING_SECONDS = 1.0  # that each ceiling is measured for, at most
 _PRODUCT = {"cpu": 1024, "cuda": 8192}  # the size of the square matrices multiplied
 _COPIED = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes copied: more than caches hold
 
@@ -87,24 +86,24 @@ def settle() -> None:
         torch.cuda.synchronize()
 
 
-def ceilings(device: torch.device | str = "cpu") -> dict[str, float]:
+def ceilings(device: torch.device | str = "cpu", *, seconds: float = 1.0) -> dict[str, float]:
     """What the machine reaches at most, a second: operations of large matrix products, bytes read and written.
 
-    The medians of about a second each, as "fp32_flops", "bf16_flops" and "copy_bytes".
+    Medians, as "fp32_flops", "bf16_flops" and "copy_bytes". seconds: that each is measured for, about.
     """
     device = torch.device(device)
     size, n_bytes = _PRODUCT[device.type], _COPIED[device.type]
     found = {}
     for name, dtype in (("fp32_flops", torch.float32), ("bf16_flops", torch.bfloat16)):
         a = torch.full((size, size), 0.5, device=device, dtype=dtype)
-        found[name] = 2 * size**3 / _median_of(partial(torch.matmul, a, a))
+        found[name] = 2 * size**3 / _median_of(partial(torch.matmul, a, a), seconds)
     source, target = (torch.ones(n_bytes // 4, device=device) for _ in range(2))
-    found["copy_bytes"] = 2 * n_bytes / _median_of(partial(target.copy_, source))
+    found["copy_bytes"] = 2 * n_bytes / _median_of(partial(target.copy_, source), seconds)
     return found
 
 
-def _median_of(run: Run) -> float:
-    return interleaved({"": run}, rounds=50, warmup=2, limit=_CEILING_SECONDS)[""].median
+def _median_of(run: Run, seconds: float) -> float:
+    return interleaved({"": run}, rounds=50, warmup=2, limit=seconds)[""].median
 
 
 def machine() -> dict[str, object]:

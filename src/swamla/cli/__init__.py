@@ -25,6 +25,7 @@ COMMANDS = {
     "plot": "curves of several runs in one picture",
     "prepare": "tokenize data ahead of training",
     "info": "what a model costs, before a weight exists: parameters, FLOPs, state, memory",
+    "bench": "how fast a recipe trains, generates and is fed on this machine (about 2 minutes)",
     "doctor": "this machine as swamla sees it, and a self-check of about ten seconds",
 }
 INTERRUPTED = 130

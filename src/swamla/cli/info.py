@@ -11,9 +11,7 @@ from swamla.cli.flags import Positional, parse
 from swamla.cli.info_tables import compare, show
 from swamla.cli.original_flags import add_original_flags, bare_compile, refusal
 from swamla.cli.overrides import add_flags
-from swamla.cli.run_config import chosen_recipe, read_recipe
-from swamla.data.config import DataConfig, parse_bpe
-from swamla.errors import UsageError
+from swamla.cli.run_config import chosen_recipe, read_recipe, with_vocabulary
 from swamla.model.accounting import (
     all_mha_state_bytes,
     count_parameters,
@@ -29,7 +27,6 @@ from swamla.train.memory_advice import Place, training_bytes
 from swamla.train.precision import resolve_device, resolve_precision
 
 LENGTHS = (256, 1024, 4096, 16384, 65536)
-_VOCABULARIES = {("byte", ""): 257, ("gpt2", ""): 50257, ("char", "shakespeare"): 66}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,20 +79,8 @@ def _facts_of(recipe: str, arguments: Any, given: frozenset[str]) -> dict[str, A
     """All that is told of a recipe or a run, as plain data."""
     run = Path(recipe) / "config.json"
     config = read_recipe(str(run) if run.is_file() else recipe, arguments, given)
-    config = replace(config, model=_with_vocabulary(config.model, config.data))
+    config = replace(config, model=with_vocabulary(config.model, config.data))
     return {"name": recipe, **_model(config.model), **_costs(config.model), "training": _training(config)}
-
-
-def _with_vocabulary(model: LanguageModelConfig, data: DataConfig) -> LanguageModelConfig:
-    """The model with the vocabulary its tokenizer will have, where that can be told without reading data."""
-    if model.vocab_size:
-        return model
-    bpe = parse_bpe(data.tokenizer)
-    known = _VOCABULARIES.get((data.tokenizer, ""), 0) or _VOCABULARIES.get((data.tokenizer, data.source), 0)
-    size = bpe[0] if bpe else known
-    if not size:
-        raise UsageError(f"the vocabulary of the tokenizer {data.tokenizer!r} depends on the data: add --vocab_size N")
-    return replace(model, vocab_size=size)
 
 
 def _model(model: LanguageModelConfig) -> dict[str, Any]:

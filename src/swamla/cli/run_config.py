@@ -13,14 +13,18 @@ from swamla.cli.overrides import flags, put_flags
 from swamla.cli.plain import mixer_kind
 from swamla.cli.reshape import reshape
 from swamla.config import from_plain, load_file, within
-from swamla.data.config import DataConfig
+from swamla.data.config import DataConfig, parse_bpe
 from swamla.data.sources import NAMED_SOURCES
 from swamla.errors import ConfigError, UsageError, require
 from swamla.model.block import BlockConfig, MixerConfig
+from swamla.model.config import LanguageModelConfig
 from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.recipes import ALIASES, recipe_path
 from swamla.train.config import RunConfig
+
+# Of tokenizers, and where that decides it of data.
+_VOCABULARIES = {("byte", ""): 257, ("gpt2", ""): 50257, ("char", "shakespeare"): 66}
 
 
 def read_recipe(recipe: str, arguments: Any, given: frozenset[str]) -> RunConfig:
@@ -93,6 +97,21 @@ def chosen_recipe(recipe: str, size: str) -> str:
     if recipe and size and ALIASES.get(recipe, recipe) != ALIASES.get(size, size):
         raise UsageError(f"the recipe {recipe} and --size {size} are two models: give one of them")
     return recipe or size or "quickstart"
+
+
+def with_vocabulary(model: LanguageModelConfig, data: DataConfig) -> LanguageModelConfig:
+    """The model with the vocabulary its tokenizer will have, where that can be told without reading data.
+
+    Raises `UsageError` where it cannot.
+    """
+    if model.vocab_size:
+        return model
+    bpe = parse_bpe(data.tokenizer)
+    known = _VOCABULARIES.get((data.tokenizer, ""), 0) or _VOCABULARIES.get((data.tokenizer, data.source), 0)
+    size = bpe[0] if bpe else known
+    if not size:
+        raise UsageError(f"the vocabulary of the tokenizer {data.tokenizer!r} depends on the data: add --vocab_size N")
+    return replace(model, vocab_size=size)
 
 
 def _apply(

@@ -1,0 +1,75 @@
+"""What goes before a training step: the loader's rows, and text made into ids."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from swamla.bench.measuring import interleaved
+from swamla.bench.results import Row
+from swamla.data.config import DataConfig
+from swamla.data.dataset import Dataset
+from swamla.data.sources import open_source
+from swamla.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+from swamla.errors import DataError
+
+_ROUNDS = 50
+_TEXT = 1 << 21  # bytes of text that are encoded at once, as preparing data does
+
+
+def measure_loader(dataset: Dataset, rows: int, length: int, *, limit: float) -> Row:
+    """Rows a second out of the loader, one batch behind the other as training takes them."""
+    loader, sample = dataset.rows(length, 0), iter(range(0, 1 << 62, rows))
+    timing = interleaved({"batch": lambda: loader.batch(next(sample), rows)}, rounds=_ROUNDS, warmup=2, limit=limit)[
+        "batch"
+    ]
+    return {
+        "name": f"loader, {rows} × {length:,}",
+        "rows": rows,
+        "length": length,
+        "tokens_per_s": rows * length / timing.median,
+        "median_s": timing.median,
+        "low_s": timing.low,
+        "high_s": timing.high,
+        "rounds": timing.rounds,
+    }
+
+
+def local_tokenizer(data: DataConfig, saved: Path | None, texts: list[str]) -> Tokenizer:
+    """The recipe's tokenizer, of a run the one in its folder; one that learns does so from `texts`.
+
+    Raises `DataError` for one that would have to be fetched.
+    """
+    if saved is not None and saved.is_file():
+        return load_tokenizer(saved)
+    if data.tokenizer == "gpt2" or data.tokenizer.startswith("hub:"):
+        raise DataError(f"{data.tokenizer} is on the hub, and nothing is fetched here")
+    return make_tokenizer(data.tokenizer, texts, texts)
+
+
+def library_text() -> list[str]:
+    """About 2 MB of text that every Python brings along: its library's source files."""
+    return list(_first_files(_TEXT))
+
+
+def _first_files(most_bytes: int) -> Iterator[str]:
+    source, size = open_source(DataConfig(source="stdlib"), Path()), 0
+    for document in source.documents(Counter()):
+        yield document.text
+        size += len(document.text)
+        if size >= most_bytes:
+            return
+
+
+def measure_tokenizer(tokenizer: Tokenizer, name: str, texts: list[str], *, limit: float) -> Row:
+    """Text a second, encoded as preparing data does it in one process."""
+    n_tokens, n_bytes = sum(map(len, tokenizer.encode_batch(texts))), sum(len(text.encode()) for text in texts)
+    timing = interleaved({"text": lambda: tokenizer.encode_batch(texts)}, rounds=_ROUNDS, warmup=0, limit=limit)["text"]
+    return {
+        "name": f"tokenizer, {name}",
+        "tokens_per_s": n_tokens / timing.median,
+        "text_bytes_per_s": n_bytes / timing.median,
+        "median_s": timing.median,
+        "low_s": timing.low,
+        "high_s": timing.high,
+        "rounds": timing.rounds,
+    }

@@ -1,0 +1,64 @@
+"""Reading a prompt and continuing it, as `generate` does: rates, and the state that is kept meanwhile."""
+
+import time
+from itertools import pairwise
+
+from swamla.bench.measuring import Timing
+from swamla.bench.results import Row
+from swamla.bench.synthetic import random_prompt
+from swamla.model.accounting import all_mha_state_bytes, count_parameters, forward_flops, state_bytes
+from swamla.model.config import LanguageModelConfig
+from swamla.model.language_model import LanguageModel
+from swamla.model.sampling import Sampling
+
+NEW = 33  # tokens drawn in a round: 32 times from one to the next
+_ROUNDS = 5
+
+
+def expected_seconds(config: LanguageModelConfig, prompt: int, *, flops: float, copy_bytes: float) -> float:
+    """About what a round takes where the machine reaches `flops` of matrix products and `copy_bytes`, a second.
+
+    Each new token reads all weights once, at half of what a copy reads and writes.
+    """
+    return forward_flops(config, prompt) / flops + NEW * 4 * count_parameters(config).active / (copy_bytes / 2)
+
+
+def measure_generation(model: LanguageModel, prompt: int, *, limit: float) -> Row:
+    """Prefill and decode of one sequence behind a prompt of so many tokens; the greedy choice, in the weights' format.
+
+    limit: seconds after which no further round begins, once there is one.
+    """
+    begin = time.monotonic()
+    ids = random_prompt(prompt, model.config.vocab_size)
+    model.generate([ids[:8]], 2, sampling=Sampling(temperature=0.0))
+    first: list[float] = []
+    between: list[float] = []
+    while not first or (len(first) < _ROUNDS and time.monotonic() - begin < limit):
+        seconds = _token_seconds(model, ids)
+        first.append(seconds[0])
+        between += seconds[1:]
+    prefill, decode = Timing.of(first), Timing.of(between)
+    length, element_bytes = prompt + NEW - 1, model.embedding.weight.element_size()
+    return {
+        "name": f"prompt {prompt:,}",
+        "prompt": prompt,
+        "prefill_tokens_per_s": prompt / prefill.median,
+        "decode_tokens_per_s": 1 / decode.median,
+        "first_token_s": prefill.median,
+        "token_s": decode.median,
+        "token_low_s": decode.low,
+        "token_high_s": decode.high,
+        "rounds": prefill.rounds,
+        "state_bytes": model.init_state(1, length).nbytes,
+        "accounted_state_bytes": state_bytes(model.config, length, element_bytes=element_bytes),
+        "all_mha_state_bytes": all_mha_state_bytes(model.config, length, element_bytes=element_bytes),
+    }
+
+
+def _token_seconds(model: LanguageModel, ids: list[int]) -> list[float]:
+    """Seconds to the first new token, the prompt's reading among them, and from each to the next."""
+    times = [time.perf_counter()]
+    model.generate(
+        [ids], NEW, sampling=Sampling(temperature=0.0), on_token=lambda row, token: times.append(time.perf_counter())
+    )
+    return [later - earlier for earlier, later in pairwise(times)]

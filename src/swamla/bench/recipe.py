@@ -1,0 +1,192 @@
+"""One recipe on the machine at hand: training, generation, feeding and start-up, within a time that is given."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from swamla.bench.allowance import Allowance, free_memory
+from swamla.bench.feeding import library_text, local_tokenizer, measure_loader, measure_tokenizer
+from swamla.bench.generation import NEW, measure_generation
+from swamla.bench.generation import expected_seconds as seconds_of_generation
+from swamla.bench.results import Results, Row, in_bytes, in_seconds
+from swamla.bench.starting import measure_start_up
+from swamla.bench.synthetic import synthetic_dataset
+from swamla.bench.training import STEPS, Shape, batch_of, expected_bytes, expected_seconds, measure_step
+from swamla.errors import SwamlaError, is_out_of_memory
+from swamla.model.accounting import count_parameters
+from swamla.model.language_model import LanguageModel
+from swamla.train.config import RunConfig
+from swamla.train.memory_advice import Place
+from swamla.train.precision import Chosen
+from swamla.train.run_folder import fresh_state
+from swamla.train.state import TrainState
+
+# The share of the time by which each part is to have ended; what one leaves over is the next one's.
+_OWN, _LENGTHS, _GENERATION, _LOADER, _TOKENIZER = 0.35, 0.62, 0.86, 0.89, 0.94
+_EXPECTED = 0.3  # of a ceiling, before anything was measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What to measure.
+
+    config: the recipe, with the vocabulary that its model has.
+    device: where it trains.
+    precision: in which it trains.
+    lengths: of single rows to train on.
+    prompts: lengths to generate behind.
+    tokenizer: a run's own, where the recipe is a run.
+    """
+
+    config: RunConfig
+    device: torch.device
+    precision: Chosen
+    lengths: tuple[int, ...]
+    prompts: tuple[int, ...]
+    tokenizer: Path | None = None
+
+
+class RecipeBench:
+    """Fills the tables of `results`, row by row; what does not fit into time or memory gets a row that says so.
+
+    folder: for synthetic data.  stage: told what is being measured.
+    """
+
+    def __init__(
+        self, wanted: Wanted, results: Results, allowance: Allowance, folder: Path, stage: Callable[[str], None]
+    ) -> None:
+        self.wanted, self.results, self.allowance, self.stage = wanted, results, allowance, stage
+        self.config, self.ceilings = wanted.config, results.ceilings
+        self.peak = self.ceilings["fp32_flops" if wanted.precision == "fp32" else "bf16_flops"]
+        self.flops: float | None = None  # that training reaches, at its best so far
+        self.free = free_memory(wanted.device)
+        self.tokens_per_s: float | None = None  # of the recipe's own training
+        self.dataset = synthetic_dataset(folder, self.config.model.vocab_size)
+        if self.config.data.buffer_docs:
+            self.dataset.fit_documents(self.config.data.buffer_docs)
+
+    def run(self) -> None:
+        """Measure it all."""
+        self.generation(self.training())
+        self.loader()
+        self.tokenizer()
+        self.start_up()
+
+    def training(self) -> LanguageModel | None:
+        """The recipe's own step, then single rows of several lengths; returns the model, if there is room for it."""
+        train = self.config.train
+        own = Shape(rows=train.batch_size, length=train.block_size, accumulation=train.accumulation, packed=True)
+        single = [Shape(rows=1, length=length) for length in self.wanted.lengths]
+        self.stage("building the model")
+        smallest = min([replace(own, rows=1, accumulation=1), *single], key=lambda shape: shape.tokens)
+        if reason := self.lacks_memory(smallest):
+            self.results.failed("training", f"{smallest} and more", reason)
+            weights = 4 * count_parameters(self.config.model).total
+            return self.config.model.build(train.seed).to(self.wanted.device) if weights < self.free else None
+        state = fresh_state(self.config, self.dataset)
+        self.own_step(state, own)
+        for index, shape in enumerate(single):
+            allowed = self.allowance.until(_LENGTHS)
+            self.step(state, shape, allowed, limit=allowed / (len(single) - index))
+        state.optimizer.zero_grad()
+        return state.model
+
+    def own_step(self, state: TrainState, own: Shape) -> None:
+        """That of the recipe, or where it would not fit, one of fewer rows as well."""
+        allowed, shape = self.allowance.until(_OWN), own
+        while self.lacks(shape, allowed) and (smaller := shape.smaller()):
+            shape = smaller
+        if shape != own:
+            self.step(state, own, allowed, limit=allowed)
+        row = self.step(state, shape, allowed, limit=allowed)
+        self.tokens_per_s = float(row["tokens_per_s"] or 0) if row else None
+
+    def step(self, state: TrainState, shape: Shape, allowed: float, *, limit: float) -> Row | None:
+        """A row of the table, and what it says of the speed of all others."""
+
+        def measure() -> Row:
+            return measure_step(self.config, state, batch_of(shape, self.dataset), shape, peak=self.peak, limit=limit)
+
+        row = self.row("training", str(shape), self.lacks(shape, allowed), measure)
+        if row:
+            self.flops = max(self.flops or 0.0, float(row["flops"] or 0) / float(row["median_s"] or 1))
+        return row
+
+    def lacks(self, shape: Shape, allowed: float) -> str:
+        """Why steps of this shape do not fit into memory, or into so many seconds; empty where they do."""
+        needs = STEPS * expected_seconds(
+            self.config, shape, flops=self.flops or _EXPECTED * self.peak, copy_bytes=self.ceilings["copy_bytes"]
+        )
+        slow = f"{STEPS} steps would take about {in_seconds(needs)}" if needs > allowed else ""
+        return self.lacks_memory(shape) or slow
+
+    def lacks_memory(self, shape: Shape) -> str:
+        """The same of memory alone."""
+        place = Place(precision=self.wanted.precision, device=self.wanted.device)
+        needs = expected_bytes(self.config, shape, place)
+        return f"needs about {in_bytes(needs)}, and {in_bytes(self.free)} are free" if needs > self.free else ""
+
+    def generation(self, model: LanguageModel | None) -> None:
+        """Prefill and decode behind prompts of several lengths."""
+        flops, copy_bytes = _EXPECTED * self.ceilings["fp32_flops"], self.ceilings["copy_bytes"]
+        for index, prompt in enumerate(self.wanted.prompts):
+            allowed = self.allowance.until(_GENERATION)
+            needs = seconds_of_generation(self.config.model, prompt, flops=flops, copy_bytes=copy_bytes)
+            lack = f"it and {NEW} new tokens would take about {in_seconds(needs)}" if needs > allowed else ""
+            if model is None:
+                self.results.failed("generation", f"prompt {prompt:,}", "no memory for the weights")
+                continue
+            limit = allowed / (len(self.wanted.prompts) - index)
+            measure = partial(measure_generation, model, prompt, limit=limit)
+            self.row("generation", f"prompt {prompt:,}", lack, measure)
+
+    def loader(self) -> None:
+        """Rows of synthetic documents, and how many times faster they come than training takes them."""
+        train, limit = self.config.train, self.allowance.until(_LOADER)
+
+        def measure() -> Row:
+            row = measure_loader(self.dataset, train.batch_size, train.block_size, limit=limit)
+            rate = float(row["tokens_per_s"] or 0)
+            return row | {"times_training": rate / self.tokens_per_s if self.tokens_per_s else None}
+
+        self.row("data", "loader", "", measure)
+
+    def tokenizer(self) -> None:
+        """The recipe's tokenizer, where it needs no fetching, on source code."""
+        data, limit = self.config.data, self.allowance.until(_TOKENIZER)
+
+        def measure() -> Row:
+            texts = library_text()
+            found = local_tokenizer(data, self.wanted.tokenizer, texts)
+            return measure_tokenizer(found, data.tokenizer, texts, limit=limit)
+
+        self.row("data", f"tokenizer, {data.tokenizer}", "", measure)
+
+    def start_up(self) -> None:
+        """Programs that start and end."""
+        left = self.allowance.until(1.0)
+        if not left:
+            self.results.failed("start-up", "all", "no time is left")
+            return
+        self.stage("start-up")
+        for row in measure_start_up(limit=left):
+            self.results.add("start-up", row)
+
+    def row(self, table: str, name: str, lack: str, measure: Callable[[], Row]) -> Row | None:
+        """Add what is measured, or why nothing is: what it lacks, or what a user could mend."""
+        if lack:
+            self.results.failed(table, name, lack)
+            return None
+        self.stage(f"{table}, {name}")
+        try:
+            found = measure()
+        except Exception as error:
+            if not (isinstance(error, SwamlaError) or is_out_of_memory(error)):
+                raise
+            self.results.failed(table, name, str(error))
+            return None
+        self.results.add(table, found)
+        return found

@@ -1,0 +1,47 @@
+"""Documents of random ids in the format of real ones: the loader that training uses reads them, nothing is fetched."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from swamla.data.dataset import Dataset
+from swamla.data.shards import ArrayWriter, token_dtype
+from swamla.data.tokenizer import CharTokenizer
+
+DOCUMENT = 1000  # tokens of one, in the mean; their lengths are spread exponentially
+TOKENS = 1 << 21
+_FIRST_CHARACTER = 0x10000  # of a vocabulary of characters; there are 2**20 from here on
+
+
+def synthetic_dataset(folder: Path, vocab_size: int, *, tokens: int = TOKENS) -> Dataset:
+    """A dataset to train on, in `folder`, of about `tokens` random ids and of `vocab_size` different ones."""
+    tokenizer = CharTokenizer("".join(map(chr, range(_FIRST_CHARACTER, _FIRST_CHARACTER + vocab_size - 1))))
+    random = np.random.default_rng(0)
+    lengths = 1 + random.exponential(DOCUMENT - 1, size=max(1, tokens // DOCUMENT)).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = random.integers(tokenizer.eos_id, size=offsets[-1])
+    for part, values, kind in (
+        ("tokens", ids, token_dtype(vocab_size)),
+        ("offsets", offsets, np.int64),
+        ("bytes", lengths, np.int64),
+    ):
+        with ArrayWriter(folder / f"train.{part}.npy", kind) as writer:
+            writer.append(values)
+    return Dataset(folder, {"fingerprint": "synthetic"}, tokenizer)
+
+
+def random_prompt(length: int, vocab_size: int) -> list[int]:
+    """Ids to be continued."""
+    return _random_ids((length,), vocab_size).tolist()
+
+
+def _random_ids(shape: tuple[int, ...], vocab_size: int) -> Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+
+def whole_rows(rows: int, length: int, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, labels and documents (rows, length) of rows that are one document each."""
+    ids_BT = _random_ids((rows, length + 1), vocab_size)
+    return ids_BT[:, :-1].contiguous(), ids_BT[:, 1:].contiguous(), torch.zeros(rows, length, dtype=torch.int64)

@@ -1,0 +1,196 @@
+"""The training step as training takes it: its time, the parts of it, its memory, and its share of the matmul rate."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from statistics import median
+
+from torch import Tensor
+
+from swamla.bench.measuring import Run, interleaved, peak_memory, settle
+from swamla.bench.results import Row
+from swamla.bench.synthetic import whole_rows
+from swamla.data.dataset import Dataset
+from swamla.data.packing import Batch
+from swamla.errors import UsageError
+from swamla.model.accounting import count_parameters, training_flops_per_token
+from swamla.ops.layout import Layout
+from swamla.train.config import RunConfig, TrainConfig
+from swamla.train.memory_advice import Place, training_bytes
+from swamla.train.parallel import Found, Spread
+from swamla.train.state import TrainState
+from swamla.train.step import training_step
+
+STEPS = 3  # that a figure costs at least: one to warm up, one for its memory, one for its time
+_ROUNDS = 20
+_STEADY = 1e-3  # of the learning rate: random tokens teach nothing, and the weights are to stay finite
+_UPDATE_BYTES = 40  # that an optimizer moves for a parameter, about
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The rows of a step.
+
+    rows: of a step.
+    length: tokens of each.
+    accumulation: micro-batches that it is split into.
+    packed: of many documents, by the loader; else each row is one document.
+    """
+
+    rows: int
+    length: int
+    accumulation: int = 1
+    packed: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.rows * self.length
+
+    def __str__(self) -> str:
+        split = f" in {self.accumulation}" if self.accumulation > 1 else ""
+        return f"{self.rows} × {self.length:,}{split}"
+
+    def settings(self, train: TrainConfig) -> TrainConfig:
+        """The training of a recipe with such steps."""
+        return replace(
+            train, batch_size=self.rows, block_size=self.length, accumulation=self.accumulation, curriculum=""
+        )
+
+    def smaller(self) -> "Shape | None":
+        """The next that needs less time: fewer rows, with micro-batches no larger; None below one row."""
+        if self.rows == 1:
+            return None
+        if self.accumulation > 1:
+            return replace(self, rows=self.rows // self.accumulation, accumulation=1)
+        return replace(self, rows=self.rows // 2)
+
+
+def step_flops(config: RunConfig, shape: Shape) -> float:
+    """Operations of matrix products in a step, by the accounting: each row counts as one document."""
+    return shape.tokens * training_flops_per_token(config.model, shape.length)
+
+
+def expected_seconds(config: RunConfig, shape: Shape, *, flops: float, copy_bytes: float) -> float:
+    """About what a step takes where `flops` are reached in training, and `copy_bytes` are moved, each a second."""
+    update = _UPDATE_BYTES * count_parameters(config.model).total
+    return step_flops(config, shape) / flops + update / copy_bytes
+
+
+def expected_bytes(config: RunConfig, shape: Shape, place: Place) -> int:
+    """What training with such steps holds at most, with room for activations above the accounting's estimate."""
+    needs = training_bytes(replace(config, train=shape.settings(config.train)), place)
+    return round(sum(needs.values()) + 0.4 * needs["activations_estimate"])
+
+
+def batch_of(shape: Shape, dataset: Dataset) -> Batch:
+    """Rows of random tokens."""
+    if shape.packed:
+        return dataset.rows(shape.length, 0).batch(0, shape.rows)
+    return Batch(*whole_rows(shape.rows, shape.length, dataset.tokenizer.vocab_size))
+
+
+def measure_step(config: RunConfig, state: TrainState, batch: Batch, shape: Shape, *, peak: float, limit: float) -> Row:
+    """Time and memory of a training step. peak: operations a second of a large matrix product, in this precision.
+
+    limit: seconds after which no further step is begun, once there are `STEPS` of them.
+    """
+    begin, settings = time.monotonic(), shape.settings(config.train)
+    parts = Parts(clocked(state), settings, batch)
+    parts.step()
+    state.optimizer.zero_grad()
+    memory = held_bytes(state) + peak_memory(parts.step)
+    contenders: dict[str, Run] = {"step": parts.step}
+    if state.device.type == "cuda":  # which is not kept busy while the parts are told apart
+        contenders = {"step": lambda: one_step(state, settings, batch), "parts": parts.step}
+    left = max(0.0, limit - (time.monotonic() - begin))
+    parts.forget()
+    timing = interleaved(contenders, rounds=_ROUNDS, warmup=0, limit=left)["step"]
+    flops = step_flops(config, shape)
+    return {
+        "name": str(shape),
+        "rows": shape.rows,
+        "length": shape.length,
+        "tokens_per_s": shape.tokens / timing.median,
+        "matmul_share": flops / timing.median / peak,
+        "median_s": timing.median,
+        "low_s": timing.low,
+        "high_s": timing.high,
+        "rounds": timing.rounds,
+        "forward_s": median(parts.forward),
+        "backward_s": median(parts.backward),
+        "optimizer_s": median(parts.optimizer),
+        "peak_bytes": memory,
+        "flops": flops,
+    }
+
+
+def one_step(state: TrainState, settings: TrainConfig, batch: Batch) -> None:
+    """A training step that changes next to nothing; `UsageError` for a model whose numbers are not finite."""
+    if not training_step(state, batch, settings, _STEADY * settings.lr).finite:
+        raise UsageError("the loss of random tokens, or its gradient, is not finite: such a step is not a whole one")
+
+
+def held_bytes(state: TrainState) -> int:
+    """Bytes of the weights, the optimizer's state and the averaged weights, whatever shares its memory once."""
+    groups = state.tensors()
+    del groups["rng"]
+    storages = [tensor.untyped_storage() for group in groups.values() for tensor in group.values()]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@dataclass(frozen=True)
+class Clocked(Spread):
+    """A model in one process, whose passes are timed: seconds, by part, of the micro-batches so far."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "both": 0.0}, kw_only=True)
+
+    def loss(self, tokens_BT: Tensor, labels_BT: Tensor, seq: Layout) -> Found:
+        with self._timed("forward"):
+            return super().loss(tokens_BT, labels_BT, seq)
+
+    @contextmanager
+    def backward_pass(self, *, last: bool) -> Iterator[None]:
+        with self._timed("both"), super().backward_pass(last=last):
+            yield
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        settle()
+        begin = time.perf_counter()
+        yield
+        settle()
+        self.seconds[part] += time.perf_counter() - begin
+
+
+def clocked(state: TrainState) -> TrainState:
+    """The same state, on the same tensors, with a model whose passes are timed."""
+    return replace(state, spread=Clocked(state.spread.model, experts=state.spread.experts))
+
+
+class Parts:
+    """Training steps that are told apart: seconds of each step's forward and backward passes, and of all the rest."""
+
+    def __init__(self, state: TrainState, settings: TrainConfig, batch: Batch) -> None:
+        assert isinstance(state.spread, Clocked)
+        self._state, self._settings, self._batch, self._seconds = state, settings, batch, state.spread.seconds
+        self.forget()
+
+    def forget(self) -> None:
+        """Keep nothing of the steps so far."""
+        self.forward: list[float] = []
+        self.backward: list[float] = []
+        self.optimizer: list[float] = []
+
+    def step(self) -> None:
+        """Take one."""
+        self._seconds.update(forward=0.0, both=0.0)
+        settle()
+        begin = time.perf_counter()
+        one_step(self._state, self._settings, self._batch)
+        settle()
+        whole, forward, both = time.perf_counter() - begin, self._seconds["forward"], self._seconds["both"]
+        self.forward.append(forward)
+        self.backward.append(both - forward)
+        self.optimizer.append(whole - both)

@@ -1,0 +1,198 @@
+"""`swamla bench RECIPE`: how fast a recipe trains, generates, is fed and starts on the machine at hand."""
+
+import math
+import shlex
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from swamla import distributed
+from swamla.bench.allowance import Allowance
+from swamla.bench.generation import NEW
+from swamla.bench.measuring import ceilings, machine
+from swamla.bench.recipe import RecipeBench, Wanted
+from swamla.bench.results import Results, Row, in_bytes
+from swamla.cli.bench_tables import Screen
+from swamla.cli.console import Console, say
+from swamla.cli.flags import Positional, parse
+from swamla.cli.original_flags import add_original_flags, bare_compile, refusal
+from swamla.cli.overrides import add_flags
+from swamla.cli.run_config import chosen_recipe, read_recipe, with_vocabulary
+from swamla.errors import Interrupted, SwamlaError, UsageError
+from swamla.model.accounting import count_parameters
+from swamla.train.backends import describe, resolve_backends
+from swamla.train.precision import resolve_device, resolve_precision
+
+CTRL_C = 130
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """How fast a recipe is on this machine: training, generation, loader, tokenizer, start-up; and what is the most
+    that could be reached. On random tokens: nothing is fetched, and no run is begun."""
+
+    recipe: Annotated[Positional[str], tyro.conf.arg(help_behavior_hint="(default: quickstart)")] = ""
+    """A shipped recipe, a .toml or .json file, or a run's folder. Flags change what it says."""
+    size: str = ""
+    """The recipe, as a flag."""
+    output_dir: str = ""
+    """Of no account here, as run_name: the command line of a training can be measured as it is."""
+    run_name: str = ""
+    """Of no account here."""
+    out: Annotated[str, tyro.conf.arg(metavar="FILE.json")] = ""
+    """Keep the figures, with what they were measured on, in this file; it is whole after every row."""
+    minutes: float = 2.0
+    """About how long it may take. What would not fit is left out, and named."""
+    lengths: Annotated[str, tyro.conf.arg(metavar="N,N,…")] = "256,1024,4096,16384"
+    """Train on single rows of so many tokens, besides the recipe's own; or none."""
+    prompts: Annotated[str, tyro.conf.arg(metavar="N,N,…")] = "128,1024,8192"
+    """Generate behind prompts of so many tokens; or none."""
+
+
+@dataclass(kw_only=True)
+class _Shown(Results):
+    """Results whose rows are shown as they come."""
+
+    screen: Screen = field()
+
+    def add(self, table: str, row: Row) -> None:
+        super().add(table, row)
+        self.screen.row(table, row)
+
+
+def main(argv: list[str]) -> int:
+    """Measure and tell."""
+    arguments: Any
+    takes = add_flags(add_original_flags(Arguments))
+    arguments, given = parse(takes, bare_compile(argv), command="bench", refusal=refusal)
+    if distributed.launched():
+        raise UsageError("bench is for one process; start it without torchrun")
+    seconds, file = 60 * _minutes(arguments.minutes), _file(arguments.out)
+    recipe = chosen_recipe(arguments.recipe, arguments.size)
+    wanted = _wanted(recipe, arguments, given)
+    console = Console()
+    with Screen(console) as screen:
+        results = _Shown(
+            command=shlex.join(["swamla", "bench", *argv]), file=file, say=lambda line: None, screen=screen
+        )
+        try:
+            _measure(recipe, wanted, results, seconds, console)
+        except KeyboardInterrupt:
+            kept = f"; what was measured is in {file}" if file and results.rows else ""
+            raise Interrupted(f"interrupted{kept}", CTRL_C) from None
+    say(console, f"{results.seconds:.0f} s; {_LEGEND}")
+    if file:
+        say(console, f"the figures are in {file}")
+    return 0
+
+
+_LEGEND = (
+    "medians, ± half the way between the quartiles. Memory is the most that training holds; of matmul: the matrix "
+    "products that the accounting counts, beside what large ones alone reach here."
+)
+
+
+def _measure(recipe: str, wanted: Wanted, results: _Shown, seconds: float, console: Console) -> None:
+    """Fill the results."""
+    config, allowance = wanted.config, Allowance(seconds)
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    backends = describe(resolve_backends(config.model, wanted.device))
+    parameters = count_parameters(config.model).total
+    results.machine = machine()
+    say(console, f"{recipe}: {parameters:,} parameters, {wanted.precision} on {wanted.device.type}; {backends}")
+    say(console, _machine(results.machine))
+    say(console, f"{_about(seconds)} (--minutes); on random tokens, nothing is fetched")
+    results.screen.stage("what the machine reaches")
+    results.ceilings = ceilings(wanted.device, seconds=min(1.0, 0.01 * seconds))
+    say(console, _ceilings(results.ceilings))
+    results.rows["model"] = [
+        {
+            "name": recipe,
+            "parameters": parameters,
+            "vocab_size": config.model.vocab_size,
+            "precision": wanted.precision,
+            "device": wanted.device.type,
+            "backends": backends,
+            "optimizer": config.train.optimizer.kind,
+            "compile": config.train.compile,
+            "checkpointing": config.train.checkpointing,
+        }
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        RecipeBench(wanted, results, allowance, Path(folder), results.screen.stage).run()
+
+
+def _about(seconds: float) -> str:
+    return f"about {seconds:.0f} s" if seconds < 100 else f"about {seconds / 60:.3g} minutes"
+
+
+def _machine(found: dict[str, object]) -> str:
+    device = "" if found["device"] == "cpu" else f", {found['device']}"
+    memory, cores = in_bytes(int(str(found["memory_bytes"]))), f"cores {found['cores']}"
+    return f"{found['processor']}, {cores}, {memory}{device}; torch {found['torch']}, threads {found['threads']}"
+
+
+def _ceilings(found: dict[str, float]) -> str:
+    flops = [f"{name} {found[f'{name}_flops'] / 1e9:,.0f} GFLOP/s" for name in ("fp32", "bf16")]
+    return f"it reaches, in large matrix products, {' and '.join(flops)}, and copies {in_bytes(found['copy_bytes'])}/s"
+
+
+def _wanted(recipe: str, arguments: Any, given: frozenset[str]) -> Wanted:
+    """What to measure; raises for what cannot be."""
+    run = Path(recipe) / "config.json"
+    config = read_recipe(str(run) if run.is_file() else recipe, arguments, given)
+    config = replace(config, model=with_vocabulary(config.model, config.data))
+    device, positions = resolve_device(config.train.device), config.model.learned_positions
+    lengths = _numbers("lengths", arguments.lengths, positions, asked="lengths" in given)
+    most = positions and positions - NEW + 1
+    return Wanted(
+        config=config,
+        device=device,
+        precision=resolve_precision(config.train.precision, device),
+        lengths=lengths,
+        prompts=_numbers("prompts", arguments.prompts, most, asked="prompts" in given),
+        tokenizer=run.with_name("tokenizer.json") if run.is_file() else None,
+    )
+
+
+def _numbers(flag: str, text: str, most: int, *, asked: bool) -> tuple[int, ...]:
+    """The numbers of a flag, of its defaults those that fit learned positions, where there are any (most > 0)."""
+    if text == "none":
+        return ()
+    try:
+        found = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise UsageError(f"--{flag} {text}: must be numbers above 0 with commas between, e.g. 256,1024, or none")
+    if most and asked and max(found) > most:
+        raise UsageError(f"--{flag} {text}: the model's learned positions leave room for {most} at most")
+    return tuple(number for number in found if not most or number <= most)
+
+
+def _minutes(minutes: float) -> float:
+    if not (minutes > 0 and math.isfinite(minutes)):
+        raise UsageError(f"--minutes {minutes}: must be > 0, e.g. 2")
+    return minutes
+
+
+def _file(out: str) -> Path | None:
+    """Where the figures go; raises, before anything is measured, where they could not."""
+    if not out:
+        return None
+    file = Path(out)
+    if "\0" in out or file.suffix != ".json":
+        raise UsageError(f"--out {out!r}: must be the name of a .json file")
+    if not file.parent.is_dir():
+        raise UsageError(f"--out {out}: there is no folder {file.parent}")
+    if file.exists():
+        try:
+            Results.load(file)
+        except (SwamlaError, OSError):
+            raise UsageError(f"--out {out}: exists, and holds no such figures: choose another file") from None
+    return file

@@ -1,0 +1,116 @@
+"""How `swamla bench` looks: tables on a terminal, each as soon as it is full; anywhere else a line a row, at once."""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.table import Table
+
+from swamla.bench.results import Row, in_bytes, in_rate, in_seconds
+from swamla.cli.console import say
+
+Cell = Callable[[Any], str]  # of a row
+
+
+def _of(key: str, words: Callable[[Any], str]) -> Cell:
+    return lambda row: "–" if row.get(key) is None else words(row[key])
+
+
+def _step(row: Any) -> str:
+    spread = (row["high_s"] - row["low_s"]) / 2 / row["median_s"]
+    return f"{in_seconds(row['median_s'])} ±{spread:.0%}"
+
+
+def _state(row: Any) -> str:
+    accounted = row["accounted_state_bytes"]
+    differs = "" if row["state_bytes"] == accounted else f", accounted {in_bytes(accounted)}"
+    return in_bytes(row["state_bytes"]) + differs
+
+
+_TOKENS = _of("tokens_per_s", in_rate)
+COLUMNS: dict[str, dict[str, Cell]] = {
+    "training": {
+        "rows × tokens": _of("name", str),
+        "tokens": _TOKENS,
+        "step": _step,
+        "forward": _of("forward_s", in_seconds),
+        "backward": _of("backward_s", in_seconds),
+        "the rest": _of("optimizer_s", in_seconds),
+        "of matmul": _of("matmul_share", "{:.0%}".format),
+        "memory": _of("peak_bytes", in_bytes),
+    },
+    "generation": {
+        "": _of("name", str),
+        "prefill": _of("prefill_tokens_per_s", in_rate),
+        "first token": _of("first_token_s", in_seconds),
+        "decode": _of("decode_tokens_per_s", in_rate),
+        "state": _state,
+        "all-MHA state": _of("all_mha_state_bytes", in_bytes),
+    },
+    "data": {
+        "": _of("name", str),
+        "tokens": _TOKENS,
+        "text": _of("text_bytes_per_s", lambda rate: f"{in_bytes(rate)}/s"),
+        "of what training takes": _of("times_training", "{:,.0f} times".format),
+    },
+    "start-up": {"": _of("name", str), "time": _of("median_s", in_seconds)},
+}
+
+
+def line(table: str, row: Row) -> str:
+    """A row for pipes and log files."""
+    if "error" in row:
+        return f"{table}: {row['name']}: not measured: {row['error']}"
+    name, *cells = [(heading, cell(row)) for heading, cell in COLUMNS[table].items()]
+    told = [f"{heading} {text}" for heading, text in cells if text != "–"]
+    return f"{table}: {name[1]}: {', '.join(told)}"
+
+
+class Screen:
+    """What people see of the rows: a context, which shows at its end what it has of the last table."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._status = console.status("")
+        self._table, self._rows = "", list[Row]()
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._status.start()
+        return self
+
+    def stage(self, text: str) -> None:
+        """Say what is being measured, where that can be taken back."""
+        self._status.update(f"{text} …")
+
+    def row(self, table: str, row: Row) -> None:
+        """Show a row, or keep it for its table."""
+        if not self._console.is_terminal:
+            say(self._console, line(table, row))
+            return
+        if table != self._table:
+            self._show()
+        self._table = table
+        self._rows.append(row)
+
+    def _show(self) -> None:
+        measured = [row for row in self._rows if "error" not in row]
+        if measured:
+            columns = COLUMNS[self._table]
+            drawn = Table(title=self._table, title_justify="left")
+            for number, heading in enumerate(columns):
+                drawn.add_column(heading, justify="right" if number else "left")
+            for row in measured:
+                drawn.add_row(*(cell(row) for cell in columns.values()))
+            self._console.print(drawn)
+        for row in self._rows:
+            if "error" in row:
+                say(self._console, line(self._table, row))
+        self._rows = []
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._status.stop()
+        self._show()
