@@ -1,0 +1,130 @@
+"""Everything that is said of speed on a GPU, in under nine minutes on one card: python -m benchmarks.gpu
+
+    PYTHONPATH=src python -m benchmarks.gpu             # where swamla is not installed
+    python -m benchmarks.gpu --only gates,training      # some tables
+    python -m benchmarks.gpu --device cpu --quick       # every row at tiny sizes, to see that it runs
+
+First what the card reaches at most, then gates: every fast path against its reference, gradients too. A row whose
+path did not pass says so. Every row has a process of its own and a time-out; what fails says why, what no longer fits
+the time is named, and each figure is printed and written at once. Targets that stand beside figures are not checked.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+
+from benchmarks.gpu_rows import CEILINGS, MACHINE, ROWS
+from benchmarks.gpu_running import Figures, Message, Place, Processes, Row
+from swamla.bench.results import Results
+
+RESULTS = Path(__file__).parent / "results"
+BUDGET = 510.0  # seconds
+PRELOADED = ("torch", "torch._dynamo", "benchmarks.gpu_rows")
+Run = Callable[[Row, Place, float], Iterator[Message]]
+
+
+def main(arguments: Sequence[str] | None = None, *, rows: Sequence[Row] = ROWS, run: Run | None = None) -> int:
+    """Measure, print, write; returns the exit status."""
+    options = parse(arguments, rows)
+    place = Place(device=options.device, quick=options.quick)
+    refused = refusal(place)
+    if refused:
+        print(f"benchmarks.gpu: {refused}", file=sys.stderr)
+        return 2
+    file = options.out or RESULTS / f"gpu-{datetime.now(UTC):%Y-%m-%d}{'-quick' if place.quick else ''}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    log = file.with_suffix(".log")
+    results = Results(command=shlex.join(["python", "-m", "benchmarks.gpu", *(arguments or sys.argv[1:])]), file=file)
+    session = Session(results, place, run or Processes(log, PRELOADED), options.budget)
+    try:
+        for row in rows:
+            if row.table in (MACHINE, CEILINGS, *options.only):
+                session.measure(row)
+    except KeyboardInterrupt:
+        results.say(f"interrupted; what was measured is in {file}")
+        return 130
+    results.save()
+    results.say(f"{results.seconds:.0f} s in all, in {file}; what the rows printed is in {log.name}")
+    return 0
+
+
+def parse(arguments: Sequence[str] | None, rows: Sequence[Row]) -> argparse.Namespace:
+    """The options."""
+    tables = list(dict.fromkeys(row.table for row in rows))
+    parser = argparse.ArgumentParser("benchmarks.gpu", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(default: cuda)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, for figures that mean nothing")
+    parser.add_argument(
+        "--only", metavar="TABLES", default=tables, type=lambda text: text.split(","), help=f"of {','.join(tables)}"
+    )
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds in all (default: %(default).0f)")
+    parser.add_argument("--out", type=Path, help="the JSON file (default: benchmarks/results/gpu-DATE.json)")
+    options = parser.parse_args(arguments)
+    unknown = set(options.only) - set(tables)
+    if unknown:
+        parser.error(f"--only: no table {', '.join(sorted(unknown))}; there are {', '.join(tables)}")
+    return options
+
+
+def refusal(place: Place) -> str:
+    """Why nothing can be measured there; nothing if it can."""
+    if place.device == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device here; to try every row at tiny sizes: --device cpu --quick"
+    if place.device == "cpu" and not place.quick:
+        return "--device cpu is for a dry run: add --quick; speed on a CPU is measured by python -m benchmarks.cpu"
+    return ""
+
+
+class Session:
+    """One benchmark in progress: where rows go, what time is left, which paths are not to be trusted."""
+
+    def __init__(self, results: Results, place: Place, run: Run, budget: float) -> None:
+        self._results, self._place, self._run = results, place, run
+        self._end = time.monotonic() + budget
+        self._broken: set[str] = set()
+
+    def measure(self, row: Row) -> None:
+        """Run a row and keep what it finds, or why it finds nothing."""
+        begin = time.monotonic()
+        left = self._end - begin
+        if left < row.needs:
+            self._keep(row, "skipped", f"{max(0, left):.0f} s are left of the budget, and it needs about {row.needs:g}")
+            return
+        for kind, content in self._run(row, self._place, left):
+            self._keep(row, kind, content)
+        took = {"table": row.table, "name": row.name, "took_s": round(time.monotonic() - begin, 2)}
+        self._results.rows.setdefault("durations", []).append(took)
+
+    def _keep(self, row: Row, kind: str, content: Figures | str) -> None:
+        if kind != "figures" or content.get("passed") == 0:
+            self._broken.update(row.vouches)
+        if kind == "failed":
+            self._results.failed(row.table, row.name, content)
+        elif kind == "skipped":
+            self._results.add(row.table, {"name": row.name, "skipped": content})
+        else:
+            self._keep_figures(row, content)
+
+    def _keep_figures(self, row: Row, figures: Figures) -> None:
+        distrusted = [used for used in figures.pop("uses", []) if used in self._broken]
+        if distrusted:
+            figures["not_trustworthy"] = f"the gate did not pass: {', '.join(distrusted)}"
+        if row.table == MACHINE:
+            self._results.machine |= figures
+        if row.table == CEILINGS:
+            self._results.ceilings |= figures
+        self._results.add(row.table, {"name": row.name, **figures})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

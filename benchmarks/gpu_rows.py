@@ -1,0 +1,123 @@
+"""The rows of the GPU benchmark, most important first: whatever no longer fits the time is left out from the end."""
+
+import subprocess
+from collections.abc import Iterator
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from benchmarks import gpu_gates as gates
+from benchmarks import gpu_ops as ops
+from benchmarks.contenders import QWEN3_NEXT
+from benchmarks.gpu_decoding import generation
+from benchmarks.gpu_running import Figures, Place, Row
+from benchmarks.gpu_timing import ceilings
+from benchmarks.gpu_training import gpt2_training, our_training, their_training
+from swamla.bench.measuring import machine
+from swamla.train.utilisation import peak_of
+
+MACHINE, CEILINGS, GATES = "machine", "ceilings", "gates"
+PACKAGES = ("triton", "transformers", "flash-linear-attention", "torchao")
+
+
+def environment(place: Place) -> Iterator[Figures]:
+    """What is measured on, and with what."""
+    found: Figures = {**machine(), "peak": peak_of(torch.device(place.device), "bf16").name, "cuda": torch.version.cuda}
+    found |= {name: _version(name) for name in PACKAGES}
+    if place.device == "cuda":
+        found["driver"] = _driver()
+        found["cudnn"] = torch.backends.cudnn.version()
+        found["device_memory_bytes"] = torch.cuda.get_device_properties(0).total_memory
+    yield found
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _driver() -> str:
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown ({type(error).__name__})"
+    return told[0] if told else "unknown"
+
+
+def _gate(name: str, run: object, *vouches: str, needs: float = 8, limit: float = 60) -> Row:
+    return Row(name=name, table=GATES, run=run, vouches=vouches, needs=needs, limit=limit)  # type: ignore[arg-type]
+
+
+def _attention(backend: str) -> list[Row]:
+    run, windowed = (partial(gate, backend=backend) for gate in (gates.attention_gate, gates.windowed_gate))
+    return [
+        _gate(f"attention, {backend}", run, f"attention/{backend}"),
+        *([] if backend == "cudnn" else [_gate(f"windowed attention, {backend}", windowed, f"attention/{backend}")]),
+    ]
+
+
+def _training(name: str, local: str, title: str = "bf16, compiled", **options: object) -> Row:
+    run = partial(our_training, name=name, local=local, **options)
+    return Row(name=f"{name} {local}, {title}", table="training", run=run, needs=20, limit=100)
+
+
+def _gpt2(name: str, title: str = "bf16, compiled", **options: object) -> Row:
+    run = partial(gpt2_training, name=name, **options)
+    return Row(name=f"GPT-2 as {name}, {title}", table="training", run=run, needs=15, limit=80)
+
+
+def _generation(name: str, local: str) -> Row:
+    run = partial(generation, name=name, local=local)
+    return Row(name=f"{name} {local}", table="generation", run=run, needs=15, limit=60)
+
+
+def _op(table: str, name: str, run: object, needs: float = 5) -> Row:
+    return Row(name=name, table=table, run=run, needs=needs, limit=40)  # type: ignore[arg-type]
+
+
+ROWS: tuple[Row, ...] = (
+    Row(name="environment", table=MACHINE, run=environment, needs=5),
+    Row(name="ceilings", table=CEILINGS, run=ceilings, needs=5),
+    *_attention("cudnn"),
+    *_attention("flex"),
+    *_attention("torch"),
+    *[
+        _gate(f"delta rule, {name}", partial(gates.delta_rule_gate, backend=name), f"delta rule/{name}")
+        for name in ("torch",)
+    ],
+    _gate("loss", gates.loss_gate, "loss/chunked"),
+    _gate("experts", gates.experts_gate, "experts/torch"),
+    _gate("model, compiled", gates.model_gate, "model/compiled", needs=20, limit=90),
+    _training("small", "swa"),
+    _gpt2("small"),
+    _training("small", "gdn"),
+    _training("base", "swa"),
+    _generation("small", "swa"),
+    _gpt2("base"),
+    _training("moe-1b", "swa"),
+    _training("base", "swa", "fp8, compiled", precision="fp8"),
+    _op("loss", "head and cross-entropy", ops.losses),
+    _op("optimizers", "small", partial(ops.optimizers, name="small")),
+    _training("small", "swa", "bf16, eager", compiled=False),
+    _op("ffn", "mixture of experts", ops.experts),
+    *[_op("attention", f"causal, {name}", partial(ops.causal_ops, backend=name)) for name in ("cudnn", "torch")],
+    *[_op("attention", f"windowed, {name}", partial(ops.windowed_ops, backend=name), 10) for name in ("flex", "torch")],
+    *[_op("delta rule", name, partial(ops.delta_rule_ops, backend=name)) for name in ("torch", "transformers")],
+    _generation("base", "swa"),
+    _training("base", "gdn"),
+    _training("moe-1b", "gdn"),
+    Row(
+        name="Qwen3-Next as small, bf16, eager",
+        table="training",
+        run=partial(their_training, library=QWEN3_NEXT, name="small"),
+        needs=15,
+    ),
+    _generation("small", "gdn"),
+    _training("small", "swa", "bf16, compiled, 4 documents a row", documents=4.0),
+    _generation("moe-1b", "swa"),
+    _op("attention", "causal, flex", partial(ops.causal_ops, backend="flex"), 10),
+)

@@ -1,0 +1,59 @@
+"""How the rows of the GPU benchmark time what they measure, and what the card can do at most."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+import torch
+
+from benchmarks.gpu_running import Figures, Place
+from swamla.bench.measuring import Timing, interleaved, seconds_of
+
+FP8_MULTIPLE = 16  # rows and columns that fp8 products want
+
+
+def timed(run: Callable[[], object], place: Place, *, rounds: int = 30, warmup: int = 3, limit: float = 1.0) -> Timing:
+    """The time of a call; of a single one when quick."""
+    if place.quick:
+        return Timing.of([seconds_of(run)])
+    return interleaved({"": run}, rounds=rounds, warmup=warmup, limit=limit)[""]
+
+
+def times(timing: Timing) -> Figures:
+    """A time as a row has it."""
+    return {"median_s": timing.median, "low_s": timing.low, "high_s": timing.high, "rounds": timing.rounds}
+
+
+def used(backends: Mapping[str, str]) -> list[str]:
+    """ "op/backend" of all that `resolve_backends` tells."""
+    return [f"{op}/{backend}" for op, names in backends.items() for backend in names.split(" and ")]
+
+
+def matmul_flops(place: Place, dtype: torch.dtype = torch.bfloat16) -> float:
+    """What a large product of random matrices reaches here and now; constants would run faster than any training."""
+    size = 128 if place.quick else 8192
+    a, b = (torch.randn(size, size, device=place.device).to(dtype) for _ in range(2))
+    return 2 * size**3 / timed(partial(torch.matmul, a, b), place, limit=0.5).median
+
+
+def fp8_flops(place: Place) -> float:
+    """As `matmul_flops`, of fp8 numbers with one scale a tensor."""
+    size = 128 if place.quick else 8192
+    a, b = (torch.randn(size, size, device=place.device).to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), device=place.device)
+    run = partial(torch._scaled_mm, a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+    return 2 * size**3 / timed(run, place, limit=0.5).median
+
+
+def copy_bytes(place: Place) -> float:
+    """Bytes read and written a second by a large copy."""
+    count = 1 << (16 if place.quick else 30)
+    source, target = (torch.randint(255, (count,), device=place.device, dtype=torch.uint8) for _ in range(2))
+    return 2 * count / timed(partial(target.copy_, source), place, limit=0.5).median
+
+
+def ceilings(place: Place) -> Iterator[Figures]:
+    """All rates, each on its own, as not every card multiplies fp8."""
+    yield {"bf16_flops": matmul_flops(place)}
+    yield {"copy_bytes": copy_bytes(place)}
+    yield {"fp16_flops": matmul_flops(place, torch.float16)}
+    yield {"fp8_flops": fp8_flops(place)}

@@ -1,0 +1,89 @@
+"""Training steps of whole models, ours and others': tokens a second, share of the matmul rate, peak memory, graphs."""
+
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.gpu_models import OurStep, TheirStep, batch_of, gpt2_step, preset, shape_of
+from benchmarks.gpu_running import Figures, Place
+from benchmarks.gpu_timing import matmul_flops, timed, times, used
+from swamla.bench.measuring import seconds_of
+from swamla.data.packing import Batch
+from swamla.train.precision import Chosen
+from swamla.train.utilisation import peak_of
+
+ROWS, LENGTH = 8, 2048  # of a step: 16,384 tokens
+TARGETS = {  # tokens a second, and peak bytes with AdamW, by preset and precision
+    ("small", "bf16"): (300e3, 10e9),
+    ("base", "bf16"): (105e3, 28e9),
+    ("base", "fp8"): (122e3, None),
+    ("moe-1b", "bf16"): (150e3, None),
+}
+
+
+def our_training(
+    place: Place, name: str, local: str, *, precision: Chosen = "bf16", compiled: bool = True, documents: float = 1.0
+) -> Iterator[Figures]:
+    """A preset's steps, on rows of so many documents each."""
+    config = preset(name, local, place)
+    compiled = compiled and not place.quick
+    step = OurStep(config, _batch(place, config.vocab_size, documents), place, precision=precision, compiled=compiled)
+    tokens, peak = TARGETS[name, precision]
+    uses = [*used(step.backends), *(["model/compiled"] if compiled else [])]
+    yield {**_measured(step, place), "target_tokens_per_s": tokens, "target_peak_bytes": peak, "uses": uses}
+
+
+def gpt2_training(place: Place, name: str, *, compiled: bool = True) -> Iterator[Figures]:
+    """Steps of a GPT-2 with a preset's width, depth and vocabulary."""
+    shape = shape_of(name, place)
+    yield _measured(
+        gpt2_step(shape, _batch(place, shape.vocabulary), place, compiled=compiled and not place.quick), place
+    )
+
+
+def their_training(place: Place, library: str, name: str) -> Iterator[Figures]:
+    """Uncompiled steps of another model of transformers, with a preset's width, depth and vocabulary."""
+    shape = shape_of(name, place)
+    yield _measured(TheirStep(library, shape, _batch(place, shape.vocabulary), place, compiled=False), place)
+
+
+def _batch(place: Place, vocabulary: int, documents: float = 1.0) -> Batch:
+    rows, length = (2, 32) if place.quick else (ROWS, LENGTH)
+    return batch_of(rows, length, vocabulary, documents)
+
+
+def _measured(step: OurStep | TheirStep, place: Place) -> Figures:
+    """What a step takes, beside what the device could do at this very time."""
+    first = seconds_of(step)
+    on_gpu = place.device == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    timing = timed(step, place, warmup=3, limit=5.0)
+    peak_bytes = torch.cuda.max_memory_allocated() if on_gpu else None
+    tokens_per_s = step.n_tokens / timing.median
+    flops = tokens_per_s * step.flops_per_token
+    return {
+        "tokens_per_s": tokens_per_s,
+        "of_matmul_share": flops / matmul_flops(place),
+        "of_peak_share": flops / peak_of(torch.device(place.device), "bf16").flops,
+        "peak_bytes": peak_bytes,
+        **times(timing),
+        "first_step_s": first,
+        "parameters": step.parameters,
+        "active": step.active,
+        **_graphs(),
+        "backends": ", ".join(f"{op}: {backend}" for op, backend in step.backends.items()) or None,
+        "notes": "; ".join(step.notes) or None,
+    }
+
+
+def _graphs() -> Figures:
+    """How many graphs the compiler made, how often one had to end early, and why; nothing where it was not asked."""
+    if "torch._dynamo" not in sys.modules:
+        return {}
+    from torch._dynamo.utils import counters
+
+    graphs, breaks = counters["stats"]["unique_graphs"], counters["graph_break"]
+    reasons = "; ".join(f"{count} × {reason.splitlines()[0]}" for reason, count in breaks.items())
+    return {"graphs": graphs, "graph_breaks": sum(breaks.values()), "reasons": reasons or None} if graphs else {}
