@@ -12,7 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line does
+from swamla import process
+
+process.prepare()  # as the command line does
 
 from rich.console import Console
 

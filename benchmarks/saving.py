@@ -7,13 +7,14 @@ The two ways take turns; medians. A step is a matrix product of about a tenth of
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line does
+from swamla import process
+
+process.prepare()  # as the command line does
 
 import torch
 

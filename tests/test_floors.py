@@ -10,7 +10,7 @@ import swamla
 
 PACKAGE = Path(swamla.__file__).parent
 FLOORS = [
-    {"errors", "faults"},
+    {"errors", "faults", "process"},
     {"config", "files", "ops", "distributed"},
     {"model", "data", "recipes", "tensor_file"},
     {"checkpoint", "generate"},

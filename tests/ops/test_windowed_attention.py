@@ -60,6 +60,16 @@ def test_however_tiles_are_batched_the_result_is_that_of_the_reference(scores, m
     assert_equals_reference(attention(70, 4), random_inputs(seq, heads=4, groups=2), seq)
 
 
+@pytest.mark.parametrize("window", [70, 700], ids=["windowed", "causal"])
+def test_weights_computed_again_give_the_gradients_of_kept_ones_to_the_bit(window, monkeypatch):
+    seq = documents([700], [700])
+    kept = with_gradients(attention(window, 4), random_inputs(seq, heads=4, groups=2), seq)
+    monkeypatch.setattr("swamla.ops.attention.tiled.KEPT", 0)
+    again = with_gradients(attention(window, 4), random_inputs(seq, heads=4, groups=2), seq)
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+    assert_equals_reference(attention(window, 4), random_inputs(seq, heads=4, groups=2), seq)
+
+
 @pytest.mark.parametrize("key", [64, 16])
 def test_bf16_is_within_a_hundredth_of_the_fp32_reference(key):
     seq = documents([700, 1, 99], [800])

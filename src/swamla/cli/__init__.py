@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
+from swamla import process
 from swamla.distributed import is_main, lost_a_rank
 from swamla.errors import ConfigError, FailedElsewhere, Interrupted, SwamlaError, UsageError, is_out_of_memory
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     warnings.showwarning = _one_line_warning  # type: ignore[assignment]
-    _wait_politely()
+    process.prepare()
     try:
         status = _dispatch(arguments)
         sys.stdout.flush()  # what is still buffered finds a closed pipe here, not when the interpreter ends
@@ -61,16 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _is_mine_to_tell(error: BaseException) -> bool:
     """Of several processes the main one speaks; the others only of what happened to them alone."""
     return is_main() or not isinstance(error, FailedElsewhere | Interrupted | UsageError | ConfigError)
-
-
-def _wait_politely() -> None:
-    """Let torch's threads sleep early when they wait for each other; read when torch is first imported.
-
-    By default they spin, for milliseconds, which on a machine that does anything else starves the very thread they
-    wait for: with one busy process beside it a step took over 3 times as long, and no longer with this.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -1,10 +1,11 @@
 """Causal and windowed attention as plain matrix products over tiles of queries: the fast path of the CPU.
 
 A tile is a stretch of queries and the keys that any of them sees: the document's sinks, if they lie behind the window,
-and one band. Its scores are a matmul, one softmax and another matmul; tiles of one shape go as one batch, and the
-backward recomputes the scores, so that nothing quadratic is kept. In bf16 this runs at the rate of the CPU's matmul,
-which `scaled_dot_product_attention` does not; its price is that scores are rounded to bf16 (as in every eager
-attention under autocast). Causal attention is the case of a window as long as the document.
+and one band. Its scores are a matmul, one softmax and another matmul; tiles of one shape go as one batch. Unless all
+weights are few enough to be kept, the backward computes them again, so that nothing large and quadratic is kept. In
+bf16 this runs at the rate of the CPU's matmul, which `scaled_dot_product_attention` does not; its price is that scores
+are rounded to bf16 (as in every eager attention under autocast). Causal attention is the case of a window as long as
+the document.
 
 Shapes in this file: N (documents × key heads), R query heads that share a key head, C queries and S keys of a tile,
 M (documents × key heads × tiles).
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 SCORES = 4_000_000  # of one batch of tiles, in elements: two or three such buffers in use, near the size of the caches
+KEPT = 16_000_000  # weights of one call that are kept for the backward, in elements: 32 MB, a quarter of its time
 
 
 @dataclass(frozen=True)
@@ -146,10 +148,15 @@ class _TiledAttention(torch.autograd.Function):
     def forward(ctx: Any, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, band: Band) -> Tensor:
         q_NRTK, k_NTK, v_NTV = _heads_first(q_BTHK, k_BTGK), *_heads_of_keys(k_BTGK, v_BTGV)
         o_NRTV = q_NRTK.new_empty(*q_NRTK.shape[:3], v_NTV.shape[-1])
+        kept: list[Tensor] = []
+        keep = any(ctx.needs_input_grad) and _scores(q_NRTK, band) <= KEPT
         for part, tile, (score, weight) in _walk(q_NRTK, band, buffers=2):
+            if keep:
+                weight = torch.empty_like(score)
+                kept.append(weight)
             _attention_weights(score, weight, tile.queries(q_NRTK[part]), tile.keys(k_NTK[part]), tile, band)
             _put(tile.queries(o_NRTV[part]), torch.bmm(weight.flatten(1, 2), tile.keys(v_NTV[part])))
-        ctx.save_for_backward(q_BTHK, k_BTGK, v_BTGV)
+        ctx.save_for_backward(q_BTHK, k_BTGK, v_BTGV, *kept)
         ctx.band = band
         return _heads_last(o_NRTV, q_BTHK.shape[0])
 
@@ -157,7 +164,7 @@ class _TiledAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BTHV: Tensor) -> tuple[Tensor | None, ...]:
         """With weights P: dV = Pᵀ dO, dP = dO Vᵀ, dS = P ⊙ (dP − rowsum(dP ⊙ P)), dQ = dS K, dK = dSᵀ Q (× scale)."""
-        q_BTHK, k_BTGK, v_BTGV = ctx.saved_tensors
+        q_BTHK, k_BTGK, v_BTGV, *kept = ctx.saved_tensors
         band: Band = ctx.band
         q_NRTK, k_NTK, v_NTV = _heads_first(q_BTHK, k_BTGK), *_heads_of_keys(k_BTGK, v_BTGV)
         grad_NRTV = _heads_first(grad_BTHV, v_BTGV)
@@ -165,9 +172,13 @@ class _TiledAttention(torch.autograd.Function):
         sums = torch.promote_types(q_BTHK.dtype, torch.float32)
         dq_NRTK = torch.empty_like(q_NRTK, memory_format=torch.contiguous_format)
         dk_NTK, dv_NTV = (x.new_zeros(x.shape, dtype=sums) for x in (k_NTK, v_NTV))
-        for part, tile, (score, weight, dweight) in _walk(q_NRTK, band, buffers=3):
+        for part, tile, (score, dweight, *spare) in _walk(q_NRTK, band, buffers=2 if kept else 3):
             q_MRCK, k_MSK = tile.queries(q_NRTK[part]), tile.keys(k_NTK[part])
-            _attention_weights(score, weight, q_MRCK, k_MSK, tile, band)
+            if kept:
+                weight = kept.pop(0)
+            else:
+                weight = spare[0]
+                _attention_weights(score, weight, q_MRCK, k_MSK, tile, band)
             grad_MCV = _rows(tile.queries(grad_NRTV[part]))
             torch.bmm(grad_MCV, tile.keys(v_NTV[part]).mT, out=dweight.flatten(1, 2))
             torch._softmax_backward_data(dweight, weight, -1, weight.dtype, grad_input=score)
@@ -178,6 +189,12 @@ class _TiledAttention(torch.autograd.Function):
         dq_BTHK = _heads_last(dq_NRTK.mul_(band.scale), batch)
         dk_BTGK = _heads_last(dk_NTK.mul_(band.scale).to(k_BTGK.dtype)[:, None], batch)
         return dq_BTHK, dk_BTGK, _heads_last(dv_NTV.to(v_BTGV.dtype)[:, None], batch), None
+
+
+def _scores(q_NRTK: Tensor, band: Band) -> int:
+    """How many there are, of all documents and heads."""
+    count, shared, length, _ = q_NRTK.shape
+    return count * shared * sum(tile.size for tile in band.tiles(length))
 
 
 def _walk(q_NRTK: Tensor, band: Band, buffers: int) -> Iterator[tuple[slice, Tile, tuple[Tensor, ...]]]:

@@ -1,0 +1,41 @@
+"""What a process sets before torch is at work."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+FREE_AND_TAKE = """
+import resource, sys
+from swamla import process
+if sys.argv[1] == "kept":
+    process.keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = bytearray(200_000_000)  # cleared by writing to every page, or by the system when it gives a new one
+    block[::4096] = b"x" * len(block[::4096])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+def faults_of_a_block_taken_again(how: str, **environment: str) -> int:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", FREE_AND_TAKE, how]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**inherited, **environment})
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's memory can be kept")
+def test_freed_memory_serves_again_without_faults() -> None:
+    pages = 200_000_000 // 4096
+    assert faults_of_a_block_taken_again("kept") < pages / 10
+    assert faults_of_a_block_taken_again("as it is") > pages / 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's memory can be kept")
+def test_memory_is_left_to_a_user_who_has_set_how_it_is_kept() -> None:
+    assert faults_of_a_block_taken_again("kept", MALLOC_TRIM_THRESHOLD_="131072") > 200_000_000 // 4096 / 2
