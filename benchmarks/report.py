@@ -7,6 +7,7 @@ stays. No figure is typed, and what is missing is said.
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from benchmarks.targets import Found, targets
@@ -17,6 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 NOT_YET = "Not measured yet."
 Row = dict[str, Any]  # as it was read: what it must have is found when it is used
+_CALL, _TOKEN = ("low_s", "median_s", "high_s"), ("token_low_s", "token_s", "token_high_s")
 Cell = Callable[[Row], str]
 _NAME = re.compile(r"cpu-(\d{4}-\d\d-\d\d)(?:-(\d+))?\.json")
 
@@ -45,6 +47,8 @@ def rewritten(page: str, results: Results | None) -> str:
 
 def rendered(results: Results) -> dict[str, str]:
     """Every block as Markdown; CorruptError for tables or rows that this version does not know."""
+    if "--quick" in results.command:
+        raise UsageError("the results are of --quick, whose figures mean nothing: report a whole run")
     unknown = results.rows.keys() - BLOCKS.keys()
     if unknown:
         raise CorruptError(f"results with a table {', '.join(sorted(unknown))}: this version knows {', '.join(BLOCKS)}")
@@ -57,7 +61,7 @@ def rendered(results: Results) -> dict[str, str]:
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     rows = [header, ["---"] * len(header), *lines]
-    return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows)
+    return "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in row) for row in rows)
 
 
 def pivot(corner: str, rows: Sequence[Row], across: str, cell: Cell) -> str:
@@ -81,26 +85,37 @@ def shown(name: str) -> str:
 def footed(results: Results, name: str, *parts: str) -> str:
     """Tables, and under them what they were made with, how much rounds differed, and what is missing."""
     rows = results.rows[name]
-    spreads = [
-        max(row[high] - row[median], row[median] - row[low]) / row[median]
-        for row in rows
-        for low, median, high in (("low_s", "median_s", "high_s"), ("token_low_s", "token_s", "token_high_s"))
-        if median in row
-    ]
     rounds = [row["rounds"] for row in rows if "rounds" in row]
+    spreads = sorted(spread(row) for row in rows if row.get("rounds", 1) > 1)
     foot = f"`{results.command}`, {results.begun[:10]}"
     if rounds:
-        told = f"{min(rounds)} rounds" if min(rounds) == max(rounds) else f"{min(rounds)} to {max(rounds)} rounds"
-        middle = sorted(spreads)[len(spreads) // 2]
-        foot += f"; {told}; quartiles within {middle:.1%} of the median (middle row), {max(spreads):.0%} (worst row)"
-    notes = [_missing(row) for row in rows if "error" in row or "note" in row]
-    return "\n\n".join([*parts, f"{foot}."] + ["; ".join(notes) + "."] * bool(notes))
+        foot += f"; rounds: {min(rounds)}" + f" to {max(rounds)}" * (max(rounds) > min(rounds))
+    if spreads:
+        half, most = (f"{100 * value:.2g} %" for value in (spreads[len(spreads) // 2], spreads[-1]))
+        foot += f"; quartiles at most {half} from the median in half of the rows that have several, {most} in all"
+    return "\n\n".join([*parts, folded(f"{foot}."), *_missing(rows)])
 
 
-def _missing(row: Row) -> str:
-    keys = ("length", "prompt", "op", "axis", "dtype")
-    where = " ".join([shown(str(row["name"])), *(f"{row[key]}" for key in keys if key in row)])
-    return f"{where}: {row.get('note') or 'failed, ' + str(row['error'])}"
+def spread(row: Row) -> float:
+    """How far the further quartile lies from the median, as a share of it."""
+    low, median, high = (row[key] for key in (_TOKEN if "token_s" in row else _CALL))
+    return max(high - median, median - low) / median
+
+
+def _missing(rows: Sequence[Row]) -> list[str]:
+    """What was left out, by the reason; what failed, each with its error."""
+    left_out: dict[str, list[str]] = {}
+    for row in rows:
+        if "note" in row or "error" in row:
+            reason = row.get("note") or f"failed, {row['error']}"
+            keys = (row[key] for key in ("op", "axis", "length", "prompt", "dtype") if key in row)
+            left_out.setdefault(reason, []).append(" ".join([shown(row["name"]), *map(str, keys)]))
+    return [folded(f"{', '.join(names)}: {reason}.") for reason, names in left_out.items()]
+
+
+def folded(text: str) -> str:
+    """In lines of the page's width."""
+    return fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def measured(rows: Sequence[Row]) -> list[Row]:

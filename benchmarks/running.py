@@ -1,7 +1,9 @@
 """What all tables share: how contenders take turns, what fails, what it may cost in time, where the rows go."""
 
+import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +59,16 @@ class Turn:
         self.seconds.append(time.perf_counter() - begin)
 
 
+@contextmanager
+def nothing_to_collect() -> Iterator[None]:
+    """What is there now is passed over by the collector, not looked through in the middle of a round."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 @dataclass(kw_only=True)
 class Bench:
     """One benchmark run.
@@ -82,13 +94,15 @@ class Bench:
 
         what: the part of the rows' keys that all contenders share. limit: seconds after which no further round begins.
         """
+        gc.collect()  # the contenders of the race before, which hold each other
         left = self.deadline - time.monotonic()
         if left <= 0:
             self.leave_out(table, what, makers, "the table's time was spent")
             return {}
         self.results.say(readable(f"{table}:", {"name": " · ".join(makers), **what}))
         turns = {name: turn for name in makers if (turn := self._made(table, what, name, makers[name])) is not None}
-        interleaved(turns, rounds=1 if self.quick else rounds, warmup=warmup, limit=min(limit, left))
+        with nothing_to_collect():
+            interleaved(turns, rounds=1 if self.quick else rounds, warmup=warmup, limit=min(limit, left))
         outcomes = {}
         for name, turn in turns.items():
             if turn.error is not None or turn.peak_bytes is None:

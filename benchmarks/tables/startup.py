@@ -17,7 +17,7 @@ COMMANDS = {
 def measure(bench: Bench) -> None:
     """The table."""
     makers = {name: _maker(words) for name, words in COMMANDS.items()}
-    outcomes = bench.race(TABLE, {}, makers, rounds=9, limit=14)
+    outcomes = bench.race(TABLE, {}, makers, rounds=9, limit=14, warmup=0 if bench.quick else 1)
     for name, outcome in outcomes.items():
         bench.results.add(TABLE, {"name": name, **outcome.row()})
 
