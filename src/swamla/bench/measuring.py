@@ -154,6 +154,7 @@ def peak_memory(run: Run) -> int:
         run()
         settle()
         return torch.cuda.max_memory_allocated() - before
+    _give_back()
     if sys.platform == "linux" and _forget_high_water():
         before = _status_bytes("VmRSS")
         run()
@@ -161,11 +162,15 @@ def peak_memory(run: Run) -> int:
     return peak_memory_of_child(run)
 
 
-def _forget_high_water() -> bool:
-    """Give freed memory back, that it be seen when it is taken again, and start the mark anew; False if forbidden."""
+def _give_back() -> None:
+    """Give the system the memory that was freed, that it be seen when it is taken again."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others keep less
     if trim is not None:
         trim(0)
+
+
+def _forget_high_water() -> bool:
+    """Start the mark of this process anew; False where that is forbidden."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:  # some containers
@@ -181,6 +186,7 @@ def _status_bytes(name: str) -> int:
 
 def peak_memory_of_child(run: Run) -> int:
     """As `peak_memory`, in a copy of this process; for systems whose mark cannot be reset. Raises what `run` does."""
+    _give_back()
     read, write = os.pipe()
     child = os.fork()
     if not child:

@@ -26,6 +26,7 @@ from swamla.train.state import TrainState
 
 # The share of the time by which each part is to have ended; what one leaves over is the next one's.
 _OWN, _LENGTHS, _GENERATION, _LOADER, _TOKENIZER = 0.35, 0.62, 0.86, 0.89, 0.94
+_MORE = "a larger --minutes makes room"
 _EXPECTED = 0.3  # of a ceiling, before anything was measured
 
 
@@ -120,7 +121,7 @@ class RecipeBench:
         needs = STEPS * expected_seconds(
             self.config, shape, flops=self.flops or _EXPECTED * self.peak, copy_bytes=self.ceilings["copy_bytes"]
         )
-        slow = f"{STEPS} steps would take about {in_seconds(needs)}" if needs > allowed else ""
+        slow = f"{STEPS} steps would take about {in_seconds(needs)}; {_MORE}" if needs > allowed else ""
         return self.lacks_memory(shape) or slow
 
     def lacks_memory(self, shape: Shape) -> str:
@@ -135,7 +136,7 @@ class RecipeBench:
         for index, prompt in enumerate(self.wanted.prompts):
             allowed = self.allowance.until(_GENERATION)
             needs = seconds_of_generation(self.config.model, prompt, flops=flops, copy_bytes=copy_bytes)
-            lack = f"it and {NEW} new tokens would take about {in_seconds(needs)}" if needs > allowed else ""
+            lack = f"it and {NEW} new tokens would take about {in_seconds(needs)}; {_MORE}" if needs > allowed else ""
             if model is None:
                 self.results.failed("generation", f"prompt {prompt:,}", "no memory for the weights")
                 continue
@@ -169,7 +170,7 @@ class RecipeBench:
         """Programs that start and end."""
         left = self.allowance.until(1.0)
         if not left:
-            self.results.failed("start-up", "all", "no time is left")
+            self.results.failed("start-up", "all", f"no time is left; {_MORE}")
             return
         self.stage("start-up")
         for row in measure_start_up(limit=left):

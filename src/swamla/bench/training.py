@@ -24,6 +24,7 @@ from swamla.train.step import training_step
 
 STEPS = 3  # that a figure costs at least: one to warm up, one for its memory, one for its time
 _ROUNDS = 20
+_TIMED = 0.7  # of the time; what is left is for the last round and the step that memory is measured in
 _STEADY = 1e-3  # of the learning rate: random tokens teach nothing, and the weights are to stay finite
 _UPDATE_BYTES = 40  # that an optimizer moves for a parameter, about
 
@@ -50,7 +51,7 @@ class Shape:
 
     def __str__(self) -> str:
         split = f" in {self.accumulation}" if self.accumulation > 1 else ""
-        return f"{self.rows} × {self.length:,}{split}"
+        return f"{self.rows} × {self.length:,}{split}{' packed' if self.packed else ''}"
 
     def settings(self, train: TrainConfig) -> TrainConfig:
         """The training of a recipe with such steps."""
@@ -99,14 +100,15 @@ def measure_step(config: RunConfig, state: TrainState, batch: Batch, shape: Shap
     begin, settings = time.monotonic(), shape.settings(config.train)
     parts = Parts(clocked(state), settings, batch)
     parts.step()
-    state.optimizer.zero_grad()
-    memory = held_bytes(state) + peak_memory(parts.step)
+    left = limit - (time.monotonic() - begin)
     contenders: dict[str, Run] = {"step": parts.step}
     if state.device.type == "cuda":  # which is not kept busy while the parts are told apart
         contenders = {"step": lambda: one_step(state, settings, batch), "parts": parts.step}
-    left = max(0.0, limit - (time.monotonic() - begin))
     parts.forget()
-    timing = interleaved(contenders, rounds=_ROUNDS, warmup=0, limit=left)["step"]
+    timing = interleaved(contenders, rounds=_ROUNDS, warmup=0, limit=_TIMED * left)["step"]
+    forward, backward, optimizer = (median(part) for part in (parts.forward, parts.backward, parts.optimizer))
+    state.optimizer.zero_grad()
+    memory = held_bytes(state) + peak_memory(parts.step)  # last, since what it gives back has to be taken anew
     flops = step_flops(config, shape)
     return {
         "name": str(shape),
@@ -118,9 +120,9 @@ def measure_step(config: RunConfig, state: TrainState, batch: Batch, shape: Shap
         "low_s": timing.low,
         "high_s": timing.high,
         "rounds": timing.rounds,
-        "forward_s": median(parts.forward),
-        "backward_s": median(parts.backward),
-        "optimizer_s": median(parts.optimizer),
+        "forward_s": forward,
+        "backward_s": backward,
+        "optimizer_s": optimizer,
         "peak_bytes": memory,
         "flops": flops,
     }

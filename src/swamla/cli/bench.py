@@ -91,8 +91,8 @@ def main(argv: list[str]) -> int:
 
 
 _LEGEND = (
-    "medians, ± half the way between the quartiles. Memory is the most that training holds; of matmul: the matrix "
-    "products that the accounting counts, beside what large ones alone reach here."
+    "medians, ± half the way between the quartiles. Packed rows hold many documents, the others one. Of matmul: the "
+    "products that the accounting counts, by the rate of large ones here. Memory: the most that training holds."
 )
 
 

@@ -18,6 +18,8 @@ def _of(key: str, words: Callable[[Any], str]) -> Cell:
 
 
 def _step(row: Any) -> str:
+    if row["rounds"] == 1:
+        return in_seconds(row["median_s"])
     spread = (row["high_s"] - row["low_s"]) / 2 / row["median_s"]
     return f"{in_seconds(row['median_s'])} ±{spread:.0%}"
 
@@ -31,7 +33,7 @@ def _state(row: Any) -> str:
 _TOKENS = _of("tokens_per_s", in_rate)
 COLUMNS: dict[str, dict[str, Cell]] = {
     "training": {
-        "rows × tokens": _of("name", str),
+        "": _of("name", str),
         "tokens": _TOKENS,
         "step": _step,
         "forward": _of("forward_s", in_seconds),
@@ -52,9 +54,15 @@ COLUMNS: dict[str, dict[str, Cell]] = {
         "": _of("name", str),
         "tokens": _TOKENS,
         "text": _of("text_bytes_per_s", lambda rate: f"{in_bytes(rate)}/s"),
-        "of what training takes": _of("times_training", "{:,.0f} times".format),
+        "faster than training": _of("times_training", "{:,.0f} ×".format),
     },
     "start-up": {"": _of("name", str), "time": _of("median_s", in_seconds)},
+}
+TITLES = {
+    "training": "training, by the rows × tokens of a step",
+    "generation": "generation, one sequence",
+    "data": "data, in one process",
+    "start-up": "start-up, of new processes",
 }
 
 
@@ -98,7 +106,7 @@ class Screen:
         measured = [row for row in self._rows if "error" not in row]
         if measured:
             columns = COLUMNS[self._table]
-            drawn = Table(title=self._table, title_justify="left")
+            drawn = Table(title=TITLES[self._table], title_justify="left")
             for number, heading in enumerate(columns):
                 drawn.add_column(heading, justify="right" if number else "left")
             for row in measured:
