@@ -33,7 +33,7 @@ from swamla.train.precision import Chosen, autocast
 from swamla.train.state import TrainState
 from swamla.train.step import training_step
 
-MIXERS = {
+MIXERS: dict[str, SWAConfig | GDNConfig | MLAConfig] = {
     "swa": SWAConfig(n_heads=2, window=16),
     "gdn": GDNConfig(n_heads=2, head_k_dim=16, head_v_dim=16),
     "mla": MLAConfig(n_heads=2, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16),

@@ -1,6 +1,8 @@
 """Training steps of whole models, ours and others': tokens a second, share of the matmul rate, peak memory, graphs."""
 
+import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -79,11 +81,15 @@ def _measured(step: OurStep | TheirStep, place: Place) -> Figures:
 
 
 def _graphs() -> Figures:
-    """How many graphs the compiler made, how often one had to end early, and why; nothing where it was not asked."""
+    """How many graphs the compiler made, how often one had to end early, and where; nothing if it was not asked."""
     if "torch._dynamo" not in sys.modules:
         return {}
     from torch._dynamo.utils import counters
 
     graphs, breaks = counters["stats"]["unique_graphs"], counters["graph_break"]
-    reasons = "; ".join(f"{count} × {reason.splitlines()[0]}" for reason, count in breaks.items())
-    return {"graphs": graphs, "graph_breaks": sum(breaks.values()), "reasons": reasons or None} if graphs else {}
+    places = Counter[str]()
+    for reason, count in breaks.items():
+        called = re.search(r"qualname: ([\w.<>]+)", reason)
+        places[called[1] if called else reason.splitlines()[0]] += count
+    told = ", ".join(f"{place} ×{count}" for place, count in places.most_common()) or None
+    return {"graphs": graphs, "graph_breaks": breaks.total(), "broken_at": told} if graphs else {}
