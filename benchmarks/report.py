@@ -7,9 +7,9 @@ stays. No figure is typed, and what is missing is said.
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from textwrap import fill
-from typing import Any
 
+from benchmarks.agreement import agreement
+from benchmarks.markdown import Cell, Row, folded, listed, pivot, shown, table
 from benchmarks.targets import Found, targets
 from swamla.bench.results import Results, in_bytes, in_seconds
 from swamla.errors import CorruptError, UsageError
@@ -17,69 +17,44 @@ from swamla.errors import CorruptError, UsageError
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 NOT_YET = "Not measured yet."
-Row = dict[str, Any]  # as it was read: what it must have is found when it is used
 _CALL, _TOKEN = ("low_s", "median_s", "high_s"), ("token_low_s", "token_s", "token_high_s")
-Cell = Callable[[Row], str]
 _NAME = re.compile(r"cpu-(\d{4}-\d\d-\d\d)(?:-(\d+))?\.json")
 
 
-def newest(folder: Path = RESULTS) -> Path | None:
-    """The last whole run; none where there is none."""
-    runs = [(found[1], int(found[2] or 1), file) for file in folder.glob("*") if (found := _NAME.fullmatch(file.name))]
-    return max(runs)[2] if runs else None
+def runs(folder: Path = RESULTS) -> list[Path]:
+    """The whole runs, the last one first."""
+    found = [(name[1], int(name[2] or 1), file) for file in folder.glob("*") if (name := _NAME.fullmatch(file.name))]
+    return [file for *_, file in sorted(found, reverse=True)]
 
 
-def rewritten(page: str, results: Results | None) -> str:
-    """The page with every block made of these results; UsageError where page and blocks do not agree."""
-    blocks = dict.fromkeys(BLOCKS, NOT_YET) if results is None else rendered(results)
+def rewritten(page: str, found: Sequence[Results]) -> str:
+    """The page with every block made of these runs, the last one first; UsageError where page and blocks disagree."""
+    blocks = rendered(found) if found else dict.fromkeys(BLOCKS, NOT_YET)
     there = re.findall(r"^<!-- (?!end of )(.+?) -->$", page, flags=re.MULTILINE)
     if sorted(there) != sorted(blocks):
         raise UsageError(f"the page has the blocks {', '.join(there)}: must be {', '.join(blocks)}, once each")
     for name, text in blocks.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         before, _, rest = page.partition(begin)
-        _, found, after = rest.partition(end)
-        if not found:
+        _, ended, after = rest.partition(end)
+        if not ended:
             raise UsageError(f"the block {name} of the page does not end: put {end} on a line of its own")
         page = f"{before}{begin}\n{text}\n\n{end}{after}"
     return page
 
 
-def rendered(results: Results) -> dict[str, str]:
+def rendered(found: Sequence[Results]) -> dict[str, str]:
     """Every block as Markdown; CorruptError for tables or rows that this version does not know."""
-    if "--quick" in results.command:
+    last = found[0]
+    if "--quick" in last.command:
         raise UsageError("the results are of --quick, whose figures mean nothing: report a whole run")
-    unknown = results.rows.keys() - BLOCKS.keys()
+    unknown = last.rows.keys() - _TABLES.keys()
     if unknown:
-        raise CorruptError(f"results with a table {', '.join(sorted(unknown))}: this version knows {', '.join(BLOCKS)}")
+        raise CorruptError(f"results with a table {', '.join(sorted(unknown))}: known are {', '.join(_TABLES)}")
     try:
-        return {name: block(results) for name, block in BLOCKS.items()}
+        return {name: block(found) for name, block in BLOCKS.items()}
     except KeyError as missing:
         raise CorruptError(f"results with a row that has no {missing}: this version cannot read them") from missing
-
-
-def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in row) for row in rows)
-
-
-def pivot(corner: str, rows: Sequence[Row], across: str, cell: Cell) -> str:
-    """Names down, the values of the key `across` across."""
-    columns = sorted({row[across] for row in rows if across in row})
-    names = dict.fromkeys(str(row["name"]) for row in rows)
-    at = {(str(row["name"]), row[across]): row for row in rows if across in row}
-    lines = [[shown(name), *(_cell(at.get((name, column)), cell) for column in columns)] for name in names]
-    return table([corner, *(f"{column:,}" for column in columns)], lines)
-
-
-def _cell(row: Row | None, cell: Cell) -> str:
-    return "" if row is None else "failed" if "error" in row else "–" if "note" in row else cell(row)
-
-
-def shown(name: str) -> str:
-    """Our patterns in the typewriter, other names as they are."""
-    return f"`{name}`" if set(name.split()) <= {"swa", "gdn", "mla", "mha"} else name
 
 
 def footed(results: Results, name: str, *parts: str) -> str:
@@ -111,22 +86,6 @@ def _missing(rows: Sequence[Row]) -> list[str]:
             keys = (row[key] for key in ("op", "axis", "length", "prompt", "dtype") if key in row)
             left_out.setdefault(reason, []).append(" ".join([shown(row["name"]), *map(str, keys)]))
     return [folded(f"{', '.join(names)}: {reason}.") for reason, names in left_out.items()]
-
-
-def folded(text: str) -> str:
-    """In lines of the page's width."""
-    return fill(text, 120, break_long_words=False, break_on_hyphens=False)
-
-
-def measured(rows: Sequence[Row]) -> list[Row]:
-    """The rows that have figures."""
-    return [row for row in rows if "error" not in row and "note" not in row]
-
-
-def listed(rows: Sequence[Row], columns: dict[str, Cell]) -> str:
-    """One line a row, with figures or without."""
-    lines = [[cell(row) for cell in columns.values()] for row in measured(rows)]
-    return table(list(columns), lines)
 
 
 def times(row: Row) -> str:
@@ -242,8 +201,13 @@ def verdicts(results: Results) -> str:
     return f"{lines}\n\n`{results.command}`, {results.begun[:10]}."
 
 
-def _if_there(name: str, block: Callable[[Results], str]) -> Callable[[Results], str]:
-    return lambda results: block(results) if name in results.rows else "Not part of this run."
+def repeated(found: Sequence[Results]) -> str:
+    """The last run beside the one before it."""
+    return agreement(found[0], found[1]) if len(found) > 1 else "There is one run only."
+
+
+def _of_last(name: str, block: Callable[[Results], str]) -> Callable[[Sequence[Results]], str]:
+    return lambda found: block(found[0]) if name in found[0].rows else "Not part of this run."
 
 
 _TABLES: dict[str, Callable[[Results], str]] = {
@@ -256,15 +220,19 @@ _TABLES: dict[str, Callable[[Results], str]] = {
     "data": data,
     "start-up": startup,
 }
-BLOCKS = {"targets": verdicts, **{name: _if_there(name, block) for name, block in _TABLES.items()}}
+BLOCKS: dict[str, Callable[[Sequence[Results]], str]] = {
+    "targets": lambda found: verdicts(found[0]),
+    **{name: _of_last(name, block) for name, block in _TABLES.items()},
+    "repeated": repeated,
+}
 
 
 def main() -> int:
     """Rewrite the page."""
-    file = newest()
+    files = runs()
     page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(rewritten(page, Results.load(file) if file else None), encoding="utf-8")
-    print(f"{PAGE.name}: " + (f"made of {file.name}" if file else "no run yet"))
+    PAGE.write_text(rewritten(page, [Results.load(file) for file in files[:2]]), encoding="utf-8")
+    print(f"{PAGE.name}: made of {', '.join(file.name for file in files[:2]) or 'no run'}")
     return 0
 
 

@@ -1,0 +1,48 @@
+"""Rows as Markdown tables."""
+
+from collections.abc import Callable, Sequence
+from textwrap import fill
+from typing import Any
+
+Row = dict[str, Any]  # as it was read: what it must have is found when it is used
+Cell = Callable[[Row], str]
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in row) for row in rows)
+
+
+def pivot(corner: str, rows: Sequence[Row], across: str, cell: Cell) -> str:
+    """Names down, the values of the key `across` across."""
+    columns = sorted({row[across] for row in rows if across in row})
+    names = dict.fromkeys(str(row["name"]) for row in rows)
+    at = {(str(row["name"]), row[across]): row for row in rows if across in row}
+    lines = [[shown(name), *(_cell(at.get((name, column)), cell) for column in columns)] for name in names]
+    return table([corner, *(f"{column:,}" for column in columns)], lines)
+
+
+def _cell(row: Row | None, cell: Cell) -> str:
+    return "" if row is None else "failed" if "error" in row else "–" if "note" in row else cell(row)
+
+
+def shown(name: str) -> str:
+    """Our patterns in the typewriter, other names as they are."""
+    return f"`{name}`" if set(name.split()) <= {"swa", "gdn", "mla", "mha"} else name
+
+
+def folded(text: str) -> str:
+    """In lines of the page's width."""
+    return fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def measured(rows: Sequence[Row]) -> list[Row]:
+    """The rows that have figures."""
+    return [row for row in rows if "error" not in row and "note" not in row]
+
+
+def listed(rows: Sequence[Row], columns: dict[str, Cell]) -> str:
+    """One line a row, with figures or without."""
+    lines = [[cell(row) for cell in columns.values()] for row in measured(rows)]
+    return table(list(columns), lines)
