@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu_models import MIXERS, batch_of, filled
+from benchmarks.gpu_models import batch_of, every_mixer, filled
 from benchmarks.gpu_running import Figures, Place
 from swamla.model import BlockConfig, DenseConfig, LanguageModelConfig
 from swamla.model.language_model import LanguageModel
@@ -108,14 +108,12 @@ def _product(x: Tensor, weight: Tensor, ends: Tensor, backend: str) -> Tensor:
 
 def model_gate(place: Place) -> Iterator[Figures]:
     """A model with every mixer, compiled, in bf16, on packed documents, against the references in fp32."""
-    width, length, vocabulary = (32, 48, 64) if place.quick else (256, 1000, 1024)
-    exact = _every_mixer(width, vocabulary, "reference")
-    reference = filled(exact, place.device)
-    fast = filled(_every_mixer(width, vocabulary, "auto"), place.device)
+    length = 48 if place.quick else 1000
+    reference, fast = (filled(_hybrid(place, backend), place.device) for backend in ("reference", "auto"))
     fast.load_state_dict(reference.state_dict())
     if not place.quick:
         compile_blocks(fast, "default", torch.device(place.device))
-    batch = batch_of(2, length, vocabulary, documents=4)
+    batch = batch_of(2, length, fast.config.vocab_size, documents=4)
     seq = Layout.from_documents(batch.document_BT).to(place.device)
     tokens_BT, labels_BT = batch.tokens_BT.to(place.device), batch.labels_BT.to(place.device)
 
@@ -131,11 +129,13 @@ def model_gate(place: Place) -> Iterator[Figures]:
     yield _verdict("gdn swa mla", output, gradient, most=(OUTPUT, MODEL))
 
 
-def _every_mixer(width: int, vocabulary: int, backend: str) -> LanguageModelConfig:
+def _hybrid(place: Place, backend: str) -> LanguageModelConfig:
+    mixers = every_mixer(16, window=16) if place.quick else every_mixer(128, window=256)
     blocks = {
-        name: BlockConfig(mixer=replace(mixer, backend=backend), ffn=DenseConfig(hidden=2 * width))
-        for name, mixer in MIXERS.items()
+        name: BlockConfig(mixer=replace(mixer, backend=backend), ffn=DenseConfig(hidden=64 if place.quick else 512))
+        for name, mixer in mixers.items()
     }
+    width, vocabulary = (32, 64) if place.quick else (256, 1024)
     return LanguageModelConfig(vocab_size=vocabulary, width=width, blocks=blocks, pattern=tuple(blocks))
 
 

@@ -33,11 +33,6 @@ from swamla.train.precision import Chosen, autocast
 from swamla.train.state import TrainState
 from swamla.train.step import training_step
 
-MIXERS: dict[str, SWAConfig | GDNConfig | MLAConfig] = {
-    "swa": SWAConfig(n_heads=2, window=16),
-    "gdn": GDNConfig(n_heads=2, head_k_dim=16, head_v_dim=16),
-    "mla": MLAConfig(n_heads=2, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16),
-}
 _EXPERTS = LatentMoEConfig(n_experts=8, n_activated=2, ratio=2, expert_hidden=16, shared_hidden=16)
 
 
@@ -52,10 +47,22 @@ def preset(name: str, local: str, place: Place) -> LanguageModelConfig:
     return _shrunk(config) if place.quick else config
 
 
+def every_mixer(head: int, window: int) -> dict[str, GDNConfig | SWAConfig | MLAConfig]:
+    """A small one of each that presets have, their heads so wide."""
+    return {
+        "gdn": GDNConfig(n_heads=2, head_k_dim=head, head_v_dim=head),
+        "swa": SWAConfig(n_heads=2, head_dim=head, window=window),
+        "mla": MLAConfig(
+            n_heads=2, kv_lora_rank=head, qk_nope_head_dim=head, qk_rope_head_dim=head // 2, v_head_dim=head
+        ),
+    }
+
+
 def _shrunk(config: LanguageModelConfig) -> LanguageModelConfig:
+    mixers = every_mixer(16, window=16)
     blocks = {
         name: BlockConfig(
-            mixer=MIXERS[name], ffn=_EXPERTS if block.ffn.kind == "latent_moe" else DenseConfig(hidden=64)
+            mixer=mixers[name], ffn=_EXPERTS if block.ffn.kind == "latent_moe" else DenseConfig(hidden=64)
         )
         for name, block in config.blocks.items()
     }

@@ -184,8 +184,7 @@ def _in_bf16(place: Place, op: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _both(op: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], object]:
     """`op` of `inputs`, then its gradient in all of them."""
-    with torch.no_grad():
-        upstream = torch.randn_like(op(*inputs))
+    upstream = torch.randn_like(op(*inputs).detach())
 
     def run() -> object:
         return torch.autograd.grad(op(*inputs), inputs, upstream, allow_unused=True)

@@ -32,7 +32,7 @@ def matmul_flops(place: Place, dtype: torch.dtype = torch.bfloat16) -> float:
     """What a large product of random matrices reaches here and now; constants would run faster than any training."""
     size = 128 if place.quick else 8192
     a, b = (torch.randn(size, size, device=place.device).to(dtype) for _ in range(2))
-    return 2 * size**3 / timed(partial(torch.matmul, a, b), place, limit=0.5).median
+    return 2 * size**3 / timed(partial(torch.matmul, a, b), place, rounds=100, limit=0.5).median
 
 
 def fp8_flops(place: Place) -> float:
@@ -41,14 +41,14 @@ def fp8_flops(place: Place) -> float:
     a, b = (torch.randn(size, size, device=place.device).to(torch.float8_e4m3fn) for _ in range(2))
     one = torch.ones((), device=place.device)
     run = partial(torch._scaled_mm, a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
-    return 2 * size**3 / timed(run, place, limit=0.5).median
+    return 2 * size**3 / timed(run, place, rounds=100, limit=0.5).median
 
 
 def copy_bytes(place: Place) -> float:
     """Bytes read and written a second by a large copy."""
     count = 1 << (16 if place.quick else 30)
     source, target = (torch.randint(255, (count,), device=place.device, dtype=torch.uint8) for _ in range(2))
-    return 2 * count / timed(partial(target.copy_, source), place, limit=0.5).median
+    return 2 * count / timed(partial(target.copy_, source), place, rounds=100, limit=0.5).median
 
 
 def ceilings(place: Place) -> Iterator[Figures]:
