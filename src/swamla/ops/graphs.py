@@ -1,14 +1,19 @@
-"""Ops that torch.compile calls as they are."""
+"""Which ops torch.compile's graphs hold, and which it calls as they are."""
 
 from collections.abc import Callable
 from functools import wraps
+from types import CodeType
 from typing import Any, TypeVar
 
 import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+OUTSIDE = ("cpu",)  # devices on which no graph holds an op that could be inside: it is as fast between graphs
+
 _held: list[list[Callable[..., Any]]] = []  # what each marked function calls, until it is kept outside
+_open: list[CodeType] = []  # of functions marked `open_to_graphs`
+_constant: list[Callable[..., Any]] = []
 
 
 def outside_graphs(function: F) -> F:
@@ -28,9 +33,28 @@ def outside_graphs(function: F) -> F:
     return call  # type: ignore[return-value]
 
 
+def open_to_graphs(function: F) -> F:
+    """Mark an op that chooses: a graph holds it where it computes by itself, and ends where it calls one outside.
+
+    It is compiled as part of a graph or not at all.
+    """
+    _open.append(function.__code__)
+    return function
+
+
+def constant_in_graphs(function: F) -> F:
+    """Mark a question about this machine: asked while a graph is made, its answer is part of the graph."""
+    _constant.append(function)
+    return function
+
+
 def keep_outside_graphs() -> None:
-    """From now on no graph holds a marked op."""
+    """From now on marks count: no graph holds a function that is marked to stay outside."""
     torch._dynamo.trace_rules.add(__name__)  # `call` itself would be compiled else, once for every shape
     while _held:
         held = _held.pop()
         held[0] = torch.compiler.disable(held[0])
+    while _open:
+        torch._dynamo.eval_frame.skip_code(_open.pop())
+    while _constant:
+        torch.compiler.assume_constant_result(_constant.pop())

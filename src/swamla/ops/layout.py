@@ -20,6 +20,7 @@ class Layout:
     runs: (count, length) pairs covering the flattened B*T tokens in order; each stands for `count` consecutive
     documents of `length` tokens, so that equal neighbours can be computed as one batch.
     continues: the tokens follow others already held in a state, so that rows may start at different positions.
+    padded: there may be padding.
     whole_rows: every row is one document, so that no mask but the causal one is needed.
     held: how many tokens the state of every row holds already, where that is one number and no token is padding; the
     mixers then need no masks, and nobody has to ask the device. None where rows differ, or nobody knows.
@@ -33,12 +34,14 @@ class Layout:
         *,
         continues: bool = False,
         held: int | None = None,
+        padded: bool = True,
     ) -> None:
         self.document_BT = document_BT
         self.position_BT = position_BT
         self.runs = runs
         self.continues = continues
         self.held = held
+        self.padded = padded
         self.whole_rows = runs == (self.shape,)  # kept, as a compiled graph may ask this and must not hang on `runs`
         self._tables: dict[Hashable, Any] = {}
 
@@ -53,14 +56,14 @@ class Layout:
         starts = start_BT.flatten().nonzero().flatten().tolist()
         lengths = [end - begin for begin, end in pairwise([*starts, batch * time])]
         runs = tuple((len(list(group)), length) for length, group in groupby(lengths))
-        return cls(document_BT, index_T - begin_BT, runs)
+        return cls(document_BT, index_T - begin_BT, runs, padded=bool((document_BT == PADDING).any()))
 
     @classmethod
     def one_document_per_row(cls, batch: int, time: int, device: torch.device | str | None = None) -> "Layout":
         """The layout of unpacked rows: each row is one document, from its start."""
         zeros_BT = torch.zeros(batch, time, dtype=torch.int64, device=device)
         position_BT = torch.arange(time, device=device).expand(batch, time)
-        return cls(zeros_BT, position_BT, ((batch, time),) if batch * time else ())
+        return cls(zeros_BT, position_BT, ((batch, time),) if batch * time else (), padded=False)
 
     @classmethod
     def continuing(cls, length_B: Tensor, valid_BT: Tensor) -> "Layout":
@@ -113,4 +116,6 @@ class Layout:
     def to(self, device: torch.device | str) -> "Layout":
         """The same layout with its tensors on `device`."""
         document_BT, position_BT = self.document_BT.to(device), self.position_BT.to(device)
-        return Layout(document_BT, position_BT, self.runs, continues=self.continues, held=self.held)
+        return Layout(
+            document_BT, position_BT, self.runs, continues=self.continues, held=self.held, padded=self.padded
+        )

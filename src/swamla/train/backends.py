@@ -4,18 +4,21 @@ import torch
 
 from swamla.errors import MissingBackendError
 from swamla.model.config import LanguageModelConfig
+from swamla.train.precision import Chosen
 
 
-def resolve_backends(model: LanguageModelConfig, device: torch.device) -> dict[str, str]:
+def resolve_backends(model: LanguageModelConfig, device: torch.device, precision: Chosen = "bf16") -> dict[str, str]:
     """Op → the backend that "auto" means on `device`, or that was asked for; several where blocks differ.
 
-    The config keeps what was asked, so that it serves on other devices too. Raises `MissingBackendError`, naming the
-    field, for a backend that cannot compute there.
+    precision: what the forward pass computes in, which not every backend can. The config keeps what was asked, so that
+    it serves on other devices too. Raises `MissingBackendError`, naming the field, for a backend that cannot compute
+    there.
     """
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     chosen: dict[str, set[str]] = {}
     for name, block in model.blocks.items():
         try:
-            found = block.mixer.backends(device)
+            found = block.mixer.backends(device, model.width, dtype)
         except MissingBackendError as error:
             raise MissingBackendError(f"model.blocks.{name}.mixer.{error}") from error
         for op, backend in (found | block.ffn.backends(device)).items():

@@ -159,9 +159,9 @@ def fresh_state(config: RunConfig, dataset: Dataset) -> TrainState:
     if train.threads is not None:
         torch.set_num_threads(train.threads)
     device = resolve_device(train.device)
-    backends = resolve_backends(config.model, device)
-    seed_generators(train.seed)
     precision = resolve_precision(train.precision, device)
+    backends = resolve_backends(config.model, device, precision)
+    seed_generators(train.seed)
     notes = []
 
     def prepare(model: LanguageModel) -> None:

@@ -12,10 +12,9 @@ from swamla.errors import require
 from swamla.model.initial import Draw, constant, draw_alone, uniform
 from swamla.model.mixers.mixer import Mixer, State
 from swamla.ops import gated_delta_rule, gated_delta_step, l2_normalize, rms_norm, short_conv
-from swamla.ops.gated_delta import resolve_backend
+from swamla.ops.gated_delta import BACKENDS, describe_backend
 from swamla.ops.layout import Layout
 
-BACKENDS = ("auto", "reference", "torch")
 CHUNK = 64  # of the counted FLOPs; the op picks what is fastest on its device
 
 
@@ -30,7 +29,7 @@ class GDNConfig:
     conv: width of the short causal convolution on queries, keys and values.
     latent_dim: project queries, keys, values and output through this many numbers each, the gate never; 0 for directly.
     share_qk: whether the normalised queries serve as keys too.
-    backend: auto, reference or torch.
+    backend: auto, reference, torch, or on CUDA fla: flash-linear-attention.
     """
 
     kind: ClassVar[str] = "gdn"
@@ -79,9 +78,16 @@ class GDNConfig:
         """The module."""
         return GDN(self, width)
 
-    def backends(self, device: torch.device) -> dict[str, str]:
-        """What computes which op, on any device."""
-        return {"delta rule": resolve_backend(self.backend)}
+    def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
+        """What computes which op on `device`. Raises `MissingBackendError` for a backend that cannot."""
+        key, value = self.head_dims(width)
+        sizes = {"heads": self.n_heads, "key": key, "value": value}
+        return {"delta rule": describe_backend(self.backend, device, **sizes, dtype=dtype)}
+
+    @property
+    def conv_backend(self) -> str:
+        """That of the convolution, which flash-linear-attention has no part in."""
+        return "auto" if self.backend == "fla" else self.backend
 
     def _projection_weights(self, width: int) -> int:
         channels, values = self.channels(width), self.key_value_dims(width)[1]
@@ -183,7 +189,7 @@ class GDN(Mixer[GDNState]):
 
     def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
         qkv, z, log_alpha, beta = self.project(x_BTD)
-        q, k, v = self.heads(short_conv(qkv, self.conv_weight, seq=seq, backend=self.config.backend))
+        q, k, v = self.heads(short_conv(qkv, self.conv_weight, seq=seq, backend=self.config.conv_backend))
         o, _ = gated_delta_rule(q, k, v, log_alpha, beta, seq=seq, backend=self.config.backend)
         return self.output(o, z)
 
@@ -196,15 +202,15 @@ class GDN(Mixer[GDNState]):
         qkv, z, log_alpha, beta = self.project(x_BTD)
         valid_BT1 = (seq.document_BT >= 0).unsqueeze(-1)
         log_alpha, beta = log_alpha * valid_BT1, beta * valid_BT1  # padding neither decays nor writes
-        history, backend = state.conv_BWD.to(qkv.dtype), self.config.backend
-        q, k, v = self.heads(short_conv(qkv, self.conv_weight, history_BWD=history, backend=backend))
+        history, config = state.conv_BWD.to(qkv.dtype), self.config
+        q, k, v = self.heads(short_conv(qkv, self.conv_weight, history_BWD=history, backend=config.conv_backend))
         self._remember_inputs(state, qkv, valid_BT1)
         if x_BTD.shape[1] == 1:
             gates = log_alpha[:, 0], beta[:, 0]
             o = gated_delta_step(q[:, 0], k[:, 0], v[:, 0], *gates, state.memory_BHKV).unsqueeze(1)
         else:
             memory = state.memory_BHKV
-            o, last = gated_delta_rule(q, k, v, log_alpha, beta, initial_state_BHKV=memory, backend=backend)
+            o, last = gated_delta_rule(q, k, v, log_alpha, beta, initial_state_BHKV=memory, backend=config.backend)
             memory.copy_(last)
         return self.output(o.to(z.dtype), z)
 

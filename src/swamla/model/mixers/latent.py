@@ -51,7 +51,7 @@ class LatentConfig:
         """The module."""
         return LatentAttention(self, width)
 
-    def backends(self, device: torch.device) -> dict[str, str]:
+    def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
         """What computes which op on `device`. Raises `MissingBackendError` for a backend that cannot."""
         return {"attention": resolve_backend(self.backend, device)}
 

@@ -65,7 +65,7 @@ class MHAConfig:
         """The module."""
         return MHA(self, width)
 
-    def backends(self, device: torch.device) -> dict[str, str]:
+    def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
         """What computes which op on `device`. Raises `MissingBackendError` for a backend that cannot."""
         return {"attention": resolve_backend(self.backend, device)}
 

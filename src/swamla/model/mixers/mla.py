@@ -68,7 +68,7 @@ class MLAConfig:
         expand = self.kv_lora_rank * self.n_heads * (self.qk_nope_head_dim + self.v_head_dim)
         return into + latent + expand + self.n_heads * self.v_head_dim * width
 
-    def backends(self, device: torch.device) -> dict[str, str]:
+    def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
         """What computes which op on `device`. Raises `MissingBackendError` for a backend that cannot."""
         return {"attention": resolve_backend(self.backend, device)}
 

@@ -10,13 +10,14 @@ from swamla.ops.attention.cudnn import cudnn_causal_attention
 from swamla.ops.attention.flex import flex_attention
 from swamla.ops.attention.reference import allowed_mask, reference_attention
 from swamla.ops.attention.windowed import torch_windowed_attention
-from swamla.ops.graphs import outside_graphs
+from swamla.ops.graphs import OUTSIDE, open_to_graphs, outside_graphs
 from swamla.ops.layout import Layout
 
 __all__ = ["BACKENDS", "cached_attention", "causal_attention", "resolve_backend", "windowed_attention"]
 
 BACKENDS = ("auto", "reference", "torch", "flex", "cudnn")
 WINDOWED_BACKENDS = ("auto", "reference", "torch", "flex")
+BY_DOCUMENTS = ("reference", "torch")  # backends whose Python depends on where documents lie
 
 
 def resolve_backend(backend: str, device: torch.device | str, *, windowed: bool = False) -> str:
@@ -38,16 +39,23 @@ def resolve_backend(backend: str, device: torch.device | str, *, windowed: bool 
     return backend
 
 
-@outside_graphs
+@open_to_graphs
 def causal_attention(
     q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, *, scale: float | None = None, backend: str = "auto"
 ) -> Tensor:
     """o (B, T, H, V): each token attends to its own document, up to itself.
 
     G key heads serve H query heads (G divides H); the value width V may differ from K. scale: K^-½ unless given.
-    Padding gives finite outputs that mean nothing. Backends: see `resolve_backend`; "reference" writes out the mask.
-    Under autocast the inputs are cast to its dtype. Raises ConfigError for shapes that do not fit.
+    Padding gives finite outputs that mean nothing. Backends: see `resolve_backend`; "reference" writes out the mask,
+    "cudnn" takes FlexAttention where documents share rows. Under autocast the inputs are cast to its dtype. Raises
+    ConfigError for shapes that do not fit.
     """
+    if q_BTHK.device.type in OUTSIDE or backend in BY_DOCUMENTS:
+        return _causal_outside(q_BTHK, k_BTGK, v_BTGV, seq, scale, backend)
+    return _causal(q_BTHK, k_BTGK, v_BTGV, seq, scale, backend)
+
+
+def _causal(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, scale: float | None, backend: str) -> Tensor:
     _check(q_BTHK, k_BTGK, v_BTGV, seq)
     backend = resolve_backend(backend, q_BTHK.device)
     q, k, v = _autocast(q_BTHK, k_BTGK, v_BTGV)
@@ -61,7 +69,10 @@ def causal_attention(
     return torch_causal_attention(q, k, v, seq, scale=scale)
 
 
-@outside_graphs
+_causal_outside = outside_graphs(_causal)
+
+
+@open_to_graphs
 def windowed_attention(
     q_BTHK: Tensor,
     k_BTGK: Tensor,
@@ -78,6 +89,21 @@ def windowed_attention(
     Sliding windows: arXiv 2004.05150; sinks: arXiv 2309.17453. Everything else as `causal_attention`; time and memory
     are linear in T, except on "reference".
     """
+    if q_BTHK.device.type in OUTSIDE or backend in BY_DOCUMENTS:
+        return _windowed_outside(q_BTHK, k_BTGK, v_BTGV, seq, window, sinks, scale, backend)
+    return _windowed(q_BTHK, k_BTGK, v_BTGV, seq, window, sinks, scale, backend)
+
+
+def _windowed(
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGV: Tensor,
+    seq: Layout,
+    window: int,
+    sinks: int,
+    scale: float | None,
+    backend: str,
+) -> Tensor:
     _check(q_BTHK, k_BTGK, v_BTGV, seq)
     require(window >= 1, "window", window, "must be >= 1, e.g. 256")
     require(sinks >= 0, "sinks", sinks, "must be >= 0, e.g. 4")
@@ -90,6 +116,9 @@ def windowed_attention(
     if backend == "flex":
         return flex_attention(q, k, v, seq, window=window, sinks=sinks, scale=scale)
     return torch_windowed_attention(q, k, v, seq, window=window, sinks=sinks, scale=scale)
+
+
+_windowed_outside = outside_graphs(_windowed)
 
 
 def cached_attention(

@@ -3,25 +3,55 @@
 import torch
 from torch import Tensor
 
-from swamla.errors import UsageError
+from swamla.errors import MissingBackendError, UsageError
 from swamla.ops.gated_delta.chunked import chunked_gated_delta_rule
 from swamla.ops.gated_delta.documents import documents_of
+from swamla.ops.gated_delta.fla import fla_gated_delta_rule, installed, obstacle
 from swamla.ops.gated_delta.l2_normalize import l2_normalize
 from swamla.ops.gated_delta.reference import gated_delta_step, recurrent_gated_delta_rule
-from swamla.ops.graphs import outside_graphs
+from swamla.ops.graphs import OUTSIDE, open_to_graphs, outside_graphs
 from swamla.ops.layout import Layout
 
-__all__ = ["gated_delta_rule", "gated_delta_step", "l2_normalize"]
+__all__ = ["BACKENDS", "gated_delta_rule", "gated_delta_step", "l2_normalize"]
 
 
-def resolve_backend(backend: str) -> str:
-    """The backend that a name means, on any device: "auto" is "torch". Raises UsageError for an unknown name."""
-    if backend not in ("auto", "reference", "torch"):
-        raise UsageError(f'backend = {backend!r}: the gated delta rule has "auto", "reference" and "torch"')
-    return "torch" if backend == "auto" else backend
+BACKENDS = ("auto", "reference", "torch", "fla")
+WITHOUT_FLA = ("reference", "torch")
 
 
-@outside_graphs
+def resolve_backend(
+    backend: str, device: torch.device, *, heads: int, key: int, value: int, dtype: torch.dtype = torch.bfloat16
+) -> str:
+    """The backend that a name means for heads of these widths on a device.
+
+    "auto" is "torch", but on CUDA "fla" where it computes them right. Raises UsageError for an unknown name and
+    MissingBackendError where "fla" cannot.
+    """
+    if backend not in BACKENDS:
+        raise UsageError(f"backend = {backend!r}: the gated delta rule has {', '.join(map(repr, BACKENDS))}")
+    if backend in WITHOUT_FLA:
+        return backend
+    if backend == "fla":
+        if dtype.itemsize != 2:
+            raise MissingBackendError(f'backend = "fla" takes bf16 or fp16, not {dtype}: use "torch"')
+        if (reason := obstacle(device, heads, key, value)) is not None:
+            raise MissingBackendError(f'backend = "fla" {reason}')
+        return "fla"
+    fits = device.type == "cuda" and dtype.itemsize == 2
+    return "fla" if fits and obstacle(device, heads, key, value) is None else "torch"
+
+
+def describe_backend(
+    backend: str, device: torch.device, *, heads: int, key: int, value: int, dtype: torch.dtype = torch.bfloat16
+) -> str:
+    """`resolve_backend`, for people: says why "auto" leaves a flash-linear-attention that is there alone."""
+    chosen = resolve_backend(backend, device, heads=heads, key=key, value=value, dtype=dtype)
+    if (backend, chosen, device.type) != ("auto", "torch", "cuda") or not installed():
+        return chosen
+    return f"torch (fla {obstacle(device, heads, key, value) or 'takes bf16 or fp16'})"
+
+
+@open_to_graphs
 def gated_delta_rule(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
@@ -41,11 +71,37 @@ def gated_delta_rule(
 
     The initial state (zeros unless given) belongs to the document of each row's first token; every later document
     starts from zero, and the final state is that of the row's last. Padding reads zero and changes nothing. Without
-    `seq` each row is one document. Backends: "reference" (token by token), "torch" (chunks), "auto" ("torch").
-    Raises UsageError for any other. `chunk`: tokens a chunk, by default 32 on a CPU and 64 on an accelerator.
+    `seq` each row is one document. Backends: "reference" (token by token), "torch" (chunks), "fla" (flash-linear-
+    attention, on CUDA in 16 bits), "auto" (see `resolve_backend`). Raises UsageError for any other.
+    `chunk`: tokens a chunk of "torch", by default 32 on a CPU and 64 on an accelerator.
     """
+    inputs = (q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH)
+    if q_BTHK.device.type in OUTSIDE or backend in WITHOUT_FLA:
+        return _rule_outside(*inputs, seq, initial_state_BHKV, scale, backend, chunk)
+    heads, key, value, dtype = q_BTHK.shape[2], q_BTHK.shape[3], v_BTHV.shape[3], q_BTHK.dtype
+    if resolve_backend(backend, q_BTHK.device, heads=heads, key=key, value=value, dtype=dtype) == "torch":
+        return _rule_outside(*inputs, seq, initial_state_BHKV, scale, "torch", chunk)
+    scale = key**-0.5 if scale is None else scale
+    return fla_gated_delta_rule(*inputs, seq=seq, initial_state_BHKV=initial_state_BHKV, scale=scale)
+
+
+@outside_graphs
+def _rule_outside(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    log_alpha_BTH: Tensor,
+    beta_BTH: Tensor,
+    seq: Layout | None,
+    initial_state_BHKV: Tensor | None,
+    scale: float | None,
+    backend: str,
+    chunk: int | None,
+) -> tuple[Tensor, Tensor]:
+    heads, key, value = q_BTHK.shape[2], q_BTHK.shape[3], v_BTHV.shape[3]
+    backend = resolve_backend(backend, q_BTHK.device, heads=heads, key=key, value=value, dtype=q_BTHK.dtype)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
-    if resolve_backend(backend) == "reference":
+    if backend == "reference":
         with torch.autocast(q_BTHK.device.type, enabled=False):
             o_BTHV, final_BHKV = recurrent_gated_delta_rule(
                 q_BTHK,

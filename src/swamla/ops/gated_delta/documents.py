@@ -28,7 +28,7 @@ class ChunkMasks(NamedTuple):
 
 @dataclass(frozen=True)
 class Documents:
-    """padding_BT: None when there is none.  restart_BT and masks: None when each row is one document."""
+    """padding_BT: None when there can be none.  restart_BT and masks: None when each row is one document."""
 
     padding_BT: Tensor | None
     restart_BT: Tensor | None
@@ -44,7 +44,7 @@ def documents_of(seq: Layout | None, chunk: int) -> Documents:
 
 def _make(seq: Layout, chunk: int) -> Documents:
     padding_BT = seq.document_BT == PADDING
-    padding = padding_BT if bool(padding_BT.any()) else None
+    padding = padding_BT if seq.padded else None
     if seq.whole_rows:
         return Documents(padding, None, None)
     restart_BT = torch.zeros_like(padding_BT)

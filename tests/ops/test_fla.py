@@ -1,0 +1,278 @@
+"""The backend "fla" as far as a CPU can tell: with a stand-in for the library that computes with this one's code."""
+
+import sys
+from functools import partial
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from swamla.errors import MissingBackendError, UsageError
+from swamla.model.mixers.gdn import GDNConfig
+from swamla.ops.gated_delta import chunked, describe_backend, fla, gated_delta_rule, l2_normalize, resolve_backend
+from swamla.ops.layout import Layout
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SIZES = {"heads": 2, "key": 8, "value": 12}
+PACKED = {
+    "one document a row": [[(0, 70)], [(0, 70)]],
+    "documents": [[(0, 5), (1, 30), (2, 35)], [(0, 69), (1, 1)]],
+    "padding at the end": [[(0, 20), (1, 40), (-1, 10)], [(0, 70)]],
+    "padding everywhere": [[(-1, 4), (0, 26), (-1, 10), (2, 30)], [(-1, 70)]],
+}
+each_packing = pytest.mark.parametrize("rows", PACKED.values(), ids=PACKED.keys())
+
+
+def layout(rows) -> Layout:
+    """Rows of (document id, length)."""
+    return Layout.from_documents(torch.tensor([[i for i, n in row for _ in range(n)] for row in rows]))
+
+
+class StandIn(torch.autograd.Function):
+    """What flash-linear-attention computes, sequence by sequence, with a backward pass of its own as it has."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, g, beta, initial, bounds, scale):
+        whole = bounds is None
+        ctx.parts, outputs, finals = [], [], []
+        for n, (row, part) in enumerate(sequences(q, bounds)):
+            piece = [x[row : row + 1, part] for x in (q, k, v, g, beta)]
+            start = q.new_zeros(1, q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+            start = start if initial is None else initial[n : n + 1]
+            inner = SimpleNamespace(needs_input_grad=(True,) * 9)
+            inner.save_for_backward = lambda *saved, inner=inner: setattr(inner, "saved_tensors", saved)
+            o, final = chunked._ChunkedGatedDeltaRule.forward(inner, *piece, start, None, scale, 16)
+            ctx.parts.append((row, part, inner))
+            outputs.append(o)
+            finals.append(final)
+        ctx.has_initial = initial is not None
+        return torch.cat(outputs, dim=0 if whole else 1), torch.cat(finals)
+
+    @staticmethod
+    def backward(ctx, d_o, d_finals):
+        rows = {}
+        d_initial = []
+        for n, (row, part, inner) in enumerate(ctx.parts):
+            d_piece = d_o[row : row + 1, part].contiguous()
+            *found, start, _, _, _ = chunked._ChunkedGatedDeltaRule.backward(inner, d_piece, d_finals[n : n + 1])
+            rows.setdefault(row, []).append(found)
+            d_initial.append(start)
+        joined = [[torch.cat(parts, dim=1) for parts in zip(*found, strict=True)] for found in rows.values()]
+        gradients = [torch.cat(x) for x in zip(*joined, strict=True)]
+        return *gradients, torch.cat(d_initial) if ctx.has_initial else None, None, None
+
+
+def sequences(q, bounds):
+    if bounds is None:
+        return [(row, slice(0, q.shape[1])) for row in range(q.shape[0])]
+    assert q.shape[0] == 1
+    return [(0, slice(a, b)) for a, b in zip(bounds.tolist()[:-1], bounds.tolist()[1:], strict=True)]
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """A `fla` that can be imported and records what it is called with, on a CPU that passes for a GPU."""
+    calls = []
+
+    def chunk_gated_delta_rule(
+        q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens=None, cu_seqlens_cpu=None
+    ):
+        assert output_final_state
+        assert all(x.is_contiguous() for x in (q, k, v, g, beta))
+        assert q.dtype == k.dtype == v.dtype != g.dtype == beta.dtype == torch.float32
+        assert (cu_seqlens is None) == (cu_seqlens_cpu is None)
+        assert initial_state is None or len(initial_state) == (len(q) if cu_seqlens is None else len(cu_seqlens) - 1)
+        calls.append(None if cu_seqlens is None else cu_seqlens.tolist())
+        return StandIn.apply(q, k, v, g, beta, initial_state, cu_seqlens, scale)
+
+    for name in ("fla", "fla.ops", "fla.ops.gated_delta_rule"):
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, module)
+    sys.modules["fla.ops.gated_delta_rule"].chunk_gated_delta_rule = chunk_gated_delta_rule
+    monkeypatch.setattr(fla, "has_kernels", lambda device: True)
+    monkeypatch.setattr(fla, "is_hopper", lambda device: False)
+    monkeypatch.setattr("swamla.ops.gated_delta.OUTSIDE", ())
+    fla._obstacle.cache_clear()
+    yield calls
+    fla._obstacle.cache_clear()
+
+
+def inputs(batch, time, initial):
+    torch.manual_seed(0)
+    heads, key, value = SIZES.values()
+    q, k = (l2_normalize(torch.randn(batch, time, heads, key)).bfloat16() for _ in range(2))
+    v = torch.randn(batch, time, heads, value).bfloat16()
+    gates = [-0.3 * torch.rand(batch, time, heads), torch.rand(batch, time, heads)]
+    states = [torch.randn(batch, heads, key, value)] if initial else []
+    return [x.requires_grad_() for x in (q, k, v, *gates, *states)]
+
+
+def results(leaves, seq, *, backend, use):
+    """Outputs, and gradients of what `use` makes of them."""
+    with_state = leaves[5] if len(leaves) > 5 else None
+    o, final = gated_delta_rule(*leaves[:5], seq=seq, initial_state_BHKV=with_state, backend=backend, scale=0.3)
+    return [o, final, *gradients_of(use(o.float(), final.float()), leaves)]
+
+
+def gradients_of(total, leaves):
+    """Zeros for what has no influence."""
+    found = torch.autograd.grad(total, leaves, allow_unused=True)
+    return [torch.zeros_like(x) if d is None else d for x, d in zip(leaves, found, strict=True)]
+
+
+def assert_alike(found, expected):
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
+        assert (mine.float() - theirs.float()).norm() <= 0.02 * theirs.float().norm() + 1e-6
+
+
+def both(o, final):
+    weight = torch.linspace(-1, 1, o.numel()).view(o.shape)
+    return (o * weight).sum() + final.square().sum()
+
+
+@each_packing
+@pytest.mark.parametrize("initial", [False, True], ids=["from zero", "from a state"])
+def test_outputs_states_and_gradients_are_the_reference_s_wherever_documents_lie(library, rows, initial):
+    seq = layout(rows)
+    leaves = inputs(*seq.shape, initial)
+    found = results(leaves, seq, backend="fla", use=both)
+    assert_alike(found, results(leaves, seq, backend="reference", use=both))
+    lengths = [length for row in rows for _, length in row]
+    bounds = [sum(lengths[:n]) for n in range(len(lengths) + 1)]
+    assert set(map(str, library[-2:])) == {str(None if seq.whole_rows else bounds)}
+
+
+@pytest.mark.parametrize("use", [lambda o, final: o.square().sum(), lambda o, final: final.square().sum()])
+def test_either_result_alone_has_gradients(library, use):
+    for rows in PACKED.values():
+        seq = layout(rows)
+        leaves = inputs(*seq.shape, True)
+        found = results(leaves, seq, backend="fla", use=use)
+        assert_alike(found, results(leaves, seq, backend="reference", use=use))
+
+
+def test_rows_without_a_layout_and_a_scale_left_out(library):
+    leaves = inputs(2, 33, False)
+    o, final = gated_delta_rule(*leaves[:5], backend="fla")
+    expected, expected_final = gated_delta_rule(*leaves[:5], backend="reference")
+    assert_alike([o, final], [expected, expected_final])
+
+
+def test_the_op_obeys_the_rules_of_ops_that_a_graph_may_hold(library):
+    assert fla.obstacle(CPU, *SIZES.values()) is None
+    for rows in (PACKED["one document a row"], PACKED["documents"]):
+        seq = layout(rows)
+        for initial in (False, True):
+            leaves = inputs(*seq.shape, initial)
+            packing = (None,) * 4 if seq.whole_rows else fla.made_packing(seq)
+            arguments = (*leaves[:5], leaves[5] if initial else None, *packing, 0.3)
+            checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+            torch.library.opcheck(
+                torch.ops.swamla.fla_gated_delta_rule.default, arguments, test_utils=checks, atol=1e-2, rtol=1e-2
+            )
+
+
+def test_a_graph_holds_it_whole_and_serves_any_number_of_documents(library):
+    graphs = []
+
+    def counted(graph, _):
+        graphs.append(graph)
+        return graph
+
+    rule = torch.compile(partial(gated_delta_rule, backend="fla"), fullgraph=True, dynamic=False, backend=counted)
+    torch.compiler.assume_constant_result(fla.obstacle)
+    for rows in ([[(0, 5), (1, 30)]], [[(0, 5), (1, 5), (2, 25)]], [[(n, 5) for n in range(7)]]):
+        seq = layout(rows)
+        leaves = inputs(*seq.shape, False)
+        fla.made_packing(seq)
+        o, final = rule(*leaves[:5], seq=seq, scale=0.3)
+        found = [o, final, *gradients_of(both(o.float(), final), leaves)]
+        assert_alike(found, results(leaves, seq, backend="reference", use=both))
+    assert len(graphs) == 1
+
+
+# --- whether it is there
+
+
+def test_without_the_library_asking_for_it_says_how_to_get_it_and_auto_is_torch():
+    with pytest.raises(MissingBackendError, match=r'"fla" needs flash-linear-attention: pip install flash-linear-att'):
+        resolve_backend("fla", CUDA, **SIZES)
+    assert describe_backend("auto", CUDA, **SIZES) == "torch"
+
+
+def test_without_a_device_for_it_it_is_refused(library, monkeypatch):
+    monkeypatch.setattr(fla, "has_kernels", lambda device: False)
+    with pytest.raises(MissingBackendError, match='"fla" needs a CUDA device, these tensors are on cpu: use "torch"'):
+        resolve_backend("fla", CPU, **SIZES)
+    assert resolve_backend("auto", CPU, **SIZES) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("triton", "key", "refused"),
+    [("3.6.0", 64, True), ("3.4.0+git1", 64, True), ("3.7.0", 48, True), ("3.7.1", 64, False), ("3.3.1", 64, False),
+     ("3.6.0", 128, False), ("3.6.0", 32, False)],
+)  # fmt: skip
+def test_hopper_refuses_its_backward_at_64_under_a_triton_that_gets_it_wrong(
+    library, monkeypatch, triton, key, refused
+):
+    monkeypatch.setattr(fla, "is_hopper", lambda device: True)
+    monkeypatch.setattr(fla, "_version", lambda package: triton)
+    monkeypatch.setattr(fla, "_probe", lambda *arguments: None)
+    sizes = {"heads": 2, "key": key, "value": 64}
+    assert resolve_backend("auto", CUDA, **sizes) == ("torch" if refused else "fla")
+    if refused:
+        with pytest.raises(MissingBackendError, match=rf"refuses keys of width {key} on Hopper under Triton 3\.[467]"):
+            resolve_backend("fla", CUDA, **sizes)
+        config = GDNConfig(n_heads=2, head_k_dim=key, head_v_dim=64)
+        said = config.backends(CUDA, 128, torch.bfloat16)["delta rule"]
+        assert said.startswith(f"torch (fla refuses keys of width {key} on Hopper")
+
+
+def test_a_library_that_fails_or_computes_something_else_is_found_before_it_is_used(library, monkeypatch):
+    module = sys.modules["fla.ops.gated_delta_rule"]
+    right = module.chunk_gated_delta_rule
+
+    def raises(*arguments, **options):
+        raise RuntimeError("no such kernel\nand a long story")
+
+    def doubled(q, k, v, *, scale, **options):
+        return right(q, k, v, scale=2 * scale, **options)
+
+    for wrong, reason in ((raises, r"fails on this device \(RuntimeError: no such kernel\)"), (doubled, "is wrong on")):
+        monkeypatch.setattr(module, "chunk_gated_delta_rule", wrong)
+        fla._obstacle.cache_clear()
+        with pytest.raises(MissingBackendError, match=f'^backend = "fla" {reason}'):
+            resolve_backend("fla", CPU, **SIZES)
+
+
+def test_it_takes_no_keys_wider_than_its_kernels_and_no_fp32(library):
+    with pytest.raises(MissingBackendError, match="takes keys of width 256 at most, not 300"):
+        resolve_backend("fla", CPU, heads=2, key=300, value=64)
+    leaves = [x.float() for x in inputs(1, 5, False)]
+    with pytest.raises(MissingBackendError, match=r'takes bf16 or fp16, not torch.float32: use "torch"'):
+        gated_delta_rule(*leaves, backend="fla")
+    assert resolve_backend("auto", CUDA, **SIZES, dtype=torch.float32) == "torch"
+
+
+def test_an_unknown_backend_is_refused_with_the_names_there_are():
+    with pytest.raises(UsageError, match="'fast': the gated delta rule has 'auto', 'reference', 'torch', 'fla'"):
+        resolve_backend("fast", CPU, **SIZES)
+
+
+def test_a_mixer_asks_it_for_the_delta_rule_and_not_for_the_convolution(library):
+    torch.manual_seed(0)
+    config = GDNConfig(n_heads=2, backend="fla")
+    mixer = config.build(32)
+    assert config.backends(CPU, 32, torch.bfloat16) == {"delta rule": "fla"}
+    x_BTD = torch.randn(2, 70, 32)
+    seq = layout(PACKED["documents"])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mixer(x_BTD, seq)
+        library_calls = len(library)
+        mixer.config = GDNConfig(n_heads=2)
+        expected = mixer(x_BTD, seq)
+    assert library_calls == 3  # forward and backward of the first trial, and this
+    assert (found - expected).norm() <= 0.02 * expected.norm()
