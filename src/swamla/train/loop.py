@@ -9,39 +9,34 @@ from pathlib import Path
 from rich.console import Console
 
 from swamla import distributed
-from swamla.checkpoint import Saved, Saver, latest_checkpoint, list_checkpoints
+from swamla.checkpoint import Saver
 from swamla.data.dataset import Dataset
-from swamla.errors import FailedElsewhere, Interrupted, SwamlaError
+from swamla.errors import Interrupted
 from swamla.faults import fault
 from swamla.hub import Pushes, require_hub
-from swamla.model.accounting import training_flops_per_token
 from swamla.model.language_model import LanguageModel
 from swamla.train.backends import describe
 from swamla.train.config import RunConfig, TrainConfig
 from swamla.train.curriculum import cut
+from swamla.train.keeping import Diverged, Keeper
 from swamla.train.memory_advice import advised
 from swamla.train.parallel import make_crew
 from swamla.train.plot import plot_losses
 from swamla.train.precision import autocast
 from swamla.train.profiling import Profiling
 from swamla.train.rank_watch import RankWatch
-from swamla.train.router_health import RouterHealth
 from swamla.train.run_folder import open_run
 from swamla.train.signals import StopRequest
 from swamla.train.spikes import checkpoint_to_go_back_to
 from swamla.train.state import TrainState, generator_states, set_generator_states
 from swamla.train.step import StepResult, training_step
+from swamla.train.step_log import StepLog
 from swamla.train.trackers import Records, make_records, require_trackers
 from swamla.train.tracking import Display, make_display
-from swamla.train.utilisation import peak_memory, peak_of
+
+__all__ = ["Diverged", "Evaluate", "train"]
 
 Evaluate = Callable[[LanguageModel], dict[str, float]]
-
-
-class Diverged(SwamlaError):
-    """Training that cannot go on because its numbers are no longer finite."""
-
-    exit_status = 1
 
 
 def train(
@@ -135,22 +130,26 @@ class _Loop:
         saver: Saver,
         watch: RankWatch,
     ) -> None:
-        self.config, self.run_dir, self.state = config.train, run_dir, state
-        self.model = config.model
-        self.peak = distributed.on_main(lambda: peak_of(state.device, state.precision))  # measured, so by one alone
+        self.config, self.run_dir, self.state, self.evaluate = config.train, run_dir, state, evaluate
+        self.metrics, self.display, self.hub, self.profiling, self.watch = metrics, display, hub, profiling, watch
         self.checkpoints = run_dir / "checkpoints"
-        self.evaluate, self.metrics, self.display = evaluate, metrics, display
-        self.hub, self.profiling, self.saver, self.watch = hub, profiling, saver, watch
-        self.router_health = RouterHealth()
+        self.keeper = Keeper(
+            self.config,
+            self.checkpoints,
+            state,
+            saver,
+            metrics=metrics,
+            display=display,
+            hub=hub,
+            watch=watch,
+            seconds=self.seconds,
+        )
         self.rows = dataset.rows(self.config.block_size, self.config.seed)
         self.curriculum, self.length = self.config.lengths, self.config.block_size  # where there is none, none is told
         self.bits_per_nat = 1 / (math.log(2) * dataset.bytes_per_label)
+        self.log = StepLog(config, state, metrics, display, self.bits_per_nat)
         self.started = time.monotonic() - state.seconds
         self.step_seconds = 0.0  # of the last step
-        self.recent_tokens = self.recent_seconds = 0.0
-        existing = list_checkpoints(self.checkpoints) if state.step else []
-        self.saved_step = state.step if existing else None
-        self.unsaved: Exception | None = None  # why the newest save failed
 
     def announce(self, resume: bool) -> None:
         """Say once what was chosen, so that nothing was chosen silently."""
@@ -160,25 +159,22 @@ class _Loop:
         self.display.say(f"backends: {describe(self.state.backends)}")
         for note in self.state.notes:
             self.display.say(note)
-        self.display.say(f"mfu is relative to {self.peak.name}")
+        self.display.say(f"mfu is relative to {self.log.peak.name}")
 
     def run(self, stop: StopRequest) -> None:
         """Step until the budget is spent or somebody asks to stop; then evaluate, if nobody did, and save."""
         while not (stopped := self.stopped(stop)) and (progress := self.progress()) < 1:
             self.step(progress)
-            self.settle()
+            self.keeper.settle()
             self.profiling.step()
             self.hub.attend()
             if self.evaluation_is_due():
                 self.evaluate_now()
-            if self.save_is_due():
-                self.save()
+            if self.keeper.is_due():
+                self.keeper.save()
         if not stopped and self.state.evaluated_step != self.state.step:
             self.evaluate_now()
-        self.save()
-        self.settle(wait=True)
-        if self.unsaved is not None:  # the last one: whatever the run was told, all would be for nothing
-            raise self.unsaved
+        self.keeper.save_last()
         distributed.on_main(self.plot)
         if self.stopped(stop) and stop.received:
             where = f"after step {self.state.step}; all is saved in {self.run_dir}"
@@ -224,7 +220,7 @@ class _Loop:
         # A spike before any checkpoint stays a step like any other, but max_skipped of them in a row end the run.
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if spike else 0
         if distributed.is_main():
-            self.log(result, lr)
+            self.log.write(result, lr=lr, length=self.length, seconds=self.step_seconds)
         if spike:
             self.end_if_too_many("had a loss spike")
 
@@ -251,7 +247,7 @@ class _Loop:
         """End a run in which so many steps in a row were for nothing."""
         most = self.config.max_skipped
         if self.state.skipped_in_a_row >= most:
-            self.give_up(f"{most} steps in a row, up to step {self.state.step}, {what}")
+            self.keeper.give_up(f"{most} steps in a row, up to step {self.state.step}, {what}")
 
     def is_spike(self, result: StepResult) -> bool:
         """Judge a loss by the usual one, which it becomes a part of where it is none."""
@@ -267,7 +263,7 @@ class _Loop:
         no checkpoint to go back to: nothing is changed then.
         """
         state, loss = self.state, f"loss {result.loss:.4f} in step {self.state.step}, usual is {self.state.usual}"
-        self.settle(wait=True)
+        self.keeper.settle(wait=True)
         folder, interval = self.checkpoints, self.config.save_interval
         checkpoint = distributed.on_main(lambda: checkpoint_to_go_back_to(folder, interval))
         if checkpoint is None:
@@ -281,47 +277,8 @@ class _Loop:
             "are left behind"
         )
         self.end_if_too_many("had a loss spike")
-        self.saved_step = None
-        self.save()
+        self.keeper.save_again()
         return True
-
-    def give_up(self, reason: str) -> None:
-        """Stop a run that diverged, naming what can be taken up again."""
-        for saved in self.saver.saved(wait=True):
-            self.tell(saved)
-        good = latest_checkpoint(self.checkpoints)
-        where = f"the last good checkpoint is {good.path}" if good else "there is no checkpoint yet"
-        if distributed.is_main():
-            raise Diverged(f"{reason}; {where}; try a lower lr, now {self.config.lr}")
-        raise FailedElsewhere(reason, Diverged.exit_status)
-
-    def log(self, result: StepResult, lr: float) -> None:
-        """Write a step to metrics.jsonl and show it, with the speed of the last ten steps or so.
-
-        Speeds leave out evaluations and saves.
-        """
-        state = self.state
-        speed, ranks = result.tokens / max(self.step_seconds, 1e-9), distributed.world_size()
-        values = {
-            "loss": result.loss,
-            "bits_per_byte": result.loss * self.bits_per_nat,
-            "lr": lr,
-            "grad_norm": result.grad_norm,
-            "tokens": state.tokens,
-            "tokens_per_second": speed,
-            "mfu": speed * training_flops_per_token(self.model, self.length) / (self.peak.flops * ranks),
-            "peak_memory": peak_memory(state.device),
-            "elapsed": state.seconds,
-        }
-        routers, warnings = self.router_health.watch(state.model, result.statistics)
-        self.metrics.write(state.step, values | routers)
-        for warning in warnings:
-            self.display.say(warning)
-        self.recent_tokens = 0.9 * self.recent_tokens + result.tokens
-        self.recent_seconds = 0.9 * self.recent_seconds + self.step_seconds
-        speed = self.recent_tokens / max(self.recent_seconds, 1e-9)
-        done = self.config.budget.progress(state.step, state.seconds)
-        self.display.update(done, state.seconds, {"step": state.step, **values, "tokens_per_second": speed})
 
     def evaluation_is_due(self) -> bool:
         """By the number of steps or by the time since the last one, whichever was asked for."""
@@ -329,11 +286,6 @@ class _Loop:
         by_step = config.eval_interval is not None and state.step % config.eval_interval == 0
         by_time = config.eval_seconds is not None and state.seconds - state.evaluated_at >= config.eval_seconds
         return by_step or by_time
-
-    def save_is_due(self) -> bool:
-        """By the number of steps; never amid skipped steps, so that the last checkpoint of a run that ends is good."""
-        interval, state = self.config.save_interval, self.state
-        return interval is not None and state.step % interval == 0 and state.skipped_in_a_row == 0
 
     def evaluate_now(self) -> None:
         """Evaluate, tell, and keep the state if it is the best so far."""
@@ -350,50 +302,12 @@ class _Loop:
         self.metrics.write(state.step, {f"held_out_{k}": v for k, v in found.items()} | {"elapsed": state.seconds})
         bits = f" | Bits/byte: {found['bits_per_byte']:.4f}" if "bits_per_byte" in found else ""
         self.display.say(f"Step {state.step} | Held-out loss: {found['loss']:.4f}{bits}")
-        self.settle()  # a best that could not be saved is none to compare with
+        self.keeper.settle()  # a best that could not be saved is none to compare with
         if not math.isfinite(found["loss"]):
             self.display.say(f"warning: the held-out loss after step {state.step} is not finite, so never the best")
         elif state.best_loss is None or found["loss"] < state.best_loss:
             state.best_step, state.best_loss = state.step, found["loss"]
-            self.save(best_loss=found["loss"])
-
-    def save(self, best_loss: float | None = None) -> None:
-        """Save this moment, which is the best if it has a `best_loss`, unless that is done already."""
-        state = self.state
-        if self.saved_step == state.step:
-            if best_loss is not None:
-                self.saver.mark(state.step, best_loss)
-                self.settle()
-            return
-        if not state.weights_are_finite():
-            self.give_up(f"the weights after step {state.step} are not finite, so they are not saved")
-        self.watch.begin(f"the save after step {state.step}")
-        state.seconds = self.seconds()
-        self.metrics.sync()
-        self.saver.save(state.step, tensors=state.tensors(), state=state.plain(), best_loss=best_loss)
-        self.saved_step = state.step
-        self.settle()
-
-    def settle(self, *, wait: bool = False) -> None:
-        """See what became of the saves, of all of them with `wait`: one that failed ends the run, if it is to."""
-        for saved in self.saver.saved(wait=wait):
-            self.tell(saved)
-            if self.unsaved is not None and self.config.on_save_error == "stop":
-                raise self.unsaved
-
-    def tell(self, saved: Saved) -> None:
-        """Of a save that is done. One that failed is never the best, and is tried again."""
-        state, self.unsaved = self.state, saved.error
-        if saved.error is None:
-            if saved.best:
-                self.hub.push()
-            return
-        if self.config.on_save_error == "continue":
-            self.display.say(f"warning: the checkpoint of step {saved.step} was not saved: {saved.error}")
-        if self.saved_step == saved.step:
-            self.saved_step = None
-        if state.best_step == saved.step:
-            state.best_step, state.best_loss = self.saver.best or (None, None)
+            self.keeper.save(best_loss=found["loss"])
 
     def plot(self) -> None:
         """Draw loss.png from what metrics.jsonl holds."""

@@ -1,0 +1,49 @@
+"""What is told of a training step: in metrics.jsonl, on the screen, and of routers that go wrong."""
+
+from swamla import distributed
+from swamla.model.accounting import training_flops_per_token
+from swamla.train.config import RunConfig
+from swamla.train.router_health import RouterHealth
+from swamla.train.state import TrainState
+from swamla.train.step import StepResult
+from swamla.train.trackers import Records
+from swamla.train.tracking import Display
+from swamla.train.utilisation import peak_memory, peak_of
+
+
+class StepLog:
+    """Speeds leave out evaluations and saves; the one on the screen is that of the last ten steps or so."""
+
+    def __init__(
+        self, config: RunConfig, state: TrainState, metrics: Records, display: Display, bits_per_nat: float
+    ) -> None:
+        self.config, self.state, self.metrics, self.display = config, state, metrics, display
+        self.bits_per_nat = bits_per_nat
+        self.peak = distributed.on_main(lambda: peak_of(state.device, state.precision))  # measured, so by one alone
+        self.router_health = RouterHealth()
+        self.recent_tokens = self.recent_seconds = 0.0
+
+    def write(self, result: StepResult, *, lr: float, length: int, seconds: float) -> None:
+        """Tell of the step that was just taken, in `seconds`, on rows of `length` tokens."""
+        state, flops = self.state, training_flops_per_token(self.config.model, length)
+        speed = result.tokens / max(seconds, 1e-9)
+        values = {
+            "loss": result.loss,
+            "bits_per_byte": result.loss * self.bits_per_nat,
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "tokens": state.tokens,
+            "tokens_per_second": speed,
+            "mfu": speed * flops / (self.peak.flops * distributed.world_size()),
+            "peak_memory": peak_memory(state.device),
+            "elapsed": state.seconds,
+        }
+        routers, warnings = self.router_health.watch(state.model, result.statistics)
+        self.metrics.write(state.step, values | routers)
+        for warning in warnings:
+            self.display.say(warning)
+        self.recent_tokens = 0.9 * self.recent_tokens + result.tokens
+        self.recent_seconds = 0.9 * self.recent_seconds + seconds
+        recent = self.recent_tokens / max(self.recent_seconds, 1e-9)
+        done = self.config.train.budget.progress(state.step, state.seconds)
+        self.display.update(done, state.seconds, {"step": state.step, **values, "tokens_per_second": recent})
