@@ -88,6 +88,10 @@ class Matrices:
     momentum: Tensor
 
 
+Orthogonalised = Callable[[list[Tensor]], Iterable[tuple[int, Tensor]]]
+"""Of updates, the orthogonalised ones with their indices, in some order."""
+
+
 class Muon(torch.optim.Optimizer):
     """`torch.optim.Muon` with Nesterov momentum and `match_rms_adamw`, over stacks instead of a loop over matrices."""
 
@@ -108,50 +112,53 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update every matrix that has a gradient. `closure` is not used."""
-        if distributed.world_size() > 1:
-            self._step_together()
-            return
-        for group in self.param_groups:
-            for equal in stacks(part for p in group["params"] if p.grad is not None for part in self._matrices(p)):
-                self._update(equal, group)
+        """Update every matrix that has a gradient. `closure` is not used.
 
-    def _step_together(self) -> None:
-        """Several processes: each moves the momentum that it holds, and orthogonalises its share of the matrices."""
+        Several processes: each moves the momentum that it holds, and orthogonalises its share of the matrices.
+        """
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            held = [Matrices(p.detach(), p.grad, self._momentum(p)) for p in params]
-            weights, gradients, buffers = ([getattr(m, name) for m in held] for name in Matrices.__dataclass_fields__)
-            momentum, lr = group["momentum"], group["lr"]
-            torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-            updates = torch._foreach_lerp(gradients, buffers, momentum)
-            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-            wholes = [self._wholes.get(p, p) for p in params]
-            orthogonalised = partial(in_stacks, iterations=group["iterations"])
-            together = orthogonalise_together(updates, wholes, orthogonalised, working_dtype(wholes[0].device))
-            for index, update in together:
-                scale = 0.2 * math.sqrt(max(wholes[index].shape[-2:]))
-                weights[index].add_(update, alpha=-lr * scale)
+            if distributed.world_size() > 1:
+                wholes = [self._wholes.get(p, p) for p in params]
+                self._update([self._held(p) for p in params], wholes, group, partial(self._by_all, wholes, group))
+                continue
+            for equal in stacks(part for p in params for part in self._matrices(p)):
+                self._update(equal, [m.weights for m in equal], group, partial(self._by_this_process, group))
 
-    def _update(self, equal: list[Matrices], group: dict[str, Any]) -> None:
-        weights, gradients = [m.weights for m in equal], [m.gradients for m in equal]
-        buffers, momentum, lr = [m.momentum for m in equal], group["momentum"], group["lr"]
+    def _update(
+        self, held: list[Matrices], wholes: Sequence[Tensor], group: dict[str, Any], orthogonalised: Orthogonalised
+    ) -> None:
+        """The algorithm box, for all of `held` at once; `wholes` are the matrices that they are, or are parts of."""
+        weights, gradients, buffers = ([getattr(m, name) for m in held] for name in Matrices.__dataclass_fields__)
+        momentum, lr = group["momentum"], group["lr"]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        updates = orthogonalise_all(torch._foreach_lerp(gradients, buffers, momentum), group["iterations"])
+        updates = torch._foreach_lerp(gradients, buffers, momentum)
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-        for p, update in zip(weights, updates, strict=True):
-            p.add_(update, alpha=-lr * 0.2 * math.sqrt(max(p.shape[-2:])))
+        for index, update in orthogonalised(list(updates)):
+            weights[index].add_(update, alpha=-lr * 0.2 * math.sqrt(max(wholes[index].shape[-2:])))
+
+    def _by_this_process(self, group: dict[str, Any], updates: list[Tensor]) -> Iterable[tuple[int, Tensor]]:
+        return enumerate(orthogonalise_all(updates, group["iterations"]))
+
+    def _by_all(
+        self, wholes: list[Tensor], group: dict[str, Any], updates: list[Tensor]
+    ) -> Iterable[tuple[int, Tensor]]:
+        orthogonalised = partial(in_stacks, iterations=group["iterations"])
+        return orthogonalise_together(updates, wholes, orthogonalised, working_dtype(wholes[0].device))
 
     def _matrices(self, p: Tensor) -> Iterator[Matrices]:
         """A parameter whole, or the experts of a very large one a few at a time."""
-        assert p.grad is not None
-        whole = Matrices(p.detach(), p.grad, self._momentum(p))
+        whole = self._held(p)
         if p.ndim == 2:
             yield whole
             return
         experts = max(1, STACK // p[0].numel())
         for part in zip(*(t.split(experts) for t in (whole.weights, whole.gradients, whole.momentum)), strict=True):
             yield Matrices(*part)
+
+    def _held(self, p: Tensor) -> Matrices:
+        assert p.grad is not None
+        return Matrices(p.detach(), p.grad, self._momentum(p))
 
     def _momentum(self, p: Tensor) -> Tensor:
         state = self.state[p]
