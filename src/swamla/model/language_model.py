@@ -24,13 +24,15 @@ OUTPUT_PROJECTIONS = ("o_proj.weight", ".down_proj.weight", "experts.down")
 class ModelState:
     """What the model remembers of a batch of sequences: one state a layer, and how many tokens each row holds.
 
-    held: that number where it is one for all rows, known without asking the device; None where rows differ.
+    held: that number where it is one for all rows, None where rows differ.  longest: the largest of those numbers.
+    Both are known without asking the device.
     """
 
     layers: list[State]
     length_B: Tensor
     max_len: int
     held: int | None = 0
+    longest: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -39,9 +41,11 @@ class ModelState:
 
     def following(self, tokens_BT: Tensor, valid_BT: Tensor | None) -> Layout:
         """The layout of new tokens behind those held; `valid_BT` marks what is not padding (None: there is none)."""
-        if self.held is not None and valid_BT is None:
-            batch, time = tokens_BT.shape
+        batch, time = tokens_BT.shape
+        if valid_BT is None and self.held is not None:
             return Layout.continuing_level(self.held, batch, time, device=tokens_BT.device)
+        if valid_BT is None and time == 1:
+            return Layout.one_more(self.length_B, self.longest + 1)
         if valid_BT is None:
             valid_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
         return Layout.continuing(self.length_B, valid_BT)
@@ -50,11 +54,17 @@ class ModelState:
         """Count `time` new tokens a row, or those of them that are no padding."""
         if valid_BT is None:
             self.length_B += time
-            self.held = None if self.held is None else self.held + time
+            self.count(time)
         else:
             self.length_B += valid_BT.sum(dim=1)
             lengths = self.length_B.tolist()
-            self.held = lengths[0] if len(set(lengths)) == 1 else None
+            self.longest = max(lengths)
+            self.held = self.longest if min(lengths) == self.longest else None
+
+    def count(self, time: int) -> None:
+        """Note that every row has become longer by `time`; `length_B` says so already."""
+        self.longest += time
+        self.held = None if self.held is None else self.longest
 
 
 class LanguageModel(nn.Module):
@@ -183,10 +193,15 @@ class LanguageModel(nn.Module):
         seq = state.following(tokens_BT, valid_BT)
         if seq.end > state.max_len:
             raise UsageError(f"{seq.end} tokens do not fit a state made for {state.max_len}")
+        x_BTD = self.read_at(tokens_BT, state, seq)
+        state.advance(tokens_BT.shape[1], valid_BT)
+        return x_BTD
+
+    def read_at(self, tokens_BT: Tensor, state: ModelState, seq: Layout) -> Tensor:
+        """`read` where it is known where the tokens lie; the layers' states are updated, what rows hold is not."""
         x_BTD = self._embed(tokens_BT, seq)
         for block, layer in zip(self.blocks, state.layers, strict=True):
             x_BTD = block.step(x_BTD, layer, seq)
-        state.advance(tokens_BT.shape[1], valid_BT)
         return self.norm(x_BTD)
 
     def generate(
@@ -198,11 +213,18 @@ class LanguageModel(nn.Module):
         stop_id: int | None = None,
         known_ids: int | None = None,
         on_token: Callable[[int, int], None] | None = None,
+        decoding: str = "eager",
     ) -> list[list[int]]:
         """Continue token sequences of any (unequal) lengths >= 1; see `swamla.model.sampling.generate`."""
-        sampling = sampling or Sampling()
         return generate(
-            self, prompts, max_new_tokens, sampling, stop_id=stop_id, known_ids=known_ids, on_token=on_token
+            self,
+            prompts,
+            max_new_tokens,
+            sampling or Sampling(),
+            stop_id=stop_id,
+            known_ids=known_ids,
+            on_token=on_token,
+            decoding=decoding,
         )
 
     def _embed(self, tokens_BT: Tensor, seq: Layout) -> Tensor:

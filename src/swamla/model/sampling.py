@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from swamla.errors import UsageError, require
+from swamla.model.decoding import fast_linears, steps_for
 
 if TYPE_CHECKING:
     from swamla.model.language_model import LanguageModel, ModelState
@@ -76,34 +77,38 @@ def generate(
     stop_id: int | None = None,
     known_ids: int | None = None,
     on_token: Callable[[int, int], None] | None = None,
+    decoding: str = "eager",
 ) -> list[list[int]]:
     """Continue each prompt (token ids, length >= 1) by at most `max_new_tokens`; returns the new tokens only.
 
     A row ends with `stop_id`, which is not returned. known_ids: ids from there on are never drawn; a model may have
     more than its tokenizer. on_token(row, token) is called as soon as each token is known.
+    decoding: how the tokens after the first are computed, "eager", or on CUDA "graph", see `swamla.model.decoding`.
     UsageError for an empty prompt, an id outside the vocabulary, or more tokens than learned positions.
     """
     _check(model, prompts, max_new_tokens)
+    longest = max(len(prompt) for prompt in prompts)
+    produced: list[list[int]] = [[] for _ in prompts]
+    generators = sampling.generators(len(prompts))
     was_training = model.training
     model.eval()
     try:
-        longest = max(len(prompt) for prompt in prompts)
         state = model.init_state(len(prompts), longest + max_new_tokens - 1)  # the last token is not read back
-        logits_BV = prefill(model, prompts, state)
-        generators = sampling.generators(len(prompts))
-        produced: list[list[int]] = [[] for _ in prompts]
+        step = steps_for(decoding, model, state)
         done = [False] * len(prompts)
-        for count in range(1, max_new_tokens + 1):
-            chosen = sampling.choose(logits_BV[:, :known_ids], generators)
-            for row, token in enumerate(chosen):
-                done[row] = done[row] or token == stop_id
-                if not done[row]:
-                    produced[row].append(token)
-                    if on_token:
-                        on_token(row, token)
-            if all(done) or count == max_new_tokens:
-                break
-            logits_BV = model.step(torch.tensor(chosen, device=model.device)[:, None], state)[:, -1]
+        with fast_linears(model):
+            logits_BV = prefill(model, prompts, state)
+            for count in range(1, max_new_tokens + 1):
+                chosen = sampling.choose(logits_BV[:, :known_ids], generators)
+                for row, token in enumerate(chosen):
+                    done[row] = done[row] or token == stop_id
+                    if not done[row]:
+                        produced[row].append(token)
+                        if on_token:
+                            on_token(row, token)
+                if all(done) or count == max_new_tokens:
+                    break
+                logits_BV = step(chosen)
         return produced
     finally:
         model.train(was_training)

@@ -35,6 +35,7 @@ class Layout:
         continues: bool = False,
         held: int | None = None,
         padded: bool = True,
+        end: int | None = None,
     ) -> None:
         self.document_BT = document_BT
         self.position_BT = position_BT
@@ -42,6 +43,7 @@ class Layout:
         self.continues = continues
         self.held = held
         self.padded = padded
+        self._end = end
         self.whole_rows = runs == (self.shape,)  # kept, as a compiled graph may ask this and must not hang on `runs`
         self._tables: dict[Hashable, Any] = {}
 
@@ -81,7 +83,18 @@ class Layout:
         """`continuing`, where every row holds `held` tokens already and none of the new ones is padding."""
         position_BT = torch.arange(held, held + time, device=device).expand(batch, time)
         document_BT = torch.zeros(batch, time, dtype=torch.int64, device=device)
-        return cls(document_BT, position_BT, ((batch, time),), continues=True, held=held)
+        whole = ((batch, time),)
+        return cls(document_BT, position_BT, whole, continues=True, held=held, padded=False, end=held + time)
+
+    @classmethod
+    def one_more(cls, length_B: Tensor, end: int) -> "Layout":
+        """The layout of one new token a row, after the `length_B` that it holds, all of them fewer than `end`.
+
+        Nothing asks the device. `end` may be larger than need be, so that steps of many lengths have one shape.
+        """
+        document_B1 = torch.zeros_like(length_B)[:, None]
+        whole = ((len(length_B), 1),)
+        return cls(document_B1, length_B[:, None], whole, continues=True, padded=False, end=end)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -94,8 +107,8 @@ class Layout:
 
         Waits for the device, unless it is known what the rows hold.
         """
-        if self.held is not None:
-            return self.held + self.shape[1]
+        if self._end is not None:
+            return self._end
         return self.table("end", lambda: int(self.position_BT.max()) + 1)
 
     @property
@@ -117,5 +130,11 @@ class Layout:
         """The same layout with its tensors on `device`."""
         document_BT, position_BT = self.document_BT.to(device), self.position_BT.to(device)
         return Layout(
-            document_BT, position_BT, self.runs, continues=self.continues, held=self.held, padded=self.padded
+            document_BT,
+            position_BT,
+            self.runs,
+            continues=self.continues,
+            held=self.held,
+            padded=self.padded,
+            end=self._end,
         )

@@ -200,8 +200,14 @@ class GDN(Mixer[GDNState]):
 
     def step(self, x_BTD: Tensor, state: GDNState, seq: Layout) -> Tensor:
         qkv, z, log_alpha, beta = self.project(x_BTD)
+        if x_BTD.shape[1] == 1 and not seq.padded:
+            q, k, v = self.heads(self._convolve_one(state, qkv))
+            gates = log_alpha[:, 0], beta[:, 0]
+            o = gated_delta_step(q[:, 0], k[:, 0], v[:, 0], *gates, state.memory_BHKV).unsqueeze(1)
+            return self.output(o.to(z.dtype), z)
         valid_BT1 = (seq.document_BT >= 0).unsqueeze(-1)
-        log_alpha, beta = log_alpha * valid_BT1, beta * valid_BT1  # padding neither decays nor writes
+        if seq.padded:
+            log_alpha, beta = log_alpha * valid_BT1, beta * valid_BT1  # padding neither decays nor writes
         history, config = state.conv_BWD.to(qkv.dtype), self.config
         q, k, v = self.heads(short_conv(qkv, self.conv_weight, history_BWD=history, backend=config.conv_backend))
         self._remember_inputs(state, qkv, valid_BT1)
@@ -213,6 +219,14 @@ class GDN(Mixer[GDNState]):
             o, last = gated_delta_rule(q, k, v, log_alpha, beta, initial_state_BHKV=memory, backend=config.backend)
             memory.copy_(last)
         return self.output(o.to(z.dtype), z)
+
+    def _convolve_one(self, state: GDNState, qkv_B1D: Tensor) -> Tensor:
+        """`short_conv` of one token behind those remembered, and remembers it instead of the first of them."""
+        dtype = torch.promote_types(qkv_B1D.dtype, torch.float32)
+        line_BWD = torch.cat((state.conv_BWD.to(dtype), qkv_B1D.to(dtype)), dim=1)
+        state.conv_BWD.copy_(line_BWD[:, 1:])
+        summed_B1D = (line_BWD * self.conv_weight.T.to(dtype)).sum(dim=1, keepdim=True)
+        return F.silu(summed_B1D).to(qkv_B1D.dtype)
 
     def _remember_inputs(self, state: GDNState, qkv_BTD: Tensor, valid_BT1: Tensor) -> None:
         """Keep the last conv − 1 valid inputs of each row."""

@@ -76,12 +76,13 @@ def attend_to_held(
 
 def causal_mask(seq: Layout) -> Tensor | None:
     """(B, T, seq.end): which held tokens each new one may see; None where the rows are level: all but later ones."""
-    return None if seq.held is not None else seq.table("causal", lambda: _causal_mask(seq))
+    return None if seq.held is not None else seq.table("causal", lambda: filled_mask(seq, seq.end))
 
 
-def _causal_mask(seq: Layout) -> Tensor:
-    slot_S = torch.arange(seq.end, device=seq.position_BT.device)
-    return slot_S <= seq.position_BT[:, :, None]
+def filled_mask(seq: Layout, size: int) -> Tensor:
+    """(B, T, size): which places of a state hold a token that is not later than the new one, itself included."""
+    place_S = torch.arange(size, device=seq.position_BT.device)
+    return place_S <= seq.position_BT[:, :, None]
 
 
 def expansion_pays_from(rank: int, made: int) -> float:

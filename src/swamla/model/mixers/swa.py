@@ -9,7 +9,7 @@ from torch import Tensor
 
 from swamla.errors import require
 from swamla.model.mixers.mha import MHA, KVState, MHAConfig
-from swamla.model.mixers.mixer import write_at
+from swamla.model.mixers.mixer import filled_mask, write_at
 from swamla.ops import cached_attention, windowed_attention
 from swamla.ops.attention import WINDOWED_BACKENDS, resolve_backend
 from swamla.ops.layout import Layout
@@ -83,21 +83,28 @@ class SWA(MHA):
     def step(self, x_BTD: Tensor, state: KVState, seq: Layout) -> Tensor:
         q, k, v = self.project(x_BTD, seq)
         time = x_BTD.shape[1]
-        if seq.held is not None and time == 1:
-            return self.o_proj(self._step_one(q, k, v, state, seq.held).flatten(2))
+        if time == 1 and not seq.padded:
+            return self.o_proj(self._step_one(q, k, v, state, seq).flatten(2))
         if seq.held is not None and (seq.held == 0 or time >= self.config.window):
             return self.o_proj(self._step_many(q, k, v, state, seq.held, seq).flatten(2))
         pieces = range(0, time, self.config.window)  # within a window no two tokens share a slot of the ring
         out = [self._step_piece(q, k, v, state, seq, begin, begin + self.config.window) for begin in pieces]
         return self.o_proj(torch.cat(out, dim=1).flatten(2))
 
-    def _step_one(self, q: Tensor, k: Tensor, v: Tensor, state: KVState, held: int) -> Tensor:
+    def _step_one(self, q: Tensor, k: Tensor, v: Tensor, state: KVState, seq: Layout) -> Tensor:
         """A token takes the place of the one that has just left the window, and then sees all that is there."""
+        size = state.k_BSGK.shape[1]
+        if seq.held is None:  # the places that are not filled yet are the last ones
+            slot_B1 = seq.table(("slot", size, self.config.sinks), lambda: self._slot(seq.position_BT))
+            write_at(state.k_BSGK, slot_B1, k)
+            write_at(state.v_BSGK, slot_B1, v)
+            allowed = seq.table(("ring", size), lambda: filled_mask(seq, size))
+            return cached_attention(q, state.k_BSGK.to(q.dtype), state.v_BSGK.to(q.dtype), allowed)
         sinks, window = self.config.sinks, self.config.window
-        slot = held if held < sinks else sinks + (held - sinks) % window
+        slot = seq.held if seq.held < sinks else sinks + (seq.held - sinks) % window
         state.k_BSGK[:, slot : slot + 1] = k
         state.v_BSGK[:, slot : slot + 1] = v
-        filled = min(held + 1, sinks + window)
+        filled = min(seq.end, size)
         return cached_attention(q, state.k_BSGK[:, :filled].to(q.dtype), state.v_BSGK[:, :filled].to(q.dtype), None)
 
     def _step_many(self, q: Tensor, k: Tensor, v: Tensor, state: KVState, held: int, seq: Layout) -> Tensor:

@@ -1,0 +1,284 @@
+"""Steps as a graph records them: no question to the device, one shape a size, the same logits."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from swamla.errors import MissingBackendError, UsageError
+from swamla.model import decoding
+from swamla.model.decoding import EagerSteps, GraphSteps, Replay, fast_linears, size_read, steps_for
+from swamla.model.language_model import LanguageModel, ModelState
+from swamla.model.sampling import Sampling, prefill
+from swamla.ops.layout import Layout
+from swamla.ops.linear import linear
+
+from .helpers import FFNS, MIXERS, assert_close, build_model, hybrid_config, random_tokens
+
+PROMPTS = [random_tokens(1, length, seed=length)[0].tolist() for length in (5, 23, 11)]
+LEVEL = [random_tokens(1, 21, seed=seed)[0].tolist() for seed in (1, 2)]
+every_mixer = pytest.mark.parametrize("kind", MIXERS)
+every_ffn = pytest.mark.parametrize("ffn", FFNS)
+# What an operation needs the values of its inputs for, on the host, or whose result has a shape that depends on them.
+ASKS = {
+    "_local_scalar_dense",
+    "item",
+    "nonzero",
+    "masked_select",
+    "unique",
+    "_unique2",
+    "bincount",
+    "is_nonzero",
+    "equal",
+}
+
+
+class Forbidden(AssertionError):
+    pass
+
+
+class NoQuestions(TorchDispatchMode):
+    """Raises where a graph could not be recorded."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        boolean = name.startswith("index") and any(
+            isinstance(x, Tensor) and x.dtype == torch.bool for x in pytree.tree_leaves(args[1:2])
+        )
+        if name in ASKS or boolean:
+            raise Forbidden(f"{func} asks the device")
+        return func(*args, **(kwargs or {}))
+
+
+class Tape(TorchDispatchMode):
+    """A graph's stand-in: keeps the operations and their tensors, so that numbers of the host are those of the time.
+
+    Recording has to leave everything as it was, which a GPU does by running nothing; here what ran is undone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.operations:
+            if func._schema.is_mutable:
+                func(*args, **kwargs)
+                continue
+            given = {storage(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+            kept = [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
+            if kept and not any(storage(x) in given for x in kept):  # else it is a view, which is there already
+                found = [x for x in pytree.tree_leaves(func(*args, **kwargs)) if isinstance(x, Tensor)]
+                for old, new in zip(kept, found, strict=True):
+                    old.copy_(new)
+
+
+def storage(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+class Recorder:
+    """Hands out tapes, and counts them and their replays."""
+
+    def __init__(self, state: ModelState) -> None:
+        self.state, self.recorded, self.replayed = state, 0, 0
+
+    def __call__(self, step: Callable[[], Tensor]) -> Replay:
+        self.recorded += 1
+        live = [self.state.length_B, *chain.from_iterable(layer.tensors() for layer in self.state.layers)]
+        before = [x.clone() for x in live]
+        with NoQuestions(), Tape() as tape:
+            result = step()
+        for x, old in zip(live, before, strict=True):
+            x.copy_(old)
+
+        def replay() -> Tensor:
+            self.replayed += 1
+            result.fill_(torch.nan)
+            tape.replay()
+            return result
+
+        return replay
+
+
+def prepared(model: LanguageModel, prompts: list[list[int]], room: int) -> tuple[Tensor, ModelState]:
+    state = model.init_state(len(prompts), max(map(len, prompts)) + room)
+    return prefill(model, prompts, state), state
+
+
+def of_one_mixer(kind: str, ffn: str = "dense") -> LanguageModel:
+    return build_model(hybrid_config(pattern=(kind, kind), ffn=ffn)).eval()
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, LEVEL], ids=["ragged", "level"])
+@every_mixer
+@torch.inference_mode()
+def test_replayed_steps_give_the_logits_of_ordinary_ones(
+    monkeypatch: pytest.MonkeyPatch, kind: str, prompts: list[list[int]]
+) -> None:
+    """Through rings that fill up and go round, and over four sizes; the last is what the state can hold at most."""
+    monkeypatch.setattr(decoding, "SMALLEST", 8)
+    model = of_one_mixer(kind)
+    (_, ordinary), (_, static) = (prepared(model, prompts, 60) for _ in range(2))
+    eager, recorder = EagerSteps(model, ordinary), Recorder(static)
+    graph = GraphSteps(model, static, recorder)
+    for step in range(60):
+        chosen = random_tokens(len(prompts), 1, seed=step)[:, 0].tolist()
+        assert_close(graph(chosen), eager(chosen), 1e-5, f"step {step}")
+        assert static.longest == ordinary.longest
+        assert static.held == ordinary.held
+        assert torch.equal(static.length_B, ordinary.length_B)
+    sizes = len(graph.replays)
+    assert sizes == 3
+    assert recorder.recorded == sizes
+    assert recorder.replayed == 60 - sizes, "the first step of every size is no replay"
+
+
+@every_ffn
+@torch.inference_mode()
+def test_replayed_steps_of_every_ffn_give_the_logits_of_ordinary_ones(ffn: str) -> None:
+    model = build_model(hybrid_config(ffn=ffn)).eval()
+    (_, ordinary), (_, static) = (prepared(model, PROMPTS, 12) for _ in range(2))
+    eager, graph = EagerSteps(model, ordinary), GraphSteps(model, static, Recorder(static))
+    for step in range(12):
+        chosen = random_tokens(3, 1, seed=step)[:, 0].tolist()
+        assert_close(graph(chosen), eager(chosen), 1e-5, f"step {step}")
+
+
+@torch.inference_mode()
+def test_replayed_steps_take_learned_positions() -> None:
+    model = build_model(replace(hybrid_config(), learned_positions=40)).eval()
+    (_, ordinary), (_, static) = (prepared(model, PROMPTS, 17) for _ in range(2))
+    eager, graph = EagerSteps(model, ordinary), GraphSteps(model, static, Recorder(static))
+    for step in range(17):
+        assert_close(graph([step] * 3), eager([step] * 3), 1e-5, f"step {step}")
+
+
+@every_ffn
+@every_mixer
+@torch.inference_mode()
+def test_a_step_of_one_token_asks_the_device_nothing(kind: str, ffn: str) -> None:
+    """Neither the one that is recorded nor the ordinary one, which on a GPU would wait for it in every layer."""
+    model = of_one_mixer(kind, ffn)
+    _, state = prepared(model, PROMPTS, 4)
+    _, level = prepared(model, LEVEL, 4)
+    with NoQuestions():
+        model.read_at(torch.ones(3, 1, dtype=torch.int64), state, Layout.one_more(state.length_B, 27))
+        model.step(torch.ones(3, 1, dtype=torch.int64), state)
+        model.step(torch.ones(2, 1, dtype=torch.int64), level)
+
+
+@torch.inference_mode()
+def test_what_a_graph_cannot_record_is_noticed() -> None:
+    x = torch.arange(3)
+    for question in (lambda: int(x.max()), lambda: x.nonzero(), lambda: x[x > 1], lambda: bool((x == x).all())):
+        with pytest.raises(Forbidden), NoQuestions():
+            question()
+
+
+@torch.inference_mode()
+def test_a_number_of_the_host_that_changes_would_be_noticed() -> None:
+    """The stand-in replays what was recorded: a position from the host would stay what it was."""
+    model = of_one_mixer("mha")
+    (_, ordinary), (_, static) = (prepared(model, LEVEL, 5) for _ in range(2))
+
+    def step() -> Tensor:
+        return model.step(torch.full((2, 1), 3), static)[:, -1]
+
+    tape = Recorder(static)(step)
+    static.held = static.longest = 21  # recording counted as if it had run
+    eager = EagerSteps(model, ordinary)
+    assert_close(tape(), eager([3, 3]), 1e-5)
+    assert (tape() - eager([3, 3])).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("needed", "max_len", "size"),
+    [(1, 5000, 256), (256, 5000, 256), (257, 5000, 512), (513, 5000, 1024), (4097, 5000, 5000), (3, 100, 100)],
+)
+def test_a_graph_reads_the_next_power_of_two_or_all(needed: int, max_len: int, size: int) -> None:
+    assert size_read(needed, max_len) == size
+
+
+@torch.inference_mode()
+def test_a_graphs_step_into_a_full_state_is_refused_and_leaves_it() -> None:
+    model = of_one_mixer("mha")
+    _, state = prepared(model, LEVEL, 0)
+    with pytest.raises(UsageError, match="22 tokens do not fit a state made for 21"):
+        GraphSteps(model, state, Recorder(state))([1, 2])
+    assert state.length_B.tolist() == [21, 21]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_generation_by_graphs_draws_the_same_tokens(monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
+    model = build_model(hybrid_config()).eval()
+    settings = {"sampling": Sampling(temperature=temperature, seed=2), "stop_id": 3}
+    expected = model.generate(PROMPTS, 15, **settings)
+    asked = []
+
+    def graph_steps(name: str, model: LanguageModel, state: ModelState) -> GraphSteps:
+        asked.append(name)
+        return GraphSteps(model, state, Recorder(state))
+
+    monkeypatch.setattr("swamla.model.sampling.steps_for", graph_steps)
+    assert model.generate(PROMPTS, 15, **settings, decoding="graph") == expected
+    assert asked == ["graph"]
+
+
+def test_graphs_without_a_gpu_and_unknown_names_are_refused() -> None:
+    model = of_one_mixer("mha")
+    state = model.init_state(1, 4)
+    assert isinstance(steps_for("eager", model, state), EagerSteps)
+    with pytest.raises(MissingBackendError, match='decoding = "graph" needs a CUDA device, the model is on cpu'):
+        model.generate([[1]], 2, decoding="graph")
+    with pytest.raises(UsageError, match="decoding = 'grpah': must be one of 'eager', 'graph'"):
+        model.generate([[1]], 2, decoding="grpah")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [(1, 1), (3, 1), (2, 40)])
+@pytest.mark.parametrize(("into", "out"), [(32, 48), (384, 512)])
+def test_linear_is_torchs(into: int, out: int, rows: tuple[int, int], bias: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(into, out, bias=bias), torch.randn(*rows, into)
+    expected = layer(x)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, layer.weight, layer.bias), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(linear(x, layer.weight, layer.bias), expected, atol=0, rtol=0)
+    linear(x, layer.weight, layer.bias).sum().backward()
+    assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_linear_leaves_other_formats_to_torch(dtype: torch.dtype) -> None:
+    weight, x = torch.randn(512, 384, dtype=dtype), torch.randn(20, 384, dtype=dtype)
+    assert torch.equal(linear(x, weight), nn.functional.linear(x, weight))
+    strided = weight.float()[:, ::2]
+    assert torch.equal(linear(x.float()[:, ::2], strided), nn.functional.linear(x.float()[:, ::2], strided))
+
+
+def test_fast_linears_last_as_long_as_they_should_and_hooks_go_on_working() -> None:
+    model, seen = of_one_mixer("mha"), []
+    hook = model.head.register_forward_hook(lambda *_: seen.append(1))
+    with fast_linears(model):
+        with fast_linears(model):
+            pass
+        assert "forward" in vars(model.head)
+        model.head(torch.zeros(1, 32))
+    with pytest.raises(UsageError, match="outside the vocabulary"), fast_linears(model):
+        model.generate([[99]], 1)
+    hook.remove()
+    assert seen == [1]
+    assert not any("forward" in vars(module) for module in model.modules())
