@@ -41,8 +41,8 @@ def _wide(shape: Shape, width: int) -> Shape:
 
 
 def _experts(shape: Shape, count: int) -> LatentMoEConfig | None:
-    """A LatentMoE of so many experts, 4 of which are active, that a token meets as many weights of; none for 0."""
-    return LatentMoEConfig(n_experts=count, n_activated=4, ratio=2) if count else None
+    """A LatentMoE of so many experts, 8 of which are active, of which a token meets about as much; none for 0."""
+    return LatentMoEConfig(n_experts=count, n_activated=8, ratio=4) if count else None
 
 
 def measure(bench: Bench) -> None:

@@ -39,7 +39,7 @@ class GPT(nn.Module):
         x = self.wte(tokens)
         for layer in self.layers:
             x = layer(x).unflatten(-1, (12, -1)).mean(-2)
-        return None, F.cross_entropy((x @ self.wte.weight.T).flatten(0, 1), targets.flatten())
+        return None, F.cross_entropy((x @ self.wte.weight.T).flatten(0, 1), targets.view(-1))
 """
 
 
