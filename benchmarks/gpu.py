@@ -128,7 +128,7 @@ class Session:
 
     def _keep_figures(self, row: Row, figures: Figures) -> None:
         distrusted = [used for used in figures.pop("uses", []) if used in self._broken]
-        if distrusted:
+        if distrusted and "skipped" not in figures:
             figures["not_trustworthy"] = f"the gate did not pass: {', '.join(distrusted)}"
         if row.table == MACHINE:
             self._results.machine |= figures

@@ -1,16 +1,18 @@
 """Reading prompts and generating behind them: tokens a second by prompt length and batch, bytes of the state."""
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 
+from benchmarks.gpu_gates import OUTPUT, hybrid, relative
 from benchmarks.gpu_models import filled, preset
 from benchmarks.gpu_running import Figures, Place
 from benchmarks.gpu_timing import timed, times, used
 from swamla.bench.measuring import Timing
+from swamla.errors import MissingBackendError
+from swamla.model.decoding import DECODINGS, fast_linears, steps_for
 from swamla.model.language_model import LanguageModel, ModelState
-from swamla.model.sampling import prefill
+from swamla.model.sampling import Sampling, prefill
 from swamla.train.backends import resolve_backends
 
 SIZES = ((2048, 1), (2048, 32), (32768, 1), (32768, 32))  # prompt, batch; what needs most memory last
@@ -26,12 +28,17 @@ def generation(place: Place, name: str, local: str) -> Iterator[Figures]:
     model = filled(config, place.device).to(torch.bfloat16).eval()
     uses = used(resolve_backends(config, torch.device(place.device)))
     for length, batch in ((40, 2),) if place.quick else SIZES:
-        what: Figures = {"prompt": length, "batch": batch, "uses": uses}
-        timing, state = _read(model, length, batch, place)
-        yield {**what, "path": "prefill", "tokens_per_s": batch * length / timing.median, **times(timing)}
-        next_B1 = torch.ones(batch, 1, dtype=torch.int64, device=place.device)
-        timing = timed(partial(model.step, next_B1, state), place)
-        yield {**what, "path": "eager", **_rate(batch, timing), "state_bytes": state.nbytes}
+        what: Figures = {"prompt": length, "batch": batch}
+        with fast_linears(model):
+            timing, state = _read(model, length, batch, place)
+        rate = batch * length / timing.median
+        yield {**what, "path": "prefill", "tokens_per_s": rate, **times(timing), "uses": uses}
+        for decoding in DECODINGS:
+            with fast_linears(model):
+                figures = _decoded(model, state, decoding, place)
+            target = TARGETS[name] if (decoding, batch) == ("graph", 1) else None
+            uses_too = [*uses, f"decoding/{decoding}"]
+            yield {**what, "path": decoding, **figures, "target_tokens_per_s": target, "uses": uses_too}
 
 
 def _read(model: LanguageModel, length: int, batch: int, place: Place) -> tuple[Timing, ModelState]:
@@ -47,5 +54,32 @@ def _read(model: LanguageModel, length: int, batch: int, place: Place) -> tuple[
     return timed(read, place, rounds=3, warmup=0 if long else 1), states[0]
 
 
-def _rate(batch: int, timing: Timing) -> Figures:
-    return {"tokens_per_s": batch / timing.median, **times(timing)}
+def _decoded(model: LanguageModel, state: ModelState, decoding: str, place: Place) -> Figures:
+    """The likeliest token after the other, each read back before the next step, as in `generate`."""
+    greedy, chosen = Sampling(temperature=0), [1] * len(state.length_B)
+    try:
+        step = steps_for(decoding, model, state)
+    except MissingBackendError as missing:
+        return {"skipped": str(missing)}
+
+    def one_more() -> None:
+        chosen[:] = greedy.choose(step(chosen), [])
+
+    timing = timed(one_more, place, rounds=60)
+    return {"tokens_per_s": len(chosen) / timing.median, **times(timing), "state_bytes": state.nbytes}
+
+
+@torch.inference_mode()
+def decoding_gate(place: Place, decoding: str) -> Iterator[Figures]:
+    """Every mixer, in fp32: a prompt and the tokens behind it one by one, against the reference on the whole."""
+    length, prompt = (60, 40) if place.quick else (300, 200)  # past 256, where a second graph begins
+    reference, fast = (filled(hybrid(place, backend), place.device) for backend in ("reference", "auto"))
+    fast.load_state_dict(reference.state_dict())
+    tokens_BT = torch.randint(fast.config.vocab_size, (2, length), device=place.device)
+    expected_BTV = reference(tokens_BT)[:, prompt - 1 : -1]
+    state = fast.init_state(2, length)
+    step = steps_for(decoding, fast, state)
+    found = [prefill(fast, tokens_BT[:, :prompt].tolist(), state)]
+    found += [step(tokens_B.tolist()).clone() for tokens_B in tokens_BT[:, prompt:-1].unbind(1)]
+    error = relative(torch.stack(found, dim=1), expected_BTV)
+    yield {"case": f"gdn swa mla, {decoding}", "output_error": error, "passed": int(error <= OUTPUT)}

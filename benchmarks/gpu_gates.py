@@ -109,7 +109,7 @@ def _product(x: Tensor, weight: Tensor, ends: Tensor, backend: str) -> Tensor:
 def model_gate(place: Place) -> Iterator[Figures]:
     """A model with every mixer, compiled, in bf16, on packed documents, against the references in fp32."""
     length = 48 if place.quick else 1000
-    reference, fast = (filled(_hybrid(place, backend), place.device) for backend in ("reference", "auto"))
+    reference, fast = (filled(hybrid(place, backend), place.device) for backend in ("reference", "auto"))
     fast.load_state_dict(reference.state_dict())
     if not place.quick:
         compile_blocks(fast, "default", torch.device(place.device))
@@ -129,7 +129,8 @@ def model_gate(place: Place) -> Iterator[Figures]:
     yield _verdict("gdn swa mla", output, gradient, most=(OUTPUT, MODEL))
 
 
-def _hybrid(place: Place, backend: str) -> LanguageModelConfig:
+def hybrid(place: Place, backend: str) -> LanguageModelConfig:
+    """A model with every mixer on this backend."""
     mixers = every_mixer(16, window=16) if place.quick else every_mixer(128, window=256)
     blocks = {
         name: BlockConfig(mixer=replace(mixer, backend=backend), ffn=DenseConfig(hidden=64 if place.quick else 512))

@@ -1,7 +1,9 @@
 """The models that the GPU benchmark trains and runs, with random weights made on the device."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import cycle
 
 import torch
 
@@ -96,9 +98,9 @@ def filled(config: LanguageModelConfig, device: torch.device | str) -> LanguageM
     return model
 
 
-def batch_of(rows: int, length: int, vocabulary: int, documents: float = 1.0) -> Batch:
+def batch_of(rows: int, length: int, vocabulary: int, documents: float = 1.0, seed: int = 0) -> Batch:
     """Random tokens; each row `documents` documents on average, their lengths drawn too."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     tokens_BT = torch.randint(vocabulary, (rows, length + 1), generator=generator)
     document_BT = (torch.rand(rows, length, generator=generator) < (documents - 1) / length).cumsum(dim=1)
     return Batch(tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous(), document_BT)
@@ -107,6 +109,7 @@ def batch_of(rows: int, length: int, vocabulary: int, documents: float = 1.0) ->
 class OurStep:
     """An optimizer step of a preset, the one that `swamla train` takes: data to the device, norm, clipping and all.
 
+    batches: take turns.
     n_tokens: that it learns from.
     flops_per_token, parameters, active: of the model, by the accounting.
     backends: what computes each op.
@@ -114,9 +117,9 @@ class OurStep:
     """
 
     def __init__(
-        self, config: LanguageModelConfig, batch: Batch, place: Place, *, precision: Chosen, compiled: bool
+        self, config: LanguageModelConfig, batches: Sequence[Batch], place: Place, *, precision: Chosen, compiled: bool
     ) -> None:
-        device, (rows, length) = torch.device(place.device), batch.tokens_BT.shape
+        device, (rows, length) = torch.device(place.device), batches[0].tokens_BT.shape
         mode: Compile = "default" if compiled else "none"
         model, count = filled(config, device), count_parameters(config)
         self.flops_per_token = training_flops_per_token(config, length)
@@ -127,7 +130,7 @@ class OurStep:
             compile_blocks(model, mode, device)
         self.n_tokens = rows * length
         self._settings = TrainConfig(steps=1, batch_size=rows, block_size=length, compile=mode)
-        self._batch = batch
+        self._batches = cycle(batches)
         self._state = TrainState(
             spread=Spread(model),
             optimizer=AdamWConfig().build(model, lr=1e-4, weight_decay=0.1),
@@ -138,7 +141,7 @@ class OurStep:
         )
 
     def __call__(self) -> None:
-        found = training_step(self._state, self._batch, self._settings, lr=1e-4)
+        found = training_step(self._state, next(self._batches), self._settings, lr=1e-4)
         if not found.finite:
             raise FloatingPointError(f"loss {found.loss}, norm of the gradient {found.grad_norm}: not finite")
 
@@ -180,6 +183,6 @@ def gpt2_step(shape: Shape, batch: Batch, place: Place, *, compiled: bool) -> Ou
     """A step of transformers' GPT-2, or where transformers is missing of our own model of that shape."""
     if find_spec("transformers"):
         return TheirStep(GPT2, shape, batch, place, compiled=compiled)
-    step = OurStep(gpt2_twin(shape), batch, place, precision="bf16", compiled=compiled)
+    step = OurStep(gpt2_twin(shape), [batch], place, precision="bf16", compiled=compiled)
     step.notes.append("transformers is not installed: our own model of GPT-2's shape")
     return step

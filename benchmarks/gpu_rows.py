@@ -11,7 +11,7 @@ import torch
 from benchmarks import gpu_gates as gates
 from benchmarks import gpu_ops as ops
 from benchmarks.contenders import QWEN3_NEXT
-from benchmarks.gpu_decoding import generation
+from benchmarks.gpu_decoding import decoding_gate, generation
 from benchmarks.gpu_running import Figures, Place, Row
 from benchmarks.gpu_timing import ceilings
 from benchmarks.gpu_training import gpt2_training, our_training, their_training
@@ -88,11 +88,15 @@ ROWS: tuple[Row, ...] = (
     *_attention("torch"),
     *[
         _gate(f"delta rule, {name}", partial(gates.delta_rule_gate, backend=name), f"delta rule/{name}")
-        for name in ("torch",)
+        for name in ("torch", "fla")
     ],
     _gate("loss", gates.loss_gate, "loss/chunked"),
     _gate("experts", gates.experts_gate, "experts/torch"),
     _gate("model, compiled", gates.model_gate, "model/compiled", needs=20, limit=90),
+    *[
+        _gate(f"decoding, {name}", partial(decoding_gate, decoding=name), f"decoding/{name}")
+        for name in ("eager", "graph")
+    ],
     _training("small", "swa"),
     _gpt2("small"),
     _training("small", "gdn"),
@@ -106,7 +110,7 @@ ROWS: tuple[Row, ...] = (
     _op("ffn", "mixture of experts", ops.experts),
     *[_op("attention", f"causal, {name}", partial(ops.causal_ops, backend=name)) for name in ("cudnn", "torch")],
     *[_op("attention", f"windowed, {name}", partial(ops.windowed_ops, backend=name), 10) for name in ("flex", "torch")],
-    *[_op("delta rule", name, partial(ops.delta_rule_ops, backend=name)) for name in ("torch", "transformers")],
+    *[_op("delta rule", name, partial(ops.delta_rule_ops, backend=name)) for name in ("torch", "fla", "transformers")],
     _generation("base", "swa"),
     _training("base", "gdn"),
     _training("moe-1b", "gdn"),

@@ -105,8 +105,8 @@ class Processes:
                 if kind == "unusable":
                     self._context = mp.get_context("spawn")
                     yield from self(row, place, end - time.monotonic())
-                else:
-                    yield kind, content
+                    return
+                yield kind, content
         finally:
             _end(process)
             receiver.close()

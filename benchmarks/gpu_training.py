@@ -27,10 +27,11 @@ TARGETS = {  # tokens a second, and peak bytes with AdamW, by preset and precisi
 def our_training(
     place: Place, name: str, local: str, *, precision: Chosen = "bf16", compiled: bool = True, documents: float = 1.0
 ) -> Iterator[Figures]:
-    """A preset's steps, on rows of so many documents each."""
+    """A preset's steps, on rows of so many documents each, which lie elsewhere in every batch."""
     config = preset(name, local, place)
     compiled = compiled and not place.quick
-    step = OurStep(config, _batch(place, config.vocab_size, documents), place, precision=precision, compiled=compiled)
+    batches = [_batch(place, config.vocab_size, documents, seed) for seed in range(4)]
+    step = OurStep(config, batches, place, precision=precision, compiled=compiled)
     tokens, peak = TARGETS[name, precision]
     uses = [*used(step.backends), *(["model/compiled"] if compiled else [])]
     yield {**_measured(step, place), "target_tokens_per_s": tokens, "target_peak_bytes": peak, "uses": uses}
@@ -50,14 +51,14 @@ def their_training(place: Place, library: str, name: str) -> Iterator[Figures]:
     yield _measured(TheirStep(library, shape, _batch(place, shape.vocabulary), place, compiled=False), place)
 
 
-def _batch(place: Place, vocabulary: int, documents: float = 1.0) -> Batch:
+def _batch(place: Place, vocabulary: int, documents: float = 1.0, seed: int = 0) -> Batch:
     rows, length = (2, 32) if place.quick else (ROWS, LENGTH)
-    return batch_of(rows, length, vocabulary, documents)
+    return batch_of(rows, length, vocabulary, documents, seed)
 
 
 def _measured(step: OurStep | TheirStep, place: Place) -> Figures:
     """What a step takes, beside what the device could do at this very time."""
-    first = seconds_of(step)
+    first_s, first_graphs = seconds_of(step), _graph_count()
     on_gpu = place.device == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -71,25 +72,34 @@ def _measured(step: OurStep | TheirStep, place: Place) -> Figures:
         "of_peak_share": flops / peak_of(torch.device(place.device), "bf16").flops,
         "peak_bytes": peak_bytes,
         **times(timing),
-        "first_step_s": first,
+        "first_step_s": first_s,
         "parameters": step.parameters,
         "active": step.active,
-        **_graphs(),
+        **_graphs(first_graphs),
         "backends": ", ".join(f"{op}: {backend}" for op, backend in step.backends.items()) or None,
         "notes": "; ".join(step.notes) or None,
     }
 
 
-def _graphs() -> Figures:
-    """How many graphs the compiler made, how often one had to end early, and where; nothing if it was not asked."""
+def _graph_count() -> int:
+    """How many graphs the compiler made so far; it is not loaded only to be asked."""
     if "torch._dynamo" not in sys.modules:
+        return 0
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
+def _graphs(first: int) -> Figures:
+    """How many graphs there are, how many of them other batches needed anew, how often one had to end, and where."""
+    if not _graph_count():
         return {}
     from torch._dynamo.utils import counters
 
-    graphs, breaks = counters["stats"]["unique_graphs"], counters["graph_break"]
     places = Counter[str]()
-    for reason, count in breaks.items():
+    for reason, count in counters["graph_break"].items():
         called = re.search(r"qualname: ([\w.<>]+)", reason)
         places[called[1] if called else reason.splitlines()[0]] += count
     told = ", ".join(f"{place} ×{count}" for place, count in places.most_common()) or None
-    return {"graphs": graphs, "graph_breaks": breaks.total(), "broken_at": told} if graphs else {}
+    graphs = {"graphs": _graph_count(), "later_graphs": _graph_count() - first}
+    return {**graphs, "graph_breaks": places.total(), "broken_at": told}
