@@ -64,7 +64,7 @@ def test_the_middle_of_a_wide_window_skips_the_rule():
 
 @pytest.mark.parametrize(("key", "value"), [(24, 16), (8, 4)])
 def test_flex_attention_under_the_block_mask_is_the_reference(monkeypatch, key, value):
-    monkeypatch.setattr(flex, "_compiled", lambda: uncompiled)
+    monkeypatch.setattr(flex, "_flex", lambda: uncompiled)
     seq = random_layout(3, time=300)
     q, k, v = (x.detach() for x in random_inputs(seq, heads=4, groups=2, key=key, value=value))
     for window, sinks in WINDOWS[:3]:

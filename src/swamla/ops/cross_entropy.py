@@ -7,8 +7,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swamla.errors import DataError, require
+from swamla.ops.graphs import compiled
 
 LOGITS = 16_000_000  # of one chunk, in elements, in the dtype of the product: enough rows to pay for a sum into dW
+CUDA_LOGITS = 256_000_000  # on a GPU, whose products are faster by more than its memory is; not measured on GPU
 SLAB = 1_000_000  # logits in fp32 at a time, in elements: their softmax runs in the cache
 
 
@@ -17,14 +19,15 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Sum over the labels other than `ignore` of −log softmax(x Wᵀ)[label]: nats, an fp32 scalar (double for double).
 
-    Logits are made `chunk` rows at a time (by default 16 million of them, and at most an eighth of the whole) and
-    turned into gradients on the spot, so none is kept and none is computed twice. Under autocast the products are in
-    its dtype; softmax and the sum over chunks of the weight's gradient are in fp32. No labels at all give 0 and zero
-    gradients. First derivatives only. Raises DataError for a label outside the vocabulary.
+    Logits are made `chunk` rows at a time (by default 16 million of them, on CUDA 256, and at most an eighth of the
+    whole) and turned into gradients on the spot, so none is kept and none is computed twice. Under autocast the
+    products are in its dtype; softmax and the sum over chunks of the weight's gradient are in fp32. No labels at all
+    give 0 and zero gradients. First derivatives only. Raises DataError for a label outside the vocabulary.
     """
     require(chunk is None or chunk >= 1, "chunk", chunk, "must be >= 1, e.g. 1024")
     _check_labels(labels_N, weight_VD.shape[0], ignore)
-    rows = chunk or max(1, min(LOGITS // weight_VD.shape[0], -(-x_ND.shape[0] // 8)))
+    most = CUDA_LOGITS if x_ND.is_cuda else LOGITS
+    rows = chunk or max(1, min(most // weight_VD.shape[0], -(-x_ND.shape[0] // 8)))
     return _ChunkedCrossEntropy.apply(x_ND, weight_VD, labels_N, rows, ignore)
 
 
@@ -57,12 +60,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         need_x, need_weight = ctx.needs_input_grad[:2]
         dx_ND = torch.empty_like(x_ND) if need_x else None
         dw_VD = torch.zeros_like(weight_VD, dtype=sums) if need_weight else None
+        turn = compiled(_turn_at_once) if x_ND.is_cuda else _losses_and_gradients
         with torch.autocast(x_ND.device.type, enabled=False):
             for start in range(0, x_ND.shape[0], rows):
                 part = slice(start, start + rows)
                 x_CD = x_ND[part].to(dtype)
                 logits_CV = x_CD @ w_VD.mT
-                total += _losses_and_gradients(logits_CV, labels_N[part], ignore, need_x or need_weight)
+                total += turn(logits_CV, labels_N[part], ignore, need_x or need_weight)
                 if dx_ND is not None:
                     dx_ND[part] = logits_CV @ w_VD
                 if dw_VD is not None:
@@ -98,4 +102,17 @@ def _losses_and_gradients(logits_CV: Tensor, labels_C: Tensor, ignore: int, need
         if need_gradients:
             p_CV.scatter_add_(1, target_C1[rows], p_CV.new_full((p_CV.shape[0], 1), -1.0))
             logits_CV[rows] = p_CV.mul_(counts_C[rows, None].to(dtype))
+    return total
+
+
+def _turn_at_once(logits_CV: Tensor, labels_C: Tensor, ignore: int, need_gradients: bool) -> Tensor:
+    """`_losses_and_gradients` for a compiler, which keeps none of the intermediate tensors. Not measured on GPU."""
+    counts_C = labels_C != ignore
+    target_C1 = labels_C.where(counts_C, 0)[:, None]
+    wide_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+    log_sum_C1 = wide_CV.logsumexp(dim=1, keepdim=True)
+    total = (log_sum_C1 - wide_CV.gather(1, target_C1))[:, 0].where(counts_C, 0).sum()
+    if need_gradients:
+        own_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == target_C1
+        logits_CV.copy_(((wide_CV - log_sum_C1).exp() - own_CV.to(wide_CV.dtype)) * counts_C[:, None])
     return total

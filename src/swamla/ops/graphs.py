@@ -1,7 +1,7 @@
 """Which ops torch.compile's graphs hold, and which it calls as they are."""
 
 from collections.abc import Callable
-from functools import wraps
+from functools import lru_cache, wraps
 from types import CodeType
 from typing import Any, TypeVar
 
@@ -9,6 +9,7 @@ import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+SHAPES = 64
 OUTSIDE = ("cpu",)  # devices on which no graph holds an op that could be inside: it is as fast between graphs
 
 _held: list[list[Callable[..., Any]]] = []  # what each marked function calls, until it is kept outside
@@ -46,6 +47,17 @@ def constant_in_graphs(function: F) -> F:
     """Mark a question about this machine: asked while a graph is made, its answer is part of the graph."""
     _constant.append(function)
     return function
+
+
+@lru_cache
+def compiled(function: F) -> F:
+    """`function` as one graph, whatever else is compiled: for those that would waste memory uncompiled.
+
+    The second size of a dimension compiles kernels for every size of it. More than `SHAPES` kinds of inputs are an
+    error, and never computed uncompiled.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
+    return torch.compile(function, fullgraph=True)  # type: ignore[return-value]
 
 
 def keep_outside_graphs() -> None:

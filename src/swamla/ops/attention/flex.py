@@ -1,6 +1,5 @@
 """Causal and windowed attention of packed rows on CUDA by FlexAttention (arXiv 2412.05496). Not measured on GPU."""
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -8,12 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swamla.errors import UsageError
-from swamla.ops.graphs import outside_graphs
+from swamla.ops.graphs import compiled, outside_graphs
 from swamla.ops.layout import Layout
 
 BLOCK = 128  # tokens a block of the mask has on either side: FlexAttention's own, a multiple of every kernel's tile
 NARROWEST = 16  # heads its kernels take
-SHAPES = 64  # for which flex_attention may be compiled; one more is an error, never the uncompiled fallback
 
 
 def flex_attention(
@@ -39,18 +37,10 @@ def at_least(width: int, x: Tensor) -> Tensor:
 
 
 def _flex() -> Any:
+    """Compiled, as uncompiled it would write out all scores; inside a graph it is compiled with it."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return flex_attention if torch.compiler.is_compiling() else _compiled()
-
-
-@lru_cache(maxsize=1)
-def _compiled() -> Any:
-    """Uncompiled it would write out all scores. The second length that comes compiles kernels for every length."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
-    return torch.compile(flex_attention, fullgraph=True)
+    return flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
 
 
 def made_block_mask(seq: Layout, window: int | None, sinks: int) -> Any:
