@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from swamla.bench.measuring import Run, Timing, interleaved, peak_memory
 from swamla.bench.results import Results, Row, readable
 
@@ -95,6 +97,7 @@ class Bench:
         what: the part of the rows' keys that all contenders share. limit: seconds after which no further round begins.
         """
         gc.collect()  # the contenders of the race before, which hold each other
+        torch.manual_seed(0)  # the same weights and inputs in every run
         left = self.deadline - time.monotonic()
         if left <= 0:
             self.leave_out(table, what, makers, "the table's time was spent")

@@ -87,7 +87,7 @@ def test_what_cannot_be_measured_is_told_before_anything_is(
     flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cpu.main(flags) == 2
-    assert capsys.readouterr().out.startswith(f"error: {' '.join(flags)}")
+    assert capsys.readouterr().err.startswith(f"error: {' '.join(flags)}")
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
