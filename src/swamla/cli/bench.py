@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
         except KeyboardInterrupt:
             kept = f"; what was measured is in {file}" if file and results.rows else ""
             raise Interrupted(f"interrupted{kept}", CTRL_C) from None
-    say(console, f"{results.seconds:.0f} s; {_LEGEND}")
+    say(console, f"\n{results.seconds:.0f} s; {_LEGEND}")
     if file:
         say(console, f"the figures are in {file}")
     return 0
@@ -101,7 +101,7 @@ def _measure(recipe: str, wanted: Wanted, results: _Shown, seconds: float, conso
     config, allowance = wanted.config, Allowance(seconds)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    backends = describe(resolve_backends(config.model, wanted.device))
+    backends = describe(resolve_backends(config.model, wanted.device, wanted.precision))
     parameters = count_parameters(config.model).total
     results.machine = machine()
     say(console, f"{recipe}: {parameters:,} parameters, {wanted.precision} on {wanted.device.type}; {backends}")

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from swamla.bench.results import Row, in_bytes, in_rate, in_seconds
 from swamla.cli.console import say
+from swamla.cli.info_tables import short
 
 Cell = Callable[[Any], str]  # of a row
 
@@ -30,7 +32,11 @@ def _state(row: Any) -> str:
     return in_bytes(row["state_bytes"]) + differs
 
 
-_TOKENS = _of("tokens_per_s", in_rate)
+def _rate(rate: float) -> str:
+    return in_rate(rate) if rate < 1e6 else f"{short(rate)}/s"
+
+
+_TOKENS = _of("tokens_per_s", _rate)
 COLUMNS: dict[str, dict[str, Cell]] = {
     "training": {
         "": _of("name", str),
@@ -38,13 +44,13 @@ COLUMNS: dict[str, dict[str, Cell]] = {
         "step": _step,
         "forward": _of("forward_s", in_seconds),
         "backward": _of("backward_s", in_seconds),
-        "the rest": _of("optimizer_s", in_seconds),
-        "of matmul": _of("matmul_share", "{:.0%}".format),
+        "rest": _of("optimizer_s", in_seconds),
+        "matmul": _of("matmul_share", "{:.0%}".format),
         "memory": _of("peak_bytes", in_bytes),
     },
     "generation": {
         "": _of("name", str),
-        "prefill": _of("prefill_tokens_per_s", in_rate),
+        "prefill": _of("prefill_tokens_per_s", _rate),
         "first token": _of("first_token_s", in_seconds),
         "decode": _of("decode_tokens_per_s", in_rate),
         "state": _state,
@@ -106,11 +112,12 @@ class Screen:
         measured = [row for row in self._rows if "error" not in row]
         if measured:
             columns = COLUMNS[self._table]
-            drawn = Table(title=TITLES[self._table], title_justify="left")
-            for number, heading in enumerate(columns):
-                drawn.add_column(heading, justify="right" if number else "left")
+            drawn = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+            for number, heading in enumerate(columns):  # names are broken, where it is narrow, and figures are not
+                drawn.add_column(heading, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
             for row in measured:
                 drawn.add_row(*(cell(row) for cell in columns.values()))
+            say(self._console, f"\n{TITLES[self._table]}")
             self._console.print(drawn)
         for row in self._rows:
             if "error" in row:
