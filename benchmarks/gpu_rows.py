@@ -49,16 +49,16 @@ def _driver() -> str:
     return told[0] if told else "unknown"
 
 
-def _gate(name: str, run: Any, *vouches: str, needs: float = 8, limit: float = 60) -> Row:
+def _gate(name: str, run: Any, *vouches: str, needs: float = 8, limit: float = 80) -> Row:
     return Row(name=name, table=GATES, run=run, vouches=vouches, needs=needs, limit=limit)
 
 
 def _attention(backend: str) -> list[Row]:
-    run, windowed = (partial(gate, backend=backend) for gate in (gates.attention_gate, gates.windowed_gate))
-    return [
-        _gate(f"attention, {backend}", run, f"attention/{backend}"),
-        *([] if backend == "cudnn" else [_gate(f"windowed attention, {backend}", windowed, f"attention/{backend}")]),
-    ]
+    kinds = {"attention": gates.attention_gate}
+    if backend != "cudnn":
+        kinds["windowed attention"] = gates.windowed_gate
+    vouched = f"attention/{backend}"
+    return [_gate(f"{kind}, {backend}", partial(run, backend=backend), vouched) for kind, run in kinds.items()]
 
 
 def _training(name: str, local: str, title: str = "bf16, compiled", **options: Any) -> Row:

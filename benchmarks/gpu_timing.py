@@ -24,8 +24,8 @@ def times(timing: Timing) -> Figures:
 
 
 def used(backends: Mapping[str, str]) -> list[str]:
-    """ "op/backend" of all that `resolve_backends` tells."""
-    return [f"{op}/{backend}" for op, names in backends.items() for backend in names.split(" and ")]
+    """ "op/backend" of all that `resolve_backends` tells; why it chose one stands behind its name."""
+    return [f"{op}/{told.split()[0]}" for op, names in backends.items() for told in names.split(" and ")]
 
 
 def matmul_flops(place: Place, dtype: torch.dtype = torch.bfloat16) -> float:

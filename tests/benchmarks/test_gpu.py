@@ -10,6 +10,7 @@ import torch
 from benchmarks.gpu import main
 from benchmarks.gpu_rows import GATES, ROWS
 from benchmarks.gpu_running import Place, Processes, here
+from benchmarks.gpu_timing import used
 from swamla.bench.results import Results
 
 from .gpu_faults import FAULTY, GATED
@@ -109,6 +110,13 @@ def test_timings_of_a_path_whose_gate_failed_are_marked(tmp_path: Path) -> None:
 def test_some_tables_alone(tmp_path: Path) -> None:
     found = measured(tmp_path, [*DRY, "--only", "gates"], rows=GATED, run=here).rows
     assert found.keys() == {"gates", "durations"}
+
+
+def test_the_backends_of_a_model_are_those_that_gates_vouch_for() -> None:
+    told = {"attention": "cudnn and flex", "delta rule": "torch (fla refuses keys of width 64 here)"}
+    uses = used(told)
+    assert uses == ["attention/cudnn", "attention/flex", "delta rule/torch"]
+    assert set(uses) <= {vouched for row in ROWS for vouched in row.vouches}
 
 
 @pytest.mark.parametrize(
