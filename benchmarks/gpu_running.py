@@ -83,10 +83,11 @@ def last_line(error: BaseException | str) -> str:
 
 
 class Processes:
-    """Runs rows in processes of their own. What they print, and their tracebacks, go to `log`."""
+    """Runs rows in processes of their own. What they print, and their tracebacks, go to `log`, anew."""
 
     def __init__(self, log: Path, preload: tuple[str, ...] = ()) -> None:
         self._log = log
+        log.write_bytes(b"")
         known = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, known))
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # imports may ask for devices: without a context
