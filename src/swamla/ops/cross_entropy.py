@@ -9,9 +9,10 @@ from torch.autograd.function import once_differentiable
 from swamla.errors import DataError, require
 from swamla.ops.graphs import compiled
 
-LOGITS = 16_000_000  # of one chunk, in elements, in the dtype of the product: enough rows to pay for a sum into dW
+LOGITS = 32_000_000  # of one chunk, in elements, in the dtype of the product: enough rows to pay for a sum into dW
 CUDA_LOGITS = 256_000_000  # on a GPU, whose products are faster by more than its memory is; not measured on GPU
 SLAB = 1_000_000  # logits in fp32 at a time, in elements: their softmax runs in the cache
+WEIGHTS = 2_000_000  # of the weight's gradient at a time, in elements, on a CPU: a chunk's share is added in the cache
 
 
 def chunked_cross_entropy(
@@ -19,7 +20,7 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Sum over the labels other than `ignore` of −log softmax(x Wᵀ)[label]: nats, an fp32 scalar (double for double).
 
-    Logits are made `chunk` rows at a time (by default 16 million of them, on CUDA 256, and at most an eighth of the
+    Logits are made `chunk` rows at a time (by default 32 million of them, on CUDA 256, and at most an eighth of the
     whole) and turned into gradients on the spot, so none is kept and none is computed twice. Under autocast the
     products are in its dtype; softmax and the sum over chunks of the weight's gradient are in fp32. No labels at all
     give 0 and zero gradients. First derivatives only. Raises DataError for a label outside the vocabulary.
@@ -61,16 +62,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dx_ND = torch.empty_like(x_ND) if need_x else None
         dw_VD = torch.zeros_like(weight_VD, dtype=sums) if need_weight else None
         turn = compiled(_turn_at_once) if x_ND.is_cuda else _losses_and_gradients
+        space_CV = x_ND.new_empty(min(rows, x_ND.shape[0]), weight_VD.shape[0], dtype=dtype)
         with torch.autocast(x_ND.device.type, enabled=False):
             for start in range(0, x_ND.shape[0], rows):
                 part = slice(start, start + rows)
                 x_CD = x_ND[part].to(dtype)
-                logits_CV = x_CD @ w_VD.mT
+                logits_CV = torch.mm(x_CD, w_VD.mT, out=space_CV[: len(x_CD)])
                 total += turn(logits_CV, labels_N[part], ignore, need_x or need_weight)
                 if dx_ND is not None:
                     dx_ND[part] = logits_CV @ w_VD
                 if dw_VD is not None:
-                    dw_VD += logits_CV.mT @ x_CD
+                    _add_product(dw_VD, logits_CV, x_CD)
         ctx.save_for_backward(dx_ND, dw_VD)
         ctx.weight_dtype = weight_VD.dtype
         return total
@@ -84,24 +86,34 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return dx_ND, dw_VD, None, None, None
 
 
+def _add_product(dw_VD: Tensor, d_CV: Tensor, x_CD: Tensor) -> None:
+    """dW += dᵀ x."""
+    size = len(dw_VD) if dw_VD.is_cuda else max(1, WEIGHTS // dw_VD.shape[1])
+    for start in range(0, len(dw_VD), size):
+        part = slice(start, start + size)
+        dw_VD[part] += d_CV[:, part].mT @ x_CD
+
+
 def _losses_and_gradients(logits_CV: Tensor, labels_C: Tensor, ignore: int, need_gradients: bool) -> Tensor:
     """The sum of the losses; if asked, each logit is replaced by its gradient: softmax − one-hot, 0 without a label."""
     counts_C = labels_C != ignore
+    all_count = bool(counts_C.all())
     target_C1 = labels_C.where(counts_C, 0)[:, None]
     dtype = torch.promote_types(logits_CV.dtype, torch.float32)
     total = logits_CV.new_zeros((), dtype=dtype)
     slab = max(1, SLAB // logits_CV.shape[1])
+    space_CV = logits_CV.new_empty(min(slab, len(logits_CV)), logits_CV.shape[1], dtype=dtype)
     for start in range(0, logits_CV.shape[0], slab):
         rows = slice(start, start + slab)
-        part_CV = logits_CV[rows]
-        p_CV = part_CV.softmax(dim=1, dtype=dtype)
+        wide_CV = space_CV[: len(target_C1[rows])].copy_(logits_CV[rows])
+        label_C, largest_C = wide_CV.gather(1, target_C1[rows])[:, 0], wide_CV.amax(dim=1)
+        p_CV = torch.softmax(wide_CV, dim=1, out=wide_CV)
         # log Σ e^z, out of the largest probability, e^max / Σ e^z: softmax alone is half the cost of its logarithm.
-        log_sum_C = part_CV.amax(dim=1).to(dtype) - p_CV.amax(dim=1).log()
-        loss_C = log_sum_C - part_CV.gather(1, target_C1[rows])[:, 0]
+        loss_C = largest_C - p_CV.amax(dim=1).log() - label_C
         total += loss_C.where(counts_C[rows], 0).sum()
         if need_gradients:
-            p_CV.scatter_add_(1, target_C1[rows], p_CV.new_full((p_CV.shape[0], 1), -1.0))
-            logits_CV[rows] = p_CV.mul_(counts_C[rows, None].to(dtype))
+            p_CV.scatter_add_(1, target_C1[rows], p_CV.new_full((len(p_CV), 1), -1.0))
+            logits_CV[rows] = p_CV if all_count else p_CV.mul_(counts_C[rows, None].to(dtype))
     return total
 
 
