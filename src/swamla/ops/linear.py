@@ -23,4 +23,5 @@ def _suits_onednn(x: Tensor, weight_FD: Tensor) -> bool:
     if x.dtype != torch.float32 or x.device.type != "cpu" or weight_FD.dtype != torch.float32:
         return False
     worthwhile = weight_FD.numel() >= WEIGHTS or x.numel() >= ROWS * x.shape[-1]
-    return worthwhile and weight_FD.is_contiguous() and torch.backends.mkldnn.is_available()
+    dense = weight_FD.is_contiguous() or weight_FD.mT.is_contiguous()  # other strides would take it seconds
+    return worthwhile and dense and torch.backends.mkldnn.is_available()

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from swamla.errors import require
 from swamla.model.mixers.mixer import Mixer, State, absorb, append, attend_to_held, causal_mask, expansion_pays_from
-from swamla.ops import cached_attention, causal_attention
-from swamla.ops.attention import BACKENDS, resolve_backend
+from swamla.ops import causal_attention
+from swamla.ops.attention import BACKENDS, prepare_attention, resolve_backend
+from swamla.ops.attention.cached import attend_to_latents
 from swamla.ops.layout import Layout
 
 
@@ -54,6 +55,10 @@ class LatentConfig:
     def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
         """What computes which op on `device`. Raises `MissingBackendError` for a backend that cannot."""
         return {"attention": resolve_backend(self.backend, device)}
+
+    def prepare(self, seq: Layout, width: int) -> None:
+        """Make what a compiled graph would have to leave to make."""
+        prepare_attention(seq, self.backend)
 
     def _projection_weights(self, width: int) -> int:
         latent = self.latent_dim(width)
@@ -119,16 +124,15 @@ class LatentAttention(Mixer[LatentState]):
     def step(self, x_BTD: Tensor, state: LatentState, seq: Layout) -> Tensor:
         q, latent = self.project(x_BTD)
         append(state.latent_BSR, latent, seq)
-        held = state.latent_BSR[:, : seq.end].to(q.dtype)
         if seq.held is not None and x_BTD.shape[1] >= self.expand_from:
-            k, v = self.expand(held)
+            k, v = self.expand(state.latent_BSR[:, : seq.end].to(q.dtype))
             return self.o_proj(attend_to_held(q, k, v, seq, backend=self.config.backend).flatten(2))
         # W_k and W_v, (H, K, R) and (H, V, R): scores = (W_kᵀ q) · c and outputs = W_v (Σ p c) + b_v.
         w_k, w_v = (
             part.unflatten(0, (self.config.n_heads, -1)).to(q.dtype)
             for part in self.kv_proj.weight.split((self.latent_dim, self.width))
         )
-        latent_heads = held.unsqueeze(2)
-        o = cached_attention(absorb(q, w_k), latent_heads, latent_heads, causal_mask(seq), scale=self.key_dim**-0.5)
+        q, scale = absorb(q, w_k), self.key_dim**-0.5
+        o = attend_to_latents(q, state.latent_BSR, seq.end, causal_mask(seq), scale=scale)
         o_BTD = absorb(o, w_v.mT).flatten(2)
         return self.o_proj(o_BTD if self.kv_proj.bias is None else o_BTD + self.kv_proj.bias[self.latent_dim :])

@@ -10,8 +10,9 @@ from swamla.errors import require
 from swamla.model.mixers.mixer import Mixer, State, absorb, append, attend_to_held, causal_mask, expansion_pays_from
 from swamla.model.norm import RMSNorm
 from swamla.model.rope import RopeConfig, rotate
-from swamla.ops import cached_attention, causal_attention
-from swamla.ops.attention import BACKENDS, resolve_backend
+from swamla.ops import causal_attention
+from swamla.ops.attention import BACKENDS, prepare_attention, resolve_backend
+from swamla.ops.attention.cached import attend_to_latents
 from swamla.ops.layout import Layout
 
 
@@ -71,6 +72,10 @@ class MLAConfig:
     def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
         """What computes which op on `device`. Raises `MissingBackendError` for a backend that cannot."""
         return {"attention": resolve_backend(self.backend, device)}
+
+    def prepare(self, seq: Layout, width: int) -> None:
+        """Make what a compiled graph would have to leave to make."""
+        prepare_attention(seq, self.backend)
 
     def n_parameters(self, width: int) -> int:
         """Parameters of the module; ConfigError where a rank is larger than the width it compresses."""
@@ -163,8 +168,8 @@ class MLA(Mixer[MLAState]):
         config = self.config
         q_nope, q_rope, latent, k_rope = self.project(x_BTD, seq)
         append(state.latent_BSR, torch.cat((latent, k_rope.squeeze(2).to(latent.dtype)), dim=-1), seq)
-        held = state.latent_BSR[:, : seq.end].to(q_nope.dtype)
         if seq.held is not None and x_BTD.shape[1] >= self.expand_from:
+            held = state.latent_BSR[:, : seq.end].to(q_nope.dtype)
             k, v = self.expand(held[..., : config.kv_lora_rank], held[..., None, config.kv_lora_rank :])
             q = torch.cat((q_nope, q_rope), dim=-1)
             o = attend_to_held(q, k, v, seq, scale=config.scale, backend=config.backend)
@@ -173,6 +178,5 @@ class MLA(Mixer[MLAState]):
         w_HXR = self.kv_b_proj.weight.unflatten(0, (config.n_heads, -1)).to(q_nope.dtype)
         w_kb, w_vb = w_HXR.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
         q = torch.cat((absorb(q_nope, w_kb), q_rope), dim=-1)
-        latents = held.unsqueeze(2)
-        o = cached_attention(q, latents, latents[..., : config.kv_lora_rank], causal_mask(seq), scale=config.scale)
-        return self.o_proj(absorb(o, w_vb.mT).flatten(2))
+        o = attend_to_latents(q, state.latent_BSR, seq.end, causal_mask(seq), scale=config.scale)
+        return self.o_proj(absorb(o[..., : config.kv_lora_rank], w_vb.mT).flatten(2))

@@ -4,8 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from swamla.ops.linear import linear
+
 ROWS = 128  # queries of one block on a CPU: enough for the rate of its matmul
 SCORES = 4_000_000  # of one block: near the size of the caches
+LENGTHS = 256  # the lengths of a state of latents that one token reads are multiples of this
 
 
 def attend_to_cache(
@@ -42,11 +45,12 @@ def _matmuls(q_BGMK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, allowed_B1MS: Tenso
     return torch.matmul(weight_BGMS.to(v_BSGV.dtype), v_BSGV.transpose(1, 2))
 
 
-def _masked(score_BGMS: Tensor, allowed_B1MS: Tensor | None) -> Tensor:
-    if allowed_B1MS is None:
-        return score_BGMS.softmax(dim=-1)
-    weight_BGMS = score_BGMS.masked_fill(~allowed_B1MS, -torch.inf).softmax(dim=-1)
-    return weight_BGMS.masked_fill(~allowed_B1MS, 0.0)  # also where nothing is allowed: zeros, not NaN
+def _masked(score: Tensor, allowed: Tensor | None) -> Tensor:
+    """Weights of what is allowed (None: all), over the last dimension."""
+    if allowed is None:
+        return score.softmax(dim=-1)
+    weight = score.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
+    return weight.masked_fill(~allowed, 0.0)  # also where nothing is allowed: zeros, not NaN
 
 
 def _in_blocks(q_BGRTK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float) -> Tensor:
@@ -72,3 +76,40 @@ def _in_blocks(q_BGRTK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float) ->
             o_NXV = torch.bmm(score_NRMS.softmax(dim=-1).flatten(1, 2), v_NSV[n : n + at_once, :seen])
             o_NRTV[n : n + at_once, :, begin : begin + ROWS] = o_NXV.unflatten(1, (shared, rows))
     return o_NRTV.unflatten(0, (batch, groups)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def attend_to_latents(
+    q_BTHR: Tensor, latent_BSR: Tensor, filled: int, allowed_BTS: Tensor | None, *, scale: float
+) -> Tensor:
+    """(B, T, H, R): attention to the first `filled` latents of a state, which are keys and values of all heads.
+
+    The mask is as in `attend_to_cache`. Plain matmuls, which read the latents as they lie: for one row, on a CPU, by
+    oneDNN. It prepares itself for every new shape, which takes as long as many products; so one new token reads up to
+    the next multiple of `LENGTHS`, and what lies behind is masked. Queries are taken in blocks.
+    """
+    _, time, heads, _ = q_BTHR.shape
+    if allowed_BTS is None and time == 1:
+        size = min(-(-filled // LENGTHS) * LENGTHS, latent_BSR.shape[1])
+        return _latent_block(q_BTHR * scale, latent_BSR[:, :size].to(q_BTHR.dtype), filled, None)
+    latent_BSR = latent_BSR[:, :filled].to(q_BTHR.dtype)
+    if allowed_BTS is None:
+        allowed_BTS = torch.ones(1, time, filled, dtype=torch.bool, device=q_BTHR.device).tril(filled - time)
+    rows = max(1, 4 * SCORES // (latent_BSR.shape[0] * heads * filled))
+    parts = [slice(begin, begin + rows) for begin in range(0, time, rows)]
+    blocks = [_latent_block(q_BTHR[:, part] * scale, latent_BSR, filled, allowed_BTS[:, part]) for part in parts]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+
+
+def _latent_block(q_BTHR: Tensor, latent_BSR: Tensor, filled: int, allowed_BTS: Tensor | None) -> Tensor:
+    score_BTHS = _times(q_BTHR, latent_BSR).to(torch.promote_types(q_BTHR.dtype, torch.float32))
+    if latent_BSR.shape[1] > filled:
+        score_BTHS[..., filled:] = -torch.inf
+    weight_BTHS = _masked(score_BTHS, None if allowed_BTS is None else allowed_BTS[:, :, None])
+    return _times(weight_BTHS.to(latent_BSR.dtype), latent_BSR.mT)
+
+
+def _times(x_BTHK: Tensor, y_BSK: Tensor) -> Tensor:
+    """(B, T, H, S): every vector of x with every one of y in the same row of the batch."""
+    x_BMK = x_BTHK.flatten(1, 2)
+    product_BMS = linear(x_BMK, y_BSK[0]) if y_BSK.shape[0] == 1 else torch.bmm(x_BMK, y_BSK.mT)
+    return product_BMS.unflatten(1, x_BTHK.shape[1:3])
