@@ -17,13 +17,15 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line does
+from swamla import process
+
+process.prepare()  # as the command line does
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # that it has no kernels for GPUs
 
 from benchmarks.libraries import nanogpt_module
 from benchmarks.running import Bench
-from benchmarks.tables import data, generation, ops, optimizers, scaling, startup, training
+from benchmarks.tables import choices, data, generation, ops, optimizers, scaling, startup, training
 from swamla.bench.measuring import ceilings, machine
 from swamla.bench.results import Results
 from swamla.errors import UsageError
@@ -36,6 +38,7 @@ TABLES: dict[str, tuple[Callable[[Bench], None], float]] = {
     optimizers.TABLE: (optimizers.measure, 25),
     generation.TABLE: (generation.measure, 150),
     scaling.TABLE: (scaling.measure, 45),
+    choices.TABLE: (choices.measure, 60),
     data.TABLE: (data.measure, 35),
     startup.TABLE: (startup.measure, 15),
 }

@@ -179,6 +179,17 @@ def scaling(results: Results) -> str:
     return footed(results, "scaling", listed(results.rows["scaling"], columns))
 
 
+def choices(results: Results) -> str:
+    columns: dict[str, Cell] = {
+        "": lambda row: f"{row['axis']}: {row['name']}",
+        "tokens of a step": lambda row: f"{row['step_tokens']:,}",
+        "time of a step": lambda row: in_seconds(row["median_s"]),
+        "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}",
+        "peak memory": lambda row: in_bytes(row["peak_bytes"]),
+    }
+    return footed(results, "choices", listed(results.rows["choices"], columns))
+
+
 def data(results: Results) -> str:
     columns: dict[str, Cell] = {
         "": lambda row: f"{row['what']}: {row['name']}",
@@ -217,6 +228,7 @@ _TABLES: dict[str, Callable[[Results], str]] = {
     "optimizers": optimizers,
     "generation": generation,
     "scaling": scaling,
+    "choices": choices,
     "data": data,
     "start-up": startup,
 }
