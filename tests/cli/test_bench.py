@@ -137,13 +137,24 @@ def test_every_part_of_a_step_takes_time_and_memory_is_more_than_weights_and_mom
 
 
 def test_flags_change_the_recipe_that_is_measured() -> None:
-    lines = ("--pattern", "swa", "--batch_size", "2", "--accumulation", "1", "--tokenizer", "gpt2", "--width", "16")
+    lines = (
+        "--pattern",
+        "swa",
+        "--batch_size",
+        "2",
+        "--accumulation",
+        "1",
+        "--tokenizer",
+        "hub:nobody/nothing",
+        "--vocab_size",
+        "99",
+    )
     tables = measured("bench", "tiny.toml", *NO_MORE, *lines)[0]["tables"]
     assert tables["training"][0]["name"] == "2 × 32 packed"
     assert tables["model"][0]["backends"].startswith("attention: ")
     assert "delta rule" not in tables["model"][0]["backends"]
-    fetched = {"name": "tokenizer, gpt2", "error": "gpt2 is on the hub, and nothing is fetched here"}
-    assert tables["data"][1] == fetched
+    error = "hub:nobody/nothing is on the hub, and was not fetched yet"
+    assert tables["data"][1] == {"name": "tokenizer, hub:nobody/nothing", "error": error}
 
 
 def test_what_takes_too_long_or_too_much_memory_is_named_and_the_rest_goes_on() -> None:

@@ -13,6 +13,7 @@ from swamla.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from swamla.errors import DataError
 
 _ROUNDS = 50
+_OF_THE_HUB = {"gpt2": "openai-community/gpt2"}
 _TEXT = 1 << 21  # bytes of text that are encoded at once, as preparing data does
 
 
@@ -37,13 +38,26 @@ def measure_loader(dataset: Dataset, rows: int, length: int, *, limit: float) ->
 def local_tokenizer(data: DataConfig, saved: Path | None, texts: list[str]) -> Tokenizer:
     """The recipe's tokenizer, of a run the one in its folder; one that learns does so from `texts`.
 
-    Raises `DataError` for one that would have to be fetched.
+    Raises `DataError` for one of the hub's that was never fetched.
     """
     if saved is not None and saved.is_file():
         return load_tokenizer(saved)
-    if data.tokenizer == "gpt2" or data.tokenizer.startswith("hub:"):
-        raise DataError(f"{data.tokenizer} is on the hub, and nothing is fetched here")
+    if data.tokenizer in _OF_THE_HUB or data.tokenizer.startswith("hub:"):
+        return load_tokenizer(_fetched_before(data.tokenizer))
     return make_tokenizer(data.tokenizer, texts, texts)
+
+
+def _fetched_before(tokenizer: str) -> Path:
+    """Where the hub's library keeps the file, if it does."""
+    name = _OF_THE_HUB.get(tokenizer, tokenizer.removeprefix("hub:"))
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError as error:
+        raise DataError(f"{tokenizer} is on the hub, whose library is not here") from error
+    found = try_to_load_from_cache(name, "tokenizer.json")
+    if not isinstance(found, str):
+        raise DataError(f"{tokenizer} is on the hub, and was not fetched yet")
+    return Path(found)
 
 
 def library_text() -> list[str]:

@@ -9,7 +9,7 @@ from swamla.bench.synthetic import random_prompt
 from swamla.model.accounting import all_mha_state_bytes, count_parameters, forward_flops, state_bytes
 from swamla.model.config import LanguageModelConfig
 from swamla.model.language_model import LanguageModel
-from swamla.model.sampling import Sampling
+from swamla.model.sampling import Sampling, generate
 
 NEW = 33  # tokens drawn in a round: 32 times from one to the next
 _ROUNDS = 5
@@ -23,24 +23,31 @@ def expected_seconds(config: LanguageModelConfig, prompt: int, *, flops: float, 
     return forward_flops(config, prompt) / flops + NEW * 4 * count_parameters(config).active / (copy_bytes / 2)
 
 
-def measure_generation(model: LanguageModel, prompt: int, *, limit: float) -> Row:
+def name_of(prompt: int, decoding: str) -> str:
+    """Of a row."""
+    return f"prompt {prompt:,}" + (f", {decoding}" if decoding != "eager" else "")
+
+
+def measure_generation(model: LanguageModel, prompt: int, *, limit: float, decoding: str = "eager") -> Row:
     """Prefill and decode of one sequence behind a prompt of so many tokens; the greedy choice, in the weights' format.
 
-    limit: seconds after which no further round begins, once there is one.
+    decoding: as `swamla.model.sampling.generate` takes it. limit: seconds after which no further round begins, once
+    there is one.
     """
     begin = time.monotonic()
     ids = random_prompt(prompt, model.config.vocab_size)
-    model.generate([ids[:8]], 2, sampling=Sampling(temperature=0.0))
+    generate(model, [ids[:8]], 2, Sampling(temperature=0.0), decoding=decoding)
     first: list[float] = []
     between: list[float] = []
     while not first or (len(first) < _ROUNDS and time.monotonic() - begin < limit):
-        seconds = _token_seconds(model, ids)
+        seconds = _token_seconds(model, ids, decoding)
         first.append(seconds[0])
         between += seconds[1:]
     prefill, decode = Timing.of(first), Timing.of(between)
     length, element_bytes = prompt + NEW - 1, model.embedding.weight.element_size()
     return {
-        "name": f"prompt {prompt:,}",
+        "name": name_of(prompt, decoding),
+        "decoding": decoding,
         "prompt": prompt,
         "prefill_tokens_per_s": prompt / prefill.median,
         "decode_tokens_per_s": 1 / decode.median,
@@ -55,10 +62,12 @@ def measure_generation(model: LanguageModel, prompt: int, *, limit: float) -> Ro
     }
 
 
-def _token_seconds(model: LanguageModel, ids: list[int]) -> list[float]:
+def _token_seconds(model: LanguageModel, ids: list[int], decoding: str) -> list[float]:
     """Seconds to the first new token, the prompt's reading among them, and from each to the next."""
     times = [time.perf_counter()]
-    model.generate(
-        [ids], NEW, sampling=Sampling(temperature=0.0), on_token=lambda row, token: times.append(time.perf_counter())
-    )
+
+    def on_token(row: int, token: int) -> None:
+        times.append(time.perf_counter())
+
+    generate(model, [ids], NEW, Sampling(temperature=0.0), on_token=on_token, decoding=decoding)
     return [later - earlier for earlier, later in pairwise(times)]

@@ -9,7 +9,7 @@ import torch
 
 from swamla.bench.allowance import Allowance, free_memory
 from swamla.bench.feeding import library_text, local_tokenizer, measure_loader, measure_tokenizer
-from swamla.bench.generation import NEW, measure_generation
+from swamla.bench.generation import NEW, measure_generation, name_of
 from swamla.bench.generation import expected_seconds as seconds_of_generation
 from swamla.bench.results import Results, Row, in_bytes, in_seconds
 from swamla.bench.starting import measure_start_up
@@ -17,6 +17,7 @@ from swamla.bench.synthetic import synthetic_dataset
 from swamla.bench.training import STEPS, Shape, batch_of, expected_bytes, expected_seconds, measure_step
 from swamla.errors import SwamlaError, is_out_of_memory
 from swamla.model.accounting import count_parameters
+from swamla.model.decoding import DECODINGS
 from swamla.model.language_model import LanguageModel
 from swamla.train.config import RunConfig
 from swamla.train.memory_advice import Place
@@ -131,18 +132,20 @@ class RecipeBench:
         return f"needs about {in_bytes(needs)}, and {in_bytes(self.free)} are free" if needs > self.free else ""
 
     def generation(self, model: LanguageModel | None) -> None:
-        """Prefill and decode behind prompts of several lengths."""
+        """Prefill and decode behind prompts of several lengths; on CUDA also by recorded graphs."""
         flops, copy_bytes = _EXPECTED * self.ceilings["fp32_flops"], self.ceilings["copy_bytes"]
-        for index, prompt in enumerate(self.wanted.prompts):
-            allowed = self.allowance.until(_GENERATION)
-            needs = seconds_of_generation(self.config.model, prompt, flops=flops, copy_bytes=copy_bytes)
-            lack = f"it and {NEW} new tokens would take about {in_seconds(needs)}; {_MORE}" if needs > allowed else ""
+        ways = DECODINGS if self.wanted.device.type == "cuda" else DECODINGS[:1]
+        rows = [(prompt, decoding) for prompt in self.wanted.prompts for decoding in ways]
+        for index, (prompt, decoding) in enumerate(rows):
+            name, allowed = name_of(prompt, decoding), self.allowance.until(_GENERATION)
             if model is None:
-                self.results.failed("generation", f"prompt {prompt:,}", "no memory for the weights")
+                self.results.failed("generation", name, "no memory for the weights")
                 continue
-            limit = allowed / (len(self.wanted.prompts) - index)
-            measure = partial(measure_generation, model, prompt, limit=limit)
-            self.row("generation", f"prompt {prompt:,}", lack, measure)
+            needs = seconds_of_generation(self.config.model, prompt, flops=flops, copy_bytes=copy_bytes)
+            slow = f"it and {NEW} new tokens would take about {in_seconds(needs)}; {_MORE}" if needs > allowed else ""
+            limit = allowed / (len(rows) - index)
+            measure = partial(measure_generation, model, prompt, limit=limit, decoding=decoding)
+            self.row("generation", name, slow, measure)
 
     def loader(self) -> None:
         """Rows of synthetic documents, and how many times faster they come than training takes them."""

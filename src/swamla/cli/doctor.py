@@ -1,17 +1,16 @@
 """`swamla doctor`: this machine as swamla sees it, and whether it computes what it should."""
 
 import json
-import os
 import platform
 import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from swamla import __version__
+from swamla.bench.measuring import memory_bytes, processor
 from swamla.cli.console import Console, say
 from swamla.cli.flags import parse
 from swamla.cli.info_tables import short
@@ -73,31 +72,12 @@ def _environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "system": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": processor(),
         "cores": available_cores(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": _memory(),
+        "memory_bytes": memory_bytes(),
         "bf16_instructions": bf16_is_fast(torch.device("cpu")),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # no Linux
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _memory() -> int:
-    """Bytes that this process may have: the machine's, or less where its container is limited."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-    except OSError:
-        return total
-    return min(total, int(limit)) if limit.isdigit() else total
 
 
 def _devices() -> list[dict[str, Any]]:
