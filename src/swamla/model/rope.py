@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from swamla.errors import require
-from swamla.ops.graphs import outside_graphs
+from swamla.ops.graphs import OUTSIDE, open_to_graphs, outside_graphs
 from swamla.ops.layout import Layout
 from swamla.ops.rotary import rotate
 
@@ -109,18 +109,26 @@ class RopeConfig:
         """What latent attention multiplies its softmax scale by (1 except under YaRN with mscale_all_dim)."""
         return self.scaling.softmax_factor if self.scaling else 1.0
 
-    @outside_graphs
+    @open_to_graphs
     def tables(self, seq: Layout, head_dim: int) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each (B or 1, T, 1, head_dim / 2) in fp32, shared by all layers of this forward pass."""
+        """(cos, sin), each (B or 1, T, 1, head_dim / 2) in fp32, shared by all layers of this forward pass.
 
-        def make() -> tuple[Tensor, Tensor]:
-            position_BT = seq.position_BT[:1] if seq.whole_rows and not seq.continues else seq.position_BT
-            exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_BT.device) / head_dim
-            frequency = 1.0 / self.base**exponent  # the rounding of Llama and DeepSeek, which grows with position
-            factor = 1.0
-            if self.scaling:
-                frequency, factor = self.scaling.frequencies(frequency, self.base), self.scaling.attention_factor
-            angle = position_BT.float()[:, :, None, None] * frequency
-            return angle.cos() * factor, angle.sin() * factor
+        A graph on a GPU computes them where it uses them, which costs its kernels nothing.
+        """
+        if seq.position_BT.device.type in OUTSIDE or not torch.compiler.is_compiling():
+            return self._shared(seq, head_dim)
+        return self._angles(seq, head_dim)
 
-        return seq.table(("rope", self, head_dim), make)
+    @outside_graphs
+    def _shared(self, seq: Layout, head_dim: int) -> tuple[Tensor, Tensor]:
+        return seq.table(("rope", self, head_dim), lambda: self._angles(seq, head_dim))
+
+    def _angles(self, seq: Layout, head_dim: int) -> tuple[Tensor, Tensor]:
+        position_BT = seq.position_BT[:1] if seq.whole_rows and not seq.continues else seq.position_BT
+        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_BT.device) / head_dim
+        frequency = 1.0 / self.base**exponent  # the rounding of Llama and DeepSeek, which grows with position
+        factor = 1.0
+        if self.scaling:
+            frequency, factor = self.scaling.frequencies(frequency, self.base), self.scaling.attention_factor
+        angle = position_BT.float()[:, :, None, None] * frequency
+        return angle.cos() * factor, angle.sin() * factor

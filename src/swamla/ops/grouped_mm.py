@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swamla.errors import UsageError
-from swamla.ops.graphs import outside_graphs
+from swamla.ops.graphs import OUTSIDE, open_to_graphs, outside_graphs
 
 BACKENDS = ("auto", "reference", "torch")
 ALIGNMENT = 16  # bytes: what the torch kernel asks of the length of every row
@@ -21,7 +21,7 @@ def resolve_backend(backend: str) -> str:
     return "torch" if backend == "auto" else backend
 
 
-@outside_graphs
+@open_to_graphs
 def grouped_mm(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, *, backend: str = "auto") -> Tensor:
     """y (N, F): row n of x times the matrix of the expert it belongs to.
 
@@ -31,6 +31,12 @@ def grouped_mm(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, *, backend: str
     be a multiple of 16 bytes, not for doubles), "auto" ("torch": on a CPU it is as fast as the loop, and twice as fast
     as padding all experts to one batch of equal sizes). Raises UsageError for what the backend cannot compute.
     """
+    if x_ND.device.type in OUTSIDE or backend == "reference" or product_dtype(x_ND) != torch.bfloat16:
+        return _outside(x_ND, weight_EDF, ends_E, backend)  # of the others the compiler knows bf16 alone
+    return _grouped_mm(x_ND, weight_EDF, ends_E, backend)
+
+
+def _grouped_mm(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, backend: str) -> Tensor:
     dtype = product_dtype(x_ND)
     x_ND, weight_EDF = x_ND.to(dtype), weight_EDF.to(dtype)
     if resolve_backend(backend) == "reference":
@@ -44,6 +50,9 @@ def grouped_mm(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, *, backend: str
     if not len(x_ND):  # which torch's refuses
         return reference_grouped_mm(x_ND, weight_EDF, ends_E)
     return _GroupedMM.apply(x_ND, weight_EDF, ends_E)
+
+
+_outside = outside_graphs(_grouped_mm)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

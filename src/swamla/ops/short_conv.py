@@ -8,14 +8,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swamla.errors import UsageError
-from swamla.ops.graphs import outside_graphs
+from swamla.ops.graphs import OUTSIDE, open_to_graphs, outside_graphs
 from swamla.ops.layout import Layout
 
 # On a CPU the fast path works on blocks of about this many elements, so that all its passes run in cache.
 CPU_BLOCK = 2**18
 
 
-@outside_graphs
+@open_to_graphs
 def short_conv(
     x_BTD: Tensor,
     weight_DW: Tensor,
@@ -28,9 +28,18 @@ def short_conv(
 
     A token sees its own document only. `history_BWD` holds the W - 1 inputs before the row (zeros unless given); they
     belong to the document of the row's first token. Backends: "reference" (a masked sum of shifted inputs), "torch"
-    (hand-written backward), "auto" ("reference" for rows shorter than two windows, else "torch"). Raises UsageError
-    for any other.
+    (hand-written backward), "auto" ("reference" for rows shorter than two windows, and in a graph on a GPU, whose
+    compiler makes one kernel of it; else "torch"). Raises UsageError for any other.
     """
+    if x_BTD.device.type in OUTSIDE or backend != "auto" or not torch.compiler.is_compiling():
+        return _outside(x_BTD, weight_DW, seq, history_BWD, backend)
+    if history_BWD is None:
+        history_BWD = x_BTD.new_zeros(x_BTD.shape[0], weight_DW.shape[-1] - 1, x_BTD.shape[2])
+    return _reference(x_BTD, weight_DW, seq, history_BWD)
+
+
+@outside_graphs
+def _outside(x_BTD: Tensor, weight_DW: Tensor, seq: Layout | None, history_BWD: Tensor | None, backend: str) -> Tensor:
     batch, time, width = x_BTD.shape
     taps = weight_DW.shape[-1]
     if backend not in ("auto", "reference", "torch"):

@@ -1,23 +1,29 @@
 """torch.compile, block by block: layers alike share their graphs, so that a deep model starts as soon as a flat one."""
 
-from typing import Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, TypeVar
 
 import torch
+from torch import Tensor
 
 from swamla.errors import MissingBackendError
 from swamla.model.block import Parts
 from swamla.model.language_model import LanguageModel
 from swamla.ops.graphs import keep_outside_graphs
+from swamla.ops.layout import Layout
 
+T = TypeVar("T")
 Compile = Literal["none", "default", "reduce-overhead", "max-autotune"]
 
 
 def compile_blocks(model: LanguageModel, mode: Compile, device: torch.device) -> str:
     """Compile what training runs of every block, and say so; parameters and their names stay as they are.
 
-    Graphs end before the ops that `swamla.ops.graphs` keeps outside, two in a mixer and two in a mixture of experts,
-    and begin anew behind them. Without gradients a block runs uncompiled. Dropout draws the
-    numbers that it draws uncompiled. Raises `MissingBackendError` where the machine cannot compile.
+    Graphs end before the ops that `swamla.ops.graphs` keeps outside and begin anew behind them: on a CPU two in a mixer
+    and two in a mixture of experts, on a GPU only backends that its own are not. Without gradients a block runs
+    uncompiled. Dropout draws the numbers that it draws uncompiled. Raises `MissingBackendError` where the machine
+    cannot compile.
     """
     _require_compiler(mode, device)
     keep_outside_graphs()
@@ -25,14 +31,23 @@ def compile_blocks(model: LanguageModel, mode: Compile, device: torch.device) ->
     # would be other ones after an interruption, and so might be the last bits of a resumed run.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16 * len(model.config.blocks))
     options = {**torch._inductor.list_mode_options(mode), "fallback_random": True}
-    for block in model.blocks:
+    for config, block in zip(model.config.layers, model.blocks, strict=True):
         whole, mix, feed = block.trained
+        prepare = partial(config.mixer.prepare, width=model.config.width)
         block.trained = Parts(
-            torch.compile(whole, dynamic=False, options=options),
-            torch.compile(mix, dynamic=False, options=options),
+            _prepared(torch.compile(whole, dynamic=False, options=options), prepare),
+            _prepared(torch.compile(mix, dynamic=False, options=options), prepare),
             torch.compile(feed, dynamic=False, options=options),
         )
     return f"compile: {mode}, block by block; the first steps wait for it"
+
+
+def _prepared(compiled: Callable[[Tensor, Layout], T], prepare: Callable[[Layout], None]) -> Callable[..., T]:
+    def run(x_BTD: Tensor, seq: Layout) -> T:
+        prepare(seq)
+        return compiled(x_BTD, seq)
+
+    return run
 
 
 def begin_step(mode: Compile) -> None:

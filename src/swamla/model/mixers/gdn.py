@@ -12,7 +12,7 @@ from swamla.errors import require
 from swamla.model.initial import Draw, constant, draw_alone, uniform
 from swamla.model.mixers.mixer import Mixer, State
 from swamla.ops import gated_delta_rule, gated_delta_step, l2_normalize, rms_norm, short_conv
-from swamla.ops.gated_delta import BACKENDS, describe_backend
+from swamla.ops.gated_delta import BACKENDS, describe_backend, prepare_rule
 from swamla.ops.layout import Layout
 
 CHUNK = 64  # of the counted FLOPs; the op picks what is fastest on its device
@@ -83,6 +83,11 @@ class GDNConfig:
         key, value = self.head_dims(width)
         sizes = {"heads": self.n_heads, "key": key, "value": value}
         return {"delta rule": describe_backend(self.backend, device, **sizes, dtype=dtype)}
+
+    def prepare(self, seq: Layout, width: int) -> None:
+        """Make what a compiled graph would have to leave to make."""
+        key, value = self.head_dims(width)
+        prepare_rule(seq, self.backend, heads=self.n_heads, key=key, value=value)
 
     @property
     def conv_backend(self) -> str:

@@ -11,7 +11,7 @@ from swamla.errors import require
 from swamla.model.mixers.mha import MHA, KVState, MHAConfig
 from swamla.model.mixers.mixer import filled_mask, write_at
 from swamla.ops import cached_attention, windowed_attention
-from swamla.ops.attention import WINDOWED_BACKENDS, resolve_backend
+from swamla.ops.attention import WINDOWED_BACKENDS, prepare_attention, resolve_backend
 from swamla.ops.layout import Layout
 
 
@@ -47,6 +47,10 @@ class SWAConfig(MHAConfig):
     def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
         """What computes which op on `device`. Raises `MissingBackendError` for a backend that cannot."""
         return {"attention": resolve_backend(self.backend, device, windowed=True)}
+
+    def prepare(self, seq: Layout, width: int) -> None:
+        """Make what a compiled graph would have to leave to make."""
+        prepare_attention(seq, self.backend, window=self.window, sinks=self.sinks)
 
     def forward_flops(self, width: int, length: int) -> int:
         """Floating-point operations of one forward pass over one sequence of `length` tokens, window counted."""

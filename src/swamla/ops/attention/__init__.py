@@ -7,7 +7,7 @@ from swamla.errors import MissingBackendError, UsageError, require
 from swamla.ops.attention.cached import attend_to_cache
 from swamla.ops.attention.causal import torch_causal_attention
 from swamla.ops.attention.cudnn import cudnn_causal_attention
-from swamla.ops.attention.flex import flex_attention
+from swamla.ops.attention.flex import flex_attention, made_block_mask
 from swamla.ops.attention.reference import allowed_mask, reference_attention
 from swamla.ops.attention.windowed import torch_windowed_attention
 from swamla.ops.graphs import OUTSIDE, open_to_graphs, outside_graphs
@@ -119,6 +119,13 @@ def _windowed(
 
 
 _windowed_outside = outside_graphs(_windowed)
+
+
+def prepare_attention(seq: Layout, backend: str, *, window: int | None = None, sinks: int = 0) -> None:
+    """Make what this attention needs of the layout: before a graph that holds it, which would end to make it."""
+    chosen = resolve_backend(backend, seq.position_BT.device, windowed=window is not None)
+    if chosen == "flex" or (chosen == "cudnn" and not seq.whole_rows):
+        made_block_mask(seq, window, sinks)
 
 
 def cached_attention(

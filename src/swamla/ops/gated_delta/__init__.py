@@ -6,7 +6,7 @@ from torch import Tensor
 from swamla.errors import MissingBackendError, UsageError
 from swamla.ops.gated_delta.chunked import chunked_gated_delta_rule
 from swamla.ops.gated_delta.documents import documents_of
-from swamla.ops.gated_delta.fla import fla_gated_delta_rule, installed, obstacle
+from swamla.ops.gated_delta.fla import fla_gated_delta_rule, installed, made_packing, obstacle
 from swamla.ops.gated_delta.l2_normalize import l2_normalize
 from swamla.ops.gated_delta.reference import gated_delta_step, recurrent_gated_delta_rule
 from swamla.ops.graphs import OUTSIDE, open_to_graphs, outside_graphs
@@ -49,6 +49,13 @@ def describe_backend(
     if (backend, chosen, device.type) != ("auto", "torch", "cuda") or not installed():
         return chosen
     return f"torch (fla {obstacle(device, heads, key, value) or 'takes bf16 or fp16'})"
+
+
+def prepare_rule(seq: Layout, backend: str, *, heads: int, key: int, value: int) -> None:
+    """Make what the rule needs of the layout: before a graph that holds it, which would end to make it."""
+    chosen = resolve_backend(backend, seq.position_BT.device, heads=heads, key=key, value=value)
+    if chosen == "fla" and not seq.whole_rows:
+        made_packing(seq)
 
 
 @open_to_graphs
