@@ -16,6 +16,7 @@ from swamla.model import decoding
 from swamla.model.decoding import EagerSteps, GraphSteps, Replay, fast_linears, size_read, steps_for
 from swamla.model.language_model import LanguageModel, ModelState
 from swamla.model.sampling import Sampling, prefill
+from swamla.ops.int8 import Int8Matrix
 from swamla.ops.layout import Layout
 from swamla.ops.linear import linear
 
@@ -240,9 +241,9 @@ def test_graphs_without_a_gpu_and_unknown_names_are_refused() -> None:
     model = of_one_mixer("mha")
     state = model.init_state(1, 4)
     assert isinstance(steps_for("eager", model, state), EagerSteps)
-    with pytest.raises(MissingBackendError, match='decoding = "graph" needs a CUDA device, the model is on cpu'):
+    with pytest.raises(MissingBackendError, match='decoding = "graph" is for CUDA, the model is on cpu: use "eager"'):
         model.generate([[1]], 2, decoding="graph")
-    with pytest.raises(UsageError, match="decoding = 'grpah': must be one of 'eager', 'graph'"):
+    with pytest.raises(UsageError, match="decoding = 'grpah': must be one of 'eager', 'graph', 'int8'"):
         model.generate([[1]], 2, decoding="grpah")
 
 
@@ -282,3 +283,55 @@ def test_fast_linears_last_as_long_as_they_should_and_hooks_go_on_working() -> N
     hook.remove()
     assert seen == [1]
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(("out", "into"), [(1, 16), (13, 384), (300, 48)])
+@torch.no_grad()
+def test_a_weight_of_8_bits_is_within_half_a_step_of_its_own(out: int, into: int) -> None:
+    weight = torch.randn(out, into, generator=torch.Generator().manual_seed(0))
+    rounded = Int8Matrix.of(weight)
+    restored = rounded.integers_FD.float() * rounded.scale_F.float()[:, None]
+    assert ((restored - weight).abs() <= 0.51 * rounded.scale_F.float()[:, None] + 0.005 * weight.abs()).all()
+    assert rounded.integers_FD.abs().max() <= 127
+    for rows in ((1,), (2, 5)):
+        x = torch.randn(*rows, into)
+        expected = x.bfloat16().float() @ restored.T
+        assert (rounded.times(x) - expected).norm() <= 4e-3 * expected.norm()
+
+
+@torch.no_grad()
+def test_a_row_of_zeros_stays_one_and_rows_of_other_lengths_do_not_fit() -> None:
+    weight = torch.zeros(3, 32)
+    weight[1] = 1e-30
+    assert not Int8Matrix.of(weight).times(torch.ones(1, 32)).isnan().any()
+    assert not Int8Matrix.fits(torch.zeros(16, 33))
+    assert not Int8Matrix.fits(torch.zeros(16, 32, device="meta"))
+
+
+@torch.no_grad()
+def test_decoding_with_8_bits_stays_close_reads_prompts_in_full_and_leaves_the_weights() -> None:
+    model = build_model(hybrid_config()).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with fast_linears(model, int8=True):
+        first, state = prepared(model, [PROMPTS[1]], 6)
+        found = [EagerSteps(model, state)([token]) for token in range(6)]
+    exact, state = prepared(model, [PROMPTS[1]], 6)
+    expected = torch.cat([EagerSteps(model, state)([token]) for token in range(6)])
+    error = (torch.cat(found) - expected).norm() / expected.norm()
+    assert 1e-4 < error < 0.05, "rounded weights show, and not by much"
+    assert_close(exact, first, 0.05 * exact.abs().max().item())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    asked = Sampling(temperature=0)
+    assert len(model.generate([PROMPTS[1]], 5, sampling=asked, decoding="int8")[0]) == 5
+
+
+@torch.no_grad()
+def test_only_few_rows_meet_the_weights_of_8_bits() -> None:
+    layer = nn.Linear(32, 48)
+    model, x = nn.Sequential(layer), torch.randn(1, 17, 32)
+    expected = layer(x)
+    with fast_linears(model, int8=True):
+        assert_close(layer(x), expected, 1e-5)
+        few = layer(x[:, :16])
+    assert 1e-4 < (few - expected[:, :16]).abs().max() < 0.1
