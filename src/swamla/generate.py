@@ -73,8 +73,12 @@ def generate_text(
     *,
     sampling: Sampling | None = None,
     on_text: Callable[[int, str], None] | None = None,
+    decoding: str = "eager",
 ) -> Generation:
-    """Continue each prompt; an empty one starts a new document. on_text(row, piece) streams whole characters."""
+    """Continue each prompt; an empty one starts a new document. on_text(row, piece) streams whole characters.
+
+    decoding: as of `LanguageModel.generate`.
+    """
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     decoders = [StreamDecoder(tokenizer) for _ in prompts]
     times: list[float] = []
@@ -93,6 +97,7 @@ def generate_text(
         stop_id=tokenizer.eos_id,
         known_ids=tokenizer.vocab_size,
         on_token=on_token,
+        decoding=decoding,
     )
     if on_text:
         for row, decoder in enumerate(decoders):

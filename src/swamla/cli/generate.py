@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from typing import Literal
 
 from swamla.checkpoint import load
 from swamla.cli.console import harmless
@@ -33,6 +34,8 @@ class Arguments:
     """Always take the likeliest token."""
     checkpoint: str = "best"
     """best, latest, or a step."""
+    decoding: Literal["eager", "graph", "int8"] = "eager"
+    """graph: recorded launches, on CUDA; int8: weights rounded to 8 bits, on a CPU, faster but another function."""
     stats: bool = False
     """Print tokens per second and the size of the state, on stderr."""
 
@@ -65,13 +68,14 @@ def main(argv: list[str]) -> int:
             max_new_tokens,
             sampling=sampling,
             on_text=(lambda _, piece: _emit(piece)) if alone else None,
+            decoding=arguments.decoding,
         )
     except KeyboardInterrupt:
         _emit("\n")  # what is said about it begins a line of its own
         raise
     _emit("\n" if alone else "".join(f"--- {index}\n{c.prompt}{c.text}\n" for index, c in enumerate(done.completions)))
     if arguments.stats:
-        print(_statistics(done), file=sys.stderr)
+        print(_statistics(done, arguments.decoding), file=sys.stderr)
     return 0
 
 
@@ -88,11 +92,11 @@ def _limit(wanted: int, fitting: int | None, *, asked: bool) -> int:
     return fitting
 
 
-def _statistics(done: Generation) -> str:
+def _statistics(done: Generation, decoding: str) -> str:
     tokens = sum(len(completion.tokens) for completion in done.completions)
     return (
         f"{tokens} tokens, the first after {done.seconds_to_first:.3f} s, then {done.tokens_per_second:,.0f} tokens/s; "
-        f"fp32, state {done.state_bytes:,} bytes"
+        f"fp32, {decoding}, state {done.state_bytes:,} bytes"
     )
 
 
