@@ -116,6 +116,14 @@ class Layout:
         """Tokens of the longest document, those before in a state included."""
         return self.end if self.continues else max((length for _, length in self.runs), default=0)
 
+    @property
+    def host_position_BT(self) -> Tensor:
+        """position_BT on the CPU, without asking another device for it; not of a layout that continues."""
+        if self.position_BT.device.type == "cpu":
+            return self.position_BT
+        positions = [torch.arange(length).repeat(count) for count, length in self.runs]
+        return torch.cat(positions).view(self.shape)
+
     def table(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """A mask or table derived from this layout, made at its first use and shared by all layers."""
         if key not in self._tables:

@@ -49,20 +49,18 @@ def _outside(x_BTD: Tensor, weight_DW: Tensor, seq: Layout | None, history_BWD: 
     if backend == "reference" or (backend == "auto" and time < 2 * taps):
         return _reference(x_BTD, weight_DW, seq, history_BWD)
     if seq is None:
-        edges = _make_edges(_age(None, batch, time, taps, x_BTD.device), taps)
+        edges = _edges(Layout.one_document_per_row(batch, time), taps, x_BTD.device)
     else:
-        device = x_BTD.device
-        edges = seq.table(("short_conv", taps), lambda: _make_edges(_age(seq, batch, time, taps, device), taps))
+        edges = seq.table(("short_conv", taps), lambda: _edges(seq, taps, x_BTD.device))
     return _ShortConv.apply(x_BTD, weight_DW, history_BWD, edges)
 
 
 def _reference(x_BTD: Tensor, weight_DW: Tensor, seq: Layout | None, history_BWD: Tensor) -> Tensor:
     """The definition: one masked, shifted product a tap, in fp32 (double for double inputs)."""
-    batch, time, _ = x_BTD.shape
-    taps = weight_DW.shape[-1]
+    time, taps = x_BTD.shape[1], weight_DW.shape[-1]
     dtype = torch.promote_types(x_BTD.dtype, torch.float32)
     line_BSD = torch.cat([history_BWD.to(dtype), x_BTD.to(dtype)], dim=1)
-    age_BT = None if seq is None else _age(seq, batch, time, taps, x_BTD.device)
+    age_BT = None if seq is None else _age(seq.position_BT, taps)
     y_BTD = torch.zeros_like(x_BTD, dtype=dtype)
     for tap in range(taps):
         shifted_BTD = line_BSD[:, tap : tap + time]
@@ -72,12 +70,10 @@ def _reference(x_BTD: Tensor, weight_DW: Tensor, seq: Layout | None, history_BWD
     return F.silu(y_BTD).to(x_BTD.dtype)
 
 
-def _age(seq: Layout | None, batch: int, time: int, taps: int, device: torch.device) -> Tensor:
+def _age(position_BT: Tensor, taps: int) -> Tensor:
     """How many inputs before each token (B, T) it may see; the row's first document reaches back into the history."""
-    index_T = torch.arange(time, device=device)
-    if seq is None:
-        return (index_T + taps - 1).expand(batch, time)
-    return torch.where(seq.position_BT < index_T, seq.position_BT, index_T + taps - 1)
+    index_T = torch.arange(position_BT.shape[1], device=position_BT.device)
+    return torch.where(position_BT < index_T, position_BT, index_T + taps - 1)
 
 
 class _Edges(NamedTuple):
@@ -92,6 +88,12 @@ class _Edges(NamedTuple):
     history_slot_J: Tensor
     history_row_J: Tensor
     inner_N1: Tensor  # 1.0 for every other token
+
+
+def _edges(seq: Layout, taps: int, device: torch.device) -> _Edges:
+    """Found on the host, which would have to wait for another device to count them."""
+    edges = _make_edges(_age(seq.host_position_BT, taps), taps)
+    return _Edges(*(x.to(device, non_blocking=True) for x in edges))
 
 
 def _make_edges(age_BT: Tensor, taps: int) -> _Edges:
