@@ -69,7 +69,7 @@ def attend_to_held(
     q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, seq: Layout, *, scale: float | None = None, backend: str
 ) -> Tensor:
     """(B, T, H, V): new tokens attend to the first `seq.end` tokens of a state, themselves included."""
-    if seq.held == 0 and q_BTHK.shape[1] > 1:
+    if seq.held == 0 and q_BTHK.shape[1] > 1 and q_BTHK.device.type != "cpu":  # where fused kernels are faster
         return causal_attention(q_BTHK, k_BSGK, v_BSGV, seq, scale=scale, backend=backend)
     return cached_attention(q_BTHK, k_BSGK, v_BSGV, causal_mask(seq), scale=scale)
 

@@ -6,8 +6,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from swamla.ops.linear import linear
 
-ROWS = 128  # queries of one block on a CPU: enough for the rate of its matmul
-SCORES = 4_000_000  # of one block: near the size of the caches
+ROWS = 128  # queries of one block on a CPU: enough for the rate of its matmul, and scores that stay in the cache
+SCORES = 16_000_000  # of one block of absorbed queries, which bounds its memory
 LENGTHS = 256  # the lengths of a state of latents that one token reads are multiples of this
 
 
@@ -56,25 +56,25 @@ def _masked(score: Tensor, allowed: Tensor | None) -> Tensor:
 def _in_blocks(q_BGRTK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float) -> Tensor:
     """The last T of S tokens, a block of queries after the other, each as plain matmuls over the keys it may see.
 
-    Like `tiled.py`, and for its reasons; here most keys have no query. The causal mask is added to a block's last
-    square alone. Shapes: N (rows × key heads), R query heads that share a key head.
+    Like `tiled.py`, and for its reasons; here most keys have no query, and a matmul is one head's, so that in fp32 it
+    can be oneDNN's. The causal mask is added to a block's last square alone. Shapes: N (rows × key heads), R query
+    heads that share a key head, M (queries of a block × R).
     """
     batch, groups, shared, time, _ = q_BGRTK.shape
-    k_NSK, v_NSV = (x.transpose(1, 2).flatten(0, 1) for x in (k_BSGK, v_BSGV))
-    q_NRTK = q_BGRTK.flatten(0, 1)
-    length = k_NSK.shape[1]
+    k_NSK, v_NSV = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (k_BSGK, v_BSGV))
+    q_NRTK = q_BGRTK.flatten(0, 1) * scale
+    held = k_NSK.shape[1] - time
     o_NRTV = q_NRTK.new_empty(*q_NRTK.shape[:3], v_NSV.shape[-1])
     later_TT = torch.full((ROWS, ROWS), -torch.inf, dtype=q_NRTK.dtype).triu_(1)
-    at_once = max(1, SCORES // (shared * ROWS * length))
-    for n in range(0, batch * groups, at_once):
-        for begin in range(0, time, ROWS):
-            q_NRMK = q_NRTK[n : n + at_once, :, begin : begin + ROWS]
-            rows, seen = q_NRMK.shape[2], length - time + begin + q_NRMK.shape[2]
-            keys_NKS = k_NSK[n : n + at_once, :seen].mT
-            score_NRMS = torch.bmm(q_NRMK.flatten(1, 2) * scale, keys_NKS).unflatten(1, (shared, rows))
-            score_NRMS[..., seen - rows :] += later_TT[:rows, :rows]
-            o_NXV = torch.bmm(score_NRMS.softmax(dim=-1).flatten(1, 2), v_NSV[n : n + at_once, :seen])
-            o_NRTV[n : n + at_once, :, begin : begin + ROWS] = o_NXV.unflatten(1, (shared, rows))
+    for begin in range(0, time, ROWS):
+        rows = min(ROWS, time - begin)
+        seen = held + begin + rows
+        for n in range(batch * groups):
+            q_MK = q_NRTK[n, :, begin : begin + rows].flatten(0, 1)
+            score_RTS = linear(q_MK, k_NSK[n, :seen]).unflatten(0, (shared, rows))
+            score_RTS[..., seen - rows :] += later_TT[:rows, :rows]
+            o_MV = linear(score_RTS.softmax(dim=-1).flatten(0, 1), v_NSV[n, :seen].mT)
+            o_NRTV[n, :, begin : begin + rows] = o_MV.unflatten(0, (shared, rows))
     return o_NRTV.unflatten(0, (batch, groups)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
@@ -94,7 +94,7 @@ def attend_to_latents(
     latent_BSR = latent_BSR[:, :filled].to(q_BTHR.dtype)
     if allowed_BTS is None:
         allowed_BTS = torch.ones(1, time, filled, dtype=torch.bool, device=q_BTHR.device).tril(filled - time)
-    rows = max(1, 4 * SCORES // (latent_BSR.shape[0] * heads * filled))
+    rows = max(1, SCORES // (latent_BSR.shape[0] * heads * filled))
     parts = [slice(begin, begin + rows) for begin in range(0, time, rows)]
     blocks = [_latent_block(q_BTHR[:, part] * scale, latent_BSR, filled, allowed_BTS[:, part]) for part in parts]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
