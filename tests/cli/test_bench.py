@@ -233,18 +233,18 @@ def test_ctrl_c_keeps_what_was_measured() -> None:
 
 
 def test_a_terminal_gets_tables_in_80_columns(tables: dict[str, list[Row]], capsys: pytest.CaptureFixture[str]) -> None:
-    long = {"name": "8 × 2,048 packed", "tokens_per_s": 987654.0, "median_s": 0.987, "high_s": 2.0}
+    long = {"name": "8 × 2,048 packed", "tokens_per_s": 987654.0, "median_s": 0.9, "low_s": 0.8, "high_s": 1.0}
     small = dict.fromkeys(("forward_s", "backward_s", "optimizer_s"), 0.000123)
     with Screen(Console(force_terminal=True, width=80, color_system=None)) as screen:
         for table in COLUMNS:
             for row in tables[table]:
                 screen.row(table, row | (long | small if table == "training" else {}))
         screen.row("start-up", {"name": "other", "error": "no reason"})
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[\u2800-\u28ff]", "", capsys.readouterr().out)  # without moves and spinner
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out)  # without moves of the cursor
     shown = [text.strip() for text in plain.splitlines()]
     drawn = [text for text in shown if "measured" not in text]
     assert max(map(len, drawn)) <= 80
     assert "…" not in "".join(drawn)
-    for name in ("8 × 2,048", "987,654/s", "prompt 40", "loader, 4 × 32", "nothing"):
+    for name in ("8 × 2,048*", "987,654/s", "prompt 40", "loader, 4 × 32", "nothing"):
         assert name in "".join(drawn)
     assert "start-up: other: not measured: no reason" in shown

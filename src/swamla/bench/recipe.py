@@ -82,7 +82,7 @@ class RecipeBench:
         train = self.config.train
         own = Shape(rows=train.batch_size, length=train.block_size, accumulation=train.accumulation, packed=True)
         single = [Shape(rows=1, length=length) for length in self.wanted.lengths]
-        self.stage("building the model")
+        self.stage("a model, which is being built")
         smallest = min([replace(own, rows=1, accumulation=1), *single], key=lambda shape: shape.tokens)
         if reason := self.lacks_memory(smallest):
             self.results.failed("training", f"{smallest} and more", reason)

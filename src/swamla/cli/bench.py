@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
 
 
 _LEGEND = (
-    "medians, ± half the way between the quartiles. Packed rows hold many documents, the others one. Of matmul: the "
+    "medians, ± half the way between the quartiles. Packed rows (*) hold many documents, the others one. Matmul: the "
     "products that the accounting counts, by the rate of large ones here. Memory: the most that training holds."
 )
 
@@ -123,6 +123,7 @@ def _measure(recipe: str, wanted: Wanted, results: _Shown, seconds: float, conso
             "checkpointing": config.train.checkpointing,
         }
     ]
+    results.save()
     with tempfile.TemporaryDirectory() as folder:
         RecipeBench(wanted, results, allowance, Path(folder), results.screen.stage).run()
 

@@ -6,7 +6,9 @@ from typing import Any, Self
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from swamla.bench.results import Row, in_bytes, in_rate, in_seconds
 from swamla.cli.console import say
@@ -86,7 +88,8 @@ class Screen:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._status = console.status("")
+        # Nothing moves on it by itself: that would take a thread, and time from what is measured.
+        self._status = Live(console=console, auto_refresh=False, transient=True)
         self._table, self._rows = "", list[Row]()
 
     def __enter__(self) -> Self:
@@ -96,7 +99,8 @@ class Screen:
 
     def stage(self, text: str) -> None:
         """Say what is being measured, where that can be taken back."""
-        self._status.update(f"{text} …")
+        if self._console.is_terminal:
+            self._status.update(Text(f"measuring {text} …", style="dim"), refresh=True)
 
     def row(self, table: str, row: Row) -> None:
         """Show a row, or keep it for its table."""
@@ -116,7 +120,8 @@ class Screen:
             for number, heading in enumerate(columns):  # names are broken, where it is narrow, and figures are not
                 drawn.add_column(heading, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
             for row in measured:
-                drawn.add_row(*(cell(row) for cell in columns.values()))
+                name, *figures = (cell(row) for cell in columns.values())
+                drawn.add_row(name.replace(" packed", "*"), *figures)
             say(self._console, f"\n{TITLES[self._table]}")
             self._console.print(drawn)
         for row in self._rows:
