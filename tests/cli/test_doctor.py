@@ -39,6 +39,24 @@ def test_it_describes_this_machine_and_every_check_passes(told: dict) -> None:
     assert told["ok"] is True
 
 
+def test_every_backend_is_there_or_says_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(self_check, "_checks", lambda: [])
+    monkeypatch.setattr("swamla.cli.doctor.resolve_device", lambda asked: CPU)
+    assert main(["doctor", "--json"]) == 0
+    backends = json.loads(capsys.readouterr().out)["backends"]
+    assert set(backends) == {"causal attention", "windowed attention", "delta rule", "experts"}
+    for op, found in backends.items():
+        assert found["reference"] == found["torch"] == "", op
+    assert backends["causal attention"]["cudnn"].startswith("needs a CUDA device")
+    assert backends["delta rule"]["fla"].startswith(
+        ("needs a CUDA device", "needs flash-linear-attention: pip install")
+    )
+    assert main(["doctor"]) == 0
+    assert "windowed attention  reference, torch; not flex (needs a CUDA device)\n" in capsys.readouterr().out
+
+
 def test_every_optional_library_is_named_with_the_extra_that_brings_it() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     extras = {name: needs for name, needs in project["optional-dependencies"].items() if name != "dev"}

@@ -18,7 +18,7 @@ from swamla.cli.plain import BLOCK_PARTS
 from swamla.cli.self_check import Outcome, run_checks, tiny_model
 from swamla.data.preparing import default_cache_dir
 from swamla.data.workers import available_cores
-from swamla.train.backends import describe, resolve_backends
+from swamla.train.backends import available, describe, resolve_backends
 from swamla.train.precision import bf16_is_fast, resolve_device, resolve_precision
 
 # Optional libraries, and the extra that brings them.
@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
         "devices": _devices(),
         "optional": {name: _version(name) for name in OPTIONAL},
         "auto": _choices(device),
+        "backends": available(device),
         "storage": _storage(),
     }
     console = Console()
@@ -99,10 +100,11 @@ def _version(name: str) -> str | None:
 
 def _choices(device: torch.device) -> dict[str, Any]:
     """What "auto" means here."""
+    precision = resolve_precision("auto", device)
     return {
         "device": device.type,
-        "precision": resolve_precision("auto", device),
-        "backends": resolve_backends(tiny_model(torch.device("cpu")).config, device),
+        "precision": precision,
+        "backends": resolve_backends(tiny_model(torch.device("cpu")).config, device, precision),
         "mixers": list(BLOCK_PARTS["mixer"]),
         "ffns": list(BLOCK_PARTS["ffn"]),
     }
@@ -135,6 +137,7 @@ def _show(console: Console, found: dict[str, Any]) -> None:
         ("CUDA", "; ".join(devices) or "no device"),
         *((name, found["optional"][name] or f"missing: pip install 'swamla[{OPTIONAL[name]}]'") for name in OPTIONAL),
         ("auto", f"{chosen['precision']} on {chosen['device']}; {describe(chosen['backends'])}"),
+        *((op, _there(backends)) for op, backends in found["backends"].items()),
         ("cache", f"{storage['cache']}, {short(storage['cache_bytes'], 'B')}"),
         ("disk", f"{free[0]} free there, {free[1]} here"),
     ]
@@ -142,6 +145,13 @@ def _show(console: Console, found: dict[str, Any]) -> None:
     for label, text in rows:
         say(console, f"{label:<{width}}  {text}")
     say(console, "")
+
+
+def _there(backends: dict[str, str]) -> str:
+    """For people: "reference, torch; not flex (needs a CUDA device)"."""
+    there = ", ".join(name for name, obstacle in backends.items() if not obstacle)
+    missing = ", ".join(f"{name} ({obstacle.partition(',')[0]})" for name, obstacle in backends.items() if obstacle)
+    return f"{there}; not {missing}" if missing else there
 
 
 def _show_outcome(console: Console, outcome: Outcome) -> None:

@@ -1,9 +1,15 @@
 """Which backend computes each op of a run: chosen once, when the model meets its device, printed and kept with it."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from swamla.errors import MissingBackendError
 from swamla.model.config import LanguageModelConfig
+from swamla.ops import attention, gated_delta
+from swamla.ops.grouped_mm import BACKENDS as GROUPED_BACKENDS
+from swamla.ops.grouped_mm import resolve_backend as grouped_backend
 from swamla.train.precision import Chosen
 
 
@@ -24,6 +30,32 @@ def resolve_backends(model: LanguageModelConfig, device: torch.device, precision
         for op, backend in (found | block.ffn.backends(device)).items():
             chosen.setdefault(op, set()).add(backend)
     return {op: " and ".join(sorted(backends)) for op, backends in sorted(chosen.items())}
+
+
+def available(device: torch.device) -> dict[str, dict[str, str]]:
+    """Op → backend → why it cannot compute on `device`; "" where it can. The delta rule's with keys of width 128."""
+    rule = partial(gated_delta.resolve_backend, device=device, heads=2, key=128, value=128)
+    asked: dict[str, tuple[tuple[str, ...], Callable[[str], str]]] = {
+        "causal attention": (attention.BACKENDS, lambda name: attention.resolve_backend(name, device)),
+        "windowed attention": (
+            attention.WINDOWED_BACKENDS,
+            lambda name: attention.resolve_backend(name, device, windowed=True),
+        ),
+        "delta rule": (gated_delta.BACKENDS, lambda name: rule(name)),
+        "experts": (GROUPED_BACKENDS, grouped_backend),
+    }
+    return {
+        op: {name: _obstacle(resolve, name) for name in names if name != "auto"}
+        for op, (names, resolve) in asked.items()
+    }
+
+
+def _obstacle(resolve: Callable[[str], str], name: str) -> str:
+    try:
+        resolve(name)
+    except MissingBackendError as error:
+        return str(error).removeprefix(f'backend = "{name}" ')
+    return ""
 
 
 def describe(backends: dict[str, str]) -> str:
