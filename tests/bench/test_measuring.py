@@ -137,13 +137,9 @@ def test_a_child_that_dies_is_told() -> None:
 
 
 @pytest.mark.gpu
-def test_on_cuda_memory_is_that_of_tensors_and_work_is_waited_for() -> None:
-    a = torch.ones(4096, 4096, device="cuda")
+def test_on_cuda_memory_is_that_of_tensors_and_ceilings_are_those_of_the_card() -> None:
     held = torch.ones(64 * MIB // 4, device="cuda")
     for _ in range(2):
         assert peak_memory(lambda: torch.ones(16 * MIB // 4, device="cuda").sum()) == pytest.approx(16 * MIB, rel=0.1)
     assert held.numel()
-    pair = {"1": lambda: a @ a, "20": lambda: [a @ a for _ in range(20)]}
-    found = interleaved(pair, rounds=5)
-    assert found["20"].median > 5 * found["1"].median  # not the time in which they are merely asked for
     assert ceilings("cuda", seconds=0.2)["bf16_flops"] > 1e12
