@@ -54,6 +54,22 @@ def test_the_upstream_gradient_scales_both_gradients():
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
+def test_a_graph_that_is_kept_gives_the_same_gradients_again():
+    x, weight, labels = inputs()
+    loss = chunked_cross_entropy(x, weight, labels, chunk=7) * 0.37
+    first = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    again = torch.autograd.grad(loss, (x, weight))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_the_weights_gradient_is_handed_over_without_a_copy():
+    x, weight, labels = inputs()
+    loss = chunked_cross_entropy(x, weight, labels, chunk=7)
+    held = loss.grad_fn.saved_tensors[1].data_ptr()
+    (loss * 0.37).backward()
+    assert weight.grad.data_ptr() == held
+
+
 @pytest.mark.parametrize("frozen", ["x", "weight", "both"])
 def test_what_needs_no_gradient_gets_none(frozen):
     x, weight, labels = inputs()

@@ -9,10 +9,10 @@ from torch.autograd.function import once_differentiable
 from swamla.errors import DataError, require
 from swamla.ops.graphs import compiled
 
-LOGITS = 32_000_000  # of one chunk, in elements, in the dtype of the product: enough rows to pay for a sum into dW
+LOGITS = 20_000_000  # of one chunk, in elements, in the dtype of the product: enough rows to pay for a sum into dW
 CUDA_LOGITS = 256_000_000  # on a GPU, whose products are faster by more than its memory is; not measured on GPU
 SLAB = 1_000_000  # logits in fp32 at a time, in elements: their softmax runs in the cache
-WEIGHTS = 2_000_000  # of the weight's gradient at a time, in elements, on a CPU: a chunk's share is added in the cache
+WEIGHTS = 500_000  # of the weight's gradient at a time, in elements, on a CPU: a chunk's share is added in the cache
 
 
 def chunked_cross_entropy(
@@ -20,7 +20,7 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Sum over the labels other than `ignore` of −log softmax(x Wᵀ)[label]: nats, an fp32 scalar (double for double).
 
-    Logits are made `chunk` rows at a time (by default 32 million of them, on CUDA 256, and at most an eighth of the
+    Logits are made `chunk` rows at a time (by default 20 million of them, on CUDA 256, and at most an eighth of the
     whole) and turned into gradients on the spot, so none is kept and none is computed twice. Under autocast the
     products are in its dtype; softmax and the sum over chunks of the weight's gradient are in fp32. No labels at all
     give 0 and zero gradients. First derivatives only. Raises DataError for a label outside the vocabulary.
@@ -81,8 +81,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         dx_ND, dw_VD = ctx.saved_tensors
-        dx_ND = None if dx_ND is None else dx_ND * upstream.to(dx_ND.dtype)
-        dw_VD = None if dw_VD is None else (dw_VD * upstream).to(ctx.weight_dtype)
+        # A second tensor as large as the weight only where somebody may ask for these gradients once more.
+        scale = torch.mul if torch._C._autograd._get_current_graph_task_keep_graph() else Tensor.mul_
+        dx_ND = None if dx_ND is None else scale(dx_ND, upstream.to(dx_ND.dtype))
+        dw_VD = None if dw_VD is None else scale(dw_VD, upstream).to(ctx.weight_dtype)
         return dx_ND, dw_VD, None, None, None
 
 

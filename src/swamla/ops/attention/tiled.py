@@ -1,11 +1,11 @@
 """Causal and windowed attention as plain matrix products over tiles of queries: the fast path of the CPU.
 
 A tile is a stretch of queries and the keys that any of them sees: the document's sinks, if they lie behind the window,
-and one band. Its scores are a matmul, one softmax and another matmul; tiles of one shape go as one batch. Unless all
-weights are few enough to be kept, the backward computes them again, so that nothing large and quadratic is kept. In
-bf16 this runs at the rate of the CPU's matmul, which `scaled_dot_product_attention` does not; its price is that scores
-are rounded to bf16 (as in every eager attention under autocast). Causal attention is the case of a window as long as
-the document.
+and one band. Its scores are a matmul, one softmax and another matmul; tiles of one shape go as one batch. Where queries
+see few keys their weights are kept for the backward, a quarter of its time; others are computed again, so that nothing
+quadratic is kept. In bf16 this runs at the rate of the CPU's matmul, which `scaled_dot_product_attention` does not; its
+price is that scores are rounded to bf16 (as in every eager attention under autocast). Causal attention is the case of a
+window as long as the document.
 
 Shapes in this file: N (documents × key heads), R query heads that share a key head, C queries and S keys of a tile,
 M (documents × key heads × tiles).
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 SCORES = 4_000_000  # of one batch of tiles, in elements: two or three such buffers in use, near the size of the caches
-KEPT = 16_000_000  # weights of one call that are kept for the backward, in elements: 32 MB, a quarter of its time
+KEPT = 768  # keys a query sees in its tile, on average, for whose weights to be kept: 1.5 KB a query and head in bf16
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,10 @@ class Band:
                 batches.append(tile)
         return batches
 
+    def scores(self, length: int) -> int:
+        """How many a document has, for one query head."""
+        return sum(tile.size for tile in self.tiles(length))
+
     def mask(self, score_MRCS: Tensor, tile: Tile) -> None:
         """Set the scores of what a query may not see to −inf."""
         if self.window >= tile.first + tile.rows:  # nothing is too far away: only the last square needs a mask
@@ -149,7 +153,7 @@ class _TiledAttention(torch.autograd.Function):
         q_NRTK, k_NTK, v_NTV = _heads_first(q_BTHK, k_BTGK), *_heads_of_keys(k_BTGK, v_BTGV)
         o_NRTV = q_NRTK.new_empty(*q_NRTK.shape[:3], v_NTV.shape[-1])
         kept: list[Tensor] = []
-        keep = any(ctx.needs_input_grad) and _scores(q_NRTK, band) <= KEPT
+        keep = any(ctx.needs_input_grad) and band.scores(q_NRTK.shape[2]) <= KEPT * q_NRTK.shape[2]
         for part, tile, (score, weight) in _walk(q_NRTK, band, buffers=2):
             if keep:
                 weight = torch.empty_like(score)
@@ -189,12 +193,6 @@ class _TiledAttention(torch.autograd.Function):
         dq_BTHK = _heads_last(dq_NRTK.mul_(band.scale), batch)
         dk_BTGK = _heads_last(dk_NTK.mul_(band.scale).to(k_BTGK.dtype)[:, None], batch)
         return dq_BTHK, dk_BTGK, _heads_last(dv_NTV.to(v_BTGV.dtype)[:, None], batch), None
-
-
-def _scores(q_NRTK: Tensor, band: Band) -> int:
-    """How many there are, of all documents and heads."""
-    count, shared, length, _ = q_NRTK.shape
-    return count * shared * sum(tile.size for tile in band.tiles(length))
 
 
 def _walk(q_NRTK: Tensor, band: Band, buffers: int) -> Iterator[tuple[slice, Tile, tuple[Tensor, ...]]]:
