@@ -13,6 +13,7 @@ from swamla.model.mixers.mixer import Mixer, expansion_pays_from
 from swamla.model.mixers.mla import MLAConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.ops import cached_attention
+from swamla.ops.attention.cached import rounded_up
 from swamla.ops.layout import Layout
 
 from .helpers import (
@@ -153,3 +154,22 @@ def test_prompts_are_cut_into_bounded_pieces(monkeypatch: pytest.MonkeyPatch, la
     assert sum(time for _, time in sizes) == 23
     assert max(shape.numel() for shape in sizes) <= large
     assert sizes[-1] == (2, 3)
+
+
+def test_lengths_are_rounded_to_few_by_little() -> None:
+    for length in (*range(1, 3000), 8191, 8192, 8193, 32768, 100_000):
+        rounded = rounded_up(length, 128)
+        assert length <= rounded < length + max(128, length / 16 + 1)
+        assert rounded % 128 == 0
+    assert len({rounded_up(length, 128) for length in range(1, 32769)}) < 100
+
+
+@torch.no_grad()
+def test_a_long_prompt_behind_others_attends_as_the_mask_says() -> None:
+    """Behind 2,048 tokens lengths are rounded to more than a block's; here with groups of heads and narrow values."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, n, *shape, generator=generator) for n, shape in ((700, (4, 8)), (4700, (2, 8)), (4700, (2, 6)))
+    )
+    allowed = torch.ones(1, 700, 4700, dtype=torch.bool).tril(4000)
+    assert_close(cached_attention(q, k, v, None), cached_attention(q, k, v, allowed), 1e-5)

@@ -8,7 +8,7 @@ from swamla.ops.linear import linear
 
 ROWS = 128  # queries of one block on a CPU: enough for the rate of its matmul, and scores that stay in the cache
 SCORES = 16_000_000  # of one block of absorbed queries, which bounds its memory
-LENGTHS = 256  # the lengths of a state of latents that one token reads are multiples of this
+LENGTHS = 256  # of a state of latents, one token reads a multiple of this
 
 
 def attend_to_cache(
@@ -57,22 +57,23 @@ def _in_blocks(q_BGRTK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float) ->
     """The last T of S tokens, a block of queries after the other, each as plain matmuls over the keys it may see.
 
     Like `tiled.py`, and for its reasons; here most keys have no query, and a matmul is one head's, so that in fp32 it
-    can be oneDNN's. The causal mask is added to a block's last square alone. Shapes: N (rows × key heads), R query
-    heads that share a key head, M (queries of a block × R).
+    can be oneDNN's. The causal mask is added to what lies behind a block's first query alone. Shapes: N (rows × key
+    heads), R query heads that share a key head, M (queries of a block × R).
     """
     batch, groups, shared, time, _ = q_BGRTK.shape
     k_NSK, v_NSV = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (k_BSGK, v_BSGV))
     q_NRTK = q_BGRTK.flatten(0, 1) * scale
     held = k_NSK.shape[1] - time
     o_NRTV = q_NRTK.new_empty(*q_NRTK.shape[:3], v_NSV.shape[-1])
-    later_TT = torch.full((ROWS, ROWS), -torch.inf, dtype=q_NRTK.dtype).triu_(1)
     for begin in range(0, time, ROWS):
         rows = min(ROWS, time - begin)
-        seen = held + begin + rows
+        first = held + begin
+        seen = min(rounded_up(first + rows, ROWS), k_NSK.shape[1])
+        later_TS = torch.full((rows, seen - first), -torch.inf, dtype=q_NRTK.dtype).triu_(1)
         for n in range(batch * groups):
             q_MK = q_NRTK[n, :, begin : begin + rows].flatten(0, 1)
             score_RTS = linear(q_MK, k_NSK[n, :seen]).unflatten(0, (shared, rows))
-            score_RTS[..., seen - rows :] += later_TT[:rows, :rows]
+            score_RTS[..., first:] += later_TS
             o_MV = linear(score_RTS.softmax(dim=-1).flatten(0, 1), v_NSV[n, :seen].mT)
             o_NRTV[n, :, begin : begin + rows] = o_MV.unflatten(0, (shared, rows))
     return o_NRTV.unflatten(0, (batch, groups)).permute(0, 3, 1, 2, 4).flatten(2, 3)
@@ -84,12 +85,11 @@ def attend_to_latents(
     """(B, T, H, R): attention to the first `filled` latents of a state, which are keys and values of all heads.
 
     The mask is as in `attend_to_cache`. Plain matmuls, which read the latents as they lie: for one row, on a CPU, by
-    oneDNN. It prepares itself for every new shape, which takes as long as many products; so one new token reads up to
-    the next multiple of `LENGTHS`, and what lies behind is masked. Queries are taken in blocks.
+    oneDNN. One new token reads up to a rounded length, and what lies behind is masked. Queries are taken in blocks.
     """
     _, time, heads, _ = q_BTHR.shape
     if allowed_BTS is None and time == 1:
-        size = min(-(-filled // LENGTHS) * LENGTHS, latent_BSR.shape[1])
+        size = min(rounded_up(filled, LENGTHS), latent_BSR.shape[1])
         return _latent_block(q_BTHR * scale, latent_BSR[:, :size].to(q_BTHR.dtype), filled, None)
     latent_BSR = latent_BSR[:, :filled].to(q_BTHR.dtype)
     if allowed_BTS is None:
@@ -113,3 +113,12 @@ def _times(x_BTHK: Tensor, y_BSK: Tensor) -> Tensor:
     x_BMK = x_BTHK.flatten(1, 2)
     product_BMS = linear(x_BMK, y_BSK[0]) if y_BSK.shape[0] == 1 else torch.bmm(x_BMK, y_BSK.mT)
     return product_BMS.unflatten(1, x_BTHK.shape[1:3])
+
+
+def rounded_up(length: int, least: int) -> int:
+    """The next of few lengths: a multiple of `least`, or of a sixteenth of the power of two below, if that is more.
+
+    oneDNN prepares itself for every new shape, which takes longer than a product, and keeps what it made.
+    """
+    step = max(least, 1 << max(0, length.bit_length() - 5))
+    return -(-length // step) * step
