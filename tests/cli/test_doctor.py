@@ -42,7 +42,7 @@ def test_it_describes_this_machine_and_every_check_passes(told: dict) -> None:
 def test_every_backend_is_there_or_says_what_it_needs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(self_check, "_checks", lambda: [])
+    monkeypatch.setattr(self_check, "_checks", list)
     monkeypatch.setattr("swamla.cli.doctor.resolve_device", lambda asked: CPU)
     assert main(["doctor", "--json"]) == 0
     backends = json.loads(capsys.readouterr().out)["backends"]
