@@ -335,3 +335,10 @@ def test_only_few_rows_meet_the_weights_of_8_bits() -> None:
         assert_close(layer(x), expected, 1e-5)
         few = layer(x[:, :16])
     assert 1e-4 < (few - expected[:, :16]).abs().max() < 0.1
+
+
+@torch.no_grad()
+def test_linear_follows_autocast() -> None:
+    weight, x = torch.randn(512, 384), torch.randn(20, 384)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16

@@ -9,12 +9,12 @@ WEIGHTS, ROWS = 2**17, 16
 
 
 def linear(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b over the last dimension of x, the same as `F.linear`; where gradients are wanted, it is `F.linear`.
+    """x Wᵀ + b over the last dimension of x, the same as `F.linear`; with gradients or autocast it is `F.linear`.
 
     In fp32 on a CPU PyTorch leaves this to MKL, which on other makers' processors runs at half the rate of oneDNN, for
     one row as for many; oneDNN comes with PyTorch, which itself uses it for bf16.
     """
-    if torch.is_grad_enabled() or not _suits_onednn(x, weight_FD):
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not _suits_onednn(x, weight_FD):
         return F.linear(x, weight_FD, bias_F)
     return torch.ops.mkldnn._linear_pointwise(x, weight_FD, bias_F, "none", [], "")
 

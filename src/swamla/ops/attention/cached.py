@@ -6,7 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from swamla.ops.linear import linear
 
-ROWS = 128  # queries of one block on a CPU: enough for the rate of its matmul, and scores that stay in the cache
+ROWS = 128  # of one block's scores on a CPU: enough for the rate of its matmul, and they stay in the cache
 SCORES = 16_000_000  # of one block of absorbed queries, which bounds its memory
 LENGTHS = 256  # of a state of latents, one token reads a multiple of this
 
@@ -20,6 +20,10 @@ def attend_to_cache(
     that share a key head are stacked as rows of it, so that the cache is never copied per head.
     """
     time, groups = q_BTHK.shape[1], k_BSGK.shape[2]
+    if allowed_BTS is None and time == 1 and k_BSGK.shape[-1] == v_BSGV.shape[-1]:
+        q_BGRK = q_BTHK.squeeze(1).unflatten(1, (groups, -1))
+        k_BGSK, v_BGSV = k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2)
+        return scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSV, scale=scale).flatten(1, 2).unsqueeze(1)
     q_BGRTK = q_BTHK.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
     if allowed_BTS is None and time > 1:
         if q_BTHK.device.type == "cpu":
@@ -65,8 +69,9 @@ def _in_blocks(q_BGRTK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float) ->
     q_NRTK = q_BGRTK.flatten(0, 1) * scale
     held = k_NSK.shape[1] - time
     o_NRTV = q_NRTK.new_empty(*q_NRTK.shape[:3], v_NSV.shape[-1])
-    for begin in range(0, time, ROWS):
-        rows = min(ROWS, time - begin)
+    block = max(1, ROWS // shared)
+    for begin in range(0, time, block):
+        rows = min(block, time - begin)
         first = held + begin
         seen = min(rounded_up(first + rows, ROWS), k_NSK.shape[1])
         later_TS = torch.full((rows, seen - first), -torch.inf, dtype=q_NRTK.dtype).triu_(1)
