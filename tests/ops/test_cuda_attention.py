@@ -125,7 +125,7 @@ def test_packed_rows_go_to_flex(monkeypatch):
 def test_auto_on_cuda_is_cudnn_for_causal_and_flex_for_windowed_attention():
     assert resolve_backend("auto", "cuda") == "cudnn"
     assert resolve_backend("auto", "cuda", windowed=True) == "flex"
-    for config, backend in ((MHAConfig(n_heads=2), "cudnn"), (SWAConfig(n_heads=2), "flex")):
+    for config, backend in ((MHAConfig(n_heads=2), "cudnn (packed rows: flex)"), (SWAConfig(n_heads=2), "flex")):
         assert config.backends(torch.device("cuda"), 64, torch.bfloat16) == {"attention": backend}
     for windowed in (False, True):
         assert resolve_backend("auto", "cpu", windowed=windowed) == "torch"

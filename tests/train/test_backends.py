@@ -27,10 +27,13 @@ def with_backend(name, backend):
 @pytest.mark.parametrize("name", MIXERS)
 def test_auto_is_resolved_by_device_and_a_name_is_taken_as_it_is(name):
     op = "delta rule" if name.startswith("gdn") else "attention"
-    on_cuda = {"delta rule": "torch", "attention": "flex" if name == "swa" else "cudnn"}
+    on_cuda = {"delta rule": "torch", "attention": "flex" if name == "swa" else "cudnn (packed rows: flex)"}
     assert resolve_backends(model_of(name), CPU) == {op: "torch"}
     assert resolve_backends(model_of(name), CUDA) == {op: on_cuda[op]}
     assert resolve_backends(with_backend(name, "reference"), CUDA) == {op: "reference"}
+    fp32 = resolve_backends(model_of(name), CUDA, "fp32")[op]
+    assert fp32.startswith(on_cuda[op].partition(" ")[0])
+    assert ("fp32: memory-efficient" in fp32) == fp32.startswith("cudnn")
 
 
 def test_a_hybrid_tells_every_op_and_blocks_that_differ():

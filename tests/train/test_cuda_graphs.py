@@ -97,6 +97,26 @@ def test_every_mixer_is_one_graph_and_other_documents_compile_nothing_anew(name)
     assert len(graphs) == 2  # of rows that are one document, and of packed ones
 
 
+def test_layers_alike_share_a_graph_whatever_the_layers_before_them_made_of_the_layout():
+    configs = [BlockConfig(mixer=MIXERS[name]) for name in ("swa", "mla", "swa", "mla", "gdn", "gdn", "swa")]
+    graphs = []
+
+    def counted(graph, _):
+        graphs.append(graph)
+        return graph
+
+    blocks = [built(config, "meta").bfloat16() for config in configs]
+    runs = [torch.compile(block.mix, fullgraph=True, dynamic=False, backend=counted) for block in blocks]
+    for rows in PACKINGS[1:]:
+        seq = layout(rows)
+        x = torch.empty(*seq.shape, WIDTH, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        for config, run in zip(configs, runs, strict=True):
+            config.mixer.prepare(seq, WIDTH)
+            x = run(x, seq)
+        x.sum().backward()
+    assert len(graphs) == 3
+
+
 def test_backends_that_loop_over_documents_end_graphs():
     config = BlockConfig(mixer=replace(MIXERS["swa"], backend="reference"))
     run, _ = compiled(built(config, "meta").bfloat16().mix)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from swamla.errors import require
 from swamla.model.mixers.mixer import Mixer, State, absorb, append, attend_to_held, causal_mask, expansion_pays_from
 from swamla.ops import causal_attention
-from swamla.ops.attention import BACKENDS, prepare_attention, resolve_backend
+from swamla.ops.attention import BACKENDS, describe_backend, prepare_attention
 from swamla.ops.attention.cached import attend_to_latents
 from swamla.ops.layout import Layout
 
@@ -54,7 +54,7 @@ class LatentConfig:
 
     def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
         """What computes which op on `device`. Raises `MissingBackendError` for a backend that cannot."""
-        return {"attention": resolve_backend(self.backend, device)}
+        return {"attention": describe_backend(self.backend, device, dtype)}
 
     def prepare(self, seq: Layout, width: int) -> None:
         """Make what a compiled graph would have to leave to make."""

@@ -11,7 +11,7 @@ from swamla.model.mixers.mixer import Mixer, State, absorb, append, attend_to_he
 from swamla.model.norm import RMSNorm
 from swamla.model.rope import RopeConfig, rotate
 from swamla.ops import causal_attention
-from swamla.ops.attention import BACKENDS, prepare_attention, resolve_backend
+from swamla.ops.attention import BACKENDS, describe_backend, prepare_attention
 from swamla.ops.attention.cached import attend_to_latents
 from swamla.ops.layout import Layout
 
@@ -71,7 +71,7 @@ class MLAConfig:
 
     def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
         """What computes which op on `device`. Raises `MissingBackendError` for a backend that cannot."""
-        return {"attention": resolve_backend(self.backend, device)}
+        return {"attention": describe_backend(self.backend, device, dtype)}
 
     def prepare(self, seq: Layout, width: int) -> None:
         """Make what a compiled graph would have to leave to make."""

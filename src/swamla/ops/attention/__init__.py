@@ -39,6 +39,13 @@ def resolve_backend(backend: str, device: torch.device | str, *, windowed: bool 
     return backend
 
 
+def describe_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """`resolve_backend` of causal attention, for people: names the kernels that "cudnn" leaves to others."""
+    chosen = resolve_backend(backend, device)
+    others = "packed rows: flex" if dtype.itemsize == 2 else "fp32: memory-efficient, packed rows: flex"
+    return f"cudnn ({others})" if chosen == "cudnn" else chosen
+
+
 @open_to_graphs
 def causal_attention(
     q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, *, scale: float | None = None, backend: str = "auto"

@@ -92,7 +92,8 @@ def obstacle(device: torch.device, heads: int, key: int, value: int) -> str | No
 
     Tries the kernels once on a few tokens, and compares outputs and gradients with the reference.
     """
-    return _obstacle(str(device), heads, key, value)
+    unnamed = device.type == "cuda" and device.index is None and torch.cuda.is_available()
+    return _obstacle(f"cuda:{torch.cuda.current_device()}" if unnamed else str(device), heads, key, value)
 
 
 @lru_cache
