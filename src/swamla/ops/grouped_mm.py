@@ -28,8 +28,9 @@ def grouped_mm(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, *, backend: str
     Rows are sorted by expert: expert e owns those from ends[e − 1] (0 for the first) up to ends[e], which are int32 and
     end at N. Under autocast x and the weights are cast to its dtype. Gradients reach every expert: zeros where it owns
     no row. Backends: "reference" (a loop over experts, waits for the device), "torch" (`F.grouped_mm`, whose rows must
-    be a multiple of 16 bytes, not for doubles), "auto" ("torch": on a CPU it is as fast as the loop, and twice as fast
-    as padding all experts to one batch of equal sizes). Raises UsageError for what the backend cannot compute.
+    be a multiple of 16 bytes, not for doubles; on CUDA its kernel is for bf16, and other formats wait for the device),
+    "auto" ("torch": on a CPU it is as fast as the loop, and twice as fast as padding all experts to one batch of equal
+    sizes). Raises UsageError for what the backend cannot compute.
     """
     if x_ND.device.type in OUTSIDE or backend == "reference" or product_dtype(x_ND) != torch.bfloat16:
         return _outside(x_ND, weight_EDF, ends_E, backend)  # of the others the compiler knows bf16 alone
