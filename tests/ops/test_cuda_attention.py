@@ -73,6 +73,24 @@ def test_flex_attention_under_the_block_mask_is_the_reference(monkeypatch, key, 
         torch.testing.assert_close(o, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_kernels_are_compiled_for_a_length_then_for_all_and_windows_compile_nothing(monkeypatch):
+    graphs = []
+
+    def counted(graph, _):
+        graphs.append(graph)
+        return graph
+
+    function = torch.compile(uncompiled, fullgraph=True, backend=counted)
+    monkeypatch.setattr(flex, "_flex", lambda: function)
+    for time, window in ((140, 64), (140, 32), (300, 64), (200, 16), (130, 64), (700, 100)):
+        seq = documents([time - 50, 50], [time])
+        q, k, v = (x.detach() for x in random_inputs(seq, key=16, value=16))
+        o = flex.flex_attention(q, k, v, seq, window=window, sinks=4, scale=0.3)
+        expected = reference_attention(q, k, v, allowed_mask(seq, window=window, sinks=4), scale=0.3)
+        torch.testing.assert_close(o, expected, atol=1e-5, rtol=1e-5)
+    assert len(graphs) == 2
+
+
 def test_layers_of_one_window_share_one_block_mask():
     seq = documents([100, 100])
     assert flex.made_block_mask(seq, 64, 4) is flex.made_block_mask(seq, 64, 4)
