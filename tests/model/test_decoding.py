@@ -1,6 +1,7 @@
 """Steps as a graph records them: no question to the device, one shape a size, the same logits."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from swamla.errors import MissingBackendError, UsageError
 from swamla.model import decoding
-from swamla.model.decoding import EagerSteps, GraphSteps, Replay, fast_linears, size_read, steps_for
+from swamla.model.decoding import EagerSteps, GraphSteps, Replay, check_recordable, fast_linears, size_read, steps_for
 from swamla.model.language_model import LanguageModel, ModelState
 from swamla.model.sampling import Sampling, prefill
 from swamla.ops.int8 import Int8Matrix
@@ -180,6 +181,21 @@ def test_a_step_of_one_token_asks_the_device_nothing(kind: str, ffn: str) -> Non
         model.step(torch.ones(2, 1, dtype=torch.int64), level)
 
 
+@every_ffn
+@every_mixer
+@torch.inference_mode()
+def test_a_recorded_step_stays_on_its_device(monkeypatch: pytest.MonkeyPatch, kind: str, ffn: str) -> None:
+    """The device "meta" has no numbers to ask for, takes no tensor of a CPU, and goes the ways of an accelerator."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which does not know that device
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    model = of_one_mixer(kind, ffn).to("meta", torch.bfloat16)
+    state = model.init_state(2, 40)
+    seq = Layout.one_more(state.length_B, 32)
+    x = model.read_at(torch.zeros(2, 1, dtype=torch.int64, device="meta"), state, seq)
+    state.length_B += 1
+    assert model.head(x).shape == (2, 1, 31)
+
+
 @torch.inference_mode()
 def test_what_a_graph_cannot_record_is_noticed() -> None:
     x = torch.arange(3)
@@ -235,6 +251,15 @@ def test_generation_by_graphs_draws_the_same_tokens(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("swamla.model.sampling.steps_for", graph_steps)
     assert model.generate(PROMPTS, 15, **settings, decoding="graph") == expected
     assert asked == ["graph"]
+
+
+@pytest.mark.parametrize("ffn", ["moe", "latent_moe"])
+def test_graphs_with_experts_in_fp32_are_refused(ffn: str) -> None:
+    model = of_one_mixer("mha", ffn)
+    with pytest.raises(UsageError, match=r"experts in torch\.float32, .* the model in bfloat16"):
+        check_recordable(model)
+    check_recordable(model.bfloat16())
+    check_recordable(of_one_mixer("mha"))
 
 
 def test_graphs_without_a_gpu_and_unknown_names_are_refused() -> None:

@@ -117,7 +117,20 @@ def steps_for(decoding: str, model: "LanguageModel", state: "ModelState") -> Eag
         raise MissingBackendError(
             f'decoding = "{decoding}" is for {needed.upper()}, the model is on {device}: use "eager"'
         )
-    return GraphSteps(model, state, CudaGraphs()) if decoding == "graph" else EagerSteps(model, state)
+    if decoding != "graph":
+        return EagerSteps(model, state)
+    check_recordable(model)
+    return GraphSteps(model, state, CudaGraphs())
+
+
+def check_recordable(model: nn.Module) -> None:
+    """Raises UsageError for experts that only a loop multiplies, which asks the device how many rows each has."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3 and parameter.dtype != torch.bfloat16:
+            raise UsageError(
+                f'decoding = "graph": {name} are experts in {parameter.dtype}, which CUDA multiplies without a graph '
+                'only: use "eager", or the model in bfloat16'
+            )
 
 
 @contextmanager
