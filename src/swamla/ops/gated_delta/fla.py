@@ -241,7 +241,8 @@ def _compute(
     q, k, v, log_alpha, beta = (x.contiguous() for x in inputs)
     documents = {} if bounds is None else {"cu_seqlens": bounds, "cu_seqlens_cpu": host_bounds}
     state = {"initial_state": initial, "output_final_state": True}
-    return chunk_gated_delta_rule(q, k, v, g=log_alpha, beta=beta, scale=scale, **state, **documents)
+    with torch.autocast(q.device.type, enabled=False):  # backwards there is none
+        return chunk_gated_delta_rule(q, k, v, g=log_alpha, beta=beta, scale=scale, **state, **documents)
 
 
 def _joined(x_BTX: Tensor) -> Tensor:
