@@ -48,7 +48,8 @@ def describe_backend(
     chosen = resolve_backend(backend, device, heads=heads, key=key, value=value, dtype=dtype)
     if (backend, chosen, device.type) != ("auto", "torch", "cuda") or not installed():
         return chosen
-    return f"torch (fla {obstacle(device, heads, key, value) or 'takes bf16 or fp16'})"
+    reason = obstacle(device, heads, key, value) or "takes bf16 or fp16"
+    return f"torch (fla {reason.partition(':')[0]})"
 
 
 def prepare_rule(seq: Layout, backend: str, *, heads: int, key: int, value: int) -> None:

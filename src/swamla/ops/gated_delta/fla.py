@@ -157,7 +157,7 @@ def _probe(device: str, heads: int, key: int, value: int) -> str | None:
                 results.append([o, final, *torch.autograd.grad(o.float().square().sum() + final.sum(), leaves)])
     except Exception as error:  # whatever it cannot do is what the user wants to know
         first_line = (str(error).splitlines() or [""])[0]
-        return f'fails on this device ({type(error).__name__}: {first_line}): use "torch"'
+        return f'fails on this device: {type(error).__name__}: {first_line}: use "torch"'
     worst = max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(*results, strict=True))
     if not worst <= PROBE_TOLERANCE:
         return f'is wrong on this device by {worst:.1e} of the reference: use "torch"'
