@@ -25,7 +25,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # that it has no kerne
 
 from benchmarks.libraries import nanogpt_module
 from benchmarks.running import Bench
-from benchmarks.tables import choices, data, generation, ops, optimizers, scaling, startup, training
+from benchmarks.tables import choices, data, generation, ops, optimizers, profile, scaling, startup, training
 from swamla.bench.measuring import ceilings, machine
 from swamla.bench.results import Results
 from swamla.errors import UsageError
@@ -38,6 +38,7 @@ TABLES: dict[str, tuple[Callable[[Bench], None], float]] = {
     optimizers.TABLE: (optimizers.measure, 25),
     generation.TABLE: (generation.measure, 150),
     scaling.TABLE: (scaling.measure, 45),
+    profile.TABLE: (profile.measure, 20),
     choices.TABLE: (choices.measure, 60),
     data.TABLE: (data.measure, 35),
     startup.TABLE: (startup.measure, 15),

@@ -179,6 +179,13 @@ def scaling(results: Results) -> str:
     return footed(results, "scaling", listed(results.rows["scaling"], columns))
 
 
+def profile(results: Results) -> str:
+    kinds = [key for key, value in results.rows["profile"][0].items() if type(value) is float]
+    columns: dict[str, Cell] = {"": lambda row: shown(row["name"])}
+    columns |= {name: lambda row, name=name: f"{row[name]:.0%}" for name in kinds}
+    return footed(results, "profile", listed(results.rows["profile"], columns))
+
+
 def choices(results: Results) -> str:
     columns: dict[str, Cell] = {
         "": lambda row: f"{row['axis']}: {row['name']}",
@@ -228,6 +235,7 @@ _TABLES: dict[str, Callable[[Results], str]] = {
     "optimizers": optimizers,
     "generation": generation,
     "scaling": scaling,
+    "profile": profile,
     "choices": choices,
     "data": data,
     "start-up": startup,
