@@ -14,7 +14,8 @@ from swamla.model.decoding import fast_linears, steps_for
 if TYPE_CHECKING:
     from swamla.model.language_model import LanguageModel, ModelState
 
-PREFILL_PIECE = 4096  # tokens of prompts taken at once: bounds the activations
+PREFILL_PIECE = 4096  # tokens of prompts taken at once: bounds the activations, of which accelerators hold more
+ON_ACCELERATORS = 16  # times as many
 MASKED_PIECE = 512  # of a row, where some have ended: bounds the attention mask at 512 × prompt length
 
 
@@ -125,7 +126,8 @@ def prefill(model: "LanguageModel", prompts: Sequence[Sequence[int]], state: "Mo
     tokens_BT = tokens_BT.to(model.device)
     valid_BT = torch.arange(longest, device=model.device) < lengths_B[:, None]
     last_BD = torch.zeros(len(prompts), model.config.width, dtype=model.embedding.weight.dtype, device=model.device)
-    for begin, end in _pieces(int(lengths_B.min()), longest, len(prompts)):
+    at_once = PREFILL_PIECE * (1 if model.device.type == "cpu" else ON_ACCELERATORS)
+    for begin, end in _pieces(int(lengths_B.min()), longest, max(1, at_once // len(prompts))):
         x_BTD = model.read(tokens_BT[:, begin:end], state, valid_BT[:, begin:end])
         index_B = lengths_B - 1 - begin
         ends_here_B = (index_B >= 0) & (index_B < x_BTD.shape[1])
@@ -134,9 +136,8 @@ def prefill(model: "LanguageModel", prompts: Sequence[Sequence[int]], state: "Mo
     return model.head(last_BD)
 
 
-def _pieces(shortest: int, longest: int, batch: int) -> Iterator[tuple[int, int]]:
+def _pieces(shortest: int, longest: int, large: int) -> Iterator[tuple[int, int]]:
     """Where prompts are cut: large pieces as long as no row has ended, and then small ones, which need masks."""
-    large = max(1, PREFILL_PIECE // batch)
     for begin in range(0, shortest, large):
         yield begin, min(begin + large, shortest)
     small = min(large, MASKED_PIECE)

@@ -7,7 +7,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from swamla.ops.linear import linear
 
 ROWS = 128  # of one block's scores on a CPU: enough for the rate of its matmul, and they stay in the cache
-SCORES = 16_000_000  # of one block of absorbed queries, which bounds its memory
+SCORES = 16_000_000  # of one block of absorbed queries, which bounds its memory, of which accelerators have more
+ON_ACCELERATORS = 16  # times as many
 LENGTHS = 256  # of a state of latents, one token reads a multiple of this
 
 
@@ -99,7 +100,8 @@ def attend_to_latents(
     latent_BSR = latent_BSR[:, :filled].to(q_BTHR.dtype)
     if allowed_BTS is None:
         allowed_BTS = torch.ones(1, time, filled, dtype=torch.bool, device=q_BTHR.device).tril(filled - time)
-    rows = max(1, SCORES // (latent_BSR.shape[0] * heads * filled))
+    most = SCORES if q_BTHR.device.type == "cpu" else ON_ACCELERATORS * SCORES
+    rows = max(1, most // (latent_BSR.shape[0] * heads * filled))
     parts = [slice(begin, begin + rows) for begin in range(0, time, rows)]
     blocks = [_latent_block(q_BTHR[:, part] * scale, latent_BSR, filled, allowed_BTS[:, part]) for part in parts]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
