@@ -17,6 +17,7 @@ PACKED = {
     "padding": random_layout(6, time=300),
     "on blocks": documents([128, 256, 128], [512]),
     "around blocks": documents([127, 129, 1, 255], [1, 511]),
+    "short": documents([30, 10], [1, 39]),
 }
 
 

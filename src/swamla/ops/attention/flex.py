@@ -12,6 +12,7 @@ from swamla.ops.layout import Layout
 
 BLOCK = 128  # tokens a block of the mask has on either side: FlexAttention's own, a multiple of every kernel's tile
 NARROWEST = 16  # heads its kernels take
+KERNEL = {"FORCE_USE_FLEX_ATTENTION": True}  # never the one for decoding, which short rows would get
 
 
 def flex_attention(
@@ -21,7 +22,8 @@ def flex_attention(
     refuse_doubles("flex", q_BTHK)
     mask = made_block_mask(seq, window, sinks)
     q, k, v = (at_least(NARROWEST, x.transpose(1, 2)) for x in (q_BTHK, k_BTGK, v_BTGV))
-    o = _flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    grouped = q.shape[1] != k.shape[1]
+    o = _flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=KERNEL)
     return o[..., : v_BTGV.shape[-1]].transpose(1, 2)
 
 
