@@ -295,6 +295,20 @@ def test_linear_leaves_other_formats_to_torch(dtype: torch.dtype) -> None:
     assert torch.equal(linear(x.float()[:, ::2], strided), nn.functional.linear(x.float()[:, ::2], strided))
 
 
+def test_fast_linears_leave_other_layers_and_other_weights_alone() -> None:
+    class OtherLinear(nn.Linear):
+        pass
+
+    class OtherTensor(torch.Tensor):
+        pass
+
+    shared, elsewhere = nn.Linear(4, 4), nn.Linear(4, 4, device="meta")
+    shared.weight = nn.Parameter(torch.zeros(4, 4).as_subclass(OtherTensor))
+    model = nn.Sequential(OtherLinear(4, 4), shared, elsewhere, nn.Linear(4, 4))
+    with fast_linears(model):
+        assert ["forward" in vars(layer) for layer in model] == [False, False, False, True]
+
+
 def test_fast_linears_last_as_long_as_they_should_and_hooks_go_on_working() -> None:
     model, seen = of_one_mixer("mha"), []
     hook = model.head.register_forward_hook(lambda *_: seen.append(1))

@@ -138,10 +138,12 @@ def fast_linears(model: nn.Module, *, int8: bool = False) -> Iterator[None]:
     """While it lasts, linear layers on a CPU multiply by `ops.linear`, which knows no gradients but better kernels.
 
     int8: few rows are multiplied by weights rounded to 8 bits, made here; more, as of a prompt, by the weights
-    themselves. Layers of other kinds, e.g. those that train in fp8, are left as they are, and so are experts.
+    themselves. Left as they are: layers of other kinds, e.g. those that train in fp8, experts, and weights that are no
+    plain tensors, e.g. shares of sharded ones.
     """
-    linears = [layer for layer in model.modules() if type(layer) is nn.Linear and layer.weight.device.type == "cpu"]
-    layers = [layer for layer in linears if "forward" not in vars(layer)]
+    linears = [layer for layer in model.modules() if type(layer) is nn.Linear and "forward" not in vars(layer)]
+    plain = [layer for layer in linears if type(layer.weight) is nn.Parameter]
+    layers = [layer for layer in plain if layer.weight.device.type == "cpu"]
     for layer in layers:
         rounded = Int8Matrix.of(layer.weight) if int8 and Int8Matrix.fits(layer.weight) else None
         layer.forward = partial(_multiply, layer, rounded)  # type: ignore[method-assign]
