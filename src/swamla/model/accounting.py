@@ -82,18 +82,30 @@ def parameter_shapes(config: LanguageModelConfig) -> list[tuple[str, tuple[int, 
 
 
 def activation_bytes(
-    config: LanguageModelConfig, tokens: int, *, element_bytes: int = 4, checkpointing: Checkpointing = "none"
+    config: LanguageModelConfig,
+    tokens: int,
+    *,
+    element_bytes: int = 4,
+    checkpointing: Checkpointing = "none",
+    length: int | None = None,
+    device: str = "cpu",
 ) -> int:
     """About the bytes that a training step keeps of `tokens` tokens for its backward pass.
 
-    Counted is, for every matrix that a token meets, its input and its output, `element_bytes` a number; the residual
-    stream before each norm in fp32; and with 2 bytes a number the weights' copies in it. With `checkpointing` the parts
-    that are computed again keep their input, and the largest of them is held once. Left out are what elementwise
+    length: of their documents, one of all tokens unless given. Counted is, for every matrix that a token meets, its
+    input and its output, `element_bytes` a number; the residual stream before each norm in fp32; with 2 bytes a number
+    the weights' copies in it; and on a CPU the attention weights that are not computed again. With `checkpointing` the
+    parts that are computed again keep their input, and the largest of them is held once. Left out are what elementwise
     operations keep besides, the loss's piece of the logits, and buffers inside operations: measured, a model keeps
     0.9 to 1.4 times this.
     """
     residual = 4 * config.width
     parts = {name: _kept_numbers(block, config.width) for name, block in config.blocks.items()}
+    if device == "cpu":
+        for name, block in config.blocks.items():
+            mixer, ffn = parts[name]
+            mixer += block.mixer.kept_weights(config.width, length or tokens, bf16=element_bytes == 2)
+            parts[name] = mixer, ffn
     again = (checkpointing in ("attention", "all"), checkpointing in ("ffn", "all"))
     kept = largest = 0.0
     for name in config.pattern:

@@ -52,6 +52,8 @@ def training_bytes(config: RunConfig, place: Place) -> dict[str, int]:
             train.batch_size // place.ranks // train.accumulation * train.block_size,
             element_bytes=4 if place.precision == "fp32" else 2,
             checkpointing=train.checkpointing,
+            length=train.block_size,
+            device=place.device.type,
         ),
     }
 

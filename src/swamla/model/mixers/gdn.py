@@ -102,6 +102,10 @@ class GDNConfig:
             return gates + sum(self.latent_dim * (into + out) for into, out in ends)
         return gates + sum(into * out for into, out in ends)
 
+    def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
+        """Attention weights that a token keeps for the backward pass: there are none."""
+        return 0.0
+
     def n_parameters(self, width: int) -> int:
         """Parameters of the module; ConfigError where `latent_dim` is larger than the width it compresses."""
         allowed = f"a rank larger than the width {width} compresses nothing"

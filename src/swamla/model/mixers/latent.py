@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from swamla.errors import require
 from swamla.model.mixers.mixer import Mixer, State, absorb, append, attend_to_held, causal_mask, expansion_pays_from
 from swamla.ops import causal_attention
-from swamla.ops.attention import BACKENDS, describe_backend, prepare_attention
+from swamla.ops.attention import BACKENDS, describe_backend, kept_causal_keys, prepare_attention
 from swamla.ops.attention.cached import attend_to_latents
 from swamla.ops.layout import Layout
 
@@ -63,6 +63,11 @@ class LatentConfig:
     def _projection_weights(self, width: int) -> int:
         latent = self.latent_dim(width)
         return 2 * width * latent + latent * (latent + width) + width * width
+
+    def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
+        """Attention weights that a token of a document keeps for the backward pass on a CPU, of all heads."""
+        key_width, value_width = self.latent_dim(width) // self.n_heads, width // self.n_heads
+        return self.n_heads * kept_causal_keys(length, bf16=bf16, key_width=key_width, value_width=value_width)
 
     def n_parameters(self, width: int) -> int:
         """Parameters of the module."""

@@ -10,7 +10,7 @@ from swamla.errors import require
 from swamla.model.mixers.mixer import Mixer, State, append, attend_to_held
 from swamla.model.rope import RopeConfig, rotate
 from swamla.ops import causal_attention
-from swamla.ops.attention import BACKENDS, describe_backend, prepare_attention
+from swamla.ops.attention import BACKENDS, describe_backend, kept_causal_keys, prepare_attention
 from swamla.ops.layout import Layout
 
 
@@ -72,6 +72,11 @@ class MHAConfig:
     def prepare(self, seq: Layout, width: int) -> None:
         """Make what a compiled graph would have to leave to make."""
         prepare_attention(seq, self.backend)
+
+    def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
+        """Attention weights that a token of a document keeps for the backward pass on a CPU, of all heads."""
+        key_dim = self.key_dim(width)
+        return self.n_heads * kept_causal_keys(length, bf16=bf16, key_width=key_dim, value_width=key_dim)
 
     def n_parameters(self, width: int) -> int:
         """Parameters of the module."""

@@ -11,7 +11,7 @@ from swamla.model.mixers.mixer import Mixer, State, absorb, append, attend_to_he
 from swamla.model.norm import RMSNorm
 from swamla.model.rope import RopeConfig, rotate
 from swamla.ops import causal_attention
-from swamla.ops.attention import BACKENDS, describe_backend, prepare_attention
+from swamla.ops.attention import BACKENDS, describe_backend, kept_causal_keys, prepare_attention
 from swamla.ops.attention.cached import attend_to_latents
 from swamla.ops.layout import Layout
 
@@ -76,6 +76,11 @@ class MLAConfig:
     def prepare(self, seq: Layout, width: int) -> None:
         """Make what a compiled graph would have to leave to make."""
         prepare_attention(seq, self.backend)
+
+    def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
+        """Attention weights that a token of a document keeps for the backward pass on a CPU, of all heads."""
+        widths = {"key_width": self.qk_head_dim, "value_width": self.v_head_dim}
+        return self.n_heads * kept_causal_keys(length, bf16=bf16, **widths)
 
     def n_parameters(self, width: int) -> int:
         """Parameters of the module; ConfigError where a rank is larger than the width it compresses."""

@@ -11,7 +11,7 @@ from swamla.errors import require
 from swamla.model.mixers.mha import MHA, KVState, MHAConfig
 from swamla.model.mixers.mixer import filled_mask, write_at
 from swamla.ops import cached_attention, windowed_attention
-from swamla.ops.attention import WINDOWED_BACKENDS, prepare_attention, resolve_backend
+from swamla.ops.attention import WINDOWED_BACKENDS, kept_keys, prepare_attention, resolve_backend
 from swamla.ops.layout import Layout
 
 
@@ -51,6 +51,10 @@ class SWAConfig(MHAConfig):
     def prepare(self, seq: Layout, width: int) -> None:
         """Make what a compiled graph would have to leave to make."""
         prepare_attention(seq, self.backend, window=self.window, sinks=self.sinks)
+
+    def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
+        """Attention weights that a token of a document keeps for the backward pass on a CPU, of all heads."""
+        return self.n_heads * kept_keys(length, self.window, self.sinks)
 
     def forward_flops(self, width: int, length: int) -> int:
         """Floating-point operations of one forward pass over one sequence of `length` tokens, window counted."""

@@ -5,15 +5,24 @@ from torch import Tensor
 
 from swamla.errors import MissingBackendError, UsageError, require
 from swamla.ops.attention.cached import attend_to_cache
-from swamla.ops.attention.causal import torch_causal_attention
+from swamla.ops.attention.causal import kept_causal_keys, torch_causal_attention
 from swamla.ops.attention.cudnn import cudnn_causal_attention
 from swamla.ops.attention.flex import flex_attention, made_block_mask
 from swamla.ops.attention.reference import allowed_mask, reference_attention
+from swamla.ops.attention.tiled import kept_keys
 from swamla.ops.attention.windowed import torch_windowed_attention
 from swamla.ops.graphs import OUTSIDE, open_to_graphs, outside_graphs
 from swamla.ops.layout import Layout
 
-__all__ = ["BACKENDS", "cached_attention", "causal_attention", "resolve_backend", "windowed_attention"]
+__all__ = [
+    "BACKENDS",
+    "cached_attention",
+    "causal_attention",
+    "kept_causal_keys",
+    "kept_keys",
+    "resolve_backend",
+    "windowed_attention",
+]
 
 BACKENDS = ("auto", "reference", "torch", "flex", "cudnn")
 WINDOWED_BACKENDS = ("auto", "reference", "torch", "flex")
