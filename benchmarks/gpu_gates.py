@@ -23,6 +23,7 @@ from swamla.ops import (
     l2_normalize,
     windowed_attention,
 )
+from swamla.ops.gated_delta.fla import obstacle
 from swamla.ops.layout import Layout
 from swamla.train.compile import compile_blocks
 from swamla.train.precision import autocast
@@ -66,11 +67,13 @@ def windowed_gate(place: Place, backend: str) -> Iterator[Figures]:
 
 
 def delta_rule_gate(place: Place, backend: str) -> Iterator[Figures]:
-    """The gated delta rule, heads 64 and 128 wide."""
+    """The gated delta rule, heads 128 and 64 wide, of those widths that the backend takes on this card, or of both."""
     time = 48 if place.quick else 500
+    device = torch.device(place.device)
+    widths = [width for width in (128, 64) if backend != "fla" or obstacle(device, 2, width, width) is None]
     cases: list[Case] = []
     for rows, seq in zip(("whole rows", "documents"), _layouts(place, time), strict=True):
-        for width in (64, 128):
+        for width in widths or (128, 64):
             q, k, v = _heads(place, seq, 2, 2, width, width)
             gates = [-0.3 * torch.rand(q.shape[:3], device=q.device), torch.rand(q.shape[:3], device=q.device)]
             cases.append((f"{width} wide, {rows}", partial(_delta_rule, seq=seq), [q, k, v, *gates]))

@@ -124,7 +124,7 @@ class OurStep:
         model, count = filled(config, device), count_parameters(config)
         self.flops_per_token = training_flops_per_token(config, length)
         self.parameters, self.active = count.total, count.active
-        self.backends = resolve_backends(config, device)
+        self.backends = resolve_backends(config, device, precision)
         self.notes = [convert_to_fp8(model, device)] if precision == "fp8" else []
         if compiled:
             compile_blocks(model, mode, device)
