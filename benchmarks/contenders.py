@@ -34,6 +34,7 @@ __all__ = [
 
 TOLERANCE = 0.02  # by which parameters may differ
 GPT2, QWEN3_NEXT, DEEPSEEK_V3, NANOGPT = "GPT-2", "Qwen3-Next", "DeepSeek-V3", "nanoGPT"
+INT8 = ", int8"  # behind a pattern: decodes with weights of 8 bits
 TRANSFORMERS = (GPT2, QWEN3_NEXT, DEEPSEEK_V3)
 
 
@@ -60,8 +61,9 @@ class Contender(ABC):
 class Ours(Contender):
     """A model of swamla."""
 
-    def __init__(self, pattern: str, config: LanguageModelConfig) -> None:
+    def __init__(self, pattern: str, config: LanguageModelConfig, *, int8: bool = False) -> None:
         super().__init__(pattern, config.build(seed=0), config)
+        self.int8 = int8  # whether it decodes with weights rounded to 8 bits
 
     def loss(self, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
         return self.model.loss(tokens_BT, labels_BT)[0] / labels_BT.numel()
@@ -74,7 +76,8 @@ class Ours(Contender):
 
         on_token() is called as soon as each is known.
         """
-        self.model.generate([prompt], count, sampling=Sampling(temperature=0), on_token=lambda *_: on_token())
+        greedy, decoding = Sampling(temperature=0), "int8" if self.int8 else "eager"
+        self.model.generate([prompt], count, sampling=greedy, on_token=lambda *_: on_token(), decoding=decoding)
         return self.model.init_state(1, len(prompt) + count - 1).nbytes  # as `generate` makes it, and then drops it
 
 
@@ -154,4 +157,5 @@ def _made(name: str, shape: Shape, length: int, nanogpt: Path | None) -> Contend
     if name == NANOGPT:
         assert nanogpt is not None, "a contender only where its folder was named"
         return NanoGPT(name, libraries.nanogpt(shape, length, nanogpt), gpt2_twin(shape), positions)
-    return Ours(name, shape.config(name))
+    pattern = name.removesuffix(INT8)
+    return Ours(pattern, shape.config(pattern), int8=name != pattern)

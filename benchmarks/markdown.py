@@ -29,7 +29,8 @@ def _cell(row: Row | None, cell: Cell) -> str:
 
 def shown(name: str) -> str:
     """Our patterns in the typewriter, other names as they are."""
-    return f"`{name}`" if set(name.split()) <= {"swa", "gdn", "mla", "mha"} else name
+    pattern, comma, rest = name.partition(",")
+    return f"`{pattern}`{comma}{rest}" if set(pattern.split()) <= {"swa", "gdn", "mla", "mha"} else name
 
 
 def folded(text: str) -> str:

@@ -7,19 +7,20 @@ them over all rounds. State bytes are read off live tensors: our state, their ca
 import time
 from itertools import pairwise
 
-from benchmarks.contenders import DEEPSEEK_V3, GPT2, QUICK, QWEN3_NEXT, Ours, Shape, Transformers, contender
+from benchmarks.contenders import DEEPSEEK_V3, GPT2, INT8, QUICK, QWEN3_NEXT, Ours, Shape, Transformers, contender
 from benchmarks.running import Bench, Maker
 from benchmarks.tables.training import HYBRIDS, OURS
 from swamla.bench.measuring import Timing
 from swamla.bench.results import Row
 
 TABLE = "generation"
-EVERYONE = (GPT2, DEEPSEEK_V3, QWEN3_NEXT, *OURS)
+ROUNDED = tuple(f"{name}{INT8}" for name in HYBRIDS)
+EVERYONE = (GPT2, DEEPSEEK_V3, QWEN3_NEXT, *OURS, *ROUNDED)
 # prompt, new tokens, contenders, rounds at most, seconds after which no further round begins
 PLAN = (
-    (128, 64, EVERYONE, 5, 15.0),
-    (2048, 48, EVERYONE, 3, 20.0),
-    (8192, 32, EVERYONE, 2, 40.0),
+    (128, 96, EVERYONE, 7, 20.0),
+    (2048, 64, EVERYONE, 3, 20.0),
+    (8192, 64, EVERYONE, 2, 45.0),
     (32768, 16, (GPT2, *HYBRIDS), 1, 0.0),
 )
 QUICK_PLAN = ((24, 3, EVERYONE, 1, 0.0), (48, 3, (GPT2, *HYBRIDS), 1, 0.0))

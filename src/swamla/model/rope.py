@@ -10,7 +10,7 @@ from torch import Tensor
 from swamla.errors import require
 from swamla.ops.graphs import OUTSIDE, open_to_graphs, outside_graphs
 from swamla.ops.layout import Layout
-from swamla.ops.rotary import rotate
+from swamla.ops.rotary import doubled, rotate, turn
 
 __all__ = ["LinearScaling", "RopeConfig", "YarnScaling", "rotate"]
 
@@ -118,6 +118,16 @@ class RopeConfig:
         if seq.position_BT.device.type in OUTSIDE or not torch.compiler.is_compiling():
             return self._shared(seq, head_dim)
         return self._angles(seq, head_dim)
+
+    def turn(self, x_BTHK: Tensor, seq: Layout, width: int) -> Tensor:
+        """Turn the last `width` elements of each head by their positions."""
+        if seq.position_BT.device.type in OUTSIDE or not torch.compiler.is_compiling():
+            return turn(x_BTHK, self._doubled(seq, width), self.layout)
+        return rotate(x_BTHK, self._angles(seq, width), self.layout)
+
+    @outside_graphs
+    def _doubled(self, seq: Layout, width: int) -> tuple[Tensor, Tensor]:
+        return seq.table(("rope, doubled", self, width), lambda: doubled(self.tables(seq, width), self.layout))
 
     @outside_graphs
     def _shared(self, seq: Layout, head_dim: int) -> tuple[Tensor, Tensor]:

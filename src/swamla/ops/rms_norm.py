@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+FEW = 2**14  # elements for which, without gradients, one call matters more than how often it walks over them
+
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / √(mean(x²) + eps) · weight over the last dimension; any shape, result in x's dtype.
@@ -14,7 +16,8 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     On CPUs, where PyTorch has no kernel for its backward pass, by a hand-written one that walks over x six times
     instead of some fifteen (first derivatives only); elsewhere PyTorch's own.
     """
-    if x.device.type != "cpu":
+    few = x.numel() <= FEW and not torch.is_grad_enabled()
+    if x.device.type != "cpu" or few:
         return F.rms_norm(x, (x.shape[-1],), weight_D.to(x.dtype), eps)
     return _RMSNorm.apply(x, weight_D, eps)
 

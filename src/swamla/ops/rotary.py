@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from swamla.ops.graphs import outside_graphs
 
+FEW = 2**14  # elements for which, without gradients, blocks would cost more than they save
 CPU_BLOCK = 200_000  # elements turned at a time on a CPU: in fp32, with their partners, they stay in the cache
 
 Tables = tuple[Tensor, Tensor]
@@ -19,13 +20,25 @@ def rotate(x_BTHK: Tensor, tables: Tables, layout: str) -> Tensor:
     tables: cos and sin, each (B or 1, T, 1, pairs). layout: "half" pairs the turned element i with i + pairs,
     "interleaved" 2i with 2i + 1. What stands in a head before the last 2 · pairs elements passes as it is.
     """
+    return turn(x_BTHK, doubled(tables, layout), layout)
+
+
+def doubled(tables: Tables, layout: str) -> Tables:
+    """The tables as `turn` takes them: for every element the cosine, and the sine by which its partner comes to it."""
     cos, sin = (_both(table, layout) for table in tables)
-    sin = _partners(sin, layout, sign=-1)
-    if x_BTHK.device.type == "cpu":
+    return cos, _partners(sin, layout, sign=-1)
+
+
+def turn(x_BTHK: Tensor, tables: Tables, layout: str) -> Tensor:
+    """`rotate` by `doubled` tables, which those who turn many times make once."""
+    cos, sin = tables
+    few = x_BTHK.numel() <= FEW and not torch.is_grad_enabled()
+    if x_BTHK.device.type == "cpu" and not few:
         return _in_blocks(x_BTHK, cos, sin, layout)
-    still, turned = x_BTHK.split((x_BTHK.shape[-1] - cos.shape[-1], cos.shape[-1]), dim=-1)
-    wide = turned.to(torch.promote_types(x_BTHK.dtype, torch.float32))
-    return torch.cat((still, (wide * cos + _partners(wide, layout) * sin).to(x_BTHK.dtype)), dim=-1)
+    width, turning = x_BTHK.shape[-1], cos.shape[-1]
+    wide = x_BTHK[..., width - turning :].to(torch.promote_types(x_BTHK.dtype, cos.dtype))
+    turned = torch.addcmul(wide * cos, _partners(wide, layout), sin).to(x_BTHK.dtype)
+    return turned if turning == width else torch.cat((x_BTHK[..., : width - turning], turned), dim=-1)
 
 
 def reference_rotate(x_BTHK: Tensor, tables: Tables, layout: str) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from swamla.errors import require
 from swamla.model.mixers.mixer import Mixer, State, append, attend_to_held
-from swamla.model.rope import RopeConfig, rotate
+from swamla.model.rope import RopeConfig
 from swamla.ops import causal_attention
 from swamla.ops.attention import BACKENDS, describe_backend, kept_causal_keys, prepare_attention
 from swamla.ops.layout import Layout
@@ -123,7 +123,7 @@ class MHA(Mixer[KVState]):
             q, k, v = qkv.split((config.n_heads, config.kv_heads, config.kv_heads), dim=2)
             return q, k, v
         qk, v = qkv.split((config.n_heads + config.kv_heads, config.kv_heads), dim=2)
-        qk = rotate(qk, config.rope.tables(seq, self.key_dim), config.rope.layout)
+        qk = config.rope.turn(qk, seq, self.key_dim)
         q, k = qk.split((config.n_heads, config.kv_heads), dim=2)
         return q, k, v
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from swamla.errors import require
 from swamla.model.mixers.mixer import Mixer, State, absorb, append, attend_to_held, causal_mask, expansion_pays_from
 from swamla.model.norm import RMSNorm
-from swamla.model.rope import RopeConfig, rotate
+from swamla.model.rope import RopeConfig
 from swamla.ops import causal_attention
 from swamla.ops.attention import BACKENDS, describe_backend, kept_causal_keys, prepare_attention
 from swamla.ops.attention.cached import attend_to_latents
@@ -140,17 +140,13 @@ class MLA(Mixer[MLAState]):
         """(B, T, H, nope + rope), of which the rotary part is turned."""
         config = self.config
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if config.q_lora_rank else self.q_proj(x_BTD)
-        return self._turned(q.unflatten(-1, (config.n_heads, -1)), seq)
+        return config.rope.turn(q.unflatten(-1, (config.n_heads, -1)), seq, config.qk_rope_head_dim)
 
     def compress(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Tensor]:
         """The latent (B, T, R), and the rotary key (B, T, 1, rope) that all heads share."""
         config = self.config
         latent, k_rope = self.kv_a_proj_with_mqa(x_BTD).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        return self.kv_a_layernorm(latent), self._turned(k_rope.unsqueeze(2), seq)
-
-    def _turned(self, x_BTHK: Tensor, seq: Layout) -> Tensor:
-        config = self.config
-        return rotate(x_BTHK, config.rope.tables(seq, config.qk_rope_head_dim), config.rope.layout)
+        return self.kv_a_layernorm(latent), config.rope.turn(k_rope.unsqueeze(2), seq, config.qk_rope_head_dim)
 
     def expand(self, latent_BTR: Tensor, k_rope_BT1K: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (B, T, H, nope + rope) and values (B, T, H, V) of every head."""
