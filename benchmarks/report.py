@@ -121,7 +121,7 @@ def training(results: Results) -> str:
         results,
         "training",
         f"Tokens/s, in brackets against {next(row['name'] for row in rows)}:\n\n{speed}",
-        f"Share of the bf16 matmul rate that the arithmetic of the model itself takes:\n\n{share}",
+        f"Share of the rate of bf16 matmuls in the same rounds that the model's own arithmetic takes:\n\n{share}",
         f"Peak memory of a step beyond weights and the optimizer's moments:\n\n{memory}",
     )
 

@@ -54,6 +54,21 @@ def test_the_upstream_gradient_scales_both_gradients():
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
+def test_nothing_but_the_loss_is_computed_where_no_gradient_is_wanted(monkeypatch):
+    x, weight, labels = inputs()
+    expected = chunked_cross_entropy(x, weight, labels, chunk=7)
+    monkeypatch.setattr("swamla.ops.cross_entropy._add_product", lambda *_: pytest.fail("a gradient was computed"))
+    with torch.no_grad():
+        assert torch.equal(chunked_cross_entropy(x, weight, labels, chunk=7), expected)
+
+
+def test_a_confident_prediction_keeps_its_small_loss():
+    logits = torch.tensor([[30.0, 20.8, 3.0, -5.0]])
+    loss = chunked_cross_entropy(logits, torch.eye(4), torch.tensor([0]))
+    exact = full_cross_entropy(logits.double(), torch.eye(4, dtype=torch.float64), torch.tensor([0]))
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-2, atol=0)
+
+
 def test_a_graph_that_is_kept_gives_the_same_gradients_again():
     x, weight, labels = inputs()
     loss = chunked_cross_entropy(x, weight, labels, chunk=7) * 0.37

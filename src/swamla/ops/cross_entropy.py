@@ -29,7 +29,7 @@ def chunked_cross_entropy(
     _check_labels(labels_N, weight_VD.shape[0], ignore)
     most = CUDA_LOGITS if x_ND.is_cuda else LOGITS
     rows = chunk or max(1, min(most // weight_VD.shape[0], -(-x_ND.shape[0] // 8)))
-    return _ChunkedCrossEntropy.apply(x_ND, weight_VD, labels_N, rows, ignore)
+    return _ChunkedCrossEntropy.apply(x_ND, weight_VD, labels_N, rows, ignore, torch.is_grad_enabled())
 
 
 def _check_labels(labels_N: Tensor, vocabulary: int, ignore: int) -> None:
@@ -53,12 +53,15 @@ def _product_dtype(x_ND: Tensor) -> torch.dtype:
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, rows: int, ignore: int) -> Tensor:
+    def forward(
+        ctx: Any, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, rows: int, ignore: int, gradients: bool
+    ) -> Tensor:
+        """gradients: whether any is wanted, which the context does not know."""
         dtype = _product_dtype(x_ND)
         sums = torch.promote_types(dtype, torch.float32)
         w_VD = weight_VD.to(dtype)
         total = x_ND.new_zeros((), dtype=sums)
-        need_x, need_weight = ctx.needs_input_grad[:2]
+        need_x, need_weight = (gradients and needed for needed in ctx.needs_input_grad[:2])
         dx_ND = torch.empty_like(x_ND) if need_x else None
         dw_VD = torch.zeros_like(weight_VD, dtype=sums) if need_weight else None
         turn = compiled(_turn_at_once) if x_ND.is_cuda else _losses_and_gradients
@@ -85,7 +88,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scale = torch.mul if torch._C._autograd._get_current_graph_task_keep_graph() else Tensor.mul_
         dx_ND = None if dx_ND is None else scale(dx_ND, upstream.to(dx_ND.dtype))
         dw_VD = None if dw_VD is None else scale(dw_VD, upstream).to(ctx.weight_dtype)
-        return dx_ND, dw_VD, None, None, None
+        return dx_ND, dw_VD, None, None, None, None
 
 
 def _add_product(dw_VD: Tensor, d_CV: Tensor, x_CD: Tensor) -> None:
@@ -111,7 +114,7 @@ def _losses_and_gradients(logits_CV: Tensor, labels_C: Tensor, ignore: int, need
         label_C, largest_C = wide_CV.gather(1, target_C1[rows])[:, 0], wide_CV.amax(dim=1)
         p_CV = torch.softmax(wide_CV, dim=1, out=wide_CV)
         # log Σ e^z, out of the largest probability, e^max / Σ e^z: softmax alone is half the cost of its logarithm.
-        loss_C = largest_C - p_CV.amax(dim=1).log() - label_C
+        loss_C = (largest_C - label_C) - p_CV.amax(dim=1).log()
         total += loss_C.where(counts_C[rows], 0).sum()
         if need_gradients:
             p_CV.scatter_add_(1, target_C1[rows], p_CV.new_full((len(p_CV), 1), -1.0))

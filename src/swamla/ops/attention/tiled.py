@@ -142,7 +142,9 @@ def tiled_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *, window: i
 
     Time and memory are linear in T for a given window, forward and backward. First derivatives only.
     """
-    return _TiledAttention.apply(q_BTHK, k_BTGK, v_BTGV, Band(window, sinks, scale, _rows_of_a_tile(window)))
+    return _TiledAttention.apply(
+        q_BTHK, k_BTGK, v_BTGV, Band(window, sinks, scale, _rows_of_a_tile(window)), torch.is_grad_enabled()
+    )
 
 
 def kept_keys(length: int, window: int, sinks: int) -> float:
@@ -158,11 +160,12 @@ def _rows_of_a_tile(window: int) -> int:
 
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, band: Band) -> Tensor:
+    def forward(ctx: Any, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, band: Band, gradients: bool) -> Tensor:
+        """gradients: whether any is wanted, which the context does not know."""
         q_NRTK, k_NTK, v_NTV = _heads_first(q_BTHK, k_BTGK), *_heads_of_keys(k_BTGK, v_BTGV)
         o_NRTV = q_NRTK.new_empty(*q_NRTK.shape[:3], v_NTV.shape[-1])
         kept: list[Tensor] = []
-        keep = any(ctx.needs_input_grad) and bool(kept_keys(q_NRTK.shape[2], band.window, band.sinks))
+        keep = gradients and any(ctx.needs_input_grad) and bool(kept_keys(q_NRTK.shape[2], band.window, band.sinks))
         for part, tile, (score, weight) in _walk(q_NRTK, band, buffers=2):
             if keep:
                 weight = torch.empty_like(score)
@@ -201,7 +204,7 @@ class _TiledAttention(torch.autograd.Function):
         batch = q_BTHK.shape[0]
         dq_BTHK = _heads_last(dq_NRTK.mul_(band.scale), batch)
         dk_BTGK = _heads_last(dk_NTK.mul_(band.scale).to(k_BTGK.dtype)[:, None], batch)
-        return dq_BTHK, dk_BTGK, _heads_last(dv_NTV.to(v_BTGV.dtype)[:, None], batch), None
+        return dq_BTHK, dk_BTGK, _heads_last(dv_NTV.to(v_BTGV.dtype)[:, None], batch), None, None
 
 
 def _walk(q_NRTK: Tensor, band: Band, buffers: int) -> Iterator[tuple[slice, Tile, tuple[Tensor, ...]]]:
