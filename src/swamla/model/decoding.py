@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +19,10 @@ if TYPE_CHECKING:
     from swamla.model.language_model import LanguageModel, ModelState
 
 DECODINGS = ("eager", "graph", "int8")
+NEEDED = {"graph": "cuda", "int8": "cpu"}  # the kind of device that one needs, if it does not run on any
 FEW_ROWS = 16  # up to which 8-bit weights multiply faster than fp32 ones
 SMALLEST = 256  # tokens that the first graph reads of a state; the next read twice as many each
+_CHANGING = Lock()  # held while layers are changed, so that nobody finds some of them
 
 Replay = Callable[[], Tensor]
 Record = Callable[[Callable[[], Tensor]], Replay]
@@ -104,19 +108,27 @@ class CudaGraphs:
         return replay
 
 
+def decodings_on(device: str) -> tuple[str, ...]:
+    """Those of `DECODINGS` that a kind of device has: ("eager", "int8") on "cpu"."""
+    return tuple(name for name in DECODINGS if NEEDED.get(name, device) == device)
+
+
 def steps_for(decoding: str, model: "LanguageModel", state: "ModelState") -> EagerSteps | GraphSteps:
     """The steps that a name means: "eager", and so "int8", which only concerns weights, or on CUDA "graph".
 
-    UsageError for an unknown one, MissingBackendError for one that the model's device does not have.
+    UsageError for an unknown one, or more rows than it is for; MissingBackendError for one that the model's device does
+    not have.
     """
     device = model.device.type
     if decoding not in DECODINGS:
         raise UsageError(f"decoding = {decoding!r}: must be one of {', '.join(map(repr, DECODINGS))}")
-    needed = {"graph": "cuda", "int8": "cpu"}.get(decoding, device)
-    if needed != device:
+    if decoding not in decodings_on(device):
         raise MissingBackendError(
-            f'decoding = "{decoding}" is for {needed.upper()}, the model is on {device}: use "eager"'
+            f'decoding = "{decoding}" is for {NEEDED[decoding].upper()}, the model is on {device}: use "eager"'
         )
+    rows = len(state.length_B)
+    if decoding == "int8" and rows > FEW_ROWS:
+        raise UsageError(f'decoding = "int8" is for at most {FEW_ROWS} prompts at once, not {rows}: use "eager"')
     if decoding != "graph":
         return EagerSteps(model, state)
     check_recordable(model)
@@ -137,25 +149,50 @@ def check_recordable(model: nn.Module) -> None:
 def fast_linears(model: nn.Module, *, int8: bool = False) -> Iterator[None]:
     """While it lasts, linear layers on a CPU multiply by `ops.linear`, which knows no gradients but better kernels.
 
-    int8: few rows are multiplied by weights rounded to 8 bits, made here; more, as of a prompt, by the weights
-    themselves. Left as they are: layers of other kinds, e.g. those that train in fp8, experts, and weights that are no
-    plain tensors, e.g. shares of sharded ones.
+    int8: few rows are multiplied by weights rounded to 8 bits, made here; more, by the weights themselves. Left as
+    they are: layers of other kinds, e.g. those that train in fp8, experts, and weights that are no plain tensors, e.g.
+    shares of sharded ones. UsageError where the model is in such use already and one of the two is int8.
     """
-    linears = [layer for layer in model.modules() if type(layer) is nn.Linear and "forward" not in vars(layer)]
-    plain = [layer for layer in linears if type(layer.weight) is nn.Parameter]
-    layers = [layer for layer in plain if layer.weight.device.type == "cpu"]
-    for layer in layers:
-        rounded = Int8Matrix.of(layer.weight) if int8 and Int8Matrix.fits(layer.weight) else None
-        layer.forward = partial(_multiply, layer, rounded)  # type: ignore[method-assign]
+    mine: list[_Product] = []
     try:
+        with _CHANGING:
+            mine = _products(model, int8)  # all of them before the first layer changes, as this can fail
+            for product in mine:
+                product.layer.forward = product  # type: ignore[method-assign]
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for product in mine:
+            vars(product.layer).pop("forward", None)
 
 
-def _multiply(layer: nn.Linear, rounded: Int8Matrix | None, x: Tensor) -> Tensor:
-    if rounded is None or x.numel() > FEW_ROWS * x.shape[-1]:
-        return linear(x, layer.weight, layer.bias)
-    y = rounded.times(x)
-    return y if layer.bias is None else y + layer.bias
+@dataclass(frozen=True, eq=False)
+class _Product:
+    """Stands in for a linear layer's `forward`. rounded: its weight in 8 bits, if it is to be used and there is one."""
+
+    layer: nn.Linear
+    int8: bool
+    rounded: Int8Matrix | None
+
+    def __call__(self, input: Tensor) -> Tensor:
+        layer = self.layer
+        if self.rounded is None or input.numel() > FEW_ROWS * input.shape[-1]:
+            return linear(input, layer.weight, layer.bias)
+        y = self.rounded.times(input)
+        return y if layer.bias is None else y + layer.bias
+
+
+def _products(model: nn.Module, int8: bool) -> list[_Product]:
+    """Those of the layers that have none yet."""
+    linears = [layer for layer in model.modules() if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter]
+    layers = [layer for layer in linears if layer.weight.device.type == "cpu"]
+    others = [found for layer in layers if isinstance(found := vars(layer).get("forward"), _Product)]
+    if others and (int8 or any(other.int8 for other in others)):
+        raise UsageError(
+            "the model is generating already, and with weights of 8 bits it serves one use at a time: "
+            "wait for the other to end, or load the model twice"
+        )
+    return [
+        _Product(layer, int8, Int8Matrix.of(layer.weight) if int8 and Int8Matrix.fits(layer.weight) else None)
+        for layer in layers
+        if "forward" not in vars(layer)
+    ]

@@ -25,7 +25,7 @@ class ModelState:
     """What the model remembers of a batch of sequences: one state a layer, and how many tokens each row holds.
 
     held: that number where it is one for all rows, None where rows differ.  longest: the largest of those numbers.
-    Both are known without asking the device.
+    Both are known without asking the device, so only `advance`, and `GraphSteps` with `count`, may change `length_B`.
     """
 
     layers: list[State]

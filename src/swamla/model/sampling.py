@@ -84,9 +84,12 @@ def generate(
 
     A row ends with `stop_id`, which is not returned. known_ids: ids from there on are never drawn; a model may have
     more than its tokenizer. on_token(row, token) is called as soon as each token is known.
-    decoding: how the tokens after the first are computed. "eager"; on CUDA "graph", recorded launches; on a CPU
-    "int8", with weights rounded to 8 bits, which is faster but another function.
-    UsageError for an empty prompt, an id outside the vocabulary, or more tokens than learned positions.
+    decoding: how the tokens after the first are computed. "eager"; on CUDA "graph", recorded launches; on a CPU, for at
+    most 16 prompts, "int8": linear layers multiply by weights rounded to 8 bits, which is faster but another function.
+    Not rounded are routed experts, weights whose rows are no multiple of 16 numbers, and those that attention to
+    latents folds into queries and outputs.
+    UsageError for an empty prompt, an id outside the vocabulary, more tokens than learned positions, or more prompts
+    than "int8" is for.
     """
     _check(model, prompts, max_new_tokens)
     longest = max(len(prompt) for prompt in prompts)
@@ -98,8 +101,9 @@ def generate(
         state = model.init_state(len(prompts), longest + max_new_tokens - 1)  # the last token is not read back
         step = steps_for(decoding, model, state)
         done = [False] * len(prompts)
-        with fast_linears(model, int8=decoding == "int8"):
+        with fast_linears(model):
             logits_BV = prefill(model, prompts, state)
+        with fast_linears(model, int8=decoding == "int8"):
             for count in range(1, max_new_tokens + 1):
                 chosen = sampling.choose(logits_BV[:, :known_ids], generators)
                 for row, token in enumerate(chosen):

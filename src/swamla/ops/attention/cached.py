@@ -7,7 +7,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from swamla.ops.linear import linear
 
 ROWS = 128  # of one block's scores on a CPU: enough for the rate of its matmul, and they stay in the cache
-SCORES = 16_000_000  # of one block of absorbed queries, which bounds its memory, of which accelerators have more
+FEW = 1 << 14  # scores of such a block: with fewer, all rows and heads are multiplied at once
+SCORES = 16_000_000  # of a block of queries, or places of its mask: bounds memory, of which accelerators have more
 ON_ACCELERATORS = 16  # times as many
 LENGTHS = 256  # of a state of latents, one token reads a multiple of this
 
@@ -18,33 +19,57 @@ def attend_to_cache(
     """Dense attention, (B, T, H, V): under a mask, where a query that may see nothing gives zeros; or without.
 
     Without one the T queries are those of the last T of the S held tokens, and see all but later ones. The query heads
-    that share a key head are stacked as rows of it, so that the cache is never copied per head.
+    that share a key head are stacked as rows of it, so that the cache is never copied per head. Queries are taken in
+    blocks, which bounds the masks that are made here and the scores that are written out.
     """
-    time, groups = q_BTHK.shape[1], k_BSGK.shape[2]
-    if allowed_BTS is None and time == 1 and k_BSGK.shape[-1] == v_BSGV.shape[-1]:
+    batch, time, heads, _ = q_BTHK.shape
+    size, groups = k_BSGK.shape[1:3]
+    fused = k_BSGK.shape[-1] == v_BSGV.shape[-1]  # else PyTorch's kernels would turn the whole cache to fp32
+    if allowed_BTS is None and time == 1 and fused:
         q_BGRK = q_BTHK.squeeze(1).unflatten(1, (groups, -1))
         k_BGSK, v_BGSV = k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2)
         return scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSV, scale=scale).flatten(1, 2).unsqueeze(1)
     q_BGRTK = q_BTHK.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
-    if allowed_BTS is None and time > 1:
-        if q_BTHK.device.type == "cpu":
-            return _in_blocks(q_BGRTK, k_BSGK, v_BSGV, scale)
-        held = k_BSGK.shape[1] - time
-        allowed_BTS = torch.ones(1, time, held + time, dtype=torch.bool, device=q_BTHK.device).tril(held)
     shared = q_BGRTK.shape[2]
-    q_BGMK = q_BGRTK.flatten(2, 3)
-    allowed_B1MS = None
+    if allowed_BTS is None and q_BTHK.device.type == "cpu" and min(ROWS, shared * time) * size >= FEW:
+        return _in_blocks(q_BGRTK, k_BSGK, v_BSGV, scale)
+    masks = shared if allowed_BTS is None else batch * shared
+    blocks = [
+        _block(q_BGRTK[:, :, :, part], k_BSGK, v_BSGV, _mask(allowed_BTS, part, time, k_BSGK), scale, fused)
+        for part in _parts(time, size * (masks if fused else batch * heads), q_BTHK.device)
+    ]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+
+
+def _parts(time: int, numbers: int, device: torch.device) -> list[slice]:
+    """Blocks of queries, each query of which takes so many numbers."""
+    rows = max(1, (SCORES if device.type == "cpu" else ON_ACCELERATORS * SCORES) // numbers)
+    return [slice(begin, min(begin + rows, time)) for begin in range(0, time, rows)]
+
+
+def _mask(allowed_BTS: Tensor | None, part: slice, time: int, held_BSX: Tensor) -> Tensor:
+    """Of a block of queries, (B or 1, rows, S); made here where the last T of S tokens see all but later ones."""
     if allowed_BTS is not None:
-        allowed_B1MS = allowed_BTS[:, None].expand(-1, shared, -1, -1).flatten(1, 2)[:, None]
-    if k_BSGK.shape[-1] == v_BSGV.shape[-1]:
+        return allowed_BTS[:, part]
+    size = held_BSX.shape[1]
+    ones_1TS = torch.ones(1, part.stop - part.start, size, dtype=torch.bool, device=held_BSX.device)
+    return ones_1TS.tril(size - time + part.start)
+
+
+def _block(q_BGRTK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, allowed_BTS: Tensor, scale: float, fused: bool) -> Tensor:
+    """(B, T, H, V), all heads at once."""
+    shared, time = q_BGRTK.shape[2:4]
+    q_BGMK = q_BGRTK.flatten(2, 3)
+    allowed_B1MS = allowed_BTS[:, None].expand(-1, shared, -1, -1).flatten(1, 2)[:, None]
+    if fused:
         k_BGSK, v_BGSV = k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2)
         o_BGMV = scaled_dot_product_attention(q_BGMK, k_BGSK, v_BGSV, attn_mask=allowed_B1MS, scale=scale)
-    else:  # PyTorch's kernels would turn the whole cache to fp32 at every token
+    else:
         o_BGMV = _matmuls(q_BGMK, k_BSGK, v_BSGV, allowed_B1MS, scale)
     return o_BGMV.unflatten(2, (shared, time)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def _matmuls(q_BGMK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, allowed_B1MS: Tensor | None, scale: float) -> Tensor:
+def _matmuls(q_BGMK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, allowed_B1MS: Tensor, scale: float) -> Tensor:
     score_BGMS = torch.matmul(q_BGMK * scale, k_BSGK.permute(0, 2, 3, 1))
     weight_BGMS = _masked(score_BGMS.to(torch.promote_types(q_BGMK.dtype, torch.float32)), allowed_B1MS)
     return torch.matmul(weight_BGMS.to(v_BSGV.dtype), v_BSGV.transpose(1, 2))
@@ -93,17 +118,15 @@ def attend_to_latents(
     The mask is as in `attend_to_cache`. Plain matmuls, which read the latents as they lie: for one row, on a CPU, by
     oneDNN. One new token reads up to a rounded length, and what lies behind is masked. Queries are taken in blocks.
     """
-    _, time, heads, _ = q_BTHR.shape
+    batch, time, heads, _ = q_BTHR.shape
     if allowed_BTS is None and time == 1:
         size = min(rounded_up(filled, LENGTHS), latent_BSR.shape[1])
         return _latent_block(q_BTHR * scale, latent_BSR[:, :size].to(q_BTHR.dtype), filled, None)
     latent_BSR = latent_BSR[:, :filled].to(q_BTHR.dtype)
-    if allowed_BTS is None:
-        allowed_BTS = torch.ones(1, time, filled, dtype=torch.bool, device=q_BTHR.device).tril(filled - time)
-    most = SCORES if q_BTHR.device.type == "cpu" else ON_ACCELERATORS * SCORES
-    rows = max(1, most // (latent_BSR.shape[0] * heads * filled))
-    parts = [slice(begin, begin + rows) for begin in range(0, time, rows)]
-    blocks = [_latent_block(q_BTHR[:, part] * scale, latent_BSR, filled, allowed_BTS[:, part]) for part in parts]
+    blocks = [
+        _latent_block(q_BTHR[:, part] * scale, latent_BSR, filled, _mask(allowed_BTS, part, time, latent_BSR))
+        for part in _parts(time, batch * heads * filled, q_BTHR.device)
+    ]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
 
