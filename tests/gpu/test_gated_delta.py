@@ -29,13 +29,14 @@ def layout(rows):
 
 def inputs(seq, dtype, heads, key, value):
     q, k = (F.normalize(randn(*seq.shape, heads, key, seed=i), dim=-1).to(dtype) for i in range(2))
-    v = randn(*seq.shape, heads, value, dtype=dtype, seed=2)
+    v = randn(*seq.shape, heads, 2 * value, dtype=dtype, seed=2)
     gates = [-0.3 * randn(*seq.shape, heads, seed=3).abs(), randn(*seq.shape, heads, seed=4).sigmoid()]
     return [q, k, v, *gates, randn(seq.shape[0], heads, key, value, seed=5)]
 
 
 def rule(seq, backend):
-    def compute(q, k, v, log_alpha, beta, state):
+    def compute(q, k, wide, log_alpha, beta, state):
+        v = wide.chunk(2, dim=-1)[0]  # a mixer's values are part of a wider tensor, too
         return gated_delta_rule(q, k, v, log_alpha, beta, seq=seq, initial_state_BHKV=state, backend=backend)
 
     return compute

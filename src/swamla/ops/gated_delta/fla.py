@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from swamla.errors import is_out_of_memory
 from swamla.ops.gated_delta.reference import recurrent_gated_delta_rule
 from swamla.ops.graphs import constant_in_graphs, outside_graphs
 from swamla.ops.layout import PADDING, Layout
@@ -90,16 +91,22 @@ def packing_of(seq: Layout) -> Packing:
 def obstacle(device: torch.device, heads: int, key: int, value: int) -> str | None:
     """Why these heads cannot be computed on `device`, to follow the word "fla"; None where they can.
 
-    Tries the kernels once on a few tokens, and compares outputs and gradients with the reference.
+    Tries the kernels once on a few tokens, and compares outputs and gradients with the reference; again the next time
+    where there was no memory for it.
     """
     unnamed = device.type == "cuda" and device.index is None and torch.cuda.is_available()
-    return _obstacle(f"cuda:{torch.cuda.current_device()}" if unnamed else str(device), heads, key, value)
+    try:
+        return _obstacle(f"cuda:{torch.cuda.current_device()}" if unnamed else str(device), heads, key, value)
+    except (RuntimeError, MemoryError) as error:  # which the cache does not keep
+        if not is_out_of_memory(error):
+            raise
+        return 'finds no memory on this device to be tried in: free some, or use "torch"'
 
 
 @lru_cache
 def _obstacle(device: str, heads: int, key: int, value: int) -> str | None:
     if not installed():
-        return "needs flash-linear-attention: pip install flash-linear-attention"
+        return "needs flash-linear-attention: pip install 'swamla[gpu]'"
     if not has_kernels(device):
         return f'needs a CUDA device, these tensors are on {device}: use "torch"'
     if key > WIDEST:
@@ -138,13 +145,15 @@ def _numbers(version_: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version_)[:3])
 
 
+@torch.inference_mode(False)  # a generation may be the first to ask
 def _probe(device: str, heads: int, key: int, value: int) -> str | None:
     """What goes wrong with two documents of 100 tokens, or None."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(heads, key), (heads, key), (heads, value), (heads,), (heads,)]
+    shapes = [(heads, key), (heads, key), (heads, 2 * value), (heads,), (heads,)]
     q, k, v, alpha, beta = (torch.randn(1, 100, *shape, generator=generator).to(device) for shape in shapes)
     q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
-    inputs = [*(x.bfloat16() for x in (q, k, v)), -alpha.exp(), beta.sigmoid()]
+    q, k, v = (x.bfloat16() for x in (q, k, v))
+    inputs = [q, k, v[..., :value], -alpha.exp(), beta.sigmoid()]  # a mixer's values are part of a wider tensor, too
     document_BT = (torch.arange(100)[None] >= 40).long()
     seq = Layout.from_documents(document_BT).to(device)
     options: dict[str, Any] = {"seq": seq, "initial_state_BHKV": None, "scale": key**-0.5}
@@ -152,10 +161,12 @@ def _probe(device: str, heads: int, key: int, value: int) -> str | None:
     try:
         with torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
             for op in (fla_gated_delta_rule, recurrent_gated_delta_rule):
-                leaves = [x.clone().requires_grad_() for x in inputs]
+                leaves = [x.detach().requires_grad_() for x in inputs]
                 o, final = op(*leaves, **options)
                 results.append([o, final, *torch.autograd.grad(o.float().square().sum() + final.sum(), leaves)])
     except Exception as error:  # whatever it cannot do is what the user wants to know
+        if is_out_of_memory(error):
+            raise
         first_line = (str(error).splitlines() or [""])[0]
         return f'fails on this device: {type(error).__name__}: {first_line}: use "torch"'
     worst = max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(*results, strict=True))
@@ -187,7 +198,7 @@ def _forward(
     last_B: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    inputs = [q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH]
+    inputs = [x.contiguous() for x in (q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH)]
     if bounds_M is None or first_B is None or last_B is None:
         o_BTHV, final_BHKV = _compute(inputs, initial_BHKV, None, None, scale)
         return o_BTHV.contiguous(), final_BHKV.contiguous()
@@ -218,8 +229,9 @@ def _backward(
         initial = _of_documents(initial_BHKV, first_B, len(bounds_M) - 1)
         d_o_BTHV = None if d_o_BTHV is None else _joined(d_o_BTHV)
         d_final_BHKV = _of_documents(d_final_BHKV, last_B, len(bounds_M) - 1)
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    start = None if initial is None else initial.detach().requires_grad_()
+    # Inside an op nothing is recorded but the library's own function: what it is given must be the leaves themselves.
+    leaves = [x.detach().contiguous().requires_grad_() for x in inputs]
+    start = None if initial is None else initial.detach().contiguous().requires_grad_()
     with torch.enable_grad():
         outputs = _compute(leaves, start, bounds_M, host_bounds_M, scale)
         asked = [(o, d) for o, d in zip(outputs, (d_o_BTHV, d_final_BHKV), strict=True) if d is not None]
@@ -237,8 +249,9 @@ def _backward(
 def _compute(
     inputs: list[Tensor], initial: Tensor | None, bounds: Tensor | None, host_bounds: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
+    """Outputs and final states of contiguous inputs."""
     chunk_gated_delta_rule = import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
-    q, k, v, log_alpha, beta = (x.contiguous() for x in inputs)
+    q, k, v, log_alpha, beta = inputs
     documents = {} if bounds is None else {"cu_seqlens": bounds, "cu_seqlens_cpu": host_bounds}
     state = {"initial_state": initial, "output_final_state": True}
     with torch.autocast(q.device.type, enabled=False):  # backwards there is none
