@@ -4,8 +4,11 @@ import os
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from swamla import process
 
 FREE_AND_TAKE = """
 import resource, sys
@@ -39,3 +42,25 @@ def test_freed_memory_serves_again_without_faults() -> None:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's memory can be kept")
 def test_memory_is_left_to_a_user_who_has_set_how_it_is_kept() -> None:
     assert faults_of_a_block_taken_again("kept", MALLOC_TRIM_THRESHOLD_="131072") > 200_000_000 // 4096 / 2
+
+
+@pytest.mark.parametrize(
+    ("largest", "threshold"), [(2**40, 2**30), (2**25, 2**25), (0, None)], ids=["any size", "32 MiB", "none"]
+)
+def test_the_largest_block_that_the_c_library_takes_is_set_or_nothing_at_all(
+    monkeypatch: pytest.MonkeyPatch, largest: int, threshold: int | None
+) -> None:
+    settings: dict[int, int] = {}
+
+    def mallopt(name: int, value: int) -> int:
+        taken = name != process.M_MMAP_THRESHOLD or value <= largest
+        if taken:
+            settings[name] = value
+        return int(taken)
+
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(process.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    process.keep_freed_memory()
+    others = {process.M_TRIM_THRESHOLD: -1, process.M_TOP_PAD: 2**26}
+    assert settings == ({} if threshold is None else {process.M_MMAP_THRESHOLD: threshold, **others})
