@@ -9,8 +9,7 @@ from benchmarks.gpu_models import filled, preset
 from benchmarks.gpu_running import Figures, Place
 from benchmarks.gpu_timing import timed, times, used
 from swamla.bench.measuring import Timing
-from swamla.errors import MissingBackendError
-from swamla.model.decoding import DECODINGS, fast_linears, steps_for
+from swamla.model.decoding import decodings_on, fast_linears, steps_for
 from swamla.model.language_model import LanguageModel, ModelState
 from swamla.model.sampling import Sampling, prefill
 from swamla.train.backends import resolve_backends
@@ -33,8 +32,8 @@ def generation(place: Place, name: str, local: str) -> Iterator[Figures]:
             timing, state = _read(model, length, batch, place)
         rate = batch * length / timing.median
         yield {**what, "path": "prefill", "tokens_per_s": rate, **times(timing), "uses": uses}
-        for decoding in DECODINGS:
-            with fast_linears(model):
+        for decoding in decodings_on(place.device):
+            with fast_linears(model, int8=decoding == "int8"):
                 figures = _decoded(model, state, decoding, place)
             target = TARGETS[name] if (decoding, batch) == ("graph", 1) else None
             uses_too = [*uses, f"decoding/{decoding}"]
@@ -57,10 +56,7 @@ def _read(model: LanguageModel, length: int, batch: int, place: Place) -> tuple[
 def _decoded(model: LanguageModel, state: ModelState, decoding: str, place: Place) -> Figures:
     """The likeliest token after the other, each read back before the next step, as in `generate`."""
     greedy, chosen = Sampling(temperature=0), [1] * len(state.length_B)
-    try:
-        step = steps_for(decoding, model, state)
-    except MissingBackendError as missing:
-        return {"skipped": str(missing)}
+    step = steps_for(decoding, model, state)
 
     def one_more() -> None:
         chosen[:] = greedy.choose(step(chosen), [])

@@ -102,7 +102,8 @@ def test_a_recipe_is_measured_from_training_to_start_up_and_kept_as_json(
     assert tables.keys() == {"model", *COLUMNS}
     assert tables["model"][0]["parameters"] == count_parameters(tiny_model()).total
     assert [row["name"] for row in tables["training"]] == ["4 × 32 in 2 packed", "1 × 16", "1 × 64"]
-    assert [row["prompt"] for row in tables["generation"]] == [8, 40]
+    generated = [(row["prompt"], row["decoding"]) for row in tables["generation"]]
+    assert generated == [(8, "eager"), (8, "int8"), (40, "eager"), (40, "int8")]
     assert [row["name"] for row in tables["data"]] == ["loader, 4 × 32", "tokenizer, byte"]
     assert [row["name"] for row in tables["start-up"]] == ["nothing"]
     assert [row for rows in tables.values() for row in rows if "error" in row] == []

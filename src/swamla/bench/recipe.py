@@ -17,7 +17,7 @@ from swamla.bench.synthetic import synthetic_dataset
 from swamla.bench.training import STEPS, Shape, batch_of, expected_bytes, expected_seconds, measure_step
 from swamla.errors import SwamlaError, is_out_of_memory
 from swamla.model.accounting import count_parameters
-from swamla.model.decoding import DECODINGS
+from swamla.model.decoding import decodings_on
 from swamla.model.language_model import LanguageModel
 from swamla.train.config import RunConfig
 from swamla.train.memory_advice import Place
@@ -132,9 +132,9 @@ class RecipeBench:
         return f"needs about {in_bytes(needs)}, and {in_bytes(self.free)} are free" if needs > self.free else ""
 
     def generation(self, model: LanguageModel | None) -> None:
-        """Prefill and decode behind prompts of several lengths; on CUDA also by recorded graphs."""
+        """Prefill and decode behind prompts of several lengths; on CUDA also by recorded graphs, on a CPU in 8 bits."""
         flops, copy_bytes = _EXPECTED * self.ceilings["fp32_flops"], self.ceilings["copy_bytes"]
-        ways = DECODINGS if self.wanted.device.type == "cuda" else DECODINGS[:1]
+        ways = decodings_on(self.wanted.device.type)
         rows = [(prompt, decoding) for prompt in self.wanted.prompts for decoding in ways]
         for index, (prompt, decoding) in enumerate(rows):
             name, allowed = name_of(prompt, decoding), self.allowance.until(_GENERATION)
