@@ -22,7 +22,13 @@ from swamla.train.backends import available, describe, resolve_backends
 from swamla.train.precision import bf16_is_fast, resolve_device, resolve_precision
 
 # Optional libraries, and the extra that brings them.
-OPTIONAL = {"huggingface_hub": "hub", "tensorboard": "tracking", "wandb": "tracking", "torchao": "fp8"}
+OPTIONAL = {
+    "huggingface_hub": "hub",
+    "tensorboard": "tracking",
+    "wandb": "tracking",
+    "torchao": "fp8",
+    "flash-linear-attention": "gpu",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
