@@ -74,13 +74,14 @@ def delta_rule_gate(place: Place, backend: str) -> Iterator[Figures]:
     cases: list[Case] = []
     for rows, seq in zip(("whole rows", "documents"), _layouts(place, time), strict=True):
         for width in widths or (128, 64):
-            q, k, v = _heads(place, seq, 2, 2, width, width)
+            q, k, v = _heads(place, seq, 2, 2, width, 2 * width)
             gates = [-0.3 * torch.rand(q.shape[:3], device=q.device), torch.rand(q.shape[:3], device=q.device)]
             cases.append((f"{width} wide, {rows}", partial(_delta_rule, seq=seq), [q, k, v, *gates]))
     return _verdicts(cases, backend)
 
 
 def _delta_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, **options: Any) -> Tensor:
+    v = v.chunk(2, dim=-1)[0]  # a mixer's values are part of a wider tensor, too
     return gated_delta_rule(l2_normalize(q), l2_normalize(k), v, log_alpha, beta, **options)[0]
 
 
