@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from swamla.errors import ConfigError
 from swamla.ops import causal_attention, windowed_attention
 from swamla.ops.attention.reference import allowed_mask
+from swamla.ops.attention.tiled import kept_keys
 from swamla.ops.layout import Layout
 
 from .attention_checks import (
@@ -58,6 +59,12 @@ def test_however_tiles_are_batched_the_result_is_that_of_the_reference(scores, m
     monkeypatch.setattr("swamla.ops.attention.tiled.SCORES", scores)
     seq = documents([700], [700])
     assert_equals_reference(attention(70, 4), random_inputs(seq, heads=4, groups=2), seq)
+
+
+def test_what_is_kept_is_known_at_once_for_any_length():
+    assert kept_keys(10**12, 10**12, 0) == 0.0
+    assert kept_keys(10**12, 256, 4) == pytest.approx(kept_keys(30_000, 256, 4), rel=1e-2)
+    assert 0 < kept_keys(1024, 1024, 0) < 1024
 
 
 @pytest.mark.parametrize("window", [70, 700], ids=["windowed", "causal"])

@@ -149,7 +149,11 @@ def tiled_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *, window: i
 
 def kept_keys(length: int, window: int, sinks: int) -> float:
     """How many weights a query of a document of `length` keeps for the backward, on average; 0 where none is kept."""
-    keys = Band(window, sinks, 1.0, _rows_of_a_tile(window)).scores(length) / max(1, length)
+    if min(length, window) > 2 * KEPT:  # more than that, in the mean of a document that long
+        return 0.0
+    rows = _rows_of_a_tile(window)
+    length = max(1, min(length, 64 * (window + rows)))  # from there on the mean stays what it is
+    keys = Band(window, sinks, 1.0, rows).scores(length) / length
     return keys if keys <= KEPT else 0.0
 
 
