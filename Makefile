@@ -27,7 +27,7 @@ help:
 	@echo 'make quickstart   install into $(VENV), then train the small model of the recipe "quickstart" (about 3 minutes)'
 	@echo 'make test         install with the development tools, then lint, types and every test'
 	@echo 'make faults       try everything that a run should survive, and write docs/reliability.md (about 10 minutes)'
-	@echo 'make bench        measure everything on this machine, others beside us (about 14 minutes); arguments in BENCH_ARGS'
+	@echo 'make bench        measure everything on this machine, others beside us (about 13 minutes); arguments in BENCH_ARGS'
 	@echo 'make lint         only ruff and mypy'
 	@echo 'make clean        remove $(VENV) and caches; trained models under runs/ are kept'
 	@echo

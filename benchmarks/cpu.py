@@ -4,7 +4,7 @@
     make bench BENCH_ARGS="--only ops,data"          # some tables
 
 Contenders take turns in one process (A B A B …); rows hold medians, quartiles and the number of rounds, and ratios are
-between medians of the same rounds. What the machine can do at most is measured before and after. About 14 minutes on
+between medians of the same rounds. What the machine can do at most is measured before and after. About 13 minutes on
 two cores that have nothing else to do. Every row is printed and written at once, so that Ctrl-C loses none; a row that
 fails says why. `python -m benchmarks.report` makes the tables of docs/performance.md out of the last whole run.
 """

@@ -54,7 +54,9 @@ def peak_of(device: torch.device, precision: str) -> Peak:
 @lru_cache
 def _measured(device: torch.device, dtype: torch.dtype, threads: int) -> float:
     """The best of a few products: some 20 ms on a CPU, once per process. `threads` only tells results apart."""
-    a = torch.full((_SIZE, _SIZE), 0.5, device=device, dtype=dtype)
+    # Random, as a GPU multiplies constants too fast; by a generator of its own, as the run's must not move.
+    generator = torch.Generator(device).manual_seed(0)
+    a = torch.randn(_SIZE, _SIZE, generator=generator, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(5):
         begin = time.perf_counter()
