@@ -1,4 +1,4 @@
-# make quickstart | make test | make bench | make faults | make clean | make help
+# make quickstart | make test | make bench | make faults | make test-machines | make clean | make help
 #
 # Needs Python >= 3.11 and make; everything else goes into .venv. To use another interpreter: make PYTHON=python3.12 …
 # On Linux PyPI's torch carries CUDA (several GB). The CPU build, a tenth of that, comes from PyTorch's CPU index, whose
@@ -21,12 +21,14 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARA
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test bench faults lint clean
+.PHONY: help quickstart test test-machines bench faults lint clean
 
 help:
 	@echo 'make quickstart   install into $(VENV), then train the small model of the recipe "quickstart" (about 3 minutes)'
 	@echo 'make test         install with the development tools, then lint, types and every test'
 	@echo 'make faults       try everything that a run should survive, and write docs/reliability.md (about 10 minutes)'
+	@echo 'make test-machines   every test on the machines that this one can play: fewer vector instructions, other threads,'
+	@echo '                  other versions of Python and torch; written into docs/reliability.md (about an hour)'
 	@echo 'make bench        measure everything on this machine, others beside us (about 13 minutes); arguments in BENCH_ARGS'
 	@echo 'make lint         only ruff and mypy'
 	@echo 'make clean        remove $(VENV) and caches; trained models under runs/ are kept'
@@ -38,6 +40,9 @@ quickstart: $(VENV)/.installed
 
 test: lint
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
+
+test-machines: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.machines
 
 faults: $(VENV)/.installed-dev
 	$(TEST_ENV) $(BIN)/python -m tests.faults
@@ -51,7 +56,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) .venv-machines .pytest_cache .mypy_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written only after an installation that succeeded, so an interrupted one is taken up again.

@@ -20,9 +20,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from tests.faults.matrix import ROWS
 from tests.faults.rows import Row
 from tests.faults.stage import ROOT, NotHere, Stage
+from tests.pages import MACHINES_HEADING, RELIABILITY, replace_before
 from tests.train.helpers import tiny_dataset
-
-PAGE = ROOT / "docs" / "reliability.md"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +58,8 @@ def main(words: list[str]) -> int:
     good, total = sum(r.good for r in results), sum(r.total for r in results)
     print(f"{len(results)} rows, {good}/{total} trials as expected, {sum(r.seconds for r in results):.0f} s")
     if not words and not failed:
-        PAGE.write_text(_page(results), encoding="utf-8")
-        print(f"wrote {PAGE.relative_to(ROOT)}")
+        replace_before(RELIABILITY, MACHINES_HEADING, _page(results))
+        print(f"wrote {RELIABILITY.relative_to(ROOT)}")
     return 1 if failed else 0
 
 
@@ -100,10 +99,13 @@ def _told(result: Result) -> str:
 def _page(results: list[Result]) -> str:
     import torch
 
+    from swamla.bench.measuring import processor
+
     rows = "\n".join(
         f"| {r.row.fault} | {r.row.expected} | {r.row.how} | {_told(r)} | {r.seconds:.0f} |" for r in results
     )
-    where = f"{os.cpu_count()} CPU cores, Python {platform.python_version()}, torch {torch.__version__.split('+')[0]}"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__.split('+')[0]}"
+    where = f"{processor()}, {os.cpu_count()} cores, {versions}"
     return f"""# What a run survives
 
 Written by `make faults` on {time.strftime("%Y-%m-%d")}: {where}; tiny models, gloo where there are several processes,
