@@ -26,6 +26,7 @@ from swamla.cli.run_config import with_vocabulary
 from swamla.data.tokenizer import make_tokenizer
 from swamla.model.accounting import count_parameters, state_bytes, training_flops_per_token
 from swamla.model.config import LanguageModelConfig
+from tests.waiting import PATIENCE, running
 
 from .test_overrides import resolve
 
@@ -217,17 +218,16 @@ def test_wrong_input_is_one_line_and_nothing_is_measured(
 
 
 def test_ctrl_c_keeps_what_was_measured() -> None:
-    process = subprocess.Popen(
+    with running(
         [sys.executable, "-m", "swamla", *LINE, "--minutes", "0.5"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    )
-    assert process.stdout
-    assert any(text.startswith("training") for text in process.stdout)  # reads on until there is a row
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    ) as process:
+        assert process.stdout
+        assert any(text.startswith("training") for text in process.stdout)  # reads on until there is a row
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert errors == "swamla: error: interrupted; what was measured is in found.json\n"
     assert Results.load("found.json").rows["training"]

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 
 from swamla.cli import main
 from swamla.data import download
+from tests.waiting import PATIENCE, running, until
 
 TEXT = "".join(f"line {i}: the square of {i} is {i * i}, its half is {i // 2}\n" for i in range(400))
 FLAGS = shlex.split(
@@ -61,7 +61,7 @@ def shell(folder: Path, command: str) -> Ended:
     """Run a command line in `folder`, in a process of its own."""
     environment = os.environ | {"SWAMLA_CACHE": str(folder / "cache")}
     done = subprocess.run(
-        command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     return Ended(done.returncode, done.stdout, done.stderr)
 
@@ -284,16 +284,10 @@ def test_a_quickstart_that_is_terminated_saves_and_is_finished_by_the_command_it
     flags[flags.index("--steps") + 1] = "100000"
     command = [sys.executable, "-m", "swamla", "quickstart", *flags, "--output_dir", run.name]
     environment = os.environ | {"SWAMLA_CACHE": str(home / "cache")}
-    with subprocess.Popen(
-        command, cwd=home, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
-        deadline = time.monotonic() + 60
-        while not ((run / "metrics.jsonl").exists() and len(records(run)) > 3):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+    with running(command, cwd=home, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        until(lambda: process.poll() is not None or len(records(run)) > 3)
         process.send_signal(signal.SIGTERM)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75, error
     assert error.startswith("swamla: error: stopped by SIGTERM after step ")
     before = (run / "samples.txt").read_text()

@@ -18,6 +18,7 @@ from swamla.cli.overrides import add_flags
 from swamla.cli.run_config import chosen_recipe, read_recipe
 from swamla.cli.train import Arguments
 from swamla.train.config import RunConfig
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 TEXT = "".join(f"line {i}: the square of {i} is {i * i}, its half is {i // 2}\n" for i in range(400))
@@ -151,7 +152,7 @@ def script(name: str, *arguments: str, **environment: str) -> subprocess.Complet
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=PATIENCE,
     )
 
 

@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +22,7 @@ from swamla.data.preparing import Part, prepare, prepare_part
 from swamla.data.sources import open_source
 from swamla.data.units import unit_documents, units_of
 from swamla.errors import ConfigError, CorruptError, DataError
+from tests.waiting import until
 
 UNIT = 8000
 
@@ -242,10 +242,7 @@ def test_no_worker_outlives_its_preparation(large: DataConfig, tmp_path: Path) -
     parent.kill()
     parent.communicate()
     assert children
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() and "Z" not in state_of(pid) for pid in children):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: not any(Path(f"/proc/{pid}").exists() and "Z" not in state_of(pid) for pid in children))
 
 
 def state_of(pid: int) -> str:

@@ -6,7 +6,6 @@ A trial thus costs a second instead of the five that importing torch would take 
 import multiprocessing
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,9 +16,9 @@ from typing import Any
 from swamla.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
 from swamla.train.tracking import read_metrics
 from tests.faults import acts
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 120.0  # seconds until what should have happened counts as not happening
 
 # Of the process that is forked, which imports acts by its name.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "src")])
@@ -116,16 +115,6 @@ def ending(processes: list[Process]) -> Iterator[list[Process]]:
         for process in processes:
             process.kill(signal.SIGCONT)
             process.kill()
-
-
-def until(happened: Callable[[], Any], *, seconds: float = PATIENCE, every: float = 0.002) -> Any:
-    """Wait until `happened()` is true, and return what it gave."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := happened():
-            return found
-        time.sleep(every)
-    raise AssertionError(f"did not happen within {seconds:.0f} s: {happened}")
 
 
 def digests(checkpoint: Path) -> dict[str, str]:

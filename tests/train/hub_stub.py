@@ -19,12 +19,14 @@ CANARY = "hf_" + "canary" + 28 * "7"  # a token
 class Hub:
     """Repositories by name, each a list of commits, each a dictionary of files.
 
-    status: what every request to its API is answered with instead; 0: nothing is answered, ever.
+    status: what every request to its API is answered with instead; 0: nothing is answered, for a minute.
+    answered_late: whether a minute has passed for one of those.
     private: as repositories were asked to be.
     """
 
     url: str = ""
     status: int | None = None
+    answered_late: bool = False
     repos: dict[str, list[dict[str, bytes]]] = field(default_factory=dict)
     private: dict[str, bool] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
@@ -90,6 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub.tokens.add(self.headers.get("authorization", "").removeprefix("Bearer "))
         if hub.status == 0:
             time.sleep(60)
+            hub.answered_late = True
         if path == "":
             self.answer(200, {})
         elif hub.status:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from swamla.distributed import started
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 120.0
+
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.train.helpers", "torch.distributed.tensor"])

@@ -12,6 +12,7 @@ import pytest
 import swamla
 from swamla.checkpoint import latest_checkpoint
 from swamla.train.signals import StopRequest
+from tests.waiting import PATIENCE, running
 
 PROGRAM = """
 import sys
@@ -34,14 +35,14 @@ def test_a_running_program_finishes_its_step_saves_and_exits_with_the_right_stat
     python_path = os.pathsep.join([str(Path(swamla.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-u", "-c", PROGRAM.format(**paths)]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with running(command, env=environment, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("Step 3 "):
                 process.send_signal(number)
                 break
         rest = process.stdout.read()
-        assert process.wait(timeout=30) == status, rest
+        assert process.wait(timeout=PATIENCE) == status, rest
     assert f"stopped by {number.name} after step" in rest
     found = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert found is not None
