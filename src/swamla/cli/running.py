@@ -16,8 +16,8 @@ from swamla.evaluate import evaluate_split
 from swamla.hub import pull
 from swamla.model.language_model import LanguageModel
 from swamla.train import RunConfig, TrainConfig, TrainState, train
+from swamla.train.claims import Claim, claim_new, claim_numbered
 from swamla.train.launch import begun_by
-from swamla.train.run_folder import require_empty
 
 EVALUATION_TOKENS = 16384  # computed at once: more would only cost memory
 UTILISATION_TOKENS = 1 << 18  # counted to tell how many of the positions that training computes carry loss
@@ -82,16 +82,25 @@ def run_training(
     *,
     command: str,
     resume: bool,
+    claim: Claim | None,
     on_start: Callable[[TrainState], None] | None = None,
 ) -> TrainState:
     """Train `config` in `run_dir`, validated on the held-out split; raises as `swamla.train.train` does.
 
-    command: what to type, after the program's name, to go on if the run is interrupted.
+    command: what to type, after the program's name, to go on if the run is interrupted. claim: of the folder, on the
+    main process.
     """
     evaluate = validation(dataset, config.train.block_size, config.train.eval_tokens)
     try:
         return train(
-            config, run_dir, dataset=dataset, evaluate=evaluate, resume=resume, console=console, on_start=on_start
+            config,
+            run_dir,
+            dataset=dataset,
+            evaluate=evaluate,
+            resume=resume,
+            console=console,
+            on_start=on_start,
+            claim=claim,
         )
     except Interrupted as stop:
         go_on = f"{program()} {command} --resume {shlex.quote(str(run_dir))}"
@@ -124,16 +133,12 @@ def validation(
     return evaluate
 
 
-def new_folder(output_dir: str, name: str) -> Path:
-    """The folder of a new run: `output_dir`, or where that is empty runs/NAME, numbered when it is taken.
+def claim_folder(output_dir: str, name: str) -> Claim:
+    """Take the folder of a new run: `output_dir`, or where that is empty runs/NAME, numbered when it is taken.
 
     Raises `UsageError`, before any data is read, for a folder that has something in it.
     """
-    if not output_dir:
-        return _numbered(Path("runs") / name)
-    folder = checked(output_dir)
-    require_empty(folder)
-    return folder
+    return claim_new(checked(output_dir)) if output_dir else claim_numbered(Path("runs") / name)
 
 
 def resumed_folder(resume: str, output_dir: str, name: str) -> Path:
@@ -171,15 +176,6 @@ def checked(folder: str) -> Path:
     if "\0" in folder:
         raise UsageError(f"{folder!r}: a path cannot hold NUL")
     return Path(folder)
-
-
-def _numbered(folder: Path) -> Path:
-    """`folder`, or the first of folder-2, folder-3 … that does not exist."""
-    candidate, number = folder, 1
-    while candidate.exists():
-        number += 1
-        candidate = folder.with_name(f"{folder.name}-{number}")
-    return candidate
 
 
 def _newest(folder: Path) -> Path:

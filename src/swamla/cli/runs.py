@@ -17,7 +17,7 @@ from swamla.config import from_plain
 from swamla.errors import SwamlaError, UsageError
 from swamla.model.accounting import count_parameters
 from swamla.train import RunConfig
-from swamla.train.run_folder import is_running
+from swamla.train.claims import is_running
 from swamla.train.tracking import read_metrics
 
 State = Literal["running", "done", "stopped", "no save"]

@@ -1,6 +1,7 @@
 """`swamla train [RECIPE] …`: a new run, or one taken up again."""
 
 import shlex
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,8 +16,8 @@ from swamla.cli.overrides import add_flags
 from swamla.cli.run_config import Resolved, chosen_recipe, resolve, say_notes
 from swamla.cli.running import (
     begun_folder,
+    claim_folder,
     fetch_run,
-    new_folder,
     prepare_data,
     resume_here,
     resumed_folder,
@@ -26,6 +27,7 @@ from swamla.config import within
 from swamla.errors import UsageError
 from swamla.hub import require_hub
 from swamla.recipes import recipe_names
+from swamla.train.claims import Claim, claim_run
 from swamla.train.launch import this_launch
 from swamla.train.run_folder import check_same_run
 
@@ -64,8 +66,7 @@ def main(argv: list[str]) -> int:
 
 def _train(arguments: Any, given: frozenset[str]) -> int:
     """What every process of the run does."""
-    named = chosen_recipe(arguments.recipe, arguments.size)
-    console = Console()
+    console, named = Console(), chosen_recipe(arguments.recipe, arguments.size)
     from_hub = _is_from_hub(arguments, given)
     name, resume = arguments.hf_repo_id if from_hub else named, not given.isdisjoint(("resume", "resume_from"))
     launch = this_launch() if distributed.started_again() else ()
@@ -75,21 +76,32 @@ def _train(arguments: Any, given: frozenset[str]) -> int:
         say(console, f"not started again: the run in {begun} was asked to stop, and is saved; go on with: {go_on}")
         return 0
     from_hub, resume = from_hub and begun is None, resume or begun is not None
-    run_dir = begun or distributed.on_main(lambda: _folder(arguments, name, resume))
-    if from_hub:
-        distributed.on_main(lambda: fetch_run(arguments.hf_repo_id, run_dir, arguments.hf_revision, console))
-        resume = True
-    recipe = str(run_dir / "config.json") if resume else named
-    resolved = resolve(recipe, arguments, given)
-    config = resolved.config
-    say_notes(resolved)
-    if resume:
-        distributed.on_main(lambda: _check_resumed(resolved, run_dir, arguments, given))
-    require_hub(config.train.hf_repo_id)
-    distributed.require_rows(config.train.batch_size, config.train.accumulation)
-    say(console, f"{'resuming' if resume else 'training'} {recipe} in {run_dir}")
-    dataset = prepare_data(config.data, console, block_size=config.train.block_size, workers=workers(arguments, given))
-    run_training(config, dataset, run_dir, console, command="train", resume=resume)
+    resolved = None if resume or from_hub else resolve(named, arguments, given)  # a mistake is told before all else
+    with ExitStack() as held:
+        claims: list[Claim] = []  # the main process's, which takes the folder before anything that takes time
+
+        def take(claim: Claim) -> Path:
+            claims.append(held.enter_context(claim))
+            return claim.path
+
+        run_dir = distributed.on_main(lambda: take(_claimed(arguments, name, begun, resume)))
+        if from_hub:
+            distributed.on_main(lambda: fetch_run(arguments.hf_repo_id, run_dir, arguments.hf_revision, console))
+            distributed.on_main(lambda: take(claim_run(run_dir)))  # it is another folder now
+            resume = True
+        recipe = str(run_dir / "config.json") if resume else named
+        resolved = resolved or resolve(recipe, arguments, given)
+        config = resolved.config
+        say_notes(resolved)
+        if resume:
+            distributed.on_main(lambda: _check_resumed(resolved, run_dir, arguments, given))
+        require_hub(config.train.hf_repo_id)
+        distributed.require_rows(config.train.batch_size, config.train.accumulation)
+        say(console, f"{'resuming' if resume else 'training'} {recipe} in {run_dir}")
+        block_size, count = config.train.block_size, workers(arguments, given)
+        dataset = prepare_data(config.data, console, block_size=block_size, workers=count)
+        claim = claims[-1] if claims else None
+        run_training(config, dataset, run_dir, console, command="train", resume=resume, claim=claim)
     say(console, f"the run is in {run_dir}")
     return 0
 
@@ -118,12 +130,12 @@ def _begun(arguments: Any, recipe: str, launch: tuple[str, ...]) -> tuple[Path, 
     return begun_folder(launch, arguments.resume or arguments.resume_from or folder, name) if launch else None
 
 
-def _folder(arguments: Any, recipe: str, resume: bool) -> Path:
-    """The folder of a new run, or the one to go on in."""
+def _claimed(arguments: Any, recipe: str, begun: Path | None, resume: bool) -> Claim:
+    """The folder of a new run, or the one to go on in, taken."""
     folder, name = _named_folder(arguments, recipe)
-    return (
-        resumed_folder(arguments.resume or arguments.resume_from, folder, name) if resume else new_folder(folder, name)
-    )
+    if not resume:
+        return claim_folder(folder, name)
+    return claim_run(begun or resumed_folder(arguments.resume or arguments.resume_from, folder, name))
 
 
 def _named_folder(arguments: Any, recipe: str) -> tuple[str, str]:

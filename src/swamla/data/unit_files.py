@@ -1,6 +1,5 @@
 """Encoded units on disk: each in a folder of its own that appears whole or not at all, whoever makes it."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from swamla.data.sources import Source
 from swamla.data.tokenizer import Tokenizer
 from swamla.data.units import Unit, unit_documents
 from swamla.errors import CorruptError
-from swamla.files import fsync, read_json, sha256_of, write_text_atomically
+from swamla.files import fcntl, fsync, read_json, sha256_of, write_text_atomically
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from swamla.faults import fault
 from swamla.hub import Pushes, require_hub
 from swamla.model.language_model import LanguageModel
 from swamla.train.backends import describe
+from swamla.train.claims import Claim
 from swamla.train.config import RunConfig, TrainConfig
 from swamla.train.curriculum import cut
 from swamla.train.keeping import Diverged, Keeper
@@ -48,11 +49,13 @@ def train(
     resume: bool = False,
     console: Console | None = None,
     on_start: Callable[[TrainState], None] | None = None,
+    claim: Claim | None = None,
 ) -> TrainState:
     """Train `config.model` on `dataset` in the folder `run_dir`, from its start or from its last checkpoint.
 
     evaluate: called with the model, in the run's precision; returns at least "loss", the held-out loss in nats per
-    token. on_start: called once before the first step. Returns the state at the end, with the last weights.
+    token. on_start: called once before the first step. claim: of the folder, where it is taken already. Returns the
+    state at the end, with the last weights.
     Raises `Interrupted` after SIGTERM (exit 75) or Ctrl-C (exit 130), when all is saved; `Diverged` when
     `max_skipped` steps in a row had no finite gradient; `OutOfMemory`; and as `require_trackers`, `require_hub` and
     `open_run` do.
@@ -60,7 +63,7 @@ def train(
     run_dir = Path(run_dir)
     require_trackers(config.train)
     require_hub(config.train.hf_repo_id)
-    with open_run(config, run_dir, dataset=dataset, resume=resume) as (config, state):
+    with open_run(config, run_dir, dataset=dataset, resume=resume, claim=claim) as (config, state):
         _train(config, run_dir, dataset, state, evaluate, resume, console or Console(), on_start)
     return state
 

@@ -1,10 +1,7 @@
 """A run's folder: made for a new run, taken up again by a resumed one."""
 
-import fcntl
 import json
 import math
-import os
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,10 +25,11 @@ from swamla.checkpoint import (
 from swamla.config import from_plain, to_plain
 from swamla.data.dataset import Dataset
 from swamla.data.tokenizer import load_tokenizer
-from swamla.errors import ConfigError, CorruptError, DataError, Interrupted, UsageError
+from swamla.errors import ConfigError, CorruptError, DataError, Interrupted
 from swamla.files import entry, read_json, write_text_atomically
 from swamla.model.language_model import LanguageModel
 from swamla.train.backends import resolve_backends
+from swamla.train.claims import Claim, claim_new, claim_run, is_unsaved, remove_unsaved
 from swamla.train.compile import compile_blocks
 from swamla.train.config import RunConfig
 from swamla.train.ema import WeightAverage
@@ -58,38 +56,36 @@ MAY_CHANGE = (
 
 @contextmanager
 def open_run(
-    config: RunConfig, run_dir: Path, *, dataset: Dataset, resume: bool
+    config: RunConfig, run_dir: Path, *, dataset: Dataset, resume: bool, claim: Claim | None = None
 ) -> Iterator[tuple[RunConfig, TrainState]]:
     """The settled config and the state from which the loop goes on; the folder is written or checked.
 
     Of several ranks the main one alone holds, checks and writes the folder, which all must see. Until the block ends
-    no other process can train in the folder. Raises `UsageError` for a folder that is not empty without `resume`, that
-    holds no run with it, or that is being trained in; `ConfigError` and `DataError` when a resumed run would go on
-    with another model, other data or another order of the data.
+    no other process can train in the folder; claim: it is taken already. A new run that ends with an error before its
+    first step leaves nothing behind. Raises `UsageError` for a folder that is not empty without `resume`, that holds
+    no run with it, or that is being trained in; `ConfigError` and `DataError` when a resumed run would go on with
+    another model, other data or another order of the data.
     """
     distributed.require_rows(config.train.batch_size, config.train.accumulation)
     launch = this_launch()
     with ExitStack() as held:
 
         def check() -> Checkpoint | None:
-            if resume and run_dir.is_dir():
-                held.enter_context(_alone_in(run_dir))
+            if claim is None:
+                held.enter_context(claim_run(run_dir) if resume else claim_new(run_dir))
             checkpoint = _checkpoint_to_take_up(run_dir, dataset) if resume else None
             settled = settle(config, dataset)
             if resume:
                 check_same_run(settled, run_dir)
-            else:
-                require_empty(run_dir)
             return checkpoint
 
         def write() -> None:
-            if not resume:
-                run_dir.mkdir(parents=True, exist_ok=True)
-                held.enter_context(_alone_in(run_dir))
-                require_empty(run_dir)  # another run may have come while this one was being made
+            if not resume and is_unsaved(run_dir):
+                warnings.warn(f"{run_dir}: held a run that ended before its first checkpoint: replaced", stacklevel=2)
+                remove_unsaved(run_dir)
             plain = {"format_version": FORMAT_VERSION, **to_plain(config)}
-            dataset.tokenizer.save(run_dir / "tokenizer.json")
             write_text_atomically(run_dir / "config.json", json.dumps(plain, indent=2) + "\n")
+            dataset.tokenizer.save(run_dir / "tokenizer.json")
             Launch(names=launch).write(run_dir)
 
         checkpoint = distributed.on_main(check)
@@ -103,44 +99,10 @@ def open_run(
         except Interrupted:  # torchrun may start all again, which would undo it
             distributed.on_main(lambda: Launch(names=launch, stopped=True).write(run_dir))
             raise
-
-
-@contextmanager
-def _alone_in(run_dir: Path) -> Iterator[None]:
-    """Hold the folder; the system lets go of it however this process ends. `UsageError` if another one holds it."""
-    folder = os.open(run_dir, os.O_RDONLY)
-    try:
-        if not _locks(folder, fcntl.LOCK_EX):
-            time.sleep(0.05)  # `is_running` holds it for a moment
-            if not _locks(folder, fcntl.LOCK_EX):
-                raise UsageError(f"{run_dir}: another process is training in it: wait for it, or stop it first")
-        yield
-    finally:
-        os.close(folder)
-
-
-def is_running(run_dir: Path) -> bool:
-    """True while a process trains in the folder."""
-    folder = os.open(run_dir, os.O_RDONLY)
-    try:
-        return not _locks(folder, fcntl.LOCK_SH)
-    finally:
-        os.close(folder)
-
-
-def _locks(folder: int, how: int) -> bool:
-    """True if the lock could be had at once."""
-    try:
-        fcntl.flock(folder, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def require_empty(run_dir: Path) -> None:
-    """Raise `UsageError` for a folder, or a file, in the place of a new run."""
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise UsageError(f"{run_dir}: exists and is not empty: choose another folder, or continue it with --resume")
+        except BaseException:
+            if not resume and state.step == 0 and distributed.is_main() and is_unsaved(run_dir):
+                remove_unsaved(run_dir)
+            raise
 
 
 def settle(config: RunConfig, dataset: Dataset) -> RunConfig:
@@ -199,8 +161,6 @@ def fresh_state(config: RunConfig, dataset: Dataset) -> TrainState:
 
 def _checkpoint_to_take_up(run_dir: Path, dataset: Dataset) -> Checkpoint | None:
     """The newest checkpoint that verifies, None before the first; of a run on the same data, whatever else changed."""
-    if not (run_dir / "config.json").exists():
-        raise UsageError(f"{run_dir}: nothing to resume (it has no config.json)")
     _check_same_tokenizer(run_dir, dataset)
     checkpoint = latest_checkpoint(run_dir / "checkpoints")
     if checkpoint is None:
