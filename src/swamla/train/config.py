@@ -37,6 +37,9 @@ class TrainConfig:
     warmup: below 1 a fraction of the run, from 1 on a number of steps.
     schedule: "cosine", "linear", "wsd" (stable, then decaying) or "constant", each after the warm-up.
     decay: of a wsd schedule, the last fraction of the run, in which the rate falls.
+    schedule_steps: the steps over which the rate follows its schedule, to stay at its last value afterwards; none for
+        those of the run. A run that is given more than it was planned for needs one of these two.
+    schedule_minutes: the same in minutes.
     weight_decay: decoupled from the gradient; not on embeddings, biases and gains.
     grad_clip: largest norm of the gradient; none for no limit.
     ema: decay, e.g. 0.999, of an exponential moving average of the weights, which then is what evaluations score and
@@ -93,6 +96,8 @@ class TrainConfig:
     warmup: float = 0.02
     schedule: ScheduleName = "cosine"
     decay: float = 0.2
+    schedule_steps: int | None = None
+    schedule_minutes: float | None = None
     weight_decay: float = 0.1
     grad_clip: float | None = 1.0
     ema: float | None = None
@@ -130,6 +135,8 @@ class TrainConfig:
         for name in (
             "steps",
             "max_minutes",
+            "schedule_steps",
+            "schedule_minutes",
             "eval_interval",
             "eval_seconds",
             "eval_tokens",
@@ -196,6 +203,18 @@ class TrainConfig:
     def budget(self) -> Budget:
         """What ends the run."""
         return Budget(steps=self.steps, seconds=None if self.max_minutes is None else 60 * self.max_minutes)
+
+    @property
+    def horizon(self) -> Budget:
+        """What the learning rate's schedule is spread over."""
+        minutes = self.max_minutes if self.schedule_minutes is None else self.schedule_minutes
+        steps = self.steps if self.schedule_steps is None else self.schedule_steps
+        return Budget(steps=steps, seconds=None if minutes is None else 60 * minutes)
+
+    def rate(self, step: int, steps: float, seconds: float) -> float:
+        """The learning rate of step `step` (from 0), whose middle is `steps` and `seconds` from the run's start."""
+        progress = min(1.0, self.horizon.progress(steps, seconds))
+        return self.lr * self.learning_rate.factor(progress, step)
 
     @property
     def lengths(self) -> Curriculum:

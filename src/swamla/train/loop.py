@@ -33,7 +33,7 @@ from swamla.train.state import TrainState, generator_states, set_generator_state
 from swamla.train.step import StepResult, training_step
 from swamla.train.step_log import StepLog
 from swamla.train.trackers import Records, make_records, require_trackers
-from swamla.train.tracking import Display, make_display
+from swamla.train.tracking import Display, WhileRead, make_display
 
 __all__ = ["Diverged", "Evaluate", "train"]
 
@@ -56,9 +56,9 @@ def train(
     evaluate: called with the model, in the run's precision; returns at least "loss", the held-out loss in nats per
     token. on_start: called once before the first step. claim: of the folder, where it is taken already. Returns the
     state at the end, with the last weights.
-    Raises `Interrupted` after SIGTERM (exit 75) or Ctrl-C (exit 130), when all is saved; `Diverged` when
-    `max_skipped` steps in a row had no finite gradient; `OutOfMemory`; and as `require_trackers`, `require_hub` and
-    `open_run` do.
+    Raises `Interrupted`, when all is saved, after SIGTERM or SIGHUP (exit 75), Ctrl-C (130) or where nobody reads the
+    console any more (141); `Diverged` when `max_skipped` steps in a row had no finite gradient; `OutOfMemory`; and as
+    `require_trackers`, `require_hub` and `open_run` do.
     """
     run_dir = Path(run_dir)
     require_trackers(config.train)
@@ -83,7 +83,7 @@ def _train(
     with (
         advised(config, state, run_dir),
         StopRequest() as stop,
-        make_display(console, settings.log_interval) as display,
+        WhileRead(make_display(console, settings.log_interval), stop.unread) as display,
         make_records(settings, run_dir, resume_after=resume_after, say=display.say) as metrics,
         Pushes(
             settings.hf_repo_id if distributed.is_main() else "",

@@ -1,9 +1,10 @@
 """What a run tells: metrics.jsonl for programs, a progress bar or plain lines for people."""
 
+import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -176,6 +177,41 @@ class Silence:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         return None
+
+
+class WhileRead:
+    """A display that survives whoever read it: `unread` is called when nobody does any more."""
+
+    def __init__(self, display: Display, unread: Callable[[], None]) -> None:
+        self._display, self._unread, self._over = display, unread, False
+
+    def update(self, progress: float, seconds: float, values: Mapping[str, float]) -> None:
+        """Show a step, if anybody looks."""
+        self._show(lambda: self._display.update(progress, seconds, values))
+
+    def say(self, text: str) -> None:
+        """Show a line, if anybody looks."""
+        self._show(lambda: self._display.say(text))
+
+    def _show(self, work: Callable[[], object]) -> None:
+        if self._over:
+            return
+        try:
+            work()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # a closed pipe, a terminal that is gone
+                raise
+            self._over = True
+            self._unread()
+
+    def __enter__(self) -> Self:
+        self._show(self._display.__enter__)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._show(lambda: self._display.__exit__(kind, error, trace))
 
 
 def make_display(console: Console, interval: int) -> Display:
