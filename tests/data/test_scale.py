@@ -75,7 +75,7 @@ def test_units_hold_each_document_once_and_in_order(large: DataConfig, monkeypat
 def test_a_line_longer_than_units_belongs_to_the_one_it_begins_in(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", ["short", "x" * 5 * UNIT, "end"])
     source = open_source(DataConfig(source=str(tmp_path / "a.jsonl")), Path("unused"))
-    found = [[d.text[0] for d in unit_documents(source, unit, Counter())] for unit in units_of(source)]
+    found = [[text[0] for text in unit_documents(source, unit, Counter())] for unit in units_of(source)]
     assert found[0] == ["s", "x"]
     assert found[1:] == [[]] * (len(found) - 2) + [["e"]]
 
@@ -274,7 +274,7 @@ def test_of_a_large_source_the_tokenizer_learns_from_places_all_over_it(large: D
     parts = units_of(source)
     sample = list(learning.training_texts(source, parts, 0.2, 8000))
     assert 4000 < sum(map(len, sample)) <= 8000
-    names = {unit: {d.text for d in unit_documents(source, unit, Counter())} for unit in parts}
+    names = {unit: set(unit_documents(source, unit, Counter())) for unit in parts}
     touched = sum(any(any(full.startswith(text) for full in names[unit]) for text in sample) for unit in parts)
     assert touched > 0.9 * len(parts)
     assert sample == list(learning.training_texts(source, parts, 0.2, 8000))

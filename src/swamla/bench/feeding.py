@@ -67,9 +67,9 @@ def library_text() -> list[str]:
 
 def _first_files(most_bytes: int) -> Iterator[str]:
     source, size = open_source(DataConfig(source="stdlib"), Path()), 0
-    for document in source.documents(Counter()):
-        yield document.text
-        size += len(document.text)
+    for text in source.documents(Counter()):
+        yield text
+        size += len(text)
         if size >= most_bytes:
             return
 

@@ -101,12 +101,12 @@ def require_documents(config: DataConfig, encoded: Encoded, notes: Counter[str])
     if not total:
         left_out = ", ".join(f"{count} {what}" for what, count in notes.items()) or "no rows"
         raise DataError(f"{config.source}: no text to learn from ({left_out})")
+    fraction = config.held_out_fraction
     for split, count, advice in (
         ("held-out", encoded.held_out, "raise"),
         ("training", encoded.train, "lower"),
     ):
-        if not count:
-            fraction = config.held_out_fraction
+        if not count and fraction < 1:
             raise DataError(
                 f"{config.source}: the {split} split is empty: of {total} documents, data.held_out_fraction = "
                 f"{fraction} chose {encoded.held_out}; {advice} it"

@@ -45,7 +45,8 @@ class DataConfig:
     hub_revision: the commit (or branch or tag) that is read; empty for what is newest.
     tokenizer: "byte", "char", "bpe:N" or "bpe-lines:N" (trained here, vocabulary N), "gpt2" or "hub:NAME" (fetched),
         "gpt2:FOLDER" (encoder.json and vocab.bpe), or the path of a tokenizer.json.
-    held_out_fraction: the share of documents never trained on; of a single document, its last characters.
+    held_out_fraction: the share of documents never trained on, told by their text; of a single document, its last
+        characters. 1 holds out everything: a test set, for which the tokenizer has to exist already.
     invalid_utf8: whether bytes that are not UTF-8 are an error or replaced by U+FFFD and counted.
     stream: how many units (of some 8 MB of text) are shuffled together while training reads the source bit by bit and
         keeps little of it; 0 prepares all of it first.
@@ -78,7 +79,10 @@ class DataConfig:
         require(mixed or not self.mixture, "source", self.source, f'must be "{MIXTURE}" where data.mixture is given')
         require(not mixed or bool(self.mixture), "mixture", (), "needs [[data.mixture]] tables of source and weight")
         fraction = self.held_out_fraction
-        require(0 < fraction < 1, "held_out_fraction", fraction, "must be between 0 and 1, e.g. 0.05")
+        require(0 < fraction <= 1, "held_out_fraction", fraction, "must be between 0 and 1, e.g. 0.05")
+        learned = fraction == 1 and self.tokenizer.startswith(("bpe:", "bpe-lines:"))
+        require(not learned, "tokenizer", self.tokenizer, "has nothing to learn from where all text is held out")
+        require(fraction < 1 or not self.stream, "stream", self.stream, "trains, and all text is held out: leave it 0")
         policies = ("error", "replace")
         require(self.invalid_utf8 in policies, "invalid_utf8", self.invalid_utf8, "must be error or replace")
         require(bool(self.tokenizer), "tokenizer", self.tokenizer, "needs e.g. byte, char, bpe:4096 or a path")

@@ -17,7 +17,7 @@ from swamla.files import sha256_of
 if TYPE_CHECKING:
     from swamla.data.packing import Batch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 META, TOKENIZER, HELD_OUT_TEXT = "meta.json", "tokenizer.json", "held_out.txt"
 
 
@@ -97,6 +97,8 @@ class Dataset:
         from swamla.data.blocks import BestFitRows
         from swamla.data.sampler import PackedRows
 
+        if not self.train.n_documents:
+            raise DataError(f"{self.meta['source']}: there is nothing to train on: all of its text is held out")
         if self._buffer_docs:
             return BestFitRows(self.train, block_size, seed, self.tokenizer.eos_id, self._buffer_docs)
         return PackedRows(self.train, block_size, seed, self.tokenizer.eos_id)
@@ -136,7 +138,7 @@ class Dataset:
             ("tokenizer", f"{meta['tokenizer']['spec']}, vocabulary {self.tokenizer.vocab_size}"),
             ("train", _describe_split(self.train)),
             ("held out", f"{_describe_split(self.held_out)} ({meta['held_out_rule']})"),
-            ("document length", _describe_lengths(self.train.lengths)),
+            ("document length", _describe_lengths((self.train if self.train.n_documents else self.held_out).lengths)),
             ("bytes per token", f"{self.bytes_per_token:.3f} on held-out text"),
         ]
         rows += [("note", f"{count} {what}") for what, count in sorted(meta["notes"].items())]

@@ -1,4 +1,4 @@
-"""Rows of jsonl and parquet files, streamed: (row's place, text), of the whole file or of one of its spans.
+"""Texts of the rows of jsonl and parquet files, streamed, of the whole file or of one of its spans.
 
 A span is a stretch of a file that can be read without what stands before it: byte offsets [begin, end) of a jsonl
 file, of which it has the lines that begin there; numbers of row groups of a parquet file. Spans one behind the other
@@ -35,10 +35,8 @@ class _Line:
         return f"{self.path}: line {number}"
 
 
-def jsonl_rows(
-    path: File, column: str, invalid: str, notes: Counter[str], span: Span | None = None
-) -> Iterator[tuple[int, str]]:
-    """Each line's offset and text; blank lines are no rows. DataError names file and line of what is not as it should.
+def jsonl_rows(path: File, column: str, invalid: str, notes: Counter[str], span: Span | None = None) -> Iterator[str]:
+    """Each line's text; blank lines are no rows. DataError names file and line of what is not as it should.
 
     span: byte offsets; a line belongs to the span in which it begins.
     """
@@ -49,7 +47,7 @@ def jsonl_rows(
             if not line.isspace():
                 text = _json_text(decode_utf8(line, path, invalid, notes, offset), column, where)
                 del line  # a long one is not kept while its text is worked on
-                yield offset, mend_surrogates(text, where, invalid, notes)
+                yield mend_surrogates(text, where, invalid, notes)
             offset += size
 
 
@@ -84,16 +82,14 @@ def _no_column(where: object, column: str, columns: list[str]) -> str:
     return f"{where}: no column {column!r}; it has {', '.join(columns) or 'none'} (choose by data.text_column)"
 
 
-def parquet_rows(
-    path: File, column: str, invalid: str, notes: Counter[str], span: Span | None = None
-) -> Iterator[tuple[int, str]]:
-    """Each row's number and text, a few rows in memory at a time; a null is an empty text. span: row groups."""
+def parquet_rows(path: File, column: str, invalid: str, notes: Counter[str], span: Span | None = None) -> Iterator[str]:
+    """Each row's text, a few rows in memory at a time; a null is an empty text. span: row groups."""
     with _parquet(path) as file:
         _require_text_column(file.schema_arrow, path, column)
         groups = range(*span) if span else range(file.num_row_groups)
         row = sum(file.metadata.row_group(group).num_rows for group in range(groups.start))
         for raw in _parquet_bytes(file, column, groups):
-            yield row, decode_utf8(raw, f"{path}: row {row}", invalid, notes)
+            yield decode_utf8(raw, f"{path}: row {row}", invalid, notes)
             row += 1
 
 

@@ -25,13 +25,6 @@ _SNIFFED = 8192  # a NUL among a file's first bytes marks it as binary, as git h
 _NOT_LIBRARY = frozenset({"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__"})
 
 
-class Document(NamedTuple):
-    """One text, and a name that stays the same from run to run and machine to machine."""
-
-    name: str
-    text: str
-
-
 class Entry(NamedTuple):
     """A file of a source. name: relative to the source, the same everywhere.  size: in bytes.
 
@@ -44,7 +37,7 @@ class Entry(NamedTuple):
     state: tuple[str | int, ...]
 
 
-FileReader = Callable[[Entry, Counter[str], Span | None], Iterator[Document]]
+FileReader = Callable[[Entry, Counter[str], Span | None], Iterator[str]]
 
 
 @dataclass(frozen=True)
@@ -60,16 +53,16 @@ class Source:
     column: str = ""
     origin: str = ""
 
-    def documents(self, notes: Counter[str]) -> Iterator[Document]:
+    def documents(self, notes: Counter[str]) -> Iterator[str]:
         """All documents that hold text, in the order of the files' names; what was left out is counted in `notes`."""
         for entry in self.entries:
             yield from self.entry_documents(entry, notes)
 
-    def entry_documents(self, entry: Entry, notes: Counter[str], span: Span | None = None) -> Iterator[Document]:
+    def entry_documents(self, entry: Entry, notes: Counter[str], span: Span | None = None) -> Iterator[str]:
         """The documents of one file, or of a span of it, that hold text."""
-        for document in self.read(entry, notes, span):
-            if document.text:
-                yield document
+        for text in self.read(entry, notes, span):
+            if text:
+                yield text
             else:
                 notes["empty documents skipped"] += 1
 
@@ -112,7 +105,7 @@ def _entry(name: str, path: Path) -> Entry:
     return Entry(name, path, stat.st_size, (str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
 
 
-def _from_path(path: Path, column: str, read: Callable[..., Iterator[Document]]) -> Source:
+def _from_path(path: Path, column: str, read: Callable[..., Iterator[str]]) -> Source:
     name = path.resolve().name or "root"
     if path.is_dir():
         entries = tuple(_entry(*found) for found in _walk(path, keep=lambda part: not part.startswith(".")))
@@ -150,7 +143,7 @@ def _read_file(
     invalid: str,
     skip_binary: bool = False,
     json_rows: bool = False,
-) -> Iterator[Document]:
+) -> Iterator[str]:
     """The rows of a jsonl or parquet file as documents, or any other file as one.
 
     json_rows: a .json file has rows, too: on the hub many are called so.
@@ -158,8 +151,7 @@ def _read_file(
     kind = kind_of(entry.name)
     kind = ".jsonl" if json_rows and kind == ".json" else kind
     if kind in _ROW_READERS:
-        for row, text in _ROW_READERS[kind](entry.file, column, invalid, notes, span):
-            yield Document(f"{entry.name}#{row}", text)
+        yield from _ROW_READERS[kind](entry.file, column, invalid, notes, span)
         return
     with naming_damage(entry.file), open_bytes(entry.file) as stream:
         head = stream.read(_SNIFFED)
@@ -167,7 +159,7 @@ def _read_file(
             notes["binary files skipped"] += 1
             return
         data = head + stream.read()
-    yield Document(entry.name, decode_utf8(data, entry.file, invalid, notes))
+    yield decode_utf8(data, entry.file, invalid, notes).removeprefix("\ufeff")  # a mark of the file, not its text
 
 
 def _stdlib() -> Source:
@@ -180,7 +172,7 @@ def _stdlib() -> Source:
     return Source("stdlib", entries, _read_python)
 
 
-def _read_python(entry: Entry, notes: Counter[str], span: Span | None) -> Iterator[Document]:
+def _read_python(entry: Entry, notes: Counter[str], span: Span | None) -> Iterator[str]:
     """A Python file in the encoding that it declares (PEP 263)."""
     with naming_damage(entry.file), entry.file.open("rb") as stream:
         data = stream.read()
@@ -190,4 +182,4 @@ def _read_python(entry: Entry, notes: Counter[str], span: Span | None) -> Iterat
     except (SyntaxError, UnicodeDecodeError):
         notes["undecodable Python files skipped"] += 1
         return
-    yield Document(entry.name, text)
+    yield text

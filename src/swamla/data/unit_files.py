@@ -101,7 +101,7 @@ def _make(job: Job, tokenizer: Tokenizer, number: int) -> UnitRecord:
     try:
         notes: Counter[str] = Counter()
         documents = unit_documents(job.source, job.units[number], notes)
-        divided = ((document, is_held_out(document.name, job.held_out_fraction)) for document in documents)
+        divided = ((text, is_held_out(text, job.held_out_fraction)) for text in documents)
         encoded = encode_documents(divided, tokenizer, staging, _silent)
         record = UnitRecord(
             **encoded._asdict(), tokenizer=tokenizer.fingerprint, notes=dict(notes), files=files_of(staging)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from swamla.data.reading import COMPRESSED
 from swamla.data.rows import Span, parquet_group_sizes
-from swamla.data.sources import Document, Entry, Source, kind_of
+from swamla.data.sources import Entry, Source, kind_of
 
 UNIT_BYTES = 1 << 23
 _EXPANSION = 4  # text is about so much larger than what .gz and .zst make of it
@@ -44,8 +44,8 @@ def units_of(source: Source) -> list[Unit]:
     return units
 
 
-def unit_documents(source: Source, unit: Unit, notes: Counter[str]) -> Iterator[Document]:
-    """The documents of a unit that hold text."""
+def unit_documents(source: Source, unit: Unit, notes: Counter[str]) -> Iterator[str]:
+    """The texts of a unit's documents, empty ones left out."""
     for entry in source.entries[unit.first : unit.stop]:
         yield from source.entry_documents(entry, notes, unit.span)
 
