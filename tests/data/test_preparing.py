@@ -1,5 +1,6 @@
 """prepare: encoded once, whole or not at all, held-out documents never trained on."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -15,7 +16,6 @@ from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset
 from swamla.data.held_out import divide, is_held_out
 from swamla.data.preparing import prepare
-from swamla.data.sources import Document
 from swamla.data.tokenizer import make_tokenizer
 from swamla.errors import DataError
 
@@ -62,26 +62,29 @@ def test_a_changed_file_or_tokenizer_file_makes_a_new_dataset(make_dataset: Make
 
 def test_the_tokenizer_learns_from_nothing_that_is_held_out(tmp_path: Path) -> None:
     for i in range(60):
-        marker = "zqzqzqzq" if is_held_out(f"{i}.txt", 0.3) else "training"
-        (tmp_path / f"{i}.txt").write_text(f"{marker} " * 50)
+        text = f"{i} " + "zqzqzqzq " * 50
+        (tmp_path / f"{i}.txt").write_text(text if is_held_out(text, 0.3) else f"{i} " + "training " * 50)
     dataset = prepare(DataConfig(source=str(tmp_path), tokenizer="bpe:280", held_out_fraction=0.3))
     assert b"zqzq" in dataset.held_out_text()
     assert len(dataset.tokenizer.encode("zqzqzqzq")) == 8
     assert len(dataset.tokenizer.encode("training")) < 3
 
 
-def test_documents_are_held_out_by_name_alone() -> None:
-    names = [f"dir/file{i}.py" for i in range(4000)]
-    chosen = {name for name in names if is_held_out(name, 0.05)}
-    assert 0.04 < len(chosen) / len(names) < 0.06
-    assert chosen < {name for name in names if is_held_out(name, 0.1)}
-    _, pairs = divide((Document(name, "x") for name in reversed(names)), 0.05)
-    assert {document.name for document, held in pairs if held} == chosen
+def test_documents_are_held_out_by_their_text_alone() -> None:
+    texts = [f"text {i}" for i in range(4000)]
+    chosen = {text for text in texts if is_held_out(text, 0.05)}
+    assert 0.04 < len(chosen) / len(texts) < 0.06
+    assert chosen < {text for text in texts if is_held_out(text, 0.1)}
+    _, pairs = divide(reversed(texts), 0.05)
+    assert {text for text, held in pairs if held} == chosen
+    assert all(is_held_out(text, 1) for text in texts)
 
 
-def test_the_draw_does_not_change_with_machines_or_versions() -> None:
-    names = ("abc.py", "ast.py", "typing.py", "chunk.py", "json/decoder.py", "rows.jsonl#1")
-    assert [name for name in names if is_held_out(name, 0.4)] == ["json/decoder.py", "rows.jsonl#1"]
+def test_the_draw_is_the_sha256_of_the_text() -> None:
+    for text in ("", "a", "été\n漢字", "x" * 10_000):
+        for fraction in (0.05, 0.4):
+            place = int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64
+            assert is_held_out(text, fraction) == (place < fraction)
 
 
 def test_of_the_standard_library_about_five_percent_is_held_out() -> None:

@@ -79,7 +79,7 @@ def test_an_intact_dataset_verifies_and_describes_itself(make_dataset: Make) -> 
     dataset.verify()
     rows = dict(dataset.describe())
     assert rows["tokenizer"] == "byte, vocabulary 257"
-    assert "by a hash of their names" in rows["held out"]
+    assert "by a hash of their text" in rows["held out"]
     assert rows["bytes per token"].startswith("1.000")
 
 
@@ -122,7 +122,7 @@ def test_data_that_changed_is_told_by_its_fingerprint(make_dataset: Make, corpus
 @pytest.mark.parametrize(
     ("edit", "error", "message"),
     [
-        (lambda meta: meta.update(format_version=99), DataError, "dataset format 99, this swamla reads 1"),
+        (lambda meta: meta.update(format_version=99), DataError, "dataset format 99, this swamla reads 2"),
         (lambda meta: meta.update(fingerprint="0"), CorruptError, r"meta\.json: damaged"),
         (lambda meta: meta.pop("files"), CorruptError, r"meta\.json: damaged"),
     ],
@@ -178,6 +178,7 @@ def test_settings_that_cannot_be_are_refused() -> None:
     for settings in (
         {"source": ""},
         {"held_out_fraction": 0.0},
+        {"held_out_fraction": 1.5},
         {"held_out_fraction": float("nan")},
         {"tokenizer": "bpe:256"},
         {"tokenizer": "bpe:many"},

@@ -61,17 +61,22 @@ def describe_data(dataset: Dataset, console: Console, block_size: int = TrainCon
     """Tell what there is, and how well it fills rows of `block_size`; on the main process alone."""
     if not distributed.is_main():
         return
-    count = max(1, UTILISATION_TOKENS // block_size)
-    batch = dataset.rows(block_size, 0).batch(0, count)
-    filled, cut = batch.n_labels / batch.tokens_BT.numel(), batch.cut_share(dataset.tokenizer.eos_id)
-    share = (
-        f"{filled:.2%} of the positions in {count:,} rows of {block_size} carry loss; {cut:.0%} of the stretches of "
-        f"documents there are cut"
-    )
-    described = [*dataset.describe(), ("utilisation", share)]
+    described = dataset.describe()
+    if dataset.train.n_documents:
+        described.append(("utilisation", _utilisation(dataset, block_size)))
     width = max(len(label) for label, _ in described)
     for label, value in described:
         say(console, f"{label:<{width}}  {value}")
+
+
+def _utilisation(dataset: Dataset, block_size: int) -> str:
+    count = max(1, UTILISATION_TOKENS // block_size)
+    batch = dataset.rows(block_size, 0).batch(0, count)
+    filled, cut = batch.n_labels / batch.tokens_BT.numel(), batch.cut_share(dataset.tokenizer.eos_id)
+    return (
+        f"{filled:.2%} of the positions in {count:,} rows of {block_size} carry loss; {cut:.0%} of the stretches of "
+        f"documents there are cut"
+    )
 
 
 def run_training(

@@ -19,7 +19,7 @@ from swamla.files import write_text_atomically
 
 PREFIX = "hf:"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_READABLE = re.compile(r"\.(parquet|jsonl|ndjson|json|txt)(\.gz|\.zst)?$", re.IGNORECASE)
+_READABLE = re.compile(r"\.(parquet|jsonl|ndjson|json|csv|tsv|txt)(\.gz|\.zst|\.xz|\.bz2)?$", re.IGNORECASE)
 _QUERY = re.compile(r"\?\S*")  # the address of a redirected download carries a signature
 _BLOCK = 1 << 22
 

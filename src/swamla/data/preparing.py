@@ -7,6 +7,7 @@ kill is never done again, and the dataset is byte for byte the same however its 
 
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass, replace
 
 from swamla.data import hub
@@ -22,6 +23,7 @@ from swamla.errors import ConfigError, require
 
 __all__ = ["Dataset", "Part", "PartDone", "default_cache_dir", "prepare", "prepare_part"]
 
+_FAR = 2  # times as much, or as little, held-out text as documents
 _AT_ONCE = 4  # units that are encoded in this process: starting others, and joining what they made, takes as long
 
 
@@ -46,9 +48,23 @@ def prepare(config: DataConfig, *, progress: Progress | None = None, workers: in
         return _prepare_mixture(config, progress or silent, workers)
     work = Work(config, progress or silent)
     dataset = work.stream(workers) if config.stream else _prepare_whole(work, workers)
+    _warn_of_share(config, dataset)
     if config.buffer_docs:
         dataset.fit_documents(config.buffer_docs)
     return dataset
+
+
+def _warn_of_share(config: DataConfig, dataset: Dataset) -> None:
+    """Warn where the share of the text that is held out is far from the share of documents that was asked for."""
+    held_out, train, asked = dataset.held_out.n_bytes, dataset.train.n_bytes, config.held_out_fraction
+    share = held_out / (held_out + train)
+    if not asked / _FAR <= share <= asked * _FAR:
+        warnings.warn(
+            f"{config.source}: {train:,} bytes are trained on and {held_out:,} held out, {share:.1%} of the text; "
+            f"data.held_out_fraction = {asked:g} of the documents was asked for: a few have most of the text; "
+            "change held_out_fraction, or divide long documents",
+            stacklevel=3,
+        )
 
 
 def _prepare_whole(work: Work, workers: int | None) -> Dataset:
@@ -111,4 +127,6 @@ def prepare_part(
         if missing:
             return PartDone(len(units), missing, throughput, None)
         work.join(units)
-    return PartDone(len(units), 0, throughput, Dataset.open(work.target, throughput))
+    dataset = Dataset.open(work.target, throughput)
+    _warn_of_share(config, dataset)
+    return PartDone(len(units), 0, throughput, dataset)

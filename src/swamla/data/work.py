@@ -7,7 +7,6 @@ import re
 import shutil
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from swamla.data.dataset import FORMAT_VERSION, META, TOKENIZER, Dataset, Throug
 from swamla.data.encode import Progress, encode_documents
 from swamla.data.held_out import divide
 from swamla.data.learning import Share, learn_tokenizer
+from swamla.data.notes import Notes
 from swamla.data.sources import Source, open_source
 from swamla.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from swamla.data.unit_files import Job
@@ -30,7 +30,7 @@ from swamla.files import fsync, sha256_of
 
 _STALE_SECONDS = {".staging-*": 24 * 3600, ".units-*": 14 * 24 * 3600, ".stream-*": 14 * 24 * 3600}
 _SAMPLED = 4  # units of a stream, evenly over it, whose held-out documents are evaluated
-_RULES = 2  # to be raised when other documents are held out, or other names given to them, than before
+_RULES = 3  # to be raised when other documents are held out than before
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Work:
             tokenizer = learn_tokenizer(self.config, [Share(self.source, units)], self.progress)
             tokenizer.save(folder / TOKENIZER)
             begin = time.monotonic()
-            notes: Counter[str] = Counter()
+            notes = Notes(self.source.left_out.plain())
             rule, divided = divide(self.source.documents(notes), self.config.held_out_fraction)
             encoded = encode_documents(divided, tokenizer, folder, self.progress)
             require_documents(self.config, encoded, notes)
@@ -176,7 +176,7 @@ def _slug(name: str) -> str:
 
 def _cache_key(config: DataConfig, source: Source) -> str:
     """Changes whenever the dataset might: settings, any file's size or time, the tokenizer's files or its training."""
-    settings = [config.text_column, config.tokenizer, config.held_out_fraction, config.invalid_utf8]
+    settings = [config.text_column, config.tokenizer, config.held_out_fraction, config.invalid_utf8, config.on_bad_row]
     tokenizer = [(path.name, sha256_of(path)) for path in tokenizer_files(config.tokenizer)]
     trained = bpe.training_version() if parse_bpe(config.tokenizer) else []
     content = [FORMAT_VERSION, _RULES, source.name, source.state(), settings, tokenizer, trained]

@@ -75,6 +75,7 @@ def open_run(
                 held.enter_context(claim_run(run_dir) if resume else claim_new(run_dir))
             checkpoint = _checkpoint_to_take_up(run_dir, dataset) if resume else None
             settled = settle(config, dataset)
+            dataset.rows(config.train.block_size, config.train.seed)  # before anything is written: is there any?
             if resume:
                 check_same_run(settled, run_dir)
             return checkpoint
