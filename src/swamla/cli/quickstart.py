@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     resume = "resume" in given
     with _claimed(arguments, resume) as claim:
         run_dir = claim.path
-        config = read_recipe(str(run_dir / "config.json") if resume else "quickstart", arguments, given)
+        config = read_recipe(str(run_dir / "config.json") if resume else "quickstart", arguments, given, new=not resume)
         _train(config, claim, resume)
     return 0
 

@@ -13,7 +13,7 @@ from swamla.cli.console import Console, program, say
 from swamla.cli.flags import Positional, parse
 from swamla.cli.original_flags import add_original_flags, bare_compile, refusal, workers
 from swamla.cli.overrides import add_flags
-from swamla.cli.run_config import Resolved, chosen_recipe, resolve, say_notes
+from swamla.cli.run_config import Resolved, begun_recipe, chosen_recipe, resolve, say_notes
 from swamla.cli.running import (
     begun_folder,
     claim_folder,
@@ -27,9 +27,9 @@ from swamla.config import within
 from swamla.errors import UsageError
 from swamla.hub import require_hub
 from swamla.recipes import recipe_names
+from swamla.train.changes import check_same_run
 from swamla.train.claims import Claim, claim_run
 from swamla.train.launch import this_launch
-from swamla.train.run_folder import check_same_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +66,12 @@ def main(argv: list[str]) -> int:
 
 def _train(arguments: Any, given: frozenset[str]) -> int:
     """What every process of the run does."""
-    console, named = Console(), chosen_recipe(arguments.recipe, arguments.size)
-    from_hub = _is_from_hub(arguments, given)
-    name, resume = arguments.hf_repo_id if from_hub else named, not given.isdisjoint(("resume", "resume_from"))
+    console, named, name = Console(), *_recipe_and_name(arguments, given)
+    from_hub, resume = _is_from_hub(arguments, given), not given.isdisjoint(("resume", "resume_from"))
+    if from_hub:
+        name = arguments.hf_repo_id
+    if "init_from" in given and (resume or from_hub):
+        raise UsageError("--init_from begins a new run with another's weights, --resume goes on with one: give one")
     launch = this_launch() if distributed.started_again() else ()
     begun, stopped = distributed.on_main(lambda: _begun(arguments, name, launch)) or (None, False)
     if begun is not None and stopped:
@@ -76,7 +79,9 @@ def _train(arguments: Any, given: frozenset[str]) -> int:
         say(console, f"not started again: the run in {begun} was asked to stop, and is saved; go on with: {go_on}")
         return 0
     from_hub, resume = from_hub and begun is None, resume or begun is not None
-    resolved = None if resume or from_hub else resolve(named, arguments, given)  # a mistake is told before all else
+    resolved = (
+        None if resume or from_hub else resolve(named, arguments, given, new=True)
+    )  # a mistake is told before all else
     with ExitStack() as held:
         claims: list[Claim] = []  # the main process's, which takes the folder before anything that takes time
 
@@ -104,6 +109,14 @@ def _train(arguments: Any, given: frozenset[str]) -> int:
         run_training(config, dataset, run_dir, console, command="train", resume=resume, claim=claim)
     say(console, f"the run is in {run_dir}")
     return 0
+
+
+def _recipe_and_name(arguments: Any, given: frozenset[str]) -> tuple[str, str]:
+    """The recipe, and what the run is called after: without a recipe the run whose weights it begins with."""
+    if "init_from" not in given or arguments.recipe or arguments.size:
+        named = chosen_recipe(arguments.recipe, arguments.size)
+        return named, named
+    return begun_recipe(arguments.init_from), Path(arguments.init_from).resolve().name
 
 
 def _check_resumed(resolved: Resolved, run_dir: Path, arguments: Any, given: frozenset[str]) -> None:

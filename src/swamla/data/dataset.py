@@ -115,6 +115,10 @@ class Dataset:
         """UTF-8 bytes of text to train on for each position that carries loss."""
         return self.train.n_bytes / (self.train.n_tokens + self.train.n_documents)
 
+    def epochs(self) -> dict[str, int]:
+        """For each source how many positions that carry loss there are until all of its text was seen once."""
+        return {self.meta["source"]: self.train.n_tokens + self.train.n_documents}
+
     def verify(self) -> None:
         """Check every byte against its SHA-256 and every id against the vocabulary; CorruptError names the file."""
         for name, entry in self.meta["files"].items():

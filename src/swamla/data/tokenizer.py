@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,10 +59,16 @@ class _Serialized:
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self._serialized, encoding="utf-8")
 
-    def _require_known(self, ids: Sequence[int]) -> None:
-        for extreme in (min(ids, default=0), max(ids, default=0)):
+    def _known(self, ids: Sequence[int]) -> list[int]:
+        """The ids as plain numbers: a row of a tensor is a sequence of them, too."""
+        try:
+            numbers = [operator.index(i) for i in ids]
+        except TypeError:
+            raise DataError(f"{ids!r:.60}: must be a sequence of token ids") from None
+        for extreme in (min(numbers, default=0), max(numbers, default=0)):
             if not 0 <= extreme < self.vocab_size:
                 raise DataError(f"token id {extreme} is outside of the vocabulary (0 to {self.vocab_size - 1})")
+        return numbers
 
 
 class ByteTokenizer(_Serialized):
@@ -77,9 +84,10 @@ class ByteTokenizer(_Serialized):
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        self._require_known(ids)
         eos = EOS_TEXT.encode()
-        return b"".join(eos if i == self.eos_id else bytes((i,)) for i in ids).decode("utf-8", errors="replace")
+        return b"".join(eos if i == self.eos_id else bytes((i,)) for i in self._known(ids)).decode(
+            "utf-8", errors="replace"
+        )
 
 
 class CharTokenizer(_Serialized):
@@ -106,8 +114,7 @@ class CharTokenizer(_Serialized):
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        self._require_known(ids)
-        return "".join(EOS_TEXT if i == self.eos_id else self._characters[i] for i in ids)
+        return "".join(EOS_TEXT if i == self.eos_id else self._characters[i] for i in self._known(ids))
 
 
 class HFTokenizer(_Serialized):
@@ -142,8 +149,7 @@ class HFTokenizer(_Serialized):
         return [each.ids for each in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        self._require_known(ids)
-        return self._library.decode(list(ids), skip_special_tokens=False)
+        return self._library.decode(self._known(ids), skip_special_tokens=False)
 
 
 def utf8(text: str) -> bytes:

@@ -68,6 +68,9 @@ class TrainConfig:
     profile: trace a few steps, from this process's beginning, to RUN/profile, and show where the time went.
     profile_steps: how many steps are traced.
     profile_warmup: steps before them, which take longer than others.
+    init_from: a run, one of its checkpoints or an exported folder, whose weights the run begins with, and whose
+        tokenizer it has unless another is named; empty for weights drawn by the seed.
+    init_checkpoint: of a run in init_from: "best", "latest" or a step; averaged weights where it has them.
     seed: of the initial weights, the order of the data and dropout.
     precision: "auto" is bf16 autocast with fp32 weights where the machine has bf16 instructions, else fp32. "fp8"
         besides multiplies the large matrices in fp8, by torchao; "auto" never chooses it.
@@ -120,6 +123,8 @@ class TrainConfig:
     profile: bool = False
     profile_steps: int = 5
     profile_warmup: int = 2
+    init_from: str = ""
+    init_checkpoint: str = "best"
     seed: int = 0
     precision: Precision = "auto"
     checkpointing: Checkpointing = "none"
@@ -175,6 +180,13 @@ class TrainConfig:
         require(legal, "wandb_project", self.wandb_project, "must not contain / \\ # ? % or :, e.g. swamla")
         named = not self.wandb_run_name or bool(self.wandb_project)
         require(named, "wandb_run_name", self.wandb_run_name, "names a run in a project: give wandb_project too")
+        which = self.init_checkpoint
+        require(
+            which in ("best", "latest") or which.isdigit(), "init_checkpoint", which, "must be best, latest or a step"
+        )
+        begins = bool(self.init_from) or which == "best"
+        require(begins, "init_checkpoint", which, "chooses a checkpoint of init_from: give that too")
+        require("\0" not in self.init_from, "init_from", self.init_from, "a path cannot hold NUL")
         self._check_rates()
 
     def _check_rates(self) -> None:

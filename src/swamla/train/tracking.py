@@ -83,6 +83,10 @@ def time_left(progress: float, seconds: float) -> str:
     return f"{hours}:{minutes:02}:{left % 60:02} left" if hours else f"{minutes}:{left % 60:02} left"
 
 
+def _epoch(values: Mapping[str, float]) -> str:
+    return f"Epoch: {values['epoch']:.2f} | " if "epoch" in values else ""
+
+
 class PlainLines:
     """A line for the first step, for every `interval`-th and for the last, for pipes and log files."""
 
@@ -95,7 +99,7 @@ class PlainLines:
         self._unsaid = (
             f"Step {values['step']:.0f} | Loss: {values['loss']:.4f} | LR: {values['lr']:.2e} | "
             f"Tokens/sec: {values['tokens_per_second']:,.0f} | Bits/byte: {values['bits_per_byte']:.4f} | "
-            f"{time_left(progress, seconds)}"
+            f"{_epoch(values)}{time_left(progress, seconds)}"
         )
         if values["step"] == 1 or values["step"] % self._interval == 0 or progress >= 1:
             self._say_step()
