@@ -32,7 +32,8 @@ _VOCABULARIES = {("byte", ""): 257, ("gpt2", ""): 50257, ("char", "shakespeare")
 def read_recipe(recipe: str, arguments: Any, given: frozenset[str], *, new: bool = False) -> RunConfig:
     """The run that a recipe (a shipped one's name, or a file) and the flags in `given` describe.
 
-    new: it is to be begun, with the weights that it says. Says what there is to tell. Raises `UsageError` and `ConfigError`, which name the flag, or the file and line.
+    new: it is to be begun, with the weights that it says. Says what there is to tell. Raises `UsageError` and
+    `ConfigError`, which name the flag, or the file and line.
     """
     resolved = resolve(recipe, arguments, given, new=new)
     say_notes(resolved)

@@ -17,9 +17,9 @@ class Epochs:
         return max((tokens / length for length in self.lengths.values()), default=None)
 
     def describe(self, tokens: int) -> str:
-        """After so many tokens how often what was seen; empty where nobody knows."""
-        seen = ", ".join(f"{tokens / length:.2f} times {source}" for source, length in self.lengths.items())
-        return f"{tokens:,} tokens are {seen}" if seen else ""
+        """How often so many tokens are what; empty where nobody knows."""
+        seen = ", ".join(f"{tokens / length:.2f} epochs of {source}" for source, length in self.lengths.items())
+        return f"{tokens:,} tokens, {seen}" if seen else ""
 
     def completed(self, before: int, now: int) -> Iterator[str]:
         """A line for each source of which a pass ended between two numbers of tokens."""

@@ -170,7 +170,7 @@ class _Loop:
         self.display.say(f"mfu is relative to {self.log.peak.name}")
         planned = (self.config.steps or 0) * self.config.batch_size * self.config.block_size
         if planned and not self.config.curriculum and (described := self.epochs.describe(planned)):
-            self.display.say(f"in {self.config.steps} steps {described}")
+            self.display.say(f"{self.config.steps} steps are {described}")
         if resume and self.progress(0.5) >= 1:
             step, steps, minutes = self.state.step, self.config.steps, self.config.max_minutes
             spent = [f"{step} of {steps} steps"] if steps else [f"{step} steps"]
