@@ -49,14 +49,16 @@ class Resolved:
     notes: tuple[str, ...]
 
 
-def resolve(recipe: str, arguments: Any, given: frozenset[str], *, new: bool = False) -> Resolved:
-    """As `read_recipe`, silently, with all there is to know."""
+def resolve(
+    recipe: str, arguments: Any, given: frozenset[str], *, new: bool = False, unnamed: bool = False
+) -> Resolved:
+    """As `read_recipe`, silently, with all there is to know. unnamed: nobody asked for the recipe and its model."""
     path = recipe_path(recipe)
     plain, place = load_file(path)
     plain = copy.deepcopy(plain)
     plain.pop("format_version", None)  # a run's own config.json is a recipe too
     locate_beside(plain, path, place, given)
-    origin_of_weights = _begin_from(plain, path, arguments, given) if new else None
+    origin_of_weights = _begin_from(plain, path, arguments, given, unnamed) if new else None
     spare = _spare_blocks(plain, place)
     by_flag, notes = _apply(plain, arguments, given, spare) if _has_model(plain) else ({}, [])
 
@@ -91,10 +93,12 @@ def begun_recipe(init_from: str) -> str:
     return str(origin.folder / "config.json") if origin.is_run else "quickstart"
 
 
-def _begin_from(plain: dict[str, Any], recipe: Path, arguments: Any, given: frozenset[str]) -> Origin | None:
-    """Where a run's first weights are, if the recipe or a flag says so; the recipe's model and tokenizer become theirs.
+def _begin_from(
+    plain: dict[str, Any], recipe: Path, arguments: Any, given: frozenset[str], unnamed: bool
+) -> Origin | None:
+    """Where a run's first weights are, if the recipe or a flag says so; the recipe's tokenizer becomes theirs.
 
-    A model that the recipe has stays as it is, to be compared, unless the recipe is that run's own.
+    So does its model where it has none, or is `unnamed`; else that stays as it is, to be compared.
     """
     train = plain.get("train")
     if not isinstance(train, dict):
@@ -110,10 +114,10 @@ def _begin_from(plain: dict[str, Any], recipe: Path, arguments: Any, given: froz
     if recipe.resolve() == origin.folder / "config.json":
         for name in ("init_from", "init_checkpoint", "hf_repo_id", "wandb_run_name"):  # which are that run's own
             train.pop(name, None)
-    elif plain.get("model"):
-        plain["model"]["vocab_size"] = plain["model"].get("vocab_size") or origin.model.vocab_size
-    if not plain.get("model"):
+    if unnamed or not plain.get("model"):
         plain["model"] = to_plain(origin.model)
+    elif isinstance(plain["model"], dict):
+        plain["model"]["vocab_size"] = plain["model"].get("vocab_size") or origin.model.vocab_size
     if origin.tokenizer is not None:
         plain.setdefault("data", {})["tokenizer"] = str(origin.tokenizer)
     return origin

@@ -66,7 +66,8 @@ def main(argv: list[str]) -> int:
 
 def _train(arguments: Any, given: frozenset[str]) -> int:
     """What every process of the run does."""
-    console, named, name = Console(), *_recipe_and_name(arguments, given)
+    unnamed = "init_from" in given and not (arguments.recipe or arguments.size)
+    console, (named, name) = Console(), _recipe_and_name(arguments, unnamed)
     from_hub, resume = _is_from_hub(arguments, given), not given.isdisjoint(("resume", "resume_from"))
     if from_hub:
         name = arguments.hf_repo_id
@@ -111,9 +112,9 @@ def _train(arguments: Any, given: frozenset[str]) -> int:
     return 0
 
 
-def _recipe_and_name(arguments: Any, given: frozenset[str]) -> tuple[str, str]:
+def _recipe_and_name(arguments: Any, unnamed: bool) -> tuple[str, str]:
     """The recipe, and what the run is called after: without a recipe the run whose weights it begins with."""
-    if "init_from" not in given or arguments.recipe or arguments.size:
+    if not unnamed:
         named = chosen_recipe(arguments.recipe, arguments.size)
         return named, named
     return begun_recipe(arguments.init_from), Path(arguments.init_from).resolve().name
