@@ -130,7 +130,8 @@ def test_a_failure_leaves_nothing_behind(corpus: Path, tmp_path: Path) -> None:
         prepare(DataConfig(source=str(corpus), tokenizer="byte", cache_dir=str(tmp_path / "c")))
     assert list((tmp_path / "c" / "data").iterdir()) == []
     replaced = prepare(DataConfig(source=str(corpus), tokenizer="byte", held_out_fraction=0.25, invalid_utf8="replace"))
-    assert ("note", "1 invalid UTF-8 sequences replaced") in replaced.describe()
+    where = corpus / "part2" / "zz.txt"
+    assert ("note", f"1 invalid UTF-8 sequences replaced: {where}") in replaced.describe()
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_that_names_it(make_dataset: Make, tmp_path: Path) -> None:

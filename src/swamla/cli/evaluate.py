@@ -8,7 +8,7 @@ from pathlib import Path
 from swamla.checkpoint import find_checkpoint, load, read_run_config
 from swamla.cli.console import Console
 from swamla.cli.flags import Positional, parse
-from swamla.cli.running import read_data, validation
+from swamla.cli.running import data_of_run, read_data, validation
 from swamla.config import from_plain
 from swamla.errors import UsageError
 from swamla.train import RunConfig
@@ -44,7 +44,8 @@ def main(argv: list[str]) -> int:
     model, _ = load(run, str(checkpoint.step))
     # The run's own tokenizer, never one made again: today's source might give another.
     data = replace(config.data, source=arguments.data or config.data.source, tokenizer=str(run / "tokenizer.json"))
-    dataset = read_data(data, Console(stderr=True))
+    console = Console(stderr=True)
+    dataset = read_data(data, console) if arguments.data else data_of_run(run, config.data, console)
     trained_on = checkpoint.state["data_fingerprint"]
     if not arguments.data and dataset.fingerprint != trained_on:
         warnings.warn(

@@ -50,7 +50,8 @@ def main(argv: list[str]) -> int:
     config = read_recipe(str(run_dir / "config.json") if resume else "quickstart", arguments, given)
     console = Console()
     say(console, f"resuming {run_dir}" if resume else _announcement(config, run_dir))
-    dataset = prepare_data(config.data, console, block_size=config.train.block_size)
+    resumed = run_dir if resume else None
+    dataset = prepare_data(config.data, console, block_size=config.train.block_size, resumed=resumed)
     samples = run_dir / "samples.txt"
 
     def first_sample(state: TrainState) -> None:

@@ -88,7 +88,13 @@ def _train(arguments: Any, given: frozenset[str]) -> int:
     require_hub(config.train.hf_repo_id)
     distributed.require_rows(config.train.batch_size, config.train.accumulation)
     say(console, f"{'resuming' if resume else 'training'} {recipe} in {run_dir}")
-    dataset = prepare_data(config.data, console, block_size=config.train.block_size, workers=workers(arguments, given))
+    dataset = prepare_data(
+        config.data,
+        console,
+        block_size=config.train.block_size,
+        workers=workers(arguments, given),
+        resumed=run_dir if resume else None,
+    )
     run_training(config, dataset, run_dir, console, command="train", resume=resume)
     say(console, f"the run is in {run_dir}")
     return 0

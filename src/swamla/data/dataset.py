@@ -51,9 +51,11 @@ class Dataset:
     """Text as tokens, split into documents to train on and held-out ones.
 
     throughput: of its making, where that was now; None for what the cache had.
+    raw: what the files were that it was made from (`Source.digest`), where that is known.
     """
 
     _buffer_docs = 0
+    raw = ""
 
     def __init__(
         self, path: Path, meta: dict[str, Any], tokenizer: Tokenizer, throughput: Throughput | None = None
@@ -114,6 +116,10 @@ class Dataset:
     def bytes_per_label(self) -> float:
         """UTF-8 bytes of text to train on for each position that carries loss."""
         return self.train.n_bytes / (self.train.n_tokens + self.train.n_documents)
+
+    def identity(self) -> list[dict[str, str]]:
+        """What a run keeps to find its data again: the fingerprint of each prepared source, and what it was made of."""
+        return [{"fingerprint": self.meta["fingerprint"], "raw": self.raw}]
 
     def verify(self) -> None:
         """Check every byte against its SHA-256 and every id against the vocabulary; CorruptError names the file."""

@@ -92,6 +92,9 @@ class MixtureDataset(Dataset):
     def bytes_per_label(self) -> float:
         return sum(weight * part.bytes_per_label for weight, part in zip(self.weights, self.parts, strict=True))
 
+    def identity(self) -> list[dict[str, str]]:
+        return [each for part in self.parts for each in part.identity()]
+
     def verify(self) -> None:
         for part in self.parts:
             part.verify()

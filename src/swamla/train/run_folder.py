@@ -41,6 +41,8 @@ from swamla.train.parallel import build_model
 from swamla.train.precision import resolve_device, resolve_precision
 from swamla.train.state import TrainState, seed_generators
 
+DATA = "data.json"  # by which the run's data is found again
+
 # Settings a resumed run may change without becoming another run.
 MAY_CHANGE = (
     *("train.steps", "train.max_minutes", "train.device", "train.threads", "train.log_interval"),
@@ -91,6 +93,7 @@ def open_run(
             plain = {"format_version": FORMAT_VERSION, **to_plain(config)}
             dataset.tokenizer.save(run_dir / "tokenizer.json")
             write_text_atomically(run_dir / "config.json", json.dumps(plain, indent=2) + "\n")
+            write_text_atomically(run_dir / DATA, json.dumps(dataset.identity(), indent=2) + "\n")
             Launch(names=launch).write(run_dir)
 
         checkpoint = distributed.on_main(check)
@@ -198,6 +201,30 @@ def fresh_state(config: RunConfig, dataset: Dataset) -> TrainState:
     )
 
 
+def read_config(run_dir: Path) -> RunConfig:
+    """The config of the run in the folder."""
+    plain = read_run_config(run_dir)
+    del plain["format_version"]
+    return from_plain(RunConfig, plain, origin=str(run_dir / "config.json"))
+
+
+def identity_of_run(run_dir: Path) -> list[dict[str, str]] | None:
+    """What the run's data was (`Dataset.identity`), for a run older than data.json by its newest checkpoint.
+
+    None where neither tells. Raises `CorruptError` for a data.json that is damaged.
+    """
+    file = run_dir / DATA
+    if not file.exists():
+        checkpoints = list_checkpoints(run_dir / "checkpoints")
+        state = read_json(checkpoints[-1] / "state.json", inside=checkpoints[-1]) if checkpoints else {}
+        return [{"fingerprint": state["data_fingerprint"], "raw": ""}] if "data_fingerprint" in state else None
+    try:
+        identity = json.loads(file.read_text(encoding="utf-8"))
+        return [{name: str(each[name]) for name in ("fingerprint", "raw")} for each in identity]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CorruptError(f"{file}: damaged ({error!r}); delete it") from error
+
+
 def _checkpoint_to_take_up(run_dir: Path, dataset: Dataset) -> Checkpoint | None:
     """The newest checkpoint that verifies, None before the first; of a run on the same data, whatever else changed."""
     if not (run_dir / "config.json").exists():
@@ -222,8 +249,9 @@ def _check_same_tokenizer(run_dir: Path, dataset: Dataset) -> None:
 
 
 def _changed(run_dir: Path, what: str, before: str, now: str) -> DataError:
+    older = "" if (run_dir / DATA).exists() else ", or the run is older than the split by text and its cache is gone"
     return DataError(
-        f"{run_dir}: {what} changed since the checkpoint (fingerprint {now[:12]}, the run had {before[:12]}): "
+        f"{run_dir}: {what} changed since the checkpoint (fingerprint {now[:12]}, the run had {before[:12]}){older}: "
         "restore the data, or start a new run"
     )
 
@@ -272,10 +300,8 @@ def check_same_run(config: RunConfig, run_dir: Path) -> None:
     Of all that differs it names what the rest follows from: the pattern, else what is of another kind. A vocabulary
     that the tokenizer has yet to decide (size 0) counts as the run's.
     """
-    plain = read_run_config(run_dir)
-    del plain["format_version"]
     # Read as a config, so that a setting which the run's swamla did not have yet counts as its default.
-    before = dict(_leaves(to_plain(from_plain(RunConfig, plain, origin=str(run_dir / "config.json")))))
+    before = dict(_leaves(to_plain(read_config(run_dir))))
     now = dict(_leaves(to_plain(config)))
     if config.model.vocab_size == 0:
         now["model.vocab_size"] = before["model.vocab_size"]
