@@ -46,7 +46,7 @@ def read_json(file: Path, *, inside: Path) -> dict[str, Any]:
     """The JSON object in a file of our own. Raises `CorruptError` for anything else, and as `regular_file` does."""
     try:
         data = json.loads(regular_file(file, inside=inside).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptError(f"{file}: not JSON: {error}") from error
     if not isinstance(data, dict):
         raise CorruptError(f"{file}: must hold a JSON object")

@@ -84,6 +84,11 @@ class Dataset:
             )
         dataset = cls(path, meta, tokenizer, throughput)
         assert dataset.train.vocab_size == dataset.held_out.vocab_size  # opened now: what is damaged is told now
+        counted, there = dataset.held_out.n_bytes, meta["files"][HELD_OUT_TEXT]["size"]
+        if counted != there:
+            raise CorruptError(
+                f"{path}: held_out.bytes.npy counts {counted} bytes of text, {HELD_OUT_TEXT} has {there}; delete {path}"
+            )
         return dataset
 
     @cached_property
@@ -177,7 +182,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
         raise DataError(
             f"{path}: not a prepared dataset (no readable {META}); make one with `swamla prepare`"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptError(f"{path / META}: damaged ({error}); delete {path}") from error
     if version not in _READ:
         raise DataError(f"{path}: dataset format {version}, this swamla reads {FORMAT_VERSION}; delete it, or upgrade")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from swamla.data.foreign import foreign
 from swamla.data.notes import Notes
 from swamla.data.reading import BadRow, File, decode_utf8, is_plain, mend_surrogates, naming_damage, open_bytes
 from swamla.errors import DataError
@@ -148,14 +149,9 @@ def parquet_group_sizes(path: File, column: str) -> list[int]:
 @contextmanager
 def _parquet(path: File) -> Iterator[Any]:
     """A parquet file, closed in the end; what is wrong with it becomes a DataError that names it."""
-    import pyarrow as pa
-
-    with naming_damage(path):
-        try:
-            with _open_parquet(path) as file:
-                yield file
-        except pa.ArrowException as error:
-            raise DataError(f"{path}: truncated or damaged parquet ({_first_line_of(error)})") from error
+    damaged = f"{path}: truncated or damaged parquet"
+    with naming_damage(path), foreign(DataError, damaged), _open_parquet(path) as file:
+        yield file
 
 
 def _open_parquet(path: File) -> Any:
@@ -188,7 +184,3 @@ def _parquet_bytes(file: Any, column: str, groups: range) -> Iterator[bytes]:
     for batch in file.iter_batches(batch_size=_PARQUET_ROWS, row_groups=list(groups), columns=[column]):
         for raw in batch.column(0).cast(pa.large_binary()).to_pylist():
             yield raw or b""
-
-
-def _first_line_of(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
