@@ -112,7 +112,8 @@ def row_text(row: Any, column: str, where: object) -> str:
 
 def no_column(column: str, columns: list[str]) -> str:
     """That there is no such column, which there are, and how to say which is meant."""
-    some = ", ".join(columns[:20]) + (f" … ({len(columns)} in all)" if len(columns) > 20 else "")
+    names = [" ".join(name.encode("utf-8", "replace").decode().split())[:40] for name in columns[:20]]
+    some = ", ".join(names) + (f" … ({len(columns)} in all)" if len(columns) > 20 else "")
     return f"no column {column!r}; it has {some or 'none'} (choose by data.text_column)"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from swamla.data.rows import Span
 from swamla.data.sources import Source, kind_of
 from swamla.data.units import Unit
-from swamla.errors import DataError
+from swamla.errors import CorruptError, DataError
 from swamla.files import read_json, write_text_atomically
 
 FILE = "stream.json"
@@ -40,8 +40,11 @@ class StreamPlan:
     def read(cls, folder: Path) -> "StreamPlan":
         """The plan kept in `folder`. CorruptError if it cannot be read."""
         plain = read_json(folder / FILE, inside=folder)
-        units = (Unit(first, stop, span and (span[0], span[1])) for first, stop, span in plain["units"])
-        return cls(plain["sample"], plain["key"], tuple(plain["names"]), tuple(units))
+        try:
+            units = (Unit(first, stop, span and (span[0], span[1])) for first, stop, span in plain["units"])
+            return cls(plain["sample"], plain["key"], tuple(plain["names"]), tuple(units))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptError(f"{folder / FILE}: damaged ({error!r}); delete {folder}") from error
 
     def units_of(self, source: Source) -> tuple[Unit, ...]:
         """The units, whose last spans reach to the end of files that grew. DataError if there are other files now."""

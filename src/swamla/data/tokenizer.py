@@ -13,6 +13,7 @@ from swamla.data import bpe
 from swamla.data.bpe import EOS_TEXT
 from swamla.data.config import BYTES, parse_bpe
 from swamla.data.foreign import foreign, without_stderr
+from swamla.data.hub import reason
 from swamla.errors import CorruptError, DataError, MissingBackendError
 
 _OTHER_EOS = ("<|end_of_text|>", "</s>", "<eos>")
@@ -237,14 +238,15 @@ def _from_hub(name: str) -> Tokenizer:
     before = chatter.level
     chatter.setLevel(logging.ERROR)
     try:
-        return load_tokenizer(hf_hub_download(name, "tokenizer.json"))
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        file = hf_hub_download(name, "tokenizer.json")
+    except Exception as error:  # which kinds there are depends on the library's version
         raise DataError(
-            f"cannot fetch tokenizer {name!r} from the hub ({reason}); offline, pass the path of its tokenizer.json"
+            f"cannot fetch tokenizer {name!r} from the hub ({reason(error)}); offline, pass the path of its "
+            "tokenizer.json"
         ) from error
     finally:
         chatter.setLevel(before)
+    return load_tokenizer(file)
 
 
 class StreamDecoder:
