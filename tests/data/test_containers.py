@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -277,3 +278,49 @@ def test_bytes_counted_through_tokens_are_those_of_the_held_out_text(tmp_path: P
     assert [len(raw) for raw in decoded] == split.byte_counts.tolist()
     assert split.n_bytes == len(dataset.held_out_text()) > 0
     assert dataset.meta["lossless"]
+
+
+def damaged(data: bytes, draw: random.Random) -> bytes:
+    """`data` with a few bytes changed, cut out or put in, most often near its ends."""
+    changed = bytearray(data)
+    for _ in range(draw.choice([1, 1, 2, 5, 30])):
+        near = min(100, len(changed))
+        at = draw.choice([draw.randrange(len(changed)), draw.randrange(near), len(changed) - 1 - draw.randrange(near)])
+        match draw.randrange(3):
+            case 0:
+                changed[at] = draw.randrange(256)
+            case 1:
+                del changed[at : at + draw.randrange(1, 20)]
+            case 2:
+                changed[at:at] = draw.randbytes(draw.randrange(1, 9))
+        changed = changed or bytearray(b"x")
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("name", [*KINDS, "a.parquet", "a.gz", "a.zst", "a.xz", "a.bz2", "utf-16.txt", "utf-32.csv"])
+def test_whatever_is_damaged_in_a_file_is_told_in_one_line_if_at_all(tmp_path: Path, name: str) -> None:
+    rows = [f"text {i} été" * 20 for i in range(30)]
+    if name == "a.parquet":
+        pq.write_table(pa.table({"text": rows}), tmp_path / name, row_group_size=7)
+        whole = (tmp_path / name).read_bytes()
+    else:
+        text = (KINDS.get(name) or LINES).replace("x" * 200_000, "x" * 200)
+        coded = text.encode(name.partition(".")[0] if name.startswith("utf") else "utf-8")
+        whole = PACKED.get(Path(name).suffix, bytes)(coded)
+    draw = random.Random(name)
+    for _ in range(40):
+        path = written(tmp_path / name, damaged(whole, draw))
+        for settings in ({}, {"on_bad_row": "skip", "invalid_utf8": "replace"}):
+            for text in texts_or_what_was_said(path, **settings):
+                text.encode()
+
+
+def texts_or_what_was_said(path: Path, **settings: str) -> list[str]:
+    """The texts of a file, or the error about it, which is one line that begins with its name."""
+    try:
+        return read(path, **settings)
+    except DataError as error:
+        said = str(error)
+    assert len(said.splitlines()) == 1
+    assert said.startswith(str(path))
+    return [said]

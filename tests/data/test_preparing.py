@@ -1,11 +1,13 @@
 """prepare: encoded once, whole or not at all, held-out documents never trained on."""
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,11 +89,29 @@ def test_the_draw_is_the_sha256_of_the_text() -> None:
             assert is_held_out(text, fraction) == (place < fraction)
 
 
-def test_of_the_standard_library_about_five_percent_is_held_out() -> None:
+def test_of_the_standard_library_as_many_documents_are_held_out_as_chance_would_have_it() -> None:
     dataset = prepare(DataConfig(tokenizer="byte"))
-    share = dataset.held_out.n_bytes / (dataset.held_out.n_bytes + dataset.train.n_bytes)
-    assert 0.03 < share < 0.07
-    assert dataset.held_out.n_documents > 15
+    total = dataset.train.n_documents + dataset.held_out.n_documents
+    deviation = (total * 0.05 * 0.95) ** 0.5  # another Python has other files, and another draw
+    assert abs(dataset.held_out.n_documents - 0.05 * total) < 5 * deviation
+    empty = dataset.meta["notes"]["counts"].get("empty documents skipped", 0)
+    assert dict(dataset.describe())["files read"] == f"{total + empty} .py"
+
+
+def test_a_share_of_the_text_far_from_that_of_documents_is_warned_of_with_both(tmp_path: Path) -> None:
+    short, long = [f"short {i} " for i in range(60)], [f"long {i} " + "word " * 5000 for i in range(40)]
+    texts = [text for text in short if not is_held_out(text, 0.2)] + [text for text in long if is_held_out(text, 0.2)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    train, held_out = (sum(len(t) for t in texts if is_held_out(t, 0.2) is side) for side in (False, True))
+    config = DataConfig(source=str(tmp_path / "a.jsonl"), tokenizer="byte", held_out_fraction=0.2)
+    both = rf"{train:,} bytes are trained on and {held_out:,} held out, 99\.\d% of the text; data"
+    with pytest.warns(UserWarning, match=both):
+        described = dict(prepare(config).describe())
+    assert f"({held_out / (train + held_out):.2%} of the text; 20 % of documents" in described["held out"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in short))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare(config)
 
 
 def test_of_a_single_document_the_last_characters_are_held_out(tmp_path: Path) -> None:
@@ -130,7 +150,8 @@ def test_a_failure_leaves_nothing_behind(corpus: Path, tmp_path: Path) -> None:
         prepare(DataConfig(source=str(corpus), tokenizer="byte", cache_dir=str(tmp_path / "c")))
     assert list((tmp_path / "c" / "data").iterdir()) == []
     replaced = prepare(DataConfig(source=str(corpus), tokenizer="byte", held_out_fraction=0.25, invalid_utf8="replace"))
-    assert ("note", "1 invalid UTF-8 sequences replaced") in replaced.describe()
+    where = corpus / "part2" / "zz.txt"
+    assert ("note", f"1 invalid UTF-8 sequences replaced: {where}") in replaced.describe()
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_that_names_it(make_dataset: Make, tmp_path: Path) -> None:

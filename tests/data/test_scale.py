@@ -265,7 +265,7 @@ def test_a_large_row_that_is_the_only_document_is_cut_in_two(tmp_path: Path) -> 
 
 def test_large_sources_without_text_are_refused(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [""] * 1000)
-    with pytest.raises(DataError, match=r"no text to learn from \(1000 empty documents skipped\)"):
+    with pytest.raises(DataError, match=r"no text to learn from \(1000 empty documents skipped: .*a\.jsonl"):
         prepare(DataConfig(source=str(tmp_path / "a.jsonl"), tokenizer="byte"))
 
 

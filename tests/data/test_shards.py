@@ -105,6 +105,16 @@ def test_a_truncated_or_missing_file_is_found_on_opening_and_a_flipped_bit_on_ve
         Dataset.open(dataset.path).verify()
 
 
+def test_counted_bytes_that_are_not_those_of_the_held_out_text_are_an_error(make_dataset: Make) -> None:
+    dataset = make_dataset()
+    counts = np.load(dataset.path / "held_out.bytes.npy", mmap_mode="r+")
+    total = int(counts.sum())
+    counts[0] += 1
+    counts.flush()
+    with pytest.raises(CorruptError, match=rf"held_out\.bytes\.npy counts {total + 1} bytes of text, .* has {total};"):
+        Dataset.open(dataset.path)
+
+
 def test_another_tokenizer_beside_the_shards_is_an_error(make_dataset: Make) -> None:
     dataset = make_dataset()
     CharTokenizer("abc").save(dataset.path / "tokenizer.json")

@@ -12,7 +12,7 @@ from swamla.checkpoint import Checkpoint, find_checkpoint, load, read_run_config
 from swamla.cli.console import Console
 from swamla.cli.flags import Positional, parse
 from swamla.cli.overrides import Flag, add_flags, data_flags, put_flags
-from swamla.cli.running import read_data, validation
+from swamla.cli.running import data_of_run, read_data, validation
 from swamla.config import from_plain
 from swamla.data.config import DataConfig
 from swamla.data.preparing import Dataset
@@ -83,7 +83,7 @@ def _own_data(run: Path, config: RunConfig, checkpoint: Checkpoint) -> Dataset:
     """What the run was trained on and held out, with a warning where that is something else by now."""
     # The run's own tokenizer, never one made again: today's source might give another.
     data = replace(config.data, tokenizer=str(run / "tokenizer.json"))
-    dataset = read_data(data, Console(stderr=True))
+    dataset = data_of_run(run, config.data, Console(stderr=True))
     trained_on = checkpoint.state["data_fingerprint"]
     if dataset.fingerprint != trained_on:
         warnings.warn(

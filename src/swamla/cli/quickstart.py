@@ -72,7 +72,8 @@ def _train(config: RunConfig, claim: Claim, resume: bool) -> None:
     """Train, sample, compare, and say what to try next."""
     console, run_dir = Console(), claim.path
     say(console, f"resuming {run_dir}" if resume else _announcement(config, run_dir))
-    dataset = prepare_data(config.data, console, block_size=config.train.block_size)
+    resumed = run_dir if resume else None
+    dataset = prepare_data(config.data, console, block_size=config.train.block_size, resumed=resumed)
     samples = run_dir / "samples.txt"
 
     def first_sample(state: TrainState) -> None:

@@ -4,20 +4,24 @@ import re
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from swamla import distributed
 from swamla.cli.console import Console, program, say
 from swamla.data.config import DataConfig
 from swamla.data.encode import Progress
-from swamla.data.preparing import Dataset, prepare
-from swamla.errors import Interrupted, UsageError
+from swamla.data.preparing import Dataset, cache_of, prepare
+from swamla.data.reopening import reopen
+from swamla.errors import DataError, Interrupted, UsageError
 from swamla.evaluate import evaluate_split
 from swamla.hub import pull
 from swamla.model.language_model import LanguageModel
 from swamla.train import RunConfig, TrainConfig, TrainState, train
+from swamla.train.changes import config_of
 from swamla.train.claims import Claim, claim_new, claim_numbered
 from swamla.train.launch import begun_by
+from swamla.train.run_folder import identity_of_run
 
 EVALUATION_TOKENS = 16384  # computed at once: more would only cost memory
 UTILISATION_TOKENS = 1 << 18  # counted to tell how many of the positions that training computes carry loss
@@ -48,11 +52,46 @@ def read_data(config: DataConfig, console: Console, *, workers: int | None = Non
     return found[0]
 
 
-def prepare_data(
-    config: DataConfig, console: Console, *, block_size: int = TrainConfig.block_size, workers: int | None = None
+def data_of_run(
+    run_dir: Path, config: DataConfig, console: Console, *, training: bool = False, workers: int | None = None
 ) -> Dataset:
-    """The data of a run, described on the console."""
-    dataset = read_data(config, console, workers=workers)
+    """The data that a run began with: from the cache by what it holds, else from its source, read once more.
+
+    `config` may say how bad rows are treated, and where the cache is, otherwise than the run did; with other data it
+    is read as it says. Warns, and raises, as `reopen` does; DataError where neither cache nor source has the data.
+    """
+    known, began = identity_of_run(run_dir), config_of(run_dir).data
+    began = replace(began, on_bad_row=config.on_bad_row, invalid_utf8=config.invalid_utf8, cache_dir=config.cache_dir)
+    if known is None or config != began:
+        return read_data(config, console, workers=workers)
+
+    def reopened() -> Dataset | None:
+        return reopen(config, known, training=training, workers=workers)
+
+    # The main process alone decides: another one may find what the main one is about to make.
+    if distributed.on_main(lambda: reopened() is not None):
+        dataset = reopened()
+        assert dataset is not None
+        return dataset
+    try:
+        return read_data(replace(config, tokenizer=str(run_dir / "tokenizer.json")), console, workers=workers)
+    except DataError as error:
+        raise DataError(f"{run_dir}: what it began with is no more in {cache_of(config)}, and {error}") from error
+
+
+def prepare_data(
+    config: DataConfig,
+    console: Console,
+    *,
+    block_size: int = TrainConfig.block_size,
+    workers: int | None = None,
+    resumed: Path | None = None,
+) -> Dataset:
+    """The data of a run, described on the console. resumed: its folder, where it has one already."""
+    if resumed is None:
+        dataset = read_data(config, console, workers=workers)
+    else:
+        dataset = data_of_run(resumed, config, console, training=True, workers=workers)
     describe_data(dataset, console, block_size)
     return dataset
 

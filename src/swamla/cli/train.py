@@ -80,9 +80,8 @@ def _train(arguments: Any, given: frozenset[str]) -> int:
         say(console, f"not started again: the run in {begun} was asked to stop, and is saved; go on with: {go_on}")
         return 0
     from_hub, resume = from_hub and begun is None, resume or begun is not None
-    resolved = (
-        None if resume or from_hub else resolve(named, arguments, given, new=True)
-    )  # a mistake is told before all else
+    # A mistake is told before all else.
+    resolved = None if resume or from_hub else resolve(named, arguments, given, new=True, unnamed=unnamed)
     with ExitStack() as held:
         claims: list[Claim] = []  # the main process's, which takes the folder before anything that takes time
 
@@ -104,8 +103,13 @@ def _train(arguments: Any, given: frozenset[str]) -> int:
         require_hub(config.train.hf_repo_id)
         distributed.require_rows(config.train.batch_size, config.train.accumulation)
         say(console, f"{'resuming' if resume else 'training'} {recipe} in {run_dir}")
-        block_size, count = config.train.block_size, workers(arguments, given)
-        dataset = prepare_data(config.data, console, block_size=block_size, workers=count)
+        dataset = prepare_data(
+            config.data,
+            console,
+            block_size=config.train.block_size,
+            workers=workers(arguments, given),
+            resumed=run_dir if resume else None,
+        )
         claim = claims[-1] if claims else None
         run_training(config, dataset, run_dir, console, command="train", resume=resume, claim=claim)
     say(console, f"the run is in {run_dir}")

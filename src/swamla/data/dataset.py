@@ -51,9 +51,11 @@ class Dataset:
     """Text as tokens, split into documents to train on and held-out ones.
 
     throughput: of its making, where that was now; None for what the cache had.
+    raw: what the files were that it was made from (`Source.digest`), where that is known.
     """
 
     _buffer_docs = 0
+    raw = ""
 
     def __init__(
         self, path: Path, meta: dict[str, Any], tokenizer: Tokenizer, throughput: Throughput | None = None
@@ -82,6 +84,11 @@ class Dataset:
             )
         dataset = cls(path, meta, tokenizer, throughput)
         assert dataset.train.vocab_size == dataset.held_out.vocab_size  # opened now: what is damaged is told now
+        counted, there = dataset.held_out.n_bytes, meta["files"][HELD_OUT_TEXT]["size"]
+        if counted != there:
+            raise CorruptError(
+                f"{path}: held_out.bytes.npy counts {counted} bytes of text, {HELD_OUT_TEXT} has {there}; delete {path}"
+            )
         return dataset
 
     @cached_property
@@ -118,6 +125,10 @@ class Dataset:
     def epochs(self) -> dict[str, int]:
         """For each source how many positions that carry loss there are until all of its text was seen once."""
         return {self.meta["source"]: self.train.n_tokens + self.train.n_documents}
+
+    def identity(self) -> list[dict[str, str]]:
+        """What a run keeps to find its data again: the fingerprint of each prepared source, and what it was made of."""
+        return [{"fingerprint": self.meta["fingerprint"], "raw": self.raw}]
 
     def verify(self) -> None:
         """Check every byte against its SHA-256 and every id against the vocabulary; CorruptError names the file."""
@@ -175,7 +186,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
         raise DataError(
             f"{path}: not a prepared dataset (no readable {META}); make one with `swamla prepare`"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptError(f"{path / META}: damaged ({error}); delete {path}") from error
     if version not in _READ:
         raise DataError(f"{path}: dataset format {version}, this swamla reads {FORMAT_VERSION}; delete it, or upgrade")

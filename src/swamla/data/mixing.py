@@ -96,6 +96,9 @@ class MixtureDataset(Dataset):
         parts = zip(self.parts, self.weights, strict=True)
         return {name: round(n / weight) for part, weight in parts for name, n in part.epochs().items()}
 
+    def identity(self) -> list[dict[str, str]]:
+        return [each for part in self.parts for each in part.identity()]
+
     def verify(self) -> None:
         for part in self.parts:
             part.verify()

@@ -17,7 +17,7 @@ from swamla.data.encode import Progress
 from swamla.data.learning import Share, learn_tokenizer
 from swamla.data.unit_files import silent
 from swamla.data.units import units_of
-from swamla.data.work import Part, Work, cache_of, default_cache_dir, save_tokenizer
+from swamla.data.work import Part, Work, cache_of, default_cache_dir, save_tokenizer, single_sources
 from swamla.data.workers import available_cores
 from swamla.errors import ConfigError, require
 
@@ -48,6 +48,7 @@ def prepare(config: DataConfig, *, progress: Progress | None = None, workers: in
         return _prepare_mixture(config, progress or silent, workers)
     work = Work(config, progress or silent)
     dataset = work.stream(workers) if config.stream else _prepare_whole(work, workers)
+    dataset.raw = work.source.digest()
     _warn_of_share(config, dataset)
     if config.buffer_docs:
         dataset.fit_documents(config.buffer_docs)
@@ -85,10 +86,7 @@ def _prepare_mixture(config: DataConfig, progress: Progress, workers: int | None
     """Every source of a mixture by itself, with one tokenizer, which learns from each by its weight."""
     from swamla.data.mixing import MixtureDataset
 
-    singles = [
-        replace(config, mixture=(), **{name: value for name, value in part.__dict__.items() if name != "weight"})
-        for part in config.mixture
-    ]
+    singles = single_sources(config)
     weights = [part.weight for part in config.mixture]
     if parse_bpe(config.tokenizer) or config.tokenizer == "char":
         works = [Work(single, progress) for single in singles]

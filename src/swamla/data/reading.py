@@ -117,10 +117,12 @@ def naming_damage(path: File) -> Iterator[None]:
     """Turn the many errors of unreadable or damaged files into one DataError that names the file."""
     try:
         yield
-    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: truncated or damaged ({error}); fetch or write the file again") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # The system's errors have a number; those of libraries are about what a file holds, unless it is on a hub.
+        if isinstance(error, OSError) and (error.errno is not None or not isinstance(path, Path)):
+            raise DataError(f"{path}: cannot be read ({error.strerror or line})") from error
+        raise DataError(f"{path}: truncated or damaged ({line}); fetch or write the file again") from error
 
 
 def decode_utf8(data: bytes, where: object, invalid: str, notes: Notes, offset: int = 0) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from swamla.data.foreign import foreign
 from swamla.data.notes import Notes
 from swamla.data.reading import BadRow, File, decode_utf8, is_plain, mend_surrogates, naming_damage, open_bytes
 from swamla.errors import DataError
@@ -111,7 +112,8 @@ def row_text(row: Any, column: str, where: object) -> str:
 
 def no_column(column: str, columns: list[str]) -> str:
     """That there is no such column, which there are, and how to say which is meant."""
-    some = ", ".join(columns[:20]) + (f" … ({len(columns)} in all)" if len(columns) > 20 else "")
+    names = [" ".join(name.encode("utf-8", "replace").decode().split())[:40] for name in columns[:20]]
+    some = ", ".join(names) + (f" … ({len(columns)} in all)" if len(columns) > 20 else "")
     return f"no column {column!r}; it has {some or 'none'} (choose by data.text_column)"
 
 
@@ -148,14 +150,9 @@ def parquet_group_sizes(path: File, column: str) -> list[int]:
 @contextmanager
 def _parquet(path: File) -> Iterator[Any]:
     """A parquet file, closed in the end; what is wrong with it becomes a DataError that names it."""
-    import pyarrow as pa
-
-    with naming_damage(path):
-        try:
-            with _open_parquet(path) as file:
-                yield file
-        except pa.ArrowException as error:
-            raise DataError(f"{path}: truncated or damaged parquet ({_first_line_of(error)})") from error
+    damaged = f"{path}: truncated or damaged parquet"
+    with naming_damage(path), foreign(DataError, damaged), _open_parquet(path) as file:
+        yield file
 
 
 def _open_parquet(path: File) -> Any:
@@ -188,7 +185,3 @@ def _parquet_bytes(file: Any, column: str, groups: range) -> Iterator[bytes]:
     for batch in file.iter_batches(batch_size=_PARQUET_ROWS, row_groups=list(groups), columns=[column]):
         for raw in batch.column(0).cast(pa.large_binary()).to_pylist():
             yield raw or b""
-
-
-def _first_line_of(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

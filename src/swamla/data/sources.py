@@ -1,6 +1,8 @@
 """Where text comes from: documents, read lazily, in an order that depends on nothing but their names."""
 
+import hashlib
 import io
+import json
 import os
 import sysconfig
 import tokenize
@@ -71,6 +73,10 @@ class Source:
     def state(self) -> list[list[str | int]]:
         """Every file's name and what changes whenever it does: when this is unchanged, so is the text."""
         return [[entry.name, *entry.state] for entry in self.entries]
+
+    def digest(self) -> str:
+        """A SHA-256 of `state`."""
+        return hashlib.sha256(json.dumps(self.state()).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def open_source(config: DataConfig, cache_dir: Path) -> Source:

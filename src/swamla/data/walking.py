@@ -17,9 +17,9 @@ _OF_DATA = re.compile(
 def walk(root: Path, notes: Notes) -> list[tuple[str, Path]]:
     """(name relative to `root`, path) of every file under `root`, sorted; what is left out is counted in `notes`.
 
-    Links are followed, and a folder is read once however many lead to it. Left out are what is hidden, runs of swamla,
-    and, beside what is called "train", what is alike but called "test" or "valid". DataError for a folder that cannot
-    be listed.
+    Links are followed, and a folder is read once however many lead to it. Left out are what is hidden, runs and caches
+    of swamla, and, beside what is called "train", what is alike but called "test" or "valid". DataError for a folder
+    that cannot be listed.
     """
     found: list[tuple[str, Path]] = []
     seen = {_identity(root)}
@@ -27,8 +27,8 @@ def walk(root: Path, notes: Notes) -> list[tuple[str, Path]]:
     while waiting:
         folder = waiting.pop()
         entries = _listed(folder)
-        if _is_run(entries):
-            notes.add("runs of swamla left out", folder)
+        if _is_ours(entries):
+            notes.add("runs and caches of swamla left out", folder)
             continue
         others = _other_splits(entries)
         for entry in entries:
@@ -62,9 +62,10 @@ def _identity(folder: Path) -> tuple[int, int]:
     return stat.st_dev, stat.st_ino
 
 
-def _is_run(entries: list[os.DirEntry[str]]) -> bool:
-    names = {entry.name: entry for entry in entries}
-    return "config.json" in names and "checkpoints" in names and names["checkpoints"].is_dir()
+def _is_ours(entries: list[os.DirEntry[str]]) -> bool:
+    """Whether a folder is a run, or holds prepared data."""
+    names = {entry.name for entry in entries}
+    return {"config.json", "checkpoints"} <= names or {"meta.json", "train.tokens.npy"} <= names
 
 
 def _other_splits(entries: list[os.DirEntry[str]]) -> set[str]:

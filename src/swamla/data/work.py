@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from swamla.data import bpe
@@ -21,6 +21,7 @@ from swamla.data.held_out import divide
 from swamla.data.learning import Share, learn_tokenizer
 from swamla.data.notes import Notes
 from swamla.data.sources import Source, open_source
+from swamla.data.stream_plan import StreamPlan
 from swamla.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from swamla.data.unit_files import Job
 from swamla.data.units import Unit, units_of
@@ -67,6 +68,14 @@ def default_cache_dir() -> Path:
 def cache_of(config: DataConfig) -> Path:
     """The folder in which `prepare` keeps what it makes of this data, and what it downloads."""
     return Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+
+
+def single_sources(config: DataConfig) -> list[DataConfig]:
+    """The sources of a mixture, each as if it were alone; of any other data itself."""
+    return [
+        replace(config, mixture=(), **{name: value for name, value in part.__dict__.items() if name != "weight"})
+        for part in config.mixture
+    ] or [config]
 
 
 class Work:
@@ -136,12 +145,13 @@ class Work:
                 throughput = self.make(sample, Part(1, 1), workers or available_cores())
                 self.join(sample)
             dataset = Dataset.open(self.target, throughput)
+            plan = StreamPlan.of(self.source, units, dataset.fingerprint)
             if not (folder / TOKENIZER).exists():
                 folder.mkdir(parents=True, exist_ok=True)
+                plan.write(folder)
                 save_tokenizer(dataset.tokenizer, folder / TOKENIZER)
         job = Job(self.source, tuple(units), folder, self.config.held_out_fraction)
-        key = json.dumps([self.source.state(), self.config.held_out_fraction, self.config.text_column])
-        return StreamDataset(dataset, UnitSupply(job, workers), self.config.stream, key)
+        return StreamDataset(dataset, UnitSupply(job, workers), self.config.stream, plan.key)
 
     def make_whole(self) -> Throughput:
         """Make the dataset in this process, in one go."""

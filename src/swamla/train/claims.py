@@ -15,7 +15,16 @@ from swamla.files import fcntl
 # What a run writes before its first checkpoint. Without one there is nothing in them to go on with.
 _BEFORE_A_CHECKPOINT = {
     *("config.json", ".config.json.new", "tokenizer.json", "launch.json", ".launch.json.new", "metrics.jsonl"),
-    *("initialized_from.json", ".initialized_from.json.new", "samples.txt", "checkpoints", "tensorboard", "wandb"),
+    *(
+        "initialized_from.json",
+        ".initialized_from.json.new",
+        "data.json",
+        ".data.json.new",
+        "samples.txt",
+        "checkpoints",
+        "tensorboard",
+        "wandb",
+    ),
 }
 _KEPT = "profile"  # traces, which may say why such a run ended
 

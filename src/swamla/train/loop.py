@@ -12,7 +12,8 @@ from rich.console import Console
 from swamla import distributed
 from swamla.checkpoint import Saver, step_name, whole_checkpoint
 from swamla.data.dataset import Dataset
-from swamla.errors import Interrupted
+from swamla.data.packing import Batch
+from swamla.errors import FailedElsewhere, Interrupted, SwamlaError
 from swamla.faults import fault
 from swamla.hub import Pushes, require_hub
 from swamla.model.language_model import LanguageModel
@@ -254,9 +255,7 @@ class _Loop:
         self.watch.begin(f"step {state.step + 1}", limited=True)
         fault("begin", state.step + 1)
         lr = self.config.rate(state.step, state.step + 0.5, self.seconds() + 0.5 * self.step_seconds)
-        share = self.config.batch_size // distributed.world_size()
-        batch = self.rows.batch(state.sample + distributed.rank() * share, share)
-        result = training_step(state, cut(batch, self.sequence_length()), self.config, lr)
+        result = training_step(state, cut(self.next_rows(), self.sequence_length()), self.config, lr)
         fault("update", state.step + 1)
         state.step += 1
         state.sample += self.config.batch_size
@@ -278,6 +277,26 @@ class _Loop:
             self.display.say(f"{completed}, after step {state.step}")
         if spike:
             self.end_if_too_many("had a loss spike")
+
+    def next_rows(self) -> Batch:
+        """This rank's rows of the next step. If a rank cannot read its own, all save before its error ends the run."""
+        state, share = self.state, self.config.batch_size // distributed.world_size()
+        failed: Exception | None = None
+        batch = None
+        try:
+            batch = self.rows.batch(state.sample + distributed.rank() * share, share)
+        except Exception as error:  # of a stream, whatever is wrong with a file that is only read now
+            failed = error
+        if not distributed.highest(failed is not None):
+            assert batch is not None
+            return batch
+        self.watch.end()
+        if state.step:
+            self.keeper.save_last()
+        if failed is None:
+            raise FailedElsewhere("another rank could not read its rows", SwamlaError.exit_status)
+        failed.add_note(f"all is saved after step {state.step}: mend it, and go on with --resume {self.run_dir}")
+        raise failed
 
     def sequence_length(self) -> int:
         """Of the next step, by the curriculum; a change is told."""

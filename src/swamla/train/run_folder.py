@@ -39,6 +39,8 @@ from swamla.train.parallel import build_model
 from swamla.train.precision import resolve_device, resolve_precision
 from swamla.train.state import TrainState, seed_generators
 
+DATA = "data.json"  # by which the run's data is found again
+
 
 @contextmanager
 def open_run(
@@ -80,6 +82,7 @@ def open_run(
             dataset.tokenizer.save(run_dir / "tokenizer.json")
             if state.initialized_from is not None:
                 write_text_atomically(run_dir / RECORD, json.dumps(state.initialized_from) + "\n")
+            write_text_atomically(run_dir / DATA, json.dumps(dataset.identity(), indent=2) + "\n")
             Launch(names=launch).write(run_dir)
 
         checkpoint = distributed.on_main(check)
@@ -167,6 +170,23 @@ def fresh_state(config: RunConfig, dataset: Dataset, origin: Origin | None = Non
     )
 
 
+def identity_of_run(run_dir: Path) -> list[dict[str, str]] | None:
+    """What the run's data was (`Dataset.identity`), for a run older than data.json by its newest checkpoint.
+
+    None where neither tells. Raises `CorruptError` for a data.json that is damaged.
+    """
+    file = run_dir / DATA
+    if not file.exists():
+        checkpoints = list_checkpoints(run_dir / "checkpoints")
+        state = read_json(checkpoints[-1] / "state.json", inside=checkpoints[-1]) if checkpoints else {}
+        return [{"fingerprint": state["data_fingerprint"], "raw": ""}] if "data_fingerprint" in state else None
+    try:
+        identity = json.loads(file.read_text(encoding="utf-8"))
+        return [{name: str(each[name]) for name in ("fingerprint", "raw")} for each in identity]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CorruptError(f"{file}: damaged ({error!r}); delete it") from error
+
+
 def _checkpoint_to_take_up(run_dir: Path, dataset: Dataset) -> Checkpoint | None:
     """The newest checkpoint that verifies, None before the first; of a run on the same data, whatever else changed."""
     _check_same_tokenizer(run_dir, dataset)
@@ -189,8 +209,9 @@ def _check_same_tokenizer(run_dir: Path, dataset: Dataset) -> None:
 
 
 def _changed(run_dir: Path, what: str, before: str, now: str) -> DataError:
+    older = "" if (run_dir / DATA).exists() else ", or the run is older than the split by text and its cache is gone"
     return DataError(
-        f"{run_dir}: {what} changed since the checkpoint (fingerprint {now[:12]}, the run had {before[:12]}): "
+        f"{run_dir}: {what} changed since the checkpoint (fingerprint {now[:12]}, the run had {before[:12]}){older}: "
         "restore the data, or start a new run"
     )
 
