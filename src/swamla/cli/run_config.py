@@ -222,11 +222,9 @@ def locate_beside(
             table[name] = kind + str(beside.resolve())
         elif Path(path).exists():
             field = f"data.{name}" if table is data else "data.mixture.source"
-            flag = f"--{'data' if name == 'source' else name} {value}"
-            where = place(field) or str(recipe)
             raise UsageError(
-                f"{field} = {value!r} ({where}): paths in a recipe are relative to it, and there is no {beside}; "
-                f"write the path from there{', or give ' + flag if table is data else ''}"
+                f"{field} = {value!r} ({place(field) or recipe}): paths in a recipe are relative to it, and there is no "
+                f"{beside}: write the path as it is from there"
             )
 
 
