@@ -223,8 +223,8 @@ def locate_beside(
         elif Path(path).exists():
             field = f"data.{name}" if table is data else "data.mixture.source"
             raise UsageError(
-                f"{field} = {value!r} ({place(field) or recipe}): paths in a recipe are relative to it, and there is no "
-                f"{beside}: write the path as it is from there"
+                f"{field} = {value!r} ({place(field) or recipe}): paths in a recipe are relative to it, and there is "
+                f"no {beside}: write the path as it is from there"
             )
 
 
