@@ -21,13 +21,14 @@ PYTHON = [(page.name, code) for page in PAGES for code in blocks(page, "python")
 LINES = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines() if "swamla " in line]
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny run where the README has its quickstart's."""
+@pytest.fixture(scope="module", params=["", "--vocab_size 4096"], ids=["exact", "padded"])
+def home(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny run where the README has its quickstart's; also of a vocabulary that text fills in part."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "text.txt").write_text("import os\n" * 200)
     run = folder / "runs" / "quickstart"
-    flags = "--pattern swa --width 16 --n_heads 2 --steps 1 --max_minutes none --batch_size 1 --block_size 16"
+    flags = "--pattern swa --width 16 --n_heads 2 --steps 1 --max_minutes none --batch_size 1 --block_size 16 "
+    flags += request.param
     where = f"--data {folder}/text.txt --tokenizer byte --cache_dir {folder}/cache --output_dir {run}"
     assert main(["train", "quickstart", *shlex.split(f"{flags} {where}")]) == 0
     return folder

@@ -66,7 +66,7 @@ def load_toml(path: Path) -> tuple[dict[str, Any], Callable[[str], str]]:
     text = _read_text(path)
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, tables in tables without end
         raise UsageError(f"{path}: not TOML: {error}") from error
     lines = _toml_lines(text)
     return data, lambda field: f"{path}:{lines[field]}" if field in lines else ""
@@ -83,7 +83,9 @@ def load_json(path: Path) -> tuple[dict[str, Any], Callable[[str], str]]:
 
     try:
         data = json.loads(_read_text(path), object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
+    except UsageError:
+        raise
+    except (ValueError, RecursionError) as error:  # as in `load_toml`
         raise UsageError(f"{path}: not JSON: {error}") from error
     if not isinstance(data, dict):
         raise UsageError(f"{path}: must hold a JSON object")
@@ -92,7 +94,7 @@ def load_json(path: Path) -> tuple[dict[str, Any], Callable[[str], str]]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # Windows' editors put a byte-order mark before it
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -30,6 +30,10 @@ class MissingBackendError(SwamlaError):
     """A backend or an optional library that is not installed: says the install command."""
 
 
+class UnsupportedPlatform(SwamlaError, ImportError):
+    """A system that swamla does not run on."""
+
+
 class CorruptError(SwamlaError):
     """An artefact (checkpoint, shard) that is damaged: truncated, missing parts, wrong checksum."""
 

@@ -6,7 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from swamla.errors import CorruptError
+from swamla.errors import CorruptError, UnsupportedPlatform
+
+try:
+    import fcntl as fcntl  # by which folders and files are locked
+except ImportError:
+    raise UnsupportedPlatform(
+        "swamla runs on Linux and macOS: this Python has no fcntl, as on Windows; use WSL there (wsl --install)"
+    ) from None
 
 
 def fsync(path: Path) -> None:
@@ -45,8 +52,8 @@ def regular_file(file: Path, *, inside: Path) -> Path:
 def read_json(file: Path, *, inside: Path) -> dict[str, Any]:
     """The JSON object in a file of our own. Raises `CorruptError` for anything else, and as `regular_file` does."""
     try:
-        data = json.loads(regular_file(file, inside=inside).read_text(encoding="utf-8"))
-    except ValueError as error:
+        data = json.loads(regular_file(file, inside=inside).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise CorruptError(f"{file}: not JSON: {error}") from error
     if not isinstance(data, dict):
         raise CorruptError(f"{file}: must hold a JSON object")

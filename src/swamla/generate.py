@@ -77,8 +77,11 @@ def generate_text(
 ) -> Generation:
     """Continue each prompt; an empty one starts a new document. on_text(row, piece) streams whole characters.
 
-    decoding: as of `LanguageModel.generate`.
+    decoding: as of `LanguageModel.generate`. Raises `UsageError` for a text in place of several, one that is empty of
+    prompts or no Unicode, and as `LanguageModel.generate` does.
     """
+    if isinstance(prompts, str):
+        raise UsageError(f"prompts = {prompts!r:.60}: must be a list of texts, e.g. [{prompts!r:.60}]")
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     decoders = [StreamDecoder(tokenizer) for _ in prompts]
     times: list[float] = []

@@ -182,7 +182,7 @@ def test_a_depth_repeats_or_cuts_the_recipes_pattern() -> None:
         ("--swa_window 0", "model.blocks.swa.mixer.window = 0 (--swa_window): must be > 0"),
         ("--swa_sinks -1", "model.blocks.swa.mixer.sinks = -1 (--swa_sinks): must be >= 0"),
         ("--precision fp4", "train.precision = 'fp4' (--precision): must be one of auto, fp32, bf16, fp8"),
-        ("--held_out_fraction 1", "data.held_out_fraction = 1.0 (--held_out_fraction): must be between 0 and 1"),
+        ("--held_out_fraction 1.5", "data.held_out_fraction = 1.5 (--held_out_fraction): must be between 0 and 1"),
         ("--tokenizer bpe:3", "data.tokenizer = 'bpe:3' (--tokenizer): vocabulary must be"),
     ],
 )

@@ -17,7 +17,7 @@ from swamla.model.block import BlockConfig
 from swamla.model.config import LanguageModelConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.train import RunConfig, TrainConfig
-from swamla.train.run_folder import is_running
+from swamla.train.claims import is_running
 
 MODEL = LanguageModelConfig(
     width=16, vocab_size=257, pattern=("swa", "swa"), blocks={"swa": BlockConfig(mixer=SWAConfig(n_heads=2))}

@@ -1,10 +1,13 @@
 """prepare: encoded once, whole or not at all, held-out documents never trained on."""
 
+import hashlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +18,6 @@ from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset
 from swamla.data.held_out import divide, is_held_out
 from swamla.data.preparing import prepare
-from swamla.data.sources import Document
 from swamla.data.tokenizer import make_tokenizer
 from swamla.errors import DataError
 
@@ -62,33 +64,54 @@ def test_a_changed_file_or_tokenizer_file_makes_a_new_dataset(make_dataset: Make
 
 def test_the_tokenizer_learns_from_nothing_that_is_held_out(tmp_path: Path) -> None:
     for i in range(60):
-        marker = "zqzqzqzq" if is_held_out(f"{i}.txt", 0.3) else "training"
-        (tmp_path / f"{i}.txt").write_text(f"{marker} " * 50)
+        text = f"{i} " + "zqzqzqzq " * 50
+        (tmp_path / f"{i}.txt").write_text(text if is_held_out(text, 0.3) else f"{i} " + "training " * 50)
     dataset = prepare(DataConfig(source=str(tmp_path), tokenizer="bpe:280", held_out_fraction=0.3))
     assert b"zqzq" in dataset.held_out_text()
     assert len(dataset.tokenizer.encode("zqzqzqzq")) == 8
     assert len(dataset.tokenizer.encode("training")) < 3
 
 
-def test_documents_are_held_out_by_name_alone() -> None:
-    names = [f"dir/file{i}.py" for i in range(4000)]
-    chosen = {name for name in names if is_held_out(name, 0.05)}
-    assert 0.04 < len(chosen) / len(names) < 0.06
-    assert chosen < {name for name in names if is_held_out(name, 0.1)}
-    _, pairs = divide((Document(name, "x") for name in reversed(names)), 0.05)
-    assert {document.name for document, held in pairs if held} == chosen
+def test_documents_are_held_out_by_their_text_alone() -> None:
+    texts = [f"text {i}" for i in range(4000)]
+    chosen = {text for text in texts if is_held_out(text, 0.05)}
+    assert 0.04 < len(chosen) / len(texts) < 0.06
+    assert chosen < {text for text in texts if is_held_out(text, 0.1)}
+    _, pairs = divide(reversed(texts), 0.05)
+    assert {text for text, held in pairs if held} == chosen
+    assert all(is_held_out(text, 1) for text in texts)
 
 
-def test_the_draw_does_not_change_with_machines_or_versions() -> None:
-    names = ("abc.py", "ast.py", "typing.py", "chunk.py", "json/decoder.py", "rows.jsonl#1")
-    assert [name for name in names if is_held_out(name, 0.4)] == ["json/decoder.py", "rows.jsonl#1"]
+def test_the_draw_is_the_sha256_of_the_text() -> None:
+    for text in ("", "a", "été\n漢字", "x" * 10_000):
+        for fraction in (0.05, 0.4):
+            place = int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64
+            assert is_held_out(text, fraction) == (place < fraction)
 
 
-def test_of_the_standard_library_about_five_percent_is_held_out() -> None:
+def test_of_the_standard_library_as_many_documents_are_held_out_as_chance_would_have_it() -> None:
     dataset = prepare(DataConfig(tokenizer="byte"))
-    share = dataset.held_out.n_bytes / (dataset.held_out.n_bytes + dataset.train.n_bytes)
-    assert 0.03 < share < 0.07
-    assert dataset.held_out.n_documents > 15
+    total = dataset.train.n_documents + dataset.held_out.n_documents
+    deviation = (total * 0.05 * 0.95) ** 0.5  # another Python has other files, and another draw
+    assert abs(dataset.held_out.n_documents - 0.05 * total) < 5 * deviation
+    empty = dataset.meta["notes"]["counts"].get("empty documents skipped", 0)
+    assert dict(dataset.describe())["files read"] == f"{total + empty} .py"
+
+
+def test_a_share_of_the_text_far_from_that_of_documents_is_warned_of_with_both(tmp_path: Path) -> None:
+    short, long = [f"short {i} " for i in range(60)], [f"long {i} " + "word " * 5000 for i in range(40)]
+    texts = [text for text in short if not is_held_out(text, 0.2)] + [text for text in long if is_held_out(text, 0.2)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    train, held_out = (sum(len(t) for t in texts if is_held_out(t, 0.2) is side) for side in (False, True))
+    config = DataConfig(source=str(tmp_path / "a.jsonl"), tokenizer="byte", held_out_fraction=0.2)
+    both = rf"{train:,} bytes are trained on and {held_out:,} held out, 99\.\d% of the text; data"
+    with pytest.warns(UserWarning, match=both):
+        described = dict(prepare(config).describe())
+    assert f"({held_out / (train + held_out):.2%} of the text; 20 % of documents" in described["held out"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in short))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare(config)
 
 
 def test_of_a_single_document_the_last_characters_are_held_out(tmp_path: Path) -> None:
@@ -127,7 +150,8 @@ def test_a_failure_leaves_nothing_behind(corpus: Path, tmp_path: Path) -> None:
         prepare(DataConfig(source=str(corpus), tokenizer="byte", cache_dir=str(tmp_path / "c")))
     assert list((tmp_path / "c" / "data").iterdir()) == []
     replaced = prepare(DataConfig(source=str(corpus), tokenizer="byte", held_out_fraction=0.25, invalid_utf8="replace"))
-    assert ("note", "1 invalid UTF-8 sequences replaced") in replaced.describe()
+    where = corpus / "part2" / "zz.txt"
+    assert ("note", f"1 invalid UTF-8 sequences replaced: {where}") in replaced.describe()
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_that_names_it(make_dataset: Make, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_an_intact_dataset_verifies_and_describes_itself(make_dataset: Make) -> 
     dataset.verify()
     rows = dict(dataset.describe())
     assert rows["tokenizer"] == "byte, vocabulary 257"
-    assert "by a hash of their names" in rows["held out"]
+    assert "by a hash of their text" in rows["held out"]
     assert rows["bytes per token"].startswith("1.000")
 
 
@@ -105,6 +105,16 @@ def test_a_truncated_or_missing_file_is_found_on_opening_and_a_flipped_bit_on_ve
         Dataset.open(dataset.path).verify()
 
 
+def test_counted_bytes_that_are_not_those_of_the_held_out_text_are_an_error(make_dataset: Make) -> None:
+    dataset = make_dataset()
+    counts = np.load(dataset.path / "held_out.bytes.npy", mmap_mode="r+")
+    total = int(counts.sum())
+    counts[0] += 1
+    counts.flush()
+    with pytest.raises(CorruptError, match=rf"held_out\.bytes\.npy counts {total + 1} bytes of text, .* has {total};"):
+        Dataset.open(dataset.path)
+
+
 def test_another_tokenizer_beside_the_shards_is_an_error(make_dataset: Make) -> None:
     dataset = make_dataset()
     CharTokenizer("abc").save(dataset.path / "tokenizer.json")
@@ -122,7 +132,7 @@ def test_data_that_changed_is_told_by_its_fingerprint(make_dataset: Make, corpus
 @pytest.mark.parametrize(
     ("edit", "error", "message"),
     [
-        (lambda meta: meta.update(format_version=99), DataError, "dataset format 99, this swamla reads 1"),
+        (lambda meta: meta.update(format_version=99), DataError, "dataset format 99, this swamla reads 2"),
         (lambda meta: meta.update(fingerprint="0"), CorruptError, r"meta\.json: damaged"),
         (lambda meta: meta.pop("files"), CorruptError, r"meta\.json: damaged"),
     ],
@@ -178,6 +188,7 @@ def test_settings_that_cannot_be_are_refused() -> None:
     for settings in (
         {"source": ""},
         {"held_out_fraction": 0.0},
+        {"held_out_fraction": 1.5},
         {"held_out_fraction": float("nan")},
         {"tokenizer": "bpe:256"},
         {"tokenizer": "bpe:many"},

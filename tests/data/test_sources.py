@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,15 +11,16 @@ import zstandard
 
 from swamla.data.config import DataConfig
 from swamla.data.download import shakespeare
-from swamla.data.sources import Document, Entry, open_source
+from swamla.data.notes import Notes
+from swamla.data.sources import Entry, open_source
 from swamla.errors import DataError
 
 ROWS = ["first", "second\nline", "dritte ß"]
 
 
-def read(path: Path | str, notes: Counter[str] | None = None, **settings: str) -> list[Document]:
+def read(path: Path | str, notes: Notes | None = None, **settings: str) -> list[str]:
     source = open_source(DataConfig(source=str(path), **settings), Path("unused"))  # type: ignore[arg-type]
-    return list(source.documents(Counter() if notes is None else notes))
+    return list(source.documents(Notes() if notes is None else notes))
 
 
 def jsonl(rows: list[str], column: str = "text") -> bytes:
@@ -34,7 +34,7 @@ def write_parquet(path: Path, rows: list[str | None], column: str = "text") -> N
 def test_a_text_file_is_one_document_to_the_byte(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeffone\r\ntwo\x00ß".encode())
-    assert read(path) == [Document("a.txt", "\ufeffone\r\ntwo\x00ß")]
+    assert read(path) == ["one\r\ntwo\x00ß"]
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
@@ -49,13 +49,13 @@ def test_each_kind_reads_the_same_compressed_or_not(tmp_path: Path, kind: str, s
     packed = tmp_path / f"data.{kind}{suffix}"
     packed.write_bytes(pack(path.read_bytes()))
     expected = ["".join(ROWS)] if kind == "txt" else ROWS
-    assert [document.text for document in read(packed)] == expected
+    assert read(packed) == expected
 
 
 def test_zstandard_frames_follow_each_other(tmp_path: Path) -> None:
     path = tmp_path / "a.txt.zst"
     path.write_bytes(zstandard.compress(b"one " * 200_000) + zstandard.compress(b"two"))
-    assert read(path)[0].text == "one " * 200_000 + "two"
+    assert read(path)[0] == "one " * 200_000 + "two"
 
 
 def test_a_folder_is_read_in_the_order_of_names_without_hidden_and_binary_files(tmp_path: Path) -> None:
@@ -69,9 +69,9 @@ def test_a_folder_is_read_in_the_order_of_names_without_hidden_and_binary_files(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
     (tmp_path / "empty.txt").touch()
-    notes: Counter[str] = Counter()
-    assert [document.name for document in read(tmp_path, notes)] == ["a.jsonl#0", "a.jsonl#27", "a/z.md", "b.txt"]
-    assert notes == {"binary files skipped": 1, "empty documents skipped": 1}
+    notes = Notes()
+    assert read(tmp_path, notes) == ["first", "second\nline", "z", "b"]
+    assert notes.counts == {"files that are no text left out": 1, "empty documents skipped": 1}
 
 
 def test_the_standard_library_comes_without_tests_and_installed_packages() -> None:
@@ -86,27 +86,27 @@ def test_the_standard_library_comes_without_tests_and_installed_packages() -> No
 def test_python_files_are_read_in_the_encoding_they_declare(tmp_path: Path) -> None:
     from swamla.data.sources import _read_python
 
-    notes: Counter[str] = Counter()
+    notes = Notes()
     (tmp_path / "a.py").write_bytes("# -*- coding: latin-1 -*-\nx = 'é'\r\n".encode("latin-1"))
     (tmp_path / "b.py").write_bytes(b"x = '\xe9'\n")
     a, b = (Entry(name, tmp_path / name, 0, ()) for name in ("a.py", "b.py"))
-    assert next(_read_python(a, notes, None)).text.endswith("x = 'é'\r\n")
+    assert next(_read_python(a, notes, None)).endswith("x = 'é'\r\n")
     assert list(_read_python(b, notes, None)) == []
-    assert notes == {"undecodable Python files skipped": 1}
+    assert notes.counts == {"undecodable Python files skipped": 1}
 
 
 def test_parquet_nulls_are_empty_documents(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", ["x", None, "y"])
-    notes: Counter[str] = Counter()
-    assert [document.name for document in read(tmp_path / "a.parquet", notes)] == ["a.parquet#0", "a.parquet#2"]
-    assert notes["empty documents skipped"] == 1
+    notes = Notes()
+    assert read(tmp_path / "a.parquet", notes) == ["x", "y"]
+    assert notes.counts["empty documents skipped"] == 1
 
 
 def test_the_text_column_can_be_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(ROWS, "body"))
     write_parquet(tmp_path / "a.parquet", list(ROWS), "body")
     for name in ("a.jsonl", "a.parquet"):
-        assert [document.text for document in read(tmp_path / name, text_column="body")] == ROWS
+        assert read(tmp_path / name, text_column="body") == ROWS
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
@@ -146,18 +146,18 @@ def test_invalid_utf8_is_an_error_with_file_and_byte_offset(tmp_path: Path) -> N
 
 def test_invalid_utf8_is_replaced_on_request_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"a\xffb\xe2\x82c\xef\xbf\xbd")
-    notes: Counter[str] = Counter()
-    assert read(tmp_path / "a.txt", notes, invalid_utf8="replace")[0].text == "a\ufffdb\ufffdc\ufffd"
-    assert notes == {"invalid UTF-8 sequences replaced": 2}
+    notes = Notes()
+    assert read(tmp_path / "a.txt", notes, invalid_utf8="replace")[0] == "a\ufffdb\ufffdc\ufffd"
+    assert notes.counts == {"invalid UTF-8 sequences replaced": 2}
 
 
 def test_lone_surrogates_in_json_are_treated_as_invalid_utf8_is(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n{"text": "ab\\ud800"}\n')
     with pytest.raises(DataError, match=r"a\.jsonl: line 2: lone surrogate U\+D800 at character 2"):
         read(tmp_path / "a.jsonl")
-    notes: Counter[str] = Counter()
-    assert read(tmp_path / "a.jsonl", notes, invalid_utf8="replace")[1].text == "ab\ufffd"
-    assert notes == {"invalid UTF-8 sequences replaced": 1}
+    notes = Notes()
+    assert read(tmp_path / "a.jsonl", notes, invalid_utf8="replace")[1] == "ab\ufffd"
+    assert notes.counts == {"invalid UTF-8 sequences replaced": 1}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from swamla.data.foreign import foreign
 from swamla.data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
@@ -175,3 +176,86 @@ def test_gpt2_ids_are_those_of_transformers(tmp_path: Path) -> None:
             assert ours.decode(ours.encode(text)) == text
             if "<|endoftext|>" not in text:  # theirs takes the name for the token
                 assert ours.encode(text) == theirs.encode(text)
+
+
+# tokenizers of others that are not as they should be
+
+
+def described(model: dict[str, object]) -> str:
+    parts = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+    return json.dumps({"version": "1.0", "added_tokens": [], **dict.fromkeys(parts), "model": model})
+
+
+DAMAGED = {
+    "a merge whose result is not in the vocabulary": described(
+        {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]}
+    ),
+    "a merge of unknown tokens": described({"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "z"]]}),
+    "a merge of three": described({"type": "BPE", "vocab": {"a": 0}, "merges": ["a b c"]}),
+    "an id below 0": described({"type": "BPE", "vocab": {"a": -1}, "merges": []}),
+    "an unknown id that is not there": described({"type": "Unigram", "vocab": [["a", -1.0]], "unk_id": 7}),
+    "an unknown kind": described({"type": "Markov", "vocab": {}}),
+    "JSON that is too deep": "[" * 100_000,
+    "JSON that is cut": described({"type": "BPE", "vocab": {"a": 0}, "merges": []})[:-9],
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_damaged_tokenizer_is_one_line_that_names_it_and_no_panic(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], what: str
+) -> None:
+    (tmp_path / "t.json").write_text(DAMAGED[what])
+    with pytest.raises(CorruptError, match=r"t\.json: not a tokenizer") as caught:
+        make_tokenizer(str(tmp_path / "t.json"))
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("encoder", "merges"),
+    [('{"a":0,"b":1}', "a b"), ('{"a":0}', "a b"), ('{"a":0}', "a b c"), ("[]", "a b"), ('{"a":"x"}', ""), ("{", "")],
+)
+def test_merges_that_do_not_fit_gpt2s_vocabulary_are_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], encoder: str, merges: str
+) -> None:
+    (tmp_path / "encoder.json").write_text(encoder)
+    (tmp_path / "vocab.bpe").write_text(f"#version: 0.2\n{merges}\n")
+    with pytest.raises(DataError, match=r"encoder\.json and vocab\.bpe are not a BPE's \(") as caught:
+        make_tokenizer(f"gpt2:{tmp_path}")
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"},
+        {
+            "type": "WordPiece",
+            "vocab": {"a": 0},
+            "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+        },
+        {"type": "Unigram", "vocab": [["a", -1.0]], "unk_id": None},
+    ],
+)
+def test_a_text_that_a_tokenizer_without_an_unknown_token_cannot_encode_is_one_line(
+    tmp_path: Path, model: dict[str, object]
+) -> None:
+    (tmp_path / "t.json").write_text(described(model))
+    tokenizer = load_tokenizer(tmp_path / "t.json")
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
+        with pytest.raises(DataError, match="the tokenizer cannot encode a text: it needs an unknown token"):
+            encode("zz\0 é")
+
+
+def test_a_foreign_error_is_ours_with_its_first_line_but_an_interrupt_stays_one() -> None:
+    class Panic(BaseException):
+        pass
+
+    with pytest.raises(DataError, match=r"^what \(first\)$"), foreign(DataError, "what"):
+        raise Panic("first\nsecond")
+    for own in (KeyboardInterrupt, SystemExit, MemoryError):
+        with pytest.raises(own), foreign(DataError, "what"):
+            raise own

@@ -21,7 +21,7 @@ PLACES: list[tuple[str, Any, int]] = [
 
 def anywhere(stage: Stage, times: int) -> Iterator[None]:
     """Each signal at each place, with data prepared ahead and with workers that encode it meanwhile."""
-    numbers = (signal.SIGUSR1, signal.SIGTERM)
+    numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)
     cases = list(product((False, True), numbers, PLACES))
     for stream, number, (where, twist, last) in cases[:times]:
         expected = _undisturbed(stage, stream)
@@ -63,12 +63,12 @@ def while_compiling(stage: Stage, times: int) -> Iterator[None]:
 
 ROWS = [
     Row(
-        fault="SIGTERM, SIGUSR1 in a step, an evaluation or a save, also with workers that encode data",
+        fault="SIGTERM, SIGUSR1, SIGHUP in a step, an evaluation or a save, also with workers that encode data",
         expected="the step is finished, all is saved, exit 75; the resumed run is the undisturbed one to the bit",
         how="the process signals itself at the place",
         trials=anywhere,
         short=3,
-        long=2 * 2 * len(PLACES),
+        long=2 * 3 * len(PLACES),
     ),
     Row(
         fault="SIGTERM, SIGUSR1 while torch.compile is at work",

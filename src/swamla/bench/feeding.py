@@ -1,6 +1,5 @@
 """What goes before a training step: the loader's rows, and text made into ids."""
 
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from swamla.bench.measuring import interleaved
 from swamla.bench.results import Row
 from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset
+from swamla.data.notes import Notes
 from swamla.data.sources import open_source
 from swamla.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from swamla.errors import DataError
@@ -67,9 +67,9 @@ def library_text() -> list[str]:
 
 def _first_files(most_bytes: int) -> Iterator[str]:
     source, size = open_source(DataConfig(source="stdlib"), Path()), 0
-    for document in source.documents(Counter()):
-        yield document.text
-        size += len(document.text)
+    for text in source.documents(Notes()):
+        yield text
+        size += len(text)
         if size >= most_bytes:
             return
 

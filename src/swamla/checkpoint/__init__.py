@@ -15,6 +15,7 @@ from swamla.checkpoint.folder import (
     step_name,
     step_of,
     verify,
+    whole_checkpoint,
 )
 from swamla.checkpoint.pieces import Piece, Pieces, save_pieces
 from swamla.checkpoint.run import best_step, find_checkpoint, load, load_into, read_run_config
@@ -45,4 +46,5 @@ __all__ = [
     "step_name",
     "step_of",
     "verify",
+    "whole_checkpoint",
 ]

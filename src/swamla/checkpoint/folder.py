@@ -196,6 +196,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path=path, step=manifest["step"], state=state, files=tuple(manifest["files"]))
 
 
+def whole_checkpoint(path: Path) -> Checkpoint | None:
+    """The checkpoint at `path` if it verifies, else None, with a warning that says why."""
+    try:
+        return load_checkpoint(path)
+    except CorruptError as error:
+        warnings.warn(f"damaged checkpoint: {error}", stacklevel=2)
+        return None
+
+
 def latest_checkpoint(directory: Path) -> Checkpoint | None:
     """The newest checkpoint that verifies, None where there is none; each damaged one is named in a warning.
 

@@ -65,7 +65,8 @@ def load(run_dir: str | Path, which: str = "best", *, raw: bool = False) -> "tup
 
     which: "best" (lowest held-out loss), "latest", or a step such as "500". The weights of a run with `ema` are the
     averaged ones, which its evaluations scored; raw: those that training itself goes on from. Only safetensors and
-    JSON are ever read. Raises `UsageError` for a folder that is no run, `CorruptError` for a damaged one.
+    JSON are ever read. What the model generates the tokenizer knows, also where the vocabulary is padded. Raises
+    `UsageError` for a folder that is no run, `CorruptError` for a damaged one.
     """
     run_dir = Path(run_dir)
     plain = read_run_config(run_dir)
@@ -82,7 +83,14 @@ def load(run_dir: str | Path, which: str = "best", *, raw: bool = False) -> "tup
         if checkpoint.pieces("ema").shapes().keys() != weights:
             raise CorruptError(f"{checkpoint.path}: the averaged weights do not fit the model")
     load_into(model, weights_of(checkpoint, raw=raw), origin=str(checkpoint.path))
-    return model.eval(), load_tokenizer(run_dir / "tokenizer.json")
+    tokenizer = load_tokenizer(run_dir / "tokenizer.json")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CorruptError(
+            f"{run_dir / 'tokenizer.json'}: has {tokenizer.vocab_size} ids, the model {config.vocab_size}: it is "
+            "another run's"
+        )
+    model.known_ids = tokenizer.vocab_size
+    return model.eval(), tokenizer
 
 
 def weights_of(checkpoint: Checkpoint, *, raw: bool = False) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """The command line: a table of commands, each imported when it is chosen, and one way to end with an error.
 
 Exit status: 0 done, 1 a bug in swamla, 2 bad input, 3 a corrupt artefact, 75 stopped by SIGTERM with the state saved,
-130 stopped by Ctrl-C. An error is one line on stderr, with advice on lines of its own; --debug, anywhere on the line,
-shows the traceback instead.
+130 stopped by Ctrl-C, 128 + n ended by signal n while nothing was trained. An error is one line on stderr, with advice
+on lines of its own; --debug, anywhere on the line, shows the traceback instead.
 """
 
 import os
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from swamla import process
+from swamla.cli.outputs import Ended, ended_by_signals, flush_outputs, open_outputs
 from swamla.distributed import is_main, lost_a_rank
 from swamla.errors import ConfigError, FailedElsewhere, Interrupted, SwamlaError, UsageError, is_out_of_memory
 
@@ -39,24 +40,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     warnings.showwarning = _one_line_warning  # type: ignore[assignment]
+    open_outputs()
     process.prepare()
     try:
-        status = _dispatch(arguments)
-        sys.stdout.flush()  # what is still buffered finds a closed pipe here, not when the interpreter ends
+        with ended_by_signals():
+            status = _dispatch(arguments)
+        flush_outputs()  # what is still buffered finds a closed pipe here, not when the interpreter ends
         return status
-    except BrokenPipeError:  # the reader of our output left, as in `swamla info … | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return CLOSED_PIPE
-    except (Exception, KeyboardInterrupt) as error:
-        if debug:
+    except SystemExit:
+        raise
+    except BaseException as error:  # some libraries' errors are no `Exception`
+        if debug and not isinstance(error, BrokenPipeError):
             raise
-        message, status = _explain(error)
-        if _is_mine_to_tell(error):
+        return _tell(error)
+
+
+def _tell(error: BaseException) -> int:
+    """Say how it ended, in one line and the notes that the error has; returns the exit status."""
+    message, status = _explain(error)
+    try:
+        if message and _is_mine_to_tell(error):
             where = "" if is_main() else f"rank {os.environ['RANK']}: "
             print(f"swamla: error: {where}{message}", file=sys.stderr)
             for note in getattr(error, "__notes__", ()):
                 print(f"swamla: {note}", file=sys.stderr)
-        return status
+        flush_outputs()
+    except OSError:  # nobody reads it any more
+        pass
+    return status
 
 
 def _is_mine_to_tell(error: BaseException) -> bool:
@@ -99,18 +110,25 @@ def _overview() -> str:
 def _explain(error: BaseException) -> tuple[str, int]:
     """(one line for the user, exit status)."""
     match error:
-        case SwamlaError():
+        case SwamlaError() | Ended():
             return " ".join(str(error).splitlines()), error.exit_status
         case KeyboardInterrupt():
             return "interrupted", INTERRUPTED
+        case BrokenPipeError():  # the reader of our output left, as in `swamla info … | head -1`
+            return "", CLOSED_PIPE
         case OSError(filename=str() | bytes() | os.PathLike()):
-            return f"{error.filename}: {error.strerror}", SwamlaError.exit_status
+            return f"{error.filename!s}: {error.strerror}", SwamlaError.exit_status
+        case OSError(strerror=str()):
+            return f"the system refuses to read or write: {error.strerror}", SwamlaError.exit_status
+        case RuntimeError() if "home directory" in str(error):
+            return "there is no home folder: set HOME, or SWAMLA_CACHE to a folder", SwamlaError.exit_status
     first_line = (str(error).splitlines() or [""])[0]
     if lost_a_rank(error):
         return f"another process of this run is gone, or did not answer in time: {first_line}", 1
     if is_out_of_memory(error):
         mend = "a smaller batch_size, more accumulation or a smaller block_size needs less"
-        return f"out of memory: {first_line}; {mend}", SwamlaError.exit_status
+        what = f"out of memory: {first_line}" if first_line else "out of memory"
+        return f"{what}; {mend}", SwamlaError.exit_status
     return f"a bug in swamla: {type(error).__name__}: {first_line} (--debug shows the traceback)", 1
 
 

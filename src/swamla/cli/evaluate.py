@@ -1,28 +1,39 @@
-"""`swamla evaluate RUN [--data …]`: how well a model predicts held-out text."""
+"""`swamla evaluate RUN [--data …]`: how well a model predicts text: its run's held-out text, or all of another."""
 
 import json
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Any
 
-from swamla.checkpoint import find_checkpoint, load, read_run_config
+import tyro
+
+from swamla.checkpoint import Checkpoint, find_checkpoint, load, read_run_config
 from swamla.cli.console import Console
 from swamla.cli.flags import Positional, parse
-from swamla.cli.running import read_data, validation
+from swamla.cli.overrides import Flag, add_flags, data_flags, put_flags
+from swamla.cli.running import data_of_run, read_data, validation
 from swamla.config import from_plain
+from swamla.data.config import DataConfig
+from swamla.data.preparing import Dataset
 from swamla.errors import UsageError
 from swamla.train import RunConfig
 from swamla.train.precision import autocast, resolve_precision, without_fp8
 
+# What a source of one's own is told of, by the names of its fields; --split is short for --hub_split.
+_OWN = ("text_column", "hub_config", "split", "hub_revision", "invalid_utf8", "on_bad_row", "cache_dir")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Held-out loss, perplexity and bits per byte of a trained model."""
+    """Loss, perplexity and bits per byte of a trained model on text that it was not trained on."""
 
     run: Positional[str]
     """The run's folder."""
     data: str = ""
-    """Other data than the run's own: its held-out part is scored, with the run's tokenizer."""
+    """Other data than the run's own held-out text: all of it is scored. Of the run only the tokenizer matters then."""
+    held_out: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Of --data score what a run on it would hold out alone, with the run's held_out_fraction."""
     block_size: int = 0
     """Tokens the model reads at a time (0: as in training)."""
     checkpoint: str = "best"
@@ -33,34 +44,68 @@ class Arguments:
 
 def main(argv: list[str]) -> int:
     """Evaluate and print."""
-    arguments, _ = parse(Arguments, argv, command="evaluate")
+    arguments: Any
+    arguments, given = parse(add_flags(Arguments, _own_flags()), argv, command="evaluate")
     if arguments.block_size < 0:
         raise UsageError(f"--block_size {arguments.block_size}: must be > 0, e.g. 256")
+    if not arguments.data and (alone := sorted(given & {*_OWN, "held_out"})):
+        raise UsageError(f"--{alone[0]} is of --data: give that too; without it the run's own held-out text is scored")
     run = Path(arguments.run)
     plain = read_run_config(run)
     plain.pop("format_version", None)
     config = from_plain(RunConfig, plain, origin=str(run / "config.json"))
     checkpoint = find_checkpoint(run, arguments.checkpoint)
     model, _ = load(run, str(checkpoint.step))
+    dataset = _other_data(arguments, given, run, config) if arguments.data else _own_data(run, config, checkpoint)
+    score = validation(dataset, arguments.block_size or config.train.block_size)
+    precision = without_fp8(resolve_precision(config.train.precision, model.device))
+    with autocast(precision, model.device):
+        found = score(model)
+    part = "all" if arguments.data and not arguments.held_out else "the held-out part"
+    source = arguments.data or config.data.source
+    if arguments.json:
+        print(json.dumps(found | {"precision": precision, "source": source, "scored": part}))
+    else:
+        print(f"loss          {found['loss']:.4f} nats per token")
+        print(f"perplexity    {found['perplexity']:.2f}")
+        print(f"bits per byte {found['bits_per_byte']:.4f}")
+        print(f"over {found['tokens']:,} tokens, {found['bytes']:,.0f} bytes: {part} of {source}, in {precision}")
+    return 0
+
+
+def _own_flags() -> dict[str, Flag]:
+    flags = data_flags()
+    flags["split"] = replace(flags["hub_split"], name="split")
+    return {name: flags[name] for name in _OWN}
+
+
+def _own_data(run: Path, config: RunConfig, checkpoint: Checkpoint) -> Dataset:
+    """What the run was trained on and held out, with a warning where that is something else by now."""
     # The run's own tokenizer, never one made again: today's source might give another.
-    data = replace(config.data, source=arguments.data or config.data.source, tokenizer=str(run / "tokenizer.json"))
-    dataset = read_data(data, Console(stderr=True))
+    data = replace(config.data, tokenizer=str(run / "tokenizer.json"))
+    dataset = data_of_run(run, config.data, Console(stderr=True))
     trained_on = checkpoint.state["data_fingerprint"]
-    if not arguments.data and dataset.fingerprint != trained_on:
+    if dataset.fingerprint != trained_on:
         warnings.warn(
             f"{data.source} is not what the run was trained on (fingerprint {dataset.fingerprint[:12]}, then "
             f"{trained_on[:12]}): what is scored now may have been trained on",
             stacklevel=2,
         )
-    score = validation(dataset, arguments.block_size or config.train.block_size)
-    precision = without_fp8(resolve_precision(config.train.precision, model.device))
-    with autocast(precision, model.device):
-        found = score(model)
-    if arguments.json:
-        print(json.dumps(found | {"precision": precision}))
-    else:
-        print(f"loss          {found['loss']:.4f} nats per token")
-        print(f"perplexity    {found['perplexity']:.2f}")
-        print(f"bits per byte {found['bits_per_byte']:.4f}")
-        print(f"over {found['tokens']:,} tokens, {found['bytes']:,.0f} bytes of {data.source}, in {precision}")
-    return 0
+    return dataset
+
+
+def _other_data(arguments: Any, given: frozenset[str], run: Path, config: RunConfig) -> Dataset:
+    """Another source, with flags of its own and the run's tokenizer: all of it, or what a run on it would hold out."""
+    fraction = config.data.held_out_fraction if arguments.held_out else 1.0
+    data = {"source": arguments.data, "tokenizer": str(run / "tokenizer.json"), "held_out_fraction": fraction}
+    plain = {"data": data | {"cache_dir": config.data.cache_dir}}
+    flags = put_flags(plain, arguments.__dict__, given, _own_flags())
+    chosen = from_plain(DataConfig, plain["data"], path="data", origin=lambda field: flags.get(field, "--data"))
+    trained_on = {config.data.source, *(part.source for part in config.data.mixture)}
+    if not arguments.held_out and {chosen.source, str(Path(chosen.source).resolve())} & trained_on:
+        warnings.warn(
+            f"{chosen.source} is what the run was trained on, and all of it is scored: its held-out part alone without "
+            "--data, or with --held_out",
+            stacklevel=2,
+        )
+    return read_data(chosen, Console(stderr=True))

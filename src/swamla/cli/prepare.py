@@ -8,6 +8,7 @@ from typing import Any
 from swamla.cli.console import Console, say
 from swamla.cli.flags import Positional, parse
 from swamla.cli.overrides import add_flags, data_flags, put_flags
+from swamla.cli.run_config import locate_beside
 from swamla.cli.running import describe_data, read_data, shown_progress
 from swamla.config import from_plain, load_file
 from swamla.data.config import DataConfig
@@ -43,7 +44,9 @@ def main(argv: list[str]) -> int:
     plain: dict[str, Any] = {"data": {"source": arguments.data}}
     written: Callable[[str], str] = _nowhere
     if arguments.data in (*recipe_names(), *ALIASES) or arguments.data.endswith((".toml", ".json")):
-        plain, written = load_file(recipe_path(arguments.data))
+        recipe = recipe_path(arguments.data)
+        plain, written = load_file(recipe)
+        locate_beside(plain, recipe, written, given)
     elif "source" in given:
         raise UsageError(f"--source goes with a recipe ({', '.join(recipe_names())}), and {arguments.data} is none")
     downloaded = plain.get("data", {}).get("source") == "shakespeare"

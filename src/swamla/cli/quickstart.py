@@ -15,12 +15,20 @@ from swamla.cli.console import Console, harmless, program, say
 from swamla.cli.flags import parse
 from swamla.cli.overrides import add_flags
 from swamla.cli.run_config import read_recipe
-from swamla.cli.running import new_folder, prepare_data, resume_here, resumed_folder, run_training, validation
+from swamla.cli.running import (
+    claim_folder,
+    prepare_data,
+    resume_here,
+    resumed_folder,
+    run_training,
+    validation,
+)
 from swamla.data.tokenizer import Tokenizer
 from swamla.errors import UsageError
 from swamla.generate import encode_prompt, generate_text, room
 from swamla.model.language_model import LanguageModel
 from swamla.train import RunConfig, TrainState
+from swamla.train.claims import Claim, claim_run
 from swamla.train.precision import autocast, without_fp8
 
 PROMPT = "def "
@@ -45,12 +53,27 @@ def main(argv: list[str]) -> int:
         raise UsageError("quickstart is for one process; several train the same model with: train quickstart")
     arguments, given = parse(add_flags(Arguments), resume_here(argv), command="quickstart")
     resume = "resume" in given
+    with _claimed(arguments, resume) as claim:
+        run_dir = claim.path
+        config = read_recipe(str(run_dir / "config.json") if resume else "quickstart", arguments, given, new=not resume)
+        _train(config, claim, resume)
+    return 0
+
+
+def _claimed(arguments: Any, resume: bool) -> Claim:
+    """The folder of a new run, or the one to go on in, taken."""
     named = arguments.output_dir
-    run_dir = resumed_folder(arguments.resume, named, "quickstart") if resume else new_folder(named, "quickstart")
-    config = read_recipe(str(run_dir / "config.json") if resume else "quickstart", arguments, given)
-    console = Console()
+    if not resume:
+        return claim_folder(named, "quickstart")
+    return claim_run(resumed_folder(arguments.resume, named, "quickstart"))
+
+
+def _train(config: RunConfig, claim: Claim, resume: bool) -> None:
+    """Train, sample, compare, and say what to try next."""
+    console, run_dir = Console(), claim.path
     say(console, f"resuming {run_dir}" if resume else _announcement(config, run_dir))
-    dataset = prepare_data(config.data, console, block_size=config.train.block_size)
+    resumed = run_dir if resume else None
+    dataset = prepare_data(config.data, console, block_size=config.train.block_size, resumed=resumed)
     samples = run_dir / "samples.txt"
 
     def first_sample(state: TrainState) -> None:
@@ -58,7 +81,9 @@ def main(argv: list[str]) -> int:
             before = _sample(state.model, dataset.tokenizer)
             samples.write_text(f"=== before training ===\n{before}", encoding="utf-8")
 
-    state = run_training(config, dataset, run_dir, console, command="quickstart", resume=resume, on_start=first_sample)
+    state = run_training(
+        config, dataset, run_dir, console, command="quickstart", resume=resume, claim=claim, on_start=first_sample
+    )
     model, tokenizer = load(run_dir)
     model = model.to(state.device)
     before = samples.read_text(encoding="utf-8").partition(_AFTER)[0] if samples.exists() else ""
@@ -69,7 +94,6 @@ def main(argv: list[str]) -> int:
         found = validation(dataset, config.train.block_size)(model)
     _compare(console, run_dir.name, found["bits_per_byte"], dataset.held_out_text())
     _say_where_and_next(console, run_dir)
-    return 0
 
 
 def _announcement(config: RunConfig, run_dir: Path) -> str:

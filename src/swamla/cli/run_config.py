@@ -12,8 +12,8 @@ from swamla.cli import original_flags
 from swamla.cli.overrides import flags, put_flags
 from swamla.cli.plain import mixer_kind
 from swamla.cli.reshape import reshape
-from swamla.config import from_plain, load_file, within
-from swamla.data.config import DataConfig, parse_bpe
+from swamla.config import from_plain, load_file, to_plain, within
+from swamla.data.config import MIXTURE, DataConfig, parse_bpe
 from swamla.data.sources import NAMED_SOURCES
 from swamla.errors import ConfigError, UsageError, require
 from swamla.model.block import BlockConfig, MixerConfig
@@ -22,17 +22,20 @@ from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.recipes import ALIASES, recipe_path
 from swamla.train.config import RunConfig
+from swamla.train.init_from import Origin, origin_of
 
 # Of tokenizers, and where that decides it of data.
+_TOKENIZERS = ("byte", "char", "gpt2")  # whatever files are called so
 _VOCABULARIES = {("byte", ""): 257, ("gpt2", ""): 50257, ("char", "shakespeare"): 66}
 
 
-def read_recipe(recipe: str, arguments: Any, given: frozenset[str]) -> RunConfig:
+def read_recipe(recipe: str, arguments: Any, given: frozenset[str], *, new: bool = False) -> RunConfig:
     """The run that a recipe (a shipped one's name, or a file) and the flags in `given` describe.
 
-    Says what there is to tell. Raises `UsageError` and `ConfigError`, which name the flag, or the file and line.
+    new: it is to be begun, with the weights that it says. Says what there is to tell. Raises `UsageError` and
+    `ConfigError`, which name the flag, or the file and line.
     """
-    resolved = resolve(recipe, arguments, given)
+    resolved = resolve(recipe, arguments, given, new=new)
     say_notes(resolved)
     return resolved.config
 
@@ -46,12 +49,16 @@ class Resolved:
     notes: tuple[str, ...]
 
 
-def resolve(recipe: str, arguments: Any, given: frozenset[str]) -> Resolved:
-    """As `read_recipe`, silently, with all there is to know."""
+def resolve(
+    recipe: str, arguments: Any, given: frozenset[str], *, new: bool = False, unnamed: bool = False
+) -> Resolved:
+    """As `read_recipe`, silently, with all there is to know. unnamed: nobody asked for the recipe and its model."""
     path = recipe_path(recipe)
     plain, place = load_file(path)
     plain = copy.deepcopy(plain)
     plain.pop("format_version", None)  # a run's own config.json is a recipe too
+    locate_beside(plain, path, place, given)
+    origin_of_weights = _begin_from(plain, path, arguments, given, unnamed) if new else None
     spare = _spare_blocks(plain, place)
     by_flag, notes = _apply(plain, arguments, given, spare) if _has_model(plain) else ({}, [])
 
@@ -66,11 +73,54 @@ def resolve(recipe: str, arguments: Any, given: frozenset[str]) -> Resolved:
     config = from_plain(RunConfig, plain, origin=origin)
     with within("", origin):
         _check_together(config)
+    if origin_of_weights is not None:
+        origin_of_weights.require_fit(with_vocabulary(config.model, config.data, origin_of_weights.model.vocab_size))
+        notes.append(f"model and tokenizer are those of {origin_of_weights.folder}, where flags name no others")
     if not _knows_order(config):
         notes.append(
             "warning: nothing in this model knows the order of the tokens it attends to: give it --learned_positions N"
         )
-    return Resolved(config=replace(config, data=_located(config.data)), origin=origin, notes=tuple(notes))
+    train = config.train
+    if train.init_from:
+        train = replace(train, init_from=str(Path(train.init_from).expanduser().resolve()))
+    config = replace(config, data=_located(config.data), train=train)
+    return Resolved(config=config, origin=origin, notes=tuple(notes))
+
+
+def begun_recipe(init_from: str) -> str:
+    """The recipe of a run that names none and begins with the weights of `init_from`: its own, where it is a run."""
+    origin = origin_of(init_from)
+    return str(origin.folder / "config.json") if origin.is_run else "quickstart"
+
+
+def _begin_from(
+    plain: dict[str, Any], recipe: Path, arguments: Any, given: frozenset[str], unnamed: bool
+) -> Origin | None:
+    """Where a run's first weights are, if the recipe or a flag says so; the recipe's tokenizer becomes theirs.
+
+    So does its model where it has none, or is `unnamed`; else that stays as it is, to be compared.
+    """
+    train = plain.get("train")
+    if not isinstance(train, dict):
+        return None  # malformed: the reader will say so
+    said = {name: train.get(name) for name in ("init_from", "init_checkpoint") if train.get(name)}
+    said |= {name: getattr(arguments, name) for name in ("init_from", "init_checkpoint") if name in given}
+    if not said.get("init_from"):
+        return None
+    where, which = str(said["init_from"]), str(said.get("init_checkpoint", "best"))
+    if "init_from" not in given:
+        where = train["init_from"] = str(recipe.resolve().parent / Path(where).expanduser())
+    origin = origin_of(where, which)
+    if recipe.resolve() == origin.folder / "config.json":
+        for name in ("init_from", "init_checkpoint", "hf_repo_id", "wandb_run_name"):  # which are that run's own
+            train.pop(name, None)
+    if unnamed or not plain.get("model"):
+        plain["model"] = to_plain(origin.model)
+    elif isinstance(plain["model"], dict):
+        plain["model"]["vocab_size"] = plain["model"].get("vocab_size") or origin.model.vocab_size
+    if origin.tokenizer is not None:
+        plain.setdefault("data", {})["tokenizer"] = str(origin.tokenizer)
+    return origin
 
 
 def say_notes(resolved: Resolved) -> None:
@@ -99,16 +149,16 @@ def chosen_recipe(recipe: str, size: str) -> str:
     return recipe or size or "quickstart"
 
 
-def with_vocabulary(model: LanguageModelConfig, data: DataConfig) -> LanguageModelConfig:
+def with_vocabulary(model: LanguageModelConfig, data: DataConfig, otherwise: int = 0) -> LanguageModelConfig:
     """The model with the vocabulary its tokenizer will have, where that can be told without reading data.
 
-    Raises `UsageError` where it cannot.
+    Where it cannot, `otherwise` is taken for it, and without that `UsageError` raised.
     """
     if model.vocab_size:
         return model
     bpe = parse_bpe(data.tokenizer)
     known = _VOCABULARIES.get((data.tokenizer, ""), 0) or _VOCABULARIES.get((data.tokenizer, data.source), 0)
-    size = bpe[0] if bpe else known
+    size = bpe[0] if bpe else known or otherwise
     if not size:
         raise UsageError(f"the vocabulary of the tokenizer {data.tokenizer!r} depends on the data: add --vocab_size N")
     return replace(model, vocab_size=size)
@@ -148,9 +198,39 @@ def _spare_blocks(plain: dict[str, Any], place: Callable[[str], str]) -> dict[st
     return spare
 
 
+def locate_beside(
+    plain: dict[str, Any], recipe: Path, place: Callable[[str], str], given: frozenset[str] = frozenset()
+) -> None:
+    """Make the paths in a recipe's plain data, which are relative to the recipe, absolute; flags' are to where we are.
+
+    given: flags, whose fields are left alone. Raises `UsageError` for what is not beside the recipe, but here: that is
+    another file than was meant, or the recipe is older than this rule.
+    """
+    data = plain.get("data")
+    if not isinstance(data, dict):
+        return  # malformed: the reader will say so
+    mixture = data.get("mixture")
+    parts = [part for part in mixture if isinstance(part, dict)] if isinstance(mixture, list) else []
+    tables = [] if {"data", "source"} & given else [(table, "source") for table in (data, *parts)]
+    for table, name in (*tables, *((data, name) for name in ("tokenizer", "cache_dir") if name not in given)):
+        value = table.get(name)
+        if not isinstance(value, str) or "\0" in value or value in ("", *NAMED_SOURCES, MIXTURE, *_TOKENIZERS):
+            continue
+        kind, path = _split(value) if name == "tokenizer" else ("", value)
+        beside = recipe.resolve().parent / Path(path).expanduser()
+        if beside.exists() or name == "cache_dir":
+            table[name] = kind + str(beside.resolve())
+        elif Path(path).exists():
+            field = f"data.{name}" if table is data else "data.mixture.source"
+            raise UsageError(
+                f"{field} = {value!r} ({place(field) or recipe}): paths in a recipe are relative to it, and there is "
+                f"no {beside}: write the path as it is from there"
+            )
+
+
 def _located(data: DataConfig) -> DataConfig:
     """Data whose paths do not depend on the folder we are in: a run is resumed and evaluated from anywhere."""
-    kind, colon, name = data.tokenizer.rpartition("gpt2:")
+    kind, path = _split(data.tokenizer)
     return replace(
         data,
         source=data.source if data.source in NAMED_SOURCES else _absolute(data.source),
@@ -158,9 +238,14 @@ def _located(data: DataConfig) -> DataConfig:
             part if part.source in NAMED_SOURCES else replace(part, source=_absolute(part.source))
             for part in data.mixture
         ),
-        tokenizer=data.tokenizer if name in ("byte", "char", "gpt2") else kind + colon + _absolute(name),
+        tokenizer=data.tokenizer if data.tokenizer in _TOKENIZERS else kind + _absolute(path),
         cache_dir=data.cache_dir and str(Path(data.cache_dir).expanduser().resolve()),
     )
+
+
+def _split(tokenizer: str) -> tuple[str, str]:
+    """What stands before the path of a tokenizer, "gpt2:" or nothing, and the path."""
+    return ("gpt2:", tokenizer.removeprefix("gpt2:")) if tokenizer.startswith("gpt2:") else ("", tokenizer)
 
 
 def _absolute(path: str) -> str:

@@ -4,20 +4,24 @@ import re
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from swamla import distributed
 from swamla.cli.console import Console, program, say
 from swamla.data.config import DataConfig
 from swamla.data.encode import Progress
-from swamla.data.preparing import Dataset, prepare
-from swamla.errors import Interrupted, UsageError
+from swamla.data.preparing import Dataset, cache_of, prepare
+from swamla.data.reopening import reopen
+from swamla.errors import DataError, Interrupted, UsageError
 from swamla.evaluate import evaluate_split
 from swamla.hub import pull
 from swamla.model.language_model import LanguageModel
 from swamla.train import RunConfig, TrainConfig, TrainState, train
+from swamla.train.changes import config_of
+from swamla.train.claims import Claim, claim_new, claim_numbered
 from swamla.train.launch import begun_by
-from swamla.train.run_folder import require_empty
+from swamla.train.run_folder import identity_of_run
 
 EVALUATION_TOKENS = 16384  # computed at once: more would only cost memory
 UTILISATION_TOKENS = 1 << 18  # counted to tell how many of the positions that training computes carry loss
@@ -48,11 +52,46 @@ def read_data(config: DataConfig, console: Console, *, workers: int | None = Non
     return found[0]
 
 
-def prepare_data(
-    config: DataConfig, console: Console, *, block_size: int = TrainConfig.block_size, workers: int | None = None
+def data_of_run(
+    run_dir: Path, config: DataConfig, console: Console, *, training: bool = False, workers: int | None = None
 ) -> Dataset:
-    """The data of a run, described on the console."""
-    dataset = read_data(config, console, workers=workers)
+    """The data that a run began with: from the cache by what it holds, else from its source, read once more.
+
+    `config` may say how bad rows are treated, and where the cache is, otherwise than the run did; with other data it
+    is read as it says. Warns, and raises, as `reopen` does; DataError where neither cache nor source has the data.
+    """
+    known, began = identity_of_run(run_dir), config_of(run_dir).data
+    began = replace(began, on_bad_row=config.on_bad_row, invalid_utf8=config.invalid_utf8, cache_dir=config.cache_dir)
+    if known is None or config != began:
+        return read_data(config, console, workers=workers)
+
+    def reopened() -> Dataset | None:
+        return reopen(config, known, training=training, workers=workers)
+
+    # The main process alone decides: another one may find what the main one is about to make.
+    if distributed.on_main(lambda: reopened() is not None):
+        dataset = reopened()
+        assert dataset is not None
+        return dataset
+    try:
+        return read_data(replace(config, tokenizer=str(run_dir / "tokenizer.json")), console, workers=workers)
+    except DataError as error:
+        raise DataError(f"{run_dir}: what it began with is no more in {cache_of(config)}, and {error}") from error
+
+
+def prepare_data(
+    config: DataConfig,
+    console: Console,
+    *,
+    block_size: int = TrainConfig.block_size,
+    workers: int | None = None,
+    resumed: Path | None = None,
+) -> Dataset:
+    """The data of a run, described on the console. resumed: its folder, where it has one already."""
+    if resumed is None:
+        dataset = read_data(config, console, workers=workers)
+    else:
+        dataset = data_of_run(resumed, config, console, training=True, workers=workers)
     describe_data(dataset, console, block_size)
     return dataset
 
@@ -61,17 +100,22 @@ def describe_data(dataset: Dataset, console: Console, block_size: int = TrainCon
     """Tell what there is, and how well it fills rows of `block_size`; on the main process alone."""
     if not distributed.is_main():
         return
-    count = max(1, UTILISATION_TOKENS // block_size)
-    batch = dataset.rows(block_size, 0).batch(0, count)
-    filled, cut = batch.n_labels / batch.tokens_BT.numel(), batch.cut_share(dataset.tokenizer.eos_id)
-    share = (
-        f"{filled:.2%} of the positions in {count:,} rows of {block_size} carry loss; {cut:.0%} of the stretches of "
-        f"documents there are cut"
-    )
-    described = [*dataset.describe(), ("utilisation", share)]
+    described = dataset.describe()
+    if dataset.train.n_documents:
+        described.append(("utilisation", _utilisation(dataset, block_size)))
     width = max(len(label) for label, _ in described)
     for label, value in described:
         say(console, f"{label:<{width}}  {value}")
+
+
+def _utilisation(dataset: Dataset, block_size: int) -> str:
+    count = max(1, UTILISATION_TOKENS // block_size)
+    batch = dataset.rows(block_size, 0).batch(0, count)
+    filled, cut = batch.n_labels / batch.tokens_BT.numel(), batch.cut_share(dataset.tokenizer.eos_id)
+    return (
+        f"{filled:.2%} of the positions in {count:,} rows of {block_size} carry loss; {cut:.0%} of the stretches of "
+        f"documents there are cut"
+    )
 
 
 def run_training(
@@ -82,16 +126,25 @@ def run_training(
     *,
     command: str,
     resume: bool,
+    claim: Claim | None,
     on_start: Callable[[TrainState], None] | None = None,
 ) -> TrainState:
     """Train `config` in `run_dir`, validated on the held-out split; raises as `swamla.train.train` does.
 
-    command: what to type, after the program's name, to go on if the run is interrupted.
+    command: what to type, after the program's name, to go on if the run is interrupted. claim: of the folder, on the
+    main process.
     """
     evaluate = validation(dataset, config.train.block_size, config.train.eval_tokens)
     try:
         return train(
-            config, run_dir, dataset=dataset, evaluate=evaluate, resume=resume, console=console, on_start=on_start
+            config,
+            run_dir,
+            dataset=dataset,
+            evaluate=evaluate,
+            resume=resume,
+            console=console,
+            on_start=on_start,
+            claim=claim,
         )
     except Interrupted as stop:
         go_on = f"{program()} {command} --resume {shlex.quote(str(run_dir))}"
@@ -124,16 +177,12 @@ def validation(
     return evaluate
 
 
-def new_folder(output_dir: str, name: str) -> Path:
-    """The folder of a new run: `output_dir`, or where that is empty runs/NAME, numbered when it is taken.
+def claim_folder(output_dir: str, name: str) -> Claim:
+    """Take the folder of a new run: `output_dir`, or where that is empty runs/NAME, numbered when it is taken.
 
     Raises `UsageError`, before any data is read, for a folder that has something in it.
     """
-    if not output_dir:
-        return _numbered(Path("runs") / name)
-    folder = checked(output_dir)
-    require_empty(folder)
-    return folder
+    return claim_new(checked(output_dir)) if output_dir else claim_numbered(Path("runs") / name)
 
 
 def resumed_folder(resume: str, output_dir: str, name: str) -> Path:
@@ -171,15 +220,6 @@ def checked(folder: str) -> Path:
     if "\0" in folder:
         raise UsageError(f"{folder!r}: a path cannot hold NUL")
     return Path(folder)
-
-
-def _numbered(folder: Path) -> Path:
-    """`folder`, or the first of folder-2, folder-3 … that does not exist."""
-    candidate, number = folder, 1
-    while candidate.exists():
-        number += 1
-        candidate = folder.with_name(f"{folder.name}-{number}")
-    return candidate
 
 
 def _newest(folder: Path) -> Path:

@@ -17,7 +17,7 @@ from swamla.config import from_plain
 from swamla.errors import SwamlaError, UsageError
 from swamla.model.accounting import count_parameters
 from swamla.train import RunConfig
-from swamla.train.run_folder import is_running
+from swamla.train.claims import is_running
 from swamla.train.tracking import read_metrics
 
 State = Literal["running", "done", "stopped", "no save"]
@@ -95,8 +95,7 @@ def summarize(path: Path) -> Run:
     file = path / "metrics.jsonl"
     records = read_metrics(file) if file.exists() else []
     steps = [r for r in records if "loss" in r]
-    evaluations = [r for r in records if r.get("held_out_loss") is not None]
-    best = min(evaluations, key=lambda r: r["held_out_loss"], default={})
+    best = min(_evaluations(records), key=lambda r: r["held_out_loss"], default={})
     return Run(
         name=path.resolve().name,
         path=str(path),
@@ -110,6 +109,15 @@ def summarize(path: Path) -> Run:
         modified=(file if file.exists() else path / "config.json").stat().st_mtime,
         state=_state(path, config, records),
     )
+
+
+def _evaluations(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of as much held-out text as the last one: others, before --eval_tokens was changed, mean something else."""
+    rescored = [
+        {key.removeprefix("best_"): value for key, value in r.items()} for r in records if "best_held_out_loss" in r
+    ]
+    found = [r for r in (*rescored, *records) if r.get("held_out_loss") is not None]
+    return [r for r in found if r.get("held_out_tokens") == found[-1].get("held_out_tokens")]
 
 
 def _state(path: Path, config: RunConfig, records: list[dict[str, Any]]) -> State:

@@ -1,6 +1,7 @@
 """`swamla train [RECIPE] …`: a new run, or one taken up again."""
 
 import shlex
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,11 +13,11 @@ from swamla.cli.console import Console, program, say
 from swamla.cli.flags import Positional, parse
 from swamla.cli.original_flags import add_original_flags, bare_compile, refusal, workers
 from swamla.cli.overrides import add_flags
-from swamla.cli.run_config import Resolved, chosen_recipe, resolve, say_notes
+from swamla.cli.run_config import Resolved, begun_recipe, chosen_recipe, resolve, say_notes
 from swamla.cli.running import (
     begun_folder,
+    claim_folder,
     fetch_run,
-    new_folder,
     prepare_data,
     resume_here,
     resumed_folder,
@@ -26,8 +27,9 @@ from swamla.config import within
 from swamla.errors import UsageError
 from swamla.hub import require_hub
 from swamla.recipes import recipe_names
+from swamla.train.changes import check_same_run
+from swamla.train.claims import Claim, claim_run
 from swamla.train.launch import this_launch
-from swamla.train.run_folder import check_same_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +66,13 @@ def main(argv: list[str]) -> int:
 
 def _train(arguments: Any, given: frozenset[str]) -> int:
     """What every process of the run does."""
-    named = chosen_recipe(arguments.recipe, arguments.size)
-    console = Console()
-    from_hub = _is_from_hub(arguments, given)
-    name, resume = arguments.hf_repo_id if from_hub else named, not given.isdisjoint(("resume", "resume_from"))
+    unnamed = "init_from" in given and not (arguments.recipe or arguments.size)
+    console, (named, name) = Console(), _recipe_and_name(arguments, unnamed)
+    from_hub, resume = _is_from_hub(arguments, given), not given.isdisjoint(("resume", "resume_from"))
+    if from_hub:
+        name = arguments.hf_repo_id
+    if "init_from" in given and (resume or from_hub):
+        raise UsageError("--init_from begins a new run with another's weights, --resume goes on with one: give one")
     launch = this_launch() if distributed.started_again() else ()
     begun, stopped = distributed.on_main(lambda: _begun(arguments, name, launch)) or (None, False)
     if begun is not None and stopped:
@@ -75,23 +80,48 @@ def _train(arguments: Any, given: frozenset[str]) -> int:
         say(console, f"not started again: the run in {begun} was asked to stop, and is saved; go on with: {go_on}")
         return 0
     from_hub, resume = from_hub and begun is None, resume or begun is not None
-    run_dir = begun or distributed.on_main(lambda: _folder(arguments, name, resume))
-    if from_hub:
-        distributed.on_main(lambda: fetch_run(arguments.hf_repo_id, run_dir, arguments.hf_revision, console))
-        resume = True
-    recipe = str(run_dir / "config.json") if resume else named
-    resolved = resolve(recipe, arguments, given)
-    config = resolved.config
-    say_notes(resolved)
-    if resume:
-        distributed.on_main(lambda: _check_resumed(resolved, run_dir, arguments, given))
-    require_hub(config.train.hf_repo_id)
-    distributed.require_rows(config.train.batch_size, config.train.accumulation)
-    say(console, f"{'resuming' if resume else 'training'} {recipe} in {run_dir}")
-    dataset = prepare_data(config.data, console, block_size=config.train.block_size, workers=workers(arguments, given))
-    run_training(config, dataset, run_dir, console, command="train", resume=resume)
+    # A mistake is told before all else.
+    resolved = None if resume or from_hub else resolve(named, arguments, given, new=True, unnamed=unnamed)
+    with ExitStack() as held:
+        claims: list[Claim] = []  # the main process's, which takes the folder before anything that takes time
+
+        def take(claim: Claim) -> Path:
+            claims.append(held.enter_context(claim))
+            return claim.path
+
+        run_dir = distributed.on_main(lambda: take(_claimed(arguments, name, begun, resume)))
+        if from_hub:
+            distributed.on_main(lambda: fetch_run(arguments.hf_repo_id, run_dir, arguments.hf_revision, console))
+            distributed.on_main(lambda: take(claim_run(run_dir)))  # it is another folder now
+            resume = True
+        recipe = str(run_dir / "config.json") if resume else named
+        resolved = resolved or resolve(recipe, arguments, given)
+        config = resolved.config
+        say_notes(resolved)
+        if resume:
+            distributed.on_main(lambda: _check_resumed(resolved, run_dir, arguments, given))
+        require_hub(config.train.hf_repo_id)
+        distributed.require_rows(config.train.batch_size, config.train.accumulation)
+        say(console, f"{'resuming' if resume else 'training'} {recipe} in {run_dir}")
+        dataset = prepare_data(
+            config.data,
+            console,
+            block_size=config.train.block_size,
+            workers=workers(arguments, given),
+            resumed=run_dir if resume else None,
+        )
+        claim = claims[-1] if claims else None
+        run_training(config, dataset, run_dir, console, command="train", resume=resume, claim=claim)
     say(console, f"the run is in {run_dir}")
     return 0
+
+
+def _recipe_and_name(arguments: Any, unnamed: bool) -> tuple[str, str]:
+    """The recipe, and what the run is called after: without a recipe the run whose weights it begins with."""
+    if not unnamed:
+        named = chosen_recipe(arguments.recipe, arguments.size)
+        return named, named
+    return begun_recipe(arguments.init_from), Path(arguments.init_from).resolve().name
 
 
 def _check_resumed(resolved: Resolved, run_dir: Path, arguments: Any, given: frozenset[str]) -> None:
@@ -118,12 +148,12 @@ def _begun(arguments: Any, recipe: str, launch: tuple[str, ...]) -> tuple[Path, 
     return begun_folder(launch, arguments.resume or arguments.resume_from or folder, name) if launch else None
 
 
-def _folder(arguments: Any, recipe: str, resume: bool) -> Path:
-    """The folder of a new run, or the one to go on in."""
+def _claimed(arguments: Any, recipe: str, begun: Path | None, resume: bool) -> Claim:
+    """The folder of a new run, or the one to go on in, taken."""
     folder, name = _named_folder(arguments, recipe)
-    return (
-        resumed_folder(arguments.resume or arguments.resume_from, folder, name) if resume else new_folder(folder, name)
-    )
+    if not resume:
+        return claim_folder(folder, name)
+    return claim_run(begun or resumed_folder(arguments.resume or arguments.resume_from, folder, name))
 
 
 def _named_folder(arguments: Any, recipe: str) -> tuple[str, str]:

@@ -1,7 +1,6 @@
 """Encoded units, in their order, to the files of one dataset."""
 
 import json
-from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from swamla.data.config import DataConfig
 from swamla.data.dataset import FORMAT_VERSION, HELD_OUT_TEXT, META, TOKENIZER, fingerprint_of
 from swamla.data.encode import Encoded
 from swamla.data.held_out import rule_for_many
+from swamla.data.notes import Notes
 from swamla.data.shards import ArrayWriter, open_array, token_dtype
 from swamla.data.tokenizer import Tokenizer
 from swamla.data.unit_files import Job, files_of, verify_unit
@@ -35,9 +35,9 @@ def assemble(job: Job, folder: Path, config: DataConfig, tokenizer: Tokenizer) -
     )
     if encoded.train + encoded.held_out == 1:
         return 1
-    notes: Counter[str] = Counter()
+    notes = Notes(job.source.left_out.plain())
     for number, record in enumerate(records):
-        notes.update(record.notes)
+        notes.include(record.notes)
         verify_unit(job.path(number), record)
         if record.tokenizer != tokenizer.fingerprint:
             path = job.path(number)
@@ -79,7 +79,7 @@ def write_meta(
     tokenizer: Tokenizer,
     rule: str,
     encoded: Encoded,
-    notes: Counter[str],
+    notes: Notes,
 ) -> None:
     """Write meta.json: the same bytes for the same data, whenever and however it was made."""
     meta = {
@@ -88,25 +88,25 @@ def write_meta(
         "held_out_rule": rule,
         "tokenizer": {"spec": config.tokenizer, "fingerprint": tokenizer.fingerprint},
         "lossless": encoded.lossless,
-        "notes": dict(sorted(notes.items())),
+        "notes": notes.plain(),
         "files": files_of(folder, but=(TOKENIZER,)),  # that one has its own fingerprint
     }
     meta["fingerprint"] = fingerprint_of(meta)
     (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
-def require_documents(config: DataConfig, encoded: Encoded, notes: Counter[str]) -> None:
+def require_documents(config: DataConfig, encoded: Encoded, notes: Notes) -> None:
     """Raise DataError unless there is something to train on, and something held out."""
     total = encoded.train + encoded.held_out
     if not total:
-        left_out = ", ".join(f"{count} {what}" for what, count in notes.items()) or "no rows"
+        left_out = "; ".join(notes.lines()) or "no rows"
         raise DataError(f"{config.source}: no text to learn from ({left_out})")
+    fraction = config.held_out_fraction
     for split, count, advice in (
         ("held-out", encoded.held_out, "raise"),
         ("training", encoded.train, "lower"),
     ):
-        if not count:
-            fraction = config.held_out_fraction
+        if not count and fraction < 1:
             raise DataError(
                 f"{config.source}: the {split} split is empty: of {total} documents, data.held_out_fraction = "
                 f"{fraction} chose {encoded.held_out}; {advice} it"

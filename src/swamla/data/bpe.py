@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from swamla.data.config import BYTES
+from swamla.data.foreign import foreign, without_stderr
 from swamla.errors import DataError
 
 EOS_TEXT = "<|endoftext|>"
@@ -59,13 +60,12 @@ def gpt2(folder: Path) -> str:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     encoder, merges = _gpt2_files(folder)
-    try:
+    what = f"{folder}: {encoder.name} and {merges.name} are not a BPE's"
+    with foreign(DataError, what), without_stderr():
         vocab: dict[str, int] = json.loads(encoder.read_text(encoding="utf-8"))
         lines = merges.read_text(encoding="utf-8").split("\n")
         pairs: list[Any] = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs))
-    except Exception as error:  # the library raises nothing narrower
-        raise DataError(f"{folder}: {encoder.name} and {merges.name} are not a BPE's ({error})") from error
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([EOS_TEXT])

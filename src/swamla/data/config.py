@@ -36,17 +36,19 @@ class WeightedSource:
 class DataConfig:
     """The data of a run.
 
-    source: "stdlib" (this Python's own library), "shakespeare" (downloaded once), the path of a text file, a .jsonl or
-        .parquet file, any of these as .gz or .zst, or a folder of them, or "hf:OWNER/NAME", a dataset on the hub;
-        or "mixture".
-    text_column: the column of jsonl and parquet rows that holds the text.
+    source: "stdlib" (this Python's own library), "shakespeare" (downloaded once), the path of a text file, of rows
+        (.jsonl, .ndjson, .json, .csv, .tsv, .parquet), any of these compressed (.gz, .zst, .xz, .bz2), or a folder of
+        them, or "hf:OWNER/NAME", a dataset on the hub; or "mixture".
+    text_column: the column of rows that holds the text.
     hub_config: which of a hub dataset's configs, e.g. CC-MAIN-2024-10; empty for its default.
     hub_split: which split of it.
     hub_revision: the commit (or branch or tag) that is read; empty for what is newest.
     tokenizer: "byte", "char", "bpe:N" or "bpe-lines:N" (trained here, vocabulary N), "gpt2" or "hub:NAME" (fetched),
         "gpt2:FOLDER" (encoder.json and vocab.bpe), or the path of a tokenizer.json.
-    held_out_fraction: the share of documents never trained on; of a single document, its last characters.
+    held_out_fraction: the share of documents never trained on, told by their text; of a single document, its last
+        characters. 1 holds out everything: a test set, for which the tokenizer has to exist already.
     invalid_utf8: whether bytes that are not UTF-8 are an error or replaced by U+FFFD and counted.
+    on_bad_row: whether a row (or a text file of a folder) that cannot be used is an error, or skipped and counted.
     stream: how many units (of some 8 MB of text) are shuffled together while training reads the source bit by bit and
         keeps little of it; 0 prepares all of it first.
     buffer_docs: how many documents are fitted into rows together so that few are cut; rows may then end in padding. 0
@@ -63,6 +65,7 @@ class DataConfig:
     tokenizer: str = "bpe:4096"
     held_out_fraction: float = 0.05
     invalid_utf8: Literal["error", "replace"] = "error"
+    on_bad_row: Literal["stop", "skip"] = "stop"
     stream: int = 0
     buffer_docs: int = 0
     mixture: tuple[WeightedSource, ...] = ()
@@ -78,8 +81,12 @@ class DataConfig:
         require(mixed or not self.mixture, "source", self.source, f'must be "{MIXTURE}" where data.mixture is given')
         require(not mixed or bool(self.mixture), "mixture", (), "needs [[data.mixture]] tables of source and weight")
         fraction = self.held_out_fraction
-        require(0 < fraction < 1, "held_out_fraction", fraction, "must be between 0 and 1, e.g. 0.05")
+        require(0 < fraction <= 1, "held_out_fraction", fraction, "must be between 0 and 1, e.g. 0.05")
+        learned = fraction == 1 and self.tokenizer.startswith(("bpe:", "bpe-lines:"))
+        require(not learned, "tokenizer", self.tokenizer, "has nothing to learn from where all text is held out")
+        require(fraction < 1 or not self.stream, "stream", self.stream, "trains, and all text is held out: leave it 0")
         policies = ("error", "replace")
+        require(self.on_bad_row in ("stop", "skip"), "on_bad_row", self.on_bad_row, "must be stop or skip")
         require(self.invalid_utf8 in policies, "invalid_utf8", self.invalid_utf8, "must be error or replace")
         require(bool(self.tokenizer), "tokenizer", self.tokenizer, "needs e.g. byte, char, bpe:4096 or a path")
         if self.tokenizer.startswith(("bpe:", "bpe-lines:")):

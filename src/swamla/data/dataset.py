@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from swamla.data.notes import Notes
 from swamla.data.shards import Split
 from swamla.data.tokenizer import Tokenizer, load_tokenizer
 from swamla.errors import CorruptError, DataError
@@ -17,7 +18,8 @@ from swamla.files import sha256_of
 if TYPE_CHECKING:
     from swamla.data.packing import Batch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READ = (1, 2)
 META, TOKENIZER, HELD_OUT_TEXT = "meta.json", "tokenizer.json", "held_out.txt"
 
 
@@ -49,9 +51,11 @@ class Dataset:
     """Text as tokens, split into documents to train on and held-out ones.
 
     throughput: of its making, where that was now; None for what the cache had.
+    raw: what the files were that it was made from (`Source.digest`), where that is known.
     """
 
     _buffer_docs = 0
+    raw = ""
 
     def __init__(
         self, path: Path, meta: dict[str, Any], tokenizer: Tokenizer, throughput: Throughput | None = None
@@ -80,6 +84,11 @@ class Dataset:
             )
         dataset = cls(path, meta, tokenizer, throughput)
         assert dataset.train.vocab_size == dataset.held_out.vocab_size  # opened now: what is damaged is told now
+        counted, there = dataset.held_out.n_bytes, meta["files"][HELD_OUT_TEXT]["size"]
+        if counted != there:
+            raise CorruptError(
+                f"{path}: held_out.bytes.npy counts {counted} bytes of text, {HELD_OUT_TEXT} has {there}; delete {path}"
+            )
         return dataset
 
     @cached_property
@@ -97,6 +106,8 @@ class Dataset:
         from swamla.data.blocks import BestFitRows
         from swamla.data.sampler import PackedRows
 
+        if not self.train.n_documents:
+            raise DataError(f"{self.meta['source']}: there is nothing to train on: all of its text is held out")
         if self._buffer_docs:
             return BestFitRows(self.train, block_size, seed, self.tokenizer.eos_id, self._buffer_docs)
         return PackedRows(self.train, block_size, seed, self.tokenizer.eos_id)
@@ -110,6 +121,14 @@ class Dataset:
     def bytes_per_label(self) -> float:
         """UTF-8 bytes of text to train on for each position that carries loss."""
         return self.train.n_bytes / (self.train.n_tokens + self.train.n_documents)
+
+    def epochs(self) -> dict[str, int]:
+        """For each source how many positions that carry loss there are until all of its text was seen once."""
+        return {self.meta["source"]: self.train.n_tokens + self.train.n_documents}
+
+    def identity(self) -> list[dict[str, str]]:
+        """What a run keeps to find its data again: the fingerprint of each prepared source, and what it was made of."""
+        return [{"fingerprint": self.meta["fingerprint"], "raw": self.raw}]
 
     def verify(self) -> None:
         """Check every byte against its SHA-256 and every id against the vocabulary; CorruptError names the file."""
@@ -130,16 +149,20 @@ class Dataset:
 
     def describe(self) -> list[tuple[str, str]]:
         """(label, value) rows for people."""
-        meta = self.meta
+        meta, notes = self.meta, Notes(self.meta["notes"])
+        total = self.train.n_bytes + self.held_out.n_bytes
+        share = f"{self.held_out.n_bytes / total:.2%} of the text; {meta['held_out_rule']}"
         rows = [
             ("source", meta["source"]),
             ("tokenizer", f"{meta['tokenizer']['spec']}, vocabulary {self.tokenizer.vocab_size}"),
             ("train", _describe_split(self.train)),
-            ("held out", f"{_describe_split(self.held_out)} ({meta['held_out_rule']})"),
-            ("document length", _describe_lengths(self.train.lengths)),
+            ("held out", f"{_describe_split(self.held_out)} ({share})"),
+            ("document length", _describe_lengths((self.train if self.train.n_documents else self.held_out).lengths)),
             ("bytes per token", f"{self.bytes_per_token:.3f} on held-out text"),
         ]
-        rows += [("note", f"{count} {what}") for what, count in sorted(meta["notes"].items())]
+        taken = ", ".join(f"{count} {suffix}" for suffix, count in notes.taken.most_common())
+        rows += [("files read", taken)] if taken else []
+        rows += [("note", line) for line in notes.lines()]
         if not meta["lossless"]:
             rows.append(("note", "the tokenizer loses part of the text, which flatters bits per byte"))
         rows += [("encoded", str(self.throughput))] if self.throughput else []
@@ -157,16 +180,18 @@ def _read_meta(path: Path) -> dict[str, Any]:
     try:
         meta = json.loads((path / META).read_text(encoding="utf-8"))
         version = meta["format_version"]
-        if version == FORMAT_VERSION and fingerprint_of(meta) != meta["fingerprint"]:
+        if version in _READ and fingerprint_of(meta) != meta["fingerprint"]:
             raise ValueError("its fingerprint is not that of its files")
     except OSError as error:
         raise DataError(
             f"{path}: not a prepared dataset (no readable {META}); make one with `swamla prepare`"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptError(f"{path / META}: damaged ({error}); delete {path}") from error
-    if version != FORMAT_VERSION:
+    if version not in _READ:
         raise DataError(f"{path}: dataset format {version}, this swamla reads {FORMAT_VERSION}; delete it, or upgrade")
+    if version == 1:  # of runs that go on with what they have: only what is held out, and what is noted, changed since
+        meta["notes"] = {"counts": meta["notes"], "places": {}, "taken": {}}
     return meta
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 from swamla.errors import DataError
@@ -23,7 +24,7 @@ def shakespeare(cache_dir: Path, url: str = SHAKESPEARE_URL) -> Path:
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
             data = response.read()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise DataError(f"cannot download tiny Shakespeare from {url} ({error}); {_BY_HAND}") from error
     if not _is_shakespeare(data):
         raise DataError(f"{url}: {len(data)} bytes came that are not tiny Shakespeare; {_BY_HAND}")

@@ -10,7 +10,6 @@ import numpy as np
 
 from swamla.data.dataset import HELD_OUT_TEXT
 from swamla.data.shards import ArrayWriter, token_dtype
-from swamla.data.sources import Document
 from swamla.data.tokenizer import Tokenizer, utf8
 
 Progress = Callable[[str, int, int], None]  # stage, documents done, bytes done
@@ -52,14 +51,14 @@ def _find_cut(text: str, tokenizer: Tokenizer, start: int, stop: int) -> int:
     return stop
 
 
-def _in_pieces(documents: Iterable[tuple[Document, bool]], tokenizer: Tokenizer) -> Iterator[_Piece]:
-    for document, held_out in documents:
-        parts = pieces(document.text, tokenizer)
+def _in_pieces(documents: Iterable[tuple[str, bool]], tokenizer: Tokenizer) -> Iterator[_Piece]:
+    for text, held_out in documents:
+        parts = pieces(text, tokenizer)
         part = next(parts)
         for following in parts:
             yield _Piece(part, held_out, last=False)
             part = following
-        if document.text:
+        if text:
             yield _Piece(part, held_out, last=True)
 
 
@@ -118,9 +117,9 @@ class Encoded(NamedTuple):
 
 
 def encode_documents(
-    documents: Iterable[tuple[Document, bool]], tokenizer: Tokenizer, folder: Path, progress: Progress
+    documents: Iterable[tuple[str, bool]], tokenizer: Tokenizer, folder: Path, progress: Progress
 ) -> Encoded:
-    """Write the shards and the held-out text of (document, held out?) pairs into `folder`."""
+    """Write the shards and the held-out text of (text, held out?) pairs into `folder`."""
     lossless, done = True, 0
     with ExitStack() as stack:
         train, held_out = (_SplitWriter(folder, name, tokenizer.vocab_size, stack) for name in ("train", "held_out"))

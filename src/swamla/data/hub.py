@@ -14,12 +14,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, cast
 
 from swamla.data.config import DataConfig
-from swamla.errors import ConfigError, DataError, MissingBackendError
-from swamla.files import write_text_atomically
+from swamla.errors import ConfigError, CorruptError, DataError, MissingBackendError
+from swamla.files import read_json, write_text_atomically
 
 PREFIX = "hf:"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_READABLE = re.compile(r"\.(parquet|jsonl|ndjson|json|txt)(\.gz|\.zst)?$", re.IGNORECASE)
+_READABLE = re.compile(r"\.(parquet|jsonl|ndjson|json|csv|tsv|txt)(\.gz|\.zst|\.xz|\.bz2)?$", re.IGNORECASE)
 _QUERY = re.compile(r"\?\S*")  # the address of a redirected download carries a signature
 _BLOCK = 1 << 22
 
@@ -122,8 +122,11 @@ def list_dataset(config: DataConfig, cache_dir: Path) -> HubListing:
     key = json.dumps([repo, config.hub_config, config.hub_split, config.hub_revision])
     kept = cache_dir / "sources" / f"hub-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     if is_commit(config.hub_revision) and kept.exists():
-        data = json.loads(kept.read_text(encoding="utf-8"))
-        return HubListing(data["repo"], data["commit"], tuple(tuple(file) for file in data["files"]))
+        data = read_json(kept, inside=kept.parent)
+        try:
+            return HubListing(data["repo"], data["commit"], tuple(tuple(file) for file in data["files"]))
+        except (KeyError, TypeError) as error:
+            raise CorruptError(f"{kept}: damaged ({error!r}); delete it, and the hub is asked again") from error
     listing = _ask(config, repo)
     if is_commit(config.hub_revision):
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,5 @@
 """The tokenizer of a dataset: found, or learned from a sample of its text that depends on the input alone."""
 
-from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from typing import NamedTuple
@@ -8,7 +7,8 @@ from typing import NamedTuple
 from swamla.data.config import DataConfig
 from swamla.data.encode import Progress
 from swamla.data.held_out import divide, is_held_out
-from swamla.data.sources import Document, Source
+from swamla.data.notes import Notes
+from swamla.data.sources import Source
 from swamla.data.tokenizer import Tokenizer, make_tokenizer
 from swamla.data.units import Unit, unit_documents
 
@@ -35,7 +35,7 @@ def learn_tokenizer(config: DataConfig, parts: list[Share], progress: Progress) 
             progress("reading for the tokenizer", n_documents, n_characters)
 
     total = sum(part.weight for part in parts)
-    every = (document.text for part in parts for document in part.source.documents(Counter()))
+    every = (text for part in parts for text in part.source.documents(Notes()))
     some = (
         training_texts(part.source, part.units, config.held_out_fraction, int(SAMPLE * part.weight / total))
         for part in parts
@@ -48,16 +48,16 @@ def training_texts(source: Source, units: list[Unit], held_out_fraction: float, 
     count = min(len(units), _PLACES)
     for place in range(count):
         left = size // count
-        for document, held_out in _divided(source, units, place * len(units) // count, held_out_fraction):
+        for text, held_out in _divided(source, units, place * len(units) // count, held_out_fraction):
             if not held_out:
-                yield document.text[:left]
-                left -= len(document.text)
+                yield text[:left]
+                left -= len(text)
             if left <= 0:
                 break
 
 
-def _divided(source: Source, units: list[Unit], number: int, fraction: float) -> Iterator[tuple[Document, bool]]:
-    documents = unit_documents(source, units[number], Counter())
+def _divided(source: Source, units: list[Unit], number: int, fraction: float) -> Iterator[tuple[str, bool]]:
+    documents = unit_documents(source, units[number], Notes())
     if len(units) == 1:
         return divide(documents, fraction)[1]
-    return ((document, is_held_out(document.name, fraction)) for document in documents)
+    return ((text, is_held_out(text, fraction)) for text in documents)

@@ -92,6 +92,13 @@ class MixtureDataset(Dataset):
     def bytes_per_label(self) -> float:
         return sum(weight * part.bytes_per_label for weight, part in zip(self.weights, self.parts, strict=True))
 
+    def epochs(self) -> dict[str, int]:
+        parts = zip(self.parts, self.weights, strict=True)
+        return {name: round(n / weight) for part, weight in parts for name, n in part.epochs().items()}
+
+    def identity(self) -> list[dict[str, str]]:
+        return [each for part in self.parts for each in part.identity()]
+
     def verify(self) -> None:
         for part in self.parts:
             part.verify()

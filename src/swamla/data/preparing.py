@@ -7,6 +7,7 @@ kill is never done again, and the dataset is byte for byte the same however its 
 
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass, replace
 
 from swamla.data import hub
@@ -16,12 +17,13 @@ from swamla.data.encode import Progress
 from swamla.data.learning import Share, learn_tokenizer
 from swamla.data.unit_files import silent
 from swamla.data.units import units_of
-from swamla.data.work import Part, Work, cache_of, default_cache_dir, save_tokenizer
+from swamla.data.work import Part, Work, cache_of, default_cache_dir, save_tokenizer, single_sources
 from swamla.data.workers import available_cores
 from swamla.errors import ConfigError, require
 
 __all__ = ["Dataset", "Part", "PartDone", "default_cache_dir", "prepare", "prepare_part"]
 
+_FAR = 2  # times as much, or as little, held-out text as documents
 _AT_ONCE = 4  # units that are encoded in this process: starting others, and joining what they made, takes as long
 
 
@@ -46,9 +48,24 @@ def prepare(config: DataConfig, *, progress: Progress | None = None, workers: in
         return _prepare_mixture(config, progress or silent, workers)
     work = Work(config, progress or silent)
     dataset = work.stream(workers) if config.stream else _prepare_whole(work, workers)
+    dataset.raw = work.source.digest()
+    _warn_of_share(config, dataset)
     if config.buffer_docs:
         dataset.fit_documents(config.buffer_docs)
     return dataset
+
+
+def _warn_of_share(config: DataConfig, dataset: Dataset) -> None:
+    """Warn where the share of the text that is held out is far from the share of documents that was asked for."""
+    held_out, train, asked = dataset.held_out.n_bytes, dataset.train.n_bytes, config.held_out_fraction
+    share = held_out / (held_out + train)
+    if not asked / _FAR <= share <= asked * _FAR:
+        warnings.warn(
+            f"{config.source}: {train:,} bytes are trained on and {held_out:,} held out, {share:.1%} of the text; "
+            f"data.held_out_fraction = {asked:g} of the documents was asked for: a few have most of the text; "
+            "change held_out_fraction, or divide long documents",
+            stacklevel=3,
+        )
 
 
 def _prepare_whole(work: Work, workers: int | None) -> Dataset:
@@ -69,10 +86,7 @@ def _prepare_mixture(config: DataConfig, progress: Progress, workers: int | None
     """Every source of a mixture by itself, with one tokenizer, which learns from each by its weight."""
     from swamla.data.mixing import MixtureDataset
 
-    singles = [
-        replace(config, mixture=(), **{name: value for name, value in part.__dict__.items() if name != "weight"})
-        for part in config.mixture
-    ]
+    singles = single_sources(config)
     weights = [part.weight for part in config.mixture]
     if parse_bpe(config.tokenizer) or config.tokenizer == "char":
         works = [Work(single, progress) for single in singles]
@@ -111,4 +125,6 @@ def prepare_part(
         if missing:
             return PartDone(len(units), missing, throughput, None)
         work.join(units)
-    return PartDone(len(units), 0, throughput, Dataset.open(work.target, throughput))
+    dataset = Dataset.open(work.target, throughput)
+    _warn_of_share(config, dataset)
+    return PartDone(len(units), 0, throughput, dataset)

@@ -1,17 +1,53 @@
-"""Bytes of files, decompressed as they stream, and the text in them."""
+"""Bytes of files, unpacked and recoded to UTF-8 as they stream, and the text in them."""
 
+import bz2
+import codecs
 import gzip
 import io
+import lzma
+import re
 import zlib
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO, Literal, Protocol
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Protocol, cast
 
+from swamla.data.notes import Notes
 from swamla.errors import DataError
 
-COMPRESSED = (".gz", ".zst")
+COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+SNIFFED = 8192
 _CHUNK = 1 << 18
+_PACKED = {  # by content, since names are often wrong
+    ".gz": re.compile(rb"\x1f\x8b\x08"),
+    ".zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+    ".xz": re.compile(rb"\xfd7zXZ\x00"),
+    ".bz2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
+}
+_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # before UTF-16's, which begin alike
+_MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+_OTHERS = {
+    rb"%PDF-": "a PDF: extract its text first, e.g. with pdftotext",
+    rb"PK(\x03\x04|\x05\x06|\x07\x08)": "a zip archive (as docx, xlsx and epub are): unpack it, or export its text",
+    rb"\xd0\xcf\x11\xe0": "an Office document: export its text first",
+    rb"7z\xbc\xaf\x27\x1c|Rar!\x1a\x07": "an archive: unpack it first",
+    rb"(?s:.{257})ustar": "a tar archive: unpack it, and give the folder",
+    rb"ARROW1|FEA1": "an Arrow file: write it as parquet first",
+    rb"SQLite format 3\0": "an SQLite database: export its table as csv first",
+    rb"\{\\rtf": "an RTF document: export its text first",
+    b"|".join(pattern.pattern for pattern in _PACKED.values()): "packed more than once: unpack it first",
+}
+
+
+class BadRow(Exception):
+    """A row, or a text file, that cannot be used. where: its file and place, put into words when somebody is told."""
+
+    def __init__(self, where: object, what: str) -> None:
+        super().__init__()
+        self.where, self.what = where, what
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
 
 
 class File(Protocol):
@@ -27,13 +63,53 @@ class File(Protocol):
 
 
 def open_bytes(path: File) -> BinaryIO:
-    """A stream of the file's bytes, decompressed if its name ends in .gz or .zst."""
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return io.BufferedReader(_GzipStream(path.open("rb")), _CHUNK)
-    if suffix == ".zst":
-        return io.BufferedReader(_ZstdStream(path.open("rb")), _CHUNK)
-    return path.open("rb")
+    """A stream of the file's bytes, unpacked if it is compressed, as UTF-8 if it begins with the mark of UTF-16 or 32.
+
+    Raises EOFError if the name says that it is compressed, and it is not.
+    """
+    stream: Any = path.open("rb")
+    head = stream.read(SNIFFED)
+    stream.seek(0)
+    packed = next((suffix for suffix, magic in _PACKED.items() if magic.match(head)), "")
+    if packed:
+        stream = _Unpacked(_UNPACKERS[packed](stream), stream)
+        head = stream.peek(4)
+    elif head and path.suffix.lower() in COMPRESSED:
+        stream.close()
+        raise EOFError(f"its content is not that of a {path.suffix} file")
+    encoding = _encoding(head)
+    return cast(BinaryIO, _Unpacked(_Recoded(stream, encoding), stream) if encoding else stream)
+
+
+def is_plain(path: File) -> bool:
+    """Whether offsets in the file are offsets in its text. Of a file on a hub the name tells: asking takes long."""
+    if not isinstance(path, Path):
+        return path.suffix.lower() not in COMPRESSED
+    with path.open("rb") as stream:
+        head = stream.read(SNIFFED)
+    return not any(magic.match(head) for magic in _PACKED.values()) and not _encoding(head)
+
+
+def not_text(head: bytes) -> str:
+    """What a file is that begins so, and what to do with it, if that can be told not to be text; else ""."""
+    for pattern, what in _OTHERS.items():
+        if re.match(pattern, head):
+            return what
+    if b"\0" in head and (head.count(b"\0") > len(head) / 10 or not _is_utf8(head)):
+        return "binary data, no text (UTF-16 without a byte-order mark? convert it: iconv -f UTF-16LE -t UTF-8)"
+    return ""
+
+
+def _encoding(head: bytes) -> str:
+    return next((encoding for mark, encoding in _MARKS.items() if head.startswith(mark)), "")
+
+
+def _is_utf8(head: bytes) -> bool:
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # its last character may be cut
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 @contextmanager
@@ -41,58 +117,91 @@ def naming_damage(path: File) -> Iterator[None]:
     """Turn the many errors of unreadable or damaged files into one DataError that names the file."""
     try:
         yield
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path}: truncated or damaged ({error}); fetch or write the file again") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # The system's errors have a number; those of libraries are about what a file holds, unless it is on a hub.
+        if isinstance(error, OSError) and (error.errno is not None or not isinstance(path, Path)):
+            raise DataError(f"{path}: cannot be read ({error.strerror or line})") from error
+        raise DataError(f"{path}: truncated or damaged ({line}); fetch or write the file again") from error
 
 
-def decode_utf8(data: bytes, where: object, invalid: str, notes: Counter[str], offset: int = 0) -> str:
+def decode_utf8(data: bytes, where: object, invalid: str, notes: Notes, offset: int = 0) -> str:
     """The text in `data`, which begins `offset` bytes into `where`.
 
-    Bytes that are not UTF-8 raise DataError with file and byte offset, or are replaced and counted in `notes`.
+    Bytes that are not UTF-8 raise BadRow with the byte's offset, or are replaced and counted in `notes`.
     """
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         if invalid == "error":
             at, byte = offset + error.start, data[error.start]
-            raise DataError(
-                f"{where}: byte {at} (0x{byte:02x}) is not valid UTF-8; mend it, or replace such bytes with U+FFFD "
-                f"by data.invalid_utf8=replace"
+            raise BadRow(
+                where,
+                f"byte {at} (0x{byte:02x}) is not valid UTF-8; mend it, or replace such bytes with U+FFFD by "
+                f"data.invalid_utf8=replace",
             ) from error
     text = data.decode("utf-8", errors="replace")
-    notes["invalid UTF-8 sequences replaced"] += text.count("\ufffd") - data.count(b"\xef\xbf\xbd")
+    notes.add("invalid UTF-8 sequences replaced", where, text.count("\ufffd") - data.count(b"\xef\xbf\xbd"))
     return text
 
 
-def mend_surrogates(text: str, where: object, invalid: str, notes: Counter[str]) -> str:
-    """`text`, which came from JSON escapes, if it is Unicode; lone surrogates are treated as invalid UTF-8 is."""
+def mend_surrogates(text: str, where: object, invalid: str, notes: Notes) -> str:
+    """`text`, if it is Unicode; lone surrogates are treated as invalid UTF-8 is.
+
+    They come from JSON's escapes, or stand for bytes that were not UTF-8 (Python's "surrogateescape").
+    """
     try:
         text.encode("utf-8")
+        return text
     except UnicodeEncodeError as error:
         if invalid == "error":
             code = ord(text[error.start])
-            raise DataError(
-                f"{where}: lone surrogate U+{code:04X} at character {error.start} of the text; mend it, or replace "
-                f"such characters with U+FFFD by data.invalid_utf8=replace"
+            byte = f"byte 0x{code & 0xFF:02x} that is not UTF-8, or " if 0xDC80 <= code <= 0xDCFF else ""
+            what = f"{byte}lone surrogate U+{code:04X}"
+            raise BadRow(
+                where,
+                f"{what} at character {error.start} of the text; mend it, or replace such characters with U+FFFD by "
+                f"data.invalid_utf8=replace",
             ) from error
+    try:
+        return decode_utf8(text.encode("utf-8", "surrogateescape"), where, invalid, notes)
+    except UnicodeEncodeError:
         lone = [c for c in text if 0xD800 <= ord(c) <= 0xDFFF]
-        notes["invalid UTF-8 sequences replaced"] += len(lone)
+        notes.add("invalid UTF-8 sequences replaced", where, len(lone))
         return text.translate({ord(c): "\ufffd" for c in lone})
-    return text
 
 
-class _GzipStream(gzip.GzipFile):
-    """Gzip that closes the file below it, too."""
+class _Unpacked(io.BufferedReader):
+    """A buffered stream that closes the file below it, too."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(fileobj=file, mode="rb")
-        self._below = file
+    def __init__(self, stream: Any, below: Any) -> None:
+        super().__init__(stream, _CHUNK)
+        self._below = below
 
     def close(self) -> None:
         super().close()
         self._below.close()
+
+
+class _Recoded(io.RawIOBase):
+    """Text in UTF-16 or UTF-32 as UTF-8, without its mark; lone surrogates as the bytes that UTF-8 does not allow."""
+
+    def __init__(self, file: BinaryIO, encoding: str) -> None:
+        self._file = file
+        self._decoder = codecs.getincrementaldecoder(encoding)(errors="surrogatepass")
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        data = b"more"
+        while data and not self._ready:
+            data = self._file.read(_CHUNK)
+            self._ready = self._decoder.decode(data, final=not data).encode("utf-8", "surrogatepass")
+        count = min(len(target), len(self._ready))
+        target[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
 
 
 class _ZstdStream(io.RawIOBase):
@@ -109,10 +218,6 @@ class _ZstdStream(io.RawIOBase):
 
     def readable(self) -> bool:
         return True
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
     def readinto(self, target: Any) -> int:
         while not self._plain:
@@ -136,3 +241,11 @@ class _ZstdStream(io.RawIOBase):
         if self._frame.eof:
             self._compressed, self._frame = self._frame.unused_data, None
         return plain
+
+
+_UNPACKERS: dict[str, Callable[[Any], Any]] = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
+    ".zst": _ZstdStream,
+    ".xz": lzma.LZMAFile,
+    ".bz2": bz2.BZ2File,
+}

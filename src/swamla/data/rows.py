@@ -1,4 +1,4 @@
-"""Rows of jsonl and parquet files, streamed: (row's place, text), of the whole file or of one of its spans.
+"""Texts of the rows of jsonl and parquet files, streamed, of the whole file or of one of its spans.
 
 A span is a stretch of a file that can be read without what stands before it: byte offsets [begin, end) of a jsonl
 file, of which it has the lines that begin there; numbers of row groups of a parquet file. Spans one behind the other
@@ -6,13 +6,15 @@ hold each row once, wherever they were cut.
 """
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from swamla.data.reading import COMPRESSED, File, decode_utf8, mend_surrogates, naming_damage, open_bytes
+from swamla.data.foreign import foreign
+from swamla.data.notes import Notes
+from swamla.data.reading import BadRow, File, decode_utf8, is_plain, mend_surrogates, naming_damage, open_bytes
 from swamla.errors import DataError
 
 Span = tuple[int, int]
@@ -21,36 +23,60 @@ _PARQUET_ROWS = 256  # rows decoded at once: they may be long
 _SKIPPED = 1 << 20  # bytes of a line that another span has, dropped at once
 
 
-class _Line:
-    """A line by its offset; its number is only counted when an error is to name it."""
+@dataclass(frozen=True)
+class RowRules:
+    """column: where rows have their text.  invalid, on_bad_row: `DataConfig.invalid_utf8` and `.on_bad_row`."""
 
-    def __init__(self, path: File, offset: int) -> None:
-        self.path, self.offset = path, offset
+    column: str
+    invalid: str
+    on_bad_row: str
+
+    def judge(self, bad: BadRow, notes: Notes) -> None:
+        """Leave the row out and count it, where that was asked for; else raise DataError."""
+        if self.on_bad_row == "stop":
+            raise DataError(f"{bad} (or leave such rows out: data.on_bad_row=skip)") from bad.__cause__
+        notes.add("bad rows skipped", bad)
+
+
+class _Line:
+    """A line by its offset; its number, where it is not known, is only counted when an error is to name it."""
+
+    def __init__(self, path: File, offset: int, number: int = 0) -> None:
+        self.path, self.offset, self.number = path, offset, number
 
     def __str__(self) -> str:
-        number, left = 1, self.offset
-        with open_bytes(self.path) as stream:
-            while left > 0 and (chunk := stream.read(min(left, _SKIPPED))):
-                number, left = number + chunk.count(b"\n"), left - len(chunk)
-        return f"{self.path}: line {number}"
+        if not self.number:
+            self.number, left = 1, self.offset
+            with open_bytes(self.path) as stream:
+                while left > 0 and (chunk := stream.read(min(left, _SKIPPED))):
+                    self.number, left = self.number + chunk.count(b"\n"), left - len(chunk)
+        return f"{self.path}: line {self.number}"
 
 
-def jsonl_rows(
-    path: File, column: str, invalid: str, notes: Counter[str], span: Span | None = None
-) -> Iterator[tuple[int, str]]:
-    """Each line's offset and text; blank lines are no rows. DataError names file and line of what is not as it should.
+def jsonl_rows(path: File, rules: RowRules, notes: Notes, span: Span | None = None) -> Iterator[str]:
+    """Each line's text; blank lines are no rows. DataError names file and line of what is not as it should.
 
     span: byte offsets; a line belongs to the span in which it begins.
     """
     with naming_damage(path), open_bytes(path) as lines:
         offset = _first_line(lines, *span) if span else 0
+        number = 0 if span and span[0] else 1  # of the line, where lines are counted from the first
         while (span is None or offset < span[1]) and (line := lines.readline()):
-            size, where = len(line), _Line(path, offset)
-            if not line.isspace():
-                text = _json_text(decode_utf8(line, path, invalid, notes, offset), column, where)
+            size, where = len(line), _Line(path, offset, number)
+            try:
+                text = "" if line.isspace() else decode_utf8(line, path, rules.invalid, notes, offset)
+                blank = not text
                 del line  # a long one is not kept while its text is worked on
-                yield offset, mend_surrogates(text, where, invalid, notes)
-            offset += size
+                if not blank:
+                    text = mend_surrogates(
+                        row_text(_parsed(text, where), rules.column, where), where, rules.invalid, notes
+                    )
+            except BadRow as bad:
+                rules.judge(bad, notes)
+            else:
+                if not blank:
+                    yield text
+            offset, number = offset + size, number and number + 1
 
 
 def _first_line(lines: BinaryIO, begin: int, end: int) -> int:
@@ -66,34 +92,46 @@ def _first_line(lines: BinaryIO, begin: int, end: int) -> int:
     return offset
 
 
-def _json_text(line: str, column: str, where: object) -> str:
+def _parsed(line: str, where: object) -> Any:
     try:
-        row = json.loads(line.lstrip("\ufeff"))
+        return json.loads(line.lstrip("\ufeff"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error})") from error
+        raise BadRow(where, f"not JSON ({error})") from error
+
+
+def row_text(row: Any, column: str, where: object) -> str:
+    """The text in a row that JSON gave. BadRow if it is no object, or has no text there."""
     if not isinstance(row, dict):
-        raise DataError(f'{where}: needs an object such as {{"{column}": "…"}}, got {type(row).__name__}')
+        raise BadRow(where, f'needs an object such as {{"{column}": "…"}}, got {type(row).__name__}')
     if column not in row:
-        raise DataError(_no_column(where, column, list(row)))
+        raise BadRow(where, no_column(column, list(row)))
     if not isinstance(row[column], str):
-        raise DataError(f"{where}: column {column!r} needs text, got {type(row[column]).__name__}")
+        raise BadRow(where, f"column {column!r} needs text, got {type(row[column]).__name__}")
     return row[column]
 
 
-def _no_column(where: object, column: str, columns: list[str]) -> str:
-    return f"{where}: no column {column!r}; it has {', '.join(columns) or 'none'} (choose by data.text_column)"
+def no_column(column: str, columns: list[str]) -> str:
+    """That there is no such column, which there are, and how to say which is meant."""
+    names = [" ".join(name.encode("utf-8", "replace").decode().split())[:40] for name in columns[:20]]
+    some = ", ".join(names) + (f" … ({len(columns)} in all)" if len(columns) > 20 else "")
+    return f"no column {column!r}; it has {some or 'none'} (choose by data.text_column)"
 
 
-def parquet_rows(
-    path: File, column: str, invalid: str, notes: Counter[str], span: Span | None = None
-) -> Iterator[tuple[int, str]]:
-    """Each row's number and text, a few rows in memory at a time; a null is an empty text. span: row groups."""
+def parquet_rows(path: File, rules: RowRules, notes: Notes, span: Span | None = None) -> Iterator[str]:
+    """Each row's text, a few rows in memory at a time; a null is an empty text. span: row groups."""
     with _parquet(path) as file:
-        _require_text_column(file.schema_arrow, path, column)
+        _require_text_column(file.schema_arrow, path, rules.column)
         groups = range(*span) if span else range(file.num_row_groups)
+        if groups.stop > file.num_row_groups:
+            raise DataError(f"{path}: has {file.num_row_groups} row groups, {groups.stop} before; restore the file")
         row = sum(file.metadata.row_group(group).num_rows for group in range(groups.start))
-        for raw in _parquet_bytes(file, column, groups):
-            yield row, decode_utf8(raw, f"{path}: row {row}", invalid, notes)
+        for raw in _parquet_bytes(file, rules.column, groups):
+            try:
+                text = decode_utf8(raw, f"{path}: row {row}", rules.invalid, notes)
+            except BadRow as bad:
+                rules.judge(bad, notes)
+            else:
+                yield text
             row += 1
 
 
@@ -112,21 +150,16 @@ def parquet_group_sizes(path: File, column: str) -> list[int]:
 @contextmanager
 def _parquet(path: File) -> Iterator[Any]:
     """A parquet file, closed in the end; what is wrong with it becomes a DataError that names it."""
-    import pyarrow as pa
-
-    with naming_damage(path):
-        try:
-            with _open_parquet(path) as file:
-                yield file
-        except pa.ArrowException as error:
-            raise DataError(f"{path}: truncated or damaged parquet ({_first_line_of(error)})") from error
+    damaged = f"{path}: truncated or damaged parquet"
+    with naming_damage(path), foreign(DataError, damaged), _open_parquet(path) as file:
+        yield file
 
 
 def _open_parquet(path: File) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if path.suffix.lower() in COMPRESSED:
+    if not is_plain(path):
         with open_bytes(path) as stream:
             return pq.ParquetFile(pa.BufferReader(stream.read()))
     if isinstance(path, Path):
@@ -138,7 +171,7 @@ def _require_text_column(schema: Any, path: File, column: str) -> None:
     import pyarrow as pa
 
     if column not in schema.names:
-        raise DataError(_no_column(path, column, schema.names))
+        raise DataError(f"{path}: {no_column(column, schema.names)}")
     kind = schema.field(column).type
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not any(is_text(value) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
@@ -152,7 +185,3 @@ def _parquet_bytes(file: Any, column: str, groups: range) -> Iterator[bytes]:
     for batch in file.iter_batches(batch_size=_PARQUET_ROWS, row_groups=list(groups), columns=[column]):
         for raw in batch.column(0).cast(pa.large_binary()).to_pylist():
             yield raw or b""
-
-
-def _first_line_of(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

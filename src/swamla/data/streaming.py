@@ -154,6 +154,9 @@ class StreamDataset(Dataset):
         tokenizer = self.tokenizer
         return StreamRows(self.supply, block_size, seed, tokenizer.eos_id, tokenizer.vocab_size, self._window)
 
+    def epochs(self) -> dict[str, int]:
+        return {}  # how long the whole is shows only when it has been read
+
     def describe(self) -> list[tuple[str, str]]:
         units = len(self.supply.job.units)
         what = f"{units} units, shuffled {self._window} at a time; the figures here are of a sample"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,10 +13,13 @@ import numpy as np
 from swamla.data import bpe
 from swamla.data.bpe import EOS_TEXT
 from swamla.data.config import BYTES, parse_bpe
+from swamla.data.foreign import foreign, without_stderr
+from swamla.data.hub import reason
 from swamla.errors import CorruptError, DataError, MissingBackendError
 
 _OTHER_EOS = ("<|end_of_text|>", "</s>", "<eos>")
 _OWN_KEY = "swamla_tokenizer"
+_NO_ENCODING = "the tokenizer cannot encode a text: it needs an unknown token, or all 256 bytes, in its vocabulary"
 _GPT2_HUB_NAME = "openai-community/gpt2"
 
 
@@ -58,10 +62,16 @@ class _Serialized:
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self._serialized, encoding="utf-8")
 
-    def _require_known(self, ids: Sequence[int]) -> None:
-        for extreme in (min(ids, default=0), max(ids, default=0)):
+    def _known(self, ids: Sequence[int]) -> list[int]:
+        """The ids as plain numbers: a row of a tensor is a sequence of them, too."""
+        try:
+            numbers = [operator.index(i) for i in ids]
+        except TypeError:
+            raise DataError(f"{ids!r:.60}: must be a sequence of token ids") from None
+        for extreme in (min(numbers, default=0), max(numbers, default=0)):
             if not 0 <= extreme < self.vocab_size:
                 raise DataError(f"token id {extreme} is outside of the vocabulary (0 to {self.vocab_size - 1})")
+        return numbers
 
 
 class ByteTokenizer(_Serialized):
@@ -77,9 +87,10 @@ class ByteTokenizer(_Serialized):
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        self._require_known(ids)
         eos = EOS_TEXT.encode()
-        return b"".join(eos if i == self.eos_id else bytes((i,)) for i in ids).decode("utf-8", errors="replace")
+        return b"".join(eos if i == self.eos_id else bytes((i,)) for i in self._known(ids)).decode(
+            "utf-8", errors="replace"
+        )
 
 
 class CharTokenizer(_Serialized):
@@ -106,8 +117,7 @@ class CharTokenizer(_Serialized):
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        self._require_known(ids)
-        return "".join(EOS_TEXT if i == self.eos_id else self._characters[i] for i in ids)
+        return "".join(EOS_TEXT if i == self.eos_id else self._characters[i] for i in self._known(ids))
 
 
 class HFTokenizer(_Serialized):
@@ -134,16 +144,19 @@ class HFTokenizer(_Serialized):
 
     def encode(self, text: str) -> list[int]:
         utf8(text)
-        return self._library.encode(text, add_special_tokens=False).ids
+        with foreign(DataError, _NO_ENCODING):
+            return self._library.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         for text in texts:
             utf8(text)
-        return [each.ids for each in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with foreign(DataError, _NO_ENCODING):
+            return [each.ids for each in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        self._require_known(ids)
-        return self._library.decode(list(ids), skip_special_tokens=False)
+        numbers = self._known(ids)
+        with foreign(DataError, "the tokenizer cannot decode its own ids"):
+            return self._library.decode(numbers, skip_special_tokens=False)
 
 
 def utf8(text: str) -> bytes:
@@ -168,16 +181,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         data = json.loads(serialized)
     except OSError as error:
         raise DataError(f"{path}: no tokenizer there ({error.strerror or error})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path}: not a tokenizer: {error}") from error
     if not isinstance(data, dict):
         raise CorruptError(f"{path}: not a tokenizer: needs a JSON object")
     if _OWN_KEY in data:
         return _own_tokenizer(data, path)
-    try:
+    with foreign(CorruptError, f"{path}: not a tokenizer.json that `tokenizers` can read"), without_stderr():
         return HFTokenizer(serialized)
-    except Exception as error:  # the library raises nothing narrower
-        raise CorruptError(f"{path}: not a tokenizer.json that `tokenizers` can read ({error})") from error
 
 
 def _own_tokenizer(data: dict[str, Any], path: Path) -> Tokenizer:
@@ -234,14 +245,15 @@ def _from_hub(name: str) -> Tokenizer:
     before = chatter.level
     chatter.setLevel(logging.ERROR)
     try:
-        return load_tokenizer(hf_hub_download(name, "tokenizer.json"))
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        file = hf_hub_download(name, "tokenizer.json")
+    except Exception as error:  # which kinds there are depends on the library's version
         raise DataError(
-            f"cannot fetch tokenizer {name!r} from the hub ({reason}); offline, pass the path of its tokenizer.json"
+            f"cannot fetch tokenizer {name!r} from the hub ({reason(error)}); offline, pass the path of its "
+            "tokenizer.json"
         ) from error
     finally:
         chatter.setLevel(before)
+    return load_tokenizer(file)
 
 
 class StreamDecoder:

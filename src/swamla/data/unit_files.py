@@ -1,11 +1,9 @@
 """Encoded units on disk: each in a folder of its own that appears whole or not at all, whoever makes it."""
 
-import fcntl
 import json
 import os
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -14,11 +12,12 @@ from typing import Any
 
 from swamla.data.encode import Progress, encode_documents
 from swamla.data.held_out import is_held_out
+from swamla.data.notes import Notes
 from swamla.data.sources import Source
 from swamla.data.tokenizer import Tokenizer
 from swamla.data.units import Unit, unit_documents
 from swamla.errors import CorruptError
-from swamla.files import fsync, read_json, sha256_of, write_text_atomically
+from swamla.files import fcntl, fsync, read_json, sha256_of, write_text_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +25,7 @@ class UnitRecord:
     """What a unit came to.
 
     train, held_out: documents of each split.  train_tokens: of one.  tokens, bytes: of both.  lossless: the held-out
-    ones decode to exactly their text.  tokenizer: its fingerprint.  notes: what was left out, counted.  files: size
+    ones decode to exactly their text.  tokenizer: its fingerprint.  notes: of reading, as `Notes.plain`.  files: size
     and SHA-256 of each.
     """
 
@@ -37,7 +36,7 @@ class UnitRecord:
     bytes: int
     lossless: bool
     tokenizer: str
-    notes: dict[str, int]
+    notes: dict[str, Any]
     files: dict[str, dict[str, Any]]
 
 
@@ -99,12 +98,12 @@ def _turn(path: Path) -> Iterator[None]:
 def _make(job: Job, tokenizer: Tokenizer, number: int) -> UnitRecord:
     staging = Path(tempfile.mkdtemp(prefix=".unit-", dir=job.folder))
     try:
-        notes: Counter[str] = Counter()
+        notes = Notes()
         documents = unit_documents(job.source, job.units[number], notes)
-        divided = ((document, is_held_out(document.name, job.held_out_fraction)) for document in documents)
+        divided = ((text, is_held_out(text, job.held_out_fraction)) for text in documents)
         encoded = encode_documents(divided, tokenizer, staging, _silent)
         record = UnitRecord(
-            **encoded._asdict(), tokenizer=tokenizer.fingerprint, notes=dict(notes), files=files_of(staging)
+            **encoded._asdict(), tokenizer=tokenizer.fingerprint, notes=notes.plain(), files=files_of(staging)
         )
         for path in staging.iterdir():
             fsync(path)

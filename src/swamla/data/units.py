@@ -3,16 +3,16 @@
 Whoever works on them, however many there are, the units are the same and so is what becomes of them.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from swamla.data.reading import COMPRESSED
+from swamla.data.notes import Notes
+from swamla.data.reading import COMPRESSED, is_plain
 from swamla.data.rows import Span, parquet_group_sizes
-from swamla.data.sources import Document, Entry, Source, kind_of
+from swamla.data.sources import Entry, Source, kind_of
 
 UNIT_BYTES = 1 << 23
-_EXPANSION = 4  # text is about so much larger than what .gz and .zst make of it
+_EXPANSION = 4  # text is about so much larger than what compression makes of it
 
 
 class Unit(NamedTuple):
@@ -44,8 +44,8 @@ def units_of(source: Source) -> list[Unit]:
     return units
 
 
-def unit_documents(source: Source, unit: Unit, notes: Counter[str]) -> Iterator[Document]:
-    """The documents of a unit that hold text."""
+def unit_documents(source: Source, unit: Unit, notes: Notes) -> Iterator[str]:
+    """The texts of a unit's documents, empty ones left out."""
     for entry in source.entries[unit.first : unit.stop]:
         yield from source.entry_documents(entry, notes, unit.span)
 
@@ -64,7 +64,7 @@ def _is_compressed(entry: Entry) -> bool:
 
 def _spans(entry: Entry, column: str) -> list[Span]:
     """Where a large file of rows is divided; nothing for one that is read as a whole."""
-    if entry.size <= UNIT_BYTES or _is_compressed(entry):
+    if entry.size <= UNIT_BYTES or not is_plain(entry.file):
         return []
     kind = kind_of(entry.name)
     if kind == ".parquet":

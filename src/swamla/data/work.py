@@ -7,10 +7,9 @@ import re
 import shutil
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from swamla.data import bpe
@@ -20,7 +19,9 @@ from swamla.data.dataset import FORMAT_VERSION, META, TOKENIZER, Dataset, Throug
 from swamla.data.encode import Progress, encode_documents
 from swamla.data.held_out import divide
 from swamla.data.learning import Share, learn_tokenizer
+from swamla.data.notes import Notes
 from swamla.data.sources import Source, open_source
+from swamla.data.stream_plan import StreamPlan
 from swamla.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from swamla.data.unit_files import Job
 from swamla.data.units import Unit, units_of
@@ -30,7 +31,7 @@ from swamla.files import fsync, sha256_of
 
 _STALE_SECONDS = {".staging-*": 24 * 3600, ".units-*": 14 * 24 * 3600, ".stream-*": 14 * 24 * 3600}
 _SAMPLED = 4  # units of a stream, evenly over it, whose held-out documents are evaluated
-_RULES = 2  # to be raised when other documents are held out, or other names given to them, than before
+_RULES = 3  # to be raised when other documents are held out than before
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,14 @@ def default_cache_dir() -> Path:
 def cache_of(config: DataConfig) -> Path:
     """The folder in which `prepare` keeps what it makes of this data, and what it downloads."""
     return Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+
+
+def single_sources(config: DataConfig) -> list[DataConfig]:
+    """The sources of a mixture, each as if it were alone; of any other data itself."""
+    return [
+        replace(config, mixture=(), **{name: value for name, value in part.__dict__.items() if name != "weight"})
+        for part in config.mixture
+    ] or [config]
 
 
 class Work:
@@ -136,12 +145,13 @@ class Work:
                 throughput = self.make(sample, Part(1, 1), workers or available_cores())
                 self.join(sample)
             dataset = Dataset.open(self.target, throughput)
+            plan = StreamPlan.of(self.source, units, dataset.fingerprint)
             if not (folder / TOKENIZER).exists():
                 folder.mkdir(parents=True, exist_ok=True)
+                plan.write(folder)
                 save_tokenizer(dataset.tokenizer, folder / TOKENIZER)
         job = Job(self.source, tuple(units), folder, self.config.held_out_fraction)
-        key = json.dumps([self.source.state(), self.config.held_out_fraction, self.config.text_column])
-        return StreamDataset(dataset, UnitSupply(job, workers), self.config.stream, key)
+        return StreamDataset(dataset, UnitSupply(job, workers), self.config.stream, plan.key)
 
     def make_whole(self) -> Throughput:
         """Make the dataset in this process, in one go."""
@@ -150,7 +160,7 @@ class Work:
             tokenizer = learn_tokenizer(self.config, [Share(self.source, units)], self.progress)
             tokenizer.save(folder / TOKENIZER)
             begin = time.monotonic()
-            notes: Counter[str] = Counter()
+            notes = Notes(self.source.left_out.plain())
             rule, divided = divide(self.source.documents(notes), self.config.held_out_fraction)
             encoded = encode_documents(divided, tokenizer, folder, self.progress)
             require_documents(self.config, encoded, notes)
@@ -176,7 +186,7 @@ def _slug(name: str) -> str:
 
 def _cache_key(config: DataConfig, source: Source) -> str:
     """Changes whenever the dataset might: settings, any file's size or time, the tokenizer's files or its training."""
-    settings = [config.text_column, config.tokenizer, config.held_out_fraction, config.invalid_utf8]
+    settings = [config.text_column, config.tokenizer, config.held_out_fraction, config.invalid_utf8, config.on_bad_row]
     tokenizer = [(path.name, sha256_of(path)) for path in tokenizer_files(config.tokenizer)]
     trained = bpe.training_version() if parse_bpe(config.tokenizer) else []
     content = [FORMAT_VERSION, _RULES, source.name, source.state(), settings, tokenizer, trained]

@@ -70,7 +70,7 @@ def _reach(endpoint: str) -> None:
 
 def main(arguments: list[str]) -> int:
     """Push; whatever goes wrong is told in one line."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they mean the trainer, which then decides
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever the client prints stays out of the answer

@@ -70,8 +70,12 @@ class ModelState:
 class LanguageModel(nn.Module):
     """Next-token logits from tokens. `step` after `step` gives what `forward` gives on the whole.
 
-    Its weights mean nothing before `reset_weights`, which `LanguageModelConfig.build` calls.
+    Its weights mean nothing before `reset_weights`, which `LanguageModelConfig.build` calls. known_ids: how many of the
+    vocabulary's ids, the first ones, stand for text; the others, of a vocabulary rounded up, are never generated. None
+    where nobody said, and all may be.
     """
+
+    known_ids: int | None = None
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
@@ -228,7 +232,10 @@ class LanguageModel(nn.Module):
         )
 
     def _embed(self, tokens_BT: Tensor, seq: Layout) -> Tensor:
-        x_BTD = self.embedding(tokens_BT)
+        try:
+            x_BTD = self.embedding(tokens_BT)
+        except (IndexError, RuntimeError) as error:  # on a CPU alone: CUDA tells later, and by ending the process
+            raise self._explain(tokens_BT) or error from None
         if self.positions is None:
             return x_BTD
         if seq.longest > self.config.learned_positions:
@@ -237,3 +244,12 @@ class LanguageModel(nn.Module):
                 f"{self.config.learned_positions} learned positions"
             )
         return x_BTD + self.positions(seq.position_BT)
+
+    def _explain(self, tokens_BT: Tensor) -> UsageError | None:
+        """What is wrong with tokens that the embedding refused."""
+        if tokens_BT.dtype not in (torch.int32, torch.int64):
+            return UsageError(f"tokens are of {tokens_BT.dtype}: must be of torch.int64")
+        outside = tokens_BT[(tokens_BT < 0) | (tokens_BT >= self.config.vocab_size)]
+        if not len(outside):
+            return None
+        return UsageError(f"token {outside[0]} is outside the vocabulary of {self.config.vocab_size}")

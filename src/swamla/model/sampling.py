@@ -1,6 +1,7 @@
 """Choosing the next token, and generating token by token with a constant-size state."""
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 PREFILL_PIECE = 4096  # tokens of prompts taken at once: bounds the activations, of which accelerators hold more
 ON_ACCELERATORS = 16  # times as many
+SMALLEST = torch.finfo(torch.float32).tiny  # temperature that logits can be divided by
 MASKED_PIECE = 512  # of a row, where some have ended: bounds the attention mask at 512 × prompt length
 
 
@@ -44,9 +46,12 @@ class Sampling:
         return [torch.Generator().manual_seed(self.seed + row) for row in range(batch)]
 
     def choose(self, logits_BV: Tensor, generators: list[torch.Generator]) -> list[int]:
-        """The next token of each row."""
+        """The next token of each row; `UsageError` for logits that are not numbers."""
+        best_B, index_B = logits_BV.max(dim=-1)  # which is not a number as soon as one of them is none
+        if not all(map(math.isfinite, best_B.tolist())):
+            raise UsageError("the model's logits are not finite: its weights diverged, or are damaged")
         if self.temperature == 0:
-            return logits_BV.argmax(dim=-1).tolist()
+            return index_B.tolist()
         probabilities_BV = self.probabilities(logits_BV).cpu()
         rows = zip(probabilities_BV, generators, strict=True)
         return [int(torch.multinomial(p, 1, generator=generator)) for p, generator in rows]
@@ -55,7 +60,7 @@ class Sampling:
         """What tokens are drawn from: temperature first, then the top_k likeliest, then the fewest that reach top_p."""
         logits_BV = logits_BV.float()
         # Largest first taken off, so that however small the temperature the likeliest token stays finite.
-        logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / self.temperature
+        logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / max(self.temperature, SMALLEST)
         if 0 < self.top_k < logits_BV.shape[-1]:
             top = logits_BV.topk(self.top_k, dim=-1)
             logits_BV = torch.full_like(logits_BV, -math.inf).scatter(-1, top.indices, top.values)
@@ -82,16 +87,18 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt (token ids, length >= 1) by at most `max_new_tokens`; returns the new tokens only.
 
-    A row ends with `stop_id`, which is not returned. known_ids: ids from there on are never drawn; a model may have
-    more than its tokenizer. on_token(row, token) is called as soon as each token is known.
+    A row ends with `stop_id`, which is not returned. known_ids: ids from there on are never drawn; by default those
+    that no text has, where the model knows (`LanguageModel.known_ids`). on_token(row, token) is called as soon as each
+    token is known.
     decoding: how the tokens after the first are computed. "eager"; on CUDA "graph", recorded launches; on a CPU, for at
     most 16 prompts, "int8": linear layers multiply by weights rounded to 8 bits, which is faster but another function.
     Not rounded are routed experts, weights whose rows are no multiple of 16 numbers, and those that attention to
     latents folds into queries and outputs.
-    UsageError for an empty prompt, an id outside the vocabulary, more tokens than learned positions, or more prompts
-    than "int8" is for.
+    UsageError for an empty prompt, what is no token id of the vocabulary, more tokens than learned positions, or more
+    prompts than "int8" is for.
     """
-    _check(model, prompts, max_new_tokens)
+    prompts = _checked(model, prompts, max_new_tokens)
+    known_ids = model.known_ids if known_ids is None else known_ids
     longest = max(len(prompt) for prompt in prompts)
     produced: list[list[int]] = [[] for _ in prompts]
     generators = sampling.generators(len(prompts))
@@ -149,13 +156,21 @@ def _pieces(shortest: int, longest: int, large: int) -> Iterator[tuple[int, int]
         yield begin, min(begin + small, longest)
 
 
-def _check(model: "LanguageModel", prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    if not prompts or not all(prompts):
+def _checked(model: "LanguageModel", prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Sequence[Sequence[int]]:
+    """The prompts as lists of whole numbers, whatever kinds of sequences and of whole numbers they are made of."""
+    if len(prompts) == 0 or not all(len(prompt) for prompt in prompts):
         raise UsageError("a prompt is empty: give at least one token (the document start token stands for nothing)")
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens = {max_new_tokens}: must be >= 1")
-    vocabulary = model.config.vocab_size
+    vocabulary, found = model.config.vocab_size, []
     for row, prompt in enumerate(prompts):
-        for token in prompt:
+        try:
+            found.append([operator.index(token) for token in prompt])
+        except TypeError:
+            raise UsageError(
+                f"prompt {row} is {prompt!r:.60}: must be token ids; swamla.generate_text takes texts"
+            ) from None
+        for token in found[-1]:
             if not 0 <= token < vocabulary:
                 raise UsageError(f"token {token} in prompt {row} is outside the vocabulary of {vocabulary}")
+    return found

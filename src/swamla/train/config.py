@@ -37,6 +37,9 @@ class TrainConfig:
     warmup: below 1 a fraction of the run, from 1 on a number of steps.
     schedule: "cosine", "linear", "wsd" (stable, then decaying) or "constant", each after the warm-up.
     decay: of a wsd schedule, the last fraction of the run, in which the rate falls.
+    schedule_steps: the steps over which the rate follows its schedule, to stay at its last value afterwards; none for
+        those of the run. A run that is given more than it was planned for needs one of these two.
+    schedule_minutes: the same in minutes.
     weight_decay: decoupled from the gradient; not on embeddings, biases and gains.
     grad_clip: largest norm of the gradient; none for no limit.
     ema: decay, e.g. 0.999, of an exponential moving average of the weights, which then is what evaluations score and
@@ -65,6 +68,9 @@ class TrainConfig:
     profile: trace a few steps, from this process's beginning, to RUN/profile, and show where the time went.
     profile_steps: how many steps are traced.
     profile_warmup: steps before them, which take longer than others.
+    init_from: a run, one of its checkpoints or an exported folder, whose weights the run begins with, and whose
+        tokenizer it has unless another is named; empty for weights drawn by the seed.
+    init_checkpoint: of a run in init_from: "best", "latest" or a step; averaged weights where it has them.
     seed: of the initial weights, the order of the data and dropout.
     precision: "auto" is bf16 autocast with fp32 weights where the machine has bf16 instructions, else fp32. "fp8"
         besides multiplies the large matrices in fp8, by torchao; "auto" never chooses it.
@@ -93,6 +99,8 @@ class TrainConfig:
     warmup: float = 0.02
     schedule: ScheduleName = "cosine"
     decay: float = 0.2
+    schedule_steps: int | None = None
+    schedule_minutes: float | None = None
     weight_decay: float = 0.1
     grad_clip: float | None = 1.0
     ema: float | None = None
@@ -115,6 +123,8 @@ class TrainConfig:
     profile: bool = False
     profile_steps: int = 5
     profile_warmup: int = 2
+    init_from: str = ""
+    init_checkpoint: str = "best"
     seed: int = 0
     precision: Precision = "auto"
     checkpointing: Checkpointing = "none"
@@ -130,6 +140,8 @@ class TrainConfig:
         for name in (
             "steps",
             "max_minutes",
+            "schedule_steps",
+            "schedule_minutes",
             "eval_interval",
             "eval_seconds",
             "eval_tokens",
@@ -168,6 +180,13 @@ class TrainConfig:
         require(legal, "wandb_project", self.wandb_project, "must not contain / \\ # ? % or :, e.g. swamla")
         named = not self.wandb_run_name or bool(self.wandb_project)
         require(named, "wandb_run_name", self.wandb_run_name, "names a run in a project: give wandb_project too")
+        which = self.init_checkpoint
+        require(
+            which in ("best", "latest") or which.isdigit(), "init_checkpoint", which, "must be best, latest or a step"
+        )
+        begins = bool(self.init_from) or which == "best"
+        require(begins, "init_checkpoint", which, "chooses a checkpoint of init_from: give that too")
+        require("\0" not in self.init_from, "init_from", self.init_from, "a path cannot hold NUL")
         self._check_rates()
 
     def _check_rates(self) -> None:
@@ -196,6 +215,18 @@ class TrainConfig:
     def budget(self) -> Budget:
         """What ends the run."""
         return Budget(steps=self.steps, seconds=None if self.max_minutes is None else 60 * self.max_minutes)
+
+    @property
+    def horizon(self) -> Budget:
+        """What the learning rate's schedule is spread over."""
+        minutes = self.max_minutes if self.schedule_minutes is None else self.schedule_minutes
+        steps = self.steps if self.schedule_steps is None else self.schedule_steps
+        return Budget(steps=steps, seconds=None if minutes is None else 60 * minutes)
+
+    def rate(self, step: int, steps: float, seconds: float) -> float:
+        """The learning rate of step `step` (from 0), whose middle is `steps` and `seconds` from the run's start."""
+        progress = min(1.0, self.horizon.progress(steps, seconds))
+        return self.lr * self.learning_rate.factor(progress, step)
 
     @property
     def lengths(self) -> Curriculum:

@@ -67,6 +67,11 @@ class Keeper:
         self.saved_step = state.step
         self.settle()
 
+    def save_best(self, step: int, loss: float) -> None:
+        """Note another loss of the best, which was saved; see what became of it."""
+        self.saver.mark(step, loss)
+        self.settle(wait=True)
+
     def save_again(self) -> None:
         """Save this moment though its step was saved: the state is another one now."""
         self.saved_step = None

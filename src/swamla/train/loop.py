@@ -5,19 +5,24 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from swamla import distributed
-from swamla.checkpoint import Saver
+from swamla.checkpoint import Saver, step_name, whole_checkpoint
 from swamla.data.dataset import Dataset
-from swamla.errors import Interrupted
+from swamla.data.packing import Batch
+from swamla.errors import FailedElsewhere, Interrupted, SwamlaError
 from swamla.faults import fault
 from swamla.hub import Pushes, require_hub
 from swamla.model.language_model import LanguageModel
 from swamla.train.backends import describe
+from swamla.train.changes import measure
+from swamla.train.claims import Claim
 from swamla.train.config import RunConfig, TrainConfig
 from swamla.train.curriculum import cut
+from swamla.train.epochs import Epochs
 from swamla.train.keeping import Diverged, Keeper
 from swamla.train.memory_advice import advised
 from swamla.train.parallel import make_crew
@@ -32,7 +37,7 @@ from swamla.train.state import TrainState, generator_states, set_generator_state
 from swamla.train.step import StepResult, training_step
 from swamla.train.step_log import StepLog
 from swamla.train.trackers import Records, make_records, require_trackers
-from swamla.train.tracking import Display, make_display
+from swamla.train.tracking import Display, WhileRead, make_display
 
 __all__ = ["Diverged", "Evaluate", "train"]
 
@@ -48,19 +53,21 @@ def train(
     resume: bool = False,
     console: Console | None = None,
     on_start: Callable[[TrainState], None] | None = None,
+    claim: Claim | None = None,
 ) -> TrainState:
     """Train `config.model` on `dataset` in the folder `run_dir`, from its start or from its last checkpoint.
 
     evaluate: called with the model, in the run's precision; returns at least "loss", the held-out loss in nats per
-    token. on_start: called once before the first step. Returns the state at the end, with the last weights.
-    Raises `Interrupted` after SIGTERM (exit 75) or Ctrl-C (exit 130), when all is saved; `Diverged` when
-    `max_skipped` steps in a row had no finite gradient; `OutOfMemory`; and as `require_trackers`, `require_hub` and
-    `open_run` do.
+    token. on_start: called once before the first step. claim: of the folder, where it is taken already. Returns the
+    state at the end, with the last weights.
+    Raises `Interrupted`, when all is saved, after SIGTERM or SIGHUP (exit 75), Ctrl-C (130) or where nobody reads the
+    console any more (141); `Diverged` when `max_skipped` steps in a row had no finite gradient; `OutOfMemory`; and as
+    `require_trackers`, `require_hub` and `open_run` do.
     """
     run_dir = Path(run_dir)
     require_trackers(config.train)
     require_hub(config.train.hf_repo_id)
-    with open_run(config, run_dir, dataset=dataset, resume=resume) as (config, state):
+    with open_run(config, run_dir, dataset=dataset, resume=resume, claim=claim) as (config, state):
         _train(config, run_dir, dataset, state, evaluate, resume, console or Console(), on_start)
     return state
 
@@ -80,7 +87,7 @@ def _train(
     with (
         advised(config, state, run_dir),
         StopRequest() as stop,
-        make_display(console, settings.log_interval) as display,
+        WhileRead(make_display(console, settings.log_interval), stop.unread) as display,
         make_records(settings, run_dir, resume_after=resume_after, say=display.say) as metrics,
         Pushes(
             settings.hf_repo_id if distributed.is_main() else "",
@@ -95,6 +102,7 @@ def _train(
     ):
         loop = _Loop(config, run_dir, dataset, state, evaluate, metrics, display, hub, profiling, saver, watch)
         loop.announce(resume)
+        loop.score_best_again()
         if on_start is not None:
             generators = generator_states()
             on_start(state)
@@ -147,7 +155,8 @@ class _Loop:
         self.rows = dataset.rows(self.config.block_size, self.config.seed)
         self.curriculum, self.length = self.config.lengths, self.config.block_size  # where there is none, none is told
         self.bits_per_nat = 1 / (math.log(2) * dataset.bytes_per_label)
-        self.log = StepLog(config, state, metrics, display, self.bits_per_nat)
+        self.epochs = Epochs(dataset.epochs())
+        self.log = StepLog(config, state, metrics, display, self.bits_per_nat, self.epochs)
         self.started = time.monotonic() - state.seconds
         self.step_seconds = 0.0  # of the last step
 
@@ -160,11 +169,54 @@ class _Loop:
         for note in self.state.notes:
             self.display.say(note)
         self.display.say(f"mfu is relative to {self.log.peak.name}")
+        planned = (self.config.steps or 0) * self.config.batch_size * self.config.block_size
+        if planned and not self.config.curriculum and (described := self.epochs.describe(planned)):
+            self.display.say(f"{self.config.steps} steps are {described}")
+        if resume and self.progress(0.5) >= 1:
+            step, steps, minutes = self.state.step, self.config.steps, self.config.max_minutes
+            spent = [f"{step} of {steps} steps"] if steps else [f"{step} steps"]
+            spent += [f"{self.state.seconds / 60:.1f} of {minutes:g} minutes"] if minutes else []
+            self.display.say(f"the run is finished: {', '.join(spent)}; more steps or max_minutes go on with it")
+
+    def score_best_again(self) -> None:
+        """Where evaluations are now of other text than those by which the best was found, put it in their terms."""
+        state, now = self.state, measure(self.config)
+        if self.evaluate is None or state.scored_by == now:
+            return
+        best, before, state.scored_by = state.best, state.scored_by, now
+        if best is None:
+            return
+        step, loss = best
+        found, path = self.score(step), self.checkpoints / "best.json"
+        what = (
+            f"the best so far, of step {step}, scored anew ({_changed(before, now)}): {loss:.4f} → {found['loss']:.4f}"
+        )
+        if math.isfinite(found["loss"]):
+            state.best_loss = found["loss"]
+            self.metrics.write(state.step, {"best_step": step} | {f"best_held_out_{k}": v for k, v in found.items()})
+            self.keeper.save_best(step, found["loss"])
+        else:
+            what += ", so the best is sought anew"
+            state.best_step = state.best_loss = self.keeper.saver.best = None
+            distributed.on_main(lambda: path.unlink(missing_ok=True))
+        self.display.say(what)
+
+    def score(self, step: int) -> dict[str, float]:
+        """The evaluation of the weights that a checkpoint holds; of a damaged one the loss is not a number."""
+        assert self.evaluate is not None
+        self.watch.begin(f"the evaluation of step {step}")
+        checkpoint = distributed.on_main(lambda: whole_checkpoint(self.checkpoints / step_name(step)))
+        if checkpoint is None:
+            return {"loss": math.nan}
+        with self.state.judged_at(checkpoint), autocast(self.state.precision, self.state.device):
+            found = self.evaluate(self.state.model)
+            self.state.spread.let_go()
+        return found
 
     def run(self, stop: StopRequest) -> None:
         """Step until the budget is spent or somebody asks to stop; then evaluate, if nobody did, and save."""
-        while not (stopped := self.stopped(stop)) and (progress := self.progress()) < 1:
-            self.step(progress)
+        while not (stopped := self.stopped(stop)) and self.progress(0.5) < 1:  # in the middle of the next step
+            self.step()
             self.keeper.settle()
             self.profiling.step()
             self.hub.attend()
@@ -175,14 +227,16 @@ class _Loop:
         if not stopped and self.state.evaluated_step != self.state.step:
             self.evaluate_now()
         self.keeper.save_last()
+        if described := self.epochs.describe(self.state.tokens):
+            self.display.say(f"after step {self.state.step}: {described}")
         distributed.on_main(self.plot)
         if self.stopped(stop) and stop.received:
             where = f"after step {self.state.step}; all is saved in {self.run_dir}"
             raise Interrupted(f"stopped by {stop.received.name} {where}", stop.exit_status)
 
-    def progress(self) -> float:
-        """How far the run will be in the middle of the next step: the step is taken while this is below 1."""
-        return self.config.budget.progress(self.state.step + 0.5, self.seconds() + 0.5 * self.step_seconds)
+    def progress(self, steps: float) -> float:
+        """How far the run will be after so many more steps, each as long as the last one."""
+        return self.config.budget.progress(self.state.step + steps, self.seconds() + steps * self.step_seconds)
 
     def stopped(self, stop: StopRequest) -> bool:
         """True on every rank once one of them was asked to stop."""
@@ -195,19 +249,17 @@ class _Loop:
         """Time spent on this run, whenever it was taken up; by the main rank's clock, so that all decide alike."""
         return distributed.from_main(time.monotonic() - self.started)
 
-    def step(self, progress: float) -> None:
+    def step(self) -> None:
         """Take one training step, count it, tell about it."""
         state, begin = self.state, time.monotonic()
         self.watch.begin(f"step {state.step + 1}", limited=True)
         fault("begin", state.step + 1)
-        lr = self.config.lr * self.config.learning_rate.factor(progress, state.step)
-        share = self.config.batch_size // distributed.world_size()
-        batch = self.rows.batch(state.sample + distributed.rank() * share, share)
-        result = training_step(state, cut(batch, self.sequence_length()), self.config, lr)
+        lr = self.config.rate(state.step, state.step + 0.5, self.seconds() + 0.5 * self.step_seconds)
+        result = training_step(state, cut(self.next_rows(), self.sequence_length()), self.config, lr)
         fault("update", state.step + 1)
         state.step += 1
         state.sample += self.config.batch_size
-        state.tokens += result.tokens if result.finite else 0
+        before, state.tokens = state.tokens, state.tokens + (result.tokens if result.finite else 0)
         self.step_seconds = distributed.from_main(time.monotonic() - begin)
         state.seconds = self.seconds()
         self.watch.end()
@@ -221,8 +273,30 @@ class _Loop:
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if spike else 0
         if distributed.is_main():
             self.log.write(result, lr=lr, length=self.length, seconds=self.step_seconds)
+        for completed in self.epochs.completed(before, state.tokens):
+            self.display.say(f"{completed}, after step {state.step}")
         if spike:
             self.end_if_too_many("had a loss spike")
+
+    def next_rows(self) -> Batch:
+        """This rank's rows of the next step. If a rank cannot read its own, all save before its error ends the run."""
+        state, share = self.state, self.config.batch_size // distributed.world_size()
+        failed: Exception | None = None
+        batch = None
+        try:
+            batch = self.rows.batch(state.sample + distributed.rank() * share, share)
+        except Exception as error:  # of a stream, whatever is wrong with a file that is only read now
+            failed = error
+        if not distributed.highest(failed is not None):
+            assert batch is not None
+            return batch
+        self.watch.end()
+        if state.step:
+            self.keeper.save_last()
+        if failed is None:
+            raise FailedElsewhere("another rank could not read its rows", SwamlaError.exit_status)
+        failed.add_note(f"all is saved after step {state.step}: mend it, and go on with --resume {self.run_dir}")
+        raise failed
 
     def sequence_length(self) -> int:
         """Of the next step, by the curriculum; a change is told."""
@@ -315,3 +389,7 @@ class _Loop:
         plot_losses(
             self.run_dir / "metrics.jsonl", self.run_dir / "loss.png", title=title, bits_per_nat=self.bits_per_nat
         )
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {before.get(name)} → {value}" for name, value in now.items())

@@ -1,16 +1,12 @@
 """A run's folder: made for a new run, taken up again by a resumed one."""
 
-import fcntl
 import json
 import math
-import os
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,80 +17,82 @@ from swamla.checkpoint import (
     latest_checkpoint,
     list_checkpoints,
     mark_best,
-    read_run_config,
     set_aside_after,
     step_name,
 )
-from swamla.config import from_plain, to_plain
+from swamla.config import to_plain
 from swamla.data.dataset import Dataset
 from swamla.data.tokenizer import load_tokenizer
-from swamla.errors import ConfigError, CorruptError, DataError, Interrupted, UsageError
+from swamla.errors import ConfigError, CorruptError, DataError, Interrupted
 from swamla.files import entry, read_json, write_text_atomically
 from swamla.model.language_model import LanguageModel
 from swamla.train.backends import resolve_backends
+from swamla.train.changes import check_horizon, check_same_run, config_of, measure, told
+from swamla.train.claims import Claim, claim_new, claim_run, is_unsaved, remove_unsaved
 from swamla.train.compile import compile_blocks
-from swamla.train.config import RunConfig
+from swamla.train.config import RunConfig, TrainConfig
 from swamla.train.ema import WeightAverage
 from swamla.train.fp8 import convert_to_fp8
+from swamla.train.init_from import RECORD, Origin, describe, origin_of
 from swamla.train.launch import Launch, this_launch
 from swamla.train.parallel import build_model
 from swamla.train.precision import resolve_device, resolve_precision
 from swamla.train.state import TrainState, seed_generators
 
-# Settings a resumed run may change without becoming another run.
-MAY_CHANGE = (
-    *("train.steps", "train.max_minutes", "train.device", "train.threads", "train.log_interval"),
-    *("train.checkpointing", "train.compile", "train.parallel", "train.shards", "train.accumulation"),
-    "train.expert_parallel",
-    *("train.lr", "train.min_lr_ratio", "train.schedule", "train.warmup", "train.decay"),
-    *("train.weight_decay", "train.grad_clip", "train.save_interval", "train.keep_last"),
-    *("train.async_save", "train.on_save_error"),
-    *("train.max_skipped", "train.spike_factor", "train.rank_timeout_minutes"),
-    *("train.eval_interval", "train.eval_seconds", "train.eval_tokens"),
-    *("train.tensorboard", "train.wandb_project", "train.wandb_run_name", "train.hf_repo_id", "train.hf_private"),
-    *("train.profile", "train.profile_steps", "train.profile_warmup"),
-)
+DATA = "data.json"  # by which the run's data is found again
 
 
 @contextmanager
 def open_run(
-    config: RunConfig, run_dir: Path, *, dataset: Dataset, resume: bool
+    config: RunConfig, run_dir: Path, *, dataset: Dataset, resume: bool, claim: Claim | None = None
 ) -> Iterator[tuple[RunConfig, TrainState]]:
     """The settled config and the state from which the loop goes on; the folder is written or checked.
 
     Of several ranks the main one alone holds, checks and writes the folder, which all must see. Until the block ends
-    no other process can train in the folder. Raises `UsageError` for a folder that is not empty without `resume`, that
-    holds no run with it, or that is being trained in; `ConfigError` and `DataError` when a resumed run would go on
-    with another model, other data or another order of the data.
+    no other process can train in the folder; claim: it is taken already. A new run that ends with an error before its
+    first step leaves nothing behind. Raises `UsageError` for a folder that is not empty without `resume`, that holds
+    no run with it, or that is being trained in; `ConfigError` and `DataError` when a resumed run would go on with
+    another model, other data, another order of the data, or unasked at a higher learning rate.
     """
     distributed.require_rows(config.train.batch_size, config.train.accumulation)
     launch = this_launch()
     with ExitStack() as held:
 
         def check() -> Checkpoint | None:
-            if resume and run_dir.is_dir():
-                held.enter_context(_alone_in(run_dir))
+            if claim is None:
+                held.enter_context(claim_run(run_dir) if resume else claim_new(run_dir))
             checkpoint = _checkpoint_to_take_up(run_dir, dataset) if resume else None
+            origin = _origin(config.train, checkpoint)
+            if origin is not None:
+                origin.require_same_vocabulary(dataset.tokenizer)
             settled = settle(config, dataset)
+            if origin is not None:
+                origin.require_fit(settled.model)
+            dataset.rows(config.train.block_size, config.train.seed)  # before anything is written: is there any?
             if resume:
                 check_same_run(settled, run_dir)
-            else:
-                require_empty(run_dir)
             return checkpoint
 
         def write() -> None:
-            if not resume:
-                run_dir.mkdir(parents=True, exist_ok=True)
-                held.enter_context(_alone_in(run_dir))
-                require_empty(run_dir)  # another run may have come while this one was being made
+            if not resume and is_unsaved(run_dir):
+                warnings.warn(f"{run_dir}: held a run that ended before its first checkpoint: replaced", stacklevel=2)
+                remove_unsaved(run_dir)
             plain = {"format_version": FORMAT_VERSION, **to_plain(config)}
-            dataset.tokenizer.save(run_dir / "tokenizer.json")
             write_text_atomically(run_dir / "config.json", json.dumps(plain, indent=2) + "\n")
+            dataset.tokenizer.save(run_dir / "tokenizer.json")
+            if state.initialized_from is not None:
+                write_text_atomically(run_dir / RECORD, json.dumps(state.initialized_from) + "\n")
+            write_text_atomically(run_dir / DATA, json.dumps(dataset.identity(), indent=2) + "\n")
             Launch(names=launch).write(run_dir)
 
         checkpoint = distributed.on_main(check)
+        before = distributed.on_main(lambda: config_of(run_dir).train if resume else config.train)
         config = settle(config, dataset)
-        state = fresh_state(config, dataset)
+        step, seconds = (checkpoint.step, float(checkpoint.state.get("seconds", 0))) if checkpoint else (0, 0.0)
+        check_horizon(before, config.train, step=step, seconds=seconds)
+        state = fresh_state(config, dataset, _origin(config.train, checkpoint))
+        state.scored_by = measure(before)
+        state.notes += tuple(told(before, config.train, step=step, seconds=seconds))
         if checkpoint is not None:
             _take_up(state, checkpoint)
         distributed.on_main(write)
@@ -103,44 +101,15 @@ def open_run(
         except Interrupted:  # torchrun may start all again, which would undo it
             distributed.on_main(lambda: Launch(names=launch, stopped=True).write(run_dir))
             raise
+        except BaseException:
+            if not resume and state.step == 0 and distributed.is_main() and is_unsaved(run_dir):
+                remove_unsaved(run_dir)
+            raise
 
 
-@contextmanager
-def _alone_in(run_dir: Path) -> Iterator[None]:
-    """Hold the folder; the system lets go of it however this process ends. `UsageError` if another one holds it."""
-    folder = os.open(run_dir, os.O_RDONLY)
-    try:
-        if not _locks(folder, fcntl.LOCK_EX):
-            time.sleep(0.05)  # `is_running` holds it for a moment
-            if not _locks(folder, fcntl.LOCK_EX):
-                raise UsageError(f"{run_dir}: another process is training in it: wait for it, or stop it first")
-        yield
-    finally:
-        os.close(folder)
-
-
-def is_running(run_dir: Path) -> bool:
-    """True while a process trains in the folder."""
-    folder = os.open(run_dir, os.O_RDONLY)
-    try:
-        return not _locks(folder, fcntl.LOCK_SH)
-    finally:
-        os.close(folder)
-
-
-def _locks(folder: int, how: int) -> bool:
-    """True if the lock could be had at once."""
-    try:
-        fcntl.flock(folder, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def require_empty(run_dir: Path) -> None:
-    """Raise `UsageError` for a folder, or a file, in the place of a new run."""
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise UsageError(f"{run_dir}: exists and is not empty: choose another folder, or continue it with --resume")
+def _origin(train: TrainConfig, checkpoint: Checkpoint | None) -> Origin | None:
+    """Where the weights come from that a run begins with, unless it goes on with its own or draws them."""
+    return None if checkpoint or not train.init_from else origin_of(train.init_from, train.init_checkpoint)
 
 
 def settle(config: RunConfig, dataset: Dataset) -> RunConfig:
@@ -153,8 +122,8 @@ def settle(config: RunConfig, dataset: Dataset) -> RunConfig:
     return config
 
 
-def fresh_state(config: RunConfig, dataset: Dataset) -> TrainState:
-    """The state of a run before its first step, a function of the config's seed."""
+def fresh_state(config: RunConfig, dataset: Dataset, origin: Origin | None = None) -> TrainState:
+    """The state of a run before its first step, a function of the config's seed, and of the weights of an `origin`."""
     train = config.train
     if train.threads is not None:
         torch.set_num_threads(train.threads)
@@ -179,6 +148,9 @@ def fresh_state(config: RunConfig, dataset: Dataset) -> TrainState:
         prepare=prepare,
     )
     model = spread.model
+    initialized_from = None if origin is None else origin.fill(model)
+    if initialized_from is not None:
+        notes.append(describe(initialized_from))
     if (described := spread.describe()) is not None:
         notes.append(described)
     if train.compile != "none":
@@ -192,15 +164,31 @@ def fresh_state(config: RunConfig, dataset: Dataset) -> TrainState:
         backends=backends,
         notes=tuple(notes),
         data_fingerprint=dataset.fingerprint,
+        initialized_from=initialized_from,
         device=device,
         average=None if train.ema is None else WeightAverage(model, train.ema),
     )
 
 
+def identity_of_run(run_dir: Path) -> list[dict[str, str]] | None:
+    """What the run's data was (`Dataset.identity`), for a run older than data.json by its newest checkpoint.
+
+    None where neither tells. Raises `CorruptError` for a data.json that is damaged.
+    """
+    file = run_dir / DATA
+    if not file.exists():
+        checkpoints = list_checkpoints(run_dir / "checkpoints")
+        state = read_json(checkpoints[-1] / "state.json", inside=checkpoints[-1]) if checkpoints else {}
+        return [{"fingerprint": state["data_fingerprint"], "raw": ""}] if "data_fingerprint" in state else None
+    try:
+        identity = json.loads(file.read_text(encoding="utf-8"))
+        return [{name: str(each[name]) for name in ("fingerprint", "raw")} for each in identity]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CorruptError(f"{file}: damaged ({error!r}); delete it") from error
+
+
 def _checkpoint_to_take_up(run_dir: Path, dataset: Dataset) -> Checkpoint | None:
     """The newest checkpoint that verifies, None before the first; of a run on the same data, whatever else changed."""
-    if not (run_dir / "config.json").exists():
-        raise UsageError(f"{run_dir}: nothing to resume (it has no config.json)")
     _check_same_tokenizer(run_dir, dataset)
     checkpoint = latest_checkpoint(run_dir / "checkpoints")
     if checkpoint is None:
@@ -221,8 +209,9 @@ def _check_same_tokenizer(run_dir: Path, dataset: Dataset) -> None:
 
 
 def _changed(run_dir: Path, what: str, before: str, now: str) -> DataError:
+    older = "" if (run_dir / DATA).exists() else ", or the run is older than the split by text and its cache is gone"
     return DataError(
-        f"{run_dir}: {what} changed since the checkpoint (fingerprint {now[:12]}, the run had {before[:12]}): "
+        f"{run_dir}: {what} changed since the checkpoint (fingerprint {now[:12]}, the run had {before[:12]}){older}: "
         "restore the data, or start a new run"
     )
 
@@ -245,7 +234,10 @@ def _agreed_best(state: TrainState, directory: Path) -> tuple[int, float] | None
     A moment that was saved before it was evaluated is the best by best.json alone.
     """
     kept = {path.name for path in list_checkpoints(directory)}
-    known = [best for best in (state.best, _marked_best(directory)) if best and step_name(best[0]) in kept]
+    marked = _marked_best(directory)
+    if marked and marked[0] == state.best_step:  # it may have been scored anew since: the state says how its own was
+        marked = state.best
+    known = [best for best in (state.best, marked) if best and step_name(best[0]) in kept]
     best = min((best for best in known if best[0] <= state.step), key=lambda best: best[1], default=None)
     if best is None:
         (directory / "best.json").unlink(missing_ok=True)
@@ -263,35 +255,3 @@ def _marked_best(directory: Path) -> tuple[int, float] | None:
         return None
     step, loss = marked.get("step"), marked.get("loss")
     return (step, loss) if type(step) is int and isinstance(loss, float) and math.isfinite(loss) else None
-
-
-def check_same_run(config: RunConfig, run_dir: Path) -> None:
-    """Raise `ConfigError` where `config` would make another run of the one in the folder.
-
-    Of all that differs it names what the rest follows from: the pattern, else what is of another kind. A vocabulary
-    that the tokenizer has yet to decide (size 0) counts as the run's.
-    """
-    plain = read_run_config(run_dir)
-    del plain["format_version"]
-    # Read as a config, so that a setting which the run's swamla did not have yet counts as its default.
-    before = dict(_leaves(to_plain(from_plain(RunConfig, plain, origin=str(run_dir / "config.json")))))
-    now = dict(_leaves(to_plain(config)))
-    if config.model.vocab_size == 0:
-        now["model.vocab_size"] = before["model.vocab_size"]
-    differing = [
-        name
-        for name in sorted((before.keys() | now.keys()) - set(MAY_CHANGE))
-        if name.startswith(("model.", "train.")) and before.get(name) != now.get(name)
-    ]
-    if differing:
-        name = min(differing, key=lambda name: (name != "model.pattern", not name.endswith(".kind")))
-        had = f"the run to resume had {before.get(name)!r}; start a new run instead"
-        raise ConfigError(name.removesuffix(".kind"), now.get(name), had)
-
-
-def _leaves(plain: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in plain.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -2,8 +2,8 @@
 
 import random
 import warnings
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,12 +40,13 @@ class TrainState:
     """The state of a training run; all of it goes into a checkpoint, with the random generators'.
 
     backends: what computes each op on `device`.  notes: more that was chosen, a line each for people.
+    initialized_from: whose weights it began with, before it was a run; of a resumed one nobody's.
     average: of the weights, where the run has one: what evaluations score.
     step: optimizer steps done, skipped ones included.  sample: index of the next row, which alone says what data
     comes next.  tokens: labels learned from.  seconds: time spent, evaluations and saves included.
     skipped, skipped_in_a_row: steps whose gradient was not finite.
     evaluated_at, evaluated_step: `seconds` and `step` at the last evaluation.
-    best_step, best_loss: the lowest held-out loss so far, in nats per token.
+    best_step, best_loss: the lowest held-out loss so far, in nats per token.  scored_by: the settings it was found by.
     usual: the loss of late, by which spikes are told.
     """
 
@@ -56,6 +57,7 @@ class TrainState:
     data_fingerprint: str
     device: torch.device
     notes: tuple[str, ...] = ()
+    initialized_from: dict[str, Any] | None = None
     average: WeightAverage | None = None
     step: int = 0
     sample: int = 0
@@ -67,6 +69,7 @@ class TrainState:
     evaluated_step: int | None = None
     best_step: int | None = None
     best_loss: float | None = None
+    scored_by: dict[str, Any] = field(default_factory=dict)
     usual: UsualLoss = field(default_factory=UsualLoss)
 
     @property
@@ -88,6 +91,7 @@ class TrainState:
     def plain(self) -> dict[str, Any]:
         """All that is not tensors, as JSON data."""
         return {name: getattr(self, name) for name in COUNTERS} | {
+            "scored_by": self.scored_by,
             "usual_loss": self.usual.plain(),
             "precision": self.precision,
             "backends": self.backends,
@@ -117,7 +121,8 @@ class TrainState:
             self.average.load(checkpoint.tensors("ema", like=parameters.get), origin=str(checkpoint.path))
         for name in COUNTERS:
             setattr(self, name, saved[name])
-        self.usual = UsualLoss.of(saved.get("usual_loss"))  # which older checkpoints lack
+        self.usual = UsualLoss.of(saved.get("usual_loss"))  # which older checkpoints lack, as they do the next
+        self.scored_by = saved.get("scored_by", self.scored_by)
         self.precision = saved["precision"]
         if saved["backends"] != self.backends:
             warnings.warn(f"computed before by {saved['backends']}, from here on by {self.backends}", stacklevel=2)
@@ -129,13 +134,13 @@ class TrainState:
         The steps since count as skipped. The random generators go on as well.
         """
         now = {name: getattr(self, name) for name in COUNTERS if name not in ("tokens", "skipped")}
-        usual, generators = self.usual, generator_states()
+        usual, scored_by, generators = self.usual, self.scored_by, generator_states()
         self.restore(checkpoint)
         set_generator_states(generators)
         first, updates = self.sample, self.updates
         for name, value in now.items():
             setattr(self, name, value)
-        self.usual, self.skipped = usual, self.step - updates
+        self.usual, self.scored_by, self.skipped = usual, scored_by, self.step - updates
         self.skipped_in_a_row += 1
         return first
 
@@ -152,6 +157,22 @@ class TrainState:
     def evaluated_weights(self) -> AbstractContextManager[None]:
         """While entered the model's weights are those to be judged: the averages, where there are any."""
         return nullcontext() if self.average is None else self.average.in_place()
+
+    @contextmanager
+    def judged_at(self, checkpoint: Checkpoint) -> Iterator[None]:
+        """While entered the model's weights are those that were judged at `checkpoint`, and then its own again."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        own = {name: distributed.local(t.detach()).clone() for name, t in self.model.state_dict().items()}
+        weights = checkpoint.tensors("model", like=parameters.get)
+        if checkpoint.has("ema"):
+            weights |= checkpoint.tensors("ema", like=parameters.get)
+        load_into(self.model, weights, origin=str(checkpoint.path))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in self.model.state_dict().items():
+                    distributed.local(tensor).copy_(own[name])
 
     def weights_are_finite(self) -> bool:
         """False as soon as one weight is infinite or not a number, on any rank."""

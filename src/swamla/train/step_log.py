@@ -3,6 +3,7 @@
 from swamla import distributed
 from swamla.model.accounting import training_flops_per_token
 from swamla.train.config import RunConfig
+from swamla.train.epochs import Epochs
 from swamla.train.router_health import RouterHealth
 from swamla.train.state import TrainState
 from swamla.train.step import StepResult
@@ -15,10 +16,16 @@ class StepLog:
     """Speeds leave out evaluations and saves; the one on the screen is that of the last ten steps or so."""
 
     def __init__(
-        self, config: RunConfig, state: TrainState, metrics: Records, display: Display, bits_per_nat: float
+        self,
+        config: RunConfig,
+        state: TrainState,
+        metrics: Records,
+        display: Display,
+        bits_per_nat: float,
+        epochs: Epochs,
     ) -> None:
         self.config, self.state, self.metrics, self.display = config, state, metrics, display
-        self.bits_per_nat = bits_per_nat
+        self.bits_per_nat, self.epochs = bits_per_nat, epochs
         self.peak = distributed.on_main(lambda: peak_of(state.device, state.precision))  # measured, so by one alone
         self.router_health = RouterHealth()
         self.recent_tokens = self.recent_seconds = 0.0
@@ -33,6 +40,7 @@ class StepLog:
             "lr": lr,
             "grad_norm": result.grad_norm,
             "tokens": state.tokens,
+            **({} if (epoch := self.epochs.seen(state.tokens)) is None else {"epoch": epoch}),
             "tokens_per_second": speed,
             "mfu": speed * flops / (self.peak.flops * distributed.world_size()),
             "peak_memory": peak_memory(state.device),

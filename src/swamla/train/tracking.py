@@ -1,9 +1,10 @@
 """What a run tells: metrics.jsonl for programs, a progress bar or plain lines for people."""
 
+import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -82,6 +83,10 @@ def time_left(progress: float, seconds: float) -> str:
     return f"{hours}:{minutes:02}:{left % 60:02} left" if hours else f"{minutes}:{left % 60:02} left"
 
 
+def _epoch(values: Mapping[str, float]) -> str:
+    return f"Epoch: {values['epoch']:.2f} | " if "epoch" in values else ""
+
+
 class PlainLines:
     """A line for the first step, for every `interval`-th and for the last, for pipes and log files."""
 
@@ -94,7 +99,7 @@ class PlainLines:
         self._unsaid = (
             f"Step {values['step']:.0f} | Loss: {values['loss']:.4f} | LR: {values['lr']:.2e} | "
             f"Tokens/sec: {values['tokens_per_second']:,.0f} | Bits/byte: {values['bits_per_byte']:.4f} | "
-            f"{time_left(progress, seconds)}"
+            f"{_epoch(values)}{time_left(progress, seconds)}"
         )
         if values["step"] == 1 or values["step"] % self._interval == 0 or progress >= 1:
             self._say_step()
@@ -176,6 +181,41 @@ class Silence:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         return None
+
+
+class WhileRead:
+    """A display that survives whoever read it: `unread` is called when nobody does any more."""
+
+    def __init__(self, display: Display, unread: Callable[[], None]) -> None:
+        self._display, self._unread, self._over = display, unread, False
+
+    def update(self, progress: float, seconds: float, values: Mapping[str, float]) -> None:
+        """Show a step, if anybody looks."""
+        self._show(lambda: self._display.update(progress, seconds, values))
+
+    def say(self, text: str) -> None:
+        """Show a line, if anybody looks."""
+        self._show(lambda: self._display.say(text))
+
+    def _show(self, work: Callable[[], object]) -> None:
+        if self._over:
+            return
+        try:
+            work()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # a closed pipe, a terminal that is gone
+                raise
+            self._over = True
+            self._unread()
+
+    def __enter__(self) -> Self:
+        self._show(self._display.__enter__)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._show(lambda: self._display.__exit__(kind, error, trace))
 
 
 def make_display(console: Console, interval: int) -> Display:

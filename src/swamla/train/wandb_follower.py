@@ -200,7 +200,7 @@ def _one_line(error: BaseException) -> str:
 
 def main(arguments: list[str]) -> int:
     """Follow; whatever goes wrong is told in one line."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they mean the trainer, which then tells us
     pipe = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # whatever wandb prints stays out of the pipe

@@ -1,0 +1,96 @@
+"""The data of a run, found in the cache by what it holds: neither its path nor its raw files are asked for."""
+
+import json
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+from swamla.data.config import MIXTURE, DataConfig
+from swamla.data.dataset import META, TOKENIZER, Dataset
+from swamla.data.sources import Source, open_source
+from swamla.data.stream_plan import FILE, StreamPlan
+from swamla.data.unit_files import Job
+from swamla.data.work import cache_of, single_sources
+from swamla.errors import DataError
+
+Identity = list[dict[str, str]]
+
+
+def reopen(
+    config: DataConfig, identity: Identity, *, training: bool = False, workers: int | None = None
+) -> Dataset | None:
+    """The dataset that a run on `config` began with, by its `Dataset.identity`; None if the cache has it no more.
+
+    Warns where the raw files are gone, or other than they were: prepared tokens are what the run is about. A stream
+    needs its files to be trained on, and raises DataError without them.
+    """
+    singles = single_sources(config)
+    if len(singles) != len(identity):
+        return None
+    folders = [_find(cache_of(config) / "data", each["fingerprint"]) for each in identity]
+    found: list[Dataset] = []
+    for single, each, folder in zip(singles, identity, folders, strict=True):
+        if folder is None:
+            return None
+        dataset = Dataset.open(folder)
+        source = _raw(single, each["raw"], folder, needed=training and bool(config.stream))
+        if config.stream:
+            streamed = _stream(single, dataset, source, workers)
+            if streamed is None:
+                return None
+            dataset = streamed
+        if config.buffer_docs:
+            dataset.fit_documents(config.buffer_docs)
+        dataset.raw = each["raw"]
+        found.append(dataset)
+    if config.source != MIXTURE:
+        return found[0]
+    from swamla.data.mixing import MixtureDataset
+
+    return MixtureDataset(found, [part.weight for part in config.mixture])
+
+
+def _find(data: Path, fingerprint: str) -> Path | None:
+    """The prepared dataset of that fingerprint, whatever its folder is called."""
+    for folder in _folders(data, META):
+        try:
+            if json.loads((folder / META).read_text(encoding="utf-8"))["fingerprint"] == fingerprint:
+                return folder
+        except (OSError, ValueError, KeyError, TypeError):  # being made, removed, or damaged: not the one
+            continue
+    return None
+
+
+def _folders(data: Path, file: str) -> Iterable[Path]:
+    staged = (".staging-", ".units-", ".unit-", ".dropped-")
+    return sorted(path.parent for path in data.glob(f"*/{file}") if not path.parent.name.startswith(staged))
+
+
+def _raw(config: DataConfig, raw: str, folder: Path, *, needed: bool) -> Source | None:
+    """The raw files if they are there; warns where they are not, or are not what they were."""
+    went_on = f"what was prepared of it in {folder} is used"
+    try:
+        source = open_source(config, cache_of(config))
+    except DataError as error:
+        if needed:
+            raise DataError(f"{error} (a stream reads its files while it trains: restore them)") from error
+        warnings.warn(f"{config.source} is gone or unreadable: {went_on}", stacklevel=3)
+        return None
+    if raw and source.digest() != raw:
+        warnings.warn(f"{config.source} changed (or was copied) since the run began: {went_on}", stacklevel=3)
+    return source
+
+
+def _stream(config: DataConfig, sample: Dataset, source: Source | None, workers: int | None) -> Dataset | None:
+    from swamla.data.streaming import StreamDataset, UnitSupply
+
+    fingerprint = sample.meta["fingerprint"]
+    for folder in _folders(sample.path.parent, FILE):
+        plan = StreamPlan.read(folder)
+        if plan.sample != fingerprint or not (folder / TOKENIZER).exists():
+            continue
+        units = plan.units if source is None else plan.units_of(source)
+        absent = Source(config.source, (), lambda *_: iter(()))  # enough to score: nothing is read then
+        job = Job(source or absent, units, folder, config.held_out_fraction)
+        return StreamDataset(sample, UnitSupply(job, workers), config.stream, plan.key)
+    return None

@@ -1,0 +1,111 @@
+"""What a resumed run may change of its settings, and what each change does to what the run has so far."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from swamla.checkpoint import read_run_config
+from swamla.config import from_plain, to_plain
+from swamla.errors import ConfigError
+from swamla.train.config import RunConfig, TrainConfig
+
+# Where and how things are computed, kept and told: the same numbers, up to rounding.
+SAME_NUMBERS = (
+    *("device", "threads", "checkpointing", "compile", "parallel", "shards", "accumulation", "expert_parallel"),
+    *("log_interval", "save_interval", "keep_last", "async_save", "on_save_error", "eval_interval", "eval_seconds"),
+    *("rank_timeout_minutes", "tensorboard", "wandb_project", "wandb_run_name", "hf_repo_id", "hf_private"),
+    *("profile", "profile_steps", "profile_warmup"),
+)
+# What is learned from here on.
+RATES = ("lr", "min_lr_ratio", "schedule", "warmup", "decay", "schedule_steps", "schedule_minutes")
+LEARNING = ("steps", "max_minutes", *RATES, "weight_decay", "grad_clip", "max_skipped", "spike_factor")
+# What a held-out loss is a loss of: the best so far, scored otherwise, is nothing that new ones compare with.
+SCORING = ("eval_tokens",)
+
+MAY_CHANGE = (*SAME_NUMBERS, *LEARNING, *SCORING)
+
+RISE = 1.1  # a rate that goes up by more than this factor has to be asked for
+
+
+def config_of(run_dir: Path) -> RunConfig:
+    """The config that a run has in its folder. Raises as `read_run_config` does."""
+    plain = read_run_config(run_dir)
+    del plain["format_version"]
+    # Read as a config, so that a setting which the run's swamla did not have yet counts as its default.
+    return from_plain(RunConfig, plain, origin=str(run_dir / "config.json"))
+
+
+def check_same_run(config: RunConfig, run_dir: Path) -> None:
+    """Raise `ConfigError` where `config` would make another run of the one in the folder.
+
+    Of all that differs it names what the rest follows from: the pattern, else what is of another kind. A vocabulary
+    that the tokenizer has yet to decide (size 0) counts as the run's.
+    """
+    before, now = (dict(_leaves(to_plain(one))) for one in (config_of(run_dir), config))
+    if config.model.vocab_size == 0:
+        now["model.vocab_size"] = before["model.vocab_size"]
+    differing = [
+        name
+        for name in sorted((before.keys() | now.keys()) - {f"train.{name}" for name in MAY_CHANGE})
+        if name.startswith(("model.", "train.")) and before.get(name) != now.get(name)
+    ]
+    if differing:
+        name = min(differing, key=lambda name: (name != "model.pattern", not name.endswith(".kind")))
+        had = f"the run to resume had {before.get(name)!r}; start a new run instead"
+        raise ConfigError(name.removesuffix(".kind"), now.get(name), had)
+
+
+def check_horizon(before: TrainConfig, now: TrainConfig, *, step: int, seconds: float) -> None:
+    """Raise `ConfigError` where another end of the run alone would lift the learning rate.
+
+    A schedule follows the run's end: a run that has annealed and is given more steps or minutes is in the middle of
+    it again. Whether that is wanted, or the last rate, has to be said.
+    """
+    old, new = rates(before, now, step=step, seconds=seconds)
+    chosen = any(getattr(before, name) != getattr(now, name) for name in RATES)
+    if chosen or new <= RISE * old:
+        return
+    moved = [
+        (name, f"schedule_{name.removeprefix('max_')}")
+        for name in ("steps", "max_minutes")
+        if getattr(before, name) != getattr(now, name)
+    ]
+    stays = " ".join(f"--{flag} {getattr(before, n):g}" for n, flag in moved if getattr(before, n) is not None)
+    spread = " ".join(f"--{flag} {getattr(now, n):g}" for n, flag in moved if getattr(now, n) is not None)
+    name = moved[0][0]
+    raise ConfigError(
+        f"train.{name}",
+        getattr(now, name),
+        f"was {getattr(before, name)}, and the learning rate, {old:.2e} now, would follow the new end and rise to "
+        f"{new:.2e}: choose {stays} (it stays at {old:.2e}) or {spread} (it rises, and falls again to the end)",
+    )
+
+
+def rates(before: TrainConfig, now: TrainConfig, *, step: int, seconds: float) -> tuple[float, float]:
+    """The learning rate of the step after `step`, as it was to be and as it will be."""
+    old, new = (config.rate(step, step + 0.5, seconds) for config in (before, now))
+    return old, new
+
+
+def told(before: TrainConfig, now: TrainConfig, *, step: int, seconds: float) -> list[str]:
+    """A line that names what is changed, and one for the learning rate where that is another now."""
+    was, is_now = dict(_leaves(to_plain(before))), dict(_leaves(to_plain(now)))
+    changed = [f"{name} {was[name]} → {is_now[name]}" for name in is_now if was.get(name) != is_now[name]]
+    if not changed:
+        return []
+    old, new = rates(before, now, step=step, seconds=seconds)
+    rate = f"learning rate {new:.2e} from step {step + 1} on, {old:.2e} without the changes"
+    return [f"changed in this run: {', '.join(changed)}", *([rate] if f"{old:.2e}" != f"{new:.2e}" else [])]
+
+
+def measure(config: TrainConfig) -> dict[str, Any]:
+    """What gives a held-out loss of the run its meaning, of what may change."""
+    return {name: getattr(config, name) for name in SCORING}
+
+
+def _leaves(plain: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in plain.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,158 @@
+"""A run's folder is taken by one process: at a command's start, before it does anything that takes time."""
+
+import os
+import shutil
+import time
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from swamla.checkpoint import list_checkpoints
+from swamla.errors import UsageError
+from swamla.files import fcntl
+
+# What a run writes before its first checkpoint. Without one there is nothing in them to go on with.
+_BEFORE_A_CHECKPOINT = {
+    *("config.json", ".config.json.new", "tokenizer.json", "launch.json", ".launch.json.new", "metrics.jsonl"),
+    *(
+        "initialized_from.json",
+        ".initialized_from.json.new",
+        "data.json",
+        ".data.json.new",
+        "samples.txt",
+        "checkpoints",
+        "tensorboard",
+        "wandb",
+    ),
+}
+_KEPT = "profile"  # traces, which may say why such a run ended
+
+
+class Claim:
+    """A folder that this process alone trains in, until `release`; the system releases it however the process ends.
+
+    made: the folders, innermost first, that were made for it: those that are still empty in the end are removed.
+    """
+
+    def __init__(self, path: Path, lock: int, made: list[Path]) -> None:
+        self.path, self._lock, self._made = path, lock, made
+
+    def release(self) -> None:
+        """Let other processes train in the folder."""
+        for folder in self._made:
+            try:
+                folder.rmdir()
+            except OSError:  # it is in use
+                break
+        os.close(self._lock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def claim_new(folder: Path) -> Claim:
+    """Take the folder of a new run, which is made if need be.
+
+    Raises `UsageError` where another process trains in it, and for a folder, or a file, that holds anything but a run
+    that ended before its first checkpoint.
+    """
+    require_free(folder)
+    claim = _try(folder)
+    try:
+        require_free(folder)  # another run may have come, and gone, meanwhile
+    except UsageError:
+        claim.release()
+        raise
+    return claim
+
+
+def claim_numbered(folder: Path) -> Claim:
+    """Take `folder`, or the first of folder-2, folder-3 … that is not there, or empty as a start that was killed."""
+    for candidate in (folder if n == 1 else folder.with_name(f"{folder.name}-{n}") for n in count(1)):
+        if candidate.exists() and not _is_empty(candidate):
+            continue
+        try:
+            claim = _try(candidate)
+        except UsageError:
+            continue
+        if _is_empty(candidate):
+            return claim
+        claim.release()
+    raise AssertionError("numbers do not end")
+
+
+def claim_run(folder: Path) -> Claim:
+    """Take the folder of a run to go on with. `UsageError` where another process trains in it, or holds no run."""
+    if not (folder / "config.json").exists():
+        raise UsageError(f"{folder}: nothing to resume (it has no config.json)")
+    return _try(folder)
+
+
+def is_running(run_dir: Path) -> bool:
+    """True while a process holds the folder."""
+    folder = os.open(run_dir, os.O_RDONLY)
+    try:
+        return not _locks(folder, fcntl.LOCK_SH)
+    finally:
+        os.close(folder)
+
+
+def require_free(folder: Path) -> None:
+    """Raise `UsageError` for a folder, or a file, in the place of a new run."""
+    if folder.exists() and not (_is_empty(folder) or is_unsaved(folder)):
+        raise UsageError(f"{folder}: exists and is not empty: choose another folder, or continue it with --resume")
+
+
+def is_unsaved(folder: Path) -> bool:
+    """True where there is nothing but a run that ended before its first checkpoint."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if "config.json" not in names or not names <= {*_BEFORE_A_CHECKPOINT, _KEPT}:
+        return False
+    checkpoints = folder / "checkpoints"
+    return not list_checkpoints(checkpoints) and not any(checkpoints.glob("damaged-*"))
+
+
+def remove_unsaved(folder: Path) -> None:
+    """Delete what a run wrote that ended before its first checkpoint, its traces aside."""
+    for path in [path for path in folder.iterdir() if path.name in _BEFORE_A_CHECKPOINT]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _try(folder: Path) -> Claim:
+    """Take the folder, whatever is in it; `UsageError` where another process holds it."""
+    for wait in (0.05, 0.0):  # `is_running` holds a folder for a moment, and one that went away is made again
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+        if _locks(lock, fcntl.LOCK_EX) and _is_still(folder, lock):
+            return Claim(folder, lock, made)
+        os.close(lock)
+        time.sleep(wait)
+    raise UsageError(f"{folder}: another process is training in it: wait for it, or stop it first")
+
+
+def _is_still(folder: Path, opened: int) -> bool:
+    """False where the folder that was opened is no longer the one of that name: whoever had made it removed it."""
+    try:
+        return os.path.samestat(os.fstat(opened), os.stat(folder))
+    except FileNotFoundError:
+        return False
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
+
+
+def _locks(folder: int, how: int) -> bool:
+    """True if the lock could be had at once."""
+    try:
+        fcntl.flock(folder, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,108 @@
+"""Continued pretraining: a new run that begins with another's weights, and with nothing else of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from swamla.checkpoint import find_checkpoint, load_into, read_run_config
+from swamla.config import from_plain
+from swamla.data.tokenizer import Tokenizer, load_tokenizer
+from swamla.errors import UsageError
+from swamla.export import load_gpt2
+from swamla.model.config import LanguageModelConfig
+from swamla.model.language_model import LanguageModel
+from swamla.tensor_file import misfits
+
+RECORD = "initialized_from.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where weights come from: a run (or one checkpoint of it), or a folder that `swamla export` wrote.
+
+    which: of a run's checkpoints. model: what the weights are of. tokenizer: its file, None where the folder has none.
+    """
+
+    folder: Path
+    which: str
+    is_run: bool
+    model: LanguageModelConfig
+    tokenizer: Path | None
+
+    def require_fit(self, model: LanguageModelConfig) -> None:
+        """Raise `UsageError` naming the first five weights of another shape than in `model`, or not there."""
+        if wrong := misfits(_shapes(self.model), _shapes(model)):
+            raise UsageError(f"init_from {self.folder}: its weights do not fit this model: {wrong}")
+
+    def require_same_vocabulary(self, tokenizer: Tokenizer) -> None:
+        """Raise `UsageError` for a tokenizer whose ids stand for other text than the weights learned them for."""
+        if self.tokenizer is None:
+            return
+        theirs = load_tokenizer(self.tokenizer)
+        if theirs.fingerprint != tokenizer.fingerprint:
+            raise UsageError(
+                f"init_from {self.folder}: its weights know another vocabulary ({theirs.vocab_size} ids, fingerprint "
+                f"{theirs.fingerprint[:12]}) than the data's tokenizer has ({tokenizer.vocab_size} ids, "
+                f"{tokenizer.fingerprint[:12]}): tokenizer = {str(self.tokenizer)!r} is its own"
+            )
+
+    def fill(self, model: LanguageModel) -> dict[str, Any]:
+        """Put the weights into `model`, of which this process may hold a part; returns what to keep of where from."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        if not self.is_run:
+            load_into(model, load_gpt2(self.folder).state_dict(), origin=str(self.folder))
+            return {"folder": str(self.folder), "weights": "exported"}
+        checkpoint = find_checkpoint(self.folder, self.which)
+        averaged = checkpoint.has("ema")
+        weights: Mapping[str, Tensor] = checkpoint.tensors("model", like=parameters.get)
+        if averaged:  # what its evaluations scored, and `swamla.load` gives
+            weights = {**weights, **checkpoint.tensors("ema", like=parameters.get)}
+        load_into(model, weights, origin=str(checkpoint.path))
+        return {
+            "folder": str(self.folder),
+            "checkpoint": self.which,
+            "step": checkpoint.step,
+            "weights": "averaged" if averaged else "as trained",
+        }
+
+
+def origin_of(where: str, which: str = "best") -> Origin:
+    """What `where` names: a run's folder, one of its checkpoints, or an exported folder.
+
+    Raises `UsageError` where it is none of these, and as `read_run_config` does.
+    """
+    folder = Path(where).expanduser().resolve()
+    checkpoint = folder.parent.name == "checkpoints" and (folder / "manifest.json").is_file()
+    run = folder.parents[1] if checkpoint else folder
+    exported = (folder / "model.safetensors").is_file() and not (folder / "checkpoints").is_dir() and not checkpoint
+    if which != "best" and (checkpoint or exported):
+        raise UsageError(f"init_checkpoint = {which!r}: chooses one of a run's checkpoints, and {folder} is none")
+    if not folder.is_dir():
+        raise UsageError(
+            f"init_from {where}: no such folder; give a run, one of its checkpoints, or an exported folder"
+        )
+    if exported:
+        model, tokenizer = load_gpt2(folder).config, folder / "tokenizer.json"
+        return Origin(
+            folder=folder, which="", is_run=False, model=model, tokenizer=tokenizer if tokenizer.exists() else None
+        )
+    plain = read_run_config(run)["model"]
+    model = from_plain(LanguageModelConfig, plain, path="model", origin=str(run / "config.json"))
+    which = folder.name.removeprefix("step-").lstrip("0") or "0" if checkpoint else which
+    return Origin(folder=run, which=which, is_run=True, model=model, tokenizer=run / "tokenizer.json")
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """What `Origin.fill` returned, for people."""
+    if "step" not in record:
+        return f"weights from {record['folder']}, as exported"
+    step, which = record["step"], record["checkpoint"]
+    chosen = f"step {step}" if which.isdigit() else f"step {step} ({which})"
+    return f"weights from {record['folder']}, {chosen}, {record['weights']}"
+
+
+def _shapes(model: LanguageModelConfig) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.skeleton().state_dict().items()}

@@ -1,0 +1,140 @@
+"""What the command line guards, the library does: Python users meet the same errors, and nothing that is none."""
+
+import copy
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import swamla
+from swamla.errors import CorruptError, DataError, UsageError
+from swamla.model.language_model import LanguageModel
+from swamla.model.sampling import Sampling
+from tests.train.helpers import model_of, run, tiny_config, tiny_dataset
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory):
+    """A run whose model has 4096 ids, of which its tokenizer knows 257."""
+    folder = tmp_path_factory.mktemp("padded")
+    model = model_of("mha")
+    model = type(model)(**model.__dict__ | {"vocab_size": 4096, "dropout": 0.0})
+    run(tiny_config(model, steps=1), folder / "run", tiny_dataset(folder))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def loaded(padded):
+    return swamla.load(padded)
+
+
+@pytest.mark.parametrize("decoding", ["eager", "int8"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 50.0])
+def test_no_id_without_a_text_is_generated_from_a_padded_vocabulary(loaded, temperature, decoding):
+    model, tokenizer = loaded
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.head.weight[tokenizer.vocab_size :] *= 100  # where ids are drawn freely it is one of these
+    settings = {"sampling": Sampling(temperature=temperature), "decoding": decoding}
+    for row in model.generate([[tokenizer.eos_id], [65, 66]], 40, **settings):
+        assert len(row) == 40
+        assert max(row) < tokenizer.vocab_size
+        tokenizer.decode(row)
+    done = swamla.generate_text(model, tokenizer, ["a"], 10, **settings)
+    assert tokenizer.decode(done.completions[0].tokens) == done.completions[0].text
+    everything = model.generate([[65]], 40, known_ids=4096, sampling=Sampling(temperature=temperature))[0]
+    assert max(everything) >= tokenizer.vocab_size, "or the test shows nothing"
+
+
+def test_a_tokenizer_of_another_run_is_told(padded, tmp_path):
+    small = run(tiny_config(steps=1), tmp_path / "small", tiny_dataset(tmp_path, "char"))
+    assert small.model.config.vocab_size < 257
+    shutil.copyfile(padded / "tokenizer.json", tmp_path / "small" / "tokenizer.json")
+    with pytest.raises(CorruptError, match=r"tokenizer\.json: has 257 ids, the model \d+: it is another run's"):
+        swamla.load(tmp_path / "small")
+
+
+PROMPTS = [
+    ([], "a prompt is empty"),
+    ([[]], "a prompt is empty"),
+    ([[65], []], "a prompt is empty"),
+    ([[4096]], "token 4096 in prompt 0 is outside the vocabulary of 4096"),
+    ([[65], [-1]], "token -1 in prompt 1 is outside the vocabulary"),
+    (["text"], "prompt 0 is 'text': must be token ids; swamla.generate_text takes texts"),
+    ([[1.5]], "prompt 0 is [1.5]: must be token ids"),
+    ([[None]], "prompt 0 is [None]: must be token ids"),
+]
+
+
+@pytest.mark.parametrize(("prompts", "message"), PROMPTS, ids=[str(prompts) for prompts, _ in PROMPTS])
+def test_prompts_that_cannot_be_are_refused(loaded, prompts, message):
+    with pytest.raises(UsageError) as caught:
+        loaded[0].generate(prompts, 3)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, tuple, lambda ids: [tuple(row) for row in ids]])
+def test_prompts_may_be_any_sequences_of_whole_numbers(loaded, kind):
+    ids = [[65, 66, 67], [68, 69, 70]]
+    expected = loaded[0].generate(ids, 4)
+    assert loaded[0].generate(kind(ids), 4) == expected
+    assert loaded[1].decode(kind(ids)[0]) == "ABC"
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_number_of_tokens_that_cannot_be_is_refused(loaded, count):
+    with pytest.raises(UsageError, match=f"max_new_tokens = {count}: must be >= 1"):
+        loaded[0].generate([[65]], count)
+    with pytest.raises(UsageError, match=f"max_new_tokens = {count}: must be >= 1"):
+        swamla.generate_text(*loaded, ["a"], count)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("abc", "must be a list of texts"), ([], "a prompt is empty"), (["a\0"], "NUL"), (["\ud800"], "lone surrogate")],
+)
+def test_texts_that_cannot_be_are_refused(loaded, text, message):
+    with pytest.raises(UsageError, match=message):
+        swamla.generate_text(*loaded, text, 3)
+
+
+@pytest.mark.parametrize("tokens", [torch.tensor([[4096]]), torch.tensor([[-1]]), torch.tensor([[0.5]])], ids=str)
+def test_what_is_no_token_id_is_refused_by_every_way_into_the_model(loaded, tokens):
+    model: LanguageModel = loaded[0]
+    message = r"token \S+ is outside the vocabulary of 4096|tokens are of torch.float32: must be of torch.int64"
+    for enter in (model, model.hidden, lambda tokens: model.step(tokens, model.init_state(1, 4))):
+        with pytest.raises(UsageError, match=message):
+            enter(tokens)
+    with pytest.raises(UsageError, match=message):
+        model.loss(tokens, torch.tensor([[0]]))
+
+
+@pytest.mark.parametrize("ids", [[257], [-1], ["a"], "text", [0.5], 3], ids=str)
+def test_what_no_text_has_is_not_decoded(loaded, ids):
+    with pytest.raises(DataError):
+        loaded[1].decode(ids)
+
+
+@pytest.mark.parametrize("temperature", [math.nan, math.inf, -1.0])
+def test_a_temperature_that_cannot_be_is_refused(temperature):
+    with pytest.raises(ValueError, match=r"temperature = .*: must be >= 0"):
+        Sampling(temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-50, 5e-324])
+def test_however_small_a_temperature_the_likeliest_token_is_drawn(temperature):
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    sampling = Sampling(temperature=temperature)
+    assert sampling.choose(logits, sampling.generators(3)) == logits.argmax(dim=-1).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_model_that_diverged_says_so_instead_of_drawing_anything(loaded, wrong, temperature):
+    model = copy.deepcopy(loaded[0])
+    with torch.no_grad():
+        model.norm.weight.fill_(wrong)
+    with pytest.raises(UsageError, match="the model's logits are not finite"):
+        model.generate([[65]], 3, sampling=Sampling(temperature=temperature))

@@ -1,0 +1,246 @@
+"""What a resumed run may change: all of it is told, no number keeps a meaning that it no longer has, no rate jumps."""
+
+import io
+import json
+from dataclasses import fields, replace
+
+import pytest
+from rich.console import Console
+
+from swamla.cli.runs import summarize
+from swamla.errors import ConfigError
+from swamla.train import TrainConfig, train
+from swamla.train.changes import LEARNING, MAY_CHANGE, RATES, SAME_NUMBERS, SCORING, check_same_run
+from swamla.train.optim import LionConfig
+from swamla.train.tracking import read_metrics
+
+from .helpers import MODEL, held_out, losses, run, tiny_config
+
+# Another value of every field of TrainConfig than `tiny_config` has.
+OTHER = {
+    "steps": 7,
+    "max_minutes": 60.0,
+    "batch_size": 8,
+    "accumulation": 2,
+    "block_size": 16,
+    "curriculum": "16:1k,32:inf",
+    "optimizer": LionConfig(),
+    "lr": 2e-3,
+    "min_lr_ratio": 0.5,
+    "warmup": 0.5,
+    "schedule": "linear",
+    "decay": 0.3,
+    "schedule_steps": 3,
+    "schedule_minutes": 90.0,
+    "weight_decay": 0.5,
+    "grad_clip": 2.0,
+    "ema": 0.9,
+    "eval_interval": 2,
+    "eval_seconds": 9e9,
+    "eval_tokens": 64,
+    "save_interval": 2,
+    "keep_last": 3,
+    "async_save": True,
+    "on_save_error": "continue",
+    "max_skipped": 5,
+    "spike_factor": 50.0,
+    "rank_timeout_minutes": 3.0,
+    "log_interval": 2,
+    "tensorboard": True,
+    "wandb_project": "p",
+    "wandb_run_name": "n",
+    "hf_repo_id": "me/x",
+    "hf_private": False,
+    "profile": True,
+    "profile_steps": 1,
+    "profile_warmup": 1,
+    "init_from": "elsewhere",
+    "init_checkpoint": "latest",
+    "seed": 5,
+    "precision": "bf16",
+    "checkpointing": "all",
+    "compile": "default",
+    "parallel": "ddp",
+    "shards": 1,
+    "expert_parallel": 2,
+    "device": "auto",
+    "threads": 1,
+}
+BESIDES = {
+    "wandb_run_name": {"wandb_project": "p"},
+    "init_checkpoint": {"init_from": "x"},
+}  # without which a field cannot be
+# Settings of several processes, of what is not installed everywhere, of services: not tried in a run here.
+ELSEWHERE = {"parallel", "shards", "expert_parallel", "compile", "wandb_project", "wandb_run_name", "hf_repo_id"}
+ELSEWHERE |= {"tensorboard", "hf_private"}
+
+
+def said_by(config, folder, dataset, **options):
+    """Train on; what was said."""
+    out = io.StringIO()
+    train(config, folder, dataset=dataset, console=Console(file=out, width=400), resume=True, **options)
+    return out.getvalue()
+
+
+@pytest.fixture
+def begun(tmp_path, dataset):
+    """A run of six steps, finished."""
+    run(tiny_config(), tmp_path / "run", dataset, evaluate=held_out(dataset))
+    return tmp_path / "run"
+
+
+def test_every_setting_is_of_one_kind_and_has_another_value_here():
+    names = [f.name for f in fields(TrainConfig)]
+    assert set(OTHER) == set(names)
+    assert len(MAY_CHANGE) == len({*SAME_NUMBERS, *LEARNING, *SCORING})
+    assert set(MAY_CHANGE) <= set(names)
+    assert all(getattr(tiny_config().train, name) != value for name, value in OTHER.items())
+
+
+def test_a_setting_may_change_or_is_refused_by_name(begun):
+    for name, value in OTHER.items():
+        changed = tiny_config(**(BESIDES.get(name, {}) | {name: value}))
+        changed = replace(changed, model=replace(changed.model, vocab_size=0))
+        if name in MAY_CHANGE:
+            check_same_run(changed, begun)
+        else:
+            with pytest.raises(ConfigError, match=rf"train\.{name}\S* = .*: the run to resume had"):
+                check_same_run(changed, begun)
+
+
+def test_what_is_said_to_leave_the_numbers_does_and_every_change_is_told(tmp_path, dataset):
+    model = replace(MODEL, dropout=0.0)  # whose draws depend on how rows are split
+    run(tiny_config(model, steps=8), tmp_path / "whole", dataset, evaluate=held_out(dataset))
+    halfway = tiny_config(model, steps=8, max_minutes=9e9, save_interval=4)
+    run(halfway, tmp_path / "run", dataset, evaluate=held_out(dataset))
+    for path in (tmp_path / "run" / "checkpoints").glob("step-00000008*"):
+        path.rename(tmp_path / path.name)
+    tried = {name: OTHER[name] for name in SAME_NUMBERS if name not in ELSEWHERE}
+    said = said_by(
+        tiny_config(steps=8, max_minutes=9e9, **tried), tmp_path / "run", dataset, evaluate=held_out(dataset)
+    )
+    line = next(line for line in said.splitlines() if line.startswith("changed in this run: "))
+    before = halfway.train.__dict__
+    assert all(f"{name} {before[name]} → {value}" in line for name, value in tried.items())
+    assert "learning rate" not in said
+    assert dict(losses(tmp_path / "run")) == pytest.approx(dict(losses(tmp_path / "whole")), rel=1e-4)
+
+
+def test_the_best_is_scored_anew_by_what_evaluations_are_of_now(tmp_path, dataset):
+    score, few = held_out(dataset), []
+
+    def evaluate(model):
+        found = score(model)
+        return found if not few else found | {"loss": found["loss"] - 1, "tokens": few[0]}
+
+    few.append(64)  # by 64 tokens every loss is lower by 1
+    config = tiny_config(eval_interval=2, eval_tokens=64, keep_last=5, save_interval=2, lr=1e-2)
+    state = run(config, tmp_path / "run", dataset, evaluate=evaluate)
+    step, low = state.best
+    few.clear()
+    wider = tiny_config(eval_interval=2, keep_last=5, save_interval=2, lr=1e-2, steps=8, schedule_steps=6)
+    said = said_by(wider, tmp_path / "run", dataset, evaluate=evaluate)
+    line = f"the best so far, of step {step}, scored anew (eval_tokens 64 → None): {low:.4f} → {low + 1:.4f}"
+    assert line in said
+    marked = json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())
+    after = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["step"] > 6 and "held_out_loss" in r]
+    expected = min([low + 1, *(r["held_out_loss"] for r in after)])
+    assert marked["loss"] == pytest.approx(expected)
+    assert summarize(tmp_path / "run").held_out_loss == pytest.approx(expected)
+    assert "scored anew" not in said_by(wider, tmp_path / "run", dataset, evaluate=evaluate), "once"
+
+
+def test_a_score_is_of_the_weights_that_were_the_best_averages_included_and_training_goes_on_unchanged(
+    tmp_path, dataset
+):
+    seen = []
+
+    def evaluate(model):
+        seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        return {"loss": float(len(seen))}  # the first is the best
+
+    config = tiny_config(eval_interval=2, eval_tokens=64, ema=0.9, save_interval=2)
+    run(config, tmp_path / "run", dataset, evaluate=evaluate)
+    best, end = seen[0], len(seen)
+    run(
+        replace(config, train=replace(config.train, eval_tokens=32)),
+        tmp_path / "run",
+        dataset,
+        evaluate=evaluate,
+        resume=True,
+    )
+    assert all(best[name].equal(p) for name, p in seen[end].items())
+    again = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "best_held_out_loss" in r]
+    assert again == [{"step": 6, "best_step": 2, "best_held_out_loss": end + 1.0}]
+
+
+def test_a_best_that_is_damaged_is_sought_anew(tmp_path, dataset):
+    scores = iter([1.0, 2.0, 3.0, 4.0])
+    config = tiny_config(eval_interval=2, eval_tokens=64, save_interval=2, keep_last=5)
+    run(config, tmp_path / "run", dataset, evaluate=lambda model: {"loss": next(scores)})
+    (tmp_path / "run" / "checkpoints" / "step-00000002" / "model.safetensors").write_bytes(b"")
+    wider = replace(config, train=replace(config.train, eval_tokens=None, steps=8, schedule_steps=6))
+    with pytest.warns(UserWarning, match=r"damaged checkpoint: .*step-00000002"):
+        said = said_by(wider, tmp_path / "run", dataset, evaluate=lambda model: {"loss": next(scores)})
+    assert "so the best is sought anew" in said
+    assert json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text()) == {"step": 8, "loss": 4.0}
+
+
+SCHEDULES = ["cosine", "linear", "wsd"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("bound", ["steps", "max_minutes"])
+def test_a_finished_run_does_not_get_more_to_do_at_another_rate_unless_that_is_asked_for(
+    tmp_path, dataset, schedule, bound
+):
+    budget = {"steps": 6} if bound == "steps" else {"steps": None, "max_minutes": 0.02}
+    flag = "schedule_steps" if bound == "steps" else "schedule_minutes"
+    state = run(tiny_config(schedule=schedule, **budget), tmp_path / "run", dataset)
+    longer = {"steps": 12} if bound == "steps" else {"steps": None, "max_minutes": state.seconds / 30}
+    with pytest.raises(ConfigError) as caught:
+        run(tiny_config(schedule=schedule, **longer), tmp_path / "run", dataset, resume=True)
+    said = str(caught.value)
+    assert said.startswith(f"train.{bound} = {longer[bound]}: was {budget[bound]}, and the learning rate, 1.00e-03 now")
+    assert f"--{flag} {budget[bound]:g} (it stays at 1.00e-03) or --{flag} {longer[bound]:g} (it rises" in said
+
+
+def test_the_rate_stays_or_rises_as_was_chosen_and_both_are_told(tmp_path, dataset):
+    rates = {}
+    for name, schedule_steps in (("stays", 6), ("rises", 12)):
+        run(tiny_config(), tmp_path / name, dataset)
+        more = tiny_config(steps=12, schedule_steps=schedule_steps)
+        said = said_by(more, tmp_path / name, dataset)
+        assert f"steps 6 → 12, schedule_steps None → {schedule_steps}" in said
+        rates[name] = [r["lr"] for r in read_metrics(tmp_path / name / "metrics.jsonl") if "lr" in r]
+        told = f"learning rate {rates[name][6]:.2e} from step 7 on, 1.00e-03 without the changes"
+        assert (told in said) == (name == "rises")
+        assert "changed" not in said_by(more, tmp_path / name, dataset), "a choice is made once"
+    assert rates["stays"][6:] == [1e-3] * 6
+    assert rates["rises"][6] > 5e-3 > rates["rises"][-1] > 1e-3
+
+
+def test_other_rates_that_are_named_are_a_choice_and_both_are_told(begun, dataset):
+    said = said_by(tiny_config(steps=9, lr=3e-3, schedule="constant", warmup=0.0), begun, dataset)
+    assert "learning rate 3.00e-03 from step 7 on, 1.00e-03 without the changes" in said
+    assert set(RATES) > {"lr", "schedule", "warmup"}
+
+
+def test_a_longer_run_whose_rate_does_not_jump_needs_no_choice(tmp_path, dataset):
+    run(tiny_config(schedule="constant"), tmp_path / "run", dataset)
+    said = said_by(tiny_config(schedule="constant", steps=7), tmp_path / "run", dataset)
+    assert "changed in this run: steps 6 → 7\n" in said
+    assert "without the changes" not in said
+
+
+@pytest.mark.parametrize(
+    ("bounds", "said"),
+    [
+        ({}, "the run is finished: 6 of 6 steps; more steps or max_minutes go on with it"),
+        ({"max_minutes": 60.0}, "the run is finished: 6 of 6 steps, 0.0 of 60 minutes; more steps or max_minutes"),
+    ],
+)
+def test_a_finished_run_that_is_resumed_says_so(tmp_path, dataset, bounds, said):
+    run(tiny_config(**bounds), tmp_path / "run", dataset)
+    assert said in said_by(tiny_config(**bounds), tmp_path / "run", dataset)
+    assert len(losses(tmp_path / "run")) == 6
