@@ -1,4 +1,4 @@
-# make quickstart | make test | make bench | make faults | make clean | make help
+# make quickstart | make test | make bench | make faults | make mutants | make clean | make help
 #
 # Needs Python >= 3.11 and make; everything else goes into .venv. To use another interpreter: make PYTHON=python3.12 …
 # On Linux PyPI's torch carries CUDA (several GB). The CPU build, a tenth of that, comes from PyTorch's CPU index, whose
@@ -21,12 +21,13 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARA
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test bench faults lint clean
+.PHONY: help quickstart test bench faults mutants lint clean
 
 help:
 	@echo 'make quickstart   install into $(VENV), then train the small model of the recipe "quickstart" (about 3 minutes)'
 	@echo 'make test         install with the development tools, then lint, types and every test'
 	@echo 'make faults       try everything that a run should survive, and write docs/reliability.md (about 10 minutes)'
+	@echo 'make mutants      change one line after the other, and see a test fail for each (about 10 minutes)'
 	@echo 'make bench        measure everything on this machine, others beside us (about 13 minutes); arguments in BENCH_ARGS'
 	@echo 'make lint         only ruff and mypy'
 	@echo 'make clean        remove $(VENV) and caches; trained models under runs/ are kept'
@@ -41,6 +42,9 @@ test: lint
 
 faults: $(VENV)/.installed-dev
 	$(TEST_ENV) $(BIN)/python -m tests.faults
+
+mutants: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.mutants $(MUTANTS)
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.cpu $(BENCH_ARGS)

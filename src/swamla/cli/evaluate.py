@@ -11,6 +11,7 @@ from swamla.cli.flags import Positional, parse
 from swamla.cli.running import read_data, validation
 from swamla.config import from_plain
 from swamla.errors import UsageError
+from swamla.evaluate import bytes_apart
 from swamla.train import RunConfig
 from swamla.train.precision import autocast, resolve_precision, without_fp8
 
@@ -56,11 +57,13 @@ def main(argv: list[str]) -> int:
     precision = without_fp8(resolve_precision(config.train.precision, model.device))
     with autocast(precision, model.device):
         found = score(model)
+    apart = bytes_apart(dataset.held_out, dataset.tokenizer.decode)
     if arguments.json:
-        print(json.dumps(found | {"precision": precision}))
+        print(json.dumps(found | {"precision": precision, "bytes_apart": apart}))
     else:
         print(f"loss          {found['loss']:.4f} nats per token")
         print(f"perplexity    {found['perplexity']:.2f}")
         print(f"bits per byte {found['bits_per_byte']:.4f}")
         print(f"over {found['tokens']:,} tokens, {found['bytes']:,.0f} bytes of {data.source}, in {precision}")
+        print(f"bytes counted less those that the tokens decode to: {apart:,}")
     return 0

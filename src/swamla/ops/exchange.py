@@ -37,7 +37,8 @@ def at_owners(rows_ND: Tensor, load_E: Tensor, work: Work, group: Any) -> Tensor
     sorting = Dispatch(expert_N.unsqueeze(1), owned)
     owned_rows, at_home = rows_ND.split((sum(there), len(rows_ND) - sum(there)))
     y_NF = work(sorting.scatter(_Travel.apply(owned_rows, there, here, group)), sorting.ends_E)
-    return F.pad(_Travel.apply(sorting.unsorted(y_NF), here, there, group), (0, 0, 0, len(at_home)))
+    y_NF = _Travel.apply(sorting.unsorted(y_NF), here, there, group)
+    return F.pad(y_NF, (0, 0, 0, len(at_home))) if len(at_home) else y_NF
 
 
 class _Travel(torch.autograd.Function):

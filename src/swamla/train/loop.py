@@ -163,8 +163,8 @@ class _Loop:
 
     def run(self, stop: StopRequest) -> None:
         """Step until the budget is spent or somebody asks to stop; then evaluate, if nobody did, and save."""
-        while not (stopped := self.stopped(stop)) and (progress := self.progress()) < 1:
-            self.step(progress)
+        while not (stopped := self.stopped(stop)) and self.progress(0.5) < 1:  # in the middle of the next step
+            self.step()
             self.keeper.settle()
             self.profiling.step()
             self.hub.attend()
@@ -180,9 +180,9 @@ class _Loop:
             where = f"after step {self.state.step}; all is saved in {self.run_dir}"
             raise Interrupted(f"stopped by {stop.received.name} {where}", stop.exit_status)
 
-    def progress(self) -> float:
-        """How far the run will be in the middle of the next step: the step is taken while this is below 1."""
-        return self.config.budget.progress(self.state.step + 0.5, self.seconds() + 0.5 * self.step_seconds)
+    def progress(self, steps: float) -> float:
+        """How far the run will be after so many more steps, each as long as the last one."""
+        return self.config.budget.progress(self.state.step + steps, self.seconds() + steps * self.step_seconds)
 
     def stopped(self, stop: StopRequest) -> bool:
         """True on every rank once one of them was asked to stop."""
@@ -195,15 +195,16 @@ class _Loop:
         """Time spent on this run, whenever it was taken up; by the main rank's clock, so that all decide alike."""
         return distributed.from_main(time.monotonic() - self.started)
 
-    def step(self, progress: float) -> None:
+    def step(self) -> None:
         """Take one training step, count it, tell about it."""
         state, begin = self.state, time.monotonic()
         self.watch.begin(f"step {state.step + 1}", limited=True)
         fault("begin", state.step + 1)
-        lr = self.config.lr * self.config.learning_rate.factor(progress, state.step)
+        lr = self.config.lr * self.config.learning_rate.factor(self.progress(1), state.step)
         share = self.config.batch_size // distributed.world_size()
         batch = self.rows.batch(state.sample + distributed.rank() * share, share)
-        result = training_step(state, cut(batch, self.sequence_length()), self.config, lr)
+        batch = cut(batch, self.sequence_length())
+        result = training_step(state, batch, self.config, lr)
         fault("update", state.step + 1)
         state.step += 1
         state.sample += self.config.batch_size
@@ -219,8 +220,9 @@ class _Loop:
             return
         # A spike before any checkpoint stays a step like any other, but max_skipped of them in a row end the run.
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if spike else 0
+        flops = distributed.sum_of(self.log.flops.of(batch.document_BT))
         if distributed.is_main():
-            self.log.write(result, lr=lr, length=self.length, seconds=self.step_seconds)
+            self.log.write(result, lr=lr, flops=flops, seconds=self.step_seconds)
         if spike:
             self.end_if_too_many("had a loss spike")
 
