@@ -1,4 +1,4 @@
-# make quickstart | make test | make bench | make faults | make test-machines | make clean | make help
+# make quickstart | make test | make bench | make faults | make mutants | make test-machines | make clean | make help
 #
 # Needs Python >= 3.11 and make; everything else goes into .venv. To use another interpreter: make PYTHON=python3.12 …
 # On Linux PyPI's torch carries CUDA (several GB). The CPU build, a tenth of that, comes from PyTorch's CPU index, whose
@@ -21,7 +21,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARA
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-machines bench faults lint clean
+.PHONY: help quickstart test test-machines bench faults mutants lint clean
 
 help:
 	@echo 'make quickstart   install into $(VENV), then train the small model of the recipe "quickstart" (about 3 minutes)'
@@ -29,6 +29,7 @@ help:
 	@echo 'make faults       try everything that a run should survive, and write docs/reliability.md (about 10 minutes)'
 	@echo 'make test-machines   every test on the machines that this one can play: fewer vector instructions, other threads,'
 	@echo '                  other versions of Python and torch; written into docs/reliability.md (about an hour)'
+	@echo 'make mutants      change one line after the other, and see a test fail for each (about 10 minutes)'
 	@echo 'make bench        measure everything on this machine, others beside us (about 13 minutes); arguments in BENCH_ARGS'
 	@echo 'make lint         only ruff and mypy'
 	@echo 'make clean        remove $(VENV) and caches; trained models under runs/ are kept'
@@ -46,6 +47,9 @@ test-machines: $(VENV)/.installed-dev
 
 faults: $(VENV)/.installed-dev
 	$(TEST_ENV) $(BIN)/python -m tests.faults
+
+mutants: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.mutants $(MUTANTS)
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.cpu $(BENCH_ARGS)

@@ -20,8 +20,8 @@ from swamla.model import (
     MLAConfig,
     SWAConfig,
     count_parameters,
-    training_flops_per_token,
 )
+from swamla.model.accounting import TrainingFlops
 from swamla.model.initial import own_starts
 from swamla.model.language_model import LanguageModel
 from swamla.recipes import recipe_path
@@ -122,7 +122,8 @@ class OurStep:
         device, (rows, length) = torch.device(place.device), batches[0].tokens_BT.shape
         mode: Compile = "default" if compiled else "none"
         model, count = filled(config, device), count_parameters(config)
-        self.flops_per_token = training_flops_per_token(config, length)
+        flops = TrainingFlops(config)
+        self.flops_per_token = sum(flops.of(batch.document_BT) for batch in batches) / (len(batches) * rows * length)
         self.parameters, self.active = count.total, count.active
         self.backends = resolve_backends(config, device, precision)
         self.notes = [convert_to_fp8(model, device)] if precision == "fp8" else []

@@ -122,11 +122,12 @@ def experts(place: Place) -> Iterator[Figures]:
     dense = DenseConfig(hidden=round(sparse.n_active_parameters(width) / (3 * width) / 64 + 0.5) * 64)
     batch, time = (2, 32) if place.quick else (8, 2048)
     (x,) = _leaves(place, (batch, time, width))
+    seq = Layout.one_document_per_row(batch, time, device=place.device)
     for name, ffn in {"latent_moe": sparse, "dense": dense}.items():
         with torch.device(place.device):
             module = ffn.build(width)
         timing = timed(
-            _both(_in_bf16(place, lambda x, *_, module=module: module(x)[0]), [x, *module.parameters()]), place
+            _both(_in_bf16(place, lambda x, *_, module=module: module(x, seq)[0]), [x, *module.parameters()]), place
         )
         yield {
             "ffn": name,

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.gpu_running import Figures, Place
 from swamla.bench.measuring import Timing, interleaved, seconds_of
+from swamla.train.utilisation import matmul_flops as measured_flops
 
 FP8_MULTIPLE = 16  # rows and columns that fp8 products want
 
@@ -29,10 +30,8 @@ def used(backends: Mapping[str, str]) -> list[str]:
 
 
 def matmul_flops(place: Place, dtype: torch.dtype = torch.bfloat16) -> float:
-    """What a large product of random matrices reaches here and now; constants would run faster than any training."""
-    size = 128 if place.quick else 8192
-    a, b = (torch.randn(size, size, device=place.device).to(dtype) for _ in range(2))
-    return 2 * size**3 / timed(partial(torch.matmul, a, b), place, rounds=100, limit=0.5).median
+    """What a large product of random matrices reaches here and now."""
+    return measured_flops(torch.device(place.device), dtype, seconds=0.5, size=128 if place.quick else None)
 
 
 def fp8_flops(place: Place) -> float:

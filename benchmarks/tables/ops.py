@@ -165,7 +165,8 @@ def experts(sizes: Sizes) -> Iterator[Race]:
         moe = MoEConfig(n_experts=sizes.experts, n_activated=4, expert_hidden=sizes.hidden).build(sizes.width)
         for parameter in moe.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
-        return step(lambda x: moe(x)[0])
+        seq = Layout.one_document_per_row(1, sizes.tokens)
+        return step(lambda x: moe(x, seq)[0])
 
     x = leaf(1, sizes.tokens, sizes.width)
 

@@ -83,6 +83,13 @@ def test_ceilings_are_rates_that_a_processor_can_have(monkeypatch: pytest.Monkey
     assert 1e7 < found["copy_bytes"] < 1e13
 
 
+def test_a_copy_reads_and_writes_each_byte(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "matmul_flops", lambda device, dtype, *, seconds: 1.0)
+    monkeypatch.setitem(measuring._COPIED, "cpu", 1 << 12)
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda target, source: setattr(clock, "now", clock.now + 0.5))
+    assert ceilings(seconds=2.0)["copy_bytes"] * 0.5 == (1 << 12) + (1 << 12)
+
+
 def test_the_machine_is_described_and_not_named() -> None:
     found = machine()
     assert found["processor"]

@@ -10,8 +10,10 @@ from swamla.bench.synthetic import DOCUMENT, synthetic_dataset, whole_rows
 from swamla.bench.training import Parts, Shape, batch_of, clocked, expected_bytes, held_bytes, measure_step
 from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset
+from swamla.data.packing import NO_LABEL, Batch
 from swamla.model import BlockConfig, DenseConfig, LanguageModelConfig, MHAConfig
-from swamla.model.accounting import count_parameters
+from swamla.model.accounting import count_parameters, training_flops_per_token
+from swamla.ops.layout import PADDING
 from swamla.train import RunConfig, TrainConfig
 from swamla.train.memory_advice import Place
 from swamla.train.run_folder import fresh_state
@@ -70,6 +72,18 @@ def test_a_row_has_what_its_shape_computes(dataset: Dataset) -> None:
     row = measure_step(CONFIG, fresh_state(CONFIG, dataset), batch_of(OWN, dataset), OWN, peak=1e10, limit=0.0)
     assert (row["name"], row["rows"], row["length"], row["rounds"]) == ("4 × 64 in 2 packed", 4, 64, 1)
     assert float(row["tokens_per_s"] or 0) == pytest.approx(OWN.tokens / float(row["median_s"] or 1))
+
+
+def test_documents_cost_what_they_cost_alone_and_padding_nothing(dataset: Dataset) -> None:
+    tokens_BT, labels_BT, document_BT = whole_rows(4, 64, VOCABULARY)
+    document_BT[:, 40:] = 1
+    document_BT[0, 10:] = document_BT[1] = PADDING
+    batch = Batch(tokens_BT, labels_BT.masked_fill(document_BT == PADDING, NO_LABEL), document_BT)
+    row = measure_step(CONFIG, fresh_state(CONFIG, dataset), batch, replace(OWN, packed=False), peak=1e10, limit=0.0)
+    lengths = [10, 40, 24, 40, 24]
+    assert float(row["tokens_per_s"] or 0) * float(row["median_s"] or 0) == pytest.approx(sum(lengths))
+    assert row["flops"] == pytest.approx(sum(n * training_flops_per_token(MODEL, n) for n in lengths))
+    assert float(row["matmul_share"] or 0) * float(row["median_s"] or 0) * 1e10 == pytest.approx(row["flops"])
 
 
 def test_shapes_shrink_to_one_row_and_their_micro_batches_never_grow() -> None:

@@ -124,8 +124,37 @@ def test_the_share_of_the_matmul_rate_is_by_the_accountings_operations(
     tables: dict[str, list[dict[str, Any]]],
 ) -> None:
     for row in tables["training"]:
-        flops = training_flops_per_token(tiny_model(), row["length"]) * row["tokens_per_s"]
-        assert row["matmul_share"] == pytest.approx(flops / CEILINGS["fp32_flops"])
+        whole_rows = training_flops_per_token(tiny_model(), row["length"]) * row["length"] * row["rows"]
+        packed = row["name"].endswith("packed")  # of documents, which may end within a row
+        assert row["flops"] <= whole_rows if packed else row["flops"] == pytest.approx(whole_rows)
+        assert row["tokens_per_s"] == pytest.approx(row["rows"] * row["length"] / row["median_s"])
+        assert row["matmul_share"] * row["median_s"] * CEILINGS["fp32_flops"] == pytest.approx(row["flops"])
+    loaded = tables["data"][0]
+    assert loaded["tokens_per_s"] * loaded["median_s"] == pytest.approx(4 * 32)
+    assert loaded["times_training"] * tables["training"][0]["tokens_per_s"] == pytest.approx(loaded["tokens_per_s"])
+
+
+def test_rates_of_generation_and_text_are_those_of_their_times(tables: dict[str, list[dict[str, Any]]]) -> None:
+    for row in tables["generation"]:
+        assert row["prefill_tokens_per_s"] * row["first_token_s"] == pytest.approx(row["prompt"])
+        assert row["decode_tokens_per_s"] * row["token_s"] == pytest.approx(1)
+    text = sum(len(part.encode()) for part in feeding.library_text())
+    row = tables["data"][1]
+    assert row["text_bytes_per_s"] * row["median_s"] == pytest.approx(text)
+    assert row["tokens_per_s"] == pytest.approx(row["text_bytes_per_s"])  # a token is a byte
+
+
+def test_padding_is_not_counted_as_tokens_trained_on_or_loaded() -> None:
+    lines = ("--batch_size", "2", "--accumulation", "1", "--block_size", "1500", "--buffer_docs", "10")
+    tables = measured("bench", "tiny.toml", *NO_MORE, *lines)[0]["tables"]
+    trained, loaded = tables["training"][0], tables["data"][0]
+    for row in (trained, loaded):
+        assert 0.3 * 2 * 1500 < row["tokens_per_s"] * row["median_s"] < 0.99 * 2 * 1500
+
+
+def test_ceilings_are_told_in_the_units_they_have(whole: tuple[dict[str, Any], list[str]]) -> None:
+    told = "it reaches, in large matrix products, fp32 100 GFLOP/s and bf16 200 GFLOP/s, and copies 10 GB/s"
+    assert told in whole[1]
 
 
 def test_every_part_of_a_step_takes_time_and_memory_is_more_than_weights_and_moments(

@@ -1,6 +1,7 @@
 """Held-out loss, perplexity and bits per byte are what their definitions say."""
 
 import math
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -11,12 +12,12 @@ import torch
 from swamla.data.packing import Batch
 from swamla.data.shards import Split
 from swamla.errors import DataError
-from swamla.evaluate import Evaluation, evaluate, evaluate_split
+from swamla.evaluate import Evaluation, bytes_apart, evaluate, evaluate_split, held_out
 from swamla.model.block import BlockConfig
 from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.mixers.mha import MHAConfig
-from swamla.ops.layout import Layout
+from swamla.ops.layout import PADDING, Layout
 
 VOCABULARY, EOS = 11, 10
 
@@ -98,6 +99,25 @@ def test_padding_and_labels_without_loss_do_not_count(model):
     logits = model.eval()(tokens[:, :3], Layout.one_document_per_row(1, 3))[0].log_softmax(-1)
     assert found.tokens == 2
     assert found.loss == pytest.approx(-(logits[0, 1] + logits[2, EOS]).item() / 2, rel=1e-5)
+
+
+def test_bytes_counted_are_those_of_the_tokens_unless_some_are_lost_or_miscounted():
+    def decode(ids):
+        return "".join(chr(0x4E00 + i) for i in ids)  # of three bytes each
+
+    assert bytes_apart(SPLIT, decode) == 0
+    assert bytes_apart(SPLIT, lambda ids: decode(ids)[1:]) == 3 * len(TEXTS)
+    assert bytes_apart(replace(SPLIT, byte_counts=SPLIT.byte_counts - 1), decode) == -len(TEXTS)
+
+
+def test_a_rank_for_which_no_batch_is_left_reads_nothing_but_padding(monkeypatch):
+    batch = Batch(*(torch.ones(2, 3, dtype=torch.int64) for _ in range(3)))
+    monkeypatch.setattr(held_out.distributed, "rank", lambda: 1)
+    monkeypatch.setattr(held_out.distributed, "world_size", lambda: 2)
+    mine, spare = held_out._share([batch] * 3)
+    assert mine is batch
+    assert spare.n_labels == 0
+    assert (spare.document_BT == PADDING).all()
 
 
 def test_nothing_to_evaluate_is_an_error(model):

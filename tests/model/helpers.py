@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from swamla.model.block import BlockConfig, FFNConfig, MixerConfig
 from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
+from swamla.model.ffns.ffn import FFN, Statistics
 from swamla.model.ffns.latent_moe import LatentMoEConfig
 from swamla.model.ffns.moe import MoEConfig
 from swamla.model.language_model import LanguageModel
@@ -105,6 +106,11 @@ def packed(*lengths: int, padding: int = 0) -> Layout:
 def whole(x_BTD: Tensor) -> Layout:
     """Each row is one document."""
     return Layout.one_document_per_row(x_BTD.shape[0], x_BTD.shape[1])
+
+
+def feed(ffn: FFN, x_BTD: Tensor) -> tuple[Tensor, Statistics]:
+    """What an FFN makes of rows without padding."""
+    return ffn(x_BTD, whole(x_BTD))
 
 
 def assert_close(found: Tensor, expected: Tensor, tolerance: float, what: str = "") -> None:

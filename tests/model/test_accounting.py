@@ -21,7 +21,7 @@ from swamla.model.mixers.swa import SWAConfig
 from swamla.model.norm import DynamicTanhConfig, LayerNormConfig, NormConfig, RMSNormConfig
 from swamla.ops import gated_delta_rule
 
-from .helpers import MIXERS, WIDTH, hybrid_config, random_input, whole
+from .helpers import MIXERS, WIDTH, feed, hybrid_config, random_input, whole
 
 MORE_MIXERS: dict[str, MixerConfig] = {
     **MIXERS,
@@ -202,7 +202,7 @@ def test_flops_of_the_model_are_its_layers_and_its_head() -> None:
 @pytest.mark.parametrize("ffn", FFNS)
 def test_flops_of_an_ffn_are_the_counters(ffn: FFNConfig) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        ffn.build(WIDTH)(random_input(2, 9))
+        feed(ffn.build(WIDTH), random_input(2, 9))
     assert ffn.forward_flops(WIDTH, 18) == counter.get_total_flops()
 
 

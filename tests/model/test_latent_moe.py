@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from swamla.model.ffns.latent_moe import LatentMoE, LatentMoEConfig
 from swamla.ops.grouped_mm import Dispatch, grouped_mm
 
-from .helpers import WIDTH, Named, assert_close, assert_equal_to_oracle, random_input, scramble
+from .helpers import WIDTH, Named, assert_close, assert_equal_to_oracle, feed, random_input, scramble
 
 CONFIG = LatentMoEConfig(n_experts=8, n_activated=3, n_shared=1, ratio=4, expert_hidden=16, shared_hidden=24)
 LATENT = WIDTH // CONFIG.ratio
@@ -76,11 +76,11 @@ def test_routing_dispatch_and_latent_are_nemotron_hs() -> None:
     shared = theirs.shared_experts
     theirs.shared_experts = nn.Module()
     theirs.shared_experts.forward = torch.zeros_like
-    assert_equal_to_oracle(ours, theirs, from_nemotron, lambda x: ours(x)[0], theirs, random_input(2, 40))
+    assert_equal_to_oracle(ours, theirs, from_nemotron, lambda x: feed(ours, x)[0], theirs, random_input(2, 40))
 
     theirs.shared_experts, x = shared, random_input(2, 5)  # with it, the module is the sum of both
     scramble(shared)
-    assert_close(theirs(x), ours(x)[0] + shared(x), 1e-5)
+    assert_close(theirs(x), feed(ours, x)[0] + shared(x), 1e-5)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from .helpers import (
     assert_close,
     assert_equal_to_oracle,
     build_model,
+    feed,
     gradients_of,
     random_input,
     random_tokens,
@@ -53,7 +54,7 @@ def token_by_token(moe: MoE, x_D: Tensor) -> Tensor:
         gate, up = (latent @ moe.experts.gate_up[e]).chunk(2)
         routed = routed + scores_E[e] / scores_E[chosen].sum() * ((F.silu(gate) * up) @ moe.experts.down[e])
     routed = moe.latent_up_proj(routed) if isinstance(moe, LatentMoE) else routed
-    return routed if moe.shared is None else routed + moe.shared(x_D[None, None])[0][0, 0]
+    return routed if moe.shared is None else routed + feed(moe.shared, x_D[None, None])[0][0, 0]
 
 
 @every_backend
@@ -76,7 +77,10 @@ def test_output_and_gradients_are_those_of_each_token_alone(config: MoEConfig, b
     results = []
     for grouped in (True, False):
         moe, leaf = build_moe(replace(config, backend=backend)), x.clone().requires_grad_()
-        y = moe(leaf)[0] if grouped else torch.stack([token_by_token(moe, t) for t in leaf.flatten(0, 1)]).view_as(x)
+        if grouped:
+            y = feed(moe, leaf)[0]
+        else:
+            y = torch.stack([token_by_token(moe, t) for t in leaf.flatten(0, 1)]).view_as(x)
         assert y.abs().max() > 0.1
         y.backward(random_input(2, 5, seed=2))
         for parameter in moe.parameters():  # a lone expert that no token chose, or a router without a choice
@@ -126,14 +130,14 @@ def test_moe_is_deepseek_v3s(n_shared: int, backend: str) -> None:
     bias = 0.3 * torch.randn(config.n_experts, generator=torch.Generator().manual_seed(3))
     ours.router.bias.copy_(bias)
     theirs.gate.e_score_correction_bias.copy_(bias)
-    assert_equal_to_oracle(ours, theirs, from_deepseek, lambda x: ours(x)[0], theirs, random_input(2, 40))
+    assert_equal_to_oracle(ours, theirs, from_deepseek, lambda x: feed(ours, x)[0], theirs, random_input(2, 40))
 
 
 @both
 def test_every_expert_the_router_and_both_projections_receive_gradient(config: MoEConfig) -> None:
     moe = build_moe(config)
     moe.router.bias.zero_()
-    y, statistics = moe(random_input(4, 50))
+    y, statistics = feed(moe, random_input(4, 50))
     assert (statistics["load"] > 0).all()
     y.square().sum().backward()
     for name, gradient in gradients_of(moe).items():
@@ -145,7 +149,7 @@ def test_every_expert_the_router_and_both_projections_receive_gradient(config: M
 def test_experts_without_a_token_get_zeros(config: MoEConfig) -> None:
     moe = build_moe(config)
     moe.router.bias[3] = -10
-    y, statistics = moe(random_input(2, 20))
+    y, statistics = feed(moe, random_input(2, 20))
     y.square().sum().backward()
     assert statistics["load"][3] == 0
     for name in ("experts.gate_up", "experts.down"):
@@ -158,13 +162,13 @@ def test_experts_without_a_token_get_zeros(config: MoEConfig) -> None:
 @torch.no_grad()
 def test_permuting_tokens_permutes_outputs_and_no_token_sees_another(config: MoEConfig) -> None:
     moe, x = build_moe(config), random_input(1, 30)
-    y, _ = moe(x)
+    y, _ = feed(moe, x)
     order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
-    assert_close(moe(x[:, order])[0], y[:, order], 1e-6)
+    assert_close(feed(moe, x[:, order])[0], y[:, order], 1e-6)
     for t in (0, 17, 29):
-        assert_close(moe(x[:, t : t + 1])[0], y[:, t : t + 1], 1e-6, f"token {t} alone")
+        assert_close(feed(moe, x[:, t : t + 1])[0], y[:, t : t + 1], 1e-6, f"token {t} alone")
     crowd = torch.cat((x[:, :1], 5 * random_input(1, 29, seed=3)), dim=1)
-    assert_close(moe(crowd)[0][:, :1], y[:, :1], 1e-6, "in other company")
+    assert_close(feed(moe, crowd)[0][:, :1], y[:, :1], 1e-6, "in other company")
 
 
 @torch.no_grad()
@@ -200,9 +204,9 @@ def test_weights_sum_to_one_even_where_every_score_underflows() -> None:
 def test_autocast_leaves_routing_in_fp32_and_computes_the_rest_within_a_hundredth() -> None:
     for config in (MOE, LATENT):
         moe, x = build_moe(config), random_input(2, 100)
-        exact, wanted = moe(x)
+        exact, wanted = feed(moe, x)
         with torch.autocast("cpu", torch.bfloat16):
-            rounded, found = moe(x)
+            rounded, found = feed(moe, x)
             routing = moe.router(x.flatten(0, 1))
         assert rounded.dtype == torch.bfloat16
         assert routing.logits_NE.dtype == routing.weight_NK.dtype == torch.float32
@@ -216,7 +220,7 @@ def test_bf16_gradients_are_within_their_rounding_of_fp32() -> None:
     for enabled in (False, True):
         moe = build_moe(MOE)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            y, _ = moe(random_input(2, 100))
+            y, _ = feed(moe, random_input(2, 100))
         y.float().backward(random_input(2, 100, seed=2))
         results.append(gradients_of(moe))
     for name, exact in results[0].items():
@@ -237,7 +241,7 @@ def balance_by_the_paper(router: Router, x_BTD: Tensor) -> float:
 
 def test_the_auxiliary_loss_is_the_papers_whatever_the_bias_and_a_sum_over_tokens() -> None:
     moe, x = build_moe(replace(MOE, aux_loss=0.25)), random_input(3, 7)
-    _, statistics = moe(x)
+    _, statistics = feed(moe, x)
     assert statistics["loss"].item() == pytest.approx(21 * 0.25 * balance_by_the_paper(moe.router, x), rel=1e-5)
     statistics["loss"].backward()
     assert moe.router.weight.grad is not None
@@ -250,27 +254,27 @@ def test_the_auxiliary_loss_is_one_a_token_at_perfect_balance_and_more_where_all
     router.weight.data.copy_(torch.eye(8))
     x = 4 * torch.eye(8)[None]  # every token likes another expert best
     logits = router(x[0]).logits_NE[None]
-    assert router.auxiliary_loss(logits).item() == pytest.approx(8, rel=1e-6)
+    assert router.auxiliary_loss(logits, torch.ones(1, 8, dtype=torch.bool)).item() == pytest.approx(8, rel=1e-6)
     crowd = router(x[0, :1].expand(8, 8)).logits_NE[None]
-    assert router.auxiliary_loss(crowd).item() > 12
+    assert router.auxiliary_loss(crowd, torch.ones(1, 8, dtype=torch.bool)).item() > 12
 
 
 def test_the_z_loss_is_the_squared_log_of_the_sum_of_exponentials_over_tokens() -> None:
     moe, x = build_moe(replace(MOE, z_loss=0.5)), random_input(2, 9)
-    _, statistics = moe(x)
+    _, statistics = feed(moe, x)
     logits = x.double() @ moe.router.weight.double().T
     assert statistics["loss"].item() == pytest.approx(0.5 * logits.exp().sum(-1).log().square().sum().item(), rel=1e-5)
-    alone = build_moe(replace(MOE, z_loss=0.5, aux_loss=0.25))(x)[1]["loss"]
-    balance = build_moe(replace(MOE, aux_loss=0.25))(x)[1]["loss"]
+    alone = feed(build_moe(replace(MOE, z_loss=0.5, aux_loss=0.25)), x)[1]["loss"]
+    balance = feed(build_moe(replace(MOE, aux_loss=0.25)), x)[1]["loss"]
     assert alone.item() == pytest.approx((statistics["loss"] + balance).item(), rel=1e-5)
-    assert "loss" not in build_moe(MOE)(x)[1]
+    assert "loss" not in feed(build_moe(MOE), x)[1]
 
 
 @both
 def test_micro_batches_add_up_to_the_whole_batch(config: MoEConfig) -> None:
     moe, x = build_moe(replace(config, aux_loss=0.1, z_loss=0.01)), random_input(6, 11)
-    _, whole = moe(x)
-    parts = [moe(rows)[1] for rows in x.split((1, 3, 2))]
+    _, whole = feed(moe, x)
+    parts = [feed(moe, rows)[1] for rows in x.split((1, 3, 2))]
     assert whole.keys() == {"loss", "load", "entropy", "tokens"}
     for name, value in whole.items():
         total = sum(part[name] for part in parts)
@@ -286,9 +290,9 @@ def test_micro_batches_add_up_to_the_whole_batch(config: MoEConfig) -> None:
 def test_entropy_is_log_experts_where_scores_are_equal_and_little_where_one_stands_out() -> None:
     moe, x = build_moe(MOE), random_input(2, 5)
     moe.router.weight.zero_()
-    assert moe(x)[1]["entropy"].item() == pytest.approx(10 * torch.tensor(8.0).log().item(), rel=1e-6)
+    assert feed(moe, x)[1]["entropy"].item() == pytest.approx(10 * torch.tensor(8.0).log().item(), rel=1e-6)
     moe.router.weight[1:] = -100 * x[0, 0] / x[0, 0].norm()
-    assert moe(x[:1, :1])[1]["entropy"].item() < 0.1
+    assert feed(moe, x[:1, :1])[1]["entropy"].item() < 0.1
 
 
 @torch.no_grad()
@@ -309,12 +313,12 @@ def test_rebalancing_step_after_step_equalises_a_skewed_load() -> None:
     moe.router.bias.copy_(torch.linspace(-0.5, 0.5, 8))
 
     def imbalance() -> float:
-        load = moe(x)[1]["load"].double()
+        load = feed(moe, x)[1]["load"].double()
         return (load.max() / load.mean()).item()
 
     before = imbalance()
     for _ in range(100):
-        moe.rebalance(moe(x)[1])
+        moe.rebalance(feed(moe, x)[1])
     assert before > 2
     assert imbalance() < 1.2
 

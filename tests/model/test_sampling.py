@@ -53,6 +53,22 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_p(top_p: float, expected: int)
     assert kept(Sampling(temperature=1.0, top_p=top_p)) == list(range(expected))
 
 
+@pytest.mark.parametrize(
+    ("top_p", "expected"), [(0.25, [0]), (0.26, [0, 1]), (0.5, [0, 1]), (0.51, [0, 1, 2]), (0.75, [0, 1, 2])]
+)
+def test_of_equally_likely_tokens_the_lowest_ids_stay_and_no_more_than_reach_p(
+    top_p: float, expected: list[int]
+) -> None:
+    quarters = torch.zeros(3, 4)  # whose probabilities and sums are exact
+    found = Sampling(temperature=1.0, top_p=top_p).probabilities(quarters)
+    for row in found:
+        assert row.nonzero().flatten().tolist() == expected
+        torch.testing.assert_close(row[expected], torch.full((len(expected),), 1 / len(expected)))
+    among_others = torch.full((1, 5000), -1e9)
+    among_others[0, 7::1250] = 0.0
+    assert kept(Sampling(temperature=1.0, top_p=top_p), among_others) == [7 + 1250 * i for i in expected]
+
+
 def test_what_is_kept_keeps_its_proportions_and_sums_to_one() -> None:
     found = Sampling(temperature=1.0, top_k=3, top_p=0.95).probabilities(LOGITS)
     torch.testing.assert_close(found, torch.tensor([[0.5, 0.2, 0.15, 0, 0]]) / 0.85)

@@ -63,6 +63,29 @@ def test_experts_with_rows_get_a_gradient_and_those_without_get_zeros(counts: tu
 
 
 @every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", [(3, 0, 5, 1), (0, 0, 9, 0), (0, 0)], ids=str)
+def test_rows_beyond_the_last_experts_become_zero_and_change_nothing(
+    counts: tuple[int, ...], dtype: torch.dtype, backend: str
+) -> None:
+    x, weight, ends = operands(counts)
+    x, weight, surplus = x.to(dtype), weight.to(dtype), torch.full((4, x.shape[1]), 7.0, dtype=dtype)
+    results = []
+    for beyond in (surplus[:0], surplus):
+        leaves = torch.cat([x, beyond]).requires_grad_(), weight.clone().requires_grad_()
+        poison()
+        y = grouped_mm(*leaves, ends, backend=backend, surplus=len(beyond) > 0)
+        poison()
+        y.backward(torch.ones_like(y))
+        results.append([y.detach(), leaves[0].grad, leaves[1].grad])
+    (y, dx, dw), (padded_y, padded_dx, padded_dw) = results
+    for found, expected in ((padded_y, y), (padded_dx, dx)):
+        torch.testing.assert_close(found[: len(x)], expected)
+        assert torch.equal(found[len(x) :], torch.zeros_like(found[len(x) :]))
+    torch.testing.assert_close(padded_dw, dw)
+
+
+@every_backend
 def test_operands_and_gradients_need_not_be_contiguous(backend: str) -> None:
     counts = (3, 0, 5)
     x, weight, ends = operands(counts)

@@ -11,10 +11,11 @@ from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
 import swamla
+from swamla.data.packing import NO_LABEL
 from swamla.errors import Interrupted, MissingBackendError
 from swamla.model.block import BlockConfig
 from swamla.model.ffns.moe import MoEConfig
-from swamla.ops.layout import Layout
+from swamla.ops.layout import PADDING, Layout
 from swamla.train.compile import compile_blocks
 
 from .helpers import MIXERS, held_out, losses, model_of, run, tiny_config, weights
@@ -48,14 +49,16 @@ def hybrid():
     return replace(config, vocab_size=64, blocks=blocks, pattern=("gdn", "swa", "mla"))
 
 
-def step(model, seed):
-    """Loss and gradients of a batch whose documents, like the dropout, depend on the seed."""
+def step(model, seed, padding=0):
+    """Loss and gradients of a batch whose documents, like the dropout, depend on the seed; rows end in padding."""
     generator = torch.Generator().manual_seed(seed)
     document_BT = (torch.rand(4, 32, generator=generator) < 0.15).cumsum(1)
     tokens_BT = torch.randint(64, (4, 32), generator=generator)
+    document_BT[1:, 32 - padding :] = PADDING
+    labels_BT = tokens_BT.flip(1).masked_fill(document_BT == PADDING, NO_LABEL)
     torch.manual_seed(seed)
     model.zero_grad()
-    loss, statistics = model.loss(tokens_BT, tokens_BT.flip(1), Layout.from_documents(document_BT))
+    loss, statistics = model.loss(tokens_BT, labels_BT, Layout.from_documents(document_BT))
     (loss + sum(value for name, value in statistics.items() if name.startswith("loss/"))).backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -80,6 +83,26 @@ def test_losses_and_gradients_are_the_uncompiled_ones_and_other_documents_compil
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] > 0
     assert graphs[1:] == graphs[:-1]
+
+
+@needs_compiler
+def test_with_padding_it_is_the_uncompiled_one_and_any_amount_of_it_is_compiled_once():
+    torch._dynamo.reset()  # what other tests have compiled
+    torch.manual_seed(0)
+    reference, model = hybrid().build().train(), hybrid().build().train()
+    model.load_state_dict(reference.state_dict())
+    compile_blocks(model, "default", CPU)
+    counters.clear()
+    graphs = []
+    for seed, padding in enumerate([0, 3, 0, 20, 1, 0]):
+        expected_loss, expected = step(reference, seed, padding)
+        loss, gradients = step(model, seed, padding)
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        for name, gradient in gradients.items():
+            assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert graphs[2:] == [graphs[1]] * 4
 
 
 @needs_compiler

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from swamla import distributed
 from swamla.checkpoint import load, step_name
+from swamla.data.packing import NO_LABEL
 from swamla.errors import ConfigError
 from swamla.model.config import LanguageModelConfig
+from swamla.ops.layout import PADDING
 from swamla.train import TrainConfig
 from swamla.train.optim import AdamWConfig
 from swamla.train.step import training_step
@@ -40,19 +42,33 @@ ROUNDED = [  # of two: the same steps, but that blocks are computed again in the
     Case(optimizer="lion", expert_parallel=2, precision="bf16", checkpointing=what) for what in ("none", "all")
 ]
 POISONED = Case(optimizer="lion", expert_parallel=2, poisoned=True)
+BACKENDS = ("torch", "reference")
 FEW = range(3)  # experts, as many as a token goes to
 
 
-def gradients(case: Case, model: LanguageModelConfig | None = None, *, lonely: bool = False) -> dict[str, Tensor]:
-    """The whole ones of a first step, unclipped. lonely: all tokens go to the same few experts."""
-    state = fresh(case, model)
+def gradients(
+    case: Case, model: LanguageModelConfig | None = None, *, lonely: bool = False, padded: bool = False
+) -> dict[str, Tensor]:
+    """The whole ones of a first step, unclipped. lonely: all tokens go to the same few experts.
+
+    padded: a row ends in padding, and the last two, all that a fourth rank has, are nothing else.
+    """
+    state, batch = fresh(case, model), my_rows(0)
+    if padded:
+        document_BT = torch.zeros(8, batch.tokens_BT.shape[1], dtype=torch.int64)
+        document_BT[5, 24:] = document_BT[6:] = PADDING
+        document_BT = document_BT.chunk(distributed.world_size())[distributed.rank()]
+        batch = replace(
+            batch, document_BT=document_BT, labels_BT=batch.labels_BT.masked_fill(document_BT == PADDING, NO_LABEL)
+        )
     if lonely:
         for name, buffer in state.model.named_buffers():
             if name.endswith("router.bias"):
                 buffer[: len(FEW)] = 100.0
-    result = training_step(state, my_rows(0), replace(case.train, grad_clip=None), 1e-9)
+    result = training_step(state, batch, replace(case.train, grad_clip=None), 1e-9)
     found = {name: distributed.full(p.grad).clone() for name, p in state.model.named_parameters()}
-    return found | {"loss": torch.tensor(result.loss), "norm": torch.tensor(result.grad_norm)}
+    load = {name: value for name, value in result.statistics.items() if name.startswith("load/")}
+    return found | load | {"loss": torch.tensor(result.loss), "norm": torch.tensor(result.grad_norm)}
 
 
 def by_backend(backend: str) -> LanguageModelConfig:
@@ -71,13 +87,12 @@ def work(folder: Path, cases: list[Case]) -> None:
     """What each of several ranks does; the main one keeps the outcomes."""
     found: dict[str, Any] = {"cases": {case: train(case) for case in cases}}
     found["gradients"] = {case: gradients(case) for case in cases if case.accumulation == 1}
+    found["padded"] = {backend: gradients(cases[0], by_backend(backend), padded=True) for backend in BACKENDS}
     state = fresh(cases[0])
     found["started"] = {name: distributed.full(p.detach()).clone() for name, p in state.model.named_parameters()}
     found["held"] = {name: tuple(distributed.local(p).shape) for name, p in state.model.named_parameters()}
     if distributed.world_size() == 2:
-        found["lonely"] = {
-            backend: gradients(cases[0], by_backend(backend), lonely=True) for backend in ("torch", "reference")
-        }
+        found["lonely"] = {backend: gradients(cases[0], by_backend(backend), lonely=True) for backend in BACKENDS}
         odd = replace(MODELS["moe"].blocks["mla"].ffn, n_experts=7)
         uneven = replace(MODELS["moe"], blocks={"mla": replace(MODELS["moe"].blocks["mla"], ffn=odd)}, pattern=("mla",))
         eight_bit = AdamWConfig(moments="8bit")
@@ -110,7 +125,7 @@ def four(tmp_path_factory) -> dict[str, Any]:
 def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+        assert (found[name] - gradient).double().norm() <= 1e-5 * gradient.double().norm(), name
 
 
 @pytest.mark.parametrize("case", ON_TWO, ids=str)
@@ -145,7 +160,16 @@ def test_a_rank_holds_its_experts_alone_and_they_begin_as_in_the_whole_model(req
         assert found["held"][name] == ((shape[0] // 2, *shape[1:]) if ".experts." in name else shape)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("ranks", ["two", "four"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_goes_to_no_rank(request, ranks: str, backend: str) -> None:
+    """On four ranks the last one has nothing else."""
+    found = request.getfixturevalue(ranks)["padded"][backend]
+    assert_same_gradients(found, gradients(Case(), by_backend(backend), padded=True))
+    assert found["load/2"].sum().item() == (5 * 32 + 24) * len(FEW)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_rank_to_which_no_token_goes_takes_part_and_learns_nothing(two, backend: str) -> None:
     found = two["lonely"][backend]
     assert_same_gradients(found, gradients(Case(), by_backend(backend), lonely=True))

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -372,14 +373,20 @@ def test_a_failing_tensorboard_costs_one_warning_and_no_bit_of_the_run(
 
 def test_mfu_is_the_models_flops_over_the_named_peak(dataset, tmp_path):
     out = io.StringIO()
-    state = train(tiny_config(steps=2), tmp_path / "run", dataset=dataset, console=Console(file=out, width=200))
+    config = tiny_config(steps=2, block_size=300)
+    state = train(config, tmp_path / "run", dataset=dataset, console=Console(file=out, width=200))
     peak = peak_of(state.device, state.precision)
     assert f"mfu is relative to {peak.name}" in out.getvalue()
     assert "float32" in peak.name
-    model = state.model.config
+    model, loader = state.model.config, dataset.rows(300, 0)
     for record in read_metrics(tmp_path / "run/metrics.jsonl"):
-        flops = record["tokens_per_second"] * training_flops_per_token(model, 32)
-        assert record["mfu"] == pytest.approx(flops / peak.flops)
+        documents = loader.batch(4 * (record["step"] - 1), 4).document_BT.tolist()
+        lengths = [len(list(group)) for row in documents for _, group in groupby(row)]
+        assert sum(lengths) == 4 * 300
+        assert len(lengths) > 4  # some documents end within a row
+        flops = sum(length * training_flops_per_token(model, length) for length in lengths)
+        seconds = 4 * 300 / record["tokens_per_second"]
+        assert record["mfu"] == pytest.approx(flops / seconds / peak.flops)
         assert 0 < record["mfu"] < 1
         assert record["peak_memory"] > 50e6  # a process with torch in it
 

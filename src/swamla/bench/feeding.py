@@ -23,11 +23,12 @@ def measure_loader(dataset: Dataset, rows: int, length: int, *, limit: float) ->
     timing = interleaved({"batch": lambda: loader.batch(next(sample), rows)}, rounds=_ROUNDS, warmup=2, limit=limit)[
         "batch"
     ]
+    tokens = loader.batch(0, 8 * rows).n_labels / 8  # of a batch, in the mean: padding is no token
     return {
         "name": f"loader, {rows} × {length:,}",
         "rows": rows,
         "length": length,
-        "tokens_per_s": rows * length / timing.median,
+        "tokens_per_s": tokens / timing.median,
         "median_s": timing.median,
         "low_s": timing.low,
         "high_s": timing.high,

@@ -9,7 +9,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,11 @@ from pathlib import Path
 import torch
 
 from swamla.data.workers import available_cores
-from swamla.ops.linear import linear
+from swamla.train.utilisation import matmul_flops
 
 Run = Callable[[], object]
 
 _clock = time.perf_counter
-_PRODUCT = {"cpu": 1024, "cuda": 8192}  # the size of the square matrices multiplied
 _COPIED = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes copied: more than caches hold
 
 
@@ -90,30 +89,18 @@ def settle() -> None:
 def ceilings(device: torch.device | str = "cpu", *, seconds: float = 1.0) -> dict[str, float]:
     """What the machine reaches at most, a second: operations of large matrix products, bytes read and written.
 
-    Medians, as "fp32_flops", "bf16_flops" and "copy_bytes". Of the libraries that multiply on a CPU the faster one
-    counts. seconds: that each is measured for, about. The numbers are random, because a GPU multiplies constant ones
-    faster than any that a model has.
+    As "fp32_flops" and "bf16_flops", which `matmul_flops` measures as for a run's MFU, and "copy_bytes", a median.
+    seconds: that each is measured for, about.
     """
     device = torch.device(device)
-    size, n_bytes = _PRODUCT[device.type], _COPIED[device.type]
-    generator = torch.Generator(device).manual_seed(0)
-    found = {}
-    for name, dtype in (("fp32_flops", torch.float32), ("bf16_flops", torch.bfloat16)):
-        a = torch.randn(size, size, generator=generator, device=device, dtype=dtype)
-        found[name] = 2 * size**3 / _fastest([partial(torch.matmul, a, a), partial(_linear, a)], seconds)
+    found = {
+        "fp32_flops": matmul_flops(device, torch.float32, seconds=seconds),
+        "bf16_flops": matmul_flops(device, torch.bfloat16, seconds=seconds),
+    }
+    n_bytes = _COPIED[device.type]
     source, target = (torch.ones(n_bytes // 4, device=device) for _ in range(2))
-    found["copy_bytes"] = 2 * n_bytes / _fastest([partial(target.copy_, source)], seconds)
-    return found
-
-
-def _linear(a: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return linear(a, a)
-
-
-def _fastest(runs: Sequence[Run], seconds: float) -> float:
-    timings = interleaved({str(number): run for number, run in enumerate(runs)}, rounds=50, warmup=2, limit=seconds)
-    return min(timing.median for timing in timings.values())
+    copying = interleaved({"": partial(target.copy_, source)}, rounds=50, warmup=2, limit=seconds)[""]
+    return found | {"copy_bytes": 2 * n_bytes / copying.median}
 
 
 def machine() -> dict[str, object]:

@@ -14,7 +14,7 @@ from swamla.bench.synthetic import whole_rows
 from swamla.data.dataset import Dataset
 from swamla.data.packing import Batch
 from swamla.errors import UsageError
-from swamla.model.accounting import count_parameters, training_flops_per_token
+from swamla.model.accounting import TrainingFlops, count_parameters, training_flops_per_token
 from swamla.ops.layout import Layout
 from swamla.train.config import RunConfig, TrainConfig
 from swamla.train.memory_advice import Place, training_bytes
@@ -69,7 +69,7 @@ class Shape:
 
 
 def step_flops(config: RunConfig, shape: Shape) -> float:
-    """Operations of matrix products in a step, by the accounting: each row counts as one document."""
+    """Operations of matrix products in a step at most, by the accounting: as if each row were one document."""
     return shape.tokens * training_flops_per_token(config.model, shape.length)
 
 
@@ -109,12 +109,12 @@ def measure_step(config: RunConfig, state: TrainState, batch: Batch, shape: Shap
     forward, backward, optimizer = (median(part) for part in (parts.forward, parts.backward, parts.optimizer))
     state.optimizer.zero_grad()
     memory = held_bytes(state) + peak_memory(parts.step)  # last, since what it gives back has to be taken anew
-    flops = step_flops(config, shape)
+    flops = TrainingFlops(config.model).of(batch.document_BT)
     return {
         "name": str(shape),
         "rows": shape.rows,
         "length": shape.length,
-        "tokens_per_s": shape.tokens / timing.median,
+        "tokens_per_s": batch.n_labels / timing.median,
         "matmul_share": flops / timing.median / peak,
         "median_s": timing.median,
         "low_s": timing.low,

@@ -17,6 +17,7 @@ from swamla.config import from_plain
 from swamla.data.config import DataConfig
 from swamla.data.preparing import Dataset
 from swamla.errors import UsageError
+from swamla.evaluate import bytes_apart
 from swamla.train import RunConfig
 from swamla.train.precision import autocast, resolve_precision, without_fp8
 
@@ -63,13 +64,15 @@ def main(argv: list[str]) -> int:
         found = score(model)
     part = "all" if arguments.data and not arguments.held_out else "the held-out part"
     source = arguments.data or config.data.source
+    apart = bytes_apart(dataset.held_out, dataset.tokenizer.decode)
     if arguments.json:
-        print(json.dumps(found | {"precision": precision, "source": source, "scored": part}))
+        print(json.dumps(found | {"precision": precision, "source": source, "scored": part, "bytes_apart": apart}))
     else:
         print(f"loss          {found['loss']:.4f} nats per token")
         print(f"perplexity    {found['perplexity']:.2f}")
         print(f"bits per byte {found['bits_per_byte']:.4f}")
         print(f"over {found['tokens']:,} tokens, {found['bytes']:,.0f} bytes: {part} of {source}, in {precision}")
+        print(f"bytes counted less those that the tokens decode to: {apart:,}")
     return 0
 
 

@@ -15,6 +15,7 @@ from swamla.data.config import DataConfig
 from swamla.data.download import keep_shakespeare
 from swamla.data.preparing import Dataset, Part, cache_of, prepare_part
 from swamla.errors import DataError, UsageError, require
+from swamla.evaluate import bytes_apart
 from swamla.recipes import ALIASES, recipe_names, recipe_path
 
 
@@ -66,6 +67,8 @@ def main(argv: list[str]) -> int:
     if dataset:
         describe_data(dataset, console)
         dataset.verify()
+        apart = bytes_apart(dataset.held_out, dataset.tokenizer.decode)
+        say(console, f"held-out bytes counted less those that the tokens decode to: {apart:,}")
     return 0
 
 

@@ -1,7 +1,7 @@
 """Held-out loss, perplexity and bits per byte."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
@@ -13,7 +13,7 @@ from swamla.data.sampler import HeldOutRows
 from swamla.data.shards import Split
 from swamla.errors import DataError
 from swamla.model.language_model import LanguageModel
-from swamla.ops.layout import Layout
+from swamla.ops.layout import PADDING, Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +67,26 @@ def evaluate(model: LanguageModel, batches: Iterable[Batch], *, bytes_per_label:
 def _share(batches: Iterable[Batch]) -> Iterator[Batch]:
     """Of every so many batches as there are ranks this one's: all take part in as many forward passes.
 
-    Where the last ones do not go round, whoever gets none has a batch without a label.
+    Where the last ones do not go round, whoever gets none has a batch that is all padding.
     """
     rank, ranks = distributed.rank(), distributed.world_size()
     batches = iter(batches)
     while together := list(islice(batches, ranks)):
         first = together[0]
-        spare = replace(first, labels_BT=torch.full_like(first.labels_BT, NO_LABEL))
+        spare = replace(
+            first,
+            labels_BT=torch.full_like(first.labels_BT, NO_LABEL),
+            document_BT=torch.full_like(first.document_BT, PADDING),
+        )
         yield together[rank] if rank < len(together) else spare
+
+
+def bytes_apart(split: Split, decode: Callable[[Sequence[int]], str]) -> int:
+    """UTF-8 bytes that a split is counted to have, less those that its tokens decode to.
+
+    0, or bits per byte are not those of the text: the tokenizer loses part of it, or bytes were miscounted.
+    """
+    return split.n_bytes - sum(len(decode(split.document(i).tolist()).encode()) for i in range(split.n_documents))
 
 
 def evaluate_split(

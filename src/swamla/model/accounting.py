@@ -4,8 +4,12 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
+from torch import Tensor
+
 from swamla.model.block import BlockConfig, Checkpointing
 from swamla.model.config import LanguageModelConfig
+from swamla.ops.layout import PADDING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,31 @@ def forward_flops(config: LanguageModelConfig, length: int) -> int:
 def training_flops_per_token(config: LanguageModelConfig, length: int) -> float:
     """Floating-point operations a token costs in training at sequence length `length`: backward is twice forward."""
     return 3 * forward_flops(config, length) / length
+
+
+class TrainingFlops:
+    """Counts what training on packed rows needs: `forward_flops` of each document alone, three times.
+
+    What a path computes besides is not counted: padding, pairs of tokens that a mask then hides, passes that
+    activation checkpointing repeats. Costs of a length are kept, so that a count is an addition a document.
+    """
+
+    def __init__(self, config: LanguageModelConfig) -> None:
+        self._config = config
+        self._of_length: dict[int, int] = {}
+
+    def of(self, document_BT: Tensor) -> int:
+        """Floating-point operations of a step on rows whose documents have these ids (on the CPU; -1 is padding)."""
+        ids = np.pad(document_BT.numpy(), ((0, 0), (1, 0)), constant_values=PADDING - 1)  # every row begins anew
+        begins = np.flatnonzero(np.diff(ids, axis=1))
+        lengths = np.diff(begins, append=document_BT.numel())[ids[:, 1:].flat[begins] != PADDING]
+        counted = zip(*(found.tolist() for found in np.unique(lengths, return_counts=True)), strict=True)
+        return sum(count * self._of_one(length) for length, count in counted)
+
+    def _of_one(self, length: int) -> int:
+        if length not in self._of_length:
+            self._of_length[length] = 3 * forward_flops(self._config, length)
+        return self._of_length[length]
 
 
 def state_bytes(config: LanguageModelConfig, length: int, *, batch: int = 1, element_bytes: int = 4) -> int:

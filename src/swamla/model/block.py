@@ -45,7 +45,7 @@ class Parts(NamedTuple):
 
     whole: Callable[[Tensor, Layout], tuple[Tensor, Statistics]]
     mix: Callable[[Tensor, Layout], Tensor]
-    feed: Callable[[Tensor], tuple[Tensor, Statistics]]
+    feed: Callable[[Tensor, Layout], tuple[Tensor, Statistics]]
 
 
 class Block(nn.Module):
@@ -75,26 +75,26 @@ class Block(nn.Module):
         if self.checkpointing == "all":
             return _computed_again(whole, x_BTD, seq)
         if self.checkpointing == "attention":
-            return feed(_computed_again(mix, x_BTD, seq))
-        return _computed_again(feed, mix(x_BTD, seq))
+            return feed(_computed_again(mix, x_BTD, seq), seq)
+        return _computed_again(feed, mix(x_BTD, seq), seq)
 
     def whole(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
         """Both halves."""
-        return self.feed(self.mix(x_BTD, seq))
+        return self.feed(self.mix(x_BTD, seq), seq)
 
     def mix(self, x_BTD: Tensor, seq: Layout) -> Tensor:
         """x + mixer(norm(x))."""
         return x_BTD + self._drop(self.mixer(self.mixer_norm(x_BTD), seq))
 
-    def feed(self, x_BTD: Tensor) -> tuple[Tensor, Statistics]:
+    def feed(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
         """x + ffn(norm(x)), and the FFN's statistics."""
-        y_BTD, statistics = self.ffn(self.ffn_norm(x_BTD))
+        y_BTD, statistics = self.ffn(self.ffn_norm(x_BTD), seq)
         return x_BTD + self._drop(y_BTD), statistics
 
     def step(self, x_BTD: Tensor, state: State, seq: Layout) -> Tensor:
         """New tokens (B, T, D) after those in `state`, which is updated. Never drops anything out."""
         x_BTD = x_BTD + self.mixer.step(self.mixer_norm(x_BTD), state, seq)
-        return x_BTD + self.ffn(self.ffn_norm(x_BTD))[0]
+        return x_BTD + self.ffn(self.ffn_norm(x_BTD), seq)[0]
 
     def _drop(self, x_BTD: Tensor) -> Tensor:
         return F.dropout(x_BTD, self.dropout, self.training) if self.dropout else x_BTD

@@ -57,7 +57,10 @@ class Sampling:
         return [int(torch.multinomial(p, 1, generator=generator)) for p, generator in rows]
 
     def probabilities(self, logits_BV: Tensor) -> Tensor:
-        """What tokens are drawn from: temperature first, then the top_k likeliest, then the fewest that reach top_p."""
+        """What tokens are drawn from: temperature first, then the top_k likeliest, then the fewest that reach top_p.
+
+        Of tokens that are equally likely top_p takes those of the lowest ids first.
+        """
         logits_BV = logits_BV.float()
         # Largest first taken off, so that however small the temperature the likeliest token stays finite.
         logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / max(self.temperature, SMALLEST)
@@ -66,7 +69,7 @@ class Sampling:
             logits_BV = torch.full_like(logits_BV, -math.inf).scatter(-1, top.indices, top.values)
         probabilities_BV = logits_BV.softmax(dim=-1)
         if self.top_p < 1:
-            sorted_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True)
+            sorted_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)
             before_BV = sorted_BV.cumsum(dim=-1) - sorted_BV  # the likeliest token always stays
             dropped_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(-1, order_BV, before_BV >= self.top_p)
             probabilities_BV = probabilities_BV.masked_fill(dropped_BV, 0.0)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -20,8 +21,9 @@ def at_owners(rows_ND: Tensor, load_E: Tensor, work: Work, group: Any) -> Tensor
 
     Rows are sorted by expert, of which expert e has load[e]; of E experts on P processes the p-th owns the p-th E / P.
     All processes of the group call this together, each with rows of its own, as many as it has: none is dropped, and
-    one that gets no row works on none. A process's rows come in the order of the senders, so that as for one process
-    alone an expert's rows are in the order of the whole batch. The backward pass travels as well. Waits for the device.
+    one that gets no row works on none. Rows beyond those of the last expert stay at home and become 0. A process's rows
+    come in the order of the senders, so that as for one process alone an expert's rows are in the order of the whole
+    batch. The backward pass travels as well. Waits for the device.
     """
     processes = torch.distributed.get_world_size(group)
     arriving_E = torch.empty_like(load_E)
@@ -33,8 +35,10 @@ def at_owners(rows_ND: Tensor, load_E: Tensor, work: Work, group: Any) -> Tensor
     owned = arriving_PE.shape[1]
     expert_N = torch.arange(owned, device=load_E.device).repeat(processes).repeat_interleave(arriving_E)
     sorting = Dispatch(expert_N.unsqueeze(1), owned)
-    y_NF = work(sorting.scatter(_Travel.apply(rows_ND, there, here, group)), sorting.ends_E)
-    return _Travel.apply(sorting.unsorted(y_NF), here, there, group)
+    owned_rows, at_home = rows_ND.split((sum(there), len(rows_ND) - sum(there)))
+    y_NF = work(sorting.scatter(_Travel.apply(owned_rows, there, here, group)), sorting.ends_E)
+    y_NF = _Travel.apply(sorting.unsorted(y_NF), here, there, group)
+    return F.pad(y_NF, (0, 0, 0, len(at_home))) if len(at_home) else y_NF
 
 
 class _Travel(torch.autograd.Function):

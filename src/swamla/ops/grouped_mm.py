@@ -22,22 +22,25 @@ def resolve_backend(backend: str) -> str:
 
 
 @open_to_graphs
-def grouped_mm(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, *, backend: str = "auto") -> Tensor:
+def grouped_mm(
+    x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, *, backend: str = "auto", surplus: bool = False
+) -> Tensor:
     """y (N, F): row n of x times the matrix of the expert it belongs to.
 
     Rows are sorted by expert: expert e owns those from ends[e − 1] (0 for the first) up to ends[e], which are int32 and
-    end at N. Under autocast x and the weights are cast to its dtype. Gradients reach every expert: zeros where it owns
+    end at N; with `surplus` they may end before it, and rows beyond are not multiplied: they become 0, as does their
+    gradient. Under autocast x and the weights are cast to its dtype. Gradients reach every expert: zeros where it owns
     no row. Backends: "reference" (a loop over experts, waits for the device), "torch" (`F.grouped_mm`, whose rows must
     be a multiple of 16 bytes, not for doubles; on CUDA its kernel is for bf16, and other formats wait for the device),
     "auto" ("torch": on a CPU it is as fast as the loop, and twice as fast as padding all experts to one batch of equal
     sizes). Raises UsageError for what the backend cannot compute.
     """
     if x_ND.device.type in OUTSIDE or backend == "reference" or product_dtype(x_ND) != torch.bfloat16:
-        return _outside(x_ND, weight_EDF, ends_E, backend)  # of the others the compiler knows bf16 alone
-    return _grouped_mm(x_ND, weight_EDF, ends_E, backend)
+        return _outside(x_ND, weight_EDF, ends_E, backend, surplus)  # of the others the compiler knows bf16 alone
+    return _grouped_mm(x_ND, weight_EDF, ends_E, backend, surplus)
 
 
-def _grouped_mm(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, backend: str) -> Tensor:
+def _grouped_mm(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, backend: str, surplus: bool) -> Tensor:
     dtype = product_dtype(x_ND)
     x_ND, weight_EDF = x_ND.to(dtype), weight_EDF.to(dtype)
     if resolve_backend(backend) == "reference":
@@ -50,7 +53,7 @@ def _grouped_mm(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, backend: str) 
         )
     if not len(x_ND):  # which torch's refuses
         return reference_grouped_mm(x_ND, weight_EDF, ends_E)
-    return _GroupedMM.apply(x_ND, weight_EDF, ends_E)
+    return _GroupedMM.apply(x_ND, weight_EDF, ends_E, surplus)
 
 
 _outside = outside_graphs(_grouped_mm)
@@ -63,21 +66,33 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def reference_grouped_mm(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
-    """One expert after the other."""
+    """One expert after the other; rows that no expert owns become 0."""
     begins, ends = [0, *ends_E.tolist()[:-1]], ends_E.tolist()
     with torch.autocast(x_ND.device.type, enabled=False):
         parts = [x_ND[b:e] @ weight for b, e, weight in zip(begins, ends, weight_EDF.unbind(), strict=True)]
-    return torch.cat(parts)
+    return torch.cat([*parts, parts[0].new_zeros(len(x_ND) - ends[-1], weight_EDF.shape[2])])
+
+
+def _clear_surplus(y: Tensor, ends_E: Tensor) -> None:
+    """Rows beyond the last expert's are memory that nobody wrote: make them 0."""
+    if y.device.type == "cpu":
+        y[int(ends_E[-1]) :] = 0
+    else:  # without asking the device
+        y.masked_fill_((torch.arange(len(y), device=y.device) >= ends_E[-1])[:, None], 0)
 
 
 class _GroupedMM(torch.autograd.Function):
     """`F.grouped_mm` with a backward of its own, because torch's fails on gradients that are not contiguous."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, surplus: bool) -> Tensor:
         x_ND = x_ND.contiguous()
         ctx.save_for_backward(x_ND, weight_EDF, ends_E)
-        return F.grouped_mm(x_ND, weight_EDF, offs=ends_E)
+        ctx.surplus = surplus
+        y_NF = F.grouped_mm(x_ND, weight_EDF, offs=ends_E)
+        if surplus:
+            _clear_surplus(y_NF, ends_E)
+        return y_NF
 
     @staticmethod
     @once_differentiable
@@ -86,12 +101,14 @@ class _GroupedMM(torch.autograd.Function):
         grad_NF, dx_ND, dw_EDF = grad_NF.contiguous(), None, None
         if ctx.needs_input_grad[0]:
             dx_ND = F.grouped_mm(grad_NF, weight_EDF.mT, offs=ends_E)
+            if ctx.surplus:
+                _clear_surplus(dx_ND, ends_E)
         if ctx.needs_input_grad[1]:
             dw_EDF = F.grouped_mm(x_ND.mT, grad_NF, offs=ends_E)
             if dw_EDF.device.type != "cpu":  # a CPU writes zeros for an empty expert; elsewhere that is not promised
                 empty_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
                 dw_EDF.masked_fill_(empty_E[:, None, None], 0)
-        return dx_ND, dw_EDF, None
+        return dx_ND, dw_EDF, None, None
 
 
 class Dispatch:
@@ -99,10 +116,12 @@ class Dispatch:
 
     Every row moves by a gather, forward and backward, so that sums have one order on every device. Of equal experts
     the earlier token comes first.
+
+    surplus: an expert may be the number `n_experts`, which is none: those rows come last, and beyond `ends_E`.
     """
 
-    def __init__(self, expert_NK: Tensor, n_experts: int) -> None:
-        self.shape = expert_NK.shape
+    def __init__(self, expert_NK: Tensor, n_experts: int, *, surplus: bool = False) -> None:
+        self.shape, self.surplus = expert_NK.shape, surplus
         flat = expert_NK.flatten()
         sorted_expert, self.order = flat.sort(stable=True)
         self.place = torch.empty_like(self.order)

@@ -102,6 +102,11 @@ class Layout:
         return self.document_BT.shape[0], self.document_BT.shape[1]
 
     @property
+    def real_BT(self) -> Tensor:
+        """True for tokens, False for padding."""
+        return self.document_BT != PADDING
+
+    @property
     def end(self) -> int:
         """One past the largest position: how many tokens of a state these reach back over.
 

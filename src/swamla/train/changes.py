@@ -83,7 +83,7 @@ def check_horizon(before: TrainConfig, now: TrainConfig, *, step: int, seconds: 
 
 def rates(before: TrainConfig, now: TrainConfig, *, step: int, seconds: float) -> tuple[float, float]:
     """The learning rate of the step after `step`, as it was to be and as it will be."""
-    old, new = (config.rate(step, step + 0.5, seconds) for config in (before, now))
+    old, new = (config.rate(step, seconds) for config in (before, now))
     return old, new
 
 

@@ -223,9 +223,9 @@ class TrainConfig:
         steps = self.steps if self.schedule_steps is None else self.schedule_steps
         return Budget(steps=steps, seconds=None if minutes is None else 60 * minutes)
 
-    def rate(self, step: int, steps: float, seconds: float) -> float:
-        """The learning rate of step `step` (from 0), whose middle is `steps` and `seconds` from the run's start."""
-        progress = min(1.0, self.horizon.progress(steps, seconds))
+    def rate(self, step: int, seconds: float) -> float:
+        """The learning rate of step `step` (from 0), which will end `seconds` after the run's start."""
+        progress = min(1.0, self.horizon.progress(step + 1, seconds))
         return self.lr * self.learning_rate.factor(progress, step)
 
     @property

@@ -254,8 +254,9 @@ class _Loop:
         state, begin = self.state, time.monotonic()
         self.watch.begin(f"step {state.step + 1}", limited=True)
         fault("begin", state.step + 1)
-        lr = self.config.rate(state.step, state.step + 0.5, self.seconds() + 0.5 * self.step_seconds)
-        result = training_step(state, cut(self.next_rows(), self.sequence_length()), self.config, lr)
+        lr = self.config.rate(state.step, self.seconds() + self.step_seconds)
+        batch = cut(self.next_rows(), self.sequence_length())
+        result = training_step(state, batch, self.config, lr)
         fault("update", state.step + 1)
         state.step += 1
         state.sample += self.config.batch_size
@@ -271,8 +272,9 @@ class _Loop:
             return
         # A spike before any checkpoint stays a step like any other, but max_skipped of them in a row end the run.
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if spike else 0
+        flops = distributed.sum_of(self.log.flops.of(batch.document_BT))
         if distributed.is_main():
-            self.log.write(result, lr=lr, length=self.length, seconds=self.step_seconds)
+            self.log.write(result, lr=lr, flops=flops, seconds=self.step_seconds)
         for completed in self.epochs.completed(before, state.tokens):
             self.display.say(f"{completed}, after step {state.step}")
         if spike:

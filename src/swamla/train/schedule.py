@@ -15,6 +15,9 @@ WARMUP_FLOOR = 0.01
 class Schedule:
     """Warm-up to the peak learning rate, then one of four shapes over what is left of the run, as a factor of the peak.
 
+    Each step has the factor of its end: of S steps with W of warm-up, the n-th (from 1) has n / W up to the peak, which
+    the W-th has exactly (the first where there is no warm-up), and the S-th has the floor exactly.
+
     warmup: below 1 a fraction of the run, from 1 on a number of steps. In a run that is bounded by time the fraction
         which these are is taken from the pace so far; in one of a known number of steps that is exact.
     decay: "wsd" only: the last fraction of the run, over which the rate falls linearly (arXiv 2404.06395).
@@ -27,7 +30,7 @@ class Schedule:
     floor: float
 
     def factor(self, progress: float, step: int) -> float:
-        """The factor for step `step` (from 0) of a run that is `progress` (0 … 1) of the way through."""
+        """The factor for step `step` (from 0) of a run that will be `progress` (0 … 1) of the way through after it."""
         return self._warmup_factor(progress, step) * self._shape(min(progress, 1.0), self._start(progress, step))
 
     def _warmup_factor(self, progress: float, step: int) -> float:
@@ -37,8 +40,9 @@ class Schedule:
         return min(1.0, max(WARMUP_FLOOR, ramp))
 
     def _start(self, progress: float, step: int) -> float:
-        """The progress at which the warm-up ends; `progress` is that of the middle of step `step`."""
-        return self.warmup if self.warmup < 1 else self.warmup * progress / (step + 0.5)
+        """The progress at the end of the warm-up, or of the first step; `progress` is that at the end of `step`."""
+        one_step = progress / (step + 1)
+        return max(self.warmup, one_step) if self.warmup < 1 else self.warmup * one_step
 
     def _shape(self, progress: float, start: float) -> float:
         along = (progress - start) / (1 - start) if start < progress else 0.0

@@ -1,7 +1,7 @@
 """What is told of a training step: in metrics.jsonl, on the screen, and of routers that go wrong."""
 
 from swamla import distributed
-from swamla.model.accounting import training_flops_per_token
+from swamla.model.accounting import TrainingFlops
 from swamla.train.config import RunConfig
 from swamla.train.epochs import Epochs
 from swamla.train.router_health import RouterHealth
@@ -27,13 +27,13 @@ class StepLog:
         self.config, self.state, self.metrics, self.display = config, state, metrics, display
         self.bits_per_nat, self.epochs = bits_per_nat, epochs
         self.peak = distributed.on_main(lambda: peak_of(state.device, state.precision))  # measured, so by one alone
+        self.flops = TrainingFlops(config.model)
         self.router_health = RouterHealth()
         self.recent_tokens = self.recent_seconds = 0.0
 
-    def write(self, result: StepResult, *, lr: float, length: int, seconds: float) -> None:
-        """Tell of the step that was just taken, in `seconds`, on rows of `length` tokens."""
-        state, flops = self.state, training_flops_per_token(self.config.model, length)
-        speed = result.tokens / max(seconds, 1e-9)
+    def write(self, result: StepResult, *, lr: float, flops: float, seconds: float) -> None:
+        """Tell of the step that was just taken in `seconds`, and in which all ranks together needed `flops`."""
+        state, seconds = self.state, max(seconds, 1e-9)
         values = {
             "loss": result.loss,
             "bits_per_byte": result.loss * self.bits_per_nat,
@@ -41,8 +41,8 @@ class StepLog:
             "grad_norm": result.grad_norm,
             "tokens": state.tokens,
             **({} if (epoch := self.epochs.seen(state.tokens)) is None else {"epoch": epoch}),
-            "tokens_per_second": speed,
-            "mfu": speed * flops / (self.peak.flops * distributed.world_size()),
+            "tokens_per_second": result.tokens / seconds,
+            "mfu": flops / seconds / (self.peak.flops * distributed.world_size()),
             "peak_memory": peak_memory(state.device),
             "elapsed": state.seconds,
         }
@@ -52,6 +52,6 @@ class StepLog:
             self.display.say(warning)
         self.recent_tokens = 0.9 * self.recent_tokens + result.tokens
         self.recent_seconds = 0.9 * self.recent_seconds + seconds
-        recent = self.recent_tokens / max(self.recent_seconds, 1e-9)
+        recent = self.recent_tokens / self.recent_seconds
         done = self.config.train.budget.progress(state.step, state.seconds)
         self.display.update(done, state.seconds, {"step": state.step, **values, "tokens_per_second": recent})

@@ -3,10 +3,13 @@
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+
+from swamla.ops.linear import linear
 
 # Dense bf16 products with fp32 sums, from data sheets, by a part of the device's name; the first that fits.
 _BF16_TFLOPS = {
@@ -27,7 +30,9 @@ _BF16_TFLOPS = {
     "4090": 165.2,
     "3090": 71.0,
 }
-_SIZE = 768
+_SIZE = {"cpu": 1024, "cuda": 8192}  # of the square matrices multiplied
+_ROUNDS = 3  # at least
+_clock = time.perf_counter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,23 +51,40 @@ def peak_of(device: torch.device, precision: str) -> Peak:
             if part in full_name:
                 return Peak(flops=tflops * 1e12, name=f"{tflops:g} TFLOP/s, {full_name} bf16 dense")
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    flops = _measured(device, dtype, torch.get_num_threads())
-    kind = str(dtype).removeprefix("torch.")
-    return Peak(flops=flops, name=f"{flops / 1e12:.3g} TFLOP/s, measured here on a {kind} product of {_SIZE}³")
+    flops = _measured_once(device, dtype, torch.get_num_threads())
+    kind, size = str(dtype).removeprefix("torch."), _SIZE[device.type]
+    return Peak(flops=flops, name=f"{flops / 1e12:.3g} TFLOP/s, measured here on a {kind} product of {size}³")
 
 
 @lru_cache
-def _measured(device: torch.device, dtype: torch.dtype, threads: int) -> float:
-    """The best of a few products: some 20 ms on a CPU, once per process. `threads` only tells results apart."""
-    # Random, as a GPU multiplies constants too fast; by a generator of its own, as the run's must not move.
-    generator = torch.Generator(device).manual_seed(0)
-    a = torch.randn(_SIZE, _SIZE, generator=generator, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(5):
-        begin = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - begin)
-    return 2 * _SIZE**3 / best
+def _measured_once(device: torch.device, dtype: torch.dtype, threads: int) -> float:
+    """`threads` only tells results apart."""
+    return matmul_flops(device, dtype, seconds=0.05)
+
+
+@torch.no_grad()
+def matmul_flops(device: torch.device, dtype: torch.dtype, *, seconds: float, size: int | None = None) -> float:
+    """Operations a second of a large matrix product: the most that anything here is compared with.
+
+    The fastest of several, as what disturbs one only slows it, by the faster of the libraries that multiply on a CPU.
+    The numbers are random, because a GPU multiplies constant ones faster than any that a model has, and drawn by a
+    generator of their own, as the run's must not move. seconds: that it takes, about. size: of the square matrices.
+    """
+    size, generator = size or _SIZE[device.type], torch.Generator(device).manual_seed(0)
+    a = torch.randn(size, size, generator=generator, device=device).to(dtype)
+    fastest, rounds, end = float("inf"), 0, _clock() + seconds
+    while rounds < _ROUNDS or _clock() < end:
+        fastest = min(fastest, *(_seconds_of(multiply, a) for multiply in (torch.matmul, linear)))
+        rounds += 1
+    return 2 * size**3 / fastest
+
+
+def _seconds_of(multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], a: torch.Tensor) -> float:
+    begin = _clock()
+    multiply(a, a)
+    if a.device.type == "cuda":
+        torch.cuda.synchronize(a.device)
+    return _clock() - begin
 
 
 def peak_memory(device: torch.device) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from swamla.errors import require
 from swamla.model.ffns.ffn import FFN, Statistics
+from swamla.ops.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ class SwiGLU(FFN):
         self.gate_up_proj = nn.Linear(width, 2 * hidden, bias=config.bias)
         self.down_proj = nn.Linear(hidden, width, bias=config.bias)
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Statistics]:
+    def forward(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
         """(B, T, D) → (B, T, D) and no statistics."""
         gate, up = self.gate_up_proj(x_BTD).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up), {}
@@ -85,6 +86,6 @@ class GELU(FFN):
         self.up_proj = nn.Linear(width, hidden, bias=config.bias)
         self.down_proj = nn.Linear(hidden, width, bias=config.bias)
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Statistics]:
+    def forward(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
         """(B, T, D) → (B, T, D) and no statistics."""
         return self.down_proj(F.gelu(self.up_proj(x_BTD), approximate="tanh")), {}

@@ -45,10 +45,10 @@ class Experts(nn.Module):
         return [self.gate_up, self.down]
 
     def forward(self, x_ND: Tensor, dispatch: Dispatch, weight_NK: Tensor) -> Tensor:
-        """(N, D) → (N, D): the weighted sum of what each token's experts make of it."""
+        """(N, D) → (N, D): the weighted sum of what each token's experts make of it; of no experts 0."""
         rows = dispatch.scatter(x_ND)
         if self._owners is None:
-            y = self._swiglus(rows, dispatch.ends_E, self.gate_up, self.down)
+            y = self._swiglus(rows, dispatch.ends_E, self.gate_up, self.down, surplus=dispatch.surplus)
         else:
             y = at_owners(rows.to(product_dtype(rows)), dispatch.load_E, self._own_swiglus, self._owners)
         return dispatch.gather(y, weight_NK)
@@ -56,7 +56,7 @@ class Experts(nn.Module):
     def _own_swiglus(self, rows: Tensor, ends_E: Tensor) -> Tensor:
         return self._swiglus(rows, ends_E, local(self.gate_up), local(self.down))
 
-    def _swiglus(self, rows: Tensor, ends_E: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    def _swiglus(self, rows: Tensor, ends_E: Tensor, gate_up: Tensor, down: Tensor, *, surplus: bool = False) -> Tensor:
         """Of rows sorted by expert."""
-        gate, up = grouped_mm(rows, gate_up, ends_E, backend=self.backend).chunk(2, dim=-1)
-        return grouped_mm(F.silu(gate) * up, down, ends_E, backend=self.backend)
+        gate, up = grouped_mm(rows, gate_up, ends_E, backend=self.backend, surplus=surplus).chunk(2, dim=-1)
+        return grouped_mm(F.silu(gate) * up, down, ends_E, backend=self.backend, surplus=surplus)

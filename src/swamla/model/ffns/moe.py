@@ -13,6 +13,7 @@ from swamla.model.ffns.experts import Experts
 from swamla.model.ffns.ffn import FFN, Statistics
 from swamla.model.ffns.router import Router, routed_loss
 from swamla.ops.grouped_mm import BACKENDS, Dispatch, resolve_backend
+from swamla.ops.layout import Layout
 
 ROW = 8  # numbers a row must be a multiple of, for the fast grouped product: 16 bytes of bf16
 
@@ -111,7 +112,7 @@ class MoEConfig:
 
 
 class MoE(FFN):
-    """Σ pᵢ Eᵢ(x) over the chosen experts, plus the shared ones; routed on x itself."""
+    """Σ pᵢ Eᵢ(x) over the chosen experts, plus the shared ones; routed on x itself. No routed expert sees padding."""
 
     def __init__(self, config: MoEConfig, width: int) -> None:
         super().__init__()
@@ -121,17 +122,19 @@ class MoE(FFN):
         shared = config.shared_config(width)
         self.shared = SwiGLU(shared, width) if shared else None
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Statistics]:
+    def forward(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
         """(B, T, D) → (B, T, D) and the router's statistics."""
-        x_ND = x_BTD.flatten(0, 1)
+        x_ND, real_BT = x_BTD.flatten(0, 1), seq.real_BT
         routing = self.router(x_ND)
-        dispatch = Dispatch(routing.expert_NK, self.config.n_experts)
+        # Padding's expert has no number, so shapes are the same however much there is: graphs need not be made anew.
+        expert_NK = routing.expert_NK.masked_fill(~real_BT.flatten()[:, None], self.config.n_experts)
+        dispatch = Dispatch(expert_NK, self.config.n_experts, surplus=seq.padded)
         y_BTD = self.routed(x_ND, dispatch, routing.weight_NK).view(x_BTD.shape)
         if self.shared is not None:
-            y_BTD = y_BTD + self.shared(x_BTD)[0]
+            y_BTD = y_BTD + self.shared(x_BTD, seq)[0]
         logits_BTE = routing.logits_NE.unflatten(0, x_BTD.shape[:2])
-        loss = routed_loss(self.router, logits_BTE, self.config.aux_loss, self.config.z_loss)
-        return y_BTD, {**loss, **self.router.statistics(routing, dispatch.load_E)}
+        loss = routed_loss(self.router, logits_BTE, real_BT, self.config.aux_loss, self.config.z_loss)
+        return y_BTD, {**loss, **self.router.statistics(logits_BTE, real_BT), "load": dispatch.load_E}
 
     def routed(self, x_ND: Tensor, dispatch: Dispatch, weight_NK: Tensor) -> Tensor:
         """What the routed experts make of tokens (N, D)."""

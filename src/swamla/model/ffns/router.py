@@ -46,34 +46,33 @@ class Router(nn.Module):
         """The experts (…, K) of highest score (…, E)."""
         return scores.topk(self.n_activated, dim=-1, sorted=False).indices
 
-    def auxiliary_loss(self, logits_BTE: Tensor) -> Tensor:
+    def auxiliary_loss(self, logits_BTE: Tensor, real_BT: Tensor) -> Tensor:
         """The sequence-wise balance loss of DeepSeek-V3 (eq. 17 to 20, α = 1), summed over tokens; a row is a sequence.
 
         1 a token where all experts are used alike. As there, it counts the experts of highest score: the bias, which
-        may already have balanced the choice, does not hide scores that are not.
+        may already have balanced the choice, does not hide scores that are not. Padding is no part of a sequence.
         """
-        _, time, n_experts = logits_BTE.shape
+        n_experts, real_BT1 = logits_BTE.shape[-1], real_BT[..., None]
         scores_BTE = logits_BTE.sigmoid()
-        share_BTE = scores_BTE / scores_BTE.sum(-1, keepdim=True)
+        share_BTE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).where(real_BT1, 0.0)
         chosen_BTE = torch.zeros_like(share_BTE).scatter_(-1, self.choose(logits_BTE.detach()), 1.0)
-        fraction_BE = chosen_BTE.sum(1) * (n_experts / (self.n_activated * time))
+        time_B1 = real_BT1.sum(1).clamp(min=1)  # of a row without a token all sums are 0
+        fraction_BE = chosen_BTE.where(real_BT1, 0.0).sum(1) * (n_experts / self.n_activated) / time_B1
         return (fraction_BE * share_BTE.sum(1)).sum()
 
     @staticmethod
-    def z_loss(logits: Tensor) -> Tensor:
+    def z_loss(logits_BTE: Tensor, real_BT: Tensor) -> Tensor:
         """The square of log Σ exp(logit), summed over tokens: keeps logits small (arXiv 2202.08906, eq. 5)."""
-        return logits.logsumexp(-1).square().sum()
+        return logits_BTE.logsumexp(-1).square().where(real_BT, 0.0).sum()
 
+    @staticmethod
     @torch.no_grad()
-    def statistics(self, routing: Routing, load_E: Tensor) -> Statistics:
-        """Sums over tokens. Entropy: of the scores as shares of their sum, log E nats a token at most.
-
-        Padding is routed and counted as any token is; rows of training, which alone move the bias, have none.
-        """
-        log_share_NE = F.logsigmoid(routing.logits_NE)
-        log_share_NE -= log_share_NE.logsumexp(-1, keepdim=True)
-        entropy = -(log_share_NE.exp() * log_share_NE).sum()
-        return {"load": load_E, "entropy": entropy, "tokens": load_E.sum() // self.n_activated}
+    def statistics(logits_BTE: Tensor, real_BT: Tensor) -> Statistics:
+        """Sums over tokens. Entropy: of the scores as shares of their sum, log E nats a token at most."""
+        log_share_BTE = F.logsigmoid(logits_BTE)
+        log_share_BTE -= log_share_BTE.logsumexp(-1, keepdim=True)
+        entropy_BT = -(log_share_BTE.exp() * log_share_BTE).sum(-1)
+        return {"entropy": entropy_BT.where(real_BT, 0.0).sum(), "tokens": real_BT.sum()}
 
     @torch.no_grad()
     def rebalance(self, load_E: Tensor, rate: float) -> None:
@@ -82,11 +81,13 @@ class Router(nn.Module):
         self.bias += rate * (load_E.mean() - load_E).sign()
 
 
-def routed_loss(router: Router, logits_BTE: Tensor, aux_loss: float, z_loss: float) -> Mapping[str, Tensor]:
+def routed_loss(
+    router: Router, logits_BTE: Tensor, real_BT: Tensor, aux_loss: float, z_loss: float
+) -> Mapping[str, Tensor]:
     """The statistic "loss", weighted by its coefficients; nothing where both are 0."""
     terms = []
     if aux_loss:
-        terms.append(aux_loss * router.auxiliary_loss(logits_BTE))
+        terms.append(aux_loss * router.auxiliary_loss(logits_BTE, real_BT))
     if z_loss:
-        terms.append(z_loss * router.z_loss(logits_BTE))
+        terms.append(z_loss * router.z_loss(logits_BTE, real_BT))
     return {"loss": sum(terms[1:], start=terms[0])} if terms else {}

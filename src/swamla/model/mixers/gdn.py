@@ -116,13 +116,15 @@ class GDNConfig:
     def forward_flops(self, width: int, length: int) -> int:
         """Floating-point operations of one forward pass over one sequence of `length` tokens, in chunks of 64.
 
-        Per token and head: K Kᵀ and Q Kᵀ, the triangular solve for K + V right-hand sides, the chunk-local output,
-        and reading (twice) and writing the state.
+        Projections and convolution; and of each head and chunk of C tokens, the last of which may be shorter, in
+        multiplications and additions: K Kᵀ and Q Kᵀ, 2 C² K each; the triangular solve, C² for each of its K + V
+        right-hand sides; the chunk's own output, 2 C² V; reading the state by W and by Q and writing it, 2 C K V each.
         """
         head_k, head_v = self.head_dims(width)
         dense = 2 * (self._projection_weights(width) + self.conv * sum(self.channels(width).values()))
-        rule = CHUNK * (4 * head_k + head_k + head_v + 2 * head_v) + 6 * head_k * head_v
-        return length * (dense + self.n_heads * rule)
+        squares = length // CHUNK * CHUNK**2 + (length % CHUNK) ** 2
+        rule = squares * (4 * head_k + head_k + head_v + 2 * head_v) + length * 6 * head_k * head_v
+        return length * dense + self.n_heads * rule
 
     def state_bytes(self, width: int, length: int, element_bytes: int) -> int:
         """Bytes of the state of one sequence, whatever its length: fp32 memories and the last conv − 1 inputs."""

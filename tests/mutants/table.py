@@ -1,0 +1,462 @@
+"""One-line mutations, each of which a test has to notice: of figures, masks, schedules, hashes, samplers, resuming."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """What is said instead in a file, and the tests that are to fail then (paths, or tests of them, with spaces).
+
+    before: occurs once in the file, whitespace at the ends left out.
+    """
+
+    name: str
+    file: str
+    before: str
+    after: str
+    tests: str
+
+
+_FIGURES = "tests/train/test_figures.py::test_"
+_PEAK = _FIGURES + "a_peak_is_what_a_product_computes_over_the_time_of_the_fastest"
+_STEP = _FIGURES + "a_steps_figures_are_those_of_all_ranks"
+_TRAINING_BITS = _FIGURES + "bits_per_byte_of_training_count_the_end_of_every_document"
+_DROPOUT = _FIGURES + "ranks_steps_and_seeds_draw_dropout_of_their_own_and_the_same_again"
+_COMPRESSORS = "tests/cli/test_figures.py::test_quickstart_weighs_whole_bytes_in_bits"
+_RATES = "tests/train/test_schedule.py::test_every_step_has_the_factor_of_its_end"
+_FLOPS = "tests/model/test_flops.py"
+_PADDING = "tests/model/test_padding.py"
+_SCHEDULE = "tests/train/test_schedule.py::test_"
+_HELD_OUT = "tests/evaluate/test_held_out.py"
+_ACCOUNTING = "tests/model/test_accounting.py"
+_SAMPLING = "tests/model/test_sampling.py"
+_ROUTER = "src/swamla/model/ffns/router.py"
+
+MUTATIONS = [
+    # figures
+    Mutation(
+        "xz is given half of the bytes",
+        "src/swamla/cli/quickstart.py",
+        '"xz -9e": len(lzma.compress(held_out,',
+        '"xz -9e": len(lzma.compress(held_out[: len(held_out) // 2],',
+        _COMPRESSORS,
+    ),
+    Mutation(
+        "compressors' bytes are called bits",
+        "src/swamla/cli/quickstart.py",
+        "{8 * size / len(held_out):.3f}",
+        "{size / len(held_out):.3f}",
+        _COMPRESSORS,
+    ),
+    Mutation(
+        "a matrix product counts half of its operations",
+        "src/swamla/train/utilisation.py",
+        "return 2 * size**3 / fastest",
+        "return size**3 / fastest",
+        _PEAK,
+    ),
+    Mutation(
+        "a peak is that of the slower library",
+        "src/swamla/train/utilisation.py",
+        "fastest = min(fastest, *(",
+        "fastest = min(fastest, max(",
+        _PEAK,
+    ),
+    Mutation(
+        "the peak of a run is halved",
+        "src/swamla/train/utilisation.py",
+        "return matmul_flops(device, dtype, seconds=0.05)",
+        "return matmul_flops(device, dtype, seconds=0.05) / 2",
+        _FIGURES + "the_peak_of_a_run_is_that_measurement",
+    ),
+    Mutation(
+        "mfu's peak is halved",
+        "src/swamla/train/step_log.py",
+        "(self.peak.flops * distributed.world_size())",
+        "(0.5 * self.peak.flops * distributed.world_size())",
+        _STEP,
+    ),
+    Mutation(
+        "mfu is not divided by the ranks",
+        "src/swamla/train/step_log.py",
+        "(self.peak.flops * distributed.world_size())",
+        "self.peak.flops",
+        _STEP,
+    ),
+    Mutation(
+        "tokens a second count seconds twice",
+        "src/swamla/train/step_log.py",
+        '"tokens_per_second": result.tokens / seconds,',
+        '"tokens_per_second": result.tokens / seconds**2,',
+        _STEP,
+    ),
+    Mutation(
+        "the speed on the screen forgets nothing",
+        "src/swamla/train/step_log.py",
+        "self.recent_tokens = 0.9 * self.recent_tokens + result.tokens",
+        "self.recent_tokens = self.recent_tokens + result.tokens",
+        _STEP,
+    ),
+    Mutation(
+        "bits per byte of training leave out the ends of documents",
+        "src/swamla/data/dataset.py",
+        "return self.train.n_bytes / (self.train.n_tokens + self.train.n_documents)",
+        "return self.train.n_bytes / self.train.n_tokens",
+        _TRAINING_BITS,
+    ),
+    Mutation(
+        "bits per byte of training are nats",
+        "src/swamla/train/loop.py",
+        "self.bits_per_nat = 1 / (math.log(2) * dataset.bytes_per_label)",
+        "self.bits_per_nat = 1 / dataset.bytes_per_label",
+        _TRAINING_BITS,
+    ),
+    Mutation(
+        "bits per byte of held-out text are nats",
+        "src/swamla/evaluate/held_out.py",
+        "return self.loss * self.tokens / math.log(2) / self.bytes",
+        "return self.loss * self.tokens / self.bytes",
+        _HELD_OUT,
+    ),
+    Mutation(
+        "held-out bytes leave out the ends of documents",
+        "src/swamla/evaluate/held_out.py",
+        "labels = split.n_tokens + split.n_documents",
+        "labels = split.n_tokens",
+        _HELD_OUT,
+    ),
+    Mutation(
+        "perplexity is 2 to the loss",
+        "src/swamla/evaluate/held_out.py",
+        "return math.exp(self.loss) if",
+        "return 2**self.loss if",
+        _HELD_OUT,
+    ),
+    Mutation(
+        "bytes of tokens are not compared with those counted",
+        "src/swamla/evaluate/held_out.py",
+        "decode(split.document(i).tolist()).encode()",
+        "decode(split.document(i).tolist())",
+        _HELD_OUT,
+    ),
+    Mutation(
+        "throughput's MB are MiB",
+        "src/swamla/data/dataset.py",
+        "{self.bytes / seconds / 1e6:.1f} MB/s",
+        "{self.bytes / seconds / 2**20:.1f} MB/s",
+        _FIGURES + "throughput",
+    ),
+    Mutation(
+        "memory is told in kB as if in bytes",
+        "src/swamla/train/utilisation.py",
+        '(1 if sys.platform == "darwin" else 1024)',
+        "1",
+        _FIGURES + "memory_is_told_in_bytes",
+    ),
+    Mutation(
+        "the time left is the time of the whole run",
+        "src/swamla/train/tracking.py",
+        "left = round(seconds * (1 - progress) / progress)",
+        "left = round(seconds / progress)",
+        "tests/train/test_tracking.py",
+    ),
+    Mutation(
+        "a copy counts the bytes it reads alone",
+        "src/swamla/bench/measuring.py",
+        '"copy_bytes": 2 * n_bytes / copying.median',
+        '"copy_bytes": n_bytes / copying.median',
+        "tests/bench/test_measuring.py::test_a_copy_reads_and_writes_each_byte",
+    ),
+    Mutation(
+        "the busiest expert is compared with the sum of all",
+        "src/swamla/train/router_health.py",
+        "load_E.max().item() / load_E.double().mean().item()",
+        "load_E.max().item() / load_E.double().sum().item()",
+        "tests/train/test_router_health.py::test_figures_are_of_the_layers_with_a_router_only",
+    ),
+    Mutation(
+        "a router's entropy is a sum",
+        "src/swamla/train/router_health.py",
+        'statistics[f"entropy/{layer}"].item() / statistics[f"tokens/{layer}"].item()',
+        'statistics[f"entropy/{layer}"].item()',
+        "tests/train/test_router_health.py::test_figures_are_of_the_layers_with_a_router_only",
+    ),
+    Mutation(
+        "a thousand is written as a million",
+        "src/swamla/cli/info_tables.py",
+        '("M", 1e6), ("k", 1e3)',
+        '("M", 1e6), ("M", 1e3)',
+        "tests/cli/test_figures.py::test_numbers_are_told_with_the_prefix_they_have",
+    ),
+    Mutation(
+        "bits per byte of a run are its last, not its best",
+        "src/swamla/cli/runs.py",
+        'best = min(evaluations, key=lambda r: r["held_out_loss"], default={})',
+        'best = max(evaluations, key=lambda r: r["held_out_loss"], default={})',
+        "tests/cli/test_runs.py::test_a_row_says_what_a_run_is_how_far_it_came_and_how_good_it_is",
+    ),
+    # accounting
+    Mutation(
+        "the delta rule touches its state once, not three times",
+        "src/swamla/model/mixers/gdn.py",
+        "+ length * 6 * head_k * head_v",
+        "+ length * 2 * head_k * head_v",
+        _FLOPS,
+    ),
+    Mutation(
+        "the delta rule's last chunk is always whole",
+        "src/swamla/model/mixers/gdn.py",
+        "squares = length // CHUNK * CHUNK**2 + (length % CHUNK) ** 2",
+        "squares = length * CHUNK",
+        _FLOPS,
+    ),
+    Mutation(
+        "attention sees the future in FLOPs",
+        "src/swamla/model/mixers/mha.py",
+        "pairs = length * (length + 1) // 2",
+        "pairs = length * length",
+        _ACCOUNTING,
+    ),
+    Mutation(
+        "a window is one token too long in FLOPs",
+        "src/swamla/model/mixers/swa.py",
+        "beyond = max(0, length - self.window)",
+        "beyond = max(0, length - self.window - 1)",
+        _ACCOUNTING,
+    ),
+    Mutation(
+        "backward costs as much as forward",
+        "src/swamla/model/accounting.py",
+        "return 3 * forward_flops(config, length) / length",
+        "return 2 * forward_flops(config, length) / length",
+        _ACCOUNTING,
+    ),
+    Mutation(
+        "padding counts as a document in FLOPs",
+        "src/swamla/model/accounting.py",
+        "[ids[:, 1:].flat[begins] != PADDING]",
+        "",
+        _FLOPS,
+    ),
+    Mutation(
+        "a document runs on into the next row in FLOPs",
+        "src/swamla/model/accounting.py",
+        "ids = np.pad(document_BT.numpy(), ((0, 0), (1, 0)), constant_values=PADDING - 1)",
+        "ids = np.pad(document_BT.numpy().reshape(1, -1), ((0, 0), (1, 0)), constant_values=PADDING - 1)",
+        _FLOPS,
+    ),
+    Mutation(
+        "a latent state forgets its rotary key in bytes",
+        "src/swamla/model/mixers/mla.py",
+        "return length * (self.kv_lora_rank + self.qk_rope_head_dim) * element_bytes",
+        "return length * self.kv_lora_rank * element_bytes",
+        "tests/model/test_step.py",
+    ),
+    Mutation(
+        "every expert is active",
+        "src/swamla/model/ffns/moe.py",
+        "return self.n_parameters(width) - (self.n_experts - self.n_activated) * 3 * inner * hidden",
+        "return self.n_parameters(width)",
+        _ACCOUNTING,
+    ),
+    # padding and masks
+    Mutation(
+        "padding is routed",
+        "src/swamla/model/ffns/moe.py",
+        "expert_NK = routing.expert_NK.masked_fill(~real_BT.flatten()[:, None], self.config.n_experts)",
+        "expert_NK = routing.expert_NK",
+        _PADDING,
+    ),
+    Mutation(
+        "padding has logits to keep small",
+        _ROUTER,
+        "return logits_BTE.logsumexp(-1).square().where(real_BT, 0.0).sum()",
+        "return logits_BTE.logsumexp(-1).square().sum()",
+        _PADDING,
+    ),
+    Mutation(
+        "padding makes sequences longer in the balance loss",
+        _ROUTER,
+        "time_B1 = real_BT1.sum(1).clamp(min=1)",
+        "time_B1 = real_BT1.shape[1]",
+        _PADDING,
+    ),
+    Mutation(
+        "padding has an entropy",
+        _ROUTER,
+        '"entropy": entropy_BT.where(real_BT, 0.0).sum()',
+        '"entropy": entropy_BT.sum()',
+        _PADDING,
+    ),
+    Mutation(
+        "busy experts are made busier",
+        _ROUTER,
+        "self.bias += rate * (load_E.mean() - load_E).sign()",
+        "self.bias += rate * (load_E - load_E.mean()).sign()",
+        "tests/model/test_moe.py",
+    ),
+    Mutation(
+        "rows that nobody wrote are read",
+        "src/swamla/ops/grouped_mm.py",
+        "y[int(ends_E[-1]) :] = 0",
+        "y[int(ends_E[-1]) :] += 0",
+        "tests/ops/test_grouped_mm.py",
+    ),
+    Mutation(
+        "a window is one token too long",
+        "src/swamla/ops/attention/reference.py",
+        "(distance_TS < window)",
+        "(distance_TS <= window)",
+        "tests/ops/test_windowed_attention.py",
+    ),
+    Mutation(
+        "sinks are those of the row, not of the document",
+        "src/swamla/ops/attention/reference.py",
+        "(seq.position_BT < sinks)[:, None, :]",
+        "(index_T < sinks)[None, None, :]",
+        "tests/ops/test_windowed_attention.py",
+    ),
+    Mutation(
+        "positions run on over documents",
+        "src/swamla/ops/layout.py",
+        "return cls(document_BT, index_T - begin_BT, runs,",
+        "return cls(document_BT, index_T - 0 * begin_BT, runs,",
+        "tests/ops/test_layout.py",
+    ),
+    # schedules
+    Mutation(
+        "warm-up by steps begins at 0",
+        "src/swamla/train/schedule.py",
+        "ramp = (step + 1) / self.warmup if",
+        "ramp = step / self.warmup if",
+        _RATES,
+    ),
+    Mutation(
+        "a step's end is its middle",
+        "src/swamla/train/schedule.py",
+        "one_step = progress / (step + 1)",
+        "one_step = progress / (step + 0.5)",
+        _RATES,
+    ),
+    Mutation(
+        "the rate of a step is that of its middle",
+        "src/swamla/train/loop.py",
+        ".learning_rate.factor(self.progress(1), state.step)",
+        ".learning_rate.factor(self.progress(0.5), state.step)",
+        _SCHEDULE + "a_run_trains_with_exactly_these_rates_however_often_it_is_resumed",
+    ),
+    Mutation(
+        "the stable rate decays over twice its share",
+        "src/swamla/train/schedule.py",
+        "(1 - progress) / self.decay",
+        "(1 - progress) / (2 * self.decay)",
+        _RATES,
+    ),
+    Mutation(
+        "a run ends by the later of steps and time",
+        "src/swamla/train/schedule.py",
+        "return max(by_step, by_time)",
+        "return min(by_step, by_time)",
+        _SCHEDULE + "progress_is_the_further_of_steps_and_time",
+    ),
+    Mutation(
+        "clipping leaves the norm as it is",
+        "src/swamla/train/parallel.py",
+        "largest / (norm + 1e-6)",
+        "norm / (norm + 1e-6)",
+        _FIGURES + "clipping_leaves_a_gradient_of_the_largest_norm_allowed",
+    ),
+    # hashes, seeds and samplers
+    Mutation(
+        "ranks drop out alike",
+        "src/swamla/train/parallel.py",
+        "rank {distributed.rank()}",
+        "rank 0",
+        _DROPOUT,
+    ),
+    Mutation(
+        "ranks drop out alike in every step",
+        "src/swamla/train/parallel.py",
+        "{seed}/step {step}/rank",
+        "{seed}/step 0/rank",
+        _DROPOUT,
+    ),
+    Mutation(
+        "top_p keeps one more where its sum is exact",
+        "src/swamla/model/sampling.py",
+        "before_BV >= self.top_p",
+        "before_BV > self.top_p",
+        _SAMPLING,
+    ),
+    Mutation(
+        "top_p takes equally likely tokens in any order",
+        "src/swamla/model/sampling.py",
+        "probabilities_BV.sort(dim=-1, descending=True, stable=True)",
+        "[found.flip(-1) for found in probabilities_BV.sort(dim=-1, stable=True)]",
+        _SAMPLING,
+    ),
+    Mutation(
+        "temperature flattens where it should sharpen",
+        "src/swamla/model/sampling.py",
+        "logits_BV.amax(dim=-1, keepdim=True)) / self.temperature",
+        "logits_BV.amax(dim=-1, keepdim=True)) * self.temperature",
+        _SAMPLING,
+    ),
+    Mutation(
+        "every row draws the same",
+        "src/swamla/model/sampling.py",
+        "manual_seed(self.seed + row)",
+        "manual_seed(self.seed)",
+        _SAMPLING,
+    ),
+    Mutation(
+        "epochs are shuffled alike",
+        "src/swamla/data/sampler.py",
+        "np.random.SeedSequence(list(key))",
+        "np.random.SeedSequence(list(key[:1]))",
+        "tests/data/test_packing.py",
+    ),
+    Mutation(
+        "a few held-out rows are the first ones",
+        "src/swamla/data/sampler.py",
+        "chosen = np.arange(count) * self.n_rows // count",
+        "chosen = np.arange(count)",
+        "tests/data/test_packing.py",
+    ),
+    Mutation(
+        "data are known without what their files hold",
+        "src/swamla/data/dataset.py",
+        'hashes = {name: entry["sha256"] for name, entry in meta["files"].items()}',
+        'hashes = {name: "" for name, entry in meta["files"].items()}',
+        "tests/data/test_preparing.py::test_a_changed_file_or_tokenizer_file_makes_a_new_dataset",
+    ),
+    Mutation(
+        "an altered checkpoint of the right size is whole",
+        "src/swamla/checkpoint/folder.py",
+        'if hashes and sha256_of(file) != entry(listed, "sha256", str, file=listing):',
+        'if hashes and sha256_of(file) == "":',
+        "tests/test_checkpoint.py",
+    ),
+    # resuming
+    Mutation(
+        "a resumed run draws its random numbers anew",
+        "src/swamla/train/state.py",
+        'set_generator_states(checkpoint.tensors("rng"))',
+        'checkpoint.tensors("rng")',
+        "tests/train/test_resume.py::test_a_damaged_newest_checkpoint_is_fallen_back_from_and_set_aside",
+    ),
+    Mutation(
+        "a run reads the same rows in every step",
+        "src/swamla/train/loop.py",
+        "state.sample += self.config.batch_size",
+        "state.sample += 0",
+        "tests/train/test_trackers.py::test_mfu_is_the_models_flops_over_the_named_peak",
+    ),
+    Mutation(
+        "averages of weights give the newest as much as all before",
+        "src/swamla/train/ema.py",
+        "newest = (1 - self.decay) / (1 - self.decay**count)",
+        "newest = 1 - self.decay",
+        "tests/train/test_ema.py::test_the_average_is_the_weighted_mean_of_the_weights_after_every_step",
+    ),
+]
