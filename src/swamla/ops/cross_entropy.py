@@ -69,7 +69,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         with torch.autocast(x_ND.device.type, enabled=False):
             for start in range(0, x_ND.shape[0], rows):
                 part = slice(start, start + rows)
-                x_CD = x_ND[part].to(dtype)
+                # A row without a label may hold anything: its gradient of zero times a NaN would reach the weight's.
+                x_CD = x_ND[part].where(labels_N[part, None] != ignore, 0).to(dtype)
                 logits_CV = torch.mm(x_CD, w_VD.mT, out=space_CV[: len(x_CD)])
                 total += turn(logits_CV, labels_N[part], ignore, need_x or need_weight)
                 if dx_ND is not None:
