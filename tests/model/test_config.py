@@ -310,6 +310,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: LinearScaling(factor=0.5), "factor = 0.5: must be >= 1"),
     (lambda: YarnScaling(factor=0.5, original_length=64), "factor = 0.5: must be >= 1"),
     (lambda: YarnScaling(factor=2.0, original_length=0), "original_length = 0: must be > 0"),
+    (lambda: YarnScaling(factor=2.0, original_length=64, mscale=-1.0), "mscale = -1.0: must be >= 0"),
     (
         lambda: YarnScaling(factor=2.0, original_length=64, beta_fast=1.0, beta_slow=2.0),
         "beta_fast = 1.0: must be > beta_slow",

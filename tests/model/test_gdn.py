@@ -19,7 +19,9 @@ from .helpers import (
     build_mixer,
     gradients_of,
     packed,
+    parameters_of,
     random_input,
+    scramble,
     whole,
 )
 
@@ -116,7 +118,7 @@ def test_the_layer_is_its_equations() -> None:
             normed.append(o / (o.square().mean() + 1e-6).sqrt() * weights["norm_weight"])
         out.append(torch.cat(normed) * F.silu(z[t]) @ weights["o_proj.weight"].T)
     found = mixer(x, whole(x))[0]
-    assert (found - torch.stack(out)).abs().max() < 1e-6
+    assert (found - torch.stack(out)).abs().max() < 1e-12
 
 
 def plain_weights(ours: Any, config: GDNConfig) -> Named:
@@ -251,3 +253,28 @@ def test_all_that_x_is_projected_to_but_the_gates_leaves_by_one_matrix(form: dic
     others = {name for name, m in mixer.named_modules() if isinstance(m, nn.Linear)} - reads_x.keys()
     expansions = {f"expand.{name}" for name in mixer.config.channels(WIDTH)} | {"compress_o"}
     assert others == {"o_proj"} | (expansions if mixer.config.latent_dim else set())
+
+
+@pytest.mark.parametrize("forgetting", [0.0, 1.5, 3.0], ids=["slow", "fast", "at once"])
+def test_gradients_of_the_gates_under_autocast_are_as_near_to_float64_as_qwen3_nexts(forgetting: float) -> None:
+    config = GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=8)
+    ours, theirs, exact = config.build(WIDTH), qwen(config), replace(config, backend="reference").build(WIDTH).double()
+    torch.manual_seed(0)
+    scramble(theirs)
+    with torch.no_grad():
+        theirs.A_log += forgetting
+        theirs.dt_bias += forgetting
+        weights = from_qwen(parameters_of(theirs), config)
+        for mixer in (ours, exact):
+            mixer.load_state_dict(weights)
+    x, upstream = random_input(4, 150), random_input(4, 150, seed=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, beside = ours(x, whole(x)), theirs(x)
+    found.backward(upstream.bfloat16())
+    beside.backward(upstream.to(beside.dtype))
+    exact(x.double(), whole(x)).backward(upstream.double())
+    right = gradients_of(exact)
+    for name in ("A_log", "dt_bias", "ba_proj.weight"):
+        mine, their = gradients_of(ours)[name], from_qwen(gradients_of(theirs), config)[name]
+        error, allowed = ((each.double() - right[name]).norm() / right[name].norm() for each in (mine, their))
+        assert error <= max(1.5 * allowed, 1e-2), f"{name}: {error:.4f}, Qwen3-Next {allowed:.4f}"

@@ -21,7 +21,7 @@ from swamla.ops import cross_entropy, short_conv
 from swamla.ops.attention import cudnn, flex
 from swamla.ops.attention.reference import allowed_mask
 from swamla.ops.gated_delta import fla
-from swamla.ops.gated_delta.documents import documents_of
+from swamla.ops.gated_delta.documents import Documents, documents_of
 from swamla.ops.layout import Layout
 from swamla.train.optim import AdamWConfig, LionConfig, MuonConfig
 
@@ -84,12 +84,22 @@ def step(block, seq):
 
 @pytest.mark.parametrize("name", MIXERS)
 @pytest.mark.parametrize("packed", [False, True], ids=["whole rows", "packed"])
-def test_a_mixer_forward_and_backward_reads_nothing_back(name, packed):
+def test_a_mixer_forward_and_backward_reads_nothing_back(name, packed, monkeypatch):
+    # Only a CPU is asked whether a NaN turned up.
+    monkeypatch.setattr(Documents, "would_mix", lambda documents, result: False)
     block = BlockConfig(mixer=MIXERS[name]).build(WIDTH, RMSNormConfig(), 0.1).train()
     seq = Layout.from_documents(torch.tensor(PACKED)) if packed else Layout.one_document_per_row(2, TIME)
     step(block, seq)  # makes the layout's tables, which are counted on the host: see below
     with Watch():
         step(block, seq)
+
+
+def test_an_accelerator_is_not_asked_whether_a_nan_turned_up():
+    packed = documents_of(Layout.from_documents(torch.tensor(PACKED)), 16)
+    assert packed.would_mix(torch.tensor([1.0, float("nan")]))
+    assert not packed.would_mix(torch.tensor([1.0, 2.0]))
+    with Watch():
+        assert not packed.would_mix(torch.empty(2, device="meta"))
 
 
 @pytest.mark.parametrize("name", FFNS)

@@ -11,6 +11,7 @@ import torch
 from swamla.errors import MissingBackendError, UsageError
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.ops.gated_delta import chunked, describe_backend, fla, gated_delta_rule, l2_normalize, resolve_backend
+from swamla.ops.gated_delta.documents import documents_of
 from swamla.ops.layout import Layout
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -42,7 +43,7 @@ class StandIn(torch.autograd.Function):
             start = start if initial is None else initial[n : n + 1]
             inner = SimpleNamespace(needs_input_grad=(True,) * 9)
             inner.save_for_backward = lambda *saved, inner=inner: setattr(inner, "saved_tensors", saved)
-            o, final = chunked._ChunkedGatedDeltaRule.forward(inner, *piece, start, None, scale, 16)
+            o, final = chunked._ChunkedGatedDeltaRule.forward(inner, *piece, start, documents_of(None, 16), scale, 16)
             ctx.parts.append((row, part, inner))
             outputs.append(o)
             finals.append(final)

@@ -145,7 +145,9 @@ def test_rows_that_the_fast_path_cannot_take_are_refused_with_a_remedy(width: in
 def test_doubles_are_for_the_reference_and_unknown_backends_for_nobody() -> None:
     x, weight, ends = operands((3, 4))
     with pytest.raises(UsageError, match="no float64"):
-        grouped_mm(x.double(), weight.double(), ends)
+        grouped_mm(x.double(), weight.double(), ends, backend="torch")
+    found = grouped_mm(x.double(), weight.double(), ends)
+    assert torch.equal(found, grouped_mm(x.double(), weight.double(), ends, backend="reference"))
     with pytest.raises(UsageError, match=r"'abacus'.*'auto', 'reference', 'torch'"):
         grouped_mm(x, weight, ends, backend="abacus")
     assert resolve_backend("auto") == "torch"

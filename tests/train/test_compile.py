@@ -127,6 +127,27 @@ def test_a_compiled_run_resumes_to_the_bit_and_is_the_uncompiled_one_within_roun
     assert swamla.load(tmp_path / "whole")  # the best
 
 
+def feed_gradients(block, x):
+    """Of the router's losses, which never leave fp32, under autocast: at the block's input and its weights."""
+    block.zero_grad()
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, statistics = block.trained.feed(x)
+    statistics["loss"].backward()
+    return {"x": x.grad, "router": block.ffn.router.weight.grad.clone(), "norm": block.ffn_norm.weight.grad.clone()}
+
+
+@needs_compiler
+def test_compiled_under_autocast_the_router_and_its_norm_have_their_gradients_in_fp32():
+    config = hybrid()
+    model = replace(config, blocks={"swa": config.blocks["swa"]}, pattern=("swa",)).build().train()
+    x = torch.randn(2, 16, config.width, generator=torch.Generator().manual_seed(0))
+    expected = feed_gradients(model.blocks[0], x)
+    compile_blocks(model, "default", CPU)
+    for name, gradient in feed_gradients(model.blocks[0], x).items():
+        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
 def compiled_with(monkeypatch, mode):
     """The options with which every part of the blocks is compiled."""
     given = []

@@ -32,7 +32,7 @@ class LinearScaling:
 
     @property
     def softmax_factor(self) -> float:
-        """What latent attention multiplies its softmax scale by: nothing."""
+        """What attention multiplies its softmax scale by: nothing."""
         return 1.0
 
     def frequencies(self, plain: Tensor, base: float) -> Tensor:
@@ -44,7 +44,10 @@ class LinearScaling:
 class YarnScaling:
     """YaRN: high frequencies kept, low ones interpolated, a ramp between, attention sharpened.
 
-    With `mscale_all_dim` > 0 the sharpening moves from the tables to the softmax scale, as DeepSeek-V2/V3 do.
+    mscale: how much the tables sharpen, and so both queries and keys; 0 for not at all.
+    mscale_all_dim: how much of that moves from the tables to the softmax scale, and so to what does not turn, as in
+    DeepSeek-V2/V3. Every mixer does both; of transformers' models those with latent attention do, Llama's kin leaves
+    out the latter.
     """
 
     kind: ClassVar[str] = "yarn"
@@ -59,6 +62,9 @@ class YarnScaling:
         require(self.factor >= 1, "factor", self.factor, "must be >= 1, e.g. 4.0")
         require(self.original_length > 0, "original_length", self.original_length, "must be > 0, e.g. 4096")
         require(self.beta_fast > self.beta_slow > 0, "beta_fast", self.beta_fast, "must be > beta_slow > 0, e.g. 32")
+        for name in ("mscale", "mscale_all_dim"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, name, value, "must be >= 0, e.g. 1.0 (0: no sharpening)")
 
     def _sharpening(self, mscale: float) -> float:
         return 0.1 * mscale * math.log(self.factor) + 1.0
@@ -66,14 +72,12 @@ class YarnScaling:
     @property
     def attention_factor(self) -> float:
         """What the tables are multiplied by."""
-        if self.mscale_all_dim:
-            return self._sharpening(self.mscale) / self._sharpening(self.mscale_all_dim)
-        return self._sharpening(1.0)
+        return self._sharpening(self.mscale) / self._sharpening(self.mscale_all_dim)
 
     @property
     def softmax_factor(self) -> float:
-        """What latent attention multiplies its softmax scale by."""
-        return self._sharpening(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
+        """What attention multiplies its softmax scale by."""
+        return self._sharpening(self.mscale_all_dim) ** 2
 
     def frequencies(self, plain: Tensor, base: float) -> Tensor:
         """Angles per position for each rotated pair, from the unscaled ones (arXiv 2309.00071, eq. 13 and 14)."""
@@ -85,7 +89,7 @@ class YarnScaling:
 
         low = max(math.floor(pair_turning(self.beta_fast)), 0)
         high = min(math.ceil(pair_turning(self.beta_slow)), 2 * pairs - 1)
-        ramp = (torch.arange(pairs, dtype=torch.float32, device=plain.device) - low) / max(high - low, 0.001)
+        ramp = (torch.arange(pairs, dtype=plain.dtype, device=plain.device) - low) / max(high - low, 0.001)
         interpolated = ramp.clamp(0, 1)
         return plain / self.factor * interpolated + plain * (1 - interpolated)
 
@@ -106,39 +110,43 @@ class RopeConfig:
 
     @property
     def softmax_factor(self) -> float:
-        """What latent attention multiplies its softmax scale by (1 except under YaRN with mscale_all_dim)."""
+        """What attention multiplies its softmax scale by (1 except under YaRN with mscale_all_dim)."""
         return self.scaling.softmax_factor if self.scaling else 1.0
 
     @open_to_graphs
-    def tables(self, seq: Layout, head_dim: int) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each (B or 1, T, 1, head_dim / 2) in fp32, shared by all layers of this forward pass.
+    def tables(self, seq: Layout, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each (B or 1, T, 1, head_dim / 2), shared by all layers of this forward pass.
+
+        dtype: fp32, or double for models in double.
 
         A graph on a GPU computes them where it uses them, which costs its kernels nothing.
         """
         if seq.position_BT.device.type in OUTSIDE or not torch.compiler.is_compiling():
-            return self._shared(seq, head_dim)
-        return self._angles(seq, head_dim)
+            return self._shared(seq, head_dim, dtype)
+        return self._angles(seq, head_dim, dtype)
 
     def turn(self, x_BTHK: Tensor, seq: Layout, width: int) -> Tensor:
         """Turn the last `width` elements of each head by their positions."""
+        dtype = torch.promote_types(x_BTHK.dtype, torch.float32)
         if seq.position_BT.device.type in OUTSIDE or not torch.compiler.is_compiling():
-            return turn(x_BTHK, self._doubled(seq, width), self.layout)
-        return rotate(x_BTHK, self._angles(seq, width), self.layout)
+            return turn(x_BTHK, self._doubled(seq, width, dtype), self.layout)
+        return rotate(x_BTHK, self._angles(seq, width, dtype), self.layout)
 
     @outside_graphs
-    def _doubled(self, seq: Layout, width: int) -> tuple[Tensor, Tensor]:
-        return seq.table(("rope, doubled", self, width), lambda: doubled(self.tables(seq, width), self.layout))
+    def _doubled(self, seq: Layout, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        key = ("rope, doubled", self, width, dtype)
+        return seq.table(key, lambda: doubled(self.tables(seq, width, dtype), self.layout))
 
     @outside_graphs
-    def _shared(self, seq: Layout, head_dim: int) -> tuple[Tensor, Tensor]:
-        return seq.table(("rope", self, head_dim), lambda: self._angles(seq, head_dim))
+    def _shared(self, seq: Layout, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return seq.table(("rope", self, head_dim, dtype), lambda: self._angles(seq, head_dim, dtype))
 
-    def _angles(self, seq: Layout, head_dim: int) -> tuple[Tensor, Tensor]:
+    def _angles(self, seq: Layout, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         position_BT = seq.position_BT[:1] if seq.whole_rows and not seq.continues else seq.position_BT
-        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_BT.device) / head_dim
+        exponent = torch.arange(0, head_dim, 2, dtype=dtype, device=position_BT.device) / head_dim
         frequency = 1.0 / self.base**exponent  # the rounding of Llama and DeepSeek, which grows with position
         factor = 1.0
         if self.scaling:
             frequency, factor = self.scaling.frequencies(frequency, self.base), self.scaling.attention_factor
-        angle = position_BT.float()[:, :, None, None] * frequency
+        angle = position_BT.to(dtype)[:, :, None, None] * frequency
         return angle.cos() * factor, angle.sin() * factor

@@ -97,6 +97,8 @@ def generate(
     most 16 prompts, "int8": linear layers multiply by weights rounded to 8 bits, which is faster but another function.
     Not rounded are routed experts, weights whose rows are no multiple of 16 numbers, and those that attention to
     latents folds into queries and outputs.
+    A row's logits are those it has alone but for rounding: in fp32 that of sums in another order; with "int8", whose
+    activations are bf16, about a percent, so that its greedy text may part where two tokens are that close.
     UsageError for an empty prompt, what is no token id of the vocabulary, more tokens than learned positions, or more
     prompts than "int8" is for.
     """

@@ -69,7 +69,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         with torch.autocast(x_ND.device.type, enabled=False):
             for start in range(0, x_ND.shape[0], rows):
                 part = slice(start, start + rows)
-                x_CD = x_ND[part].to(dtype)
+                # A row without a label may hold anything: its gradient of zero times a NaN would reach the weight's.
+                x_CD = x_ND[part].where(labels_N[part, None] != ignore, 0).to(dtype)
                 logits_CV = torch.mm(x_CD, w_VD.mT, out=space_CV[: len(x_CD)])
                 total += turn(logits_CV, labels_N[part], ignore, need_x or need_weight)
                 if dx_ND is not None:
@@ -118,7 +119,7 @@ def _losses_and_gradients(logits_CV: Tensor, labels_C: Tensor, ignore: int, need
         total += loss_C.where(counts_C[rows], 0).sum()
         if need_gradients:
             p_CV.scatter_add_(1, target_C1[rows], p_CV.new_full((len(p_CV), 1), -1.0))
-            logits_CV[rows] = p_CV if all_count else p_CV.mul_(counts_C[rows, None].to(dtype))
+            logits_CV[rows] = p_CV if all_count else p_CV.masked_fill_(~counts_C[rows, None], 0)
     return total
 
 
@@ -131,5 +132,5 @@ def _turn_at_once(logits_CV: Tensor, labels_C: Tensor, ignore: int, need_gradien
     total = (log_sum_C1 - wide_CV.gather(1, target_C1))[:, 0].where(counts_C, 0).sum()
     if need_gradients:
         own_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == target_C1
-        logits_CV.copy_(((wide_CV - log_sum_C1).exp() - own_CV.to(wide_CV.dtype)) * counts_C[:, None])
+        logits_CV.copy_(((wide_CV - log_sum_C1).exp() - own_CV.to(wide_CV.dtype)).where(counts_C[:, None], 0))
     return total

@@ -32,8 +32,8 @@ def grouped_mm(
     gradient. Under autocast x and the weights are cast to its dtype. Gradients reach every expert: zeros where it owns
     no row. Backends: "reference" (a loop over experts, waits for the device), "torch" (`F.grouped_mm`, whose rows must
     be a multiple of 16 bytes, not for doubles; on CUDA its kernel is for bf16, and other formats wait for the device),
-    "auto" ("torch": on a CPU it is as fast as the loop, and twice as fast as padding all experts to one batch of equal
-    sizes). Raises UsageError for what the backend cannot compute.
+    "auto" ("torch", but "reference" for doubles: on a CPU it is as fast as the loop, and twice as fast as padding all
+    experts to one batch of equal sizes). Raises UsageError for what the backend cannot compute.
     """
     if x_ND.device.type in OUTSIDE or backend == "reference" or product_dtype(x_ND) != torch.bfloat16:
         return _outside(x_ND, weight_EDF, ends_E, backend, surplus)  # of the others the compiler knows bf16 alone
@@ -43,7 +43,7 @@ def grouped_mm(
 def _grouped_mm(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, backend: str, surplus: bool) -> Tensor:
     dtype = product_dtype(x_ND)
     x_ND, weight_EDF = x_ND.to(dtype), weight_EDF.to(dtype)
-    if resolve_backend(backend) == "reference":
+    if resolve_backend(backend) == "reference" or (backend == "auto" and dtype == torch.float64):
         return reference_grouped_mm(x_ND, weight_EDF, ends_E)
     _, width, out_width = weight_EDF.shape
     if dtype == torch.float64 or width * dtype.itemsize % ALIGNMENT or out_width * dtype.itemsize % ALIGNMENT:

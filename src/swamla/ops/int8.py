@@ -29,6 +29,6 @@ class Int8Matrix:
         return weight_FD.device.type == "cpu" and weight_FD.shape[1] % ALIGNMENT == 0
 
     def times(self, x: Tensor) -> Tensor:
-        """x Wᵀ over the last dimension of x, in x's dtype; x is rounded to bf16, and sums are in fp32."""
+        """x Wᵀ over the last dimension of x, in x's dtype; x and the result are rounded to bf16, sums are in fp32."""
         y_NF = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), self.integers_FD, self.scale_F)
         return y_NF.to(x.dtype).unflatten(0, x.shape[:-1])

@@ -87,7 +87,7 @@ class _Edges(NamedTuple):
     input_row_I: Tensor
     history_slot_J: Tensor
     history_row_J: Tensor
-    inner_N1: Tensor  # 1.0 for every other token
+    edge_N1: Tensor  # whether a token is one of them
 
 
 def _edges(seq: Layout, taps: int, device: torch.device) -> _Edges:
@@ -114,7 +114,7 @@ def _make_edges(age_BT: Tensor, taps: int) -> _Edges:
         input_row_MW.flatten()[input_slot_I],
         history_slot_J,
         history_row_MW.flatten()[history_slot_J],
-        (~edge_BT).flatten()[:, None].float(),
+        edge_BT.flatten()[:, None],
     )
 
 
@@ -145,9 +145,8 @@ class _ShortConv(torch.autograd.Function):
         after_WD = weight_WD.new_zeros(taps - 1, x_ND.shape[-1])  # first gradients of the block that follows
         for start, stop in reversed(_blocks(x_ND)):
             past_SD = _with_past(x_ND, start, stop, weight_WD)
-            d_conv_CD = _silu_backward(dy_ND[start:stop], _convolve(past_SD, weight_WD)).mul_(
-                edges.inner_N1[start:stop]
-            )
+            d_conv_CD = _silu_backward(dy_ND[start:stop], _convolve(past_SD, weight_WD))
+            d_conv_CD.masked_fill_(edges.edge_N1[start:stop], 0)  # not times 0, which a NaN of a neighbour would pass
             for tap in range(taps):
                 d_weight_WD[tap] += (d_conv_CD * past_SD[tap : tap + stop - start]).sum(0)
             future_SD = torch.cat([d_conv_CD, after_WD])

@@ -30,6 +30,9 @@ def compile_blocks(model: LanguageModel, mode: Compile, device: torch.device) ->
     # A graph for each kind of block and each shape, of which a curriculum has several. Graphs that serve many shapes
     # would be other ones after an interruption, and so might be the last bits of a resumed run.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16 * len(model.config.blocks))
+    # Backward passes run outside autocast, as they do uncompiled; else products that are in fp32 on purpose, such as
+    # those of routers and norms, would be traced in autocast's dtype.
+    torch._functorch.config.backward_pass_autocast = "off"
     options = {**torch._inductor.list_mode_options(mode), "fallback_random": True}
     for config, block in zip(model.config.layers, model.blocks, strict=True):
         whole, mix, feed = block.trained

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from swamla.errors import require
 from swamla.model.initial import Draw, constant, draw_alone, uniform
-from swamla.model.mixers.mixer import Mixer, State
+from swamla.model.mixers.mixer import Mixer, State, without_padding
 from swamla.ops import gated_delta_rule, gated_delta_step, l2_normalize, rms_norm, short_conv
 from swamla.ops.gated_delta import BACKENDS, describe_backend, prepare_rule
 from swamla.ops.layout import Layout
@@ -127,15 +127,18 @@ class GDNConfig:
         return length * dense + self.n_heads * rule
 
     def state_bytes(self, width: int, length: int, element_bytes: int) -> int:
-        """Bytes of the state of one sequence, whatever its length: fp32 memories and the last conv − 1 inputs."""
+        """Bytes of the state of one sequence, whatever its length: memories and the last conv − 1 inputs.
+
+        Memories are in fp32, or in double where elements are.
+        """
         head_k, head_v = self.head_dims(width)
         history = (self.conv - 1) * sum(self.channels(width).values())
-        return self.n_heads * head_k * head_v * 4 + history * element_bytes
+        return self.n_heads * head_k * head_v * max(4, element_bytes) + history * element_bytes
 
 
 @dataclass
 class GDNState(State):
-    """The memory of each head (B, H, K, V), always fp32, and the convolution's last inputs (B, conv − 1, channels)."""
+    """Each head's memory (B, H, K, V), fp32 at least, and the convolution's last inputs (B, conv − 1, channels)."""
 
     memory_BHKV: Tensor
     conv_BWD: Tensor
@@ -174,14 +177,18 @@ class GDN(Mixer[GDNState]):
         return {**gates, "conv_weight": uniform(self.config.conv**-0.5), "norm_weight": constant(1.0)}
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Inputs of the convolution (B, T, channels), gate z (B, T, H, V), and fp32 log α and β (B, T, H)."""
+        """Inputs of the convolution (B, T, channels), gate z (B, T, H, V), and log α and β (B, T, H).
+
+        The last two in fp32, in a model in double in double.
+        """
         qkv, z = self.qkvz_proj(x_BTD).split((sum(self.inner), self.channels[-1]), dim=-1)
         if self.config.latent_dim:
             latents = qkv.split(self.inner, dim=-1)
             expanded = [into(latent) for into, latent in zip(self.expand.values(), latents, strict=True)]
             qkv = torch.cat(expanded, dim=-1)
-        b, a = self.ba_proj(x_BTD).float().chunk(2, dim=-1)
-        log_alpha = -self.A_log.float().exp() * F.softplus(a + self.dt_bias.float())
+        dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+        b, a = self.ba_proj(x_BTD).to(dtype).chunk(2, dim=-1)
+        log_alpha = -self.A_log.to(dtype).exp() * F.softplus(a + self.dt_bias.to(dtype))
         return qkv, z.unflatten(-1, (-1, self.head_v)), log_alpha, b.sigmoid()
 
     def heads(self, qkv_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,12 +212,13 @@ class GDN(Mixer[GDNState]):
         return self.output(o, z)
 
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> GDNState:
-        memory = torch.zeros(batch, self.config.n_heads, self.head_k, self.head_v, device=device)
+        shape, wide = (batch, self.config.n_heads, self.head_k, self.head_v), torch.promote_types(dtype, torch.float32)
+        memory = torch.zeros(shape, dtype=wide, device=device)
         history = torch.zeros(batch, self.config.conv - 1, sum(self.channels), dtype=dtype, device=device)
         return GDNState(memory, history)
 
     def step(self, x_BTD: Tensor, state: GDNState, seq: Layout) -> Tensor:
-        qkv, z, log_alpha, beta = self.project(x_BTD)
+        qkv, z, log_alpha, beta = self.project(without_padding(x_BTD, seq))
         if x_BTD.shape[1] == 1 and not seq.padded:
             q, k, v = self.heads(self._convolve_one(state, qkv))
             gates = log_alpha[:, 0], beta[:, 0]
@@ -218,7 +226,8 @@ class GDN(Mixer[GDNState]):
             return self.output(o.to(z.dtype), z)
         valid_BT1 = (seq.document_BT >= 0).unsqueeze(-1)
         if seq.padded:
-            log_alpha, beta = log_alpha * valid_BT1, beta * valid_BT1  # padding neither decays nor writes
+            # Padding neither decays nor writes.
+            log_alpha, beta = log_alpha.where(valid_BT1, 0), beta.where(valid_BT1, 0)
         history, config = state.conv_BWD.to(qkv.dtype), self.config
         q, k, v = self.heads(short_conv(qkv, self.conv_weight, history_BWD=history, backend=config.conv_backend))
         self._remember_inputs(state, qkv, valid_BT1)

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from swamla.errors import require
-from swamla.model.mixers.mixer import Mixer, State, absorb, append, attend_to_held, causal_mask, expansion_pays_from
+from swamla.model.mixers.mixer import (
+    Mixer,
+    State,
+    absorb,
+    append,
+    attend_to_held,
+    causal_mask,
+    expansion_pays_from,
+    without_padding,
+)
 from swamla.ops import causal_attention
 from swamla.ops.attention import BACKENDS, describe_backend, kept_causal_keys, prepare_attention
 from swamla.ops.attention.cached import attend_to_latents
@@ -127,7 +136,7 @@ class LatentAttention(Mixer[LatentState]):
         return LatentState(torch.zeros(batch, max_len, self.latent_dim, dtype=dtype, device=device))
 
     def step(self, x_BTD: Tensor, state: LatentState, seq: Layout) -> Tensor:
-        q, latent = self.project(x_BTD)
+        q, latent = self.project(without_padding(x_BTD, seq))
         append(state.latent_BSR, latent, seq)
         if seq.held is not None and x_BTD.shape[1] >= self.expand_from:
             k, v = self.expand(state.latent_BSR[:, : seq.end].to(q.dtype))

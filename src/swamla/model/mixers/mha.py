@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla.errors import require
-from swamla.model.mixers.mixer import Mixer, State, append, attend_to_held
+from swamla.model.mixers.mixer import Mixer, State, append, attend_to_held, without_padding
 from swamla.model.rope import RopeConfig
 from swamla.ops import causal_attention
 from swamla.ops.attention import BACKENDS, describe_backend, kept_causal_keys, prepare_attention
@@ -111,6 +111,7 @@ class MHA(Mixer[KVState]):
         super().__init__()
         self.config = config
         self.key_dim = config.key_dim(width)
+        self.scale = self.key_dim**-0.5 * (config.rope.softmax_factor if config.rope else 1.0)
         heads = config.n_heads + 2 * config.kv_heads
         self.qkv_proj = nn.Linear(width, heads * self.key_dim, bias=config.bias)
         self.o_proj = nn.Linear(config.n_heads * self.key_dim, width, bias=config.bias)
@@ -129,7 +130,7 @@ class MHA(Mixer[KVState]):
 
     def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
         q, k, v = self.project(x_BTD, seq)
-        return self.o_proj(causal_attention(q, k, v, seq, backend=self.config.backend).flatten(2))
+        return self.o_proj(causal_attention(q, k, v, seq, scale=self.scale, backend=self.config.backend).flatten(2))
 
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> KVState:
         shape = (batch, max_len, self.config.kv_heads, self.key_dim)
@@ -137,8 +138,9 @@ class MHA(Mixer[KVState]):
         return KVState(k, v)
 
     def step(self, x_BTD: Tensor, state: KVState, seq: Layout) -> Tensor:
-        q, k, v = self.project(x_BTD, seq)
+        q, k, v = self.project(without_padding(x_BTD, seq), seq)
         append(state.k_BSGK, k, seq)
         append(state.v_BSGK, v, seq)
         held_k, held_v = state.k_BSGK[:, : seq.end].to(q.dtype), state.v_BSGK[:, : seq.end].to(q.dtype)
-        return self.o_proj(attend_to_held(q, held_k, held_v, seq, backend=self.config.backend).flatten(2))
+        o = attend_to_held(q, held_k, held_v, seq, scale=self.scale, backend=self.config.backend)
+        return self.o_proj(o.flatten(2))

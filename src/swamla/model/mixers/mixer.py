@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla.ops import cached_attention, causal_attention
-from swamla.ops.layout import Layout
+from swamla.ops.layout import PADDING, Layout
 
 
 @dataclass
@@ -46,6 +46,11 @@ class Mixer(nn.Module, ABC, Generic[S]):
 
         `seq` is `Layout.continuing(...)`: padding (document -1) stands only at row ends and leaves no trace.
         """
+
+
+def without_padding(x_BTD: Tensor, seq: Layout) -> Tensor:
+    """x with zeros for padding, which may hold anything: in a state a NaN would pass every weight of zero."""
+    return x_BTD.where((seq.document_BT != PADDING)[..., None], 0) if seq.padded else x_BTD
 
 
 def append(cache_BSX: Tensor, new_BTX: Tensor, seq: Layout) -> None:

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from swamla.errors import require
-from swamla.model.mixers.mixer import Mixer, State, absorb, append, attend_to_held, causal_mask, expansion_pays_from
+from swamla.model.mixers.mixer import (
+    Mixer,
+    State,
+    absorb,
+    append,
+    attend_to_held,
+    causal_mask,
+    expansion_pays_from,
+    without_padding,
+)
 from swamla.model.norm import RMSNorm
 from swamla.model.rope import RopeConfig
 from swamla.ops import causal_attention
@@ -167,7 +176,7 @@ class MLA(Mixer[MLAState]):
 
     def step(self, x_BTD: Tensor, state: MLAState, seq: Layout) -> Tensor:
         config = self.config
-        q_nope, q_rope, latent, k_rope = self.project(x_BTD, seq)
+        q_nope, q_rope, latent, k_rope = self.project(without_padding(x_BTD, seq), seq)
         append(state.latent_BSR, torch.cat((latent, k_rope.squeeze(2).to(latent.dtype)), dim=-1), seq)
         if seq.held is not None and x_BTD.shape[1] >= self.expand_from:
             held = state.latent_BSR[:, : seq.end].to(q_nope.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from swamla.errors import require
 from swamla.model.mixers.mha import MHA, KVState, MHAConfig
-from swamla.model.mixers.mixer import filled_mask, write_at
+from swamla.model.mixers.mixer import filled_mask, without_padding, write_at
 from swamla.ops import cached_attention, windowed_attention
 from swamla.ops.attention import WINDOWED_BACKENDS, kept_keys, prepare_attention, resolve_backend
 from swamla.ops.layout import Layout
@@ -79,7 +79,8 @@ class SWA(MHA):
     def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
         q, k, v = self.project(x_BTD, seq)
         config = self.config
-        o = windowed_attention(q, k, v, seq, window=config.window, sinks=config.sinks, backend=config.backend)
+        band = {"window": config.window, "sinks": config.sinks}
+        o = windowed_attention(q, k, v, seq, **band, scale=self.scale, backend=config.backend)
         return self.o_proj(o.flatten(2))
 
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> KVState:
@@ -89,7 +90,7 @@ class SWA(MHA):
         return KVState(k, v)
 
     def step(self, x_BTD: Tensor, state: KVState, seq: Layout) -> Tensor:
-        q, k, v = self.project(x_BTD, seq)
+        q, k, v = self.project(without_padding(x_BTD, seq), seq)
         time = x_BTD.shape[1]
         if time == 1 and not seq.padded:
             return self.o_proj(self._step_one(q, k, v, state, seq).flatten(2))
@@ -107,13 +108,15 @@ class SWA(MHA):
             write_at(state.k_BSGK, slot_B1, k)
             write_at(state.v_BSGK, slot_B1, v)
             allowed = seq.table(("ring", size), lambda: filled_mask(seq, size))
-            return cached_attention(q, state.k_BSGK.to(q.dtype), state.v_BSGK.to(q.dtype), allowed)
+            held_k, held_v = state.k_BSGK.to(q.dtype), state.v_BSGK.to(q.dtype)
+            return cached_attention(q, held_k, held_v, allowed, scale=self.scale)
         sinks, window = self.config.sinks, self.config.window
         slot = seq.held if seq.held < sinks else sinks + (seq.held - sinks) % window
         state.k_BSGK[:, slot : slot + 1] = k
         state.v_BSGK[:, slot : slot + 1] = v
         filled = min(seq.end, size)
-        return cached_attention(q, state.k_BSGK[:, :filled].to(q.dtype), state.v_BSGK[:, :filled].to(q.dtype), None)
+        held_k, held_v = state.k_BSGK[:, :filled].to(q.dtype), state.v_BSGK[:, :filled].to(q.dtype)
+        return cached_attention(q, held_k, held_v, None, scale=self.scale)
 
     def _step_many(self, q: Tensor, k: Tensor, v: Tensor, state: KVState, held: int, seq: Layout) -> Tensor:
         """Many tokens attend in bands, behind those that the ring holds put in order; then the last of them enter it.
@@ -127,9 +130,8 @@ class SWA(MHA):
         behind = k_line.shape[1] - k.shape[1]  # their queries are zeros, and what comes of them is left out
         line = seq.table(("line", behind), lambda: Layout.one_document_per_row(batch, k_line.shape[1], device=k.device))
         q_line = F.pad(q, (0, 0, 0, 0, behind, 0))
-        o = windowed_attention(
-            q_line, k_line, v_line, line, window=config.window, sinks=config.sinks, backend=config.backend
-        )
+        band = {"window": config.window, "sinks": config.sinks}
+        o = windowed_attention(q_line, k_line, v_line, line, **band, scale=self.scale, backend=config.backend)
         for ring, new in ((state.k_BSGK, k), (state.v_BSGK, v)):
             self._enter(ring, new, held)
         return o[:, behind:]
@@ -171,7 +173,7 @@ class SWA(MHA):
         for ring, new in ((state.k_BSGK, k), (state.v_BSGK, v)):
             kept = ring.gather(1, slot_BT[..., None, None].expand_as(new))
             write_at(ring, slot_BT, torch.where(valid_BT[..., None, None], new.to(ring.dtype), kept))
-        return cached_attention(q, k_all, v_all, allowed_BTS)
+        return cached_attention(q, k_all, v_all, allowed_BTS, scale=self.scale)
 
     def _slot(self, position: Tensor) -> Tensor:
         """Where the ring keeps the token at `position`."""

@@ -8,7 +8,7 @@ from swamla.ops.attention.cached import attend_to_cache
 from swamla.ops.attention.causal import kept_causal_keys, torch_causal_attention
 from swamla.ops.attention.cudnn import cudnn_causal_attention
 from swamla.ops.attention.flex import flex_attention, made_block_mask
-from swamla.ops.attention.reference import allowed_mask, reference_attention
+from swamla.ops.attention.reference import allowed_mask, reference_attention_of_documents
 from swamla.ops.attention.tiled import kept_keys
 from swamla.ops.attention.windowed import torch_windowed_attention
 from swamla.ops.graphs import OUTSIDE, open_to_graphs, outside_graphs
@@ -77,7 +77,8 @@ def _causal(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, scale: 
     q, k, v = _autocast(q_BTHK, k_BTGK, v_BTGV)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
-        return reference_attention(q, k, v, seq.table("causal mask", lambda: allowed_mask(seq)), scale=scale)
+        mask_BTS = seq.table("causal mask", lambda: allowed_mask(seq))
+        return reference_attention_of_documents(q, k, v, mask_BTS, seq, scale=scale)
     if backend == "cudnn":
         return cudnn_causal_attention(q, k, v, seq, scale=scale)
     if backend == "flex":
@@ -128,7 +129,7 @@ def _windowed(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
         mask_BTS = seq.table(("windowed mask", window, sinks), lambda: allowed_mask(seq, window=window, sinks=sinks))
-        return reference_attention(q, k, v, mask_BTS, scale=scale)
+        return reference_attention_of_documents(q, k, v, mask_BTS, seq, scale=scale)
     if backend == "flex":
         return flex_attention(q, k, v, seq, window=window, sinks=sinks, scale=scale)
     return torch_windowed_attention(q, k, v, seq, window=window, sinks=sinks, scale=scale)

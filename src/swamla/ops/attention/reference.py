@@ -1,5 +1,7 @@
 """Softmax attention with its mask written out: what every fast path is tested against."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -38,3 +40,21 @@ def reference_attention(
         score_BHTS = scale * torch.einsum("bthk,bshk->bhts", q_BTHK.to(dtype), k_BSHK)
         weight_BHTS = score_BHTS.masked_fill(~allowed_BTS[:, None], float("-inf")).softmax(dim=-1)
         return torch.einsum("bhts,bshv->bthv", weight_BHTS, v_BSHV).to(q_BTHK.dtype)
+
+
+def reference_attention_of_documents(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, allowed_BTT: Tensor, seq: Layout, *, scale: float
+) -> Tensor:
+    """`reference_attention` of every document alone: a weight of zero would let a NaN pass from one to another."""
+    if seq.whole_rows:
+        return reference_attention(q_BTHK, k_BTGK, v_BTGV, allowed_BTT, scale=scale)
+    rows = []
+    for row, position_T in enumerate(seq.position_BT.tolist()):
+        begins = [t for t, position in enumerate(position_T) if position == 0]
+        documents = []
+        for begin, end in pairwise([*begins, len(position_T)]):
+            q, k, v = (x[row : row + 1, begin:end] for x in (q_BTHK, k_BTGK, v_BTGV))
+            allowed = allowed_BTT[row : row + 1, begin:end, begin:end]
+            documents.append(reference_attention(q, k, v, allowed, scale=scale))
+        rows.append(torch.cat(documents, dim=1))
+    return torch.cat(rows)

@@ -143,7 +143,7 @@ def _rule_outside(
         log_alpha_BTH,
         beta_BTH,
         initial_state_BHKV.to(dtype),
-        documents.masks,
+        documents,
         scale,
         chunk,
     )

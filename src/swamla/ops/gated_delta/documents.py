@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -33,12 +34,31 @@ class Documents:
     padding_BT: Tensor | None
     restart_BT: Tensor | None
     masks: ChunkMasks | None
+    document_BT: Tensor | None
+
+    def would_mix(self, result: Tensor) -> bool:
+        """Whether a NaN or an infinity of one document (or of padding) may have reached others that share its row."""
+        packed = self.masks is not None or self.padding_BT is not None
+        return packed and result.device.type == "cpu" and not bool(result.sum().isfinite())
+
+    def spans(self) -> list[tuple[slice, slice]]:
+        """The row, as a slice, and the tokens of every document; of padding none."""
+        assert self.document_BT is not None
+        found = []
+        for row, ids in enumerate(self.document_BT.tolist()):
+            begin = 0
+            for document, same in groupby(ids):
+                end = begin + len(list(same))
+                if document != PADDING:
+                    found.append((slice(row, row + 1), slice(begin, end)))
+                begin = end
+        return found
 
 
 def documents_of(seq: Layout | None, chunk: int) -> Documents:
     """The document tables of `seq` for one chunk length, shared through the layout by all layers."""
     if seq is None:
-        return Documents(None, None, None)
+        return Documents(None, None, None, None)
     return seq.table(("gated_delta", chunk), partial(_make, seq, chunk))
 
 
@@ -46,11 +66,11 @@ def _make(seq: Layout, chunk: int) -> Documents:
     padding_BT = seq.document_BT == PADDING
     padding = padding_BT if seq.padded else None
     if seq.whole_rows:
-        return Documents(padding, None, None)
+        return Documents(padding, None, None, seq.document_BT)
     restart_BT = torch.zeros_like(padding_BT)
     restart_BT[:, 1:] = (seq.document_BT[:, 1:] != seq.document_BT[:, :-1]) & ~padding_BT[:, 1:]
     # Padding counts as the tail of what precedes it: it neither decays nor writes, so the state passes through.
-    return Documents(padding, restart_BT, _masks(restart_BT.cumsum(dim=1), chunk))
+    return Documents(padding, restart_BT, _masks(restart_BT.cumsum(dim=1), chunk), seq.document_BT)
 
 
 def _masks(ordinal_BT: Tensor, chunk: int) -> ChunkMasks:

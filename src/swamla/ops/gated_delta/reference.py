@@ -24,6 +24,12 @@ def recurrent_gated_delta_rule(
     and leaves the state as it was.
     """
     dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
+    if seq is not None and seq.padded:  # which may hold anything, and whose gradients are zero
+        padding_BT = seq.document_BT == PADDING
+        q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH = (
+            x.masked_fill(padding_BT.view(*padding_BT.shape, *[1] * (x.ndim - 2)), 0)
+            for x in (q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH)
+        )
     q_BTHK, k_BTHK, v_BTHV = q_BTHK.to(dtype), k_BTHK.to(dtype), v_BTHV.to(dtype)
     alpha_BTH, beta_BTH = log_alpha_BTH.to(dtype).exp(), beta_BTH.to(dtype)
     batch, time, heads, key_width = q_BTHK.shape

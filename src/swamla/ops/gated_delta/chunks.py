@@ -1,0 +1,182 @@
+"""The gated delta rule of a stretch of chunks, forward and backward. Names and shapes are those of chunked.py."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swamla.ops.gated_delta.documents import ChunkMasks
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Everything about the chunks that does not depend on the state."""
+
+    q_NXCK: Tensor
+    k_NXCK: Tensor
+    v_NXCV: Tensor
+    beta_NXC1: Tensor
+    decay_NXCC: Tensor  # D
+    read_NXC1: Tensor  # weight of the carried state in what a token reads
+    write_NXC1: Tensor  # weight of a token's write in the state carried out
+    keep_NX11: Tensor  # weight of the state carried in, in the state carried out
+    qk_NXCC: Tensor  # Q K'
+    kk_NXCC: Tensor  # K K'
+    attend_NXCC: Tensor  # Q K' . D
+    solve_NXCC: Tensor  # (I + diag(beta) tril(K K' . D, -1))^-1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the large products are computed."""
+        return self.q_NXCK.dtype
+
+
+def prepare(inputs_NXCD: list[Tensor], masks: ChunkMasks | None, chunk: int) -> Chunks:
+    q_NXCK, k_NXCK, v_NXCV, log_alpha_NXC1, beta_NXC1 = inputs_NXCD
+    decay_NXCC, read_NXC1, write_NXC1, keep_NX11 = _decays(log_alpha_NXC1, masks)
+    qk_NXCC, kk_NXCC = q_NXCK @ k_NXCK.mT, k_NXCK @ k_NXCK.mT
+    system_NXCC = (kk_NXCC * decay_NXCC).mul_(beta_NXC1)
+    identity_CC = torch.eye(chunk, dtype=system_NXCC.dtype, device=system_NXCC.device)
+    solve_NXCC = torch.linalg.solve_triangular(
+        system_NXCC, identity_CC.expand_as(system_NXCC), upper=False, unitriangular=True
+    )
+    return Chunks(
+        q_NXCK,
+        k_NXCK,
+        v_NXCV,
+        beta_NXC1,
+        decay_NXCC,
+        read_NXC1,
+        write_NXC1,
+        keep_NX11,
+        qk_NXCC,
+        kk_NXCC,
+        (qk_NXCC * decay_NXCC).to(q_NXCK.dtype),
+        solve_NXCC,
+    )
+
+
+def _decays(log_alpha_NXC1: Tensor, masks: ChunkMasks | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """D (N, X, C, C), the read and write weights (N, X, C, 1) and the keep weight (N, X, 1, 1)."""
+    # In double: a difference of two large sums would lose the small gates that lie between two forgetful tokens.
+    total_NXC1 = log_alpha_NXC1.double().cumsum(dim=2)
+    dtype = log_alpha_NXC1.dtype
+    decay_NXCC = (total_NXC1 - total_NXC1.mT).to(dtype).exp_().tril_()
+    read_NXC1 = total_NXC1.exp().to(dtype)
+    write_NXC1 = (total_NXC1[:, :, -1:] - total_NXC1).exp().to(dtype)
+    keep_NX11 = read_NXC1[:, :, -1:]
+    if masks is None:
+        return decay_NXCC, read_NXC1, write_NXC1, keep_NX11
+
+    return (
+        _within_document(decay_NXCC, masks.same_NB1CC),
+        _within_document(read_NXC1, masks.reads_NB1C1),
+        _within_document(write_NXC1, masks.writes_NB1C1),
+        _within_document(keep_NX11, masks.keeps_NB111),
+    )
+
+
+def _within_document(weight: Tensor, same: Tensor) -> Tensor:
+    """Weights (N, X, …) times a mask (N, B, 1, …)."""
+    return (weight.unflatten(1, (same.shape[1], -1)) * same).flatten(1, 2)
+
+
+def run_states(chunks: Chunks, initial_XKV: Tensor) -> tuple[Tensor, Tensor]:
+    """u of every chunk (N, X, C, V), and the states (N + 1, X, K, V) between them, the final one last."""
+    solve_beta_NXCC = chunks.solve_NXCC * chunks.beta_NXC1.mT
+    u_NXCV = _matmul(solve_beta_NXCC, chunks.v_NXCV, chunks.dtype).to(initial_XKV.dtype)
+    lost_NXCK, written_NXCK = _state_operators(chunks)
+    state_NXKV = initial_XKV.new_empty(u_NXCV.shape[0] + 1, *initial_XKV.shape)
+    state_NXKV[0] = initial_XKV
+    for n, u_XCV in enumerate(u_NXCV):
+        u_XCV.baddbmm_(lost_NXCK[n], state_NXKV[n], alpha=-1)
+        torch.mul(state_NXKV[n], chunks.keep_NX11[n], out=state_NXKV[n + 1])
+        state_NXKV[n + 1].baddbmm_(written_NXCK[n].mT, u_XCV)
+    return u_NXCV, state_NXKV
+
+
+def _state_operators(chunks: Chunks) -> tuple[Tensor, Tensor]:
+    """What u loses per unit of carried state, and the keys under which u is written: both (N, X, C, K)."""
+    solve_read_NXCC = chunks.solve_NXCC * (chunks.beta_NXC1 * chunks.read_NXC1).mT
+    lost_NXCK = _matmul(solve_read_NXCC, chunks.k_NXCK, chunks.dtype)
+    return lost_NXCK.to(solve_read_NXCC.dtype), chunks.k_NXCK * chunks.write_NXC1
+
+
+def outputs(chunks: Chunks, u_NXCV: Tensor, state_NXKV: Tensor) -> Tensor:
+    from_state_NXCV = _matmul(chunks.q_NXCK, state_NXKV[:-1], chunks.dtype) * chunks.read_NXC1
+    return from_state_NXCV.add_(_matmul(chunks.attend_NXCC, u_NXCV, chunks.dtype))
+
+
+def run_states_backward(chunks: Chunks, do_NXCV: Tensor, d_final_XKV: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of u (N, X, C, V) and of the states between the chunks (N + 1, X, K, V)."""
+    lost_NXCK, written_NXCK = _state_operators(chunks)
+    d_u_NXCV = _matmul(chunks.attend_NXCC.mT, do_NXCV, chunks.dtype).to(d_final_XKV.dtype)
+    d_state_NXKV = d_final_XKV.new_empty(d_u_NXCV.shape[0] + 1, *d_final_XKV.shape)
+    d_state_NXKV[:-1] = _matmul(chunks.q_NXCK.mT, do_NXCV * chunks.read_NXC1, chunks.dtype)
+    d_state_NXKV[-1] = d_final_XKV
+    for n in range(d_u_NXCV.shape[0] - 1, -1, -1):
+        d_u_NXCV[n].baddbmm_(written_NXCK[n], d_state_NXKV[n + 1])
+        d_state_NXKV[n].baddbmm_(lost_NXCK[n].mT, d_u_NXCV[n], alpha=-1)
+        d_state_NXKV[n].addcmul_(d_state_NXKV[n + 1], chunks.keep_NX11[n])
+    return d_u_NXCV, d_state_NXKV
+
+
+def gradients(
+    chunks: Chunks,
+    u_NXCV: Tensor,
+    state_NXKV: Tensor,
+    do_NXCV: Tensor,
+    d_u_NXCV: Tensor,
+    d_state_NXKV: Tensor,
+    masks: ChunkMasks | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k (N, X, C, K), v (N, X, C, V), log alpha and beta (N, X, C, 1), all chunks at once."""
+    dtype, q_NXCK, k_NXCK = chunks.dtype, chunks.q_NXCK, chunks.k_NXCK
+    d_error_NXCV = _matmul(chunks.solve_NXCC.mT, d_u_NXCV, dtype)
+    low_u, low_state = u_NXCV.to(dtype), state_NXKV[:-1].to(dtype)
+
+    def d_reader(d_read_NXCV: Tensor, diagonal: int) -> tuple[Tensor, Tensor]:
+        """From the gradient of what was read, those of the scores and, through the carried state, of what reads it."""
+        d_read_NXCV = d_read_NXCV.to(dtype)
+        d_scores_NXCC = (d_read_NXCV @ low_u.mT * chunks.decay_NXCC).tril_(diagonal)
+        return d_scores_NXCC, d_read_NXCV @ low_state.mT * chunks.read_NXC1
+
+    d_attend_NXCC, d_q_NXCK = d_reader(do_NXCV, 0)
+    d_predict_NXCC, d_key_NXCK = d_reader(-d_error_NXCV, -1)
+    read_NXC = (d_q_NXCK * q_NXCK).sum(-1).addcmul_((d_key_NXCK * k_NXCK).sum(-1), chunks.beta_NXC1[..., 0])
+    d_q_NXCK += _matmul(d_attend_NXCC, k_NXCK, dtype)
+    d_key_NXCK += _matmul(d_predict_NXCC, k_NXCK, dtype)
+    d_beta_NXC = (d_error_NXCV * chunks.v_NXCV).sum(-1) + (d_key_NXCK * k_NXCK).sum(-1)
+    d_predict_NXCC.mul_(chunks.beta_NXC1)
+    d_key_NXCK.mul_(chunks.beta_NXC1)
+
+    d_written_NXCK = _matmul(u_NXCV, d_state_NXKV[1:].mT, dtype) * chunks.write_NXC1
+    written_NXC = (d_written_NXCK * k_NXCK).sum(-1)
+    d_written_NXCK += _matmul(d_attend_NXCC.mT, q_NXCK, dtype)
+    d_written_NXCK += _matmul(d_predict_NXCC.mT, k_NXCK, dtype)
+
+    # Every e^{G_t} multiplies what a query or a key reads, every e^{-G_s} what a key writes. Scores count on both sides
+    # and come from one matrix: two products, each rounded, would differ by more than the gradient where a head forgets.
+    # A token's own score does not decay: no diagonal.
+    pair_NXCC = torch.addcmul(d_attend_NXCC * chunks.qk_NXCC, d_predict_NXCC, chunks.kk_NXCC)
+    pair_NXCC.diagonal(dim1=-2, dim2=-1).zero_()
+    d_total_NXC = (read_NXC - written_NXC).add_(pair_NXCC.sum(-1)).sub_(pair_NXCC.sum(-2))
+    d_kept_NX = (state_NXKV[:-1] * d_state_NXKV[1:]).sum((-2, -1)) * chunks.keep_NX11[..., 0, 0]
+    d_total_NXC[..., -1] += written_NXC.sum(-1) + d_kept_NX
+    d_log_alpha_NXC = _sum_of_later(d_total_NXC, masks)
+    d_k_NXCK, d_v_NXCV = d_key_NXCK.add_(d_written_NXCK), d_error_NXCV * chunks.beta_NXC1
+    return d_q_NXCK, d_k_NXCK, d_v_NXCV, d_log_alpha_NXC[..., None], d_beta_NXC[..., None]
+
+
+def _sum_of_later(x_NXC: Tensor, masks: ChunkMasks | None) -> Tensor:
+    """For each token, the sum of x over itself and the later tokens of its chunk and document."""
+    if masks is None:
+        return x_NXC.flip(-1).cumsum(-1).flip(-1)
+    # A cumulative sum would carry the rounding errors of one document into those before it.
+    x_NBHC = x_NXC.unflatten(1, (masks.same_NB1CC.shape[1], -1))
+    return (x_NBHC @ masks.same_NB1CC[:, :, 0].to(x_NXC.dtype)).flatten(1, 2)
+
+
+def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b, computed and returned in `dtype`."""
+    return a.to(dtype) @ b.to(dtype)
