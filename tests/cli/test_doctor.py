@@ -54,7 +54,10 @@ def test_every_backend_is_there_or_says_what_it_needs(
         ("needs a CUDA device", "needs flash-linear-attention: pip install")
     )
     assert main(["doctor"]) == 0
-    assert "windowed attention      reference, torch; not flex (needs a CUDA device)\n" in capsys.readouterr().out
+    assert (
+        "windowed attention      reference, torch, tiles, sdpa; not flex (needs a CUDA device)\n"
+        in capsys.readouterr().out
+    )
 
 
 def test_every_optional_library_is_named_with_the_extra_that_brings_it() -> None:

@@ -284,10 +284,10 @@ def test_no_second_run_trains_in_a_folder_that_one_is_training_in(tmp_path, data
 def test_a_folder_taken_while_a_run_was_being_made_is_left_as_it_is(tmp_path, monkeypatch, dataset):
     real = run_folder.fresh_state
 
-    def slow(config, data):
+    def slow(config, data, **options):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "config.json").write_text("another's")
-        return real(config, data)
+        return real(config, data, **options)
 
     monkeypatch.setattr(run_folder, "fresh_state", slow)
     with pytest.raises(UsageError, match="exists and is not empty"):

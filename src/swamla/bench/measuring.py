@@ -18,6 +18,7 @@ import torch
 
 from swamla.data.workers import available_cores
 from swamla.ops.linear import linear
+from swamla.process import processor
 
 Run = Callable[[], object]
 
@@ -128,16 +129,6 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }
-
-
-def processor() -> str:
-    """The processor's name, as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # no Linux
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def memory_bytes() -> int:

@@ -17,7 +17,7 @@ from swamla.checkpoint.folder import (
     verify,
 )
 from swamla.checkpoint.pieces import Piece, Pieces, save_pieces
-from swamla.checkpoint.run import best_step, find_checkpoint, load, load_into, read_run_config
+from swamla.checkpoint.run import best_step, find_checkpoint, load, load_into, read_run_config, stored_paths
 from swamla.checkpoint.saver import Saved, Saver
 
 __all__ = [
@@ -44,5 +44,6 @@ __all__ = [
     "set_aside_after",
     "step_name",
     "step_of",
+    "stored_paths",
     "verify",
 ]

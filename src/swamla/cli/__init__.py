@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
-from swamla import process
 from swamla.distributed import is_main, lost_a_rank
 from swamla.errors import ConfigError, FailedElsewhere, Interrupted, SwamlaError, UsageError, is_out_of_memory
 
@@ -39,7 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     warnings.showwarning = _one_line_warning  # type: ignore[assignment]
-    process.prepare()
     try:
         status = _dispatch(arguments)
         sys.stdout.flush()  # what is still buffered finds a closed pipe here, not when the interpreter ends

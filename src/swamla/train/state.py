@@ -39,7 +39,8 @@ COUNTERS = (
 class TrainState:
     """The state of a training run; all of it goes into a checkpoint, with the random generators'.
 
-    backends: what computes each op on `device`.  notes: more that was chosen, a line each for people.
+    backends: what computes each op on `device`.  paths: the backends that were chosen by measurement, by block.
+    machine: what all this is computed on.  notes: more that was chosen, a line each for people.
     average: of the weights, where the run has one: what evaluations score.
     step: optimizer steps done, skipped ones included.  sample: index of the next row, which alone says what data
     comes next.  tokens: labels learned from.  seconds: time spent, evaluations and saves included.
@@ -55,6 +56,8 @@ class TrainState:
     backends: dict[str, str]
     data_fingerprint: str
     device: torch.device
+    machine: dict[str, Any]
+    paths: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     average: WeightAverage | None = None
     step: int = 0
@@ -91,6 +94,8 @@ class TrainState:
             "usual_loss": self.usual.plain(),
             "precision": self.precision,
             "backends": self.backends,
+            "paths": self.paths,
+            "machine": self.machine,
             "data_fingerprint": self.data_fingerprint,
             "parameters_without_optimizer_state": self.optimizer.stateless(),
         }
