@@ -74,7 +74,8 @@ def test_paths_take_turns_as_often_as_the_time_allows(monkeypatch):
     monkeypatch.setattr(AttentionTrial, "step", step)
     trial = AttentionTrial(heads=1, key_heads=1, key=8, value=8)
     found = paths.measure(trial, 64, torch.bfloat16, allowance=2.0)
-    assert found == {"tiles": [0.25] * 4, "sdpa": [0.125] * 4}  # 5 · 0.375 s fit into 2 s, and the first warms up
+    # 5 · 0.375 s fit into 2 s: a short round that warms up, and one more that is not counted.
+    assert found == {"tiles": [0.25] * 3, "sdpa": [0.125] * 3}
     assert order == ["tiles", "sdpa"] * 5
     assert now[0] <= 2.0
 
@@ -102,7 +103,8 @@ def test_the_faster_path_is_chosen_kept_and_not_raced_again(races):
     assert len(races) == 6
     races.sdpa = 3.0
     assert fastest_paths(MODEL, CPU, "bf16", length=900)[0] == chosen
-    assert fastest_paths(MODEL, CPU, "bf16", length=900, anew=True)[0] == {"mha": "tiles", "swa": "tiles"}
+    paths.forget_choices()
+    assert fastest_paths(MODEL, CPU, "bf16", length=900)[0] == {"mha": "tiles", "swa": "tiles"}
 
 
 def test_another_machine_races_for_itself(races, monkeypatch):

@@ -19,6 +19,7 @@ import torch
 from swamla.data.workers import available_cores
 from swamla.ops.linear import linear
 from swamla.process import processor
+from swamla.train.machine import describe_cpu
 
 Run = Callable[[], object]
 
@@ -121,6 +122,7 @@ def machine() -> dict[str, object]:
     """What was measured on: nothing that names the machine, only what it is."""
     return {
         "processor": processor(),
+        "instructions": describe_cpu()["instructions"],
         "cores": available_cores(),
         "threads": torch.get_num_threads(),
         "memory_bytes": memory_bytes(),

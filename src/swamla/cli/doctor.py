@@ -24,7 +24,7 @@ from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.process import prepared, processor
 from swamla.train.backends import available, describe, resolve_backends
-from swamla.train.paths import Choice, fastest_paths, kept_choices
+from swamla.train.paths import Choice, fastest_paths, forget_choices, kept_choices
 from swamla.train.precision import bf16_is_fast, resolve_device, resolve_precision
 
 # Optional libraries, and the extra that brings them.
@@ -47,7 +47,7 @@ class Arguments:
     json: bool = False
     """Print one JSON object."""
     measure: bool = False
-    """Race the paths of attention anew, though this machine has done so: it may have been busy then."""
+    """Forget which paths of attention were faster on this machine, and race anew: it may have been busy then."""
 
 
 def main(argv: list[str]) -> int:
@@ -137,9 +137,10 @@ _LENGTHS = (512, 4096)
 
 def _paths(device: torch.device, *, anew: bool) -> list[Choice]:
     """Every race between paths that this machine has run, the usual ones now if they are missing."""
-    precision = resolve_precision("auto", device)
+    if anew:
+        forget_choices()
     for length in _LENGTHS:
-        fastest_paths(_RACED, device, precision, length=length, anew=anew)
+        fastest_paths(_RACED, device, resolve_precision("auto", device), length=length)
     return sorted(kept_choices().values(), key=lambda choice: (choice.what, choice.dtype, choice.length))
 
 

@@ -50,39 +50,36 @@ class Choice:
     rounds: int
 
     def __str__(self) -> str:
-        others = [path for path in self.seconds if path != self.chosen]
-        beaten = " and ".join(
-            f"{self.seconds[path] / self.seconds[self.chosen]:.2f} times as fast as {path}" for path in others
-        )
-        undecided = f", undecided after {self.rounds} rounds" if self.rounds < ENOUGH else ""
-        return f"{self.what}, documents of about {self.length}, {self.dtype}: {self.chosen}, {beaten}{undecided}"
+        shape = f"{self.what}, documents of about {self.length}, {self.dtype}"
+        if self.rounds < ENOUGH:
+            return f"{shape}: {self.chosen}, the default: too busy to tell (swamla doctor --measure starts anew)"
+        ratios = {path: took / self.seconds[self.chosen] for path, took in self.seconds.items() if path != self.chosen}
+        return f"{shape}: {self.chosen}, " + ", ".join(f"{r:.2f} times as fast as {path}" for path, r in ratios.items())
 
 
 def fastest_paths(
-    model: LanguageModelConfig, device: torch.device, precision: Chosen, *, length: int, anew: bool = False
+    model: LanguageModelConfig, device: torch.device, precision: Chosen, *, length: int
 ) -> tuple[dict[str, str], list[Choice]]:
     """Block → the backend of its mixer, for blocks that leave it to "auto"; and how it came.
 
-    length: of the documents, about. What this machine has raced before is read from the cache, unless `anew`. Nothing
-    is raced on devices other than a CPU, nor where SWAMLA_MEASURE=0 is set: "auto" is then the default.
+    length: of the documents, about. What this machine has raced before is read from the cache. Nothing is raced on
+    devices other than a CPU, nor where SWAMLA_MEASURE=0 is set: "auto" is then the default.
     """
     if device.type != "cpu" or os.environ.get("SWAMLA_MEASURE") == "0":
         return {}, []
     trials = {
         name: trial for name, block in model.blocks.items() if (trial := block.mixer.trial(model.width)) is not None
     }
-    choices = choose(set(trials.values()), precision, length=length, anew=anew)
+    choices = choose(set(trials.values()), precision, length=length)
     paths = {name: choices[trial].chosen for name, trial in trials.items()}
     return paths, sorted(choices.values(), key=str)
 
 
-def choose(
-    trials: set[AttentionTrial], precision: Chosen, *, length: int, anew: bool = False
-) -> dict[AttentionTrial, Choice]:
+def choose(trials: set[AttentionTrial], precision: Chosen, *, length: int) -> dict[AttentionTrial, Choice]:
     """The choice of every trial: what the cache has kept of this machine, the others raced."""
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     length = 2 ** round(math.log2(min(max(length, SHORTEST), LONGEST)))
-    kept = {} if anew else kept_choices()
+    kept = kept_choices()
     found, missing = {}, []
     for trial in sorted(trials, key=str):
         choice = kept.get((str(trial), length, _name(dtype)))
@@ -128,11 +125,14 @@ def winner(seconds: Seconds) -> str:
 def measure(trial: AttentionTrial, length: int, dtype: torch.dtype, allowance: float) -> Seconds:
     """What each path takes, in turns (A B A B …), in as many of `ROUNDS` as `allowance` seconds have room for."""
     begin = _clock()
+    _round(
+        {path: trial.step(path, SHORTEST, dtype) for path in trial.paths(dtype)}
+    )  # what a process does once, as loading kernels
     steps = {path: trial.step(path, length, dtype) for path in trial.paths(dtype)}
     rounds = [_round(steps)]
     while len(rounds) <= ROUNDS and _clock() - begin + sum(rounds[-1].values()) < allowance:
         rounds.append(_round(steps))
-    timed = rounds[1:] or rounds  # the first one warms up
+    timed = rounds[1:] if len(rounds) > ENOUGH else rounds  # the first one is often slower
     return {path: [took[path] for took in timed] for path in steps}
 
 
@@ -184,6 +184,11 @@ def keep(choices: list[Choice]) -> None:
     except OSError as error:
         told = f"{file}: cannot keep which paths are fast here ({error.strerror}): they are measured again next time"
         warnings.warn(told, stacklevel=2)
+
+
+def forget_choices() -> None:
+    """Let everything be raced anew on this machine."""
+    _file().unlink(missing_ok=True)
 
 
 def _file() -> Path:
