@@ -97,8 +97,9 @@ def times(row: Row) -> str:
 def ceilings(results: Results) -> str:
     """The machine, and what it reaches at most, before and after."""
     machine, rows = results.machine, results.rows["ceilings"]
+    instructions = f", {machine['instructions']}" if "instructions" in machine else ""  # older results lack them
     about = (
-        f"{machine['processor']}, {machine['threads']} threads, {in_bytes(machine['memory_bytes'])}, "
+        f"{machine['processor']}{instructions}, {machine['threads']} threads, {in_bytes(machine['memory_bytes'])}, "
         f"{machine['system']}, Python {machine['python']}, torch {machine['torch']}."
     )
     columns: dict[str, Cell] = {

@@ -12,9 +12,8 @@ from swamla import process
 
 FREE_AND_TAKE = """
 import resource, sys
-from swamla import process
 if sys.argv[1] == "kept":
-    process.keep_freed_memory()
+    import swamla
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     block = bytearray(200_000_000)  # cleared by writing to every page, or by the system when it gives a new one
@@ -30,6 +29,41 @@ def faults_of_a_block_taken_again(how: str, **environment: str) -> int:
     command = [sys.executable, "-c", FREE_AND_TAKE, how]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={**inherited, **environment})
     return int(done.stdout)
+
+
+def prepared_by(code: str, **environment: str) -> list[str]:
+    """What a new Python says that `prepare` did, and how its threads wait."""
+    settings = ("MALLOC_", "GLIBC_", "OMP_WAIT", "GOMP_SPIN")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(settings)}
+    code += "; import os, swamla.process; print(*swamla.process.prepared().values(), sep=chr(10))"
+    code += "; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**inherited, **environment}
+    )
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("way", ["import swamla", "from swamla import train", "import swamla.ops", "import swamla.cli"])
+def test_every_way_into_the_library_prepares_before_torch_is_there(way: str) -> None:
+    waiting, memory, spins = prepared_by(way)
+    assert (waiting, spins) == ("sleep early", "1000")
+    assert memory.startswith("kept" if platform.libc_ver()[0] == "glibc" else "given back")
+
+
+def test_it_is_told_where_torch_came_first() -> None:
+    waiting, memory, _ = prepared_by("import sys; sys.modules['torch'] = sys; import swamla")  # a stand-in is quicker
+    assert "torch was imported before swamla" in waiting
+    assert memory.startswith("kept" if platform.libc_ver()[0] == "glibc" else "given back")
+
+
+def test_what_the_user_has_set_stays() -> None:
+    waiting, memory, spins = prepared_by("import swamla", OMP_WAIT_POLICY="ACTIVE", MALLOC_TRIM_THRESHOLD_="131072")
+    assert (waiting, memory, spins) == ("as the environment says", "as the environment says", "None")
+
+
+def test_the_processor_has_a_name() -> None:
+    assert process.processor().strip()
+    assert "\n" not in process.processor()
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's memory can be kept")

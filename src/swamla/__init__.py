@@ -3,11 +3,14 @@
     import swamla
     model, tokenizer = swamla.load("runs/quickstart")
 
-Names are imported at their first use, so that `import swamla` alone stays quick and does not import torch.
+Names are imported at their first use, so that `import swamla` alone stays quick and does not import torch. It does set
+how torch's threads wait and how freed memory is kept (`swamla.process.prepare`): import swamla before torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from swamla import process
 
 __version__ = "0.1.0"
 
@@ -63,3 +66,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+process.prepare()

@@ -12,6 +12,7 @@ from torch import Tensor
 from swamla.cli import main, self_check
 from swamla.cli.doctor import OPTIONAL
 from swamla.cli.self_check import Wrong, compare, run_checks
+from swamla.ops.attention.trial import AttentionTrial
 
 CPU = torch.device("cpu")
 
@@ -54,7 +55,33 @@ def test_every_backend_is_there_or_says_what_it_needs(
         ("needs a CUDA device", "needs flash-linear-attention: pip install")
     )
     assert main(["doctor"]) == 0
-    assert "windowed attention      reference, torch; not flex (needs a CUDA device)\n" in capsys.readouterr().out
+    assert (
+        "windowed attention      reference, torch, tiles, sdpa; not flex (needs a CUDA device)\n"
+        in capsys.readouterr().out
+    )
+
+
+def test_it_shows_what_was_raced_with_the_times_and_can_race_anew(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    races = []
+
+    def measure(trial: AttentionTrial, length: int, dtype: torch.dtype, allowance: float) -> dict[str, list[float]]:
+        races.append(trial)
+        return {path: [0.001 if path == "sdpa" else 0.004] * 5 for path in trial.paths(dtype)}
+
+    monkeypatch.delenv("SWAMLA_MEASURE")
+    monkeypatch.setattr("swamla.train.paths.measure", measure)
+    monkeypatch.setattr(self_check, "_checks", list)
+    monkeypatch.setattr("swamla.cli.doctor.resolve_device", lambda asked: CPU)
+    for arguments, raced in ((["doctor"], 4), (["doctor"], 4), (["doctor", "--measure"], 8)):
+        assert main(arguments) == 0
+        shown = capsys.readouterr().out
+        assert len(races) == raced
+        assert shown.count(": sdpa 1 ms, tiles 4 ms (5 rounds)\n") == 4
+    assert main(["doctor", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["paths"]
+    assert {(choice["length"], choice["chosen"]) for choice in told} == {(512, "sdpa"), (4096, "sdpa")}
 
 
 def test_every_optional_library_is_named_with_the_extra_that_brings_it() -> None:

@@ -275,7 +275,11 @@ def test_graphs_without_a_gpu_and_unknown_names_are_refused() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [(1, 1), (3, 1), (2, 40)])
 @pytest.mark.parametrize(("into", "out"), [(32, 48), (384, 512)])
-def test_linear_is_torchs(into: int, out: int, rows: tuple[int, int], bias: bool) -> None:
+@pytest.mark.parametrize("intel", [False, True])
+def test_linear_is_torchs_whoever_made_the_processor(
+    monkeypatch: pytest.MonkeyPatch, intel: bool, into: int, out: int, rows: tuple[int, int], bias: bool
+) -> None:
+    monkeypatch.setattr("swamla.ops.linear._made_by_intel", lambda: intel)
     torch.manual_seed(0)
     layer, x = nn.Linear(into, out, bias=bias), torch.randn(*rows, into)
     expected = layer(x)
@@ -288,7 +292,8 @@ def test_linear_is_torchs(into: int, out: int, rows: tuple[int, int], bias: bool
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @torch.no_grad()
-def test_linear_leaves_other_formats_to_torch(dtype: torch.dtype) -> None:
+def test_linear_leaves_other_formats_to_torch(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr("swamla.ops.linear._made_by_intel", lambda: False)
     weight, x = torch.randn(512, 384, dtype=dtype), torch.randn(20, 384, dtype=dtype)
     assert torch.equal(linear(x, weight), nn.functional.linear(x, weight))
     strided = weight.float()[:, ::2]

@@ -26,7 +26,7 @@ from .helpers import (
     whole,
 )
 
-BACKENDS = ["reference", "torch"]
+BACKENDS = ["reference", "tiles", "sdpa"]
 TIME = 21
 SHAPES = {
     "half the width": LatentConfig(n_heads=4),

@@ -12,7 +12,7 @@ from swamla.model.rope import RopeConfig
 
 from .helpers import Named, assert_equal_to_oracle, random_tokens
 
-BACKENDS = ["reference", "torch"]
+BACKENDS = ["reference", "tiles", "sdpa"]
 DEPTH = 2
 
 

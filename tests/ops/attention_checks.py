@@ -48,10 +48,11 @@ def with_gradients(attend: Attention, inputs: list[Tensor], seq: Layout) -> list
 
 def assert_equals_reference(attend: Attention, inputs: list[Tensor], seq: Layout) -> None:
     expected = with_gradients(partial(attend, backend="reference"), inputs, seq)
-    got = with_gradients(partial(attend, backend="torch"), inputs, seq)
     outputs, gradients = TOLERANCE[inputs[0].dtype]
-    for tolerance, mine, theirs in zip([outputs, gradients, gradients, gradients], got, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, atol=tolerance, rtol=tolerance)
+    for backend in ("torch", "tiles", "sdpa"):
+        got = with_gradients(partial(attend, backend=backend), inputs, seq)
+        for tolerance, mine, theirs in zip([outputs, gradients, gradients, gradients], got, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, atol=tolerance, rtol=tolerance)
 
 
 def assert_close_in_bf16(attend: Attention, inputs: list[Tensor], seq: Layout) -> None:

@@ -105,7 +105,7 @@ def test_strided_views_of_a_fused_projection_are_taken_as_they_are():
         torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "tiles", "sdpa"])
 @pytest.mark.parametrize("length", [63, 64, 65, 255, 256, 257])
 def test_a_document_does_not_see_the_one_before_it(backend, length):
     seq = documents([length, 300 - length])
@@ -127,7 +127,7 @@ def test_an_id_that_comes_back_is_another_document():
 
 def test_padding_gives_finite_outputs_and_gradients():
     seq = Layout.from_documents(torch.tensor([[0] * 5 + [-1] * 5, [-1] * 10]))
-    for backend in ("reference", "torch"):
+    for backend in ("reference", "tiles", "sdpa"):
         for tensor in with_gradients(partial(causal_attention, backend=backend), random_inputs(seq, value=4), seq):
             assert tensor.isfinite().all()
 
@@ -140,7 +140,7 @@ def test_scale_replaces_the_default():
         assert not torch.allclose(causal_attention(*inputs, seq, scale=0.1), causal_attention(*inputs, seq))
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "tiles", "sdpa"])
 def test_autocast_decides_the_dtype_of_fp32_inputs_and_leaves_double(backend):
     seq = documents([20])
     for given, expected in ((torch.float32, torch.bfloat16), (torch.float64, torch.float64)):
@@ -200,7 +200,7 @@ def test_flex_on_the_cpu_is_refused_with_the_way_out():
 
 
 def test_an_unknown_backend_is_refused_with_the_names_there_are():
-    with pytest.raises(UsageError, match=r"'fast'.*'auto', 'reference', 'torch', 'flex'"):
+    with pytest.raises(UsageError, match=r"'fast'.*'auto', 'reference', 'torch', 'tiles', 'sdpa', 'flex'"):
         resolve_backend("fast", "cpu")
 
 

@@ -99,7 +99,7 @@ def test_the_reference_is_sdpa_under_the_mask_of_the_definition(window, sinks):
     assert torch.equal(allowed_mask(seq, window=window, sinks=sinks)[0], allowed)
     q, k, v = random_inputs(seq, dtype=torch.float64)
     expected = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=allowed).transpose(1, 2)
-    for backend in ("reference", "torch"):
+    for backend in ("reference", "tiles", "sdpa"):
         got = windowed_attention(q, k, v, seq, window=window, sinks=sinks, backend=backend)
         torch.testing.assert_close(got, expected)
 
@@ -120,7 +120,7 @@ def test_a_window_of_one_without_sinks_returns_the_values():
     torch.testing.assert_close(windowed_attention(q, k, v, seq, window=1, sinks=0), v, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "tiles", "sdpa"])
 @pytest.mark.parametrize("length", [31, 32, 33, 63, 64, 65, 127, 128, 129, 200])
 def test_a_document_does_not_see_the_one_before_it(backend, length):
     seq = documents([length, 300 - length])
@@ -144,7 +144,7 @@ def test_a_token_reaches_its_window_and_its_sinks_and_nothing_else():
     assert reached == [0, 1, 2, 3, *range(250 - 31, 251)]
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "tiles", "sdpa"])
 def test_padding_gives_finite_outputs_and_gradients(backend):
     seq = Layout.from_documents(torch.tensor([[0] * 150 + [-1] * 150, [-1] * 300]))
     for tensor in with_gradients(partial(attention(16, 4), backend=backend), random_inputs(seq), seq):

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 
 from swamla.data.workers import available_cores
+from swamla.process import processor
+from swamla.train.machine import describe_cpu
 from swamla.train.utilisation import matmul_flops
 
 Run = Callable[[], object]
@@ -107,6 +109,7 @@ def machine() -> dict[str, object]:
     """What was measured on: nothing that names the machine, only what it is."""
     return {
         "processor": processor(),
+        "instructions": describe_cpu()["instructions"],
         "cores": available_cores(),
         "threads": torch.get_num_threads(),
         "memory_bytes": memory_bytes(),
@@ -115,16 +118,6 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }
-
-
-def processor() -> str:
-    """The processor's name, as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # no Linux
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def memory_bytes() -> int:

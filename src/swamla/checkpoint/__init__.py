@@ -18,7 +18,7 @@ from swamla.checkpoint.folder import (
     whole_checkpoint,
 )
 from swamla.checkpoint.pieces import Piece, Pieces, save_pieces
-from swamla.checkpoint.run import best_step, find_checkpoint, load, load_into, read_run_config
+from swamla.checkpoint.run import best_step, find_checkpoint, load, load_into, read_run_config, stored_paths
 from swamla.checkpoint.saver import Saved, Saver
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "set_aside_after",
     "step_name",
     "step_of",
+    "stored_paths",
     "verify",
     "whole_checkpoint",
 ]

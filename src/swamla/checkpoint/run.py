@@ -77,7 +77,7 @@ def load(run_dir: str | Path, which: str = "best", *, raw: bool = False) -> "tup
     from swamla.model.config import LanguageModelConfig
 
     config = from_plain(LanguageModelConfig, plain["model"], path="model", origin=str(run_dir / "config.json"))
-    model = config.build()
+    model = config.with_backends(stored_paths(checkpoint)).build()
     if checkpoint.has("ema") and not raw:
         weights = dict(model.named_parameters(remove_duplicate=False)).keys()
         if checkpoint.pieces("ema").shapes().keys() != weights:
@@ -91,6 +91,19 @@ def load(run_dir: str | Path, which: str = "best", *, raw: bool = False) -> "tup
         )
     model.known_ids = tokenizer.vocab_size
     return model.eval(), tokenizer
+
+
+def stored_paths(checkpoint: Checkpoint) -> dict[str, str]:
+    """Block → the backend by which its mixer was trained, where that was chosen by measurement on a CPU.
+
+    Other bits would come of another one. Raises `CorruptError` for anything but names.
+    """
+    paths = checkpoint.state.get("paths", {})
+    if not isinstance(paths, dict) or not all(isinstance(backend, str) for backend in paths.values()):
+        raise CorruptError(
+            f'{checkpoint.path / "state.json"}: damaged: "paths" is {paths!r}, expected names of backends'
+        )
+    return paths
 
 
 def weights_of(checkpoint: Checkpoint, *, raw: bool = False) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
-from swamla import process
 from swamla.cli.outputs import Ended, ended_by_signals, flush_outputs, open_outputs
 from swamla.distributed import is_main, lost_a_rank
 from swamla.errors import ConfigError, FailedElsewhere, Interrupted, SwamlaError, UsageError, is_out_of_memory
@@ -41,7 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     warnings.showwarning = _one_line_warning  # type: ignore[assignment]
     open_outputs()
-    process.prepare()
     try:
         with ended_by_signals():
             status = _dispatch(arguments)

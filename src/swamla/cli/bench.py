@@ -25,6 +25,7 @@ from swamla.cli.run_config import chosen_recipe, read_recipe, with_vocabulary
 from swamla.errors import Interrupted, SwamlaError, UsageError
 from swamla.model.accounting import count_parameters
 from swamla.train.backends import describe, resolve_backends
+from swamla.train.paths import fastest_paths
 from swamla.train.precision import resolve_device, resolve_precision
 
 CTRL_C = 130
@@ -101,10 +102,15 @@ def _measure(recipe: str, wanted: Wanted, results: _Shown, seconds: float, conso
     config, allowance = wanted.config, Allowance(seconds)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
+    paths, choices = fastest_paths(config.model, wanted.device, wanted.precision, length=config.train.block_size)
+    config = replace(config, model=config.model.with_backends(paths))
+    wanted = replace(wanted, config=config)
     backends = describe(resolve_backends(config.model, wanted.device, wanted.precision))
     parameters = count_parameters(config.model).total
     results.machine = machine()
     say(console, f"{recipe}: {parameters:,} parameters, {wanted.precision} on {wanted.device.type}; {backends}")
+    for choice in choices:
+        say(console, str(choice))
     say(console, _machine(results.machine))
     say(console, f"{_about(seconds)} (--minutes); on random tokens, nothing is fetched")
     results.screen.stage("what the machine reaches")

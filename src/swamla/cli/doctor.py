@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from swamla import __version__
-from swamla.bench.measuring import memory_bytes, processor
+from swamla.bench.measuring import memory_bytes
 from swamla.cli.console import Console, say
 from swamla.cli.flags import parse
 from swamla.cli.info_tables import short
@@ -18,7 +18,13 @@ from swamla.cli.plain import BLOCK_PARTS
 from swamla.cli.self_check import Outcome, run_checks, tiny_model
 from swamla.data.preparing import default_cache_dir
 from swamla.data.workers import available_cores
+from swamla.model.block import BlockConfig
+from swamla.model.config import LanguageModelConfig
+from swamla.model.mixers.mha import MHAConfig
+from swamla.model.mixers.swa import SWAConfig
+from swamla.process import prepared, processor
 from swamla.train.backends import available, describe, resolve_backends
+from swamla.train.paths import Choice, fastest_paths, forget_choices, kept_choices
 from swamla.train.precision import bf16_is_fast, resolve_device, resolve_precision
 
 # Optional libraries, and the extra that brings them.
@@ -40,6 +46,8 @@ class Arguments:
 
     json: bool = False
     """Print one JSON object."""
+    measure: bool = False
+    """Forget which paths of attention were faster on this machine, and race anew: it may have been busy then."""
 
 
 def main(argv: list[str]) -> int:
@@ -51,6 +59,7 @@ def main(argv: list[str]) -> int:
         "devices": _devices(),
         "optional": {name: _version(name) for name in OPTIONAL},
         "auto": _choices(device),
+        "paths": [asdict(choice) for choice in _paths(device, anew=arguments.measure)],
         "backends": available(device),
         "storage": _storage(),
     }
@@ -84,6 +93,7 @@ def _environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_bytes": memory_bytes(),
         "bf16_instructions": bf16_is_fast(torch.device("cpu")),
+        **{name.replace(" ", "_"): how for name, how in prepared().items()},
     }
 
 
@@ -116,6 +126,24 @@ def _choices(device: torch.device) -> dict[str, Any]:
     }
 
 
+# What is raced for the doctor, besides what runs have raced: the attentions that a model of the recipes' kind has.
+_RACED = LanguageModelConfig(
+    width=384,
+    blocks={"mha": BlockConfig(mixer=MHAConfig(n_heads=6)), "swa": BlockConfig(mixer=SWAConfig(n_heads=6))},
+    pattern=("mha", "swa"),
+)
+_LENGTHS = (512, 4096)
+
+
+def _paths(device: torch.device, *, anew: bool) -> list[Choice]:
+    """Every race between paths that this machine has run, the usual ones now if they are missing."""
+    if anew:
+        forget_choices()
+    for length in _LENGTHS:
+        fastest_paths(_RACED, device, resolve_precision("auto", device), length=length)
+    return sorted(kept_choices().values(), key=lambda choice: (choice.what, choice.dtype, choice.length))
+
+
 def _storage() -> dict[str, Any]:
     """Where data is cached, how much of it there is, and what is free there and here."""
     cache = default_cache_dir()
@@ -140,10 +168,13 @@ def _show(console: Console, found: dict[str, Any]) -> None:
         ("CPU", f"{environment['cpu']}, {bf16}"),
         ("cores", f"{environment['cores']}, of which torch uses {environment['threads']}"),
         ("memory", short(environment["memory_bytes"], "B")),
+        ("waiting threads", environment["waiting_threads"]),
+        ("freed memory", environment["freed_memory"]),
         ("CUDA", "; ".join(devices) or "no device"),
         *((name, found["optional"][name] or f"missing: pip install 'swamla[{OPTIONAL[name]}]'") for name in OPTIONAL),
         ("auto", f"{chosen['precision']} on {chosen['device']}; {describe(chosen['backends'])}"),
         *((op, _there(backends)) for op, backends in found["backends"].items()),
+        *(("fastest", _raced(choice)) for choice in found["paths"]),
         ("cache", f"{storage['cache']}, {short(storage['cache_bytes'], 'B')}"),
         ("disk", f"{free[0]} free there, {free[1]} here"),
     ]
@@ -151,6 +182,14 @@ def _show(console: Console, found: dict[str, Any]) -> None:
     for label, text in rows:
         say(console, f"{label:<{width}}  {text}")
     say(console, "")
+
+
+def _raced(choice: dict[str, Any]) -> str:
+    """For people: "attention causal, 6 heads, width 64, documents of about 512, bfloat16: sdpa 12 ms, tiles 18 ms"."""
+    first, *others = sorted(choice["seconds"], key=lambda path: path != choice["chosen"])
+    times = ", ".join(f"{path} {1e3 * choice['seconds'][path]:.3g} ms" for path in (first, *others))
+    shape = f"{choice['what']}, documents of about {choice['length']}, {choice['dtype']}"
+    return f"{shape}: {times} ({choice['rounds']} rounds)"
 
 
 def _there(backends: dict[str, str]) -> str:

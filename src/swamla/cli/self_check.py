@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -122,6 +123,14 @@ def _compare_backends(op: Op, inputs: Sequence[Tensor], device: torch.device, to
     return compare(lambda *x: op(*x, backend="auto"), lambda *x: op(*x, backend="reference"), inputs, tolerance)
 
 
+def _compare_paths(op: Op, inputs: Sequence[Tensor], device: torch.device) -> str:
+    """What "auto" is, or on a CPU every path that it may become."""
+    paths = ("tiles", "sdpa") if device.type == "cpu" else ("auto",)
+    reference, tolerance = partial(op, backend="reference"), TOLERANCE[device.type]
+    found = [compare(partial(op, backend=path), reference, inputs, tolerance) for path in paths]
+    return found[0] if len(paths) == 1 else "; ".join(f"{p}: {told}" for p, told in zip(paths, found, strict=True))
+
+
 def _as_trained(device: torch.device) -> AbstractContextManager[object]:
     """The number format that "auto" chooses."""
     return autocast(resolve_precision("auto", device), device)
@@ -129,7 +138,7 @@ def _as_trained(device: torch.device) -> AbstractContextManager[object]:
 
 def _causal(device: torch.device) -> str:
     seq, inputs = _documents(device, 200), [_random(device, 1, 200, 4, 32) for _ in range(3)]
-    return _compare_backends(lambda q, k, v, backend: causal_attention(q, k, v, seq, backend=backend), inputs, device)
+    return _compare_paths(lambda q, k, v, backend: causal_attention(q, k, v, seq, backend=backend), inputs, device)
 
 
 def _windowed(device: torch.device) -> str:
@@ -138,7 +147,7 @@ def _windowed(device: torch.device) -> str:
     def op(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
         return windowed_attention(q, k, v, seq, window=48, sinks=4, backend=backend)
 
-    return _compare_backends(op, inputs, device)
+    return _compare_paths(op, inputs, device)
 
 
 def _delta_rule(device: torch.device) -> str:

@@ -1,6 +1,7 @@
 """The whole model as data: named blocks, and the pattern in which they are stacked."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from swamla.config import within
@@ -65,6 +66,16 @@ class LanguageModelConfig:
     def layers(self) -> tuple[BlockConfig, ...]:
         """The block of every layer, bottom first."""
         return tuple(self.blocks[name] for name in self.pattern)
+
+    def with_backends(self, paths: Mapping[str, str]) -> "LanguageModelConfig":
+        """The same model, mixers of these blocks by the backends given, but for those that name one themselves."""
+        blocks = {
+            name: replace(block, mixer=replace(block.mixer, backend=paths[name]))
+            if name in paths and block.mixer.backend == "auto"
+            else block
+            for name, block in self.blocks.items()
+        }
+        return replace(self, blocks=blocks)
 
     def build(self, seed: int | None = None) -> "LanguageModel":
         """The model with the initial weights of `seed`, or of a seed drawn from torch's random generator."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from swamla.checkpoint import (
     mark_best,
     set_aside_after,
     step_name,
+    stored_paths,
 )
 from swamla.config import to_plain
 from swamla.data.dataset import Dataset
@@ -35,8 +37,10 @@ from swamla.train.ema import WeightAverage
 from swamla.train.fp8 import convert_to_fp8
 from swamla.train.init_from import RECORD, Origin, describe, origin_of
 from swamla.train.launch import Launch, this_launch
+from swamla.train.machine import describe_machine, differences
 from swamla.train.parallel import build_model
-from swamla.train.precision import resolve_device, resolve_precision
+from swamla.train.paths import fastest_paths, usual_length
+from swamla.train.precision import Chosen, resolve_device, resolve_precision
 from swamla.train.state import TrainState, seed_generators
 
 DATA = "data.json"  # by which the run's data is found again
@@ -90,7 +94,7 @@ def open_run(
         config = settle(config, dataset)
         step, seconds = (checkpoint.step, float(checkpoint.state.get("seconds", 0))) if checkpoint else (0, 0.0)
         check_horizon(before, config.train, step=step, seconds=seconds)
-        state = fresh_state(config, dataset, _origin(config.train, checkpoint))
+        state = fresh_state(config, dataset, _origin(config.train, checkpoint), before=checkpoint)
         state.scored_by = measure(before)
         state.notes += tuple(told(before, config.train, step=step, seconds=seconds))
         if checkpoint is not None:
@@ -122,16 +126,22 @@ def settle(config: RunConfig, dataset: Dataset) -> RunConfig:
     return config
 
 
-def fresh_state(config: RunConfig, dataset: Dataset, origin: Origin | None = None) -> TrainState:
-    """The state of a run before its first step, a function of the config's seed, and of the weights of an `origin`."""
+def fresh_state(
+    config: RunConfig, dataset: Dataset, origin: Origin | None = None, *, before: Checkpoint | None = None
+) -> TrainState:
+    """The state of a run before its first step, a function of the config's seed, and of the weights of an `origin`.
+
+    before: a checkpoint whose paths are taken, whatever is fast on this machine; else they are measured.
+    """
     train = config.train
     if train.threads is not None:
         torch.set_num_threads(train.threads)
     device = resolve_device(train.device)
     precision = resolve_precision(train.precision, device)
-    backends = resolve_backends(config.model, device, precision)
+    paths, notes = _paths(config, dataset, device, precision, before)
+    model_config = config.model.with_backends(paths)
+    backends = resolve_backends(model_config, device, precision)
     seed_generators(train.seed)
-    notes = []
 
     def prepare(model: LanguageModel) -> None:
         model.checkpoint_activations(train.checkpointing)
@@ -139,7 +149,7 @@ def fresh_state(config: RunConfig, dataset: Dataset, origin: Origin | None = Non
             notes.append(convert_to_fp8(model, device))
 
     spread = build_model(
-        config.model,
+        model_config,
         parallel=train.parallel,
         shards=train.shards,
         expert_parallel=train.expert_parallel,
@@ -166,6 +176,8 @@ def fresh_state(config: RunConfig, dataset: Dataset, origin: Origin | None = Non
         data_fingerprint=dataset.fingerprint,
         initialized_from=initialized_from,
         device=device,
+        machine=describe_machine(device),
+        paths=paths,
         average=None if train.ema is None else WeightAverage(model, train.ema),
     )
 
@@ -185,6 +197,21 @@ def identity_of_run(run_dir: Path) -> list[dict[str, str]] | None:
         return [{name: str(each[name]) for name in ("fingerprint", "raw")} for each in identity]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CorruptError(f"{file}: damaged ({error!r}); delete it") from error
+
+
+def _paths(
+    config: RunConfig, dataset: Dataset, device: torch.device, precision: Chosen, before: Checkpoint | None
+) -> tuple[dict[str, str], list[str]]:
+    """Block → backend, the same on every rank, and what to tell of it."""
+    if before is not None and _machine_of(before).get("device", device.type) == device.type == "cpu":
+        return stored_paths(before), []
+
+    def measured() -> tuple[dict[str, str], list[str]]:
+        length = usual_length(dataset, config.train.block_size)
+        paths, choices = fastest_paths(config.model, device, precision, length=length)
+        return paths, [str(choice) for choice in choices]
+
+    return distributed.on_main(measured)
 
 
 def _checkpoint_to_take_up(run_dir: Path, dataset: Dataset) -> Checkpoint | None:
@@ -217,8 +244,10 @@ def _changed(run_dir: Path, what: str, before: str, now: str) -> DataError:
 
 
 def _take_up(state: TrainState, checkpoint: Checkpoint) -> None:
-    """Move a fresh state to `checkpoint`."""
+    """Move a fresh state to `checkpoint`; warns where another machine computed it, for then the bits may differ."""
     state.restore(checkpoint)
+    if other := differences(_machine_of(checkpoint), state.machine):
+        warnings.warn(f"going on with {other}: not bit for bit as it would have gone on there", stacklevel=2)
     distributed.barrier()  # nothing is set aside that another rank still reads
     directory = checkpoint.path.parent
     distributed.on_main(lambda: set_aside_after(directory, checkpoint.step))
@@ -226,6 +255,13 @@ def _take_up(state: TrainState, checkpoint: Checkpoint) -> None:
     state.best_step, state.best_loss = best or (None, None)
     if state.best_step == state.step != state.evaluated_step:
         state.evaluated_step, state.evaluated_at = state.step, state.seconds
+
+
+def _machine_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint was computed on; older ones say nothing of it."""
+    if "machine" not in checkpoint.state:
+        return {}
+    return entry(checkpoint.state, "machine", dict, file=checkpoint.path / "state.json")
 
 
 def _agreed_best(state: TrainState, directory: Path) -> tuple[int, float] | None:

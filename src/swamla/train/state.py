@@ -39,7 +39,8 @@ COUNTERS = (
 class TrainState:
     """The state of a training run; all of it goes into a checkpoint, with the random generators'.
 
-    backends: what computes each op on `device`.  notes: more that was chosen, a line each for people.
+    backends: what computes each op on `device`.  paths: the backends that were chosen by measurement, by block.
+    machine: what all this is computed on.  notes: more that was chosen, a line each for people.
     initialized_from: whose weights it began with, before it was a run; of a resumed one nobody's.
     average: of the weights, where the run has one: what evaluations score.
     step: optimizer steps done, skipped ones included.  sample: index of the next row, which alone says what data
@@ -56,6 +57,8 @@ class TrainState:
     backends: dict[str, str]
     data_fingerprint: str
     device: torch.device
+    machine: dict[str, Any]
+    paths: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     initialized_from: dict[str, Any] | None = None
     average: WeightAverage | None = None
@@ -95,6 +98,8 @@ class TrainState:
             "usual_loss": self.usual.plain(),
             "precision": self.precision,
             "backends": self.backends,
+            "paths": self.paths,
+            "machine": self.machine,
             "data_fingerprint": self.data_fingerprint,
             "parameters_without_optimizer_state": self.optimizer.stateless(),
         }

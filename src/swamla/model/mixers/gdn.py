@@ -84,6 +84,9 @@ class GDNConfig:
         sizes = {"heads": self.n_heads, "key": key, "value": value}
         return {"delta rule": describe_backend(self.backend, device, **sizes, dtype=dtype)}
 
+    def trial(self, width: int) -> None:
+        """What to race where the backend is left to "auto": nothing, on a CPU one path is the fastest everywhere."""
+
     def prepare(self, seq: Layout, width: int) -> None:
         """Make what a compiled graph would have to leave to make."""
         key, value = self.head_dims(width)

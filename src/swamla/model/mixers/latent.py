@@ -20,6 +20,7 @@ from swamla.model.mixers.mixer import (
 from swamla.ops import causal_attention
 from swamla.ops.attention import BACKENDS, describe_backend, kept_causal_keys, prepare_attention
 from swamla.ops.attention.cached import attend_to_latents
+from swamla.ops.attention.trial import AttentionTrial
 from swamla.ops.layout import Layout
 
 
@@ -30,7 +31,7 @@ class LatentConfig:
     n_heads: heads.
     n_latent: width of the latent, and of all queries and of all keys together; half the model's width by default.
     bias: whether projections add one, as GPT-2's do.
-    backend: auto, reference, torch, or on CUDA flex or cudnn.
+    backend: auto, reference, torch, tiles, sdpa, or on CUDA flex or cudnn.
     """
 
     kind: ClassVar[str] = "latent"
@@ -65,6 +66,13 @@ class LatentConfig:
         """What computes which op on `device`. Raises `MissingBackendError` for a backend that cannot."""
         return {"attention": describe_backend(self.backend, device, dtype)}
 
+    def trial(self, width: int) -> AttentionTrial | None:
+        """What to race where the backend is left to "auto"."""
+        if self.backend != "auto":
+            return None
+        key, value = self.latent_dim(width) // self.n_heads, width // self.n_heads
+        return AttentionTrial(heads=self.n_heads, key_heads=self.n_heads, key=key, value=value)
+
     def prepare(self, seq: Layout, width: int) -> None:
         """Make what a compiled graph would have to leave to make."""
         prepare_attention(seq, self.backend)
@@ -76,7 +84,9 @@ class LatentConfig:
     def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
         """Attention weights that a token of a document keeps for the backward pass on a CPU, of all heads."""
         key_width, value_width = self.latent_dim(width) // self.n_heads, width // self.n_heads
-        return self.n_heads * kept_causal_keys(length, bf16=bf16, key_width=key_width, value_width=value_width)
+        return self.n_heads * kept_causal_keys(
+            length, bf16=bf16, key_width=key_width, value_width=value_width, backend=self.backend
+        )
 
     def n_parameters(self, width: int) -> int:
         """Parameters of the module."""

@@ -11,6 +11,7 @@ from swamla.model.mixers.mixer import Mixer, State, append, attend_to_held, with
 from swamla.model.rope import RopeConfig
 from swamla.ops import causal_attention
 from swamla.ops.attention import BACKENDS, describe_backend, kept_causal_keys, prepare_attention
+from swamla.ops.attention.trial import AttentionTrial
 from swamla.ops.layout import Layout
 
 
@@ -23,7 +24,7 @@ class MHAConfig:
     head_dim: width of a head, width / n_heads by default.
     rope: rotary positions, or none (the model may have learned ones).
     bias: whether projections add one, as GPT-2's do.
-    backend: auto, reference, torch, or on CUDA flex or cudnn.
+    backend: auto, reference, torch, tiles, sdpa, or on CUDA flex or cudnn.
     """
 
     kind: ClassVar[str] = "mha"
@@ -69,6 +70,13 @@ class MHAConfig:
         """What computes which op on `device`. Raises `MissingBackendError` for a backend that cannot."""
         return {"attention": describe_backend(self.backend, device, dtype)}
 
+    def trial(self, width: int) -> AttentionTrial | None:
+        """What to race where the backend is left to "auto"."""
+        if self.backend != "auto":
+            return None
+        key = self.key_dim(width)
+        return AttentionTrial(heads=self.n_heads, key_heads=self.kv_heads, key=key, value=key)
+
     def prepare(self, seq: Layout, width: int) -> None:
         """Make what a compiled graph would have to leave to make."""
         prepare_attention(seq, self.backend)
@@ -76,7 +84,9 @@ class MHAConfig:
     def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
         """Attention weights that a token of a document keeps for the backward pass on a CPU, of all heads."""
         key_dim = self.key_dim(width)
-        return self.n_heads * kept_causal_keys(length, bf16=bf16, key_width=key_dim, value_width=key_dim)
+        return self.n_heads * kept_causal_keys(
+            length, bf16=bf16, key_width=key_dim, value_width=key_dim, backend=self.backend
+        )
 
     def n_parameters(self, width: int) -> int:
         """Parameters of the module."""

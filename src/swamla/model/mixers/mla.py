@@ -22,6 +22,7 @@ from swamla.model.rope import RopeConfig
 from swamla.ops import causal_attention
 from swamla.ops.attention import BACKENDS, describe_backend, kept_causal_keys, prepare_attention
 from swamla.ops.attention.cached import attend_to_latents
+from swamla.ops.attention.trial import AttentionTrial
 from swamla.ops.layout import Layout
 
 
@@ -36,7 +37,7 @@ class MLAConfig:
     qk_rope_head_dim: the part that carries rotary positions; its key is shared by all heads.
     v_head_dim: width of a value head.
     rope: rotary positions.
-    backend: auto, reference, torch, or on CUDA flex or cudnn.
+    backend: auto, reference, torch, tiles, sdpa, or on CUDA flex or cudnn.
     """
 
     kind: ClassVar[str] = "mla"
@@ -82,6 +83,13 @@ class MLAConfig:
         """What computes which op on `device`. Raises `MissingBackendError` for a backend that cannot."""
         return {"attention": describe_backend(self.backend, device, dtype)}
 
+    def trial(self, width: int) -> AttentionTrial | None:
+        """What to race where the backend is left to "auto"."""
+        if self.backend != "auto":
+            return None
+        heads = {"heads": self.n_heads, "key_heads": self.n_heads}
+        return AttentionTrial(**heads, key=self.qk_head_dim, value=self.v_head_dim)
+
     def prepare(self, seq: Layout, width: int) -> None:
         """Make what a compiled graph would have to leave to make."""
         prepare_attention(seq, self.backend)
@@ -89,7 +97,7 @@ class MLAConfig:
     def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
         """Attention weights that a token of a document keeps for the backward pass on a CPU, of all heads."""
         widths = {"key_width": self.qk_head_dim, "value_width": self.v_head_dim}
-        return self.n_heads * kept_causal_keys(length, bf16=bf16, **widths)
+        return self.n_heads * kept_causal_keys(length, bf16=bf16, **widths, backend=self.backend)
 
     def n_parameters(self, width: int) -> int:
         """Parameters of the module; ConfigError where a rank is larger than the width it compresses."""

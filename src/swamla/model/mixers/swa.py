@@ -1,6 +1,6 @@
 """Sliding-window attention (arXiv 2004.05150, 2310.06825) with attention sinks (arXiv 2309.17453)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from swamla.model.mixers.mha import MHA, KVState, MHAConfig
 from swamla.model.mixers.mixer import filled_mask, without_padding, write_at
 from swamla.ops import cached_attention, windowed_attention
 from swamla.ops.attention import WINDOWED_BACKENDS, kept_keys, prepare_attention, resolve_backend
+from swamla.ops.attention.trial import AttentionTrial
 from swamla.ops.layout import Layout
 
 
@@ -24,7 +25,7 @@ class SWAConfig(MHAConfig):
     head_dim: width of a head, width / n_heads by default.
     rope: rotary positions, or none (the model may have learned ones).
     bias: whether projections add one.
-    backend: auto, reference, torch, or on CUDA flex.
+    backend: auto, reference, torch, tiles, sdpa, or on CUDA flex.
     window: how many of the last tokens a token sees, itself included.
     sinks: how many of its document's first tokens it sees besides.
     """
@@ -48,12 +49,19 @@ class SWAConfig(MHAConfig):
         """What computes which op on `device`. Raises `MissingBackendError` for a backend that cannot."""
         return {"attention": resolve_backend(self.backend, device, windowed=True)}
 
+    def trial(self, width: int) -> AttentionTrial | None:
+        """What to race where the backend is left to "auto"."""
+        causal = super().trial(width)
+        return causal and replace(causal, window=self.window, sinks=self.sinks)
+
     def prepare(self, seq: Layout, width: int) -> None:
         """Make what a compiled graph would have to leave to make."""
         prepare_attention(seq, self.backend, window=self.window, sinks=self.sinks)
 
     def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
         """Attention weights that a token of a document keeps for the backward pass on a CPU, of all heads."""
+        if self.backend == "sdpa":  # which keeps none, but every key and value as often as a band holds it
+            return 4.0 * self.kv_heads * self.key_dim(width)
         return self.n_heads * kept_keys(length, self.window, self.sinks)
 
     def forward_flops(self, width: int, length: int) -> int:

@@ -5,10 +5,11 @@ from torch import Tensor
 
 from swamla.errors import MissingBackendError, UsageError, require
 from swamla.ops.attention.cached import attend_to_cache
-from swamla.ops.attention.causal import kept_causal_keys, torch_causal_attention
+from swamla.ops.attention.causal import kept_causal_keys, tiled_causal_attention, torch_causal_attention
 from swamla.ops.attention.cudnn import cudnn_causal_attention
 from swamla.ops.attention.flex import flex_attention, made_block_mask
 from swamla.ops.attention.reference import allowed_mask, reference_attention_of_documents
+from swamla.ops.attention.sdpa import sdpa_causal_attention, sdpa_windowed_attention
 from swamla.ops.attention.tiled import kept_keys
 from swamla.ops.attention.windowed import torch_windowed_attention
 from swamla.ops.graphs import OUTSIDE, open_to_graphs, outside_graphs
@@ -24,16 +25,20 @@ __all__ = [
     "windowed_attention",
 ]
 
-BACKENDS = ("auto", "reference", "torch", "flex", "cudnn")
-WINDOWED_BACKENDS = ("auto", "reference", "torch", "flex")
-BY_DOCUMENTS = ("reference", "torch")  # backends whose Python depends on where documents lie
+BACKENDS = ("auto", "reference", "torch", "tiles", "sdpa", "flex", "cudnn")
+WINDOWED_BACKENDS = ("auto", "reference", "torch", "tiles", "sdpa", "flex")
+BY_DOCUMENTS = ("reference", "torch", "tiles", "sdpa")  # backends whose Python depends on where documents lie
 
 
 def resolve_backend(backend: str, device: torch.device | str, *, windowed: bool = False) -> str:
     """The backend that a name means on a device.
 
-    "auto" is "torch", but on CUDA "cudnn", and "flex" for windowed attention. Raises UsageError for an unknown name
-    and MissingBackendError for "cudnn" or "flex" without CUDA (FlexAttention has no backward elsewhere).
+    "tiles" are our own matrix products, "sdpa" is PyTorch's `scaled_dot_product_attention`; "torch" is the one of them
+    that most CPUs are fastest with: "sdpa" for causal attention in fp32 with keys as wide as values, else "tiles".
+    "auto" is "torch", but on CUDA "cudnn", and "flex" for windowed attention; a training run on a CPU instead takes
+    the one that is measured to be faster (`swamla.train.paths`). Raises
+    UsageError for an unknown name and MissingBackendError for "cudnn" or "flex" without CUDA (FlexAttention has no
+    backward elsewhere).
     """
     backends = WINDOWED_BACKENDS if windowed else BACKENDS
     if backend not in backends:
@@ -83,6 +88,10 @@ def _causal(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, scale: 
         return cudnn_causal_attention(q, k, v, seq, scale=scale)
     if backend == "flex":
         return flex_attention(q, k, v, seq, window=None, sinks=0, scale=scale)
+    if backend == "sdpa":
+        return sdpa_causal_attention(q, k, v, seq, scale=scale)
+    if backend == "tiles":
+        return tiled_causal_attention(q, k, v, seq, scale=scale)
     return torch_causal_attention(q, k, v, seq, scale=scale)
 
 
@@ -132,6 +141,8 @@ def _windowed(
         return reference_attention_of_documents(q, k, v, mask_BTS, seq, scale=scale)
     if backend == "flex":
         return flex_attention(q, k, v, seq, window=window, sinks=sinks, scale=scale)
+    if backend == "sdpa":
+        return sdpa_windowed_attention(q, k, v, seq, window=window, sinks=sinks, scale=scale)
     return torch_windowed_attention(q, k, v, seq, window=window, sinks=sinks, scale=scale)
 
 

@@ -1,0 +1,189 @@
+"""Every op's chosen path against the best of its alternatives, on machines played on this one.
+
+    python -m benchmarks.choices
+
+Each machine is a process of its own under limits on its instructions, with one thread and with two. Paths that are
+raced (attention) are chosen there as a training run would, in a cache of its own; those of the other ops are fixed.
+Then all of them take turns, forward and backward, for longer than the race took; a ratio is between the shortest times,
+as whatever else the machine does only adds. 1.00: what is chosen is the fastest; 0.90: something else takes a tenth
+less.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+from swamla import process
+
+process.prepare()  # as the command line does
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swamla.ops import gated_delta_rule, l2_normalize, short_conv
+from swamla.ops.attention.trial import AttentionTrial
+from swamla.ops.linear import linear
+from swamla.train.machine import UNITS, describe_cpu
+from swamla.train.paths import choose
+from swamla.train.precision import Chosen
+
+MACHINES = {
+    "as it is": {},
+    "AVX512-BF16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+    "AVX512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "MKL_ENABLE_INSTRUCTIONS": "AVX512"},
+    "AVX2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "plain": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+}
+WITH_BF16 = ("as it is", "AVX512-BF16")  # elsewhere it is emulated, and "auto" is fp32
+TRIALS = (
+    AttentionTrial(heads=6, key_heads=6, key=64, value=64),
+    AttentionTrial(heads=6, key_heads=6, key=96, value=64),
+    AttentionTrial(heads=6, key_heads=6, key=64, value=64, window=256, sinks=4),
+)
+LENGTHS = (512, 1024, 4096)
+SECONDS = 3.0  # for the turns of one op
+LEAST = 0.95
+
+Step = Callable[[], object]
+Contest = tuple[str, str, dict[str, Step]]  # op, what is chosen, and all there is
+
+
+def contests(precision: Chosen) -> Iterator[Contest]:
+    """Every op that has more than one path."""
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    for length in LENGTHS:
+        chosen = choose(set(TRIALS), precision, length=length)
+        for trial in TRIALS:
+            steps = {path: trial.step(path, length, dtype) for path in trial.paths(dtype)}
+            yield f"{trial}, documents of {length}", chosen[trial].chosen, steps
+    yield _convolution(dtype)
+    for width in (64, 128):
+        yield _delta_rule(width, dtype)
+    if precision == "fp32":
+        for rows, out in ((1, 1152), (1, 4096), (64, 1152), (512, 1152)):
+            yield _linear(rows, out)
+
+
+def _gradients(op: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Step:
+    leaves = [x.requires_grad_() for x in inputs]
+    upstream = torch.ones_like(op(*leaves))
+    return lambda: torch.autograd.grad(op(*leaves), leaves, upstream)
+
+
+def _convolution(dtype: torch.dtype) -> Contest:
+    x_BTD, weight_DW = torch.randn(1, 4096, 1152).to(dtype), torch.randn(1152, 4)
+
+    def pytorch(x_BTD: Tensor, weight_DW: Tensor) -> Tensor:
+        y = F.conv1d(F.pad(x_BTD.mT, (3, 0)), weight_DW[:, None].to(x_BTD.dtype), groups=len(weight_DW))
+        return F.silu(y).mT
+
+    paths = {"torch": partial(short_conv, backend="torch"), "reference": partial(short_conv, backend="reference")}
+    steps = {name: _gradients(op, (x_BTD, weight_DW)) for name, op in {**paths, "F.conv1d": pytorch}.items()}
+    return "short convolution, 1152 channels, 4096 tokens", "torch", steps
+
+
+def _delta_rule(width: int, dtype: torch.dtype) -> Contest:
+    q, k, v = (torch.randn(1, 4096, 4, width).to(dtype) for _ in range(3))
+    gates = [-torch.rand(1, 4096, 4), torch.rand(1, 4096, 4)]
+
+    def rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, chunk: int) -> Tensor:
+        return gated_delta_rule(l2_normalize(q), l2_normalize(k), v, log_alpha, beta, chunk=chunk)[0]
+
+    steps = {str(chunk): _gradients(partial(rule, chunk=chunk), [q, k, v, *gates]) for chunk in (32, 64)}
+    return f"delta rule, 4 heads of {width}, 4096 tokens, by chunk", "32", steps
+
+
+def _linear(rows: int, out: int) -> Contest:
+    x, weight = torch.randn(rows, 384), torch.randn(out, 384)
+    times = max(1, 50_000_000 // (rows * out * 384))
+
+    def many(op: Callable[[Tensor, Tensor], Tensor]) -> Step:
+        def step() -> None:
+            with torch.no_grad():
+                for _ in range(times):
+                    op(x, weight)
+
+        return step
+
+    def onednn(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+    steps = {"chosen": many(linear), "F.linear": many(F.linear), "oneDNN": many(onednn)}
+    return f"linear without gradients, {rows} rows, 384 to {out}", "chosen", steps
+
+
+def shortest(steps: dict[str, Step]) -> dict[str, float]:
+    """The shortest time of each, in turns (A B A B …)."""
+    begin, found = time.perf_counter(), dict.fromkeys(steps, float("inf"))
+    for step in steps.values():
+        step()
+    rounds = 0
+    while rounds < 3 or time.perf_counter() - begin < SECONDS:
+        rounds += 1
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            found[name] = min(found[name], time.perf_counter() - started)
+    return found
+
+
+def here(precisions: Sequence[Chosen]) -> None:
+    """A JSON line for every op, of this process's machine."""
+    torch.manual_seed(0)
+    print(json.dumps(describe_cpu()), flush=True)
+    for precision in precisions:
+        for op, chosen, steps in contests(precision):
+            print(json.dumps({"op": op, "precision": precision, "chosen": chosen, "s": shortest(steps)}), flush=True)
+
+
+def play(name: str, threads: int) -> float:
+    """Print the table of one machine; returns the lowest ratio."""
+    bf16 = name in WITH_BF16 and any(there() for there in UNITS.values())
+    precisions = "bf16,fp32" if bf16 else "fp32"
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | MACHINES[name] | {"OMP_NUM_THREADS": str(threads), "SWAMLA_CACHE": cache}
+        environment.pop("SWAMLA_MEASURE", None)
+        command = [sys.executable, "-m", "benchmarks.choices", "--here", precisions]
+        found = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    machine, *rows = map(json.loads, found.splitlines())
+    print(f"\n{name}, {threads} threads: {machine['processor']}, {machine['instructions']}\n")
+    print("| op | | chosen | ms | alternatives, ms | best by chosen |\n| --- | --- | --- | --- | --- | --- |")
+    ratios = []
+    for row in rows:
+        took, best = row["s"][row["chosen"]], min(row["s"].values())
+        others = ", ".join(f"{path} {1e3 * s:.3g}" for path, s in row["s"].items() if path != row["chosen"])
+        ratios.append(best / took)
+        print(
+            f"| {row['op']} | {row['precision']} | {row['chosen']} | {1e3 * took:.3g} | {others} | {ratios[-1]:.2f} |",
+            flush=True,
+        )
+    return min(ratios)
+
+
+def main() -> int:
+    """Play the machines; the exit status is 1 where something chosen is below `LEAST` of the best."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(MACHINES), help=f"some of {', '.join(MACHINES)}")
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--here", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.here:
+        here(options.here.split(","))
+        return 0
+    names = options.only.split(",")
+    if unknown := set(names) - MACHINES.keys():
+        parser.error(f"--only {', '.join(unknown)}: must be some of {', '.join(MACHINES)}")
+    lowest = min(play(name, int(threads)) for name in names for threads in options.threads.split(","))
+    print(f"\nlowest: {lowest:.2f}, to be at least {LEAST}")
+    return int(lowest < LEAST)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,251 @@
+"""Which path of a CPU computes a run: raced once a machine, kept, stored with the run, and taken again on resume."""
+
+import io
+import json
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from swamla.checkpoint import latest_checkpoint, load
+from swamla.errors import Interrupted
+from swamla.model.mixers.mha import MHAConfig
+from swamla.ops.attention.trial import AttentionTrial
+from swamla.train import paths, train
+from swamla.train.backends import resolve_backends
+from swamla.train.machine import describe_machine
+from swamla.train.paths import fastest_paths, usual_length, winner
+
+from .helpers import losses, model_of, run, tiny_config, weights
+from .test_resume import stop_after
+
+CPU = torch.device("cpu")
+MODEL = model_of("mha", "swa", "gdn")
+
+
+@pytest.fixture
+def races(monkeypatch):
+    """Every race from now on, as (what, length, dtype); "sdpa" takes `races.sdpa` times as long as "tiles"."""
+
+    class Races(list):
+        sdpa = 0.5
+
+        def measure(self, trial, length, dtype, allowance):
+            self.append((str(trial), length, dtype))
+            takes = {"tiles": 1.0, "sdpa": self.sdpa}
+            return {path: [takes[path]] * 5 for path in trial.paths(dtype)}
+
+    found = Races()
+    monkeypatch.delenv("SWAMLA_MEASURE")
+    monkeypatch.setattr(paths, "measure", found.measure)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("default", "challenger", "expected"),
+    [
+        ([10, 10, 10, 10], [5, 5, 5, 5], "sdpa"),
+        ([10, 10, 10, 10], [9.6, 9.6, 9.6, 9.6], "tiles"),  # not clearly
+        ([10, 10, 10, 10], [12, 12, 12, 12], "tiles"),
+        ([10, 20, 30, 40], [8, 16, 24, 32], "sdpa"),  # a machine that slows down slows both
+        ([10, 10, 10, 10], [5, 5, 11, 12], "tiles"),  # the rounds disagree
+        ([10, 10, 10, 10], [5, 5, 5, 90], "sdpa"),  # one was disturbed
+        ([10, 10], [5, 5], "tiles"),  # too few to tell
+    ],
+)
+def test_a_challenger_has_to_win_clearly(default, challenger, expected):
+    assert winner({"tiles": default, "sdpa": challenger}) == expected
+
+
+def test_paths_take_turns_as_often_as_the_time_allows(monkeypatch):
+    now, order = [0.0], []
+    takes = {"tiles": 0.25, "sdpa": 0.125}
+
+    def step(self, path, length, dtype):
+        def run():
+            order.append(path)
+            now[0] += takes[path]
+
+        return run
+
+    monkeypatch.setattr(paths, "_clock", lambda: now[0])
+    monkeypatch.setattr(AttentionTrial, "step", step)
+    trial = AttentionTrial(heads=1, key_heads=1, key=8, value=8)
+    found = paths.measure(trial, 64, torch.bfloat16, allowance=2.0)
+    # 5 · 0.375 s fit into 2 s: a short round that warms up, and one more that is not counted.
+    assert found == {"tiles": [0.25] * 3, "sdpa": [0.125] * 3}
+    assert order == ["tiles", "sdpa"] * 5
+    assert now[0] <= 2.0
+
+
+@pytest.mark.parametrize("name", ["mha", "swa", "mla", "latent"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_default_is_what_auto_computes_unmeasured(name, dtype):
+    """The first of a trial's paths, to the bit."""
+    mixer = model_of(name).blocks[name].mixer
+    trial = mixer.trial(16)
+    by_auto, by_default = (trial.step(path, 96, dtype)() for path in ("torch", trial.paths(dtype)[0]))
+    assert len(set(trial.paths(dtype))) == 2
+    assert all(torch.equal(a, b) for a, b in zip(by_auto, by_default, strict=True))
+
+
+def test_the_faster_path_is_chosen_kept_and_not_raced_again(races):
+    chosen, told = fastest_paths(MODEL, CPU, "bf16", length=900)
+    assert chosen == {"mha": "sdpa", "swa": "sdpa"}
+    assert [length for _, length, _ in races] == [1024, 1024]
+    assert "sdpa, 2.00 times as fast as tiles" in str(told[0])
+    assert fastest_paths(MODEL, CPU, "bf16", length=1100) == (chosen, told)  # the same class of shapes
+    assert len(races) == 2
+    fastest_paths(MODEL, CPU, "fp32", length=1100)
+    fastest_paths(MODEL, CPU, "bf16", length=4000)
+    assert len(races) == 6
+    races.sdpa = 3.0
+    assert fastest_paths(MODEL, CPU, "bf16", length=900)[0] == chosen
+    paths.forget_choices()
+    assert fastest_paths(MODEL, CPU, "bf16", length=900)[0] == {"mha": "tiles", "swa": "tiles"}
+
+
+def test_another_machine_races_for_itself(races, monkeypatch):
+    fastest_paths(MODEL, CPU, "bf16", length=64)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    fastest_paths(MODEL, CPU, "bf16", length=64)
+    assert len(races) == 4
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    fastest_paths(MODEL, CPU, "bf16", length=64)
+    assert len(races) == 6
+
+
+def test_what_a_config_names_and_what_cuda_computes_is_not_raced(races):
+    named = replace(MODEL.blocks["mha"], mixer=MHAConfig(n_heads=2, backend="tiles"))
+    model = replace(MODEL, blocks=MODEL.blocks | {"mha": named})
+    assert fastest_paths(model, CPU, "bf16", length=64)[0] == {"swa": "sdpa"}
+    assert fastest_paths(model, torch.device("cuda"), "bf16", length=64) == ({}, [])
+    assert len(races) == 1
+
+
+def test_measuring_can_be_left_out(races, monkeypatch):
+    monkeypatch.setenv("SWAMLA_MEASURE", "0")
+    assert fastest_paths(MODEL, CPU, "bf16", length=64) == ({}, [])
+    assert races == []
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"choices": 3}', '{"choices": [{"what": 1}, null]}', "\0"])
+def test_a_damaged_record_is_raced_again_and_mended(races, damage):
+    fastest_paths(MODEL, CPU, "bf16", length=64)
+    paths._file().write_text(damage)
+    assert fastest_paths(MODEL, CPU, "bf16", length=64)[0] == {"mha": "sdpa", "swa": "sdpa"}
+    assert len(races) == 4
+    fastest_paths(MODEL, CPU, "bf16", length=64)
+    assert len(races) == 4
+
+
+def test_a_record_that_cannot_be_written_is_told_and_stops_nothing(races, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SWAMLA_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.warns(UserWarning, match="cannot keep which paths are fast here"):
+        assert fastest_paths(MODEL, CPU, "bf16", length=64)[0] == {"mha": "sdpa", "swa": "sdpa"}
+
+
+def test_a_real_race_leaves_the_random_generators_alone(monkeypatch):
+    monkeypatch.delenv("SWAMLA_MEASURE")
+    monkeypatch.setattr(paths, "SECONDS", 0.1)
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    chosen, told = fastest_paths(MODEL, CPU, "fp32", length=64)
+    assert torch.equal(torch.rand(3), expected)
+    assert chosen.keys() == {"mha", "swa"}
+    assert all(min(choice.seconds.values()) > 0 for choice in told)
+
+
+def test_the_length_of_documents_is_that_which_a_token_meets(dataset):
+    from swamla.ops.layout import Layout
+
+    documents = dataset.rows(32, 0).batch(0, 32).document_BT
+    seen = [length for count, length in Layout.from_documents(documents).runs for _ in range(count * length)]
+    assert usual_length(dataset, 32) == round(sum(seen) / len(seen))
+
+
+def test_a_run_tells_stores_and_computes_by_what_was_chosen(races, tmp_path, dataset):
+    out = io.StringIO()
+    state = train(tiny_config(MODEL, steps=1), tmp_path / "run", dataset=dataset, console=Console(file=out, width=300))
+    assert state.paths == {"mha": "sdpa", "swa": "sdpa"}
+    assert "attention: sdpa, delta rule: torch\n" in out.getvalue()
+    assert "attention window 8 + 2, 2 heads, width 8" in out.getvalue()
+    assert [block.mixer.config.backend for block in state.model.blocks] == ["sdpa", "sdpa", "auto"]
+    saved = latest_checkpoint(tmp_path / "run" / "checkpoints").state
+    assert saved["paths"] == state.paths
+    assert saved["machine"] == describe_machine(CPU)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert {block["mixer"]["backend"] for block in config["model"]["blocks"].values()} == {"auto"}
+    model, _ = load(tmp_path / "run")
+    assert [block.mixer.config.backend for block in model.blocks] == ["sdpa", "sdpa", "auto"]
+
+
+def test_a_resumed_run_takes_its_own_paths_whatever_is_fast_now(races, tmp_path, dataset, monkeypatch):
+    config = tiny_config(MODEL, steps=4)
+    whole = run(config, tmp_path / "whole", dataset)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Interrupted):
+            run(config, tmp_path / "cut", dataset)
+    races.sdpa = 3.0
+    monkeypatch.setenv("SWAMLA_CACHE", str(tmp_path / "another machine"))
+    raced = len(races)
+    resumed = run(config, tmp_path / "cut", dataset, resume=True)
+    assert len(races) == raced
+    assert resumed.paths == whole.paths == {"mha": "sdpa", "swa": "sdpa"}
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert all(torch.equal(a, b) for a, b in zip(weights(resumed).values(), weights(whole).values(), strict=True))
+
+
+def test_a_checkpoint_of_before_paths_were_stored_goes_on_as_it_was(races, tmp_path, dataset, monkeypatch):
+    from swamla.train.state import TrainState
+
+    plain = TrainState.plain
+    monkeypatch.setenv("SWAMLA_MEASURE", "0")
+    monkeypatch.setattr(
+        TrainState, "plain", lambda self: {k: v for k, v in plain(self).items() if k not in ("paths", "machine")}
+    )
+    run(tiny_config(MODEL, steps=2), tmp_path / "run", dataset)
+    monkeypatch.delenv("SWAMLA_MEASURE")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed = run(tiny_config(MODEL, steps=3), tmp_path / "run", dataset, resume=True)
+    assert (races, resumed.paths) == ([], {})
+    assert resolve_backends(resumed.model.config, CPU, "fp32")["attention"] == "torch"
+
+
+ELSEWHERE = {
+    "processor": "Another Chip (family 1 model 2)",
+    "instructions": "AVX2 ONEDNN_MAX_CPU_ISA=AVX2",
+    "threads": 77,
+    "torch": "1.0",
+    "device": "Another Card",
+    "processes": 5,
+}
+
+
+def test_what_may_differ_is_all_that_is_recorded():
+    assert ELSEWHERE.keys() == describe_machine(CPU).keys()
+
+
+@pytest.mark.parametrize("part", ELSEWHERE)
+def test_going_on_on_another_machine_is_told_in_one_line(tmp_path, dataset, monkeypatch, part):
+    here = describe_machine(CPU)
+    monkeypatch.setattr("swamla.train.run_folder.describe_machine", lambda device: {**here, part: ELSEWHERE[part]})
+    run(tiny_config(steps=1), tmp_path / "run", dataset)
+    monkeypatch.undo()
+    with pytest.warns(UserWarning, match="not bit for bit") as told:
+        run(tiny_config(steps=2), tmp_path / "run", dataset, resume=True)
+    (line,) = [str(warning.message) for warning in told]
+    assert line.startswith(f"going on with {part} {here[part]}, before {ELSEWHERE[part]}: ")
+
+
+def test_going_on_on_the_same_machine_is_not_told(tmp_path, dataset):
+    run(tiny_config(steps=1), tmp_path / "run", dataset)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(tiny_config(steps=2), tmp_path / "run", dataset, resume=True)
