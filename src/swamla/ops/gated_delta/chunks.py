@@ -32,6 +32,7 @@ class Chunks:
 
 
 def prepare(inputs_NXCD: list[Tensor], masks: ChunkMasks | None, chunk: int) -> Chunks:
+    """Out of q, k, v, log alpha and beta, in this order."""
     q_NXCK, k_NXCK, v_NXCV, log_alpha_NXC1, beta_NXC1 = inputs_NXCD
     decay_NXCC, read_NXC1, write_NXC1, keep_NX11 = _decays(log_alpha_NXC1, masks)
     qk_NXCC, kk_NXCC = q_NXCK @ k_NXCK.mT, k_NXCK @ k_NXCK.mT
@@ -103,6 +104,7 @@ def _state_operators(chunks: Chunks) -> tuple[Tensor, Tensor]:
 
 
 def outputs(chunks: Chunks, u_NXCV: Tensor, state_NXKV: Tensor) -> Tensor:
+    """What the queries read (N, X, C, V), not scaled yet."""
     from_state_NXCV = _matmul(chunks.q_NXCK, state_NXKV[:-1], chunks.dtype) * chunks.read_NXC1
     return from_state_NXCV.add_(_matmul(chunks.attend_NXCC, u_NXCV, chunks.dtype))
 
