@@ -299,7 +299,7 @@ MUTATIONS = [
         "rows that nobody wrote are read",
         "src/swamla/ops/grouped_mm.py",
         "y[int(ends_E[-1]) :] = 0",
-        "y[int(ends_E[-1]) :] += 0",
+        "y[int(ends_E[-1]) :] = 1",
         "tests/ops/test_grouped_mm.py",
     ),
     Mutation(
