@@ -13,7 +13,7 @@ MODEL = """
 width = 16
 pattern = ["a"]
 [model.blocks.a]
-ffn = { hidden = 32 }
+ffn = { kind = 'dense', hidden = 32 }
 mixer = { kind = "mha", n_heads = 2 }
 [train]
 steps = 1
