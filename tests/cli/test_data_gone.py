@@ -28,8 +28,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         "generate run --prompt be --max_new_tokens 5",
         "export run exported",
-        "runs .",
-        "runs . --json",
+        "runs run",
+        "runs run --json",
         "plot run",
         "checkpoint list run --verify",
         "checkpoint convert run converted --weights_only",

@@ -13,7 +13,7 @@ MODEL = """
 width = 16
 pattern = ["a"]
 [model.blocks.a]
-ffn = { hidden = 32 }
+ffn = { kind = 'dense', hidden = 32 }
 mixer = { kind = "mha", n_heads = 2 }
 [train]
 steps = 1
@@ -22,7 +22,7 @@ block_size = 16
 """
 DATA = {
     "source": "[data]\nsource = 'texts/here.txt'\ntokenizer = 'byte'\ncache_dir = '../cache'\n",
-    "a folder": "[data]\nsource = 'texts'\ntokenizer = 'byte'\ncache_dir = '../cache'\n",
+    "a folder": "[data]\nsource = 'texts'\ntokenizer = 'byte'\ncache_dir = '../cache'\nheld_out_fraction = 0.5\n",
     "tokenizer": "[data]\nsource = 'texts/here.txt'\ntokenizer = 'texts/tokenizer.json'\ncache_dir = '../cache'\n",
     "mixture": "[data]\nsource = 'mixture'\ntokenizer = 'byte'\ncache_dir = '../cache'\n"
     "[[data.mixture]]\nsource = 'texts/here.txt'\nweight = 1\n[[data.mixture]]\nsource = '../other.txt'\nweight = 2\n",
@@ -32,7 +32,7 @@ DATA = {
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """recipes/run.toml beside recipes/texts/, other.txt and a folder elsewhere, in which we are."""
-    for name in ("recipes/texts/here.txt", "recipes/texts/there.txt", "other.txt"):
+    for name in ("recipes/texts/here.txt", *(f"recipes/texts/{n}.txt" for n in range(20)), "other.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"this is the text of {name}\n" * 40)
     (tmp_path / "elsewhere").mkdir()

@@ -117,7 +117,7 @@ def test_what_is_said_to_leave_the_numbers_does_and_every_change_is_told(tmp_pat
         path.rename(tmp_path / path.name)
     tried = {name: OTHER[name] for name in SAME_NUMBERS if name not in ELSEWHERE}
     said = said_by(
-        tiny_config(steps=8, max_minutes=9e9, **tried), tmp_path / "run", dataset, evaluate=held_out(dataset)
+        tiny_config(model, steps=8, max_minutes=9e9, **tried), tmp_path / "run", dataset, evaluate=held_out(dataset)
     )
     line = next(line for line in said.splitlines() if line.startswith("changed in this run: "))
     before = halfway.train.__dict__

@@ -1,13 +1,17 @@
 """What is kept of a run: its checkpoints, and what becomes of the run when one cannot be saved."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 from swamla import distributed
-from swamla.checkpoint import Saved, Saver, latest_checkpoint, list_checkpoints
+from swamla.checkpoint import Saved, Saver, latest_checkpoint, list_checkpoints, step_name, whole_checkpoint
 from swamla.errors import FailedElsewhere, SwamlaError
 from swamla.hub import Pushes
+from swamla.model.language_model import LanguageModel
+from swamla.train.changes import measure
 from swamla.train.config import TrainConfig
+from swamla.train.precision import autocast
 from swamla.train.rank_watch import RankWatch
 from swamla.train.state import TrainState
 from swamla.train.trackers import Records
@@ -67,10 +71,38 @@ class Keeper:
         self.saved_step = state.step
         self.settle()
 
-    def save_best(self, step: int, loss: float) -> None:
-        """Note another loss of the best, which was saved; see what became of it."""
-        self.saver.mark(step, loss)
-        self.settle(wait=True)
+    def score_best_again(self, evaluate: Callable[[LanguageModel], dict[str, float]]) -> None:
+        """Where evaluations are now of other text than those by which the best was found, put it in their terms."""
+        state, now = self.state, measure(self.config)
+        best, before, state.scored_by = state.best, state.scored_by, now
+        if best is None or before == now:
+            return
+        step, loss = best
+        found = self._score(step, evaluate)
+        changed = ", ".join(f"{name} {before.get(name)} → {value}" for name, value in now.items())
+        said = f"the best so far, of step {step}, scored anew ({changed}): {loss:.4f} → {found['loss']:.4f}"
+        if math.isfinite(found["loss"]):
+            state.best_loss = found["loss"]
+            self.metrics.write(state.step, {"best_step": step} | {f"best_held_out_{k}": v for k, v in found.items()})
+            self.saver.mark(step, found["loss"])
+            self.settle(wait=True)
+        else:
+            said += ", so the best is sought anew"
+            state.best_step = state.best_loss = self.saver.best = None
+            distributed.on_main(lambda: (self.folder / "best.json").unlink(missing_ok=True))
+        self.display.say(said)
+
+    def _score(self, step: int, evaluate: Callable[[LanguageModel], dict[str, float]]) -> dict[str, float]:
+        """The evaluation of the weights that a checkpoint holds; of a damaged one the loss is not a number."""
+        state = self.state
+        self.watch.begin(f"the evaluation of step {step}")
+        checkpoint = distributed.on_main(lambda: whole_checkpoint(self.folder / step_name(step)))
+        if checkpoint is None:
+            return {"loss": math.nan}
+        with state.judged_at(checkpoint), autocast(state.precision, state.device):
+            found = evaluate(state.model)
+            state.spread.let_go()
+        return found
 
     def save_again(self) -> None:
         """Save this moment though its step was saved: the state is another one now."""

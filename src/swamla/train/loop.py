@@ -5,12 +5,11 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from swamla import distributed
-from swamla.checkpoint import Saver, step_name, whole_checkpoint
+from swamla.checkpoint import Saver
 from swamla.data.dataset import Dataset
 from swamla.data.packing import Batch
 from swamla.errors import FailedElsewhere, Interrupted, SwamlaError
@@ -18,7 +17,6 @@ from swamla.faults import fault
 from swamla.hub import Pushes, require_hub
 from swamla.model.language_model import LanguageModel
 from swamla.train.backends import describe
-from swamla.train.changes import measure
 from swamla.train.claims import Claim
 from swamla.train.config import RunConfig, TrainConfig
 from swamla.train.curriculum import cut
@@ -102,7 +100,8 @@ def _train(
     ):
         loop = _Loop(config, run_dir, dataset, state, evaluate, metrics, display, hub, profiling, saver, watch)
         loop.announce(resume)
-        loop.score_best_again()
+        if evaluate is not None:
+            loop.keeper.score_best_again(evaluate)
         if on_start is not None:
             generators = generator_states()
             on_start(state)
@@ -177,41 +176,6 @@ class _Loop:
             spent = [f"{step} of {steps} steps"] if steps else [f"{step} steps"]
             spent += [f"{self.state.seconds / 60:.1f} of {minutes:g} minutes"] if minutes else []
             self.display.say(f"the run is finished: {', '.join(spent)}; more steps or max_minutes go on with it")
-
-    def score_best_again(self) -> None:
-        """Where evaluations are now of other text than those by which the best was found, put it in their terms."""
-        state, now = self.state, measure(self.config)
-        if self.evaluate is None or state.scored_by == now:
-            return
-        best, before, state.scored_by = state.best, state.scored_by, now
-        if best is None:
-            return
-        step, loss = best
-        found, path = self.score(step), self.checkpoints / "best.json"
-        what = (
-            f"the best so far, of step {step}, scored anew ({_changed(before, now)}): {loss:.4f} → {found['loss']:.4f}"
-        )
-        if math.isfinite(found["loss"]):
-            state.best_loss = found["loss"]
-            self.metrics.write(state.step, {"best_step": step} | {f"best_held_out_{k}": v for k, v in found.items()})
-            self.keeper.save_best(step, found["loss"])
-        else:
-            what += ", so the best is sought anew"
-            state.best_step = state.best_loss = self.keeper.saver.best = None
-            distributed.on_main(lambda: path.unlink(missing_ok=True))
-        self.display.say(what)
-
-    def score(self, step: int) -> dict[str, float]:
-        """The evaluation of the weights that a checkpoint holds; of a damaged one the loss is not a number."""
-        assert self.evaluate is not None
-        self.watch.begin(f"the evaluation of step {step}")
-        checkpoint = distributed.on_main(lambda: whole_checkpoint(self.checkpoints / step_name(step)))
-        if checkpoint is None:
-            return {"loss": math.nan}
-        with self.state.judged_at(checkpoint), autocast(self.state.precision, self.state.device):
-            found = self.evaluate(self.state.model)
-            self.state.spread.let_go()
-        return found
 
     def run(self, stop: StopRequest) -> None:
         """Step until the budget is spent or somebody asks to stop; then evaluate, if nobody did, and save."""
@@ -391,7 +355,3 @@ class _Loop:
         plot_losses(
             self.run_dir / "metrics.jsonl", self.run_dir / "loss.png", title=title, bits_per_nat=self.bits_per_nat
         )
-
-
-def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {before.get(name)} → {value}" for name, value in now.items())
