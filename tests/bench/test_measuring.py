@@ -86,6 +86,7 @@ def test_ceilings_are_rates_that_a_processor_can_have(monkeypatch: pytest.Monkey
 def test_the_machine_is_described_and_not_named() -> None:
     found = machine()
     assert found["processor"]
+    assert str(found["instructions"]).startswith(torch.backends.cpu.get_cpu_capability())
     assert found["torch"] == torch.__version__
     assert int(str(found["memory_bytes"])) > 1 << 28
     assert platform.node() not in [str(value) for value in found.values()]
