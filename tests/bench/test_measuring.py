@@ -93,6 +93,7 @@ def test_a_copy_reads_and_writes_each_byte(clock: Clock, monkeypatch: pytest.Mon
 def test_the_machine_is_described_and_not_named() -> None:
     found = machine()
     assert found["processor"]
+    assert str(found["instructions"]).startswith(torch.backends.cpu.get_cpu_capability())
     assert found["torch"] == torch.__version__
     assert int(str(found["memory_bytes"])) > 1 << 28
     assert platform.node() not in [str(value) for value in found.values()]

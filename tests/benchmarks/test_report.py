@@ -51,6 +51,13 @@ def a_run() -> Results:
     )
 
 
+def test_the_processor_stands_above_the_figures_with_its_instructions_where_they_are_known() -> None:
+    run = a_run()
+    assert block("ceilings", run).startswith("A Chip, 2 threads, ")
+    run.machine["instructions"] = "AVX512 AMX"
+    assert block("ceilings", run).startswith("A Chip, AVX512 AMX, 2 threads, ")
+
+
 def block(name: str, *runs: Results) -> str:
     return report.rendered(runs or (a_run(),))[name]
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import warnings
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from swamla import distributed
 from swamla.checkpoint import latest_checkpoint, load
 from swamla.errors import Interrupted
 from swamla.model.mixers.mha import MHAConfig
@@ -18,7 +20,8 @@ from swamla.train.backends import resolve_backends
 from swamla.train.machine import describe_machine
 from swamla.train.paths import fastest_paths, usual_length, winner
 
-from .helpers import losses, model_of, run, tiny_config, weights
+from .helpers import losses, model_of, run, tiny_config, tiny_dataset, weights
+from .ranks import on_ranks
 from .test_resume import stop_after
 
 CPU = torch.device("cpu")
@@ -216,6 +219,27 @@ def test_a_checkpoint_of_before_paths_were_stored_goes_on_as_it_was(races, tmp_p
         resumed = run(tiny_config(MODEL, steps=3), tmp_path / "run", dataset, resume=True)
     assert (races, resumed.paths) == ([], {})
     assert resolve_backends(resumed.model.config, CPU, "fp32")["attention"] == "torch"
+
+
+def race_and_train(folder):
+    """On each rank: every rank's own races would have another winner."""
+    os.environ.pop("SWAMLA_MEASURE", None)
+    os.environ["SWAMLA_CACHE"] = str(folder / f"cache of {distributed.rank()}")
+    main = distributed.rank() == 0
+
+    def measure(trial, length, dtype, allowance):
+        assert main, "only the main rank races"
+        return {path: [0.5 if path == "sdpa" else 1.0] * 5 for path in trial.paths(dtype)}
+
+    paths.measure = measure
+    state = run(tiny_config(MODEL, steps=1), folder / "run", tiny_dataset(folder))
+    assert state.paths == {"mha": "sdpa", "swa": "sdpa"}
+    assert [block.mixer.config.backend for block in state.model.blocks] == ["sdpa", "sdpa", "auto"]
+
+
+def test_the_main_rank_races_and_all_compute_by_what_it_found(tmp_path):
+    tiny_dataset(tmp_path)
+    on_ranks(2, race_and_train, tmp_path)
 
 
 ELSEWHERE = {

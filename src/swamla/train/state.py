@@ -57,7 +57,7 @@ class TrainState:
     backends: dict[str, str]
     data_fingerprint: str
     device: torch.device
-    machine: dict[str, Any]
+    machine: dict[str, Any] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     initialized_from: dict[str, Any] | None = None
