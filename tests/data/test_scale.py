@@ -275,3 +275,19 @@ def test_of_a_large_source_the_tokenizer_learns_from_places_all_over_it(large: D
     touched = sum(any(any(full.startswith(text) for full in names[unit]) for text in sample) for unit in parts)
     assert touched > 0.9 * len(parts)
     assert sample == list(learning.training_texts(source, parts, 0.2, 8000))
+
+
+def test_bad_rows_of_a_large_file_are_skipped_counted_and_named_by_their_bytes(large: DataConfig) -> None:
+    path = Path(large.source) / "z.jsonl"
+    rows = path.read_bytes().splitlines(keepends=True)
+    bad = [3, len(rows) // 2, len(rows) - 2]
+    whole = prepare(large)
+    path.write_bytes(b"".join(b"{]\n" + row if i in bad else row for i, row in enumerate(rows)))
+    skipped = prepare(replace(large, on_bad_row="skip"))
+    assert skipped.fingerprint == whole.fingerprint
+    assert skipped.meta["notes"]["counts"]["bad rows skipped"] == 3
+    first, *later = skipped.meta["notes"]["places"]["bad rows skipped"]
+    assert first.startswith(f"{path}: line 4: not JSON")
+    offsets = [sum(map(len, rows[:i])) + 3 * before for before, i in enumerate(bad)]
+    for place, offset in zip(later, offsets[1:], strict=True):
+        assert place.startswith(f"{path}: the line at byte {offset}: not JSON")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from swamla.data.config import DataConfig
-from swamla.data.dataset import Dataset
+from swamla.data.dataset import Dataset, fingerprint_of
 from swamla.data.sampler import HeldOutRows, PackedRows
 from swamla.data.shards import ArrayWriter, open_array, token_dtype
 from swamla.data.tokenizer import CharTokenizer
@@ -146,6 +146,18 @@ def test_meta_data_of_another_version_or_damaged_is_an_error(
     (path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(error, match=message):
         Dataset.open(path)
+
+
+def test_a_dataset_of_the_format_before_is_still_read_by_the_runs_that_have_it(make_dataset: Make) -> None:
+    path = make_dataset().path
+    meta = json.loads((path / "meta.json").read_text())
+    meta.update(format_version=1, notes={"empty documents skipped": 3})
+    meta["fingerprint"] = fingerprint_of(meta)
+    (path / "meta.json").write_text(json.dumps(meta))
+    dataset = Dataset.open(path)
+    dataset.verify()
+    assert dataset.fingerprint == meta["fingerprint"]
+    assert ("note", "3 empty documents skipped") in dataset.describe()
 
 
 def test_a_folder_that_is_no_dataset_is_an_error(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from swamla.data.dataset import Dataset
     from swamla.data.packing import Batch
     from swamla.data.preparing import Part, prepare, prepare_part
+    from swamla.data.reopening import reopen
     from swamla.data.sampler import HeldOutRows, PackedRows
     from swamla.data.shards import Split
     from swamla.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, make_tokenizer
@@ -33,6 +34,7 @@ _HOME = {
     "make_tokenizer": "tokenizer",
     "prepare": "preparing",
     "prepare_part": "preparing",
+    "reopen": "reopening",
 }
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "make_tokenizer",
     "prepare",
     "prepare_part",
+    "reopen",
 ]
 
 

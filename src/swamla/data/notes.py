@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-_PLACES = 5
+_PLACES, _SHOWN = 5, 3  # kept in meta.json, and told
 
 
 class Notes:
@@ -44,5 +44,5 @@ class Notes:
 
 
 def _named(places: list[str], count: int) -> str:
-    more = " …" if count > len(places) else ""
-    return f": {'; '.join(places)}{more}" if places else ""
+    more = " …" if count > _SHOWN else ""
+    return f": {'; '.join(places[:_SHOWN])}{more}" if places else ""

@@ -62,8 +62,8 @@ def _warn_of_share(config: DataConfig, dataset: Dataset) -> None:
     if not asked / _FAR <= share <= asked * _FAR:
         warnings.warn(
             f"{config.source}: {train:,} bytes are trained on and {held_out:,} held out, {share:.1%} of the text; "
-            f"data.held_out_fraction = {asked:g} of the documents was asked for: a few have most of the text; "
-            "change held_out_fraction, or divide long documents",
+            f"data.held_out_fraction = {asked:g} is a share of the documents, drawn by chance; for another "
+            "share of the text change it, or divide long documents",
             stacklevel=3,
         )
 

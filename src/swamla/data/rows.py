@@ -62,7 +62,10 @@ def jsonl_rows(path: File, rules: RowRules, notes: Notes, span: Span | None = No
         offset = _first_line(lines, *span) if span else 0
         number = 0 if span and span[0] else 1  # of the line, where lines are counted from the first
         while (span is None or offset < span[1]) and (line := lines.readline()):
-            size, where = len(line), _Line(path, offset, number)
+            size = len(line)
+            where: object = _Line(path, offset, number)
+            if not number and rules.on_bad_row == "skip":  # counting would read the file once more for each of many
+                where = f"{path}: the line at byte {offset}"
             try:
                 text = "" if line.isspace() else decode_utf8(line, path, rules.invalid, notes, offset)
                 blank = not text

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sysconfig
 import tokenize
 from collections.abc import Callable, Iterator
@@ -151,7 +152,7 @@ def _read_file(
     if kind != ".parquet" and (what := not_text(head)):
         if not in_folder:
             raise DataError(f"{entry.file}: is {what}")
-        notes.add("files that are no text left out", f"{entry.file} is {what.partition(':')[0]}")
+        notes.add("files that are no text left out", f"{entry.file} is {re.split('[:(]', what)[0].strip()}")
         return
     try:
         yield from (READERS.get(kind) or text_file)(entry.file, rules, notes, span)
