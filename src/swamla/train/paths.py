@@ -125,9 +125,8 @@ def winner(seconds: Seconds) -> str:
 def measure(trial: AttentionTrial, length: int, dtype: torch.dtype, allowance: float) -> Seconds:
     """What each path takes, in turns (A B A B …), in as many of `ROUNDS` as `allowance` seconds have room for."""
     begin = _clock()
-    _round(
-        {path: trial.step(path, SHORTEST, dtype) for path in trial.paths(dtype)}
-    )  # what a process does once, as loading kernels
+    # A short round first, for what a process does once, as loading kernels.
+    _round({path: trial.step(path, SHORTEST, dtype) for path in trial.paths(dtype)})
     steps = {path: trial.step(path, length, dtype) for path in trial.paths(dtype)}
     rounds = [_round(steps)]
     while len(rounds) <= ROUNDS and _clock() - begin + sum(rounds[-1].values()) < allowance:
