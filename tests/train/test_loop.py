@@ -280,7 +280,7 @@ def test_evaluation_and_the_start_hook_disturb_nothing(tmp_path, dataset):
 def test_the_run_folder_alone_rebuilds_the_model_and_its_tokenizer(tmp_path, dataset):
     state = run(tiny_config(), tmp_path / "run", dataset, evaluate=held_out(dataset))
     names = {p.name for p in (tmp_path / "run").iterdir()}
-    assert names == {"config.json", "tokenizer.json", "metrics.jsonl", "loss.png", "checkpoints"}
+    assert names == {"config.json", "data.json", "tokenizer.json", "metrics.jsonl", "loss.png", "checkpoints"}
     model, tokenizer = load(tmp_path / "run")
     tokens = torch.tensor([tokenizer.encode("the cat")])
     assert tokenizer.fingerprint == dataset.tokenizer.fingerprint
