@@ -100,6 +100,7 @@ def changed(recipe: str, base: str, line: str) -> set[str]:
 
 MEANT_OF = {  # what these say more about, which has to be there
     "wandb_run_name": "--wandb_project p",
+    "init_checkpoint": "--init_from run",
     "hub_config": "--data hf:owner/name",
     "hub_revision": "--data hf:owner/name",
     "tokenizer": "--vocab_size 5000",  # else another takes its own
@@ -119,7 +120,7 @@ def candidates(flag: Flag) -> list[str]:
         elif option is float:
             found += ["0.125", "0.5", "3e-3", "3"]
         elif option is str:
-            found += ["reference", "byte", "512:1M,1024:inf", "me/mine"]
+            found += ["reference", "byte", "512:1M,1024:inf", "me/mine", "latest"]
     return found
 
 

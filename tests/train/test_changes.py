@@ -10,7 +10,7 @@ from rich.console import Console
 from swamla.cli.runs import summarize
 from swamla.errors import ConfigError
 from swamla.train import TrainConfig, train
-from swamla.train.changes import LEARNING, MAY_CHANGE, RATES, SAME_NUMBERS, SCORING, check_same_run
+from swamla.train.changes import LEARNING, MAY_CHANGE, RATES, SAME_NUMBERS, SCORING, check_horizon, check_same_run
 from swamla.train.optim import LionConfig
 from swamla.train.tracking import read_metrics
 
@@ -203,6 +203,12 @@ def test_a_finished_run_does_not_get_more_to_do_at_another_rate_unless_that_is_a
     said = str(caught.value)
     assert said.startswith(f"train.{bound} = {longer[bound]}: was {budget[bound]}, and the learning rate, 1.00e-03 now")
     assert f"--{flag} {budget[bound]:g} (it stays at 1.00e-03) or --{flag} {longer[bound]:g} (it rises" in said
+
+
+def test_a_rate_that_fell_to_nothing_is_not_offered_to_stay():
+    before, now = tiny_config(min_lr_ratio=0.0).train, tiny_config(min_lr_ratio=0.0, steps=12).train
+    with pytest.raises(ConfigError, match=r"choose --schedule constant --lr RATE or --schedule_steps 12 \(it rises"):
+        check_horizon(before, now, step=6, seconds=1.0)
 
 
 def test_the_rate_stays_or_rises_as_was_chosen_and_both_are_told(tmp_path, dataset):

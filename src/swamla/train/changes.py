@@ -72,12 +72,14 @@ def check_horizon(before: TrainConfig, now: TrainConfig, *, step: int, seconds: 
     ]
     stays = " ".join(f"--{flag} {getattr(before, n):g}" for n, flag in moved if getattr(before, n) is not None)
     spread = " ".join(f"--{flag} {getattr(now, n):g}" for n, flag in moved if getattr(now, n) is not None)
+    # A schedule that ended at 0 would learn nothing at its last rate.
+    keep = f"{stays} (it stays at {old:.2e})" if old else "--schedule constant --lr RATE"
     name = moved[0][0]
     raise ConfigError(
         f"train.{name}",
         getattr(now, name),
         f"was {getattr(before, name)}, and the learning rate, {old:.2e} now, would follow the new end and rise to "
-        f"{new:.2e}: choose {stays} (it stays at {old:.2e}) or {spread} (it rises, and falls again to the end)",
+        f"{new:.2e}: choose {keep} or {spread} (it rises, and falls again to the end)",
     )
 
 
