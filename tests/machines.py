@@ -56,12 +56,6 @@ MACHINES = (
     Machine(
         name="AVX512 with bf16", threads=2, limits=_isa("AVX512_CORE_BF16", "avx512", "AVX512"), needs="avx512_bf16"
     ),
-    Machine(
-        name="bf16 matrices in oneDNN, AVX2 elsewhere",
-        threads=1,
-        limits=_isa("AVX512_CORE_BF16", "avx2", "AVX2"),
-        needs="avx512_bf16",
-    ),
     Machine(name="AMX", threads=2, limits=_isa("AVX512_CORE_AMX", "avx512", "AVX512"), needs="amx_bf16"),
     Machine(name="the oldest torch", threads=1, torch="2.11.0"),
     Machine(name="another Python", threads=1, python="3.12"),
@@ -178,7 +172,7 @@ def _cpu_flags() -> frozenset[str]:
 
 
 def _part(results: list[Result]) -> str:
-    from swamla.bench.measuring import processor
+    from swamla.process import processor
 
     rows = "\n".join(
         f"| {r.machine.name} | {r.machine.means} | {r.machine.threads} | {r.told} | {r.seconds:.0f} |" for r in results

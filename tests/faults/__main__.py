@@ -99,7 +99,7 @@ def _told(result: Result) -> str:
 def _page(results: list[Result]) -> str:
     import torch
 
-    from swamla.bench.measuring import processor
+    from swamla.process import processor
 
     rows = "\n".join(
         f"| {r.row.fault} | {r.row.expected} | {r.row.how} | {_told(r)} | {r.seconds:.0f} |" for r in results
