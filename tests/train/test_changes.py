@@ -243,7 +243,10 @@ def test_a_longer_run_whose_rate_does_not_jump_needs_no_choice(tmp_path, dataset
     ("bounds", "said"),
     [
         ({}, "the run is finished: 6 of 6 steps; more steps or max_minutes go on with it"),
-        ({"max_minutes": 60.0}, "the run is finished: 6 of 6 steps, 0.0 of 60 minutes; more steps or max_minutes"),
+        (
+            {"steps": 6, "max_minutes": 60.0},
+            "the run is finished: 6 of 6 steps, 0.0 of 60 minutes; more steps or max_minutes",
+        ),
     ],
 )
 def test_a_finished_run_that_is_resumed_says_so(tmp_path, dataset, bounds, said):
