@@ -99,8 +99,9 @@ def _check_source(config: "DataConfig | WeightedSource") -> None:
     hub = config.source.startswith("hf:")
     named = re.fullmatch(r"hf:[\w.-]+/[\w.-]+", config.source)
     require(not hub or named is not None, "source", config.source, "must be like hf:HuggingFaceFW/fineweb-edu")
-    for field, value in (("hub_config", config.hub_config), ("hub_revision", config.hub_revision)):
-        require(hub or not value, field, value, 'is for sources of the hub, such as "hf:OWNER/NAME"')
+    for field, default in (("hub_config", ""), ("hub_split", "train"), ("hub_revision", "")):
+        value = getattr(config, field)
+        require(hub or value == default, field, value, 'is for sources of the hub, such as "hf:OWNER/NAME"')
     require(bool(config.hub_split), "hub_split", config.hub_split, "needs a split's name, e.g. train")
     require(bool(config.text_column), "text_column", config.text_column, "needs a column's name, e.g. text")
 

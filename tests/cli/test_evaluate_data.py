@@ -1,0 +1,112 @@
+"""`evaluate --data`: all of a test set is scored, by flags of its own, with the run's model and tokenizer alone."""
+
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from swamla.cli import main
+
+from .test_prepare import TINY
+
+TEXTS = [f"Question {i}: what is {i} times {i}?\nIt is {i * i}, said the clerk.\n" for i in range(40)]
+TEST = [f"A test text of which the run knows nothing, number {i}: {'tick ' * i}" for i in range(25)]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run on one source, and one on a mixture whose rows stand in a column of another name."""
+    folder = tmp_path_factory.mktemp("home")
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
+    single = {"source": str(rows), "text_column": "body", "tokenizer": "byte", "cache_dir": str(folder / "cache")}
+    parts = [{"source": str(rows), "text_column": "body", "weight": weight} for weight in (1.0, 2.0)]
+    mixed = {"source": "mixture", "mixture": parts, "tokenizer": "byte", "cache_dir": str(folder / "cache")}
+    for name, data in (("single", single), ("mixed", mixed)):
+        (folder / f"{name}.json").write_text(json.dumps({**TINY, "data": data}))
+        assert main(["train", str(folder / f"{name}.json"), "--output_dir", str(folder / name)]) == 0
+    return folder
+
+
+def as_txt_folder(folder: Path) -> list[str]:
+    (folder / "set").mkdir()
+    for number, text in enumerate(TEST):
+        (folder / "set" / f"{number}.txt").write_text(text)
+    return [str(folder / "set")]
+
+
+def as_jsonl(folder: Path) -> list[str]:
+    lines = "".join(json.dumps({"answer": text, "text": "wrong column"}) + "\n" for text in TEST)
+    (folder / "set.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    return [str(folder / "set.jsonl.gz"), "--text_column", "answer"]
+
+
+def as_csv(folder: Path) -> list[str]:
+    out = io.StringIO()
+    csv.writer(out).writerows([["id", "text"], *enumerate(TEST)])
+    (folder / "set.csv").write_text(out.getvalue())
+    return [str(folder / "set.csv")]
+
+
+def as_parquet(folder: Path) -> list[str]:
+    pq.write_table(pa.table({"text": TEST}), folder / "set.parquet")
+    return [str(folder / "set.parquet")]
+
+
+@pytest.mark.parametrize("run", ["single", "mixed"])
+@pytest.mark.parametrize("write", [as_txt_folder, as_jsonl, as_csv, as_parquet])
+def test_every_byte_of_a_test_set_is_scored_whatever_holds_it_and_whatever_the_run_read(
+    home: Path, run: str, write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(home / run), "--json", "--data", *write(tmp_path)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bytes"] == sum(len(text.encode()) for text in TEST)
+    assert found["tokens"] == found["bytes"] + len(TEST)  # a byte is a token, and each text has an end
+    assert found["bytes_apart"] == 0
+    assert found["scored"] == "all"
+
+
+def test_the_score_does_not_depend_on_the_container(home: Path, tmp_path: Path, capsys) -> None:
+    losses = []
+    for write in (as_jsonl, as_csv, as_parquet):
+        assert main(["evaluate", str(home / "single"), "--json", "--data", *write(tmp_path)]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_only_what_a_run_on_it_would_hold_out_is_scored_where_that_is_asked(home: Path, tmp_path: Path, capsys) -> None:
+    assert main(["evaluate", str(home / "single"), "--json"]) == 0
+    own = json.loads(capsys.readouterr().out)
+    again = ["--data", str(home / "rows.jsonl"), "--text_column", "body", "--held_out"]
+    assert main(["evaluate", str(home / "single"), "--json", *again]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["loss"], found["bytes"]) == (own["loss"], own["bytes"])
+    assert 0 < found["bytes"] < sum(len(text.encode()) for text in TEXTS)
+
+
+def test_that_all_of_what_was_trained_on_is_scored_is_told(home: Path, capsys) -> None:
+    source = ["--data", str(home / "rows.jsonl"), "--text_column", "body"]
+    assert main(["evaluate", str(home / "single"), "--json", *source]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["bytes"] == sum(len(text.encode()) for text in TEXTS)
+    assert "is what the run was trained on, and all of it is scored" in said.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--text_column", "body"], "--text_column is of --data"),
+        (["--data", "{home}/rows.jsonl"], "no column 'text'; it has body"),
+        (["--data", "{home}/rows.jsonl", "--text_column", "body", "--split", "test"], "(--split): is for"),
+        (["--data", "{home}/none.txt"], "no such file or folder"),
+    ],
+)
+def test_flags_that_do_not_fit_are_one_line(home: Path, flags: list[str], message: str, capsys) -> None:
+    assert main(["evaluate", str(home / "single"), *(flag.replace("{home}", str(home)) for flag in flags)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert message in line
