@@ -191,8 +191,8 @@ MUTATIONS = [
     Mutation(
         "bits per byte of a run are its last, not its best",
         "src/swamla/cli/runs.py",
-        'best = min(evaluations, key=lambda r: r["held_out_loss"], default={})',
-        'best = max(evaluations, key=lambda r: r["held_out_loss"], default={})',
+        'best = min(_evaluations(records), key=lambda r: r["held_out_loss"], default={})',
+        'best = max(_evaluations(records), key=lambda r: r["held_out_loss"], default={})',
         "tests/cli/test_runs.py::test_a_row_says_what_a_run_is_how_far_it_came_and_how_good_it_is",
     ),
     # accounting
@@ -340,9 +340,9 @@ MUTATIONS = [
     ),
     Mutation(
         "the rate of a step is that of its middle",
-        "src/swamla/train/loop.py",
-        ".learning_rate.factor(self.progress(1), state.step)",
-        ".learning_rate.factor(self.progress(0.5), state.step)",
+        "src/swamla/train/config.py",
+        "self.horizon.progress(step + 1, seconds)",
+        "self.horizon.progress(step + 0.5, seconds)",
         _SCHEDULE + "a_run_trains_with_exactly_these_rates_however_often_it_is_resumed",
     ),
     Mutation(
@@ -398,8 +398,8 @@ MUTATIONS = [
     Mutation(
         "temperature flattens where it should sharpen",
         "src/swamla/model/sampling.py",
-        "logits_BV.amax(dim=-1, keepdim=True)) / self.temperature",
-        "logits_BV.amax(dim=-1, keepdim=True)) * self.temperature",
+        "logits_BV.amax(dim=-1, keepdim=True)) / max(",
+        "logits_BV.amax(dim=-1, keepdim=True)) * max(",
         _SAMPLING,
     ),
     Mutation(
