@@ -101,3 +101,21 @@ def test_a_run_on_a_mixture_of_streams_stopped_and_resumed_learns_the_same(home:
         assert main(["train", *argv]) == 0
     assert losses(home / "half") == losses(home / "whole")
     assert len(losses(home / "whole")) == 6
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"text": "one of two texts"}, {"text": "the other one"}],
+        {"data": [{"text": "one of two texts"}, {"text": "the other one"}]},
+        {"version": "1", "rows": [{"text": "one of two texts"}, {"text": "the other one"}]},
+        {"0": {"text": "one of two texts"}, "1": {"text": "the other one"}},
+    ],
+)
+def test_a_json_file_of_rows_is_no_recipe(rows, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.json").write_text(json.dumps(rows))
+    assert main(["prepare", "rows.json", "--tokenizer", "byte", "--held_out_fraction", "1"]) == 0
+    said = capsys.readouterr()
+    assert "source           rows.json" in said.out + said.err
+    assert "2 documents" in said.out + said.err

@@ -84,13 +84,11 @@ def _own_flags() -> dict[str, Flag]:
 
 def _own_data(run: Path, config: RunConfig, checkpoint: Checkpoint) -> Dataset:
     """What the run was trained on and held out, with a warning where that is something else by now."""
-    # The run's own tokenizer, never one made again: today's source might give another.
-    data = replace(config.data, tokenizer=str(run / "tokenizer.json"))
     dataset = data_of_run(run, config.data, Console(stderr=True))
     trained_on = checkpoint.state["data_fingerprint"]
     if dataset.fingerprint != trained_on:
         warnings.warn(
-            f"{data.source} is not what the run was trained on (fingerprint {dataset.fingerprint[:12]}, then "
+            f"{config.data.source} is not what the run was trained on (fingerprint {dataset.fingerprint[:12]}, then "
             f"{trained_on[:12]}): what is scored now may have been trained on",
             stacklevel=2,
         )

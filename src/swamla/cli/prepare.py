@@ -1,5 +1,6 @@
 """`swamla prepare DATA`: tokenize now what training would tokenize first."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
     arguments, given = parse(add_flags(Arguments, data_flags()), argv, command="prepare")
     plain: dict[str, Any] = {"data": {"source": arguments.data}}
     written: Callable[[str], str] = _nowhere
-    if arguments.data in (*recipe_names(), *ALIASES) or arguments.data.endswith((".toml", ".json")):
+    if _is_recipe(arguments.data):
         recipe = recipe_path(arguments.data)
         plain, written = load_file(recipe)
         locate_beside(plain, recipe, written, given)
@@ -70,6 +71,20 @@ def main(argv: list[str]) -> int:
         apart = bytes_apart(dataset.held_out, dataset.tokenizer.decode)
         say(console, f"held-out bytes counted less those that the tokens decode to: {apart:,}")
     return 0
+
+
+def _is_recipe(data: str) -> bool:
+    """Whether a name or file stands for a recipe; a .json file may as well hold rows of text."""
+    if data in (*recipe_names(), *ALIASES) or data.endswith(".toml"):
+        return True
+    if not data.endswith(".json") or not Path(data).is_file():
+        return False
+    try:
+        plain = json.loads(Path(data).read_bytes())
+    except (ValueError, RecursionError):
+        return False  # lines of JSON, or damaged: the reader of rows says so
+    sections = {"format_version", "model", "data", "train"}
+    return isinstance(plain, dict) and plain.keys() <= sections and isinstance(plain.get("data", {}), dict)
 
 
 def _hand_over(config: DataConfig, arguments: Any, console: Console) -> int:
