@@ -4,13 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from swamla.cli import CLOSED_PIPE, main
 from swamla.config import load_file
+from tests.waiting import PATIENCE, running
 
 SWAMLA = [sys.executable, "-m", "swamla"]
 RECIPE = """[train]
@@ -128,20 +128,19 @@ def test_a_recipe_that_no_parser_reads_is_one_line(name, content, message, tmp_p
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_before_anything_is_trained_ends_in_one_line_and_leaves_nothing(number, tmp_path):
-    os.mkfifo(tmp_path / "text.txt")  # reading it waits until somebody writes
-    command = [*SWAMLA, "train", "--data", "text.txt", "--tokenizer", "byte"]
-    code = "import sys; from swamla.data import sources; sources._from_path = lambda path, *rest: (print('reading', "
-    code += "flush=True), open(path))[0]; from swamla.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, *command[3:]]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    (tmp_path / "text.txt").write_text("to be or not to be\n" * 50)
+    code = "import sys, time; from swamla.cli import running; from swamla.cli import main; "
+    code += "running.prepare = lambda *_, **__: (print('reading', flush=True), time.sleep(1000)); "
+    code += "sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "train", "--data", "text.txt", "--tokenizer", "byte"]
+    with running(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         while "reading" not in process.stdout.readline():
             assert process.poll() is None
-        time.sleep(0.1)
         assert (tmp_path / "runs" / "quickstart").is_dir()
         process.send_signal(number)
-        assert process.wait(30) == 128 + number
+        assert process.wait(PATIENCE) == 128 + number
         line = f"stopped by {number.name}; no run was under way, the same command begins again"
         assert process.stderr.read() == f"swamla: error: {line}\n"
     assert not (tmp_path / "runs").exists()

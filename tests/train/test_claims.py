@@ -201,10 +201,10 @@ def test_a_run_resumed_before_its_first_checkpoint_keeps_its_folder_whatever_hap
 def test_a_run_in_the_making_is_no_run_for_anybody_else(tmp_path, dataset, monkeypatch):
     real = run_folder.fresh_state
 
-    def slow(*args):
+    def slow(*args, **options):
         with pytest.raises(UsageError, match="another process is training in it"):
             claim_new(tmp_path / "run")
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(run_folder, "fresh_state", slow)
     run(tiny_config(), tmp_path / "run", dataset)

@@ -110,9 +110,9 @@ def require_free(folder: Path) -> None:
 
 
 def is_unsaved(folder: Path) -> bool:
-    """True where there is nothing but a run that ended before its first checkpoint."""
+    """True where there is nothing but a run that ended before its first checkpoint, told by what only a run writes."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if "config.json" not in names or not names <= {*_BEFORE_A_CHECKPOINT, _KEPT}:
+    if not names >= {"config.json", "launch.json"} or not names <= {*_BEFORE_A_CHECKPOINT, _KEPT}:
         return False
     checkpoints = folder / "checkpoints"
     return not list_checkpoints(checkpoints) and not any(checkpoints.glob("damaged-*"))

@@ -32,7 +32,7 @@ from swamla.train.precision import Chosen
 SECONDS = 2.0  # that all races of a model may take together, about
 CLEAR = 0.95  # of the default's time: what a challenger may take at most, in the median of the rounds
 ROUNDS, ENOUGH = 9, 3  # at most, and to prefer another path than the default
-SHORTEST, LONGEST = 64, 4096  # documents that are raced over: longer ones differ as these do
+SHORTEST, LONGEST = 64, 2048  # documents that are raced over: longer ones differ as these do
 
 Seconds = dict[str, list[float]]  # path → what it took in each round
 _clock = time.perf_counter
@@ -40,19 +40,23 @@ _clock = time.perf_counter
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What a race found. seconds: of a forward and backward pass, by path, medians of `rounds`; the default's first."""
+    """What a race found. seconds: of a forward and backward pass, by path, medians of `rounds`; the default's first.
+
+    length: of documents, for which it is the choice.  raced: of those that it raced over, fewer on a slow machine.
+    """
 
     what: str
     length: int
+    raced: int
     dtype: str
     chosen: str
     seconds: dict[str, float]
     rounds: int
 
     def __str__(self) -> str:
-        shape = f"{self.what}, documents of about {self.length}, {self.dtype}"
+        shape = f"{self.what}, documents of about {self.raced}, {self.dtype}"
         if self.rounds < ENOUGH:
-            return f"{shape}: {self.chosen}, the default: too busy to tell (swamla doctor --measure starts anew)"
+            return f"{shape}: {self.chosen}, the default: the machine is too busy to tell, the next run tries again"
         ratios = {path: took / self.seconds[self.chosen] for path, took in self.seconds.items() if path != self.chosen}
         return f"{shape}: {self.chosen}, " + ", ".join(f"{r:.2f} times as fast as {path}" for path, r in ratios.items())
 
@@ -90,18 +94,19 @@ def choose(trials: set[AttentionTrial], precision: Chosen, *, length: int) -> di
     deadline = _clock() + SECONDS
     for index, trial in enumerate(missing):
         allowance = max(0.0, deadline - _clock()) / (len(missing) - index)
-        seconds = measure(trial, length, dtype, allowance)
+        raced, seconds = measure(trial, length, dtype, allowance)
         medians = {path: statistics.median(rounds) for path, rounds in seconds.items()}
         found[trial] = Choice(
             what=str(trial),
             length=length,
+            raced=raced,
             dtype=_name(dtype),
             chosen=winner(seconds),
             seconds=medians,
             rounds=min(len(rounds) for rounds in seconds.values()),
         )
-    if missing:
-        keep([found[trial] for trial in missing])
+    if decided := [found[trial] for trial in missing if found[trial].rounds >= ENOUGH]:
+        keep(decided)
     return found
 
 
@@ -122,17 +127,24 @@ def winner(seconds: Seconds) -> str:
     return best
 
 
-def measure(trial: AttentionTrial, length: int, dtype: torch.dtype, allowance: float) -> Seconds:
-    """What each path takes, in turns (A B A B …), in as many of `ROUNDS` as `allowance` seconds have room for."""
-    begin = _clock()
+def measure(trial: AttentionTrial, length: int, dtype: torch.dtype, allowance: float) -> tuple[int, Seconds]:
+    """What each path takes, in turns (A B A B …), in as many of `ROUNDS` as `allowance` seconds have room for.
+
+    A slow machine races shorter documents, whose length is returned too: time grows with it, as tokens are as many.
+    """
+    begin, paths = _clock(), trial.paths(dtype)
     # A short round first, for what a process does once, as loading kernels.
-    _round({path: trial.step(path, SHORTEST, dtype) for path in trial.paths(dtype)})
-    steps = {path: trial.step(path, length, dtype) for path in trial.paths(dtype)}
+    _round({path: trial.step(path, SHORTEST, dtype) for path in paths})
+    (once,) = _round({paths[0]: trial.step(paths[0], length, dtype)}).values()
+    all_rounds, left = once * len(paths) * (ENOUGH + 1), allowance - (_clock() - begin)
+    while all_rounds > left and length > SHORTEST:
+        all_rounds, length = all_rounds / 2, length // 2
+    steps = {path: trial.step(path, length, dtype) for path in paths}
     rounds = [_round(steps)]
     while len(rounds) <= ROUNDS and _clock() - begin + sum(rounds[-1].values()) < allowance:
         rounds.append(_round(steps))
     timed = rounds[1:] if len(rounds) > ENOUGH else rounds  # the first one is often slower
-    return {path: [took[path] for took in timed] for path in steps}
+    return length, {path: [took[path] for took in timed] for path in steps}
 
 
 def _round(steps: Mapping[str, Callable[[], object]]) -> dict[str, float]:
@@ -167,7 +179,8 @@ def _choice(plain: Any) -> Choice | None:
     try:
         choice = Choice(**plain)
         sound = choice.chosen in choice.seconds and all(float(took) > 0 for took in choice.seconds.values())
-        return choice if sound and isinstance(choice.length, int) and isinstance(choice.rounds, int) else None
+        whole = all(isinstance(number, int) for number in (choice.length, choice.raced, choice.rounds))
+        return choice if sound and whole else None
     except (TypeError, ValueError, AttributeError):
         return None
 
