@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from swamla.cli import main
+from swamla.data.held_out import is_held_out
 
 from .test_prepare import TINY
 
@@ -47,10 +49,14 @@ def as_jsonl(folder: Path) -> list[str]:
 
 
 def as_csv(folder: Path) -> list[str]:
-    out = io.StringIO()
-    csv.writer(out).writerows([["id", "text"], *enumerate(TEST)])
-    (folder / "set.csv").write_text(out.getvalue())
+    (folder / "set.csv").write_text(csv_of(TEST))
     return [str(folder / "set.csv")]
+
+
+def csv_of(texts: list[str]) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([["id", "text"], *enumerate(texts)])
+    return out.getvalue()
 
 
 def as_parquet(folder: Path) -> list[str]:
@@ -89,12 +95,20 @@ def test_only_what_a_run_on_it_would_hold_out_is_scored_where_that_is_asked(home
     assert 0 < found["bytes"] < sum(len(text.encode()) for text in TEXTS)
 
 
-def test_that_all_of_what_was_trained_on_is_scored_is_told(home: Path, capsys) -> None:
-    source = ["--data", str(home / "rows.jsonl"), "--text_column", "body"]
-    assert main(["evaluate", str(home / "single"), "--json", *source]) == 0
+@pytest.mark.parametrize("run", ["single", "mixed"])
+def test_text_that_was_trained_on_is_told_under_whatever_name_it_comes(home: Path, run: str, tmp_path, capsys) -> None:
+    assert main(["evaluate", str(home / run), "--json"]) == 0
+    held_out = json.loads(capsys.readouterr().out)["tokens"]
+    lengths = [len(text.encode()) + 1 for text in TEXTS]
+    (tmp_path / "other.csv").write_bytes((csv_of(TEXTS + TEST)).encode())
+    assert main(["evaluate", str(home / run), "--json", "--data", str(tmp_path / "other.csv")]) == 0
     said = capsys.readouterr()
-    assert json.loads(said.out)["bytes"] == sum(len(text.encode()) for text in TEXTS)
-    assert "is what the run was trained on, and all of it is scored" in said.err
+    trained = int(re.search(r"(\d+) of its 65 documents are among those the run was trained on", said.err)[1])
+    kept = [length for text, length in zip(TEXTS, lengths, strict=True) if not is_held_out(text, 0.05)]
+    assert trained == len(kept)
+    assert sum(lengths) - sum(kept) == held_out // (2 if run == "mixed" else 1)  # whose parts are the same rows
+    assert main(["evaluate", str(home / run), "--json", "--data", *as_csv(tmp_path)]) == 0
+    assert "trained on" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -140,3 +140,12 @@ def test_a_tokenizer_that_would_have_nothing_to_learn_from_is_refused() -> None:
     for settings in ({"tokenizer": "bpe:300"}, {"tokenizer": "byte", "stream": 2}):
         with pytest.raises(ConfigError, match="all text is held out"):
             DataConfig(held_out_fraction=1.0, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", TEXTS[:20])
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
+def test_line_ends_of_any_kind_and_a_mark_at_the_beginning_do_not_decide(text: str, fraction: float) -> None:
+    expected = is_held_out(text, fraction)
+    for end in ("\r\n", "\r"):
+        assert is_held_out(text.replace("\n", end), fraction) == expected
+        assert is_held_out("\ufeff" + text.replace("\n", end), fraction) == expected

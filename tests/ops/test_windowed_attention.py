@@ -200,3 +200,18 @@ def test_flex_equals_the_reference():
         with_gradients(partial(attention(100, 4), backend="flex"), inputs, seq), expected, strict=True
     ):
         assert (mine - theirs).norm() <= 1e-2 * theirs.norm()
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "tiles", "sdpa"])
+def test_what_inference_made_serves_training_of_the_same_shapes(backend: str) -> None:
+    """Masks depend on shapes alone and are kept: one made in inference mode could not be saved for a backward pass."""
+    q, k, v = (torch.randn(1, 77, 2, 8) for _ in range(3))
+    seq = Layout.one_document_per_row(1, 77)
+    with torch.inference_mode():
+        expected = windowed_attention(q, k, v, seq, window=11, sinks=3, backend=backend)
+    q.requires_grad_()
+    seq = Layout.one_document_per_row(1, 77)
+    out = windowed_attention(q, k, v, seq, window=11, sinks=3, backend=backend)
+    out.sum().backward()
+    torch.testing.assert_close(out.detach(), expected)
+    assert q.grad is not None

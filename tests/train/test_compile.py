@@ -132,7 +132,7 @@ def feed_gradients(block, x):
     block.zero_grad()
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, statistics = block.trained.feed(x)
+        _, statistics = block.trained.feed(x, Layout.one_document_per_row(*x.shape[:2]))
     statistics["loss"].backward()
     return {"x": x.grad, "router": block.ffn.router.weight.grad.clone(), "norm": block.ffn_norm.weight.grad.clone()}
 

@@ -29,6 +29,11 @@ from swamla.train.optim import AdamWConfig, MuonConfig
         ({"min_lr_ratio": 1.5}, "min_lr_ratio = 1.5: must be between 0 and 1"),
         ({"decay": 0.0}, "decay = 0.0"),
         ({"schedule": "wsd", "warmup": 0.3, "decay": 0.8}, "decay = 0.8: must not begin in the warm-up"),
+        ({"schedule_steps": 4, "warmup": 5}, "warmup = 5: must not exceed schedule_steps = 4"),
+        (
+            {"schedule": "wsd", "schedule_steps": 6, "warmup": 4, "decay": 0.5},
+            "decay = 0.5: must not begin in the warm-up",
+        ),
         ({"schedule": "wsd", "warmup": 5, "decay": 0.8}, "decay = 0.8: must not begin in the warm-up"),
         ({"weight_decay": -0.1}, "weight_decay = -0.1"),
         ({"grad_clip": 0.0}, "grad_clip = 0.0"),

@@ -16,10 +16,13 @@ from swamla.cli.running import data_of_run, read_data, validation
 from swamla.config import from_plain
 from swamla.data.config import DataConfig
 from swamla.data.preparing import Dataset
+from swamla.data.reopening import reopen
+from swamla.data.shards import documents_shared
 from swamla.errors import UsageError
 from swamla.evaluate import bytes_apart
 from swamla.train import RunConfig
 from swamla.train.precision import autocast, resolve_precision, without_fp8
+from swamla.train.run_folder import identity_of_run
 
 # What a source of one's own is told of, by the names of its fields; --split is short for --hub_split.
 _OWN = ("text_column", "hub_config", "split", "hub_revision", "invalid_utf8", "on_bad_row", "cache_dir")
@@ -102,11 +105,20 @@ def _other_data(arguments: Any, given: frozenset[str], run: Path, config: RunCon
     plain = {"data": data | {"cache_dir": config.data.cache_dir}}
     flags = put_flags(plain, arguments.__dict__, given, _own_flags())
     chosen = from_plain(DataConfig, plain["data"], path="data", origin=lambda field: flags.get(field, "--data"))
-    trained_on = {config.data.source, *(part.source for part in config.data.mixture)}
-    if not arguments.held_out and {chosen.source, str(Path(chosen.source).resolve())} & trained_on:
-        warnings.warn(
-            f"{chosen.source} is what the run was trained on, and all of it is scored: its held-out part alone without "
-            "--data, or with --held_out",
-            stacklevel=2,
-        )
-    return read_data(chosen, Console(stderr=True))
+    dataset = read_data(chosen, Console(stderr=True))
+    _warn_of_trained_text(dataset, run, config)
+    return dataset
+
+
+def _warn_of_trained_text(dataset: Dataset, run: Path, config: RunConfig) -> None:
+    """Warn of documents that the run was trained on, told by their tokens; of its sources, where those are no more."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what became of its raw files matters nothing here
+        known = identity_of_run(run)
+        own = None if known is None else reopen(config.data, known)
+    source, total = dataset.meta["source"], dataset.held_out.n_documents
+    if own is not None and (shared := documents_shared(dataset.held_out, own.train)):
+        told = f"{source}: {shared} of its {total} documents are among those the run was trained on"
+        warnings.warn(told, stacklevel=3)
+    elif own is None and source in {config.data.source, *(part.source for part in config.data.mixture)}:
+        warnings.warn(f"{source} is what the run was trained on", stacklevel=3)

@@ -62,7 +62,7 @@ def _warn_of_share(config: DataConfig, dataset: Dataset) -> None:
     if not asked / _FAR <= share <= asked * _FAR:
         warnings.warn(
             f"{config.source}: {train:,} bytes are trained on and {held_out:,} held out, {share:.1%} of the text; "
-            f"data.held_out_fraction = {asked:g} is a share of the documents, drawn by chance; for another "
+            f"held_out_fraction = {asked:g} is a share of the documents, drawn by chance; for another "
             "share of the text change it, or divide long documents",
             stacklevel=3,
         )

@@ -138,7 +138,7 @@ def decode_utf8(data: bytes, where: object, invalid: str, notes: Notes, offset: 
             raise BadRow(
                 where,
                 f"byte {at} (0x{byte:02x}) is not valid UTF-8; mend it, or replace such bytes with U+FFFD by "
-                f"data.invalid_utf8=replace",
+                f"--invalid_utf8 replace",
             ) from error
     text = data.decode("utf-8", errors="replace")
     notes.add("invalid UTF-8 sequences replaced", where, text.count("\ufffd") - data.count(b"\xef\xbf\xbd"))
@@ -161,7 +161,7 @@ def mend_surrogates(text: str, where: object, invalid: str, notes: Notes) -> str
             raise BadRow(
                 where,
                 f"{what} at character {error.start} of the text; mend it, or replace such characters with U+FFFD by "
-                f"data.invalid_utf8=replace",
+                f"--invalid_utf8 replace",
             ) from error
     try:
         return decode_utf8(text.encode("utf-8", "surrogateescape"), where, invalid, notes)

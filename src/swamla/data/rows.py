@@ -34,7 +34,7 @@ class RowRules:
     def judge(self, bad: BadRow, notes: Notes) -> None:
         """Leave the row out and count it, where that was asked for; else raise DataError."""
         if self.on_bad_row == "stop":
-            raise DataError(f"{bad} (or leave such rows out: data.on_bad_row=skip)") from bad.__cause__
+            raise DataError(f"{bad} (or leave such rows out: --on_bad_row skip)") from bad.__cause__
         notes.add("bad rows skipped", bad)
 
 
@@ -117,7 +117,7 @@ def no_column(column: str, columns: list[str]) -> str:
     """That there is no such column, which there are, and how to say which is meant."""
     names = [" ".join(name.encode("utf-8", "replace").decode().split())[:40] for name in columns[:20]]
     some = ", ".join(names) + (f" … ({len(columns)} in all)" if len(columns) > 20 else "")
-    return f"no column {column!r}; it has {some or 'none'} (choose by data.text_column)"
+    return f"no column {column!r}; it has {some or 'none'} (choose by --text_column)"
 
 
 def parquet_rows(path: File, rules: RowRules, notes: Notes, span: Span | None = None) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Tokens on disk: one memory-mapped .npy of ids per split, with the offsets and byte counts of its documents."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -146,3 +147,14 @@ class Split:
         for start in range(0, self.n_tokens, _SCANNED):
             ids = self.tokens[start : start + _SCANNED]
             self.require_known(ids, np.arange(start, start + len(ids)))
+
+
+def documents_shared(tested: Split, trained: Split) -> int:
+    """How many documents of `tested` are in `trained` too, token for token; both made with one tokenizer."""
+    alike = np.flatnonzero(np.isin(trained.lengths, tested.lengths))  # others need not be read
+    known = {_digest(trained.document(int(index))) for index in alike}
+    return sum(_digest(tested.document(index)) in known for index in range(tested.n_documents))
+
+
+def _digest(ids: np.ndarray) -> bytes:
+    return hashlib.blake2b(ids.astype(np.uint32).tobytes(), digest_size=16).digest()

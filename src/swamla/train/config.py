@@ -194,8 +194,8 @@ class TrainConfig:
         require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "must be between 0 and 1")
         require(0 < self.decay <= 1, "decay", self.decay, "must be above 0, at most 1, e.g. 0.2")
         require(self.warmup >= 0, "warmup", self.warmup, "must be >= 0: a fraction of the run below 1, else steps")
-        fits = self.steps is None or self.warmup <= self.steps
-        require(fits, "warmup", self.warmup, f"must not exceed steps = {self.steps}")
+        steps, of = self.horizon.steps, "steps" if self.schedule_steps is None else "schedule_steps"
+        require(steps is None or self.warmup <= steps, "warmup", self.warmup, f"must not exceed {of} = {steps}")
         begins = self.warmup_fraction + self.decay <= 1 or self.schedule != "wsd"
         require(begins, "decay", self.decay, "must not begin in the warm-up: lower decay or warmup")
         require(0 <= self.weight_decay < float("inf"), "weight_decay", self.weight_decay, "must be >= 0, e.g. 0.1")
@@ -206,10 +206,10 @@ class TrainConfig:
 
     @property
     def warmup_fraction(self) -> float:
-        """What the warm-up takes of the run; 0 where it is steps of a run bounded by time alone."""
+        """What the warm-up takes of the schedule; 0 where it is steps of one that is bounded by time alone."""
         if self.warmup < 1:
             return self.warmup
-        return 0.0 if self.steps is None else self.warmup / self.steps
+        return 0.0 if self.horizon.steps is None else self.warmup / self.horizon.steps
 
     @property
     def budget(self) -> Budget:

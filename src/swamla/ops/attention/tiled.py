@@ -129,12 +129,12 @@ def additive_mask(
 
     near_sinks: how many keys at the start of the band are sinks. Depends on shapes alone, so a process makes few.
     """
-    query_C1 = torch.arange(rows, device=device)[:, None] + before
-    key_S = torch.arange(-kept, before + rows, device=device)
-    seen_CS = (query_C1 - key_S < window) | (key_S < near_sinks)
-    return torch.zeros(seen_CS.shape, dtype=dtype, device=device).masked_fill_(
-        ~(seen_CS & (key_S <= query_C1)), -torch.inf
-    )
+    with torch.inference_mode(False):  # what is kept may serve training after inference
+        query_C1 = torch.arange(rows, device=device)[:, None] + before
+        key_S = torch.arange(-kept, before + rows, device=device)
+        seen_CS = (query_C1 - key_S < window) | (key_S < near_sinks)
+        hidden_CS = ~(seen_CS & (key_S <= query_C1))
+        return torch.zeros(seen_CS.shape, dtype=dtype, device=device).masked_fill_(hidden_CS, -torch.inf)
 
 
 def tiled_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *, window: int, sinks: int, scale: float) -> Tensor:
