@@ -16,7 +16,8 @@ from swamla.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoi
 from swamla.errors import CorruptError
 from tests.faults import acts
 from tests.faults.rows import Row
-from tests.faults.stage import NotHere, Stage, assert_same_end, ending, newest, step_of, until
+from tests.faults.stage import NotHere, Stage, assert_same_end, ending, newest, step_of
+from tests.waiting import until
 
 
 def flip(file: Path) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from swamla.checkpoint import list_checkpoints
 from tests.faults.rows import Row
-from tests.faults.stage import Stage, assert_same_end, digests, ending, newest, step_of, until
+from tests.faults.stage import Stage, assert_same_end, digests, ending, newest, step_of
+from tests.waiting import until
 
 
 def while_saving(stage: Stage, times: int) -> Iterator[None]:

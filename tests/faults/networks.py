@@ -10,7 +10,8 @@ from pathlib import Path
 
 from tests.faults.ranks import EIGHT, _undisturbed
 from tests.faults.rows import Row
-from tests.faults.stage import ROOT, NotHere, Stage, assert_same_end, until
+from tests.faults.stage import ROOT, NotHere, Stage, assert_same_end
+from tests.waiting import until
 
 LIMIT = 8.0  # seconds without a sign of life
 

@@ -14,7 +14,8 @@ from typing import Any
 from swamla.train.tracking import read_metrics
 from tests.faults import acts
 from tests.faults.rows import Row
-from tests.faults.stage import ROOT, Stage, assert_same_end, curve, ending, newest, step_of, until
+from tests.faults.stage import ROOT, Stage, assert_same_end, curve, ending, newest, step_of
+from tests.waiting import until
 
 EIGHT = {"steps": 8, "batch_size": 8}
 

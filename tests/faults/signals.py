@@ -8,7 +8,8 @@ from typing import Any
 
 from tests.faults import acts
 from tests.faults.rows import Row
-from tests.faults.stage import Stage, assert_same_end, ending, newest, step_of, until
+from tests.faults.stage import Stage, assert_same_end, ending, newest, step_of
+from tests.waiting import until
 
 SETTINGS = {"steps": 8}
 # (signal, what it interrupts, options of the run, the step that is the last one then)

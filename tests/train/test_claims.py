@@ -191,7 +191,7 @@ def test_a_new_run_that_fails_before_its_first_step_leaves_nothing_and_a_later_o
 
 
 def test_a_run_resumed_before_its_first_checkpoint_keeps_its_folder_whatever_happens(unsaved, dataset, monkeypatch):
-    monkeypatch.setattr(run_folder, "fresh_state", lambda *args: 1 / 0)
+    monkeypatch.setattr(run_folder, "fresh_state", lambda *args, **options: 1 / 0)
     before = json.loads((unsaved / "config.json").read_text())
     with pytest.warns(UserWarning, match="holds no checkpoint yet"), pytest.raises(ZeroDivisionError):
         run(tiny_config(), unsaved, dataset, resume=True)

@@ -16,6 +16,7 @@ from swamla.data.config import DataConfig
 from swamla.data.dataset import Throughput
 from swamla.data.preparing import prepare
 from swamla.train import step_log, train, utilisation
+from swamla.train.epochs import Epochs
 from swamla.train.parallel import clip, seed_ranks
 from swamla.train.step import StepResult
 from swamla.train.step_log import StepLog
@@ -87,13 +88,14 @@ def test_a_steps_figures_are_those_of_all_ranks(monkeypatch):
     monkeypatch.setattr(distributed, "on_main", lambda work: work())
     config, told = tiny_config(steps=40), Told()
     state = SimpleNamespace(device=CPU, precision="fp32", step=10, seconds=5.0, tokens=77, model=None)
-    log = StepLog(config, state, told, told, bits_per_nat=0.25)
+    log = StepLog(config, state, told, told, bits_per_nat=0.25, epochs=Epochs({"text": 154}))
     result = StepResult(loss=2.0, grad_norm=0.5, tokens=600, statistics={})
     # three ranks of 8 GFLOP/s could have done 12 GFLOP in half a second, and had 3 to do
     log.write(result, lr=0.1, flops=3e9, seconds=0.5)
     log.write(result, lr=0.1, flops=3e9, seconds=1.0)
     first, second = told.records
     assert (first["mfu"], second["mfu"]) == (0.25, 0.125)
+    assert first["epoch"] == 0.5
     assert (first["tokens_per_second"], second["tokens_per_second"]) == (1200, 600)
     assert (first["bits_per_byte"], first["tokens"], first["elapsed"]) == (0.5, 77, 5.0)
     shown = [values["tokens_per_second"] for _, _, values in told.shown]

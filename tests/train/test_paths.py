@@ -165,7 +165,18 @@ def test_measuring_can_be_left_out(races, monkeypatch):
     assert races == []
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"choices": 3}', '{"choices": [{"what": 1}, null]}', "\0"])
+SOUND = {"what": "a", "length": 64, "raced": 64, "dtype": "float32", "chosen": "sdpa", "rounds": 5}
+TIMES = {"sdpa": 1.0, "tiles": 2.0}
+DAMAGED = [
+    {"what": 1},
+    None,
+    *({**SOUND, "seconds": TIMES, name: wrong} for name, wrong in (("what", []), ("dtype", ["x"]), ("rounds", "5"))),
+    *({**SOUND, "seconds": {**TIMES, "sdpa": wrong}} for wrong in (10**400, "1.0", -1.0, None)),
+    {**SOUND, "seconds": []},
+]
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"choices": 3}', json.dumps({"choices": DAMAGED}), "\0"])
 def test_a_damaged_record_is_raced_again_and_mended(races, damage):
     fastest_paths(MODEL, CPU, "bf16", length=64)
     paths._file().write_text(damage)
@@ -260,7 +271,7 @@ def race_and_train(folder):
 
     def measure(trial, length, dtype, allowance):
         assert main, "only the main rank races"
-        return {path: [0.5 if path == "sdpa" else 1.0] * 5 for path in trial.paths(dtype)}
+        return length, {path: [0.5 if path == "sdpa" else 1.0] * 5 for path in trial.paths(dtype)}
 
     paths.measure = measure
     state = run(tiny_config(MODEL, steps=1), folder / "run", tiny_dataset(folder))

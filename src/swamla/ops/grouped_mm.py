@@ -60,9 +60,11 @@ _outside = outside_graphs(_grouped_mm)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What products with x are computed in: autocast's dtype, or x's own."""
+    """What products with x are computed in: autocast's dtype, or x's own, which double keeps as in all of autocast."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def reference_grouped_mm(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:

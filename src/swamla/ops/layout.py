@@ -1,6 +1,7 @@
 """Where documents lie in a batch of packed rows: the one object that every mixer of a forward pass shares."""
 
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -132,7 +133,9 @@ class Layout:
     def table(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """A mask or table derived from this layout, made at its first use and shared by all layers."""
         if key not in self._tables:
-            self._tables[key] = make()
+            # What is made in inference mode could not be saved for a backward pass, and may be asked for in one later.
+            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+                self._tables[key] = make()
         return self._tables[key]
 
     def made(self, key: Hashable) -> Any:

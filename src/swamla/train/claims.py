@@ -38,6 +38,11 @@ class Claim:
     def __init__(self, path: Path, lock: int, made: list[Path]) -> None:
         self.path, self._lock, self._made = path, lock, made
 
+    def own(self) -> None:
+        """Count the folder as made for this claim."""
+        if self.path not in self._made:
+            self._made.insert(0, self.path)
+
     def release(self) -> None:
         """Let other processes train in the folder."""
         for folder in self._made:
@@ -82,6 +87,7 @@ def claim_numbered(folder: Path) -> Claim:
         except UsageError:
             continue
         if _is_empty(candidate):
+            claim.own()  # whoever made it, in a start at the same moment or one that was killed, has nothing in it
             return claim
         claim.release()
     raise AssertionError("numbers do not end")
@@ -112,7 +118,7 @@ def require_free(folder: Path) -> None:
 def is_unsaved(folder: Path) -> bool:
     """True where there is nothing but a run that ended before its first checkpoint, told by what only a run writes."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if not names >= {"config.json", "launch.json"} or not names <= {*_BEFORE_A_CHECKPOINT, _KEPT}:
+    if not names >= {"config.json", "data.json"} or not names <= {*_BEFORE_A_CHECKPOINT, _KEPT}:
         return False
     checkpoints = folder / "checkpoints"
     return not list_checkpoints(checkpoints) and not any(checkpoints.glob("damaged-*"))

@@ -178,11 +178,13 @@ def kept_choices() -> dict[tuple[str, int, str], Choice]:
 def _choice(plain: Any) -> Choice | None:
     try:
         choice = Choice(**plain)
-        sound = choice.chosen in choice.seconds and all(float(took) > 0 for took in choice.seconds.values())
-        whole = all(isinstance(number, int) for number in (choice.length, choice.raced, choice.rounds))
-        return choice if sound and whole else None
-    except (TypeError, ValueError, AttributeError):
+    except TypeError:  # no such fields
         return None
+    whole = all(isinstance(number, int) for number in (choice.length, choice.raced, choice.rounds))
+    named = all(isinstance(name, str) for name in (choice.what, choice.dtype, choice.chosen))
+    if not (whole and named and isinstance(choice.seconds, dict) and choice.chosen in choice.seconds):
+        return None
+    return choice if all(isinstance(took, float) and took > 0 for took in choice.seconds.values()) else None
 
 
 def keep(choices: list[Choice]) -> None:
@@ -199,8 +201,11 @@ def keep(choices: list[Choice]) -> None:
 
 
 def forget_choices() -> None:
-    """Let everything be raced anew on this machine."""
-    _file().unlink(missing_ok=True)
+    """Let everything be raced anew on this machine; a warning says where what was kept cannot be removed."""
+    try:
+        _file().unlink(missing_ok=True)
+    except OSError as error:
+        warnings.warn(f"{_file()}: cannot be removed ({error.strerror}), so it still counts", stacklevel=2)
 
 
 def _file() -> Path:
