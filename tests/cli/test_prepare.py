@@ -119,3 +119,16 @@ def test_a_json_file_of_rows_is_no_recipe(rows, tmp_path, monkeypatch, capsys) -
     said = capsys.readouterr()
     assert "source           rows.json" in said.out + said.err
     assert "2 documents" in said.out + said.err
+
+
+def test_a_table_that_no_recipe_has_is_refused_not_passed_over(tmp_path, capsys) -> None:
+    (tmp_path / "recipe.toml").write_text('[dta]\nsource = "stdlib"\n')
+    assert main(["prepare", str(tmp_path / "recipe.toml")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "dta: no such table; did you mean" in line
+
+
+def test_two_columns_of_the_name_that_is_asked_for_are_refused(tmp_path, capsys) -> None:
+    (tmp_path / "rows.csv").write_text("text,id,text\na,1,b\nc,2,d\n")
+    assert main(["prepare", str(tmp_path / "rows.csv"), "--tokenizer", "byte"]) == 2
+    assert "rows.csv: has several columns 'text'" in capsys.readouterr().err

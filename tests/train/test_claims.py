@@ -49,7 +49,7 @@ def test_starts_at_the_same_time_each_have_a_folder_of_their_own(tmp_path):
     assert {claim.path.name for claim in claims} == expected == {p.name for p in (tmp_path / "runs").iterdir()}
     for claim in claims:
         claim.release()
-    assert list((tmp_path / "runs").iterdir()) == [], "what was only claimed is gone"
+    assert list(tmp_path.glob("runs/*")) == [], "what was only claimed is gone"
 
 
 def test_of_starts_in_one_named_folder_the_first_has_it_and_the_others_are_told_before_they_prepare(here, monkeypatch):

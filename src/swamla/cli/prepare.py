@@ -11,13 +11,15 @@ from swamla.cli.flags import Positional, parse
 from swamla.cli.overrides import add_flags, data_flags, put_flags
 from swamla.cli.run_config import locate_beside
 from swamla.cli.running import describe_data, read_data, shown_progress
-from swamla.config import from_plain, load_file
+from swamla.config import did_you_mean, from_plain, load_file
 from swamla.data.config import DataConfig
 from swamla.data.download import keep_shakespeare
 from swamla.data.preparing import Dataset, Part, cache_of, prepare_part
 from swamla.errors import DataError, UsageError, require
 from swamla.evaluate import bytes_apart
 from swamla.recipes import ALIASES, recipe_names, recipe_path
+
+_SECTIONS = {"format_version", "model", "data", "train"}  # of a recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,10 @@ def main(argv: list[str]) -> int:
     if _is_recipe(arguments.data):
         recipe = recipe_path(arguments.data)
         plain, written = load_file(recipe)
+        for name in plain.keys() - _SECTIONS:
+            raise UsageError(
+                f"{written(name) or recipe}: {name}: no such table; {did_you_mean(name, sorted(_SECTIONS))}"
+            )
         locate_beside(plain, recipe, written, given)
     elif "source" in given:
         raise UsageError(f"--source goes with a recipe ({', '.join(recipe_names())}), and {arguments.data} is none")
@@ -83,8 +89,7 @@ def _is_recipe(data: str) -> bool:
         plain = json.loads(Path(data).read_bytes())
     except (ValueError, RecursionError):
         return False  # lines of JSON, or damaged: the reader of rows says so
-    sections = {"format_version", "model", "data", "train"}
-    return isinstance(plain, dict) and plain.keys() <= sections and isinstance(plain.get("data", {}), dict)
+    return isinstance(plain, dict) and plain.keys() <= _SECTIONS and isinstance(plain.get("data", {}), dict)
 
 
 def _hand_over(config: DataConfig, arguments: Any, console: Console) -> int:

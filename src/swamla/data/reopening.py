@@ -42,6 +42,8 @@ def reopen(
         if config.buffer_docs:
             dataset.fit_documents(config.buffer_docs)
         dataset.raw = each["raw"]
+        # Equal texts share a folder of the cache, which says where they were first found.
+        dataset.meta = {**dataset.meta, "source": (source.origin if source else "") or single.source}
         found.append(dataset)
     if config.source != MIXTURE:
         return found[0]

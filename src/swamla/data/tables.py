@@ -106,6 +106,10 @@ def csv_rows(path: File, rules: RowRules, notes: Notes, span: Span | None = None
                     header = row
                     if rules.column not in header:
                         raise NoRows(f"{path}: {no_column(rules.column, header)}")
+                    if header.count(rules.column) > 1:
+                        raise DataError(
+                            f"{path}: has several columns {rules.column!r}: give the text's a name of its own"
+                        )
                     continue
                 if not row:
                     continue  # an empty line

@@ -15,8 +15,8 @@ WARMUP_FLOOR = 0.01
 class Schedule:
     """Warm-up to the peak learning rate, then one of four shapes over what is left of the run, as a factor of the peak.
 
-    Each step has the factor of its end: of S steps with W of warm-up, the n-th (from 1) has n / W up to the peak, which
-    the W-th has exactly (the first where there is no warm-up), and the S-th has the floor exactly.
+    Each step has the factor of its end: of S steps with W of warm-up, the n-th (from 1) has n / W up to the peak, and
+    `WARMUP_FLOOR` at least; the W-th has the peak exactly (the first where there is no warm-up), the S-th the floor.
 
     warmup: below 1 a fraction of the run, from 1 on a number of steps. In a run that is bounded by time the fraction
         which these are is taken from the pace so far; in one of a known number of steps that is exact.
