@@ -1,5 +1,6 @@
 """How tests wait for other processes: as long as a slow machine may need, and never leaving one behind."""
 
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -24,9 +25,18 @@ def until(happened: Callable[[], Any], *, seconds: float = PATIENCE, every: floa
 
 @contextmanager
 def running(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """A process, killed at the block's end if it still runs: `Popen` alone waits, for ever where a test has failed."""
-    with subprocess.Popen(command, text=True, **options) as process:
+    """A process, killed at the block's end if it still runs: `Popen` alone waits, for ever where a test has failed.
+
+    It answers signals though whoever runs the tests ignores them, as what a shell starts in the background does.
+    """
+    with subprocess.Popen(command, text=True, preexec_fn=answer_signals, **options) as process:
         try:
             yield process
         finally:
             process.kill()
+
+
+def answer_signals() -> None:
+    """Signals do in this process what they do by default, whatever it inherited."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
