@@ -66,9 +66,9 @@ def test_it_shows_what_was_raced_with_the_times_and_can_race_anew(
 ) -> None:
     races = []
 
-    def measure(trial: AttentionTrial, length: int, dtype: torch.dtype, allowance: float) -> dict[str, list[float]]:
+    def measure(trial: AttentionTrial, length: int, dtype: torch.dtype, allowance: float) -> tuple[int, dict]:
         races.append(trial)
-        return {path: [0.001 if path == "sdpa" else 0.004] * 5 for path in trial.paths(dtype)}
+        return length, {path: [0.001 if path == "sdpa" else 0.004] * 5 for path in trial.paths(dtype)}
 
     monkeypatch.delenv("SWAMLA_MEASURE")
     monkeypatch.setattr("swamla.train.paths.measure", measure)

@@ -206,7 +206,7 @@ def test_evaluation_scores_the_runs_own_held_out_text_and_other_text(home: Path,
     other = swamla(home, "evaluate", "runs/quickstart", "--data", "other.txt")
     assert (other.returncode, other.stderr) == (0, "")
     assert "bits per byte" in other.stdout
-    assert f"bytes of other.txt, in {found['precision']}" in other.stdout
+    assert f"3,000 bytes: all of other.txt, in {found['precision']}" in other.stdout
 
 
 def test_evaluation_keeps_the_runs_tokenizer_when_the_text_changes_and_says_that_it_changed(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_evaluation_keeps_the_runs_tokenizer_when_the_text_changes_and_says_that
     assert done.returncode == 0
     assert json.loads(done.stdout) == before
     assert done.stderr.startswith("swamla: warning: ")
-    assert "is not what the run was trained on (fingerprint" in done.stderr
+    assert "text.txt changed (or was copied) since the run began: what was prepared of it in " in done.stderr
     assert done.stderr.count("\n") == 1
     (tmp_path / "text.txt").write_text("☃" + TEXT)
     done = swamla(tmp_path, "evaluate", "run")

@@ -103,6 +103,7 @@ MEANT_OF = {  # what these say more about, which has to be there
     "init_checkpoint": "--init_from run",
     "hub_config": "--data hf:owner/name",
     "hub_revision": "--data hf:owner/name",
+    "hub_split": "--data hf:owner/name",
     "tokenizer": "--vocab_size 5000",  # else another takes its own
 }
 

@@ -132,7 +132,7 @@ def test_every_ffn_is_one_graph_in_bf16(monkeypatch, name):
     run, graphs = compiled(block.feed)
     x = torch.randn(2, TIME, WIDTH, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        y, statistics = run(x)
+        y, statistics = run(x, Layout.one_document_per_row(2, TIME))
     (y.float().sum() + sum(value for name, value in statistics.items() if name == "loss")).backward()
     assert all(parameter.grad is not None for parameter in block.ffn.parameters())
     assert len(graphs) == 1

@@ -96,7 +96,7 @@ def test_the_command_line_pushes_and_takes_up_again_at_a_pinned_commit(hub, tmp_
     )
     command = f"train quickstart {flags} --steps 2 --output_dir run --hf_repo_id {REPO}"
     assert main(command.split()) == 0
-    assert main(["train", "--resume", "run", "--steps", "4"]) == 0
+    assert main(["train", "--resume", "run", "--steps", "4", "--schedule_steps", "4"]) == 0
     first = next(n for n, files in enumerate(hub.repos[REPO]) if "checkpoints/step-00000002/state.json" in files)
     assert "checkpoints/step-00000004/state.json" in hub.repos[REPO][-1]
     capsys.readouterr()

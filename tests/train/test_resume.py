@@ -163,8 +163,9 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_over(tmp_path, dataset
 
 
 def test_a_run_may_be_prolonged(tmp_path, dataset):
-    run(tiny_config(steps=3), tmp_path / "run", dataset)
-    assert run(tiny_config(steps=5), tmp_path / "run", dataset, resume=True).step == 5
+    constant = {"schedule": "constant"}  # others have to be told what becomes of their rates
+    run(tiny_config(steps=3, **constant), tmp_path / "run", dataset)
+    assert run(tiny_config(steps=5, **constant), tmp_path / "run", dataset, resume=True).step == 5
     assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["steps"] == 5
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -256,11 +257,11 @@ def test_a_run_killed_and_resumed_is_one_offline_run_whose_steps_rise(tmp_path, 
 
 def test_a_resumed_online_run_keeps_its_id_and_gets_the_steps_it_lacks(server, fake, dataset, tmp_path, monkeypatch):
     server.status = 404  # an answer: the server is there
-    config = tiny_config(wandb_project="p", eval_interval=3)
+    config = tiny_config(wandb_project="p", eval_interval=3, schedule="constant")
     lines, _ = shown(config, tmp_path / "run", dataset, evaluate=held_out(dataset))
     assert lines == ["Weights & Biases: https://example.org/run"]
     monkeypatch.setenv("FAKE_STEP", "5")  # what a server answers that has seen steps 0 to 4
-    shown(tiny_config(wandb_project="p", eval_interval=3, steps=8), tmp_path / "run", dataset, resume=True)
+    shown(replace(config, train=replace(config.train, steps=8)), tmp_path / "run", dataset, resume=True)
     found = calls(fake)
     ids = {call[2] for call in found if call[0] == "init"}
     assert ids == {(tmp_path / "run/wandb/run_id").read_text()}
@@ -342,11 +343,12 @@ def test_tensorboard_has_every_number_of_the_metrics_once_also_after_a_crash(dat
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = tmp_path / "run"
-    run(tiny_config(tensorboard=True, steps=4), folder, dataset, evaluate=held_out(dataset))
+    run(tiny_config(tensorboard=True, steps=4, schedule="constant"), folder, dataset, evaluate=held_out(dataset))
     crashed = TensorBoard(folder / "tensorboard", resume_after=4)
     crashed.write(5, {"loss": 99.0})  # a step after the last checkpoint, lost with the crash
     crashed.close()
-    run(tiny_config(tensorboard=True, steps=6), folder, dataset, evaluate=held_out(dataset), resume=True)
+    longer = tiny_config(tensorboard=True, steps=6, schedule="constant")
+    run(longer, folder, dataset, evaluate=held_out(dataset), resume=True)
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     expected: dict[str, list[tuple[int, float]]] = {}

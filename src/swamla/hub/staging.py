@@ -15,7 +15,14 @@ from swamla.files import entry, read_json
 from swamla.hub.card import model_card
 from swamla.tensor_file import save_tensors
 
-COPIED = ("config.json", "tokenizer.json", "metrics.jsonl", "loss.png", "wandb/run_id")  # what a run may rewrite
+COPIED = (
+    "config.json",
+    "data.json",
+    "tokenizer.json",
+    "metrics.jsonl",
+    "loss.png",
+    "wandb/run_id",
+)  # what a run may rewrite
 BEST, WEIGHTS = "checkpoints/best.json", "model.safetensors"
 
 

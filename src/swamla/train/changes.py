@@ -56,14 +56,15 @@ def check_same_run(config: RunConfig, run_dir: Path) -> None:
 
 
 def check_horizon(before: TrainConfig, now: TrainConfig, *, step: int, seconds: float) -> None:
-    """Raise `ConfigError` where another end of the run alone would lift the learning rate.
+    """Raise `ConfigError` where a later end of the run alone would lift the learning rate.
 
     A schedule follows the run's end: a run that has annealed and is given more steps or minutes is in the middle of
     it again. Whether that is wanted, or the last rate, has to be said.
     """
     old, new = rates(before, now, step=step, seconds=seconds)
     chosen = any(getattr(before, name) != getattr(now, name) for name in RATES)
-    if chosen or new <= RISE * old:
+    later = now.horizon.progress(step, seconds) < before.horizon.progress(step, seconds)
+    if chosen or not later or new <= RISE * old:
         return
     moved = [
         (name, f"schedule_{name.removeprefix('max_')}")
