@@ -223,7 +223,7 @@ def test_evaluation_keeps_the_runs_tokenizer_when_the_text_changes_and_says_that
     assert "text.txt changed (or was copied) since the run began: what was prepared of it in " in done.stderr
     assert done.stderr.count("\n") == 1
     (tmp_path / "text.txt").write_text("☃" + TEXT)
-    done = swamla(tmp_path, "evaluate", "run")
+    done = swamla(tmp_path, "evaluate", "run", "--data", "text.txt")
     assert (done.returncode, done.stdout) == (2, "")
     assert "character '☃' at offset 0 is not among the" in done.stderr
 
