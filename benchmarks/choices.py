@@ -29,6 +29,7 @@ from torch import Tensor
 
 from swamla.ops import gated_delta_rule, l2_normalize, short_conv
 from swamla.ops.attention.trial import AttentionTrial
+from swamla.ops.layout import Layout
 from swamla.ops.linear import linear
 from swamla.train.machine import UNITS, describe_cpu
 from swamla.train.paths import choose
@@ -63,12 +64,13 @@ def contests(precision: Chosen) -> Iterator[Contest]:
         for trial in TRIALS:
             steps = {path: trial.step(path, length, dtype) for path in trial.paths(dtype)}
             yield f"{trial}, documents of {length}", chosen[trial].chosen, steps
-    yield _convolution(dtype)
+    for rows, length, channels in ((1, 4096, 1152), (8, 512, 768)):
+        yield _convolution(rows, length, channels, dtype)
     for width in (64, 128):
         yield _delta_rule(width, dtype)
     if precision == "fp32":
-        for rows, out in ((1, 1152), (1, 4096), (64, 1152), (512, 1152)):
-            yield _linear(rows, out)
+        for rows, width, out in ((1, 384, 1152), (1, 384, 4096), (8, 1024, 4096), (64, 384, 1152), (512, 384, 1152)):
+            yield _linear(rows, width, out)
 
 
 def _gradients(op: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Step:
@@ -77,16 +79,17 @@ def _gradients(op: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Step:
     return lambda: torch.autograd.grad(op(*leaves), leaves, upstream)
 
 
-def _convolution(dtype: torch.dtype) -> Contest:
-    x_BTD, weight_DW = torch.randn(1, 4096, 1152).to(dtype), torch.randn(1152, 4)
+def _convolution(rows: int, length: int, channels: int, dtype: torch.dtype) -> Contest:
+    x_BTD, weight_DW = torch.randn(rows, length, channels).to(dtype), torch.randn(channels, 4)
 
     def pytorch(x_BTD: Tensor, weight_DW: Tensor) -> Tensor:
         y = F.conv1d(F.pad(x_BTD.mT, (3, 0)), weight_DW[:, None].to(x_BTD.dtype), groups=len(weight_DW))
         return F.silu(y).mT
 
-    paths = {"torch": partial(short_conv, backend="torch"), "reference": partial(short_conv, backend="reference")}
+    seq = Layout.one_document_per_row(rows, length)
+    paths = {name: partial(short_conv, seq=seq, backend=name) for name in ("torch", "reference")}
     steps = {name: _gradients(op, (x_BTD, weight_DW)) for name, op in {**paths, "F.conv1d": pytorch}.items()}
-    return "short convolution, 1152 channels, 4096 tokens", "torch", steps
+    return f"short convolution, {rows} × {length} tokens, {channels} channels", "torch", steps
 
 
 def _delta_rule(width: int, dtype: torch.dtype) -> Contest:
@@ -100,9 +103,9 @@ def _delta_rule(width: int, dtype: torch.dtype) -> Contest:
     return f"delta rule, 4 heads of {width}, 4096 tokens, by chunk", "32", steps
 
 
-def _linear(rows: int, out: int) -> Contest:
-    x, weight = torch.randn(rows, 384), torch.randn(out, 384)
-    times = max(1, 50_000_000 // (rows * out * 384))
+def _linear(rows: int, width: int, out: int) -> Contest:
+    x, weight = torch.randn(rows, width), torch.randn(out, width)
+    times = max(1, 50_000_000 // (rows * out * width))
 
     def many(op: Callable[[Tensor, Tensor], Tensor]) -> Step:
         def step() -> None:
@@ -116,7 +119,7 @@ def _linear(rows: int, out: int) -> Contest:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
     steps = {"chosen": many(linear), "F.linear": many(F.linear), "oneDNN": many(onednn)}
-    return f"linear without gradients, {rows} rows, 384 to {out}", "chosen", steps
+    return f"linear without gradients, {rows} rows, {width} to {out}", "chosen", steps
 
 
 def shortest(steps: dict[str, Step]) -> dict[str, float]:

@@ -81,7 +81,7 @@ def test_it_shows_what_was_raced_with_the_times_and_can_race_anew(
         assert shown.count(": sdpa 1 ms, tiles 4 ms (5 rounds)\n") == 4
     assert main(["doctor", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["paths"]
-    assert {(choice["length"], choice["chosen"]) for choice in told} == {(512, "sdpa"), (2048, "sdpa")}
+    assert {(choice["length"], choice["chosen"]) for choice in told} == {(512, "sdpa"), (4096, "sdpa")}
 
 
 def test_every_optional_library_is_named_with_the_extra_that_brings_it() -> None:

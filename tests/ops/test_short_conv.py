@@ -11,14 +11,15 @@ from swamla.errors import UsageError
 from swamla.ops.layout import Layout
 from swamla.ops.short_conv import short_conv
 
+MODULE = importlib.import_module("swamla.ops.short_conv")  # the package's attribute of that name is the function
 BACKENDS = ["reference", "torch"]
 
 
 @pytest.fixture(autouse=True)
 def _several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    module = importlib.import_module("swamla.ops.short_conv")  # the package's attribute of that name is the function
-    monkeypatch.setattr(module, "CPU_BLOCK", 40)  # five rows of eight: blocks end inside rows and documents
+    monkeypatch.setattr(MODULE, "BLOCK", 40)  # five rows of eight: blocks end inside rows and documents
+    monkeypatch.setattr(MODULE, "THREADS_BLOCK", 40)
 
 
 def torch_conv(x_BTD: Tensor, weight_DW: Tensor, history_BWD: Tensor) -> Tensor:
@@ -47,6 +48,26 @@ def test_equals_torch_conv1d_with_gradients(backend: str, time: int, taps: int) 
     x_BTD, weight_DW, history_BWD = leaves = inputs(3, time, taps=taps)
     got = short_conv(x_BTD, weight_DW, history_BWD=history_BWD, backend=backend)
     assert_same_with_gradients(got, torch_conv(x_BTD, weight_DW, history_BWD), leaves, 1e-12)
+
+
+@pytest.mark.parametrize("piece", [4, 5, 512])
+@pytest.mark.parametrize("block", [1, 100, 1000])
+@pytest.mark.parametrize("taps", [1, 2, 4])
+def test_what_onednn_computes_for_several_threads_equals_the_reference(
+    block: int, piece: int, taps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MODULE, "BLOCK", 0)  # nothing is too small
+    monkeypatch.setattr(MODULE, "THREADS_BLOCK", block)
+    monkeypatch.setattr(MODULE, "PIECE", piece)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    document_BT = torch.tensor([[0] * 5 + [1] * 2 + [2] + [3] * 12 + [-1] * 3, [0] * 23])
+    leaves = x_BTD, weight_DW, history_BWD = inputs(2, 23, torch.float32, taps)
+    seq = Layout.from_documents(document_BT)
+    got, expected = (
+        short_conv(x_BTD, weight_DW, seq=seq, history_BWD=history_BWD, backend=backend)
+        for backend in ("torch", "reference")
+    )
+    assert_same_with_gradients(got, expected, leaves, 1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -67,7 +67,7 @@ def test_paths_take_turns_as_often_as_the_time_allows(monkeypatch):
     now, order = [0.0], []
     takes = {"tiles": 0.25, "sdpa": 0.125}
 
-    def step(self, path, length, dtype):
+    def step(self, path, length, dtype, part=1):
         def run():
             order.append(path)
             now[0] += takes[path]
@@ -76,6 +76,7 @@ def test_paths_take_turns_as_often_as_the_time_allows(monkeypatch):
 
     monkeypatch.setattr(paths, "_clock", lambda: now[0])
     monkeypatch.setattr(AttentionTrial, "step", step)
+    monkeypatch.setattr(AttentionTrial, "scores", lambda self, length, part: 1)
     trial = AttentionTrial(heads=1, key_heads=1, key=8, value=8)
     found = paths.measure(trial, 64, torch.bfloat16, allowance=2.2)
     # 5 · 0.375 s and 0.25 s fit into 2.2 s: a short round that warms up, a trial of the default, one round not counted.
@@ -84,24 +85,46 @@ def test_paths_take_turns_as_often_as_the_time_allows(monkeypatch):
     assert now[0] <= 2.2
 
 
-@pytest.mark.parametrize("speed", [1, 10, 100])
-def test_a_slow_machine_races_shorter_documents_often_enough_within_the_time(monkeypatch, speed):
-    now = [0.0]
+@pytest.mark.parametrize("speed", [1, 4, 10, 100, 1000])
+def test_a_slow_machine_races_less_often_enough_within_the_time(monkeypatch, speed):
+    """First fewer rows and heads, then shorter documents."""
+    now, sizes = [0.0], []
+    trial = AttentionTrial(heads=8, key_heads=8, key=8, value=8)
 
-    def step(self, path, length, dtype):
+    def step(self, path, length, dtype, part=1):
         def run():
-            now[0] += {"tiles": 2.0, "sdpa": 1.0}[path] * length / 2048 / speed
+            sizes.append((length, part))
+            now[0] += {"tiles": 2.0, "sdpa": 1.0}[path] * trial.scores(length, part) / 2**21 / speed
 
         return run
 
     monkeypatch.setattr(paths, "_clock", lambda: now[0])
     monkeypatch.setattr(AttentionTrial, "step", step)
-    trial = AttentionTrial(heads=1, key_heads=1, key=8, value=8)
-    length, found = paths.measure(trial, 2048, torch.bfloat16, allowance=3.0)
-    assert length == {1: 64, 10: 2048, 100: 2048}[speed]
+    length, found = paths.measure(trial, 1024, torch.bfloat16, allowance=6.0)
+    assert (length, sizes[-1]) == {
+        1: (256, (256, 16)),
+        4: (1024, (1024, 4)),
+        10: (1024, (1024, 1)),
+        100: (1024, (1024, 1)),
+        1000: (1024, (1024, 1)),
+    }[speed]
     assert len(found["tiles"]) >= paths.ENOUGH
     assert winner(found) == "sdpa"
-    assert now[0] <= 3.0
+    assert now[0] <= 6.0
+
+
+@pytest.mark.parametrize("part", [1, 2, 8, 64])
+@pytest.mark.parametrize("length", [64, 1024, 8192])
+def test_a_part_of_a_trial_has_as_many_scores_as_it_says_and_two_heads_at_least(length, part, monkeypatch):
+    trial = AttentionTrial(heads=8, key_heads=4, key=8, value=8, window=100)
+    seen = []
+    monkeypatch.setattr("swamla.ops.attention.trial.windowed_attention", lambda q, k, v, seq, **_: seen.append(q) or q)
+    with pytest.raises(RuntimeError):  # keys have no gradient
+        trial.step("sdpa", length, torch.float32, part)()
+    batch, time, heads, _ = seen[0].shape
+    assert time == length
+    assert batch * heads * length * min(100, length) == trial.scores(length, part)
+    assert heads >= 2
 
 
 @pytest.mark.parametrize("name", ["mha", "swa", "mla", "latent"])
@@ -125,7 +148,7 @@ def test_the_faster_path_is_chosen_kept_and_not_raced_again(races):
     fastest_paths(MODEL, CPU, "fp32", length=1100)
     fastest_paths(MODEL, CPU, "bf16", length=4000)
     assert len(races) == 6
-    assert races[-1][1] == 2048  # of longer ones the verdict is the same, and takes too long
+    assert races[-1][1] == 4096
     races.sdpa = 3.0
     assert fastest_paths(MODEL, CPU, "bf16", length=900)[0] == chosen
     paths.forget_choices()

@@ -11,8 +11,11 @@ from swamla.errors import UsageError
 from swamla.ops.graphs import OUTSIDE, open_to_graphs, outside_graphs
 from swamla.ops.layout import Layout
 
-# On a CPU the fast path works on blocks of about this many elements, so that all its passes run in cache.
-CPU_BLOCK = 2**18
+# On a CPU one thread works on blocks of so many elements, so that all its passes run in cache. Several threads would
+# have to wake for every pass: they leave larger blocks to oneDNN, in images of so many tokens (of a single long one it
+# is half as fast).
+BLOCK, THREADS_BLOCK = 2**18, 2**22
+PIECE = 512
 
 
 @open_to_graphs
@@ -127,7 +130,7 @@ class _ShortConv(torch.autograd.Function):
         ctx.edges = edges
         x_ND, weight_WD = x_BTD.flatten(0, 1), _taps_first(weight_DW, x_BTD)
         y_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
-        for start, stop in _blocks(x_ND):
+        for start, stop in _blocks(x_ND, len(weight_WD)):
             y_ND[start:stop] = F.silu(_convolve(_with_past(x_ND, start, stop, weight_WD), weight_WD))
         window_MWD = _edge_windows(x_ND, history_BWD, weight_WD, edges)
         y_ND[edges.token_M] = F.silu((window_MWD * weight_WD).sum(1)).to(y_ND.dtype)
@@ -143,15 +146,13 @@ class _ShortConv(torch.autograd.Function):
         taps = weight_WD.shape[0]
         d_weight_WD = torch.zeros_like(weight_WD)
         after_WD = weight_WD.new_zeros(taps - 1, x_ND.shape[-1])  # first gradients of the block that follows
-        for start, stop in reversed(_blocks(x_ND)):
+        for start, stop in reversed(_blocks(x_ND, taps)):
             past_SD = _with_past(x_ND, start, stop, weight_WD)
-            d_conv_CD = _silu_backward(dy_ND[start:stop], _convolve(past_SD, weight_WD))
-            d_conv_CD.masked_fill_(edges.edge_N1[start:stop], 0)  # not times 0, which a NaN of a neighbour would pass
-            for tap in range(taps):
-                d_weight_WD[tap] += (d_conv_CD * past_SD[tap : tap + stop - start]).sum(0)
-            future_SD = torch.cat([d_conv_CD, after_WD])
-            dx_ND[start:stop] = _convolve(future_SD, weight_WD.flip(0))
-            after_WD = future_SD[: taps - 1]
+            d_past_SD, d_taps_WD = _backward(dy_ND[start:stop], edges.edge_N1[start:stop], past_SD, weight_WD)
+            d_weight_WD += d_taps_WD
+            d_past_SD[stop - start :] += after_WD
+            dx_ND[start:stop] = d_past_SD[taps - 1 :]
+            after_WD = d_past_SD[: taps - 1]
 
         window_MWD = _edge_windows(x_ND, history_BWD, weight_WD, edges)
         d_edge_MD = _silu_backward(dy_ND[edges.token_M], (window_MWD * weight_WD).sum(1))
@@ -168,9 +169,10 @@ def _taps_first(weight_DW: Tensor, x: Tensor) -> Tensor:
     return weight_DW.T.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
-def _blocks(x_ND: Tensor) -> list[tuple[int, int]]:
+def _blocks(x_ND: Tensor, taps: int) -> list[tuple[int, int]]:
     n, width = x_ND.shape
-    size = max(1, CPU_BLOCK // width) if x_ND.device.type == "cpu" else n
+    block = THREADS_BLOCK if torch.get_num_threads() > 1 else BLOCK
+    size = max(block // width, taps) if x_ND.device.type == "cpu" else n
     return [(start, min(start + size, n)) for start in range(0, n, size)]
 
 
@@ -184,10 +186,79 @@ def _with_past(x_ND: Tensor, start: int, stop: int, weight_WD: Tensor) -> Tensor
 def _convolve(line_SD: Tensor, weight_WD: Tensor) -> Tensor:
     """sum_i weight[i] line[n + i], W - 1 rows shorter than the line."""
     taps, length = weight_WD.shape[0], line_SD.shape[0] - weight_WD.shape[0] + 1
+    if _suits_onednn(line_SD):
+        return _rows(_convolve_images(_images(line_SD, taps), weight_WD))[:length]
     y_CD = line_SD[:length] * weight_WD[0]
     for tap in range(1, taps):
         y_CD.addcmul_(line_SD[tap : tap + length], weight_WD[tap])
     return y_CD
+
+
+def _backward(dy_CD: Tensor, edge_C1: Tensor, line_SD: Tensor, weight_WD: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of line (S, D) and weight (W, D) from those of silu(_convolve(line, weight)), edges left out."""
+    taps, length = weight_WD.shape[0], dy_CD.shape[0]
+    if _suits_onednn(line_SD):
+        return _backward_of_images(dy_CD, edge_C1, line_SD, weight_WD)
+    # Filled, not times 0, which a NaN of a neighbour would pass.
+    d_CD = _silu_backward(dy_CD, _convolve(line_SD, weight_WD)).masked_fill_(edge_C1, 0)
+    d_weight_WD = torch.stack([(d_CD * line_SD[tap : tap + length]).sum(0) for tap in range(taps)])
+    return _convolve(F.pad(d_CD, (0, 0, taps - 1, taps - 1)), weight_WD.flip(0)), d_weight_WD
+
+
+def _backward_of_images(dy_CD: Tensor, edge_C1: Tensor, line_SD: Tensor, weight_WD: Tensor) -> tuple[Tensor, Tensor]:
+    taps, (length, width) = weight_WD.shape[0], dy_CD.shape
+    line_PD1S = _images(line_SD, taps)
+    y_PD1C = _convolve_images(line_PD1S, weight_WD)
+    pieces, piece = y_PD1C.shape[0], y_PD1C.shape[3]
+    missing = pieces * piece - length
+    dy_PD1C = _lengthened(dy_CD, missing).view(pieces, 1, piece, width).permute(0, 3, 1, 2)
+    edge_P11C = _lengthened(edge_C1, missing).view(pieces, 1, 1, piece)
+    d_PD1C = _silu_backward(dy_PD1C, y_PD1C).masked_fill_(edge_P11C, 0)
+    d_line_PD1S, d_weight_D11W, _ = torch.ops.aten.convolution_backward(
+        d_PD1C, line_PD1S, _kernels(weight_WD), None, [1, 1], [0, 0], [1, 1], False, [0, 0], width, [True, True, False]
+    )
+    d_weight_WD = d_weight_D11W.reshape(width, taps).T
+    if pieces == 1:
+        return _rows(d_line_PD1S)[: line_SD.shape[0]], d_weight_WD
+    # A piece's first W - 1 rows are the last ones of the piece before.
+    d_pieces_PSD = d_line_PD1S.permute(0, 2, 3, 1).squeeze(1)
+    d_pieces_PSD[:-1, piece:] += d_pieces_PSD[1:, : taps - 1]
+    d_line_SD = torch.cat([d_pieces_PSD[0, : taps - 1], d_pieces_PSD[:, taps - 1 :].flatten(0, 1)])
+    return d_line_SD[: line_SD.shape[0]], d_weight_WD
+
+
+def _suits_onednn(line_SD: Tensor) -> bool:
+    """Whether it has a fast kernel (without one PyTorch loops over channels) and there is enough to do for threads."""
+    worthwhile = line_SD.numel() > BLOCK and torch.get_num_threads() > 1
+    there = line_SD.device.type == "cpu" and line_SD.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return worthwhile and there
+
+
+def _images(line_SD: Tensor, taps: int) -> Tensor:
+    """The line as P overlapping images, each W - 1 longer than what comes out of it: (P, D, 1, S), channels last."""
+    length, width = line_SD.shape[0] - taps + 1, line_SD.shape[1]
+    piece = max(taps, min(PIECE, length))
+    pieces = -(-length // piece)
+    line_SD = _lengthened(line_SD, pieces * piece - length)
+    line_PSD = line_SD.as_strided((pieces, piece + taps - 1, width), (piece * width, width, 1))
+    line_PSD = line_PSD.contiguous() if pieces > 1 else line_SD[None]  # with the strides of channels last in any case
+    return line_PSD[:, None].permute(0, 3, 1, 2)
+
+
+def _convolve_images(line_PD1S: Tensor, weight_WD: Tensor) -> Tensor:
+    return F.conv2d(line_PD1S, _kernels(weight_WD), groups=line_PD1S.shape[1])
+
+
+def _kernels(weight_WD: Tensor) -> Tensor:
+    return weight_WD.T.contiguous()[:, None, None]  # oneDNN is slow for other strides
+
+
+def _rows(y_PD1C: Tensor) -> Tensor:
+    return y_PD1C.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _lengthened(x_SD: Tensor, rows: int) -> Tensor:
+    return F.pad(x_SD, (0, 0, 0, rows)) if rows else x_SD  # which would copy for none
 
 
 def _silu_backward(dy: Tensor, x: Tensor) -> Tensor:

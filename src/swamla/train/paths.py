@@ -32,7 +32,8 @@ from swamla.train.precision import Chosen
 SECONDS = 2.0  # that all races of a model may take together, about
 CLEAR = 0.95  # of the default's time: what a challenger may take at most, in the median of the rounds
 ROUNDS, ENOUGH = 9, 3  # at most, and to prefer another path than the default
-SHORTEST, LONGEST = 64, 2048  # documents that are raced over: longer ones differ as these do
+SHORTEST, LONGEST = 64, 4096  # documents that are raced over: longer ones differ as these do
+PARTS = (1, 4, 16, 64)  # of the rows and heads of a trial, on a slow machine, before documents are shortened
 
 Seconds = dict[str, list[float]]  # path → what it took in each round
 _clock = time.perf_counter
@@ -130,16 +131,18 @@ def winner(seconds: Seconds) -> str:
 def measure(trial: AttentionTrial, length: int, dtype: torch.dtype, allowance: float) -> tuple[int, Seconds]:
     """What each path takes, in turns (A B A B …), in as many of `ROUNDS` as `allowance` seconds have room for.
 
-    A slow machine races shorter documents, whose length is returned too: time grows with it, as tokens are as many.
+    A slow machine races fewer rows and heads, then shorter documents, whose length is returned too.
     """
     begin, paths = _clock(), trial.paths(dtype)
     # A short round first, for what a process does once, as loading kernels.
-    _round({path: trial.step(path, SHORTEST, dtype) for path in paths})
-    (once,) = _round({paths[0]: trial.step(paths[0], length, dtype)}).values()
-    all_rounds, left = once * len(paths) * (ENOUGH + 1), allowance - (_clock() - begin)
-    while all_rounds > left and length > SHORTEST:
-        all_rounds, length = all_rounds / 2, length // 2
-    steps = {path: trial.step(path, length, dtype) for path in paths}
+    _round({path: trial.step(path, SHORTEST, dtype, PARTS[-1]) for path in paths})
+    (once,) = _round({paths[0]: trial.step(paths[0], length, dtype, PARTS[-1])}).values()
+    score = once / trial.scores(length, PARTS[-1])
+    left = allowance - (_clock() - begin)
+    sizes = [(length >> halved, part) for halved in range(1 + int(math.log2(length / SHORTEST))) for part in PARTS]
+    in_time = (size for size in sizes if score * trial.scores(*size) * len(paths) * (ENOUGH + 1) <= left)
+    length, part = next(in_time, sizes[-1])
+    steps = {path: trial.step(path, length, dtype, part) for path in paths}
     rounds = [_round(steps)]
     while len(rounds) <= ROUNDS and _clock() - begin + sum(rounds[-1].values()) < allowance:
         rounds.append(_round(steps))

@@ -12,6 +12,7 @@ from swamla.ops.layout import Layout
 
 TOKENS = 2048  # of a trial, unless one document is longer
 SCORES = 2**22  # of a trial, about, in elements: a few heads speak for all
+LEAST_HEADS = 2  # what threads can share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +40,24 @@ class AttentionTrial:
         tiled = self.window is not None or in_tiles(dtype == torch.bfloat16, self.key, self.value)
         return ("tiles", "sdpa") if tiled else ("sdpa", "tiles")
 
-    def step(self, path: str, length: int, dtype: torch.dtype) -> Callable[[], object]:
+    def scores(self, length: int, part: int) -> int:
+        """What the time of a trial grows with."""
+        batch, groups, shared = self._shape(length, part)
+        return batch * groups * shared * length * min(length, self.window or length)
+
+    def _shape(self, length: int, part: int) -> tuple[int, int, int]:
+        """Rows, heads of keys, and heads of queries to each."""
+        batch, pairs = max(1, TOKENS // part // length), length * min(length, self.window or length)
+        most = max(LEAST_HEADS, SCORES // part // (batch * pairs))
+        shared = min(self.heads // self.key_heads, most)
+        return batch, min(self.key_heads, max(1, most // shared)), shared
+
+    def step(self, path: str, length: int, dtype: torch.dtype, part: int = 1) -> Callable[[], object]:
         """A forward and backward pass of documents of `length` tokens, of which inputs and gradients are made now.
 
-        No global random generator is asked.
+        Only about one in `part` of the usual rows and heads.  No global random generator is asked.
         """
-        batch, pairs = max(1, TOKENS // length), length * min(length, self.window or length)
-        most = max(1, SCORES // (batch * pairs))  # heads
-        shared = min(self.heads // self.key_heads, most)
-        groups = min(self.key_heads, max(1, most // shared))
+        batch, groups, shared = self._shape(length, part)
         generator = torch.Generator().manual_seed(0)
 
         def random(heads: int, width: int) -> torch.Tensor:
