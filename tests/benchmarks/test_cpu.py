@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import cpu, report
-from benchmarks.contenders import GPT2, NANOGPT, TRANSFORMERS
-from benchmarks.running import Bench
+from benchmarks.contenders import GPT2, NANOGPT, QUICK, TRANSFORMERS, contender
+from benchmarks.running import Bench, Outcome
 from benchmarks.tables import training
 from benchmarks.tables.generation import ROUNDED
 from benchmarks.tables.training import FIVE_TO_ONE, HYBRIDS, OURS
+from swamla.bench.measuring import Timing
 from swamla.bench.results import Results
 
 CEILINGS = {"fp32_flops": 1e11, "bf16_flops": 5e11, "copy_bytes": 1e10}
@@ -147,6 +149,28 @@ def test_contenders_take_turns() -> None:
     makers = {name: (lambda name=name: lambda: calls.append(name)) for name in "ab"}
     silent().race("ops", {}, makers, rounds=2, limit=9)
     assert calls == ["a", "b"] * 3
+
+
+def test_a_share_is_of_what_square_products_reach_in_the_same_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FlopCounterMode(display=False) as counted:
+        training.matmuls()
+
+    def race(self: Bench, table: str, what: Any, makers: dict[str, Any], **_: Any) -> dict[str, Outcome]:
+        for name, maker in makers.items():
+            if name != training.MATMUL:
+                maker()
+        seconds = {name: 2.0 if name == training.MATMUL else 0.5 for name in makers}
+        return {name: Outcome(timing=Timing.of([s]), peak_bytes=1) for name, s in seconds.items()}
+
+    monkeypatch.setattr(Bench, "race", race)
+    bench = silent()
+    bench.quick = True
+    training.measure_race(bench, training.Race(length=32, names=("mha",), limit=0), QUICK)
+    (row,) = bench.results.rows["training"]
+    reached = counted.get_total_flops() / 2.0
+    assert (row["rows"], row["tokens_per_s"], row["bf16_flops"]) == (2, 64 / 0.5, reached)
+    per_token = contender("mha", QUICK, 32, None).flops_per_token(32)  # against counts of its own in test_flops.py
+    assert row["bf16_share"] == pytest.approx(128 * per_token / reached, rel=1e-12)
 
 
 def test_when_a_tables_time_is_spent_its_other_races_say_so() -> None:

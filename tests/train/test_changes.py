@@ -9,8 +9,9 @@ from dataclasses import fields, replace
 import pytest
 from rich.console import Console
 
+from swamla.checkpoint import latest_checkpoint
 from swamla.cli.runs import summarize
-from swamla.errors import ConfigError
+from swamla.errors import ConfigError, CorruptError
 from swamla.train import TrainConfig, train
 from swamla.train.changes import LEARNING, MAY_CHANGE, RATES, SAME_NUMBERS, SCORING, check_horizon, check_same_run
 from swamla.train.optim import LionConfig
@@ -150,6 +151,31 @@ def test_the_best_is_scored_anew_by_what_evaluations_are_of_now(tmp_path, datase
     assert marked["loss"] == pytest.approx(expected)
     assert summarize(tmp_path / "run").held_out_loss == pytest.approx(expected)
     assert "scored anew" not in said_by(wider, tmp_path / "run", dataset, evaluate=evaluate), "once"
+
+
+def test_a_finished_run_is_scored_anew_once_as_well(tmp_path, dataset):
+    config = tiny_config(eval_interval=2, eval_tokens=64, save_interval=2, keep_last=5)
+    evaluate = held_out(dataset)
+    run(config, tmp_path / "run", dataset, evaluate=evaluate)
+    wider = replace(config, train=replace(config.train, eval_tokens=128))
+    assert "scored anew" in said_by(wider, tmp_path / "run", dataset, evaluate=evaluate)
+    assert "scored anew" not in said_by(wider, tmp_path / "run", dataset, evaluate=evaluate)
+    best = json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())
+    assert (tmp_path / "run" / "checkpoints" / f"step-{best['step']:08}").is_dir()
+
+
+def test_an_evaluation_that_fails_leaves_all_saved_and_says_where_it_goes_on(tmp_path, dataset):
+    def evaluate(model):
+        raise CorruptError("held-out-00000.bin: truncated")
+
+    config = tiny_config(eval_interval=3, save_interval=2)
+    with pytest.raises(CorruptError, match="truncated") as caught:
+        run(config, tmp_path / "run", dataset, evaluate=evaluate)
+    assert caught.value.__notes__ == [f"all is saved after step 3: mend it, and go on with --resume {tmp_path / 'run'}"]
+    assert latest_checkpoint(tmp_path / "run" / "checkpoints").step == 3
+    run(config, tmp_path / "run", dataset, evaluate=held_out(dataset), resume=True)
+    run(config, tmp_path / "whole", dataset, evaluate=held_out(dataset))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 def test_a_score_is_of_the_weights_that_were_the_best_averages_included_and_training_goes_on_unchanged(

@@ -91,6 +91,7 @@ class Keeper:
             state.best_step = state.best_loss = self.saver.best = None
             distributed.on_main(lambda: (self.folder / "best.json").unlink(missing_ok=True))
         self.display.say(said)
+        self.saved_step = None  # what it was scored by is part of the state, also of a run that has no step left
 
     def _score(self, step: int, evaluate: Callable[[LanguageModel], dict[str, float]]) -> dict[str, float]:
         """The evaluation of the weights that a checkpoint holds; of a damaged one the loss is not a number."""

@@ -256,13 +256,19 @@ class _Loop:
         if not distributed.highest(failed is not None):
             assert batch is not None
             return batch
-        self.watch.end()
-        if state.step:
-            self.keeper.save_last()
+        self.save_before(failed)
         if failed is None:
             raise FailedElsewhere("another rank could not read its rows", SwamlaError.exit_status)
-        failed.add_note(f"all is saved after step {state.step}: mend it, and go on with --resume {self.run_dir}")
         raise failed
+
+    def save_before(self, failed: Exception | None) -> None:
+        """Save what was learned before an error ends the run, which says so then."""
+        self.watch.end()
+        if self.state.step:
+            self.keeper.save_last()
+        if failed is not None:
+            again = f"mend it, and go on with --resume {self.run_dir}"
+            failed.add_note(f"all is saved after step {self.state.step}: {again}")
 
     def sequence_length(self) -> int:
         """Of the next step, by the curriculum; a change is told."""
@@ -333,9 +339,14 @@ class _Loop:
             return
         state = self.state
         self.watch.begin(f"the evaluation after step {state.step}")
-        with state.evaluated_weights(), autocast(state.precision, state.device):
-            found = self.evaluate(state.model)
-            state.spread.let_go()
+        try:
+            with state.evaluated_weights(), autocast(state.precision, state.device):
+                found = self.evaluate(state.model)
+                state.spread.let_go()
+        except Exception as error:  # as of held-out text that cannot be read any more
+            if distributed.world_size() == 1:  # elsewhere the others are in the middle of it
+                self.save_before(error)
+            raise
         fault("evaluation", state.step)
         state.seconds = state.evaluated_at = self.seconds()
         state.evaluated_step = state.step
