@@ -113,9 +113,9 @@ MUTATIONS = [
     ),
     Mutation(
         "bits per byte of training are nats",
-        "src/swamla/train/loop.py",
-        "self.bits_per_nat = 1 / (math.log(2) * dataset.bytes_per_label)",
-        "self.bits_per_nat = 1 / dataset.bytes_per_label",
+        "src/swamla/train/run.py",
+        "settings, bits_per_nat = config.train, 1 / (math.log(2) * dataset.bytes_per_label)",
+        "settings, bits_per_nat = config.train, 1 / dataset.bytes_per_label",
         _TRAINING_BITS,
     ),
     Mutation(
@@ -455,7 +455,7 @@ MUTATIONS = [
     Mutation(
         "a run reads the same rows in every step",
         "src/swamla/train/loop.py",
-        "state.sample += self.config.batch_size",
+        "state.sample += settings.batch_size",
         "state.sample += 0",
         "tests/train/test_trackers.py::test_mfu_is_the_models_flops_over_the_named_peak",
     ),

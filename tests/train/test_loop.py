@@ -11,6 +11,7 @@ from swamla.errors import ConfigError, DataError
 from swamla.ops.layout import Layout
 from swamla.train import Diverged, training_step
 from swamla.train import loop as loop_module
+from swamla.train import run as run_module
 from swamla.train.parallel import Spread
 from swamla.train.run_folder import fresh_state, settle
 from swamla.train.tracking import read_metrics
@@ -166,13 +167,16 @@ class Clock:
 
     now = 1000.0
 
+    def __init__(self, monkeypatch):
+        for module in (loop_module, run_module):
+            monkeypatch.setattr(module, "time", self)
+
     def monotonic(self):
         return self.now
 
 
 def test_a_run_bounded_by_time_ends_within_it_annealed(tmp_path, monkeypatch, dataset):
-    clock = Clock()
-    monkeypatch.setattr(loop_module, "time", clock)
+    clock = Clock(monkeypatch)
     real = loop_module.training_step
     rates = []
 
@@ -191,8 +195,7 @@ def test_a_run_bounded_by_time_ends_within_it_annealed(tmp_path, monkeypatch, da
 
 
 def test_whichever_of_steps_and_time_comes_first_ends_the_run(tmp_path, monkeypatch, dataset):
-    clock = Clock()
-    monkeypatch.setattr(loop_module, "time", clock)
+    clock = Clock(monkeypatch)
     real = loop_module.training_step
 
     def timed(*args):
@@ -205,8 +208,7 @@ def test_whichever_of_steps_and_time_comes_first_ends_the_run(tmp_path, monkeypa
 
 
 def test_time_spent_before_an_interruption_counts(tmp_path, monkeypatch, dataset):
-    clock = Clock()
-    monkeypatch.setattr(loop_module, "time", clock)
+    clock = Clock(monkeypatch)
     constant = {"schedule": "constant"}  # of which more steps change no rate
     run(tiny_config(steps=3, **constant), tmp_path / "run", dataset, evaluate=lambda m: tick(clock, 7.0))
     clock.now += 1e6  # a long night
@@ -229,8 +231,7 @@ def test_evaluations_come_by_steps_or_by_time_and_always_at_the_end(tmp_path, mo
     assert evaluated("steps", eval_interval=2, steps=5) == [2, 4, 5]
     assert evaluated("end", eval_interval=None) == [6]
     assert evaluated("exact", eval_interval=3) == [3, 6]
-    clock = Clock()
-    monkeypatch.setattr(loop_module, "time", clock)
+    clock = Clock(monkeypatch)
     real = loop_module.training_step
 
     def timed(*args):
