@@ -29,7 +29,7 @@ from swamla.model.language_model import LanguageModel
 from swamla.train import RunConfig, TrainConfig, train
 from swamla.train.optim import MuonConfig
 from swamla.train.run_folder import settle
-from swamla.train.tracking import read_metrics
+from swamla.train.tracking.metrics import read_metrics
 
 WIDTH, ROWS, LENGTH = 128, 8, 512
 DATA = DataConfig(source="stdlib", tokenizer="bpe:4096")

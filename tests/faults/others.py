@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from functools import partial
 
-from swamla.train.tracking import read_metrics
+from swamla.train.tracking.metrics import read_metrics
 from tests.faults import acts
 from tests.faults.rows import Row
 from tests.faults.stage import NotHere, Stage, assert_same_end, ending

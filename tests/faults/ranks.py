@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from swamla.train.tracking import read_metrics
+from swamla.train.tracking.metrics import read_metrics
 from tests.faults import acts
 from tests.faults.rows import Row
 from tests.faults.stage import ROOT, Stage, assert_same_end, curve, ending, newest, step_of

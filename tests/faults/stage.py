@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from swamla.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
-from swamla.train.tracking import read_metrics
+from swamla.train.tracking.metrics import read_metrics
 from tests.faults import acts
 from tests.waiting import PATIENCE
 

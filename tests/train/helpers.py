@@ -22,7 +22,7 @@ from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mla import MLAConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.train import RunConfig, TrainConfig, TrainState, train
-from swamla.train.tracking import read_metrics
+from swamla.train.tracking.metrics import read_metrics
 
 MIXERS = {
     "mha": MHAConfig(n_heads=2),

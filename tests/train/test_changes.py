@@ -15,7 +15,7 @@ from swamla.errors import ConfigError, CorruptError
 from swamla.train import TrainConfig, train
 from swamla.train.changes import LEARNING, MAY_CHANGE, RATES, SAME_NUMBERS, SCORING, check_horizon, check_same_run
 from swamla.train.optim import LionConfig
-from swamla.train.tracking import read_metrics
+from swamla.train.tracking.metrics import read_metrics
 
 from .helpers import MODEL, held_out, losses, run, tiny_config
 

@@ -9,7 +9,7 @@ from swamla.data.config import DataConfig, WeightedSource
 from swamla.data.preparing import prepare
 from swamla.train import train
 from swamla.train.epochs import Epochs
-from swamla.train.tracking import read_metrics
+from swamla.train.tracking.metrics import read_metrics
 
 from .helpers import tiny_config
 

@@ -16,7 +16,7 @@ from swamla.errors import CorruptError, UsageError
 from swamla.hub import Pulled, Pushes, pull
 from swamla.hub.staging import stage
 from swamla.tensor_file import read_tensors
-from swamla.train.tracking import read_metrics
+from swamla.train.tracking.metrics import read_metrics
 
 from .helpers import held_out, losses, run, tiny_config
 from .hub_stub import Hub

@@ -14,7 +14,7 @@ from swamla.train import loop as loop_module
 from swamla.train import run as run_module
 from swamla.train.parallel import Spread
 from swamla.train.run_folder import fresh_state, settle
-from swamla.train.tracking import read_metrics
+from swamla.train.tracking.metrics import read_metrics
 
 from .helpers import held_out, losses, run, tiny_config, weights
 

@@ -14,7 +14,7 @@ from swamla.errors import ConfigError, CorruptError, DataError, Interrupted, Usa
 from swamla.train import loop as loop_module
 from swamla.train.optim import AdamWConfig, MuonConfig
 from swamla.train.state import generator_states, set_generator_states
-from swamla.train.tracking import read_metrics
+from swamla.train.tracking.metrics import read_metrics
 
 from .helpers import MIXERS, held_out, losses, model_of, run, tiny_config, tiny_dataset, weights
 

@@ -17,7 +17,7 @@ from swamla.train import TrainState, train, training_step
 from swamla.train.router_health import DEAD_AFTER, RouterHealth
 from swamla.train.run_folder import fresh_state, settle
 from swamla.train.step import StepResult
-from swamla.train.tracking import read_metrics
+from swamla.train.tracking.metrics import read_metrics
 
 from .helpers import MODEL, run, tiny_config, weights
 

@@ -7,7 +7,7 @@ import torch
 
 from swamla.errors import Interrupted
 from swamla.train.schedule import WARMUP_FLOOR, Budget, Schedule
-from swamla.train.tracking import read_metrics
+from swamla.train.tracking.metrics import read_metrics
 
 from .helpers import run, tiny_config
 from .test_resume import stop_after

@@ -23,9 +23,10 @@ from rich.console import Console
 from swamla.cli import main
 from swamla.errors import MissingBackendError
 from swamla.model.accounting import training_flops_per_token
-from swamla.train import trackers, train, wandb_follower
-from swamla.train.trackers import TensorBoard
-from swamla.train.tracking import read_metrics
+from swamla.train import train
+from swamla.train.tracking import trackers, wandb_follower
+from swamla.train.tracking.metrics import read_metrics
+from swamla.train.tracking.trackers import TensorBoard
 from swamla.train.utilisation import peak_memory, peak_of
 from tests.waiting import running, until
 

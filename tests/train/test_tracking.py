@@ -9,7 +9,8 @@ from rich.console import Console
 
 from swamla.errors import CorruptError
 from swamla.train.plot import plot_losses, smooth
-from swamla.train.tracking import Metrics, PlainLines, ProgressBar, make_display, read_metrics, time_left
+from swamla.train.tracking.display import PlainLines, ProgressBar, make_display, time_left
+from swamla.train.tracking.metrics import Metrics, read_metrics
 
 VALUES = {"step": 100, "loss": 3.45671, "bits_per_byte": 1.234, "lr": 1e-4, "tokens_per_second": 45123.4}
 

@@ -12,7 +12,7 @@ from swamla.cli.running import checked
 from swamla.config import did_you_mean
 from swamla.errors import UsageError
 from swamla.train.plot import plot_runs, read_curve
-from swamla.train.tracking import read_metrics
+from swamla.train.tracking.metrics import read_metrics
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from swamla.errors import SwamlaError, UsageError
 from swamla.model.accounting import count_parameters
 from swamla.train import RunConfig
 from swamla.train.claims import is_running
-from swamla.train.tracking import read_metrics
+from swamla.train.tracking.metrics import read_metrics
 
 State = Literal["running", "done", "stopped", "no save"]
 

@@ -35,7 +35,7 @@ from swamla.train.saving import (
 from swamla.train.spikes import checkpoint_to_go_back_to
 from swamla.train.state import TrainState, generator_states, set_generator_states
 from swamla.train.step import StepResult, training_step
-from swamla.train.trackers import require_trackers
+from swamla.train.tracking.trackers import require_trackers
 
 __all__ = ["Diverged", "Evaluate", "train"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from swamla.train.tracking import read_metrics
+from swamla.train.tracking.metrics import read_metrics
 
 
 def plot_losses(metrics_file: Path, picture: Path, *, title: str, bits_per_nat: float) -> None:

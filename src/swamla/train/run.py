@@ -22,9 +22,9 @@ from swamla.train.profiling import Profiling
 from swamla.train.rank_watch import RankWatch
 from swamla.train.signals import StopRequest
 from swamla.train.state import TrainState
-from swamla.train.step_log import StepLog
-from swamla.train.trackers import Records, make_records
-from swamla.train.tracking import Display, WhileRead, make_display
+from swamla.train.tracking.display import Display, WhileRead, make_display
+from swamla.train.tracking.step_log import StepLog
+from swamla.train.tracking.trackers import Records, make_records
 
 Evaluate = Callable[[LanguageModel], dict[str, float]]
 

@@ -19,9 +19,9 @@ from typing import Any, Self
 from swamla import distributed
 from swamla.errors import MissingBackendError, SwamlaError
 from swamla.files import write_text_atomically
-from swamla.train import wandb_follower
 from swamla.train.config import TrainConfig
-from swamla.train.tracking import Metrics
+from swamla.train.tracking import wandb_follower
+from swamla.train.tracking.metrics import Metrics
 
 END_SECONDS = 30.0  # for what a tracker has left when a run is done
 STOP_SECONDS = 5.0  # and when it was stopped, or failed: something waits for the process to end

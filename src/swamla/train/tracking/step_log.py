@@ -7,8 +7,8 @@ from swamla.train.epochs import Epochs
 from swamla.train.router_health import RouterHealth
 from swamla.train.state import TrainState
 from swamla.train.step import StepResult
-from swamla.train.trackers import Records
-from swamla.train.tracking import Display
+from swamla.train.tracking.display import Display
+from swamla.train.tracking.trackers import Records
 from swamla.train.utilisation import peak_memory, peak_of
 
 

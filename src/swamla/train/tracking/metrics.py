@@ -1,0 +1,54 @@
+"""What a run tells programs: metrics.jsonl."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from swamla.errors import CorruptError
+from swamla.files import write_text_atomically
+
+
+class Metrics:
+    """An append-only file of JSON records, one a line, each with the step it belongs to."""
+
+    def __init__(self, file: Path, *, resume_after: int | None = None) -> None:
+        """Open `file`; of an existing one only the records up to step `resume_after` are kept."""
+        if file.exists():
+            kept = [r for r in read_metrics(file) if resume_after is not None and r["step"] <= resume_after]
+            write_text_atomically(file, "".join(json.dumps(r) + "\n" for r in kept))
+        self._stream = file.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append a record; numbers that are not finite, which JSON lacks, become null."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._stream.write(json.dumps({"step": step, **clean}) + "\n")
+
+    def sync(self) -> None:
+        """Make all records survive a power cut."""
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file; a last line that was cut off by a crash is left out.
+
+    Raises `CorruptError` naming any other line that is no record.
+    """
+    lines = file.read_bytes().split(b"\n")
+    return [_record(line, f"{file}:{number}") for number, line in enumerate(lines[:-1], 1) if line]
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise CorruptError(f"{where}: not JSON: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise CorruptError(f"{where}: not a record with its step")
+    return record
