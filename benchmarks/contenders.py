@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from benchmarks import libraries
 from benchmarks.shape import QUICK, Shape, gpt2_twin
-from swamla.model import LanguageModelConfig, Sampling, count_parameters, training_flops_per_token
+from swamla.inference.decoding import Decoder
+from swamla.inference.sampling import Sampling
+from swamla.model import LanguageModelConfig, count_parameters, training_flops_per_token
 
 __all__ = [
     "DEEPSEEK_V3",
@@ -77,7 +79,7 @@ class Ours(Contender):
         on_token() is called as soon as each is known.
         """
         greedy, decoding = Sampling(temperature=0), "int8" if self.int8 else "eager"
-        self.model.generate([prompt], count, sampling=greedy, on_token=lambda *_: on_token(), decoding=decoding)
+        Decoder(self.model, decoding).generate([prompt], count, sampling=greedy, on_token=lambda *_: on_token())
         return self.model.init_state(1, len(prompt) + count - 1).nbytes  # as `generate` makes it, and then drops it
 
 

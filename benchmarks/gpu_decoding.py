@@ -9,9 +9,9 @@ from benchmarks.gpu_models import filled, preset
 from benchmarks.gpu_running import Figures, Place
 from benchmarks.gpu_timing import timed, times, used
 from swamla.bench.measuring import Timing
-from swamla.model.decoding import decodings_on, fast_linears, steps_for
+from swamla.inference.decoding import Decoder, decodings_on, prefill
+from swamla.inference.sampling import Sampling
 from swamla.model.language_model import LanguageModel, ModelState
-from swamla.model.sampling import Sampling, prefill
 from swamla.train.backends import resolve_backends
 
 SIZES = ((2048, 1), (2048, 32), (32768, 1), (32768, 32))  # prompt, batch; what needs most memory last
@@ -28,13 +28,11 @@ def generation(place: Place, name: str, local: str) -> Iterator[Figures]:
     uses = used(resolve_backends(config, torch.device(place.device)))
     for length, batch in ((40, 2),) if place.quick else SIZES:
         what: Figures = {"prompt": length, "batch": batch}
-        with fast_linears(model):
-            timing, state = _read(model, length, batch, place)
+        timing, state = _read(model, length, batch, place)
         rate = batch * length / timing.median
         yield {**what, "path": "prefill", "tokens_per_s": rate, **times(timing), "uses": uses}
         for decoding in decodings_on(place.device):
-            with fast_linears(model, int8=decoding == "int8"):
-                figures = _decoded(model, state, decoding, place)
+            figures = _decoded(model, state, decoding, place)
             target = TARGETS[name] if (decoding, batch) == ("graph", 1) else None
             uses_too = [*uses, f"decoding/{decoding}"]
             yield {**what, "path": decoding, **figures, "target_tokens_per_s": target, "uses": uses_too}
@@ -43,11 +41,11 @@ def generation(place: Place, name: str, local: str) -> Iterator[Figures]:
 def _read(model: LanguageModel, length: int, batch: int, place: Place) -> tuple[Timing, ModelState]:
     """How long prompts take, and the state behind them."""
     prompts = torch.randint(model.config.vocab_size, (batch, length)).tolist()
-    states = [model.init_state(batch, length + ROOM)]
+    states, decoder = [model.init_state(batch, length + ROOM)], Decoder(model)
 
     def read() -> None:
         states[0] = model.init_state(batch, length + ROOM)
-        prefill(model, prompts, states[0])
+        prefill(decoder.model, prompts, states[0])
 
     long = batch * length > LONG  # takes seconds, and shorter ones have warmed up what there is
     return timed(read, place, rounds=3, warmup=0 if long else 1), states[0]
@@ -56,7 +54,7 @@ def _read(model: LanguageModel, length: int, batch: int, place: Place) -> tuple[
 def _decoded(model: LanguageModel, state: ModelState, decoding: str, place: Place) -> Figures:
     """The likeliest token after the other, each read back before the next step, as in `generate`."""
     greedy, chosen = Sampling(temperature=0), [1] * len(state.length_B)
-    step = steps_for(decoding, model, state)
+    step = Decoder(model, decoding).steps(state)
 
     def one_more() -> None:
         chosen[:] = greedy.choose(step(chosen), [])
@@ -74,8 +72,9 @@ def decoding_gate(place: Place, decoding: str) -> Iterator[Figures]:
     tokens_BT = torch.randint(fast.config.vocab_size, (2, length), device=place.device)
     expected_BTV = reference(tokens_BT)[:, prompt - 1 : -1]
     state = fast.init_state(2, length)
-    step = steps_for(decoding, fast, state)
-    found = [prefill(fast, tokens_BT[:, :prompt].tolist(), state)]
+    decoder = Decoder(fast, decoding)
+    step = decoder.steps(state)
+    found = [prefill(decoder.model, tokens_BT[:, :prompt].tolist(), state)]
     found += [step(tokens_B.tolist()).clone() for tokens_B in tokens_BT[:, prompt:-1].unbind(1)]
     error = relative(torch.stack(found, dim=1), expected_BTV)
     yield {"case": f"gdn swa mla, {decoding}", "output_error": error, "passed": int(error <= OUTPUT)}

@@ -13,7 +13,7 @@ FLOORS = [
     {"errors", "faults", "process"},
     {"config", "files", "ops", "distributed"},
     {"model", "data", "recipes", "tensor_file"},
-    {"checkpoint", "generate", "export"},
+    {"checkpoint", "inference", "export"},
     {"hub"},
     {"train", "evaluate"},
     {"bench"},

@@ -10,8 +10,9 @@ import torch
 
 import swamla
 from swamla.errors import CorruptError, DataError, UsageError
+from swamla.inference.decoding import Decoder
+from swamla.inference.sampling import Sampling
 from swamla.model.language_model import LanguageModel
-from swamla.model.sampling import Sampling
 from tests.train.helpers import model_of, run, tiny_config, tiny_dataset
 
 
@@ -37,14 +38,14 @@ def test_no_id_without_a_text_is_generated_from_a_padded_vocabulary(loaded, temp
     model = copy.deepcopy(model)
     with torch.no_grad():
         model.head.weight[tokenizer.vocab_size :] *= 100  # where ids are drawn freely it is one of these
-    settings = {"sampling": Sampling(temperature=temperature), "decoding": decoding}
-    for row in model.generate([[tokenizer.eos_id], [65, 66]], 40, **settings):
+    sampling = Sampling(temperature=temperature)
+    for row in Decoder(model, decoding).generate([[tokenizer.eos_id], [65, 66]], 40, sampling=sampling):
         assert len(row) == 40
         assert max(row) < tokenizer.vocab_size
         tokenizer.decode(row)
-    done = swamla.generate_text(model, tokenizer, ["a"], 10, **settings)
+    done = swamla.generate_text(model, tokenizer, ["a"], 10, sampling=sampling, decoding=decoding)
     assert tokenizer.decode(done.completions[0].tokens) == done.completions[0].text
-    everything = model.generate([[65]], 40, known_ids=4096, sampling=Sampling(temperature=temperature))[0]
+    everything = Decoder(model).generate([[65]], 40, known_ids=4096, sampling=sampling)[0]
     assert max(everything) >= tokenizer.vocab_size, "or the test shows nothing"
 
 
@@ -71,22 +72,22 @@ PROMPTS = [
 @pytest.mark.parametrize(("prompts", "message"), PROMPTS, ids=[str(prompts) for prompts, _ in PROMPTS])
 def test_prompts_that_cannot_be_are_refused(loaded, prompts, message):
     with pytest.raises(UsageError) as caught:
-        loaded[0].generate(prompts, 3)
+        Decoder(loaded[0]).generate(prompts, 3)
     assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", [torch.tensor, np.array, tuple, lambda ids: [tuple(row) for row in ids]])
 def test_prompts_may_be_any_sequences_of_whole_numbers(loaded, kind):
     ids = [[65, 66, 67], [68, 69, 70]]
-    expected = loaded[0].generate(ids, 4)
-    assert loaded[0].generate(kind(ids), 4) == expected
+    expected = Decoder(loaded[0]).generate(ids, 4)
+    assert Decoder(loaded[0]).generate(kind(ids), 4) == expected
     assert loaded[1].decode(kind(ids)[0]) == "ABC"
 
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_a_number_of_tokens_that_cannot_be_is_refused(loaded, count):
     with pytest.raises(UsageError, match=f"max_new_tokens = {count}: must be >= 1"):
-        loaded[0].generate([[65]], count)
+        Decoder(loaded[0]).generate([[65]], count)
     with pytest.raises(UsageError, match=f"max_new_tokens = {count}: must be >= 1"):
         swamla.generate_text(*loaded, ["a"], count)
 
@@ -137,4 +138,4 @@ def test_a_model_that_diverged_says_so_instead_of_drawing_anything(loaded, wrong
     with torch.no_grad():
         model.norm.weight.fill_(wrong)
     with pytest.raises(UsageError, match="the model's logits are not finite"):
-        model.generate([[65]], 3, sampling=Sampling(temperature=temperature))
+        Decoder(model).generate([[65]], 3, sampling=Sampling(temperature=temperature))

@@ -34,5 +34,5 @@ def test_a_model_is_built_from_public_names_alone() -> None:
     mla = MLAConfig(n_heads=2, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=8)
     blocks = {"gdn": BlockConfig(mixer=GDNConfig(n_heads=2)), "mla": BlockConfig(mixer=mla)}
     model = LanguageModelConfig(vocab_size=11, width=16, blocks=blocks, pattern=("gdn", "gdn", "mla")).build()
-    tokens = model.generate([[1, 2]], 3, sampling=swamla.Sampling(temperature=0))
+    tokens = swamla.Decoder(model).generate([[1, 2]], 3, sampling=swamla.Sampling(temperature=0))
     assert len(tokens[0]) == 3

@@ -19,27 +19,30 @@ if TYPE_CHECKING:
     from swamla.checkpoint import load
     from swamla.data.config import DataConfig
     from swamla.errors import SwamlaError
-    from swamla.generate import generate_text
+    from swamla.inference.decoding import Decoder
+    from swamla.inference.sampling import Sampling
+    from swamla.inference.text import generate_text
     from swamla.model.config import LanguageModelConfig
     from swamla.model.language_model import LanguageModel
-    from swamla.model.sampling import Sampling
     from swamla.train.config import RunConfig, TrainConfig
 
 _HOME = {
     "DataConfig": "swamla.data.config",
+    "Decoder": "swamla.inference.decoding",
     "LanguageModel": "swamla.model.language_model",
     "LanguageModelConfig": "swamla.model.config",
     "RunConfig": "swamla.train.config",
-    "Sampling": "swamla.model.sampling",
+    "Sampling": "swamla.inference.sampling",
     "SwamlaError": "swamla.errors",
     "TrainConfig": "swamla.train.config",
-    "generate_text": "swamla.generate",
+    "generate_text": "swamla.inference.text",
     "load": "swamla.checkpoint",
 }
 _MODULES = ("data", "model", "ops", "train")
 
 __all__ = [
     "DataConfig",
+    "Decoder",
     "LanguageModel",
     "LanguageModelConfig",
     "RunConfig",

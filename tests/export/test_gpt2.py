@@ -18,6 +18,8 @@ from swamla.cli import main
 from swamla.data.tokenizer import ByteTokenizer, load_tokenizer
 from swamla.errors import CorruptError, SwamlaError, UsageError
 from swamla.export import gpt2_config, load_gpt2, save_gpt2
+from swamla.inference.decoding import Decoder
+from swamla.inference.sampling import Sampling
 from swamla.model.block import BlockConfig
 from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
@@ -28,7 +30,6 @@ from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.model.norm import LayerNormConfig, RMSNormConfig
 from swamla.model.rope import RopeConfig
-from swamla.model.sampling import Sampling
 
 DEPTH, WIDTH, POSITIONS = 3, 32, 40
 MIXER = MHAConfig(n_heads=4, rope=None, bias=True)
@@ -162,7 +163,7 @@ def test_greedy_text_is_the_same_in_both(tmp_path: Path) -> None:
     save_gpt2(ours, tmp_path / "out")
     theirs = reload(tmp_path / "out").eval()
     for prompt in tokens(3, 7).tolist():
-        found = ours.generate([prompt], 30, sampling=Sampling(temperature=0.0))[0]
+        found = Decoder(ours).generate([prompt], 30, sampling=Sampling(temperature=0.0))[0]
         text = theirs.generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, 7), max_new_tokens=30, do_sample=False, pad_token_id=0
         )
@@ -424,7 +425,7 @@ def test_an_exported_run_writes_the_same_text_in_transformers(
     ids = their_tokenizer("the square of")["input_ids"]
     assert ids == tokenizer.encode("the square of")
     assert their_tokenizer.eos_token_id == theirs.config.eos_token_id == tokenizer.eos_id
-    found = ours.generate([ids], 20, sampling=Sampling(temperature=0.0))[0]
+    found = Decoder(ours).generate([ids], 20, sampling=Sampling(temperature=0.0))[0]
     text = theirs.generate(
         torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=20, do_sample=False, pad_token_id=0
     )

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from swamla.model.decoding import CudaGraphs, EagerSteps, GraphSteps
-from swamla.model.sampling import Sampling, prefill
+from swamla.inference.decoding import CudaGraphs, Decoder, EagerSteps, GraphSteps, prefill
+from swamla.inference.sampling import Sampling
 from tests.model.helpers import FFNS, MIXERS, assert_close, build_model, hybrid_config, random_tokens
 
 pytestmark = pytest.mark.gpu
@@ -43,9 +43,9 @@ def test_graphs_give_the_logits_of_the_steps_they_record(kind: str, ffn: str) ->
 
 def test_generation_by_graphs_draws_the_tokens_of_eager_generation() -> None:
     model = build_model(hybrid_config()).cuda().eval()
-    expected = model.generate(PROMPTS, 100, sampling=Sampling(temperature=0))
-    assert model.generate(PROMPTS, 100, sampling=Sampling(temperature=0), decoding="graph") == expected
-    assert model.generate(PROMPTS[:1], 100, sampling=Sampling(temperature=0), decoding="graph")[0] == expected[0]
+    expected = Decoder(model).generate(PROMPTS, 100, sampling=Sampling(temperature=0))
+    assert Decoder(model, "graph").generate(PROMPTS, 100, sampling=Sampling(temperature=0)) == expected
+    assert Decoder(model, "graph").generate(PROMPTS[:1], 100, sampling=Sampling(temperature=0))[0] == expected[0]
 
 
 @torch.inference_mode()

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from swamla.errors import ConfigError
+from swamla.inference import decoding
+from swamla.inference.decoding import Decoder
 from swamla.model.language_model import LanguageModel
 from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mixer import Mixer, expansion_pays_from
@@ -134,7 +136,7 @@ def test_of_a_prompt_the_head_sees_the_last_token_alone() -> None:
     model, seen = build_model(hybrid_config()).eval(), []
     hook = model.head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
     try:
-        model.generate([[1] * 50, [2] * 20], 3)
+        Decoder(model).generate([[1] * 50, [2] * 20], 3)
     finally:
         hook.remove()
     assert [shape[:-1].numel() for shape in seen] == [2, 2, 2]
@@ -142,15 +144,13 @@ def test_of_a_prompt_the_head_sees_the_last_token_alone() -> None:
 
 @pytest.mark.parametrize("large", [7, 64])
 def test_prompts_are_cut_into_bounded_pieces(monkeypatch: pytest.MonkeyPatch, large: int) -> None:
-    from swamla.model import sampling
-
-    monkeypatch.setattr(sampling, "PREFILL_PIECE", large)
-    monkeypatch.setattr(sampling, "MASKED_PIECE", 5)
+    monkeypatch.setattr(decoding, "PREFILL_PIECE", large)
+    monkeypatch.setattr(decoding, "MASKED_PIECE", 5)
     model, sizes, read = build_model(hybrid_config()).eval(), [], LanguageModel.read
     monkeypatch.setattr(
         LanguageModel, "read", lambda self, tokens, *rest: sizes.append(tokens.shape) or read(self, tokens, *rest)
     )
-    model.generate([[1] * 23, [2] * 20], 1)
+    Decoder(model).generate([[1] * 23, [2] * 20], 1)
     assert sum(time for _, time in sizes) == 23
     assert max(shape.numel() for shape in sizes) <= large
     assert sizes[-1] == (2, 3)

@@ -29,7 +29,7 @@ _PADDING = "tests/model/test_padding.py"
 _SCHEDULE = "tests/train/test_schedule.py::test_"
 _HELD_OUT = "tests/evaluate/test_held_out.py"
 _ACCOUNTING = "tests/model/test_accounting.py"
-_SAMPLING = "tests/model/test_sampling.py"
+_SAMPLING = "tests/inference/test_sampling.py"
 _ROUTER = "src/swamla/model/ffns/router.py"
 
 MUTATIONS = [
@@ -390,28 +390,28 @@ MUTATIONS = [
     ),
     Mutation(
         "top_p keeps one more where its sum is exact",
-        "src/swamla/model/sampling.py",
+        "src/swamla/inference/sampling.py",
         "before_BV >= self.top_p",
         "before_BV > self.top_p",
         _SAMPLING,
     ),
     Mutation(
         "top_p takes equally likely tokens in any order",
-        "src/swamla/model/sampling.py",
+        "src/swamla/inference/sampling.py",
         "probabilities_BV.sort(dim=-1, descending=True, stable=True)",
         "[found.flip(-1) for found in probabilities_BV.sort(dim=-1, stable=True)]",
         _SAMPLING,
     ),
     Mutation(
         "temperature flattens where it should sharpen",
-        "src/swamla/model/sampling.py",
+        "src/swamla/inference/sampling.py",
         "logits_BV.amax(dim=-1, keepdim=True)) / max(",
         "logits_BV.amax(dim=-1, keepdim=True)) * max(",
         _SAMPLING,
     ),
     Mutation(
         "every row draws the same",
-        "src/swamla/model/sampling.py",
+        "src/swamla/inference/sampling.py",
         "manual_seed(self.seed + row)",
         "manual_seed(self.seed)",
         _SAMPLING,

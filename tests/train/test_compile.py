@@ -13,6 +13,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 import swamla
 from swamla.data.packing import NO_LABEL
 from swamla.errors import Interrupted, MissingBackendError
+from swamla.inference.decoding import Decoder
 from swamla.model.block import BlockConfig
 from swamla.model.ffns.moe import MoEConfig
 from swamla.ops.layout import PADDING, Layout
@@ -121,7 +122,7 @@ def test_a_compiled_run_resumes_to_the_bit_and_is_the_uncompiled_one_within_roun
     run(config, tmp_path / "run", dataset, evaluate=score, resume=True)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert digests(tmp_path / "run", 4) == digests(tmp_path / "whole", 4)
-    assert len(state.model.generate([[1, 2, 3]], 5)[0]) == 5
+    assert len(Decoder(state.model).generate([[1, 2, 3]], 5)[0]) == 5
     loaded, _ = swamla.load(tmp_path / "whole", "latest", raw=True)
     assert all(torch.equal(p, weights(state)[name]) for name, p in loaded.named_parameters())
     assert swamla.load(tmp_path / "whole")  # the best

@@ -12,6 +12,7 @@ from swamla import distributed
 from swamla.checkpoint import load, step_name
 from swamla.data.packing import NO_LABEL
 from swamla.errors import ConfigError
+from swamla.inference.decoding import Decoder
 from swamla.model.config import LanguageModelConfig
 from swamla.ops.layout import PADDING
 from swamla.train import TrainConfig
@@ -211,7 +212,7 @@ def test_a_run_that_shares_experts_goes_on_in_one_process_and_shares_them_again(
         torch.testing.assert_close(models[0](tokens), models[1](tokens), rtol=1e-3, atol=1e-3)
         state = models[0].init_state(1, 12)
         torch.testing.assert_close(models[0].step(tokens, state), models[0](tokens), rtol=1e-4, atol=1e-4)
-    assert len(models[0].generate([[1, 2, 3]], 5)[0]) == 5
+    assert len(Decoder(models[0]).generate([[1, 2, 3]], 5)[0]) == 5
 
 
 def test_experts_that_cannot_be_shared_are_refused_in_a_line(two) -> None:

@@ -6,10 +6,11 @@ from itertools import pairwise
 from swamla.bench.measuring import Timing
 from swamla.bench.results import Row
 from swamla.bench.synthetic import random_prompt
+from swamla.inference.decoding import Decoder
+from swamla.inference.sampling import Sampling
 from swamla.model.accounting import all_mha_state_bytes, count_parameters, forward_flops, state_bytes
 from swamla.model.config import LanguageModelConfig
 from swamla.model.language_model import LanguageModel
-from swamla.model.sampling import Sampling, generate
 
 NEW = 33  # tokens drawn in a round: 32 times from one to the next
 _ROUNDS = 5
@@ -31,16 +32,17 @@ def name_of(prompt: int, decoding: str) -> str:
 def measure_generation(model: LanguageModel, prompt: int, *, limit: float, decoding: str = "eager") -> Row:
     """Prefill and decode of one sequence behind a prompt of so many tokens; the greedy choice, in the weights' format.
 
-    decoding: as `swamla.model.sampling.generate` takes it. limit: seconds after which no further round begins, once
+    decoding: as `Decoder` takes it. limit: seconds after which no further round begins, once
     there is one.
     """
     begin = time.monotonic()
     ids = random_prompt(prompt, model.config.vocab_size)
-    generate(model, [ids[:8]], 2, Sampling(temperature=0.0), decoding=decoding)
+    decoder = Decoder(model, decoding)
+    decoder.generate([ids[:8]], 2, sampling=Sampling(temperature=0.0))
     first: list[float] = []
     between: list[float] = []
     while not first or (len(first) < _ROUNDS and time.monotonic() - begin < limit):
-        seconds = _token_seconds(model, ids, decoding)
+        seconds = _token_seconds(decoder, ids)
         first.append(seconds[0])
         between += seconds[1:]
     prefill, decode = Timing.of(first), Timing.of(between)
@@ -62,12 +64,12 @@ def measure_generation(model: LanguageModel, prompt: int, *, limit: float, decod
     }
 
 
-def _token_seconds(model: LanguageModel, ids: list[int], decoding: str) -> list[float]:
+def _token_seconds(decoder: Decoder, ids: list[int]) -> list[float]:
     """Seconds to the first new token, the prompt's reading among them, and from each to the next."""
     times = [time.perf_counter()]
 
     def on_token(row: int, token: int) -> None:
         times.append(time.perf_counter())
 
-    generate(model, [ids], NEW, Sampling(temperature=0.0), on_token=on_token, decoding=decoding)
+    decoder.generate([ids], NEW, sampling=Sampling(temperature=0.0), on_token=on_token)
     return [later - earlier for earlier, later in pairwise(times)]

@@ -16,8 +16,8 @@ from swamla.bench.starting import measure_start_up
 from swamla.bench.synthetic import synthetic_dataset
 from swamla.bench.training import STEPS, Shape, batch_of, expected_bytes, expected_seconds, measure_step
 from swamla.errors import SwamlaError, is_out_of_memory
+from swamla.inference.decoding import decodings_on
 from swamla.model.accounting import count_parameters
-from swamla.model.decoding import decodings_on
 from swamla.model.language_model import LanguageModel
 from swamla.train.config import RunConfig
 from swamla.train.memory_advice import Place

@@ -8,8 +8,8 @@ from swamla.checkpoint import load
 from swamla.cli.console import harmless
 from swamla.cli.flags import Positional, Repeated, parse
 from swamla.errors import UsageError
-from swamla.generate import Generation, encode_prompt, generate_text, room
-from swamla.model.sampling import Sampling
+from swamla.inference.sampling import Sampling
+from swamla.inference.text import Generation, encode_prompt, generate_text, room
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from swamla.cli.running import (
 )
 from swamla.data.tokenizer import Tokenizer
 from swamla.errors import UsageError
-from swamla.generate import encode_prompt, generate_text, room
+from swamla.inference.text import encode_prompt, generate_text, room
 from swamla.model.language_model import LanguageModel
 from swamla.train import RunConfig, TrainState
 from swamla.train.claims import Claim, claim_run

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from swamla.model.mixers.swa import SWA, SWAConfig
     from swamla.model.norm import DynamicTanhConfig, LayerNormConfig, RMSNormConfig
     from swamla.model.rope import LinearScaling, RopeConfig, YarnScaling
-    from swamla.model.sampling import Sampling
 
 _HOME = {
     "Block": "block",
@@ -48,7 +47,6 @@ _HOME = {
     "RopeConfig": "rope",
     "SWA": "mixers.swa",
     "SWAConfig": "mixers.swa",
-    "Sampling": "sampling",
     "State": "mixers.mixer",
     "YarnScaling": "rope",
     "count_parameters": "accounting",
@@ -83,7 +81,6 @@ __all__ = [
     "RMSNormConfig",
     "RopeConfig",
     "SWAConfig",
-    "Sampling",
     "State",
     "YarnScaling",
     "count_parameters",

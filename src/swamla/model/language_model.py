@@ -1,7 +1,7 @@
 """The language model: embedding, a stack of blocks, final norm, head."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,6 @@ from swamla.model.block import Block, Checkpointing
 from swamla.model.config import LanguageModelConfig
 from swamla.model.initial import Draw, constant, drawn, normal, own_starts
 from swamla.model.mixers.mixer import State
-from swamla.model.sampling import Sampling, generate
 from swamla.ops import chunked_cross_entropy
 from swamla.ops.layout import Layout
 
@@ -207,29 +206,6 @@ class LanguageModel(nn.Module):
         for block, layer in zip(self.blocks, state.layers, strict=True):
             x_BTD = block.step(x_BTD, layer, seq)
         return self.norm(x_BTD)
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        *,
-        sampling: Sampling | None = None,
-        stop_id: int | None = None,
-        known_ids: int | None = None,
-        on_token: Callable[[int, int], None] | None = None,
-        decoding: str = "eager",
-    ) -> list[list[int]]:
-        """Continue token sequences of any (unequal) lengths >= 1; see `swamla.model.sampling.generate`."""
-        return generate(
-            self,
-            prompts,
-            max_new_tokens,
-            sampling or Sampling(),
-            stop_id=stop_id,
-            known_ids=known_ids,
-            on_token=on_token,
-            decoding=decoding,
-        )
 
     def _embed(self, tokens_BT: Tensor, seq: Layout) -> Tensor:
         try:

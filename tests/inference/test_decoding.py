@@ -13,15 +13,23 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from swamla.errors import MissingBackendError, UsageError
-from swamla.model import decoding
-from swamla.model.decoding import EagerSteps, GraphSteps, Replay, check_recordable, fast_linears, size_read, steps_for
+from swamla.inference import decoding
+from swamla.inference.decoding import (
+    Decoder,
+    EagerSteps,
+    GraphSteps,
+    Replay,
+    check_recordable,
+    prefill,
+    size_read,
+    twin,
+)
+from swamla.inference.sampling import Sampling
 from swamla.model.language_model import LanguageModel, ModelState
-from swamla.model.sampling import Sampling, prefill
 from swamla.ops.int8 import Int8Matrix
 from swamla.ops.layout import Layout
 from swamla.ops.linear import linear
-
-from .helpers import FFNS, MIXERS, assert_close, build_model, hybrid_config, random_tokens
+from tests.model.helpers import FFNS, MIXERS, assert_close, build_model, hybrid_config, random_tokens
 
 PROMPTS = [random_tokens(1, length, seed=length)[0].tolist() for length in (5, 23, 11)]
 LEVEL = [random_tokens(1, 21, seed=seed)[0].tolist() for seed in (1, 2)]
@@ -241,16 +249,21 @@ def test_a_graphs_step_into_a_full_state_is_refused_and_leaves_it() -> None:
 def test_generation_by_graphs_draws_the_same_tokens(monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
     model = build_model(hybrid_config()).eval()
     settings = {"sampling": Sampling(temperature=temperature, seed=2), "stop_id": 3}
-    expected = model.generate(PROMPTS, 15, **settings)
-    asked = []
+    expected = Decoder(model).generate(PROMPTS, 15, **settings)
+    monkeypatch.setattr("swamla.inference.decoding.decodings_on", lambda device: ("graph",))
+    recorders = []
 
-    def graph_steps(name: str, model: LanguageModel, state: ModelState) -> GraphSteps:
-        asked.append(name)
-        return GraphSteps(model, state, Recorder(state))
+    class Recorders(Recorder):
+        def __init__(self) -> None:
+            recorders.append(self)
+            super().__init__(states[0])
 
-    monkeypatch.setattr("swamla.model.sampling.steps_for", graph_steps)
-    assert model.generate(PROMPTS, 15, **settings, decoding="graph") == expected
-    assert asked == ["graph"]
+    states = []
+    of_model = LanguageModel.init_state
+    monkeypatch.setattr(LanguageModel, "init_state", lambda *args: states.append(of_model(*args)) or states[-1])
+    monkeypatch.setattr("swamla.inference.decoding.CudaGraphs", Recorders)
+    assert Decoder(model, "graph").generate(PROMPTS, 15, **settings) == expected
+    assert len(recorders) == len(states) == 1
 
 
 @pytest.mark.parametrize("ffn", ["moe", "latent_moe"])
@@ -264,12 +277,11 @@ def test_graphs_with_experts_in_fp32_are_refused(ffn: str) -> None:
 
 def test_graphs_without_a_gpu_and_unknown_names_are_refused() -> None:
     model = of_one_mixer("mha")
-    state = model.init_state(1, 4)
-    assert isinstance(steps_for("eager", model, state), EagerSteps)
+    assert isinstance(Decoder(model).steps(model.init_state(1, 4)), EagerSteps)
     with pytest.raises(MissingBackendError, match='decoding = "graph" is for CUDA, the model is on cpu: use "eager"'):
-        model.generate([[1]], 2, decoding="graph")
+        Decoder(model, "graph").generate([[1]], 2)
     with pytest.raises(UsageError, match="decoding = 'grpah': must be one of 'eager', 'graph', 'int8'"):
-        model.generate([[1]], 2, decoding="grpah")
+        Decoder(model, "grpah").generate([[1]], 2)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -300,7 +312,7 @@ def test_linear_leaves_other_formats_to_torch(monkeypatch: pytest.MonkeyPatch, d
     assert torch.equal(linear(x.float()[:, ::2], strided), nn.functional.linear(x.float()[:, ::2], strided))
 
 
-def test_fast_linears_leave_other_layers_and_other_weights_alone() -> None:
+def test_a_twin_has_other_arithmetic_in_plain_linear_layers_alone() -> None:
     class OtherLinear(nn.Linear):
         pass
 
@@ -310,23 +322,29 @@ def test_fast_linears_leave_other_layers_and_other_weights_alone() -> None:
     shared, elsewhere = nn.Linear(4, 4), nn.Linear(4, 4, device="meta")
     shared.weight = nn.Parameter(torch.zeros(4, 4).as_subclass(OtherTensor))
     model = nn.Sequential(OtherLinear(4, 4), shared, elsewhere, nn.Linear(4, 4))
-    with fast_linears(model):
-        assert ["forward" in vars(layer) for layer in model] == [False, False, False, True]
+    same = [type(mine) is type(its) for mine, its in zip(model, twin(model), strict=True)]
+    assert same == [True, True, True, False]
 
 
-def test_fast_linears_last_as_long_as_they_should_and_hooks_go_on_working() -> None:
-    model, seen = of_one_mixer("mha"), []
+def test_a_twin_shares_parameters_hooks_and_modules_that_occur_twice_and_leaves_the_model_as_it_is() -> None:
+    model, seen = of_one_mixer("mha").train(), []
+    model.again = model.head
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
     hook = model.head.register_forward_hook(lambda *_: seen.append(1))
-    with fast_linears(model):
-        with fast_linears(model):
-            pass
-        assert "forward" in vars(model.head)
-        model.head(torch.zeros(1, 32))
-    with pytest.raises(UsageError, match="outside the vocabulary"), fast_linears(model):
-        model.generate([[99]], 1)
+    other = twin(model)
+    assert other.again is other.head
+    assert other.head is not model.head
+    other.head(torch.zeros(1, 32))
     hook.remove()
+    other.head(torch.zeros(1, 32))
     assert seen == [1]
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any(module.training for module in other.modules())
+    assert all(module.training for module in model.modules())
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+    assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    with torch.no_grad():
+        model.head.weight.zero_()
+    assert not other.head(torch.ones(1, 32)).any()
 
 
 @pytest.mark.parametrize(("out", "into"), [(1, 16), (13, 384), (300, 48)])
@@ -356,9 +374,9 @@ def test_a_row_of_zeros_stays_one_and_rows_of_other_lengths_do_not_fit() -> None
 def test_decoding_with_8_bits_stays_close_reads_prompts_in_full_and_leaves_the_weights() -> None:
     model = build_model(hybrid_config()).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with fast_linears(model, int8=True):
-        first, state = prepared(model, [PROMPTS[1]], 6)
-        found = [EagerSteps(model, state)([token]) for token in range(6)]
+    rounded = twin(model, int8=True)
+    first, state = prepared(rounded, [PROMPTS[1]], 6)
+    found = [EagerSteps(rounded, state)([token]) for token in range(6)]
     exact, state = prepared(model, [PROMPTS[1]], 6)
     expected = torch.cat([EagerSteps(model, state)([token]) for token in range(6)])
     error = (torch.cat(found) - expected).norm() / expected.norm()
@@ -367,17 +385,15 @@ def test_decoding_with_8_bits_stays_close_reads_prompts_in_full_and_leaves_the_w
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     asked = Sampling(temperature=0)
-    assert len(model.generate([PROMPTS[1]], 5, sampling=asked, decoding="int8")[0]) == 5
+    assert len(Decoder(model, "int8").generate([PROMPTS[1]], 5, sampling=asked)[0]) == 5
 
 
 @torch.no_grad()
 def test_only_few_rows_meet_the_weights_of_8_bits() -> None:
-    layer = nn.Linear(32, 48)
-    model, x = nn.Sequential(layer), torch.randn(1, 17, 32)
-    expected = layer(x)
-    with fast_linears(model, int8=True):
-        assert_close(layer(x), expected, 1e-5)
-        few = layer(x[:, :16])
+    layer, x = nn.Linear(32, 48), torch.randn(1, 17, 32)
+    expected, rounded = layer(x), twin(layer, int8=True)
+    assert_close(rounded(x), expected, 1e-5)
+    few = rounded(x[:, :16])
     assert 1e-4 < (few - expected[:, :16]).abs().max() < 0.1
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from swamla.errors import ConfigError, UsageError
-from swamla.model import sampling as module
+from swamla.inference import decoding as module
+from swamla.inference.decoding import Decoder
+from swamla.inference.sampling import Sampling
 from swamla.model.language_model import LanguageModel
-from swamla.model.sampling import Sampling
-
-from .helpers import build_model, hybrid_config, random_tokens
+from tests.model.helpers import build_model, hybrid_config, random_tokens
 
 LOGITS = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log()
 PROMPTS = [random_tokens(1, length, seed=length)[0].tolist() for length in (1, 23, 8, 40)]
@@ -31,7 +31,7 @@ def test_temperature_zero_is_the_likeliest_token(model: LanguageModel) -> None:
     chosen = Sampling(temperature=0, top_k=3, top_p=0.5).choose(torch.tensor([[1.0, 9.0, 3.0], [2.0, 0.0, 1.0]]), [])
     assert chosen == [1, 0]
     prompt = PROMPTS[1]
-    found = model.generate([prompt], NEW, sampling=Sampling(temperature=0))[0]
+    found = Decoder(model).generate([prompt], NEW, sampling=Sampling(temperature=0))[0]
     expected = list(prompt)
     for _ in range(NEW):
         expected.append(int(model(torch.tensor([expected]))[0, -1].argmax()))
@@ -98,20 +98,20 @@ def test_draws_follow_the_probabilities() -> None:
 
 def test_a_seed_gives_its_tokens_again_and_another_seed_others(model: LanguageModel) -> None:
     first, again, other = (
-        model.generate(PROMPTS, NEW, sampling=Sampling(temperature=1.0, seed=seed)) for seed in (5, 5, 6)
+        Decoder(model).generate(PROMPTS, NEW, sampling=Sampling(temperature=1.0, seed=seed)) for seed in (5, 5, 6)
     )
     assert first == again
     assert first != other
     state = torch.random.get_rng_state()
-    model.generate(PROMPTS, 3, sampling=Sampling(temperature=1.0))
+    Decoder(model).generate(PROMPTS, 3, sampling=Sampling(temperature=1.0))
     assert torch.equal(state, torch.random.get_rng_state()), "the global generator was used"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_batch_of_unequal_prompts_gives_what_each_gives_alone(model: LanguageModel, temperature: float) -> None:
-    together = model.generate(PROMPTS, NEW, sampling=Sampling(temperature=temperature, seed=11))
+    together = Decoder(model).generate(PROMPTS, NEW, sampling=Sampling(temperature=temperature, seed=11))
     for row, prompt in enumerate(PROMPTS):
-        alone = model.generate([prompt], NEW, sampling=Sampling(temperature=temperature, seed=11 + row))
+        alone = Decoder(model).generate([prompt], NEW, sampling=Sampling(temperature=temperature, seed=11 + row))
         assert together[row] == alone[0], f"row {row}"
 
 
@@ -123,22 +123,22 @@ def test_with_state_is_without(model: LanguageModel, temperature: float) -> None
         generators, tokens = sampling.generators(1), list(prompt)
         for _ in range(NEW):
             tokens += sampling.choose(model(torch.tensor([tokens]))[:, -1], generators)
-        assert model.generate([prompt], NEW, sampling=sampling)[0] == tokens[len(prompt) :]
+        assert Decoder(model).generate([prompt], NEW, sampling=sampling)[0] == tokens[len(prompt) :]
 
 
 @pytest.mark.parametrize("piece", [1, 7, 8, 40])
 def test_prompts_read_in_pieces_are_prompts_read_at_once(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch, piece: int
 ) -> None:
-    expected = model.generate(PROMPTS, NEW, sampling=Sampling(temperature=0))
+    expected = Decoder(model).generate(PROMPTS, NEW, sampling=Sampling(temperature=0))
     monkeypatch.setattr(module, "PREFILL_PIECE", piece)
-    assert model.generate(PROMPTS, NEW, sampling=Sampling(temperature=0)) == expected
+    assert Decoder(model).generate(PROMPTS, NEW, sampling=Sampling(temperature=0)) == expected
 
 
 def test_a_row_ends_at_the_stop_token_and_the_others_go_on(model: LanguageModel) -> None:
-    free = model.generate(PROMPTS, NEW, sampling=Sampling(temperature=0))
+    free = Decoder(model).generate(PROMPTS, NEW, sampling=Sampling(temperature=0))
     stop = free[0][2]
-    stopped = model.generate(PROMPTS, NEW, sampling=Sampling(temperature=0), stop_id=stop)
+    stopped = Decoder(model).generate(PROMPTS, NEW, sampling=Sampling(temperature=0), stop_id=stop)
     expected = [tokens[: tokens.index(stop)] if stop in tokens else tokens for tokens in free]
     assert stopped == expected
     assert len(stopped[0]) <= 2
@@ -147,7 +147,7 @@ def test_a_row_ends_at_the_stop_token_and_the_others_go_on(model: LanguageModel)
 
 def test_tokens_are_announced_in_order_as_they_are_known(model: LanguageModel) -> None:
     heard: list[tuple[int, int]] = []
-    produced = model.generate(PROMPTS, 5, stop_id=3, on_token=lambda row, token: heard.append((row, token)))
+    produced = Decoder(model).generate(PROMPTS, 5, stop_id=3, on_token=lambda row, token: heard.append((row, token)))
     for row, tokens in enumerate(produced):
         assert [token for where, token in heard if where == row] == tokens
     first_round = [row for row, _ in heard[: sum(1 for tokens in produced if tokens)]]
@@ -157,10 +157,10 @@ def test_tokens_are_announced_in_order_as_they_are_known(model: LanguageModel) -
 def test_generation_neither_tracks_gradients_nor_leaves_the_model_in_another_mode(model: LanguageModel) -> None:
     for training in (True, False):
         model.train(training)
-        model.generate([[1, 2]], 2)
+        Decoder(model).generate([[1, 2]], 2)
         assert model.training is training
     with pytest.raises(UsageError):
-        model.train().generate([[99]], 2)
+        Decoder(model.train()).generate([[99]], 2)
     assert model.training
     model.eval()
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -180,14 +180,14 @@ def test_prompts_that_make_no_sense_are_refused(
     model: LanguageModel, prompts: list[list[int]], max_new_tokens: int, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        model.generate(prompts, max_new_tokens)
+        Decoder(model).generate(prompts, max_new_tokens)
 
 
 def test_more_tokens_than_learned_positions_are_refused_before_anything_is_drawn() -> None:
     model = build_model(replace(hybrid_config(), learned_positions=10))
-    assert len(model.generate([[1, 2, 3]], 8)[0]) == 8  # the last one is drawn, never read back
+    assert len(Decoder(model).generate([[1, 2, 3]], 8)[0]) == 8  # the last one is drawn, never read back
     with pytest.raises(UsageError, match="11 tokens are more than the model's 10 learned positions"):
-        model.generate([[1, 2, 3]], 9)
+        Decoder(model).generate([[1, 2, 3]], 9)
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ import torch
 
 from swamla.data.tokenizer import ByteTokenizer
 from swamla.errors import UsageError
-from swamla.generate import Generation, encode_prompt, generate_text
+from swamla.inference.sampling import Sampling
+from swamla.inference.text import Generation, encode_prompt, generate_text
 from swamla.model.block import BlockConfig
 from swamla.model.config import LanguageModelConfig
 from swamla.model.language_model import LanguageModel
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.model.mixers.swa import SWAConfig
-from swamla.model.sampling import Sampling
 
 TOKENIZER = ByteTokenizer()
 PROMPTS = ["def f(x):", "", "é€𝄞 and more", "a"]

@@ -1,18 +1,17 @@
 """What weights of 8 bits compute and what they do not, and that whatever happens the model gets its own back."""
 
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from swamla.errors import UsageError
-from swamla.model.decoding import FEW_ROWS, decodings_on, fast_linears, steps_for
+from swamla.inference.decoding import FEW_ROWS, Decoder, EagerSteps, decodings_on, prefill, twin
+from swamla.inference.sampling import Sampling
 from swamla.model.language_model import LanguageModel
-from swamla.model.sampling import Sampling, prefill
 from swamla.ops.int8 import Int8Matrix
-
-from .helpers import MIXERS, build_model, hybrid_config
+from tests.model.helpers import MIXERS, build_model, hybrid_config
 
 GREEDY = Sampling(temperature=0)
 
@@ -20,10 +19,6 @@ GREEDY = Sampling(temperature=0)
 @pytest.fixture
 def model() -> LanguageModel:
     return build_model(hybrid_config()).eval()
-
-
-def changed(model: nn.Module) -> list[str]:
-    return [name for name, layer in model.named_modules() if "forward" in vars(layer)]
 
 
 def test_every_device_has_its_own_ways_to_decode() -> None:
@@ -45,88 +40,48 @@ def test_of_any_prompt_the_first_token_is_of_the_weights_themselves(
 
     monkeypatch.setattr(Int8Matrix, "times", counted)
     prompts = [[1] * length, [2] * length]
-    model.generate(prompts, 1, sampling=GREEDY, decoding="int8")
+    Decoder(model, "int8").generate(prompts, 1, sampling=GREEDY)
     assert not rows
-    model.generate(prompts, 2, sampling=GREEDY, decoding="int8")
+    Decoder(model, "int8").generate(prompts, 2, sampling=GREEDY)
     assert set(rows) == {2}
 
 
 def test_more_prompts_than_8_bits_are_for_are_refused(model: LanguageModel) -> None:
     prompts = [[row] for row in range(FEW_ROWS + 1)]
-    assert len(model.generate(prompts[1:], 2, sampling=GREEDY, decoding="int8")) == FEW_ROWS
+    assert len(Decoder(model, "int8").generate(prompts[1:], 2, sampling=GREEDY)) == FEW_ROWS
     with pytest.raises(UsageError, match='decoding = "int8" is for at most 16 prompts at once, not 17: use "eager"'):
-        model.generate(prompts, 2, sampling=GREEDY, decoding="int8")
-    assert changed(model) == []
-
-
-def test_an_interrupt_while_weights_are_rounded_leaves_no_layer_changed(
-    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rounded, of = [], Int8Matrix.of
-
-    def second_raises(weight: Tensor) -> Int8Matrix:
-        if rounded:
-            raise KeyboardInterrupt
-        rounded.append(weight)
-        return of(weight)
-
-    monkeypatch.setattr(Int8Matrix, "of", staticmethod(second_raises))
-    with pytest.raises(KeyboardInterrupt), fast_linears(model, int8=True):
-        pass
-    assert rounded
-    assert changed(model) == []
-
-
-def test_an_interrupt_while_layers_are_changed_leaves_none_changed(
-    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[list[str]] = []
-
-    def third_raises(layer: nn.Module, name: str, value: Any) -> None:
-        if len(changed(model)) == 2:
-            seen.append(changed(model))
-            raise KeyboardInterrupt
-        nn.Module.__setattr__(layer, name, value)
-
-    monkeypatch.setattr(nn.Linear, "__setattr__", third_raises)
-    with pytest.raises(KeyboardInterrupt), fast_linears(model):
-        pass
-    assert len(seen) == 1
-    assert changed(model) == []
-
-
-@pytest.mark.parametrize(("outer", "inner"), [(False, True), (True, False), (True, True)])
-def test_nobody_gets_the_arithmetic_of_another(model: LanguageModel, outer: bool, inner: bool) -> None:
-    with fast_linears(model, int8=outer):
-        before = changed(model)
-        with pytest.raises(UsageError, match="is generating already"), fast_linears(model, int8=inner):
-            pass
-        assert changed(model) == before != []
-    assert changed(model) == []
+        Decoder(model, "int8").generate(prompts, 2, sampling=GREEDY)
 
 
 @torch.no_grad()
-def test_a_use_that_ends_leaves_one_that_goes_on_with_the_same_function(model: LanguageModel) -> None:
-    first, second = fast_linears(model), fast_linears(model)
-    tokens = torch.arange(12).view(2, 6)
+def test_decoders_of_one_model_serve_side_by_side_each_with_its_own_arithmetic(model: LanguageModel) -> None:
+    tokens = torch.arange(6).view(1, 6)
     expected = model(tokens)
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    torch.testing.assert_close(model(tokens), expected, atol=1e-4, rtol=1e-4)
-    second.__exit__(None, None, None)
-    assert changed(model) == []
+    exact, rounded, again = Decoder(model), Decoder(model, "int8"), Decoder(model, "int8")
+    alone = rounded.stepping(tokens)
+    assert torch.equal(model(tokens), expected)
+    torch.testing.assert_close(exact.stepping(tokens), expected, atol=1e-4, rtol=1e-4)
+    assert (alone - expected).norm() > 1e-4 * expected.norm()
+    assert torch.equal(again.stepping(tokens), alone)
+
+
+@pytest.mark.parametrize("decodings", [("eager", "int8"), ("int8", "int8")])
+def test_decoders_in_threads_find_what_they_find_alone(model: LanguageModel, decodings: tuple[str, str]) -> None:
+    prompts = [[1, 2, 3], [4]]
+    expected = [Decoder(model, decoding).generate(prompts, 8, sampling=GREEDY) for decoding in decodings]
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(Decoder(model, name).generate, prompts, 8, sampling=GREEDY) for name in decodings]
+        assert [each.result() for each in both] == expected
 
 
 @torch.inference_mode()
 def forced_logits(model: LanguageModel, prompts: list[list[int]], texts: list[list[int]], *, int8: bool) -> Tensor:
     """(1 + tokens, B, V): after the prompts and after each token of the texts, whatever would have been chosen."""
     state = model.init_state(len(prompts), max(map(len, prompts)) + len(texts[0]))
-    step = steps_for("eager", model, state)
-    with fast_linears(model):
-        found = [prefill(model, prompts, state)]
-    with fast_linears(model, int8=int8):
-        found += [step(list(chosen)).clone() for chosen in zip(*texts, strict=True)]
+    decoder = Decoder(model)
+    step = EagerSteps(twin(model, int8=int8), state)
+    found = [prefill(decoder.model, prompts, state)]
+    found += [step(list(chosen)).clone() for chosen in zip(*texts, strict=True)]
     return torch.stack(found)
 
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from swamla.data.tokenizer import StreamDecoder, Tokenizer
 from swamla.errors import UsageError
+from swamla.inference.decoding import Decoder
+from swamla.inference.sampling import Sampling
 from swamla.model.accounting import state_bytes
 from swamla.model.language_model import LanguageModel
-from swamla.model.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +78,8 @@ def generate_text(
 ) -> Generation:
     """Continue each prompt; an empty one starts a new document. on_text(row, piece) streams whole characters.
 
-    decoding: as of `LanguageModel.generate`. Raises `UsageError` for a text in place of several, one that is empty of
-    prompts or no Unicode, and as `LanguageModel.generate` does.
+    decoding: as of `Decoder`. Raises `UsageError` for a text in place of several, one that is empty of prompts or no
+    Unicode, and as `Decoder.generate` does.
     """
     if isinstance(prompts, str):
         raise UsageError(f"prompts = {prompts!r:.60}: must be a list of texts, e.g. [{prompts!r:.60}]")
@@ -93,14 +94,13 @@ def generate_text(
             on_text(row, piece)
 
     start = time.perf_counter()
-    produced = model.generate(
+    produced = Decoder(model, decoding).generate(
         ids,
         max_new_tokens,
         sampling=sampling,
         stop_id=tokenizer.eos_id,
         known_ids=tokenizer.vocab_size,
         on_token=on_token,
-        decoding=decoding,
     )
     if on_text:
         for row, decoder in enumerate(decoders):
