@@ -9,6 +9,9 @@ from torch.autograd.function import once_differentiable
 
 def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(sum x² + eps) over the last dimension, as Qwen3-Next does; computed in fp32, returned in x's dtype."""
+    if torch.compiler.is_compiling():  # which fuses it anyway, and of which torch 2.11 loses the function's gradient
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
     return _L2Normalize.apply(x, eps)
 
 
