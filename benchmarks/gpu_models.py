@@ -30,7 +30,7 @@ from swamla.train.compile import Compile, compile_blocks
 from swamla.train.config import TrainConfig
 from swamla.train.fp8 import convert_to_fp8
 from swamla.train.optim import AdamWConfig
-from swamla.train.parallel import Spread
+from swamla.train.parallel.strategy import Strategy
 from swamla.train.precision import Chosen, autocast
 from swamla.train.state import TrainState
 from swamla.train.step import training_step
@@ -133,7 +133,7 @@ class OurStep:
         self._settings = TrainConfig(steps=1, batch_size=rows, block_size=length, compile=mode)
         self._batches = cycle(batches)
         self._state = TrainState(
-            spread=Spread(model),
+            strategy=Strategy(model),
             optimizer=AdamWConfig().build(model, lr=1e-4, weight_decay=0.1),
             precision=precision,
             backends=self.backends,

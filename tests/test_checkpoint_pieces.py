@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from swamla.checkpoint import (
-    Crew,
     Piece,
     Pieces,
+    WriterGroup,
     latest_checkpoint,
     load_checkpoint,
     load_into,
@@ -48,7 +48,7 @@ def cut(whole: Tensor, rank: int, ranks: int, dim: int = 0) -> Piece:
     return Piece(tensor=part, shape=tuple(whole.shape), offset=offset)
 
 
-class Threads(Crew):
+class Threads(WriterGroup):
     """Ranks that are threads of this process."""
 
     def __init__(self, rank: int, ranks: int, shared: dict[str, Any]) -> None:
@@ -80,8 +80,8 @@ def save_by(ranks: int, directory: Path, step: int, held: Callable[[int], dict[s
 
     def one(rank: int) -> None:
         try:
-            crew = Threads(rank, ranks, shared)
-            save_checkpoint(directory, step, tensors=held(rank), state={"note": step}, crew=crew)
+            writers = Threads(rank, ranks, shared)
+            save_checkpoint(directory, step, tensors=held(rank), state={"note": step}, writers=writers)
         except Exception as error:
             errors[rank] = error
 

@@ -15,7 +15,7 @@ from swamla.model.language_model import LanguageModel
 from swamla.ops.layout import PADDING, Layout
 from swamla.train import TrainConfig
 from swamla.train.optim import AdamWConfig
-from swamla.train.parallel import Spread
+from swamla.train.parallel.strategy import Strategy
 from swamla.train.state import TrainState
 from swamla.train.step import StepResult, training_step
 
@@ -117,7 +117,7 @@ def test_a_training_step_reports_and_learns_what_it_does_of_the_text_alone(how: 
     def step(batch: Batch) -> tuple[StepResult, dict[str, Tensor]]:
         model = build_model(config_of(ROUTED["latent_moe"]))
         state = TrainState(
-            spread=Spread(model),
+            strategy=Strategy(model),
             optimizer=AdamWConfig().build(model, lr=1e-2, weight_decay=0.1),
             precision="fp32",
             backends={},

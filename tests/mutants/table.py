@@ -368,7 +368,7 @@ MUTATIONS = [
     ),
     Mutation(
         "clipping leaves the norm as it is",
-        "src/swamla/train/parallel.py",
+        "src/swamla/train/parallel/strategy.py",
         "largest / (norm + 1e-6)",
         "norm / (norm + 1e-6)",
         _FIGURES + "clipping_leaves_a_gradient_of_the_largest_norm_allowed",
@@ -376,14 +376,14 @@ MUTATIONS = [
     # hashes, seeds and samplers
     Mutation(
         "ranks drop out alike",
-        "src/swamla/train/parallel.py",
+        "src/swamla/train/parallel/strategy.py",
         "rank {distributed.rank()}",
         "rank 0",
         _DROPOUT,
     ),
     Mutation(
         "ranks drop out alike in every step",
-        "src/swamla/train/parallel.py",
+        "src/swamla/train/parallel/strategy.py",
         "{seed}/step {step}/rank",
         "{seed}/step 0/rank",
         _DROPOUT,

@@ -11,7 +11,7 @@ from swamla.checkpoint import latest_checkpoint
 from swamla.errors import ConfigError, CorruptError, Interrupted
 from swamla.train import TrainConfig
 from swamla.train.ema import WeightAverage
-from swamla.train.parallel import Spread
+from swamla.train.parallel.strategy import Strategy
 
 from .helpers import held_out, losses, model_of, run, tiny_config, weights
 from .test_resume import digests, stop_after
@@ -115,18 +115,18 @@ def test_a_resumed_run_has_the_uninterrupted_ones_average_to_the_bit(tmp_path, m
 def test_a_skipped_step_does_not_count(tmp_path, monkeypatch, dataset):
     counts = []
     monkeypatch.setattr(WeightAverage, "update", lambda self, count: counts.append(count))
-    monkeypatch.setattr(Spread, "gradient_norm", poisoned_once(2))
+    monkeypatch.setattr(Strategy, "gradient_norm", poisoned_once(2))
     run(tiny_config(ema=0.5, steps=4), tmp_path / "run", dataset)
     assert counts == [1, 2, 3]
 
 
 def poisoned_once(at):
     """Gradient norms, of which the `at`-th is infinite."""
-    real, calls = Spread.gradient_norm, []
+    real, calls = Strategy.gradient_norm, []
 
-    def norm(spread):
+    def norm(strategy):
         calls.append(1)
-        return real(spread) * (float("inf") if len(calls) == at else 1.0)
+        return real(strategy) * (float("inf") if len(calls) == at else 1.0)
 
     return norm
 

@@ -17,7 +17,7 @@ from swamla.data.dataset import Throughput
 from swamla.data.preparing import prepare
 from swamla.train import train, utilisation
 from swamla.train.epochs import Epochs
-from swamla.train.parallel import clip, seed_ranks
+from swamla.train.parallel.strategy import clip, seed_ranks
 from swamla.train.step import StepResult
 from swamla.train.tracking import step_log
 from swamla.train.tracking.metrics import read_metrics

@@ -45,7 +45,7 @@ def pushed(hub: Hub, half: Path, tmp_path: Path) -> dict[str, bytes]:
 
 
 def test_a_run_resumed_from_the_hub_is_to_the_bit_the_one_resumed_from_the_disk(hub, half, dataset, tmp_path):
-    with Pushes(REPO, half, private=True, say=print, hurry=lambda: False):
+    with Pushes(REPO, half, private=True, say=print, stop_requested=lambda: False):
         pass
     local, remote = tmp_path / "local", tmp_path / "remote"
     shutil.copytree(half, local)
@@ -76,7 +76,7 @@ def test_a_checkpoint_in_pieces_travels_too_and_its_root_has_the_whole_weights(h
     whole = {group: checkpoint.tensors(group) for group in ("model", "optimizer", "rng")}
     pieces = {n: Piece(tensor=t, shape=tuple(t.shape), offset=(0,) * t.ndim) for n, t in whole["model"].items()}
     save_checkpoint(folder / "checkpoints", 3, tensors=whole | {"model": pieces}, state=checkpoint.state)
-    with Pushes(REPO, folder, private=True, say=print, hurry=lambda: False):
+    with Pushes(REPO, folder, private=True, say=print, stop_requested=lambda: False):
         pass
     pull(REPO, tmp_path / "run")
     assert list((tmp_path / "run" / STEP / "model").glob("shard-*.safetensors"))

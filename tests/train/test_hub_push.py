@@ -100,8 +100,8 @@ def test_the_commit_holds_the_best_and_the_newest_checkpoint_and_none_besides(hu
     assert json.loads(files["checkpoints/best.json"])["step"] == 3
 
 
-def pushes(folder: Path, said: list[str], hurry: bool = False) -> Pushes:
-    return Pushes(REPO, folder, private=True, say=said.append, hurry=lambda: hurry)
+def pushes(folder: Path, said: list[str], stop_requested: bool = False) -> Pushes:
+    return Pushes(REPO, folder, private=True, say=said.append, stop_requested=lambda: stop_requested)
 
 
 def test_the_weights_at_the_root_are_those_that_load_gives_averages_where_there_are_any(finished, tmp_path):
@@ -204,7 +204,7 @@ def test_a_push_beyond_its_time_is_ended_and_training_hardly_waits(slow, finishe
     monkeypatch.setattr(push, "PUSH_SECONDS", 0.3)
     monkeypatch.setattr(push, "STOP_SECONDS", 0.2)
     said: list[str] = []
-    with pushes(finished, said, hurry=True) as found:
+    with pushes(finished, said, stop_requested=True) as found:
         found.push()
         process = found._process
         found.attend()  # comes back, though the process never ends by itself

@@ -12,7 +12,7 @@ from swamla.ops.layout import Layout
 from swamla.train import Diverged, training_step
 from swamla.train import loop as loop_module
 from swamla.train import run as run_module
-from swamla.train.parallel import Spread
+from swamla.train.parallel.strategy import Strategy
 from swamla.train.run_folder import fresh_state, settle
 from swamla.train.tracking.metrics import read_metrics
 
@@ -33,10 +33,10 @@ def start(config, dataset):
 
 def poison(monkeypatch, steps):
     """Make the gradient of the steps in `steps` infinite."""
-    real = Spread.gradient_norm
+    real = Strategy.gradient_norm
     calls = iter(range(10_000))
     monkeypatch.setattr(
-        Spread, "gradient_norm", lambda spread: real(spread) * (math.inf if next(calls) + 1 in steps else 1)
+        Strategy, "gradient_norm", lambda strategy: real(strategy) * (math.inf if next(calls) + 1 in steps else 1)
     )
 
 

@@ -27,7 +27,8 @@ from swamla.model.mixers.swa import SWAConfig
 from swamla.train import TrainConfig
 from swamla.train.ema import WeightAverage
 from swamla.train.optim import AdamWConfig, LionConfig, MuonConfig, muon
-from swamla.train.parallel import build_model, seed_ranks
+from swamla.train.parallel.build import build_model
+from swamla.train.parallel.strategy import seed_ranks
 from swamla.train.state import TrainState
 from swamla.train.step import StepResult, training_step
 
@@ -107,7 +108,7 @@ ON_FOUR = [
 def fresh(case: Case, model: LanguageModelConfig | None = None) -> TrainState:
     """The state before the first step."""
     config = case.train
-    spread = build_model(
+    strategy = build_model(
         model or MODELS[case.experts],
         parallel=config.parallel,
         shards=config.shards,
@@ -116,11 +117,11 @@ def fresh(case: Case, model: LanguageModelConfig | None = None) -> TrainState:
         device=CPU,
         prepare=lambda model: model.checkpoint_activations(config.checkpointing),
     )
-    optimizer = config.optimizer.build(spread.model, lr=1e-2, weight_decay=0.1)
+    optimizer = config.optimizer.build(strategy.model, lr=1e-2, weight_decay=0.1)
     state = TrainState(
-        spread=spread, optimizer=optimizer, precision=case.precision, backends={}, data_fingerprint="", device=CPU
+        strategy=strategy, optimizer=optimizer, precision=case.precision, backends={}, data_fingerprint="", device=CPU
     )
-    state.average = WeightAverage(spread.model, 0.9)
+    state.average = WeightAverage(strategy.model, 0.9)
     return state
 
 
@@ -158,13 +159,13 @@ def train(case: Case) -> Outcome:
     assert state.average is not None
     with state.average.in_place():
         held_out = evaluate(state.model, [rows(step) for step in (50, 51, 52)], bytes_per_label=1.0)
-        state.spread.let_go()
+        state.strategy.reshard()
     found.append(training_step(state, my_rows(STEPS), case.train, 1e-2))  # on its own weights, not the averages
     tensors = {**state.model.state_dict(), **state.optimizer.state_tensors()}
     tensors |= {f"average/{name}": tensor for name, tensor in state.average.tensors().items()}
     return {
         "steps": [(r.loss, r.grad_norm, r.tokens) for r in found],
-        "gradient_storages": len({grad.untyped_storage().data_ptr() for grad in state.spread.gradients()}),
+        "gradient_storages": len({grad.untyped_storage().data_ptr() for grad in state.strategy.gradients()}),
         "load": [r.statistics["load/2"].tolist() for r in found if r.finite],
         "held_out": held_out.loss,
         "tensors": {name: distributed.full(tensor.detach()).clone() for name, tensor in tensors.items()},

@@ -123,7 +123,7 @@ def test_four_processes_take_up_two_processes_moment_to_the_bit(data, tmp_path) 
 def save_again(folder: Path, data: Path, to: Path) -> None:
     """Take up the newest checkpoint, and write it as these ranks hold it, whatever is in place of the state first."""
     from swamla.checkpoint import Saver, latest_checkpoint
-    from swamla.train.parallel import make_crew
+    from swamla.train.parallel.writers import writer_group
 
     dataset = tiny_dataset(data)
     state = fresh_state(settle(config_of(parallel="fsdp"), dataset), dataset)
@@ -133,7 +133,7 @@ def save_again(folder: Path, data: Path, to: Path) -> None:
     checkpoint = latest_checkpoint(folder / "checkpoints")
     assert checkpoint is not None
     state.restore(checkpoint)
-    saver = Saver(to / "checkpoints", keep_last=2, background=True, crew=make_crew())
+    saver = Saver(to / "checkpoints", keep_last=2, background=True, writers=writer_group())
     saver.save(state.step, tensors=state.tensors(), state=state.plain())
     (saved,) = saver.saved(wait=True)
     assert saved.error is None

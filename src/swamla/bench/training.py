@@ -18,7 +18,7 @@ from swamla.model.accounting import TrainingFlops, count_parameters, training_fl
 from swamla.ops.layout import Layout
 from swamla.train.config import RunConfig, TrainConfig
 from swamla.train.memory_advice import Place, training_bytes
-from swamla.train.parallel import Found, Spread
+from swamla.train.parallel.strategy import Found, Strategy
 from swamla.train.state import TrainState
 from swamla.train.step import training_step
 
@@ -143,7 +143,7 @@ def held_bytes(state: TrainState) -> int:
 
 
 @dataclass(frozen=True)
-class Clocked(Spread):
+class Clocked(Strategy):
     """A model in one process, whose passes are timed: seconds, by part, of the micro-batches so far."""
 
     seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "both": 0.0}, kw_only=True)
@@ -153,8 +153,8 @@ class Clocked(Spread):
             return super().loss(tokens_BT, labels_BT, seq)
 
     @contextmanager
-    def backward_pass(self, *, last: bool) -> Iterator[None]:
-        with self._timed("both"), super().backward_pass(last=last):
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        with self._timed("both"), super().micro_batch(last=last):
             yield
 
     @contextmanager
@@ -168,15 +168,15 @@ class Clocked(Spread):
 
 def clocked(state: TrainState) -> TrainState:
     """The same state, on the same tensors, with a model whose passes are timed."""
-    return replace(state, spread=Clocked(state.spread.model, experts=state.spread.experts))
+    return replace(state, strategy=Clocked(state.strategy.model, experts=state.strategy.experts))
 
 
 class Parts:
     """Training steps that are told apart: seconds of each step's forward and backward passes, and of all the rest."""
 
     def __init__(self, state: TrainState, settings: TrainConfig, batch: Batch) -> None:
-        assert isinstance(state.spread, Clocked)
-        self._state, self._settings, self._batch, self._seconds = state, settings, batch, state.spread.seconds
+        assert isinstance(state.strategy, Clocked)
+        self._state, self._settings, self._batch, self._seconds = state, settings, batch, state.strategy.seconds
         self.forget()
 
     def forget(self) -> None:

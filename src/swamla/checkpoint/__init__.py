@@ -4,7 +4,7 @@ from swamla.checkpoint.convert import convert_checkpoint
 from swamla.checkpoint.folder import (
     FORMAT_VERSION,
     Checkpoint,
-    Crew,
+    WriterGroup,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -24,11 +24,11 @@ from swamla.checkpoint.saver import Saved, Saver
 __all__ = [
     "FORMAT_VERSION",
     "Checkpoint",
-    "Crew",
     "Piece",
     "Pieces",
     "Saved",
     "Saver",
+    "WriterGroup",
     "best_step",
     "convert_checkpoint",
     "find_checkpoint",

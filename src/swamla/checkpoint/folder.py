@@ -65,7 +65,7 @@ class Checkpoint:
         return group in self.groups()
 
 
-class Crew:
+class WriterGroup:
     """The processes that write a checkpoint together; this class is one alone, and the main one."""
 
     rank = 0
@@ -79,7 +79,7 @@ class Crew:
         return flag
 
 
-ALONE = Crew()
+ALONE = WriterGroup()
 
 
 def save_checkpoint(
@@ -88,18 +88,18 @@ def save_checkpoint(
     *,
     tensors: Mapping[str, Mapping[str, Tensor | Piece]],
     state: Mapping[str, Any],
-    crew: Crew = ALONE,
+    writers: WriterGroup = ALONE,
     others: Sequence[Mapping[str, Held]] = (),
 ) -> Path:
     """Write `directory/step-<step>` so that it is there whole or not at all, and return its path.
 
     tensors: group name -> tensors; each group becomes one safetensors file, or one file a process where it has pieces.
-    state: plain JSON data. crew: all its processes call this, at the same step, with the pieces that each holds.
+    state: plain JSON data. writers: all its processes call this, at the same step, with the pieces that each holds.
     others: the pieces of processes that are not there, for one that is alone.
     Raises `SwamlaError`, naming the path and the bytes needed, when the disk is full; older checkpoints stay intact.
     """
     final, staging = directory / step_name(step), directory / f".saving-{step_name(step)}"
-    main = crew.rank == 0
+    main = writers.rank == 0
 
     def together(work: Callable[[], T]) -> list[T]:
         def explained() -> T:  # where it fails: the other processes are told no more than its words
@@ -108,11 +108,11 @@ def save_checkpoint(
             except (OSError, SafetensorError) as error:
                 raise _explain_write_error(error, final, tensors) from error
 
-        return crew.together(explained)
+        return writers.together(explained)
 
     try:
         together(lambda: _begin(directory, staging) if main else None)
-        listings = together(lambda: _write(staging, tensors, crew.rank))
+        listings = together(lambda: _write(staging, tensors, writers.rank))
         listings += [_write(staging, share, rank) for rank, share in enumerate(others, 1)]
         files = {name: listed for listing in listings for name, listed in listing.items()}
         fault("save-staging", step)

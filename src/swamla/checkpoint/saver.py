@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from swamla.checkpoint.folder import ALONE, Crew, mark_best, prune, save_checkpoint
+from swamla.checkpoint.folder import ALONE, WriterGroup, mark_best, prune, save_checkpoint
 from swamla.checkpoint.pieces import Held, Piece, held_here
 from swamla.errors import SwamlaError
 
@@ -32,7 +32,7 @@ class Saver:
 
     background: return from `save` as soon as everything is copied to the CPU's memory, and write in a thread. One save
     is under way at most: the next waits for it. The copies are kept for the next save, in pinned memory where they come
-    from a GPU. best: the (step, loss) that is marked already. crew: the processes that save together.
+    from a GPU. best: the (step, loss) that is marked already. writers: the processes that save together.
     say: told of a save that failed when nobody asked any more.
     """
 
@@ -43,12 +43,12 @@ class Saver:
         keep_last: int,
         background: bool = False,
         best: tuple[int, float] | None = None,
-        crew: Crew = ALONE,
+        writers: WriterGroup = ALONE,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.best = best  # of what is in place
         self._directory, self._keep_last, self._background = directory, keep_last, background
-        self._crew, self._say = crew, say
+        self._writers, self._say = writers, say
         self._thread: threading.Thread | None = None
         self._saved: list[Saved] = []
         self._copies = _Copies()
@@ -63,7 +63,7 @@ class Saver:
     ) -> None:
         """Begin to save this moment, or save it; best_loss: its held-out loss, where that makes it the best."""
         self._wait()
-        main = self._crew.rank == 0
+        main = self._writers.rank == 0
         held = {group: held_here(named, main=main) for group, named in tensors.items()}
         if not self._background:
             self._write(step, held, state, best_loss)
@@ -84,7 +84,7 @@ class Saver:
 
         Raises what was a mistake of ours.
         """
-        if self._thread is not None and (wait or not self._crew.any(self._thread.is_alive())):
+        if self._thread is not None and (wait or not self._writers.any(self._thread.is_alive())):
             self._wait()
         if self._thread is not None:
             return []
@@ -101,7 +101,7 @@ class Saver:
 
     def _write(self, step: int, held: Mapping[str, Held], state: Mapping[str, Any], best_loss: float | None) -> None:
         def work() -> None:
-            save_checkpoint(self._directory, step, tensors=held, state=state, crew=self._crew)
+            save_checkpoint(self._directory, step, tensors=held, state=state, writers=self._writers)
             self._settle(None if best_loss is None else (step, best_loss))
 
         self._keep(step, work, best=best_loss is not None)
@@ -124,7 +124,7 @@ class Saver:
                 mark_best(self._directory, *best)
             prune(self._directory, keep_last=self._keep_last, pinned=() if kept is None else (kept[0],))
 
-        self._crew.together(lambda: work() if self._crew.rank == 0 else None)
+        self._writers.together(lambda: work() if self._writers.rank == 0 else None)
         self.best = kept
 
     def __enter__(self) -> Self:

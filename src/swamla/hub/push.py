@@ -46,9 +46,12 @@ class Pushes:
     when it begins. One that fails or takes too long is told once; the next begins as ever, the last at the end.
     """
 
-    def __init__(self, repo_id: str, run_dir: Path, *, private: bool, say: Say, hurry: Callable[[], bool]) -> None:
-        """repo_id: USER/NAME, or "" to push nothing. hurry: true once the end must not be long in coming."""
-        self._repo_id, self._run_dir, self._private, self._say, self._hurry = repo_id, run_dir, private, say, hurry
+    def __init__(
+        self, repo_id: str, run_dir: Path, *, private: bool, say: Say, stop_requested: Callable[[], bool]
+    ) -> None:
+        """repo_id: USER/NAME, or "" to push nothing. stop_requested: true once the end must not be long in coming."""
+        self._repo_id, self._run_dir, self._private, self._say = repo_id, run_dir, private, say
+        self._stop_requested = stop_requested
         self._staging = run_dir / _STAGING
         self._wanted = self._warned = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -118,10 +121,10 @@ class Pushes:
         shutil.rmtree(self._staging, ignore_errors=True)
 
     def _wait(self, end_seconds: float) -> None:
-        """Give the push under way that long; less as soon as there is hurry."""
+        """Give the push under way that long; less as soon as there is stop_requested."""
         begin = time.monotonic()
         while self._process is not None and self._process.poll() is None:
-            allowed = min(end_seconds, STOP_SECONDS) if self._hurry() else end_seconds
+            allowed = min(end_seconds, STOP_SECONDS) if self._stop_requested() else end_seconds
             if time.monotonic() - begin > allowed:
                 self._deadline = begin  # long over
                 break

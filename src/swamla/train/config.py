@@ -12,7 +12,7 @@ from swamla.model.config import LanguageModelConfig
 from swamla.train.compile import Compile
 from swamla.train.curriculum import Curriculum
 from swamla.train.optim import AdamWConfig, LionConfig, MuonConfig
-from swamla.train.parallel import Asked
+from swamla.train.parallel.build import Asked
 from swamla.train.precision import Precision
 from swamla.train.schedule import Budget, Schedule, ScheduleName
 

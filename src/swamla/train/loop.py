@@ -251,7 +251,7 @@ def _evaluate(run: Run) -> None:
     try:
         with state.evaluated_weights(), autocast(state.precision, state.device):
             found = run.evaluate(state.model)
-            state.spread.let_go()
+            state.strategy.reshard()
     except Exception as error:  # as of held-out text that cannot be read any more
         if distributed.world_size() == 1:  # elsewhere the others are in the middle of it
             save_before(run, error)

@@ -20,7 +20,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a step runs: the format it computes in, and how the run is spread.
+    """Where a step runs: the format it computes in, and how the run is parallelised.
 
     ranks: processes that share a step's rows.  parts: how many of them hold the model together.
     """

@@ -17,7 +17,7 @@ from swamla.model.language_model import LanguageModel
 from swamla.train.config import RunConfig, TrainConfig
 from swamla.train.epochs import Epochs
 from swamla.train.memory_advice import advised
-from swamla.train.parallel import make_crew
+from swamla.train.parallel.writers import writer_group
 from swamla.train.profiling import Profiling
 from swamla.train.rank_watch import RankWatch
 from swamla.train.signals import StopRequest
@@ -108,7 +108,7 @@ def in_progress(
             folder,
             private=settings.hf_private,
             say=display.say,
-            hurry=lambda: bool(stop.received),
+            stop_requested=lambda: bool(stop.received),
         ) as hub,
         Profiling(settings, folder, state.device, first_step=state.step + 1, say=display.say) as profiling,
         Saver(
@@ -116,7 +116,7 @@ def in_progress(
             keep_last=settings.keep_last,
             background=settings.async_save,
             best=state.best,
-            crew=make_crew(),
+            writers=writer_group(),
             say=display.say,
         ) as saver,
         RankWatch(settings.rank_timeout_minutes) as watch,

@@ -38,7 +38,7 @@ from swamla.train.fp8 import convert_to_fp8
 from swamla.train.init_from import RECORD, Origin, describe, origin_of
 from swamla.train.launch import Launch, this_launch
 from swamla.train.machine import describe_machine, differences
-from swamla.train.parallel import build_model
+from swamla.train.parallel.build import build_model
 from swamla.train.paths import fastest_paths, usual_length
 from swamla.train.precision import Chosen, resolve_device, resolve_precision
 from swamla.train.state import TrainState, seed_generators
@@ -148,7 +148,7 @@ def fresh_state(
         if precision == "fp8":
             notes.append(convert_to_fp8(model, device))
 
-    spread = build_model(
+    strategy = build_model(
         model_config,
         parallel=train.parallel,
         shards=train.shards,
@@ -157,18 +157,18 @@ def fresh_state(
         device=device,
         prepare=prepare,
     )
-    model = spread.model
+    model = strategy.model
     initialized_from = None if origin is None else origin.fill(model)
     if initialized_from is not None:
         notes.append(describe(initialized_from))
-    if (described := spread.describe()) is not None:
+    if (described := strategy.describe()) is not None:
         notes.append(described)
     if train.compile != "none":
         notes.append(compile_blocks(model, train.compile, device))
     elif precision == "fp8" and device.type == "cuda":
         notes.append("fp8 without compile: its casts run one by one, and may cost more than its products save")
     return TrainState(
-        spread=spread,
+        strategy=strategy,
         optimizer=train.optimizer.build(model, lr=train.lr, weight_decay=train.weight_decay),
         precision=precision,
         backends=backends,

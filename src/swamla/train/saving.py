@@ -127,5 +127,5 @@ def _score(run: Run, step: int, evaluate: Evaluate) -> dict[str, float]:
         return {"loss": math.nan}
     with state.judged_at(checkpoint), autocast(state.precision, state.device):
         found = evaluate(state.model)
-        state.spread.let_go()
+        state.strategy.reshard()
     return found

@@ -17,7 +17,7 @@ from swamla.errors import CorruptError, UsageError
 from swamla.model.language_model import LanguageModel
 from swamla.train.ema import WeightAverage
 from swamla.train.optim import NamedOptimizer
-from swamla.train.parallel import Spread
+from swamla.train.parallel.strategy import Strategy
 from swamla.train.precision import Chosen
 from swamla.train.spikes import UsualLoss
 
@@ -51,7 +51,7 @@ class TrainState:
     usual: the loss of late, by which spikes are told.
     """
 
-    spread: Spread
+    strategy: Strategy
     optimizer: NamedOptimizer
     precision: Chosen
     backends: dict[str, str]
@@ -78,7 +78,7 @@ class TrainState:
     @property
     def model(self) -> LanguageModel:
         """The model, of which this process may hold a part only."""
-        return self.spread.model
+        return self.strategy.model
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All tensors of this moment, by the groups of a checkpoint; most are those that training changes next."""

@@ -13,7 +13,7 @@ from swamla.model.ffns.ffn import Statistics
 from swamla.ops.layout import Layout
 from swamla.train.compile import begin_step
 from swamla.train.config import TrainConfig
-from swamla.train.parallel import clip, seed_ranks
+from swamla.train.parallel.strategy import clip, seed_ranks
 from swamla.train.precision import autocast
 from swamla.train.state import TrainState
 
@@ -43,7 +43,7 @@ def training_step(state: TrainState, batch: Batch, config: TrainConfig, lr: floa
     batch: this rank's rows; the mean is over those of all ranks. A step whose loss or gradient is not finite changes
     no weight.
     """
-    model, spread, ranks = state.model.train(), state.spread, distributed.world_size()
+    model, strategy, ranks = state.model.train(), state.strategy, distributed.world_size()
     n_labels = round(distributed.sum_of(batch.n_labels))
     if n_labels == 0:
         raise DataError(f"rows {state.sample} to {state.sample + config.batch_size - 1}: no label carries loss")
@@ -52,10 +52,10 @@ def training_step(state: TrainState, batch: Batch, config: TrainConfig, lr: floa
     seed_ranks(config.seed, state.step)
     sums: Statistics = {}
     for number, (tokens_BT, labels_BT, document_BT) in enumerate(_micro_batches(batch, config.accumulation), 1):
-        with spread.backward_pass(last=number == config.accumulation):
+        with strategy.micro_batch(last=number == config.accumulation):
             seq = Layout.from_documents(document_BT).to(state.device)
             with autocast(state.precision, state.device):
-                total, found = spread.loss(tokens_BT.to(state.device), labels_BT.to(state.device), seq)
+                total, found = strategy.loss(tokens_BT.to(state.device), labels_BT.to(state.device), seq)
             extra = sum(value for name, value in found.items() if name.startswith("loss/"))
             ((total + extra) / n_labels * ranks).backward()  # the ranks' gradients are averaged
         for name, value in [("nats", total), *found.items()]:
@@ -64,11 +64,11 @@ def training_step(state: TrainState, batch: Batch, config: TrainConfig, lr: floa
         fault("accumulation" if number < config.accumulation else "step", state.step + 1)
 
     statistics = distributed.all_reduce_sum(sums)
-    loss, norm = statistics.pop("nats").item() / n_labels, spread.gradient_norm()
+    loss, norm = statistics.pop("nats").item() / n_labels, strategy.gradient_norm()
     result = StepResult(loss=loss, grad_norm=norm, tokens=n_labels, statistics=statistics)
     if result.finite:
         if config.grad_clip is not None:
-            clip(spread.gradients(), norm, config.grad_clip)
+            clip(strategy.gradients(), norm, config.grad_clip)
         state.optimizer.set_lr(lr)
         state.optimizer.step()
         model.rebalance(statistics)

@@ -1,0 +1,161 @@
+"""The model of a run with its initial weights, on every rank as its data-parallel strategy has it."""
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from swamla import distributed
+from swamla.errors import MissingBackendError, require
+from swamla.model.config import LanguageModelConfig
+from swamla.model.language_model import LanguageModel
+from swamla.ops.layout import Layout
+from swamla.train.parallel.strategy import DDPStrategy, ExpertParallel, Found, FSDPStrategy, Strategy
+
+Asked = Literal["auto", "ddp", "fsdp", "hsdp"]
+
+
+def build_model(
+    config: LanguageModelConfig,
+    *,
+    parallel: Asked,
+    shards: int | None,
+    seed: int,
+    device: torch.device,
+    prepare: Callable[[LanguageModel], None],
+    expert_parallel: int = 1,
+) -> Strategy:
+    """The model with the initial weights of `seed`, spread over all ranks as asked; one process holds it plainly.
+
+    prepare: called with the model before it is spread; it may replace modules, but no parameter. Shards are filled
+    block by block, so that no rank ever holds more than one block's parameters whole. Raises `ConfigError` for shards
+    that do not divide the ranks, and for experts that so many ranks cannot share.
+    """
+    ranks = distributed.world_size()
+    _require_device(device)
+    fits = ranks % expert_parallel == 0
+    require(fits, "train.expert_parallel", expert_parallel, f"must divide the number of processes, here {ranks}")
+    if ranks == 1:
+        model = config.build(seed).to(device)
+        prepare(model)
+        return Strategy(model)
+    if parallel in ("auto", "ddp"):
+        model = config.skeleton()
+        prepare(model)
+        experts = _fill(model, seed, device, expert_parallel)
+        torch._dynamo.config.optimize_ddp = False  # graphs are single blocks: there is nothing to split for buckets
+        # Without find_unused_parameters DDP arranges its buckets anew after a process's first step, and more than two
+        # ranks then sum in another order: a run that was resumed would differ, in the last bit, from one that went on.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renamed the option, 2.11 knows this name alone
+            wrapped = nn.parallel.DistributedDataParallel(
+                _ignoring(experts, _Loss(model)),
+                broadcast_buffers=False,
+                find_unused_parameters=True,
+                gradient_as_bucket_view=True,  # gradients are held once, not in the buckets and beside them
+            )
+        return DDPStrategy(model, wrapped, experts=experts)
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh, model = _mesh(parallel, shards, device), config.skeleton()
+    prepare(model)
+    experts = _fill(
+        model,
+        seed,
+        device,
+        expert_parallel,
+        lambda module, owned: fully_shard(module, mesh=mesh, ignored_params=set(owned)),
+    )
+    register_fsdp_forward_method(model, "loss")
+    return FSDPStrategy(model, mesh, experts=experts)
+
+
+class _Loss(nn.Module):
+    """The model's loss as a forward pass, which is what DDP wraps."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+        # Never used, so that DDP does not say at every start that there is nothing unused.
+        self.unused = nn.Parameter(torch.zeros((), device=model.device))
+
+    def forward(self, tokens_BT: Tensor, labels_BT: Tensor, seq: Layout) -> Found:
+        return self.model.loss(tokens_BT, labels_BT, seq)
+
+
+def _fill(
+    model: LanguageModel,
+    seed: int,
+    device: torch.device,
+    expert_parallel: int,
+    shard: Callable[[nn.Module, list[nn.Parameter]], object] = lambda module, owned: None,
+) -> ExpertParallel | None:
+    """Give a skeleton its initial weights, block by block; each is cut as soon as it has them.
+
+    shard: called with every block and then with the model, and with the parameters in it that were cut already, those
+    of owned experts, which are returned.
+    """
+    mesh = _expert_mesh(expert_parallel, device) if expert_parallel > 1 else None
+    owned: list[nn.Parameter] = []
+    for index, block in enumerate(model.blocks):
+        block.to_empty(device=device)
+        model.reset_weights(seed, within=f"blocks.{index}.")
+        here = [] if mesh is None else block.ffn.own_experts(mesh)
+        shard(block, here)
+        owned += here
+    rest = {name for name, _ in model.named_children()} - {"blocks"}
+    for name in sorted(rest):
+        model.get_submodule(name).to_empty(device=device)
+    model.tie()
+    for name in sorted(rest):
+        model.reset_weights(seed, within=f"{name}.")
+    shard(model, owned)
+    if mesh is None:
+        return None
+    require(bool(owned), "train.expert_parallel", expert_parallel, "must be 1: no layer of the model has experts")
+    return ExpertParallel(owned, mesh)
+
+
+def _ignoring(experts: ExpertParallel | None, module: nn.Module) -> nn.Module:
+    """The module, marked so that DDP leaves owned experts alone."""
+    if experts is not None:
+        owned = {id(p) for p in experts.parameters}
+        names = [name for name, p in module.named_parameters() if id(p) in owned]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+    return module
+
+
+def _expert_mesh(owners: int, device: torch.device) -> Any:
+    """Neighbours own experts together, as exchange is fastest within a machine."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    shape = (distributed.world_size() // owners, owners)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("expert_copies", "owners"))
+
+
+def _mesh(parallel: Asked, shards: int | None, device: torch.device) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    ranks = distributed.world_size()
+    if parallel == "fsdp":
+        return init_device_mesh(device.type, (ranks,), mesh_dim_names=("parts",))
+    per_copy = shards or _on_this_node(ranks)
+    require(ranks % per_copy == 0, "train.shards", shards, f"must divide the {ranks} processes")
+    return init_device_mesh(device.type, (ranks // per_copy, per_copy), mesh_dim_names=("copies", "parts"))
+
+
+def _on_this_node(ranks: int) -> int:
+    """How many processes torchrun started on one machine: within it exchange is fastest."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+
+
+def _require_device(device: torch.device) -> None:
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if distributed.world_size() > 1 and device.type == "cuda" and local >= torch.cuda.device_count():
+        raise MissingBackendError(
+            f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}, so start as many "
+            "processes (--nproc_per_node), or use device = cpu"
+        )
