@@ -10,7 +10,7 @@ import swamla
 
 PACKAGE = Path(swamla.__file__).parent
 FLOORS = [
-    {"errors", "faults", "process"},
+    {"errors", "faults", "process", "registry"},
     {"config", "files", "ops", "distributed", "plugins"},
     {"model", "data", "recipes", "tensor_file"},
     {"checkpoint", "generate", "export"},

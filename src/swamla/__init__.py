@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from swamla.model.config import LanguageModelConfig
     from swamla.model.language_model import LanguageModel
     from swamla.model.sampling import Sampling
+    from swamla.plugins import load_plugin
+    from swamla.registry import register
     from swamla.train.config import RunConfig, TrainConfig
 
 _HOME = {
@@ -35,6 +37,8 @@ _HOME = {
     "TrainConfig": "swamla.train.config",
     "generate_text": "swamla.generate",
     "load": "swamla.checkpoint",
+    "load_plugin": "swamla.plugins",
+    "register": "swamla.registry",
 }
 _MODULES = ("data", "model", "ops", "train")
 
@@ -50,8 +54,10 @@ __all__ = [
     "data",
     "generate_text",
     "load",
+    "load_plugin",
     "model",
     "ops",
+    "register",
     "train",
 ]
 

@@ -9,8 +9,10 @@ from swamla.errors import require
 from swamla.model.ffns.moe import MoE, MoEConfig
 from swamla.model.initial import Draw, draw_alone, normal
 from swamla.ops.grouped_mm import Dispatch
+from swamla.registry import register
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class LatentMoEConfig(MoEConfig):
     """A mixture of experts in a latent `ratio` times narrower than the model; router and shared experts see the model.
@@ -48,6 +50,10 @@ class LatentMoEConfig(MoEConfig):
     def build(self, width: int) -> "LatentMoE":
         """The module."""
         return LatentMoE(self, width)
+
+    def widths(self, width: int) -> dict[str, int]:
+        """The latent's width, and hidden widths of the experts."""
+        return {"latent": self.routed_dims(width)[0], **super().widths(width)}
 
     def components(self, width: int) -> dict[str, int]:
         """Parameters by what they are."""
