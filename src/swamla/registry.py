@@ -10,11 +10,11 @@ import pkgutil
 import sys
 from abc import ABC
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
-from typing import ClassVar, TypeGuard, TypeVar
+from typing import ClassVar, Self, TypeGuard, TypeVar
 
 PACKAGE = __name__.partition(".")[0]
 RESERVED = ("kind", "plugin")  # what the plain form of a choice says besides its fields
@@ -36,6 +36,11 @@ class Registered(ABC):
         super().__init_subclass__()
         if home:
             cls._home, cls._members, cls._at_home = home, {}, False
+
+    @classmethod
+    def example(cls) -> Self:
+        """A small one, for a model of width 64: what `swamla doctor` tries. By default that of default settings."""
+        return cls()
 
 
 C = TypeVar("C", bound="type[Registered]")
@@ -64,6 +69,8 @@ def register(cls: C) -> C:
         raise TypeError(f"{cls.__qualname__}: lacks what every {family.__name__} has: {', '.join(missing)}")
     if clash := [field.name for field in fields(cls) if field.name in RESERVED]:  # type: ignore[arg-type]
         raise TypeError(f"{cls.__qualname__}: a field cannot be called {clash[0]}")
+    if _required(cls) and cls.example.__func__ is Registered.example.__func__:  # type: ignore[attr-defined]
+        raise TypeError(f"{cls.__qualname__}: lacks `example`, a classmethod, as {_required(cls)[0]} has no default")
     if not cls.__module__.startswith(f"{PACKAGE}."):
         _import_home(family)  # so that a kind of ours cannot be taken
     other = family._members.get(kind)
@@ -75,6 +82,10 @@ def register(cls: C) -> C:
     family._members.clear()
     family._members.update({known.kind: known for known in members})
     return cls
+
+
+def _required(cls: type) -> list[str]:
+    return [field.name for field in fields(cls) if field.default is MISSING and field.default_factory is MISSING]
 
 
 def members_of(family: type[Registered]) -> Mapping[str, type[Registered]]:

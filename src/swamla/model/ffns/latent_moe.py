@@ -1,7 +1,7 @@
 """LatentMoE (arXiv 2601.18089): experts that work in a narrower latent, so that there may be more of them."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -27,6 +27,11 @@ class LatentMoEConfig(MoEConfig):
     n_activated: int = 12
     ratio: int = 4
     preserve_expert_dim: bool = True
+
+    @classmethod
+    def example(cls) -> Self:
+        """A few narrow experts, for a model of width 64."""
+        return cls(n_experts=8, n_activated=4, expert_hidden=32)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,11 @@ class MoEConfig(FFNConfig):
     aux_loss: float = 0.0
     z_loss: float = 0.0
     backend: str = "auto"
+
+    @classmethod
+    def example(cls) -> Self:
+        """A few narrow experts, for a model of width 64."""
+        return cls(n_experts=4, n_activated=2, expert_hidden=32)
 
     def __post_init__(self) -> None:
         require(self.n_experts > 0, "n_experts", self.n_experts, "must be > 0, e.g. 32")

@@ -48,6 +48,11 @@ class GDNConfig(MixerConfig):
     share_qk: bool = False
     backend: str = "auto"
 
+    @classmethod
+    def example(cls) -> Self:
+        """Two heads, for a model of width 64."""
+        return cls(n_heads=2)
+
     def __post_init__(self) -> None:
         require(self.n_heads > 0, "n_heads", self.n_heads, "must be > 0")
         divides = self.key_heads > 0 and self.n_heads % self.key_heads == 0

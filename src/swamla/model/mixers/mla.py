@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values out of one latent."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,11 @@ class MLAConfig(SoftmaxConfig):
     v_head_dim: int = 128
     rope: RopeConfig = field(default_factory=RopeConfig)
     backend: str = "auto"
+
+    @classmethod
+    def example(cls) -> Self:
+        """Two heads and a latent of 32, for a model of width 64."""
+        return cls(n_heads=2, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -32,6 +32,12 @@ class SoftmaxConfig(MixerConfig):
         require(self.n_heads > 0, "n_heads", self.n_heads, "must be > 0")
         require(self.backend in self.BACKENDS, "backend", self.backend, f"must be one of {', '.join(self.BACKENDS)}")
 
+    @classmethod
+    def example(cls) -> Self:
+        """Two heads, for a model of width 64."""
+        settings: dict[str, Any] = {"n_heads": 2}
+        return cls(**settings)
+
     @abstractmethod
     def heads(self, width: int) -> Heads:
         """The heads in a model of `width`. Raises `ConfigError` where they do not fit it."""

@@ -1,7 +1,7 @@
 """Sliding-window attention (arXiv 2004.05150, 2310.06825) with attention sinks (arXiv 2309.17453)."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,11 @@ class SWAConfig(MHAConfig):
     BACKENDS: ClassVar[tuple[str, ...]] = WINDOWED_BACKENDS
     window: int = 256
     sinks: int = 4
+
+    @classmethod
+    def example(cls) -> Self:
+        """Two heads and a short window, for a model of width 64."""
+        return cls(n_heads=2, window=16)
 
     def __post_init__(self) -> None:
         super().__post_init__()
