@@ -10,8 +10,8 @@ import swamla
 
 PACKAGE = Path(swamla.__file__).parent
 FLOORS = [
-    {"errors", "faults", "process"},
-    {"config", "files", "ops", "distributed"},
+    {"errors", "faults", "process", "registry"},
+    {"config", "files", "ops", "distributed", "plugins"},
     {"model", "data", "recipes", "tensor_file"},
     {"checkpoint", "inference", "export"},
     {"hub"},

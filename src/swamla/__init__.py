@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from swamla.inference.text import generate_text
     from swamla.model.config import LanguageModelConfig
     from swamla.model.language_model import LanguageModel
+    from swamla.plugins import load_plugin
+    from swamla.registry import register
     from swamla.train.config import RunConfig, TrainConfig
 
 _HOME = {
@@ -37,6 +39,8 @@ _HOME = {
     "TrainConfig": "swamla.train.config",
     "generate_text": "swamla.inference.text",
     "load": "swamla.checkpoint",
+    "load_plugin": "swamla.plugins",
+    "register": "swamla.registry",
 }
 _MODULES = ("data", "model", "ops", "train")
 
@@ -53,8 +57,10 @@ __all__ = [
     "data",
     "generate_text",
     "load",
+    "load_plugin",
     "model",
     "ops",
+    "register",
     "train",
 ]
 

@@ -1,8 +1,9 @@
 """Configs and plain data: one dataclass per thing, its fields the only truth, TOML and JSON their outside form.
 
-A config is a frozen keyword-only dataclass. A choice is a union of dataclasses in an annotation, each with a class
-variable `kind`; its plain form carries that name under the key "kind". Everything the user may write wrongly ends as
-a `ConfigError` that names the dotted field, what it got, where it stood and what is allowed.
+A config is a frozen keyword-only dataclass. A choice is, in an annotation, a family of registered dataclasses or a
+union of some, each with a class variable `kind`; its plain form carries that name under the key "kind", and under
+"plugin" the name of the file where the class is not ours. Everything the user may write wrongly ends as a `ConfigError`
+that names the dotted field, what it got, where it stood and what is allowed.
 """
 
 import json
@@ -18,6 +19,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from swamla.errors import ConfigError, UsageError
+from swamla.registry import Registered, is_family, members_of, plugin_of
 
 T = TypeVar("T")
 Origin = str | Callable[[str], str]  # a place, or dotted field -> place ("run.toml:12"; "" where it is not known)
@@ -31,8 +33,10 @@ _USE_ENVIRONMENT = "looks like a secret: keep it out of configs, which are store
 def to_plain(config: Any) -> Any:
     """JSON-able form of a config: dataclasses become dicts (with "kind" where they have one), tuples become lists."""
     if is_dataclass(config) and not isinstance(config, type):
-        kind = {"kind": kind_of(type(config))} if kind_of(type(config)) else {}
-        return kind | {f.name: to_plain(config.__dict__[f.name]) for f in fields(config)}
+        kind = kind_of(type(config))
+        plugin = plugin_of(type(config)) if isinstance(config, Registered) else ""
+        head = {"kind": kind, **({"plugin": plugin} if plugin else {})} if kind else {}
+        return head | {f.name: to_plain(config.__dict__[f.name]) for f in fields(config)}
     if isinstance(config, Mapping):
         return {key: to_plain(value) for key, value in config.items()}
     if isinstance(config, list | tuple):
@@ -162,9 +166,14 @@ def field_types(cls: Any) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in fields(cls)}
 
 
-def choices_of(annotation: Any) -> dict[str, type]:
-    """The dataclasses an annotation allows, by kind; a lone dataclass without a kind stands under ""."""
-    options = (option for option in options_of(annotation) if option is not NoneType)
+def choices_of(annotation: Any) -> Mapping[str, Any]:
+    """The dataclasses an annotation allows, by kind; a lone dataclass without a kind stands under "".
+
+    Of a family of registered classes a view: those that are registered later appear in it.
+    """
+    options = [option for option in options_of(annotation) if option is not NoneType]
+    if len(options) == 1 and is_family(options[0]):
+        return members_of(options[0])
     return {kind_of(option): option for option in options}
 
 
@@ -226,8 +235,21 @@ class _Reader:
             raise self.fail(path, data, "must be a table")
         kind = data.get("kind", next(iter(choices)) if len(choices) == 1 else None)
         if not isinstance(kind, str) or kind not in choices:
-            raise self.fail(join(path, "kind"), kind, f"must be one of {', '.join(choices)}")
+            raise self.fail(join(path, "kind"), kind, self._kinds(annotation, kind, data.get("plugin"), choices))
+        if any(map(is_family, options_of(annotation))):  # where the class came from when this was written
+            data = {key: value for key, value in data.items() if key != "plugin"}
         return self.dataclass(choices[kind], data, path)
+
+    @staticmethod
+    def _kinds(annotation: Any, kind: Any, plugin: Any, choices: Mapping[str, type]) -> str:
+        """What is allowed: the plugin that `kind` came from, where the data says so, or those that are known."""
+        if isinstance(kind, str) and isinstance(plugin, str):
+            return f"is no kind of swamla's own, but of a plugin: name its file, --plugin {plugin}"
+        allowed = f"must be one of {', '.join(choices)}"
+        if not any(map(is_family, options_of(annotation))) or not isinstance(kind, str):
+            return allowed
+        close = get_close_matches(kind, choices, n=1)
+        return f'{allowed}; did you mean "{close[0]}"?' if close else f"{allowed}; or of a plugin: --plugin FILE"
 
     def _first_fitting(self, options: tuple[Any, ...], data: Any, path: str) -> Any:
         for option in options:

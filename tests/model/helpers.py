@@ -1,7 +1,6 @@
 """What the tests of the model share: small configs, weights that matter, and one way to compare with an oracle."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from swamla.model.mixers.mixer import Mixer
 from swamla.model.mixers.mla import MLAConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.ops.layout import Layout
+from tests.toys import TOYS
 
 WIDTH = 32
 WINDOW = 8
@@ -32,6 +32,7 @@ MIXERS: dict[str, MixerConfig] = {
     "gdn": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6),
     "gdn_latent": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, latent_dim=10, share_qk=True),
     "latent": LatentConfig(n_heads=4, n_latent=12, bias=True),
+    "toy": TOYS["toy"](inner=24),
 }
 
 
@@ -39,6 +40,7 @@ FFNS: dict[str, FFNConfig] = {
     "dense": DenseConfig(hidden=24),
     "moe": MoEConfig(n_experts=8, n_activated=3, expert_hidden=16, shared_hidden=24),
     "latent_moe": LatentMoEConfig(n_experts=8, n_activated=3, ratio=4, expert_hidden=16, shared_hidden=24),
+    "toy_ffn": TOYS["toy_ffn"](hidden=24),
 }
 
 
@@ -74,8 +76,7 @@ def hybrid_config(
 ) -> LanguageModelConfig:
     """A tiny model with every mixer."""
     blocks = {
-        name: BlockConfig(mixer=replace(MIXERS[name], backend=backend), ffn=FFNS[ffn])
-        for name in dict.fromkeys(pattern)
+        name: BlockConfig(mixer=MIXERS[name].with_backend(backend), ffn=FFNS[ffn]) for name in dict.fromkeys(pattern)
     }
     return LanguageModelConfig(vocab_size=31, width=WIDTH, blocks=blocks, pattern=pattern)
 

@@ -20,6 +20,7 @@ from swamla.model.mixers.mla import MLAConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.model.norm import DynamicTanhConfig, LayerNormConfig, NormConfig, RMSNormConfig
 from swamla.ops import gated_delta_rule
+from tests.toys import TOYS
 
 from .helpers import MIXERS, WIDTH, feed, hybrid_config, random_input, whole
 
@@ -34,6 +35,7 @@ MORE_MIXERS: dict[str, MixerConfig] = {
     "gdn with shared keys": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, share_qk=True),
     "gdn with latents": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, latent_dim=5),
     "latent of half the width": LatentConfig(n_heads=2),
+    "toy of the model's width": TOYS["toy"](),
 }
 ROUTED: list[FFNConfig] = [
     MoEConfig(n_experts=6, backend="reference"),
@@ -46,9 +48,12 @@ FFNS: list[FFNConfig] = [
     DenseConfig(hidden=10, bias=True),
     DenseConfig(activation="gelu"),
     DenseConfig(activation="gelu", bias=True, hidden=17),
+    TOYS["toy_ffn"](),
     *ROUTED,
 ]
-NORMS: list[NormConfig] = [RMSNormConfig(), LayerNormConfig(), LayerNormConfig(bias=False), DynamicTanhConfig()]
+NORMS: list[NormConfig] = [
+    *(RMSNormConfig(), LayerNormConfig(), LayerNormConfig(bias=False), DynamicTanhConfig(), TOYS["toy_norm"]()),
+]
 GPT2 = LanguageModelConfig(
     vocab_size=50257,
     width=768,
@@ -147,6 +152,8 @@ def pairs_seen(mixer: MixerConfig, length: int) -> int:
 
 def masked_flops(mixer: MixerConfig, length: int) -> int:
     """What the reference path spends on pairs that the mask then hides: it multiplies all T × T of them."""
+    if mixer.kind == "toy":  # a sum, no product
+        return 0
     match mixer:
         case MLAConfig():
             widths = mixer.n_heads * (mixer.qk_head_dim + mixer.v_head_dim)
@@ -163,10 +170,11 @@ def masked_flops(mixer: MixerConfig, length: int) -> int:
     [
         *("mha", "swa", "mla", "mqa with wide heads", "mla with plain queries", "swa of 1 head"),
         *("latent", "latent of half the width"),
+        *("toy", "toy of the model's width"),
     ],
 )
 def test_flops_of_attention_are_the_counters_less_the_masked_pairs(name: str, length: int) -> None:
-    mixer = replace(MORE_MIXERS[name], backend="reference")
+    mixer = MORE_MIXERS[name].with_backend("reference")
     x = random_input(1, length)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         mixer.build(WIDTH)(x, whole(x))

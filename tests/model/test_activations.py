@@ -15,6 +15,7 @@ from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mla import MLAConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.ops.layout import Layout
+from tests.toys import TOYS
 
 TOKENS = 512
 MIXERS: dict[str, MixerConfig] = {
@@ -23,12 +24,14 @@ MIXERS: dict[str, MixerConfig] = {
     "mla": MLAConfig(n_heads=4, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=48),
     "gdn": GDNConfig(n_heads=4),
     "latent": LatentConfig(n_heads=4),
+    "toy": TOYS["toy"](),
 }
 FFNS: dict[str, FFNConfig] = {
     "dense": DenseConfig(),
     "gelu": DenseConfig(activation="gelu"),
     "moe": MoEConfig(n_experts=8, n_activated=2),
     "latent_moe": LatentMoEConfig(n_experts=16, n_activated=4),
+    "toy_ffn": TOYS["toy_ffn"](hidden=700),
 }
 
 

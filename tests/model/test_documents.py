@@ -173,7 +173,7 @@ def test_fast_backends_are_the_reference_over_many_tiles_and_chunks(kind: str, l
     config = replace(MIXERS[kind], **({"window": 100} if kind == "swa" else {}))
     seq, results = packed(*lengths), []
     for backend in ("reference", "auto"):
-        mixer, x = build_mixer(replace(config, backend=backend)), random_input(1, sum(lengths)).requires_grad_()
+        mixer, x = build_mixer(config.with_backend(backend)), random_input(1, sum(lengths)).requires_grad_()
         y = mixer(x, seq)
         y.backward(random_input(1, sum(lengths), seed=2))
         results.append({"output": y.detach(), "input gradient": x.grad, **gradients_of(mixer)})

@@ -53,7 +53,7 @@ def test_the_guard_sees_a_detour_through_fp32() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", MIXERS)
 def test_a_mixer_in_double_makes_only_doubles(kind: str, backend: str, scaling: Any) -> None:
-    mixer = build_mixer(replace(with_scaling(kind, scaling), backend=backend)).double()
+    mixer = build_mixer(with_scaling(kind, scaling).with_backend(backend)).double()
     x = random_input(1, 90).double().requires_grad_()
     seq = packed(70, 14, padding=6)
     with OnlyDouble():
@@ -117,7 +117,7 @@ def test_backends_in_double_agree_to_double(kind: str) -> None:
     """Outputs and all gradients: of two computations that share no sum, one in fp32 would be 1e-7 off."""
     seq, results = packed(70, 14), []
     for backend in BACKENDS:
-        mixer: nn.Module = build_mixer(replace(MIXERS[kind], backend=backend)).double()
+        mixer: nn.Module = build_mixer(MIXERS[kind].with_backend(backend)).double()
         x = random_input(1, 84).double().requires_grad_()
         y = mixer(x, seq)
         y.backward(random_input(1, 84, seed=2).double())

@@ -16,6 +16,7 @@ from swamla.model.ffns.moe import MoEConfig
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.model.norm import DynamicTanhConfig, LayerNormConfig, RMSNormConfig
 from swamla.ops.layout import PADDING
+from tests.toys import TOYS
 
 from .helpers import FFNS, MIXERS, WIDTH, hybrid_config
 
@@ -96,6 +97,7 @@ def swiglu(tokens: int, width: int, hidden: int) -> int:
             + product(7, 3, WIDTH // 4)
             + swiglu(7, WIDTH, 24),
         ),
+        (TOYS["toy_ffn"](hidden=10), product(7, WIDTH, 10) + product(7, 10, WIDTH)),
     ],
     ids=lambda value: getattr(value, "kind", ""),
 )
@@ -107,7 +109,7 @@ def test_norms_are_not_counted_and_the_head_is() -> None:
     config = hybrid_config()
     counts = {
         forward_flops(replace(config, norm=norm), 20)
-        for norm in (RMSNormConfig(), LayerNormConfig(), DynamicTanhConfig())
+        for norm in (RMSNormConfig(), LayerNormConfig(), DynamicTanhConfig(), TOYS["toy_norm"]())
     }
     assert len(counts) == 1
     head = product(20, config.width, 100)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from swamla.data.dataset import Dataset
+from tests.toys import registered
 
 from .helpers import tiny_dataset
 from .hub_stub import CANARY, Hub, serving
@@ -15,6 +16,13 @@ from .hub_stub import CANARY, Hub, serving
 def dataset(tmp_path_factory) -> Dataset:
     """Prepared once."""
     return tiny_dataset(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def toys() -> Iterator[None]:
+    """A resumed run reads its config.json: the toys' kinds have to be known, as with --plugin."""
+    with registered():
+        yield
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from swamla.model.mixers.mla import MLAConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.train import RunConfig, TrainConfig, TrainState, train
 from swamla.train.tracking.metrics import read_metrics
+from tests.toys import TOYS
 
 MIXERS = {
     "mha": MHAConfig(n_heads=2),
@@ -31,6 +32,7 @@ MIXERS = {
     "gdn": GDNConfig(n_heads=2),
     "gdn_latent": GDNConfig(n_heads=2, latent_dim=6, share_qk=True),
     "latent": LatentConfig(n_heads=2, bias=True),
+    "toy": TOYS["toy"](inner=12),
 }
 
 

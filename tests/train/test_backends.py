@@ -24,7 +24,12 @@ def with_backend(name, backend):
     return replace(model, blocks={name: block})
 
 
-@pytest.mark.parametrize("name", MIXERS)
+def test_a_mixer_without_a_choice_says_nothing_of_backends():
+    assert resolve_backends(model_of("toy"), CPU) == {}
+    assert resolve_backends(model_of("toy", "swa"), CPU) == {"attention": "torch"}
+
+
+@pytest.mark.parametrize("name", [name for name in MIXERS if name != "toy"])
 def test_auto_is_resolved_by_device_and_a_name_is_taken_as_it_is(name):
     op = "delta rule" if name.startswith("gdn") else "attention"
     on_cuda = {"delta rule": "torch", "attention": "flex" if name == "swa" else "cudnn (packed rows: flex)"}

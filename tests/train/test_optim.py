@@ -8,11 +8,13 @@ from swamla.errors import CorruptError
 from swamla.train.optim import AdamWConfig, LionConfig, Muon, MuonConfig
 from swamla.train.optim import muon as muon_module
 from swamla.train.optim.muon import is_hidden, orthogonalise
+from tests.toys import TOYS
 
 from .helpers import MODEL
 
 CONFIGS = [
     MuonConfig(),
+    TOYS["toy_sgd"](),
     *(make(moments=moments) for make in (AdamWConfig, LionConfig) for moments in ("fp32", "bf16", "8bit")),
 ]
 SHAPES = [(24, 16), (16, 24), (16, 16), (64, 16), (16, 24)]

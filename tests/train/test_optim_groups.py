@@ -11,11 +11,13 @@ from swamla.model.ffns.moe import MoEConfig
 from swamla.model.language_model import LanguageModel
 from swamla.train.optim import AdamWConfig, LionConfig, MuonConfig
 from swamla.train.optim.muon import is_hidden
+from tests.toys import TOYS
 
 from .helpers import model_of
 
 CONFIGS = [
     MuonConfig(),
+    TOYS["toy_sgd"](),
     *(make(moments=moments) for make in (AdamWConfig, LionConfig) for moments in ("fp32", "bf16", "8bit")),
 ]
 EXEMPT = ("norm.weight", "norm_weight", "layernorm.weight", "bias", "A_log", "dt_bias")

@@ -18,10 +18,7 @@ from swamla.model.accounting import (
     state_bytes,
     training_flops_per_token,
 )
-from swamla.model.block import FFNConfig
 from swamla.model.config import LanguageModelConfig
-from swamla.model.ffns.dense import DenseConfig
-from swamla.model.ffns.latent_moe import LatentMoEConfig
 from swamla.train.config import RunConfig
 from swamla.train.memory_advice import Place, training_bytes
 from swamla.train.precision import resolve_device, resolve_precision
@@ -92,7 +89,7 @@ def _model(model: LanguageModelConfig) -> dict[str, Any]:
         layers[name] = {
             "count": model.pattern.count(name),
             "mixer": {"kind": block.mixer.kind, **_numbers(block.mixer)},
-            "ffn": {"kind": block.ffn.kind, **_numbers(block.ffn), **_widths(block.ffn, model.width)},
+            "ffn": {"kind": block.ffn.kind, **_numbers(block.ffn), **block.ffn.widths(model.width)},
         }
     return {
         "width": model.width,
@@ -113,16 +110,6 @@ def _model(model: LanguageModelConfig) -> dict[str, Any]:
 def _numbers(config: Any) -> dict[str, Any]:
     """The numbers and switches of a mixer's or FFN's config."""
     return {name: value for name, value in config.__dict__.items() if isinstance(value, int | float)}
-
-
-def _widths(ffn: FFNConfig, width: int) -> dict[str, int]:
-    """Widths inside an FFN, those that follow from the model's width too."""
-    if isinstance(ffn, DenseConfig):
-        return {"hidden": ffn.hidden_dim(width)}
-    inner, hidden = ffn.routed_dims(width)
-    latent = {"latent": inner} if isinstance(ffn, LatentMoEConfig) else {}
-    shared = {"shared_hidden": ffn.shared_hidden or ffn.expert_dim(width)} if ffn.n_shared else {}
-    return {**latent, "expert_hidden": hidden, **shared}
 
 
 def _costs(model: LanguageModelConfig) -> dict[str, Any]:

@@ -7,19 +7,10 @@ from rich.table import Table
 from rich.text import Text
 
 from swamla.cli.console import Console
+from swamla.cli.plain import BLOCK_PARTS
 
 WIDTH = 80
 _CELLS = 36  # of the drawing, in a line
-_SIGNS = {
-    "swa": ("S", "black on cyan"),
-    "gdn": ("G", "black on green"),
-    "mla": ("M", "black on magenta"),
-    "mha": ("A", "black on yellow"),
-    "latent": ("L", "black on blue"),
-    "dense": ("d", "dim"),
-    "moe": ("E", "bold"),
-    "latent_moe": ("E", "bold"),
-}
 _PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 
@@ -90,9 +81,9 @@ def _draw(console: Console, facts: dict[str, Any]) -> None:
     ffns = {block["ffn"]["kind"] for block in blocks.values()}
     for start in range(0, len(facts["pattern"]), _CELLS):
         layers = [blocks[name] for name in facts["pattern"][start : start + _CELLS]]
-        console.print(_cells([layer["mixer"]["kind"] for layer in layers], "mixers"))
+        console.print(_cells([layer["mixer"]["kind"] for layer in layers], "mixer"))
         if ffns != {"dense"}:
-            console.print(_cells([layer["ffn"]["kind"] for layer in layers], "FFNs"))
+            console.print(_cells([layer["ffn"]["kind"] for layer in layers], "ffn"))
     legend = Table.grid(padding=(0, 1), pad_edge=True)
     for block in blocks.values():
         for part in ("mixer", "ffn"):
@@ -100,15 +91,15 @@ def _draw(console: Console, facts: dict[str, Any]) -> None:
             settings = ", ".join(
                 f"{k} {_plain(v)}" for k, v in block[part].items() if k != "kind" and v not in (0, False)
             )
-            legend.add_row(_SIGNS[kind][0], kind, f"×{block['count']}", settings)
+            legend.add_row(BLOCK_PARTS[part][kind].sign, kind, f"×{block['count']}", settings)
     console.print(legend, highlight=False)
 
 
-def _cells(kinds: list[str], label: str) -> Text:
-    row = Text(f"{label:<7}")
+def _cells(kinds: list[str], part: str) -> Text:
+    row = Text(f"{'FFNs' if part == 'ffn' else 'mixers':<7}")
     for kind in kinds:
-        sign, style = _SIGNS[kind]
-        row.append(f"{sign}", style=style).append(" ")
+        config = BLOCK_PARTS[part][kind]
+        row.append(config.sign, style=config.style).append(" ")
     return row
 
 

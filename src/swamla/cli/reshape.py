@@ -119,7 +119,7 @@ def _provide(name: str, blocks: Plain, spare: Plain, flag: str, like: str = "") 
     model_block = blocks[like] if like else next(iter(blocks.values()))
     ffn = {"ffn": dict(choice(model_block, "ffn"))} if "ffn" in model_block else {}
     neighbour = choice(model_block, "mixer")
-    mixer = {"kind": name, "n_heads": neighbour.get("n_heads", 4)}
-    if "bias" in neighbour and "bias" in field_types(kinds[name]):
-        mixer["bias"] = neighbour["bias"]
+    fitting, taken = field_types(kinds[name]), {"n_heads": 4} | neighbour
+    alike = {field: taken[field] for field in ("n_heads", "bias") if field in taken and field in fitting}
+    mixer: Plain = {"kind": name} | alike
     blocks[name] = {"mixer": mixer, **ffn}

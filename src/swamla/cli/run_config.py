@@ -16,10 +16,8 @@ from swamla.config import from_plain, load_file, to_plain, within
 from swamla.data.config import MIXTURE, DataConfig, parse_bpe
 from swamla.data.sources import NAMED_SOURCES
 from swamla.errors import ConfigError, UsageError, require
-from swamla.model.block import BlockConfig, MixerConfig
+from swamla.model.block import BlockConfig
 from swamla.model.config import LanguageModelConfig
-from swamla.model.mixers.latent import LatentConfig
-from swamla.model.mixers.mha import MHAConfig
 from swamla.recipes import ALIASES, recipe_path
 from swamla.train.config import RunConfig
 from swamla.train.init_from import Origin, origin_of
@@ -131,15 +129,7 @@ def say_notes(resolved: Resolved) -> None:
 
 def _knows_order(config: RunConfig) -> bool:
     """False for a model of order-blind attention alone, without learned positions."""
-    mixers = [block.mixer for block in config.model.blocks.values()]
-    return config.model.learned_positions > 0 or any(map(_has_positions, mixers))
-
-
-def _has_positions(mixer: MixerConfig) -> bool:
-    match mixer:
-        case LatentConfig() | MHAConfig(kind="mha", rope=None):
-            return False
-    return True
+    return config.model.learned_positions > 0 or any(block.mixer.sees_order for block in config.model.blocks.values())
 
 
 def chosen_recipe(recipe: str, size: str) -> str:

@@ -13,16 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swamla.checkpoint import latest_checkpoint, load_into, save_checkpoint
+from swamla.cli.plain import BLOCK_PARTS
 from swamla.model.block import BlockConfig
 from swamla.model.config import LanguageModelConfig
-from swamla.model.ffns.latent_moe import LatentMoEConfig
-from swamla.model.ffns.moe import MoEConfig
 from swamla.model.language_model import LanguageModel
-from swamla.model.mixers.gdn import GDNConfig
-from swamla.model.mixers.latent import LatentConfig
-from swamla.model.mixers.mha import MHAConfig
-from swamla.model.mixers.mla import MLAConfig
-from swamla.model.mixers.swa import SWAConfig
 from swamla.ops import (
     Layout,
     causal_attention,
@@ -198,16 +192,11 @@ def _norm(device: torch.device) -> str:
 
 
 def tiny_model(device: torch.device) -> LanguageModel:
-    """A model with every mixer and every FFN."""
+    """A model with every mixer and every FFN that is registered."""
+    mixers, ffns = (list(BLOCK_PARTS[part].values()) for part in ("mixer", "ffn"))
     blocks = {
-        "mha": BlockConfig(mixer=MHAConfig(n_heads=2)),
-        "swa": BlockConfig(mixer=SWAConfig(n_heads=2, window=16)),
-        "mla": BlockConfig(
-            mixer=MLAConfig(n_heads=2, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32),
-            ffn=LatentMoEConfig(n_experts=8, n_activated=4, expert_hidden=32),
-        ),
-        "gdn": BlockConfig(mixer=GDNConfig(n_heads=2), ffn=MoEConfig(n_experts=4, n_activated=2, expert_hidden=32)),
-        "latent": BlockConfig(mixer=LatentConfig(n_heads=2)),
+        f"{index}": BlockConfig(mixer=mixers[index % len(mixers)].example(), ffn=ffns[index % len(ffns)].example())
+        for index in range(max(len(mixers), len(ffns)))
     }
     config = LanguageModelConfig(vocab_size=64, width=64, blocks=blocks, pattern=tuple(blocks))
     return config.build().to(device)

@@ -8,16 +8,17 @@ if TYPE_CHECKING:
     from swamla.model.block import Block, BlockConfig
     from swamla.model.config import LanguageModelConfig
     from swamla.model.ffns.dense import DenseConfig
+    from swamla.model.ffns.ffn import FFN, FFNConfig, Statistics
     from swamla.model.ffns.latent_moe import LatentMoE, LatentMoEConfig
     from swamla.model.ffns.moe import MoE, MoEConfig
     from swamla.model.language_model import LanguageModel, ModelState
     from swamla.model.mixers.gdn import GDN, GDNConfig
     from swamla.model.mixers.latent import LatentAttention, LatentConfig
     from swamla.model.mixers.mha import MHA, MHAConfig
-    from swamla.model.mixers.mixer import Mixer, State
+    from swamla.model.mixers.mixer import Mixer, MixerConfig, State
     from swamla.model.mixers.mla import MLA, MLAConfig
     from swamla.model.mixers.swa import SWA, SWAConfig
-    from swamla.model.norm import DynamicTanhConfig, LayerNormConfig, RMSNormConfig
+    from swamla.model.norm import DynamicTanhConfig, LayerNormConfig, NormConfig, RMSNormConfig
     from swamla.model.rope import LinearScaling, RopeConfig, YarnScaling
 
 _HOME = {
@@ -25,6 +26,8 @@ _HOME = {
     "BlockConfig": "block",
     "DenseConfig": "ffns.dense",
     "DynamicTanhConfig": "norm",
+    "FFN": "ffns.ffn",
+    "FFNConfig": "ffns.ffn",
     "GDN": "mixers.gdn",
     "GDNConfig": "mixers.gdn",
     "LanguageModel": "language_model",
@@ -42,12 +45,15 @@ _HOME = {
     "MoE": "ffns.moe",
     "MoEConfig": "ffns.moe",
     "Mixer": "mixers.mixer",
+    "MixerConfig": "mixers.mixer",
     "ModelState": "language_model",
+    "NormConfig": "norm",
     "RMSNormConfig": "norm",
     "RopeConfig": "rope",
     "SWA": "mixers.swa",
     "SWAConfig": "mixers.swa",
     "State": "mixers.mixer",
+    "Statistics": "ffns.ffn",
     "YarnScaling": "rope",
     "count_parameters": "accounting",
     "state_bytes": "accounting",
@@ -55,6 +61,7 @@ _HOME = {
 }
 
 __all__ = [
+    "FFN",
     "GDN",
     "MHA",
     "MLA",
@@ -63,6 +70,7 @@ __all__ = [
     "BlockConfig",
     "DenseConfig",
     "DynamicTanhConfig",
+    "FFNConfig",
     "GDNConfig",
     "LanguageModel",
     "LanguageModelConfig",
@@ -75,13 +83,16 @@ __all__ = [
     "MHAConfig",
     "MLAConfig",
     "Mixer",
+    "MixerConfig",
     "MoE",
     "MoEConfig",
     "ModelState",
+    "NormConfig",
     "RMSNormConfig",
     "RopeConfig",
     "SWAConfig",
     "State",
+    "Statistics",
     "YarnScaling",
     "count_parameters",
     "state_bytes",

@@ -1,6 +1,7 @@
 """One layer: a sequence mixer, then an FFN, each behind a norm and added to the residual stream."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -10,20 +11,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from swamla.model.ffns.dense import DenseConfig
-from swamla.model.ffns.ffn import FFN, Statistics
-from swamla.model.ffns.latent_moe import LatentMoEConfig
-from swamla.model.ffns.moe import MoEConfig
-from swamla.model.mixers.gdn import GDNConfig
-from swamla.model.mixers.latent import LatentConfig
-from swamla.model.mixers.mha import MHAConfig
-from swamla.model.mixers.mixer import Mixer, State
-from swamla.model.mixers.mla import MLAConfig
-from swamla.model.mixers.swa import SWAConfig
+from swamla.model.ffns.ffn import FFN, FFNConfig, Statistics
+from swamla.model.mixers.mixer import Mixer, MixerConfig, State
 from swamla.model.norm import NormConfig
 from swamla.ops.layout import Layout
-
-MixerConfig = MHAConfig | SWAConfig | MLAConfig | GDNConfig | LatentConfig
-FFNConfig = DenseConfig | MoEConfig | LatentMoEConfig
+from swamla.registry import members_of
 
 Checkpointing = Literal["none", "attention", "ffn", "all"]
 
@@ -38,6 +30,15 @@ class BlockConfig:
     def build(self, width: int, norm: NormConfig, dropout: float) -> "Block":
         """The module."""
         return Block(self, width, norm, dropout)
+
+
+def is_vectors(name: str) -> bool:
+    """True for a parameter of a model ("blocks.2.ffn.router.weight") that a mixer or FFN counts to its `vectors`."""
+    found = re.fullmatch(r"blocks\.\d+\.(mixer|ffn)\.(.+)", name)
+    if found is None:
+        return False
+    configs: Iterable[Any] = members_of(MixerConfig if found[1] == "mixer" else FFNConfig).values()
+    return any(found[2] in config.vectors for config in configs)
 
 
 class Parts(NamedTuple):

@@ -70,9 +70,7 @@ class LanguageModelConfig:
     def with_backends(self, paths: Mapping[str, str]) -> "LanguageModelConfig":
         """The same model, mixers of these blocks by the backends given, but for those that name one themselves."""
         blocks = {
-            name: replace(block, mixer=replace(block.mixer, backend=paths[name]))
-            if name in paths and block.mixer.backend == "auto"
-            else block
+            name: replace(block, mixer=block.mixer.with_backend(paths[name])) if name in paths else block
             for name, block in self.blocks.items()
         }
         return replace(self, blocks=blocks)

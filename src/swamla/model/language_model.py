@@ -16,8 +16,6 @@ from swamla.model.mixers.mixer import State
 from swamla.ops import chunked_cross_entropy
 from swamla.ops.layout import Layout
 
-OUTPUT_PROJECTIONS = ("o_proj.weight", ".down_proj.weight", "experts.down")
-
 
 @dataclass
 class ModelState:
@@ -99,19 +97,28 @@ class LanguageModel(nn.Module):
         Normal weights, output projections scaled by depth (GPT-2), zero biases, gains of 1, and what modules draw by
         rules of their own. A parameter's numbers depend on the seed, its name and its shape alone.
         """
-        own = own_starts(self)
+        own, outputs = own_starts(self), self._outputs()
         for name, parameter in self.named_parameters():
             if name.startswith(within):
-                draw = own[name] if name in own else self._start(name, parameter.ndim)
+                draw = own[name] if name in own else self._start(name, parameter.ndim, name in outputs)
                 parameter.copy_(drawn(draw, parameter.shape, seed, name))
         for name, buffer in self.named_buffers():
             if name.startswith(within):
                 buffer.zero_()
 
-    def _start(self, name: str, ndim: int) -> Draw:
+    def _outputs(self) -> set[str]:
+        """Names of the parameters that write to the residual stream."""
+        parts = (
+            (f"blocks.{index}.{part}", outputs)
+            for index, block in enumerate(self.config.layers)
+            for part, outputs in (("mixer", block.mixer.outputs), ("ffn", block.ffn.outputs))
+        )
+        return {f"{prefix}.{name}" for prefix, outputs in parts for name in outputs}
+
+    def _start(self, name: str, ndim: int, is_output: bool) -> Draw:
         if ndim < 2:
             return constant(0.0 if name.endswith("bias") else 1.0)
-        depth_scale = (2 * self.config.depth) ** -0.5 if name.endswith(OUTPUT_PROJECTIONS) else 1.0
+        depth_scale = (2 * self.config.depth) ** -0.5 if is_output else 1.0
         return normal(self.config.init_std * depth_scale)
 
     @property

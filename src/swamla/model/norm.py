@@ -1,5 +1,6 @@
 """Normalisations over the last dimension: RMSNorm, LayerNorm and DynamicTanh, each with its config."""
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,10 +10,25 @@ from torch import Tensor, nn
 from swamla.errors import require
 from swamla.model.initial import Draw, constant
 from swamla.ops import rms_norm
+from swamla.registry import Registered, register
 
 
 @dataclass(frozen=True, kw_only=True)
-class RMSNormConfig:
+class NormConfig(Registered, home="swamla.model.norm"):
+    """What the config of a norm has to offer."""
+
+    @abstractmethod
+    def build(self, width: int) -> nn.Module:
+        """The module: any shape whose last dimension is `width`, same shape out."""
+
+    @abstractmethod
+    def n_parameters(self, width: int) -> int:
+        """Parameters of one such norm."""
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class RMSNormConfig(NormConfig):
     """x / rms(x) · γ (arXiv 1910.07467).
 
     eps: added to the mean square.
@@ -33,8 +49,9 @@ class RMSNormConfig:
         return width
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
-class LayerNormConfig:
+class LayerNormConfig(NormConfig):
     """(x − mean) / std · γ + β, as in GPT-2.
 
     eps: added to the variance.
@@ -57,8 +74,9 @@ class LayerNormConfig:
         return width * (1 + self.bias)
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
-class DynamicTanhConfig:
+class DynamicTanhConfig(NormConfig):
     """tanh(αx)·γ + β with a learned scalar α (arXiv 2503.10622).
 
     alpha: where α starts.
@@ -77,9 +95,6 @@ class DynamicTanhConfig:
     def n_parameters(self, width: int) -> int:
         """Parameters of one such norm."""
         return 2 * width + 1
-
-
-NormConfig = RMSNormConfig | LayerNormConfig | DynamicTanhConfig
 
 
 class RMSNorm(nn.Module):

@@ -108,6 +108,10 @@ def measure(config: TrainConfig) -> dict[str, Any]:
 
 def _leaves(plain: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in plain.items():
+        if (
+            key == "plugin" and "kind" in plain
+        ):  # where a class stands may change: what it is called, and its fields, may not
+            continue
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")
         else:

@@ -11,7 +11,7 @@ from swamla.model.block import Checkpointing
 from swamla.model.config import LanguageModelConfig
 from swamla.train.compile import Compile
 from swamla.train.curriculum import Curriculum
-from swamla.train.optim import AdamWConfig, LionConfig, MuonConfig
+from swamla.train.optim import AdamWConfig, OptimizerConfig
 from swamla.train.parallel.build import Asked
 from swamla.train.precision import Precision
 from swamla.train.schedule import Budget, Schedule, ScheduleName
@@ -93,7 +93,7 @@ class TrainConfig:
     accumulation: int = 1
     block_size: int = 256
     curriculum: str = ""
-    optimizer: AdamWConfig | LionConfig | MuonConfig = field(default_factory=AdamWConfig)
+    optimizer: OptimizerConfig = field(default_factory=AdamWConfig)
     lr: float = 1e-3
     min_lr_ratio: float = 0.1
     warmup: float = 0.02

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from swamla.errors import MissingBackendError
+from swamla.model.block import is_vectors
 
 NEEDED = "precision = fp8 needs torchao: pip install 'swamla[fp8]'"
-HIGH_PRECISION = ("head", "router")  # products whose errors go straight into probabilities
 # What a product must have to win more than casts cost. An H200 does about 790 TFLOP/s in bf16 and 4 TB/s, so that by
 # arithmetic shorter sides lose; that narrow outputs lose too is what torchao found on an H100 for one scale a tensor.
 SHORTEST_SIDE = 512
@@ -19,9 +19,9 @@ NARROW_OUTPUT, WIDE_INPUT = 1024, 4096
 
 
 def suits_fp8(name: str, linear: nn.Linear) -> bool:
-    """True for a matrix whose products gain from fp8, and whose errors do no harm."""
+    """True for a matrix whose products gain from fp8, and whose errors do no harm: not right before probabilities."""
     inputs, outputs = linear.in_features, linear.out_features
-    if any(part in HIGH_PRECISION for part in name.split(".")) or inputs % 16 or outputs % 16:
+    if name == "head" or is_vectors(f"{name}.weight") or inputs % 16 or outputs % 16:
         return False
     return min(inputs, outputs) >= SHORTEST_SIDE and (outputs > NARROW_OUTPUT or inputs > WIDE_INPUT)
 

@@ -11,7 +11,6 @@ from swamla import distributed
 from swamla.errors import OutOfMemory, is_out_of_memory
 from swamla.model.accounting import activation_bytes, count_parameters, parameter_shapes
 from swamla.train.config import RunConfig
-from swamla.train.optim import AdamWConfig, LionConfig
 from swamla.train.precision import Chosen, bf16_is_fast
 from swamla.train.state import TrainState
 
@@ -98,12 +97,8 @@ def _changes(config: RunConfig, place: Place) -> Iterator[_Change]:
         yield 0, "--parallel fsdp", effect, _with(config, parallel="fsdp"), replace(place, parts=place.ranks)
     if place.precision == "fp32" and bf16_is_fast(place.device):
         yield 1, "--precision bf16", "bf16 products", _with(config, precision="bf16"), replace(place, precision="bf16")
-    optimizer = train.optimizer
-    if isinstance(optimizer, AdamWConfig | LionConfig):
-        for moments in ("bf16", "8bit"):
-            if moments != optimizer.moments:
-                coarser = _with(config, optimizer=replace(optimizer, moments=moments))
-                yield 1, f"--{optimizer.kind}_moments {moments}", "coarser moments of the optimizer", coarser, place
+    for flag, coarser in train.optimizer.coarser():
+        yield 1, flag, "coarser moments of the optimizer", _with(config, optimizer=coarser), place
     if train.ema is not None:
         yield 1, "--ema none", "no averaged weights", _with(config, ema=None), place
     if rows == 1 and train.block_size > 1:  # a micro-batch cannot be smaller but by shorter rows

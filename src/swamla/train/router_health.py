@@ -29,16 +29,19 @@ class RouterHealth:
         warnings = []
         for layer in (name.removeprefix("load/") for name in statistics if name.startswith("load/")):
             load_E = statistics[f"load/{layer}"].cpu()
-            bias_E = model.get_buffer(f"blocks.{layer}.ffn.router.bias")
             idle_E = load_E == 0
             before_E = self._idle_E.get(layer, torch.zeros_like(load_E))
             self._idle_E[layer] = now_E = torch.where(idle_E, before_E + 1, 0)
+            bias_E = model.blocks[int(layer)].ffn.balance()
+            entropy = {}  # of what tells none, nothing is said
+            if f"entropy/{layer}" in statistics:
+                entropy = {"entropy": statistics[f"entropy/{layer}"].item() / statistics[f"tokens/{layer}"].item()}
             values = {
                 "load_max_over_mean": load_E.max().item() / load_E.double().mean().item(),
                 "idle_experts": idle_E.sum().item(),
                 "dead_experts": (now_E >= self.dead_after).sum().item(),
-                "entropy": statistics[f"entropy/{layer}"].item() / statistics[f"tokens/{layer}"].item(),
-                "bias_range": (bias_E.max() - bias_E.min()).item(),
+                **entropy,
+                **({} if bias_E is None else {"bias_range": (bias_E.max() - bias_E.min()).item()}),
             }
             figures |= {f"router/{layer}/{name}": value for name, value in values.items()}
             died = int((now_E == self.dead_after).sum())

@@ -3,17 +3,18 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swamla.errors import require
-from swamla.model.ffns.ffn import FFN, Statistics
+from swamla.model.ffns.ffn import FFN, FFNConfig, Statistics
 from swamla.ops.layout import Layout
+from swamla.registry import register
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
-class DenseConfig:
+class DenseConfig(FFNConfig):
     """A dense feed-forward network.
 
     hidden: hidden width; by default 8/3 of the width, rounded up to a multiple of 64 (SwiGLU), or 4 times it (GELU).
@@ -22,6 +23,8 @@ class DenseConfig:
     """
 
     kind: ClassVar[str] = "dense"
+    sign: ClassVar[str] = "d"
+    style: ClassVar[str] = "dim"
     hidden: int | None = None
     activation: Literal["swiglu", "gelu"] = "swiglu"
     bias: bool = False
@@ -39,22 +42,14 @@ class DenseConfig:
         """The module."""
         return GELU(self, width) if self.activation == "gelu" else SwiGLU(self, width)
 
-    def backends(self, device: torch.device) -> dict[str, str]:
-        """No op with a choice."""
-        return {}
-
-    def components(self, width: int) -> dict[str, int]:
-        """Parameters by what they are."""
-        return {"dense": self.n_parameters(width)}
+    def widths(self, width: int) -> dict[str, int]:
+        """The hidden width."""
+        return {"hidden": self.hidden_dim(width)}
 
     def n_parameters(self, width: int) -> int:
         """Parameters of the module."""
         hidden, into = self.hidden_dim(width), 1 if self.activation == "gelu" else 2
         return (into + 1) * width * hidden + self.bias * (into * hidden + width)
-
-    def n_active_parameters(self, width: int) -> int:
-        """Parameters that one token uses: all."""
-        return self.n_parameters(width)
 
     def forward_flops(self, width: int, length: int) -> int:
         """Floating-point operations of one forward pass over `length` tokens."""

@@ -1,7 +1,7 @@
 """LatentMoE (arXiv 2601.18089): experts that work in a narrower latent, so that there may be more of them."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -9,8 +9,10 @@ from swamla.errors import require
 from swamla.model.ffns.moe import MoE, MoEConfig
 from swamla.model.initial import Draw, draw_alone, normal
 from swamla.ops.grouped_mm import Dispatch
+from swamla.registry import register
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class LatentMoEConfig(MoEConfig):
     """A mixture of experts in a latent `ratio` times narrower than the model; router and shared experts see the model.
@@ -25,6 +27,11 @@ class LatentMoEConfig(MoEConfig):
     n_activated: int = 12
     ratio: int = 4
     preserve_expert_dim: bool = True
+
+    @classmethod
+    def example(cls) -> Self:
+        """A few narrow experts, for a model of width 64."""
+        return cls(n_experts=8, n_activated=4, expert_hidden=32)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,6 +55,10 @@ class LatentMoEConfig(MoEConfig):
     def build(self, width: int) -> "LatentMoE":
         """The module."""
         return LatentMoE(self, width)
+
+    def widths(self, width: int) -> dict[str, int]:
+        """The latent's width, and hidden widths of the experts."""
+        return {"latent": self.routed_dims(width)[0], **super().widths(width)}
 
     def components(self, width: int) -> dict[str, int]:
         """Parameters by what they are."""

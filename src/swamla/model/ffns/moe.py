@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +10,18 @@ from torch import Tensor, nn
 from swamla.errors import require
 from swamla.model.ffns.dense import DenseConfig, SwiGLU
 from swamla.model.ffns.experts import Experts
-from swamla.model.ffns.ffn import FFN, Statistics
+from swamla.model.ffns.ffn import FFN, FFNConfig, Statistics
 from swamla.model.ffns.router import Router, routed_loss
 from swamla.ops.grouped_mm import BACKENDS, Dispatch, resolve_backend
 from swamla.ops.layout import Layout
+from swamla.registry import register
 
 ROW = 8  # numbers a row must be a multiple of, for the fast grouped product: 16 bytes of bf16
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
-class MoEConfig:
+class MoEConfig(FFNConfig):
     """A mixture of experts, routed as in DeepSeek-V3; no token is ever dropped.
 
     n_experts: routed experts, each a SwiGLU.
@@ -34,6 +36,9 @@ class MoEConfig:
     """
 
     kind: ClassVar[str] = "moe"
+    sign: ClassVar[str] = "E"
+    outputs: ClassVar[tuple[str, ...]] = ("experts.down", "shared.down_proj.weight")
+    vectors: ClassVar[tuple[str, ...]] = ("router.weight",)
     n_experts: int = 32
     n_activated: int = 3
     n_shared: int = 1
@@ -43,6 +48,11 @@ class MoEConfig:
     aux_loss: float = 0.0
     z_loss: float = 0.0
     backend: str = "auto"
+
+    @classmethod
+    def example(cls) -> Self:
+        """A few narrow experts, for a model of width 64."""
+        return cls(n_experts=4, n_activated=2, expert_hidden=32)
 
     def __post_init__(self) -> None:
         require(self.n_experts > 0, "n_experts", self.n_experts, "must be > 0, e.g. 32")
@@ -79,6 +89,11 @@ class MoEConfig:
     def backends(self, device: torch.device) -> dict[str, str]:
         """What computes which op, on any device."""
         return {"experts": resolve_backend(self.backend)}
+
+    def widths(self, width: int) -> dict[str, int]:
+        """Hidden widths of the experts."""
+        shared = {"shared_hidden": self.shared_hidden or self.expert_dim(width)} if self.n_shared else {}
+        return {"expert_hidden": self.routed_dims(width)[1], **shared}
 
     def components(self, width: int) -> dict[str, int]:
         """Parameters by what they are."""
@@ -143,6 +158,10 @@ class MoE(FFN):
     def own_experts(self, mesh: Any) -> list[nn.Parameter]:
         """Keep the routed experts that this process owns; router, shared experts and projections stay as they are."""
         return self.experts.own(mesh)
+
+    def balance(self) -> Tensor:
+        """The router's bias."""
+        return self.router.bias
 
     def rebalance(self, statistics: Mapping[str, Tensor]) -> None:
         """Move the router's bias by the load of the whole batch."""

@@ -1,8 +1,8 @@
 """Gated DeltaNet (arXiv 2412.06464): linear attention with a decaying, error-correcting memory matrix per head."""
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +10,18 @@ from torch import Tensor, nn
 
 from swamla.errors import require
 from swamla.model.initial import Draw, constant, draw_alone, uniform
-from swamla.model.mixers.mixer import Mixer, State, without_padding
+from swamla.model.mixers.mixer import Mixer, MixerConfig, State, without_padding
 from swamla.ops import gated_delta_rule, gated_delta_step, l2_normalize, rms_norm, short_conv
 from swamla.ops.gated_delta import BACKENDS, describe_backend, prepare_rule
 from swamla.ops.layout import Layout
+from swamla.registry import register
 
 CHUNK = 64  # of the counted FLOPs; the op picks what is fastest on its device
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
-class GDNConfig:
+class GDNConfig(MixerConfig):
     """Gated DeltaNet.
 
     n_heads: value heads, each with a memory matrix.
@@ -33,6 +35,10 @@ class GDNConfig:
     """
 
     kind: ClassVar[str] = "gdn"
+    sign: ClassVar[str] = "G"
+    style: ClassVar[str] = "black on green"
+    is_local: ClassVar[bool] = True
+    vectors: ClassVar[tuple[str, ...]] = ("conv_weight",)
     n_heads: int
     n_key_heads: int | None = None
     head_k_dim: int | None = None
@@ -41,6 +47,11 @@ class GDNConfig:
     latent_dim: int = 0
     share_qk: bool = False
     backend: str = "auto"
+
+    @classmethod
+    def example(cls) -> Self:
+        """Two heads, for a model of width 64."""
+        return cls(n_heads=2)
 
     def __post_init__(self) -> None:
         require(self.n_heads > 0, "n_heads", self.n_heads, "must be > 0")
@@ -84,11 +95,12 @@ class GDNConfig:
         sizes = {"heads": self.n_heads, "key": key, "value": value}
         return {"delta rule": describe_backend(self.backend, device, **sizes, dtype=dtype)}
 
-    def trial(self, width: int) -> None:
-        """What to race where the backend is left to "auto": nothing, on a CPU one path is the fastest everywhere."""
+    def with_backend(self, backend: str) -> Self:
+        """The same mixer computed by `backend`, where the config leaves the choice open ("auto")."""
+        return replace(self, backend=backend) if self.backend == "auto" else self
 
     def prepare(self, seq: Layout, width: int) -> None:
-        """Make what a compiled graph would have to leave to make."""
+        """Make masks and tables eagerly, so that the compiled forward has no graph break."""
         key, value = self.head_dims(width)
         prepare_rule(seq, self.backend, heads=self.n_heads, key=key, value=value)
 
@@ -104,10 +116,6 @@ class GDNConfig:
         if self.latent_dim:
             return gates + sum(self.latent_dim * (into + out) for into, out in ends)
         return gates + sum(into * out for into, out in ends)
-
-    def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
-        """Attention weights that a token keeps for the backward pass: there are none."""
-        return 0.0
 
     def n_parameters(self, width: int) -> int:
         """Parameters of the module; ConfigError where `latent_dim` is larger than the width it compresses."""

@@ -17,15 +17,16 @@ from swamla.model.mixers.mixer import (
     expansion_pays_from,
     without_padding,
 )
+from swamla.model.mixers.softmax import Heads, SoftmaxConfig
 from swamla.ops import causal_attention
-from swamla.ops.attention import BACKENDS, describe_backend, kept_causal_keys, prepare_attention
 from swamla.ops.attention.cached import attend_to_latents
-from swamla.ops.attention.trial import AttentionTrial
 from swamla.ops.layout import Layout
+from swamla.registry import register
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
-class LatentConfig:
+class LatentConfig(SoftmaxConfig):
     """Latent attention without positions of its own; the model's learned ones are its only.
 
     n_heads: heads.
@@ -35,16 +36,17 @@ class LatentConfig:
     """
 
     kind: ClassVar[str] = "latent"
+    sign: ClassVar[str] = "L"
+    style: ClassVar[str] = "black on blue"
     n_heads: int
     n_latent: int | None = None
     bias: bool = False
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        require(self.n_heads > 0, "n_heads", self.n_heads, "must be > 0")
+        super().__post_init__()
         fits = self.n_latent is None or (self.n_latent > 0 and self.n_latent % self.n_heads == 0)
         require(fits, "n_latent", self.n_latent, f"must be a multiple of n_heads = {self.n_heads}")
-        require(self.backend in BACKENDS, "backend", self.backend, f"must be one of {', '.join(BACKENDS)}")
 
     def latent_dim(self, width: int) -> int:
         """Width of the latent in a model of `width`; ConfigError where it, or the heads, do not fit."""
@@ -62,40 +64,23 @@ class LatentConfig:
         """The module."""
         return LatentAttention(self, width)
 
-    def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
-        """What computes which op on `device`. Raises `MissingBackendError` for a backend that cannot."""
-        return {"attention": describe_backend(self.backend, device, dtype)}
+    @property
+    def sees_order(self) -> bool:
+        """Never by itself."""
+        return False
 
-    def trial(self, width: int) -> AttentionTrial | None:
-        """What to race where the backend is left to "auto"."""
-        if self.backend != "auto":
-            return None
-        key, value = self.latent_dim(width) // self.n_heads, width // self.n_heads
-        return AttentionTrial(heads=self.n_heads, key_heads=self.n_heads, key=key, value=value)
+    def heads(self, width: int) -> Heads:
+        """The heads in a model of `width`. Raises `ConfigError` where they do not fit it."""
+        return Heads(self.n_heads, self.latent_dim(width) // self.n_heads, width // self.n_heads)
 
-    def prepare(self, seq: Layout, width: int) -> None:
-        """Make what a compiled graph would have to leave to make."""
-        prepare_attention(seq, self.backend)
-
-    def _projection_weights(self, width: int) -> int:
+    def projection_weights(self, width: int) -> int:
+        """Weights of the matrices that every token is multiplied by."""
         latent = self.latent_dim(width)
         return 2 * width * latent + latent * (latent + width) + width * width
 
-    def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
-        """Attention weights that a token of a document keeps for the backward pass on a CPU, of all heads."""
-        key_width, value_width = self.latent_dim(width) // self.n_heads, width // self.n_heads
-        return self.n_heads * kept_causal_keys(
-            length, bf16=bf16, key_width=key_width, value_width=value_width, backend=self.backend
-        )
-
     def n_parameters(self, width: int) -> int:
         """Parameters of the module."""
-        return self._projection_weights(width) + self.bias * (3 * self.latent_dim(width) + 2 * width)
-
-    def forward_flops(self, width: int, length: int) -> int:
-        """Floating-point operations of one forward pass over one sequence of `length` tokens (causal: half)."""
-        pairs = length * (length + 1) // 2
-        return 2 * self._projection_weights(width) * length + 2 * (self.latent_dim(width) + width) * pairs
+        return self.projection_weights(width) + self.bias * (3 * self.latent_dim(width) + 2 * width)
 
     def state_bytes(self, width: int, length: int, element_bytes: int) -> int:
         """Bytes of the state of one sequence that may grow to `length` tokens: the latents."""

@@ -8,15 +8,16 @@ from torch import Tensor, nn
 
 from swamla.errors import require
 from swamla.model.mixers.mixer import Mixer, State, append, attend_to_held, without_padding
+from swamla.model.mixers.softmax import Heads, SoftmaxConfig
 from swamla.model.rope import RopeConfig
 from swamla.ops import causal_attention
-from swamla.ops.attention import BACKENDS, describe_backend, kept_causal_keys, prepare_attention
-from swamla.ops.attention.trial import AttentionTrial
 from swamla.ops.layout import Layout
+from swamla.registry import register
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
-class MHAConfig:
+class MHAConfig(SoftmaxConfig):
     """Multi-head attention.
 
     n_heads: query heads.
@@ -28,6 +29,8 @@ class MHAConfig:
     """
 
     kind: ClassVar[str] = "mha"
+    sign: ClassVar[str] = "A"
+    style: ClassVar[str] = "black on yellow"
     n_heads: int
     n_kv_heads: int | None = None
     head_dim: int | None = None
@@ -36,7 +39,7 @@ class MHAConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        require(self.n_heads > 0, "n_heads", self.n_heads, "must be > 0")
+        super().__post_init__()
         require(
             self.kv_heads > 0 and self.n_heads % self.kv_heads == 0,
             "n_kv_heads",
@@ -46,7 +49,11 @@ class MHAConfig:
         require(self.head_dim is None or self.head_dim > 0, "head_dim", self.head_dim, "must be > 0, e.g. 64")
         odd = self.rope is not None and self.head_dim is not None and self.head_dim % 2 == 1
         require(not odd, "head_dim", self.head_dim, "must be even with rotary positions, e.g. 64")
-        require(self.backend in BACKENDS, "backend", self.backend, f"must be one of {', '.join(BACKENDS)}")
+
+    @property
+    def sees_order(self) -> bool:
+        """Only by rotary positions."""
+        return self.rope is not None
 
     @property
     def kv_heads(self) -> int:
@@ -66,40 +73,19 @@ class MHAConfig:
         """The module."""
         return MHA(self, width)
 
-    def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
-        """What computes which op on `device`. Raises `MissingBackendError` for a backend that cannot."""
-        return {"attention": describe_backend(self.backend, device, dtype)}
-
-    def trial(self, width: int) -> AttentionTrial | None:
-        """What to race where the backend is left to "auto"."""
-        if self.backend != "auto":
-            return None
-        key = self.key_dim(width)
-        return AttentionTrial(heads=self.n_heads, key_heads=self.kv_heads, key=key, value=key)
-
-    def prepare(self, seq: Layout, width: int) -> None:
-        """Make what a compiled graph would have to leave to make."""
-        prepare_attention(seq, self.backend)
-
-    def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
-        """Attention weights that a token of a document keeps for the backward pass on a CPU, of all heads."""
+    def heads(self, width: int) -> Heads:
+        """The heads in a model of `width`. Raises `ConfigError` where they do not fit it."""
         key_dim = self.key_dim(width)
-        return self.n_heads * kept_causal_keys(
-            length, bf16=bf16, key_width=key_dim, value_width=key_dim, backend=self.backend
-        )
+        return Heads(self.kv_heads, key_dim, key_dim)
+
+    def projection_weights(self, width: int) -> int:
+        """Weights of the matrices that every token is multiplied by."""
+        return width * (2 * self.n_heads + 2 * self.kv_heads) * self.key_dim(width)
 
     def n_parameters(self, width: int) -> int:
         """Parameters of the module."""
-        key_dim = self.key_dim(width)
-        into, out = (self.n_heads + 2 * self.kv_heads) * key_dim, self.n_heads * key_dim
-        return width * (into + out) + self.bias * (into + width)
-
-    def forward_flops(self, width: int, length: int) -> int:
-        """Floating-point operations of one forward pass over one sequence of `length` tokens (causal: half)."""
-        key_dim = self.key_dim(width)
-        projections = 2 * width * (2 * self.n_heads + 2 * self.kv_heads) * key_dim * length
-        pairs = length * (length + 1) // 2
-        return projections + 4 * self.n_heads * key_dim * pairs
+        biases = (self.n_heads + 2 * self.kv_heads) * self.key_dim(width) + width
+        return self.projection_weights(width) + self.bias * biases
 
     def state_bytes(self, width: int, length: int, element_bytes: int) -> int:
         """Bytes of the state of one sequence that may grow to `length` tokens."""

@@ -1,15 +1,76 @@
-"""What every sequence mixer offers, and the state it keeps between steps."""
+"""What every sequence mixer offers: its config, counts included, its module, and the state it keeps between steps."""
 
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from swamla.ops import cached_attention, causal_attention
+from swamla.ops.attention.trial import AttentionTrial
 from swamla.ops.layout import PADDING, Layout
+from swamla.registry import Registered
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerConfig(Registered, home="swamla.model.mixers"):
+    """The mixer contract: what a config has to offer, and below it what it may.
+
+    sign, style: the letter that stands for it in drawings, and rich's style of that letter.
+    is_local: whether cost and state stay the same however far the document's start is.
+    outputs: the module's parameters that write to the residual stream, which start smaller the deeper the model.
+    vectors: those with two dimensions that map no activations but are vectors side by side, as the filters of a
+        convolution are: Muon leaves them to AdamW, and a layer with such a weight does not multiply in fp8.
+    """
+
+    sign: ClassVar[str] = "?"
+    style: ClassVar[str] = "reverse"
+    is_local: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("o_proj.weight",)
+    vectors: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def build(self, width: int) -> "Mixer":
+        """The module, for a model of `width`."""
+
+    @abstractmethod
+    def n_parameters(self, width: int) -> int:
+        """Parameters of the module. Raises `ConfigError` for settings that do not fit the width."""
+
+    @abstractmethod
+    def forward_flops(self, width: int, length: int) -> int:
+        """Floating-point operations, of matrix products, of a forward pass over one document of `length` tokens."""
+
+    @abstractmethod
+    def state_bytes(self, width: int, length: int, element_bytes: int) -> int:
+        """Bytes of the state of one sequence that may grow to `length` tokens, `element_bytes` a number."""
+
+    @property
+    def sees_order(self) -> bool:
+        """Whether its output depends on the order of earlier tokens, where embeddings say nothing of positions."""
+        return True
+
+    def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
+        """What computes which op on `device`, empty for none with a choice; `MissingBackendError` for what cannot."""
+        return {}
+
+    def with_backend(self, backend: str) -> Self:
+        """The same mixer computed by `backend`, where the config leaves the choice open ("auto")."""
+        return self
+
+    def trial(self, width: int) -> AttentionTrial | None:
+        """What to race on a CPU where the backend is left open; None where there is no choice."""
+        return None
+
+    def prepare(self, seq: Layout, width: int) -> None:
+        """Make masks and tables eagerly, so that the compiled forward has no graph break."""
+        return
+
+    def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
+        """Attention weights that a token of a document keeps for the backward pass on a CPU, of all heads."""
+        return 0.0
 
 
 @dataclass

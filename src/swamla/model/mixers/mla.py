@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values out of one latent."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +17,18 @@ from swamla.model.mixers.mixer import (
     expansion_pays_from,
     without_padding,
 )
+from swamla.model.mixers.softmax import Heads, SoftmaxConfig
 from swamla.model.norm import RMSNorm
 from swamla.model.rope import RopeConfig
 from swamla.ops import causal_attention
-from swamla.ops.attention import BACKENDS, describe_backend, kept_causal_keys, prepare_attention
 from swamla.ops.attention.cached import attend_to_latents
-from swamla.ops.attention.trial import AttentionTrial
 from swamla.ops.layout import Layout
+from swamla.registry import register
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
-class MLAConfig:
+class MLAConfig(SoftmaxConfig):
     """Multi-head latent attention, its fields named as in DeepSeek's configs.
 
     n_heads: heads.
@@ -41,6 +42,8 @@ class MLAConfig:
     """
 
     kind: ClassVar[str] = "mla"
+    sign: ClassVar[str] = "M"
+    style: ClassVar[str] = "black on magenta"
     n_heads: int
     kv_lora_rank: int = 256
     q_lora_rank: int = 0
@@ -50,13 +53,18 @@ class MLAConfig:
     rope: RopeConfig = field(default_factory=RopeConfig)
     backend: str = "auto"
 
+    @classmethod
+    def example(cls) -> Self:
+        """Two heads and a latent of 32, for a model of width 64."""
+        return cls(n_heads=2, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32)
+
     def __post_init__(self) -> None:
-        for name in ("n_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
+        super().__post_init__()
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
         require(self.q_lora_rank >= 0, "q_lora_rank", self.q_lora_rank, "must be >= 0 (0: queries not compressed)")
         rope_dim = self.qk_rope_head_dim
         require(rope_dim > 0 and rope_dim % 2 == 0, "qk_rope_head_dim", rope_dim, "must be even and > 0, e.g. 64")
-        require(self.backend in BACKENDS, "backend", self.backend, f"must be one of {', '.join(BACKENDS)}")
 
     @property
     def qk_head_dim(self) -> int:
@@ -72,45 +80,24 @@ class MLAConfig:
         """The module."""
         return MLA(self, width)
 
-    def _projection_weights(self, width: int) -> int:
+    def heads(self, width: int) -> Heads:
+        """Every head has keys of its own, whatever the model's width."""
+        return Heads(self.n_heads, self.qk_head_dim, self.v_head_dim)
+
+    def projection_weights(self, width: int) -> int:
+        """Weights of the matrices that every token is multiplied by."""
         queries = self.n_heads * self.qk_head_dim
         into = self.q_lora_rank * (width + queries) if self.q_lora_rank else width * queries
         latent = width * (self.kv_lora_rank + self.qk_rope_head_dim)
         expand = self.kv_lora_rank * self.n_heads * (self.qk_nope_head_dim + self.v_head_dim)
         return into + latent + expand + self.n_heads * self.v_head_dim * width
 
-    def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
-        """What computes which op on `device`. Raises `MissingBackendError` for a backend that cannot."""
-        return {"attention": describe_backend(self.backend, device, dtype)}
-
-    def trial(self, width: int) -> AttentionTrial | None:
-        """What to race where the backend is left to "auto"."""
-        if self.backend != "auto":
-            return None
-        heads = {"heads": self.n_heads, "key_heads": self.n_heads}
-        return AttentionTrial(**heads, key=self.qk_head_dim, value=self.v_head_dim)
-
-    def prepare(self, seq: Layout, width: int) -> None:
-        """Make what a compiled graph would have to leave to make."""
-        prepare_attention(seq, self.backend)
-
-    def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
-        """Attention weights that a token of a document keeps for the backward pass on a CPU, of all heads."""
-        widths = {"key_width": self.qk_head_dim, "value_width": self.v_head_dim}
-        return self.n_heads * kept_causal_keys(length, bf16=bf16, **widths, backend=self.backend)
-
     def n_parameters(self, width: int) -> int:
         """Parameters of the module; ConfigError where a rank is larger than the width it compresses."""
         allowed = f"a rank larger than the width {width} compresses nothing"
         require(self.kv_lora_rank <= width, "kv_lora_rank", self.kv_lora_rank, allowed)
         require(self.q_lora_rank <= width, "q_lora_rank", self.q_lora_rank, allowed)
-        return self._projection_weights(width) + self.q_lora_rank + self.kv_lora_rank
-
-    def forward_flops(self, width: int, length: int) -> int:
-        """Floating-point operations of one forward pass over one sequence of `length` tokens (causal: half)."""
-        pairs = length * (length + 1) // 2
-        attention = 2 * self.n_heads * (self.qk_head_dim + self.v_head_dim) * pairs
-        return 2 * self._projection_weights(width) * length + attention
+        return self.projection_weights(width) + self.q_lora_rank + self.kv_lora_rank
 
     def state_bytes(self, width: int, length: int, element_bytes: int) -> int:
         """Bytes of the state of one sequence that may grow to `length` tokens: latent and rotary key only."""

@@ -1,7 +1,7 @@
 """Sliding-window attention (arXiv 2004.05150, 2310.06825) with attention sinks (arXiv 2309.17453)."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,10 @@ from swamla.ops import cached_attention, windowed_attention
 from swamla.ops.attention import WINDOWED_BACKENDS, kept_keys, prepare_attention, resolve_backend
 from swamla.ops.attention.trial import AttentionTrial
 from swamla.ops.layout import Layout
+from swamla.registry import register
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class SWAConfig(MHAConfig):
     """Sliding-window attention: multi-head attention that looks back over a window only.
@@ -31,19 +33,31 @@ class SWAConfig(MHAConfig):
     """
 
     kind: ClassVar[str] = "swa"
+    sign: ClassVar[str] = "S"
+    style: ClassVar[str] = "black on cyan"
+    is_local: ClassVar[bool] = True
+    BACKENDS: ClassVar[tuple[str, ...]] = WINDOWED_BACKENDS
     window: int = 256
     sinks: int = 4
+
+    @classmethod
+    def example(cls) -> Self:
+        """Two heads and a short window, for a model of width 64."""
+        return cls(n_heads=2, window=16)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.window > 0, "window", self.window, "must be > 0, e.g. 256")
         require(self.sinks >= 0, "sinks", self.sinks, "must be >= 0, e.g. 4")
-        allowed = f"must be one of {', '.join(WINDOWED_BACKENDS)}"
-        require(self.backend in WINDOWED_BACKENDS, "backend", self.backend, allowed)
 
     def build(self, width: int) -> "SWA":
         """The module."""
         return SWA(self, width)
+
+    @property
+    def sees_order(self) -> bool:
+        """By the window at least."""
+        return True
 
     def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
         """What computes which op on `device`. Raises `MissingBackendError` for a backend that cannot."""
@@ -55,7 +69,7 @@ class SWAConfig(MHAConfig):
         return causal and replace(causal, window=self.window, sinks=self.sinks)
 
     def prepare(self, seq: Layout, width: int) -> None:
-        """Make what a compiled graph would have to leave to make."""
+        """Make masks and tables eagerly, so that the compiled forward has no graph break."""
         prepare_attention(seq, self.backend, window=self.window, sinks=self.sinks)
 
     def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
@@ -64,15 +78,12 @@ class SWAConfig(MHAConfig):
             return 4.0 * self.kv_heads * self.key_dim(width)
         return self.n_heads * kept_keys(length, self.window, self.sinks)
 
-    def forward_flops(self, width: int, length: int) -> int:
-        """Floating-point operations of one forward pass over one sequence of `length` tokens, window counted."""
-        key_dim = self.key_dim(width)
-        projections = 2 * width * (2 * self.n_heads + 2 * self.kv_heads) * key_dim * length
+    def pairs(self, length: int) -> int:
+        """Pairs of a query and a key that it sees: in its window, and sinks before that."""
         beyond = max(0, length - self.window)
         in_window = length * (length + 1) // 2 - beyond * (beyond + 1) // 2
         reach = min(self.sinks, beyond)
-        in_sinks = reach * (reach + 1) // 2 + (beyond - reach) * self.sinks
-        return projections + 4 * self.n_heads * key_dim * (in_window + in_sinks)
+        return in_window + reach * (reach + 1) // 2 + (beyond - reach) * self.sinks
 
     def state_bytes(self, width: int, length: int, element_bytes: int) -> int:
         """Bytes of the state of one sequence: a ring, whatever the length."""

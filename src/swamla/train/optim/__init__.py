@@ -3,8 +3,17 @@
 from swamla.train.optim.adamw import AdamWConfig
 from swamla.train.optim.lion import Lion, LionConfig
 from swamla.train.optim.muon import Muon, MuonConfig
-from swamla.train.optim.named import NamedOptimizer
+from swamla.train.optim.named import Held, NamedOptimizer, OptimizerConfig, decay_groups, named_parameters
 
-OptimizerConfig = AdamWConfig | LionConfig | MuonConfig
-
-__all__ = ["AdamWConfig", "Lion", "LionConfig", "Muon", "MuonConfig", "NamedOptimizer", "OptimizerConfig"]
+__all__ = [
+    "AdamWConfig",
+    "Held",
+    "Lion",
+    "LionConfig",
+    "Muon",
+    "MuonConfig",
+    "NamedOptimizer",
+    "OptimizerConfig",
+    "decay_groups",
+    "named_parameters",
+]

@@ -1,29 +1,31 @@
 """AdamW (arXiv 1711.05101): torch's fused one, or one whose moments are kept in fewer bits."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from swamla.errors import require
-from swamla.train.optim.elementwise import Elementwise, Piece, require_whole
+from swamla.registry import register
+from swamla.train.optim.elementwise import Elementwise, Piece, coarser_moments, require_whole
 from swamla.train.optim.moments import Moments
 from swamla.train.optim.named import (
     Held,
     NamedOptimizer,
     NamedParameters,
-    OptimizerBase,
+    OptimizerConfig,
     Shape,
     decay_groups,
     named_parameters,
 )
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
-class AdamWConfig(OptimizerBase):
+class AdamWConfig(OptimizerConfig):
     """AdamW. The project before called it FP8AdamW when its moments were bf16; nothing in it was FP8.
 
     betas: decay of the gradient's first and second moment.
@@ -54,6 +56,10 @@ class AdamWConfig(OptimizerBase):
     def remembers(self, name: str, shape: Shape) -> Mapping[str, Held]:
         """Both moments and the number of updates."""
         return AdamW.held(shape, self.moments)
+
+    def coarser(self) -> Iterator[tuple[str, Self]]:
+        """Both moments in fewer bits."""
+        return coarser_moments(self, self.moments)
 
 
 def check_betas(betas: tuple[float, float], example: str) -> None:

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +31,13 @@ def require_whole(parameters: NamedParameters, moments: Moments) -> None:
     whole = all(trained.part is trained.parameter for trained in parameters)
     allowed = 'needs every parameter whole: "bf16" or "fp32" where parallel is fsdp or hsdp, or expert_parallel above 1'
     require(whole or moments != "8bit", "moments", moments, allowed)
+
+
+def coarser_moments(config: Any, moments: Moments) -> Iterator[tuple[str, Any]]:
+    """Flags that let an optimizer keep its moments in fewer bits than fp32, and the config that each leads to."""
+    for fewer in ("bf16", "8bit"):
+        if fewer != moments:
+            yield f"--{config.kind}_moments {fewer}", replace(config, moments=fewer)
 
 
 class Elementwise(torch.optim.Optimizer):

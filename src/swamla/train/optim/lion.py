@@ -1,20 +1,22 @@
 """Lion (arXiv 2302.06675): the sign of an interpolated momentum; one moment, every weight moves by the same amount."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from swamla.registry import register
 from swamla.train.optim.adamw import check_betas
-from swamla.train.optim.elementwise import Elementwise, Piece, require_whole
+from swamla.train.optim.elementwise import Elementwise, Piece, coarser_moments, require_whole
 from swamla.train.optim.moments import Moments
-from swamla.train.optim.named import Held, NamedOptimizer, OptimizerBase, Shape, decay_groups, named_parameters
+from swamla.train.optim.named import Held, NamedOptimizer, OptimizerConfig, Shape, decay_groups, named_parameters
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
-class LionConfig(OptimizerBase):
+class LionConfig(OptimizerConfig):
     """Lion. Wants a learning rate 3 to 10 times lower than AdamW's, and weight decay as much higher (section 5).
 
     The project before called it FP8Lion when its moment was bf16; nothing in it was FP8.
@@ -39,6 +41,10 @@ class LionConfig(OptimizerBase):
     def remembers(self, name: str, shape: Shape) -> Mapping[str, Held]:
         """The moment; for stochastic rounding the number of updates too."""
         return Lion.held(shape, self.moments)
+
+    def coarser(self) -> Iterator[tuple[str, Self]]:
+        """The moment in fewer bits."""
+        return coarser_moments(self, self.moments)
 
 
 class Lion(Elementwise):

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from swamla import distributed
 from swamla.errors import require
+from swamla.model.block import is_vectors
+from swamla.registry import register
 from swamla.train.optim.adamw import AdamWConfig, check_adam, fused_adamw
 from swamla.train.optim.named import (
     EMBEDDINGS,
     Held,
     NamedOptimizer,
-    OptimizerBase,
+    OptimizerConfig,
     Shape,
     named_parameters,
 )
@@ -30,8 +32,9 @@ NOT_HIDDEN = EMBEDDINGS | {"head.weight"}
 STACK = 1 << 26  # numbers orthogonalised at a time: bounds the memory of a step, and fills any GPU
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
-class MuonConfig(OptimizerBase):
+class MuonConfig(OptimizerConfig):
     """Muon for the matrices inside the blocks, each expert's on its own; AdamW for all else; one learning rate.
 
     A matrix's update is scaled by 0.2·√(longer side), which gives it the size of an AdamW update (arXiv 2502.16982,
@@ -75,8 +78,7 @@ def is_hidden(name: str, shape: Sequence[int]) -> bool:
     Not for routers, whose rows are one vector an expert, nor filters of convolutions, nor matrices with a side of 8
     or less: there is nothing to orthogonalise.
     """
-    excluded = name in NOT_HIDDEN or name.endswith(("router.weight", "conv_weight"))
-    return len(shape) in (2, 3) and min(shape[-2:]) > 8 and not excluded
+    return len(shape) in (2, 3) and min(shape[-2:]) > 8 and name not in NOT_HIDDEN and not is_vectors(name)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,17 @@
 """Several torch optimizers seen as one, whose state is named by parameter so that it can be kept as safetensors."""
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from swamla import distributed
 from swamla.errors import CorruptError
+from swamla.registry import Registered
 
 EMBEDDINGS = frozenset({"embedding.weight", "positions.weight"})
 
@@ -66,8 +68,9 @@ NamedParameters = list[Trained]
 Remembers = Callable[[str, Shape], Mapping[str, Held]]
 
 
-class OptimizerBase(ABC):
-    """What every optimizer's config knows."""
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Registered, home="swamla.train.optim"):
+    """What the config of an optimizer has to offer."""
 
     @abstractmethod
     def build(self, model: nn.Module, *, lr: float, weight_decay: float) -> "NamedOptimizer":
@@ -76,6 +79,10 @@ class OptimizerBase(ABC):
     @abstractmethod
     def remembers(self, name: str, shape: Shape) -> Mapping[str, Held]:
         """What the optimizer remembers of a parameter of this name and shape once it was updated."""
+
+    def coarser(self) -> Iterator[tuple[str, Self]]:
+        """Flags that let the optimizer remember less, and the config that each leads to; none by default."""
+        return iter(())
 
     def state_bytes(self, parameters: Iterable[tuple[str, Sequence[int]]]) -> int:
         """Bytes of the state of parameters with these names and shapes, each tensor's 4-byte step counter included."""
