@@ -11,7 +11,7 @@ import swamla
 PACKAGE = Path(swamla.__file__).parent
 FLOORS = [
     {"errors", "faults", "process"},
-    {"config", "files", "ops", "distributed"},
+    {"config", "files", "ops", "distributed", "plugins"},
     {"model", "data", "recipes", "tensor_file"},
     {"checkpoint", "generate", "export"},
     {"hub"},

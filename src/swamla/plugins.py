@@ -1,0 +1,54 @@
+"""Files outside the package whose import registers mixers, FFNs, norms or optimizers of one's own."""
+
+import hashlib
+import sys
+import traceback
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+from swamla.errors import UsageError
+
+
+def load_plugin(path: Path) -> None:
+    """Import a Python file, once however often and by whatever path it is asked for.
+
+    The file runs with all that this process may do: load none that you would not run. Raises `UsageError` for one that
+    is not there, is not Python, or raises; that names the file and the line.
+    """
+    path = Path(path)
+    try:
+        source, resolved = path.read_text(encoding="utf-8"), path.resolve()
+    except (OSError, ValueError) as error:  # ValueError: NUL in the path, or bytes that are not UTF-8
+        raise UsageError(f"plugin {path}: cannot be read: {_reason(error)}") from error
+    if path.suffix != ".py":
+        raise UsageError(f"plugin {path}: must be a Python file, e.g. toy_mixer.py")
+    name = f"swamla_plugin_{hashlib.sha256(str(resolved).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return
+    try:
+        code = compile(source, str(resolved), "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        raise UsageError(
+            f"plugin {path}:{getattr(error, 'lineno', None) or 1}: not Python: {_reason(error)}"
+        ) from error
+    spec = spec_from_file_location(name, resolved)
+    assert spec is not None
+    module = module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their own module up
+    try:
+        exec(code, vars(module))  # not by its loader, which would leave a __pycache__ beside the file
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((frame.lineno for frame in reversed(frames) if frame.filename == str(resolved)), 1)
+        told = f"{type(error).__name__}: {_reason(error)}"
+        raise UsageError(f"plugin {path}:{line}: {told}") from error
+    except BaseException:
+        del sys.modules[name]
+        raise
+
+
+def _reason(error: BaseException) -> str:
+    """Its message on one line."""
+    told = error.strerror if isinstance(error, OSError) else error.msg if isinstance(error, SyntaxError) else None
+    return " ".join((told or str(error)).split()) or type(error).__name__
