@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None, command: str = "") -> int:
     open_outputs()
     try:
         with ended_by_signals():
-            status = _dispatch(command, _load_plugins(arguments))
+            others = _load_plugins(arguments)
+            run = import_module(f"swamla.cli.{command}").main if command else _dispatch
+            status = run(others)
         flush_outputs()  # what is still buffered finds a closed pipe here, not when the interpreter ends
         return status
     except SystemExit:  # after a help
@@ -96,9 +98,7 @@ def _load_plugins(arguments: list[str]) -> list[str]:
     return others
 
 
-def _dispatch(chosen: str, arguments: list[str]) -> int:
-    if chosen:
-        return import_module(f"swamla.cli.{chosen}").main(arguments)
+def _dispatch(arguments: list[str]) -> int:
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help", "help"):
         print(_overview())

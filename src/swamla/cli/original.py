@@ -168,7 +168,7 @@ def translate(argv: Sequence[str]) -> tuple[list[str], list[str], dict[str, str]
         if base.has_model:  # else the reader of recipes says what is wrong
             notes += _of_recipe(said, given, base)
     names = dict(EITHER) | RENAMED | {name: ours for name, (ours, _) in SWITCHES.items()}
-    meant = {name: names[name] for name in said if name in names}
+    meant = {name: names[name] for name in said if name in names and name != "resume_from"}
     return [*([arguments.recipe] if arguments.recipe else []), *_words(given)], notes, meant
 
 
