@@ -1,8 +1,8 @@
-"""Train a model: `python train.py …` is `swamla train …`."""
+"""Train a model by the flags of the project that swamla replaces; `python train.py --help` lists what each is here."""
 
 import sys
 
 from swamla.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    sys.exit(main(command="original"))

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from swamla.cli.flags import parse
-from swamla.cli.original_flags import add_original_flags
-from swamla.cli.overrides import add_flags
+from swamla.cli.overrides import flags
 from swamla.cli.run_config import read_recipe
 from swamla.config import load_file
 from swamla.data.dataset import Dataset
@@ -67,8 +66,8 @@ TINY = (
 def resolve(name: str, local: str, line: str = "") -> RunConfig:
     """A preset with its local mixer and further flags."""
     said = f"{line} --local_mixer {local}" if local else line
-    arguments, given = parse(add_flags(add_original_flags(Arguments)), said.split(), command="train")
-    return read_recipe(name, arguments, given)
+    _, given = parse(Arguments, said.split(), command="swamla train", more=flags())
+    return read_recipe(name, given)
 
 
 def scaled_down(name: str, local: str) -> RunConfig:

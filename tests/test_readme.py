@@ -56,7 +56,7 @@ def test_the_commands_shown_and_their_flags_exist(line: str, capsys: pytest.Capt
     command, *arguments = words[next(i for i, word in enumerate(words) if Path(word).name == "swamla") + 1 :]
     assert command in COMMANDS
     with pytest.raises(SystemExit, match=r"^0$"):
-        main([command, *arguments[: command in WITH_ACTIONS], "--help"])
+        main([command, *arguments[: command in WITH_ACTIONS], "--help", "all"])
     help_text = capsys.readouterr().out
     for flag in (argument for argument in arguments if argument.startswith("--")):
         assert re.search(rf"{re.escape(flag)}\b", help_text), flag

@@ -93,7 +93,7 @@ def test_verify_takes_one_checkpoint_and_tells_it_as_json(run: Path, capsys) -> 
         (["verify", "/nonexistent"], "/nonexistent: not a run's folder"),
         (["verify", "/nonexistent/step-1"], "/nonexistent/step-1: there is no checkpoint to verify"),
         (["lits"], 'did you mean "list"?'),
-        (["list"], "RUN is missing: swamla checkpoint list RUN"),
+        (["list"], "the following arguments are required: RUN; swamla checkpoint list --help"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(argv: list[str], message: str, capsys) -> None:

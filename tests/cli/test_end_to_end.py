@@ -48,12 +48,12 @@ class Terminal(io.StringIO):
         return True
 
 
-def swamla(folder: Path, *arguments: str, terminal: bool = False) -> Ended:
+def swamla(folder: Path, *arguments: str, terminal: bool = False, command: str = "") -> Ended:
     """Run a command in `folder`, in this process, which has torch already."""
     out, err = Terminal() if terminal else io.StringIO(), io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         os.environ["SWAMLA_CACHE"] = str(folder / "cache")
-        status = main(arguments)
+        status = main(arguments, command)
     return Ended(status, out.getvalue(), err.getvalue())
 
 
@@ -317,20 +317,17 @@ def test_a_damaged_checkpoint_ends_with_status_3(home: Path) -> None:
     ("flags", "message"),
     [
         ("--optimizer adamw", "train.optimizer = 'adamw' (--optimizer): the run to resume had 'muon'; start a new run"),
-        ("--optimizer_type fp8_lion", "train.optimizer = 'lion' (--optimizer_type): the run to resume had 'muon'"),
+        ("--optimizer lion", "train.optimizer = 'lion' (--optimizer): the run to resume had 'muon'"),
         (
             "--local_mixer swa",
             "model.pattern = ['swa', 'swa', 'swa', 'mla'] (--local_mixer swa): the run to resume",
         ),
         ("--norm dyt --width 64", "model.norm = 'dyt' (--norm): the run to resume had 'rmsnorm'"),
-        ("--use_moe", "model.blocks.mla.ffn = 'moe' (--use_moe): the run to resume had 'dense'"),
+        ("--mla_ffn moe", "model.blocks.mla.ffn = 'moe' (--mla_ffn): the run to resume had 'dense'"),
         ("--swa_window 8", "model.blocks.swa.mixer.window = 8 (--swa_window): the run to resume had 16"),
-        (
-            "--gradient_accumulation_steps 2",
-            "train.batch_size = 8 (--gradient_accumulation_steps): the run to resume",
-        ),
+        ("--batch_size 8", "train.batch_size = 8 (--batch_size): the run to resume"),
         ("small", "small is another model than that of the run runs/quickstart: leave small out to go on with the run"),
-        ("--size medium", "medium is another model than that of the run runs/quickstart: leave medium out"),
+        ("medium", "medium is another model than that of the run runs/quickstart: leave medium out"),
     ],
 )
 def test_what_would_make_another_run_of_it_is_refused_by_its_flag_before_data_is_read(
@@ -340,6 +337,32 @@ def test_what_would_make_another_run_of_it_is_refused_by_its_flag_before_data_is
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"swamla: error: {message}")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message", "note"),
+    [
+        (
+            "--optimizer_type fp8_lion",
+            "train.optimizer = 'lion' (--optimizer): the run to resume had 'muon'",
+            "swamla: --optimizer_type is --optimizer of swamla train\n",
+        ),
+        (
+            "--use_moe",
+            "model.blocks.mla.ffn = 'moe' (--mla_ffn): the run to resume had 'dense'",
+            "swamla: --use_moe is --mla_ffn of swamla train\n",
+        ),
+        ("--gradient_accumulation_steps 2", "train.batch_size = 8 (--batch_size): the run to resume", ""),
+        ("--size medium", "medium is another model than that of the run runs/quickstart: leave medium out", ""),
+    ],
+)
+def test_the_same_is_refused_in_the_flags_of_the_original_and_told_in_ours(
+    flags: str, message: str, note: str, home: Path
+) -> None:
+    done = swamla(home, *flags.split(), "--resume_from", "runs/quickstart", command="original")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"swamla: error: {message}")
+    assert done.stderr.partition("\n")[2] == note
 
 
 def test_a_recipe_and_flags_that_give_the_runs_own_model_go_on_with_it(home: Path) -> None:

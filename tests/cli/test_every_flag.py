@@ -1,28 +1,19 @@
 """Every flag, generated or of the original project, changes the config it resolves to, and only where it says."""
 
 import re
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from swamla.cli.flags import parse
-from swamla.cli.original_flags import (
-    CYCLE,
-    NO_EFFECT,
-    RENAMED,
-    SAME,
-    add_original_flags,
-    bare_compile,
-    choosing_flags,
-    other_flags,
-    refusal,
-    setting_flags,
-    workers,
-)
-from swamla.cli.overrides import Flag, add_flags, flags
+from swamla.cli.flags import Flag, parse
+from swamla.cli.original import CYCLE, NO_EFFECT, OTHERS, RENAMED, SWITCHES, refusal, translate
+from swamla.cli.original import EXPERTS as EXPERT_FLAGS
+from swamla.cli.overrides import flags
+from swamla.cli.reshape import SHAPE
 from swamla.cli.run_config import read_recipe
+from swamla.cli.train import Arguments as Train
 from swamla.config import options_of, to_plain
 from swamla.errors import ConfigError, UsageError
 
@@ -68,33 +59,36 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(recipe)
 
 
-ORIGINAL_NAMES = {*choosing_flags(), *setting_flags(), *other_flags()}
-ALL = flags() | choosing_flags() | setting_flags()
-KNOWN = {*ALL, *other_flags()}
-TAKES: Any = add_flags(add_original_flags(Arguments))
+ORIGINAL_NAMES = {*RENAMED, *SWITCHES, *CYCLE, *EXPERT_FLAGS, *OTHERS, *NO_EFFECT}
+# Of the flags of the original those that are swamla's own.
+SAME = (
+    *("batch_size", "block_size", "dropout", "weight_decay", "grad_clip", "seed"),
+    *("log_interval", "eval_interval", "save_interval", "wandb_project", "wandb_run_name", "swa_window", "hf_repo_id"),
+    *("mla_q_lora_rank", "mla_kv_lora_rank", "mla_qk_nope_head_dim", "mla_qk_rope_head_dim", "mla_v_head_dim"),
+)
 
 
 def resolve(recipe: str, line: str) -> Any:
-    """The config of a recipe with the flags of a command line."""
-    arguments, given = parse(TAKES, bare_compile(line.split()), command="train", refusal=refusal)
-    return to_plain(read_recipe(recipe, arguments, given))
+    """The config of a recipe with the flags of a command line, perhaps the original's."""
+    (named, *ours), notes, _ = translate([recipe, *line.split()])
+    assert named == recipe
+    for note in notes:
+        print(f"swamla: {note}", file=sys.stderr)
+    _, given = parse(Arguments, ours, command="swamla train", more=flags(), refusal=refusal)
+    return to_plain(read_recipe(recipe, given))
 
 
 def quickly(recipe: str, line: str) -> Any:
-    """The same, of a line that is known to be well formed: the parser takes ten times as long as all the rest."""
-    values: dict[str, Any] = {}
-    for part in line.replace(" --", "\n--").splitlines():
-        name, _, value = part.strip().removeprefix("--").partition(" ")
-        if not value and name not in KNOWN and name.removeprefix("no_") in KNOWN:
-            values[name.removeprefix("no_")] = False
-        elif name:
-            values[name] = value or True
-    return to_plain(read_recipe(recipe, SimpleNamespace(**values), frozenset(values)))
+    """The same, of a line of our own flags."""
+    _, given = parse(Arguments, line.split(), command="swamla train", more=flags())
+    return to_plain(read_recipe(recipe, given))
 
 
 def changed(recipe: str, base: str, line: str) -> set[str]:
     """Dotted fields that `line` changes beyond what `base` says, a block's name as *."""
-    found = differences(quickly(recipe, base), quickly(recipe, f"{base} {line}"))
+    original = re.search(rf"--(no_)?({'|'.join(ORIGINAL_NAMES)})\b", f"{base} {line}")
+    read = resolve if original else quickly
+    found = differences(read(recipe, base), read(recipe, f"{base} {line}"))
     return {re.sub(r"^model\.blocks\.\w+\.", "model.blocks.*.", field) for field in found}
 
 
@@ -140,7 +134,7 @@ def chosen_first(flag: Flag) -> str:
     return f"--{name} {kind}" if rest and name != "blocks" and rest != ["kind"] else ""
 
 
-@pytest.mark.parametrize("name", flags())
+@pytest.mark.parametrize("name", [name for name in flags() if name not in SHAPE])
 def test_a_generated_flag_changes_its_field_and_nothing_else(name: str, everything: str) -> None:
     flag = flags()[name]
     tried: dict[str, set[str]] = {}
@@ -156,19 +150,19 @@ def test_a_generated_flag_changes_its_field_and_nothing_else(name: str, everythi
 
 
 def test_the_parser_takes_every_flag_at_once_and_knows_which_were_given() -> None:
-    shape = ["--pattern=mla", "--local_mixer=gdn", "--n_layers=2", "--n_heads=2"]
-    rest = [f"--{name}" if flag.annotation is bool else f"--{name}=1" for name, flag in ALL.items()]
-    rest += [f"--{name}=1" if metavar else f"--{name}" for name, (metavar, _) in other_flags().items()]
-    _, given = parse(TAKES, [*shape, *rest], command="train", refusal=refusal)
-    assert given == {"pattern", "local_mixer", "n_layers", "n_heads"} | KNOWN
+    words = {name: lines(flag)[0].replace(" ", "=", 1) for name, flag in flags().items()}
+    _, given = parse(Arguments, list(words.values()), command="swamla train", more=flags())
+    assert given.keys() == flags().keys()
 
 
 @pytest.mark.parametrize(("text", "count"), [("0", 1), ("1", 1), ("7", 7)])
 def test_workers_are_processes_that_tokenize(text: str, count: int) -> None:
-    assert workers(*parse(TAKES, ["--num_workers", text], command="train")) == count
-    assert workers(*parse(TAKES, [], command="train")) is None
-    with pytest.raises(UsageError, match="--num_workers many: must be a whole number >= 0"):
-        workers(*parse(TAKES, ["--num_workers", "many"], command="train"))
+    assert translate(["--num_workers", text])[0] == [f"--workers={count}"]
+    assert translate([])[0] == []
+    with pytest.raises(UsageError, match="--num_workers many: must be a whole number"):
+        translate(["--num_workers", "many"])
+    with pytest.raises(UsageError, match="--num_workers -1: must be a whole number >= 0"):
+        translate(["--num_workers", "-1"])
 
 
 FFN = "model.blocks.*.ffn"
@@ -219,8 +213,8 @@ ORIGINAL: dict[str, tuple[str, str, set[str]]] = {  # flag: (said before, line, 
 
 
 def test_every_flag_of_the_original_is_tried_below_or_said_to_change_nothing() -> None:
-    assert set(ORIGINAL) | set(NO_EFFECT) | {"num_workers"} == ORIGINAL_NAMES
-    assert set(SAME) | set(RENAMED.values()) <= set(flags())
+    assert set(ORIGINAL) | set(NO_EFFECT) | {"num_workers", "size", "resume_from"} == ORIGINAL_NAMES
+    assert set(SAME) | set(RENAMED.values()) - {"resume"} <= set(flags())
     assert set(CYCLE) <= ORIGINAL_NAMES
 
 
@@ -271,11 +265,17 @@ def test_training_flags_of_the_original_mean_what_they_meant(line: str, fields: 
 
 
 def test_a_bare_compile_takes_no_recipe_for_its_mode(tmp_path: Path) -> None:
-    assert bare_compile(["--compile", "small"]) == ["--compile=default", "small"]
-    assert bare_compile(["--compile", str(tmp_path)]) == ["--compile=default", str(tmp_path)]
-    assert bare_compile(["--compile", "--lr", "1"]) == ["--compile=default", "--lr", "1"]
-    assert bare_compile(["--compile", "fast", "small"]) == ["--compile", "fast", "small"]
-    assert bare_compile(["--compile", "default", "small"]) == ["--compile", "default", "small"]
+    def read(*words: str) -> tuple[str, str]:
+        arguments, given = parse(Train, words, command="swamla train", more=flags())
+        return given["compile"], arguments.recipe
+
+    assert read("--compile") == ("default", "")
+    assert read("--compile", "small") == ("default", "small")
+    assert read("--compile", str(tmp_path)) == ("default", str(tmp_path))
+    assert read("--compile", "--lr", "1") == ("default", "")
+    assert read("--compile", "default", "small") == ("default", "small")
+    with pytest.raises(ConfigError, match=r"train.compile = 'fast' \(--compile\): must be one of none, default, "):
+        read("--compile", "fast", "small")
 
 
 @pytest.mark.parametrize(
@@ -368,18 +368,18 @@ def test_tokenizer_names_are_ours_or_the_hubs(name: str, tokenizer: str) -> None
         ("--optimizer lion --optimizer_type lion", "--optimizer_type and --optimizer say the same thing"),
         ("--no_moe --use_moe", "--use_moe and --no_moe say the same thing"),
         ("--optimizer_type sgd", "--optimizer_type sgd: must be one of adamw, lion, muon, fp8_adamw, fp8_lion"),
-        ("--learning_rate -1", "train.lr = -1.0 (--learning_rate): must be > 0"),
-        ("--learning_rate 1e-4 --min_lr 1", "--min_lr 1: must be a number between 0 and the learning rate, 0.0001"),
-        ("--min_lr little", "--min_lr little: must be a number between 0 and the learning rate"),
-        ("--beta1 2", "--beta1 2: must be a number of at least 0 and below 1"),
-        ("--beta2 x", "--beta2 x: must be a number of at least 0 and below 1"),
+        ("--learning_rate -1", "train.lr = -1.0 (--lr): must be > 0"),
+        ("--learning_rate 1e-4 --min_lr 1", "--min_lr 1.0: must be a number between 0 and the learning rate, 0.0001"),
+        ("--min_lr little", "--min_lr little: must be a number"),
+        ("--beta1 2", "--beta1 2.0: must be a number of at least 0 and below 1"),
+        ("--beta2 x", "--beta2 x: must be a number"),
         (
             "--gradient_accumulation_steps 0",
             "--gradient_accumulation_steps 0: must be a whole number > 0, e.g. 4",
         ),
         (
             "--batch_size 0 --gradient_accumulation_steps 4",
-            "train.batch_size = 0 (--batch_size, --gradient_accumulation_steps): must be >= 1",
+            "train.batch_size = 0 (--batch_size): must be >= 1",
         ),
         (f"{MLA_MOE} --latent_ratio 0", "--latent_ratio 0: must be a whole number > 0, e.g. 4"),
         (f"{MLA_MOE} --latent_dim 0", "--latent_dim 0: must be a whole number > 0"),
@@ -398,18 +398,18 @@ def test_tokenizer_names_are_ours_or_the_hubs(name: str, tokenizer: str) -> None
             "--latent_ratio 8: no mla block of the model has such an FFN; add --use_latent_moe",
         ),
         ("--pattern swa --use_moe", "MoE flags act on the FFNs of mla blocks, and the pattern has none"),
-        ("--use_latent_moe --n_experts few", "--n_experts few: must be a whole number > 0"),
+        ("--use_latent_moe --n_experts few", "--n_experts few: must be a whole number"),
         ("--mla_layers_per_cycle -1", "--mla_layers_per_cycle -1: must be a whole number >= 0"),
         ("--swa_layers_per_cycle 0 --mla_layers_per_cycle 0", "--mla_layers_per_cycle 0: a cycle without"),
-        ("--local_mixer swa --deltanet_share_qk", "--deltanet_share_qk: no block of the model has the mixer gdn"),
+        ("--local_mixer swa --deltanet_share_qk", "--gdn_share_qk: no block of the model has the mixer gdn"),
         (
             "--local_mixer swa --deltanet_latent_dim 64",
-            "--deltanet_latent_dim 64: no block of the model has the mixer gdn",
+            "--gdn_latent_dim 64: no block of the model has the mixer gdn",
         ),
-        ("--pattern mha --deltanet_latent_dim 64", "--deltanet_latent_dim: no layer of the pattern is local: mha"),
-        ("--pattern mha --use_gated_deltanet", "--use_gated_deltanet: no layer of the pattern is local: mha"),
+        ("--pattern mha --deltanet_latent_dim 64", "--local_mixer gdn: no layer of the pattern is local: mha"),
+        ("--pattern mha --use_gated_deltanet", "--local_mixer gdn: no layer of the pattern is local: mha"),
         ("--pattern mla --swa_window 64", "--swa_window 64: no block of the model has the mixer swa"),
-        ("--pattern mla --swa_sink_size 4", "--swa_sink_size 4: no block of the model has the mixer swa"),
+        ("--pattern mla --swa_sink_size 4", "--swa_sinks 4: no block of the model has the mixer swa"),
         ("--local_mixer mha", "--local_mixer mha: must be one of swa, gdn"),
         ("--pattern mha --local_mixer gdn", "--local_mixer gdn: no layer of the pattern is local: mha"),
         ("--hf_repo_id mine", "train.hf_repo_id = 'mine' (--hf_repo_id): must be USER/NAME, e.g. me/first-try"),

@@ -9,6 +9,8 @@ import pytest
 
 from swamla.cli import main
 from swamla.cli.info_tables import short
+from swamla.cli.original import translate
+from swamla.errors import UsageError
 from swamla.model.accounting import count_parameters, parameter_shapes, state_bytes, training_flops_per_token
 from swamla.recipes import recipe_names
 
@@ -74,14 +76,14 @@ def test_widths_that_follow_from_the_models_are_told(capsys: pytest.CaptureFixtu
 
     assert ffn("small")["hidden"] == 2752
     assert "hidden 2752" in told(capsys, "small")
-    experts = ffn("small", "--use_latent_moe")
+    experts = ffn("small", "--mla_ffn", "latent_moe")
     assert (experts["latent"], experts["expert_hidden"], experts["shared_hidden"]) == (256, 704, 704)
-    halved = ffn("small", "--use_latent_moe", "--no_latent_preserve_expert_dim")
+    halved = ffn("small", "--mla_ffn", "latent_moe", "--no_latent_moe_preserve_expert_dim")
     assert (halved["latent"], halved["expert_hidden"], halved["shared_hidden"]) == (256, 176, 704)
-    plain = ffn("small", "--use_moe", "--n_shared_experts", "0")
+    plain = ffn("small", "--mla_ffn", "moe", "--moe_n_shared", "0")
     assert plain["expert_hidden"] == 960
     assert not plain.keys() & {"latent", "shared_hidden"}
-    assert "expert_hidden 704" in (shown := " ".join(told(capsys, "small", "--use_latent_moe").split()))
+    assert "expert_hidden 704" in (shown := " ".join(told(capsys, "small", "--mla_ffn", "latent_moe").split()))
     assert "latent 256" in shown
 
 
@@ -115,11 +117,13 @@ def test_flags_change_the_first_of_two_models(capsys: pytest.CaptureFixture[str]
 
 
 def test_a_size_is_a_recipe_and_medium_is_base(capsys: pytest.CaptureFixture[str]) -> None:
-    named = facts(capsys, "--size", "medium")
-    assert named == facts(capsys, "medium") == facts(capsys, "base") | {"name": "medium"}
-    assert facts(capsys, "base", "--size", "medium")["name"] == "base"
-    assert main(["info", "base", "--size", "small"]) == 2
-    assert "the recipe base and --size small are two models" in capsys.readouterr().err
+    assert facts(capsys, "medium") == facts(capsys, "base") | {"name": "medium"}
+    assert translate(["--size", "medium"])[0] == ["medium"]
+    assert translate(["base", "--size", "medium"])[0] == ["base"]
+    with pytest.raises(UsageError, match="the recipe base and --size small are two models"):
+        translate(["base", "--size", "small"])
+    assert main(["info", "--size", "medium"]) == 2
+    assert "unknown flag --size; a recipe has no flag of its own: swamla train medium" in capsys.readouterr().err
 
 
 def test_a_run_is_told_from_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,8 +96,11 @@ def test_every_listed_command_is_a_module_with_a_main() -> None:
         (["info", "--lr", "-1"], "train.lr = -1.0 (--lr): must be > 0"),
         (["info", "nosuch"], "nosuch: no recipe of that name"),
         (["info", "shakespeare-char", "--data", "x.txt"], "depends on the data: add --vocab_size"),
-        (["generate"], "RUN is missing: swamla generate RUN …; --help"),
-        (["prepare", "--tokenizer", "char"], "DATA is missing: swamla prepare DATA …; --help"),
+        (["generate"], "the following arguments are required: RUN; swamla generate --help tells more"),
+        (
+            ["prepare", "--tokenizer", "char"],
+            "the following arguments are required: DATA; swamla prepare --help tells more",
+        ),
         (["generate", "/nonexistent"], "/nonexistent: not a run folder"),
         (["generate", "/nonexistent", "--temperature", "-1"], "temperature = -1.0: must be >= 0"),
         (["generate", "/nonexistent", "--temperature", "nan"], "temperature = nan: must be >= 0"),

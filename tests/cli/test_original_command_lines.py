@@ -13,9 +13,9 @@ import pytest
 
 from swamla.cli import main
 from swamla.cli.flags import parse
-from swamla.cli.original_flags import add_original_flags, bare_compile
-from swamla.cli.overrides import add_flags
-from swamla.cli.run_config import chosen_recipe, read_recipe
+from swamla.cli.original import translate
+from swamla.cli.overrides import flags
+from swamla.cli.run_config import read_recipe
 from swamla.cli.train import Arguments
 from swamla.train.config import RunConfig
 from tests.waiting import PATIENCE
@@ -66,7 +66,7 @@ def steps(folder: Path) -> list[int]:
 def test_a_command_line_of_the_original_trains_scaled_down(
     line: str, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["train", *line.split(), *SMALL]) == 0, capsys.readouterr().err
+    assert main([*line.split(), *SMALL], command="original") == 0, capsys.readouterr().err
     assert steps(home / "out") == [1, 2]
     shown = capsys.readouterr().out
     assert "Step 1 | Loss: " in shown or "log_interval" not in line
@@ -98,12 +98,12 @@ TRAINING = {
 
 def taken(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[RunConfig, dict[str, Any], list[str]]:
     """What `swamla train` would train, what `swamla info` tells of it, and the lines that this says besides."""
-    assert main(["info", *line.split(), "--json"]) == 0
-    told, said = capsys.readouterr()
-    arguments, given = parse(add_flags(add_original_flags(Arguments)), bare_compile(line.split()), command="train")
-    config = read_recipe(chosen_recipe("", arguments.size), arguments, given)
-    assert capsys.readouterr().err == said
-    return config, json.loads(told), said.splitlines()
+    ours, said, _ = translate(line.split())
+    assert main(["info", *ours, "--json"]) == 0
+    told, warned = capsys.readouterr()
+    assert warned == ""
+    arguments, given = parse(Arguments, ours, command="swamla train", more=flags())
+    return read_recipe(arguments.recipe, given), json.loads(told), [f"swamla: {note}" for note in said]
 
 
 def test_the_body_of_the_originals_first_script_is_taken_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,7 +86,7 @@ def test_runs_of_the_same_name_are_told_apart_by_their_parents(home: Path, capsy
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "RUNS is missing"),
+        ("", "the following arguments are required: RUNS"),
         ("third", "third: no run (it has no metrics.jsonl), nor is there one in runs/third"),
         ("first --y los", 'no run has it; did you mean "loss"?'),
         ("first second --y mfu", "first has none; leave that run out"),

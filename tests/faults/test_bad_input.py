@@ -30,7 +30,7 @@ FLAGS = [
     ("--output_dir a\0b", r"cannot hold NUL"),
     ("--resume somewhere --output_dir elsewhere", r"both name a folder"),
     ("--hf_repo_id no-slash", r"hf_repo_id"),
-    ("--learning_rat 1e-3", r"--learning_rate"),
+    ("--learning_rat 1e-3", r"did you mean --lr\?"),
     ("--data no-such-file.txt", r"no-such-file\.txt"),
     ("--compile sometimes", r"compile"),
 ]

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from swamla.cli.outputs import Ended, ended_by_signals, flush_outputs, open_outputs
 from swamla.distributed import is_main, lost_a_rank
@@ -33,8 +34,8 @@ INTERRUPTED = 130
 CLOSED_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status."""
+def main(argv: Sequence[str] | None = None, command: str = "") -> int:
+    """Run one command and return the exit status. command: which, by default what the first word names."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -42,10 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_outputs()
     try:
         with ended_by_signals():
-            status = _dispatch(arguments)
+            others = _load_plugins(arguments)
+            run = import_module(f"swamla.cli.{command}").main if command else _dispatch
+            status = run(others)
         flush_outputs()  # what is still buffered finds a closed pipe here, not when the interpreter ends
         return status
-    except SystemExit:
+    except SystemExit:  # after a help
         raise
     except BaseException as error:  # some libraries' errors are no `Exception`
         if debug and not isinstance(error, BrokenPipeError):
@@ -71,6 +74,28 @@ def _tell(error: BaseException) -> int:
 def _is_mine_to_tell(error: BaseException) -> bool:
     """Of several processes the main one speaks; the others only of what happened to them alone."""
     return is_main() or not isinstance(error, FailedElsewhere | Interrupted | UsageError | ConfigError)
+
+
+def _load_plugins(arguments: list[str]) -> list[str]:
+    """Import what --plugin names, before a command reads a config or knows its flags; returns all other arguments."""
+    others: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        flag, equals, file = word.partition("=")
+        if word == "--":
+            return [*others, word, *words]
+        if flag != "--plugin":
+            others.append(word)
+            continue
+        file = file or ("" if equals else next(words, ""))
+        if not file or file.startswith("--"):
+            raise UsageError("--plugin needs a Python file, e.g. --plugin my_mixer.py")
+        from swamla.cli.console import PLUGINS
+        from swamla.plugins import load_plugin
+
+        load_plugin(Path(file))
+        PLUGINS.append(file)
+    return others
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -100,7 +125,8 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "swamla COMMAND --help lists a command's flags; --version; --debug shows tracebacks.",
+            "swamla COMMAND --help tells a command's flags; swamla --version. Every command also takes --plugin FILE,",
+            "to import a Python file with mixers or optimizers of your own first, and --debug, to show tracebacks.",
         ]
     )
 

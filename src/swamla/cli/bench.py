@@ -3,12 +3,12 @@
 import math
 import shlex
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 
 from swamla import distributed
 from swamla.bench.allowance import Allowance
@@ -18,10 +18,9 @@ from swamla.bench.recipe import RecipeBench, Wanted
 from swamla.bench.results import Results, Row, in_bytes
 from swamla.cli.bench_tables import Screen
 from swamla.cli.console import Console, say
-from swamla.cli.flags import Positional, parse
-from swamla.cli.original_flags import add_original_flags, bare_compile, refusal
-from swamla.cli.overrides import add_flags
-from swamla.cli.run_config import chosen_recipe, read_recipe, with_vocabulary
+from swamla.cli.flags import argument, parse
+from swamla.cli.overrides import flags
+from swamla.cli.run_config import explain_recipe, read_recipe, with_vocabulary
 from swamla.errors import Interrupted, SwamlaError, UsageError
 from swamla.model.accounting import count_parameters
 from swamla.train.backends import describe, resolve_backends
@@ -34,24 +33,24 @@ CTRL_C = 130
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     """How fast a recipe is on this machine: training, generation, loader, tokenizer, start-up; and what is the most
-    that could be reached. On random tokens: nothing is fetched, and no run is begun."""
+    that could be reached. On random tokens: nothing is fetched, and no run is begun.
 
-    recipe: Annotated[Positional[str], tyro.conf.arg(help_behavior_hint="(default: quickstart)")] = ""
-    """A shipped recipe, a .toml or .json file, or a run's folder. Flags change what it says."""
-    size: str = ""
-    """The recipe, as a flag."""
-    output_dir: str = ""
-    """Of no account here, as run_name: the command line of a training can be measured as it is."""
-    run_name: str = ""
-    """Of no account here."""
-    out: Annotated[str, tyro.conf.arg(metavar="FILE.json")] = ""
-    """Keep the figures, with what they were measured on, in this file; it is whole after every row."""
+    recipe: a shipped recipe, a .toml or .json file, or a run's folder. Flags change what it says.
+    out: keep the figures, with what they were measured on, in this file; it is whole after every row.
+    minutes: about how long it may take. What would not fit is left out, and named.
+    lengths: train on single rows of so many tokens, besides the recipe's own; or none.
+    prompts: generate behind prompts of so many tokens; or none.
+    output_dir, run_name, workers: of no account here: the command line of a training can be measured as it is.
+    """
+
+    recipe: str = argument("", positional=True, default="quickstart")
+    out: str = argument("", metavar="FILE.json")
     minutes: float = 2.0
-    """About how long it may take. What would not fit is left out, and named."""
-    lengths: Annotated[str, tyro.conf.arg(metavar="N,N,…")] = "256,1024,4096,16384"
-    """Train on single rows of so many tokens, besides the recipe's own; or none."""
-    prompts: Annotated[str, tyro.conf.arg(metavar="N,N,…")] = "128,1024,8192"
-    """Generate behind prompts of so many tokens; or none."""
+    lengths: str = argument("256,1024,4096,16384", metavar="N,N,…")
+    prompts: str = argument("128,1024,8192", metavar="N,N,…")
+    output_dir: str = argument("", usual=False)
+    run_name: str = argument("", usual=False)
+    workers: int = argument(0, usual=False)
 
 
 @dataclass(kw_only=True)
@@ -67,13 +66,11 @@ class _Shown(Results):
 
 def main(argv: list[str]) -> int:
     """Measure and tell."""
-    arguments: Any
-    takes = add_flags(add_original_flags(Arguments))
-    arguments, given = parse(takes, bare_compile(argv), command="bench", refusal=refusal)
+    arguments, given = parse(Arguments, argv, command="swamla bench", more=flags(), explain=explain_recipe)
     if distributed.launched():
         raise UsageError("bench is for one process; start it without torchrun")
     seconds, file = 60 * _minutes(arguments.minutes), _file(arguments.out)
-    recipe = chosen_recipe(arguments.recipe, arguments.size)
+    recipe = arguments.recipe or "quickstart"
     wanted = _wanted(recipe, arguments, given)
     console = Console()
     with Screen(console) as screen:
@@ -149,10 +146,10 @@ def _ceilings(found: dict[str, float]) -> str:
     return f"it reaches, in large matrix products, {' and '.join(flops)}, and copies {in_bytes(found['copy_bytes'])}/s"
 
 
-def _wanted(recipe: str, arguments: Any, given: frozenset[str]) -> Wanted:
+def _wanted(recipe: str, arguments: Arguments, given: Mapping[str, Any]) -> Wanted:
     """What to measure; raises for what cannot be."""
     run = Path(recipe) / "config.json"
-    config = read_recipe(str(run) if run.is_file() else recipe, arguments, given)
+    config = read_recipe(str(run) if run.is_file() else recipe, given)
     config = replace(config, model=with_vocabulary(config.model, config.data))
     device, positions = resolve_device(config.train.device), config.model.learned_positions
     lengths = _numbers("lengths", arguments.lengths, positions, asked="lengths" in given)

@@ -14,7 +14,7 @@ from rich.text import Text
 from swamla.checkpoint import best_step, convert_checkpoint, list_checkpoints, step_of, verify
 from swamla.checkpoint.convert import WeightType
 from swamla.cli.console import Console, say
-from swamla.cli.flags import Positional, parse
+from swamla.cli.flags import argument, parse
 from swamla.cli.info_tables import short
 from swamla.cli.running import checked
 from swamla.cli.runs import age
@@ -34,44 +34,50 @@ Each takes --json and --help."""
 
 @dataclass(frozen=True, kw_only=True)
 class List:
-    """The checkpoints of a run, oldest first."""
+    """The checkpoints of a run, oldest first.
 
-    run: Positional[str]
-    """The run's folder."""
+    run: the run's folder.
+    verify: read every file and compare its SHA-256; otherwise only sizes are compared.
+    json: print a JSON list.
+    """
+
+    run: str = argument(positional=True)
     verify: bool = False
-    """Read every file and compare its SHA-256; otherwise only sizes are compared."""
     json: bool = False
-    """Print a JSON list."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Every file of a checkpoint, or of all checkpoints of a run, against its manifest."""
+    """Every file of a checkpoint, or of all checkpoints of a run, against its manifest.
 
-    path: Positional[str]
-    """A run's folder, or one checkpoint: RUN/checkpoints/step-00000500."""
+    path: a run's folder, or one checkpoint: RUN/checkpoints/step-00000500.
+    json: print a JSON list.
+    """
+
+    path: str = argument(positional=True)
     json: bool = False
-    """Print a JSON list."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """One checkpoint of a run, in another layout, as the only one of a new run's folder."""
+    """One checkpoint of a run, in another layout, as the only one of a new run's folder.
 
-    run: Positional[str]
-    """The run's folder."""
-    folder: Positional[str]
-    """The new run's folder: one that is not there yet, or is empty."""
+    run: the run's folder.
+    folder: the new run's folder: one that is not there yet, or is empty.
+    checkpoint: best, latest, or a step.
+    shards: files that weights and optimizer state are cut into, as fsdp saves them on so many processes; 1: not at all.
+    weights_only: only what the model is loaded from, averages where there are any; it cannot be resumed.
+    dtype: of the matrices; another than fp32 with --weights_only alone.
+    json: print one JSON object.
+    """
+
+    run: str = argument(positional=True)
+    folder: str = argument(positional=True)
     checkpoint: str = "best"
-    """best, latest, or a step."""
     shards: int = 1
-    """Files that weights and optimizer state are cut into, as fsdp saves them on so many processes; 1: not at all."""
     weights_only: bool = False
-    """Only what the model is loaded from, averages where there are any; it cannot be resumed."""
     dtype: WeightType = "fp32"
-    """Of the matrices; another than fp32 with --weights_only alone."""
     json: bool = False
-    """Print one JSON object."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +108,7 @@ def main(argv: list[str]) -> int:
 
 
 def _list(argv: list[str]) -> int:
-    arguments, _ = parse(List, argv, command="checkpoint list")
+    arguments, _ = parse(List, argv, command="swamla checkpoint list")
     run = checked(arguments.run)
     rows = _rows(_of_run(run), hashes=arguments.verify)
     if arguments.json:
@@ -116,7 +122,7 @@ def _list(argv: list[str]) -> int:
 
 
 def _verify(argv: list[str]) -> int:
-    arguments, _ = parse(Verify, argv, command="checkpoint verify")
+    arguments, _ = parse(Verify, argv, command="swamla checkpoint verify")
     path = checked(arguments.path)
     paths = [path] if (path / "manifest.json").exists() or path.name.startswith("step-") else _of_run(path)
     if not paths or not path.is_dir():
@@ -134,7 +140,7 @@ def _verify(argv: list[str]) -> int:
 
 
 def _convert(argv: list[str]) -> int:
-    arguments, _ = parse(Convert, argv, command="checkpoint convert")
+    arguments, _ = parse(Convert, argv, command="swamla checkpoint convert")
     folder = checked(arguments.folder)
     convert_checkpoint(
         checked(arguments.run),

@@ -35,10 +35,15 @@ def harmless(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+PLUGINS: list[str] = []  # files that --plugin named: a command that goes on needs them again
+
+
 def program() -> str:
-    """How this program was called, in a form that works again from this folder."""
+    """How this program was called, in a form that works again from this folder; with its plugins."""
     called = sys.argv[0]
     if os.path.basename(called) != "swamla":
-        return f"{shlex.quote(os.path.relpath(sys.executable))} -m swamla"
-    on_path = shutil.which("swamla")
-    return "swamla" if on_path and os.path.samefile(on_path, called) else shlex.quote(os.path.relpath(called))
+        words = [os.path.relpath(sys.executable), "-m", "swamla"]
+    else:
+        on_path = shutil.which("swamla")
+        words = ["swamla" if on_path and os.path.samefile(on_path, called) else os.path.relpath(called)]
+    return shlex.join([*words, *(word for file in PLUGINS for word in ("--plugin", file))])

@@ -40,19 +40,19 @@ OPTIONAL = {
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     """Environment, devices, optional libraries, what `auto` chooses here, and a self-check of about ten seconds.
-
     Nothing is fetched from the network. The exit status is 1 if a check fails.
+
+    json: print one JSON object.
+    measure: forget which paths of attention were faster on this machine, and race anew: it may have been busy then.
     """
 
     json: bool = False
-    """Print one JSON object."""
     measure: bool = False
-    """Forget which paths of attention were faster on this machine, and race anew: it may have been busy then."""
 
 
 def main(argv: list[str]) -> int:
     """Look, try, and tell."""
-    arguments, _ = parse(Arguments, argv, command="doctor")
+    arguments, _ = parse(Arguments, argv, command="swamla doctor")
     device = resolve_device("auto")
     found = {
         "environment": _environment(),

@@ -2,16 +2,15 @@
 
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from swamla.checkpoint import Checkpoint, find_checkpoint, load, read_run_config
 from swamla.cli.console import Console
-from swamla.cli.flags import Positional, parse
-from swamla.cli.overrides import Flag, add_flags, data_flags, put_flags
+from swamla.cli.flags import Flag, argument, parse
+from swamla.cli.overrides import data_flags, put_flags
 from swamla.cli.running import data_of_run, read_data, validation
 from swamla.config import from_plain
 from swamla.data.config import DataConfig
@@ -30,29 +29,30 @@ _OWN = ("text_column", "hub_config", "split", "hub_revision", "invalid_utf8", "o
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Loss, perplexity and bits per byte of a trained model on text that it was not trained on."""
+    """Loss, perplexity and bits per byte of a trained model on text that it was not trained on.
 
-    run: Positional[str]
-    """The run's folder."""
+    run: the run's folder.
+    data: other data than the run's own held-out text: all of it is scored. Of the run only the tokenizer matters then.
+    held_out: of --data score what a run on it would hold out alone, with the run's held_out_fraction.
+    block_size: tokens the model reads at a time; 0 for as many as in training.
+    checkpoint: best, latest, or a step.
+    json: print one JSON object.
+    """
+
+    run: str = argument(positional=True)
     data: str = ""
-    """Other data than the run's own held-out text: all of it is scored. Of the run only the tokenizer matters then."""
-    held_out: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Of --data score what a run on it would hold out alone, with the run's held_out_fraction."""
+    held_out: bool = argument(False, switch=True)
     block_size: int = 0
-    """Tokens the model reads at a time (0: as in training)."""
     checkpoint: str = "best"
-    """best, latest, or a step."""
     json: bool = False
-    """Print one JSON object."""
 
 
 def main(argv: list[str]) -> int:
     """Evaluate and print."""
-    arguments: Any
-    arguments, given = parse(add_flags(Arguments, _own_flags()), argv, command="evaluate")
+    arguments, given = parse(Arguments, argv, command="swamla evaluate", more=_own_flags())
     if arguments.block_size < 0:
         raise UsageError(f"--block_size {arguments.block_size}: must be > 0, e.g. 256")
-    if not arguments.data and (alone := sorted(given & {*_OWN, "held_out"})):
+    if not arguments.data and (alone := sorted(given.keys() & {*_OWN, "held_out"})):
         raise UsageError(f"--{alone[0]} is of --data: give that too; without it the run's own held-out text is scored")
     run = Path(arguments.run)
     plain = read_run_config(run)
@@ -98,12 +98,12 @@ def _own_data(run: Path, config: RunConfig, checkpoint: Checkpoint) -> Dataset:
     return dataset
 
 
-def _other_data(arguments: Any, given: frozenset[str], run: Path, config: RunConfig) -> Dataset:
+def _other_data(arguments: Arguments, given: Mapping[str, Any], run: Path, config: RunConfig) -> Dataset:
     """Another source, with flags of its own and the run's tokenizer: all of it, or what a run on it would hold out."""
     fraction = config.data.held_out_fraction if arguments.held_out else 1.0
     data = {"source": arguments.data, "tokenizer": str(run / "tokenizer.json"), "held_out_fraction": fraction}
     plain = {"data": data | {"cache_dir": config.data.cache_dir}}
-    flags = put_flags(plain, arguments.__dict__, given, _own_flags())
+    flags = put_flags(plain, given, _own_flags())
     chosen = from_plain(DataConfig, plain["data"], path="data", origin=lambda field: flags.get(field, "--data"))
     dataset = read_data(chosen, Console(stderr=True))
     _warn_of_trained_text(dataset, run, config)

@@ -5,7 +5,7 @@ from typing import Literal
 
 from swamla.checkpoint import load
 from swamla.cli.console import Console, say
-from swamla.cli.flags import Positional, parse
+from swamla.cli.flags import argument, parse
 from swamla.cli.running import checked
 from swamla.export import save_gpt2
 
@@ -14,21 +14,23 @@ FORMATS = {"gpt2": save_gpt2}
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """A trained model and its tokenizer, as a folder that other programs load."""
+    """A trained model and its tokenizer, as a folder that other programs load.
 
-    run: Positional[str]
-    """The run's folder."""
-    folder: Positional[str]
-    """Where to write: a folder that is not there yet, or is empty."""
+    run: the run's folder.
+    folder: where to write: a folder that is not there yet, or is empty.
+    format: gpt2: what GPT2LMHeadModel.from_pretrained of transformers loads, for models that are GPT-2s.
+    checkpoint: best, latest, or a step.
+    """
+
+    run: str = argument(positional=True)
+    folder: str = argument(positional=True)
     format: Literal["gpt2"] = "gpt2"
-    """gpt2: what GPT2LMHeadModel.from_pretrained of transformers loads, for models that are GPT-2s."""
     checkpoint: str = "best"
-    """best, latest, or a step."""
 
 
 def main(argv: list[str]) -> int:
     """Load and write."""
-    arguments, _ = parse(Arguments, argv, command="export")
+    arguments, _ = parse(Arguments, argv, command="swamla export")
     folder = checked(arguments.folder)
     model, tokenizer = load(checked(arguments.run), arguments.checkpoint)
     FORMATS[arguments.format](model, folder, tokenizer=tokenizer)

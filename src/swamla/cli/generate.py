@@ -6,7 +6,7 @@ from typing import Literal
 
 from swamla.checkpoint import load
 from swamla.cli.console import harmless
-from swamla.cli.flags import Positional, Repeated, parse
+from swamla.cli.flags import argument, parse
 from swamla.errors import UsageError
 from swamla.inference.sampling import Sampling
 from swamla.inference.text import Generation, encode_prompt, generate_text, room
@@ -14,35 +14,38 @@ from swamla.inference.text import Generation, encode_prompt, generate_text, room
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Continue prompts with a trained model. One prompt is streamed; of several each is printed when all are done."""
+    """Continue prompts with a trained model. One prompt is streamed; of several each is printed when all are done.
 
-    run: Positional[str]
-    """The run's folder."""
-    prompt: Repeated[tuple[str, ...]] = ()
-    """The text to continue; without one, a new document begins."""
+    run: the run's folder.
+    prompt: the text to continue, given once for each prompt; without one, a new document begins.
+    max_new_tokens: stop after so many tokens, or where the model ends the document; by default also where it has no
+        more room.
+    temperature: below 1 more certain, above 1 more varied, 0 the same as --greedy.
+    top_k: draw from the k likeliest tokens only; 0 for all.
+    top_p: draw from the likeliest tokens that together have this probability.
+    seed: the same seed draws the same text.
+    greedy: always take the likeliest token.
+    checkpoint: best, latest, or a step.
+    decoding: graph: recorded launches, on CUDA; int8: weights rounded to 8 bits, on a CPU, faster but another function.
+    stats: print tokens per second and the size of the state, on stderr.
+    """
+
+    run: str = argument(positional=True)
+    prompt: tuple[str, ...] = argument((), annotation=str, repeated=True)
     max_new_tokens: int = 200
-    """Stop after so many tokens, or where the model ends the document; by default also where it has no more room."""
     temperature: float = 0.8
-    """Below 1 more certain, above 1 more varied, 0 the same as --greedy."""
     top_k: int = 0
-    """Draw from the k likeliest tokens only (0: from all)."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that together have this probability."""
     seed: int = 0
-    """The same seed draws the same text."""
     greedy: bool = False
-    """Always take the likeliest token."""
     checkpoint: str = "best"
-    """best, latest, or a step."""
     decoding: Literal["eager", "graph", "int8"] = "eager"
-    """graph: recorded launches, on CUDA; int8: weights rounded to 8 bits, on a CPU, faster but another function."""
     stats: bool = False
-    """Print tokens per second and the size of the state, on stderr."""
 
 
 def main(argv: list[str]) -> int:
     """Generate and print."""
-    arguments, given = parse(Arguments, argv, command="generate")
+    arguments, given = parse(Arguments, argv, command="swamla generate")
     if arguments.greedy and "temperature" in given:
         raise UsageError("--greedy and --temperature exclude each other: greedy is temperature 0")
     if arguments.max_new_tokens < 1:

@@ -1,17 +1,15 @@
 """`swamla info RECIPE`: what a model is and what it costs, before a weight exists."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
-from swamla.cli.flags import Positional, parse
+from swamla.cli.flags import argument, parse
 from swamla.cli.info_tables import compare, show
-from swamla.cli.original_flags import add_original_flags, bare_compile, refusal
-from swamla.cli.overrides import add_flags
-from swamla.cli.run_config import chosen_recipe, read_recipe, with_vocabulary
+from swamla.cli.overrides import flags
+from swamla.cli.run_config import explain_recipe, read_recipe, with_vocabulary
 from swamla.model.accounting import (
     all_mha_state_bytes,
     count_parameters,
@@ -28,32 +26,29 @@ LENGTHS = (256, 1024, 4096, 16384, 65536)
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Exact parameters, training FLOPs, state and training memory of a model, from its config alone."""
+    """Exact parameters, training FLOPs, state and training memory of a model, from its config alone.
 
-    recipe: Annotated[Positional[str], tyro.conf.arg(help_behavior_hint="(default: quickstart)")] = ""
-    """A shipped recipe, a .toml or .json file, or a run's folder. Flags change what it says."""
-    size: str = ""
-    """The recipe, as a flag."""
-    output_dir: str = ""
-    """Of no account here, as run_name and resume_from: the command line of a training can be asked about as it is."""
-    run_name: str = ""
-    """Of no account here."""
-    resume_from: str = ""
-    """Of no account here."""
-    compare: Annotated[str, tyro.conf.arg(metavar="RECIPE")] = ""
-    """Another recipe or run, as it is, beside the first."""
+    recipe: a shipped recipe, a .toml or .json file, or a run's folder. Flags change what it says.
+    compare: another recipe or run, as it is, beside the first.
+    json: print one JSON object; two of them in a list with --compare.
+    output_dir, run_name, workers: of no account here: the command line of a training can be asked about as it is.
+    """
+
+    recipe: str = argument("", positional=True, default="quickstart")
+    compare: str = argument("", metavar="RECIPE")
     json: bool = False
-    """Print one JSON object; two of them in a list with --compare."""
+    output_dir: str = argument("", usual=False)
+    run_name: str = argument("", usual=False)
+    workers: int = argument(0, usual=False)
 
 
 def main(argv: list[str]) -> int:
     """Count and print."""
-    arguments: Any
-    argv = _both_behind_compare(bare_compile(argv))
-    arguments, given = parse(add_flags(add_original_flags(Arguments)), argv, command="info", refusal=refusal)
-    found = [_facts_of(chosen_recipe(arguments.recipe, arguments.size), arguments, given)]
+    argv = _both_behind_compare(argv)
+    arguments, given = parse(Arguments, argv, command="swamla info", more=flags(), explain=explain_recipe)
+    found = [_facts_of(arguments.recipe or "quickstart", given)]
     if arguments.compare:
-        found.append(_facts_of(arguments.compare, Arguments(), frozenset()))
+        found.append(_facts_of(arguments.compare, {}))
     if arguments.json:
         print(json.dumps(found if arguments.compare else found[0]))
     elif arguments.compare:
@@ -72,10 +67,10 @@ def _both_behind_compare(argv: list[str]) -> list[str]:
     return argv
 
 
-def _facts_of(recipe: str, arguments: Any, given: frozenset[str]) -> dict[str, Any]:
+def _facts_of(recipe: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """All that is told of a recipe or a run, as plain data."""
     run = Path(recipe) / "config.json"
-    config = read_recipe(str(run) if run.is_file() else recipe, arguments, given)
+    config = read_recipe(str(run) if run.is_file() else recipe, given)
     config = replace(config, model=with_vocabulary(config.model, config.data))
     return {"name": recipe, **_model(config.model), **_costs(config.model), "training": _training(config)}
 

@@ -7,95 +7,82 @@ block of that kind (`--swa_window 128`).
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields, make_dataclass
+from dataclasses import MISSING, fields, replace
 from types import NoneType
-from typing import Annotated, Any, Literal, get_origin
+from typing import Any, Literal, get_args, get_origin
 
-import tyro
-
-from swamla.cli.field_text import field_docs, metavar, parse_text
-from swamla.cli.plain import BLOCK_PARTS, Plain, choice
+from swamla.cli.flags import Flag, Put, field_docs
+from swamla.cli.plain import BLOCK_PARTS, Plain, choice, mixer_kind
 from swamla.cli.reshape import SHAPE
 from swamla.config import choices_of, field_types, join, options_of
 from swamla.data.config import DataConfig
 from swamla.errors import UsageError
 from swamla.model.config import LanguageModelConfig
+from swamla.recipes import is_recipe
+from swamla.train.compile import Compile
 from swamla.train.config import TrainConfig
 
 _RENAMED = {"data.source": "data"}  # `--data FILE` reads better than `--source FILE`
 _TOKENIZER = "; another than the recipe's sets vocab_size to 0, for as many ids as it has, unless --vocab_size is given"
-
-Put = Callable[[Plain, Any], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flag:
-    """A generated flag.
-
-    field: dotted, for messages.  put: writes the value into plain data, where it belongs; raises `UsageError` for one
-    that makes no sense there.  switch: a boolean that is only ever given bare, without a --no_ form.
-    besides: a further field that it changes.
-    """
-
-    name: str
-    field: str
-    annotation: Any
-    help: str
-    default: Any
-    put: Put
-    switch: bool = False
-    besides: str = ""
+_SECTIONS: dict[str, type] = {"model": LanguageModelConfig, "data": DataConfig, "train": TrainConfig}
+# A bare --compile, before a flag, a recipe or nothing, is --compile default.
+_BARE_COMPILE: Any = {
+    "bare": "default",
+    "goes_with": lambda word: word in get_args(Compile) or not is_recipe(word),
+}
+# What --help shows, under these headings; --help all has everything. A recipe's own blocks are told besides.
+_USUAL = {
+    "flags": ("init_from",),
+    "model": ("pattern", "local_mixer", "n_layers", "n_heads", "width", "vocab_size", "dropout"),
+    "data": ("data", "text_column", "tokenizer", "held_out_fraction"),
+    "length and batch": ("steps", "max_minutes", "batch_size", "accumulation", "block_size", "seed"),
+    "optimizer": ("optimizer", "lr", "warmup", "schedule", "min_lr_ratio", "weight_decay", "grad_clip", "ema"),
+    "evaluation and saving": ("eval_interval", "eval_seconds", "eval_tokens", "save_interval"),
+    "speed and memory": ("precision", "compile", "checkpointing", "parallel", "device", "threads"),
+    "watching": ("log_interval", "tensorboard", "wandb_project", "hf_repo_id", "profile"),
+}
 
 
 def flags() -> dict[str, Flag]:
-    """Every generated flag by name, in the order of the configs' fields."""
-    found: dict[str, Flag] = {}
-    for section, cls in (("model", LanguageModelConfig), ("data", DataConfig), ("train", TrainConfig)):
+    """Every generated flag by name, those that reshape a whole model first; `put_flags` leaves these to `reshape`."""
+    found = dict(SHAPE)
+    for section, cls in _SECTIONS.items():
         for flag in [*_section_flags(section, cls), *(_block_flags() if section == "model" else ())]:
             if flag.name in found:
                 raise TypeError(f"two configs give rise to the flag --{flag.name}")
             found[flag.name] = flag
-    return found
+    usual = {name: replace(found[name], group=group) for group, names in _USUAL.items() for name in names}
+    return usual | {name: replace(flag, usual=False) for name, flag in found.items() if name not in usual}
 
 
 def data_flags() -> dict[str, Flag]:
     """The flags of `DataConfig` alone, each by its field's own name."""
-    return {flag.field.removeprefix("data."): flag for flag in _section_flags("data", DataConfig, with_model=False)}
+    return {
+        (name := flag.field.removeprefix("data.")): replace(flag, name=name)
+        for flag in _section_flags("data", DataConfig, with_model=False)
+    }
 
 
-def add_flags(cls: type, generated: dict[str, Flag] | None = None) -> Any:
-    """The dataclass `cls` with flags as further fields: text, or a boolean, "" where not given.
-
-    By default every generated flag is added, and those that reshape a whole model.
-    """
-    added = [] if generated else [argument(name, str, shape, text, None) for name, (shape, text) in SHAPE.items()]
-    for name, flag in (generated or flags()).items():
-        added.append(argument(name, flag.annotation, metavar(flag.annotation), flag.help, flag.default))
-    made = make_dataclass(cls.__name__, added, bases=(cls,), frozen=True, kw_only=True)
-    made.__doc__ = cls.__doc__
-    return made
-
-
-def put_flags(plain: Plain, values: Mapping[str, Any], given: frozenset[str], known: dict[str, Flag]) -> dict[str, str]:
-    """Write those of the `known` flags that are in `given` into `plain`; returns dotted field -> flag.
+def put_flags(plain: Plain, given: Mapping[str, Any], known: Mapping[str, Flag]) -> dict[str, str]:
+    """Write those of the `known` flags that are `given` into `plain`, in their own order; dotted field -> flag.
 
     Raises `UsageError`, which names the flag as it was given, for one of a kind that the config does not use.
     """
-    chosen = [name for name in known if name in given]
-    for name in chosen:
-        with naming(name, values[name]):
-            known[name].put(plain, parse_text(values[name], known[name].annotation))
-    return {known[name].field: f"--{name}" for name in chosen}
+    chosen = [flag for name, flag in known.items() if name in given and flag.field]
+    for flag in chosen:
+        with naming(flag.name, given[flag.name]):
+            flag.put(plain, given[flag.name])
+    return {flag.field: f"--{flag.name}" for flag in chosen}
 
 
 @contextmanager
-def naming(name: str, text: Any) -> Iterator[None]:
+def naming(name: str, value: Any) -> Iterator[None]:
     """Put a flag and its value before any `UsageError` raised inside."""
     try:
         yield
     except UsageError as error:
-        value = f" {text}" if isinstance(text, str) else ""
-        raise UsageError(f"--{name}{value}: {error}") from None
+        shown = ",".join(map(str, value)) if isinstance(value, list) else value
+        raise UsageError(f"--{name}: {error}" if isinstance(value, bool) else f"--{name} {shown}: {error}") from None
 
 
 def _section_flags(section: str, cls: type, *, with_model: bool = True) -> Iterator[Flag]:
@@ -114,19 +101,30 @@ def _section_flags(section: str, cls: type, *, with_model: bool = True) -> Itera
             annotation=shown,
             help=docs.get(name, "") + (_TOKENIZER if path == "data.tokenizer" and with_model else ""),
             default=MISSING if choices else defaults[name],
+            group=section,
+            **(_BARE_COMPILE if path == "train.compile" else {}),
             put=_put_choice(section, name) if choices else _put(section, name),
         )
         for kind, config in choices.items():
-            yield from _kind_flags(kind, config, path, _put_in_choice(section, name, kind))
+            yield from _kind_flags(f"{name} {kind}", kind, config, path, _put_in_choice(section, name, kind))
 
 
 def _block_flags() -> Iterator[Flag]:
+    for kind in BLOCK_PARTS["mixer"]:
+        yield Flag(
+            name=f"{kind}_ffn",
+            field="model.blocks.*.ffn.kind",
+            annotation=Literal[tuple(BLOCK_PARTS["ffn"])],
+            help="the FFN behind this mixer; another kind than the recipe's has that kind's defaults",
+            group=f"mixer {kind}",
+            put=_put_ffn(kind),
+        )
     for part, choices in BLOCK_PARTS.items():
         for kind, config in choices.items():
-            yield from _kind_flags(kind, config, f"model.blocks.*.{part}", _put_in_blocks(part, kind))
+            yield from _kind_flags(f"{part} {kind}", kind, config, f"model.blocks.*.{part}", _put_in_blocks(part, kind))
 
 
-def _kind_flags(kind: str, cls: type, path: str, put: Callable[[str], Put]) -> Iterator[Flag]:
+def _kind_flags(group: str, kind: str, cls: type, path: str, put: Callable[[str], Put]) -> Iterator[Flag]:
     docs = field_docs(cls)
     for f in fields(cls):
         annotation = field_types(cls)[f.name]
@@ -138,6 +136,7 @@ def _kind_flags(kind: str, cls: type, path: str, put: Callable[[str], Put]) -> I
                 annotation=annotation,
                 help=docs.get(f.name, ""),
                 default=f.default,
+                group=group,
                 put=put(f.name),
             )
 
@@ -197,26 +196,18 @@ def _put_in_blocks(part: str, kind: str) -> Callable[[str], Put]:
     return of_field
 
 
-_SECTIONS: dict[str, type] = {"model": LanguageModelConfig, "data": DataConfig, "train": TrainConfig}
+def _put_ffn(mixer: str) -> Put:
+    def put(plain: Plain, kind: Any) -> None:
+        users = [block for block in plain["model"]["blocks"].values() if mixer_kind(block) == mixer]
+        if not users:
+            raise UsageError(f"no block of the model has the mixer {mixer}")
+        for block in users:
+            if choice(block, "ffn").get("kind") != kind:
+                block["ffn"] = {"kind": kind}
+
+    return put
 
 
 def _is_choice(annotation: Any) -> bool:
     options = [option for option in options_of(annotation) if option is not NoneType]
     return all(hasattr(option, "__dataclass_fields__") for option in options)
-
-
-def argument(
-    name: str, annotation: Any, shape: str, text: str, default: Any, *, switch: bool = False
-) -> tuple[str, Any, Any]:
-    """A field for tyro. Values stay text: the config's own reader checks them, so that all errors read alike."""
-    shown = "" if default is MISSING or default is None else f"(default: {_show(default)})"
-    if annotation is bool:
-        described = tyro.conf.arg(help=text, help_behavior_hint=shown)
-        shown_as = Annotated[bool, described]
-        return name, tyro.conf.FlagCreatePairsOff[shown_as] if switch else shown_as, default is True
-    described = tyro.conf.arg(help=text, help_behavior_hint=shown, metavar=shape)
-    return name, Annotated[str, described], ""
-
-
-def _show(default: Any) -> str:
-    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default) or '""'

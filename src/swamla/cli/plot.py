@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any, Literal
 
 from swamla.cli.console import Console, say
-from swamla.cli.flags import Positional, parse
+from swamla.cli.flags import argument, parse
 from swamla.cli.running import checked
 from swamla.config import did_you_mean
 from swamla.errors import UsageError
@@ -17,21 +15,23 @@ from swamla.train.tracking.metrics import read_metrics
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Draw training curves, faint as they are and strong when smoothed, with the evaluations as marks."""
+    """Draw training curves, faint as they are and strong when smoothed, with the evaluations as marks.
 
-    runs: Positional[tuple[str, ...]]
-    """Folders of runs, or their names under runs/."""
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "curves.png"
-    """The picture: .png, .pdf or .svg."""
+    runs: folders of runs, or their names under runs/.
+    output: the picture: .png, .pdf or .svg.
+    x: what is to the right.
+    y: what is up: loss, held_out_loss, bits_per_byte, lr, grad_norm, or whatever else metrics.jsonl has.
+    """
+
+    runs: tuple[str, ...] = argument(annotation=str, positional=True, repeated=True)
+    output: str = argument("curves.png", short="o", metavar="FILE")
     x: Literal["step", "tokens", "time"] = "step"
-    """What is to the right."""
     y: str = "loss"
-    """What is up: loss, held_out_loss, bits_per_byte, lr, grad_norm, or whatever else metrics.jsonl has."""
 
 
 def main(argv: list[str]) -> int:
     """Draw, and say where."""
-    arguments, _ = parse(Arguments, argv, command="plot")
+    arguments, _ = parse(Arguments, argv, command="swamla plot")
     picture = checked(arguments.output)
     if picture.suffix not in (".png", ".pdf", ".svg"):
         raise UsageError(f"--output {picture}: must end in .png, .pdf or .svg")

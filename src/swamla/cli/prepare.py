@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from swamla.cli.console import Console, say
-from swamla.cli.flags import Positional, parse
-from swamla.cli.overrides import add_flags, data_flags, put_flags
+from swamla.cli.flags import argument, parse
+from swamla.cli.overrides import data_flags, put_flags
 from swamla.cli.run_config import locate_beside
 from swamla.cli.running import describe_data, read_data, shown_progress
 from swamla.config import did_you_mean, from_plain, load_file
@@ -24,27 +24,28 @@ _SECTIONS = {"format_version", "model", "data", "train"}  # of a recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Tokenize data ahead of training, into the cache that training looks in."""
+    """Tokenize data ahead of training, into the cache that training looks in.
 
-    data: Positional[str]
-    """A recipe, whose data is taken, or a source: stdlib, a file or a folder. --source replaces a recipe's source."""
+    data: a recipe, whose data is taken, or a source: stdlib, a file or a folder. --source replaces a recipe's source.
+    workers: processes that encode large data, each on one core; 0 for as many as there are cores.
+    part: i/N: do the i-th of N parts of the work, independently of the others, in one shared --cache_dir; whichever
+        part finds that none is missing any more makes the dataset. "assemble": only that.
+    executor: local, slurm or ray: hand the parts to this executor of datatrove (pip install 'swamla[data]').
+    parts: how many parts --executor has.
+    executor_options: its further arguments: "time=04:00:00 partition=cpu".
+    """
+
+    data: str = argument(positional=True)
     workers: int = 0
-    """Processes that encode large data, each on one core; 0 for as many as there are cores."""
-    part: str = ""
-    """i/N: do the i-th of N parts of the work, independently of the others, in one shared --cache_dir; whichever part
-    finds that none is missing any more makes the dataset. "assemble": only that."""
+    part: str = argument("", metavar="i/N")
     executor: str = ""
-    """local, slurm or ray: hand the parts to this executor of datatrove (pip install 'swamla[data]')."""
     parts: int = 0
-    """How many parts --executor has."""
     executor_options: str = ""
-    """Its further arguments: "time=04:00:00 partition=cpu"."""
 
 
 def main(argv: list[str]) -> int:
     """Prepare, check every byte, and say what there is."""
-    arguments: Any
-    arguments, given = parse(add_flags(Arguments, data_flags()), argv, command="prepare")
+    arguments, given = parse(Arguments, argv, command="swamla prepare", more=data_flags())
     plain: dict[str, Any] = {"data": {"source": arguments.data}}
     written: Callable[[str], str] = _nowhere
     if _is_recipe(arguments.data):
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> int:
     elif "source" in given:
         raise UsageError(f"--source goes with a recipe ({', '.join(recipe_names())}), and {arguments.data} is none")
     downloaded = plain.get("data", {}).get("source") == "shakespeare"
-    flags = put_flags(plain, arguments.__dict__, given, data_flags())
+    flags = put_flags(plain, given, data_flags())
     config = from_plain(
         DataConfig, plain.get("data", {}), path="data", origin=lambda field: flags.get(field) or written(field)
     )
@@ -92,7 +93,7 @@ def _is_recipe(data: str) -> bool:
     return isinstance(plain, dict) and plain.keys() <= _SECTIONS and isinstance(plain.get("data", {}), dict)
 
 
-def _hand_over(config: DataConfig, arguments: Any, console: Console) -> int:
+def _hand_over(config: DataConfig, arguments: Arguments, console: Console) -> int:
     """Start datatrove's executor; what it started may still be at work when this returns, as a Slurm array is."""
     from swamla.data.datatrove import executor
 

@@ -5,20 +5,18 @@ import lzma
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from swamla import distributed
 from swamla.checkpoint import load
 from swamla.cli.console import Console, harmless, program, say
-from swamla.cli.flags import parse
-from swamla.cli.overrides import add_flags
-from swamla.cli.run_config import read_recipe
+from swamla.cli.flags import argument, parse
+from swamla.cli.overrides import flags
+from swamla.cli.run_config import explain_recipe, read_recipe
 from swamla.cli.running import (
     claim_folder,
     prepare_data,
-    resume_here,
     resumed_folder,
     run_training,
     validation,
@@ -38,29 +36,30 @@ _AFTER = "\n\n=== after training ===\n"
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Train the recipe "quickstart", then weigh the model against gzip and xz on text it never saw."""
+    """Train the recipe "quickstart", then weigh the model against gzip and xz on text it never saw.
 
-    output_dir: str = ""
-    """The run's folder; by default runs/quickstart, numbered when that is taken."""
-    resume: str = ""
-    """Continue the run in this folder, or in output_dir, or the newest runs/quickstart, and finish it."""
+    output_dir: the run's folder; by default runs/quickstart, numbered when that is taken.
+    resume: continue the run in this folder, or in output_dir, or the newest runs/quickstart, and finish it.
+    """
+
+    output_dir: str = argument("", metavar="FOLDER")
+    resume: str = argument("", metavar="RUN", bare="")
 
 
 def main(argv: list[str]) -> int:
     """Train, sample, compare, and say what to try next."""
-    arguments: Any
     if distributed.launched():
         raise UsageError("quickstart is for one process; several train the same model with: train quickstart")
-    arguments, given = parse(add_flags(Arguments), resume_here(argv), command="quickstart")
+    arguments, given = parse(Arguments, argv, command="swamla quickstart", more=flags(), explain=explain_recipe)
     resume = "resume" in given
     with _claimed(arguments, resume) as claim:
         run_dir = claim.path
-        config = read_recipe(str(run_dir / "config.json") if resume else "quickstart", arguments, given, new=not resume)
+        config = read_recipe(str(run_dir / "config.json") if resume else "quickstart", given, new=not resume)
         _train(config, claim, resume)
     return 0
 
 
-def _claimed(arguments: Any, resume: bool) -> Claim:
+def _claimed(arguments: Arguments, resume: bool) -> Claim:
     """The folder of a new run, or the one to go on in, taken."""
     named = arguments.output_dir
     if not resume:

@@ -1,16 +1,17 @@
 """From a recipe and flags to a `RunConfig`: defaults, then the recipe, then the command line."""
 
 import copy
+import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import textwrap
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from swamla import distributed
-from swamla.cli import original_flags
+from swamla.cli.flags import WIDEST, Flag
 from swamla.cli.overrides import flags, put_flags
-from swamla.cli.plain import mixer_kind
 from swamla.cli.reshape import reshape
 from swamla.config import from_plain, load_file, to_plain, within
 from swamla.data.config import MIXTURE, DataConfig, parse_bpe
@@ -18,7 +19,7 @@ from swamla.data.sources import NAMED_SOURCES
 from swamla.errors import ConfigError, UsageError, require
 from swamla.model.block import BlockConfig
 from swamla.model.config import LanguageModelConfig
-from swamla.recipes import ALIASES, recipe_path
+from swamla.recipes import recipe_names, recipe_path
 from swamla.train.config import RunConfig
 from swamla.train.init_from import Origin, origin_of
 
@@ -27,13 +28,13 @@ _TOKENIZERS = ("byte", "char", "gpt2")  # whatever files are called so
 _VOCABULARIES = {("byte", ""): 257, ("gpt2", ""): 50257, ("char", "shakespeare"): 66}
 
 
-def read_recipe(recipe: str, arguments: Any, given: frozenset[str], *, new: bool = False) -> RunConfig:
-    """The run that a recipe (a shipped one's name, or a file) and the flags in `given` describe.
+def read_recipe(recipe: str, given: Mapping[str, Any], *, new: bool = False) -> RunConfig:
+    """The run that a recipe (a shipped one's name, or a file) and flags, `given` with their values, describe.
 
     new: it is to be begun, with the weights that it says. Says what there is to tell. Raises `UsageError` and
     `ConfigError`, which name the flag, or the file and line.
     """
-    resolved = resolve(recipe, arguments, given, new=new)
+    resolved = resolve(recipe, given, new=new)
     say_notes(resolved)
     return resolved.config
 
@@ -47,26 +48,61 @@ class Resolved:
     notes: tuple[str, ...]
 
 
-def resolve(
-    recipe: str, arguments: Any, given: frozenset[str], *, new: bool = False, unnamed: bool = False
-) -> Resolved:
-    """As `read_recipe`, silently, with all there is to know. unnamed: nobody asked for the recipe and its model."""
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What a recipe says. spare: its blocks that only flags put to use.  begun: whose weights it takes, if any."""
+
+    plain: dict[str, Any]
+    place: Callable[[str], str]
+    spare: dict[str, Any]
+    begun: Origin | None
+
+    @property
+    def has_model(self) -> bool:
+        """False for data so malformed that flags could not be laid on it; the reader will say what is wrong."""
+        sections = all(isinstance(self.plain.get(name, {}), dict) for name in ("model", "data", "train"))
+        blocks = self.plain.get("model", {}).get("blocks") if sections else None
+        return isinstance(blocks, dict) and all(
+            isinstance(b, dict) and isinstance(b.get("mixer"), dict) for b in blocks.values()
+        )
+
+    def put(self, given: Mapping[str, Any]) -> dict[str, str]:
+        """Write flags into the plain data; returns dotted field -> flag.
+
+        Raises `UsageError` for a pattern that names nothing known and for a flag of a kind that the model does not use.
+        """
+        tokenizer = self.plain.get("data", {}).get("tokenizer")
+        origins = reshape(self.plain["model"], given, self.spare) | put_flags(self.plain, given, flags())
+        if "vocab_size" not in given and self.plain.get("data", {}).get("tokenizer") != tokenizer:
+            self.plain["model"]["vocab_size"] = 0  # that of the recipe's tokenizer means nothing to another
+        return origins
+
+
+def written(recipe: str, given: Mapping[str, Any], *, new: bool = False, unnamed: bool = False) -> Written:
+    """What a recipe says; of the flags only those count that replace its paths, and that say whose weights it takes."""
     path = recipe_path(recipe)
     plain, place = load_file(path)
     plain = copy.deepcopy(plain)
     plain.pop("format_version", None)  # a run's own config.json is a recipe too
     locate_beside(plain, path, place, given)
-    origin_of_weights = _begin_from(plain, path, arguments, given, unnamed) if new else None
-    spare = _spare_blocks(plain, place)
-    by_flag, notes = _apply(plain, arguments, given, spare) if _has_model(plain) else ({}, [])
+    begun = _begin_from(plain, path, given, unnamed) if new else None
+    return Written(plain=plain, place=place, spare=_spare_blocks(plain, place), begun=begun)
+
+
+def resolve(recipe: str, given: Mapping[str, Any], *, new: bool = False, unnamed: bool = False) -> Resolved:
+    """As `read_recipe`, silently, with all there is to know. unnamed: nobody asked for the recipe and its model."""
+    said = written(recipe, given, new=new, unnamed=unnamed)
+    plain, place, spare, origin_of_weights = said.plain, said.place, said.spare, said.begun
+    by_flag = said.put(given) if said.has_model else {}
+    notes = []
 
     def origin(field: str) -> str:
         parts = field.split(".")
         of_block = field.startswith("model.blocks.")
         general = ".".join([*parts[:2], "*", *parts[3:]]) if of_block else field
         put_to_use = ".".join(["spare", *parts[2:]]) if of_block and parts[2] in spare else field
-        said = (by_flag.get(name) for name in (field, general, f"{field}.kind", f"{general}.kind"))
-        return next(filter(None, said), "") or place(field) or place(put_to_use)
+        names = (by_flag.get(name) for name in (field, general, f"{field}.kind", f"{general}.kind"))
+        return next(filter(None, names), "") or place(field) or place(put_to_use)
 
     config = from_plain(RunConfig, plain, origin=origin)
     with within("", origin):
@@ -91,9 +127,44 @@ def begun_recipe(init_from: str) -> str:
     return str(origin.folder / "config.json") if origin.is_run else "quickstart"
 
 
-def _begin_from(
-    plain: dict[str, Any], recipe: Path, arguments: Any, given: frozenset[str], unnamed: bool
-) -> Origin | None:
+def explain_recipe(recipe: str) -> tuple[dict[str, Flag], str]:
+    """For --help: all flags, their defaults what the recipe, or run, has, and which its blocks have."""
+    recipe = recipe or "quickstart"
+    run = Path(recipe) / "config.json"
+    config = resolve(str(run) if run.is_file() else recipe, {}).config
+    blocks = config.model.blocks.values()
+    parts = [*(block.mixer for block in blocks), *(block.ffn for block in blocks), config.model.norm]
+    known = flags()
+    shown: dict[str, str] = {}
+    for part in (*parts, config.train.optimizer):
+        values = {f"{part.kind}_{name}": value for name, value in part.__dict__.items()}
+        shown |= {name: _as_typed(value) for name, value in values.items() if name in known}
+    width = min(WIDEST, shutil.get_terminal_size().columns - 2)
+    lines = textwrap.wrap(
+        "  ".join(f"--{name}\N{NO-BREAK SPACE}{value}" for name, value in shown.items()),
+        width - 2,
+        break_on_hyphens=False,
+    )
+    told = "\n".join(f"  {line}" for line in lines).replace("\N{NO-BREAK SPACE}", " ")
+    about = f"[…] is what {recipe} has; its blocks, norm and optimizer have these (--help all explains them):"
+    defaults = {name: replace(flag, default=_value_in(config, flag)) for name, flag in known.items()}
+    recipes = textwrap.fill(f"Recipes: {', '.join(recipe_names())}", width, break_on_hyphens=False)
+    return defaults, f"{textwrap.fill(about, width)}\n{told}\n{recipes}"
+
+
+def _value_in(config: RunConfig, flag: Flag) -> Any:
+    """What a flag would change, where the config has one such value; a choice by its kind."""
+    value: Any = config
+    for name in flag.field.split("."):
+        value = getattr(value, name, MISSING)  # of another kind, or of several blocks
+    return flag.default if value is MISSING else value
+
+
+def _as_typed(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+
+
+def _begin_from(plain: dict[str, Any], recipe: Path, given: Mapping[str, Any], unnamed: bool) -> Origin | None:
     """Where a run's first weights are, if the recipe or a flag says so; the recipe's tokenizer becomes theirs.
 
     So does its model where it has none, or is `unnamed`; else that stays as it is, to be compared.
@@ -102,7 +173,7 @@ def _begin_from(
     if not isinstance(train, dict):
         return None  # malformed: the reader will say so
     said = {name: train.get(name) for name in ("init_from", "init_checkpoint") if train.get(name)}
-    said |= {name: getattr(arguments, name) for name in ("init_from", "init_checkpoint") if name in given}
+    said |= {name: given[name] for name in ("init_from", "init_checkpoint") if name in given}
     if not said.get("init_from"):
         return None
     where, which = str(said["init_from"]), str(said.get("init_checkpoint", "best"))
@@ -132,13 +203,6 @@ def _knows_order(config: RunConfig) -> bool:
     return config.model.learned_positions > 0 or any(block.mixer.sees_order for block in config.model.blocks.values())
 
 
-def chosen_recipe(recipe: str, size: str) -> str:
-    """The recipe that the positional argument or --size names; `UsageError` where they differ."""
-    if recipe and size and ALIASES.get(recipe, recipe) != ALIASES.get(size, size):
-        raise UsageError(f"the recipe {recipe} and --size {size} are two models: give one of them")
-    return recipe or size or "quickstart"
-
-
 def with_vocabulary(model: LanguageModelConfig, data: DataConfig, otherwise: int = 0) -> LanguageModelConfig:
     """The model with the vocabulary its tokenizer will have, where that can be told without reading data.
 
@@ -154,30 +218,6 @@ def with_vocabulary(model: LanguageModelConfig, data: DataConfig, otherwise: int
     return replace(model, vocab_size=size)
 
 
-def _apply(
-    plain: dict[str, Any], arguments: Any, given: frozenset[str], spare: dict[str, Any]
-) -> tuple[dict[str, str], list[str]]:
-    """Write the flags in `given` into the plain run config; returns dotted field -> flag, and lines about the flags.
-
-    Raises `UsageError` for a pattern that names nothing known and for a flag of a kind that the model does not use.
-    """
-    values = dict(arguments.__dict__)
-    values |= values.pop("original", arguments).__dict__
-    original_flags.check_conflicts(given)
-    asked, tokenizer = original_flags.reshaping(values, given), plain.get("data", {}).get("tokenizer")
-    origins = reshape(plain["model"], asked, spare) if asked.wanted or asked.cycle or asked.implied else {}
-    mixers = {mixer_kind(block) for block in plain["model"]["blocks"].values()}
-    unused = original_flags.of_no_use(given, values, mixers)
-    for known in (original_flags.choosing_flags(), flags(), original_flags.setting_flags()):
-        origins |= put_flags(plain, values, given - unused, known)
-    for name, flag in original_flags.setting_flags().items():
-        if name in given and flag.besides:
-            origins[flag.besides] = ", ".join(filter(None, [origins.get(flag.besides), f"--{name}"]))
-    if "vocab_size" not in given and plain.get("data", {}).get("tokenizer") != tokenizer:
-        plain["model"]["vocab_size"] = 0  # that of the recipe's tokenizer means nothing to another
-    return origins, original_flags.notes(given, unused)
-
-
 def _spare_blocks(plain: dict[str, Any], place: Callable[[str], str]) -> dict[str, Any]:
     """The tables [spare.NAME], taken out of a recipe: blocks that flags may put into the pattern, each checked."""
     spare = plain.pop("spare", {})
@@ -189,7 +229,7 @@ def _spare_blocks(plain: dict[str, Any], place: Callable[[str], str]) -> dict[st
 
 
 def locate_beside(
-    plain: dict[str, Any], recipe: Path, place: Callable[[str], str], given: frozenset[str] = frozenset()
+    plain: dict[str, Any], recipe: Path, place: Callable[[str], str], given: Collection[str] = ()
 ) -> None:
     """Make the paths in a recipe's plain data, which are relative to the recipe, absolute; flags' are to where we are.
 
@@ -201,7 +241,7 @@ def locate_beside(
         return  # malformed: the reader will say so
     mixture = data.get("mixture")
     parts = [part for part in mixture if isinstance(part, dict)] if isinstance(mixture, list) else []
-    tables = [] if {"data", "source"} & given else [(table, "source") for table in (data, *parts)]
+    tables = [] if "data" in given or "source" in given else [(table, "source") for table in (data, *parts)]
     for table, name in (*tables, *((data, name) for name in ("tokenizer", "cache_dir") if name not in given)):
         value = table.get(name)
         if not isinstance(value, str) or "\0" in value or value in ("", *NAMED_SOURCES, MIXTURE, *_TOKENIZERS):
@@ -249,12 +289,3 @@ def _check_together(config: RunConfig) -> None:
     positions, block_size = config.model.learned_positions, config.train.block_size
     fits = not positions or block_size <= positions
     require(fits, "train.block_size", block_size, f"must not exceed model.learned_positions = {positions}")
-
-
-def _has_model(plain: dict[str, Any]) -> bool:
-    """False for data so malformed that flags could not be laid on it; the reader will say what is wrong."""
-    sections = all(isinstance(plain.get(name, {}), dict) for name in ("model", "data", "train"))
-    blocks = plain.get("model", {}).get("blocks") if sections else None
-    return isinstance(blocks, dict) and all(
-        isinstance(b, dict) and isinstance(b.get("mixer"), dict) for b in blocks.values()
-    )

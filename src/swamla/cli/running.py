@@ -207,14 +207,6 @@ def begun_folder(names: tuple[str, ...], folder: str, name: str) -> tuple[Path, 
     return begun and (begun[0], begun[1].stopped)
 
 
-def resume_here(argv: list[str]) -> list[str]:
-    """A bare --resume, followed by no folder, leaves it to us which run is meant: written out for the parser."""
-    return [
-        "--resume=" if token == "--resume" and (index + 1 == len(argv) or argv[index + 1].startswith("--")) else token
-        for index, token in enumerate(argv)
-    ]
-
-
 def checked(folder: str) -> Path:
     """A folder the user named, as a path that the system can take."""
     if "\0" in folder:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from swamla.checkpoint import list_checkpoints, read_run_config
 from swamla.cli.console import Console, say
-from swamla.cli.flags import Positional, parse
+from swamla.cli.flags import argument, parse
 from swamla.config import from_plain
 from swamla.errors import SwamlaError, UsageError
 from swamla.model.accounting import count_parameters
@@ -25,12 +25,14 @@ State = Literal["running", "done", "stopped", "no save"]
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """The runs in a folder, the last touched first."""
+    """The runs in a folder, the last touched first.
 
-    folder: Positional[str] = "runs"
-    """A folder of runs, or one run."""
+    folder: a folder of runs, or one run.
+    json: print a JSON list.
+    """
+
+    folder: str = argument("runs", positional=True)
     json: bool = False
-    """Print a JSON list."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ class Run:
 
 def main(argv: list[str]) -> int:
     """List."""
-    arguments, _ = parse(Arguments, argv, command="runs")
+    arguments, _ = parse(Arguments, argv, command="swamla runs")
     runs, broken = _read(Path(arguments.folder))
     if arguments.json:
         rows = [

@@ -1,32 +1,28 @@
 """`swamla train [RECIPE] …`: a new run, or one taken up again."""
 
 import shlex
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from swamla import distributed
 from swamla.cli.console import Console, program, say
-from swamla.cli.flags import Positional, parse
-from swamla.cli.original_flags import add_original_flags, bare_compile, refusal, workers
-from swamla.cli.overrides import add_flags
-from swamla.cli.run_config import Resolved, begun_recipe, chosen_recipe, resolve, say_notes
+from swamla.cli.flags import argument, parse
+from swamla.cli.overrides import flags
+from swamla.cli.run_config import Resolved, begun_recipe, explain_recipe, resolve, say_notes
 from swamla.cli.running import (
     begun_folder,
     claim_folder,
     fetch_run,
     prepare_data,
-    resume_here,
     resumed_folder,
     run_training,
 )
 from swamla.config import within
 from swamla.errors import UsageError
 from swamla.hub import require_hub
-from swamla.recipes import recipe_names
 from swamla.train.changes import check_same_run
 from swamla.train.claims import Claim, claim_run
 from swamla.train.launch import this_launch
@@ -34,43 +30,42 @@ from swamla.train.launch import this_launch
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    recipe: Annotated[Positional[str], tyro.conf.arg(help_behavior_hint="(default: quickstart)")] = ""
-    """A shipped recipe, or a .toml or .json file. Flags change what it says."""
-    size: str = ""
-    """The recipe, as a flag."""
-    output_dir: str = ""
-    """The run's folder. By default runs/NAME, numbered when that is taken; with --run_name, its parent."""
-    run_name: str = ""
-    """NAME of the folder, under runs/ or output_dir; by default the recipe's."""
-    resume: str = ""
-    """Continue the run in this folder, or in output_dir, or the newest of that name, bit for bit."""
-    resume_from: str = ""
-    """The same; a folder must be named."""
-    resume_from_hf: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Continue the run in --hf_repo_id, in a new folder."""
-    hf_revision: str = ""
-    """Of the repository: a branch, a tag or a commit; by default the newest."""
+    """Train a model, on whatever --data points to.
 
+    recipe: a shipped recipe, or a .toml or .json file; flags change it.
+    output_dir: the run's folder [runs/NAME, numbered if taken]; with --run_name its parent.
+    run_name: NAME of the folder, under runs/ or output_dir [the recipe's].
+    resume: continue the run in this folder, in output_dir, or the newest of that name.
+    resume_from_hf: continue the run in --hf_repo_id, in a new folder.
+    hf_revision: of the repository: a branch, a tag or a commit; by default the newest.
+    workers: processes that tokenize large data; 0 for as many as there are cores.
+    """
 
-Arguments.__doc__ = f"""Train a model, on whatever --data points to. Recipes: {", ".join(recipe_names())}."""
+    recipe: str = argument("", positional=True, default="quickstart")
+    output_dir: str = argument("", metavar="FOLDER")
+    run_name: str = argument("", metavar="NAME")
+    resume: str = argument("", metavar="RUN", bare="")
+    resume_from_hf: bool = argument(False, switch=True, usual=False)
+    hf_revision: str = argument("", usual=False)
+    workers: int = argument(0, usual=False)
 
 
 def main(argv: list[str]) -> int:
     """Train, and say where the run is."""
-    arguments: Any
-    takes = add_flags(add_original_flags(Arguments))
-    arguments, given = parse(takes, bare_compile(resume_here(argv)), command="train", refusal=refusal)
+    arguments, given = parse(Arguments, argv, command="swamla train", more=flags(), explain=explain_recipe)
+    if arguments.workers < 0:
+        raise UsageError(f"--workers {arguments.workers}: must be >= 0, e.g. 4; 0 takes all cores")
     with distributed.started():
         return _train(arguments, given)
 
 
-def _train(arguments: Any, given: frozenset[str]) -> int:
+def _train(arguments: Arguments, given: Mapping[str, Any]) -> int:
     """What every process of the run does."""
-    unnamed = "init_from" in given and not (arguments.recipe or arguments.size)
-    console, (named, name) = Console(), _recipe_and_name(arguments, unnamed)
-    from_hub, resume = _is_from_hub(arguments, given), not given.isdisjoint(("resume", "resume_from"))
+    unnamed = "init_from" in given and not arguments.recipe
+    console, (named, name) = Console(), _recipe_and_name(arguments, given)
+    from_hub, resume = _is_from_hub(arguments, given), "resume" in given
     if from_hub:
-        name = arguments.hf_repo_id
+        name = given["hf_repo_id"]
     if "init_from" in given and (resume or from_hub):
         raise UsageError("--init_from begins a new run with another's weights, --resume goes on with one: give one")
     launch = this_launch() if distributed.started_again() else ()
@@ -81,7 +76,7 @@ def _train(arguments: Any, given: frozenset[str]) -> int:
         return 0
     from_hub, resume = from_hub and begun is None, resume or begun is not None
     # A mistake is told before all else.
-    resolved = None if resume or from_hub else resolve(named, arguments, given, new=True, unnamed=unnamed)
+    resolved = None if resume or from_hub else resolve(named, given, new=True, unnamed=unnamed)
     with ExitStack() as held:
         claims: list[Claim] = []  # the main process's, which takes the folder before anything that takes time
 
@@ -91,11 +86,11 @@ def _train(arguments: Any, given: frozenset[str]) -> int:
 
         run_dir = distributed.on_main(lambda: take(_claimed(arguments, name, begun, resume)))
         if from_hub:
-            distributed.on_main(lambda: fetch_run(arguments.hf_repo_id, run_dir, arguments.hf_revision, console))
+            distributed.on_main(lambda: fetch_run(given["hf_repo_id"], run_dir, arguments.hf_revision, console))
             distributed.on_main(lambda: take(claim_run(run_dir)))  # it is another folder now
             resume = True
         recipe = str(run_dir / "config.json") if resume else named
-        resolved = resolved or resolve(recipe, arguments, given)
+        resolved = resolved or resolve(recipe, given)
         config = resolved.config
         say_notes(resolved)
         if resume:
@@ -107,7 +102,7 @@ def _train(arguments: Any, given: frozenset[str]) -> int:
             config.data,
             console,
             block_size=config.train.block_size,
-            workers=workers(arguments, given),
+            workers=arguments.workers or None,
             resumed=run_dir if resume else None,
         )
         claim = claims[-1] if claims else None
@@ -116,25 +111,25 @@ def _train(arguments: Any, given: frozenset[str]) -> int:
     return 0
 
 
-def _recipe_and_name(arguments: Any, unnamed: bool) -> tuple[str, str]:
+def _recipe_and_name(arguments: Arguments, given: Mapping[str, Any]) -> tuple[str, str]:
     """The recipe, and what the run is called after: without a recipe the run whose weights it begins with."""
-    if not unnamed:
-        named = chosen_recipe(arguments.recipe, arguments.size)
+    named = arguments.recipe or "quickstart"
+    if arguments.recipe or "init_from" not in given:
         return named, named
-    return begun_recipe(arguments.init_from), Path(arguments.init_from).resolve().name
+    return begun_recipe(given["init_from"]), Path(given["init_from"]).resolve().name
 
 
-def _check_resumed(resolved: Resolved, run_dir: Path, arguments: Any, given: frozenset[str]) -> None:
+def _check_resumed(resolved: Resolved, run_dir: Path, arguments: Arguments, given: Mapping[str, Any]) -> None:
     """Raise, before any data is read, for flags that would make another run of it, and for a recipe of another model.
 
     A recipe beside a bare --resume only says which run is meant.
     """
     with within("", resolved.origin):
         check_same_run(resolved.config, run_dir)
-    recipe = arguments.recipe or arguments.size
-    if not recipe or not (arguments.resume or arguments.resume_from or arguments.output_dir):
+    recipe = arguments.recipe
+    if not recipe or not (arguments.resume or arguments.output_dir):
         return
-    wanted, model = resolve(recipe, arguments, given).config.model, resolved.config.model
+    wanted, model = resolve(recipe, given).config.model, resolved.config.model
     if replace(wanted, vocab_size=model.vocab_size) != model:
         raise UsageError(
             f"{recipe} is another model than that of the run {run_dir}: leave {recipe} out to go on with the run, "
@@ -142,28 +137,28 @@ def _check_resumed(resolved: Resolved, run_dir: Path, arguments: Any, given: fro
         )
 
 
-def _begun(arguments: Any, recipe: str, launch: tuple[str, ...]) -> tuple[Path, bool] | None:
+def _begun(arguments: Arguments, recipe: str, launch: tuple[str, ...]) -> tuple[Path, bool] | None:
     """The run that this very launch had begun when torchrun started all again, and whether it was asked to stop."""
-    folder, name = _named_folder(arguments, recipe)
-    return begun_folder(launch, arguments.resume or arguments.resume_from or folder, name) if launch else None
+    folder, name = named_folder(arguments, recipe)
+    return begun_folder(launch, arguments.resume or folder, name) if launch else None
 
 
-def _claimed(arguments: Any, recipe: str, begun: Path | None, resume: bool) -> Claim:
+def _claimed(arguments: Arguments, recipe: str, begun: Path | None, resume: bool) -> Claim:
     """The folder of a new run, or the one to go on in, taken."""
-    folder, name = _named_folder(arguments, recipe)
+    folder, name = named_folder(arguments, recipe)
     if not resume:
         return claim_folder(folder, name)
-    return claim_run(begun or resumed_folder(arguments.resume or arguments.resume_from, folder, name))
+    return claim_run(begun or resumed_folder(arguments.resume, folder, name))
 
 
-def _named_folder(arguments: Any, recipe: str) -> tuple[str, str]:
+def named_folder(arguments: Arguments, recipe: str) -> tuple[str, str]:
     """The folder that the flags say, "" where it is to be found by the run's name, and that name."""
     name = _check_name(arguments.run_name or Path(recipe).stem)
     parent = arguments.output_dir
     return (str(Path(parent, name)) if parent and arguments.run_name else parent), name
 
 
-def _is_from_hub(arguments: Any, given: frozenset[str]) -> bool:
+def _is_from_hub(arguments: Arguments, given: Mapping[str, Any]) -> bool:
     """Whether the run is one on the hub. Raises `UsageError` where that cannot be told which, or is told otherwise."""
     if not arguments.resume_from_hf:
         if arguments.hf_revision:
@@ -171,7 +166,7 @@ def _is_from_hub(arguments: Any, given: frozenset[str]) -> bool:
         return False
     if "hf_repo_id" not in given:
         raise UsageError("--resume_from_hf: say of which repository: --hf_repo_id USER/NAME")
-    if arguments.recipe or not given.isdisjoint(("resume", "resume_from", "size")):
+    if arguments.recipe or "resume" in given:
         raise UsageError("--resume_from_hf takes the recipe, and the run, from the hub: no other can be named")
     return True
 

@@ -36,9 +36,9 @@ class WeightedSource:
 class DataConfig:
     """The data of a run.
 
-    source: "stdlib" (this Python's own library), "shakespeare" (downloaded once), the path of a text file, of rows
-        (.jsonl, .ndjson, .json, .csv, .tsv, .parquet), any of these compressed (.gz, .zst, .xz, .bz2), or a folder of
-        them, or "hf:OWNER/NAME", a dataset on the hub; or "mixture".
+    source: "stdlib" (this Python's own library), "shakespeare" (downloaded once), "hf:OWNER/NAME" (a dataset on the
+        hub), "mixture", or the path of a text file, of rows, or of a folder of them; rows are .jsonl, .ndjson, .json,
+        .csv, .tsv or .parquet, and all may be compressed (.gz, .zst, .xz, .bz2).
     text_column: the column of rows that holds the text.
     hub_config: which of a hub dataset's configs, e.g. CC-MAIN-2024-10; empty for its default.
     hub_split: which split of it.

@@ -14,6 +14,11 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.toml"))
 
 
+def is_recipe(word: str) -> bool:
+    """Whether a word of a command line stands for a recipe, or a run's folder: a shipped one's name, or a path."""
+    return word in (*recipe_names(), *ALIASES) or word.endswith((".toml", ".json")) or Path(word).exists()
+
+
 def recipe_path(recipe: str) -> Path:
     """The file of a shipped recipe, or of a .toml or .json file of the user's. Raises `UsageError` for neither."""
     recipe = ALIASES.get(recipe, recipe)
