@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import swamla
 from swamla.cli import main
 from swamla.cli.self_check import tiny_model
 from swamla.errors import ConfigError
-from tests.toys import TOYS, registered
+from tests.toys import FILES, TOYS, registered
 
 RECIPE = """
 [model]
@@ -171,3 +173,14 @@ def test_flags_of_a_toy_are_unknown_without_it(home: Path, capsys: pytest.Captur
     assert TOYS["toy"].kind == "toy"
     assert main(["info", "quickstart", "--toy_inner", "16"]) == 2
     assert "toy_inner" in capsys.readouterr().err
+
+
+def test_the_flag_takes_the_files_by_themselves(home: Path) -> None:
+    """In a process of its own, as a user would."""
+    plugins = [word for file in FILES for word in ("--plugin", str(file))]
+    command = [sys.executable, "-m", "swamla", "info", "run", "--json"]
+    done = subprocess.run([*command, *plugins], cwd=home, capture_output=True, text=True)
+    assert json.loads(done.stdout)["parameters"]["by_component"]["toy"] == 2 * 32 * 24, done.stderr
+    done = subprocess.run([*command, *plugins[2:]], cwd=home, capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert f"--plugin {FILES[0].name}" in done.stderr

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from swamla.cli.flags import Flag, parse
 from swamla.cli.overrides import flags, naming
-from swamla.cli.plain import BLOCK_PARTS, Plain, choice, mixer_kind
-from swamla.cli.reshape import LOCAL, SHAPE, repeat
+from swamla.cli.plain import BLOCK_PARTS, Plain, choice, is_local, mixer_kind
+from swamla.cli.reshape import SHAPE, repeat
 from swamla.cli.run_config import Written, begun_recipe, written
 from swamla.cli.running import resumed_folder
 from swamla.cli.train import Arguments, named_folder
@@ -253,7 +253,7 @@ def _reshape(said: Mapping[str, Any], given: dict[str, Any], base: Written) -> N
         counts = dict(CYCLE.values()) | {
             CYCLE[name][0]: _whole(said, name, str(CYCLE[name][1]), least=0) for name in cycle
         }
-        local = next((name for name in pattern if kind(name) in LOCAL), "swa")
+        local = next((name for name in pattern if is_local(kind(name))), "swa")
         latent = next((name for name in pattern if kind(name) == "mla"), "mla")
         depth = given.pop("n_layers") if given.get("n_layers", 0) > 0 else len(pattern)
         if not any(counts.values()):

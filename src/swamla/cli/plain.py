@@ -1,5 +1,6 @@
 """The plain data of a recipe, into which flags write."""
 
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -25,3 +26,9 @@ def choice(table: Plain, name: str) -> Plain:
 def mixer_kind(block: Plain) -> str:
     """The kind of a block's mixer, "" where the recipe forgot it."""
     return choice(block, "mixer").get("kind", "")
+
+
+def is_local(kind: str) -> bool:
+    """True for a kind of mixer whose cost and state do not grow with the distance to the document's start."""
+    mixers: Mapping[str, Any] = BLOCK_PARTS["mixer"]
+    return kind in mixers and mixers[kind].is_local

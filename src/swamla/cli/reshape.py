@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from swamla.cli.flags import Flag
-from swamla.cli.plain import BLOCK_PARTS, Plain, choice, mixer_kind
+from swamla.cli.plain import BLOCK_PARTS, Plain, choice, is_local, mixer_kind
 from swamla.config import field_types
 from swamla.errors import UsageError
 
-LOCAL = ("swa", "gdn")  # mixers whose cost and state do not grow with the distance to the document's start
 _HELP: dict[str, tuple[Any, str, str]] = {
     "pattern": (str, "NAMES", 'blocks of the recipe or kinds of mixer, bottom first: "gdn gdn mla"'),
     "local_mixer": (
@@ -70,7 +69,7 @@ def repeat(pattern: list[str], depth: int) -> list[str]:
 
 def _with_local(kind: str, flag: str, pattern: list[str], blocks: Plain, spare: Plain) -> list[str]:
     """The pattern with the block `kind` in the place of every local layer."""
-    local = {name for name in pattern if name in blocks and mixer_kind(blocks[name]) in LOCAL}
+    local = {name for name in pattern if name in blocks and is_local(mixer_kind(blocks[name]))}
     if not local:
         raise UsageError(f"{flag}: no layer of the pattern is local: {' '.join(dict.fromkeys(pattern))}")
     _provide(kind, blocks, spare, flag, like=next(name for name in pattern if name in local))
