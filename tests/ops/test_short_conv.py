@@ -70,6 +70,22 @@ def test_what_onednn_computes_for_several_threads_equals_the_reference(
     assert_same_with_gradients(got, expected, leaves, 1e-5)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_inputs_whose_channels_lie_apart_are_read_as_they_are(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a transposed tensor has them, or one that is a part of another."""
+    monkeypatch.setattr(MODULE, "BLOCK", 0 if threads > 1 else 40)
+    monkeypatch.setattr(MODULE, "THREADS_BLOCK", 100)
+    monkeypatch.setattr(MODULE, "PIECE", 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    weight_DW, d_y = torch.randn(8, 4, requires_grad=True), torch.randn(1, 8, 50).mT
+    for x_BTD in (torch.randn(1, 8, 50).mT, torch.randn(1, 50, 24)[..., 8:16]):
+        leaves = x_BTD.requires_grad_(), weight_DW
+        got, expected = (short_conv(*leaves, backend=backend) for backend in ("torch", "reference"))
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+        gradients, wanted = (torch.autograd.grad(y, leaves, d_y) for y in (got, expected))
+        torch.testing.assert_close(gradients, wanted, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packed_documents_equal_each_computed_alone(backend: str) -> None:
     lengths = [[1, 1, 2, 3, 9, 4], [7, 5, 1, 4, 3]]

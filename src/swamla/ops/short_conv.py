@@ -239,7 +239,7 @@ def _images(line_SD: Tensor, taps: int) -> Tensor:
     length, width = line_SD.shape[0] - taps + 1, line_SD.shape[1]
     piece = max(taps, min(PIECE, length))
     pieces = -(-length // piece)
-    line_SD = _lengthened(line_SD, pieces * piece - length)
+    line_SD = _lengthened(line_SD, pieces * piece - length).contiguous()  # pieces are found by strides
     line_PSD = line_SD.as_strided((pieces, piece + taps - 1, width), (piece * width, width, 1))
     line_PSD = line_PSD.contiguous() if pieces > 1 else line_SD[None]  # with the strides of channels last in any case
     return line_PSD[:, None].permute(0, 3, 1, 2)
