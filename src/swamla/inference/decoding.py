@@ -264,6 +264,7 @@ def check_recordable(model: nn.Module) -> None:
 def twin(module: M, *, int8: bool = False, made: dict[int, Any] | None = None) -> M:
     """The module and all below it once more, in evaluation mode, over the same parameters, buffers and hooks.
 
+    For passes without gradients: what is compiled for training stays the model's own.
     Linear layers on a CPU multiply by `ops.linear`, which knows no gradients but better kernels; int8: and few rows by
     weights rounded to 8 bits, made here. The same are layers of other kinds, e.g. those that train in fp8, experts, and
     linear ones whose weights are no plain tensors, e.g. shares of sharded ones.
