@@ -1,4 +1,4 @@
-"""`python -m tests.machines [WORDS …]`: the whole suite on the machines that this one can play, or some of them.
+"""`python -m tests.machines [WORDS …]`: the suite on the machines that this one can play, or some of them.
 
 Instruction sets are limited by the variables of oneDNN, ATen and MKL; other versions of Python and torch get virtual
 environments of their own, made on first use. All machines together write their part of docs/reliability.md.
@@ -18,6 +18,9 @@ from pathlib import Path
 from tests.pages import MACHINES_HEADING, RELIABILITY, ROOT, replace_part
 
 CONSTRAINTS = ROOT / "constraints.txt"
+# The fault matrix is `make faults`. Instructions and threads change what computes, which none of the others' parts do.
+FAULTS = ("tests/faults/test_matrix.py",)
+COMPUTE_NOTHING_OF_THEIR_OWN = ("tests/data", "tests/cli", "tests/distributed", "tests/faults", "tests/mutants")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,12 @@ class Machine:
     needs: str = ""
     python: str = ""
     torch: str = ""
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Tests that are not run: of a machine that is only limited those that compute nothing of their own."""
+        limited = bool(self.limits) or self.threads > 1
+        return COMPUTE_NOTHING_OF_THEIR_OWN if limited else FAULTS
 
     @property
     def means(self) -> str:
@@ -111,7 +120,7 @@ def _play(machine: Machine) -> Result:
     threads = {name: str(machine.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
-        [*command, "--dist", "loadscope"],
+        [*command, "--dist", "loadscope", *(f"--ignore={part}" for part in machine.left_out)],
         cwd=ROOT,
         env={**os.environ, **offline, **threads, **machine.limits},
         capture_output=True,
@@ -179,8 +188,9 @@ def _part(results: list[Result]) -> str:
     )
     where = f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {version('torch')}"
     return f"""
-The whole suite on machines that this one can play, written by `make test-machines` on {time.strftime("%Y-%m-%d")}:
-{where}. Several hundred tests are skipped for want of a CUDA device; they say so.
+The suite on machines that this one can play, written by `make test-machines` on {time.strftime("%Y-%m-%d")}: {where}.
+Where only instructions or threads are limited, without the tests of data, command line, launchers and faults, which
+compute nothing of their own. Several hundred tests are skipped for want of a CUDA device; they say so.
 
 | machine | what is set | threads | the suite | seconds |
 |---|---|---|---|---|

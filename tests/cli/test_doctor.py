@@ -43,6 +43,7 @@ def test_it_describes_this_machine_and_every_check_passes(told: dict) -> None:
 def test_every_backend_is_there_or_says_what_it_needs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("swamla.train.precision.has_bf16", lambda device: True)
     monkeypatch.setattr(self_check, "_checks", list)
     monkeypatch.setattr("swamla.cli.doctor.resolve_device", lambda asked: CPU)
     assert main(["doctor", "--json"]) == 0
@@ -68,20 +69,22 @@ def test_it_shows_what_was_raced_with_the_times_and_can_race_anew(
 
     def measure(trial: AttentionTrial, length: int, dtype: torch.dtype, allowance: float) -> tuple[int, dict]:
         races.append(trial)
-        return length, {path: [0.001 if path == "sdpa" else 0.004] * 5 for path in trial.paths(dtype)}
+        return length, {path: [0.001 if path in ("sdpa", "fp32") else 0.004] * 5 for path in trial.paths(dtype)}
 
     monkeypatch.delenv("SWAMLA_MEASURE")
-    monkeypatch.setattr("swamla.train.paths.measure", measure)
+    monkeypatch.setattr("swamla.train.racing.measure", measure)
+    monkeypatch.setattr("swamla.train.precision.has_bf16", lambda device: True)
     monkeypatch.setattr(self_check, "_checks", list)
     monkeypatch.setattr("swamla.cli.doctor.resolve_device", lambda asked: CPU)
-    for arguments, raced in ((["doctor"], 4), (["doctor"], 4), (["doctor", "--measure"], 8)):
+    for arguments, raced in ((["doctor"], 5), (["doctor"], 5), (["doctor", "--measure"], 10)):
         assert main(arguments) == 0
         shown = capsys.readouterr().out
         assert len(races) == raced
         assert shown.count(": sdpa 1 ms, tiles 4 ms (5 rounds)\n") == 4
+        assert shown.count(", casts included: fp32 1 ms, bf16 4 ms (5 rounds)\n") == 1
     assert main(["doctor", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["paths"]
-    assert {(choice["length"], choice["chosen"]) for choice in told} == {(512, "sdpa"), (4096, "sdpa")}
+    assert {(choice["length"], choice["chosen"]) for choice in told} == {(512, "sdpa"), (2048, "fp32"), (4096, "sdpa")}
 
 
 def test_every_optional_library_is_named_with_the_extra_that_brings_it() -> None:

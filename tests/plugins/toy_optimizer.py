@@ -26,7 +26,7 @@ class ToySGDConfig(OptimizerConfig):
     def __post_init__(self) -> None:
         require(0 < self.momentum < 1, "momentum", self.momentum, "must be above 0 and below 1, e.g. 0.9")
 
-    def build(self, model: nn.Module, *, lr: float, weight_decay: float) -> NamedOptimizer:
+    def build(self, model: nn.Module, *, lr: float, weight_decay: float, precision: str = "fp32") -> NamedOptimizer:
         """The optimizer of all trainable parameters of `model`."""
         parameters = named_parameters(model)
         sgd = torch.optim.SGD(decay_groups(parameters, weight_decay), lr=lr, momentum=self.momentum)

@@ -65,7 +65,7 @@ def test_a_change_saves_what_the_accounting_says_it_does(before, flags, after):
 
 def test_bf16_is_advised_where_the_machine_has_it_and_changes_that_keep_the_numbers_come_first(monkeypatch):
     for has, expected in ((True, True), (False, False)):
-        monkeypatch.setattr(memory_advice, "bf16_is_fast", lambda device, has=has: has)
+        monkeypatch.setattr(memory_advice, "has_bf16", lambda device, has=has: has)
         assert ("--precision bf16" in [entry.flags for entry in advice(CONFIG, HERE)]) == expected
     found = advice(CONFIG, HERE)
     exact = [entry.flags.startswith(("--accumulation", "--checkpointing")) for entry in found]

@@ -41,10 +41,10 @@ def matrices(seed):
     return [nn.Parameter(torch.randn(s, generator=generator)) for s in SHAPES]
 
 
-def steps_of_both_muons():
+def steps_of_both_muons(dtype):
     """Where the matrices were, and where five steps of ours and of torch's took them."""
     before, ours, theirs = matrices(0), matrices(0), matrices(0)
-    a = Muon(ours, lr=1e-2, weight_decay=0.1)
+    a = Muon(ours, lr=1e-2, weight_decay=0.1, dtype=dtype)
     b = torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     generator = torch.Generator().manual_seed(1)
     for _ in range(5):
@@ -60,15 +60,15 @@ def steps_of_both_muons():
 def test_stacked_muon_takes_the_steps_of_torch_muon(monkeypatch, dtype):
     # torch's own code, told to go to a wider format where it says bfloat16: what is left is the algorithm.
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor.to(dtype))
-    monkeypatch.setattr(muon_module, "working_dtype", lambda device: dtype)
-    for before, p, q in steps_of_both_muons():
+    for before, p, q in steps_of_both_muons(dtype):
         assert not torch.equal(q, before)
         torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-6)
 
 
-def test_stacked_muon_in_bf16_takes_the_steps_of_torch_muon_but_for_rounding(monkeypatch):
-    monkeypatch.setattr(muon_module, "working_dtype", lambda device: torch.bfloat16)
-    for before, p, q in steps_of_both_muons():  # where the matrix products sum in one order, equal to the bit
+def test_stacked_muon_in_bf16_takes_the_steps_of_torch_muon_but_for_rounding():
+    for before, p, q in steps_of_both_muons(
+        torch.bfloat16
+    ):  # where the matrix products sum in one order, equal to the bit
         assert torch.linalg.norm(p - q) <= 1e-2 * torch.linalg.norm(q - before)
 
 

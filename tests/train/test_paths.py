@@ -15,10 +15,12 @@ from swamla.checkpoint import latest_checkpoint, load
 from swamla.errors import Interrupted
 from swamla.model.mixers.mha import MHAConfig
 from swamla.ops.attention.trial import AttentionTrial
-from swamla.train import paths, train
+from swamla.train import precision, racing, train
 from swamla.train.backends import resolve_backends
 from swamla.train.machine import describe_machine
-from swamla.train.paths import fastest_paths, usual_length, winner
+from swamla.train.paths import fastest_paths, usual_length
+from swamla.train.precision import ProductsTrial, measured_precision, resolve_precision
+from swamla.train.racing import winner
 
 from .helpers import losses, model_of, run, tiny_config, tiny_dataset, weights
 from .ranks import on_ranks
@@ -30,20 +32,24 @@ MODEL = model_of("mha", "swa", "gdn")
 
 @pytest.fixture
 def races(monkeypatch):
-    """Every race from now on, as (what, length, dtype); "sdpa" takes `races.sdpa` times as long as "tiles"."""
+    """Every race from now on, as (what, length, dtype); "sdpa" takes `races.sdpa` times as long as "tiles".
+
+    And fp32 `races.fp32` times as long as bf16, on a CPU that has both.
+    """
 
     class Races(list):
-        sdpa = 0.5
+        sdpa, fp32 = 0.5, 1.5
         rounds = 5
 
         def measure(self, trial, length, dtype, allowance):
             self.append((str(trial), length, dtype))
-            takes = {"tiles": 1.0, "sdpa": self.sdpa}
+            takes = {"tiles": 1.0, "sdpa": self.sdpa, "bf16": 1.0, "fp32": self.fp32}
             return length, {path: [takes[path]] * self.rounds for path in trial.paths(dtype)}
 
     found = Races()
     monkeypatch.delenv("SWAMLA_MEASURE")
-    monkeypatch.setattr(paths, "measure", found.measure)
+    monkeypatch.setattr(racing, "measure", found.measure)
+    monkeypatch.setattr(precision, "has_bf16", lambda device: True)
     return found
 
 
@@ -74,11 +80,11 @@ def test_paths_take_turns_as_often_as_the_time_allows(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(paths, "_clock", lambda: now[0])
+    monkeypatch.setattr(racing, "_clock", lambda: now[0])
     monkeypatch.setattr(AttentionTrial, "step", step)
     monkeypatch.setattr(AttentionTrial, "scores", lambda self, length, part: 1)
     trial = AttentionTrial(heads=1, key_heads=1, key=8, value=8)
-    found = paths.measure(trial, 64, torch.bfloat16, allowance=2.2)
+    found = racing.measure(trial, 64, torch.bfloat16, allowance=2.2)
     # 5 · 0.375 s and 0.25 s fit into 2.2 s: a short round that warms up, a trial of the default, one round not counted.
     assert found == (64, {"tiles": [0.25] * 3, "sdpa": [0.125] * 3})
     assert order == ["tiles", "sdpa", "tiles", *["tiles", "sdpa"] * 4]
@@ -98,9 +104,9 @@ def test_a_slow_machine_races_less_often_enough_within_the_time(monkeypatch, spe
 
         return run
 
-    monkeypatch.setattr(paths, "_clock", lambda: now[0])
+    monkeypatch.setattr(racing, "_clock", lambda: now[0])
     monkeypatch.setattr(AttentionTrial, "step", step)
-    length, found = paths.measure(trial, 1024, torch.bfloat16, allowance=6.0)
+    length, found = racing.measure(trial, 1024, torch.bfloat16, allowance=6.0)
     assert (length, sizes[-1]) == {
         1: (256, (256, 16)),
         4: (1024, (1024, 4)),
@@ -108,7 +114,7 @@ def test_a_slow_machine_races_less_often_enough_within_the_time(monkeypatch, spe
         100: (1024, (1024, 1)),
         1000: (1024, (1024, 1)),
     }[speed]
-    assert len(found["tiles"]) >= paths.ENOUGH
+    assert len(found["tiles"]) >= racing.ENOUGH
     assert winner(found) == "sdpa"
     assert now[0] <= 6.0
 
@@ -151,7 +157,7 @@ def test_the_faster_path_is_chosen_kept_and_not_raced_again(races):
     assert races[-1][1] == 4096
     races.sdpa = 3.0
     assert fastest_paths(MODEL, CPU, "bf16", length=900)[0] == chosen
-    paths.forget_choices()
+    racing.forget_choices()
     assert fastest_paths(MODEL, CPU, "bf16", length=900)[0] == {"mha": "tiles", "swa": "tiles"}
 
 
@@ -174,7 +180,7 @@ def test_what_a_config_names_and_what_cuda_computes_is_not_raced(races):
 
 
 def test_a_race_that_decided_nothing_is_not_kept(races):
-    races.rounds = paths.ENOUGH - 1
+    races.rounds = racing.ENOUGH - 1
     chosen, told = fastest_paths(MODEL, CPU, "bf16", length=900)
     assert chosen == {"mha": "tiles", "swa": "tiles"}
     assert "too busy to tell" in str(told[0])
@@ -202,7 +208,7 @@ DAMAGED = [
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"choices": 3}', json.dumps({"choices": DAMAGED}), "\0"])
 def test_a_damaged_record_is_raced_again_and_mended(races, damage):
     fastest_paths(MODEL, CPU, "bf16", length=64)
-    paths._file().write_text(damage)
+    racing._file().write_text(damage)
     assert fastest_paths(MODEL, CPU, "bf16", length=64)[0] == {"mha": "sdpa", "swa": "sdpa"}
     assert len(races) == 4
     fastest_paths(MODEL, CPU, "bf16", length=64)
@@ -218,7 +224,7 @@ def test_a_record_that_cannot_be_written_is_told_and_stops_nothing(races, tmp_pa
 
 def test_a_real_race_leaves_the_random_generators_alone(monkeypatch):
     monkeypatch.delenv("SWAMLA_MEASURE")
-    monkeypatch.setattr(paths, "SECONDS", 0.1)
+    monkeypatch.setattr(racing, "SECONDS", 0.1)
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
@@ -226,6 +232,63 @@ def test_a_real_race_leaves_the_random_generators_alone(monkeypatch):
     assert torch.equal(torch.rand(3), expected)
     assert chosen.keys() == {"mha", "swa"}
     assert all(min(choice.seconds.values()) > 0 for choice in told)
+
+
+def test_auto_is_the_precision_that_trains_faster_raced_once(races):
+    assert (resolve_precision("auto", CPU), len(races)) == ("bf16", 1)
+    races.fp32 = 0.5
+    assert (resolve_precision("auto", CPU), len(races)) == ("bf16", 1)
+    racing.forget_choices()
+    assert (resolve_precision("auto", CPU), len(races)) == ("fp32", 2)
+    assert "fp32, 2.00 times as fast as bf16" in str(measured_precision(CPU))
+    assert [resolve_precision(asked, CPU) for asked in ("bf16", "fp32", "fp8")] == ["bf16", "fp32", "fp8"]
+    assert len(races) == 2
+
+
+@pytest.mark.parametrize("without", ["SWAMLA_MEASURE", "bf16 instructions", "a CPU"])
+def test_precision_is_raced_only_where_there_is_a_choice(races, monkeypatch, without):
+    if without == "SWAMLA_MEASURE":
+        monkeypatch.setenv("SWAMLA_MEASURE", "0")
+    monkeypatch.setattr(precision, "has_bf16", lambda device: without != "bf16 instructions")
+    device = torch.device("cuda") if without == "a CPU" else CPU
+    assert measured_precision(device) is None
+    assert resolve_precision("auto", device) == ("fp32" if without == "bf16 instructions" else "bf16")
+    assert races == []
+
+
+@pytest.mark.parametrize("path", ["bf16", "fp32"])
+def test_products_are_raced_in_what_they_say(path):
+    """The gradients of a feed-forward layer, by another route; in bf16 not those of fp32."""
+    trial = ProductsTrial(width=16)
+    found = trial.step(path, 256, torch.float32, part=4)()
+    dtype = torch.bfloat16 if path == "bf16" else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((trial.scores(256, 4), 16), (64, 16), (16, 64))
+    x, up, down = (torch.randn(s, generator=generator).requires_grad_() for s in shapes)
+    hidden = x.to(dtype) @ up.to(dtype).T
+    (hidden * hidden.sigmoid() @ down.to(dtype).T).sum().backward()
+    for mine, its in zip(found, (x.grad, up.grad, down.grad), strict=True):
+        assert torch.linalg.norm(mine - its) <= (1e-5 if path == "fp32" else 1e-2) * torch.linalg.norm(its)
+    assert (trial.paths(torch.float32)[0], len(x)) == ("bf16", 64)
+    exact = trial.step("fp32", 256, torch.float32, part=4)()
+    assert all(torch.equal(mine, its) == (path == "fp32") for mine, its in zip(found[1:], exact[1:], strict=True))
+
+
+def test_a_resumed_run_keeps_its_precision_whatever_is_fast_now(races, tmp_path, dataset, monkeypatch):
+    config = tiny_config(MODEL, steps=4, precision="auto")
+    races.fp32 = 0.5
+    whole = run(config, tmp_path / "whole", dataset)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Interrupted):
+            run(config, tmp_path / "cut", dataset)
+    races.fp32 = 3.0
+    monkeypatch.setenv("SWAMLA_CACHE", str(tmp_path / "another machine"))
+    resumed = run(config, tmp_path / "cut", dataset, resume=True)
+    assert resumed.precision == whole.precision == "fp32"
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert all(torch.equal(a, b) for a, b in zip(weights(resumed).values(), weights(whole).values(), strict=True))
+    assert run(config, tmp_path / "elsewhere", dataset).precision == "bf16"
 
 
 def test_the_length_of_documents_is_that_which_a_token_meets(dataset):
@@ -296,7 +359,7 @@ def race_and_train(folder):
         assert main, "only the main rank races"
         return length, {path: [0.5 if path == "sdpa" else 1.0] * 5 for path in trial.paths(dtype)}
 
-    paths.measure = measure
+    racing.measure = measure
     state = run(tiny_config(MODEL, steps=1), folder / "run", tiny_dataset(folder))
     assert state.paths == {"mha": "sdpa", "swa": "sdpa"}
     assert [block.mixer.config.backend for block in state.model.blocks] == ["sdpa", "sdpa", "auto"]

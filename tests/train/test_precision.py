@@ -25,12 +25,31 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("fast", "chosen"), [(True, "bf16"), (False, "fp32")])
-def test_auto_is_bf16_exactly_where_it_is_fast(monkeypatch, fast, chosen):
-    monkeypatch.setattr(precision, "bf16_is_fast", lambda device: fast)
+def test_auto_unmeasured_is_bf16_exactly_where_there_are_instructions_for_it(monkeypatch, fast, chosen):
+    monkeypatch.setattr(precision, "has_bf16", lambda device: fast)
     assert precision.resolve_precision("auto", CPU) == chosen
     assert precision.resolve_precision("fp32", CPU) == "fp32"
     assert precision.resolve_precision("bf16", CPU) == "bf16"
     assert precision.resolve_precision("fp8", CPU) == "fp8"
+
+
+@pytest.mark.parametrize(
+    ("asked", "trained", "there", "expected"),
+    [
+        ("auto", "bf16", True, "bf16"),
+        ("auto", "bf16", False, "fp32"),  # emulated, it would be slow
+        ("auto", "fp32", True, "fp32"),
+        ("auto", "", True, "bf16"),  # converted weights do not say
+        ("bf16", "bf16", False, "bf16"),
+        ("fp32", "fp32", True, "fp32"),
+        ("fp8", "fp8", True, "bf16"),
+    ],
+)
+def test_weights_are_computed_in_what_they_were_trained_in_where_it_can_be(
+    monkeypatch, asked, trained, there, expected
+):
+    monkeypatch.setattr(precision, "has_bf16", lambda device: there)
+    assert precision.resolve_as_trained(asked, trained, CPU) == expected
 
 
 @pytest.mark.parametrize(

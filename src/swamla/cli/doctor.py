@@ -24,8 +24,9 @@ from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.process import prepared, processor
 from swamla.train.backends import available, describe, resolve_backends
-from swamla.train.paths import Choice, fastest_paths, forget_choices, kept_choices
-from swamla.train.precision import bf16_is_fast, resolve_device, resolve_precision
+from swamla.train.paths import fastest_paths
+from swamla.train.precision import has_bf16, resolve_device, resolve_precision
+from swamla.train.racing import Choice, forget_choices, kept_choices
 
 # Optional libraries, and the extra that brings them.
 OPTIONAL = {
@@ -43,7 +44,8 @@ class Arguments:
     Nothing is fetched from the network. The exit status is 1 if a check fails.
 
     json: print one JSON object.
-    measure: forget which paths of attention were faster on this machine, and race anew: it may have been busy then.
+    measure: forget which precision and which paths of attention were faster on this machine, and race anew: it may
+        have been busy then.
     """
 
     json: bool = False
@@ -54,12 +56,14 @@ def main(argv: list[str]) -> int:
     """Look, try, and tell."""
     arguments, _ = parse(Arguments, argv, command="swamla doctor")
     device = resolve_device("auto")
+    if arguments.measure:
+        forget_choices()
     found = {
         "environment": _environment(),
         "devices": _devices(),
         "optional": {name: _version(name) for name in OPTIONAL},
         "auto": _choices(device),
-        "paths": [asdict(choice) for choice in _paths(device, anew=arguments.measure)],
+        "paths": [asdict(choice) for choice in _paths(device)],
         "backends": available(device),
         "storage": _storage(),
     }
@@ -92,7 +96,7 @@ def _environment() -> dict[str, Any]:
         "cores": available_cores(),
         "threads": torch.get_num_threads(),
         "memory_bytes": memory_bytes(),
-        "bf16_instructions": bf16_is_fast(torch.device("cpu")),
+        "bf16_instructions": has_bf16(torch.device("cpu")),
         **{name.replace(" ", "_"): how for name, how in prepared().items()},
     }
 
@@ -135,10 +139,8 @@ _RACED = LanguageModelConfig(
 _LENGTHS = (512, 4096)
 
 
-def _paths(device: torch.device, *, anew: bool) -> list[Choice]:
+def _paths(device: torch.device) -> list[Choice]:
     """Every race between paths that this machine has run, the usual ones now if they are missing."""
-    if anew:
-        forget_choices()
     for length in _LENGTHS:
         fastest_paths(_RACED, device, resolve_precision("auto", device), length=length)
     return sorted(kept_choices().values(), key=lambda choice: (choice.what, choice.dtype, choice.length))
@@ -188,8 +190,7 @@ def _raced(choice: dict[str, Any]) -> str:
     """For people: "attention causal, 6 heads, width 64, documents of about 512, bfloat16: sdpa 12 ms, tiles 18 ms"."""
     first, *others = sorted(choice["seconds"], key=lambda path: path != choice["chosen"])
     times = ", ".join(f"{path} {1e3 * choice['seconds'][path]:.3g} ms" for path in (first, *others))
-    shape = f"{choice['what']}, documents of about {choice['length']}, {choice['dtype']}"
-    return f"{shape}: {times} ({choice['rounds']} rounds)"
+    return f"{Choice(**choice).shape}: {times} ({choice['rounds']} rounds)"
 
 
 def _there(backends: dict[str, str]) -> str:

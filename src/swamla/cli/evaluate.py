@@ -20,7 +20,7 @@ from swamla.data.shards import documents_shared
 from swamla.errors import UsageError
 from swamla.evaluate import bytes_apart
 from swamla.train import RunConfig
-from swamla.train.precision import autocast, resolve_precision, without_fp8
+from swamla.train.precision import autocast, resolve_as_trained
 from swamla.train.run_folder import identity_of_run
 
 # What a source of one's own is told of, by the names of its fields; --split is short for --hub_split.
@@ -62,7 +62,8 @@ def main(argv: list[str]) -> int:
     model, _ = load(run, str(checkpoint.step))
     dataset = _other_data(arguments, given, run, config) if arguments.data else _own_data(run, config, checkpoint)
     score = validation(dataset, arguments.block_size or config.train.block_size)
-    precision = without_fp8(resolve_precision(config.train.precision, model.device))
+    trained = str(checkpoint.state.get("precision", ""))
+    precision = resolve_as_trained(config.train.precision, trained, model.device)
     with autocast(precision, model.device):
         found = score(model)
     part = "all" if arguments.data and not arguments.held_out else "the held-out part"

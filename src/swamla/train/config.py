@@ -72,7 +72,8 @@ class TrainConfig:
         tokenizer it has unless another is named; empty for weights drawn by the seed.
     init_checkpoint: of a run in init_from: "best", "latest" or a step; averaged weights where it has them.
     seed: of the initial weights, the order of the data and dropout.
-    precision: "auto" is bf16 autocast with fp32 weights where the machine has bf16 instructions, else fp32. "fp8"
+    precision: "auto" is bf16 autocast with fp32 weights where the machine has bf16 instructions, else fp32; of the two,
+        on a CPU, the one that a short race finds faster. "fp8"
         besides multiplies the large matrices in fp8, by torchao; "auto" never chooses it.
     checkpointing: what is computed again in the backward pass instead of being kept, which saves memory and changes no
         number: "none", "attention" (the mixers), "ffn" or "all" (whole blocks).

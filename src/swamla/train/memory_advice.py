@@ -11,7 +11,7 @@ from swamla import distributed
 from swamla.errors import OutOfMemory, is_out_of_memory
 from swamla.model.accounting import activation_bytes, count_parameters, parameter_shapes
 from swamla.train.config import RunConfig
-from swamla.train.precision import Chosen, bf16_is_fast
+from swamla.train.precision import Chosen, has_bf16
 from swamla.train.state import TrainState
 
 _CPU = torch.device("cpu")
@@ -95,7 +95,7 @@ def _changes(config: RunConfig, place: Place) -> Iterator[_Change]:
     if place.ranks > 1 and place.parts == 1:
         effect = "each process holds a part of the model; the same step"
         yield 0, "--parallel fsdp", effect, _with(config, parallel="fsdp"), replace(place, parts=place.ranks)
-    if place.precision == "fp32" and bf16_is_fast(place.device):
+    if place.precision == "fp32" and has_bf16(place.device):
         yield 1, "--precision bf16", "bf16 products", _with(config, precision="bf16"), replace(place, precision="bf16")
     for flag, coarser in train.optimizer.coarser():
         yield 1, flag, "coarser moments of the optimizer", _with(config, optimizer=coarser), place

@@ -1,17 +1,21 @@
 """Which number format the forward pass computes in, chosen once per run, printed and stored with it."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, cast
 
 import torch
+import torch.nn.functional as F
 
 from swamla.errors import MissingBackendError
+from swamla.train.racing import Choice, choose, races_on
 
 Precision = Literal["auto", "fp32", "bf16", "fp8"]
 Chosen = Literal["fp32", "bf16", "fp8"]
 
 
-def bf16_is_fast(device: torch.device) -> bool:
+def has_bf16(device: torch.device) -> bool:
     """True where bf16 matrix products run on dedicated instructions (CUDA tensor cores, AVX512-BF16, AMX)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -19,11 +23,66 @@ def bf16_is_fast(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+@dataclass(frozen=True)
+class ProductsTrial:
+    """A feed-forward layer under bf16 autocast and in fp32: the products of a step with the casts that they need."""
+
+    width: int = 512
+    tokens: int = 2048
+
+    def __str__(self) -> str:
+        return f"products with {self.width} × {4 * self.width} weights, casts included"
+
+    def paths(self, dtype: torch.dtype) -> tuple[str, ...]:
+        """The default first."""
+        return ("bf16", "fp32")
+
+    def scores(self, length: int, part: int) -> int:
+        """What the time of a trial grows with."""
+        return max(1, length // part)
+
+    def step(self, path: str, length: int, dtype: torch.dtype, part: int = 1) -> Callable[[], object]:
+        """A forward and backward pass of `length` / `part` tokens. No global random generator is asked."""
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((self.scores(length, part), self.width), (4 * self.width, self.width), (self.width, 4 * self.width))
+        inputs = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+        def step() -> object:
+            x_TD, up_FD, down_DF = inputs
+            with torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=path == "bf16"):
+                return torch.autograd.grad(F.linear(F.silu(F.linear(x_TD, up_FD)), down_DF).sum(), inputs)
+
+        return step
+
+
+def measured_precision(device: torch.device) -> Choice | None:
+    """Which of bf16 and fp32 trains faster on a CPU that has instructions for both; None where none is raced.
+
+    On some CPUs bf16 instructions run at half the rate of fp32.
+    """
+    if not races_on(device) or not has_bf16(device):
+        return None
+    trial = ProductsTrial()
+    return choose({trial}, None, length=trial.tokens)[trial]
+
+
 def resolve_precision(asked: Precision, device: torch.device) -> Chosen:
     """What "auto" means on `device`, which is never fp8; anything else is taken as asked."""
-    if asked == "auto":
-        return "bf16" if bf16_is_fast(device) else "fp32"
-    return asked
+    if asked != "auto":
+        return asked
+    if (choice := measured_precision(device)) is not None:
+        return cast(Chosen, choice.chosen)
+    return "bf16" if has_bf16(device) else "fp32"
+
+
+def resolve_as_trained(asked: Precision, trained: str, device: torch.device) -> Literal["fp32", "bf16"]:
+    """What a run's weights are to be computed in: in what it was trained, but in bf16 only where `device` has that.
+
+    asked, trained: the config's precision, and the checkpoint's.
+    """
+    if asked == "auto" and (trained == "fp32" or (trained == "bf16" and has_bf16(device))):
+        return "fp32" if trained == "fp32" else "bf16"
+    return without_fp8(resolve_precision(asked, device))
 
 
 def without_fp8(chosen: Chosen) -> Literal["fp32", "bf16"]:

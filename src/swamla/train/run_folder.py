@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -40,7 +40,7 @@ from swamla.train.launch import Launch, this_launch
 from swamla.train.machine import describe_machine, differences
 from swamla.train.parallel.build import build_model
 from swamla.train.paths import fastest_paths, usual_length
-from swamla.train.precision import Chosen, resolve_device, resolve_precision
+from swamla.train.precision import Chosen, measured_precision, resolve_device, resolve_precision
 from swamla.train.state import TrainState, seed_generators
 
 DATA = "data.json"  # by which the run's data is found again
@@ -131,14 +131,15 @@ def fresh_state(
 ) -> TrainState:
     """The state of a run before its first step, a function of the config's seed, and of the weights of an `origin`.
 
-    before: a checkpoint whose paths are taken, whatever is fast on this machine; else they are measured.
+    before: a checkpoint whose precision and paths are taken, whatever is fast on this machine; else they are measured.
     """
     train = config.train
     if train.threads is not None:
         torch.set_num_threads(train.threads)
     device = resolve_device(train.device)
-    precision = resolve_precision(train.precision, device)
-    paths, notes = _paths(config, dataset, device, precision, before)
+    precision, notes = _precision(train, device, before)
+    paths, raced = _paths(config, dataset, device, precision, before)
+    notes += raced
     model_config = config.model.with_backends(paths)
     backends = resolve_backends(model_config, device, precision)
     seed_generators(train.seed)
@@ -169,7 +170,7 @@ def fresh_state(
         notes.append("fp8 without compile: its casts run one by one, and may cost more than its products save")
     return TrainState(
         strategy=strategy,
-        optimizer=train.optimizer.build(model, lr=train.lr, weight_decay=train.weight_decay),
+        optimizer=train.optimizer.build(model, lr=train.lr, weight_decay=train.weight_decay, precision=precision),
         precision=precision,
         backends=backends,
         notes=tuple(notes),
@@ -197,6 +198,20 @@ def identity_of_run(run_dir: Path) -> list[dict[str, str]] | None:
         return [{name: str(each[name]) for name in ("fingerprint", "raw")} for each in identity]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CorruptError(f"{file}: damaged ({error!r}); delete it") from error
+
+
+def _precision(train: TrainConfig, device: torch.device, before: Checkpoint | None) -> tuple[Chosen, list[str]]:
+    """The same on every rank, and what to tell of it; of a run that goes on the one it had, where "auto" is asked."""
+    if before is not None and train.precision == "auto":
+        return cast(Chosen, entry(before.state, "precision", str, file=before.path / "state.json")), []
+
+    def measured() -> tuple[Chosen, list[str]]:
+        choice = measured_precision(device) if train.precision == "auto" else None
+        if choice is None:
+            return resolve_precision(train.precision, device), []
+        return cast(Chosen, choice.chosen), [str(choice)]
+
+    return distributed.on_main(measured)
 
 
 def _paths(

@@ -21,6 +21,7 @@ from swamla.train.optim.named import (
     decay_groups,
     named_parameters,
 )
+from swamla.train.precision import Chosen
 
 
 @register
@@ -41,7 +42,7 @@ class AdamWConfig(OptimizerConfig):
     def __post_init__(self) -> None:
         check_adam(self.betas, self.eps)
 
-    def build(self, model: nn.Module, *, lr: float, weight_decay: float) -> NamedOptimizer:
+    def build(self, model: nn.Module, *, lr: float, weight_decay: float, precision: Chosen = "fp32") -> NamedOptimizer:
         """The optimizer of all trainable parameters of `model`. Raises `MissingBackendError` without torchao."""
         parameters = named_parameters(model)
         part: torch.optim.Optimizer

@@ -12,6 +12,7 @@ from swamla.train.optim.adamw import check_betas
 from swamla.train.optim.elementwise import Elementwise, Piece, coarser_moments, require_whole
 from swamla.train.optim.moments import Moments
 from swamla.train.optim.named import Held, NamedOptimizer, OptimizerConfig, Shape, decay_groups, named_parameters
+from swamla.train.precision import Chosen
 
 
 @register
@@ -31,7 +32,7 @@ class LionConfig(OptimizerConfig):
     def __post_init__(self) -> None:
         check_betas(self.betas, "0.9, 0.99")
 
-    def build(self, model: nn.Module, *, lr: float, weight_decay: float) -> NamedOptimizer:
+    def build(self, model: nn.Module, *, lr: float, weight_decay: float, precision: Chosen = "fp32") -> NamedOptimizer:
         """The optimizer of all trainable parameters of `model`. Raises `MissingBackendError` without torchao."""
         parameters = named_parameters(model)
         require_whole(parameters, self.moments)

@@ -24,7 +24,7 @@ from swamla.train.optim.named import (
     named_parameters,
 )
 from swamla.train.optim.sharing import orthogonalise_together
-from swamla.train.precision import bf16_is_fast
+from swamla.train.precision import Chosen
 
 # Of the quintic x -> ax + bx³ + cx⁵ whose slope at 0 is largest; singular values end between 0.7 and 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -53,7 +53,7 @@ class MuonConfig(OptimizerConfig):
         require(1 <= self.iterations < 100, "iterations", self.iterations, "must be 1 … 99, e.g. 5")
         check_adam(self.betas, self.eps)
 
-    def build(self, model: nn.Module, *, lr: float, weight_decay: float) -> NamedOptimizer:
+    def build(self, model: nn.Module, *, lr: float, weight_decay: float, precision: Chosen = "fp32") -> NamedOptimizer:
         """The optimizer of all trainable parameters of `model`."""
         parameters = named_parameters(model)
         hidden = [trained for trained in parameters if is_hidden(trained.name, trained.shape)]
@@ -64,7 +64,8 @@ class MuonConfig(OptimizerConfig):
         if hidden:
             wholes = {trained.part: trained.parameter for trained in hidden}
             settings: dict[str, Any] = {"momentum": self.momentum, "iterations": self.iterations, "wholes": wholes}
-            parts.append(Muon(list(wholes), lr=lr, weight_decay=weight_decay, **settings))
+            dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+            parts.append(Muon(list(wholes), lr=lr, weight_decay=weight_decay, dtype=dtype, **settings))
         return NamedOptimizer(parts, parameters, self.remembers)
 
     def remembers(self, name: str, shape: Shape) -> Mapping[str, Held]:
@@ -105,10 +106,15 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         momentum: float = 0.95,
         iterations: int = 5,
+        dtype: torch.dtype = torch.float32,
         wholes: Mapping[nn.Parameter, nn.Parameter] | None = None,
     ) -> None:
-        """wholes: the parameters that `params` are this process's parts of, where they are not themselves."""
+        """dtype: what Newton–Schulz computes in, whose result need not be precise.
+
+        wholes: the parameters that `params` are this process's parts of, where they are not themselves.
+        """
         self._wholes = wholes or {}
+        self._dtype = dtype
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "iterations": iterations}
         super().__init__(params, defaults)
 
@@ -140,13 +146,13 @@ class Muon(torch.optim.Optimizer):
             weights[index].add_(update, alpha=-lr * 0.2 * math.sqrt(max(wholes[index].shape[-2:])))
 
     def _by_this_process(self, group: dict[str, Any], updates: list[Tensor]) -> Iterable[tuple[int, Tensor]]:
-        return enumerate(orthogonalise_all(updates, group["iterations"]))
+        return enumerate(orthogonalise_all(updates, group["iterations"], self._dtype))
 
     def _by_all(
         self, wholes: list[Tensor], group: dict[str, Any], updates: list[Tensor]
     ) -> Iterable[tuple[int, Tensor]]:
-        orthogonalised = partial(in_stacks, iterations=group["iterations"])
-        return orthogonalise_together(updates, wholes, orthogonalised, working_dtype(wholes[0].device))
+        orthogonalised = partial(in_stacks, iterations=group["iterations"], dtype=self._dtype)
+        return orthogonalise_together(updates, wholes, orthogonalised, self._dtype)
 
     def _matrices(self, p: Tensor) -> Iterator[Matrices]:
         """A parameter whole, or the experts of a very large one a few at a time."""
@@ -169,7 +175,7 @@ class Muon(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
 
-def in_stacks(matrices: Sequence[Tensor], iterations: int) -> list[Tensor]:
+def in_stacks(matrices: Sequence[Tensor], iterations: int, dtype: torch.dtype) -> list[Tensor]:
     """`orthogonalise` each of them, whatever their shapes, those with the same sides together."""
     found: dict[int, list[Tensor]] = defaultdict(list)
     places: dict[int, int] = {}
@@ -180,7 +186,7 @@ def in_stacks(matrices: Sequence[Tensor], iterations: int) -> list[Tensor]:
             places[id(piece)] = index
             pieces.append(Matrices(piece, piece, piece))
     for equal in stacks(pieces):
-        for m, update in zip(equal, orthogonalise_all([m.weights for m in equal], iterations), strict=True):
+        for m, update in zip(equal, orthogonalise_all([m.weights for m in equal], iterations, dtype), strict=True):
             found[places[id(m.weights)]].append(update)
     return [torch.cat(found[i]) if len(found[i]) > 1 else (found[i] or [m])[0] for i, m in enumerate(matrices)]
 
@@ -197,12 +203,12 @@ def stacks(matrices: Iterable[Matrices]) -> Iterator[list[Matrices]]:
     yield from open_stacks.values()
 
 
-def orthogonalise_all(equal: Sequence[Tensor], iterations: int) -> list[Tensor]:
-    """`orthogonalise` matrices (A, B), (B, A) and stacks of either, all at once."""
+def orthogonalise_all(equal: Sequence[Tensor], iterations: int, dtype: torch.dtype) -> list[Tensor]:
+    """`orthogonalise` matrices (A, B), (B, A) and stacks of either, all at once, in `dtype`."""
     stacked = [m if m.ndim == 3 else m[None] for m in equal]
     stacked = [m if is_wide(m) else m.mT for m in stacked]
     joined = torch.cat(stacked)
-    updates = orthogonalise(joined.to(working_dtype(joined.device)), iterations).split([len(m) for m in stacked])
+    updates = orthogonalise(joined.to(dtype), iterations).split([len(m) for m in stacked])
     back = [update if is_wide(m) else update.mT for m, update in zip(equal, updates, strict=True)]
     return [update if m.ndim == 3 else update[0] for m, update in zip(equal, back, strict=True)]
 
@@ -210,11 +216,6 @@ def orthogonalise_all(equal: Sequence[Tensor], iterations: int) -> list[Tensor]:
 def is_wide(matrix: Tensor) -> bool:
     """True where no matrix has more rows than columns."""
     return matrix.shape[-2] <= matrix.shape[-1]
-
-
-def working_dtype(device: torch.device) -> torch.dtype:
-    """What Newton–Schulz computes in: its result need not be precise, so bf16 wherever that is fast."""
-    return torch.bfloat16 if bf16_is_fast(device) else torch.float32
 
 
 def orthogonalise(stack_NAB: Tensor, iterations: int) -> Tensor:

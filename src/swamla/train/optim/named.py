@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from swamla import distributed
 from swamla.errors import CorruptError
 from swamla.registry import Registered
+from swamla.train.precision import Chosen
 
 EMBEDDINGS = frozenset({"embedding.weight", "positions.weight"})
 
@@ -73,8 +74,13 @@ class OptimizerConfig(Registered, home="swamla.train.optim"):
     """What the config of an optimizer has to offer."""
 
     @abstractmethod
-    def build(self, model: nn.Module, *, lr: float, weight_decay: float) -> "NamedOptimizer":
-        """The optimizer of all trainable parameters of `model`."""
+    def build(
+        self, model: nn.Module, *, lr: float, weight_decay: float, precision: Chosen = "fp32"
+    ) -> "NamedOptimizer":
+        """The optimizer of all trainable parameters of `model`.
+
+        precision: of the run, in which products of the optimizer's own may be computed, too.
+        """
 
     @abstractmethod
     def remembers(self, name: str, shape: Shape) -> Mapping[str, Held]:
