@@ -1,7 +1,7 @@
 """`python -m tests.machines [WORDS …]`: the suite on the machines that this one can play, or some of them.
 
 Instruction sets are limited by the variables of oneDNN, ATen and MKL; other versions of Python and torch get virtual
-environments of their own, made on first use. All machines together write their part of docs/reliability.md.
+environments of their own, made on first use. Each writes its line of docs/reliability.md; WORDS choose some of them.
 """
 
 import os
@@ -96,17 +96,24 @@ class NotHere(Exception):
 
 
 def main(words: list[str]) -> int:
-    """Play machines, print what the suite says on each, and write the table when it was all of them."""
+    """Play machines, print what the suite says on each, and write each machine's line of the page as it is done."""
     chosen = [m for m in MACHINES if all(word.lower() in f"{m.name} {m.means}".lower() for word in words)]
-    results = []
+    failed = False
     for machine in chosen:
         print(f"{machine.name} ({machine.means}; threads {machine.threads}) …", flush=True)
-        results.append(_play(machine))
-        print(f"  {results[-1].told}, {results[-1].seconds:.0f} s", flush=True)
-    if not words:
-        replace_part(RELIABILITY, MACHINES_HEADING, _part(results))
-        print(f"wrote {RELIABILITY.relative_to(ROOT)}")
-    return 1 if any(result.failed for result in results) else 0
+        result = _play(machine)
+        failed = failed or bool(result.failed)
+        print(f"  {result.told}, {result.seconds:.0f} s", flush=True)
+        replace_part(RELIABILITY, MACHINES_HEADING, _part(lines_of(RELIABILITY) | {machine.name: _line(result)}))
+    return int(failed)
+
+
+def lines_of(page: Path) -> dict[str, str]:
+    """The lines of the table on the page, by the machine's name."""
+    _, _, part = page.read_text(encoding="utf-8").partition(f"{MACHINES_HEADING}\n")
+    names = {machine.name for machine in MACHINES}
+    lines = ((line.split("|")[1].strip(), line) for line in part.splitlines() if line.count("|") > 2)
+    return {name: line for name, line in lines if name in names}
 
 
 def _play(machine: Machine) -> Result:
@@ -180,20 +187,25 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset(next((line for line in text.splitlines() if line.startswith("flags")), "").split())
 
 
-def _part(results: list[Result]) -> str:
+def _line(result: Result) -> str:
+    machine = result.machine
+    which = "what computes" if machine.left_out == COMPUTE_NOTHING_OF_THEIR_OWN else "all"
+    cells = (machine.name, machine.means, machine.threads, which, result.told, f"{result.seconds:.0f}")
+    return f"| {' | '.join(map(str, cells))} | {time.strftime('%Y-%m-%d')} |"
+
+
+def _part(lines: dict[str, str]) -> str:
     from swamla.process import processor
 
-    rows = "\n".join(
-        f"| {r.machine.name} | {r.machine.means} | {r.machine.threads} | {r.told} | {r.seconds:.0f} |" for r in results
-    )
+    rows = "\n".join(lines[machine.name] for machine in MACHINES if machine.name in lines)
     where = f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {version('torch')}"
     return f"""
-The suite on machines that this one can play, written by `make test-machines` on {time.strftime("%Y-%m-%d")}: {where}.
-Where only instructions or threads are limited, without the tests of data, command line, launchers and faults, which
-compute nothing of their own. Several hundred tests are skipped for want of a CUDA device; they say so.
+The suite on machines that this one can play, written by `make test-machines`: {where}. "What computes": without
+the tests of data, command line, launchers and faults, which compute nothing of their own, where only instructions or
+threads are limited. Several hundred tests are skipped for want of a CUDA device; they say so.
 
-| machine | what is set | threads | the suite | seconds |
-|---|---|---|---|---|
+| machine | what is set | threads | tests | found | seconds | on |
+|---|---|---|---|---|---|---|
 {rows}
 
 `python -m tests.machines WORDS` plays those whose name or settings have these words. Interpreters are looked for on the

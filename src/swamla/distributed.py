@@ -8,7 +8,7 @@ import datetime
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -181,6 +181,18 @@ def all_reduce_sum(values: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
     return {
         name: part.view(value.shape).to(value.dtype) for (name, value), part in zip(values.items(), parts, strict=True)
     }
+
+
+def exchange(numbers: Sequence[float]) -> list[list[float]]:
+    """Every rank's numbers, as many from each, in the order of the ranks."""
+    if world_size() == 1:
+        return [list(numbers)]
+    import torch
+
+    own = torch.tensor(numbers, dtype=torch.float64)
+    every = [torch.empty_like(own) for _ in range(world_size())]
+    _dist().all_gather(every, own)
+    return [numbers.tolist() for numbers in every]
 
 
 def sum_of(number: float) -> float:

@@ -180,10 +180,10 @@ def test_a_run_bounded_by_time_ends_within_it_annealed(tmp_path, monkeypatch, da
     real = loop_module.training_step
     rates = []
 
-    def timed(state, batch, config, lr):
+    def timed(state, batch, config, lr, *rest):
         clock.now += 2.0
         rates.append(lr / config.lr)
-        return real(state, batch, config, lr)
+        return real(state, batch, config, lr, *rest)
 
     monkeypatch.setattr(loop_module, "training_step", timed)
     state = run(tiny_config(max_minutes=1.0, warmup=0.0), tmp_path / "run", dataset)

@@ -133,11 +133,11 @@ def test_the_command_line_says_it_without_a_traceback_and_takes_the_advice(tmp_p
     Path("text.txt").write_text("".join(f"line {i} and its square {i * i}\n" for i in range(300)))
     real, failed = loop_module.training_step, []
 
-    def step(state, batch, config, lr):
+    def step(state, batch, config, *rest):
         if config.checkpointing == "none":
             failed.append(state.step)
             raise torch.OutOfMemoryError(CUDA_WORDS)
-        return real(state, batch, config, lr)
+        return real(state, batch, config, *rest)
 
     monkeypatch.setattr(loop_module, "training_step", step)
     line = (

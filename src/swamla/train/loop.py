@@ -17,7 +17,6 @@ from swamla.hub import require_hub
 from swamla.train.backends import describe
 from swamla.train.claims import Claim
 from swamla.train.config import RunConfig
-from swamla.train.curriculum import cut
 from swamla.train.plot import plot_losses
 from swamla.train.precision import autocast
 from swamla.train.run import Evaluate, Run, in_progress
@@ -99,31 +98,28 @@ def _announce(run: Run, *, resumed: bool) -> None:
 def _train(run: Run) -> None:
     """Step until the budget is spent or somebody asks to stop; then evaluate, if nobody did, and save."""
     state = run.state
-    while not (stopped := _stop_requested(run)) and run.progress(0.5) < 1:  # in the middle of the next step
+    run.watch.begin("the first rows")
+    run.look_ahead()
+    run.watch.end()
+    while not run.next_step.stop and run.progress(0.5) < 1:  # in the middle of the next step
         _step(run)
         settle(run)
         run.profiling.step()
         run.hub.attend()
-        if _evaluation_is_due(run):
+        if evaluated := _evaluation_is_due(run):
             _evaluate(run)
-        save_if_due(run)
-    if not stopped and state.evaluated_step != state.step:
+        if save_if_due(run) or evaluated:
+            run.look_ahead()  # time has passed, in which somebody may have asked to stop
+    if not run.next_step.stop and state.evaluated_step != state.step:
         _evaluate(run)
     save_last(run)
     if described := run.epochs.describe(state.tokens):
         run.say(f"after step {state.step}: {described}")
     distributed.on_main(lambda: _plot(run))
-    if _stop_requested(run) and run.stop.received:
-        where = f"after step {state.step}; all is saved in {run.folder}"
-        raise Interrupted(f"stopped by {run.stop.received.name} {where}", run.stop.exit_status)
-
-
-def _stop_requested(run: Run) -> bool:
-    """True on every rank once one of them was asked to stop."""
-    number = int(distributed.highest(run.stop.received or 0))
-    if number:
-        run.stop.received = signal.Signals(number)
-    return bool(number)
+    run.look_ahead()
+    if run.next_step.stop:
+        name, where = signal.Signals(run.next_step.stop).name, f"after step {state.step}; all is saved in {run.folder}"
+        raise Interrupted(f"stopped by {name} {where}", run.stop.exit_status)
 
 
 def _step(run: Run) -> None:
@@ -131,15 +127,16 @@ def _step(run: Run) -> None:
     state, settings, begin = run.state, run.settings, time.monotonic()
     run.watch.begin(f"step {state.step + 1}", limited=True)
     fault("begin", state.step + 1)
-    lr = settings.rate(state.step, run.seconds() + run.step_seconds)
-    batch = cut(_next_rows(run), _sequence_length(run))
-    result = training_step(state, batch, settings, lr)
+    this, batch = run.next_step, _rows(run)
+    lr = settings.rate(state.step, this.seconds + this.step_seconds)
+    _tell_length(run, batch)
+    result = training_step(state, batch, settings, lr, this.labels)
     fault("update", state.step + 1)
     state.step += 1
     state.sample += settings.batch_size
     before, state.tokens = state.tokens, state.tokens + (result.tokens if result.finite else 0)
-    run.step_seconds = distributed.from_main(time.monotonic() - begin)
-    state.seconds = run.seconds()
+    run.look_ahead(step_begun=begin)
+    state.seconds = run.next_step.seconds
     run.watch.end()
     if not result.finite:
         _skip(run, result)
@@ -149,38 +146,28 @@ def _step(run: Run) -> None:
         return
     # A spike before any checkpoint stays a step like any other, but max_skipped of them in a row end the run.
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if spike else 0
-    flops = distributed.sum_of(run.log.flops.of(batch.document_BT))
     if distributed.is_main():
-        run.log.write(result, lr=lr, flops=flops, seconds=run.step_seconds)
+        run.log.write(result, lr=lr, flops=this.flops, seconds=run.next_step.step_seconds)
     for completed in run.epochs.completed(before, state.tokens):
         run.say(f"{completed}, after step {state.step}")
     if spike:
         _end_if_too_many(run, "had a loss spike")
 
 
-def _next_rows(run: Run) -> Batch:
-    """This rank's rows of the next step. If a rank cannot read its own, all save before its error ends the run."""
-    state, share = run.state, run.settings.batch_size // distributed.world_size()
-    failed: Exception | None = None
-    batch = None
-    try:
-        batch = run.rows.batch(state.sample + distributed.rank() * share, share)
-    except Exception as error:  # of a stream, whatever is wrong with a file that is only read now
-        failed = error
-    if not distributed.highest(failed is not None):
-        assert batch is not None
-        return batch
-    save_before(run, failed)
-    raise failed or FailedElsewhere("another rank could not read its rows", SwamlaError.exit_status)
+def _rows(run: Run) -> Batch:
+    """This rank's rows of the next step. If a rank could not read its own, all save before its error ends the run."""
+    if run.next_step.batch is not None:
+        return run.next_step.batch
+    save_before(run, run.own_error)
+    raise run.own_error or FailedElsewhere("another rank could not read its rows", SwamlaError.exit_status)
 
 
-def _sequence_length(run: Run) -> int:
-    """Of the next step, by the curriculum; a change is told."""
-    length = run.settings.lengths.length(run.state.tokens)
+def _tell_length(run: Run, batch: Batch) -> None:
+    """Tell when the curriculum changes the sequence length."""
+    length = batch.tokens_BT.shape[1]
     if length != run.length:
         run.say(f"sequence length {length} from step {run.state.step + 1}, {run.state.tokens:,} tokens")
         run.length = length
-    return length
 
 
 def _skip(run: Run, result: StepResult) -> None:
@@ -231,6 +218,7 @@ def _roll_back(run: Run, result: StepResult) -> bool:
     _end_if_too_many(run, "had a loss spike")
     run.saved_step = None  # though the step was saved: the state is another one now
     save(run)
+    run.look_ahead()  # again: tokens went back, by which the curriculum goes
     return True
 
 

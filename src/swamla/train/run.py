@@ -1,6 +1,7 @@
 """A run in progress: what it is, and all that watches over it."""
 
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,11 +12,14 @@ from rich.console import Console
 
 from swamla import distributed
 from swamla.checkpoint import Saver, list_checkpoints
-from swamla.data.dataset import Dataset, Rows
+from swamla.data.dataset import Dataset
+from swamla.data.packing import Batch
 from swamla.hub import Pushes
 from swamla.model.language_model import LanguageModel
 from swamla.train.config import RunConfig, TrainConfig
+from swamla.train.curriculum import cut
 from swamla.train.epochs import Epochs
+from swamla.train.feed import Feed
 from swamla.train.memory_advice import advised
 from swamla.train.parallel.writers import writer_group
 from swamla.train.profiling import Profiling
@@ -29,14 +33,33 @@ from swamla.train.tracking.trackers import Records, make_records
 Evaluate = Callable[[LanguageModel], dict[str, float]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class NextStep:
+    """What every rank knows alike of the step to come, but for its own rows.
+
+    batch: this rank's rows, by the curriculum; None where a rank could not read its own.
+    labels, flops: of all ranks' rows.  stop: the signal by which somebody asked to stop, 0 for none.
+    seconds: spent on this run, resumed or not.  step_seconds: of the last step, 0 before the first. Both by the main
+    rank's clock.
+    """
+
+    batch: Batch | None = None
+    labels: int = 0
+    flops: float = 0.0
+    stop: int = 0
+    seconds: float = 0.0
+    step_seconds: float = 0.0
+
+
 @dataclass(kw_only=True)
 class Run:
     """What the loop, its saves and its log have in common.
 
-    rows: of the training text.  epochs: how often it was seen.  log: what is told of steps.
+    feed: the rows of the training text.  epochs: how often it was seen.  log: what is told of steps.
     bits_per_nat: bits per byte that a loss of one nat per token is.
     started: by `time.monotonic`, as if the run had gone on without a break.
-    step_seconds: of the last step, 0 before the first.  length: the sequence length, by the curriculum.
+    length: the sequence length, by the curriculum.  next_step: as `look_ahead` saw it last.
+    own_rows: this rank's, of the step that begins at own_sample; own_error: why there are none.
     saved_step: the step that the newest checkpoint holds.  unsaved: why the newest save failed.
     """
 
@@ -44,7 +67,7 @@ class Run:
     folder: Path
     state: TrainState
     evaluate: Evaluate | None
-    rows: Rows
+    feed: Feed
     epochs: Epochs
     bits_per_nat: float
     stop: StopRequest
@@ -58,8 +81,11 @@ class Run:
     started: float
     length: int
     saved_step: int | None
-    step_seconds: float = 0.0
     unsaved: Exception | None = None
+    next_step: NextStep = NextStep()
+    own_sample: int = -1
+    own_rows: Batch | None = None
+    own_error: Exception | None = None
 
     @property
     def settings(self) -> TrainConfig:
@@ -77,7 +103,39 @@ class Run:
 
     def progress(self, steps: float) -> float:
         """How far the run will be after so many more steps, each as long as the last one: 0 … 1, and beyond."""
-        return self.settings.budget.progress(self.state.step + steps, self.seconds() + steps * self.step_seconds)
+        seen = self.next_step
+        return self.settings.budget.progress(self.state.step + steps, seen.seconds + steps * seen.step_seconds)
+
+    def look_ahead(self, step_begun: float | None = None) -> None:
+        """See the step to come: read this rank's rows, exchange with the others what all must know. Once a step.
+
+        step_begun: when the step began that ends now; None where none was taken since the last look.
+        """
+        state = self.state
+        left = math.inf if self.settings.steps is None else self.settings.steps - state.step
+        if self.own_sample != state.sample and left > 0:
+            self.own_sample, self.own_rows, self.own_error = state.sample, None, None
+            try:
+                self.own_rows = self.feed.take(state.sample, another=left > 1)
+            except Exception as error:  # of a stream, whatever is wrong with a file that is only read now
+                self.own_error = error
+        length = self.settings.lengths.length(state.tokens)
+        batch = None if self.own_rows is None else cut(self.own_rows, length)
+        flops = 0 if batch is None else self.log.flops.of(batch.document_BT)
+        last = self.next_step.step_seconds if step_begun is None else time.monotonic() - step_begun
+        own = (0 if batch is None else batch.n_labels, flops, self.own_error is not None, self.stop.received or 0)
+        ranks = distributed.exchange((*own, time.monotonic() - self.started, last))
+        labels, all_flops, failed, stops, seconds, steps_seconds = zip(*ranks, strict=True)
+        self.next_step = NextStep(
+            batch=None if any(failed) else batch,
+            labels=round(sum(labels)),
+            flops=sum(all_flops),
+            stop=round(max(stops)),
+            seconds=seconds[0],
+            step_seconds=steps_seconds[0],
+        )
+        if self.next_step.stop:
+            self.stop.received = signal.Signals(self.next_step.stop)
 
     def say(self, text: str) -> None:
         """Show people one line that stays."""
@@ -126,7 +184,7 @@ def in_progress(
             folder=folder,
             state=state,
             evaluate=evaluate,
-            rows=dataset.rows(settings.block_size, settings.seed),
+            feed=Feed(dataset.rows(settings.block_size, settings.seed), settings.batch_size, state.device),
             epochs=epochs,
             bits_per_nat=bits_per_nat,
             stop=stop,

@@ -16,11 +16,16 @@ class Diverged(SwamlaError):
     exit_status = 1
 
 
-def save_if_due(run: Run) -> None:
-    """By the number of steps; never amid skipped steps, so that the last checkpoint of a run that ends is good."""
+def save_if_due(run: Run) -> bool:
+    """By the number of steps; never amid skipped steps, so that the last checkpoint of a run that ends is good.
+
+    Returns whether it was due.
+    """
     interval, state = run.settings.save_interval, run.state
-    if interval is not None and state.step % interval == 0 and state.skipped_in_a_row == 0:
+    due = interval is not None and state.step % interval == 0 and state.skipped_in_a_row == 0
+    if due:
         save(run)
+    return due
 
 
 def save(run: Run, best_loss: float | None = None) -> None:

@@ -37,14 +37,16 @@ class StepResult:
         return math.isfinite(self.grad_norm) and math.isfinite(self.loss)
 
 
-def training_step(state: TrainState, batch: Batch, config: TrainConfig, lr: float) -> StepResult:
+def training_step(
+    state: TrainState, batch: Batch, config: TrainConfig, lr: float, n_labels: int | None = None
+) -> StepResult:
     """One optimizer step on `batch`: the mean over all its labels, however they fall on the micro-batches.
 
-    batch: this rank's rows; the mean is over those of all ranks. A step whose loss or gradient is not finite changes
-    no weight.
+    batch: this rank's rows; the mean is over those of all ranks.  n_labels: of all of them, where that is known.
+    A step whose loss or gradient is not finite changes no weight.
     """
     model, strategy, ranks = state.model.train(), state.strategy, distributed.world_size()
-    n_labels = round(distributed.sum_of(batch.n_labels))
+    n_labels = round(distributed.sum_of(batch.n_labels)) if n_labels is None else n_labels
     if n_labels == 0:
         raise DataError(f"rows {state.sample} to {state.sample + config.batch_size - 1}: no label carries loss")
     state.optimizer.zero_grad()
@@ -55,7 +57,8 @@ def training_step(state: TrainState, batch: Batch, config: TrainConfig, lr: floa
         with strategy.micro_batch(last=number == config.accumulation):
             seq = Layout.from_documents(document_BT).to(state.device)
             with autocast(state.precision, state.device):
-                total, found = strategy.loss(tokens_BT.to(state.device), labels_BT.to(state.device), seq)
+                tokens_BT, labels_BT = (rows.to(state.device, non_blocking=True) for rows in (tokens_BT, labels_BT))
+                total, found = strategy.loss(tokens_BT, labels_BT, seq)
             extra = sum(value for name, value in found.items() if name.startswith("loss/"))
             ((total + extra) / n_labels * ranks).backward()  # the ranks' gradients are averaged
         for name, value in [("nats", total), *found.items()]:

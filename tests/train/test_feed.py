@@ -1,0 +1,115 @@
+"""Rows are read one step ahead, each once; and what ranks must know alike costs one exchange a step."""
+
+import threading
+import time
+from contextlib import ExitStack
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from swamla import distributed
+from swamla.errors import DataError
+from swamla.train import loop
+from swamla.train.feed import Feed
+
+from .helpers import run, tiny_config, tiny_dataset
+from .ranks import on_ranks
+
+CPU = torch.device("cpu")
+
+
+class Rows:
+    """The rows of a dataset, which notes what was read, and by which thread; some samples cannot be."""
+
+    def __init__(self, rows, bad=()):
+        self.rows, self.bad, self.read, self.threads = rows, bad, [], set()
+
+    def batch(self, first, count):
+        self.read.append((first, count))
+        self.threads.add(threading.current_thread())
+        if first in self.bad:
+            raise DataError(f"no row {first}")
+        return self.rows.batch(first, count)
+
+
+def read_by(rows, *expected, patience=10.0):
+    """Wait for the thread that reads ahead."""
+    end = time.monotonic() + patience
+    while rows.read != list(expected) and time.monotonic() < end:
+        time.sleep(0.005)
+    return rows.read == list(expected)
+
+
+def test_the_rows_of_the_next_step_are_read_while_this_one_runs(dataset):
+    rows = Rows(dataset.rows(32, 0))
+    feed = Feed(rows, 4, CPU)
+    first = feed.take(8, another=True)
+    assert read_by(rows, (8, 4), (12, 4))
+    second = feed.take(12, another=False)
+    time.sleep(0.05)
+    assert rows.read == [(8, 4), (12, 4)]  # each once, and none after the last step
+    assert threading.current_thread() not in rows.threads
+    for batch, sample in ((first, 8), (second, 12)):
+        assert torch.equal(batch.tokens_BT, dataset.rows(32, 0).batch(sample, 4).tokens_BT)
+
+
+def test_other_rows_than_those_read_ahead_are_read_anew(dataset):
+    rows = Rows(dataset.rows(32, 0))
+    feed = Feed(rows, 4, CPU)
+    feed.take(0, another=True)
+    assert read_by(rows, (0, 4), (4, 4))
+    batch = feed.take(20, another=False)
+    assert torch.equal(batch.tokens_BT, dataset.rows(32, 0).batch(20, 4).tokens_BT)
+
+
+def test_rows_that_cannot_be_read_are_an_error_only_of_the_step_that_needs_them(dataset):
+    feed = Feed(Rows(dataset.rows(32, 0), bad=(4,)), 4, CPU)
+    assert feed.take(0, another=True).tokens_BT.shape == (4, 32)
+    with pytest.raises(DataError, match="no row 4"):
+        feed.take(4, another=True)
+
+
+def test_a_run_reads_each_row_once_and_no_further_than_it_goes(tmp_path, dataset, monkeypatch):
+    rows = Rows(dataset.rows(32, 0))
+    monkeypatch.setattr(dataset, "rows", lambda *_: rows)
+    config = tiny_config(steps=4)
+    run(config, tmp_path / "run", dataset)
+    size = config.train.batch_size
+    assert [read for read in rows.read if read[1] == size] == [(size * step, size) for step in range(4)]
+
+
+def count_exchanges(folder):
+    """On each rank: the collectives of each step but the first, by name; those of gradients are the reducer's own."""
+    dataset, real, counts, calls = tiny_dataset(folder), loop._step, [], []
+
+    def counted(name):
+        plain = getattr(torch.distributed, name)
+        return patch.object(torch.distributed, name, lambda *args, **more: calls.append(name) or plain(*args, **more))
+
+    def step(run):
+        calls.clear()
+        real(run)
+        counts.append(sorted(calls))
+
+    with ExitStack() as patched:
+        for name in ("all_reduce", "all_gather", "broadcast", "all_gather_object", "broadcast_object_list"):
+            patched.enter_context(counted(name))
+        patched.enter_context(patch.object(loop, "_step", step))
+        run(tiny_config(steps=4, parallel="ddp"), folder / "run", dataset)
+    assert counts[1:] == [["all_gather", "all_reduce"]] * 3, counts
+
+
+def test_ranks_exchange_once_on_the_host_and_once_on_the_device_in_a_step(tmp_path):
+    tiny_dataset(tmp_path)
+    on_ranks(2, count_exchanges, tmp_path)
+
+
+def exchange_numbers():
+    rank = distributed.rank()
+    assert distributed.exchange([rank, 7.5, -rank]) == [[0.0, 7.5, 0.0], [1.0, 7.5, -1.0]]
+
+
+def test_every_rank_is_told_every_ranks_numbers():
+    assert distributed.exchange([1, 2.5]) == [[1, 2.5]]
+    on_ranks(2, exchange_numbers)
