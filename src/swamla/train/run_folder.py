@@ -41,6 +41,7 @@ from swamla.train.machine import describe_machine, differences
 from swamla.train.parallel.build import build_model
 from swamla.train.paths import fastest_paths, usual_length
 from swamla.train.precision import Chosen, measured_precision, resolve_device, resolve_precision
+from swamla.train.racing import races_on
 from swamla.train.state import TrainState, seed_generators
 
 DATA = "data.json"  # by which the run's data is found again
@@ -222,6 +223,8 @@ def _paths(
         return stored_paths(before), []
 
     def measured() -> tuple[dict[str, str], list[str]]:
+        if not races_on(device):
+            return {}, []
         length = usual_length(dataset, config.train.block_size)
         paths, choices = fastest_paths(config.model, device, precision, length=length)
         return paths, [str(choice) for choice in choices]
