@@ -19,7 +19,7 @@ from swamla.model.config import LanguageModelConfig
 from swamla.recipes import recipe_names, recipe_path
 from swamla.train import RunConfig
 from swamla.train import loop as loop_module
-from swamla.train.run_folder import settle
+from swamla.train.run_folder import resolve_vocabulary
 
 from .cli.test_overrides import Arguments
 from .train.helpers import losses, run, tiny_dataset, weights
@@ -153,6 +153,6 @@ def test_a_scaled_down_preset_trains_ten_steps_and_resumes_exactly(
 
 def test_a_model_may_have_more_ids_than_its_tokenizer(dataset: Dataset) -> None:
     config = scaled_down("small", "swa")
-    assert settle(config, dataset).model.vocab_size == 300 > dataset.tokenizer.vocab_size
+    assert resolve_vocabulary(config, dataset).model.vocab_size == 300 > dataset.tokenizer.vocab_size
     grown = replace(config, model=replace(config.model, vocab_size=0))
-    assert settle(grown, dataset).model.vocab_size == dataset.tokenizer.vocab_size
+    assert resolve_vocabulary(grown, dataset).model.vocab_size == dataset.tokenizer.vocab_size

@@ -13,7 +13,7 @@ from swamla.train import Diverged, training_step
 from swamla.train import loop as loop_module
 from swamla.train import run as run_module
 from swamla.train.parallel.strategy import Strategy
-from swamla.train.run_folder import fresh_state, settle
+from swamla.train.run_folder import fresh_state, resolve_vocabulary
 from swamla.train.tracking.metrics import read_metrics
 
 from .helpers import held_out, losses, run, tiny_config, weights
@@ -21,7 +21,7 @@ from .helpers import held_out, losses, run, tiny_config, weights
 
 def start(config, dataset):
     """A fresh state without dropout, and the first batch."""
-    config = settle(config, dataset)
+    config = resolve_vocabulary(config, dataset)
     state = fresh_state(config, dataset)
     rows = PackedRows(dataset.train, config.train.block_size, config.train.seed, dataset.tokenizer.eos_id)
     for module in state.model.modules():

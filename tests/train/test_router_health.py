@@ -15,7 +15,7 @@ from swamla.model.ffns.moe import MoEConfig
 from swamla.model.language_model import LanguageModel
 from swamla.train import TrainState, train, training_step
 from swamla.train.router_health import DEAD_AFTER, RouterHealth
-from swamla.train.run_folder import fresh_state, settle
+from swamla.train.run_folder import fresh_state, resolve_vocabulary
 from swamla.train.step import StepResult
 from swamla.train.tracking.metrics import read_metrics
 
@@ -108,7 +108,7 @@ def test_a_bias_that_moves_fast_enough_brings_them_back_before_they_die(tmp_path
 def first_step(dataset: Dataset, ffn: MoEConfig, **settings: object) -> tuple[StepResult, LanguageModel]:
     """A step at learning rate 0: what it found, and the model with its gradients."""
     routed = replace(ROUTED, blocks={**ROUTED.blocks, "experts": replace(BLOCK, ffn=ffn)}, dropout=0.0)
-    config = settle(tiny_config(routed, grad_clip=None, **settings), dataset)
+    config = resolve_vocabulary(tiny_config(routed, grad_clip=None, **settings), dataset)
     state = fresh_state(config, dataset)
     rows = PackedRows(dataset.train, config.train.block_size, config.train.seed, dataset.tokenizer.eos_id)
     return training_step(state, rows.batch(0, config.train.batch_size), config.train, lr=0.0), state.model

@@ -17,7 +17,7 @@ from swamla.model.block import BlockConfig
 from swamla.model.ffns.latent_moe import LatentMoEConfig
 from swamla.train import RunConfig
 from swamla.train import loop as loop_module
-from swamla.train.run_folder import fresh_state, settle
+from swamla.train.run_folder import fresh_state, resolve_vocabulary
 
 from .helpers import MIXERS, held_out, losses, model_of, run, tiny_config, tiny_dataset
 from .ranks import on_ranks
@@ -126,7 +126,7 @@ def save_again(folder: Path, data: Path, to: Path) -> None:
     from swamla.train.parallel.writers import writer_group
 
     dataset = tiny_dataset(data)
-    state = fresh_state(settle(config_of(parallel="fsdp"), dataset), dataset)
+    state = fresh_state(resolve_vocabulary(config_of(parallel="fsdp"), dataset), dataset)
     with torch.no_grad():
         for p in state.model.parameters():
             distributed.local(p).fill_(float("nan"))

@@ -1,4 +1,4 @@
-"""Which backend computes each op of a run: chosen once, when the model meets its device, printed and kept with it."""
+"""Which backend computes each op of a run: chosen once, when the model is placed on its device, printed and stored."""
 
 from collections.abc import Callable
 from functools import partial
@@ -59,5 +59,5 @@ def _obstacle(resolve: Callable[[str], str], name: str) -> str:
 
 
 def describe(backends: dict[str, str]) -> str:
-    """For people: "attention: torch, delta rule: torch"."""
+    """As a line to print: "attention: torch, delta rule: torch"."""
     return ", ".join(f"{op}: {backend}" for op, backend in backends.items())

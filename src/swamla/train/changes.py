@@ -1,4 +1,4 @@
-"""What a resumed run may change of its settings, and what each change does to what the run has so far."""
+"""Which settings a resumed run may change, and what each change does to the run so far."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,7 +91,7 @@ def rates(before: TrainConfig, now: TrainConfig, *, step: int, seconds: float) -
 
 
 def told(before: TrainConfig, now: TrainConfig, *, step: int, seconds: float) -> list[str]:
-    """A line that names what is changed, and one for the learning rate where that is another now."""
+    """A line that names the changes, and one for the learning rate where it differs."""
     was, is_now = dict(_leaves(to_plain(before))), dict(_leaves(to_plain(now)))
     changed = [f"{name} {was[name]} → {is_now[name]}" for name in is_now if was.get(name) != is_now[name]]
     if not changed:
@@ -102,7 +102,7 @@ def told(before: TrainConfig, now: TrainConfig, *, step: int, seconds: float) ->
 
 
 def measure(config: TrainConfig) -> dict[str, Any]:
-    """What gives a held-out loss of the run its meaning, of what may change."""
+    """The settings that may change and that define what a held-out loss is measured on."""
     return {name: getattr(config, name) for name in SCORING}
 
 

@@ -1,4 +1,4 @@
-"""A run's folder is taken by one process: at a command's start, before it does anything that takes time."""
+"""One process at a time trains in a run's folder: it locks the folder at the start of a command."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ _KEPT = "profile"  # traces, which may say why such a run ended
 
 
 class Claim:
-    """A folder that this process alone trains in, until `release`; the system releases it however the process ends.
+    """A lock on a folder to train in, until `release`; the system releases it however the process ends.
 
     made: the folders, innermost first, that were made for it: those that are still empty in the end are removed.
     """

@@ -54,7 +54,7 @@ def _prepared(compiled: Callable[[Tensor, Layout], T], prepare: Callable[[Layout
 
 
 def begin_step(mode: Compile) -> None:
-    """Before the first forward pass of an optimizer step: what the last one's CUDA graphs gave is no longer needed."""
+    """Call before the first forward pass of an optimizer step: the last step's CUDA graphs may be overwritten."""
     if mode in ("reduce-overhead", "max-autotune"):
         torch.compiler.cudagraph_mark_step_begin()
 

@@ -13,17 +13,16 @@ from swamla.errors import CorruptError
 class WeightAverage:
     """After n steps Σ decay^(n − i) · weights_i / Σ decay^(n − i), over the weights after every step i = 1 … n.
 
-    The division leaves no trace of the initial weights, and the first steps count no more than their share: it is
-    Adam's correction of its moments (arXiv 1412.6980, sec. 3), folded into the weight of the newest term. Averages
-    are kept in fp32, each process those of the weights it holds. Buffers, such as a router's biases, are not averaged:
-    they are used as they stand.
+    The division removes the bias towards the initial weights: it is Adam's bias correction (arXiv 1412.6980, sec. 3),
+    folded into the weight of the newest term. Averages are kept in fp32, sharded as the weights are. Buffers, such as
+    a router's biases, are not averaged but used as they are.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self._parameters = dict(model.named_parameters())
         self._averages = {name: part.float().clone() for name, part in self._parts().items()}
-        # under every name that a tied weight has, so that a checkpoint can be read without knowing what is tied
+        # All names of a tied weight, so that a checkpoint can be read without knowing which weights are tied.
         own = {p: name for name, p in self._parameters.items()}
         self._names = {name: own[p] for name, p in model.named_parameters(remove_duplicate=False)}
 
@@ -63,10 +62,10 @@ class WeightAverage:
 
     @torch.no_grad()
     def _write(self, tensors: Iterable[Tensor]) -> None:
-        """Into the weights themselves: whoever holds them, a compiled graph for one, sees the change."""
+        """Write into the weights in place, so that a compiled graph, which holds them, sees the change."""
         for part, tensor in zip(self._parts().values(), tensors, strict=True):
             part.copy_(tensor)
 
     def _parts(self) -> dict[str, Tensor]:
-        """What this process holds of the weights, whose memory it is."""
+        """This process's shards of the weights, sharing their memory."""
         return {name: distributed.local(p.detach()) for name, p in self._parameters.items()}

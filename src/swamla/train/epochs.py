@@ -1,4 +1,4 @@
-"""How often a run has seen its text."""
+"""How many passes over its text a run has made."""
 
 from collections.abc import Iterator, Mapping
 
@@ -13,11 +13,11 @@ class Epochs:
         self.lengths = dict(lengths)
 
     def seen(self, tokens: int) -> float | None:
-        """How often the source that comes by most often was seen after so many tokens; None where nobody knows."""
+        """Passes over the source that was seen most often, after so many tokens; None where the size is unknown."""
         return max((tokens / length for length in self.lengths.values()), default=None)
 
     def describe(self, tokens: int) -> str:
-        """How often so many tokens are what; empty where nobody knows."""
+        """How many passes so many tokens are, as text; empty where the size is unknown."""
         seen = ", ".join(f"{tokens / length:.2f} epochs of {source}" for source, length in self.lengths.items())
         return f"{tokens:,} tokens, {seen}" if seen else ""
 

@@ -1,4 +1,4 @@
-"""Continued pretraining: a new run that begins with another's weights, and with nothing else of it."""
+"""Continued pretraining: a new run that starts from the weights of another one, and takes nothing else from it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ RECORD = "initialized_from.json"
 class Origin:
     """Where weights come from: a run (or one checkpoint of it), or a folder that `swamla export` wrote.
 
-    which: of a run's checkpoints. model: what the weights are of. tokenizer: its file, None where the folder has none.
+    which: a checkpoint of the run.  model: the config of the weights.  tokenizer: its file, None where there is none.
     """
 
     folder: Path
@@ -38,7 +38,7 @@ class Origin:
             raise UsageError(f"init_from {self.folder}: its weights do not fit this model: {wrong}")
 
     def require_same_vocabulary(self, tokenizer: Tokenizer) -> None:
-        """Raise `UsageError` for a tokenizer whose ids stand for other text than the weights learned them for."""
+        """Raise `UsageError` unless `tokenizer` is the one that the weights were trained with."""
         if self.tokenizer is None:
             return
         theirs = load_tokenizer(self.tokenizer)
@@ -50,7 +50,7 @@ class Origin:
             )
 
     def fill(self, model: LanguageModel) -> dict[str, Any]:
-        """Put the weights into `model`, of which this process may hold a part; returns what to keep of where from."""
+        """Load the weights into `model`, which may be sharded; returns a record of where they come from."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
         if not self.is_run:
             load_into(model, load_gpt2(self.folder).state_dict(), origin=str(self.folder))
@@ -96,7 +96,7 @@ def origin_of(where: str, which: str = "best") -> Origin:
 
 
 def describe(record: Mapping[str, Any]) -> str:
-    """What `Origin.fill` returned, for people."""
+    """What `Origin.fill` returned, as a line to print."""
     if "step" not in record:
         return f"weights from {record['folder']}, as exported"
     step, which = record["step"], record["checkpoint"]

@@ -1,4 +1,4 @@
-"""Which launch of torchrun trains in a folder, so that what it starts again goes on with its own run and no other."""
+"""Which launch of torchrun trains in a folder, so that restarted processes resume their own run and no other."""
 
 import json
 import os

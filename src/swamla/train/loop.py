@@ -23,13 +23,13 @@ from swamla.train.run import Evaluate, Run, in_progress
 from swamla.train.run_folder import open_run
 from swamla.train.saving import (
     Diverged,
+    finish_saves,
     give_up,
     save,
     save_before,
     save_if_due,
     save_last,
     score_best_again,
-    settle,
 )
 from swamla.train.spikes import checkpoint_to_go_back_to
 from swamla.train.state import TrainState, generator_states, set_generator_states
@@ -77,7 +77,7 @@ def train(
 
 
 def _announce(run: Run, *, resumed: bool) -> None:
-    """Say once what was chosen, so that nothing was chosen silently."""
+    """Print every choice once, so that none is silent."""
     state, settings = run.state, run.settings
     parameters = sum(p.numel() for p in state.model.parameters())
     where = f", resumed after step {state.step}" if resumed else ""
@@ -103,7 +103,7 @@ def _train(run: Run) -> None:
     run.watch.end()
     while not run.next_step.stop and run.progress(0.5) < 1:  # in the middle of the next step
         _step(run)
-        settle(run)
+        finish_saves(run)
         run.profiling.step()
         run.hub.attend()
         if evaluated := _evaluation_is_due(run):
@@ -123,7 +123,7 @@ def _train(run: Run) -> None:
 
 
 def _step(run: Run) -> None:
-    """Take one training step, count it, tell about it."""
+    """Take one training step, count it, log it."""
     state, settings, begin = run.state, run.settings, time.monotonic()
     run.watch.begin(f"step {state.step + 1}", limited=True)
     fault("begin", state.step + 1)
@@ -163,7 +163,7 @@ def _rows(run: Run) -> Batch:
 
 
 def _tell_length(run: Run, batch: Batch) -> None:
-    """Tell when the curriculum changes the sequence length."""
+    """Say when the curriculum changes the sequence length."""
     length = batch.tokens_BT.shape[1]
     if length != run.length:
         run.say(f"sequence length {length} from step {run.state.step + 1}, {run.state.tokens:,} tokens")
@@ -188,7 +188,7 @@ def _end_if_too_many(run: Run, what: str) -> None:
 
 
 def _is_spike(run: Run, result: StepResult) -> bool:
-    """Judge a loss by the usual one, which it becomes a part of where it is none."""
+    """Whether the loss is a spike; one that is not enters the running mean."""
     factor, usual = run.settings.spike_factor, run.state.usual
     spike = factor is not None and usual.exceeds(result.loss, factor)
     if not spike:
@@ -199,11 +199,11 @@ def _is_spike(run: Run, result: StepResult) -> bool:
 def _roll_back(run: Run, result: StepResult) -> bool:
     """After a spike: go back to the weights of the last checkpoint, and on with the rows after those of this step.
 
-    Saved at once, so that a resumed run goes on from there too. Steps and time go on counting. False where there is
-    no checkpoint to go back to: nothing is changed then.
+    The state is saved at once, so that a resumed run goes on from there too. Steps and time go on counting. Returns
+    False, with nothing changed, where there is no checkpoint to go back to.
     """
     state, loss = run.state, f"loss {result.loss:.4f} in step {run.state.step}, usual is {run.state.usual}"
-    settle(run, wait=True)
+    finish_saves(run, wait=True)
     checkpoint = distributed.on_main(lambda: checkpoint_to_go_back_to(run.checkpoints, run.settings.save_interval))
     if checkpoint is None:
         run.say(f"warning: {loss}: there is no checkpoint yet to go back to")
@@ -223,7 +223,7 @@ def _roll_back(run: Run, result: StepResult) -> bool:
 
 
 def _evaluation_is_due(run: Run) -> bool:
-    """By the number of steps or by the time since the last one, whichever was asked for."""
+    """By the number of steps, or by the time since the last evaluation."""
     settings, state = run.settings, run.state
     by_step = settings.eval_interval is not None and state.step % settings.eval_interval == 0
     by_time = settings.eval_seconds is not None and state.seconds - state.evaluated_at >= settings.eval_seconds
@@ -231,7 +231,7 @@ def _evaluation_is_due(run: Run) -> bool:
 
 
 def _evaluate(run: Run) -> None:
-    """Evaluate, tell, and keep the state if it is the best so far."""
+    """Evaluate, log, and save the state if it is the best so far."""
     if run.evaluate is None:
         return
     state = run.state
@@ -250,7 +250,7 @@ def _evaluate(run: Run) -> None:
     run.records.write(state.step, {f"held_out_{k}": v for k, v in found.items()} | {"elapsed": state.seconds})
     bits = f" | Bits/byte: {found['bits_per_byte']:.4f}" if "bits_per_byte" in found else ""
     run.say(f"Step {state.step} | Held-out loss: {found['loss']:.4f}{bits}")
-    settle(run)  # a best that could not be saved is none to compare with
+    finish_saves(run)  # a best that could not be saved is none to compare with
     if not math.isfinite(found["loss"]):
         run.say(f"warning: the held-out loss after step {state.step} is not finite, so never the best")
     elif state.best_loss is None or found["loss"] < state.best_loss:

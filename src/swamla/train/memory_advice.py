@@ -1,4 +1,4 @@
-"""What a training step needs in memory, by the accounting, and what to change where that is too much."""
+"""What memory a training step needs, by the accounting, and what to change where there is too little."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -35,10 +35,10 @@ _clock = time.perf_counter
 
 
 class Trial(Protocol):
-    """What is raced. `str` names it, shapes included: what is equal there is raced once."""
+    """What is raced. `str` names it, shapes included; trials of equal names are raced once."""
 
     def paths(self, dtype: torch.dtype) -> tuple[str, ...]:
-        """What computes the same, the default first."""
+        """Paths that compute the same, the default first."""
 
     def scores(self, length: int, part: int) -> int:
         """What the time of a trial grows with."""

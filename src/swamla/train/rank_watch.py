@@ -1,9 +1,9 @@
-"""Watching over ranks: one that hangs, or that the network lost, is named and ends the run instead of stalling it.
+"""The rank watchdog: names a rank that hangs or is cut off, and ends the run instead of letting it stall.
 
-Each rank has a thread that leaves a sign of life in the store of the process group and looks for that of the next rank,
-so that a stopped process, a lost machine and a broken network are noticed whatever the others wait for. A rank whose
-own step does not end says where it is. Nothing can be saved then, as that takes all ranks: the process ends at once,
-and torchrun starts all of them again (--max-restarts) from the last checkpoint.
+A thread of each rank writes a heartbeat to the store of the process group and reads that of the next rank, so that a
+stopped process, a lost machine and a broken network are noticed in whatever call the others wait. A rank whose own step
+does not end reports where it is. Saving takes all ranks, so the process ends at once without it, and torchrun restarts
+all of them (--max-restarts) from the last checkpoint.
 """
 
 import os
@@ -16,14 +16,14 @@ from typing import Self
 
 from swamla import distributed
 
-BEATS = 8  # signs of life in the time after which a rank counts as hanging
+BEATS = 8  # heartbeats in the time after which a rank counts as hanging
 
 
 class RankWatch:
-    """While entered on every rank of several, a rank that gives no sign of life for `minutes` ends them all.
+    """While entered on all ranks, a rank without a heartbeat for `minutes` ends them all.
 
-    A single process is not watched. `begin` and `end` tell where the run is; a step, other than the first of the
-    process, which may have to compile, must not take that long either.
+    A single process is not watched. `begin` and `end` report where the run is. A step must not take that long either,
+    except the first one of the process, which may have to compile.
     """
 
     def __init__(self, minutes: float) -> None:
@@ -33,12 +33,12 @@ class RankWatch:
         self._thread: threading.Thread | None = None
 
     def begin(self, place: str, *, limited: bool = False) -> None:
-        """Say what comes: "step 18"; limited: it may take `minutes` at most."""
+        """Report what begins, e.g. "step 18". limited: it may take at most `minutes`."""
         self._steps += limited
         self._place, self._since = place, time.monotonic() if limited and self._steps > 1 else 0.0
 
     def end(self) -> None:
-        """What began has ended."""
+        """Report that it has ended."""
         self._since = 0.0
 
     def __enter__(self) -> Self:
@@ -77,7 +77,7 @@ class RankWatch:
         self._store.set(str(rank), "over")
 
     def _exchange(self, rank: int, neighbour: int, sign: str) -> bytes:
-        """Leave a sign of life and read the neighbour's, nothing where there is none yet."""
+        """Write this rank's heartbeat and read the neighbour's; empty where there is none yet."""
         lost = (
             f"the process at MASTER_ADDR, which keeps the signs of life, hangs or is cut off from rank {rank}; "
             f"that is in {self._place}"
@@ -95,7 +95,7 @@ class RankWatch:
             late.cancel()
 
     def _where(self) -> str:
-        """Where every rank is; those that wait are at an exchange, the one that they wait for is not."""
+        """Where every rank is: those that wait are in a collective, the one they wait for is not."""
         self._store.set(f"at {distributed.rank()}", _innermost(sys._current_frames().get(self._main)))
         time.sleep(2 * self._limit / BEATS)  # all have begun the step at about the same time
         found: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""How well the routers share out their tokens: figures for every step, and a warning when an expert dies."""
+"""How evenly the routers distribute tokens: figures for every step, and a warning when an expert dies."""
 
 from collections.abc import Mapping
 
@@ -33,7 +33,7 @@ class RouterHealth:
             before_E = self._idle_E.get(layer, torch.zeros_like(load_E))
             self._idle_E[layer] = now_E = torch.where(idle_E, before_E + 1, 0)
             bias_E = model.blocks[int(layer)].ffn.balance()
-            entropy = {}  # of what tells none, nothing is said
+            entropy = {}  # where a layer reports none, none is logged
             if f"entropy/{layer}" in statistics:
                 entropy = {"entropy": statistics[f"entropy/{layer}"].item() / statistics[f"tokens/{layer}"].item()}
             values = {

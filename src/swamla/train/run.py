@@ -1,4 +1,4 @@
-"""A run in progress: what it is, and all that watches over it."""
+"""A run in progress: its state, and the services around it (signals, records, checkpoints, hub, watchdog)."""
 
 import math
 import signal
@@ -53,7 +53,7 @@ class NextStep:
 
 @dataclass(kw_only=True)
 class Run:
-    """What the loop, its saves and its log have in common.
+    """What the loop, saving and logging share.
 
     feed: the rows of the training text.  epochs: how often it was seen.  log: what is told of steps.
     bits_per_nat: bits per byte that a loss of one nat per token is.
@@ -153,7 +153,7 @@ def in_progress(
     *,
     resumed: bool,
 ) -> Iterator[Run]:
-    """Everything that a run needs while it goes on, from the state at which it begins; it ends with the block."""
+    """Everything that a run needs while it goes on, started from `state` and closed with the block."""
     settings, bits_per_nat = config.train, 1 / (math.log(2) * dataset.bytes_per_label)
     epochs = Epochs(dataset.epochs())
     with (

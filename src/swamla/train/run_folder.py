@@ -70,7 +70,7 @@ def open_run(
             origin = _origin(config.train, checkpoint)
             if origin is not None:
                 origin.require_same_vocabulary(dataset.tokenizer)
-            settled = settle(config, dataset)
+            settled = resolve_vocabulary(config, dataset)
             if origin is not None:
                 origin.require_fit(settled.model)
             dataset.rows(config.train.block_size, config.train.seed)  # before anything is written: is there any?
@@ -92,7 +92,7 @@ def open_run(
 
         checkpoint = distributed.on_main(check)
         before = distributed.on_main(lambda: config_of(run_dir).train if resume else config.train)
-        config = settle(config, dataset)
+        config = resolve_vocabulary(config, dataset)
         step, seconds = (checkpoint.step, float(checkpoint.state.get("seconds", 0))) if checkpoint else (0, 0.0)
         check_horizon(before, config.train, step=step, seconds=seconds)
         state = fresh_state(config, dataset, _origin(config.train, checkpoint), before=checkpoint)
@@ -117,7 +117,7 @@ def _origin(train: TrainConfig, checkpoint: Checkpoint | None) -> Origin | None:
     return None if checkpoint or not train.init_from else origin_of(train.init_from, train.init_checkpoint)
 
 
-def settle(config: RunConfig, dataset: Dataset) -> RunConfig:
+def resolve_vocabulary(config: RunConfig, dataset: Dataset) -> RunConfig:
     """The config with the vocabulary size that the tokenizer decides. Raises `ConfigError` for one too small."""
     needed = dataset.tokenizer.vocab_size
     if config.model.vocab_size == 0:

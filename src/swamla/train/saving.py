@@ -1,4 +1,4 @@
-"""When a run is saved, and what becomes of it when that fails."""
+"""When a run is saved, and what happens when a save fails."""
 
 import math
 
@@ -34,7 +34,7 @@ def save(run: Run, best_loss: float | None = None) -> None:
     if run.saved_step == state.step:
         if best_loss is not None:
             run.saver.mark(state.step, best_loss)
-            settle(run)
+            finish_saves(run)
         return
     if not state.weights_are_finite():
         give_up(run, f"the weights after step {state.step} are not finite, so they are not saved")
@@ -43,19 +43,19 @@ def save(run: Run, best_loss: float | None = None) -> None:
     run.records.sync()
     run.saver.save(state.step, tensors=state.tensors(), state=state.plain(), best_loss=best_loss)
     run.saved_step = state.step
-    settle(run)
+    finish_saves(run)
 
 
 def save_last(run: Run) -> None:
-    """Save the end of the run, and wait; a failure is raised whatever was asked for: all would be for nothing."""
+    """Save the end of the run, and wait. A failure is raised whatever `on_save_error` says: the work would be lost."""
     save(run)
-    settle(run, wait=True)
+    finish_saves(run, wait=True)
     if run.unsaved is not None:
         raise run.unsaved
 
 
 def save_before(run: Run, error: Exception | None) -> None:
-    """Save what was learned before an error ends the run, which then says so; None: it is another rank's."""
+    """Save before `error` ends the run, and note that in it; None where the error is another rank's."""
     run.watch.end()
     if run.state.step:
         save_last(run)
@@ -64,8 +64,8 @@ def save_before(run: Run, error: Exception | None) -> None:
         error.add_note(f"all is saved after step {run.state.step}: {again}")
 
 
-def settle(run: Run, *, wait: bool = False) -> None:
-    """See what became of the saves, of all of them with `wait`: one that failed ends the run, if it is to."""
+def finish_saves(run: Run, *, wait: bool = False) -> None:
+    """Handle finished saves, with `wait` all of them. A failed one ends the run if `on_save_error` says so."""
     for saved in run.saver.saved(wait=wait):
         _note(run, saved)
         if run.unsaved is not None and run.settings.on_save_error == "stop":
@@ -73,7 +73,7 @@ def settle(run: Run, *, wait: bool = False) -> None:
 
 
 def _note(run: Run, saved: Saved) -> None:
-    """Of a save that is done. One that failed is never the best, and is tried again."""
+    """Note a finished save. One that failed is never the best, and is tried again."""
     state, run.unsaved = run.state, saved.error
     if saved.error is None:
         if saved.best:
@@ -88,7 +88,7 @@ def _note(run: Run, saved: Saved) -> None:
 
 
 def give_up(run: Run, reason: str) -> None:
-    """Stop a run that diverged, naming what can be taken up again."""
+    """Stop a run that diverged, naming the checkpoint to resume from."""
     for saved in run.saver.saved(wait=True):
         _note(run, saved)
     good = latest_checkpoint(run.checkpoints)
@@ -99,7 +99,7 @@ def give_up(run: Run, reason: str) -> None:
 
 
 def score_best_again(run: Run) -> None:
-    """Where evaluations are now of other text than those by which the best was found, put it in their terms."""
+    """Score the best checkpoint again where evaluations now read other text than when it was found."""
     if run.evaluate is None:
         return
     state, now = run.state, measure(run.settings)
@@ -114,7 +114,7 @@ def score_best_again(run: Run) -> None:
         state.best_loss = found["loss"]
         run.records.write(state.step, {"best_step": step} | {f"best_held_out_{k}": v for k, v in found.items()})
         run.saver.mark(step, found["loss"])
-        settle(run, wait=True)
+        finish_saves(run, wait=True)
     else:
         said += ", so the best is sought anew"
         state.best_step = state.best_loss = run.saver.best = None
@@ -124,7 +124,7 @@ def score_best_again(run: Run) -> None:
 
 
 def _score(run: Run, step: int, evaluate: Evaluate) -> dict[str, float]:
-    """The evaluation of the weights that a checkpoint holds; of a damaged one the loss is not a number."""
+    """Evaluate the weights of a checkpoint; the loss is NaN for a damaged one."""
     state = run.state
     run.watch.begin(f"the evaluation of step {step}")
     checkpoint = distributed.on_main(lambda: whole_checkpoint(run.checkpoints / step_name(step)))

@@ -1,4 +1,4 @@
-"""What a loss is to be judged by: the usual one."""
+"""Loss spikes: the running mean that a loss is compared with, and the checkpoint that a run goes back to."""
 
 import warnings
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ ENOUGH = 20  # losses without which none is unusual
 
 @dataclass
 class UsualLoss:
-    """The mean of the last hundred losses or so, in nats per token, and of how many it is."""
+    """The running mean of about the last hundred losses, in nats per token. count: of the losses seen."""
 
     mean: float = 0.0
     count: int = 0
@@ -37,7 +37,7 @@ class UsualLoss:
 
     @classmethod
     def of(cls, plain: Any) -> Self:
-        """From what `plain` gave; None, of a checkpoint that has none, is a beginning."""
+        """Read what `plain` returned; None, from an older checkpoint, gives a new one."""
         match plain:
             case None:
                 return cls()
@@ -47,10 +47,10 @@ class UsualLoss:
 
 
 def checkpoint_to_go_back_to(directory: Path, interval: int | None) -> Checkpoint | None:
-    """The newest that was saved by `interval`, else the newest; None where there is none.
+    """The newest checkpoint at a multiple of `interval`, else the newest one; None where there is none.
 
-    One that was saved because the run was stopped is passed over, so that a run that was stopped and one that was not
-    go back to the same moment.
+    Checkpoints saved because the run was stopped are passed over, so that an interrupted and an uninterrupted run go
+    back to the same step.
     """
     regular = [path for path in list_checkpoints(directory) if interval and step_of(path) % interval == 0]
     try:

@@ -1,4 +1,4 @@
-"""Everything a run is at one moment: what it takes to go on as if it had never stopped."""
+"""The training state: everything that a run needs to go on as if it had never stopped."""
 
 import random
 import warnings
@@ -37,18 +37,18 @@ COUNTERS = (
 
 @dataclass(kw_only=True)
 class TrainState:
-    """The state of a training run; all of it goes into a checkpoint, with the random generators'.
+    """The state of a training run. A checkpoint holds all of it, and the states of the random generators.
 
     backends: what computes each op on `device`.  paths: the backends that were chosen by measurement, by block.
-    machine: what all this is computed on.  notes: more that was chosen, a line each for people.
-    initialized_from: whose weights it began with, before it was a run; of a resumed one nobody's.
-    average: of the weights, where the run has one: what evaluations score.
-    step: optimizer steps done, skipped ones included.  sample: index of the next row, which alone says what data
-    comes next.  tokens: labels learned from.  seconds: time spent, evaluations and saves included.
+    machine: the hardware and versions that compute the run.  notes: other choices, a line each, to be printed.
+    initialized_from: the run or folder whose weights a new run began with.
+    average: the moving average of the weights, if the run keeps one; evaluations score it.
+    step: optimizer steps done, skipped ones included.  sample: index of the next row: the position in the data.
+     tokens: labels learned from.  seconds: time spent, evaluations and saves included.
     skipped, skipped_in_a_row: steps whose gradient was not finite.
     evaluated_at, evaluated_step: `seconds` and `step` at the last evaluation.
     best_step, best_loss: the lowest held-out loss so far, in nats per token.  scored_by: the settings it was found by.
-    usual: the loss of late, by which spikes are told.
+    usual: the mean of recent losses, against which spikes are detected.
     """
 
     strategy: Strategy

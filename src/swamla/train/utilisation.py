@@ -1,4 +1,4 @@
-"""What a run makes of its machine: how fast it could compute, and how much memory it took."""
+"""How fast the machine could compute, and how much memory the run took."""
 
 import resource
 import sys
