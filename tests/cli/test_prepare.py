@@ -108,6 +108,8 @@ def test_a_run_on_a_mixture_of_streams_stopped_and_resumed_learns_the_same(home:
     [
         [{"text": "one of two texts"}, {"text": "the other one"}],
         {"data": [{"text": "one of two texts"}, {"text": "the other one"}]},
+        {"train": [{"text": "one of two texts"}, {"text": "the other one"}]},
+        {"model": [{"text": "one of two texts"}, {"text": "the other one"}], "data": {}},
         {"version": "1", "rows": [{"text": "one of two texts"}, {"text": "the other one"}]},
         {"0": {"text": "one of two texts"}, "1": {"text": "the other one"}},
     ],
@@ -119,6 +121,13 @@ def test_a_json_file_of_rows_is_no_recipe(rows, tmp_path, monkeypatch, capsys) -
     said = capsys.readouterr()
     assert "source           rows.json" in said.out + said.err
     assert "2 documents" in said.out + said.err
+
+
+def test_a_json_file_of_nothing_is_no_recipe(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.json").write_text("{}")
+    assert main(["prepare", "rows.json"]) == 2
+    assert "stdlib" not in capsys.readouterr().out
 
 
 def test_a_table_that_no_recipe_has_is_refused_not_passed_over(tmp_path, capsys) -> None:

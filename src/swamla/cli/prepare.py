@@ -90,7 +90,9 @@ def _is_recipe(data: str) -> bool:
         plain = json.loads(Path(data).read_bytes())
     except (ValueError, RecursionError):
         return False  # lines of JSON, or damaged: the reader of rows says so
-    return isinstance(plain, dict) and plain.keys() <= _SECTIONS and isinstance(plain.get("data", {}), dict)
+    if not isinstance(plain, dict) or not plain or not plain.keys() <= _SECTIONS:
+        return False
+    return all(isinstance(section, dict) for name, section in plain.items() if name != "format_version")
 
 
 def _hand_over(config: DataConfig, arguments: Arguments, console: Console) -> int:
