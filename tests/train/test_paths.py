@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 
@@ -265,13 +267,30 @@ def test_products_are_raced_in_what_they_say(path):
     generator = torch.Generator().manual_seed(0)
     shapes = ((trial.scores(256, 4), 16), (64, 16), (16, 64))
     x, up, down = (torch.randn(s, generator=generator).requires_grad_() for s in shapes)
+    upstream = torch.randn(shapes[0], generator=generator).to(dtype)
     hidden = x.to(dtype) @ up.to(dtype).T
-    (hidden * hidden.sigmoid() @ down.to(dtype).T).sum().backward()
+    (hidden * hidden.sigmoid() @ down.to(dtype).T).backward(upstream)
     for mine, its in zip(found, (x.grad, up.grad, down.grad), strict=True):
         assert torch.linalg.norm(mine - its) <= (1e-5 if path == "fp32" else 1e-2) * torch.linalg.norm(its)
     assert (trial.paths(torch.float32)[0], len(x)) == ("bf16", 64)
     exact = trial.step("fp32", 256, torch.float32, part=4)()
     assert all(torch.equal(mine, its) == (path == "fp32") for mine, its in zip(found[1:], exact[1:], strict=True))
+
+
+def test_the_first_race_of_a_process_imports_nothing_that_takes_seconds():
+    """sympy, which `torch.autograd.grad` imports to compare shapes: a race would be over before it began."""
+    code = (
+        "import sys, torch\n"
+        "from swamla.ops.attention.trial import AttentionTrial\n"
+        "from swamla.train.precision import ProductsTrial\n"
+        "before = set(sys.modules)\n"
+        "AttentionTrial(heads=2, key_heads=2, key=8, value=8).step('tiles', 64, torch.float32)()\n"
+        "AttentionTrial(heads=2, key_heads=2, key=8, value=8, window=16).step('sdpa', 64, torch.float32)()\n"
+        "ProductsTrial(width=16).step('bf16', 64, torch.float32)()\n"
+        "print(sorted({name.partition('.')[0] for name in set(sys.modules) - before}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "sympy" not in done.stdout
 
 
 def test_a_resumed_run_keeps_its_precision_whatever_is_fast_now(races, tmp_path, dataset, monkeypatch):

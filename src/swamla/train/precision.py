@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from swamla.errors import MissingBackendError
+from swamla.ops.gradients import gradients
 from swamla.train.racing import Choice, choose, races_on
 
 Precision = Literal["auto", "fp32", "bf16", "fp8"]
@@ -44,13 +45,15 @@ class ProductsTrial:
     def step(self, path: str, length: int, dtype: torch.dtype, part: int = 1) -> Callable[[], object]:
         """A forward and backward pass of `length` / `part` tokens. No global random generator is asked."""
         generator = torch.Generator().manual_seed(0)
-        shapes = ((self.scores(length, part), self.width), (4 * self.width, self.width), (self.width, 4 * self.width))
+        tokens = (self.scores(length, part), self.width)
+        shapes = (tokens, (4 * self.width, self.width), (self.width, 4 * self.width))
         inputs = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+        upstream = torch.randn(tokens, generator=generator).to(torch.bfloat16 if path == "bf16" else torch.float32)
 
         def step() -> object:
             x_TD, up_FD, down_DF = inputs
             with torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=path == "bf16"):
-                return torch.autograd.grad(F.linear(F.silu(F.linear(x_TD, up_FD)), down_DF).sum(), inputs)
+                return gradients(F.linear(F.silu(F.linear(x_TD, up_FD)), down_DF), inputs, upstream)
 
         return step
 

@@ -8,6 +8,7 @@ import torch
 
 from swamla.ops.attention import causal_attention, windowed_attention
 from swamla.ops.attention.causal import in_tiles
+from swamla.ops.gradients import gradients
 from swamla.ops.layout import Layout
 
 TOKENS = 2048  # of a trial, unless one document is longer
@@ -76,6 +77,6 @@ class AttentionTrial:
 
         def step() -> object:
             with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-                return torch.autograd.grad(attend(*inputs, seq, backend=path), inputs, upstream)
+                return gradients(attend(*inputs, seq, backend=path), inputs, upstream)
 
         return step
