@@ -124,3 +124,20 @@ def test_flags_that_do_not_fit_are_one_line(home: Path, flags: list[str], messag
     assert main(["evaluate", str(home / "single"), *(flag.replace("{home}", str(home)) for flag in flags)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert message in line
+
+
+@pytest.mark.parametrize("name", ["one.txt", "another-name.txt"])
+def test_that_a_single_document_was_trained_on_up_to_its_cut_is_told(name, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("one.txt").write_text("".join(f"Line {i} of the only text, {i * i}.\n" for i in range(300)))
+    config = {**TINY, "data": {"source": "one.txt", "tokenizer": "byte", "cache_dir": "cache"}}
+    Path("recipe.json").write_text(json.dumps(config))
+    assert main(["train", "recipe.json", "--output_dir", "run", "--steps", "1"]) == 0
+    Path("one.txt").rename(name)
+    Path("other.txt").write_text("Line 0 of the only text, 0.\nBut it goes on in another way altogether.\n" * 100)
+    told = {}
+    for source in (name, "other.txt"):
+        capsys.readouterr()
+        assert main(["evaluate", "run", "--data", source]) == 0
+        told[source] = "trained on the beginning of one of its documents" in capsys.readouterr().err
+    assert told == {name: True, "other.txt": False}

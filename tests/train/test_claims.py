@@ -167,6 +167,25 @@ def test_a_folder_with_a_tokenizer_of_the_users_is_none_of_ours(tmp_path, datase
         run(tiny_config(), tmp_path, dataset)
 
 
+@pytest.mark.parametrize(
+    ("config", "data"),
+    [
+        ('{"model": {}, "data": {}, "train": {}}', "a row"),  # a recipe, and text
+        ('{"model": {}, "data": {}, "train": {}}', '[{"fingerprint": "a", "raw": "b"}]'),
+        ('{"format_version": 1, "model": {}, "data": {}, "train": {}}', '[{"text": "a row"}]'),
+        ('{"format_version": 1, "model": {}, "data": {}, "train": {}}', '{"text": "a row"}'),
+        ("[]", "[]"),
+        ("", "[3]"),
+    ],
+)
+def test_files_of_the_users_that_are_called_as_ours_are_never_replaced(tmp_path, dataset, config, data):
+    for name, text in (("config.json", config), ("data.json", data)):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        run(tiny_config(), tmp_path, dataset)
+    assert [(tmp_path / name).read_text() for name in ("config.json", "data.json")] == [config, data]
+
+
 def test_a_new_run_that_fails_before_its_first_step_leaves_nothing_and_a_later_one_its_record(
     tmp_path, dataset, monkeypatch
 ):

@@ -262,10 +262,14 @@ _alone: dict[Case, Outcome] = {}
 
 
 def alone(case: Case, accumulation: int) -> Outcome:
-    """The same steps in this process."""
-    single = case.alone(accumulation)
+    """The same steps in this process, with one thread as each rank has: sums of several have another order."""
+    single, threads = case.alone(accumulation), torch.get_num_threads()
     if single not in _alone:
-        _alone[single] = train(single)
+        torch.set_num_threads(1)
+        try:
+            _alone[single] = train(single)
+        finally:
+            torch.set_num_threads(threads)
     return _alone[single]
 
 

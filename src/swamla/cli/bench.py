@@ -25,7 +25,7 @@ from swamla.errors import Interrupted, SwamlaError, UsageError
 from swamla.model.accounting import count_parameters
 from swamla.train.backends import describe, resolve_backends
 from swamla.train.paths import fastest_paths
-from swamla.train.precision import resolve_device, resolve_precision
+from swamla.train.precision import measured_precision, resolve_device, resolve_precision
 
 CTRL_C = 130
 
@@ -97,8 +97,6 @@ _LEGEND = (
 def _measure(recipe: str, wanted: Wanted, results: _Shown, seconds: float, console: Console) -> None:
     """Fill the results."""
     config, allowance = wanted.config, Allowance(seconds)
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
     paths, choices = fastest_paths(config.model, wanted.device, wanted.precision, length=config.train.block_size)
     config = replace(config, model=config.model.with_backends(paths))
     wanted = replace(wanted, config=config)
@@ -106,7 +104,8 @@ def _measure(recipe: str, wanted: Wanted, results: _Shown, seconds: float, conso
     parameters = count_parameters(config.model).total
     results.machine = machine()
     say(console, f"{recipe}: {parameters:,} parameters, {wanted.precision} on {wanted.device.type}; {backends}")
-    for choice in choices:
+    precision = measured_precision(wanted.device) if config.train.precision == "auto" else None
+    for choice in ([precision] if precision else []) + choices:
         say(console, str(choice))
     say(console, _machine(results.machine))
     say(console, f"{_about(seconds)} (--minutes); on random tokens, nothing is fetched")
@@ -152,6 +151,8 @@ def _wanted(recipe: str, arguments: Arguments, given: Mapping[str, Any]) -> Want
     config = read_recipe(str(run) if run.is_file() else recipe, given)
     config = replace(config, model=with_vocabulary(config.model, config.data))
     device, positions = resolve_device(config.train.device), config.model.learned_positions
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)  # before anything is raced
     lengths = _numbers("lengths", arguments.lengths, positions, asked="lengths" in given)
     most = positions and positions - NEW + 1
     return Wanted(

@@ -2,10 +2,13 @@
 
 import json
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from swamla.checkpoint import Checkpoint, find_checkpoint, load, read_run_config
 from swamla.cli.console import Console
@@ -16,7 +19,7 @@ from swamla.config import from_plain
 from swamla.data.config import DataConfig
 from swamla.data.preparing import Dataset
 from swamla.data.reopening import reopen
-from swamla.data.shards import documents_shared
+from swamla.data.shards import Split, documents_shared
 from swamla.errors import UsageError
 from swamla.evaluate import bytes_apart
 from swamla.train import RunConfig
@@ -25,6 +28,11 @@ from swamla.train.run_folder import identity_of_run
 
 # What a source of one's own is told of, by the names of its fields; --split is short for --hub_split.
 _OWN = ("text_column", "hub_config", "split", "hub_revision", "invalid_utf8", "on_bad_row", "cache_dir")
+
+
+# To tell whether a document was trained on up to a cut: how many documents are looked at, by how many first tokens, and
+# how many tokens before the cut may differ.
+_FEW, _ALIKE, _AT_THE_CUT = 10_000, 16, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,5 +129,25 @@ def _warn_of_trained_text(dataset: Dataset, run: Path, config: RunConfig) -> Non
     if own is not None and (shared := documents_shared(dataset.held_out, own.train)):
         told = f"{source}: {shared} of its {total} documents are among those the run was trained on"
         warnings.warn(told, stacklevel=3)
+    elif own is not None and _begins_as_trained(dataset.held_out, own.train):
+        warnings.warn(f"{source}: the run was trained on the beginning of one of its documents", stacklevel=3)
     elif own is None and source in {config.data.source, *(part.source for part in config.data.mixture)}:
         warnings.warn(f"{source} is what the run was trained on", stacklevel=3)
+
+
+def _begins_as_trained(tested: Split, trained: Split) -> bool:
+    """Whether the run was trained on the beginning of a tested document: a source's only document is cut in two.
+
+    Where it was cut, the last few tokens may be others than those of the whole.
+    """
+    if trained.n_documents > _FEW:  # sources of several documents, of which none is cut
+        return False
+    begun: dict[bytes, list[int]] = defaultdict(list)
+    for index in np.flatnonzero(trained.lengths >= _ALIKE + _AT_THE_CUT):
+        begun[trained.document(int(index))[:_ALIKE].tobytes()].append(int(index))
+    for whole in map(tested.document, range(tested.n_documents)):
+        for number in begun[whole[:_ALIKE].tobytes()]:
+            start = trained.document(number)[:-_AT_THE_CUT]
+            if 2 * len(start) > len(whole) > len(start) and np.array_equal(whole[: len(start)], start):
+                return True
+    return False

@@ -246,7 +246,8 @@ def _images(line_SD: Tensor, taps: int) -> Tensor:
 
 
 def _convolve_images(line_PD1S: Tensor, weight_WD: Tensor) -> Tensor:
-    return F.conv2d(line_PD1S, _kernels(weight_WD), groups=line_PD1S.shape[1])
+    with torch.autocast("cpu", enabled=False):  # which knows conv2d, and would add up in bf16
+        return F.conv2d(line_PD1S, _kernels(weight_WD), groups=line_PD1S.shape[1])
 
 
 def _kernels(weight_WD: Tensor) -> Tensor:

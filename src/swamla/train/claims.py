@@ -1,12 +1,13 @@
 """One process at a time trains in a run's folder: it locks the folder at the start of a command."""
 
+import json
 import os
 import shutil
 import time
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from swamla.checkpoint import list_checkpoints
 from swamla.errors import UsageError
@@ -116,12 +117,29 @@ def require_free(folder: Path) -> None:
 
 
 def is_unsaved(folder: Path) -> bool:
-    """True where there is nothing but a run that ended before its first checkpoint, told by what only a run writes."""
+    """True where there is nothing but a run that ended before its first checkpoint, told by what only a run writes.
+
+    Others' files may have the same names, so their content counts, too.
+    """
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not names >= {"config.json", "data.json"} or not names <= {*_BEFORE_A_CHECKPOINT, _KEPT}:
         return False
+    config, identity = (_plain(folder / name) for name in ("config.json", "data.json"))
+    if not isinstance(config, dict) or not config.keys() >= {"format_version", "model", "data", "train"}:
+        return False
+    ours = isinstance(identity, list) and all(isinstance(each, dict) for each in identity)
+    if not ours or any(each.keys() != {"fingerprint", "raw"} for each in identity):
+        return False
     checkpoints = folder / "checkpoints"
     return not list_checkpoints(checkpoints) and not any(checkpoints.glob("damaged-*"))
+
+
+def _plain(file: Path) -> Any:
+    """What a JSON file holds, None for any other."""
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def remove_unsaved(folder: Path) -> None:
