@@ -1,5 +1,8 @@
 """Rows are read one step ahead, each once; and what ranks must know alike costs one exchange a step."""
 
+import json
+import os
+import signal
 import threading
 import time
 from contextlib import ExitStack
@@ -9,7 +12,8 @@ import pytest
 import torch
 
 from swamla import distributed
-from swamla.errors import DataError
+from swamla.checkpoint import latest_checkpoint
+from swamla.errors import DataError, Interrupted
 from swamla.train import loop
 from swamla.train.feed import Feed
 
@@ -68,6 +72,54 @@ def test_rows_that_cannot_be_read_are_an_error_only_of_the_step_that_needs_them(
     assert feed.take(0, another=True).tokens_BT.shape == (4, 32)
     with pytest.raises(DataError, match="no row 4"):
         feed.take(4, another=True)
+
+
+def test_waiting_for_rows_ends_with_an_interruption_and_goes_on_later(dataset):
+    rows, come = Rows(dataset.rows(32, 0)), threading.Event()
+    plain = rows.batch
+    rows.batch = lambda *where: come.wait() and plain(*where)
+    feed = Feed(rows, 4, CPU)
+    assert not feed.wait(0, lambda: True)
+    come.set()
+    assert feed.wait(0, lambda: False)
+    assert torch.equal(feed.take(0, another=False).tokens_BT, dataset.rows(32, 0).batch(0, 4).tokens_BT)
+    assert rows.read == [(0, 4)]
+
+
+def test_a_run_that_waits_for_rows_saves_at_once_when_it_is_asked_to_stop(tmp_path, dataset, monkeypatch):
+    """A stream that stalls, and a SIGTERM meanwhile: what follows is SIGKILL, soon."""
+    rows, never = Rows(dataset.rows(32, 0)), threading.Event()
+    plain, size = rows.batch, tiny_config().train.batch_size
+
+    def batch(first, count):
+        if (first, count) == (3 * size, size):
+            os.kill(os.getpid(), signal.SIGTERM)
+            never.wait(60)
+        return plain(first, count)
+
+    rows.batch = batch
+    monkeypatch.setattr(dataset, "rows", lambda *_: rows)
+    with pytest.raises(Interrupted, match=r"after step [23]; all is saved"):
+        run(tiny_config(), tmp_path / "run", dataset)
+    never.set()
+    assert latest_checkpoint(tmp_path / "run" / "checkpoints").step in (2, 3)  # its rows are read while step 3 runs
+
+
+def test_the_time_that_rows_are_waited_for_is_a_part_of_their_step(tmp_path, dataset, monkeypatch):
+    rows, size = Rows(dataset.rows(32, 0)), tiny_config().train.batch_size
+    plain = rows.batch
+
+    def batch(first, count):
+        if (first, count) == (2 * size, size):
+            time.sleep(1.5)
+        return plain(first, count)
+
+    rows.batch = batch
+    monkeypatch.setattr(dataset, "rows", lambda *_: rows)
+    run(tiny_config(steps=4), tmp_path / "run", dataset)
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    speeds = {record["step"]: record["tokens_per_second"] for record in records if "tokens_per_second" in record}
+    assert speeds[3] <= size * 32 / 1.0  # the other half second may have passed while step 2 went on
 
 
 def test_a_run_reads_each_row_once_and_no_further_than_it_goes(tmp_path, dataset, monkeypatch):

@@ -1,6 +1,8 @@
 """This rank's rows of each step, those of the next one prepared while a step runs."""
 
 import threading
+from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future
 
 import torch
@@ -8,6 +10,8 @@ import torch
 from swamla import distributed
 from swamla.data.dataset import Rows
 from swamla.data.packing import Batch
+
+_POLL_SECONDS = 0.1
 
 
 class Feed:
@@ -18,17 +22,27 @@ class Feed:
         self._share = batch_size // distributed.world_size()
         self._coming: dict[int, Future[Batch]] = {}
 
+    def wait(self, sample: int, interrupted: Callable[[], bool]) -> bool:
+        """Wait for the rows of the step that begins at `sample`, unless `interrupted`: are they there?"""
+        self._begin(sample)
+        while not self._coming[sample].done() and not interrupted():
+            futures.wait([self._coming[sample]], timeout=_POLL_SECONDS)
+        return self._coming[sample].done()
+
     def take(self, sample: int, *, another: bool) -> Batch:
         """This rank's rows of the step that begins at `sample`. Raises what reading them did.
 
         another: whether to read those of the step after it.
         """
-        coming = self._coming.pop(sample, None) or self._read(sample)
-        self._coming.clear()
-        batch = coming.result()
+        self._begin(sample)
+        batch = self._coming.pop(sample).result()
         if another:
-            self._coming[sample + self._batch_size] = self._read(sample + self._batch_size)
+            self._begin(sample + self._batch_size)
         return batch
+
+    def _begin(self, sample: int) -> None:
+        if sample not in self._coming:
+            self._coming = {sample: self._read(sample)}
 
     def _read(self, sample: int) -> "Future[Batch]":
         future: Future[Batch] = Future()

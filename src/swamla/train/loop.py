@@ -98,10 +98,8 @@ def _announce(run: Run, *, resumed: bool) -> None:
 def _train(run: Run) -> None:
     """Step until the budget is spent or somebody asks to stop; then evaluate, if nobody did, and save."""
     state = run.state
-    run.watch.begin("the first rows")
     run.look_ahead()
-    run.watch.end()
-    while not run.next_step.stop and run.progress(0.5) < 1:  # in the middle of the next step
+    while _goes_on(run):
         _step(run)
         finish_saves(run)
         run.profiling.step()
@@ -122,9 +120,21 @@ def _train(run: Run) -> None:
         raise Interrupted(f"stopped by {name} {where}", run.stop.exit_status)
 
 
+def _goes_on(run: Run) -> bool:
+    """Whether there is another step. Its rows may have to be waited for, which a request to stop ends."""
+    run.waiting_since = time.monotonic()
+    while not run.next_step.stop and run.progress(0.5) < 1:  # in the middle of the next step
+        if not run.next_step.missing:
+            return True
+        run.watch.begin(f"the rows of step {run.state.step + 1}", limited=run.next_step.step_seconds > 0)
+        run.look_ahead(wait=True)
+        run.watch.end()
+    return False
+
+
 def _step(run: Run) -> None:
-    """Take one training step, count it, log it."""
-    state, settings, begin = run.state, run.settings, time.monotonic()
+    """Take one training step, count it, log it. The time that its rows were waited for is a part of it."""
+    state, settings, begin = run.state, run.settings, run.waiting_since
     run.watch.begin(f"step {state.step + 1}", limited=True)
     fault("begin", state.step + 1)
     this, batch = run.next_step, _rows(run)

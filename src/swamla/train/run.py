@@ -37,13 +37,14 @@ Evaluate = Callable[[LanguageModel], dict[str, float]]
 class NextStep:
     """What every rank knows alike of the step to come, but for its own rows.
 
-    batch: this rank's rows, by the curriculum; None where a rank could not read its own.
+    batch: this rank's rows, by the curriculum; None where a rank could not read its own, or has not yet (missing).
     labels, flops: of all ranks' rows.  stop: the signal by which somebody asked to stop, 0 for none.
     seconds: spent on this run, resumed or not.  step_seconds: of the last step, 0 before the first. Both by the main
     rank's clock.
     """
 
     batch: Batch | None = None
+    missing: bool = True
     labels: int = 0
     flops: float = 0.0
     stop: int = 0
@@ -59,6 +60,7 @@ class Run:
     bits_per_nat: bits per byte that a loss of one nat per token is.
     started: by `time.monotonic`, as if the run had gone on without a break.
     length: the sequence length, by the curriculum.  next_step: as `look_ahead` saw it last.
+    waiting_since: when the last step had ended, by `time.monotonic`.
     own_rows: this rank's, of the step that begins at own_sample; own_error: why there are none.
     saved_step: the step that the newest checkpoint holds.  unsaved: why the newest save failed.
     """
@@ -83,6 +85,7 @@ class Run:
     saved_step: int | None
     unsaved: Exception | None = None
     next_step: NextStep = NextStep()
+    waiting_since: float = 0.0
     own_sample: int = -1
     own_rows: Batch | None = None
     own_error: Exception | None = None
@@ -106,28 +109,35 @@ class Run:
         seen = self.next_step
         return self.settings.budget.progress(self.state.step + steps, seen.seconds + steps * seen.step_seconds)
 
-    def look_ahead(self, step_begun: float | None = None) -> None:
-        """See the step to come: read this rank's rows, exchange with the others what all must know. Once a step.
+    def look_ahead(self, *, step_begun: float | None = None, wait: bool = False) -> None:
+        """See the step to come, and exchange with the other ranks what all must know before it: once a step.
 
         step_begun: when the step began that ends now; None where none was taken since the last look.
+        wait: for this rank's rows of it, until they are there or somebody asks to stop; else they may still be missing.
         """
         state = self.state
+        last = self.next_step.step_seconds if step_begun is None else time.monotonic() - step_begun
         left = math.inf if self.settings.steps is None else self.settings.steps - state.step
         if self.own_sample != state.sample and left > 0:
-            self.own_sample, self.own_rows, self.own_error = state.sample, None, None
-            try:
-                self.own_rows = self.feed.take(state.sample, another=left > 1)
-            except Exception as error:  # of a stream, whatever is wrong with a file that is only read now
-                self.own_error = error
+            interrupted = (lambda: bool(self.stop.received)) if wait else (lambda: True)
+            if self.feed.wait(state.sample, interrupted):
+                self.own_sample, self.own_rows, self.own_error = state.sample, None, None
+                try:
+                    self.own_rows = self.feed.take(state.sample, another=left > 1)
+                except Exception as error:  # of a stream, whatever is wrong with a file that is only read now
+                    self.own_error = error
+        mine = self.own_sample == state.sample
         length = self.settings.lengths.length(state.tokens)
-        batch = None if self.own_rows is None else cut(self.own_rows, length)
+        batch = cut(self.own_rows, length) if mine and self.own_rows is not None else None
         flops = 0 if batch is None else self.log.flops.of(batch.document_BT)
-        last = self.next_step.step_seconds if step_begun is None else time.monotonic() - step_begun
-        own = (0 if batch is None else batch.n_labels, flops, self.own_error is not None, self.stop.received or 0)
-        ranks = distributed.exchange((*own, time.monotonic() - self.started, last))
-        labels, all_flops, failed, stops, seconds, steps_seconds = zip(*ranks, strict=True)
+        own = (0 if batch is None else batch.n_labels, flops, not mine, mine and self.own_error is not None)
+        clock = (self.stop.received or 0, time.monotonic() - self.started, last)
+        labels, all_flops, missing, failed, stops, seconds, steps_seconds = zip(
+            *distributed.exchange((*own, *clock)), strict=True
+        )
         self.next_step = NextStep(
-            batch=None if any(failed) else batch,
+            batch=None if any(missing) or any(failed) else batch,
+            missing=any(missing),
             labels=round(sum(labels)),
             flops=sum(all_flops),
             stop=round(max(stops)),

@@ -59,7 +59,7 @@ def save_before(run: Run, error: Exception | None) -> None:
     run.watch.end()
     if run.state.step:
         save_last(run)
-    if error is not None:
+    if error is not None and run.state.step:
         again = f"mend it, and go on with --resume {run.folder}"
         error.add_note(f"all is saved after step {run.state.step}: {again}")
 
