@@ -25,7 +25,7 @@ from swamla.cli.console import Console
 from swamla.cli.run_config import with_vocabulary
 from swamla.data.tokenizer import make_tokenizer
 from swamla.model.accounting import count_parameters, state_bytes, training_flops_per_token
-from swamla.model.config import LanguageModelConfig
+from swamla.model.language_model import LanguageModelConfig
 from tests.waiting import PATIENCE, running
 
 from .test_overrides import resolve

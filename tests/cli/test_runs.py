@@ -14,7 +14,7 @@ from swamla.cli.runs import compress, summarize
 from swamla.config import to_plain
 from swamla.data.config import DataConfig
 from swamla.model.block import BlockConfig
-from swamla.model.config import LanguageModelConfig
+from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.train import RunConfig, TrainConfig
 from swamla.train.claims import is_running

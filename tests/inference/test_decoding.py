@@ -25,7 +25,8 @@ from swamla.inference.decoding import (
     twin,
 )
 from swamla.inference.sampling import Sampling
-from swamla.model.language_model import LanguageModel, ModelState
+from swamla.model.language_model import LanguageModel
+from swamla.model.state import ModelState
 from swamla.ops.int8 import Int8Matrix
 from swamla.ops.layout import Layout
 from swamla.ops.linear import linear

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from swamla.model.config import LanguageModelConfig
-from swamla.model.language_model import LanguageModel
+from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.model.norm import DynamicTanhConfig
 
 from .helpers import FFNS, hybrid_config

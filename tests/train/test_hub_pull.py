@@ -13,7 +13,8 @@ from swamla.checkpoint import find_checkpoint, load, save_checkpoint
 from swamla.checkpoint.pieces import Piece
 from swamla.cli import main
 from swamla.errors import CorruptError, UsageError
-from swamla.hub import Pulled, Pushes, pull
+from swamla.hub.pull import Pulled, pull
+from swamla.hub.push import Pushes
 from swamla.hub.staging import stage
 from swamla.tensor_file import read_tensors
 from swamla.train.tracking.metrics import read_metrics

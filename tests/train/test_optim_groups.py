@@ -5,10 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.latent_moe import LatentMoEConfig
 from swamla.model.ffns.moe import MoEConfig
-from swamla.model.language_model import LanguageModel
+from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.train.optim import AdamWConfig, LionConfig, MuonConfig
 from swamla.train.optim.muon import is_hidden
 from tests.toys import TOYS

@@ -9,8 +9,7 @@ from swamla.bench.synthetic import random_prompt
 from swamla.inference.decoding import Decoder
 from swamla.inference.sampling import Sampling
 from swamla.model.accounting import all_mha_state_bytes, count_parameters, forward_flops, state_bytes
-from swamla.model.config import LanguageModelConfig
-from swamla.model.language_model import LanguageModel
+from swamla.model.language_model import LanguageModel, LanguageModelConfig
 
 NEW = 33  # tokens drawn in a round: 32 times from one to the next
 _ROUNDS = 5

@@ -74,7 +74,7 @@ def load(run_dir: str | Path, which: str = "best", *, raw: bool = False) -> "tup
 
     from swamla.config import from_plain
     from swamla.data.tokenizer import load_tokenizer
-    from swamla.model.config import LanguageModelConfig
+    from swamla.model.language_model import LanguageModelConfig
 
     config = from_plain(LanguageModelConfig, plain["model"], path="model", origin=str(run_dir / "config.json"))
     model = config.with_backends(stored_paths(checkpoint)).build()

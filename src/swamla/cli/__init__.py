@@ -104,7 +104,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(_overview())
         return 0
     if command == "--version":
-        from swamla import __version__
+        from swamla.version import __version__
 
         print(f"swamla {__version__}")
         return 0

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from swamla import __version__
 from swamla.bench.measuring import memory_bytes
 from swamla.cli.console import Console, say
 from swamla.cli.flags import parse
@@ -19,7 +18,7 @@ from swamla.cli.self_check import Outcome, run_checks, tiny_model
 from swamla.data.preparing import default_cache_dir
 from swamla.data.workers import available_cores
 from swamla.model.block import BlockConfig
-from swamla.model.config import LanguageModelConfig
+from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.process import prepared, processor
@@ -27,6 +26,7 @@ from swamla.train.backends import available, describe, resolve_backends
 from swamla.train.paths import fastest_paths
 from swamla.train.precision import has_bf16, resolve_device, resolve_precision
 from swamla.train.racing import Choice, forget_choices, kept_choices
+from swamla.version import __version__
 
 # Optional libraries, and the extra that brings them.
 OPTIONAL = {

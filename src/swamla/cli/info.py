@@ -16,7 +16,7 @@ from swamla.model.accounting import (
     state_bytes,
     training_flops_per_token,
 )
-from swamla.model.config import LanguageModelConfig
+from swamla.model.language_model import LanguageModelConfig
 from swamla.train.config import RunConfig
 from swamla.train.memory_advice import Place, training_bytes
 from swamla.train.precision import resolve_device, resolve_precision

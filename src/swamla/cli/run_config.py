@@ -18,7 +18,7 @@ from swamla.data.config import MIXTURE, DataConfig, parse_bpe
 from swamla.data.sources import NAMED_SOURCES
 from swamla.errors import ConfigError, UsageError, require
 from swamla.model.block import BlockConfig
-from swamla.model.config import LanguageModelConfig
+from swamla.model.language_model import LanguageModelConfig
 from swamla.recipes import recipe_names, recipe_path
 from swamla.train.config import RunConfig
 from swamla.train.init_from import Origin, origin_of

@@ -15,7 +15,7 @@ from swamla.data.preparing import Dataset, cache_of, prepare
 from swamla.data.reopening import reopen
 from swamla.errors import DataError, Interrupted, UsageError
 from swamla.evaluate import evaluate_split
-from swamla.hub import pull
+from swamla.hub.pull import pull
 from swamla.model.language_model import LanguageModel
 from swamla.train import RunConfig, TrainConfig, TrainState, train
 from swamla.train.changes import config_of

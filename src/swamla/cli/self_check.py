@@ -15,8 +15,7 @@ from torch import Tensor
 from swamla.checkpoint import latest_checkpoint, load_into, save_checkpoint
 from swamla.cli.plain import BLOCK_PARTS
 from swamla.model.block import BlockConfig
-from swamla.model.config import LanguageModelConfig
-from swamla.model.language_model import LanguageModel
+from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.ops import (
     Layout,
     causal_attention,

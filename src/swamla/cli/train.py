@@ -22,7 +22,7 @@ from swamla.cli.running import (
 )
 from swamla.config import within
 from swamla.errors import UsageError
-from swamla.hub import require_hub
+from swamla.hub.push import require_hub
 from swamla.train.changes import check_same_run
 from swamla.train.claims import Claim, claim_run
 from swamla.train.launch import this_launch

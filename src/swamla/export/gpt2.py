@@ -23,9 +23,8 @@ from swamla.data.tokenizer import Tokenizer
 from swamla.errors import CorruptError, SwamlaError, UsageError, require
 from swamla.files import fsync
 from swamla.model.block import BlockConfig
-from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
-from swamla.model.language_model import LanguageModel
+from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.norm import LayerNormConfig
 from swamla.tensor_file import misfits, read_tensors

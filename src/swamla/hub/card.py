@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from swamla import __version__
 from swamla.checkpoint import read_run_config
 from swamla.config import from_plain
 from swamla.model.accounting import count_parameters, state_bytes
-from swamla.model.config import LanguageModelConfig
+from swamla.model.language_model import LanguageModelConfig
+from swamla.version import __version__
 
 _CARD = """\
 ---

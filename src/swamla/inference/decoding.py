@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from swamla.errors import MissingBackendError, UsageError
 from swamla.inference.sampling import Sampling
-from swamla.model.language_model import LanguageModel, ModelState
+from swamla.model.language_model import LanguageModel
+from swamla.model.state import ModelState
 from swamla.ops.int8 import Int8Matrix
 from swamla.ops.layout import Layout
 from swamla.ops.linear import linear

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from swamla.model.block import BlockConfig, Checkpointing
-from swamla.model.config import LanguageModelConfig
+from swamla.model.language_model import LanguageModelConfig
 from swamla.ops.layout import PADDING
 
 

@@ -2,66 +2,101 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swamla.errors import UsageError
-from swamla.model.block import Block, Checkpointing
-from swamla.model.config import LanguageModelConfig
-from swamla.model.initial import Draw, constant, drawn, normal, own_starts
-from swamla.model.mixers.mixer import State
+from swamla.config import within
+from swamla.errors import UsageError, require
+from swamla.model.block import Block, BlockConfig, Checkpointing
+from swamla.model.initial import Draw, Unfilled, constant, drawn, normal, own_starts
+from swamla.model.norm import NormConfig, RMSNormConfig
+from swamla.model.state import ModelState
 from swamla.ops import chunked_cross_entropy
 from swamla.ops.layout import Layout
 
 
-@dataclass
-class ModelState:
-    """What the model remembers of a batch of sequences: one state a layer, and how many tokens each row holds.
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig:
+    """A decoder-only language model.
 
-    held: that number where it is one for all rows, None where rows differ.  longest: the largest of those numbers.
-    Both are known without asking the device, so only `advance`, and `GraphSteps` with `count`, may change `length_B`.
+    vocab_size: ids the model knows; 0 stands for as many as the tokenizer has, and is settled before `build`.
+    width: of the residual stream.
+    blocks: what a layer may be, by name.
+    pattern: the name of every layer's block, bottom first; its length is the depth.
+    norm: before every mixer and FFN, and before the head.
+    tied_head: whether the head shares the embedding's weights.
+    learned_positions: how many learned position vectors to add, then the longest document it can read; 0 for none.
+    dropout: of the embeddings and of what mixers and FFNs add, in training.
+    init_std: standard deviation of the initial weights; output projections get it / √(2 · depth).
     """
 
-    layers: list[State]
-    length_B: Tensor
-    max_len: int
-    held: int | None = 0
-    longest: int = 0
+    vocab_size: int = 0
+    width: int
+    blocks: dict[str, BlockConfig]
+    pattern: tuple[str, ...]
+    norm: NormConfig = field(default_factory=RMSNormConfig)
+    tied_head: bool = True
+    learned_positions: int = 0
+    dropout: float = 0.0
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        require(self.vocab_size >= 0, "vocab_size", self.vocab_size, "must be > 0, or 0 for the tokenizer's")
+        require(self.width > 0, "width", self.width, "must be > 0, e.g. 256")
+        require(
+            len(self.pattern) > 0, "pattern", self.pattern, 'must name a block for every layer, e.g. ["swa", "mla"]'
+        )
+        for name in self.pattern:
+            require(name in self.blocks, "pattern", name, f"must be one of the blocks: {', '.join(self.blocks)}")
+        for name in self.blocks:
+            require(name in self.pattern, "blocks", name, f"is not used by the pattern: {' '.join(self.pattern)}")
+        require(self.learned_positions >= 0, "learned_positions", self.learned_positions, "must be >= 0 (0: none)")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1), e.g. 0.1")
+        require(self.init_std > 0, "init_std", self.init_std, "must be > 0, e.g. 0.02")
+        for name, block in self.blocks.items():  # what does not fit the width is found now, not when it is built
+            with within(f"blocks.{name}.mixer"):
+                block.mixer.n_parameters(self.width)
+            with within(f"blocks.{name}.ffn"):
+                block.ffn.n_parameters(self.width)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes held by all layers, exactly what `accounting.state_bytes` predicts."""
-        return sum(layer.nbytes for layer in self.layers)
+    def depth(self) -> int:
+        """Number of layers."""
+        return len(self.pattern)
 
-    def following(self, tokens_BT: Tensor, valid_BT: Tensor | None) -> Layout:
-        """The layout of new tokens behind those held; `valid_BT` marks what is not padding (None: there is none)."""
-        batch, time = tokens_BT.shape
-        if valid_BT is None and self.held is not None:
-            return Layout.continuing_level(self.held, batch, time, device=tokens_BT.device)
-        if valid_BT is None and time == 1:
-            return Layout.one_more(self.length_B, self.longest + 1)
-        if valid_BT is None:
-            valid_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
-        return Layout.continuing(self.length_B, valid_BT)
+    @property
+    def layers(self) -> tuple[BlockConfig, ...]:
+        """The block of every layer, bottom first."""
+        return tuple(self.blocks[name] for name in self.pattern)
 
-    def advance(self, time: int, valid_BT: Tensor | None) -> None:
-        """Count `time` new tokens a row, or those of them that are no padding."""
-        if valid_BT is None:
-            self.length_B += time
-            self.count(time)
-        else:
-            self.length_B += valid_BT.sum(dim=1)
-            lengths = self.length_B.tolist()
-            self.longest = max(lengths)
-            self.held = self.longest if min(lengths) == self.longest else None
+    def with_backends(self, paths: Mapping[str, str]) -> "LanguageModelConfig":
+        """The same model, mixers of these blocks by the backends given, but for those that name one themselves."""
+        blocks = {
+            name: replace(block, mixer=block.mixer.with_backend(paths[name])) if name in paths else block
+            for name, block in self.blocks.items()
+        }
+        return replace(self, blocks=blocks)
 
-    def count(self, time: int) -> None:
-        """Note that every row has become longer by `time`; `length_B` says so already."""
-        self.longest += time
-        self.held = None if self.held is None else self.longest
+    def build(self, seed: int | None = None) -> "LanguageModel":
+        """The model with the initial weights of `seed`, or of a seed drawn from torch's random generator."""
+        model, device = self.skeleton(), torch.get_default_device()
+        if device.type == "meta":
+            return model
+        if seed is None:
+            seed = int(torch.randint(2**63 - 1, (), device="cpu").item())
+        model.to_empty(device=device)
+        model.tie()
+        model.reset_weights(seed)
+        return model
+
+    def skeleton(self) -> "LanguageModel":
+        """The model without numbers, on torch's meta device: shapes and names alone."""
+        require(self.vocab_size > 0, "vocab_size", self.vocab_size, "must be > 0 to build the model")
+        with torch.device("meta"), Unfilled():
+            return LanguageModel(self)
 
 
 class LanguageModel(nn.Module):

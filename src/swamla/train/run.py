@@ -12,7 +12,7 @@ from rich.console import Console
 from swamla import distributed
 from swamla.checkpoint import Saver, list_checkpoints
 from swamla.data.dataset import Dataset, Rows
-from swamla.hub import Pushes
+from swamla.hub.push import Pushes
 from swamla.model.language_model import LanguageModel
 from swamla.train.config import RunConfig, TrainConfig
 from swamla.train.epochs import Epochs

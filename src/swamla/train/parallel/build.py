@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from swamla import distributed
 from swamla.errors import MissingBackendError, require
-from swamla.model.config import LanguageModelConfig
-from swamla.model.language_model import LanguageModel
+from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.ops.layout import Layout
 from swamla.train.parallel.strategy import DDPStrategy, ExpertParallel, Found, FSDPStrategy, Strategy
 
