@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from swamla.checkpoint import find_checkpoint, load, save_checkpoint
-from swamla.checkpoint.pieces import Piece
+from swamla.checkpoint.shards import Shard
 from swamla.cli import main
 from swamla.errors import CorruptError, UsageError
 from swamla.hub.pull import Pulled, pull
@@ -75,7 +75,7 @@ def test_a_checkpoint_in_pieces_travels_too_and_its_root_has_the_whole_weights(h
     shutil.copytree(half, folder)
     checkpoint = find_checkpoint(folder)
     whole = {group: checkpoint.tensors(group) for group in ("model", "optimizer", "rng")}
-    pieces = {n: Piece(tensor=t, shape=tuple(t.shape), offset=(0,) * t.ndim) for n, t in whole["model"].items()}
+    pieces = {n: Shard(tensor=t, shape=tuple(t.shape), offset=(0,) * t.ndim) for n, t in whole["model"].items()}
     save_checkpoint(folder / "checkpoints", 3, tensors=whole | {"model": pieces}, state=checkpoint.state)
     with Pushes(REPO, folder, private=True, say=print, stop_requested=lambda: False):
         pass

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from swamla.checkpoint.folder import step_of as step_of
     from swamla.checkpoint.folder import verify as verify
     from swamla.checkpoint.folder import whole_checkpoint as whole_checkpoint
-    from swamla.checkpoint.pieces import Piece as Piece
-    from swamla.checkpoint.pieces import Pieces as Pieces
-    from swamla.checkpoint.pieces import save_pieces as save_pieces
     from swamla.checkpoint.run import best_step as best_step
     from swamla.checkpoint.run import find_checkpoint as find_checkpoint
     from swamla.checkpoint.run import load as load
@@ -31,5 +28,8 @@ if TYPE_CHECKING:
     from swamla.checkpoint.run import stored_paths as stored_paths
     from swamla.checkpoint.saver import Saved as Saved
     from swamla.checkpoint.saver import Saver as Saver
+    from swamla.checkpoint.shards import Shard as Shard
+    from swamla.checkpoint.shards import ShardReader as ShardReader
+    from swamla.checkpoint.shards import save_shards as save_shards
 else:
     __all__, __getattr__, __dir__ = lazy_exports(__name__)

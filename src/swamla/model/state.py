@@ -1,4 +1,4 @@
-"""What a model remembers between steps."""
+"""The state of generation: one mixer state a layer, and the lengths of the sequences."""
 
 from dataclasses import dataclass
 
@@ -11,28 +11,29 @@ from swamla.ops.layout import Layout
 
 @dataclass
 class ModelState:
-    """What the model remembers of a batch of sequences: one state a layer, and how many tokens each row holds.
+    """The state of a batch of sequences: one mixer state a layer, and each row's length in tokens.
 
-    held: that number where it is one for all rows, None where rows differ.  longest: the largest of those numbers.
-    Both are known without asking the device, so only `advance`, and `GraphSteps` with `count`, may change `length_B`.
+    uniform_length: the length that all rows share, None where rows differ.  longest: the largest length.
+    Both mirror `length_B` on the host, to avoid a device synchronisation. So only `advance`, and `GraphSteps` with
+    `count`, may change `length_B`.
     """
 
     layers: list[State]
     length_B: Tensor
     max_len: int
-    held: int | None = 0
+    uniform_length: int | None = 0
     longest: int = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by all layers, exactly what `accounting.state_bytes` predicts."""
+        """Bytes of all layers, equal to `accounting.state_bytes`."""
         return sum(layer.nbytes for layer in self.layers)
 
-    def following(self, tokens_BT: Tensor, valid_BT: Tensor | None) -> Layout:
-        """The layout of new tokens behind those held; `valid_BT` marks what is not padding (None: there is none)."""
+    def next_layout(self, tokens_BT: Tensor, valid_BT: Tensor | None) -> Layout:
+        """The layout of new tokens after those in the state; `valid_BT` is False for padding (None: no padding)."""
         batch, time = tokens_BT.shape
-        if valid_BT is None and self.held is not None:
-            return Layout.continuing_level(self.held, batch, time, device=tokens_BT.device)
+        if valid_BT is None and self.uniform_length is not None:
+            return Layout.continuing_level(self.uniform_length, batch, time, device=tokens_BT.device)
         if valid_BT is None and time == 1:
             return Layout.one_more(self.length_B, self.longest + 1)
         if valid_BT is None:
@@ -40,7 +41,7 @@ class ModelState:
         return Layout.continuing(self.length_B, valid_BT)
 
     def advance(self, time: int, valid_BT: Tensor | None) -> None:
-        """Count `time` new tokens a row, or those of them that are no padding."""
+        """Add `time` new tokens to every row, or only those that are not padding."""
         if valid_BT is None:
             self.length_B += time
             self.count(time)
@@ -48,9 +49,9 @@ class ModelState:
             self.length_B += valid_BT.sum(dim=1)
             lengths = self.length_B.tolist()
             self.longest = max(lengths)
-            self.held = self.longest if min(lengths) == self.longest else None
+            self.uniform_length = self.longest if min(lengths) == self.longest else None
 
     def count(self, time: int) -> None:
-        """Note that every row has become longer by `time`; `length_B` says so already."""
+        """Add `time` to the host's copies of the lengths, where `length_B` has been updated already."""
         self.longest += time
-        self.held = None if self.held is None else self.longest
+        self.uniform_length = None if self.uniform_length is None else self.longest

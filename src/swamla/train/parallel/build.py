@@ -101,8 +101,8 @@ def _fill(
     owned: list[nn.Parameter] = []
     for index, block in enumerate(model.blocks):
         block.to_empty(device=device)
-        model.reset_weights(seed, within=f"blocks.{index}.")
-        here = [] if mesh is None else block.ffn.own_experts(mesh)
+        model.reset_parameters(seed, within=f"blocks.{index}.")
+        here = [] if mesh is None else block.ffn.shard_experts(mesh)
         shard(block, here)
         owned += here
     rest = {name for name, _ in model.named_children()} - {"blocks"}
@@ -110,7 +110,7 @@ def _fill(
         model.get_submodule(name).to_empty(device=device)
     model.tie()
     for name in sorted(rest):
-        model.reset_weights(seed, within=f"{name}.")
+        model.reset_parameters(seed, within=f"{name}.")
     shard(model, owned)
     if mesh is None:
         return None
