@@ -130,7 +130,7 @@ def test_one_run_no_run_and_no_folder_are_answered_as_such(tmp_path: Path, capsy
     assert main(["runs", str(tmp_path / "empty")]) == 0
     assert capsys.readouterr().out == f"no runs in {tmp_path / 'empty'}\n"
     assert main(["runs", str(tmp_path / "nowhere")]) == 2
-    assert capsys.readouterr().err.endswith("nowhere: no such folder; swamla train makes runs, in the folder runs\n")
+    assert capsys.readouterr().err.endswith("nowhere: no such folder; swamla train writes runs to the folder runs\n")
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,7 @@ def test_what_cannot_be_staged_is_told_and_costs_nothing_else(finished, tmp_path
     with pushes(tmp_path, said) as found:
         found.push()
     (line,) = said
-    assert "holds no checkpoint to push" in line
+    assert "has no checkpoint to push" in line
 
 
 @pytest.mark.parametrize("missing", ["token", "client"])

@@ -67,13 +67,13 @@ def shard_name(index: int) -> str:
     return f"shard-{index + 1:05d}-model-00001-of-00001.safetensors"
 
 
-def save_shards(file: Path, held: LocalTensors) -> None:
-    """Write what one process holds; a tensor that is no piece is written as the whole that it is."""
-    tensors = {name: t.tensor if isinstance(t, Shard) else t for name, t in held.items() if not _is_surplus(t)}
+def save_shards(file: Path, named: LocalTensors) -> None:
+    """Write one process's shards and unsharded tensors."""
+    tensors = {name: t.tensor if isinstance(t, Shard) else t for name, t in named.items() if not _is_surplus(t)}
     tensors, aliases = without_aliases(tensors)
     places: dict[str, Any] = {name: {"alias": first} for name, first in aliases.items()}
     for name, tensor in tensors.items():
-        whole = held[name]
+        whole = named[name]
         offset = whole.offset if isinstance(whole, Shard) else (0,) * tensor.ndim
         places[name] = {OFFSETS: list(offset), "shape": list(whole.shape if isinstance(whole, Shard) else tensor.shape)}
     save_file(tensors, file, metadata={SHARDING: json.dumps(places)})

@@ -1,4 +1,4 @@
-"""How well a model predicts text it never saw."""
+"""Held-out loss, perplexity and bits per byte."""
 
 from typing import TYPE_CHECKING
 

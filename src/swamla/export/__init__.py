@@ -1,4 +1,4 @@
-"""Models handed over to other programs, and taken from them."""
+"""Export to and import from other programs' formats."""
 
 from typing import TYPE_CHECKING
 

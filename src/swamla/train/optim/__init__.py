@@ -1,4 +1,4 @@
-"""Optimizers and the one interface through which the loop sees them."""
+"""Optimizers, and their common interface to the training loop."""
 
 from typing import TYPE_CHECKING
 
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from swamla.train.optim.lion import LionConfig as LionConfig
     from swamla.train.optim.muon import Muon as Muon
     from swamla.train.optim.muon import MuonConfig as MuonConfig
-    from swamla.train.optim.named import Held as Held
     from swamla.train.optim.named import NamedOptimizer as NamedOptimizer
     from swamla.train.optim.named import OptimizerConfig as OptimizerConfig
+    from swamla.train.optim.named import StateTensor as StateTensor
     from swamla.train.optim.named import decay_groups as decay_groups
     from swamla.train.optim.named import named_parameters as named_parameters
 else:
