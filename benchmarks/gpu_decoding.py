@@ -11,7 +11,8 @@ from benchmarks.gpu_timing import timed, times, used
 from swamla.bench.measuring import Timing
 from swamla.inference.decoding import Decoder, decodings_on, prefill
 from swamla.inference.sampling import Sampling
-from swamla.model.language_model import LanguageModel, ModelState
+from swamla.model.language_model import LanguageModel
+from swamla.model.state import ModelState
 from swamla.train.backends import resolve_backends
 
 SIZES = ((2048, 1), (2048, 32), (32768, 1), (32768, 32))  # prompt, batch; what needs most memory last

@@ -22,7 +22,7 @@ from swamla.model import (
     count_parameters,
 )
 from swamla.model.accounting import TrainingFlops
-from swamla.model.initial import own_starts
+from swamla.model.initial import initializers_of
 from swamla.model.language_model import LanguageModel
 from swamla.recipes import recipe_path
 from swamla.train.backends import resolve_backends
@@ -85,7 +85,7 @@ def filled(config: LanguageModelConfig, device: torch.device | str) -> LanguageM
     model = config.skeleton()
     model.to_empty(device=torch.device(device))
     model.tie()
-    own = own_starts(model)
+    own = initializers_of(model)
     for name, parameter in model.named_parameters():
         if name in own:
             own[name](parameter, None)

@@ -136,7 +136,7 @@ def test_where_it_cannot_be_written_nothing_is_left(home: Path, tmp_path: Path, 
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(folder_module, "save_pieces", full)
+    monkeypatch.setattr(folder_module, "save_shards", full)
     with pytest.raises(SwamlaError, match="disk full"):
         convert_checkpoint(home / "run", tmp_path / "new", shards=2)
     assert not (tmp_path / "new").exists()

@@ -10,7 +10,7 @@ import swamla
 
 PACKAGE = Path(swamla.__file__).parent
 FLOORS = [
-    {"errors", "faults", "process", "registry"},
+    {"errors", "exports", "faults", "process", "registry", "version"},
     {"config", "files", "ops", "distributed", "plugins"},
     {"model", "data", "recipes", "tensor_file"},
     {"checkpoint", "inference", "export"},
@@ -27,20 +27,51 @@ def unit_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_units(source: str) -> Iterator[str]:
-    """Units of swamla that a file imports anywhere, inside functions and under TYPE_CHECKING too."""
+def imported_modules(source: str) -> Iterator[str]:
+    """Modules of swamla that a file imports anywhere, inside functions and under TYPE_CHECKING too.
+
+    `from swamla.train import loop` may mean a module or a name in one: it is given as `swamla.train.loop`.
+    """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
-        for module in modules:
-            parts = module.split(".")
-            if parts[0] == "swamla" and parts[1:] and not parts[1].startswith("__"):
-                yield parts[1]
+        yield from (name for name in names if name.startswith("swamla"))
+
+
+def imported_units(source: str) -> Iterator[str]:
+    """Files and folders of the package that a file imports from."""
+    for module in imported_modules(source):
+        parts = module.split(".")
+        if parts[1:]:
+            yield parts[1]
+
+
+def circles(imports: dict[str, set[str]]) -> list[str]:
+    """The modules that import themselves by way of others; `imports` says what each one imports."""
+    reached = {module: set(found) for module, found in imports.items()}
+    for between in imports:  # Warshall's algorithm
+        for found in reached.values():
+            if between in found:
+                found |= reached[between]
+    return sorted(module for module, found in reached.items() if module in found)
+
+
+def module_imports() -> dict[str, set[str]]:
+    """Module → the modules that it imports; a package stands for its `__init__.py`."""
+    files = {
+        ".".join(["swamla", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+    }
+    found = {name: set(imported_modules(path.read_text(encoding="utf-8"))) for name, path in files.items()}
+    return {
+        name: {module if module in files else module.rpartition(".")[0] for module in modules} & files.keys() - {name}
+        for name, modules in found.items()
+    }
 
 
 def sources() -> list[Path]:
@@ -72,13 +103,15 @@ def test_the_check_of_imports_sees_every_way_to_import() -> None:
     assert set(imported_units(code)) == {"train", "model", "data"}
 
 
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    assert circles(module_imports()) == []
+
+
+def test_the_check_for_circles_finds_the_modules_of_one() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == ["b", "c"]
+
+
 def test_importing_swamla_and_its_help_import_nothing_heavy() -> None:
     heavy = "[name for name in ('torch', 'numpy', 'rich', 'transformers') if name in sys.modules]"
     code = f"import sys, swamla; from swamla.cli import main; assert main(['--help']) == 0; print({heavy})"
     assert run_python(code).splitlines()[-1] == "[]"
-
-
-def test_every_public_name_is_there_and_none_besides() -> None:
-    assert all(hasattr(swamla, name) for name in swamla.__all__)
-    assert set(dir(swamla)) == set(swamla.__all__)
-    assert not hasattr(swamla, "no_such_name")

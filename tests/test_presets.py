@@ -15,7 +15,7 @@ from swamla.config import load_file
 from swamla.data.dataset import Dataset
 from swamla.errors import Interrupted
 from swamla.model.accounting import count_parameters
-from swamla.model.config import LanguageModelConfig
+from swamla.model.language_model import LanguageModelConfig
 from swamla.recipes import recipe_names, recipe_path
 from swamla.train import RunConfig
 from swamla.train import loop as loop_module

@@ -1,21 +1,64 @@
 """The names a user imports: all there, and none of them costs anything before its first use."""
 
+import inspect
+import pkgutil
 import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 import swamla
-import swamla.data
 import swamla.model
-import swamla.ops
+from swamla.exports import exported_names
+
+ROOT = Path(swamla.__file__).parent.parent
+PACKAGES = [
+    ".".join(file.parent.relative_to(ROOT).parts)
+    for file in sorted(ROOT.rglob("__init__.py"))
+    if "__all__" in file.read_text(encoding="utf-8")
+]
+LAZY = [package for package in PACKAGES if "swamla.exports" in inspect.getsource(import_module(package))]
 
 
-@pytest.mark.parametrize("module", [swamla, swamla.data, swamla.model, swamla.ops], ids=lambda module: module.__name__)
-def test_every_public_name_is_there(module: ModuleType) -> None:
-    for name in module.__all__:
-        assert getattr(module, name) is not None, name
+def test_packages_have_public_names() -> None:
+    assert {"swamla", "swamla.model", "swamla.checkpoint", "swamla.data", "swamla.ops"} <= set(PACKAGES)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_public_name_is_there(package: str) -> None:
+    module = import_module(package)
+    assert all(getattr(module, name) is not None for name in module.__all__)
+
+
+@pytest.mark.parametrize("package", LAZY)
+def test_no_lazy_name_is_also_that_of_a_module_which_would_take_its_place(package: str) -> None:
+    module = import_module(package)
+    modules = {found.name for found in pkgutil.iter_modules(module.__path__)}
+    assert all(isinstance(getattr(module, name), ModuleType) for name in modules.intersection(module.__all__))
+
+
+def test_the_package_has_its_public_names_and_no_others() -> None:
+    assert set(dir(swamla)) == set(swamla.__all__)
+    assert not hasattr(swamla, "no_such_name")
+
+
+def test_names_and_their_modules_are_read_from_the_imports_under_type_checking_alone() -> None:
+    source = """
+from typing import TYPE_CHECKING
+from os import path
+if TYPE_CHECKING:
+    from a.b import C as C
+    from a import (
+        d as d,
+        E as E,
+    )
+else:
+    from a.f import G
+"""
+    assert exported_names(source) == {"C": "a.b", "d": "a", "E": "a"}
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -36,7 +36,7 @@ def measure(bench: Bench) -> None:
         def make() -> Run:
             if name in OURS:
                 optimizer = OURS[name].build(model, lr=LR, weight_decay=DECAY)
-                held[name] = list(optimizer.parts)
+                held[name] = list(optimizer.optimizers)
                 return optimizer.step
             held[name] = parts = pytorch_adamw(model) if name == ADAMW else pytorch_muon(model)
             return lambda: [part.step() for part in parts]

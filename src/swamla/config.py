@@ -1,9 +1,9 @@
-"""Configs and plain data: one dataclass per thing, its fields the only truth, TOML and JSON their outside form.
+"""Configs as plain data: dataclasses to and from TOML and JSON.
 
 A config is a frozen keyword-only dataclass. A choice is, in an annotation, a family of registered dataclasses or a
-union of some, each with a class variable `kind`; its plain form carries that name under the key "kind", and under
-"plugin" the name of the file where the class is not ours. Everything the user may write wrongly ends as a `ConfigError`
-that names the dotted field, what it got, where it stood and what is allowed.
+union of some, each with a class variable `kind`; its plain form carries that name under the key "kind", and
+under "plugin" the name of the file if the class is a plugin's. Every mistake of the user becomes a `ConfigError` that
+names the dotted field, its value, its place in the file and what is allowed.
 """
 
 import json
@@ -22,7 +22,7 @@ from swamla.errors import ConfigError, UsageError
 from swamla.registry import Registered, is_family, members_of, plugin_of
 
 T = TypeVar("T")
-Origin = str | Callable[[str], str]  # a place, or dotted field -> place ("run.toml:12"; "" where it is not known)
+Origin = str | Callable[[str], str]  # a place, or dotted field -> place ("run.toml:12"; "" if unknown)
 
 _NUMBERS: dict[type, str] = {int: "a whole number", float: "a number"}
 _SECRET = re.compile(r"^(hf_|sk-|ghp_|gho_|github_pat_|xox[bp]-|AKIA|glpat-)[A-Za-z0-9_-]{8,}")
@@ -55,7 +55,7 @@ def from_plain(cls: type[T], data: Any, *, path: str = "", origin: Origin = "") 
 
 
 def load_file(path: Path) -> tuple[dict[str, Any], Callable[[str], str]]:
-    """Plain data of a .toml or .json file, and where in it a dotted field stands ("run.toml:12").
+    """Plain data of a .toml or .json file, and a look-up dotted field -> place ("run.toml:12").
 
     Raises `UsageError` for a file that cannot be read, is of another format, or gives a key twice.
     """
@@ -70,7 +70,7 @@ def load_toml(path: Path) -> tuple[dict[str, Any], Callable[[str], str]]:
     text = _read_text(path)
     try:
         data = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, tables in tables without end
+    except (ValueError, RecursionError) as error:  # RecursionError: endlessly nested tables
         raise UsageError(f"{path}: not TOML: {error}") from error
     lines = _toml_lines(text)
     return data, lambda field: f"{path}:{lines[field]}" if field in lines else ""
@@ -98,7 +98,7 @@ def load_json(path: Path) -> tuple[dict[str, Any], Callable[[str], str]]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # Windows' editors put a byte-order mark before it
+        return path.read_text(encoding="utf-8-sig")  # editors on Windows write a byte-order mark
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -155,7 +155,7 @@ def kind_of(cls: type) -> str:
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
-    """Ends an error: `did you mean "width"?` where something known is close, otherwise all that is known."""
+    """The end of an error message: `did you mean "width"?` if a known name is close, else all known names."""
     close = get_close_matches(name, known, n=1)
     return f'did you mean "{close[0]}"?' if close else f"there are: {', '.join(known)}"
 
@@ -167,9 +167,9 @@ def field_types(cls: Any) -> dict[str, Any]:
 
 
 def choices_of(annotation: Any) -> Mapping[str, Any]:
-    """The dataclasses an annotation allows, by kind; a lone dataclass without a kind stands under "".
+    """The dataclasses that an annotation allows, by kind; "" is the key of a single dataclass without a kind.
 
-    Of a family of registered classes a view: those that are registered later appear in it.
+    For a family of registered classes it is a live view, which includes classes registered later.
     """
     options = [option for option in options_of(annotation) if option is not NoneType]
     if len(options) == 1 and is_family(options[0]):
@@ -178,12 +178,12 @@ def choices_of(annotation: Any) -> Mapping[str, Any]:
 
 
 def options_of(annotation: Any) -> tuple[Any, ...]:
-    """Members of a union; the annotation itself when it is none."""
+    """Members of a union, or the annotation itself if it is not a union."""
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
 class _Reader:
-    """Reads plain data by annotation; holds only where the data came from."""
+    """Reads plain data by annotation. origin: where the data came from."""
 
     def __init__(self, origin: Origin) -> None:
         self.origin = origin
@@ -236,13 +236,13 @@ class _Reader:
         kind = data.get("kind", next(iter(choices)) if len(choices) == 1 else None)
         if not isinstance(kind, str) or kind not in choices:
             raise self.fail(join(path, "kind"), kind, self._kinds(annotation, kind, data.get("plugin"), choices))
-        if any(map(is_family, options_of(annotation))):  # where the class came from when this was written
+        if any(map(is_family, options_of(annotation))):  # informational: the plugin at the time of writing
             data = {key: value for key, value in data.items() if key != "plugin"}
         return self.dataclass(choices[kind], data, path)
 
     @staticmethod
     def _kinds(annotation: Any, kind: Any, plugin: Any, choices: Mapping[str, type]) -> str:
-        """What is allowed: the plugin that `kind` came from, where the data says so, or those that are known."""
+        """What is allowed: the plugin that `kind` came from if the data names one, else the known kinds."""
         if isinstance(kind, str) and isinstance(plugin, str):
             return f"is no kind of swamla's own, but of a plugin: name its file, --plugin {plugin}"
         allowed = f"must be one of {', '.join(choices)}"

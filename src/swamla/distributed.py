@@ -1,7 +1,7 @@
-"""Several processes that train one model, each a rank: what they say to each other. One process is a group of one.
+"""Communication between the ranks that train one model. A single process is a group of one.
 
-`torchrun` starts the processes and tells each its place by the environment; `started` joins them. All functions here
-but `is_main` are to be called by every rank, in the same order.
+`torchrun` starts the processes and passes ranks by the environment; `started` joins the group. Every rank must call
+these functions in the same order, except `is_main`.
 """
 
 import datetime
@@ -21,33 +21,33 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 TIMEOUT = 600.0  # seconds that one rank waits for the others, in steps
-PATIENCE = 7 * 86400.0  # and where the main one prepares data meanwhile
+PATIENCE = 7 * 86400.0  # seconds that it waits while the main rank prepares data
 
 _patient: "ProcessGroup | None" = None
 
 
 def is_main() -> bool:
-    """True in the one process that writes files and speaks, before and after the group is joined."""
-    return not launched() or os.environ.get("RANK", "0") == "0"  # a RANK that something else left behind is none
+    """True in the process that writes files and prints, before and after the group is joined."""
+    return not launched() or os.environ.get("RANK", "0") == "0"  # ignore a RANK left over in the environment
 
 
 def launched() -> bool:
-    """True in a process that torchrun started as one of several."""
+    """True if torchrun started several processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def started_again() -> bool:
-    """True on all ranks where torchrun (--max-restarts) has started them again, after one of them died."""
+    """True on all ranks if torchrun (--max-restarts) has restarted them after one died."""
     return bool(highest(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
 
 
 def rank() -> int:
-    """This process's number in the group, from 0."""
+    """This process's rank, from 0."""
     return _dist().get_rank() if _joined() else 0
 
 
 def world_size() -> int:
-    """How many processes the group has."""
+    """Number of ranks."""
     return _dist().get_world_size() if _joined() else 1
 
 
@@ -55,8 +55,8 @@ def world_size() -> int:
 def started(*, timeout: float = TIMEOUT) -> Iterator[None]:
     """Join the other processes that torchrun started, if there are any; gloo on CPUs, NCCL on GPUs.
 
-    Tensors on the CPU go over gloo in either case. timeout: seconds that a rank waits for the others in a step
-    before it ends with an error; a rank that died is noticed at once.
+    Tensors on the CPU always go over gloo. timeout: seconds that a rank waits for the others in a step before it
+    raises; a dead rank is noticed at once.
     """
     global _patient
     if not launched() or _joined():
@@ -79,21 +79,21 @@ def started(*, timeout: float = TIMEOUT) -> Iterator[None]:
     failed = True
     try:
         yield
-        dist.barrier(group=_patient)  # a rank that ends while others still speak makes their threads abort
+        dist.barrier(group=_patient)  # a rank that ends during communication makes the others' threads abort
         failed = False
     finally:
-        # After a failure nobody waits for anybody: connections that break end the others. NCCL would wait.
+        # After a failure do not wait: broken connections end the other ranks. NCCL would wait.
         _patient = None
         if not (failed and gpu):
             dist.destroy_process_group()
 
 
 def _attempt(store: Any, rank: int, count: int, timeout: float) -> str:
-    """A name for this start of the ranks, which all of them and no earlier ones have.
+    """A name for this start of the ranks that no earlier start had.
 
-    torchrun's store outlives the processes that it starts again, with the addresses of those that are gone. So the
-    main rank makes a name, the others sign it, each with a word of its own, and none believes a name until its own
-    word stands in what the main rank publishes.
+    torchrun's store survives restarts, with stale addresses of the earlier processes. So the main rank makes up a name,
+    every other rank registers a random word under it, and a rank accepts a name only once its own word is in the list
+    that the main rank publishes.
     """
     word, deadline = uuid.uuid4().hex, time.monotonic() + timeout
     if rank == 0:
@@ -112,18 +112,18 @@ def _attempt(store: Any, rank: int, count: int, timeout: float) -> str:
 
 
 def lost_a_rank(error: BaseException) -> bool:
-    """True for what a rank meets when another one is gone, or did not come in time."""
+    """True for errors that a rank gets when another one is gone or timed out."""
     known = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
     return known or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def own_store(prefix: str) -> Any:
-    """What all ranks can read and write by keys, over a connection of its own; for signs of life between them."""
+    """A key-value store of all ranks over a connection of its own, for heartbeats."""
     return _dist().PrefixStore(prefix, _dist().distributed_c10d._get_default_store().clone())
 
 
 def gathered(value: T) -> list[T]:
-    """Every rank's `value`, in the order of the ranks. They are pickled."""
+    """Every rank's `value`, in the order of ranks. Values are pickled."""
     found = [value] * world_size()
     if len(found) > 1:
         _dist().all_gather_object(found, value, group=_patient)
@@ -131,15 +131,15 @@ def gathered(value: T) -> list[T]:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has called this."""
     if world_size() > 1:
         _dist().barrier(group=_patient)
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """What `work` returns on the main rank, which alone runs it while the others wait, for days if need be.
+    """Run `work` on the main rank and return its result on all; the others wait, for days if necessary.
 
-    Where it raises, every rank does: the main one what it was, the others `FailedElsewhere`. The result is pickled.
+    If it raises, every rank raises: the main one that error, the others `FailedElsewhere`. The result is pickled.
     """
     if world_size() == 1:
         return work()
@@ -159,7 +159,7 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 def from_main(number: float) -> float:
-    """The main rank's number, whatever the others have."""
+    """The main rank's number, on all ranks."""
     if world_size() == 1:
         return number
     import torch
@@ -170,7 +170,7 @@ def from_main(number: float) -> float:
 
 
 def all_reduce_sum(values: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
-    """Each tensor summed over all ranks, in double precision on the way; in its own dtype and on its own device."""
+    """Each tensor summed over all ranks in double precision, returned in its own dtype and on its own device."""
     if world_size() == 1 or not values:
         return dict(values)
     import torch
@@ -201,12 +201,12 @@ def sum_of(number: float) -> float:
 
 
 def highest(number: float) -> float:
-    """The largest of all ranks' numbers: a flag that one rank raises is up on all."""
+    """The largest of all ranks' numbers; for flags, True if any rank's is."""
     return _reduced(number, "MAX")
 
 
 def sharded(tensor: "Tensor") -> bool:
-    """True for a tensor of which every rank holds a part: a DTensor."""
+    """True for a DTensor."""
     if not _joined():
         return False
     from torch.distributed.tensor import DTensor
@@ -215,17 +215,17 @@ def sharded(tensor: "Tensor") -> bool:
 
 
 def local(tensor: "Tensor") -> "Tensor":
-    """The part that this rank holds, not a copy; a tensor that is not sharded as it is."""
+    """This rank's shard, not a copy; an unsharded tensor is returned as it is."""
     return tensor.to_local() if sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def full(tensor: "Tensor") -> "Tensor":
-    """The whole of a tensor, gathered from all ranks; one that is not sharded as it is."""
+    """The full tensor, gathered from all ranks; an unsharded tensor is returned as it is."""
     return tensor.full_tensor() if sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def shard_like(whole: "Tensor", like: "Tensor") -> "Tensor":
-    """This rank's part of a tensor, whole or sharded as `like` is, cut as `like` is; where that is whole, all of it."""
+    """This rank's shard of `whole`, sharded as `like` is; all of it if `like` is not sharded."""
     if not sharded(like) or sharded(whole):
         return local(whole)
     from torch.distributed.tensor import distribute_tensor
@@ -236,7 +236,7 @@ def shard_like(whole: "Tensor", like: "Tensor") -> "Tensor":
 
 
 def as_sharded(part: "Tensor", like: "Tensor") -> "Tensor":
-    """The sharded tensor, of the shape of `like` and cut as it is, of which this rank holds `part`."""
+    """The DTensor of the shape and sharding of `like` whose shard on this rank is `part`."""
     from torch.distributed.tensor import DTensor
 
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
@@ -244,7 +244,7 @@ def as_sharded(part: "Tensor", like: "Tensor") -> "Tensor":
 
 
 def require_rows(batch_size: int, accumulation: int) -> None:
-    """Raise `UsageError` where the ranks cannot share a batch evenly."""
+    """Raise `UsageError` unless the ranks can share a batch evenly."""
     ranks = world_size()
     if batch_size % (ranks * accumulation):
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Errors a user can mend. Each is one line and knows the exit status of the program it ends."""
+"""Errors that a user can mend: a one-line message and the exit status of the program."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ class SwamlaError(Exception):
 
 
 class ConfigError(SwamlaError, ValueError):
-    """A setting that cannot be: `train.lr = -1 (run.toml:12): must be > 0, e.g. 3e-4`."""
+    """An invalid setting: `train.lr = -1 (run.toml:12): must be > 0, e.g. 3e-4`."""
 
     def __init__(self, field: str, got: Any, allowed: str, origin: str = "") -> None:
         self.field, self.got, self.allowed, self.origin = field, got, allowed, origin
@@ -23,7 +23,7 @@ class UsageError(SwamlaError, ValueError):
 
 
 class DataError(SwamlaError, ValueError):
-    """Input data that cannot be used: says which file, where in it, and how to mend it."""
+    """Unusable input data: names the file, the place in it, and how to mend it."""
 
 
 class MissingBackendError(SwamlaError):
@@ -55,17 +55,17 @@ def require(condition: bool, field: str, got: Any, allowed: str) -> None:
 
 
 class OutOfMemory(SwamlaError):
-    """Training needed more memory than there is; its notes name what would need less."""
+    """Training ran out of memory; the notes name settings that need less."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for Python's and CUDA's own errors; on the CPU torch has none, only words."""
+    """True for out-of-memory errors; torch has no class for those of the CPU, only a message."""
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return known or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
 
 
 class FailedElsewhere(SwamlaError):
-    """Another process of the run could not go on, and says why itself."""
+    """Another process of the run failed and reports the reason itself."""
 
     def __init__(self, message: str, exit_status: int) -> None:
         super().__init__(message)

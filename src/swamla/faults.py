@@ -1,11 +1,11 @@
 """A place where a run can be killed on purpose, to see what survives it: SWAMLA_FAULT=point:step.
 
-The points of a step are `begin`, `accumulation` (after a micro-batch that is not the last), `step` (after the last
-one; nothing is updated yet) and `update` (the weights have changed, nothing is counted yet); then `evaluation` (it has
-its result, which is told to nobody yet), `save-staging` (a checkpoint's tensors are written), `save-manifest` (all its
-files are), `save-rename` (it has its name) and `prune` (a checkpoint lost its name, and is not deleted yet). The step
-is the number of the one under way or, between steps, of the last one. `@rank` behind it chooses one of several
-processes, which all are meant otherwise. What torchrun has started again is spared.
+The points of a step are `begin`, `accumulation` (after a micro-batch that is not the last), `step` (after the last one,
+before the update) and `update` (after the weights have changed, before anything is counted). The others are
+`evaluation` (after it, before its result is reported), `save-staging` (a checkpoint's tensors are written),
+`save-manifest` (all its files are), `save-rename` (it is in place) and `prune` (a checkpoint is renamed for deletion
+but not deleted yet). The step is the current one or, between steps, the last one. `@rank` after it chooses one of
+several processes, by default all. Processes that torchrun has restarted are not killed.
 """
 
 import os

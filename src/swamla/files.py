@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read only from where they belong."""
+"""Files written atomically, and read only from inside their own folder."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 from swamla.errors import CorruptError, UnsupportedPlatform
 
 try:
-    import fcntl as fcntl  # by which folders and files are locked
+    import fcntl as fcntl  # for locks on folders and files
 except ImportError:
     raise UnsupportedPlatform(
         "swamla runs on Linux and macOS: this Python has no fcntl, as on Windows; use WSL there (wsl --install)"
@@ -17,7 +17,7 @@ except ImportError:
 
 
 def fsync(path: Path) -> None:
-    """Put a file's bytes, or a folder's names, on the disk."""
+    """Flush a file's bytes, or a folder's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -32,7 +32,7 @@ def sha256_of(path: Path) -> str:
 
 
 def write_text_atomically(file: Path, text: str) -> None:
-    """Replace `file` by one that holds `text`: readers see the old or the new, never half."""
+    """Replace the content of `file` by `text` atomically: readers see the old or the new text."""
     staging = file.with_name(f".{file.name}.new")
     staging.write_text(text, encoding="utf-8")
     fsync(staging)
@@ -41,7 +41,7 @@ def write_text_atomically(file: Path, text: str) -> None:
 
 
 def regular_file(file: Path, *, inside: Path) -> Path:
-    """`file` itself, if it is a regular file and lies in `inside` once links are followed; else `CorruptError`."""
+    """`file` itself. Raises `CorruptError` unless it is a regular file in `inside`, with links resolved."""
     if not file.resolve().is_relative_to(inside.resolve()):
         raise CorruptError(f"{file}: leads outside {inside} (to {file.resolve()}): refused")
     if not file.is_file():

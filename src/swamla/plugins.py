@@ -1,4 +1,4 @@
-"""Files outside the package whose import registers mixers, FFNs, norms or optimizers of one's own."""
+"""Plugins: Python files outside the package that register mixers, FFNs, norms or optimizers."""
 
 import hashlib
 import sys
@@ -10,10 +10,10 @@ from swamla.errors import UsageError
 
 
 def load_plugin(path: Path) -> None:
-    """Import a Python file, once however often and by whatever path it is asked for.
+    """Import a Python file, once only even if it is loaded again by another path.
 
-    The file runs with all that this process may do: load none that you would not run. Raises `UsageError` for one that
-    is not there, is not Python, or raises; that names the file and the line.
+    The file runs with all permissions of this process: load only files that you would run. Raises `UsageError`, with
+    the file and the line, for one that is missing, is not Python, or raises.
     """
     path = Path(path)
     try:
@@ -34,21 +34,21 @@ def load_plugin(path: Path) -> None:
     spec = spec_from_file_location(name, resolved)
     assert spec is not None
     module = module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their own module up
+    sys.modules[name] = module  # dataclasses look up their own module
     try:
         exec(code, vars(module))  # not by its loader, which would leave a __pycache__ beside the file
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         frames = traceback.extract_tb(error.__traceback__)
         line = next((frame.lineno for frame in reversed(frames) if frame.filename == str(resolved)), 1)
-        told = f"{type(error).__name__}: {_reason(error)}"
-        raise UsageError(f"plugin {path}:{line}: {told}") from error
+        message = f"{type(error).__name__}: {_reason(error)}"
+        raise UsageError(f"plugin {path}:{line}: {message}") from error
     except BaseException:
         del sys.modules[name]
         raise
 
 
 def _reason(error: BaseException) -> str:
-    """Its message on one line."""
-    told = error.strerror if isinstance(error, OSError) else error.msg if isinstance(error, SyntaxError) else None
-    return " ".join((told or str(error)).split()) or type(error).__name__
+    """The error's message on one line."""
+    message = error.strerror if isinstance(error, OSError) else error.msg if isinstance(error, SyntaxError) else None
+    return " ".join((message or str(error)).split()) or type(error).__name__

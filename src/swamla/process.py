@@ -1,4 +1,4 @@
-"""How this process waits and keeps memory, set by `import swamla`; and the processor it runs on."""
+"""Process settings made by `import swamla`: waiting threads and freed memory. And the processor's name."""
 
 import ctypes
 import os
@@ -9,15 +9,15 @@ from pathlib import Path
 
 # glibc's names for what `mallopt` sets (malloc.h).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
-# Bytes of a block that is taken from the kept memory; larger ones come from the system and go back.
+# Largest block in bytes that is served from kept memory; the system serves larger ones and takes them back.
 LARGEST, LARGEST_BEFORE_2_35 = 2**30, 2**25
 
 
-_found: dict[str, str] = {}  # what `prepare` could do, for people
+_found: dict[str, str] = {}  # what `prepare` did, as text
 
 
 def prepare() -> None:
-    """Both of the below, once a process; nothing that the user has set in the environment is changed.
+    """Call `wait_politely` and `keep_freed_memory`, once a process; the user's environment settings take precedence.
 
     `import swamla` calls it, so that Python programs are as fast as the command line. To keep a process as it is, set
     OMP_WAIT_POLICY, and MALLOC_TRIM_THRESHOLD_ or another of glibc's settings.
@@ -28,12 +28,12 @@ def prepare() -> None:
 
 
 def prepared() -> dict[str, str]:
-    """What `prepare` did, and what it could not."""
+    """What `prepare` did or could not do, as text."""
     return dict(_found)
 
 
 def processor() -> str:
-    """The processor's name, as the system tells it, with its family and model where it has such numbers.
+    """The processor's name from the system, with family and model numbers if there are any.
 
     Machines of several generations may share a name, as in "AMD EPYC"; family and model tell them apart.
     """
@@ -48,10 +48,10 @@ def processor() -> str:
 
 
 def wait_politely() -> str:
-    """Let torch's threads sleep early when they wait for each other; read when torch is first imported.
+    """Let torch's threads sleep early when they wait for each other; torch reads the setting when it is first imported.
 
-    By default they spin, for milliseconds, which on a machine that does anything else starves the very thread they
-    wait for: with one busy process beside it a step took over 3 times as long, and no longer with this.
+    By default they spin for milliseconds, which on a busy machine starves the very thread they wait for: with one other
+    busy process a step took over 3 times as long; with this setting it did not.
     """
     if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
         return "as the environment says"
@@ -62,12 +62,12 @@ def wait_politely() -> str:
 
 
 def keep_freed_memory() -> str:
-    """Let what one step frees serve the next one, where the C library is glibc.
+    """Keep freed memory in the process for the next step, with glibc.
 
-    By default glibc gives large blocks back to the system as soon as they are free, and every step pays for the same
-    pages again, cleared one by one: 40 to 70 thousand faults and 5 % of a small model's step. The price is that the
-    process stays as large as it once was. glibc before 2.35 does this for blocks of up to 32 MiB only. Where not even
-    that is taken the rest is left alone: it would hold at 128 KiB a threshold that by default grows.
+    By default glibc returns large blocks to the system at once, so every step pays again for zeroed pages: 40 to 70
+    thousand page faults and 5 % of a small model's step. The price is that the process does not shrink. glibc before
+    2.35 supports this for blocks of up to 32 MiB only. If it refuses even that, the other thresholds are not set
+    either: setting them would fix at 128 KiB a threshold that otherwise grows.
     """
     if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
         return "as the environment says"

@@ -1,4 +1,4 @@
-"""Choices by name: each family of configs has a registry, in which classes of the package and of plugins are alike.
+"""Registries of configs by `kind`, for classes of the package and of plugins alike.
 
 @swamla.register
 @dataclass(frozen=True, kw_only=True)
@@ -17,12 +17,12 @@ from types import MappingProxyType
 from typing import ClassVar, Self, TypeGuard, TypeVar
 
 PACKAGE = __name__.partition(".")[0]
-RESERVED = ("kind", "plugin")  # what the plain form of a choice says besides its fields
+RESERVED = ("kind", "plugin")  # keys of the plain form that are not fields
 
 
 class Registered(ABC):
-    """Base of the families. A family is a direct subclass that names its `home`: the module, or the package with a
-    module for each member or some, in which the members that we have ourselves are registered.
+    """Base of the families. A family is a direct subclass that names its `home`: the module, or the package of
+    modules, that registers its built-in members.
 
     kind: the name of a member.
     """
@@ -39,7 +39,7 @@ class Registered(ABC):
 
     @classmethod
     def example(cls) -> Self:
-        """A small one, for a model of width 64: what `swamla doctor` tries. By default that of default settings."""
+        """A small config for a model of width 64, tried by `swamla doctor`; default settings unless overridden."""
         return cls()
 
 
@@ -47,15 +47,15 @@ C = TypeVar("C", bound="type[Registered]")
 
 
 def is_family(cls: object) -> TypeGuard[type[Registered]]:
-    """True for a class that has a registry: not for its members."""
+    """True for a class with a registry, not for its members."""
     return isinstance(cls, type) and "_members" in vars(cls)
 
 
 def register(cls: C) -> C:
     """Add a config to its family, under its `kind`; a class decorator, above `@dataclass`.
 
-    Raises `TypeError` for a class that does not keep to the family's contract, `ValueError` for a kind that is taken.
-    A class that is defined once more, as in a notebook, takes the place of the one before.
+    Raises `TypeError` for a class that violates the family's contract, `ValueError` for a kind that is taken. A class
+    that is defined again, as in a notebook, replaces the earlier one.
     """
     family = next((base for base in cls.__mro__ if is_family(base)), None)
     if family is None or family is cls:
@@ -72,12 +72,12 @@ def register(cls: C) -> C:
     if _required(cls) and cls.example.__func__ is Registered.example.__func__:  # type: ignore[attr-defined]
         raise TypeError(f"{cls.__qualname__}: lacks `example`, a classmethod, as {_required(cls)[0]} has no default")
     if not cls.__module__.startswith(f"{PACKAGE}."):
-        _import_home(family)  # so that a kind of ours cannot be taken
+        _import_home(family)  # so that a plugin cannot take a built-in kind
     other = family._members.get(kind)
     if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ValueError(f"{cls.__qualname__}: the kind {kind!r} is taken by {other.__module__}.{other.__qualname__}")
     members: list[type[Registered]] = [*(known for name, known in family._members.items() if name != kind), cls]
-    # Ours first and by module, whatever was imported first; in place, as `members_of` shows what is there by now.
+    # Built-in members first, by module, independent of import order; in place, since `members_of` returns a view.
     members.sort(key=lambda known: (bool(plugin_of(known)), "" if plugin_of(known) else known.__module__))
     family._members.clear()
     family._members.update({known.kind: known for known in members})
@@ -89,13 +89,13 @@ def _required(cls: type) -> list[str]:
 
 
 def members_of(family: type[Registered]) -> Mapping[str, type[Registered]]:
-    """The classes of a family by kind: a view, in which what is registered later appears too."""
+    """The classes of a family by kind: a live view, which includes classes registered later."""
     _import_home(family)
     return MappingProxyType(family._members)
 
 
 def plugin_of(cls: type) -> str:
-    """The name of the file that a class from outside the package stands in, or of its module; "" for ours."""
+    """The file name, or else the module, of a class from outside the package; "" for built-in classes."""
     if cls.__module__.startswith(f"{PACKAGE}."):
         return ""
     file = vars(sys.modules[cls.__module__]).get("__file__") if cls.__module__ in sys.modules else None

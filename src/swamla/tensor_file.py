@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: tied ones once, nothing but tensors, and no file that is not what it should be."""
+"""Tensors in safetensors files: tied tensors are stored once, and damaged files and pickles are refused."""
 
 import json
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x0
 def save_tensors(file: Path, named: Mapping[str, Tensor]) -> None:
     """Write tensors, each storage once: a tied name is recorded in the header as an alias of the first."""
     unique, aliases = without_aliases(named)
-    # One key only: safetensors writes several in an order of its own each time, and equal runs give equal files.
+    # One key only: safetensors writes several keys in random order, and equal runs must give equal files.
     save_file(unique, file, metadata={"aliases": json.dumps(aliases)})
 
 
 def without_aliases(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors as they can be written, each storage once, and the name that stands for each other name."""
+    """The tensors without those that share storage with an earlier one, and alias → name of the earlier one."""
     unique: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
@@ -51,7 +51,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def read_header(file: Path) -> dict[str, Any]:
-    """What a safetensors file says of its tensors: name -> dtype, shape, place. Raises as `read_tensors` does."""
+    """The header of a safetensors file: name -> dtype, shape, offsets. Raises as `read_tensors` does."""
     with file.open("rb") as stream:
         head, size = stream.read(8), file.stat().st_size
         length = int.from_bytes(head, "little")
@@ -71,7 +71,7 @@ def read_header(file: Path) -> dict[str, Any]:
 
 
 def misfits(got: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
-    """The first five names that are missing, unexpected or of another shape, for people; empty where all fit."""
+    """The first five names that are missing, unexpected or of another shape, as text; empty if all fit."""
     wrong = [
         f"{name}: got {got.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
         for name in [*expected, *sorted(got.keys() - expected.keys())]

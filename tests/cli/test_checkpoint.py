@@ -89,8 +89,8 @@ def test_verify_takes_one_checkpoint_and_tells_it_as_json(run: Path, capsys) -> 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["list", "/nonexistent"], "/nonexistent: not a run's folder"),
-        (["verify", "/nonexistent"], "/nonexistent: not a run's folder"),
+        (["list", "/nonexistent"], "/nonexistent: not a run folder"),
+        (["verify", "/nonexistent"], "/nonexistent: not a run folder"),
         (["verify", "/nonexistent/step-1"], "/nonexistent/step-1: there is no checkpoint to verify"),
         (["lits"], 'did you mean "list"?'),
         (["list"], "the following arguments are required: RUN; swamla checkpoint list --help"),

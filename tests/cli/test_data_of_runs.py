@@ -130,7 +130,7 @@ def test_with_neither_files_nor_cache_one_line_says_so(home: Path, capsys: pytes
     for command in (("train", "--resume", "r"), ("evaluate", "r")):
         said = run(capsys, *command, status=2)
         assert said.count("\n") == 1
-        assert f"r: what it began with is no more in {home / 'cache'}, and data.source = " in said
+        assert f"r: its data is no longer in {home / 'cache'}, and data.source = " in said
 
 
 def test_files_that_moved_are_the_same_data(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

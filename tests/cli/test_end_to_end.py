@@ -93,7 +93,7 @@ def test_quickstart_leaves_a_whole_run_and_shows_it_against_gzip_and_xz(home: Pa
     samples = (run / "samples.txt").read_text()
     assert "before training" in samples
     assert "after training" in samples
-    assert all(word in shown for word in ("gzip -9", "xz -9e", "bits per byte", "after training", "holds config.json"))
+    assert all(word in shown for word in ("gzip -9", "xz -9e", "bits per byte", "after training", "has config.json"))
     assert [r["step"] for r in records(run) if "loss" in r] == list(range(1, 9))
 
 
@@ -252,7 +252,7 @@ def test_a_text_given_to_prepare_is_kept_in_the_place_of_the_download(
     (tmp_path / "other.txt").write_text(TEXT)
     done = swamla(tmp_path, "prepare", "shakespeare-char", "--source", "other.txt")
     assert done.returncode == 0, done.stderr
-    assert "other.txt is another text than shakespeare-char's: train on it with --data other.txt" in done.stdout
+    assert "other.txt is not the text of shakespeare-char: train on it with --data other.txt" in done.stdout
     assert not (tmp_path / "cache/sources").exists()
     monkeypatch.setattr(download, "SHAKESPEARE_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
     done = swamla(tmp_path, "prepare", "shakespeare-char", "--source", "other.txt")
@@ -296,7 +296,7 @@ def test_a_quickstart_that_is_terminated_saves_and_is_finished_by_the_command_it
     assert go_on.endswith("-m swamla quickstart --resume 'stopped run'")
     done = swamla(home, *shlex.split(go_on)[3:], "--steps", str(int(records(run)[-1]["step"]) + 2))
     assert done.returncode == 0, done.stderr
-    assert all(word in done.stdout for word in ("resumed after step", "xz -9e", "after training", "holds config.json"))
+    assert all(word in done.stdout for word in ("resumed after step", "xz -9e", "after training", "has config.json"))
     assert (run / "samples.txt").read_text().startswith(before)
     assert (run / "samples.txt").read_text().count("=== after training ===") == 1
 
@@ -326,7 +326,7 @@ def test_a_damaged_checkpoint_ends_with_status_3(home: Path) -> None:
         ("--mla_ffn moe", "model.blocks.mla.ffn = 'moe' (--mla_ffn): the run to resume had 'dense'"),
         ("--swa_window 8", "model.blocks.swa.mixer.window = 8 (--swa_window): the run to resume had 16"),
         ("--batch_size 8", "train.batch_size = 8 (--batch_size): the run to resume"),
-        ("small", "small is another model than that of the run runs/quickstart: leave small out to go on with the run"),
+        ("small", "small is another model than that of the run runs/quickstart: leave small out to continue the run"),
         ("medium", "medium is another model than that of the run runs/quickstart: leave medium out"),
     ],
 )

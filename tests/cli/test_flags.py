@@ -140,7 +140,7 @@ def test_the_help_of_train_fits_two_screens_and_has_the_recipes_own_flags(
     told = shown(capsys, "train", recipe, "--help")
     assert len(told.splitlines()) <= 100
     assert max(map(len, told.splitlines())) <= 100
-    assert f"[…] is what {recipe} has" in told
+    assert f"[…] is the value in {recipe}" in told
     mla = "mla" in recipe or recipe not in ("gpt2", "gpt2-latent", "shakespeare-char", "shakespeare-char-latent")
     assert ("--mla_kv_lora_rank" in told) == mla
     assert "--learning_rate" not in told
@@ -151,9 +151,9 @@ def test_help_is_about_the_recipe_and_not_about_a_flags_value(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("rows.json").write_text("[]")
-    assert "[…] is what quickstart has" in shown(capsys, "train", "--data", "rows.json", "--help")
-    assert "[…] is what small has" in shown(capsys, "train", "--data", "rows.json", "small", "--help")
-    assert "[…] is what quickstart has" in shown(capsys, "train", "-h", "--no-such-flag", "1")
+    assert "[…] is the value in quickstart" in shown(capsys, "train", "--data", "rows.json", "--help")
+    assert "[…] is the value in small" in shown(capsys, "train", "--data", "rows.json", "small", "--help")
+    assert "[…] is the value in quickstart" in shown(capsys, "train", "-h", "--no-such-flag", "1")
     assert main(["train", "quikstart", "--help"]) == 2
     assert 'did you mean "quickstart"?' in capsys.readouterr().err
 

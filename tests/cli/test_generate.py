@@ -6,7 +6,7 @@ from swamla.cli import generate as command
 from swamla.data.tokenizer import ByteTokenizer
 from swamla.errors import MissingBackendError
 from swamla.model.block import BlockConfig
-from swamla.model.config import LanguageModelConfig
+from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.swa import SWAConfig
 
 

@@ -141,7 +141,7 @@ def test_a_signal_before_anything_is_trained_ends_in_one_line_and_leaves_nothing
         assert (tmp_path / "runs" / "quickstart").is_dir()
         process.send_signal(number)
         assert process.wait(PATIENCE) == 128 + number
-        line = f"stopped by {number.name}; no run was under way, the same command begins again"
+        line = f"stopped by {number.name}; no run was under way, the same command starts again"
         assert process.stderr.read() == f"swamla: error: {line}\n"
     assert not (tmp_path / "runs").exists()
 

@@ -138,7 +138,7 @@ def test_a_model_that_cannot_tell_the_order_of_its_tokens_is_warned_of(
     recipe: str, line: str, warns: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     resolve(line, recipe)
-    warning = "swamla: warning: nothing in this model knows the order of the tokens it attends to: "
+    warning = "swamla: warning: no layer of this model sees the order of tokens: "
     error = capsys.readouterr().err
     assert error.startswith(warning) == warns
     assert error.count("\n") == warns

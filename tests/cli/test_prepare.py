@@ -49,7 +49,7 @@ def test_parts_say_what_is_left_and_the_last_one_describes_the_dataset(
     first = said(capsys, *ask, "--part", "1/2")
     assert first.startswith("part 1/2 is done (")
     assert "tokens/s" in first
-    assert first.endswith("units are still to be made by other parts")
+    assert first.endswith("units are still missing from other parts")
     assert "cannot assemble yet" in said(capsys, *ask, "--part", "assemble", status=2)
     assert "it had nothing left to do" in said(capsys, *ask, "--part", "1/2")
     last = said(capsys, *ask, "--part", "2/2")

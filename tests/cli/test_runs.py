@@ -14,7 +14,7 @@ from swamla.cli.runs import compress, summarize
 from swamla.config import to_plain
 from swamla.data.config import DataConfig
 from swamla.model.block import BlockConfig
-from swamla.model.config import LanguageModelConfig
+from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.train import RunConfig, TrainConfig
 from swamla.train.claims import is_running
@@ -130,7 +130,7 @@ def test_one_run_no_run_and_no_folder_are_answered_as_such(tmp_path: Path, capsy
     assert main(["runs", str(tmp_path / "empty")]) == 0
     assert capsys.readouterr().out == f"no runs in {tmp_path / 'empty'}\n"
     assert main(["runs", str(tmp_path / "nowhere")]) == 2
-    assert capsys.readouterr().err.endswith("nowhere: no such folder; swamla train makes runs, in the folder runs\n")
+    assert capsys.readouterr().err.endswith("nowhere: no such folder; swamla train writes runs to the folder runs\n")
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_two_ranks_that_find_no_prepared_data_train_as_one_process_and_one_of_th
     done = torchrun(folder, f"{TRAIN} --parallel fsdp --output_dir two")
     assert done.returncode == 0, done.stderr
     assert "swamla:" not in done.stderr
-    for line in ("the run is in two", "2 processes, each with a part of the model (fsdp)", "Step 4 | Loss"):
+    for line in ("the run is in two", "2 processes, each with a shard of the model (fsdp)", "Step 4 | Loss"):
         assert done.stdout.count(line) == 1
     assert curve(folder / "two") == curve(folder / "alone")
     held_out = [entry for entry in curve(folder / "two") if entry[2] == 0.0]

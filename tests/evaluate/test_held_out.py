@@ -14,8 +14,8 @@ from swamla.data.shards import Split
 from swamla.errors import DataError
 from swamla.evaluate import Evaluation, bytes_apart, evaluate, evaluate_split, held_out
 from swamla.model.block import BlockConfig
-from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
+from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.ops.layout import PADDING, Layout
 

@@ -21,10 +21,9 @@ from swamla.export import gpt2_config, load_gpt2, save_gpt2
 from swamla.inference.decoding import Decoder
 from swamla.inference.sampling import Sampling
 from swamla.model.block import BlockConfig
-from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.ffns.moe import MoEConfig
-from swamla.model.language_model import LanguageModel
+from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.swa import SWAConfig
@@ -198,20 +197,20 @@ def test_dropout_that_we_have_not_is_left_out_with_a_warning(
     name: str, rate: float, becomes: str, tmp_path: Path
 ) -> None:
     theirs_of(**{name: rate}).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=rf"{name} = {rate} becomes {becomes}, which matters in training alone"):
+    with pytest.warns(UserWarning, match=rf"{name} = {rate} becomes {becomes}, which matters in training only"):
         load_gpt2(tmp_path)
 
 
 IN_THE_WAY: list[tuple[dict[str, Any], str]] = [
-    ({"norm": RMSNormConfig()}, "norm.kind = 'rmsnorm': GPT-2 has no place for it, it must be layernorm"),
-    ({"norm": LayerNormConfig(bias=False)}, "norm.bias = False: GPT-2 has no place for it, it must be True"),
+    ({"norm": RMSNormConfig()}, "norm.kind = 'rmsnorm': GPT-2 does not have it, it must be layernorm"),
+    ({"norm": LayerNormConfig(bias=False)}, "norm.bias = False: GPT-2 does not have it, it must be True"),
     ({"tied_head": False}, "tied_head = False"),
-    ({"learned_positions": 0}, "learned_positions = 0: GPT-2 has no place for it, it must be a number of them"),
+    ({"learned_positions": 0}, "learned_positions = 0: GPT-2 does not have it, it must be a number of them"),
     ({"mixer": SWAConfig(n_heads=4, rope=None, bias=True)}, "blocks.a.mixer.kind = 'swa'"),
     ({"mixer": LatentConfig(n_heads=4, bias=True)}, "blocks.a.mixer.kind = 'latent'"),
     ({"mixer": replace(MIXER, rope=RopeConfig())}, "blocks.a.mixer.rope = 'a table'"),
     ({"mixer": replace(MIXER, bias=False)}, "blocks.a.mixer.bias = False"),
-    ({"mixer": replace(MIXER, n_kv_heads=2)}, "blocks.a.mixer.n_kv_heads = 2: GPT-2 has no place for it, it must be 4"),
+    ({"mixer": replace(MIXER, n_kv_heads=2)}, "blocks.a.mixer.n_kv_heads = 2: GPT-2 does not have it, it must be 4"),
     ({"mixer": replace(MIXER, head_dim=16)}, "blocks.a.mixer.head_dim = 16"),
     ({"ffn": MoEConfig(n_experts=4, n_activated=2)}, "blocks.a.ffn.kind = 'moe'"),
     ({"ffn": replace(FFN, activation="swiglu")}, "blocks.a.ffn.activation = 'swiglu'"),
@@ -457,7 +456,7 @@ def test_a_tokenizer_of_our_own_is_copied_too(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ("{home}/gpt2 {home}/plain", "plain: exists and is not empty: choose another folder"),
-        ("{home}/plain {out}", "blocks.mha.mixer.bias = False: GPT-2 has no place for it"),
+        ("{home}/plain {out}", "blocks.mha.mixer.bias = False: GPT-2 does not have it"),
         ("{home}/cache {out}", "cache: not a run folder"),
         ("{home}/gone {out}", "gone: not a run folder"),
         ("{home}/gpt2 {out} --checkpoint 77", "no checkpoint of step 77; there are: 1, 2"),

@@ -20,12 +20,13 @@ from swamla.inference.decoding import (
     GraphSteps,
     Replay,
     check_recordable,
+    graph_size,
+    inference_copy,
     prefill,
-    size_read,
-    twin,
 )
 from swamla.inference.sampling import Sampling
-from swamla.model.language_model import LanguageModel, ModelState
+from swamla.model.language_model import LanguageModel
+from swamla.model.state import ModelState
 from swamla.ops.int8 import Int8Matrix
 from swamla.ops.layout import Layout
 from swamla.ops.linear import linear
@@ -138,7 +139,7 @@ def test_replayed_steps_give_the_logits_of_ordinary_ones(
     monkeypatch: pytest.MonkeyPatch, kind: str, prompts: list[list[int]]
 ) -> None:
     """Through rings that fill up and go round, and over four sizes; the last is what the state can hold at most."""
-    monkeypatch.setattr(decoding, "SMALLEST", 8)
+    monkeypatch.setattr(decoding, "SMALLEST_GRAPH", 8)
     model = of_one_mixer(kind)
     (_, ordinary), (_, static) = (prepared(model, prompts, 60) for _ in range(2))
     eager, recorder = EagerSteps(model, ordinary), Recorder(static)
@@ -147,7 +148,7 @@ def test_replayed_steps_give_the_logits_of_ordinary_ones(
         chosen = random_tokens(len(prompts), 1, seed=step)[:, 0].tolist()
         assert_close(graph(chosen), eager(chosen), 1e-5, f"step {step}")
         assert static.longest == ordinary.longest
-        assert static.held == ordinary.held
+        assert static.uniform_length == ordinary.uniform_length
         assert torch.equal(static.length_B, ordinary.length_B)
     sizes = len(graph.replays)
     assert sizes == 3
@@ -184,7 +185,7 @@ def test_a_step_of_one_token_asks_the_device_nothing(kind: str, ffn: str) -> Non
     _, state = prepared(model, PROMPTS, 4)
     _, level = prepared(model, LEVEL, 4)
     with NoQuestions():
-        model.read_at(torch.ones(3, 1, dtype=torch.int64), state, Layout.one_more(state.length_B, 27))
+        model.step_hidden_at(torch.ones(3, 1, dtype=torch.int64), state, Layout.one_more(state.length_B, 27))
         model.step(torch.ones(3, 1, dtype=torch.int64), state)
         model.step(torch.ones(2, 1, dtype=torch.int64), level)
 
@@ -199,7 +200,7 @@ def test_a_recorded_step_stays_on_its_device(monkeypatch: pytest.MonkeyPatch, ki
     model = of_one_mixer(kind, ffn).to("meta", torch.bfloat16)
     state = model.init_state(2, 40)
     seq = Layout.one_more(state.length_B, 32)
-    x = model.read_at(torch.zeros(2, 1, dtype=torch.int64, device="meta"), state, seq)
+    x = model.step_hidden_at(torch.zeros(2, 1, dtype=torch.int64, device="meta"), state, seq)
     state.length_B += 1
     assert model.head(x).shape == (2, 1, 31)
 
@@ -222,7 +223,7 @@ def test_a_number_of_the_host_that_changes_would_be_noticed() -> None:
         return model.step(torch.full((2, 1), 3), static)[:, -1]
 
     tape = Recorder(static)(step)
-    static.held = static.longest = 21  # recording counted as if it had run
+    static.uniform_length = static.longest = 21  # recording counted as if it had run
     eager = EagerSteps(model, ordinary)
     assert_close(tape(), eager([3, 3]), 1e-5)
     assert (tape() - eager([3, 3])).abs().max() > 1e-3
@@ -233,7 +234,7 @@ def test_a_number_of_the_host_that_changes_would_be_noticed() -> None:
     [(1, 5000, 256), (256, 5000, 256), (257, 5000, 512), (513, 5000, 1024), (4097, 5000, 5000), (3, 100, 100)],
 )
 def test_a_graph_reads_the_next_power_of_two_or_all(needed: int, max_len: int, size: int) -> None:
-    assert size_read(needed, max_len) == size
+    assert graph_size(needed, max_len) == size
 
 
 @torch.inference_mode()
@@ -322,7 +323,7 @@ def test_a_twin_has_other_arithmetic_in_plain_linear_layers_alone() -> None:
     shared, elsewhere = nn.Linear(4, 4), nn.Linear(4, 4, device="meta")
     shared.weight = nn.Parameter(torch.zeros(4, 4).as_subclass(OtherTensor))
     model = nn.Sequential(OtherLinear(4, 4), shared, elsewhere, nn.Linear(4, 4))
-    same = [type(mine) is type(its) for mine, its in zip(model, twin(model), strict=True)]
+    same = [type(mine) is type(its) for mine, its in zip(model, inference_copy(model), strict=True)]
     assert same == [True, True, True, False]
 
 
@@ -331,7 +332,7 @@ def test_a_twin_shares_parameters_hooks_and_modules_that_occur_twice_and_leaves_
     model.again = model.head
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
     hook = model.head.register_forward_hook(lambda *_: seen.append(1))
-    other = twin(model)
+    other = inference_copy(model)
     assert other.again is other.head
     assert other.head is not model.head
     other.head(torch.zeros(1, 32))
@@ -374,7 +375,7 @@ def test_a_row_of_zeros_stays_one_and_rows_of_other_lengths_do_not_fit() -> None
 def test_decoding_with_8_bits_stays_close_reads_prompts_in_full_and_leaves_the_weights() -> None:
     model = build_model(hybrid_config()).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    rounded = twin(model, int8=True)
+    rounded = inference_copy(model, int8=True)
     first, state = prepared(rounded, [PROMPTS[1]], 6)
     found = [EagerSteps(rounded, state)([token]) for token in range(6)]
     exact, state = prepared(model, [PROMPTS[1]], 6)
@@ -391,7 +392,7 @@ def test_decoding_with_8_bits_stays_close_reads_prompts_in_full_and_leaves_the_w
 @torch.no_grad()
 def test_only_few_rows_meet_the_weights_of_8_bits() -> None:
     layer, x = nn.Linear(32, 48), torch.randn(1, 17, 32)
-    expected, rounded = layer(x), twin(layer, int8=True)
+    expected, rounded = layer(x), inference_copy(layer, int8=True)
     assert_close(rounded(x), expected, 1e-5)
     few = rounded(x[:, :16])
     assert 1e-4 < (few - expected[:, :16]).abs().max() < 0.1

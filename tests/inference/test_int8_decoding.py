@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from swamla.errors import UsageError
-from swamla.inference.decoding import FEW_ROWS, Decoder, EagerSteps, decodings_on, prefill, twin
+from swamla.inference.decoding import INT8_MAX_ROWS, Decoder, EagerSteps, decodings_on, inference_copy, prefill
 from swamla.inference.sampling import Sampling
 from swamla.model.language_model import LanguageModel
 from swamla.ops.int8 import Int8Matrix
@@ -27,7 +27,7 @@ def test_every_device_has_its_own_ways_to_decode() -> None:
     assert decodings_on("mps") == ("eager",)
 
 
-@pytest.mark.parametrize("length", [1, 3, FEW_ROWS, 40])
+@pytest.mark.parametrize("length", [1, 3, INT8_MAX_ROWS, 40])
 def test_of_any_prompt_the_first_token_is_of_the_weights_themselves(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
@@ -47,8 +47,8 @@ def test_of_any_prompt_the_first_token_is_of_the_weights_themselves(
 
 
 def test_more_prompts_than_8_bits_are_for_are_refused(model: LanguageModel) -> None:
-    prompts = [[row] for row in range(FEW_ROWS + 1)]
-    assert len(Decoder(model, "int8").generate(prompts[1:], 2, sampling=GREEDY)) == FEW_ROWS
+    prompts = [[row] for row in range(INT8_MAX_ROWS + 1)]
+    assert len(Decoder(model, "int8").generate(prompts[1:], 2, sampling=GREEDY)) == INT8_MAX_ROWS
     with pytest.raises(UsageError, match='decoding = "int8" is for at most 16 prompts at once, not 17: use "eager"'):
         Decoder(model, "int8").generate(prompts, 2, sampling=GREEDY)
 
@@ -79,7 +79,7 @@ def forced_logits(model: LanguageModel, prompts: list[list[int]], texts: list[li
     """(1 + tokens, B, V): after the prompts and after each token of the texts, whatever would have been chosen."""
     state = model.init_state(len(prompts), max(map(len, prompts)) + len(texts[0]))
     decoder = Decoder(model)
-    step = EagerSteps(twin(model, int8=int8), state)
+    step = EagerSteps(inference_copy(model, int8=int8), state)
     found = [prefill(decoder.model, prompts, state)]
     found += [step(list(chosen)).clone() for chosen in zip(*texts, strict=True)]
     return torch.stack(found)
@@ -101,12 +101,12 @@ def test_the_logits_of_a_prompt_in_a_batch_are_within_rounding_those_it_has_alon
     assert ((together - expected).norm(dim=-1) <= tolerance * expected.norm(dim=-1)).all()
 
 
-@pytest.mark.parametrize("rows", range(1, FEW_ROWS + 1))
+@pytest.mark.parametrize("rows", range(1, INT8_MAX_ROWS + 1))
 def test_a_row_of_a_product_in_8_bits_does_not_depend_on_its_neighbours(rows: int) -> None:
     generator = torch.Generator().manual_seed(0)
     matrix = Int8Matrix.of(torch.randn(48, 32, generator=generator))
     x = torch.randn(rows, 32, generator=generator)
-    neighbours = torch.randn(FEW_ROWS - rows, 32, generator=generator) * 100  # which a shared scale would follow
+    neighbours = torch.randn(INT8_MAX_ROWS - rows, 32, generator=generator) * 100  # which a shared scale would follow
     together = matrix.times(torch.cat([x, neighbours]))[:rows]
     alone = torch.cat([matrix.times(row[None]) for row in x])
     assert ((together - alone).norm(dim=-1) <= 1e-2 * alone.norm(dim=-1)).all()

@@ -131,7 +131,7 @@ def test_prompts_read_in_pieces_are_prompts_read_at_once(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch, piece: int
 ) -> None:
     expected = Decoder(model).generate(PROMPTS, NEW, sampling=Sampling(temperature=0))
-    monkeypatch.setattr(module, "PREFILL_PIECE", piece)
+    monkeypatch.setattr(module, "PREFILL_CHUNK", piece)
     assert Decoder(model).generate(PROMPTS, NEW, sampling=Sampling(temperature=0)) == expected
 
 

@@ -10,8 +10,7 @@ from swamla.errors import UsageError
 from swamla.inference.sampling import Sampling
 from swamla.inference.text import Generation, encode_prompt, generate_text
 from swamla.model.block import BlockConfig
-from swamla.model.config import LanguageModelConfig
-from swamla.model.language_model import LanguageModel
+from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.model.mixers.swa import SWAConfig
 

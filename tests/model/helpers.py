@@ -6,12 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from swamla.model.block import BlockConfig, FFNConfig, MixerConfig
-from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.ffns.ffn import FFN, Statistics
 from swamla.model.ffns.latent_moe import LatentMoEConfig
 from swamla.model.ffns.moe import MoEConfig
-from swamla.model.language_model import LanguageModel
+from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mha import MHAConfig

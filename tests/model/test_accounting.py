@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from swamla.model.accounting import count_parameters, forward_flops, training_flops_per_token
 from swamla.model.block import BlockConfig, FFNConfig, MixerConfig
-from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.ffns.latent_moe import LatentMoEConfig
 from swamla.model.ffns.moe import MoEConfig
+from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.gdn import CHUNK, GDNConfig
 from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mha import MHAConfig

@@ -5,10 +5,10 @@ import torch
 
 from swamla.model.accounting import activation_bytes, all_mha_state_bytes, state_bytes
 from swamla.model.block import BlockConfig, Checkpointing, FFNConfig, MixerConfig
-from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.ffns.latent_moe import LatentMoEConfig
 from swamla.model.ffns.moe import MoEConfig
+from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mha import MHAConfig

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from swamla.model.block import BlockConfig
-from swamla.model.config import LanguageModelConfig
-from swamla.model.language_model import LanguageModel
+from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.ops.layout import Layout
 

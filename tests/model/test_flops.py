@@ -9,10 +9,10 @@ from torch import Tensor
 
 from swamla.model.accounting import TrainingFlops, forward_flops, training_flops_per_token
 from swamla.model.block import BlockConfig, FFNConfig
-from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.ffns.latent_moe import LatentMoEConfig
 from swamla.model.ffns.moe import MoEConfig
+from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.model.norm import DynamicTanhConfig, LayerNormConfig, RMSNormConfig
 from swamla.ops.layout import PADDING

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from swamla.model.config import LanguageModelConfig
-from swamla.model.language_model import LanguageModel
+from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.model.norm import DynamicTanhConfig
 
 from .helpers import FFNS, hybrid_config
@@ -33,7 +32,7 @@ def test_a_model_filled_part_by_part_in_any_order_is_the_model_filled_at_once(co
     parts = [name for name, _ in model.named_children() if name != "blocks"]
     torch.manual_seed(1)
     for part in [*reversed(parts), *(f"blocks.{index}." for index in (2, 0, 3, 1))]:
-        model.reset_weights(7, within=part)
+        model.reset_parameters(7, within=part)
         torch.rand(3)  # whatever else draws in between
     torch.manual_seed(2)
     assert equal(model, config.build(seed=7))

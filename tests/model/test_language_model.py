@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from swamla.errors import UsageError
 from swamla.model.block import BlockConfig
-from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
+from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mha import MHAConfig

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swamla.model.block import BlockConfig
-from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
+from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.latent import LatentAttention, LatentConfig
 from swamla.model.norm import LayerNormConfig
 from swamla.ops.layout import Layout

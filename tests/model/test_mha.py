@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from swamla.model.block import BlockConfig
-from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
+from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.norm import LayerNormConfig, RMSNormConfig
 from swamla.model.rope import RopeConfig

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swamla.model.block import BlockConfig
-from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.ffns.latent_moe import LatentMoE, LatentMoEConfig
 from swamla.model.ffns.moe import MoE, MoEConfig
 from swamla.model.ffns.router import Router
+from swamla.model.language_model import LanguageModelConfig
 
 from .helpers import (
     MIXERS,

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from swamla.data.packing import NO_LABEL, Batch
 from swamla.model.block import BlockConfig
-from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.latent_moe import LatentMoEConfig
 from swamla.model.ffns.moe import MoEConfig
-from swamla.model.language_model import LanguageModel
+from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.ops.layout import PADDING, Layout
 from swamla.train import TrainConfig
 from swamla.train.optim import AdamWConfig

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from swamla.model.block import BlockConfig
-from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
+from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.ops.layout import Layout

@@ -9,7 +9,7 @@ from torch import nn
 
 import swamla
 from swamla.errors import require
-from swamla.train.optim import Held, NamedOptimizer, OptimizerConfig, decay_groups, named_parameters
+from swamla.train.optim import NamedOptimizer, OptimizerConfig, StateTensor, decay_groups, named_parameters
 
 
 @swamla.register
@@ -30,8 +30,8 @@ class ToySGDConfig(OptimizerConfig):
         """The optimizer of all trainable parameters of `model`."""
         parameters = named_parameters(model)
         sgd = torch.optim.SGD(decay_groups(parameters, weight_decay), lr=lr, momentum=self.momentum)
-        return NamedOptimizer([sgd], parameters, self.remembers)
+        return NamedOptimizer([sgd], parameters, self.state_specs)
 
-    def remembers(self, name: str, shape: tuple[int, ...]) -> Mapping[str, Held]:
+    def state_specs(self, name: str, shape: tuple[int, ...]) -> Mapping[str, StateTensor]:
         """One moment a parameter."""
-        return {"momentum_buffer": Held(shape)}
+        return {"momentum_buffer": StateTensor(shape)}

@@ -13,9 +13,8 @@ from swamla.data.dataset import Dataset
 from swamla.data.preparing import prepare
 from swamla.evaluate import evaluate_split
 from swamla.model.block import BlockConfig
-from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
-from swamla.model.language_model import LanguageModel
+from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mha import MHAConfig

@@ -13,7 +13,7 @@ from swamla.checkpoint import load, step_name
 from swamla.data.packing import NO_LABEL
 from swamla.errors import ConfigError
 from swamla.inference.decoding import Decoder
-from swamla.model.config import LanguageModelConfig
+from swamla.model.language_model import LanguageModelConfig
 from swamla.ops.layout import PADDING
 from swamla.train import TrainConfig
 from swamla.train.optim import AdamWConfig

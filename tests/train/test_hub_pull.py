@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from swamla.checkpoint import find_checkpoint, load, save_checkpoint
-from swamla.checkpoint.pieces import Piece
+from swamla.checkpoint.shards import Shard
 from swamla.cli import main
 from swamla.errors import CorruptError, UsageError
-from swamla.hub import Pulled, Pushes, pull
+from swamla.hub.pull import Pulled, pull
+from swamla.hub.push import Pushes
 from swamla.hub.staging import stage
 from swamla.tensor_file import read_tensors
 from swamla.train.tracking.metrics import read_metrics
@@ -74,7 +75,7 @@ def test_a_checkpoint_in_pieces_travels_too_and_its_root_has_the_whole_weights(h
     shutil.copytree(half, folder)
     checkpoint = find_checkpoint(folder)
     whole = {group: checkpoint.tensors(group) for group in ("model", "optimizer", "rng")}
-    pieces = {n: Piece(tensor=t, shape=tuple(t.shape), offset=(0,) * t.ndim) for n, t in whole["model"].items()}
+    pieces = {n: Shard(tensor=t, shape=tuple(t.shape), offset=(0,) * t.ndim) for n, t in whole["model"].items()}
     save_checkpoint(folder / "checkpoints", 3, tensors=whole | {"model": pieces}, state=checkpoint.state)
     with Pushes(REPO, folder, private=True, say=print, stop_requested=lambda: False):
         pass
@@ -111,10 +112,10 @@ def test_the_command_line_pushes_and_takes_up_again_at_a_pinned_commit(hub, tmp_
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--resume_from_hf", "say of which repository: --hf_repo_id USER/NAME"),
+        ("--resume_from_hf", "needs a repository: --hf_repo_id USER/NAME"),
         ("--resume_from_hf --hf_repo_id me/mine --resume run", "takes the recipe, and the run, from the hub"),
         ("small --resume_from_hf --hf_repo_id me/mine", "takes the recipe, and the run, from the hub"),
-        ("--hf_repo_id me/mine --hf_revision main", "--hf_revision is of the repository that --resume_from_hf"),
+        ("--hf_repo_id me/mine --hf_revision main", "--hf_revision selects a revision for --resume_from_hf"),
         ("--resume_from_hf --hf_repo_id me/mine --output_dir .", ".: exists and is not empty"),
     ],
 )
@@ -176,7 +177,7 @@ def test_a_pickle_is_not_even_fetched(pushed, hub, tmp_path):
 @pytest.mark.parametrize("name", ["optimizer.pt", "../../../evil.json", ".metadata", "a\\b.json", "/etc/evil.json"])
 def test_a_manifest_that_lists_what_is_no_plain_data_is_refused(name, pushed, tmp_path):
     listing(pushed, name, pickle.dumps(Evil(tmp_path / "pwned")))
-    assert "no safetensors or JSON file: refused" in refused(CorruptError, tmp_path)
+    assert "not a safetensors or JSON file: refused" in refused(CorruptError, tmp_path)
     assert not (tmp_path / "pwned").exists()
 
 
@@ -193,7 +194,7 @@ def test_a_pickle_by_another_name_is_refused_when_it_is_read(pushed, dataset, tm
 def test_what_is_not_there_is_said_in_one_line(hub, tmp_path):
     assert refused(UsageError, tmp_path).startswith(f"{REPO}: no such repository on the hub")
     hub.repos[REPO] = [{"README.md": b"hello"}]
-    assert "holds no run of swamla" in refused(UsageError, tmp_path)
+    assert "has no run of swamla" in refused(UsageError, tmp_path)
     assert refused(UsageError, tmp_path, revision="v9") == (
         f"{REPO}: has no revision 'v9': give a branch, a tag or a commit"
     )
@@ -202,6 +203,6 @@ def test_what_is_not_there_is_said_in_one_line(hub, tmp_path):
 def test_a_hub_that_is_unwell_or_away_is_said_in_one_line(hub, tmp_path, monkeypatch):
     hub.repos[REPO] = [{}]
     hub.status = 503
-    assert refused(UsageError, tmp_path).startswith(f"{REPO}: cannot be fetched from the hub (")
+    assert refused(UsageError, tmp_path).startswith(f"{REPO}: cannot be downloaded from the hub (")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "OfflineModeIsEnabled" in refused(UsageError, tmp_path)

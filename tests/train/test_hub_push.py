@@ -14,7 +14,8 @@ from rich.console import Console
 import swamla
 from swamla.checkpoint import find_checkpoint
 from swamla.errors import ConfigError, Interrupted, MissingBackendError, UsageError
-from swamla.hub import Pushes, push, staging
+from swamla.hub import push, staging
+from swamla.hub.push import Pushes
 from swamla.hub.staging import complete, stage
 from swamla.model.accounting import count_parameters
 from swamla.tensor_file import read_tensors
@@ -232,7 +233,7 @@ def test_what_cannot_be_staged_is_told_and_costs_nothing_else(finished, tmp_path
     with pushes(tmp_path, said) as found:
         found.push()
     (line,) = said
-    assert "holds no checkpoint to push" in line
+    assert "has no checkpoint to push" in line
 
 
 @pytest.mark.parametrize("missing", ["token", "client"])

@@ -176,7 +176,7 @@ def test_a_recipe_with_another_model_is_refused_before_any_folder_and_one_withou
 
 def test_to_resume_and_to_begin_with_weights_exclude_each_other(here, capsys):
     assert train("--resume", "runs/base", "--init_from", "runs/base") == 2
-    assert "--init_from begins a new run with another's weights, --resume goes on with one" in capsys.readouterr().err
+    assert "--init_from starts a new run from another's weights, --resume continues one" in capsys.readouterr().err
 
 
 def test_a_tokenizer_of_ones_own_must_be_the_runs(here, capsys):

@@ -124,7 +124,7 @@ def test_muon_takes_the_matrices_inside_the_blocks_and_adamw_the_rest():
     assert not is_hidden("head.weight", (512, 16))
     assert not is_hidden("blocks.0.mixer.conv_weight", (64, 4))
     optimizer = MuonConfig().build(model, lr=1e-3, weight_decay=0.1)
-    owned = [p for part in optimizer.parts for group in part.param_groups for p in group["params"]]
+    owned = [p for part in optimizer.optimizers for group in part.param_groups for p in group["params"]]
     assert len(owned) == len(set(owned)) == len(list(model.parameters()))
 
 

@@ -5,10 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.latent_moe import LatentMoEConfig
 from swamla.model.ffns.moe import MoEConfig
-from swamla.model.language_model import LanguageModel
+from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.train.optim import AdamWConfig, LionConfig, MuonConfig
 from swamla.train.optim.muon import is_hidden
 from tests.toys import TOYS
@@ -105,7 +104,7 @@ def test_the_bytes_of_the_state_are_known_before_a_weight_exists(config):
     live = optimizer.state_tensors()
     assert config.state_bytes(shapes) == sum(t.untyped_storage().nbytes() for t in live.values())
     for name, shape in shapes:
-        held = {key: (h.shape, h.dtype) for key, h in config.remembers(name, shape).items()}
+        held = {key: (h.shape, h.dtype) for key, h in config.state_specs(name, shape).items()}
         found = {key: (tuple(t.shape), t.dtype) for key, t in remembered(live, name)}
         assert held == found
 
@@ -128,7 +127,7 @@ def remembered(live, name):
     ids=str,
 )
 def test_bytes_a_parameter(config, expected):
-    counter = sum(h.nbytes for key, h in config.remembers("blocks.0.w", (1024, 1024)).items() if key == "step")
+    counter = sum(h.nbytes for key, h in config.state_specs("blocks.0.w", (1024, 1024)).items() if key == "step")
     assert counter in (0, 4)
     assert (config.state_bytes([("blocks.0.w", (1024, 1024))]) - counter) / 1024**2 == expected
 

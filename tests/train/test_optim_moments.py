@@ -13,7 +13,7 @@ from swamla.train.optim import AdamWConfig, LionConfig, elementwise
 from swamla.train.optim import moments as moments_module
 from swamla.train.optim.adamw import AdamW
 from swamla.train.optim.lion import Lion
-from swamla.train.optim.moments import held_moment, round_stochastically_
+from swamla.train.optim.moments import moment_specs, round_stochastically_
 
 from .helpers import MODEL, losses, run, tiny_config, weights
 from .test_resume import digests, stop_after
@@ -128,7 +128,7 @@ def test_eight_bit_lion_keeps_its_moment_as_torchao_would():
 def test_the_tensors_that_torchao_keeps_in_fp32_we_keep_in_fp32(shape):
     torchao = pytest.importorskip("torchao.optim")
     theirs = torchao.AdamW8bit([nn.Parameter(torch.zeros(1))])._new_buffer(torch.zeros(shape), True)
-    assert (set(held_moment("m", shape, "8bit")) == {"m"}) == (type(theirs) is torch.Tensor)
+    assert (set(moment_specs("m", shape, "8bit")) == {"m"}) == (type(theirs) is torch.Tensor)
 
 
 @pytest.mark.parametrize("config", [*LOW_BIT, LionConfig(), LionConfig(moments="8bit")])
@@ -154,7 +154,7 @@ def test_low_bit_moments_stay_close_to_fp32_ones(config):
 def test_the_size_of_the_pieces_changes_nothing(monkeypatch, make):
     found = []
     for size in (256, 1 << 12, 1 << 24):
-        monkeypatch.setitem(elementwise.PIECE, "cpu", size)
+        monkeypatch.setitem(elementwise.CHUNK, "cpu", size)
         params = parameters()
         take_steps([params], [make(grouped(params))], 3)
         found.append(params)
@@ -162,7 +162,7 @@ def test_the_size_of_the_pieces_changes_nothing(monkeypatch, make):
 
 
 def test_no_list_of_pieces_has_more_numbers_than_a_piece_may_have(monkeypatch):
-    monkeypatch.setitem(elementwise.PIECE, "cpu", 4096)
+    monkeypatch.setitem(elementwise.CHUNK, "cpu", 4096)
     sizes = []
     real = AdamW.update
 

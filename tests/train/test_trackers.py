@@ -370,7 +370,7 @@ def test_a_failing_tensorboard_costs_one_warning_and_no_bit_of_the_run(
 
     monkeypatch.setattr(f"torch.utils.tensorboard.SummaryWriter.{place}", fails)
     lines, found = shown(tiny_config(tensorboard=True), tmp_path / "run", dataset)
-    assert lines == ["warning: TensorBoard failed (OSError: disk full); training goes on without it"]
+    assert lines == ["warning: TensorBoard failed (OSError: disk full); training continues without it"]
     assert same(found, undisturbed[1])
 
 

@@ -1,1 +1,1 @@
-"""How fast it is here: timings side by side, what the machine can do at most, peak memory, results that keep."""
+"""Benchmarks: alternating timings, the machine's peak rates, peak memory, and stored results."""

@@ -1,4 +1,4 @@
-"""Time to measure in, and what of it and of memory is left: what would not fit is told, not begun."""
+"""The time and memory left for measuring, to skip what would not fit."""
 
 import time
 from pathlib import Path
@@ -11,28 +11,28 @@ _clock = time.monotonic
 
 
 class Allowance:
-    """Seconds that may be spent from now on."""
+    """A budget of seconds from now on."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self._begin = seconds, _clock()
 
     @property
     def spent(self) -> float:
-        """Seconds since the beginning."""
+        """Seconds spent."""
         return _clock() - self._begin
 
     def until(self, share: float) -> float:
-        """Seconds left until this share of all is spent; never below 0."""
+        """Seconds left until this share of the budget is spent; at least 0."""
         return max(0.0, share * self.seconds - self.spent)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken: of a CUDA device, or of the machine, as far as the system tells."""
+    """Free bytes of a CUDA device, or of the machine as far as the system reports it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:  # no Linux
         return memory_bytes()
-    told = {name: rest for name, _, rest in (line.partition(":") for line in lines)}
-    return min(memory_bytes(), 1024 * int(told["MemAvailable"].split()[0]))
+    fields = {name: rest for name, _, rest in (line.partition(":") for line in lines)}
+    return min(memory_bytes(), 1024 * int(fields["MemAvailable"].split()[0]))

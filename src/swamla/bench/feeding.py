@@ -1,4 +1,4 @@
-"""What goes before a training step: the loader's rows, and text made into ids."""
+"""Speed of the loader and of the tokenizer."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,16 +14,16 @@ from swamla.errors import DataError
 
 _ROUNDS = 50
 _OF_THE_HUB = {"gpt2": "openai-community/gpt2"}
-_TEXT = 1 << 21  # bytes of text that are encoded at once, as preparing data does
+_TEXT = 1 << 21  # bytes of text per call, as in preparing data
 
 
 def measure_loader(dataset: Dataset, rows: int, length: int, *, limit: float) -> Row:
-    """Rows a second out of the loader, one batch behind the other as training takes them."""
+    """Rows a second from the loader, in consecutive batches as in training."""
     loader, sample = dataset.rows(length, 0), iter(range(0, 1 << 62, rows))
     timing = interleaved({"batch": lambda: loader.batch(next(sample), rows)}, rounds=_ROUNDS, warmup=2, limit=limit)[
         "batch"
     ]
-    tokens = loader.batch(0, 8 * rows).n_labels / 8  # of a batch, in the mean: padding is no token
+    tokens = loader.batch(0, 8 * rows).n_labels / 8  # mean tokens of a batch, without padding
     return {
         "name": f"loader, {rows} × {length:,}",
         "rows": rows,
@@ -37,9 +37,9 @@ def measure_loader(dataset: Dataset, rows: int, length: int, *, limit: float) ->
 
 
 def local_tokenizer(data: DataConfig, saved: Path | None, texts: list[str]) -> Tokenizer:
-    """The recipe's tokenizer, of a run the one in its folder; one that learns does so from `texts`.
+    """The recipe's tokenizer, or that in a run's folder; a trainable one is trained on `texts`.
 
-    Raises `DataError` for one of the hub's that was never fetched.
+    Raises `DataError` for one on the hub that is not in the local cache.
     """
     if saved is not None and saved.is_file():
         return load_tokenizer(saved)
@@ -49,20 +49,20 @@ def local_tokenizer(data: DataConfig, saved: Path | None, texts: list[str]) -> T
 
 
 def _fetched_before(tokenizer: str) -> Path:
-    """Where the hub's library keeps the file, if it does."""
+    """The file in the cache of the hub's library, if it is there."""
     name = _OF_THE_HUB.get(tokenizer, tokenizer.removeprefix("hub:"))
     try:
         from huggingface_hub import try_to_load_from_cache
     except ImportError as error:
-        raise DataError(f"{tokenizer} is on the hub, whose library is not here") from error
+        raise DataError(f"{tokenizer} is on the hub, whose client is not installed") from error
     found = try_to_load_from_cache(name, "tokenizer.json")
     if not isinstance(found, str):
-        raise DataError(f"{tokenizer} is on the hub, and was not fetched yet")
+        raise DataError(f"{tokenizer} is on the hub and not downloaded yet")
     return Path(found)
 
 
 def library_text() -> list[str]:
-    """About 2 MB of text that every Python brings along: its library's source files."""
+    """About 2 MB of text from the source files of Python's standard library."""
     return list(_first_files(_TEXT))
 
 
@@ -76,7 +76,7 @@ def _first_files(most_bytes: int) -> Iterator[str]:
 
 
 def measure_tokenizer(tokenizer: Tokenizer, name: str, texts: list[str], *, limit: float) -> Row:
-    """Text a second, encoded as preparing data does it in one process."""
+    """Text encoded per second, as in preparing data, in one process."""
     n_tokens, n_bytes = sum(map(len, tokenizer.encode_batch(texts))), sum(len(text.encode()) for text in texts)
     timing = interleaved({"text": lambda: tokenizer.encode_batch(texts)}, rounds=_ROUNDS, warmup=0, limit=limit)["text"]
     return {

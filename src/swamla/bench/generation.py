@@ -1,4 +1,4 @@
-"""Reading a prompt and continuing it, as `generate` does: rates, and the state that is kept meanwhile."""
+"""Prefill and decoding as in `generate`: rates, and the size of the state."""
 
 import time
 from itertools import pairwise
@@ -9,17 +9,16 @@ from swamla.bench.synthetic import random_prompt
 from swamla.inference.decoding import Decoder
 from swamla.inference.sampling import Sampling
 from swamla.model.accounting import all_mha_state_bytes, count_parameters, forward_flops, state_bytes
-from swamla.model.config import LanguageModelConfig
-from swamla.model.language_model import LanguageModel
+from swamla.model.language_model import LanguageModel, LanguageModelConfig
 
-NEW = 33  # tokens drawn in a round: 32 times from one to the next
+NEW = 33  # tokens per round: 32 decoding steps
 _ROUNDS = 5
 
 
 def expected_seconds(config: LanguageModelConfig, prompt: int, *, flops: float, copy_bytes: float) -> float:
-    """About what a round takes where the machine reaches `flops` of matrix products and `copy_bytes`, a second.
+    """Estimated seconds of a round, given the machine's FLOP/s of matrix products and its copy rate.
 
-    Each new token reads all weights once, at half of what a copy reads and writes.
+    Each new token reads all weights once, at half the bytes that a copy moves.
     """
     return forward_flops(config, prompt) / flops + NEW * 4 * count_parameters(config).active / (copy_bytes / 2)
 
@@ -30,10 +29,9 @@ def name_of(prompt: int, decoding: str) -> str:
 
 
 def measure_generation(model: LanguageModel, prompt: int, *, limit: float, decoding: str = "eager") -> Row:
-    """Prefill and decode of one sequence behind a prompt of so many tokens; the greedy choice, in the weights' format.
+    """Time prefill of a prompt and greedy decoding after it, for one sequence, in the weights' dtype.
 
-    decoding: as `Decoder` takes it. limit: seconds after which no further round begins, once
-    there is one.
+    decoding: see `Decoder`. limit: seconds after which no further round starts, but at least one round runs.
     """
     begin = time.monotonic()
     ids = random_prompt(prompt, model.config.vocab_size)
@@ -65,7 +63,7 @@ def measure_generation(model: LanguageModel, prompt: int, *, limit: float, decod
 
 
 def _token_seconds(decoder: Decoder, ids: list[int]) -> list[float]:
-    """Seconds to the first new token, the prompt's reading among them, and from each to the next."""
+    """Seconds to the first new token, prefill included, and between later tokens."""
     times = [time.perf_counter()]
 
     def on_token(row: int, token: int) -> None:

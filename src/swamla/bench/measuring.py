@@ -1,4 +1,4 @@
-"""Time, memory, and what the machine can do at most: every speed is quoted beside its ceilings."""
+"""Time, memory, and the machine's peak rates, to which speeds are compared."""
 
 import ctypes
 import gc
@@ -24,12 +24,12 @@ from swamla.train.utilisation import matmul_flops
 Run = Callable[[], object]
 
 _clock = time.perf_counter
-_COPIED = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes copied: more than caches hold
+_COPIED = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes copied: more than any cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """What one contender took, in seconds a round.
+    """Times of one contender, in seconds a round.
 
     median: of all rounds.
     low: the lower quartile.
@@ -55,10 +55,10 @@ class Timing:
 def interleaved(
     contenders: Mapping[str, Run], *, rounds: int, warmup: int = 1, limit: float | None = None
 ) -> dict[str, Timing]:
-    """Time contenders in turns, A B A B …, so that a machine that slows down slows them all.
+    """Time contenders alternately, A B A B …, so that a slower machine slows them all.
 
-    warmup: rounds before, not timed. limit: seconds, warm-up included, after which no further round begins; each
-    contender is timed once at least.
+    warmup: untimed rounds first. limit: seconds, warm-up included, after which no further round starts; each contender
+    is timed at least once.
     """
     begin = _clock()
     for _ in range(warmup):
@@ -74,25 +74,25 @@ def interleaved(
 
 
 def seconds_of(run: Run) -> float:
-    """How long `run` takes, what it asked of a CUDA device included."""
-    settle()
+    """Seconds that `run` takes, including its work on a CUDA device."""
+    synchronize()
     begin = _clock()
     run()
-    settle()
+    synchronize()
     return _clock() - begin
 
 
-def settle() -> None:
-    """Wait until a CUDA device in use has done all that it was asked."""
+def synchronize() -> None:
+    """Wait for a CUDA device in use to finish its work."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def ceilings(device: torch.device | str = "cpu", *, seconds: float = 1.0) -> dict[str, float]:
-    """What the machine reaches at most, a second: operations of large matrix products, bytes read and written.
+    """The machine's peak rates a second: FLOPs of large matrix products, bytes read and written by copies.
 
-    As "fp32_flops" and "bf16_flops", which `matmul_flops` measures as for a run's MFU, and "copy_bytes", a median.
-    seconds: that each is measured for, about.
+    "fp32_flops" and "bf16_flops" from `matmul_flops`, as for a run's MFU, and "copy_bytes", a median.
+    seconds: how long to measure each, about.
     """
     device = torch.device(device)
     found = {
@@ -106,7 +106,7 @@ def ceilings(device: torch.device | str = "cpu", *, seconds: float = 1.0) -> dic
 
 
 def machine() -> dict[str, object]:
-    """What was measured on: nothing that names the machine, only what it is."""
+    """A description of the machine, without anything that identifies it."""
     return {
         "processor": processor(),
         "instructions": describe_cpu()["instructions"],
@@ -121,7 +121,7 @@ def machine() -> dict[str, object]:
 
 
 def memory_bytes() -> int:
-    """Bytes that this process may have: the machine's, or less where its container is limited."""
+    """Bytes of memory available to this process: the machine's, or its container's limit."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
@@ -131,18 +131,18 @@ def memory_bytes() -> int:
 
 
 def peak_memory(run: Run) -> int:
-    """Bytes held at the peak while `run()` runs, above those held before it.
+    """Peak bytes during `run()` above those before it.
 
-    On a CUDA device in use: of tensors there. Else of the whole process: on Linux by the high-water mark that the
-    kernel keeps, elsewhere by that of a child, which runs `run` on one thread and whose effects are lost.
+    With a CUDA device in use: of tensors there. Else of the whole process: on Linux by the kernel's high-water mark,
+    elsewhere by that of a child process, which runs `run` on one thread and whose effects are lost.
     """
     gc.collect()
     if torch.cuda.is_initialized():
-        settle()
+        synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
-        settle()
+        synchronize()
         return torch.cuda.max_memory_allocated() - before
     _give_back()
     if sys.platform == "linux" and _forget_high_water():
@@ -153,14 +153,14 @@ def peak_memory(run: Run) -> int:
 
 
 def _give_back() -> None:
-    """Give the system the memory that was freed, that it be seen when it is taken again."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others keep less
+    """Return freed memory to the system, so that using it again is measured."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # with glibc; other libraries keep less
     if trim is not None:
         trim(0)
 
 
 def _forget_high_water() -> bool:
-    """Start the mark of this process anew; False where that is forbidden."""
+    """Reset the high-water mark of this process; False if that is not allowed."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:  # some containers
@@ -175,7 +175,7 @@ def _status_bytes(name: str) -> int:
 
 
 def peak_memory_of_child(run: Run) -> int:
-    """As `peak_memory`, in a copy of this process; for systems whose mark cannot be reset. Raises what `run` does."""
+    """`peak_memory` in a forked process, for systems whose mark cannot be reset. Raises what `run` does."""
     _give_back()
     read, write = os.pipe()
     child = os.fork()
@@ -183,14 +183,14 @@ def peak_memory_of_child(run: Run) -> int:
         try:
             _answer(run, write)
         finally:
-            os._exit(0)  # whatever happened: there must not be two of us
+            os._exit(0)  # in any case: the child must not continue
     os.close(write)
     with os.fdopen(read, "rb") as pipe:
-        told = pipe.read()
+        received = pipe.read()
     os.waitpid(child, 0)
-    if not told:
-        raise RuntimeError("the process in which memory was to be measured ended without a word")
-    answer = pickle.loads(told)  # of our own process, just now
+    if not received:
+        raise RuntimeError("the process that measured memory ended without a result")
+    answer = pickle.loads(received)  # of our own process, just now
     if isinstance(answer, Exception):
         raise answer
     return answer
@@ -198,7 +198,7 @@ def peak_memory_of_child(run: Run) -> int:
 
 def _answer(run: Run, write: int) -> None:
     answer: int | Exception
-    torch.set_num_threads(1)  # the other threads are not there in a copy
+    torch.set_num_threads(1)  # a forked process has no other threads
     before = _most_ever()
     try:
         run()

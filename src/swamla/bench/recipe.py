@@ -1,4 +1,4 @@
-"""One recipe on the machine at hand: training, generation, feeding and start-up, within a time that is given."""
+"""Benchmark one recipe on this machine within a time budget: training, generation, data and start-up."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,22 +25,22 @@ from swamla.train.precision import Chosen
 from swamla.train.run_folder import fresh_state
 from swamla.train.state import TrainState
 
-# The share of the time by which each part is to have ended; what one leaves over is the next one's.
+# The share of the time by which each part must have ended; unused time goes to the next part.
 _OWN, _LENGTHS, _GENERATION, _LOADER, _TOKENIZER = 0.35, 0.62, 0.86, 0.89, 0.94
 _MORE = "a larger --minutes makes room"
-_EXPECTED = 0.3  # of a ceiling, before anything was measured
+_EXPECTED = 0.3  # assumed share of the peak, before anything was measured
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
     """What to measure.
 
-    config: the recipe, with the vocabulary that its model has.
-    device: where it trains.
-    precision: in which it trains.
+    config: the recipe, with its model's vocabulary.
+    device: to train on.
+    precision: to train in.
     lengths: of single rows to train on.
-    prompts: lengths to generate behind.
-    tokenizer: a run's own, where the recipe is a run.
+    prompts: lengths of prompts to generate after.
+    tokenizer: the run's own, if the recipe is a run.
     """
 
     config: RunConfig
@@ -52,9 +52,9 @@ class Wanted:
 
 
 class RecipeBench:
-    """Fills the tables of `results`, row by row; what does not fit into time or memory gets a row that says so.
+    """Fills the tables of `results` row by row; measurements that do not fit time or memory get a row that says so.
 
-    folder: for synthetic data.  stage: told what is being measured.
+    folder: for synthetic data.  stage: called with the name of the current measurement.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class RecipeBench:
         self.wanted, self.results, self.allowance, self.stage = wanted, results, allowance, stage
         self.config, self.ceilings = wanted.config, results.ceilings
         self.peak = self.ceilings["fp32_flops" if wanted.precision == "fp32" else "bf16_flops"]
-        self.flops: float | None = None  # that training reaches, at its best so far
+        self.flops: float | None = None  # best share of the peak in training so far
         self.free = free_memory(wanted.device)
         self.tokens_per_s: float | None = None  # of the recipe's own training
         self.dataset = synthetic_dataset(folder, self.config.model.vocab_size)
@@ -78,7 +78,7 @@ class RecipeBench:
         self.start_up()
 
     def training(self) -> LanguageModel | None:
-        """The recipe's own step, then single rows of several lengths; returns the model, if there is room for it."""
+        """The recipe's own step, then single rows of several lengths; returns the model if it fits."""
         train = self.config.train
         own = Shape(rows=train.batch_size, length=train.block_size, accumulation=train.accumulation, packed=True)
         single = [Shape(rows=1, length=length) for length in self.wanted.lengths]
@@ -97,7 +97,7 @@ class RecipeBench:
         return state.model
 
     def own_step(self, state: TrainState, own: Shape) -> None:
-        """That of the recipe, or where it would not fit, one of fewer rows as well."""
+        """The recipe's own step, and if that does not fit, one of fewer rows."""
         allowed, shape = self.allowance.until(_OWN), own
         while self.lacks(shape, allowed) and (smaller := shape.smaller()):
             shape = smaller
@@ -107,7 +107,7 @@ class RecipeBench:
         self.tokens_per_s = float(row["tokens_per_s"] or 0) if row else None
 
     def step(self, state: TrainState, shape: Shape, allowed: float, *, limit: float) -> Row | None:
-        """A row of the table, and what it says of the speed of all others."""
+        """A row of the table; also updates the estimate of the speed."""
 
         def measure() -> Row:
             return measure_step(self.config, state, batch_of(shape, self.dataset), shape, peak=self.peak, limit=limit)
@@ -118,7 +118,7 @@ class RecipeBench:
         return row
 
     def lacks(self, shape: Shape, allowed: float) -> str:
-        """Why steps of this shape do not fit into memory, or into so many seconds; empty where they do."""
+        """Why steps of this shape do not fit the memory or the seconds; "" if they do."""
         needs = STEPS * expected_seconds(
             self.config, shape, flops=self.flops or _EXPECTED * self.peak, copy_bytes=self.ceilings["copy_bytes"]
         )
@@ -126,13 +126,13 @@ class RecipeBench:
         return self.lacks_memory(shape) or slow
 
     def lacks_memory(self, shape: Shape) -> str:
-        """The same of memory alone."""
+        """The same for memory only."""
         place = Place(precision=self.wanted.precision, device=self.wanted.device)
         needs = expected_bytes(self.config, shape, place)
         return f"needs about {in_bytes(needs)}, and {in_bytes(self.free)} are free" if needs > self.free else ""
 
     def generation(self, model: LanguageModel | None) -> None:
-        """Prefill and decode behind prompts of several lengths; on CUDA also by recorded graphs, on a CPU in 8 bits."""
+        """Prefill and decoding after prompts of several lengths; on CUDA also by CUDA graphs, on a CPU in 8 bits."""
         flops, copy_bytes = _EXPECTED * self.ceilings["fp32_flops"], self.ceilings["copy_bytes"]
         ways = decodings_on(self.wanted.device.type)
         rows = [(prompt, decoding) for prompt in self.wanted.prompts for decoding in ways]
@@ -148,7 +148,7 @@ class RecipeBench:
             self.row("generation", name, slow, measure)
 
     def loader(self) -> None:
-        """Rows of synthetic documents, and how many times faster they come than training takes them."""
+        """The loader on synthetic documents, and its speed relative to training."""
         train, limit = self.config.train, self.allowance.until(_LOADER)
 
         def measure() -> Row:
@@ -159,7 +159,7 @@ class RecipeBench:
         self.row("data", "loader", "", measure)
 
     def tokenizer(self) -> None:
-        """The recipe's tokenizer, where it needs no fetching, on source code."""
+        """The recipe's tokenizer on source code, unless it would have to be downloaded."""
         data, limit = self.config.data, self.allowance.until(_TOKENIZER)
 
         def measure() -> Row:
@@ -170,7 +170,7 @@ class RecipeBench:
         self.row("data", f"tokenizer, {data.tokenizer}", "", measure)
 
     def start_up(self) -> None:
-        """Programs that start and end."""
+        """Start-up times of programs."""
         left = self.allowance.until(1.0)
         if not left:
             self.results.failed("start-up", "all", f"no time is left; {_MORE}")
@@ -180,7 +180,7 @@ class RecipeBench:
             self.results.add("start-up", row)
 
     def row(self, table: str, name: str, lack: str, measure: Callable[[], Row]) -> Row | None:
-        """Add what is measured, or why nothing is: what it lacks, or what a user could mend."""
+        """Add a measurement, or the reason why there is none."""
         if lack:
             self.results.failed(table, name, lack)
             return None

@@ -1,4 +1,4 @@
-"""What a benchmark found, row by row, in a file that is whole after every row."""
+"""Results of a benchmark, row by row, in a file that is complete after every row."""
 
 import json
 import time
@@ -21,15 +21,15 @@ def _print(line: str) -> None:
 
 @dataclass(kw_only=True)
 class Results:
-    """The rows of all tables, and what they were measured with and on.
+    """The rows of all tables, the command and the machine.
 
     Times are in seconds, memory in bytes, rates a second; the unit is in a row's key: "median_s", "tokens_per_s",
     "peak_bytes". A row that failed has "error" instead of figures.
-    command: what was typed.
-    machine: as `measuring.machine` tells it.
-    ceilings: as `measuring.ceilings` tells them.
-    file: where the JSON goes; none keeps nothing.
-    say: what a readable line of each row is given to.
+    command: the command line.
+    machine: from `measuring.machine`.
+    ceilings: from `measuring.ceilings`.
+    file: the JSON file; None writes none.
+    say: called with a readable line for each row.
     begun: date and time, ISO 8601, UTC.
     seconds: since then, at the last row.
     rows: by table.
@@ -48,9 +48,9 @@ class Results:
         self._start = time.monotonic() - self.seconds
 
     def add(self, table: str, row: Row) -> None:
-        """Append a row, say it in one line and write the file anew: whatever comes next, this row is kept.
+        """Append a row, print it in one line and rewrite the file, so that the row is safe.
 
-        Raises `ValueError` for a row that JSON has no words for, such as one with a figure that is no number.
+        Raises `ValueError` for a row that JSON cannot represent, e.g. with NaN.
         """
         json.dumps(row, allow_nan=False)
         self.rows.setdefault(table, []).append(row)
@@ -59,12 +59,12 @@ class Results:
         self.save()
 
     def failed(self, table: str, name: str, error: BaseException | str) -> None:
-        """A row that says why there are no figures."""
-        told = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-        self.add(table, {"name": name, "error": " ".join(told.split())})
+        """A row with the reason why there are no figures."""
+        words = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        self.add(table, {"name": name, "error": " ".join(words.split())})
 
     def plain(self) -> dict[str, Any]:
-        """All of it as JSON data."""
+        """Everything as JSON data."""
         return {
             "format": FORMAT,
             "command": self.command,
@@ -82,7 +82,7 @@ class Results:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """What `save` wrote; `CorruptError` for anything else. Rows added to it are kept by no file."""
+        """Read what `save` wrote. Raises `CorruptError` for anything else. Rows added to it are not saved."""
         file = Path(path)
         data = read_json(file, inside=file.parent)
         if data.get("format") != FORMAT:
@@ -102,13 +102,13 @@ class Results:
 
 def readable(table: str, row: Row) -> str:
     """A row in one line: `training  swa swa mla  length 1,024  median 724 ms  tokens 5,654/s`."""
-    told = [str(row["name"])] if "name" in row else []
-    told += [in_words(key, value) for key, value in row.items() if key != "name" and value is not None]
-    return "  ".join([table, *told])
+    words = [str(row["name"])] if "name" in row else []
+    words += [in_words(key, value) for key, value in row.items() if key != "name" and value is not None]
+    return "  ".join([table, *words])
 
 
 def in_words(key: str, value: str | int | float) -> str:
-    """A figure with its name and unit, which its key ends with."""
+    """A figure with its name and unit; the key ends with the unit."""
     for suffix, unit in _UNITS.items():
         if key.endswith(suffix) and not isinstance(value, str):
             return f"{key.removesuffix(suffix).replace('_', ' ')} {unit(value)}".strip()
@@ -117,7 +117,7 @@ def in_words(key: str, value: str | int | float) -> str:
 
 
 def in_seconds(seconds: float) -> str:
-    """A time, to three digits."""
+    """A time in three digits."""
     for factor, unit in ((1.0, "s"), (1e3, "ms")):
         if seconds * factor >= 1:
             return f"{seconds * factor:.3g} {unit}" if seconds * factor < 1000 else f"{seconds * factor:,.0f} {unit}"
@@ -125,7 +125,7 @@ def in_seconds(seconds: float) -> str:
 
 
 def in_bytes(n_bytes: float) -> str:
-    """Memory, to three digits."""
+    """Memory in three digits."""
     for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if n_bytes >= factor:
             return f"{n_bytes / factor:.3g} {unit}"
@@ -133,7 +133,7 @@ def in_bytes(n_bytes: float) -> str:
 
 
 def in_rate(rate: float) -> str:
-    """So many a second."""
+    """A rate a second."""
     return f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.3g}/s"
 
 

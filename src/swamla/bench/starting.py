@@ -1,4 +1,4 @@
-"""How long a program takes until it does anything, in processes of their own."""
+"""Start-up times of programs, in new processes."""
 
 import subprocess
 import sys
@@ -17,11 +17,11 @@ PROGRAMS = {
 
 
 def measure_start_up(programs: Mapping[str, Sequence[str]] = PROGRAMS, *, limit: float) -> list[Row]:
-    """Seconds that Python takes with each of these arguments, from its start to its end."""
+    """Seconds that Python takes with each of these arguments, from start to exit."""
     timings = interleaved(
         {name: partial(_run, arguments) for name, arguments in programs.items()},
         rounds=_ROUNDS,
-        warmup=0,  # what this process has imported is in the system's memory
+        warmup=0,  # files that this process imported are in the page cache
         limit=limit,
     )
     return [

@@ -1,4 +1,4 @@
-"""Documents of random ids in the format of real ones: the loader that training uses reads them, nothing is fetched."""
+"""Documents of random ids in the format of real data, for the loader that training uses."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ from swamla.data.dataset import Dataset
 from swamla.data.shards import ArrayWriter, token_dtype
 from swamla.data.tokenizer import CharTokenizer
 
-DOCUMENT = 1000  # tokens of one, in the mean; their lengths are spread exponentially
+DOCUMENT = 1000  # mean tokens of a document; lengths are exponentially distributed
 TOKENS = 1 << 21
 _FIRST_CHARACTER = 0x10000  # of a vocabulary of characters; there are 2**20 from here on
 
 
 def synthetic_dataset(folder: Path, vocab_size: int, *, tokens: int = TOKENS) -> Dataset:
-    """A dataset to train on, in `folder`, of about `tokens` random ids and of `vocab_size` different ones."""
+    """A dataset in `folder` of about `tokens` random ids below `vocab_size`."""
     tokenizer = CharTokenizer("".join(map(chr, range(_FIRST_CHARACTER, _FIRST_CHARACTER + vocab_size - 1))))
     random = np.random.default_rng(0)
     lengths = 1 + random.exponential(DOCUMENT - 1, size=max(1, tokens // DOCUMENT)).astype(np.int64)
@@ -33,7 +33,7 @@ def synthetic_dataset(folder: Path, vocab_size: int, *, tokens: int = TOKENS) ->
 
 
 def random_prompt(length: int, vocab_size: int) -> list[int]:
-    """Ids to be continued."""
+    """Random ids as a prompt."""
     return _random_ids((length,), vocab_size).tolist()
 
 
@@ -42,6 +42,6 @@ def _random_ids(shape: tuple[int, ...], vocab_size: int) -> Tensor:
 
 
 def whole_rows(rows: int, length: int, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, labels and documents (rows, length) of rows that are one document each."""
+    """Tokens, labels and documents (rows, length), with one document per row."""
     ids_BT = _random_ids((rows, length + 1), vocab_size)
     return ids_BT[:, :-1].contiguous(), ids_BT[:, 1:].contiguous(), torch.zeros(rows, length, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""The training step as training takes it: its time, the parts of it, its memory, and its share of the matmul rate."""
+"""The training step: time, its breakdown, memory, and share of the matmul rate."""
 
 import time
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from statistics import median
 
 from torch import Tensor
 
-from swamla.bench.measuring import Run, interleaved, peak_memory, settle
+from swamla.bench.measuring import Run, interleaved, peak_memory, synchronize
 from swamla.bench.results import Row
 from swamla.bench.synthetic import whole_rows
 from swamla.data.dataset import Dataset
@@ -22,11 +22,11 @@ from swamla.train.parallel.strategy import Found, Strategy
 from swamla.train.state import TrainState
 from swamla.train.step import training_step
 
-STEPS = 3  # that a figure costs at least: one to warm up, one for its memory, one for its time
+STEPS = 3  # the fewest steps of a figure: one for warm-up, one for memory, one for time
 _ROUNDS = 20
-_TIMED = 0.7  # of the time; what is left is for the last round and the step that memory is measured in
-_STEADY = 1e-3  # of the learning rate: random tokens teach nothing, and the weights are to stay finite
-_UPDATE_BYTES = 40  # that an optimizer moves for a parameter, about
+_TIMED = 0.7  # share of the time; the rest is for the last round and the step that measures memory
+_STEADY = 1e-3  # learning rate: random tokens teach nothing, and the weights must stay finite
+_UPDATE_BYTES = 40  # bytes that an optimizer moves per parameter, about
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +34,9 @@ class Shape:
     """The rows of a step.
 
     rows: of a step.
-    length: tokens of each.
-    accumulation: micro-batches that it is split into.
-    packed: of many documents, by the loader; else each row is one document.
+    length: tokens of a row.
+    accumulation: number of micro-batches.
+    packed: rows of many documents from the loader; else each row is one document.
     """
 
     rows: int
@@ -54,13 +54,13 @@ class Shape:
         return f"{self.rows} × {self.length:,}{split}{' packed' if self.packed else ''}"
 
     def settings(self, train: TrainConfig) -> TrainConfig:
-        """The training of a recipe with such steps."""
+        """The recipe's training config with such steps."""
         return replace(
             train, batch_size=self.rows, block_size=self.length, accumulation=self.accumulation, curriculum=""
         )
 
     def smaller(self) -> "Shape | None":
-        """The next that needs less time: fewer rows, with micro-batches no larger; None below one row."""
+        """The next cheaper shape: fewer rows, micro-batches no larger; None below one row."""
         if self.rows == 1:
             return None
         if self.accumulation > 1:
@@ -69,18 +69,18 @@ class Shape:
 
 
 def step_flops(config: RunConfig, shape: Shape) -> float:
-    """Operations of matrix products in a step at most, by the accounting: as if each row were one document."""
+    """Upper bound of a step's FLOPs by the accounting: as if each row were one document."""
     return shape.tokens * training_flops_per_token(config.model, shape.length)
 
 
 def expected_seconds(config: RunConfig, shape: Shape, *, flops: float, copy_bytes: float) -> float:
-    """About what a step takes where `flops` are reached in training, and `copy_bytes` are moved, each a second."""
+    """Estimated seconds of a step at these FLOP/s in training and this copy rate."""
     update = _UPDATE_BYTES * count_parameters(config.model).total
     return step_flops(config, shape) / flops + update / copy_bytes
 
 
 def expected_bytes(config: RunConfig, shape: Shape, place: Place) -> int:
-    """What training with such steps holds at most, with room for activations above the accounting's estimate."""
+    """Upper bound of the memory of such training, with a margin above the accounting's estimate of activations."""
     needs = training_bytes(replace(config, train=shape.settings(config.train)), place)
     return round(sum(needs.values()) + 0.4 * needs["activations_estimate"])
 
@@ -93,9 +93,9 @@ def batch_of(shape: Shape, dataset: Dataset) -> Batch:
 
 
 def measure_step(config: RunConfig, state: TrainState, batch: Batch, shape: Shape, *, peak: float, limit: float) -> Row:
-    """Time and memory of a training step. peak: operations a second of a large matrix product, in this precision.
+    """Time and memory of a training step. peak: FLOP/s of a large matrix product in this precision.
 
-    limit: seconds after which no further step is begun, once there are `STEPS` of them.
+    limit: seconds after which no further step starts, but at least `STEPS` run.
     """
     begin, settings = time.monotonic(), shape.settings(config.train)
     parts = Parts(clocked(state), settings, batch)
@@ -129,13 +129,13 @@ def measure_step(config: RunConfig, state: TrainState, batch: Batch, shape: Shap
 
 
 def one_step(state: TrainState, settings: TrainConfig, batch: Batch) -> None:
-    """A training step that changes next to nothing; `UsageError` for a model whose numbers are not finite."""
+    """A training step with a negligible learning rate. Raises `UsageError` if its numbers are not finite."""
     if not training_step(state, batch, settings, _STEADY * settings.lr).finite:
-        raise UsageError("the loss of random tokens, or its gradient, is not finite: such a step is not a whole one")
+        raise UsageError("the loss of random tokens, or its gradient, is not finite: such a step skips the update")
 
 
 def held_bytes(state: TrainState) -> int:
-    """Bytes of the weights, the optimizer's state and the averaged weights, whatever shares its memory once."""
+    """Bytes of weights, optimizer state and averaged weights; shared memory counts once."""
     groups = state.tensors()
     del groups["rng"]
     storages = [tensor.untyped_storage() for group in groups.values() for tensor in group.values()]
@@ -144,7 +144,7 @@ def held_bytes(state: TrainState) -> int:
 
 @dataclass(frozen=True)
 class Clocked(Strategy):
-    """A model in one process, whose passes are timed: seconds, by part, of the micro-batches so far."""
+    """A model in one process that times its passes: seconds by part of the micro-batches so far."""
 
     seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "both": 0.0}, kw_only=True)
 
@@ -159,20 +159,20 @@ class Clocked(Strategy):
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
-        settle()
+        synchronize()
         begin = time.perf_counter()
         yield
-        settle()
+        synchronize()
         self.seconds[part] += time.perf_counter() - begin
 
 
 def clocked(state: TrainState) -> TrainState:
-    """The same state, on the same tensors, with a model whose passes are timed."""
+    """The same state and tensors, with a model that times its passes."""
     return replace(state, strategy=Clocked(state.strategy.model, experts=state.strategy.experts))
 
 
 class Parts:
-    """Training steps that are told apart: seconds of each step's forward and backward passes, and of all the rest."""
+    """Training steps with a breakdown: seconds of forward, of backward, and of the rest."""
 
     def __init__(self, state: TrainState, settings: TrainConfig, batch: Batch) -> None:
         assert isinstance(state.strategy, Clocked)
@@ -180,7 +180,7 @@ class Parts:
         self.forget()
 
     def forget(self) -> None:
-        """Keep nothing of the steps so far."""
+        """Discard the steps so far."""
         self.forward: list[float] = []
         self.backward: list[float] = []
         self.optimizer: list[float] = []
@@ -188,10 +188,10 @@ class Parts:
     def step(self) -> None:
         """Take one."""
         self._seconds.update(forward=0.0, both=0.0)
-        settle()
+        synchronize()
         begin = time.perf_counter()
         one_step(self._state, self._settings, self._batch)
-        settle()
+        synchronize()
         whole, forward, both = time.perf_counter() - begin, self._seconds["forward"], self._seconds["both"]
         self.forward.append(forward)
         self.backward.append(both - forward)

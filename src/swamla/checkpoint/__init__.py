@@ -1,51 +1,35 @@
 """Checkpoints: written, verified, chosen, pruned and loaded."""
 
-from swamla.checkpoint.convert import convert_checkpoint
-from swamla.checkpoint.folder import (
-    FORMAT_VERSION,
-    Checkpoint,
-    WriterGroup,
-    latest_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    mark_best,
-    prune,
-    save_checkpoint,
-    set_aside_after,
-    step_name,
-    step_of,
-    verify,
-    whole_checkpoint,
-)
-from swamla.checkpoint.pieces import Piece, Pieces, save_pieces
-from swamla.checkpoint.run import best_step, find_checkpoint, load, load_into, read_run_config, stored_paths
-from swamla.checkpoint.saver import Saved, Saver
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "FORMAT_VERSION",
-    "Checkpoint",
-    "Piece",
-    "Pieces",
-    "Saved",
-    "Saver",
-    "WriterGroup",
-    "best_step",
-    "convert_checkpoint",
-    "find_checkpoint",
-    "latest_checkpoint",
-    "list_checkpoints",
-    "load",
-    "load_checkpoint",
-    "load_into",
-    "mark_best",
-    "prune",
-    "read_run_config",
-    "save_checkpoint",
-    "save_pieces",
-    "set_aside_after",
-    "step_name",
-    "step_of",
-    "stored_paths",
-    "verify",
-    "whole_checkpoint",
-]
+from swamla.exports import lazy_exports
+
+if TYPE_CHECKING:
+    from swamla.checkpoint.convert import convert_checkpoint as convert_checkpoint
+    from swamla.checkpoint.folder import FORMAT_VERSION as FORMAT_VERSION
+    from swamla.checkpoint.folder import Checkpoint as Checkpoint
+    from swamla.checkpoint.folder import WriterGroup as WriterGroup
+    from swamla.checkpoint.folder import latest_checkpoint as latest_checkpoint
+    from swamla.checkpoint.folder import list_checkpoints as list_checkpoints
+    from swamla.checkpoint.folder import load_checkpoint as load_checkpoint
+    from swamla.checkpoint.folder import mark_best as mark_best
+    from swamla.checkpoint.folder import prune as prune
+    from swamla.checkpoint.folder import save_checkpoint as save_checkpoint
+    from swamla.checkpoint.folder import set_aside_after as set_aside_after
+    from swamla.checkpoint.folder import step_name as step_name
+    from swamla.checkpoint.folder import step_of as step_of
+    from swamla.checkpoint.folder import verify as verify
+    from swamla.checkpoint.folder import whole_checkpoint as whole_checkpoint
+    from swamla.checkpoint.run import best_step as best_step
+    from swamla.checkpoint.run import find_checkpoint as find_checkpoint
+    from swamla.checkpoint.run import load as load
+    from swamla.checkpoint.run import load_into as load_into
+    from swamla.checkpoint.run import read_run_config as read_run_config
+    from swamla.checkpoint.run import stored_paths as stored_paths
+    from swamla.checkpoint.saver import Saved as Saved
+    from swamla.checkpoint.saver import Saver as Saver
+    from swamla.checkpoint.shards import Shard as Shard
+    from swamla.checkpoint.shards import ShardReader as ShardReader
+    from swamla.checkpoint.shards import save_shards as save_shards
+else:
+    __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -1,4 +1,4 @@
-"""A checkpoint in another layout, or its weights alone, as a run's folder of its own."""
+"""Convert a checkpoint to another number of shards, or its weights alone, as a new run folder."""
 
 import shutil
 from collections.abc import Mapping
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from swamla.checkpoint.folder import Checkpoint, mark_best, save_checkpoint
-from swamla.checkpoint.pieces import Held, Piece
 from swamla.checkpoint.run import best_step, find_checkpoint, read_run_config, weights_of
+from swamla.checkpoint.shards import LocalTensors, Shard
 from swamla.errors import UsageError
 from swamla.files import regular_file
 
 WeightType = Literal["fp32", "bf16", "fp16"]
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WHOLE = ("rng",)  # groups that are never cut
+UNSHARDED = ("rng",)  # groups that are never sharded
 
 
 def convert_checkpoint(
@@ -28,17 +28,17 @@ def convert_checkpoint(
     weights_only: bool = False,
     dtype: WeightType = "fp32",
 ) -> Checkpoint:
-    """Write a checkpoint of the run `source` as the only one of the new run folder `folder`; returns what was read.
+    """Write a checkpoint of the run `source` as the only one of the new run folder `folder`; returns the original.
 
-    shards: files a group is cut into, as `fully_shard` cuts over so many processes; 1 for a single file.
-    weights_only: what `swamla.load` takes, the averages where there are any, and nothing to resume from; it alone can
-    be in another dtype, in which matrices are then: vectors are few, and routers' biases and decays are in need of
-    their digits. Raises `UsageError` for a folder that is not empty.
+    shards: number of files per group, sharded as `fully_shard` does over so many processes; 1 for a single file.
+    weights_only: only the weights that `swamla.load` returns, the averages if there are any; nothing can resume from
+    them. dtype: of the matrices, with weights_only; vectors stay in fp32, since they are small and routers' biases and
+    decay rates need the precision. Raises `UsageError` for a folder that is not empty.
     """
     if shards < 1:
         raise UsageError(f"--shards {shards}: must be >= 1")
     if dtype != "fp32" and not weights_only:
-        raise UsageError(f"--dtype {dtype} needs --weights_only: a run does not go on from rounded weights")
+        raise UsageError(f"--dtype {dtype} needs --weights_only: a run cannot resume from rounded weights")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder}: exists and is not empty: choose another folder")
     read_run_config(source)
@@ -47,14 +47,14 @@ def convert_checkpoint(
     if weights_only:
         state["weights_only"] = True
     first, *others = [
-        {group: _share(named, rank, shards, group) for group, named in groups.items()} for rank in range(shards)
+        {group: _shard_of(named, rank, shards, group) for group, named in groups.items()} for rank in range(shards)
     ]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         save_checkpoint(folder / "checkpoints", checkpoint.step, tensors=first, others=others, state=state)
         if checkpoint.step == best_step(checkpoint.path.parent) and state.get("best_loss") is not None:
             mark_best(folder / "checkpoints", checkpoint.step, state["best_loss"])
-        for name in ("tokenizer.json", "metrics.jsonl", "config.json"):  # the last of which makes it a run
+        for name in ("tokenizer.json", "metrics.jsonl", "config.json"):  # the last one makes it a run
             if (source / name).exists():
                 shutil.copyfile(regular_file(source / name, inside=source), folder / name)
     except BaseException:
@@ -74,16 +74,16 @@ def _groups(checkpoint: Checkpoint, weights_only: bool, dtype: torch.dtype) -> M
     return {"model": {name: done[id(tensor)] for name, tensor in weights.items()}}
 
 
-def _share(named: Mapping[str, Tensor], rank: int, shards: int, group: str) -> Held:
-    if shards == 1 or group in WHOLE:
+def _shard_of(named: Mapping[str, Tensor], rank: int, shards: int, group: str) -> LocalTensors:
+    if shards == 1 or group in UNSHARDED:
         return dict(named) if rank == 0 else {}
-    cut: dict[str, Any] = {name: _piece(tensor, rank, shards) for name, tensor in named.items() if tensor.ndim}
+    cut: dict[str, Any] = {name: _shard(tensor, rank, shards) for name, tensor in named.items() if tensor.ndim}
     return cut | ({name: tensor for name, tensor in named.items() if not tensor.ndim} if rank == 0 else {})
 
 
-def _piece(tensor: Tensor, rank: int, shards: int) -> Piece:
+def _shard(tensor: Tensor, rank: int, shards: int) -> Shard:
     length = len(tensor)
     size = -(-length // shards)
     begin = min(rank * size, length)
     part = tensor[begin : begin + size]
-    return Piece(tensor=part, shape=tuple(tensor.shape), offset=(begin, *(0,) * (tensor.ndim - 1)))
+    return Shard(tensor=part, shape=tuple(tensor.shape), offset=(begin, *(0,) * (tensor.ndim - 1)))

@@ -1,13 +1,14 @@
-"""Checkpoints that survive: staged, listed with size and SHA-256, fsynced, renamed into place; nothing is a pickle.
+"""Crash-safe checkpoints: written to a staging folder with a manifest of sizes and SHA-256, fsynced, renamed; no
+pickles.
 
-    RUN/config.json                                what the run is, enough to rebuild the model
+    RUN/config.json                                the resolved config, enough to rebuild the model
     RUN/tokenizer.json
     RUN/checkpoints/step-00000500/model.safetensors  optimizer.safetensors  rng.safetensors  state.json  manifest.json
                                                    ema.safetensors where the run averages its weights
-                                                   of a sharded run model/shard-….safetensors, one a rank, and so on
+                                                   in a sharded run model/shard-….safetensors, one per rank, and so on
     RUN/checkpoints/best.json                      which step had the lowest held-out loss
 
-A directory whose name begins with a dot is being written or being deleted, and is never read.
+A directory whose name begins with a dot is being written or deleted, and is never read.
 """
 
 import errno
@@ -22,7 +23,7 @@ from typing import Any, TypeVar, cast
 from safetensors import SafetensorError
 from torch import Tensor
 
-from swamla.checkpoint.pieces import Held, Like, Piece, Pieces, read_like, save_pieces, shard_name
+from swamla.checkpoint.shards import Like, LocalTensors, Shard, ShardReader, read_resharded, save_shards, shard_name
 from swamla.errors import CorruptError, SwamlaError, UsageError
 from swamla.faults import fault
 from swamla.files import entry, fsync, read_json, regular_file, sha256_of, write_text_atomically
@@ -43,17 +44,17 @@ class Checkpoint:
     files: tuple[str, ...]
 
     def tensors(self, group: str, like: Like = lambda name: None) -> dict[str, Tensor]:
-        """The tensors of `group`, e.g. "model"; a name that was tied to another gives the same tensor object.
+        """The tensors of `group`, e.g. "model"; tied names give the same tensor object.
 
-        like: a tensor for a name, or None; a tensor that is like a sharded one of its shape comes as this rank's part
-        of it, alone, whoever wrote it: one process, or any number of them.
+        like: the tensor to load into by name, or None. If it is sharded, only this rank's shard is read, whatever
+        number of processes wrote the checkpoint.
         """
-        return read_like(self.pieces(group), like)
+        return read_resharded(self.reader(group), like)
 
-    def pieces(self, group: str) -> Pieces:
-        """The tensors of `group`, to be read one by one."""
+    def reader(self, group: str) -> ShardReader:
+        """A reader of single tensors of `group`."""
         shards = [name for name in self.files if name.startswith(f"{group}/")] or [f"{group}.safetensors"]
-        return Pieces([regular_file(self.path / name, inside=self.path) for name in sorted(shards)])
+        return ShardReader([regular_file(self.path / name, inside=self.path) for name in sorted(shards)])
 
     def groups(self) -> list[str]:
         """The names of all groups."""
@@ -61,21 +62,21 @@ class Checkpoint:
         return sorted({name.split("/")[0].removesuffix(".safetensors") for name in tensors})
 
     def has(self, group: str) -> bool:
-        """True if it holds tensors of `group`."""
+        """True if there are tensors of `group`."""
         return group in self.groups()
 
 
 class WriterGroup:
-    """The processes that write a checkpoint together; this class is one alone, and the main one."""
+    """The processes that write a checkpoint together. This class is for a single process, which is the main one."""
 
     rank = 0
 
     def together(self, work: Callable[[], T]) -> list[T]:
-        """What `work` gives, of every process in the order of ranks; where it fails on one, it raises on all."""
+        """Run `work` on every process and return all results in the order of ranks; if one fails, all raise."""
         return [work()]
 
     def any(self, flag: bool) -> bool:
-        """True where the flag of one is up; asked by the thread that trains, not the one that writes."""
+        """True if the flag is True on any process. Called by the training thread, not the writing one."""
         return flag
 
 
@@ -86,23 +87,23 @@ def save_checkpoint(
     directory: Path,
     step: int,
     *,
-    tensors: Mapping[str, Mapping[str, Tensor | Piece]],
+    tensors: Mapping[str, Mapping[str, Tensor | Shard]],
     state: Mapping[str, Any],
     writers: WriterGroup = ALONE,
-    others: Sequence[Mapping[str, Held]] = (),
+    others: Sequence[Mapping[str, LocalTensors]] = (),
 ) -> Path:
-    """Write `directory/step-<step>` so that it is there whole or not at all, and return its path.
+    """Write `directory/step-<step>` atomically and return its path.
 
-    tensors: group name -> tensors; each group becomes one safetensors file, or one file a process where it has pieces.
-    state: plain JSON data. writers: all its processes call this, at the same step, with the pieces that each holds.
-    others: the pieces of processes that are not there, for one that is alone.
+    tensors: group name -> tensors; a group becomes one safetensors file, or one file per process if it has shards.
+    state: plain JSON data. writers: all its processes call this at the same step, each with its own shards.
+    others: shards of further ranks, written by a single process in their place.
     Raises `SwamlaError`, naming the path and the bytes needed, when the disk is full; older checkpoints stay intact.
     """
     final, staging = directory / step_name(step), directory / f".saving-{step_name(step)}"
     main = writers.rank == 0
 
     def together(work: Callable[[], T]) -> list[T]:
-        def explained() -> T:  # where it fails: the other processes are told no more than its words
+        def explained() -> T:  # explained where it fails: other processes get the message only
             try:
                 return work()
             except (OSError, SafetensorError) as error:
@@ -121,7 +122,7 @@ def save_checkpoint(
         raise _explain_write_error(error, final, tensors) from error
     finally:
         if main:
-            shutil.rmtree(staging, ignore_errors=True)  # where it still is, something went wrong
+            shutil.rmtree(staging, ignore_errors=True)  # still there only after a failure
     return final
 
 
@@ -131,14 +132,14 @@ def _begin(directory: Path, staging: Path) -> None:
     staging.mkdir()
 
 
-def _write(staging: Path, tensors: Mapping[str, Held], rank: int) -> dict[str, dict[str, Any]]:
-    """Write what this process holds and return its part of the manifest."""
+def _write(staging: Path, tensors: Mapping[str, LocalTensors], rank: int) -> dict[str, dict[str, Any]]:
+    """Write this process's tensors and return its entries of the manifest."""
     files = []
     for group, named in tensors.items():
-        if any(isinstance(tensor, Piece) for tensor in named.values()):
+        if any(isinstance(tensor, Shard) for tensor in named.values()):
             (staging / group).mkdir(exist_ok=True)
             files.append(staging / group / shard_name(rank))
-            save_pieces(files[-1], named)
+            save_shards(files[-1], named)
         elif rank == 0:
             files.append(staging / f"{group}.safetensors")
             save_tensors(files[-1], cast("Mapping[str, Tensor]", named))
@@ -153,7 +154,7 @@ def _listed(file: Path) -> dict[str, Any]:
 
 
 def _finish(staging: Path, final: Path, files: dict[str, Any], state: dict[str, Any]) -> None:
-    """What the main process alone does, when all tensors are on the disk."""
+    """The main process's work when all tensors are on disk: state, manifest, rename."""
     (staging / "state.json").write_text(json.dumps(state, allow_nan=False))
     files = dict(sorted((files | {"state.json": _listed(staging / "state.json")}).items()))
     manifest = {"format_version": FORMAT_VERSION, "step": state["step"], "files": files}
@@ -161,7 +162,7 @@ def _finish(staging: Path, final: Path, files: dict[str, Any], state: dict[str, 
     for path in (staging / "state.json", staging / "manifest.json", staging):
         fsync(path)
     fault("save-manifest", state["step"])
-    if final.exists():  # a damaged or abandoned future of a run that was resumed from before it
+    if final.exists():  # damaged, or from before the run was resumed at an earlier step
         final.rename(final.with_name(f".deleting-{final.name}"))
     staging.rename(final)
     fault("save-rename", state["step"])
@@ -231,17 +232,17 @@ def prune(directory: Path, *, keep_last: int, pinned: Iterable[int] = ()) -> Non
     """Delete all but the newest `keep_last` checkpoints and the `pinned` steps, once the newest has verified."""
     pinned_steps = set(pinned)
     paths = list_checkpoints(directory)
-    doomed = [p for p in paths[: -max(keep_last, 1)] if step_of(p) not in pinned_steps]
-    if doomed:
+    to_delete = [p for p in paths[: -max(keep_last, 1)] if step_of(p) not in pinned_steps]
+    if to_delete:
         verify(paths[-1])
-    for path in doomed:  # renamed first, so that a half-deleted directory never looks like a checkpoint
+    for path in to_delete:  # renamed first, so that a half-deleted directory never looks like a checkpoint
         path.rename(directory / f".deleting-{path.name}")
         fault("prune", step_of(paths[-1]))
     _sweep(directory)
 
 
 def set_aside_after(directory: Path, step: int) -> None:
-    """Rename the checkpoints later than `step` to `damaged-step-…`: a run falls back to `step` only if they are."""
+    """Rename checkpoints later than `step` to `damaged-step-…`; called when a run falls back to `step`."""
     for path in list_checkpoints(directory):
         if step_of(path) > step:
             shutil.rmtree(directory / f"damaged-{path.name}", ignore_errors=True)
@@ -249,7 +250,7 @@ def set_aside_after(directory: Path, step: int) -> None:
 
 
 def mark_best(directory: Path, step: int, loss: float) -> None:
-    """Record, atomically, that the checkpoint of `step` has the lowest held-out loss so far."""
+    """Record atomically that the checkpoint of `step` has the lowest held-out loss so far."""
     write_text_atomically(directory / "best.json", json.dumps({"step": step, "loss": loss}) + "\n")
 
 
@@ -263,25 +264,25 @@ def require_format(data: dict[str, Any], file: Path) -> None:
         raise CorruptError(f"{file}: there is no format version {version}")
 
 
-def _explain_write_error(error: Exception, path: Path, tensors: Mapping[str, Held]) -> Exception:
+def _explain_write_error(error: Exception, path: Path, tensors: Mapping[str, LocalTensors]) -> Exception:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if not full and "os error 28" not in str(error) and "os error 122" not in str(error):
         return error
-    whole = [t.tensor if isinstance(t, Piece) else t for named in tensors.values() for t in named.values()]
+    whole = [t.tensor if isinstance(t, Shard) else t for named in tensors.values() for t in named.values()]
     needed = sum(tensor.nbytes for tensor in whole)
     free = shutil.disk_usage(path.parent).free
     return SwamlaError(f"{path}: disk full: needs {needed:,} bytes, {free:,} are free; older checkpoints are intact")
 
 
 def _sweep(directory: Path) -> None:
-    """Remove what an interrupted save or prune left behind."""
+    """Remove the remains of an interrupted save or prune."""
     for pattern in (".saving-*", ".deleting-*"):
         for path in directory.glob(pattern):
             shutil.rmtree(path)
 
 
 def step_name(step: int) -> str:
-    """The name of a step's checkpoint; names sort as steps do."""
+    """The name of a step's checkpoint; names sort in the order of steps."""
     return f"step-{step:08d}"
 
 

@@ -1,4 +1,4 @@
-"""The checkpoint of a run that is asked for, and the model it holds."""
+"""Find a checkpoint of a run, and load its model."""
 
 import warnings
 from collections.abc import Mapping
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 
 def find_checkpoint(run_dir: Path, which: str = "best") -> Checkpoint:
-    """The checkpoint of a run called "best", "latest" or by its step, e.g. "500".
+    """The checkpoint of a run: "best", "latest" or a step, e.g. "500".
 
-    "best" is the one with the lowest held-out loss, or the latest where none was evaluated or the best is damaged (a
-    warning says so). Raises `UsageError` where there is none.
+    "best" is the one with the lowest held-out loss; if none was evaluated, or with a warning if the best is damaged,
+    the latest. Raises `UsageError` if there is none.
     """
     directory = run_dir / "checkpoints"
     if which not in ("best", "latest") and not which.isdigit():
@@ -50,12 +50,12 @@ def find_checkpoint(run_dir: Path, which: str = "best") -> Checkpoint:
             warnings.warn(f"the best checkpoint is damaged, using the latest: {error}", stacklevel=2)
     latest = latest_checkpoint(directory)
     if latest is None:
-        raise UsageError(f"{run_dir}: holds no checkpoint (looked in {directory})")
+        raise UsageError(f"{run_dir}: has no checkpoint (looked in {directory})")
     return latest
 
 
 def best_step(directory: Path) -> int | None:
-    """The step that best.json names, None where there is none. Raises `CorruptError` for one that says nothing."""
+    """The step in best.json, None without the file. Raises `CorruptError` if it is damaged."""
     best = directory / "best.json"
     return entry(read_json(best, inside=directory), "step", int, file=best) if best.exists() else None
 
@@ -63,10 +63,10 @@ def best_step(directory: Path) -> int | None:
 def load(run_dir: str | Path, which: str = "best", *, raw: bool = False) -> "tuple[LanguageModel, Tokenizer]":
     """Rebuild the model of a run, in evaluation mode and fp32, and its tokenizer. Exported as `swamla.load`.
 
-    which: "best" (lowest held-out loss), "latest", or a step such as "500". The weights of a run with `ema` are the
-    averaged ones, which its evaluations scored; raw: those that training itself goes on from. Only safetensors and
-    JSON are ever read. What the model generates the tokenizer knows, also where the vocabulary is padded. Raises
-    `UsageError` for a folder that is no run, `CorruptError` for a damaged one.
+    which: "best" (lowest held-out loss), "latest", or a step such as "500". Of a run with `ema` these are the
+    averaged weights, which its evaluations score; raw: the unaveraged ones. Only safetensors and JSON are ever read.
+    The model generates only ids that the tokenizer has, even if the vocabulary is padded. Raises `UsageError` for a
+    folder that is no run, `CorruptError` for a damaged one.
     """
     run_dir = Path(run_dir)
     plain = read_run_config(run_dir)
@@ -74,13 +74,13 @@ def load(run_dir: str | Path, which: str = "best", *, raw: bool = False) -> "tup
 
     from swamla.config import from_plain
     from swamla.data.tokenizer import load_tokenizer
-    from swamla.model.config import LanguageModelConfig
+    from swamla.model.language_model import LanguageModelConfig
 
     config = from_plain(LanguageModelConfig, plain["model"], path="model", origin=str(run_dir / "config.json"))
     model = config.with_backends(stored_paths(checkpoint)).build()
     if checkpoint.has("ema") and not raw:
         weights = dict(model.named_parameters(remove_duplicate=False)).keys()
-        if checkpoint.pieces("ema").shapes().keys() != weights:
+        if checkpoint.reader("ema").shapes().keys() != weights:
             raise CorruptError(f"{checkpoint.path}: the averaged weights do not fit the model")
     load_into(model, weights_of(checkpoint, raw=raw), origin=str(checkpoint.path))
     tokenizer = load_tokenizer(run_dir / "tokenizer.json")
@@ -94,9 +94,9 @@ def load(run_dir: str | Path, which: str = "best", *, raw: bool = False) -> "tup
 
 
 def stored_paths(checkpoint: Checkpoint) -> dict[str, str]:
-    """Block → the backend by which its mixer was trained, where that was chosen by measurement on a CPU.
+    """Block → the backend that its mixer was trained with, if it was chosen by measurement on a CPU.
 
-    Other bits would come of another one. Raises `CorruptError` for anything but names.
+    Another backend would give other bits. Raises `CorruptError` if the entry is damaged.
     """
     paths = checkpoint.state.get("paths", {})
     if not isinstance(paths, dict) or not all(isinstance(backend, str) for backend in paths.values()):
@@ -107,7 +107,7 @@ def stored_paths(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def weights_of(checkpoint: Checkpoint, *, raw: bool = False) -> dict[str, Tensor]:
-    """The weights and buffers that are judged: the averages of the weights where there are any, unless `raw`."""
+    """Weights and buffers, with the averaged weights if there are any, unless `raw`."""
     tensors = checkpoint.tensors("model")
     return tensors if raw or not checkpoint.has("ema") else tensors | checkpoint.tensors("ema")
 
@@ -132,7 +132,7 @@ def read_run_config(run_dir: Path) -> dict[str, Any]:
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, origin: str) -> None:
-    """Copy `tensors` into the parameters and buffers of `module`, all of them and nothing else.
+    """Copy `tensors` into the parameters and buffers of `module`; the names must be the same.
 
     Raises `CorruptError` listing the first five names that are missing, unexpected or of another shape.
     """

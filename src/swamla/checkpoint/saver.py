@@ -1,4 +1,4 @@
-"""Saving while the run goes on: what is saved is copied, and written by a thread."""
+"""Asynchronous saving: the state is copied, and a thread writes the copy while training continues."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -12,15 +12,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from swamla.checkpoint.folder import ALONE, WriterGroup, mark_best, prune, save_checkpoint
-from swamla.checkpoint.pieces import Held, Piece, held_here
+from swamla.checkpoint.shards import LocalTensors, Shard, local_tensors
 from swamla.errors import SwamlaError
 
-UNWRITTEN = (SwamlaError, OSError, SafetensorError)  # what the world does to a save, and not a mistake of ours
+WRITE_ERRORS = (SwamlaError, OSError, SafetensorError)  # failures of the disk, as opposed to bugs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """What became of a save: `error` if it failed, else the checkpoint of `step` is in place. best: it is the best."""
+    """The result of a save: `error` if it failed, else the checkpoint of `step` is in place. best: it is the best."""
 
     step: int
     best: bool
@@ -28,12 +28,12 @@ class Saved:
 
 
 class Saver:
-    """Writes checkpoints, marks the best and lets go of those that are no longer kept, in this order, always.
+    """Writes checkpoints, then marks the best, then deletes those that are no longer kept.
 
-    background: return from `save` as soon as everything is copied to the CPU's memory, and write in a thread. One save
-    is under way at most: the next waits for it. The copies are kept for the next save, in pinned memory where they come
-    from a GPU. best: the (step, loss) that is marked already. writers: the processes that save together.
-    say: told of a save that failed when nobody asked any more.
+    background: `save` returns once everything is copied to the CPU's memory, and a thread writes. At most one save runs
+    at a time; the next one waits for it. The memory of the copies is reused, and pinned if they come from a GPU.
+    best: the (step, loss) that is marked already. writers: the processes that save together.
+    say: prints the failure of a save whose result was never asked for.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Saver:
         writers: WriterGroup = ALONE,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.best = best  # of what is in place
+        self.best = best  # among the checkpoints in place
         self._directory, self._keep_last, self._background = directory, keep_last, background
         self._writers, self._say = writers, say
         self._thread: threading.Thread | None = None
@@ -61,28 +61,28 @@ class Saver:
         state: Mapping[str, Any],
         best_loss: float | None = None,
     ) -> None:
-        """Begin to save this moment, or save it; best_loss: its held-out loss, where that makes it the best."""
+        """Save the current state, or start to. best_loss: its tensors-out loss if that is the best so far."""
         self._wait()
         main = self._writers.rank == 0
-        held = {group: held_here(named, main=main) for group, named in tensors.items()}
+        local = {group: local_tensors(named, main=main) for group, named in tensors.items()}
         if not self._background:
-            self._write(step, held, state, best_loss)
+            self._write(step, local, state, best_loss)
             return
-        copies = self._copies.of(held)
+        copies = self._copies.of(local)
         self._thread = threading.Thread(
             target=self._write, args=(step, copies, dict(state), best_loss), name=f"save-{step}", daemon=True
         )
         self._thread.start()
 
     def mark(self, step: int, loss: float) -> None:
-        """Make a checkpoint that was saved already the best."""
+        """Mark an existing checkpoint as the best."""
         self._wait()
-        self._keep(step, lambda: self._settle((step, loss)), best=True)
+        self._record(step, lambda: self._mark_and_prune((step, loss)), best=True)
 
     def saved(self, *, wait: bool = False) -> list[Saved]:
-        """What became of the saves since this was last asked, in their order; wait: of all of them.
+        """Results of finished saves since the last call, in order; wait: finish all saves first.
 
-        Raises what was a mistake of ours.
+        Raises errors that are bugs rather than failures of the disk.
         """
         if self._thread is not None and (wait or not self._writers.any(self._thread.is_alive())):
             self._wait()
@@ -90,7 +90,7 @@ class Saver:
             return []
         found, self._saved = self._saved, []
         for one in found:
-            if one.error is not None and not isinstance(one.error, UNWRITTEN):
+            if one.error is not None and not isinstance(one.error, WRITE_ERRORS):
                 raise one.error
         return found
 
@@ -99,15 +99,17 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _write(self, step: int, held: Mapping[str, Held], state: Mapping[str, Any], best_loss: float | None) -> None:
+    def _write(
+        self, step: int, tensors: Mapping[str, LocalTensors], state: Mapping[str, Any], best_loss: float | None
+    ) -> None:
         def work() -> None:
-            save_checkpoint(self._directory, step, tensors=held, state=state, writers=self._writers)
-            self._settle(None if best_loss is None else (step, best_loss))
+            save_checkpoint(self._directory, step, tensors=tensors, state=state, writers=self._writers)
+            self._mark_and_prune(None if best_loss is None else (step, best_loss))
 
-        self._keep(step, work, best=best_loss is not None)
+        self._record(step, work, best=best_loss is not None)
 
-    def _keep(self, step: int, work: Callable[[], None], *, best: bool) -> None:
-        """Do `work` and note what became of it, whatever it was: in a thread nobody else would hear of it."""
+    def _record(self, step: int, work: Callable[[], None], *, best: bool) -> None:
+        """Run `work` and record its result or error, which would be lost in a thread."""
         error = None
         try:
             work()
@@ -115,8 +117,8 @@ class Saver:
             error = caught
         self._saved.append(Saved(step=step, best=best, error=error))
 
-    def _settle(self, best: tuple[int, float] | None) -> None:
-        """What is done once a checkpoint is in place, by the main process; all know whether it was."""
+    def _mark_and_prune(self, best: tuple[int, float] | None) -> None:
+        """Mark the best and prune, once a checkpoint is in place. The main process does it; errors raise on all."""
         kept = best or self.best
 
         def work() -> None:
@@ -133,7 +135,7 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Wait for what is under way, unless the user wants to leave at once: what is in place is whole anyway."""
+        """Wait for a running save, but not after Ctrl-C: an unfinished one leaves the others intact."""
         if isinstance(error, KeyboardInterrupt):
             return
         self._wait()
@@ -143,29 +145,29 @@ class Saver:
 
 
 class _Copies:
-    """Copies on the CPU of what is saved, made again into the same memory each time."""
+    """Copies of the saved tensors on the CPU, in memory that is reused."""
 
     def __init__(self) -> None:
         self._memory: dict[tuple[str, str], Tensor] = {}
 
     @torch.no_grad()
-    def of(self, held: Mapping[str, Held]) -> dict[str, dict[str, Tensor | Piece]]:
-        """Copies of all of it; tensors that are one stay one."""
-        copies = {group: dict(zip(named, self._group(group, named), strict=True)) for group, named in held.items()}
+    def of(self, tensors: Mapping[str, LocalTensors]) -> dict[str, dict[str, Tensor | Shard]]:
+        """Copies of all tensors; tied tensors stay tied."""
+        copies = {group: dict(zip(named, self._group(group, named), strict=True)) for group, named in tensors.items()}
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # the copies are on their way
+            torch.cuda.synchronize()  # wait for the asynchronous copies
         return copies
 
-    def _group(self, group: str, named: Held) -> list[Tensor | Piece]:
+    def _group(self, group: str, named: LocalTensors) -> list[Tensor | Shard]:
         done: dict[tuple[int, tuple[int, ...], tuple[int, ...]], Tensor] = {}
-        found: list[Tensor | Piece] = []
+        found: list[Tensor | Shard] = []
         for name, one in named.items():
-            tensor = one.tensor if isinstance(one, Piece) else one
+            tensor = one.tensor if isinstance(one, Shard) else one
             key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
             if key not in done or not tensor.numel():
                 done[key] = self._copy((group, name), tensor)
             copy = done[key]
-            found.append(Piece(tensor=copy, shape=one.shape, offset=one.offset) if isinstance(one, Piece) else copy)
+            found.append(Shard(tensor=copy, shape=one.shape, offset=one.offset) if isinstance(one, Shard) else copy)
         return found
 
     def _copy(self, key: tuple[str, str], tensor: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""The command line: a table of commands, each imported when it is chosen, and one way to end with an error.
+"""The command line: a table of commands, each imported when it is chosen, and one place that reports errors.
 
 Exit status: 0 done, 1 a bug in swamla, 2 bad input, 3 a corrupt artefact, 75 stopped by SIGTERM with the state saved,
-130 stopped by Ctrl-C, 128 + n ended by signal n while nothing was trained. An error is one line on stderr, with advice
-on lines of its own; --debug, anywhere on the line, shows the traceback instead.
+130 stopped by Ctrl-C, 128 + n ended by signal n outside training. An error is one line on stderr, with advice on
+further lines; --debug, anywhere on the line, shows the traceback instead.
 """
 
 import os
@@ -35,7 +35,7 @@ CLOSED_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
 
 def main(argv: Sequence[str] | None = None, command: str = "") -> int:
-    """Run one command and return the exit status. command: which, by default what the first word names."""
+    """Run one command and return the exit status. command: its name, by default the first word."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -46,38 +46,38 @@ def main(argv: Sequence[str] | None = None, command: str = "") -> int:
             others = _load_plugins(arguments)
             run = import_module(f"swamla.cli.{command}").main if command else _dispatch
             status = run(others)
-        flush_outputs()  # what is still buffered finds a closed pipe here, not when the interpreter ends
+        flush_outputs()  # raises on a closed pipe here rather than when the interpreter exits
         return status
-    except SystemExit:  # after a help
+    except SystemExit:  # after --help
         raise
-    except BaseException as error:  # some libraries' errors are no `Exception`
+    except BaseException as error:  # some libraries raise errors that are no `Exception`
         if debug and not isinstance(error, BrokenPipeError):
             raise
-        return _tell(error)
+        return _report(error)
 
 
-def _tell(error: BaseException) -> int:
-    """Say how it ended, in one line and the notes that the error has; returns the exit status."""
+def _report(error: BaseException) -> int:
+    """Print the error in one line, then its notes; returns the exit status."""
     message, status = _explain(error)
     try:
-        if message and _is_mine_to_tell(error):
+        if message and _is_reported_here(error):
             where = "" if is_main() else f"rank {os.environ['RANK']}: "
             print(f"swamla: error: {where}{message}", file=sys.stderr)
             for note in getattr(error, "__notes__", ()):
                 print(f"swamla: {note}", file=sys.stderr)
         flush_outputs()
-    except OSError:  # nobody reads it any more
+    except OSError:  # the output is closed
         pass
     return status
 
 
-def _is_mine_to_tell(error: BaseException) -> bool:
-    """Of several processes the main one speaks; the others only of what happened to them alone."""
+def _is_reported_here(error: BaseException) -> bool:
+    """On several ranks the main one reports errors; the others report only those that happened to them alone."""
     return is_main() or not isinstance(error, FailedElsewhere | Interrupted | UsageError | ConfigError)
 
 
 def _load_plugins(arguments: list[str]) -> list[str]:
-    """Import what --plugin names, before a command reads a config or knows its flags; returns all other arguments."""
+    """Import the files of --plugin, before a command reads configs or builds flags; returns all other arguments."""
     others: list[str] = []
     words = iter(arguments)
     for word in words:
@@ -104,7 +104,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(_overview())
         return 0
     if command == "--version":
-        from swamla import __version__
+        from swamla.version import __version__
 
         print(f"swamla {__version__}")
         return 0
@@ -125,8 +125,8 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "swamla COMMAND --help tells a command's flags; swamla --version. Every command also takes --plugin FILE,",
-            "to import a Python file with mixers or optimizers of your own first, and --debug, to show tracebacks.",
+            "swamla COMMAND --help shows a command's flags; swamla --version. Every command also takes --plugin FILE,",
+            "which imports a Python file with mixers or optimizers of your own, and --debug, which shows tracebacks.",
         ]
     )
 
@@ -138,7 +138,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
             return " ".join(str(error).splitlines()), error.exit_status
         case KeyboardInterrupt():
             return "interrupted", INTERRUPTED
-        case BrokenPipeError():  # the reader of our output left, as in `swamla info … | head -1`
+        case BrokenPipeError():  # the reader closed the pipe, as in `swamla info … | head -1`
             return "", CLOSED_PIPE
         case OSError(filename=str() | bytes() | os.PathLike()):
             return f"{error.filename!s}: {error.strerror}", SwamlaError.exit_status

@@ -1,4 +1,4 @@
-"""`swamla bench RECIPE`: how fast a recipe trains, generates, is fed and starts on the machine at hand."""
+"""`swamla bench RECIPE`: the speed of training, generation, loader and start-up on this machine."""
 
 import math
 import shlex
@@ -32,15 +32,15 @@ CTRL_C = 130
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """How fast a recipe is on this machine: training, generation, loader, tokenizer, start-up; and what is the most
-    that could be reached. On random tokens: nothing is fetched, and no run is begun.
+    """How fast a recipe is on this machine: training, generation, loader, tokenizer, start-up; and the machine's peak
+    rates. Uses random tokens, downloads nothing and starts no run.
 
-    recipe: a shipped recipe, a .toml or .json file, or a run's folder. Flags change what it says.
-    out: keep the figures, with what they were measured on, in this file; it is whole after every row.
-    minutes: about how long it may take. What would not fit is left out, and named.
-    lengths: train on single rows of so many tokens, besides the recipe's own; or none.
-    prompts: generate behind prompts of so many tokens; or none.
-    output_dir, run_name, workers: of no account here: the command line of a training can be measured as it is.
+    recipe: a shipped recipe, a .toml or .json file, or a run's folder; flags change it.
+    out: write the figures and the machine to this file; it is complete after every row.
+    minutes: about how long it may take. Measurements that would take longer are named and left out.
+    lengths: train on single rows of these lengths too; or none.
+    prompts: generate after prompts of these lengths; or none.
+    output_dir, run_name, workers: no effect; accepted so that a training's command line can be used as it is.
     """
 
     recipe: str = argument("", positional=True, default="quickstart")
@@ -55,7 +55,7 @@ class Arguments:
 
 @dataclass(kw_only=True)
 class _Shown(Results):
-    """Results whose rows are shown as they come."""
+    """Results that show each row when it is added."""
 
     screen: Screen = field()
 
@@ -65,7 +65,7 @@ class _Shown(Results):
 
 
 def main(argv: list[str]) -> int:
-    """Measure and tell."""
+    """Measure and print."""
     arguments, given = parse(Arguments, argv, command="swamla bench", more=flags(), explain=explain_recipe)
     if distributed.launched():
         raise UsageError("bench is for one process; start it without torchrun")
@@ -89,8 +89,8 @@ def main(argv: list[str]) -> int:
 
 
 _LEGEND = (
-    "medians, ± half the way between the quartiles. Packed rows (*) hold many documents, the others one. Matmul: the "
-    "products that the accounting counts, by the rate of large ones here. Memory: the most that training holds."
+    "medians, ± half the distance between the quartiles. Packed rows (*) have many documents, the others one. Matmul: "
+    "the model's FLOPs by the accounting, over the rate of large products here. Memory: the peak of training."
 )
 
 
@@ -108,8 +108,8 @@ def _measure(recipe: str, wanted: Wanted, results: _Shown, seconds: float, conso
     for choice in ([precision] if precision else []) + choices:
         say(console, str(choice))
     say(console, _machine(results.machine))
-    say(console, f"{_about(seconds)} (--minutes); on random tokens, nothing is fetched")
-    results.screen.stage("what the machine reaches")
+    say(console, f"{_about(seconds)} (--minutes); on random tokens, nothing is downloaded")
+    results.screen.stage("the machine's peak rates")
     results.ceilings = ceilings(wanted.device, seconds=min(1.0, 0.01 * seconds))
     say(console, _ceilings(results.ceilings))
     results.rows["model"] = [
@@ -142,11 +142,11 @@ def _machine(found: dict[str, object]) -> str:
 
 def _ceilings(found: dict[str, float]) -> str:
     flops = [f"{name} {found[f'{name}_flops'] / 1e9:,.0f} GFLOP/s" for name in ("fp32", "bf16")]
-    return f"it reaches, in large matrix products, {' and '.join(flops)}, and copies {in_bytes(found['copy_bytes'])}/s"
+    return f"large matrix products run at {' and '.join(flops)}, copies at {in_bytes(found['copy_bytes'])}/s"
 
 
 def _wanted(recipe: str, arguments: Arguments, given: Mapping[str, Any]) -> Wanted:
-    """What to measure; raises for what cannot be."""
+    """What to measure. Raises for impossible requests."""
     run = Path(recipe) / "config.json"
     config = read_recipe(str(run) if run.is_file() else recipe, given)
     config = replace(config, model=with_vocabulary(config.model, config.data))
@@ -166,7 +166,7 @@ def _wanted(recipe: str, arguments: Arguments, given: Mapping[str, Any]) -> Want
 
 
 def _numbers(flag: str, text: str, most: int, *, asked: bool) -> tuple[int, ...]:
-    """The numbers of a flag, of its defaults those that fit learned positions, where there are any (most > 0)."""
+    """The numbers in a flag; of its defaults those that fit the learned positions (most > 0: there are any)."""
     if text == "none":
         return ()
     try:
@@ -187,7 +187,7 @@ def _minutes(minutes: float) -> float:
 
 
 def _file(out: str) -> Path | None:
-    """Where the figures go; raises, before anything is measured, where they could not."""
+    """The output file. Raises, before anything is measured, if it cannot be written."""
     if not out:
         return None
     file = Path(out)
@@ -199,5 +199,5 @@ def _file(out: str) -> Path | None:
         try:
             Results.load(file)
         except (SwamlaError, OSError):
-            raise UsageError(f"--out {out}: exists, and holds no such figures: choose another file") from None
+            raise UsageError(f"--out {out}: exists and is not a file of such figures: choose another file") from None
     return file

@@ -1,4 +1,4 @@
-"""How `swamla bench` looks: tables on a terminal, each as soon as it is full; anywhere else a line a row, at once."""
+"""Output of `swamla bench`: on a terminal a table at a time, elsewhere one line per row at once."""
 
 from collections.abc import Callable
 from types import TracebackType
@@ -79,16 +79,16 @@ def line(table: str, row: Row) -> str:
     if "error" in row:
         return f"{table}: {row['name']}: not measured: {row['error']}"
     name, *cells = [(heading, cell(row)) for heading, cell in COLUMNS[table].items()]
-    told = [f"{heading} {text}" for heading, text in cells if text != "–"]
-    return f"{table}: {name[1]}: {', '.join(told)}"
+    words = [f"{heading} {text}" for heading, text in cells if text != "–"]
+    return f"{table}: {name[1]}: {', '.join(words)}"
 
 
 class Screen:
-    """What people see of the rows: a context, which shows at its end what it has of the last table."""
+    """Shows the rows; as a context manager it shows the last table when it is left."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        # Nothing moves on it by itself: that would take a thread, and time from what is measured.
+        # No automatic refresh: its thread would disturb the measurement.
         self._status = Live(console=console, auto_refresh=False, transient=True)
         self._table, self._rows = "", list[Row]()
 
@@ -98,12 +98,12 @@ class Screen:
         return self
 
     def stage(self, text: str) -> None:
-        """Say what is being measured, where that can be taken back."""
+        """Show what is being measured, on terminals only."""
         if self._console.is_terminal:
             self._status.update(Text(f"measuring {text} …", style="dim"), refresh=True)
 
     def row(self, table: str, row: Row) -> None:
-        """Show a row, or keep it for its table."""
+        """Show a row, or collect it for its table."""
         if not self._console.is_terminal:
             say(self._console, line(table, row))
             return
@@ -117,7 +117,7 @@ class Screen:
         if measured:
             columns = COLUMNS[self._table]
             drawn = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-            for number, heading in enumerate(columns):  # names are broken, where it is narrow, and figures are not
+            for number, heading in enumerate(columns):  # on a narrow terminal fold names, not figures
                 drawn.add_column(heading, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
             for row in measured:
                 name, *figures = (cell(row) for cell in columns.values())

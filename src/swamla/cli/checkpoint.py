@@ -1,4 +1,4 @@
-"""`swamla checkpoint`: what a run has saved, whether it is whole, and the same in another layout."""
+"""`swamla checkpoint`: list, verify and convert a run's checkpoints."""
 
 import json
 import time
@@ -25,9 +25,9 @@ HELP = """usage: swamla checkpoint list RUN
        swamla checkpoint verify RUN|CHECKPOINT
        swamla checkpoint convert RUN FOLDER
 
-list      the checkpoints of a run: step, size, age, which is the best and which the latest
-verify    every file against its manifest; exit status 3, naming the file, where one is damaged
-convert   one checkpoint in another layout, or its weights alone, as a run's folder of its own
+list      list the checkpoints of a run: step, size, age, best, latest
+verify    check every file against its manifest; exit status 3 and the file's name if one is damaged
+convert   write one checkpoint with another number of shards, or its weights alone, as a new run folder
 
 Each takes --json and --help."""
 
@@ -48,7 +48,7 @@ class List:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Every file of a checkpoint, or of all checkpoints of a run, against its manifest.
+    """Check every file of a checkpoint, or of all checkpoints of a run, against its manifest.
 
     path: a run's folder, or one checkpoint: RUN/checkpoints/step-00000500.
     json: print a JSON list.
@@ -60,14 +60,14 @@ class Verify:
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """One checkpoint of a run, in another layout, as the only one of a new run's folder.
+    """Write one checkpoint of a run, with another number of shards, as the only one of a new run folder.
 
     run: the run's folder.
-    folder: the new run's folder: one that is not there yet, or is empty.
+    folder: the new run's folder, missing or empty.
     checkpoint: best, latest, or a step.
-    shards: files that weights and optimizer state are cut into, as fsdp saves them on so many processes; 1: not at all.
-    weights_only: only what the model is loaded from, averages where there are any; it cannot be resumed.
-    dtype: of the matrices; another than fp32 with --weights_only alone.
+    shards: files per group, as fsdp saves them on so many processes; 1 for a single file.
+    weights_only: only the weights, the averages if there are any; the result cannot be resumed.
+    dtype: of the matrices; other than fp32 only with --weights_only.
     json: print one JSON object.
     """
 
@@ -82,7 +82,7 @@ class Convert:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One checkpoint. state: "whole" (all files, in their sizes), "verified" (their SHA-256 too), or what is wrong."""
+    """One checkpoint. state: "whole" (all files of the right size), "verified" (SHA-256 too), or the error."""
 
     path: str
     step: int
@@ -96,7 +96,7 @@ class Row:
 
 
 def main(argv: list[str]) -> int:
-    """Choose."""
+    """Run the action that the first word names."""
     actions = {"list": _list, "verify": _verify, "convert": _convert}
     action = argv[0] if argv else "--help"
     if action in ("-h", "--help"):
@@ -160,7 +160,7 @@ def _convert(argv: list[str]) -> int:
 
 def _of_run(run: Path) -> list[Path]:
     if not (run / "checkpoints").is_dir():
-        raise UsageError(f"{run}: not a run's folder (it has no folder checkpoints)")
+        raise UsageError(f"{run}: not a run folder (it has no folder checkpoints)")
     return list_checkpoints(run / "checkpoints")
 
 
@@ -176,7 +176,7 @@ def _rows(paths: list[Path], *, hashes: bool) -> list[Row]:
 
 
 def _row(path: Path, best: bool, latest: bool, hashes: bool) -> Row:
-    """What a checkpoint is, damaged or not."""
+    """The row of a checkpoint, damaged or not."""
     layout, state, damaged = "–", "verified" if hashes else "whole", False
     try:
         layout = _layout(verify(path, hashes=hashes))

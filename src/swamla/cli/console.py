@@ -1,4 +1,4 @@
-"""What the commands print with."""
+"""Printing for all commands."""
 
 import os
 import shlex
@@ -12,34 +12,34 @@ from swamla.distributed import is_main
 
 
 class Console(rich.console.Console):
-    """rich's console, but a reader of our output who leaves early is `main`'s to answer, as everywhere else.
+    """rich's console, but leaves a closed pipe to `main`.
 
-    Of several processes of a run only the main one's prints.
+    Only the main rank prints.
     """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(quiet=not is_main(), **settings)
 
     def on_broken_pipe(self) -> None:
-        """Called while a `BrokenPipeError` is handled: let it go on."""
+        """Called while a `BrokenPipeError` is handled: re-raise it."""
         raise
 
 
 def say(console: rich.console.Console, text: str) -> None:
-    """Print text as it is: no markup, no wrapping, no highlighting."""
+    """Print plain text: no markup, no wrapping, no highlighting."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def harmless(text: str) -> str:
-    """Text without control characters: an untrained model may say anything, and the terminal would obey."""
+    """Replace control characters: a model may generate any, and the terminal would obey them."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-PLUGINS: list[str] = []  # files that --plugin named: a command that goes on needs them again
+PLUGINS: list[str] = []  # files of --plugin, repeated in commands that we suggest
 
 
 def program() -> str:
-    """How this program was called, in a form that works again from this folder; with its plugins."""
+    """A command that calls this program again from this folder, with its plugins."""
     called = sys.argv[0]
     if os.path.basename(called) != "swamla":
         words = [os.path.relpath(sys.executable), "-m", "swamla"]

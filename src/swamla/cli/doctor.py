@@ -1,4 +1,4 @@
-"""`swamla doctor`: this machine as swamla sees it, and whether it computes what it should."""
+"""`swamla doctor`: this machine as swamla sees it, and a self-check of its results."""
 
 import json
 import platform
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from swamla import __version__
 from swamla.bench.measuring import memory_bytes
 from swamla.cli.console import Console, say
 from swamla.cli.flags import parse
@@ -19,7 +18,7 @@ from swamla.cli.self_check import Outcome, run_checks, tiny_model
 from swamla.data.preparing import default_cache_dir
 from swamla.data.workers import available_cores
 from swamla.model.block import BlockConfig
-from swamla.model.config import LanguageModelConfig
+from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.process import prepared, processor
@@ -27,8 +26,9 @@ from swamla.train.backends import available, describe, resolve_backends
 from swamla.train.paths import fastest_paths
 from swamla.train.precision import has_bf16, resolve_device, resolve_precision
 from swamla.train.racing import Choice, forget_choices, kept_choices
+from swamla.version import __version__
 
-# Optional libraries, and the extra that brings them.
+# Optional libraries, and the extra that installs them.
 OPTIONAL = {
     "huggingface_hub": "hub",
     "tensorboard": "tracking",
@@ -41,11 +41,11 @@ OPTIONAL = {
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     """Environment, devices, optional libraries, what `auto` chooses here, and a self-check of about ten seconds.
-    Nothing is fetched from the network. The exit status is 1 if a check fails.
+    Nothing is downloaded. The exit status is 1 if a check fails.
 
     json: print one JSON object.
-    measure: forget which precision and which paths of attention were faster on this machine, and race anew: it may
-        have been busy then.
+    measure: measure again which precision and which attention paths are faster on this machine, e.g. because it was
+        busy the last time.
     """
 
     json: bool = False
@@ -53,7 +53,7 @@ class Arguments:
 
 
 def main(argv: list[str]) -> int:
-    """Look, try, and tell."""
+    """Inspect, check, and print."""
     arguments, _ = parse(Arguments, argv, command="swamla doctor")
     device = resolve_device("auto")
     if arguments.measure:
@@ -119,7 +119,7 @@ def _version(name: str) -> str | None:
 
 
 def _choices(device: torch.device) -> dict[str, Any]:
-    """What "auto" means here."""
+    """The choices of "auto" on this machine."""
     precision = resolve_precision("auto", device)
     return {
         "device": device.type,
@@ -130,8 +130,8 @@ def _choices(device: torch.device) -> dict[str, Any]:
     }
 
 
-# What is raced for the doctor, besides what runs have raced: the attentions that a model of the recipes' kind has.
-_RACED = LanguageModelConfig(
+# Shapes that the doctor measures, besides those that runs have measured: attention of a typical recipe.
+_MEASURED = LanguageModelConfig(
     width=384,
     blocks={"mha": BlockConfig(mixer=MHAConfig(n_heads=6)), "swa": BlockConfig(mixer=SWAConfig(n_heads=6))},
     pattern=("mha", "swa"),
@@ -140,14 +140,14 @@ _LENGTHS = (512, 4096)
 
 
 def _paths(device: torch.device) -> list[Choice]:
-    """Every race between paths that this machine has run, the usual ones now if they are missing."""
+    """All stored measurements of paths on this machine; measures the usual shapes if they are missing."""
     for length in _LENGTHS:
-        fastest_paths(_RACED, device, resolve_precision("auto", device), length=length)
+        fastest_paths(_MEASURED, device, resolve_precision("auto", device), length=length)
     return sorted(kept_choices().values(), key=lambda choice: (choice.what, choice.dtype, choice.length))
 
 
 def _storage() -> dict[str, Any]:
-    """Where data is cached, how much of it there is, and what is free there and here."""
+    """The cache's folder and size, and the free space there and here."""
     cache = default_cache_dir()
     existing = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
     used = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) if cache.is_dir() else 0
@@ -175,8 +175,8 @@ def _show(console: Console, found: dict[str, Any]) -> None:
         ("CUDA", "; ".join(devices) or "no device"),
         *((name, found["optional"][name] or f"missing: pip install 'swamla[{OPTIONAL[name]}]'") for name in OPTIONAL),
         ("auto", f"{chosen['precision']} on {chosen['device']}; {describe(chosen['backends'])}"),
-        *((op, _there(backends)) for op, backends in found["backends"].items()),
-        *(("fastest", _raced(choice)) for choice in found["paths"]),
+        *((op, _available(backends)) for op, backends in found["backends"].items()),
+        *(("fastest", _measured(choice)) for choice in found["paths"]),
         ("cache", f"{storage['cache']}, {short(storage['cache_bytes'], 'B')}"),
         ("disk", f"{free[0]} free there, {free[1]} here"),
     ]
@@ -186,15 +186,15 @@ def _show(console: Console, found: dict[str, Any]) -> None:
     say(console, "")
 
 
-def _raced(choice: dict[str, Any]) -> str:
-    """For people: "attention causal, 6 heads, width 64, documents of about 512, bfloat16: sdpa 12 ms, tiles 18 ms"."""
+def _measured(choice: dict[str, Any]) -> str:
+    """As text: "attention causal, 6 heads, width 64, documents of about 512, bfloat16: sdpa 12 ms, tiles 18 ms"."""
     first, *others = sorted(choice["seconds"], key=lambda path: path != choice["chosen"])
     times = ", ".join(f"{path} {1e3 * choice['seconds'][path]:.3g} ms" for path in (first, *others))
     return f"{Choice(**choice).shape}: {times} ({choice['rounds']} rounds)"
 
 
-def _there(backends: dict[str, str]) -> str:
-    """For people: "reference, torch; not flex (needs a CUDA device)"."""
+def _available(backends: dict[str, str]) -> str:
+    """As text: "reference, torch; not flex (needs a CUDA device)"."""
     there = ", ".join(name for name, obstacle in backends.items() if not obstacle)
     missing = ", ".join(f"{name} ({obstacle.partition(',')[0]})" for name, obstacle in backends.items() if obstacle)
     return f"{there}; not {missing}" if missing else there

@@ -1,4 +1,4 @@
-"""`swamla evaluate RUN [--data …]`: how well a model predicts text: its run's held-out text, or all of another."""
+"""`swamla evaluate RUN [--data …]`: how well a model predicts its run's held-out text, or all of another text."""
 
 import json
 import warnings
@@ -13,7 +13,7 @@ import numpy as np
 from swamla.checkpoint import Checkpoint, find_checkpoint, load, read_run_config
 from swamla.cli.console import Console
 from swamla.cli.flags import Flag, argument, parse
-from swamla.cli.overrides import data_flags, put_flags
+from swamla.cli.overrides import apply_flags, data_flags
 from swamla.cli.running import data_of_run, read_data, validation
 from swamla.config import from_plain
 from swamla.data.config import DataConfig
@@ -26,7 +26,7 @@ from swamla.train import RunConfig
 from swamla.train.precision import autocast, resolve_as_trained
 from swamla.train.run_folder import identity_of_run
 
-# What a source of one's own is told of, by the names of its fields; --split is short for --hub_split.
+# Fields of `DataConfig` that are flags for --data; --split is short for --hub_split.
 _OWN = ("text_column", "hub_config", "split", "hub_revision", "invalid_utf8", "on_bad_row", "cache_dir")
 
 
@@ -40,9 +40,9 @@ class Arguments:
     """Loss, perplexity and bits per byte of a trained model on text that it was not trained on.
 
     run: the run's folder.
-    data: other data than the run's own held-out text: all of it is scored. Of the run only the tokenizer matters then.
-    held_out: of --data score what a run on it would hold out alone, with the run's held_out_fraction.
-    block_size: tokens the model reads at a time; 0 for as many as in training.
+    data: score all of this data instead of the run's held-out text. Only the run's tokenizer is used then.
+    held_out: of --data score only the part that a run on it would hold out, by the run's held_out_fraction.
+    block_size: length of a row; 0 for that of training.
     checkpoint: best, latest, or a step.
     json: print one JSON object.
     """
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     if arguments.block_size < 0:
         raise UsageError(f"--block_size {arguments.block_size}: must be > 0, e.g. 256")
     if not arguments.data and (alone := sorted(given.keys() & {*_OWN, "held_out"})):
-        raise UsageError(f"--{alone[0]} is of --data: give that too; without it the run's own held-out text is scored")
+        raise UsageError(f"--{alone[0]} needs --data; without it the run's own held-out text is scored")
     run = Path(arguments.run)
     plain = read_run_config(run)
     plain.pop("format_version", None)
@@ -95,24 +95,24 @@ def _own_flags() -> dict[str, Flag]:
 
 
 def _own_data(run: Path, config: RunConfig, checkpoint: Checkpoint) -> Dataset:
-    """What the run was trained on and held out, with a warning where that is something else by now."""
+    """The run's own data, with a warning if it has changed since."""
     dataset = data_of_run(run, config.data, Console(stderr=True))
     trained_on = checkpoint.state["data_fingerprint"]
     if dataset.fingerprint != trained_on:
         warnings.warn(
-            f"{config.data.source} is not what the run was trained on (fingerprint {dataset.fingerprint[:12]}, then "
-            f"{trained_on[:12]}): what is scored now may have been trained on",
+            f"{config.data.source} has changed since training (fingerprint {dataset.fingerprint[:12]}, then "
+            f"{trained_on[:12]}): the text scored now may have been trained on",
             stacklevel=2,
         )
     return dataset
 
 
 def _other_data(arguments: Arguments, given: Mapping[str, Any], run: Path, config: RunConfig) -> Dataset:
-    """Another source, with flags of its own and the run's tokenizer: all of it, or what a run on it would hold out."""
+    """Another source, with its own flags and the run's tokenizer: all of it, or the part that a run would hold out."""
     fraction = config.data.held_out_fraction if arguments.held_out else 1.0
     data = {"source": arguments.data, "tokenizer": str(run / "tokenizer.json"), "held_out_fraction": fraction}
     plain = {"data": data | {"cache_dir": config.data.cache_dir}}
-    flags = put_flags(plain, given, _own_flags())
+    flags = apply_flags(plain, given, _own_flags())
     chosen = from_plain(DataConfig, plain["data"], path="data", origin=lambda field: flags.get(field, "--data"))
     dataset = read_data(chosen, Console(stderr=True))
     _warn_of_trained_text(dataset, run, config)
@@ -120,15 +120,15 @@ def _other_data(arguments: Arguments, given: Mapping[str, Any], run: Path, confi
 
 
 def _warn_of_trained_text(dataset: Dataset, run: Path, config: RunConfig) -> None:
-    """Warn of documents that the run was trained on, told by their tokens; of its sources, where those are no more."""
+    """Warn of documents that the run was trained on, found by their tokens, or by source if the tokens are gone."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what became of its raw files matters nothing here
+        warnings.simplefilter("ignore")  # changes of its raw files do not matter here
         known = identity_of_run(run)
         own = None if known is None else reopen(config.data, known)
     source, total = dataset.meta["source"], dataset.held_out.n_documents
     if own is not None and (shared := documents_shared(dataset.held_out, own.train)):
-        told = f"{source}: {shared} of its {total} documents are among those the run was trained on"
-        warnings.warn(told, stacklevel=3)
+        message = f"{source}: {shared} of its {total} documents are among those the run was trained on"
+        warnings.warn(message, stacklevel=3)
     elif own is not None and _begins_as_trained(dataset.held_out, own.train):
         warnings.warn(f"{source}: the run was trained on the beginning of one of its documents", stacklevel=3)
     elif own is None and source in {config.data.source, *(part.source for part in config.data.mixture)}:

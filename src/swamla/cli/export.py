@@ -14,11 +14,11 @@ FORMATS = {"gpt2": save_gpt2}
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """A trained model and its tokenizer, as a folder that other programs load.
+    """Write a trained model and its tokenizer as a folder that other programs load.
 
     run: the run's folder.
-    folder: where to write: a folder that is not there yet, or is empty.
-    format: gpt2: what GPT2LMHeadModel.from_pretrained of transformers loads, for models that are GPT-2s.
+    folder: where to write: a missing or empty folder.
+    format: gpt2: for GPT2LMHeadModel.from_pretrained of transformers; the model must be a GPT-2.
     checkpoint: best, latest, or a step.
     """
 
@@ -35,5 +35,5 @@ def main(argv: list[str]) -> int:
     model, tokenizer = load(checked(arguments.run), arguments.checkpoint)
     FORMATS[arguments.format](model, folder, tokenizer=tokenizer)
     files = ", ".join(sorted(path.name for path in folder.iterdir()))
-    say(Console(), f"{folder} holds {files}")
+    say(Console(), f"{folder} has {files}")
     return 0

@@ -1,8 +1,7 @@
-"""Command lines: a command's arguments are the fields of a dataclass, read and explained by argparse.
+"""Command lines: a command's arguments are the fields of a dataclass, parsed by argparse.
 
-A field is a flag of its own name, written with underscores or hyphens; its annotation says how text becomes its value,
-and the class's docstring what it is for ("name: text"). Flags that configs give rise to, see `overrides`, stand beside
-those of the command.
+A field is a flag of its own name, written with underscores or hyphens. Its annotation gives the type, and the class's
+docstring the help ("name: text"). `overrides` adds flags generated from configs.
 """
 
 import argparse
@@ -19,9 +18,9 @@ from swamla.config import field_types, options_of
 from swamla.errors import ConfigError, UsageError
 
 T = TypeVar("T")
-Put = Callable[[dict[str, Any], Any], None]
+Apply = Callable[[dict[str, Any], Any], None]
 
-# What other programs call things, the project before this one among them: too far from our names for their spelling.
+# Names in other programs, e.g. the original project, that spelling alone would not match to ours.
 ALSO_CALLED = {
     "source": "data",
     "dataset": "data",
@@ -51,12 +50,11 @@ WIDEST = 110
 class Flag:
     """An argument of a command.
 
-    default: shown in --help, but for MISSING.  group: its heading there.  usual: whether --help shows it, or only
-    --help all.  repeated: given any number of times, its values a tuple.  bare: the value of a flag that may stand
-    without one; then `goes_with` tells whether the word behind it is its value.  switch: a boolean that is only ever
-    given as it is, without a --no_ form.
-    field: what it changes in a config, dotted.  put: writes the value into plain data, where it belongs; raises
-    `UsageError` for one that makes no sense there.
+    default: shown in --help unless MISSING.  group: its heading there.  usual: whether --help shows it, or only
+    --help all.  repeated: may be given several times; the values form a tuple.  bare: the value if none is given;
+    `goes_with` then says whether the next word is its value.  switch: a boolean without a --no_ form.
+    field: the dotted config field that it sets.  apply: writes the value into plain data; raises `UsageError` for a
+    value that does not fit there.
     """
 
     name: str
@@ -73,11 +71,11 @@ class Flag:
     goes_with: Callable[[str], bool] = lambda word: True
     switch: bool = False
     field: str = ""
-    put: Put = lambda plain, value: None
+    apply: Apply = lambda plain, value: None
 
     @property
     def takes_value(self) -> bool:
-        """Whether there is more to it than being given."""
+        """Whether it has a value: all but booleans."""
         return self.annotation is not bool
 
 
@@ -95,18 +93,18 @@ def parse(
     refusal: Callable[[str], str] = lambda name: "",
     explain: Callable[[str], tuple[Mapping[str, Flag], str]] = lambda word: ({}, ""),
 ) -> tuple[T, dict[str, Any]]:
-    """Read `argv` into the dataclass `cls`; returns it, and the value of every flag that was given, of `more` too.
+    """Parse `argv` into the dataclass `cls`; returns it and the values of all given flags, including `more`.
 
-    refusal: why a name that is no flag is none, where that can be said. explain: of the first word that is no flag, the
-    flags with their defaults, and what ends the help. Prints the help and leaves on --help. Raises `UsageError` for an
-    unknown flag, one given twice, a missing or impossible value; `ConfigError` for a value that a config cannot have.
+    refusal: the reason why a name is not a flag, or "". explain: maps the first positional word to flags with its
+    defaults, and the end of the help. On --help prints the help and exits. Raises `UsageError` for an unknown flag, one
+    given twice, a missing or invalid value; `ConfigError` for a value that a config refuses.
     """
     table = {flag.name: flag for flag in _arguments_of(cls)} | dict(more)
-    level, argv = _asks_for_help(argv)
-    if level:
+    help_kind, argv = _asks_for_help(argv)
+    if help_kind:
         defaults, epilog = explain(_first_word(argv, table))
-        shown = _parser(cls, table | dict(defaults), command, everything=level == "all", epilog=epilog)
-        print(shown.format_help(), end="", flush=True)  # a closed pipe is found here
+        shown = _parser(cls, table | dict(defaults), command, everything=help_kind == "all", epilog=epilog)
+        print(shown.format_help(), end="", flush=True)  # raises here on a closed pipe
         raise SystemExit(0)
     words = _checked(argv, table, refusal)
     try:
@@ -124,7 +122,7 @@ def parse(
 
 
 def _asks_for_help(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """ "usual" or "all" where the help is wanted, else nothing; and the other words."""
+    """ "usual" or "all" if help is asked for, else ""; and the other words."""
     for index, word in enumerate(argv):
         if word == "--":
             break
@@ -135,7 +133,7 @@ def _asks_for_help(argv: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _first_word(argv: Sequence[str], table: Mapping[str, Flag]) -> str:
-    """The first word of a command line that is neither flag nor value; nothing where there are mistakes."""
+    """The first positional word of a command line; "" if the line has mistakes."""
     try:
         words = _checked(argv, table, lambda name: "")
     except UsageError:
@@ -144,7 +142,7 @@ def _first_word(argv: Sequence[str], table: Mapping[str, Flag]) -> str:
 
 
 def _checked(argv: Sequence[str], table: Mapping[str, Flag], refusal: Callable[[str], str]) -> list[str]:
-    """The words of a command line, flags with underscores and each in one word with its value.
+    """The words of a command line, with flags as `--name_with_underscores=value`.
 
     Raises `UsageError` for an unknown flag, and for one given twice.
     """
@@ -163,8 +161,8 @@ def _checked(argv: Sequence[str], table: Mapping[str, Flag], refusal: Callable[[
         written, equals, value = word.partition("=")
         name = written.removeprefix("--").replace("-", "_")
         if name not in known:
-            behind = value or (rest[0] if rest else "RECIPE")
-            reason = refusal(name) or _NO_FLAG.get(name, "").format(value=behind) or _suggest(name, list(known))
+            next_word = value or (rest[0] if rest else "RECIPE")
+            reason = refusal(name) or _NO_FLAG.get(name, "").format(value=next_word) or _suggest(name, list(known))
             raise UsageError(f"unknown flag {written}; {reason}")
         flag = table[known[name]]
         if flag.name in given and not flag.repeated:
@@ -172,7 +170,10 @@ def _checked(argv: Sequence[str], table: Mapping[str, Flag], refusal: Callable[[
         given.add(flag.name)
         is_followed = bool(rest) and rest[0] != "--" and not _WORD.fullmatch(rest[0])
         if flag.takes_value and not equals and is_followed and flag.goes_with(rest[0]):
-            equals, value = "=", rest.pop(0)  # in one word argparse takes a value for no flag: -1e-3, "- item"
+            equals, value = (
+                "=",
+                rest.pop(0),
+            )  # joined, so that argparse does not take a value for a flag: -1e-3, "- item"
         elif flag.bare is not None and not equals:
             equals, value = "=", flag.bare
         words.append(f"--{name}{equals}{value}")
@@ -186,10 +187,10 @@ def _suggest(name: str, flags: list[str]) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are ours."""
+    """argparse's parser, raising `UsageError`."""
 
     def error(self, message: str) -> Any:
-        """What argparse has to say, and where to read on."""
+        """Raise argparse's message with a hint to the help."""
         raise UsageError(f"{message}; {self.prog} --help tells more")
 
 
@@ -197,14 +198,14 @@ class _Switch(argparse.Action):
     """--NAME stores true, --no_NAME false."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        """Called by argparse where the flag stands."""
+        """Called by argparse for the flag."""
         setattr(namespace, self.dest, option_string != f"--no_{self.dest}")
 
 
 def _parser(
     cls: Any, table: Mapping[str, Flag], command: str, *, everything: bool = False, epilog: str = ""
 ) -> _Parser:
-    """argparse's parser of these flags. everything: its help shows every flag, and all there is to say of it."""
+    """The argparse parser of these flags. everything: its help shows every flag with its full text."""
     width = min(WIDEST, shutil.get_terminal_size().columns - 2)
     words = [_shown_as(flag) + " …" * flag.repeated for flag in table.values() if flag.positional]
     required = [flag.default is MISSING for flag in table.values() if flag.positional]
@@ -225,17 +226,17 @@ def _parser(
     for flag in table.values():
         if flag.group not in groups:
             groups[flag.group] = parser.add_argument_group(flag.group)
-        told = _help(flag, everything) if everything or flag.usual else argparse.SUPPRESS
-        _add(groups[flag.group], flag, told, both_forms=everything)
+        text = _help(flag, everything) if everything or flag.usual else argparse.SUPPRESS
+        _add(groups[flag.group], flag, text, both_forms=everything)
     return parser
 
 
-def _add(group: Any, flag: Flag, told: str, *, both_forms: bool) -> None:
-    """Make a flag known to argparse. both_forms: of a boolean the help shows --no_NAME too, or else what changes it."""
+def _add(group: Any, flag: Flag, text: str, *, both_forms: bool) -> None:
+    """Add a flag to argparse. both_forms: the help shows both forms of a boolean, not only the one that changes it."""
     read = _reader(flag)
     if flag.positional:
         nargs = ("+" if flag.repeated else None) if flag.default is MISSING else "?"
-        group.add_argument(flag.name, nargs=nargs, metavar=_shown_as(flag), type=read, help=told)
+        group.add_argument(flag.name, nargs=nargs, metavar=_shown_as(flag), type=read, help=text)
     elif flag.takes_value:
         group.add_argument(
             *([f"-{flag.short}"] if flag.short else []),
@@ -243,12 +244,12 @@ def _add(group: Any, flag: Flag, told: str, *, both_forms: bool) -> None:
             action="append" if flag.repeated else "store",
             metavar=_shown_as(flag) if flag.bare is None else f"[{_shown_as(flag)}]",
             type=read,
-            help=told,
+            help=text,
         )
     else:
         for name in [flag.name, f"no_{flag.name}"] if _has_negation(flag) else [flag.name]:
             is_default = (name == flag.name) == (flag.default is True) and _has_negation(flag)
-            shown = argparse.SUPPRESS if is_default and not both_forms else told
+            shown = argparse.SUPPRESS if is_default and not both_forms else text
             group.add_argument(f"--{name}", dest=flag.name, action=_Switch, nargs=0, help=shown)
 
 
@@ -261,17 +262,17 @@ def _shown_as(flag: Flag) -> str:
 
 
 def _help(flag: Flag, everything: bool) -> str:
-    """What a flag is for, its first sentence alone unless everything is wanted, and its default."""
-    told = flag.help if everything or not flag.field else re.split(r"; |(?<!e\.g)\. |: ", flag.help)[0]
+    """A flag's help, only the first sentence unless `everything`, and its default."""
+    text = flag.help if everything or not flag.field else re.split(r"; |(?<!e\.g)\. |: ", flag.help)[0]
     default = flag.default
     if default is MISSING or default is None or isinstance(default, bool) or default in ("", ()):
-        return told.replace("%", "%%")
+        return text.replace("%", "%%")
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-    return f"{told} [{shown}]".replace("%", "%%")
+    return f"{text} [{shown}]".replace("%", "%%")
 
 
 def metavar(annotation: Any) -> str:
-    """What --help shows in a value's place: `N|none`, `cosine|linear`."""
+    """The placeholder of a value in --help: `N|none`, `cosine|linear`."""
     options = options_of(annotation)
     shown = "|".join(_metavar_of(option) for option in options if option is not NoneType)
     return f"{shown}|none" if NoneType in options and str not in options else shown
@@ -286,7 +287,7 @@ def _metavar_of(option: Any) -> str:
 
 
 class _Unfit(argparse.ArgumentTypeError):
-    """A word that is no value of a flag, with the error that says so."""
+    """A word that is not a value of the flag, with the error to raise."""
 
     def __init__(self, error: ConfigError | UsageError) -> None:
         super().__init__(str(error))
@@ -294,7 +295,7 @@ class _Unfit(argparse.ArgumentTypeError):
 
 
 def _reader(flag: Flag) -> Callable[[str], Any]:
-    """What makes a value of a flag's type of a word."""
+    """A function that converts a word to the flag's type."""
     options = [option for option in options_of(flag.annotation) if option is not NoneType]
     none = len(options) < len(options_of(flag.annotation)) and str not in options
 
@@ -315,7 +316,7 @@ def _reader(flag: Flag) -> Callable[[str], Any]:
 
 
 def _value(text: str, option: Any) -> Any:
-    """`text` as a value of one type; ValueError where it is none."""
+    """`text` as a value of one type. Raises `ValueError` if it is not one."""
     if get_origin(option) is Literal:
         return get_args(option)[[str(value) for value in get_args(option)].index(text)]
     if get_origin(option) is tuple:
@@ -347,9 +348,9 @@ def _arguments_of(cls: Any) -> list[Flag]:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """What the docstrings of a config and its bases say about each field, for --help.
+    """Each field's help from the docstrings of a config and its bases.
 
-    `name: text` (of several names: with commas) at the start of a line or sentence or after two spaces.
+    Reads `name: text` (or `name, name: text`) at the start of a line or sentence or after two spaces.
     """
     names = "|".join(f.name for f in fields(cls))
     label = re.compile(rf"(?:^ *|  |\. )((?:{names})(?:, (?:{names}))*): ", re.MULTILINE)

@@ -14,19 +14,19 @@ from swamla.inference.text import Generation, encode_prompt, generate_text, room
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Continue prompts with a trained model. One prompt is streamed; of several each is printed when all are done.
+    """Continue prompts with a trained model. One prompt is streamed; several are printed when all are done.
 
     run: the run's folder.
-    prompt: the text to continue, given once for each prompt; without one, a new document begins.
-    max_new_tokens: stop after so many tokens, or where the model ends the document; by default also where it has no
-        more room.
+    prompt: the text to continue, once per prompt; without one, a new document begins.
+    max_new_tokens: stop after this many tokens, or where the model ends the document; by default also at its last
+        position.
     temperature: below 1 more certain, above 1 more varied, 0 the same as --greedy.
-    top_k: draw from the k likeliest tokens only; 0 for all.
-    top_p: draw from the likeliest tokens that together have this probability.
-    seed: the same seed draws the same text.
+    top_k: sample from the k likeliest tokens only; 0 for all.
+    top_p: sample from the likeliest tokens that together have this probability.
+    seed: the same seed gives the same text.
     greedy: always take the likeliest token.
     checkpoint: best, latest, or a step.
-    decoding: graph: recorded launches, on CUDA; int8: weights rounded to 8 bits, on a CPU, faster but another function.
+    decoding: graph: CUDA graphs; int8: weights rounded to 8 bits, on a CPU, faster but another function.
     stats: print tokens per second and the size of the state, on stderr.
     """
 
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
             decoding=arguments.decoding,
         )
     except KeyboardInterrupt:
-        _emit("\n")  # what is said about it begins a line of its own
+        _emit("\n")  # so that the statistics start on a new line
         raise
     _emit("\n" if alone else "".join(f"--- {index}\n{c.prompt}{c.text}\n" for index, c in enumerate(done.completions)))
     if arguments.stats:
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
 
 
 def _limit(wanted: int, fitting: int | None, *, asked: bool) -> int:
-    """How many tokens to generate where `fitting` are possible; UsageError where more were asked for."""
+    """How many tokens to generate when `fitting` are possible. Raises `UsageError` if more were asked for."""
     if fitting is None or wanted <= fitting:
         return wanted
     if asked:

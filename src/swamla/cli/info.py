@@ -1,4 +1,4 @@
-"""`swamla info RECIPE`: what a model is and what it costs, before a weight exists."""
+"""`swamla info RECIPE`: a model's layers and costs, before a weight exists."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from swamla.model.accounting import (
     state_bytes,
     training_flops_per_token,
 )
-from swamla.model.config import LanguageModelConfig
+from swamla.model.language_model import LanguageModelConfig
 from swamla.train.config import RunConfig
 from swamla.train.memory_advice import Place, training_bytes
 from swamla.train.precision import resolve_device, resolve_precision
@@ -28,10 +28,10 @@ LENGTHS = (256, 1024, 4096, 16384, 65536)
 class Arguments:
     """Exact parameters, training FLOPs, state and training memory of a model, from its config alone.
 
-    recipe: a shipped recipe, a .toml or .json file, or a run's folder. Flags change what it says.
-    compare: another recipe or run, as it is, beside the first.
-    json: print one JSON object; two of them in a list with --compare.
-    output_dir, run_name, workers: of no account here: the command line of a training can be asked about as it is.
+    recipe: a shipped recipe, a .toml or .json file, or a run's folder; flags change it.
+    compare: another recipe or run to compare with.
+    json: print one JSON object, or a list of two with --compare.
+    output_dir, run_name, workers: no effect; accepted so that a training's command line can be used as it is.
     """
 
     recipe: str = argument("", positional=True, default="quickstart")
@@ -68,7 +68,7 @@ def _both_behind_compare(argv: list[str]) -> list[str]:
 
 
 def _facts_of(recipe: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """All that is told of a recipe or a run, as plain data."""
+    """All facts about a recipe or run, as plain data."""
     run = Path(recipe) / "config.json"
     config = read_recipe(str(run) if run.is_file() else recipe, given)
     config = replace(config, model=with_vocabulary(config.model, config.data))

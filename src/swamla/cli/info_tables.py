@@ -15,7 +15,7 @@ _PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 
 def short(number: float, unit: str = "") -> str:
-    """A number in four digits at most: 756.6 M, 1.48 G; with `unit` behind its prefix."""
+    """A number in at most four digits: 756.6 M, 1.48 G; `unit` follows the prefix."""
     for prefix, size in _PREFIXES:
         if number >= 0.9995 * size:
             digits = 2 if number < 9.995 * size else 1
@@ -55,7 +55,7 @@ def compare(first: dict[str, Any], second: dict[str, Any]) -> None:
 
 
 def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, tuple[float, str]]]:
-    """Label, number and unit of everything that two models can be compared by."""
+    """Label, number and unit of everything that --compare compares."""
     parameters = facts["parameters"]
     for name in ("total", "active", "non_embedding"):
         yield f"parameters, {name.replace('_', '-')}", (parameters[name], "")

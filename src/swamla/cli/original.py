@@ -1,8 +1,7 @@
-"""The command line of the project that swamla replaces, behind train.py: its flags become those of `swamla train`.
+"""The command line of the original project, for train.py: translates its flags to those of `swamla train`.
 
-Most of its names are swamla's own. Its MoE flags act on the FFN of the latent-attention blocks, where it had its
-experts. A flag without a counterpart is refused, or accepted with a line that says why it changes nothing: never passed
-over in silence.
+Most names are the same. Its MoE flags act on the FFN of the latent-attention blocks, where it had its experts. A flag
+without a counterpart is refused, or accepted with a line that says why it has no effect; none is ignored silently.
 """
 
 import re
@@ -26,7 +25,7 @@ from swamla.errors import SwamlaError, UsageError
 from swamla.recipes import ALIASES
 from swamla.train.config import TrainConfig
 
-# What these are called by `swamla train`.
+# Original name → name in `swamla train`.
 RENAMED = {
     "learning_rate": "lr",
     "max_iters": "steps",
@@ -41,7 +40,7 @@ RENAMED = {
     "use_tensorboard": "tensorboard",
     "resume_from": "resume",
 }
-# Switches, and what they mean.
+# Switch → flag and value.
 SWITCHES = {
     "gradient_checkpointing": ("checkpointing", "all"),
     "use_fp8": ("precision", "fp8"),
@@ -49,10 +48,10 @@ SWITCHES = {
     "use_moe": ("mla_ffn", "moe"),
     "use_latent_moe": ("mla_ffn", "latent_moe"),
     "no_moe": ("mla_ffn", "dense"),
-    "use_ema": ("ema", 0.9999),  # these two unless the recipe, or another flag, says more
+    "use_ema": ("ema", 0.9999),  # these two only if neither the recipe nor a flag sets the field
     "use_progressive": ("curriculum", "512:500M,1024:2B,2048:inf"),
 }
-# Its optimizers, some named after the format of the moments; weights and gradients were, and are, kept in fp32.
+# Its optimizers, some named after the format of the moments; weights and gradients are in fp32, as they were there.
 OPTIMIZERS = {
     "adamw": {"optimizer": "adamw"},
     "lion": {"optimizer": "lion"},
@@ -60,13 +59,13 @@ OPTIMIZERS = {
     "fp8_adamw": {"optimizer": "adamw", "adamw_moments": "bf16"},
     "fp8_lion": {"optimizer": "lion", "lion_moments": "bf16"},
 }
-# Local and latent layers of one cycle of the pattern, with what there are by default.
+# Local and latent layers in one cycle of the pattern, with the default numbers.
 CYCLE = {
     "swa_layers_per_cycle": ("local", 2),
     "local_layers_per_cycle": ("local", 2),
     "mla_layers_per_cycle": ("mla", 1),
 }
-# Settings of experts: what it is, its name in a config, whether it is of a LatentMoE alone.
+# Settings of experts: type, name in the config, whether only LatentMoE has it, help.
 EXPERTS: dict[str, tuple[Any, str, bool, str]] = {
     "latent_ratio": (int, "ratio", True, "--latent_moe_ratio, the numbers of experts multiplied with it"),
     "latent_dim": (int, "ratio", True, "the same by the latent's width, width / ratio"),
@@ -93,7 +92,7 @@ OTHERS: dict[str, tuple[Any, str]] = {
 }
 NO_EFFECT = {
     "use_flash_attention": "every mixer's `backend` chooses its kernel, and the choice is printed",
-    "use_varlen_attn": "packed documents never see each other, whatever the kernel",
+    "use_varlen_attn": "packed documents never see each other, with any kernel",
     "disable_tf32": "swamla never switches TF32 on",
 }
 REFUSED = {
@@ -104,7 +103,7 @@ REFUSED = {
     r".*neural_memory.*|.*titans.*": "swamla has no neural memory",
     r".*triton.*": "there is no switch for Triton; a mixer's `backend` names its kernel",
 }
-# Pairs that say the same thing, perhaps differently.
+# Pairs of which only one may be given.
 EITHER = (
     *((name, ours) for name, ours in RENAMED.items() if name != "compile_mode"),
     ("optimizer_type", "optimizer"),
@@ -118,17 +117,17 @@ EITHER = (
     ("use_moe", "no_moe"),
     ("use_latent_moe", "no_moe"),
 )
-# What makes gated DeltaNet the local mixer; and what was said of sliding windows all the same.
+# Flags that make gated DeltaNet the local mixer; and flags of sliding windows.
 GDN = ("use_gated_deltanet", "deltanet_latent_dim", "deltanet_share_qk")
 OF_WINDOWS = {"swa_window": "swa_window", "swa_sink_size": "swa_sinks"}
 # Flags whose meaning depends on the recipe.
 _OF_TRAINING = ("min_lr", "beta1", "beta2", "gradient_accumulation_steps", "use_ema", "use_progressive")
 OF_RECIPE = (*GDN, *CYCLE, *EXPERTS, *_OF_TRAINING, "no_moe", "use_moe", "use_latent_moe", "local_mixer")
-_GROUP = "flags of the original, and what they are here"
+_GROUP = "flags of the original project, and their counterparts"
 
 
 def main(argv: list[str]) -> int:
-    """Train, as `swamla train` does; what is wrong with a flag is told by its name there, and which it was here."""
+    """Train as `swamla train` does; errors name its flag, and a note the original one."""
     ours, notes, meant = translate(argv)
     for note in notes if is_main() else ():
         print(f"swamla: {note}", file=sys.stderr)
@@ -142,9 +141,9 @@ def main(argv: list[str]) -> int:
 
 
 def translate(argv: Sequence[str]) -> tuple[list[str], list[str], dict[str, str]]:
-    """The same command line for `swamla train`; lines about what changes nothing; and its flags' names there.
+    """The equivalent command line for `swamla train`; notes about flags without effect; original → new flag names.
 
-    Raises `UsageError` for an unknown flag, for two that say the same thing, and for what means nothing to the recipe.
+    Raises `UsageError` for an unknown flag, two that set the same thing, and one that does not apply to the recipe.
     """
     arguments, said = parse(Arguments, argv, command="train.py", more=_table(), refusal=refusal)
     for pair in EITHER:
@@ -165,7 +164,7 @@ def translate(argv: Sequence[str]) -> tuple[list[str], list[str], dict[str, str]
         given["workers"] = _whole(said, "num_workers", "4", least=0) or 1
     if first := next((name for name in said if name in OF_RECIPE), ""):
         base = _base(arguments, given, first)
-        if base.has_model:  # else the reader of recipes says what is wrong
+        if base.has_model:  # else reading the recipe reports the error
             notes += _of_recipe(said, given, base)
     names = dict(EITHER) | RENAMED | {name: ours for name, (ours, _) in SWITCHES.items()}
     meant = {name: names[name] for name in said if name in names and name != "resume_from"}
@@ -173,14 +172,14 @@ def translate(argv: Sequence[str]) -> tuple[list[str], list[str], dict[str, str]
 
 
 def refusal(name: str) -> str:
-    """Why a flag of the original is refused; empty for a name that it did not have."""
+    """Why a flag of the original is refused; "" for other names."""
     return next((reason for pattern, reason in REFUSED.items() if re.fullmatch(pattern, name)), "")
 
 
 def _original() -> dict[str, Flag]:
     """The flags that `swamla train` does not have."""
     known = flags()
-    told: dict[str, tuple[Any, str]] = {
+    texts: dict[str, tuple[Any, str]] = {
         **{name: (known[ours].annotation if ours in known else str, f"--{ours}") for name, ours in RENAMED.items()},
         **{name: (bool, f"--{ours} {value}") for name, (ours, value) in SWITCHES.items()},
         **{name: (int, f"{kind} layers in a cycle of the pattern, at its depth") for name, (kind, _) in CYCLE.items()},
@@ -199,19 +198,21 @@ def _original() -> dict[str, Flag]:
             switch=name in bare,
             field=fields.get(name, ""),
         )
-        for name, (annotation, text) in told.items()
+        for name, (annotation, text) in texts.items()
     }
 
 
 def _table() -> dict[str, Flag]:
-    """All that the line may hold; --help shows the original's, --help all those of `swamla train` too."""
+    """All flags; --help shows the original's, --help all also those of `swamla train`."""
     return _original() | {name: replace(flag, usual=False) for name, flag in flags().items()}
 
 
 def _base(arguments: Arguments, given: Mapping[str, Any], flag: str) -> Written:
-    """The recipe, or the run's own config, that the line changes."""
+    """The recipe, or the run's own config, that the command line changes."""
     if arguments.resume_from_hf:
-        raise UsageError(f"--{flag}: what it means depends on the run, which is not here yet: its config.json has it")
+        raise UsageError(
+            f"--{flag}: its meaning depends on the run, which is not here yet; its config.json has the setting"
+        )
     if "resume" in given:
         folder, name = named_folder(arguments, arguments.recipe or "quickstart")
         return written(str(resumed_folder(arguments.resume, folder, name) / "config.json"), given)
@@ -221,12 +222,12 @@ def _base(arguments: Arguments, given: Mapping[str, Any], flag: str) -> Written:
 
 
 def _of_recipe(said: Mapping[str, Any], given: dict[str, Any], base: Written) -> list[str]:
-    """Add to `given` the flags that depend on the recipe, written into `base` as they come; returns lines to tell."""
+    """Add to `given` the flags that depend on the recipe, applying each to `base`; returns notes."""
     _reshape(said, given, base)
-    base.put({name: value for name, value in given.items() if name in SHAPE})
+    base.apply({name: value for name, value in given.items() if name in SHAPE})
     notes = _leave_out_windows(said, given, base)
     _choose_ffn(said, given, base.plain)
-    base.put({name: value for name, value in given.items() if name in flags() and name not in SHAPE})
+    base.apply({name: value for name, value in given.items() if name in flags() and name not in SHAPE})
     for name in ("use_ema", "use_progressive"):
         ours, value = SWITCHES[name]
         if name in said and base.plain["train"].get(ours) in (None, "", "none"):
@@ -239,7 +240,7 @@ def _of_recipe(said: Mapping[str, Any], given: dict[str, Any], base: Written) ->
 
 
 def _reshape(said: Mapping[str, Any], given: dict[str, Any], base: Written) -> None:
-    """Cycles become a pattern; a flag of gated DeltaNet makes it the local mixer, unless there is some."""
+    """Turn cycles into a pattern; make gated DeltaNet the local mixer if a flag of it is given and no layer has it."""
     blocks = base.spare | base.plain["model"]["blocks"]
     pattern = given.get("pattern", " ".join(base.plain["model"]["pattern"])).replace(",", " ").split()
 
@@ -263,7 +264,7 @@ def _reshape(said: Mapping[str, Any], given: dict[str, Any], base: Written) -> N
 
 
 def _leave_out_windows(said: Mapping[str, Any], given: dict[str, Any], base: Written) -> list[str]:
-    """Take out what is said of sliding windows where gated DeltaNet was chosen for every local layer, and say so."""
+    """Drop flags of sliding windows if every local layer is gated DeltaNet; returns notes."""
     mixers = {mixer_kind(block) for block in base.plain["model"]["blocks"].values()}
     chosen = any(name in said for name in GDN) or given.get("local_mixer") == "gdn"
     unused = [name for name in OF_WINDOWS if name in said] if chosen and "swa" not in mixers else []
@@ -275,20 +276,20 @@ def _leave_out_windows(said: Mapping[str, Any], given: dict[str, Any], base: Wri
 
 
 def _choose_ffn(said: Mapping[str, Any], given: dict[str, Any], plain: Plain) -> None:
-    """Another kind of FFN for the latent-attention blocks."""
+    """Choose the kind of FFN of the latent-attention blocks."""
     if not (asked := [name for name in ("no_moe", "use_moe", "use_latent_moe") if name in said]):
         return
     kinds = [ffn.get("kind", "dense") for ffn in _ffns(plain)]
     wanted = SWITCHES[asked[-1]][1]
-    if wanted != "moe" or "latent_moe" not in kinds:  # which has experts too
+    if wanted != "moe" or "latent_moe" not in kinds:  # LatentMoE has experts too
         given["mla_ffn"] = wanted
 
 
 def _train_settings(said: Mapping[str, Any], given: dict[str, Any], plain: Plain) -> None:
-    """Flags that swamla has in another measure."""
+    """Translate flags that swamla expresses in other units."""
     train = plain["train"]
     peak = train.get("lr", TrainConfig.lr)
-    if "min_lr" in said and isinstance(peak, int | float) and peak > 0:  # else it is refused when it is read
+    if "min_lr" in said and isinstance(peak, int | float) and peak > 0:  # else reading it reports the error
         with naming("min_lr", said["min_lr"]):
             if not 0 <= said["min_lr"] <= peak:
                 raise UsageError(f"must be a number between 0 and the learning rate, {peak:g}")
@@ -315,7 +316,7 @@ def _train_settings(said: Mapping[str, Any], given: dict[str, Any], plain: Plain
 
 
 def _expert_setting(name: str, value: Any, given: dict[str, Any], plain: Plain) -> None:
-    """A setting of the experts of the latent-attention blocks."""
+    """Set a field of the experts of the latent-attention blocks."""
     _, field, latent_only, _ = EXPERTS[name]
     kinds = ("latent_moe",) if latent_only else ("moe", "latent_moe")
     ffn = next((ffn for ffn in _ffns(plain) if ffn.get("kind") in kinds), None)
@@ -351,13 +352,13 @@ def _ffns(plain: Plain) -> list[Plain]:
 
 
 def _tokenizer(name: str) -> str:
-    """A tokenizer of ours, or one of the hub's."""
+    """The tokenizer: a local name or path, or one on the hub."""
     ours = name in ("byte", "char", "gpt2") or ":" in name or Path(name).expanduser().exists()
     return name if ours else "gpt2" if name == "openai-community/gpt2" else f"hub:{name}"
 
 
 def _whole(said: Mapping[str, Any], name: str, example: str, *, least: int = 1) -> int:
-    """The value of a flag that counts something."""
+    """The value of a flag that is a count, checked."""
     if said[name] < least:
         bound = "> 0" if least else ">= 0"
         raise UsageError(f"--{name} {said[name]}: must be a whole number {bound}, e.g. {example}")
@@ -365,7 +366,7 @@ def _whole(said: Mapping[str, Any], name: str, example: str, *, least: int = 1) 
 
 
 def _words(given: Mapping[str, Any]) -> list[str]:
-    """Flags as they are typed."""
+    """Flags as words of a command line."""
     words = []
     for name, value in given.items():
         if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""The program's own outputs and signals: whatever state it was started in, and however it is asked to end."""
+"""The program's output streams, which may be closed, and the signals that end it."""
 
 import os
 import signal
@@ -11,27 +11,27 @@ from types import FrameType
 
 
 class Ended(BaseException):
-    """A signal asked the program to end while no run was being trained, which would be saved first."""
+    """A signal asked the program to end outside training, with nothing to save."""
 
     def __init__(self, number: int) -> None:
         self.number = signal.Signals(number)
-        super().__init__(f"stopped by {self.number.name}; no run was under way, the same command begins again")
+        super().__init__(f"stopped by {self.number.name}; no run was under way, the same command starts again")
 
     @property
     def exit_status(self) -> int:
-        """What a shell reports for a program that the signal itself ended."""
+        """The status that a shell reports for a program ended by this signal."""
         return 128 + self.number
 
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """While entered SIGTERM, SIGUSR1 and SIGHUP raise `Ended`, so that all is cleared up and told."""
-    names = [name for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]  # not all systems have all
+    """Within this context SIGTERM, SIGUSR1 and SIGHUP raise `Ended`, so that the program cleans up and reports it."""
+    names = [name for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]  # some systems lack some
     numbers = [getattr(signal, name) for name in names]
     if threading.current_thread() is not threading.main_thread():
-        numbers = []  # where Python allows no handlers
-    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup has it
-    before = {number: signal.signal(number, _end) for number in heeded}
+        numbers = []  # Python allows handlers in the main thread only
+    handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # under nohup
+    before = {number: signal.signal(number, _end) for number in handled}
     try:
         yield
     finally:
@@ -40,28 +40,28 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def open_outputs() -> None:
-    """Make both outputs writable: where one is closed it leads nowhere, and no character is too much for its encoding.
+    """Make stdout and stderr writable: a closed one goes to /dev/null, and unencodable characters are escaped.
 
-    A file that is opened later would otherwise be given the closed one's number, and what is printed.
+    Otherwise a file opened later would get the closed stream's descriptor, and the printed text with it.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, which is this one
     sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8")
     sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8")
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as Python itself has it for stderr
+        sys.stdout.reconfigure(errors="backslashreplace")  # as for stderr in Python
 
 
 def flush_outputs() -> None:
-    """Write what is still buffered. Raises `OSError`, and gives the rest up, where nobody takes it any more."""
+    """Flush stdout and stderr. Raises `OSError`, and drops the rest, if one is closed."""
     for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
         try:
             stream.flush()
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), number)  # or the interpreter tries again when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)  # else the interpreter tries again at exit
             raise
 
 

@@ -1,4 +1,4 @@
-"""Flags generated from the config dataclasses, and what each of them changes in a recipe's plain data.
+"""Flags generated from the config dataclasses, and how each changes a recipe's plain data.
 
 A field of a config is a flag of its own name. A field that is a choice takes a kind (`--optimizer muon`), and the
 choice's own fields are flags prefixed by the kind (`--muon_momentum`); for mixers and FFNs such a flag changes every
@@ -11,26 +11,29 @@ from dataclasses import MISSING, fields, replace
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-from swamla.cli.flags import Flag, Put, field_docs
+from swamla.cli.flags import Apply, Flag, field_docs
 from swamla.cli.plain import BLOCK_PARTS, Plain, choice, mixer_kind
 from swamla.cli.reshape import SHAPE
 from swamla.config import choices_of, field_types, join, options_of
 from swamla.data.config import DataConfig
 from swamla.errors import UsageError
-from swamla.model.config import LanguageModelConfig
+from swamla.model.language_model import LanguageModelConfig
 from swamla.recipes import is_recipe
 from swamla.train.compile import Compile
 from swamla.train.config import TrainConfig
 
 _RENAMED = {"data.source": "data"}  # `--data FILE` reads better than `--source FILE`
-_TOKENIZER = "; another than the recipe's sets vocab_size to 0, for as many ids as it has, unless --vocab_size is given"
+_TOKENIZER = (
+    "; a tokenizer other than the recipe's also sets vocab_size to its number of ids, unless --vocab_size is given"
+)
 _SECTIONS: dict[str, type] = {"model": LanguageModelConfig, "data": DataConfig, "train": TrainConfig}
 # A bare --compile, before a flag, a recipe or nothing, is --compile default.
 _BARE_COMPILE: Any = {
     "bare": "default",
     "goes_with": lambda word: word in get_args(Compile) or not is_recipe(word),
 }
-# What --help shows, under these headings; --help all has everything. A recipe's own blocks are told besides.
+# What --help shows, under these headings; --help all shows everything. The settings of a recipe's blocks are listed
+# too.
 _USUAL = {
     "flags": ("init_from",),
     "model": ("pattern", "local_mixer", "n_layers", "n_heads", "width", "vocab_size", "dropout"),
@@ -44,7 +47,7 @@ _USUAL = {
 
 
 def flags() -> dict[str, Flag]:
-    """Every generated flag by name, those that reshape a whole model first; `put_flags` leaves these to `reshape`."""
+    """Every generated flag by name, first those that reshape a whole model, which `reshape` applies."""
     found = dict(SHAPE)
     for section, cls in _SECTIONS.items():
         for flag in [*_section_flags(section, cls), *(_block_flags() if section == "model" else ())]:
@@ -63,21 +66,21 @@ def data_flags() -> dict[str, Flag]:
     }
 
 
-def put_flags(plain: Plain, given: Mapping[str, Any], known: Mapping[str, Flag]) -> dict[str, str]:
-    """Write those of the `known` flags that are `given` into `plain`, in their own order; dotted field -> flag.
+def apply_flags(plain: Plain, given: Mapping[str, Any], known: Mapping[str, Flag]) -> dict[str, str]:
+    """Apply the `given` flags among `known` to `plain`, in the order of `known`; returns dotted field -> flag.
 
-    Raises `UsageError`, which names the flag as it was given, for one of a kind that the config does not use.
+    Raises `UsageError`, with the flag as it was given, for one of a kind that the config does not use.
     """
     chosen = [flag for name, flag in known.items() if name in given and flag.field]
     for flag in chosen:
         with naming(flag.name, given[flag.name]):
-            flag.put(plain, given[flag.name])
+            flag.apply(plain, given[flag.name])
     return {flag.field: f"--{flag.name}" for flag in chosen}
 
 
 @contextmanager
 def naming(name: str, value: Any) -> Iterator[None]:
-    """Put a flag and its value before any `UsageError` raised inside."""
+    """Prefix any `UsageError` raised inside with a flag and its value."""
     try:
         yield
     except UsageError as error:
@@ -86,7 +89,7 @@ def naming(name: str, value: Any) -> Iterator[None]:
 
 
 def _section_flags(section: str, cls: type, *, with_model: bool = True) -> Iterator[Flag]:
-    """Flags of the flat fields of a config and of its choices; `with_model` where they may change a model's too."""
+    """Flags of the flat fields of a config and of its choices; with_model: they may change the model too."""
     docs = field_docs(cls)
     defaults = {f.name: f.default for f in fields(cls)}
     for name, annotation in field_types(cls).items():
@@ -103,10 +106,10 @@ def _section_flags(section: str, cls: type, *, with_model: bool = True) -> Itera
             default=MISSING if choices else defaults[name],
             group=section,
             **(_BARE_COMPILE if path == "train.compile" else {}),
-            put=_put_choice(section, name) if choices else _put(section, name),
+            apply=_apply_choice(section, name) if choices else _apply(section, name),
         )
         for kind, config in choices.items():
-            yield from _kind_flags(f"{name} {kind}", kind, config, path, _put_in_choice(section, name, kind))
+            yield from _kind_flags(f"{name} {kind}", kind, config, path, _apply_in_choice(section, name, kind))
 
 
 def _block_flags() -> Iterator[Flag]:
@@ -115,20 +118,22 @@ def _block_flags() -> Iterator[Flag]:
             name=f"{kind}_ffn",
             field="model.blocks.*.ffn.kind",
             annotation=Literal[tuple(BLOCK_PARTS["ffn"])],
-            help="the FFN behind this mixer; another kind than the recipe's has that kind's defaults",
+            help="the FFN of this mixer's layers; a kind other than the recipe's has its default settings",
             group=f"mixer {kind}",
-            put=_put_ffn(kind),
+            apply=_apply_ffn(kind),
         )
     for part, choices in BLOCK_PARTS.items():
         for kind, config in choices.items():
-            yield from _kind_flags(f"{part} {kind}", kind, config, f"model.blocks.*.{part}", _put_in_blocks(part, kind))
+            yield from _kind_flags(
+                f"{part} {kind}", kind, config, f"model.blocks.*.{part}", _apply_in_blocks(part, kind)
+            )
 
 
-def _kind_flags(group: str, kind: str, cls: type, path: str, put: Callable[[str], Put]) -> Iterator[Flag]:
+def _kind_flags(group: str, kind: str, cls: type, path: str, apply: Callable[[str], Apply]) -> Iterator[Flag]:
     docs = field_docs(cls)
     for f in fields(cls):
         annotation = field_types(cls)[f.name]
-        if not _is_choice(annotation):  # what is nested deeper (rope) is for recipes
+        if not _is_choice(annotation):  # deeper settings (rope) have no flags
             flag = f"{kind}_{f.name}"
             yield Flag(
                 name=flag,
@@ -137,53 +142,53 @@ def _kind_flags(group: str, kind: str, cls: type, path: str, put: Callable[[str]
                 help=docs.get(f.name, ""),
                 default=f.default,
                 group=group,
-                put=put(f.name),
+                apply=apply(f.name),
             )
 
 
-def _put(section: str, name: str) -> Put:
+def _apply(section: str, name: str) -> Apply:
     if (section, name) == ("data", "source"):
-        return _put_source
+        return _apply_source
 
-    def put(plain: Plain, value: Any) -> None:
+    def apply(plain: Plain, value: Any) -> None:
         plain.setdefault(section, {})[name] = value
 
-    return put
+    return apply
 
 
-def _put_source(plain: Plain, source: Any) -> None:
-    """Another source takes nothing over of what the recipe says of its own; flags that come after may."""
+def _apply_source(plain: Plain, source: Any) -> None:
+    """Another source: the recipe's settings of its own source are dropped; later flags may set them."""
     data = plain.setdefault("data", {})
     for name in ("hub_config", "hub_split", "hub_revision", "stream", "mixture"):
         data.pop(name, None)
     data["source"] = source
 
 
-def _put_choice(section: str, name: str) -> Put:
-    def put(plain: Plain, kind: Any) -> None:
+def _apply_choice(section: str, name: str) -> Apply:
+    def apply(plain: Plain, kind: Any) -> None:
         if choice(plain.setdefault(section, {}), name).get("kind") != kind:
             plain[section][name] = {"kind": kind}
 
-    return put
+    return apply
 
 
-def _put_in_choice(section: str, name: str, kind: str) -> Callable[[str], Put]:
-    def of_field(field: str) -> Put:
-        def put(plain: Plain, value: Any) -> None:
+def _apply_in_choice(section: str, name: str, kind: str) -> Callable[[str], Apply]:
+    def of_field(field: str) -> Apply:
+        def apply(plain: Plain, value: Any) -> None:
             chosen = choice(plain.setdefault(section, {}), name)
             chosen.setdefault("kind", next(iter(choices_of(field_types(_SECTIONS[section])[name]))))
             if chosen["kind"] != kind:
                 raise UsageError(f"{section}.{name} is {chosen['kind']}; add --{name} {kind}")
             chosen[field] = value
 
-        return put
+        return apply
 
     return of_field
 
 
-def _put_in_blocks(part: str, kind: str) -> Callable[[str], Put]:
-    def of_field(field: str) -> Put:
-        def put(plain: Plain, value: Any) -> None:
+def _apply_in_blocks(part: str, kind: str) -> Callable[[str], Apply]:
+    def of_field(field: str) -> Apply:
+        def apply(plain: Plain, value: Any) -> None:
             blocks = plain["model"]["blocks"].values()
             users = [block for block in blocks if choice(block, part).get("kind") == kind]
             if not users:
@@ -191,13 +196,13 @@ def _put_in_blocks(part: str, kind: str) -> Callable[[str], Put]:
             for block in users:
                 block[part][field] = value
 
-        return put
+        return apply
 
     return of_field
 
 
-def _put_ffn(mixer: str) -> Put:
-    def put(plain: Plain, kind: Any) -> None:
+def _apply_ffn(mixer: str) -> Apply:
+    def apply(plain: Plain, kind: Any) -> None:
         users = [block for block in plain["model"]["blocks"].values() if mixer_kind(block) == mixer]
         if not users:
             raise UsageError(f"no block of the model has the mixer {mixer}")
@@ -205,7 +210,7 @@ def _put_ffn(mixer: str) -> Put:
             if choice(block, "ffn").get("kind") != kind:
                 block["ffn"] = {"kind": kind}
 
-    return put
+    return apply
 
 
 def _is_choice(annotation: Any) -> bool:

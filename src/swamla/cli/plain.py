@@ -1,4 +1,4 @@
-"""The plain data of a recipe, into which flags write."""
+"""Helpers for the plain data of a recipe, which flags change."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
@@ -16,7 +16,7 @@ DEFAULT_KINDS = {
 
 
 def choice(table: Plain, name: str) -> Plain:
-    """The choice `name` in `table` as a table of its own, where a recipe may have named its kind only, or nothing."""
+    """The choice `name` in `table` as a table, even if the recipe gives only its kind or nothing."""
     written = table.setdefault(name, {"kind": DEFAULT_KINDS[name]} if name in DEFAULT_KINDS else {})
     if isinstance(written, str):
         table[name] = {"kind": written}
@@ -24,7 +24,7 @@ def choice(table: Plain, name: str) -> Plain:
 
 
 def mixer_kind(block: Plain) -> str:
-    """The kind of a block's mixer, "" where the recipe forgot it."""
+    """The kind of a block's mixer, "" if the recipe has none."""
     return choice(block, "mixer").get("kind", "")
 
 

@@ -15,12 +15,12 @@ from swamla.train.tracking.metrics import read_metrics
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Draw training curves, faint as they are and strong when smoothed, with the evaluations as marks.
+    """Draw training curves, raw ones faint and smoothed ones strong, with evaluations as marks.
 
     runs: folders of runs, or their names under runs/.
     output: the picture: .png, .pdf or .svg.
-    x: what is to the right.
-    y: what is up: loss, held_out_loss, bits_per_byte, lr, grad_norm, or whatever else metrics.jsonl has.
+    x: the horizontal axis.
+    y: the vertical axis: loss, held_out_loss, bits_per_byte, lr, grad_norm, or another name in metrics.jsonl.
     """
 
     runs: tuple[str, ...] = argument(annotation=str, positional=True, repeated=True)
@@ -30,7 +30,7 @@ class Arguments:
 
 
 def main(argv: list[str]) -> int:
-    """Draw, and say where."""
+    """Draw, and print the file's name."""
     arguments, _ = parse(Arguments, argv, command="swamla plot")
     picture = checked(arguments.output)
     if picture.suffix not in (".png", ".pdf", ".svg"):
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
 
 
 def _folder(name: str) -> Path:
-    """The run called so: a folder, or a name under runs/."""
+    """The folder of a run: a path, or a name under runs/."""
     given = checked(name)
     for folder in (given, Path("runs") / given):
         if (folder / "metrics.jsonl").is_file():
@@ -68,7 +68,7 @@ def _folder(name: str) -> Path:
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """What tells the runs apart in the legend: the folders' names, with their parents' where two are the same."""
+    """Distinct names for the legend: the folders' names, with their parents' if two are the same."""
     names = [folder.resolve().name for folder in folders]
     alone = len(set(names)) == len(names)
     return names if alone else ["/".join(folder.resolve().parts[-2:]) for folder in folders]

@@ -1,4 +1,4 @@
-"""`swamla prepare DATA`: tokenize now what training would tokenize first."""
+"""`swamla prepare DATA`: tokenize data ahead of training."""
 
 import json
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 
 from swamla.cli.console import Console, say
 from swamla.cli.flags import argument, parse
-from swamla.cli.overrides import data_flags, put_flags
+from swamla.cli.overrides import apply_flags, data_flags
 from swamla.cli.run_config import locate_beside
 from swamla.cli.running import describe_data, read_data, shown_progress
 from swamla.config import did_you_mean, from_plain, load_file
@@ -24,13 +24,13 @@ _SECTIONS = {"format_version", "model", "data", "train"}  # of a recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Tokenize data ahead of training, into the cache that training looks in.
+    """Tokenize data ahead of training, into the cache that training uses.
 
     data: a recipe, whose data is taken, or a source: stdlib, a file or a folder. --source replaces a recipe's source.
-    workers: processes that encode large data, each on one core; 0 for as many as there are cores.
-    part: i/N: do the i-th of N parts of the work, independently of the others, in one shared --cache_dir; whichever
-        part finds that none is missing any more makes the dataset. "assemble": only that.
-    executor: local, slurm or ray: hand the parts to this executor of datatrove (pip install 'swamla[data]').
+    workers: processes that encode large data, each on one core; 0 for one per core.
+    part: i/N: do the i-th of N parts of the work, independently of the others, in one shared --cache_dir; the part
+        that finishes last assembles the dataset. "assemble": only that.
+    executor: local, slurm or ray: run the parts with this executor of datatrove (pip install 'swamla[data]').
     parts: how many parts --executor has.
     executor_options: its further arguments: "time=04:00:00 partition=cpu".
     """
@@ -44,7 +44,7 @@ class Arguments:
 
 
 def main(argv: list[str]) -> int:
-    """Prepare, check every byte, and say what there is."""
+    """Prepare the data, verify every byte, and describe it."""
     arguments, given = parse(Arguments, argv, command="swamla prepare", more=data_flags())
     plain: dict[str, Any] = {"data": {"source": arguments.data}}
     written: Callable[[str], str] = _nowhere
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     elif "source" in given:
         raise UsageError(f"--source goes with a recipe ({', '.join(recipe_names())}), and {arguments.data} is none")
     downloaded = plain.get("data", {}).get("source") == "shakespeare"
-    flags = put_flags(plain, given, data_flags())
+    flags = apply_flags(plain, given, data_flags())
     config = from_plain(
         DataConfig, plain.get("data", {}), path="data", origin=lambda field: flags.get(field) or written(field)
     )
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
 
 
 def _is_recipe(data: str) -> bool:
-    """Whether a name or file stands for a recipe; a .json file may as well hold rows of text."""
+    """Whether a name or file is a recipe; a .json file may also contain rows of text."""
     if data in (*recipe_names(), *ALIASES) or data.endswith(".toml"):
         return True
     if not data.endswith(".json") or not Path(data).is_file():
@@ -89,14 +89,14 @@ def _is_recipe(data: str) -> bool:
     try:
         plain = json.loads(Path(data).read_bytes())
     except (ValueError, RecursionError):
-        return False  # lines of JSON, or damaged: the reader of rows says so
+        return False  # lines of JSON, or damaged: the reader of rows reports it
     if not isinstance(plain, dict) or not plain or not plain.keys() <= _SECTIONS:
         return False
     return all(isinstance(section, dict) for name, section in plain.items() if name != "format_version")
 
 
 def _hand_over(config: DataConfig, arguments: Arguments, console: Console) -> int:
-    """Start datatrove's executor; what it started may still be at work when this returns, as a Slurm array is."""
+    """Start datatrove's executor; its jobs may still run when this returns, e.g. a Slurm array."""
     from swamla.data.datatrove import executor
 
     settings: dict[str, str | int] = {}
@@ -105,17 +105,17 @@ def _hand_over(config: DataConfig, arguments: Arguments, console: Console) -> in
         require(bool(name and equals), "executor_options", option, 'must be like "time=04:00:00 partition=cpu"')
         settings[name] = int(value) if value.isdigit() else value
     executor(arguments.executor, config, arguments.parts, settings).run()
-    say(console, f"handed {arguments.parts} parts to {arguments.executor}; the last one makes the dataset")
+    say(console, f"handed {arguments.parts} parts to {arguments.executor}; the last one assembles the dataset")
     return 0
 
 
 def _run_part(config: DataConfig, part: Part, workers: int | None, console: Console) -> Dataset | None:
-    """Do a part; the dataset, if that was the last. `DataError` if there is nothing to assemble yet."""
+    """Do a part; returns the dataset if it was the last. Raises `DataError` if parts are missing for "assemble"."""
     with shown_progress(console) as progress:
         done = prepare_part(config, part, progress=progress, workers=workers)
     if done.dataset is not None:
         return done.dataset
-    left = f"{done.missing} of {done.units} units are still to be made by other parts"
+    left = f"{done.missing} of {done.units} units are still missing from other parts"
     if not part.count:
         raise DataError(f"{config.source}: cannot assemble yet: {left}")
     say(console, f"part {part.number}/{part.count} is done ({done.throughput or 'it had nothing left to do'}); {left}")
@@ -123,13 +123,13 @@ def _run_part(config: DataConfig, part: Part, workers: int | None, console: Cons
 
 
 def _instead_of_download(config: DataConfig, recipe: str, console: Console) -> DataConfig:
-    """`config`, with its file put where a later `swamla train` looks for the text that it would download."""
+    """`config`, with its file copied to where a later `swamla train` looks before it downloads the text."""
     if keep_shakespeare(cache_of(config), Path(config.source).expanduser()):
         return replace(config, source="shakespeare")
-    say(console, f"{config.source} is another text than {recipe}'s: train on it with --data {config.source}")
+    say(console, f"{config.source} is not the text of {recipe}: train on it with --data {config.source}")
     return config
 
 
 def _nowhere(field: str) -> str:
-    """Where a field stands that no file gave."""
+    """The place of a field that no file gave."""
     return ""

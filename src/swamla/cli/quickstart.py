@@ -1,4 +1,4 @@
-"""`swamla quickstart`: the shortest way to a trained hybrid model, and what it is worth."""
+"""`swamla quickstart`: train a small hybrid model and compare it with compressors."""
 
 import gzip
 import lzma
@@ -36,10 +36,10 @@ _AFTER = "\n\n=== after training ===\n"
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Train the recipe "quickstart", then weigh the model against gzip and xz on text it never saw.
+    """Train the recipe "quickstart", then compare the model with gzip and xz on held-out text.
 
-    output_dir: the run's folder; by default runs/quickstart, numbered when that is taken.
-    resume: continue the run in this folder, or in output_dir, or the newest runs/quickstart, and finish it.
+    output_dir: the run's folder; by default runs/quickstart, numbered if that exists.
+    resume: continue the run in this folder, in output_dir, or the newest runs/quickstart.
     """
 
     output_dir: str = argument("", metavar="FOLDER")
@@ -47,9 +47,9 @@ class Arguments:
 
 
 def main(argv: list[str]) -> int:
-    """Train, sample, compare, and say what to try next."""
+    """Train, sample, compare, and suggest what to try next."""
     if distributed.launched():
-        raise UsageError("quickstart is for one process; several train the same model with: train quickstart")
+        raise UsageError("quickstart is for one process; to train the same model on several: train quickstart")
     arguments, given = parse(Arguments, argv, command="swamla quickstart", more=flags(), explain=explain_recipe)
     resume = "resume" in given
     with _claimed(arguments, resume) as claim:
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
 
 
 def _claimed(arguments: Arguments, resume: bool) -> Claim:
-    """The folder of a new run, or the one to go on in, taken."""
+    """Claim the folder of a new run, or of the one to resume."""
     named = arguments.output_dir
     if not resume:
         return claim_folder(named, "quickstart")
@@ -68,7 +68,7 @@ def _claimed(arguments: Arguments, resume: bool) -> Claim:
 
 
 def _train(config: RunConfig, claim: Claim, resume: bool) -> None:
-    """Train, sample, compare, and say what to try next."""
+    """Train, sample, compare, and suggest what to try next."""
     console, run_dir = Console(), claim.path
     say(console, f"resuming {run_dir}" if resume else _announcement(config, run_dir))
     resumed = run_dir if resume else None
@@ -76,7 +76,7 @@ def _train(config: RunConfig, claim: Claim, resume: bool) -> None:
     samples = run_dir / "samples.txt"
 
     def first_sample(state: TrainState) -> None:
-        if state.step == 0:  # written at once: a run that is interrupted still has it when it is resumed
+        if state.step == 0:  # written at once, so that a resumed run still has it
             before = _sample(state.model, dataset.tokenizer)
             samples.write_text(f"=== before training ===\n{before}", encoding="utf-8")
 
@@ -111,7 +111,7 @@ def _sample(model: LanguageModel, tokenizer: Tokenizer) -> str:
 
 
 def _compare(console: Console, name: str, bits_per_byte: float, held_out: bytes) -> None:
-    """The model beside two compressors, on the same bytes; these learn from nothing but the bytes themselves."""
+    """The model and two compressors on the same bytes; these have seen no other text."""
     compressed = {
         "gzip -9": len(gzip.compress(held_out, 9)),
         "xz -9e": len(lzma.compress(held_out, preset=9 | lzma.PRESET_EXTREME)),
@@ -122,13 +122,15 @@ def _compare(console: Console, name: str, bits_per_byte: float, held_out: bytes)
     for compressor, size in compressed.items():
         table.add_row(compressor, f"{8 * size / len(held_out):.3f}")
     table.add_row(f"[bold]{name}", f"[bold]{bits_per_byte:.3f}")
-    say(console, f"{len(held_out):,} bytes of held-out text")  # no title of the table, whose width would wrap it
+    say(
+        console, f"{len(held_out):,} bytes of held-out text"
+    )  # not a table title, which would wrap at the table's width
     console.print(table)
 
 
 def _say_where_and_next(console: Console, run_dir: Path) -> None:
     run, swamla = shlex.quote(str(run_dir)), program()
-    say(console, f"\n{run_dir} holds config.json, metrics.jsonl, loss.png, samples.txt and the checkpoints. Next:\n")
+    say(console, f"\n{run_dir} has config.json, metrics.jsonl, loss.png, samples.txt and the checkpoints. Next:\n")
     say(console, f'  {swamla} generate {run} --prompt "class " --stats')
     say(console, f"  {swamla} evaluate {run}")
     say(console, f'  {swamla} train quickstart --pattern "swa swa swa mla" --run_name swa-swa-swa-mla')

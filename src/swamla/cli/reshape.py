@@ -1,7 +1,7 @@
 """Flags that reshape a whole model: its pattern, its depth, its heads.
 
-Blocks that a pattern names are looked up among the recipe's, then among its spare ones (tables `[spare.NAME]`, which
-only flags put to use), and last among the kinds of mixer.
+Names in a pattern are looked up among the recipe's blocks, then its spare ones (tables `[spare.NAME]`, which only flags
+use), then the kinds of mixer.
 """
 
 from collections.abc import Mapping
@@ -17,9 +17,9 @@ _HELP: dict[str, tuple[Any, str, str]] = {
     "local_mixer": (
         Literal["swa", "gdn"],
         "",
-        "what local layers are: sliding windows or gated DeltaNet",
+        "mixer of local layers: sliding windows or gated DeltaNet",
     ),
-    "n_layers": (int, "", "depth: the pattern is repeated, or cut, to it"),
+    "n_layers": (int, "", "depth, to which the pattern is repeated or cut"),
     "n_heads": (int, "", "heads of every block's mixer"),
 }
 SHAPE = {
@@ -31,7 +31,7 @@ SHAPE = {
 def reshape(model: Plain, given: Mapping[str, Any], spare: Plain) -> dict[str, str]:
     """Write the flags of `SHAPE` that are `given` into `model`; returns dotted field -> flag.
 
-    Blocks that are no longer in the pattern go. Raises `UsageError` for a pattern that names nothing known.
+    Removes blocks that are no longer in the pattern. Raises `UsageError` for a pattern that names nothing known.
     """
     if not SHAPE.keys() & given.keys():
         return {}
@@ -63,12 +63,12 @@ def reshape(model: Plain, given: Mapping[str, Any], spare: Plain) -> dict[str, s
 
 
 def repeat(pattern: list[str], depth: int) -> list[str]:
-    """The pattern, over and over, so many layers deep."""
+    """The pattern repeated or cut to `depth` layers."""
     return [pattern[layer % len(pattern)] for layer in range(depth)]
 
 
 def _with_local(kind: str, flag: str, pattern: list[str], blocks: Plain, spare: Plain) -> list[str]:
-    """The pattern with the block `kind` in the place of every local layer."""
+    """The pattern with every local layer replaced by the block `kind`."""
     local = {name for name in pattern if name in blocks and is_local(mixer_kind(blocks[name]))}
     if not local:
         raise UsageError(f"{flag}: no layer of the pattern is local: {' '.join(dict.fromkeys(pattern))}")
@@ -77,7 +77,7 @@ def _with_local(kind: str, flag: str, pattern: list[str], blocks: Plain, spare: 
 
 
 def _provide(name: str, blocks: Plain, spare: Plain, flag: str, like: str = "") -> None:
-    """Put the block `name` among `blocks`: a spare one, or one with that kind of mixer and otherwise like `like`."""
+    """Add the block `name` to `blocks`: a spare one, or one with that kind of mixer and the settings of `like`."""
     if name in blocks:
         return
     kinds = BLOCK_PARTS["mixer"]

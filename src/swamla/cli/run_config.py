@@ -11,28 +11,28 @@ from typing import Any
 
 from swamla import distributed
 from swamla.cli.flags import WIDEST, Flag
-from swamla.cli.overrides import flags, put_flags
+from swamla.cli.overrides import apply_flags, flags
 from swamla.cli.reshape import reshape
 from swamla.config import from_plain, load_file, to_plain, within
 from swamla.data.config import MIXTURE, DataConfig, parse_bpe
 from swamla.data.sources import NAMED_SOURCES
 from swamla.errors import ConfigError, UsageError, require
 from swamla.model.block import BlockConfig
-from swamla.model.config import LanguageModelConfig
+from swamla.model.language_model import LanguageModelConfig
 from swamla.recipes import recipe_names, recipe_path
 from swamla.train.config import RunConfig
 from swamla.train.init_from import Origin, origin_of
 
-# Of tokenizers, and where that decides it of data.
-_TOKENIZERS = ("byte", "char", "gpt2")  # whatever files are called so
+# Names of tokenizers, which win over files of the same name; and (tokenizer, source) → vocabulary size.
+_TOKENIZERS = ("byte", "char", "gpt2")
 _VOCABULARIES = {("byte", ""): 257, ("gpt2", ""): 50257, ("char", "shakespeare"): 66}
 
 
 def read_recipe(recipe: str, given: Mapping[str, Any], *, new: bool = False) -> RunConfig:
-    """The run that a recipe (a shipped one's name, or a file) and flags, `given` with their values, describe.
+    """The config of a run from a recipe (a shipped one's name, or a file) and flags `given` with their values.
 
-    new: it is to be begun, with the weights that it says. Says what there is to tell. Raises `UsageError` and
-    `ConfigError`, which name the flag, or the file and line.
+    new: it is a new run, so `init_from` applies. Prints notes. Raises `UsageError` and `ConfigError`, which name the
+    flag, or the file and line.
     """
     resolved = resolve(recipe, given, new=new)
     say_notes(resolved)
@@ -41,7 +41,7 @@ def read_recipe(recipe: str, given: Mapping[str, Any], *, new: bool = False) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Resolved:
-    """A run's config, where each of its dotted fields was said (a flag, or a file and line), and what to tell of it."""
+    """A run's config, the origin of each dotted field (a flag, or a file and line), and notes to print."""
 
     config: RunConfig
     origin: Callable[[str], str]
@@ -50,7 +50,7 @@ class Resolved:
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What a recipe says. spare: its blocks that only flags put to use.  begun: whose weights it takes, if any."""
+    """A recipe's plain data. spare: blocks that only flags use.  begun: the origin of its first weights, if any."""
 
     plain: dict[str, Any]
     place: Callable[[str], str]
@@ -59,27 +59,27 @@ class Written:
 
     @property
     def has_model(self) -> bool:
-        """False for data so malformed that flags could not be laid on it; the reader will say what is wrong."""
+        """False for data too malformed to apply flags to; reading it as a config will report the error."""
         sections = all(isinstance(self.plain.get(name, {}), dict) for name in ("model", "data", "train"))
         blocks = self.plain.get("model", {}).get("blocks") if sections else None
         return isinstance(blocks, dict) and all(
             isinstance(b, dict) and isinstance(b.get("mixer"), dict) for b in blocks.values()
         )
 
-    def put(self, given: Mapping[str, Any]) -> dict[str, str]:
-        """Write flags into the plain data; returns dotted field -> flag.
+    def apply(self, given: Mapping[str, Any]) -> dict[str, str]:
+        """Apply flags to the plain data; returns dotted field -> flag.
 
-        Raises `UsageError` for a pattern that names nothing known and for a flag of a kind that the model does not use.
+        Raises `UsageError` for an unknown name in a pattern and for a flag of a kind that the model does not use.
         """
         tokenizer = self.plain.get("data", {}).get("tokenizer")
-        origins = reshape(self.plain["model"], given, self.spare) | put_flags(self.plain, given, flags())
+        origins = reshape(self.plain["model"], given, self.spare) | apply_flags(self.plain, given, flags())
         if "vocab_size" not in given and self.plain.get("data", {}).get("tokenizer") != tokenizer:
-            self.plain["model"]["vocab_size"] = 0  # that of the recipe's tokenizer means nothing to another
+            self.plain["model"]["vocab_size"] = 0  # the recipe's size belongs to its own tokenizer
         return origins
 
 
 def written(recipe: str, given: Mapping[str, Any], *, new: bool = False, unnamed: bool = False) -> Written:
-    """What a recipe says; of the flags only those count that replace its paths, and that say whose weights it takes."""
+    """A recipe's plain data. Of the flags only those apply that replace its paths or its `init_from`."""
     path = recipe_path(recipe)
     plain, place = load_file(path)
     plain = copy.deepcopy(plain)
@@ -90,10 +90,10 @@ def written(recipe: str, given: Mapping[str, Any], *, new: bool = False, unnamed
 
 
 def resolve(recipe: str, given: Mapping[str, Any], *, new: bool = False, unnamed: bool = False) -> Resolved:
-    """As `read_recipe`, silently, with all there is to know. unnamed: nobody asked for the recipe and its model."""
+    """As `read_recipe`, without printing. unnamed: the user named no recipe, so the weights' model is taken."""
     said = written(recipe, given, new=new, unnamed=unnamed)
     plain, place, spare, origin_of_weights = said.plain, said.place, said.spare, said.begun
-    by_flag = said.put(given) if said.has_model else {}
+    by_flag = said.apply(given) if said.has_model else {}
     notes = []
 
     def origin(field: str) -> str:
@@ -109,11 +109,9 @@ def resolve(recipe: str, given: Mapping[str, Any], *, new: bool = False, unnamed
         _check_together(config)
     if origin_of_weights is not None:
         origin_of_weights.require_fit(with_vocabulary(config.model, config.data, origin_of_weights.model.vocab_size))
-        notes.append(f"model and tokenizer are those of {origin_of_weights.folder}, where flags name no others")
-    if not _knows_order(config):
-        notes.append(
-            "warning: nothing in this model knows the order of the tokens it attends to: give it --learned_positions N"
-        )
+        notes.append(f"model and tokenizer are those of {origin_of_weights.folder}, except where flags change them")
+    if not _sees_order(config):
+        notes.append("warning: no layer of this model sees the order of tokens: give it --learned_positions N")
     train = config.train
     if train.init_from:
         train = replace(train, init_from=str(Path(train.init_from).expanduser().resolve()))
@@ -122,13 +120,13 @@ def resolve(recipe: str, given: Mapping[str, Any], *, new: bool = False, unnamed
 
 
 def begun_recipe(init_from: str) -> str:
-    """The recipe of a run that names none and begins with the weights of `init_from`: its own, where it is a run."""
+    """The recipe for `init_from` without a recipe: that run's own config, or quickstart if it is not a run."""
     origin = origin_of(init_from)
     return str(origin.folder / "config.json") if origin.is_run else "quickstart"
 
 
 def explain_recipe(recipe: str) -> tuple[dict[str, Flag], str]:
-    """For --help: all flags, their defaults what the recipe, or run, has, and which its blocks have."""
+    """For --help: all flags, with the recipe's or run's values as defaults, and the settings of its blocks."""
     recipe = recipe or "quickstart"
     run = Path(recipe) / "config.json"
     config = resolve(str(run) if run.is_file() else recipe, {}).config
@@ -145,18 +143,18 @@ def explain_recipe(recipe: str) -> tuple[dict[str, Flag], str]:
         width - 2,
         break_on_hyphens=False,
     )
-    told = "\n".join(f"  {line}" for line in lines).replace("\N{NO-BREAK SPACE}", " ")
-    about = f"[…] is what {recipe} has; its blocks, norm and optimizer have these (--help all explains them):"
+    settings = "\n".join(f"  {line}" for line in lines).replace("\N{NO-BREAK SPACE}", " ")
+    about = f"[…] is the value in {recipe}; its blocks, norm and optimizer have these (--help all explains them):"
     defaults = {name: replace(flag, default=_value_in(config, flag)) for name, flag in known.items()}
     recipes = textwrap.fill(f"Recipes: {', '.join(recipe_names())}", width, break_on_hyphens=False)
-    return defaults, f"{textwrap.fill(about, width)}\n{told}\n{recipes}"
+    return defaults, f"{textwrap.fill(about, width)}\n{settings}\n{recipes}"
 
 
 def _value_in(config: RunConfig, flag: Flag) -> Any:
-    """What a flag would change, where the config has one such value; a choice by its kind."""
+    """The config's value of a flag's field, if there is exactly one; the kind of a choice."""
     value: Any = config
     for name in flag.field.split("."):
-        value = getattr(value, name, MISSING)  # of another kind, or of several blocks
+        value = getattr(value, name, MISSING)  # MISSING: of another kind, or of several blocks
     return flag.default if value is MISSING else value
 
 
@@ -165,13 +163,13 @@ def _as_typed(value: Any) -> str:
 
 
 def _begin_from(plain: dict[str, Any], recipe: Path, given: Mapping[str, Any], unnamed: bool) -> Origin | None:
-    """Where a run's first weights are, if the recipe or a flag says so; the recipe's tokenizer becomes theirs.
+    """The origin of a run's first weights, if the recipe or a flag has one. Its tokenizer replaces the recipe's.
 
-    So does its model where it has none, or is `unnamed`; else that stays as it is, to be compared.
+    Its model replaces the recipe's if that has none or is `unnamed`; otherwise the two will be compared.
     """
     train = plain.get("train")
     if not isinstance(train, dict):
-        return None  # malformed: the reader will say so
+        return None  # malformed: reading it as a config will report it
     said = {name: train.get(name) for name in ("init_from", "init_checkpoint") if train.get(name)}
     said |= {name: given[name] for name in ("init_from", "init_checkpoint") if name in given}
     if not said.get("init_from"):
@@ -181,7 +179,7 @@ def _begin_from(plain: dict[str, Any], recipe: Path, given: Mapping[str, Any], u
         where = train["init_from"] = str(recipe.resolve().parent / Path(where).expanduser())
     origin = origin_of(where, which)
     if recipe.resolve() == origin.folder / "config.json":
-        for name in ("init_from", "init_checkpoint", "hf_repo_id", "wandb_run_name"):  # which are that run's own
+        for name in ("init_from", "init_checkpoint", "hf_repo_id", "wandb_run_name"):  # belong to that run only
             train.pop(name, None)
     if unnamed or not plain.get("model"):
         plain["model"] = to_plain(origin.model)
@@ -193,20 +191,20 @@ def _begin_from(plain: dict[str, Any], recipe: Path, given: Mapping[str, Any], u
 
 
 def say_notes(resolved: Resolved) -> None:
-    """Print what there is to tell, a line each, on the main process's stderr."""
+    """Print the notes, one line each, on the main rank's stderr."""
     for note in resolved.notes if distributed.is_main() else ():
         print(f"swamla: {note}", file=sys.stderr)
 
 
-def _knows_order(config: RunConfig) -> bool:
+def _sees_order(config: RunConfig) -> bool:
     """False for a model of order-blind attention alone, without learned positions."""
     return config.model.learned_positions > 0 or any(block.mixer.sees_order for block in config.model.blocks.values())
 
 
 def with_vocabulary(model: LanguageModelConfig, data: DataConfig, otherwise: int = 0) -> LanguageModelConfig:
-    """The model with the vocabulary its tokenizer will have, where that can be told without reading data.
+    """The model with its tokenizer's vocabulary, as far as that is known without reading data.
 
-    Where it cannot, `otherwise` is taken for it, and without that `UsageError` raised.
+    otherwise: the size if it is not known; without it raises `UsageError`.
     """
     if model.vocab_size:
         return model
@@ -219,7 +217,7 @@ def with_vocabulary(model: LanguageModelConfig, data: DataConfig, otherwise: int
 
 
 def _spare_blocks(plain: dict[str, Any], place: Callable[[str], str]) -> dict[str, Any]:
-    """The tables [spare.NAME], taken out of a recipe: blocks that flags may put into the pattern, each checked."""
+    """Remove the tables [spare.NAME] from a recipe and check them: blocks that flags may add to the pattern."""
     spare = plain.pop("spare", {})
     if not isinstance(spare, dict):
         raise ConfigError("spare", spare, "must be a table of blocks, e.g. [spare.gdn.mixer]", place("spare"))
@@ -231,14 +229,14 @@ def _spare_blocks(plain: dict[str, Any], place: Callable[[str], str]) -> dict[st
 def locate_beside(
     plain: dict[str, Any], recipe: Path, place: Callable[[str], str], given: Collection[str] = ()
 ) -> None:
-    """Make the paths in a recipe's plain data, which are relative to the recipe, absolute; flags' are to where we are.
+    """Make paths in a recipe's plain data absolute: they are relative to the recipe, those of flags to this folder.
 
-    given: flags, whose fields are left alone. Raises `UsageError` for what is not beside the recipe, but here: that is
-    another file than was meant, or the recipe is older than this rule.
+    given: flags, whose fields are left alone. Raises `UsageError` for a path that exists in this folder but not next to
+    the recipe: the recipe means another file, or is older than this rule.
     """
     data = plain.get("data")
     if not isinstance(data, dict):
-        return  # malformed: the reader will say so
+        return  # malformed: reading it as a config will report it
     mixture = data.get("mixture")
     parts = [part for part in mixture if isinstance(part, dict)] if isinstance(mixture, list) else []
     tables = [] if "data" in given or "source" in given else [(table, "source") for table in (data, *parts)]
@@ -259,7 +257,7 @@ def locate_beside(
 
 
 def _located(data: DataConfig) -> DataConfig:
-    """Data whose paths do not depend on the folder we are in: a run is resumed and evaluated from anywhere."""
+    """Make the data's paths absolute, so that a run can be resumed and evaluated from any folder."""
     kind, path = _split(data.tokenizer)
     return replace(
         data,
@@ -274,18 +272,18 @@ def _located(data: DataConfig) -> DataConfig:
 
 
 def _split(tokenizer: str) -> tuple[str, str]:
-    """What stands before the path of a tokenizer, "gpt2:" or nothing, and the path."""
+    """The prefix of a tokenizer's path, "gpt2:" or "", and the path."""
     return ("gpt2:", tokenizer.removeprefix("gpt2:")) if tokenizer.startswith("gpt2:") else ("", tokenizer)
 
 
 def _absolute(path: str) -> str:
-    """The absolute path of what exists; a name that leads nowhere is left for the reader to refuse as it was given."""
+    """The absolute path if it exists; otherwise unchanged, so that the error names it as it was given."""
     found = Path(path).expanduser()
     return str(found.resolve()) if found.exists() else path
 
 
 def _check_together(config: RunConfig) -> None:
-    """What no section of the config can see alone."""
+    """Check what involves several sections of the config."""
     positions, block_size = config.model.learned_positions, config.train.block_size
     fits = not positions or block_size <= positions
     require(fits, "train.block_size", block_size, f"must not exceed model.learned_positions = {positions}")

@@ -1,4 +1,4 @@
-"""What the commands share that train: find the folder, prepare the data, hand the trainer its validation, train."""
+"""Shared by the commands that train: find the folder, prepare the data, make the validation function, train."""
 
 import re
 import shlex
@@ -15,7 +15,7 @@ from swamla.data.preparing import Dataset, cache_of, prepare
 from swamla.data.reopening import reopen
 from swamla.errors import DataError, Interrupted, UsageError
 from swamla.evaluate import evaluate_split
-from swamla.hub import pull
+from swamla.hub.pull import pull
 from swamla.model.language_model import LanguageModel
 from swamla.train import RunConfig, TrainConfig, TrainState, train
 from swamla.train.changes import config_of
@@ -23,13 +23,13 @@ from swamla.train.claims import Claim, claim_new, claim_numbered
 from swamla.train.launch import begun_by
 from swamla.train.run_folder import identity_of_run
 
-EVALUATION_TOKENS = 16384  # computed at once: more would only cost memory
-UTILISATION_TOKENS = 1 << 18  # counted to tell how many of the positions that training computes carry loss
+EVALUATION_TOKENS = 16384  # per forward pass: more would only cost memory
+UTILISATION_TOKENS = 1 << 18  # sampled to estimate the share of positions that carry loss
 
 
 @contextmanager
 def shown_progress(console: Console) -> Iterator[Progress]:
-    """A function that shows how far reading is, on terminals only."""
+    """A function that shows the progress of reading, on terminals only."""
     with console.status("reading …") as status:
 
         def progress(stage: str, documents: int, n_bytes: int) -> None:
@@ -39,7 +39,7 @@ def shown_progress(console: Console) -> Iterator[Progress]:
 
 
 def read_data(config: DataConfig, console: Console, *, workers: int | None = None) -> Dataset:
-    """Data, tokenized now or found in the cache. Of several processes the main one goes first, and fills the cache."""
+    """Data, tokenized now or found in the cache. On several ranks the main one goes first and fills the cache."""
     found = []
 
     def prepared() -> None:
@@ -55,10 +55,10 @@ def read_data(config: DataConfig, console: Console, *, workers: int | None = Non
 def data_of_run(
     run_dir: Path, config: DataConfig, console: Console, *, training: bool = False, workers: int | None = None
 ) -> Dataset:
-    """The data that a run began with: from the cache by what it holds, else from its source, read once more.
+    """The data that a run started with: from the cache by fingerprint, else read again from its source.
 
-    `config` may say how bad rows are treated, and where the cache is, otherwise than the run did; with other data it
-    is read as it says. Warns, and raises, as `reopen` does; DataError where neither cache nor source has the data.
+    `config` may differ from the run's in the handling of bad rows and the cache; if it has other data, that is read.
+    Warns and raises as `reopen` does. Raises `DataError` if neither cache nor source has the data.
     """
     known, began = identity_of_run(run_dir), config_of(run_dir).data
     began = replace(began, on_bad_row=config.on_bad_row, invalid_utf8=config.invalid_utf8, cache_dir=config.cache_dir)
@@ -68,7 +68,7 @@ def data_of_run(
     def reopened() -> Dataset | None:
         return reopen(config, known, training=training, workers=workers)
 
-    # The main process alone decides: another one may find what the main one is about to make.
+    # Only the main rank decides: another one might find what the main one is still writing.
     if distributed.on_main(lambda: reopened() is not None):
         dataset = reopened()
         assert dataset is not None
@@ -76,7 +76,7 @@ def data_of_run(
     try:
         return read_data(replace(config, tokenizer=str(run_dir / "tokenizer.json")), console, workers=workers)
     except DataError as error:
-        raise DataError(f"{run_dir}: what it began with is no more in {cache_of(config)}, and {error}") from error
+        raise DataError(f"{run_dir}: its data is no longer in {cache_of(config)}, and {error}") from error
 
 
 def prepare_data(
@@ -87,7 +87,7 @@ def prepare_data(
     workers: int | None = None,
     resumed: Path | None = None,
 ) -> Dataset:
-    """The data of a run, described on the console. resumed: its folder, where it has one already."""
+    """The data of a run, described on the console. resumed: the folder of a resumed run."""
     if resumed is None:
         dataset = read_data(config, console, workers=workers)
     else:
@@ -97,7 +97,7 @@ def prepare_data(
 
 
 def describe_data(dataset: Dataset, console: Console, block_size: int = TrainConfig.block_size) -> None:
-    """Tell what there is, and how well it fills rows of `block_size`; on the main process alone."""
+    """Print a description of the data, and how well it fills rows of `block_size`; on the main rank only."""
     if not distributed.is_main():
         return
     described = dataset.describe()
@@ -131,8 +131,7 @@ def run_training(
 ) -> TrainState:
     """Train `config` in `run_dir`, validated on the held-out split; raises as `swamla.train.train` does.
 
-    command: what to type, after the program's name, to go on if the run is interrupted. claim: of the folder, on the
-    main process.
+    command: the command that resumes the run, without the program's name. claim: of the folder, on the main rank.
     """
     evaluate = validation(dataset, config.train.block_size, config.train.eval_tokens)
     try:
@@ -147,12 +146,12 @@ def run_training(
             claim=claim,
         )
     except Interrupted as stop:
-        go_on = f"{program()} {command} --resume {shlex.quote(str(run_dir))}"
-        raise Interrupted(f"{stop}; go on with: {go_on}", stop.exit_status) from None
+        resume_with = f"{program()} {command} --resume {shlex.quote(str(run_dir))}"
+        raise Interrupted(f"{stop}; go on with: {resume_with}", stop.exit_status) from None
 
 
 def fetch_run(repo_id: str, run_dir: Path, revision: str, console: Console) -> None:
-    """Make the new folder `run_dir` from a run on the hub; says from which commit. Raises as `swamla.hub.pull` does."""
+    """Download a run from the hub into the new folder `run_dir` and print its commit. Raises as `pull` does."""
     with console.status(f"fetching {repo_id} …"):
         pulled = pull(repo_id, run_dir, revision=revision)
     say(console, f"{repo_id} at commit {pulled.commit}, step {pulled.step}, is in {run_dir}")
@@ -178,17 +177,17 @@ def validation(
 
 
 def claim_folder(output_dir: str, name: str) -> Claim:
-    """Take the folder of a new run: `output_dir`, or where that is empty runs/NAME, numbered when it is taken.
+    """Claim the folder of a new run: `output_dir`, or runs/NAME, numbered if that exists.
 
-    Raises `UsageError`, before any data is read, for a folder that has something in it.
+    Raises `UsageError`, before any data is read, for a folder that is not empty.
     """
     return claim_new(checked(output_dir)) if output_dir else claim_numbered(Path("runs") / name)
 
 
 def resumed_folder(resume: str, output_dir: str, name: str) -> Path:
-    """The folder of the run to go on with: `resume` or `output_dir`, else the newest of runs/NAME, runs/NAME-2 …
+    """The folder of the run to resume: `resume` or `output_dir`, else the newest of runs/NAME, runs/NAME-2 …
 
-    Raises `UsageError` where both are given, and where there is no run.
+    Raises `UsageError` if both are given, or if there is no run.
     """
     if resume and output_dir:
         raise UsageError("--resume RUN and --output_dir both name a folder: give one of them")
@@ -199,28 +198,28 @@ def resumed_folder(resume: str, output_dir: str, name: str) -> Path:
 
 
 def begun_folder(names: tuple[str, ...], folder: str, name: str) -> tuple[Path, bool] | None:
-    """The folder of the run which the launch of these names began, or took up, and whether it was asked to stop there.
+    """The folder of the run that the launch of these names started or resumed, and whether it was asked to stop.
 
-    It is `folder` or, where that is empty, one of runs/NAME, runs/NAME-2 …; None where the launch came to no run.
+    Looks in `folder` or, if that is empty, in runs/NAME, runs/NAME-2 …; None if the launch got to no run.
     """
     begun = begun_by(names, [checked(folder)] if folder else _siblings(Path("runs") / name))
     return begun and (begun[0], begun[1].stopped)
 
 
 def checked(folder: str) -> Path:
-    """A folder the user named, as a path that the system can take."""
+    """The path of a folder that the user named. Raises `UsageError` for NUL."""
     if "\0" in folder:
         raise UsageError(f"{folder!r}: a path cannot hold NUL")
     return Path(folder)
 
 
 def _newest(folder: Path) -> Path:
-    """Of `folder` and its numbered siblings the run begun, or gone on with, last; `folder` where there is none."""
+    """The run among `folder` and its numbered siblings that was started or resumed last; `folder` without any."""
     begun = [path for path in _siblings(folder) if (path / "config.json").is_file()]
     return max(begun, key=lambda path: (path / "config.json").stat().st_mtime_ns, default=folder)
 
 
 def _siblings(folder: Path) -> list[Path]:
-    """What there is of `folder`, folder-2, folder-3 …"""
+    """Those of `folder`, folder-2, folder-3 … that exist."""
     name = re.compile(re.escape(folder.name) + r"(-\d+)?")
     return [path for path in folder.parent.glob("*") if name.fullmatch(path.name)]

@@ -1,4 +1,4 @@
-"""`swamla runs [FOLDER]`: what was trained, how far it came and how good it is."""
+"""`swamla runs [FOLDER]`: the runs in a folder, their progress and losses."""
 
 import json
 import time
@@ -25,7 +25,7 @@ State = Literal["running", "done", "stopped", "no save"]
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """The runs in a folder, the last touched first.
+    """The runs in a folder, most recently modified first.
 
     folder: a folder of runs, or one run.
     json: print a JSON list.
@@ -37,7 +37,8 @@ class Arguments:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A row. loss: the last of training.  held_out_loss: the lowest, with its bits_per_byte.  "no save" has none."""
+    """A row. loss: the last one of training.  held_out_loss: the lowest, with its bits_per_byte.  "no save": a run
+    without a checkpoint."""
 
     name: str
     path: str
@@ -53,7 +54,7 @@ class Run:
 
 
 def main(argv: list[str]) -> int:
-    """List."""
+    """List runs."""
     arguments, _ = parse(Arguments, argv, command="swamla runs")
     runs, broken = _read(Path(arguments.folder))
     if arguments.json:
@@ -73,9 +74,9 @@ def main(argv: list[str]) -> int:
 
 
 def _read(folder: Path) -> tuple[list[Run], dict[str, str]]:
-    """The runs, and of each folder that is damaged what is wrong with it."""
+    """The runs, and for each damaged folder the reason."""
     if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder; swamla train makes runs, in the folder runs")
+        raise UsageError(f"{folder}: no such folder; swamla train writes runs to the folder runs")
     runs, broken = [], {}
     for path in [folder] if _is_run(folder) else sorted(p for p in folder.iterdir() if _is_run(p)):
         try:
@@ -90,7 +91,7 @@ def _is_run(path: Path) -> bool:
 
 
 def summarize(path: Path) -> Run:
-    """What a run's folder tells. Raises as reading its config and its metrics does."""
+    """The row of a run's folder. Raises if its config or metrics are damaged."""
     plain = read_run_config(path)
     plain.pop("format_version")
     config = from_plain(RunConfig, plain, origin=str(path / "config.json"))
@@ -114,7 +115,7 @@ def summarize(path: Path) -> Run:
 
 
 def _evaluations(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of as much held-out text as the last one: others, before --eval_tokens was changed, mean something else."""
+    """Evaluations on as many held-out tokens as the last one; earlier --eval_tokens do not compare."""
     rescored = [
         {key.removeprefix("best_"): value for key, value in r.items()} for r in records if "best_held_out_loss" in r
     ]
@@ -134,7 +135,7 @@ def _state(path: Path, config: RunConfig, records: list[dict[str, Any]]) -> Stat
 
 
 def compress(pattern: tuple[str, ...]) -> str:
-    """The shortest cycle and how often it comes: "(swa swa mla)×4"."""
+    """The shortest cycle and its repetitions: "(swa swa mla)×4"."""
     count = len(pattern)
     length = next(n for n in range(1, count + 1) if count % n == 0 and pattern == pattern[:n] * (count // n))
     cycle = " ".join(pattern[:length])
@@ -147,7 +148,7 @@ def _table(runs: list[Run], now: float) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("run", overflow="fold", max_width=24)
     table.add_column("pattern", overflow="fold", max_width=30)
-    for heading in ("params", "steps", "tokens", "loss", "held", "bits/B", "when"):
+    for heading in ("params", "steps", "tokens", "loss", "held-out", "bits/B", "when"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for run in runs:
@@ -162,7 +163,7 @@ def _figure(value: float | None) -> str:
 
 
 def _short(count: int) -> str:
-    """Three digits and a unit: 213M."""
+    """At most three digits and a unit: 213M."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= size * 0.9995:
             return f"{count / size:.3g}{unit}"
@@ -170,7 +171,7 @@ def _short(count: int) -> str:
 
 
 def age(now: float, then: float) -> str:
-    """How long ago: 3 h."""
+    """Elapsed time: 3 h."""
     seconds = max(0.0, now - then)
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:

@@ -1,4 +1,4 @@
-"""What `swamla doctor` tries: every op's fast path against its reference, and a tiny model all the way."""
+"""The self-check of `swamla doctor`: every op's fast path against its reference, and a tiny model end to end."""
 
 import tempfile
 import time
@@ -15,8 +15,7 @@ from torch import Tensor
 from swamla.checkpoint import latest_checkpoint, load_into, save_checkpoint
 from swamla.cli.plain import BLOCK_PARTS
 from swamla.model.block import BlockConfig
-from swamla.model.config import LanguageModelConfig
-from swamla.model.language_model import LanguageModel
+from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.ops import (
     Layout,
     causal_attention,
@@ -31,17 +30,17 @@ from swamla.ops.grouped_mm import grouped_mm
 from swamla.train.optim import AdamWConfig
 from swamla.train.precision import autocast, resolve_precision
 
-TOLERANCE = {"cpu": 1e-4, "cuda": 2e-3}  # of fp32 results, relative to their largest number
+TOLERANCE = {"cpu": 1e-4, "cuda": 2e-3}  # for fp32 results, relative to the largest number
 BF16_TOLERANCE = 2e-2
 STEPS = 30
-FALL = 0.7  # what a text of eight letters leaves of the first loss, at most
+FALL = 0.7  # the largest allowed ratio of the last loss to the first
 
 Op = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a check ended. detail: what was found, or what went wrong."""
+    """The result of a check. detail: the finding, or the error."""
 
     name: str
     ok: bool
@@ -50,14 +49,14 @@ class Outcome:
 
 
 def run_checks(device: torch.device) -> Iterator[Outcome]:
-    """Every check, one after the other; none stops those behind it."""
+    """Run all checks in turn; a failure does not stop the others."""
     for name, check in _checks():
         started = time.monotonic()
         generator_state = torch.get_rng_state()
         torch.manual_seed(0)
         try:
             detail, ok = check(device), True
-        except Exception as error:  # whatever is wrong with this machine is what the user wants to know
+        except Exception as error:  # any failure is what the user wants to know
             first_line = (str(error).splitlines() or [""])[0]
             detail, ok = f"{type(error).__name__}: {first_line}", False
         torch.set_rng_state(generator_state)
@@ -80,11 +79,11 @@ def _checks() -> list[tuple[str, Callable[[torch.device], str]]]:
 
 
 class Wrong(Exception):
-    """A check that found a difference."""
+    """A check found a difference."""
 
 
 def compare(fast: Op, reference: Op, inputs: Sequence[Tensor], tolerance: float) -> str:
-    """Outputs, and gradients of every input; raises `Wrong` where they differ by more than `tolerance`."""
+    """Compare outputs and gradients of every input. Raises `Wrong` if they differ by more than `tolerance`."""
     results = []
     for op in (fast, reference):
         leaves = [x.detach().clone().requires_grad_() for x in inputs]
@@ -92,7 +91,7 @@ def compare(fast: Op, reference: Op, inputs: Sequence[Tensor], tolerance: float)
         upstream = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=out.dtype).view(out.shape)
         results.append([out.detach(), *torch.autograd.grad(out, leaves, upstream)])
     worst = max(_difference(a, b) for a, b in zip(*results, strict=True))
-    if not worst <= tolerance:  # NaN is no small number
+    if not worst <= tolerance:  # NaN fails too
         raise Wrong(f"outputs and gradients differ from the reference by {worst:.1e}, allowed {tolerance:.0e}")
     near = f"within {worst:.0e} of" if worst else "equal to"
     return f"{near} the reference, gradients included"
@@ -118,15 +117,15 @@ def _compare_backends(op: Op, inputs: Sequence[Tensor], device: torch.device, to
 
 
 def _compare_paths(op: Op, inputs: Sequence[Tensor], device: torch.device) -> str:
-    """What "auto" is, or on a CPU every path that it may become."""
+    """The path of "auto", or on a CPU every path that it may choose."""
     paths = ("tiles", "sdpa") if device.type == "cpu" else ("auto",)
     reference, tolerance = partial(op, backend="reference"), TOLERANCE[device.type]
     found = [compare(partial(op, backend=path), reference, inputs, tolerance) for path in paths]
-    return found[0] if len(paths) == 1 else "; ".join(f"{p}: {told}" for p, told in zip(paths, found, strict=True))
+    return found[0] if len(paths) == 1 else "; ".join(f"{p}: {detail}" for p, detail in zip(paths, found, strict=True))
 
 
 def _as_trained(device: torch.device) -> AbstractContextManager[object]:
-    """The number format that "auto" chooses."""
+    """The dtype of the precision that "auto" chooses."""
     return autocast(resolve_precision("auto", device), device)
 
 
@@ -162,7 +161,7 @@ def _convolution(device: torch.device) -> str:
 def _grouped(device: torch.device) -> str:
     ends = torch.tensor([20, 20, 50, 64], dtype=torch.int32, device=device)
     inputs = [_random(device, 64, 32), _random(device, 4, 32, 48)]
-    bf16 = resolve_precision("auto", device) == "bf16"  # in which alone some devices have these products
+    bf16 = resolve_precision("auto", device) == "bf16"  # some devices have these products in this dtype only
     with _as_trained(device):
         return _compare_backends(
             lambda x, w, backend: grouped_mm(x, w, ends, backend=backend),
@@ -192,7 +191,7 @@ def _norm(device: torch.device) -> str:
 
 
 def tiny_model(device: torch.device) -> LanguageModel:
-    """A model with every mixer and every FFN that is registered."""
+    """A model with every registered mixer and FFN."""
     mixers, ffns = (list(BLOCK_PARTS[part].values()) for part in ("mixer", "ffn"))
     blocks = {
         f"{index}": BlockConfig(mixer=mixers[index % len(mixers)].example(), ffn=ffns[index % len(ffns)].example())
@@ -221,7 +220,7 @@ def _training(device: torch.device) -> str:
 
 @torch.no_grad()
 def _steps(device: torch.device) -> str:
-    """Experts are chosen by comparison, which rounding may turn over: this model has none."""
+    """This model has no experts: rounding may change which are chosen."""
     config = tiny_model(device).config
     dense = {name: replace(block, ffn=BlockConfig(mixer=block.mixer).ffn) for name, block in config.blocks.items()}
     model = replace(config, blocks=dense).build().to(device).eval()
@@ -248,5 +247,5 @@ def _saving(device: torch.device) -> str:
     with _as_trained(device):
         logits, again = model(tokens), other(tokens)
     if not torch.equal(logits, again):
-        raise Wrong("a model that was saved and loaded computes something else")
+        raise Wrong("a saved and loaded model gives other logits")
     return "a checkpoint verifies and gives the same logits"

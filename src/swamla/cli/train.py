@@ -1,4 +1,4 @@
-"""`swamla train [RECIPE] …`: a new run, or one taken up again."""
+"""`swamla train [RECIPE] …`: a new run, or a resumed one."""
 
 import shlex
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from swamla.cli.running import (
 )
 from swamla.config import within
 from swamla.errors import UsageError
-from swamla.hub import require_hub
+from swamla.hub.push import require_hub
 from swamla.train.changes import check_same_run
 from swamla.train.claims import Claim, claim_run
 from swamla.train.launch import this_launch
@@ -30,7 +30,7 @@ from swamla.train.launch import this_launch
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Train a model, on whatever --data points to.
+    """Train a model on --data.
 
     recipe: a shipped recipe, or a .toml or .json file; flags change it.
     output_dir: the run's folder [runs/NAME, numbered if taken]; with --run_name its parent.
@@ -38,7 +38,7 @@ class Arguments:
     resume: continue the run in this folder, in output_dir, or the newest of that name.
     resume_from_hf: continue the run in --hf_repo_id, in a new folder.
     hf_revision: of the repository: a branch, a tag or a commit; by default the newest.
-    workers: processes that tokenize large data; 0 for as many as there are cores.
+    workers: processes that tokenize large data; 0 for one per core.
     """
 
     recipe: str = argument("", positional=True, default="quickstart")
@@ -51,7 +51,7 @@ class Arguments:
 
 
 def main(argv: list[str]) -> int:
-    """Train, and say where the run is."""
+    """Train, and print where the run is."""
     arguments, given = parse(Arguments, argv, command="swamla train", more=flags(), explain=explain_recipe)
     if arguments.workers < 0:
         raise UsageError(f"--workers {arguments.workers}: must be >= 0, e.g. 4; 0 takes all cores")
@@ -60,14 +60,14 @@ def main(argv: list[str]) -> int:
 
 
 def _train(arguments: Arguments, given: Mapping[str, Any]) -> int:
-    """What every process of the run does."""
+    """The work of every rank."""
     unnamed = "init_from" in given and not arguments.recipe
     console, (named, name) = Console(), _recipe_and_name(arguments, given)
     from_hub, resume = _is_from_hub(arguments, given), "resume" in given
     if from_hub:
         name = given["hf_repo_id"]
     if "init_from" in given and (resume or from_hub):
-        raise UsageError("--init_from begins a new run with another's weights, --resume goes on with one: give one")
+        raise UsageError("--init_from starts a new run from another's weights, --resume continues one: give one")
     launch = this_launch() if distributed.started_again() else ()
     begun, stopped = distributed.on_main(lambda: _begun(arguments, name, launch)) or (None, False)
     if begun is not None and stopped:
@@ -75,19 +75,19 @@ def _train(arguments: Arguments, given: Mapping[str, Any]) -> int:
         say(console, f"not started again: the run in {begun} was asked to stop, and is saved; go on with: {go_on}")
         return 0
     from_hub, resume = from_hub and begun is None, resume or begun is not None
-    # A mistake is told before all else.
+    # Report mistakes first.
     resolved = None if resume or from_hub else resolve(named, given, new=True, unnamed=unnamed)
-    with ExitStack() as held:
-        claims: list[Claim] = []  # the main process's, which takes the folder before anything that takes time
+    with ExitStack() as stack:
+        claims: list[Claim] = []  # of the main rank, which claims the folder before anything slow
 
         def take(claim: Claim) -> Path:
-            claims.append(held.enter_context(claim))
+            claims.append(stack.enter_context(claim))
             return claim.path
 
         run_dir = distributed.on_main(lambda: take(_claimed(arguments, name, begun, resume)))
         if from_hub:
             distributed.on_main(lambda: fetch_run(given["hf_repo_id"], run_dir, arguments.hf_revision, console))
-            distributed.on_main(lambda: take(claim_run(run_dir)))  # it is another folder now
+            distributed.on_main(lambda: take(claim_run(run_dir)))  # the download replaced the folder
             resume = True
         recipe = str(run_dir / "config.json") if resume else named
         resolved = resolved or resolve(recipe, given)
@@ -112,7 +112,7 @@ def _train(arguments: Arguments, given: Mapping[str, Any]) -> int:
 
 
 def _recipe_and_name(arguments: Arguments, given: Mapping[str, Any]) -> tuple[str, str]:
-    """The recipe, and what the run is called after: without a recipe the run whose weights it begins with."""
+    """The recipe and the run's name, without a recipe those of the run in --init_from."""
     named = arguments.recipe or "quickstart"
     if arguments.recipe or "init_from" not in given:
         return named, named
@@ -120,9 +120,9 @@ def _recipe_and_name(arguments: Arguments, given: Mapping[str, Any]) -> tuple[st
 
 
 def _check_resumed(resolved: Resolved, run_dir: Path, arguments: Arguments, given: Mapping[str, Any]) -> None:
-    """Raise, before any data is read, for flags that would make another run of it, and for a recipe of another model.
+    """Raise, before any data is read, for flags that would make it another run, and for a recipe of another model.
 
-    A recipe beside a bare --resume only says which run is meant.
+    With a bare --resume the recipe only selects the run.
     """
     with within("", resolved.origin):
         check_same_run(resolved.config, run_dir)
@@ -132,19 +132,19 @@ def _check_resumed(resolved: Resolved, run_dir: Path, arguments: Arguments, give
     wanted, model = resolve(recipe, given).config.model, resolved.config.model
     if replace(wanted, vocab_size=model.vocab_size) != model:
         raise UsageError(
-            f"{recipe} is another model than that of the run {run_dir}: leave {recipe} out to go on with the run, "
+            f"{recipe} is another model than that of the run {run_dir}: leave {recipe} out to continue the run, "
             "or --resume to start a new one"
         )
 
 
 def _begun(arguments: Arguments, recipe: str, launch: tuple[str, ...]) -> tuple[Path, bool] | None:
-    """The run that this very launch had begun when torchrun started all again, and whether it was asked to stop."""
+    """The run that this launch had started before torchrun restarted it, and whether it was asked to stop."""
     folder, name = named_folder(arguments, recipe)
     return begun_folder(launch, arguments.resume or folder, name) if launch else None
 
 
 def _claimed(arguments: Arguments, recipe: str, begun: Path | None, resume: bool) -> Claim:
-    """The folder of a new run, or the one to go on in, taken."""
+    """Claim the folder of a new run, or of the one to resume."""
     folder, name = named_folder(arguments, recipe)
     if not resume:
         return claim_folder(folder, name)
@@ -152,27 +152,27 @@ def _claimed(arguments: Arguments, recipe: str, begun: Path | None, resume: bool
 
 
 def named_folder(arguments: Arguments, recipe: str) -> tuple[str, str]:
-    """The folder that the flags say, "" where it is to be found by the run's name, and that name."""
+    """The folder in the flags, "" if it follows from the run's name, and that name."""
     name = _check_name(arguments.run_name or Path(recipe).stem)
     parent = arguments.output_dir
     return (str(Path(parent, name)) if parent and arguments.run_name else parent), name
 
 
 def _is_from_hub(arguments: Arguments, given: Mapping[str, Any]) -> bool:
-    """Whether the run is one on the hub. Raises `UsageError` where that cannot be told which, or is told otherwise."""
+    """Whether to resume from the hub. Raises `UsageError` if flags are missing or contradict that."""
     if not arguments.resume_from_hf:
         if arguments.hf_revision:
-            raise UsageError("--hf_revision is of the repository that --resume_from_hf continues: give both, or none")
+            raise UsageError("--hf_revision selects a revision for --resume_from_hf: give both, or none")
         return False
     if "hf_repo_id" not in given:
-        raise UsageError("--resume_from_hf: say of which repository: --hf_repo_id USER/NAME")
+        raise UsageError("--resume_from_hf needs a repository: --hf_repo_id USER/NAME")
     if arguments.recipe or "resume" in given:
-        raise UsageError("--resume_from_hf takes the recipe, and the run, from the hub: no other can be named")
+        raise UsageError("--resume_from_hf takes the recipe and the run from the hub: leave RECIPE and --resume out")
     return True
 
 
 def _check_name(name: str) -> str:
-    """A run's name is one plain folder name."""
+    """A run's name must be a plain folder name."""
     if "\0" in name or name in (".", "..") or Path(name).name != name:
         raise UsageError(f"--run_name {name!r}: must be a plain folder name, without / .. or NUL, e.g. first-try")
     return name

@@ -1,5 +1,13 @@
-"""How well a model predicts text it never saw."""
+"""Held-out loss, perplexity and bits per byte."""
 
-from swamla.evaluate.held_out import Evaluation, bytes_apart, evaluate, evaluate_split
+from typing import TYPE_CHECKING
 
-__all__ = ["Evaluation", "bytes_apart", "evaluate", "evaluate_split"]
+from swamla.exports import lazy_exports
+
+if TYPE_CHECKING:
+    from swamla.evaluate.held_out import Evaluation as Evaluation
+    from swamla.evaluate.held_out import bytes_apart as bytes_apart
+    from swamla.evaluate.held_out import evaluate as evaluate
+    from swamla.evaluate.held_out import evaluate_split as evaluate_split
+else:
+    __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -18,9 +18,9 @@ from swamla.ops.layout import PADDING, Layout
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What an evaluation found. loss: nats per label.  tokens: labels, each document's end included.
+    """The result of an evaluation. loss: nats per label.  tokens: labels, each document's end included.
 
-    bytes: of text those labels stand for: exact over a whole split, its share by labels when only a part was read.
+    bytes: of text that the labels stand for, exact for a whole split, else in proportion to the labels.
     """
 
     loss: float
@@ -29,12 +29,12 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """e to the loss; infinite when that is beyond floating point."""
+        """exp(loss); infinite on overflow."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits that the model needs for a byte of text: comparable over tokenizers, and with gzip and xz."""
+        """Bits per byte of text: comparable across tokenizers, and with gzip and xz."""
         return self.loss * self.tokens / math.log(2) / self.bytes
 
     def as_dict(self) -> dict[str, float]:
@@ -44,11 +44,11 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(model: LanguageModel, batches: Iterable[Batch], *, bytes_per_label: float) -> Evaluation:
-    """Score `batches` with the model in evaluation mode; its mode is put back afterwards.
+    """Score `batches` with the model in evaluation mode; its mode is restored afterwards.
 
-    Of several ranks, which must all be given the same batches, each scores its share, and all get the whole's figures.
-    bytes_per_label: bytes of text over labels of the text that the batches are (a part of).
-    Numbers are computed in the caller's autocast, summed in double precision. Raises `DataError` where no label is.
+    Every rank must be given the same batches; each scores its share, and all return the result of the whole.
+    bytes_per_label: bytes of text over labels, of the whole text.
+    Computes in the caller's autocast, sums in double precision. Raises `DataError` if there are no labels.
     """
     was_training, nats, labels = model.training, 0.0, 0
     model.eval()
@@ -65,9 +65,9 @@ def evaluate(model: LanguageModel, batches: Iterable[Batch], *, bytes_per_label:
 
 
 def _share(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Of every so many batches as there are ranks this one's: all take part in as many forward passes.
+    """This rank's batch of each group of `world_size`, so that all ranks make the same number of forward passes.
 
-    Where the last ones do not go round, whoever gets none has a batch that is all padding.
+    In an incomplete last group, ranks without a batch get one of padding.
     """
     rank, ranks = distributed.rank(), distributed.world_size()
     batches = iter(batches)
@@ -82,9 +82,9 @@ def _share(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def bytes_apart(split: Split, decode: Callable[[Sequence[int]], str]) -> int:
-    """UTF-8 bytes that a split is counted to have, less those that its tokens decode to.
+    """UTF-8 bytes counted for a split minus those that its tokens decode to.
 
-    0, or bits per byte are not those of the text: the tokenizer loses part of it, or bytes were miscounted.
+    Must be 0; otherwise the tokenizer loses text or bytes were miscounted, and bits per byte are wrong.
     """
     return split.n_bytes - sum(len(decode(split.document(i).tolist()).encode()) for i in range(split.n_documents))
 
@@ -92,10 +92,10 @@ def bytes_apart(split: Split, decode: Callable[[Sequence[int]], str]) -> int:
 def evaluate_split(
     model: LanguageModel, split: Split, *, eos_id: int, block_size: int, batch_size: int, max_tokens: int | None = None
 ) -> Evaluation:
-    """Score a split in order, in rows of `block_size` tokens, each read without what came before the row.
+    """Score a split in order, in rows of `block_size` tokens without context from the row before.
 
-    max_tokens: read only as many rows, spread evenly over the split, as hold at most so many tokens (one at least);
-    None reads every token exactly once.
+    max_tokens: score only so many rows, evenly spaced over the split, as have at most that many tokens (at least one
+    row); None scores every token exactly once.
     """
     if split.n_documents == 0:
         raise DataError("nothing to evaluate: the held-out split has no documents")

@@ -1,6 +1,7 @@
-"""GPT-2 out and in: a folder with config.json and model.safetensors, as transformers' `GPT2LMHeadModel` has it.
+"""GPT-2 export and import: a folder with config.json and model.safetensors, in the format of transformers'
+`GPT2LMHeadModel`.
 
-Nothing here imports transformers, and nothing reads a pickle.
+Does not import transformers, and reads no pickle.
 """
 
 import json
@@ -23,9 +24,8 @@ from swamla.data.tokenizer import Tokenizer
 from swamla.errors import CorruptError, SwamlaError, UsageError, require
 from swamla.files import fsync
 from swamla.model.block import BlockConfig
-from swamla.model.config import LanguageModelConfig
 from swamla.model.ffns.dense import DenseConfig
-from swamla.model.language_model import LanguageModel
+from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.norm import LayerNormConfig
 from swamla.tensor_file import misfits, read_tensors
@@ -38,14 +38,14 @@ _LAYER = {
     "ffn.up_proj": "mlp.c_fc",
     "ffn.down_proj": "mlp.c_proj",
 }
-_CAUSAL_MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # a buffer that older files hold; no weight
+_CAUSAL_MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # a buffer in older files, not a weight
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPT2Config:
-    """What a GPT-2 config.json says of the function it computes, under its own names; everything else is left out.
+    """The fields of a GPT-2 config.json that determine its function, under its own names.
 
-    n_inner: hidden width of the MLP, 4 · n_embd where it is None.
+    n_inner: hidden width of the MLP; None for 4 · n_embd.
     """
 
     model_type: Literal["gpt2"]
@@ -77,7 +77,7 @@ class GPT2Config:
             require(not self.__dict__[name], name, True, "must be false: nothing else is supported")
 
     def language_model(self) -> LanguageModelConfig:
-        """Ours. Dropout is that of the residual stream; we have none of attention weights."""
+        """The equivalent config of ours. Dropout is that of the residual stream; we have none on attention weights."""
         hidden = None if self.n_inner in (None, 4 * self.n_embd) else self.n_inner
         block = BlockConfig(
             mixer=MHAConfig(n_heads=self.n_head, rope=None, bias=True),
@@ -96,7 +96,7 @@ class GPT2Config:
 
 
 def gpt2_config(model: LanguageModel) -> dict[str, Any]:
-    """The config.json of a GPT-2 that computes what `model` does; UsageError naming what GPT-2 has no place for."""
+    """The config.json of the GPT-2 equal to `model`. Raises `UsageError` naming a setting that GPT-2 does not have."""
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     return {"architectures": ["GPT2LMHeadModel"], **to_plain(_as_gpt2(model.config)), "dtype": dtype}
 
@@ -104,9 +104,10 @@ def gpt2_config(model: LanguageModel) -> dict[str, Any]:
 def save_gpt2(model: LanguageModel, folder: str | Path, *, tokenizer: Tokenizer | None = None) -> None:
     """Write `model` so that `transformers.GPT2LMHeadModel.from_pretrained(folder)` loads it, in its own dtype.
 
-    With a tokenizer, its tokenizer.json too, and its end of text as the model's. config.json comes last, so that half
-    a folder is none. UsageError for a folder that has something in it, and for a model that is no GPT-2: any mixer but
-    mha without rope and with a bias, any FFN but gelu with a bias, another norm, an untied head, no learned positions.
+    With a tokenizer, also writes tokenizer.json, and its end-of-text id becomes the model's. config.json is written
+    last, so that an incomplete folder is not a model. Raises `UsageError` for a folder that is not empty, and for a
+    model that is not a GPT-2: any mixer but mha without rope and with a bias, any FFN but gelu with a bias, another
+    norm, an untied head, no learned positions.
     """
     folder, plain = Path(folder), gpt2_config(model)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -125,12 +126,12 @@ def save_gpt2(model: LanguageModel, folder: str | Path, *, tokenizer: Tokenizer 
 
 
 def load_gpt2(folder: str | Path) -> LanguageModel:
-    """The model in a folder that transformers' GPT-2 was saved to, in evaluation mode and fp32.
+    """Load a GPT-2 saved by transformers, in evaluation mode and fp32.
 
-    `wte` or `transformer.wte` are both known as names, and an lm_head.weight that is the embedding. Dropout of
-    attention weights, or other of the embeddings than elsewhere, is left out with a warning: it matters in training
-    alone. Raises `UsageError` or `ConfigError` for what is no such model, and `CorruptError` listing the first five
-    tensors that are missing, unexpected or of another shape.
+    Accepts names with and without the prefix `transformer.`, and an lm_head.weight equal to the embedding. Dropout on
+    attention weights, or a different one on embeddings, is dropped with a warning, since it matters in training only.
+    Raises `UsageError` or `ConfigError` for other models, and `CorruptError` listing the first five tensors that are
+    missing, unexpected or of another shape.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -151,7 +152,7 @@ def load_gpt2(folder: str | Path) -> LanguageModel:
 
 
 def _as_gpt2(config: LanguageModelConfig) -> GPT2Config:
-    """GPT-2's config of ours; `UsageError` naming the first setting that is in the way."""
+    """GPT-2's config for a model of ours. Raises `UsageError` naming the first setting that prevents it."""
     shapes = {name: _heads_and_hidden(block, f"blocks.{name}", config.width) for name, block in config.blocks.items()}
     n_heads, hidden = shapes[config.pattern[0]]
     for name, (its_heads, its_hidden) in shapes.items():
@@ -180,9 +181,9 @@ def _as_gpt2(config: LanguageModelConfig) -> GPT2Config:
 
 
 def _heads_and_hidden(block: BlockConfig, where: str, width: int) -> tuple[int, int]:
-    """All that one GPT-2's block differs by from another's; `UsageError` naming what is in the way of being one."""
+    """The settings in which GPT-2 blocks may differ. Raises `UsageError` naming a setting that is not GPT-2's."""
     mixer, ffn = block.mixer, block.ffn
-    if type(mixer) is not MHAConfig:  # a window is one too
+    if type(mixer) is not MHAConfig:  # a sliding window is not GPT-2's
         raise _in_the_way(f"{where}.mixer.kind", mixer.kind, MHAConfig.kind)
     if not isinstance(ffn, DenseConfig):
         raise _in_the_way(f"{where}.ffn.kind", ffn.kind, DenseConfig.kind)
@@ -203,14 +204,14 @@ def _fits(field: str, got: Any, wanted: Any, said: str = "") -> None:
 
 
 def _in_the_way(field: str, got: Any, wanted: str) -> UsageError:
-    return UsageError(f"{field} = {got!r}: GPT-2 has no place for it, it must be {wanted}")
+    return UsageError(f"{field} = {got!r}: GPT-2 does not have it, it must be {wanted}")
 
 
 @contextmanager
 def _written_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write in, whose files come into `folder` at the end, config.json, without which none counts, last.
+    """A staging folder whose files are moved to `folder` at the end, config.json last.
 
-    Where writing fails nothing of it stays; `SwamlaError` for what safetensors cannot write.
+    If writing fails nothing is left. Raises `SwamlaError` if safetensors cannot write.
     """
     made = not folder.exists()
     staging = folder / ".saving"
@@ -238,12 +239,12 @@ def _read_config(folder: Path) -> GPT2Config:
     for name, ours in (("attn_pdrop", 0.0), ("embd_pdrop", config.resid_pdrop)):
         found = config.__dict__[name]
         if found != ours:
-            warnings.warn(f"{folder}: {name} = {found} becomes {ours}, which matters in training alone", stacklevel=3)
+            warnings.warn(f"{folder}: {name} = {found} becomes {ours}, which matters in training only", stacklevel=3)
     return config
 
 
 def _names(depth: int) -> dict[str, tuple[str, bool]]:
-    """GPT-2's name of every weight -> ours, and whether it is kept transposed, as in its `Conv1D`."""
+    """GPT-2's name of every weight -> our name, and whether it is stored transposed, as in its `Conv1D`."""
     names = {"wte.weight": ("embedding.weight", False), "wpe.weight": ("positions.weight", False)}
     for layer in range(depth):
         for mine, theirs in _LAYER.items():
@@ -254,7 +255,7 @@ def _names(depth: int) -> dict[str, tuple[str, bool]]:
 
 
 def _weights(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """The weights by name without prefix; masks are left out, and a head if it is the embedding."""
+    """The weights by name without prefix, without masks and without a head equal to the embedding."""
     named = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     named = {name: tensor for name, tensor in named.items() if not _CAUSAL_MASK.fullmatch(name)}
     head, embedding = named.pop("lm_head.weight", None), named.get("wte.weight")
@@ -269,11 +270,11 @@ def _require_shapes(expected: dict[str, tuple[int, ...]], got: dict[str, tuple[i
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
-    """tokenizer.json and, where it is one that transformers can read, what makes it do so."""
+    """Write tokenizer.json and, for tokenizers that transformers can read, its config."""
     file = folder / "tokenizer.json"
     tokenizer.save(file)
     if "model" not in json.loads(file.read_text(encoding="utf-8")):
-        return  # bytes and characters are our own
+        return  # byte and character tokenizers are our own
     eos = tokenizer.decode([tokenizer.eos_id])
     plain = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eos, "eos_token": eos}
     (folder / "tokenizer_config.json").write_text(json.dumps(plain | {"model_max_length": longest}, indent=2) + "\n")

@@ -1,13 +1,13 @@
-"""The model card: what the model is, counted; what it was trained on and how well it does, as the run measured it."""
+"""The model card: exact counts of the model, its data, and the losses that the run measured."""
 
 from pathlib import Path
 from typing import Any
 
-from swamla import __version__
 from swamla.checkpoint import read_run_config
 from swamla.config import from_plain
 from swamla.model.accounting import count_parameters, state_bytes
-from swamla.model.config import LanguageModelConfig
+from swamla.model.language_model import LanguageModelConfig
+from swamla.version import __version__
 
 _CARD = """\
 ---
@@ -30,18 +30,18 @@ A language model of {depth} layers of width {width:,}, trained with swamla {vers
     hf download {repo_id} --local-dir {name}
     swamla generate {name} --prompt "Once"
 
-or, in Python after the download, `model, tokenizer = swamla.load("{name}")`. To train on, with the same data:
+or, in Python after the download, `model, tokenizer = swamla.load("{name}")`. To continue training with the same data:
 
     swamla train --hf_repo_id {repo_id} --resume_from_hf --output_dir {name} --data PATH
 
-`model.safetensors` has the weights with the lowest held-out loss. `checkpoints/` has what training goes on from: those
-weights and the newest, each with the optimizer's state, the random generators' and a manifest of SHA-256 sums.
-`config.json` is the whole run's configuration. No file is a pickle.
+`model.safetensors` has the weights with the lowest held-out loss. `checkpoints/` has everything to
+resume training: those weights and the newest, each with the optimizer's state, the random generators' and a manifest of
+SHA-256 sums. `config.json` is the run's whole configuration. No file is a pickle.
 """
 
 
 def model_card(run_dir: Path, state: dict[str, Any], repo_id: str) -> str:
-    """The README.md for a run whose weights are those of the checkpoint with this state."""
+    """The README.md for a run whose weights come from the checkpoint with this state."""
     plain = read_run_config(run_dir)
     model = from_plain(LanguageModelConfig, plain["model"], path="model", origin=str(run_dir / "config.json"))
     counted = count_parameters(model)

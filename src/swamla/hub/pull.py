@@ -1,4 +1,4 @@
-"""Taking up a run from the Hugging Face Hub: its files at one commit, checked, as a run's folder."""
+"""Download a run from the Hugging Face Hub: its files at one commit, verified, as a run folder."""
 
 import json
 import os
@@ -18,12 +18,12 @@ RECORD = "resumed_from_hub.json"
 _RUN_FILES = ("config.json", "tokenizer.json")
 _MORE_FILES = ("metrics.jsonl", "checkpoints/best.json", "wandb/run_id")
 _MANIFEST = re.compile(r"checkpoints/step-\d{8}/manifest\.json")
-_DATA = re.compile(r"(\w[\w-]*/)?\w[\w.-]*\.(safetensors|json)", re.ASCII)  # all that is fetched, let alone read
+_DATA = re.compile(r"(\w[\w-]*/)?\w[\w.-]*\.(safetensors|json)", re.ASCII)  # only such files are downloaded
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pulled:
-    """Where a run came from: the repository, its commit, and the step of the newest checkpoint there."""
+    """The origin of a downloaded run: repository, commit, and step of the newest checkpoint."""
 
     repo_id: str
     commit: str
@@ -31,11 +31,11 @@ class Pulled:
 
 
 def pull(repo_id: str, run_dir: Path, *, revision: str = "") -> Pulled:
-    """Make the new folder `run_dir` from the run in a repository, at a branch, tag or commit; by default its newest.
+    """Download the run in a repository, at a branch, tag or commit (default: the newest), to the new folder `run_dir`.
 
-    Which commit that was is kept in resumed_from_hub.json. Only configuration, metrics and what the manifests of the
-    checkpoints list is fetched, only as safetensors and JSON. Raises `UsageError` where there is no such repository,
-    no run in it or no way to it, `CorruptError` where a file is not what its manifest says; then there is no folder.
+    The commit is stored in resumed_from_hub.json. Downloads only configuration, metrics and the files in the
+    checkpoints' manifests, only safetensors and JSON. Raises `UsageError` if the repository is missing, unreachable or
+    has no run, `CorruptError` if a file does not match its manifest; no folder is left then.
     """
     try:
         from huggingface_hub import HfApi
@@ -56,7 +56,7 @@ def pull(repo_id: str, run_dir: Path, *, revision: str = "") -> Pulled:
                 return Path(api.hf_hub_download(repo_id, name, revision=info.sha, local_dir=staging))
 
         step = _fetch_run(names, fetch, staging, f"{repo_id} at {info.sha}")
-        shutil.rmtree(staging / ".cache", ignore_errors=True)  # the client's
+        shutil.rmtree(staging / ".cache", ignore_errors=True)  # of the hub's client
         pulled = Pulled(repo_id=repo_id, commit=str(info.sha), step=step)
         write_text_atomically(staging / RECORD, json.dumps(asdict(pulled)) + "\n")
         staging.rename(run_dir)
@@ -66,10 +66,10 @@ def pull(repo_id: str, run_dir: Path, *, revision: str = "") -> Pulled:
 
 
 def _fetch_run(names: set[str], fetch: Callable[[str], Path], folder: Path, where: str) -> int:
-    """Fetch a run's files and its checkpoints, each as its manifest has it; returns the newest's step."""
+    """Download a run's files and its checkpoints, verified by their manifests; returns the newest step."""
     manifests = sorted(name for name in names if _MANIFEST.fullmatch(name))
     if not manifests or not names.issuperset(_RUN_FILES):
-        raise UsageError(f"{where}: holds no run of swamla (no config.json, tokenizer.json or checkpoints)")
+        raise UsageError(f"{where}: has no run of swamla (no config.json, tokenizer.json or checkpoints)")
     for name in (*_RUN_FILES, *(name for name in _MORE_FILES if name in names)):
         fetch(name)
     step = 0
@@ -79,7 +79,7 @@ def _fetch_run(names: set[str], fetch: Callable[[str], Path], folder: Path, wher
         for file in listed:
             path = name.replace("manifest.json", file)
             if not _DATA.fullmatch(file) or path not in names:
-                raise CorruptError(f"{where}: {path}: missing, or no safetensors or JSON file: refused")
+                raise CorruptError(f"{where}: {path}: missing, or not a safetensors or JSON file: refused")
             fetch(path)
         step = verify(manifest.parent)["step"]
     return step
@@ -87,7 +87,7 @@ def _fetch_run(names: set[str], fetch: Callable[[str], Path], folder: Path, wher
 
 @contextmanager
 def _one_line(repo_id: str, revision: str) -> Iterator[None]:
-    """The client's errors as one of ours."""
+    """Turn the client's errors into `UsageError` of one line."""
     from huggingface_hub import errors
 
     try:
@@ -98,6 +98,6 @@ def _one_line(repo_id: str, revision: str) -> Iterator[None]:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise UsageError(f"{repo_id}: has no revision {revision!r}: give a branch, a tag or a commit") from error
-    except Exception as error:  # its network library's too, which is another in each version
+    except Exception as error:  # including its network library's, which differs between versions
         reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"{repo_id}: cannot be fetched from the hub ({type(error).__name__}: {reason})") from error
+        raise UsageError(f"{repo_id}: cannot be downloaded from the hub ({type(error).__name__}: {reason})") from error

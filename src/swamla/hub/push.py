@@ -1,4 +1,4 @@
-"""Pushing a run's checkpoints while it trains; nothing that happens on the way to the hub can disturb it."""
+"""Push a run's checkpoints while it trains, isolated from training."""
 
 import importlib.util
 import json
@@ -17,9 +17,9 @@ from swamla.errors import Interrupted, MissingBackendError, SwamlaError, UsageEr
 from swamla.hub import pusher
 from swamla.hub.staging import stage
 
-PUSH_SECONDS = 3600.0  # for a push while training goes on
-END_SECONDS = 900.0  # for the last one, when the run is done
-STOP_SECONDS = 20.0  # for the last one when the run was asked to stop: something waits for the process to end
+PUSH_SECONDS = 3600.0  # for a push during training
+END_SECONDS = 900.0  # for the last push of a finished run
+STOP_SECONDS = 20.0  # for the last push of a run that was asked to stop, and should end soon
 _POLL_SECONDS = 0.05
 _STAGING = ".to-hub"
 
@@ -27,7 +27,7 @@ Say = Callable[[str], None]
 
 
 def require_hub(repo_id: str) -> None:
-    """Raise, before anything is done, where a push to `repo_id` could not even be tried; "" is no repository."""
+    """Raise early if a push to `repo_id` cannot work: no client or no token. "" is no repository."""
     if not repo_id:
         return
     if importlib.util.find_spec("huggingface_hub") is None:
@@ -40,40 +40,41 @@ def require_hub(repo_id: str) -> None:
 
 
 class Pushes:
-    """The pushes of a run while it is entered, one at a time, each a process of its own.
+    """Pushes a run to the hub, as a context manager: one push at a time, each in a separate process.
 
-    What is wanted while one is under way waits, and of several only the newest: a push takes what the run's folder has
-    when it begins. One that fails or takes too long is told once; the next begins as ever, the last at the end.
+    A push takes the state of the run's folder when it starts; requests during a push are merged into one that follows
+    it. A push that fails or takes too long is reported once and does not prevent later ones. Leaving pushes a last
+    time.
     """
 
     def __init__(
         self, repo_id: str, run_dir: Path, *, private: bool, say: Say, stop_requested: Callable[[], bool]
     ) -> None:
-        """repo_id: USER/NAME, or "" to push nothing. stop_requested: true once the end must not be long in coming."""
+        """repo_id: USER/NAME, or "" to push nothing. stop_requested: True once the run should end soon."""
         self._repo_id, self._run_dir, self._private, self._say = repo_id, run_dir, private, say
         self._stop_requested = stop_requested
         self._staging = run_dir / _STAGING
-        self._wanted = self._warned = False
+        self._requested = self._warned = False
         self._process: subprocess.Popen[bytes] | None = None
         self._step, self._deadline = 0, 0.0
 
     def push(self) -> None:
-        """Push what the folder has now, or as soon as the push under way is done."""
-        self._wanted = bool(self._repo_id)
+        """Push the folder now, or after the running push."""
+        self._requested = bool(self._repo_id)
         self.attend()
 
     def attend(self) -> None:
-        """Note what became of a push, begin the next; it never waits."""
+        """Handle a finished push and start a requested one, without waiting."""
         if self._process is not None:
             late = time.monotonic() > self._deadline
             if self._process.poll() is None and not late:
                 return
-            self._conclude(late)
-        if self._wanted:
-            self._wanted = False
-            self._begin(PUSH_SECONDS)
+            self._finish(late)
+        if self._requested:
+            self._requested = False
+            self._start(PUSH_SECONDS)
 
-    def _begin(self, seconds: float) -> None:
+    def _start(self, seconds: float) -> None:
         try:
             self._discard()
             self._step = stage(self._run_dir, self._staging, self._repo_id)
@@ -84,15 +85,15 @@ class Pushes:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is the trainer's to answer
+                start_new_session=True,  # the trainer handles Ctrl-C
                 env={"HF_HUB_DISABLE_TELEMETRY": "1", **os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
             )
             self._deadline = time.monotonic() + seconds
         except (OSError, SwamlaError, ValueError, KeyError) as error:
             self._failed(f"{type(error).__name__}: {error}")
 
-    def _conclude(self, late: bool) -> None:
-        """Tell what became of the push under way, which is over or ended here."""
+    def _finish(self, late: bool) -> None:
+        """Report the running push, which has ended or is killed here."""
         process, self._process = self._process, None
         assert process
         if late:
@@ -110,27 +111,27 @@ class Pushes:
             self._say(f"Hugging Face Hub: step {self._step} is in {answer['url']} (commit {answer['commit'][:12]})")
 
     def _failed(self, reason: str) -> None:
-        """Warn, once for failures in a row."""
+        """Warn, once for consecutive failures."""
         if not self._warned:
             what = f"warning: Hugging Face Hub: nothing pushed to {self._repo_id} ({reason})"
-            self._say(f"{what}; the run goes on, and it is tried again with the next best and at the end")
+            self._say(f"{what}; the run continues and retries at the next best and at the end")
         self._warned = True
 
     def _discard(self) -> None:
-        """Remove what was staged; its files live on in the run."""
+        """Remove the staging folder; its files are links to the run's."""
         shutil.rmtree(self._staging, ignore_errors=True)
 
     def _wait(self, end_seconds: float) -> None:
-        """Give the push under way that long; less as soon as there is stop_requested."""
+        """Wait that long for the running push, less once a stop is requested."""
         begin = time.monotonic()
         while self._process is not None and self._process.poll() is None:
             allowed = min(end_seconds, STOP_SECONDS) if self._stop_requested() else end_seconds
             if time.monotonic() - begin > allowed:
-                self._deadline = begin  # long over
+                self._deadline = begin  # in the past
                 break
             time.sleep(_POLL_SECONDS)
         if self._process is not None:
-            self._conclude(self._process.poll() is None)
+            self._finish(self._process.poll() is None)
 
     def __enter__(self) -> Self:
         return self
@@ -138,16 +139,16 @@ class Pushes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Push the last state of a run that ended well or was stopped; of one that failed nothing new."""
+        """Push the last state of a run that finished or was stopped; not of one that failed."""
         if not self._repo_id:
             return
         seconds = END_SECONDS if error is None else STOP_SECONDS
         try:
             self._wait(seconds)
             if error is None or isinstance(error, Interrupted):
-                self._begin(seconds)
+                self._start(seconds)
                 self._wait(seconds)
-        finally:  # a second Ctrl-C comes through here
+        finally:  # also after a second Ctrl-C
             if self._process is not None:
                 _kill(self._process)
             self._discard()

@@ -1,12 +1,11 @@
-"""A process of its own that sends one folder to the Hugging Face Hub, as one commit; started as a script by `push`.
+"""A separate process that sends one folder to the Hugging Face Hub as one commit; `push` starts it as a script.
 
-Training shares nothing with it but a folder that it only reads, so whatever happens here (a server that hangs or
-refuses, a client that crashes) costs training nothing; it ends by itself when its time is over, whoever still waits.
-It imports nothing of swamla, whose import would bring torch, but where weights are to be put together first. The token
-is HF_TOKEN of the environment.
+It shares only a folder with training, which it only reads, so that a hanging or refusing server or a crashing client
+does not affect training. It ends by itself when its time is over. It imports nothing from swamla, which would import
+torch, unless weights have to be assembled first. The token is HF_TOKEN in the environment.
 
-Arguments: the folder, the repository, "private" or "public" for one that is not there yet, the commit's message, the
-seconds it may take. On stdout one line of JSON: {"commit": its hash, "url": where} or {"error": why not, in one line}.
+Arguments: the folder, the repository, "private" or "public" for a new repository, the commit message, the seconds it
+may take. Prints one line of JSON: {"commit": its hash, "url": the repository's} or {"error": the reason, in one line}.
 """
 
 import json
@@ -23,7 +22,7 @@ CHECKPOINTS = "checkpoints/"
 
 
 def push(folder: Path, repo_id: str, private: bool, message: str) -> dict[str, str]:
-    """Make the repository hold the files of `folder`, and no older checkpoints besides."""
+    """Push the files of `folder` and delete older checkpoints from the repository."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     _complete(folder)
@@ -34,23 +33,23 @@ def push(folder: Path, repo_id: str, private: bool, message: str) -> dict[str, s
     ours = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     old = sorted(name for name in there - ours.keys() if name.startswith(CHECKPOINTS))
     additions = [CommitOperationAdd(name, path) for name, path in ours.items()]
-    api.preupload_lfs_files(repo_id, _once(additions))  # so that of files with the same bytes the second is there
+    api.preupload_lfs_files(repo_id, _once(additions))  # so that files with the same content are uploaded once
     deletions = [CommitOperationDelete(name, is_folder=False) for name in old]
     commit = api.create_commit(repo_id, [*additions, *deletions], commit_message=message)
     return {"commit": commit.oid, "url": str(commit.repo_url)}
 
 
 def _complete(folder: Path) -> None:
-    """Put together the weights at the folder's root, where training left that to us."""
+    """Assemble the weights at the folder's root, if training left that to this process."""
     if not (folder / "model.safetensors").exists():
-        sys.path.append(str(Path(__file__).resolve().parents[2]))  # where swamla was not installed, or moved
+        sys.path.append(str(Path(__file__).resolve().parents[2]))  # in case swamla is not installed
         from swamla.hub.staging import complete
 
         complete(folder)
 
 
 def _once(additions: list[Any]) -> list[Any]:
-    """Of files that are one file under several names, the first."""
+    """Only the first of several hard links to one file."""
     seen: dict[tuple[int, int], Any] = {}
     for addition in additions:
         stat = os.stat(addition.path_or_fileobj)
@@ -59,7 +58,7 @@ def _once(additions: list[Any]) -> list[Any]:
 
 
 def _reach(endpoint: str) -> None:
-    """Raise where nobody answers: the client itself would wait without end."""
+    """Raise if the server does not answer: the client itself would wait forever."""
     try:
         urllib.request.urlopen(endpoint, timeout=REACHABLE_SECONDS).close()
     except urllib.error.HTTPError as error:
@@ -69,22 +68,22 @@ def _reach(endpoint: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Push; whatever goes wrong is told in one line."""
+    """Push; any failure is reported in one line."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # they mean the trainer, which then decides
+        signal.signal(number, signal.SIG_IGN)  # meant for the trainer, which then decides
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever the client prints stays out of the answer
+    os.dup2(2, 1)  # keeps the client's output out of the answer
     folder, repo_id, visibility, message, seconds = arguments
-    signal.alarm(int(float(seconds)) + 5)  # its default action ends the process, wherever it hangs
+    signal.alarm(int(float(seconds)) + 5)  # its default action ends the process even if it hangs
     os.nice(10)
     try:
-        told = push(Path(folder), repo_id, visibility == "private", message)
+        result = push(Path(folder), repo_id, visibility == "private", message)
     except BaseException as error:
         text = " ".join(str(error).split()) or "no reason given"
-        told = {"error": f"{type(error).__name__}: {text}"[:300].replace(os.environ.get("HF_TOKEN") or "\0", "…")}
-    answer.write(json.dumps(told) + "\n")
+        result = {"error": f"{type(error).__name__}: {text}"[:300].replace(os.environ.get("HF_TOKEN") or "\0", "…")}
+    answer.write(json.dumps(result) + "\n")
     answer.close()
-    return int("error" in told)
+    return int("error" in result)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What a run looks like on the hub: a folder made from files alone, of hard links, so that training may go on.
+"""The staging folder of a push: hard links to a run's files, so that training can continue meanwhile.
 
-`stage` is for the process that trains. Weights that have to be put together first, averages or those of a sharded run,
-are left to `complete`, for the process that pushes.
+The training process calls `stage`. Weights that have to be assembled, averages or those of a sharded run, are left to
+`complete` in the pushing process.
 """
 
 import json
@@ -22,44 +22,44 @@ COPIED = (
     "metrics.jsonl",
     "loss.png",
     "wandb/run_id",
-)  # what a run may rewrite
+)  # files that a run rewrites
 BEST, WEIGHTS = "checkpoints/best.json", "model.safetensors"
 
 
 def stage(run_dir: Path, folder: Path, repo_id: str) -> int:
-    """Fill the new `folder` with what goes to the hub but, maybe, `WEIGHTS`; return the newest checkpoint's step.
+    """Fill the new `folder` with all files to push, except maybe `WEIGHTS`; returns the newest checkpoint's step.
 
-    Raises `UsageError` for a run without a checkpoint, `CorruptError` and `OSError` where files are not as they should.
+    Raises `UsageError` for a run without a checkpoint, `CorruptError` and `OSError` for damaged or unreadable files.
     """
     checkpoints = list_checkpoints(run_dir / "checkpoints")
     if not checkpoints:
-        raise UsageError(f"{run_dir}: holds no checkpoint to push")
-    newest, judged = checkpoints[-1], _judged(run_dir)
+        raise UsageError(f"{run_dir}: has no checkpoint to push")
+    newest, scored = checkpoints[-1], _scored(run_dir)
     if (run_dir / BEST).exists():
         _link(run_dir / BEST, folder / BEST)
-    for checkpoint in {newest, judged}:
+    for checkpoint in {newest, scored}:
         for file in (path for path in checkpoint.rglob("*") if path.is_file()):
             _link(file, folder / file.relative_to(run_dir))
     for name in COPIED:
         if (run_dir / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(run_dir / name, folder / name)
-    if not _opened(judged).has("ema") and (judged / WEIGHTS).exists():
-        _link(judged / WEIGHTS, folder / WEIGHTS)
-    state = read_json(judged / "state.json", inside=judged)
+    if not _opened(scored).has("ema") and (scored / WEIGHTS).exists():
+        _link(scored / WEIGHTS, folder / WEIGHTS)
+    state = read_json(scored / "state.json", inside=scored)
     (folder / "README.md").write_text(model_card(run_dir, state, repo_id), encoding="utf-8")
     return int(json.loads((newest / "state.json").read_text())["step"])
 
 
 def complete(folder: Path) -> None:
-    """Give a staged folder the weights that are judged, and loaded: averages, where there are any, and buffers."""
+    """Write the weights that `swamla.load` returns to a staged folder: averages if there are any, and buffers."""
     if not (folder / WEIGHTS).exists():
-        checkpoint = _opened(_judged(folder))
+        checkpoint = _opened(_scored(folder))
         averages = checkpoint.tensors("ema") if checkpoint.has("ema") else {}
         save_tensors(folder / WEIGHTS, checkpoint.tensors("model") | averages)
 
 
-def _judged(run_dir: Path) -> Path:
+def _scored(run_dir: Path) -> Path:
     """The best checkpoint, else the newest."""
     newest = list_checkpoints(run_dir / "checkpoints")[-1]
     if not (run_dir / BEST).exists():
@@ -70,12 +70,12 @@ def _judged(run_dir: Path) -> Path:
 
 
 def _opened(path: Path) -> Checkpoint:
-    listed = verify(path, hashes=False)  # which would take long, while training waits
+    listed = verify(path, hashes=False)  # which would make training wait
     return Checkpoint(path=path, step=listed["step"], state={}, files=tuple(listed["files"]))
 
 
 def _link(file: Path, to: Path) -> None:
-    """The same bytes under another name; a copy where the file system has no links."""
+    """A hard link, or a copy if the file system has none."""
     to.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(file, to)

@@ -1,1 +1,1 @@
-"""Writing with a model: sampling, decoding, text in and text out."""
+"""Generation: sampling, decoding, text in and text out."""

@@ -1,6 +1,6 @@
-"""Decoding: prompts are read, then one new token a row at a time, with a state of constant size.
+"""Generation: prefill of the prompts, then decoding of one token per row and step, with a preallocated state.
 
-Steps are launched operation by operation, or as a recorded CUDA graph, or with weights rounded to 8 bits.
+A decoding step launches its operations one by one, replays a recorded CUDA graph, or uses weights rounded to 8 bits.
 """
 
 import operator
@@ -13,31 +13,32 @@ from torch import Tensor, nn
 
 from swamla.errors import MissingBackendError, UsageError
 from swamla.inference.sampling import Sampling
-from swamla.model.language_model import LanguageModel, ModelState
+from swamla.model.language_model import LanguageModel
+from swamla.model.state import ModelState
 from swamla.ops.int8 import Int8Matrix
 from swamla.ops.layout import Layout
 from swamla.ops.linear import linear
 
 DECODINGS = ("eager", "graph", "int8")
-NEEDED = {"graph": "cuda", "int8": "cpu"}  # the kind of device that one needs, if it does not run on any
-FEW_ROWS = 16  # up to which 8-bit weights multiply faster than fp32 ones
-SMALLEST = 256  # tokens that the first graph reads of a state; the next read twice as many each
-PREFILL_PIECE = 4096  # tokens of prompts taken at once: bounds the activations, of which accelerators hold more
-ON_ACCELERATORS = 16  # times as many
-MASKED_PIECE = 512  # of a row, where some have ended: bounds the attention mask at 512 × prompt length
+REQUIRED_DEVICE = {"graph": "cuda", "int8": "cpu"}  # of decodings that do not run on every device
+INT8_MAX_ROWS = 16  # with more rows 8-bit weights are not faster than fp32
+SMALLEST_GRAPH = 256  # cached tokens that the first graph reads; each further graph reads twice as many
+PREFILL_CHUNK = 4096  # prompt tokens of one prefill step, which bounds the memory of activations
+ACCELERATOR_FACTOR = 16  # a GPU takes that many times more
+MASKED_CHUNK = 512  # tokens per row once some rows have ended: bounds the attention mask at 512 × prompt length
 
 
 class Decoder:
-    """A model as it writes: modules of its own, over the model's parameters, which are fast without gradients.
+    """Generates with a model, by inference modules of its own that share the model's parameters.
 
-    The model is not touched; any number of decoders serve side by side, whatever each rounds.
+    The model itself is not changed, and several decoders with different settings can serve side by side.
 
-    decoding: how the tokens after the first are computed. "eager"; on CUDA "graph", recorded launches; on a CPU, for at
-    most 16 prompts, "int8": linear layers multiply by weights rounded to 8 bits, here and now, which is faster but
-    another function. Not rounded are routed experts, weights whose rows are no multiple of 16 numbers, and those that
-    attention to latents folds into queries and outputs.
-    Raises `UsageError` for an unknown one and for experts that cannot be recorded, `MissingBackendError` for one that
-    the model's device does not have.
+    decoding: how the tokens after the first are computed. "eager"; on CUDA "graph", which replays CUDA graphs; on a CPU
+    "int8", for at most 16 prompts. There the decoder rounds the weights of linear layers to 8 bits when it is made,
+    which is faster but another function. It does not round routed experts, weights whose rows are not a multiple of 16
+    numbers, and the weights that latent attention absorbs into queries and outputs.
+    Raises `UsageError` for an unknown decoding and for experts that a graph cannot record, `MissingBackendError` for a
+    decoding that the model's device does not support.
     """
 
     def __init__(self, model: LanguageModel, decoding: str = "eager") -> None:
@@ -46,13 +47,14 @@ class Decoder:
             raise UsageError(f"decoding = {decoding!r}: must be one of {', '.join(map(repr, DECODINGS))}")
         if decoding not in decodings_on(device):
             raise MissingBackendError(
-                f'decoding = "{decoding}" is for {NEEDED[decoding].upper()}, the model is on {device}: use "eager"'
+                f'decoding = "{decoding}" is for {REQUIRED_DEVICE[decoding].upper()}, the model is on {device}: '
+                'use "eager"'
             )
         if decoding == "graph":
             check_recordable(model)
         self.decoding = decoding
-        self.model = twin(model)  # reads prompts, by the weights themselves
-        self.stepping = twin(model, int8=True) if decoding == "int8" else self.model
+        self.model = inference_copy(model)  # for prefill, with the unrounded weights
+        self.stepping = inference_copy(model, int8=True) if decoding == "int8" else self.model
 
     @torch.inference_mode()
     def generate(
@@ -67,13 +69,12 @@ class Decoder:
     ) -> list[list[int]]:
         """Continue each prompt (token ids, length >= 1) by at most `max_new_tokens`; returns the new tokens only.
 
-        A row ends with `stop_id`, which is not returned. known_ids: ids from there on are never drawn; by default those
-        that no text has, where the model knows (`LanguageModel.known_ids`). on_token(row, token) is called as soon as
-        each token is known.
-        A row's logits are those it has alone but for rounding: in fp32 that of sums in another order; with "int8",
-        whose activations are bf16, about a percent, so that its greedy text may part where two tokens are that close.
-        UsageError for an empty prompt, what is no token id of the vocabulary, more tokens than learned positions, or
-        more prompts than "int8" is for.
+        A row ends with `stop_id`, which is not returned. known_ids: ids from there on are never sampled; by default
+        `LanguageModel.known_ids`. on_token(row, token) is called as soon as a token is known.
+        A row's logits equal those of the prompt alone up to rounding: in fp32 sums in another order, with "int8", whose
+        activations are bf16, about a percent, so that greedy text may differ where two tokens are that close.
+        Raises `UsageError` for an empty prompt, an id outside the vocabulary, more tokens than learned positions, or
+        more prompts than "int8" supports.
         """
         sampling = sampling or Sampling()
         prompts = _checked(self.model, prompts, max_new_tokens)
@@ -82,7 +83,7 @@ class Decoder:
         done = [False] * len(prompts)
         generators = sampling.generators(len(prompts))
         longest = max(len(prompt) for prompt in prompts)
-        state = self.model.init_state(len(prompts), longest + max_new_tokens - 1)  # the last token is not read back
+        state = self.model.init_state(len(prompts), longest + max_new_tokens - 1)  # the last token is not fed back
         step = self.steps(state)
         logits_BV = prefill(self.model, prompts, state)
         for count in range(1, max_new_tokens + 1):
@@ -99,20 +100,22 @@ class Decoder:
         return produced
 
     def steps(self, state: ModelState) -> "EagerSteps | GraphSteps":
-        """What continues the rows of `state` by a token each, called with their ids: logits (B, V).
+        """A function that appends one token to each row of `state`, given their ids, and returns logits (B, V).
 
-        UsageError for more rows than "int8" is for.
+        Raises `UsageError` for more rows than "int8" supports.
         """
         rows = len(state.length_B)
-        if self.decoding == "int8" and rows > FEW_ROWS:
-            raise UsageError(f'decoding = "int8" is for at most {FEW_ROWS} prompts at once, not {rows}: use "eager"')
+        if self.decoding == "int8" and rows > INT8_MAX_ROWS:
+            raise UsageError(
+                f'decoding = "int8" is for at most {INT8_MAX_ROWS} prompts at once, not {rows}: use "eager"'
+            )
         if self.decoding == "graph":
             return GraphSteps(self.stepping, state, CudaGraphs())
         return EagerSteps(self.stepping, state)
 
 
 def prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], state: ModelState) -> Tensor:
-    """Read prompts of unequal lengths into an empty state; the logits (B, V) after the last token of each."""
+    """Prefill an empty state with prompts of any lengths; returns the logits (B, V) after each prompt's last token."""
     device = model.device
     lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = int(lengths_B.max())
@@ -122,9 +125,9 @@ def prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], state: Model
     tokens_BT = tokens_BT.to(device)
     valid_BT = torch.arange(longest, device=device) < lengths_B[:, None]
     last_BD = torch.zeros(len(prompts), model.config.width, dtype=model.embedding.weight.dtype, device=device)
-    at_once = PREFILL_PIECE * (1 if device.type == "cpu" else ON_ACCELERATORS)
-    for begin, end in _pieces(int(lengths_B.min()), longest, max(1, at_once // len(prompts))):
-        x_BTD = model.read(tokens_BT[:, begin:end], state, valid_BT[:, begin:end])
+    at_once = PREFILL_CHUNK * (1 if device.type == "cpu" else ACCELERATOR_FACTOR)
+    for begin, end in _prompt_chunks(int(lengths_B.min()), longest, max(1, at_once // len(prompts))):
+        x_BTD = model.step_hidden(tokens_BT[:, begin:end], state, valid_BT[:, begin:end])
         index_B = lengths_B - 1 - begin
         ends_here_B = (index_B >= 0) & (index_B < x_BTD.shape[1])
         found_BD = x_BTD[torch.arange(len(prompts), device=device), index_B.clamp(0, x_BTD.shape[1] - 1)]
@@ -133,21 +136,21 @@ def prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], state: Model
 
 
 def decodings_on(device: str) -> tuple[str, ...]:
-    """Those of `DECODINGS` that a kind of device has: ("eager", "int8") on "cpu"."""
-    return tuple(name for name in DECODINGS if NEEDED.get(name, device) == device)
+    """The decodings that a kind of device supports: ("eager", "int8") on "cpu"."""
+    return tuple(name for name in DECODINGS if REQUIRED_DEVICE.get(name, device) == device)
 
 
-def _pieces(shortest: int, longest: int, large: int) -> Iterator[tuple[int, int]]:
-    """Where prompts are cut: large pieces as long as no row has ended, and then small ones, which need masks."""
+def _prompt_chunks(shortest: int, longest: int, large: int) -> Iterator[tuple[int, int]]:
+    """Chunks (begin, end) of prefill: large until the first row ends, then small, because these need masks."""
     for begin in range(0, shortest, large):
         yield begin, min(begin + large, shortest)
-    small = min(large, MASKED_PIECE)
+    small = min(large, MASKED_CHUNK)
     for begin in range(shortest, longest, small):
         yield begin, min(begin + small, longest)
 
 
 def _checked(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Sequence[Sequence[int]]:
-    """The prompts as lists of whole numbers, whatever kinds of sequences and of whole numbers they are made of."""
+    """The prompts as lists of ints, from any kind of sequence and of integer."""
     if len(prompts) == 0 or not all(len(prompt) for prompt in prompts):
         raise UsageError("a prompt is empty: give at least one token (the document start token stands for nothing)")
     if max_new_tokens < 1:
@@ -169,11 +172,11 @@ def _checked(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tok
 M = TypeVar("M", bound=nn.Module)
 Replay = Callable[[], Tensor]
 Record = Callable[[Callable[[], Tensor]], Replay]
-"""Of work that launches the same kernels on the same tensors every time: what launches them again."""
+"""Records the kernels that a function launches; the result launches them again on the same tensors."""
 
 
 class EagerSteps:
-    """Steps that launch one operation after the other, on any device."""
+    """Decoding steps that launch operations one by one, on any device."""
 
     def __init__(self, model: LanguageModel, state: ModelState) -> None:
         self.model, self.state = model, state
@@ -185,12 +188,12 @@ class EagerSteps:
 
 
 class GraphSteps:
-    """Steps recorded once and launched as a whole, which spares the host the work of launching each operation.
+    """Decoding steps recorded as CUDA graphs, which removes the host's work of launching each operation.
 
-    What is recorded has one shape: it finds each row's position on the device, and of states that grow it reads as
-    many places as the next power of two, those behind a row's end masked. So there is a graph for every such size. The
-    first step of a size runs eagerly, as libraries set themselves up when they are called first; the second is
-    recorded. The logits are overwritten by the next step.
+    A graph has fixed shapes: it reads each row's position on the device, and of caches that grow it reads as many slots
+    as the next power of two, with those beyond a row's end masked. So there is one graph per size. The first step of a
+    size runs eagerly, because libraries initialise themselves on first use; the second is recorded. The next step
+    overwrites the logits.
     """
 
     def __init__(self, model: LanguageModel, state: ModelState, record: Record) -> None:
@@ -204,7 +207,7 @@ class GraphSteps:
         if needed > self.state.max_len:
             raise UsageError(f"{needed} tokens do not fit a state made for {self.state.max_len}")
         self.tokens_B1.copy_(torch.tensor(chosen)[:, None])
-        size = size_read(needed, self.state.max_len)
+        size = graph_size(needed, self.state.max_len)
         step = partial(self._step, size)
         if size not in self.replays:
             self.replays[size] = None
@@ -217,29 +220,29 @@ class GraphSteps:
         return logits_BV
 
     def _step(self, size: int) -> Tensor:
-        """One step without a question to the device, and without a number from the host that changes."""
+        """One step without a device synchronisation and without arguments from the host that change."""
         seq = Layout.one_more(self.state.length_B, size)
-        x_B1D = self.model.read_at(self.tokens_B1, self.state, seq)
+        x_B1D = self.model.step_hidden_at(self.tokens_B1, self.state, seq)
         self.state.length_B += 1
         return self.model.head(x_B1D)[:, -1]
 
 
-def size_read(needed: int, max_len: int) -> int:
-    """How many places of a growing state a graph reads that has to read `needed`: a power of two, or all."""
-    size = SMALLEST
+def graph_size(needed: int, max_len: int) -> int:
+    """How many slots a graph reads when `needed` are filled: the next power of two, at most all."""
+    size = SMALLEST_GRAPH
     while size < needed:
         size *= 2
     return min(size, max_len)
 
 
 class CudaGraphs:
-    """Records CUDA graphs that share their memory, as only one of them runs at a time. Not measured on GPU."""
+    """Records CUDA graphs that share memory, since only one runs at a time. Not run on a GPU."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Callable[[], Tensor]) -> Replay:
-        """Recording runs nothing."""
+        """Record `step` without running it."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             result = step()
@@ -252,7 +255,7 @@ class CudaGraphs:
 
 
 def check_recordable(model: nn.Module) -> None:
-    """Raises UsageError for experts that only a loop multiplies, which asks the device how many rows each has."""
+    """Raise `UsageError` for experts whose products need a loop, which reads their number of rows from the device."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 3 and parameter.dtype != torch.bfloat16:
             raise UsageError(
@@ -261,23 +264,23 @@ def check_recordable(model: nn.Module) -> None:
             )
 
 
-def twin(module: M, *, int8: bool = False, made: dict[int, Any] | None = None) -> M:
-    """The module and all below it once more, in evaluation mode, over the same parameters, buffers and hooks.
+def inference_copy(module: M, *, int8: bool = False, made: dict[int, Any] | None = None) -> M:
+    """A copy of the module tree in evaluation mode, with the same parameters, buffers and hooks, for inference.
 
-    For passes without gradients: what is compiled for training stays the model's own.
-    Linear layers on a CPU multiply by `ops.linear`, which knows no gradients but better kernels; int8: and few rows by
-    weights rounded to 8 bits, made here. The same are layers of other kinds, e.g. those that train in fp8, experts, and
-    linear ones whose weights are no plain tensors, e.g. shares of sharded ones.
+    Linear layers on a CPU use `ops.linear`, which has faster kernels but no gradients; with int8, few rows are
+    multiplied by weights rounded to 8 bits here. Other layers are copied as they are: experts, fp8 layers, and linear
+    layers with weights that are not plain tensors, e.g. sharded ones. What training compiled is not copied.
     """
     made = {} if made is None else made
     if id(module) in made:
         return made[id(module)]
     fast = type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.device.type == "cpu"
     copy = made[id(module)] = object.__new__(_FastLinear if fast else type(module))
-    # A wrapped module may exchange its parameters for others: what is shared are the dictionaries that hold them.
+    # Share the dictionaries, not the parameters in them: a wrapper (FSDP) may replace these.
     copy.__dict__ = {**module.__dict__, "training": False}
     copy.__dict__["_modules"] = {
-        name: None if below is None else twin(below, int8=int8, made=made) for name, below in module._modules.items()
+        name: None if below is None else inference_copy(below, int8=int8, made=made)
+        for name, below in module._modules.items()
     }
     if isinstance(copy, _FastLinear):
         copy.__dict__["rounded"] = Int8Matrix.of(copy.weight) if int8 and Int8Matrix.fits(copy.weight) else None
@@ -285,12 +288,12 @@ def twin(module: M, *, int8: bool = False, made: dict[int, Any] | None = None) -
 
 
 class _FastLinear(nn.Linear):
-    """rounded: the weight in 8 bits, if it is to be used and there is one."""
+    """rounded: the weight in 8 bits, None where it is not to be used."""
 
     rounded: Int8Matrix | None
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.rounded is None or input.numel() > FEW_ROWS * input.shape[-1]:
+        if self.rounded is None or input.numel() > INT8_MAX_ROWS * input.shape[-1]:
             return linear(input, self.weight, self.bias)
         y = self.rounded.times(input)
         return y if self.bias is None else y + self.bias

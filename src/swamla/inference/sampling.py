@@ -8,15 +8,15 @@ from torch import Tensor
 
 from swamla.errors import UsageError, require
 
-SMALLEST = torch.finfo(torch.float32).tiny  # temperature that logits can be divided by
+SMALLEST = torch.finfo(torch.float32).tiny  # the smallest temperature that logits can be divided by
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to draw the next token. temperature 0 is greedy; top_k 0 and top_p 1 leave all tokens in.
+    """How to sample the next token. temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens.
 
     Row i of a batch draws from its own generator, seeded with seed + i, so that a prompt's continuation does not
-    depend on the prompts beside it.
+    depend on the other prompts of the batch.
     """
 
     temperature: float = 0.8
@@ -37,7 +37,7 @@ class Sampling:
 
     def choose(self, logits_BV: Tensor, generators: list[torch.Generator]) -> list[int]:
         """The next token of each row; `UsageError` for logits that are not numbers."""
-        best_B, index_B = logits_BV.max(dim=-1)  # which is not a number as soon as one of them is none
+        best_B, index_B = logits_BV.max(dim=-1)  # NaN if any logit is NaN
         if not all(map(math.isfinite, best_B.tolist())):
             raise UsageError("the model's logits are not finite: its weights diverged, or are damaged")
         if self.temperature == 0:
@@ -47,12 +47,12 @@ class Sampling:
         return [int(torch.multinomial(p, 1, generator=generator)) for p, generator in rows]
 
     def probabilities(self, logits_BV: Tensor) -> Tensor:
-        """What tokens are drawn from: temperature first, then the top_k likeliest, then the fewest that reach top_p.
+        """The distribution to sample from: temperature, then the top_k likeliest, then the fewest that reach top_p.
 
-        Of tokens that are equally likely top_p takes those of the lowest ids first.
+        Among equally likely tokens top_p prefers lower ids.
         """
         logits_BV = logits_BV.float()
-        # Largest first taken off, so that however small the temperature the likeliest token stays finite.
+        # Subtract the maximum before dividing, so that the likeliest token stays finite at any temperature.
         logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / max(self.temperature, SMALLEST)
         if 0 < self.top_k < logits_BV.shape[-1]:
             top = logits_BV.topk(self.top_k, dim=-1)

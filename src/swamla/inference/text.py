@@ -14,7 +14,7 @@ from swamla.model.language_model import LanguageModel
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """One prompt's continuation; `tokens` are its ids and `ended` tells whether the document came to its end."""
+    """One prompt's continuation; `tokens` are its ids and `ended` is True if the model ended the document."""
 
     prompt: str
     text: str
@@ -24,10 +24,10 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """All completions of a batch, and what they cost.
+    """All completions of a batch, and their cost.
 
-    seconds_to_first covers reading the prompts and drawing one token each; tokens_per_second is the rate after that,
-    over all rows (0 when only one token was drawn).
+    seconds_to_first covers prefill and one token per row; tokens_per_second is the rate after that, over all rows (0
+    when there was one token only).
     """
 
     completions: list[Completion]
@@ -37,7 +37,7 @@ class Generation:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The document start token, then the prompt's; UsageError for NUL or text that is not Unicode."""
+    """The document start token, then the prompt's tokens. Raises `UsageError` for NUL or invalid Unicode."""
     if "\0" in prompt:
         raise UsageError(f"the prompt has a NUL character at position {prompt.index(chr(0))}: remove it")
     try:
@@ -50,9 +50,9 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def room(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> int | None:
-    """How many tokens can follow the longest of the encoded prompts; None: any number.
+    """How many tokens can follow the longest of the encoded prompts; None for any number.
 
-    Raises `UsageError` for a prompt that leaves no room for one.
+    Raises `UsageError` for a prompt that leaves no room for a token.
     """
     positions = model.config.learned_positions
     if not positions:
@@ -63,7 +63,7 @@ def room(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> int | None:
             f"the prompt has {longest} tokens, the document's start included, and the model {positions} learned "
             f"positions: shorten it by {longest - positions}"
         )
-    return positions - longest + 1  # the last token is not read back
+    return positions - longest + 1  # the last token is not fed back
 
 
 def generate_text(
@@ -78,8 +78,8 @@ def generate_text(
 ) -> Generation:
     """Continue each prompt; an empty one starts a new document. on_text(row, piece) streams whole characters.
 
-    decoding: as of `Decoder`. Raises `UsageError` for a text in place of several, one that is empty of prompts or no
-    Unicode, and as `Decoder.generate` does.
+    decoding: see `Decoder`. Raises `UsageError` for a single text in place of a list, for invalid Unicode, and as
+    `Decoder.generate` does.
     """
     if isinstance(prompts, str):
         raise UsageError(f"prompts = {prompts!r:.60}: must be a list of texts, e.g. [{prompts!r:.60}]")

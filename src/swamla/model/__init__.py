@@ -1,106 +1,45 @@
 """Models as data: configs that build language models out of mixers, FFNs and norms."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from swamla.exports import lazy_exports
 
 if TYPE_CHECKING:
-    from swamla.model.accounting import count_parameters, state_bytes, training_flops_per_token
-    from swamla.model.block import Block, BlockConfig
-    from swamla.model.config import LanguageModelConfig
-    from swamla.model.ffns.dense import DenseConfig
-    from swamla.model.ffns.ffn import FFN, FFNConfig, Statistics
-    from swamla.model.ffns.latent_moe import LatentMoE, LatentMoEConfig
-    from swamla.model.ffns.moe import MoE, MoEConfig
-    from swamla.model.language_model import LanguageModel, ModelState
-    from swamla.model.mixers.gdn import GDN, GDNConfig
-    from swamla.model.mixers.latent import LatentAttention, LatentConfig
-    from swamla.model.mixers.mha import MHA, MHAConfig
-    from swamla.model.mixers.mixer import Mixer, MixerConfig, State
-    from swamla.model.mixers.mla import MLA, MLAConfig
-    from swamla.model.mixers.swa import SWA, SWAConfig
-    from swamla.model.norm import DynamicTanhConfig, LayerNormConfig, NormConfig, RMSNormConfig
-    from swamla.model.rope import LinearScaling, RopeConfig, YarnScaling
-
-_HOME = {
-    "Block": "block",
-    "BlockConfig": "block",
-    "DenseConfig": "ffns.dense",
-    "DynamicTanhConfig": "norm",
-    "FFN": "ffns.ffn",
-    "FFNConfig": "ffns.ffn",
-    "GDN": "mixers.gdn",
-    "GDNConfig": "mixers.gdn",
-    "LanguageModel": "language_model",
-    "LanguageModelConfig": "config",
-    "LatentAttention": "mixers.latent",
-    "LatentConfig": "mixers.latent",
-    "LatentMoE": "ffns.latent_moe",
-    "LatentMoEConfig": "ffns.latent_moe",
-    "LayerNormConfig": "norm",
-    "LinearScaling": "rope",
-    "MHA": "mixers.mha",
-    "MHAConfig": "mixers.mha",
-    "MLA": "mixers.mla",
-    "MLAConfig": "mixers.mla",
-    "MoE": "ffns.moe",
-    "MoEConfig": "ffns.moe",
-    "Mixer": "mixers.mixer",
-    "MixerConfig": "mixers.mixer",
-    "ModelState": "language_model",
-    "NormConfig": "norm",
-    "RMSNormConfig": "norm",
-    "RopeConfig": "rope",
-    "SWA": "mixers.swa",
-    "SWAConfig": "mixers.swa",
-    "State": "mixers.mixer",
-    "Statistics": "ffns.ffn",
-    "YarnScaling": "rope",
-    "count_parameters": "accounting",
-    "state_bytes": "accounting",
-    "training_flops_per_token": "accounting",
-}
-
-__all__ = [
-    "FFN",
-    "GDN",
-    "MHA",
-    "MLA",
-    "SWA",
-    "Block",
-    "BlockConfig",
-    "DenseConfig",
-    "DynamicTanhConfig",
-    "FFNConfig",
-    "GDNConfig",
-    "LanguageModel",
-    "LanguageModelConfig",
-    "LatentAttention",
-    "LatentConfig",
-    "LatentMoE",
-    "LatentMoEConfig",
-    "LayerNormConfig",
-    "LinearScaling",
-    "MHAConfig",
-    "MLAConfig",
-    "Mixer",
-    "MixerConfig",
-    "MoE",
-    "MoEConfig",
-    "ModelState",
-    "NormConfig",
-    "RMSNormConfig",
-    "RopeConfig",
-    "SWAConfig",
-    "State",
-    "Statistics",
-    "YarnScaling",
-    "count_parameters",
-    "state_bytes",
-    "training_flops_per_token",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"swamla.model.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'swamla.model' has no attribute {name!r}")
+    from swamla.model.accounting import count_parameters as count_parameters
+    from swamla.model.accounting import state_bytes as state_bytes
+    from swamla.model.accounting import training_flops_per_token as training_flops_per_token
+    from swamla.model.block import Block as Block
+    from swamla.model.block import BlockConfig as BlockConfig
+    from swamla.model.ffns.dense import DenseConfig as DenseConfig
+    from swamla.model.ffns.ffn import FFN as FFN
+    from swamla.model.ffns.ffn import FFNConfig as FFNConfig
+    from swamla.model.ffns.ffn import Statistics as Statistics
+    from swamla.model.ffns.latent_moe import LatentMoE as LatentMoE
+    from swamla.model.ffns.latent_moe import LatentMoEConfig as LatentMoEConfig
+    from swamla.model.ffns.moe import MoE as MoE
+    from swamla.model.ffns.moe import MoEConfig as MoEConfig
+    from swamla.model.language_model import LanguageModel as LanguageModel
+    from swamla.model.language_model import LanguageModelConfig as LanguageModelConfig
+    from swamla.model.mixers.gdn import GDN as GDN
+    from swamla.model.mixers.gdn import GDNConfig as GDNConfig
+    from swamla.model.mixers.latent import LatentAttention as LatentAttention
+    from swamla.model.mixers.latent import LatentConfig as LatentConfig
+    from swamla.model.mixers.mha import MHA as MHA
+    from swamla.model.mixers.mha import MHAConfig as MHAConfig
+    from swamla.model.mixers.mixer import Mixer as Mixer
+    from swamla.model.mixers.mixer import MixerConfig as MixerConfig
+    from swamla.model.mixers.mixer import State as State
+    from swamla.model.mixers.mla import MLA as MLA
+    from swamla.model.mixers.mla import MLAConfig as MLAConfig
+    from swamla.model.mixers.swa import SWA as SWA
+    from swamla.model.mixers.swa import SWAConfig as SWAConfig
+    from swamla.model.norm import DynamicTanhConfig as DynamicTanhConfig
+    from swamla.model.norm import LayerNormConfig as LayerNormConfig
+    from swamla.model.norm import NormConfig as NormConfig
+    from swamla.model.norm import RMSNormConfig as RMSNormConfig
+    from swamla.model.rope import LinearScaling as LinearScaling
+    from swamla.model.rope import RopeConfig as RopeConfig
+    from swamla.model.rope import YarnScaling as YarnScaling
+    from swamla.model.state import ModelState as ModelState
+else:
+    __all__, __getattr__, __dir__ = lazy_exports(__name__)

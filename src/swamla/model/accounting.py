@@ -1,4 +1,4 @@
-"""Counts from the config alone, before a weight exists: parameters, FLOPs, state bytes; activations nearly."""
+"""Counts from the config alone, before a weight exists: parameters, FLOPs, state bytes; an estimate of activations."""
 
 import math
 from collections import Counter
@@ -8,13 +8,13 @@ import numpy as np
 from torch import Tensor
 
 from swamla.model.block import BlockConfig, Checkpointing
-from swamla.model.config import LanguageModelConfig
+from swamla.model.language_model import LanguageModelConfig
 from swamla.ops.layout import PADDING
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCount:
-    """total = all parameters, a tied head counted once; active = those one token uses; by_component sums to total."""
+    """total: a tied head counts once; active: those that one token uses; by_component sums to total."""
 
     total: int
     active: int
@@ -25,31 +25,31 @@ class ParameterCount:
 def count_parameters(config: LanguageModelConfig) -> ParameterCount:
     """Parameters of the model, equal to those of the built module."""
     width = config.width
-    parts: Counter[str] = Counter()
-    parts["embedding"] = config.vocab_size * width
+    counts: Counter[str] = Counter()
+    counts["embedding"] = config.vocab_size * width
     if config.learned_positions:
-        parts["positions"] = config.learned_positions * width
+        counts["positions"] = config.learned_positions * width
     inactive = 0
     for block in config.layers:
-        parts[block.mixer.kind] += block.mixer.n_parameters(width)
-        parts.update(block.ffn.components(width))
-        parts["norms"] += 2 * config.norm.n_parameters(width)
+        counts[block.mixer.kind] += block.mixer.n_parameters(width)
+        counts.update(block.ffn.components(width))
+        counts["norms"] += 2 * config.norm.n_parameters(width)
         inactive += block.ffn.n_parameters(width) - block.ffn.n_active_parameters(width)
-    parts["norms"] += config.norm.n_parameters(width)
+    counts["norms"] += config.norm.n_parameters(width)
     if not config.tied_head:
-        parts["head"] = config.vocab_size * width
-    total = sum(parts.values())
-    embeddings = parts["embedding"] + parts["positions"] + parts["head"]
+        counts["head"] = config.vocab_size * width
+    total = sum(counts.values())
+    embeddings = counts["embedding"] + counts["positions"] + counts["head"]
     return ParameterCount(
-        total=total, active=total - inactive, non_embedding=total - embeddings, by_component=dict(+parts)
+        total=total, active=total - inactive, non_embedding=total - embeddings, by_component=dict(+counts)
     )
 
 
 def forward_flops(config: LanguageModelConfig, length: int) -> int:
     """Floating-point operations of a forward pass over one sequence of `length` tokens, the head included.
 
-    Multiplications and additions of matrix products; attention counted causally and within its window, the delta
-    rule by its chunked form. Norms, activations and softmax are not counted.
+    Counts multiplications and additions of matrix products: attention by the pairs of query and key that its mask
+    allows, the delta rule by its chunked form. Norms, activations and softmax are not counted.
     """
     layers = sum(
         block.mixer.forward_flops(config.width, length) + block.ffn.forward_flops(config.width, length)
@@ -59,15 +59,15 @@ def forward_flops(config: LanguageModelConfig, length: int) -> int:
 
 
 def training_flops_per_token(config: LanguageModelConfig, length: int) -> float:
-    """Floating-point operations a token costs in training at sequence length `length`: backward is twice forward."""
+    """Floating-point operations a token costs in training at sequence length `length`; backward is twice forward."""
     return 3 * forward_flops(config, length) / length
 
 
 class TrainingFlops:
-    """Counts what training on packed rows needs: `forward_flops` of each document alone, three times.
+    """Counts the FLOPs of training on packed rows: three times `forward_flops` of each document alone.
 
-    What a path computes besides is not counted: padding, pairs of tokens that a mask then hides, passes that
-    activation checkpointing repeats. Costs of a length are kept, so that a count is an addition a document.
+    Does not count padding, masked pairs of tokens that a fast path computes, and recomputation by activation
+    checkpointing. Costs are cached by length, so that a count is one addition a document.
     """
 
     def __init__(self, config: LanguageModelConfig) -> None:
@@ -76,7 +76,7 @@ class TrainingFlops:
 
     def of(self, document_BT: Tensor) -> int:
         """Floating-point operations of a step on rows whose documents have these ids (on the CPU; -1 is padding)."""
-        ids = np.pad(document_BT.numpy(), ((0, 0), (1, 0)), constant_values=PADDING - 1)  # every row begins anew
+        ids = np.pad(document_BT.numpy(), ((0, 0), (1, 0)), constant_values=PADDING - 1)  # rows start documents
         begins = np.flatnonzero(np.diff(ids, axis=1))
         lengths = np.diff(begins, append=document_BT.numel())[ids[:, 1:].flat[begins] != PADDING]
         counted = zip(*(found.tolist() for found in np.unique(lengths, return_counts=True)), strict=True)
@@ -91,7 +91,7 @@ class TrainingFlops:
 def state_bytes(config: LanguageModelConfig, length: int, *, batch: int = 1, element_bytes: int = 4) -> int:
     """Bytes of the state of `batch` sequences that may grow to `length` tokens, `element_bytes` a number.
 
-    Equal to `LanguageModel.init_state(batch, length).nbytes`; the delta rule's memories are always fp32.
+    Equal to `LanguageModel.init_state(batch, length).nbytes`; the delta rule's states are fp32 at least.
     """
     return batch * sum(block.mixer.state_bytes(config.width, length, element_bytes) for block in config.layers)
 
@@ -119,26 +119,26 @@ def activation_bytes(
     length: int | None = None,
     device: str = "cpu",
 ) -> int:
-    """About the bytes that a training step keeps of `tokens` tokens for its backward pass.
+    """An estimate of the bytes that a training step on `tokens` tokens keeps for its backward pass.
 
-    length: of their documents, one of all tokens unless given. Counted is, for every matrix that a token meets, its
-    input and its output, `element_bytes` a number; the residual stream before each norm in fp32; with 2 bytes a number
-    the weights' copies in it; and on a CPU the attention weights that are not computed again. With `checkpointing` the
-    parts that are computed again keep their input, and the largest of them is held once. Left out are what elementwise
-    operations keep besides, the loss's piece of the logits, and buffers inside operations: measured, a model keeps
-    0.9 to 1.4 times this.
+    length: of a document, by default all tokens. Counts input and output of every matrix that a token is multiplied by,
+    at `element_bytes` a number; the residual stream before each norm, in fp32; with 2 bytes a number the copies of the
+    weights in that dtype; and on a CPU the attention weights that the backward pass does not recompute. With
+    `checkpointing`, recomputed mixers and FFNs keep their input, and the largest of them counts once in full. Does not
+    count other tensors of elementwise operations, the loss's chunk of the logits, and buffers inside operations:
+    measured, a model keeps 0.9 to 1.4 times the estimate.
     """
     residual = 4 * config.width
-    parts = {name: _kept_numbers(block, config.width) for name, block in config.blocks.items()}
+    kept_by_block = {name: _kept_numbers(block, config.width) for name, block in config.blocks.items()}
     if device == "cpu":
         for name, block in config.blocks.items():
-            mixer, ffn = parts[name]
+            mixer, ffn = kept_by_block[name]
             mixer += block.mixer.kept_weights(config.width, length or tokens, bf16=element_bytes == 2)
-            parts[name] = mixer, ffn
+            kept_by_block[name] = mixer, ffn
     again = (checkpointing in ("attention", "all"), checkpointing in ("ffn", "all"))
     kept = largest = 0.0
     for name in config.pattern:
-        halves = [numbers * element_bytes + residual for numbers in parts[name]]
+        halves = [numbers * element_bytes + residual for numbers in kept_by_block[name]]
         repeated = sum(half for half, is_repeated in zip(halves, again, strict=True) if is_repeated)
         kept += sum(halves) - repeated + residual * any(again)
         largest = max(largest, repeated)
@@ -147,7 +147,7 @@ def activation_bytes(
 
 
 def _kept_numbers(block: BlockConfig, width: int) -> tuple[float, float]:
-    """What the mixer's and the FFN's matrices read and write for a token."""
+    """How many numbers the matrices of the mixer and of the FFN read and write for a token."""
     import torch
 
     with torch.device("meta"):

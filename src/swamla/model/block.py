@@ -1,4 +1,4 @@
-"""One layer: a sequence mixer, then an FFN, each behind a norm and added to the residual stream."""
+"""One layer: a sequence mixer, then an FFN, each preceded by a norm and added to the residual stream."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -22,7 +22,7 @@ Checkpointing = Literal["none", "attention", "ffn", "all"]
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """What one layer is made of."""
+    """The mixer and the FFN of one layer."""
 
     mixer: MixerConfig
     ffn: FFNConfig = field(default_factory=DenseConfig)
@@ -33,7 +33,7 @@ class BlockConfig:
 
 
 def is_vectors(name: str) -> bool:
-    """True for a parameter of a model ("blocks.2.ffn.router.weight") that a mixer or FFN counts to its `vectors`."""
+    """True for a parameter ("blocks.2.ffn.router.weight") that its mixer or FFN lists in `vectors`."""
     found = re.fullmatch(r"blocks\.\d+\.(mixer|ffn)\.(.+)", name)
     if found is None:
         return False
@@ -41,8 +41,8 @@ def is_vectors(name: str) -> bool:
     return any(found[2] in config.vectors for config in configs)
 
 
-class Parts(NamedTuple):
-    """What a block runs when gradients are wanted: its own methods, or what was compiled of them."""
+class BlockFunctions(NamedTuple):
+    """The functions that a block calls in training: its own methods, or compiled versions of them."""
 
     whole: Callable[[Tensor, Layout], tuple[Tensor, Statistics]]
     mix: Callable[[Tensor, Layout], Tensor]
@@ -52,8 +52,8 @@ class Parts(NamedTuple):
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + ffn(norm(x)).
 
-    checkpointing: which of the two keep only their inputs in training and are computed again in the backward pass:
-    "attention" the mixer, "ffn" the FFN, "all" the block as a whole, which then keeps a single tensor.
+    checkpointing: what is recomputed in the backward pass from its inputs: "attention" the mixer, "ffn" the FFN,
+    "all" the whole block, which then keeps a single tensor.
     """
 
     def __init__(self, config: BlockConfig, width: int, norm: NormConfig, dropout: float) -> None:
@@ -64,7 +64,7 @@ class Block(nn.Module):
         self.mixer: Mixer = config.mixer.build(width)
         self.ffn_norm = norm.build(width)
         self.ffn: FFN = config.ffn.build(width)
-        self.trained = Parts(self.whole, self.mix, self.feed)
+        self.trained = BlockFunctions(self.whole, self.mix, self.feed)
 
     def forward(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
         """(B, T, D) → (B, T, D) and the FFN's statistics."""
@@ -74,13 +74,13 @@ class Block(nn.Module):
         if self.checkpointing == "none":
             return whole(x_BTD, seq)
         if self.checkpointing == "all":
-            return _computed_again(whole, x_BTD, seq)
+            return _recomputed(whole, x_BTD, seq)
         if self.checkpointing == "attention":
-            return feed(_computed_again(mix, x_BTD, seq), seq)
-        return _computed_again(feed, mix(x_BTD, seq), seq)
+            return feed(_recomputed(mix, x_BTD, seq), seq)
+        return _recomputed(feed, mix(x_BTD, seq), seq)
 
     def whole(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
-        """Both halves."""
+        """Mixer and FFN: `mix`, then `feed`."""
         return self.feed(self.mix(x_BTD, seq), seq)
 
     def mix(self, x_BTD: Tensor, seq: Layout) -> Tensor:
@@ -93,7 +93,7 @@ class Block(nn.Module):
         return x_BTD + self._drop(y_BTD), statistics
 
     def step(self, x_BTD: Tensor, state: State, seq: Layout) -> Tensor:
-        """New tokens (B, T, D) after those in `state`, which is updated. Never drops anything out."""
+        """New tokens (B, T, D) after those in `state`, which is updated; without dropout."""
         x_BTD = x_BTD + self.mixer.step(self.mixer_norm(x_BTD), state, seq)
         return x_BTD + self.ffn(self.ffn_norm(x_BTD), seq)[0]
 
@@ -101,6 +101,6 @@ class Block(nn.Module):
         return F.dropout(x_BTD, self.dropout, self.training) if self.dropout else x_BTD
 
 
-def _computed_again(function: Callable[..., Any], *inputs: Any) -> Any:
-    """`function` of `inputs`, of which alone is kept for the backward pass; dropout draws the same numbers again."""
+def _recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
+    """Activation checkpointing: saves only `inputs`, recomputes `function` in the backward pass, dropout included."""
     return checkpoint(function, *inputs, use_reentrant=False)

@@ -1,7 +1,7 @@
-"""Where weights start: a function of the seed, a parameter's name and its shape alone.
+"""Initial weights: a function of the seed, a parameter's name and its shape alone.
 
-So every parameter can be drawn by itself, in any order and by any process, and a model starts from the same numbers
-however it is laid out over processes.
+So any process can draw any parameter in any order, and a model has the same initial weights under every strategy of
+data parallelism.
 """
 
 import hashlib
@@ -12,72 +12,72 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-Draw = Callable[[Tensor, torch.Generator | None], object]
-"""Fills an fp32 tensor on the CPU, in place; without a generator from torch's global one."""
+Initializer = Callable[[Tensor, torch.Generator | None], object]
+"""Fills an fp32 tensor on the CPU in place; without a generator, from torch's global one."""
 
 
 @runtime_checkable
-class HasOwnStart(Protocol):
-    """A module some of whose parameters start otherwise than the model's rule has it."""
+class HasInitializers(Protocol):
+    """A module with initial values of its own for some of its parameters."""
 
-    def own_start(self) -> Mapping[str, Draw]:
-        """How they are drawn, by their names in the module."""
-
-
-TORCHS_INITIALISERS = frozenset(f for name, f in vars(nn.init).items() if name.endswith("_") and callable(f))
+    def initializers(self) -> Mapping[str, Initializer]:
+        """Initializers by the parameters' names in the module."""
 
 
-class Unfilled(TorchFunctionMode):
-    """Passes torch's own initialisers over: on the meta device they load torch's compiler, which takes a second."""
+TORCH_INITIALIZERS = frozenset(f for name, f in vars(nn.init).items() if name.endswith("_") and callable(f))
+
+
+class SkippedInit(TorchFunctionMode):
+    """Skips torch's own initialisers: on the meta device they import torch's compiler, which takes a second."""
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if function in TORCHS_INITIALISERS:
+        if function in TORCH_INITIALIZERS:
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return function(*args, **kwargs)
 
 
-def normal(std: float) -> Draw:
-    """Normal numbers around 0."""
+def normal(std: float) -> Initializer:
+    """Normal with mean 0."""
     return lambda into, generator: into.normal_(0.0, std, generator=generator)
 
 
-def uniform(bound: float) -> Draw:
-    """Numbers in ±`bound`, all alike."""
+def uniform(bound: float) -> Initializer:
+    """Uniform in ±`bound`."""
     return lambda into, generator: into.uniform_(-bound, bound, generator=generator)
 
 
-def constant(value: float) -> Draw:
-    """One number."""
+def constant(value: float) -> Initializer:
+    """Constant."""
     return lambda into, generator: into.fill_(value)
 
 
-def own_starts(module: nn.Module) -> dict[str, Draw]:
-    """What the module, and all within it, draw by rules of their own, by full name."""
+def initializers_of(module: nn.Module) -> dict[str, Initializer]:
+    """The initializers of the module and of all modules within it, by full name."""
     return {
-        f"{prefix}.{name}" if prefix else name: draw
-        for prefix, part in module.named_modules()
-        if isinstance(part, HasOwnStart)
-        for name, draw in part.own_start().items()
+        f"{prefix}.{name}" if prefix else name: initializer
+        for prefix, child in module.named_modules()
+        if isinstance(child, HasInitializers)
+        for name, initializer in child.initializers().items()
     }
 
 
 @torch.no_grad()
-def draw_alone(module: HasOwnStart) -> None:
-    """Draw the parameters of a module outside any model, from torch's global generator."""
+def reset_parameters(module: HasInitializers) -> None:
+    """Initialise the parameters of a module outside any model, from torch's global generator."""
     assert isinstance(module, nn.Module)
-    for name, draw in module.own_start().items():
+    for name, initializer in module.initializers().items():
         parameter = module.get_parameter(name)
         if not parameter.is_meta:
-            draw(parameter, None)
+            initializer(parameter, None)
 
 
-def drawn(draw: Draw, shape: torch.Size, seed: int, name: str) -> Tensor:
-    """The fp32 tensor on the CPU that the parameter `name` starts from."""
+def initial_tensor(initializer: Initializer, shape: torch.Size, seed: int, name: str) -> Tensor:
+    """The initial values of parameter `name`, in fp32 on the CPU."""
     key = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(key, "little"))
     into = torch.empty(shape, dtype=torch.float32, device="cpu")
-    draw(into, generator)
+    initializer(into, generator)
     return into

@@ -2,74 +2,108 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swamla.errors import UsageError
-from swamla.model.block import Block, Checkpointing
-from swamla.model.config import LanguageModelConfig
-from swamla.model.initial import Draw, constant, drawn, normal, own_starts
-from swamla.model.mixers.mixer import State
+from swamla.config import within
+from swamla.errors import UsageError, require
+from swamla.model.block import Block, BlockConfig, Checkpointing
+from swamla.model.initial import Initializer, SkippedInit, constant, initial_tensor, initializers_of, normal
+from swamla.model.norm import NormConfig, RMSNormConfig
+from swamla.model.state import ModelState
 from swamla.ops import chunked_cross_entropy
 from swamla.ops.layout import Layout
 
 
-@dataclass
-class ModelState:
-    """What the model remembers of a batch of sequences: one state a layer, and how many tokens each row holds.
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig:
+    """A decoder-only language model.
 
-    held: that number where it is one for all rows, None where rows differ.  longest: the largest of those numbers.
-    Both are known without asking the device, so only `advance`, and `GraphSteps` with `count`, may change `length_B`.
+    vocab_size: ids of the vocabulary; 0 for the tokenizer's number of ids, to be replaced before `build`.
+    width: of the residual stream.
+    blocks: the blocks that the pattern may use, by name.
+    pattern: the name of every layer's block, bottom first; its length is the depth.
+    norm: before every mixer and FFN, and before the head.
+    tied_head: whether the head shares the embedding's weights.
+    learned_positions: number of learned position vectors, which limits the length of a document; 0 for none.
+    dropout: on the embeddings and on the outputs of mixers and FFNs, in training.
+    init_std: standard deviation of the initial weights; output projections get it / √(2 · depth).
     """
 
-    layers: list[State]
-    length_B: Tensor
-    max_len: int
-    held: int | None = 0
-    longest: int = 0
+    vocab_size: int = 0
+    width: int
+    blocks: dict[str, BlockConfig]
+    pattern: tuple[str, ...]
+    norm: NormConfig = field(default_factory=RMSNormConfig)
+    tied_head: bool = True
+    learned_positions: int = 0
+    dropout: float = 0.0
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        require(self.vocab_size >= 0, "vocab_size", self.vocab_size, "must be > 0, or 0 for the tokenizer's")
+        require(self.width > 0, "width", self.width, "must be > 0, e.g. 256")
+        require(
+            len(self.pattern) > 0, "pattern", self.pattern, 'must name a block for every layer, e.g. ["swa", "mla"]'
+        )
+        for name in self.pattern:
+            require(name in self.blocks, "pattern", name, f"must be one of the blocks: {', '.join(self.blocks)}")
+        for name in self.blocks:
+            require(name in self.pattern, "blocks", name, f"is not used by the pattern: {' '.join(self.pattern)}")
+        require(self.learned_positions >= 0, "learned_positions", self.learned_positions, "must be >= 0 (0: none)")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1), e.g. 0.1")
+        require(self.init_std > 0, "init_std", self.init_std, "must be > 0, e.g. 0.02")
+        for name, block in self.blocks.items():  # report settings that do not fit the width before anything is built
+            with within(f"blocks.{name}.mixer"):
+                block.mixer.n_parameters(self.width)
+            with within(f"blocks.{name}.ffn"):
+                block.ffn.n_parameters(self.width)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes held by all layers, exactly what `accounting.state_bytes` predicts."""
-        return sum(layer.nbytes for layer in self.layers)
+    def depth(self) -> int:
+        """Number of layers."""
+        return len(self.pattern)
 
-    def following(self, tokens_BT: Tensor, valid_BT: Tensor | None) -> Layout:
-        """The layout of new tokens behind those held; `valid_BT` marks what is not padding (None: there is none)."""
-        batch, time = tokens_BT.shape
-        if valid_BT is None and self.held is not None:
-            return Layout.continuing_level(self.held, batch, time, device=tokens_BT.device)
-        if valid_BT is None and time == 1:
-            return Layout.one_more(self.length_B, self.longest + 1)
-        if valid_BT is None:
-            valid_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
-        return Layout.continuing(self.length_B, valid_BT)
+    @property
+    def layers(self) -> tuple[BlockConfig, ...]:
+        """The block of every layer, bottom first."""
+        return tuple(self.blocks[name] for name in self.pattern)
 
-    def advance(self, time: int, valid_BT: Tensor | None) -> None:
-        """Count `time` new tokens a row, or those of them that are no padding."""
-        if valid_BT is None:
-            self.length_B += time
-            self.count(time)
-        else:
-            self.length_B += valid_BT.sum(dim=1)
-            lengths = self.length_B.tolist()
-            self.longest = max(lengths)
-            self.held = self.longest if min(lengths) == self.longest else None
+    def with_backends(self, paths: Mapping[str, str]) -> "LanguageModelConfig":
+        """The same model with `paths` (block → backend) as the backends of mixers whose own is "auto"."""
+        blocks = {
+            name: replace(block, mixer=block.mixer.with_backend(paths[name])) if name in paths else block
+            for name, block in self.blocks.items()
+        }
+        return replace(self, blocks=blocks)
 
-    def count(self, time: int) -> None:
-        """Note that every row has become longer by `time`; `length_B` says so already."""
-        self.longest += time
-        self.held = None if self.held is None else self.longest
+    def build(self, seed: int | None = None) -> "LanguageModel":
+        """The model with the initial weights of `seed`, by default a seed from torch's global generator."""
+        model, device = self.skeleton(), torch.get_default_device()
+        if device.type == "meta":
+            return model
+        if seed is None:
+            seed = int(torch.randint(2**63 - 1, (), device="cpu").item())
+        model.to_empty(device=device)
+        model.tie()
+        model.reset_parameters(seed)
+        return model
+
+    def skeleton(self) -> "LanguageModel":
+        """The model on torch's meta device: names and shapes without storage."""
+        require(self.vocab_size > 0, "vocab_size", self.vocab_size, "must be > 0 to build the model")
+        with torch.device("meta"), SkippedInit():
+            return LanguageModel(self)
 
 
 class LanguageModel(nn.Module):
-    """Next-token logits from tokens. `step` after `step` gives what `forward` gives on the whole.
+    """Next-token logits from tokens. Successive calls of `step` equal `forward` on the whole.
 
-    Its weights mean nothing before `reset_weights`, which `LanguageModelConfig.build` calls. known_ids: how many of the
-    vocabulary's ids, the first ones, stand for text; the others, of a vocabulary rounded up, are never generated. None
-    where nobody said, and all may be.
+    Weights are uninitialised before `reset_parameters`, which `LanguageModelConfig.build` calls. known_ids: the number
+    of ids that the tokenizer has; ids from there on pad the vocabulary and are never generated. None allows all ids.
     """
 
     known_ids: int | None = None
@@ -86,36 +120,36 @@ class LanguageModel(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """Let the head be the embedding where the config says so."""
+        """Share the embedding's weights with the head if the config says so."""
         if self.config.tied_head:
             self.head.weight = self.embedding.weight
 
     @torch.no_grad()
-    def reset_weights(self, seed: int, within: str = "") -> None:
-        """The initial weights that `seed` stands for, those alone whose names begin with `within`; buffers get 0.
+    def reset_parameters(self, seed: int, within: str = "") -> None:
+        """Set the initial weights of `seed` and zero the buffers, of names that begin with `within` only.
 
-        Normal weights, output projections scaled by depth (GPT-2), zero biases, gains of 1, and what modules draw by
-        rules of their own. A parameter's numbers depend on the seed, its name and its shape alone.
+        Weights are normal, output projections scaled by depth (GPT-2), biases 0, gains 1; `initializers` of modules
+        take precedence. A parameter's values depend on the seed, its name and its shape alone.
         """
-        own, outputs = own_starts(self), self._outputs()
+        own, outputs = initializers_of(self), self._outputs()
         for name, parameter in self.named_parameters():
             if name.startswith(within):
-                draw = own[name] if name in own else self._start(name, parameter.ndim, name in outputs)
-                parameter.copy_(drawn(draw, parameter.shape, seed, name))
+                initializer = own.get(name) or self._default_initializer(name, parameter.ndim, name in outputs)
+                parameter.copy_(initial_tensor(initializer, parameter.shape, seed, name))
         for name, buffer in self.named_buffers():
             if name.startswith(within):
                 buffer.zero_()
 
     def _outputs(self) -> set[str]:
         """Names of the parameters that write to the residual stream."""
-        parts = (
-            (f"blocks.{index}.{part}", outputs)
+        return {
+            f"blocks.{index}.{module}.{name}"
             for index, block in enumerate(self.config.layers)
-            for part, outputs in (("mixer", block.mixer.outputs), ("ffn", block.ffn.outputs))
-        )
-        return {f"{prefix}.{name}" for prefix, outputs in parts for name in outputs}
+            for module, outputs in (("mixer", block.mixer.outputs), ("ffn", block.ffn.outputs))
+            for name in outputs
+        }
 
-    def _start(self, name: str, ndim: int, is_output: bool) -> Draw:
+    def _default_initializer(self, name: str, ndim: int, is_output: bool) -> Initializer:
         if ndim < 2:
             return constant(0.0 if name.endswith("bias") else 1.0)
         depth_scale = (2 * self.config.depth) ** -0.5 if is_output else 1.0
@@ -123,20 +157,20 @@ class LanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.embedding.weight.device
 
     def checkpoint_activations(self, what: Checkpointing) -> None:
-        """From now on compute this part of every block again in the backward pass instead of keeping it."""
+        """Recompute this part of every block in the backward pass from now on."""
         for block in self.blocks:
             block.checkpointing = what
 
     def forward(self, tokens_BT: Tensor, seq: Layout | None = None) -> Tensor:
-        """Logits (B, T, vocabulary) of the token after each of tokens (B, T); `seq` says where documents lie."""
+        """Next-token logits (B, T, vocabulary) of tokens (B, T); `seq` has the documents, by default one a row."""
         return self.head(self.hidden(tokens_BT, seq)[0])
 
     def hidden(self, tokens_BT: Tensor, seq: Layout | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the head sees, (B, T, D), and the FFNs' statistics by layer."""
+        """The head's input (B, T, D), and the FFNs' statistics by layer."""
         if tokens_BT.ndim != 2 or not tokens_BT.numel():
             raise UsageError(
                 f"tokens have the shape {tuple(tokens_BT.shape)}: must be (batch, time), one token at least"
@@ -156,14 +190,13 @@ class LanguageModel(nn.Module):
     def loss(self, tokens_BT: Tensor, labels_BT: Tensor, seq: Layout | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of −log p(label) in nats over labels that are not -100, and the FFNs' statistics as `name/layer`.
 
-        Statistics called "loss/…" belong to what training minimises; they are not part of the sum. The logits are
-        never held all at once.
+        Training minimises the sum plus the statistics "loss/…". The logits are computed in chunks, never all at once.
         """
         x_BTD, statistics = self.hidden(tokens_BT, seq)
         return chunked_cross_entropy(x_BTD.flatten(0, 1), self.head.weight, labels_BT.flatten()), statistics
 
     def rebalance(self, statistics: Mapping[str, Tensor]) -> None:
-        """After an optimizer step: let every FFN balance its experts, given the whole batch's statistics."""
+        """After an optimizer step: every FFN balances its experts by the statistics of the whole batch."""
         by_layer: dict[int, dict[str, Tensor]] = defaultdict(dict)
         for full_name, value in statistics.items():
             name, layer = full_name.rsplit("/", 1)
@@ -191,24 +224,24 @@ class LanguageModel(nn.Module):
     def step(self, tokens_BT: Tensor, state: ModelState, valid_BT: Tensor | None = None) -> Tensor:
         """Logits (B, T, vocabulary) of T >= 1 new tokens after those in `state`, which is updated.
 
-        valid_BT marks tokens that count (default all); padding may stand only at the end of a row, and its logits
-        mean nothing, but it needs room as tokens do. UsageError when the state is full.
+        valid_BT is False for padding (default: none), which is allowed only at the end of a row. The logits of padding
+        are undefined, and it needs room in the state as tokens do. Raises `UsageError` when the state is full.
         """
-        return self.head(self.read(tokens_BT, state, valid_BT))
+        return self.head(self.step_hidden(tokens_BT, state, valid_BT))
 
-    def read(self, tokens_BT: Tensor, state: ModelState, valid_BT: Tensor | None = None) -> Tensor:
-        """`step` as far as the head, of what it sees (B, T, D): of a long prompt only the last logits are wanted."""
+    def step_hidden(self, tokens_BT: Tensor, state: ModelState, valid_BT: Tensor | None = None) -> Tensor:
+        """`step` without the head: its input (B, T, D). Prefill needs the logits of the last token only."""
         if valid_BT is not None and bool(valid_BT.all()):
             valid_BT = None
-        seq = state.following(tokens_BT, valid_BT)
+        seq = state.next_layout(tokens_BT, valid_BT)
         if seq.end > state.max_len:
             raise UsageError(f"{seq.end} tokens do not fit a state made for {state.max_len}")
-        x_BTD = self.read_at(tokens_BT, state, seq)
+        x_BTD = self.step_hidden_at(tokens_BT, state, seq)
         state.advance(tokens_BT.shape[1], valid_BT)
         return x_BTD
 
-    def read_at(self, tokens_BT: Tensor, state: ModelState, seq: Layout) -> Tensor:
-        """`read` where it is known where the tokens lie; the layers' states are updated, what rows hold is not."""
+    def step_hidden_at(self, tokens_BT: Tensor, state: ModelState, seq: Layout) -> Tensor:
+        """`step_hidden` with the layout given: updates the layers' states, but not the lengths of the rows."""
         x_BTD = self._embed(tokens_BT, seq)
         for block, layer in zip(self.blocks, state.layers, strict=True):
             x_BTD = block.step(x_BTD, layer, seq)
@@ -217,7 +250,7 @@ class LanguageModel(nn.Module):
     def _embed(self, tokens_BT: Tensor, seq: Layout) -> Tensor:
         try:
             x_BTD = self.embedding(tokens_BT)
-        except (IndexError, RuntimeError) as error:  # on a CPU alone: CUDA tells later, and by ending the process
+        except (IndexError, RuntimeError) as error:  # only a CPU raises here; CUDA fails later and ends the process
             raise self._explain(tokens_BT) or error from None
         if self.positions is None:
             return x_BTD
@@ -229,7 +262,7 @@ class LanguageModel(nn.Module):
         return x_BTD + self.positions(seq.position_BT)
 
     def _explain(self, tokens_BT: Tensor) -> UsageError | None:
-        """What is wrong with tokens that the embedding refused."""
+        """The error in tokens that the embedding refused."""
         if tokens_BT.dtype not in (torch.int32, torch.int64):
             return UsageError(f"tokens are of {tokens_BT.dtype}: must be of torch.int64")
         outside = tokens_BT[(tokens_BT < 0) | (tokens_BT >= self.config.vocab_size)]

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from swamla.errors import require
-from swamla.model.initial import Draw, constant
+from swamla.model.initial import Initializer, constant
 from swamla.ops import rms_norm
 from swamla.registry import Registered, register
 
 
 @dataclass(frozen=True, kw_only=True)
 class NormConfig(Registered, home="swamla.model.norm"):
-    """What the config of a norm has to offer."""
+    """The contract of a norm's config."""
 
     @abstractmethod
     def build(self, width: int) -> nn.Module:
@@ -79,7 +79,7 @@ class LayerNormConfig(NormConfig):
 class DynamicTanhConfig(NormConfig):
     """tanh(αx)·γ + β with a learned scalar α (arXiv 2503.10622).
 
-    alpha: where α starts.
+    alpha: initial value of α.
     """
 
     kind: ClassVar[str] = "dyt"
@@ -118,11 +118,11 @@ class DynamicTanh(nn.Module):
         self.alpha = nn.Parameter(torch.full((1,), alpha))
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
-        self.start = alpha
+        self.initial_alpha = alpha
 
-    def own_start(self) -> dict[str, Draw]:
-        """α where the config puts it."""
-        return {"alpha": constant(self.start)}
+    def initializers(self) -> dict[str, Initializer]:
+        """α has the config's initial value."""
+        return {"alpha": constant(self.initial_alpha)}
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape whose last dimension is the width; same shape out."""

@@ -27,12 +27,12 @@ class LinearScaling:
 
     @property
     def attention_factor(self) -> float:
-        """What the tables are multiplied by: nothing."""
+        """Factor of the tables: 1."""
         return 1.0
 
     @property
     def softmax_factor(self) -> float:
-        """What attention multiplies its softmax scale by: nothing."""
+        """Factor of attention's softmax scale: 1."""
         return 1.0
 
     def frequencies(self, plain: Tensor, base: float) -> Tensor:
@@ -44,10 +44,10 @@ class LinearScaling:
 class YarnScaling:
     """YaRN: high frequencies kept, low ones interpolated, a ramp between, attention sharpened.
 
-    mscale: how much the tables sharpen, and so both queries and keys; 0 for not at all.
-    mscale_all_dim: how much of that moves from the tables to the softmax scale, and so to what does not turn, as in
-    DeepSeek-V2/V3. Every mixer does both; of transformers' models those with latent attention do, Llama's kin leaves
-    out the latter.
+    mscale: sharpening by the tables, which scales rotated queries and keys; 0 for none.
+    mscale_all_dim: moves sharpening from the tables to the softmax scale, which covers the unrotated part of a head
+        too, as in DeepSeek-V2/V3. Every mixer applies both. In transformers, models with latent attention apply both,
+        Llama and its relatives only the first.
     """
 
     kind: ClassVar[str] = "yarn"
@@ -71,24 +71,24 @@ class YarnScaling:
 
     @property
     def attention_factor(self) -> float:
-        """What the tables are multiplied by."""
+        """Factor of the tables."""
         return self._sharpening(self.mscale) / self._sharpening(self.mscale_all_dim)
 
     @property
     def softmax_factor(self) -> float:
-        """What attention multiplies its softmax scale by."""
+        """Factor of attention's softmax scale."""
         return self._sharpening(self.mscale_all_dim) ** 2
 
     def frequencies(self, plain: Tensor, base: float) -> Tensor:
         """Angles per position for each rotated pair, from the unscaled ones (arXiv 2309.00071, eq. 13 and 14)."""
         pairs = plain.numel()
 
-        def pair_turning(times: float) -> float:
-            """The (fractional) index of the pair that turns so many times within the original length."""
+        def pair_rotating(times: float) -> float:
+            """The (fractional) index of the pair that rotates `times` times within the original length."""
             return pairs * math.log(self.original_length / (times * 2 * math.pi)) / math.log(base)
 
-        low = max(math.floor(pair_turning(self.beta_fast)), 0)
-        high = min(math.ceil(pair_turning(self.beta_slow)), 2 * pairs - 1)
+        low = max(math.floor(pair_rotating(self.beta_fast)), 0)
+        high = min(math.ceil(pair_rotating(self.beta_slow)), 2 * pairs - 1)
         ramp = (torch.arange(pairs, dtype=plain.dtype, device=plain.device) - low) / max(high - low, 0.001)
         interpolated = ramp.clamp(0, 1)
         return plain / self.factor * interpolated + plain * (1 - interpolated)
@@ -96,7 +96,7 @@ class YarnScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Which pairs of a head turn, and how fast.
+    """Which pairs of a head are rotated, and by which angles.
 
     layout: "half" pairs element i with i + K/2 (Llama, Mistral), "interleaved" pairs 2i with 2i + 1 (DeepSeek).
     """
@@ -110,23 +110,22 @@ class RopeConfig:
 
     @property
     def softmax_factor(self) -> float:
-        """What attention multiplies its softmax scale by (1 except under YaRN with mscale_all_dim)."""
+        """Factor of attention's softmax scale (1 except under YaRN with mscale_all_dim)."""
         return self.scaling.softmax_factor if self.scaling else 1.0
 
     @open_to_graphs
     def tables(self, seq: Layout, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """(cos, sin), each (B or 1, T, 1, head_dim / 2), shared by all layers of this forward pass.
 
-        dtype: fp32, or double for models in double.
-
-        A graph on a GPU computes them where it uses them, which costs its kernels nothing.
+        dtype: fp32, or double for models in double. A compiled graph on a GPU recomputes them where it uses them,
+        which is free inside its kernels.
         """
         if seq.position_BT.device.type in OUTSIDE or not torch.compiler.is_compiling():
             return self._shared(seq, head_dim, dtype)
         return self._angles(seq, head_dim, dtype)
 
-    def turn(self, x_BTHK: Tensor, seq: Layout, width: int) -> Tensor:
-        """Turn the last `width` elements of each head by their positions."""
+    def rotate(self, x_BTHK: Tensor, seq: Layout, width: int) -> Tensor:
+        """Rotate the last `width` elements of each head by their positions."""
         dtype = torch.promote_types(x_BTHK.dtype, torch.float32)
         if seq.position_BT.device.type in OUTSIDE or not torch.compiler.is_compiling():
             return turn(x_BTHK, self._doubled(seq, width, dtype), self.layout)

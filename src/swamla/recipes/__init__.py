@@ -15,12 +15,12 @@ def recipe_names() -> list[str]:
 
 
 def is_recipe(word: str) -> bool:
-    """Whether a word of a command line stands for a recipe, or a run's folder: a shipped one's name, or a path."""
+    """Whether a word of a command line names a recipe or a run's folder: a shipped recipe, or a path."""
     return word in (*recipe_names(), *ALIASES) or word.endswith((".toml", ".json")) or Path(word).exists()
 
 
 def recipe_path(recipe: str) -> Path:
-    """The file of a shipped recipe, or of a .toml or .json file of the user's. Raises `UsageError` for neither."""
+    """The file of a shipped recipe, or the user's .toml or .json file. Raises `UsageError` for anything else."""
     recipe = ALIASES.get(recipe, recipe)
     shipped = _FOLDER / f"{recipe}.toml"
     if recipe in recipe_names():

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from swamla.errors import MissingBackendError
-from swamla.model.config import LanguageModelConfig
+from swamla.model.language_model import LanguageModelConfig
 from swamla.ops import attention, gated_delta
 from swamla.ops.grouped_mm import BACKENDS as GROUPED_BACKENDS
 from swamla.ops.grouped_mm import resolve_backend as grouped_backend

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from swamla.errors import MissingBackendError
-from swamla.model.block import Parts
+from swamla.model.block import BlockFunctions
 from swamla.model.language_model import LanguageModel
 from swamla.ops.graphs import keep_outside_graphs
 from swamla.ops.layout import Layout
@@ -37,7 +37,7 @@ def compile_blocks(model: LanguageModel, mode: Compile, device: torch.device) ->
     for config, block in zip(model.config.layers, model.blocks, strict=True):
         whole, mix, feed = block.trained
         prepare = partial(config.mixer.prepare, width=model.config.width)
-        block.trained = Parts(
+        block.trained = BlockFunctions(
             _prepared(torch.compile(whole, dynamic=False, options=options), prepare),
             _prepared(torch.compile(mix, dynamic=False, options=options), prepare),
             torch.compile(feed, dynamic=False, options=options),

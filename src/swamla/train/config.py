@@ -8,7 +8,7 @@ from swamla.data.config import DataConfig
 from swamla.distributed import TIMEOUT
 from swamla.errors import require
 from swamla.model.block import Checkpointing
-from swamla.model.config import LanguageModelConfig
+from swamla.model.language_model import LanguageModelConfig
 from swamla.train.compile import Compile
 from swamla.train.curriculum import Curriculum
 from swamla.train.optim import AdamWConfig, OptimizerConfig

@@ -12,8 +12,7 @@ from swamla.config import from_plain
 from swamla.data.tokenizer import Tokenizer, load_tokenizer
 from swamla.errors import UsageError
 from swamla.export import load_gpt2
-from swamla.model.config import LanguageModelConfig
-from swamla.model.language_model import LanguageModel
+from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.tensor_file import misfits
 
 RECORD = "initialized_from.json"

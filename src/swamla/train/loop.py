@@ -13,7 +13,7 @@ from swamla.data.dataset import Dataset
 from swamla.data.packing import Batch
 from swamla.errors import FailedElsewhere, Interrupted, SwamlaError
 from swamla.faults import fault
-from swamla.hub import require_hub
+from swamla.hub.push import require_hub
 from swamla.train.backends import describe
 from swamla.train.claims import Claim
 from swamla.train.config import RunConfig

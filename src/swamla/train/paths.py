@@ -3,7 +3,7 @@
 import torch
 
 from swamla.data.dataset import Dataset
-from swamla.model.config import LanguageModelConfig
+from swamla.model.language_model import LanguageModelConfig
 from swamla.ops.layout import Layout
 from swamla.train.precision import Chosen
 from swamla.train.racing import Choice, choose, races_on

@@ -14,7 +14,7 @@ from swamla import distributed
 from swamla.checkpoint import Saver, list_checkpoints
 from swamla.data.dataset import Dataset
 from swamla.data.packing import Batch
-from swamla.hub import Pushes
+from swamla.hub.push import Pushes
 from swamla.model.language_model import LanguageModel
 from swamla.train.config import RunConfig, TrainConfig
 from swamla.train.curriculum import cut

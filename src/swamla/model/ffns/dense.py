@@ -19,7 +19,7 @@ class DenseConfig(FFNConfig):
 
     hidden: hidden width; by default 8/3 of the width, rounded up to a multiple of 64 (SwiGLU), or 4 times it (GELU).
     activation: swiglu, or gelu as in GPT-2.
-    bias: whether projections add one.
+    bias: whether projections have one.
     """
 
     kind: ClassVar[str] = "dense"

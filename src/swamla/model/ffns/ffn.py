@@ -1,4 +1,4 @@
-"""What every feed-forward network offers: its config, counts included, and its module."""
+"""The FFN contract: a config with exact counts, and a module."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -12,23 +12,21 @@ from swamla.ops.layout import Layout
 from swamla.registry import Registered
 
 Statistics = dict[str, Tensor]
-"""What an FFN tells of a forward pass, by name, all summed over tokens: micro-batches and ranks add up.
+"""Statistics of an FFN's forward pass by name, summed over tokens without padding; micro-batches and ranks add up.
 
-Padding is no token: it counts in none of them.
-
-loss: nats to add to the cross-entropy.  load: tokens each expert was given, (E,).  entropy: of the router, in nats.
+loss: nats to add to the cross-entropy.  load: tokens per expert, (E,).  entropy: of the router, in nats.
 tokens: how many were routed.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class FFNConfig(Registered, home="swamla.model.ffns"):
-    """What the config of an FFN has to offer, and below it what it may.
+    """The contract of an FFN's config: abstract methods are required, the others have defaults.
 
-    sign, style: the letter that stands for it in drawings, and rich's style of that letter.
-    outputs: the module's parameters that write to the residual stream, which start smaller the deeper the model.
-    vectors: those with two dimensions that map no activations but are vectors side by side, as a router's are, one an
-        expert: Muon leaves them to AdamW, and a layer with such a weight does not multiply in fp8.
+    sign, style: the letter for it in drawings, and rich's style of that letter.
+    outputs: the module's parameters that write to the residual stream; their initial weights are scaled by depth.
+    vectors: parameters with two dimensions that are a set of vectors rather than a matrix of activations, such as a
+        router's, one per expert. Muon leaves them to AdamW, and fp8 leaves their layer alone.
     """
 
     sign: ClassVar[str] = "?"
@@ -53,15 +51,15 @@ class FFNConfig(Registered, home="swamla.model.ffns"):
         return self.n_parameters(width)
 
     def components(self, width: int) -> dict[str, int]:
-        """Parameters by what they are; `n_parameters` is their sum."""
+        """Parameters by component; `n_parameters` is their sum."""
         return {self.kind: self.n_parameters(width)}
 
     def widths(self, width: int) -> dict[str, int]:
-        """Widths inside the module that follow from the model's, for people."""
+        """Widths inside the module that derive from the model's, by name, to be printed."""
         return {}
 
     def backends(self, device: torch.device) -> dict[str, str]:
-        """What computes which op on `device`, empty for none with a choice; `MissingBackendError` for what cannot."""
+        """Op → backend that computes it on `device`; may be empty. Raises `MissingBackendError` where it cannot."""
         return {}
 
 
@@ -72,13 +70,13 @@ class FFN(nn.Module, ABC):
     def forward(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
         """(B, T, D) → (B, T, D), and statistics; none for a network without a router. `seq` says what is padding."""
 
-    def own_experts(self, mesh: Any) -> list[nn.Parameter]:
-        """Keep only the experts that this process owns, see `Experts.own`; the parameters that are cut, if any."""
+    def shard_experts(self, mesh: Any) -> list[nn.Parameter]:
+        """Keep only this rank's experts, see `Experts.shard`; returns the sharded parameters, if any."""
         return []
 
     def balance(self) -> Tensor | None:
-        """The bias (E,) by which the experts are balanced; None where there is none."""
+        """The bias (E,) that balances the experts, None without one."""
         return None
 
     def rebalance(self, statistics: Mapping[str, Tensor]) -> None:
-        """After an optimizer step: move what balances the experts, given the statistics of the whole batch."""
+        """After an optimizer step: balance the experts by the statistics of the whole batch."""

@@ -1,4 +1,4 @@
-"""LatentMoE (arXiv 2601.18089): experts that work in a narrower latent, so that there may be more of them."""
+"""LatentMoE (arXiv 2601.18089): experts in a narrower latent space, so that there can be more of them."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from swamla.errors import require
 from swamla.model.ffns.moe import MoE, MoEConfig
-from swamla.model.initial import Draw, draw_alone, normal
+from swamla.model.initial import Initializer, normal, reset_parameters
 from swamla.ops.grouped_mm import Dispatch
 from swamla.registry import register
 
@@ -15,11 +15,11 @@ from swamla.registry import register
 @register
 @dataclass(frozen=True, kw_only=True)
 class LatentMoEConfig(MoEConfig):
-    """A mixture of experts in a latent `ratio` times narrower than the model; router and shared experts see the model.
+    """A mixture of experts in a latent `ratio` times narrower than the model; router and shared experts are not.
 
-    At equal cost a latent allows `ratio` times the experts and the active ones: 32 and 3 become 128 and 12.
+    At equal cost a latent allows `ratio` times as many experts and active experts: 32 and 3 become 128 and 12.
     ratio: the model's width over the latent's.
-    preserve_expert_dim: whether experts keep their hidden width in the latent; else it is `ratio` times smaller too.
+    preserve_expert_dim: whether experts keep their hidden width in the latent; if not, it is divided by `ratio` too.
     """
 
     kind: ClassVar[str] = "latent_moe"
@@ -38,9 +38,9 @@ class LatentMoEConfig(MoEConfig):
         require(self.ratio > 0, "ratio", self.ratio, "must be > 0, e.g. 4")
 
     def expert_dim(self, width: int) -> int:
-        """`expert_hidden`, or 8/3 · width shared out over n_activated / ratio + n_shared, rounded up to 64."""
-        met = self.n_activated + self.ratio * self.n_shared  # in units of 1 / ratio
-        return self.expert_hidden or (8 * width * self.ratio + 192 * met - 1) // (192 * met) * 64
+        """`expert_hidden`, or 8/3 · width / (n_activated / ratio + n_shared), rounded up to a multiple of 64."""
+        active = self.n_activated + self.ratio * self.n_shared  # in units of 1 / ratio
+        return self.expert_hidden or (8 * width * self.ratio + 192 * active - 1) // (192 * active) * 64
 
     def routed_dims(self, width: int) -> tuple[int, int]:
         """Width of the latent, and the routed experts' hidden width."""
@@ -61,7 +61,7 @@ class LatentMoEConfig(MoEConfig):
         return {"latent": self.routed_dims(width)[0], **super().widths(width)}
 
     def components(self, width: int) -> dict[str, int]:
-        """Parameters by what they are."""
+        """Parameters by component."""
         return {**super().components(width), "latent projections": 2 * width * (width // self.ratio)}
 
 
@@ -73,12 +73,13 @@ class LatentMoE(MoE):
         latent = config.routed_dims(width)[0]
         self.latent_down_proj = nn.Linear(width, latent, bias=False)
         self.latent_up_proj = nn.Linear(latent, width, bias=False)
-        draw_alone(self)
+        reset_parameters(self)
 
-    def own_start(self) -> dict[str, Draw]:
-        """The detour keeps the scale of what takes it; the way up makes a sum again of what the router averages.
+    def initializers(self) -> dict[str, Initializer]:
+        """The down-projection preserves scale; the up-projection multiplies by n_activated.
 
-        Weights that sum to 1 leave of n_activated experts what one of them would add. A dense FFN adds them all up.
+        The router's weights sum to 1, so n_activated experts are averaged. The factor turns the average into a sum, the
+        scale of a dense FFN's output.
         """
         width, latent = self.latent_down_proj.in_features, self.latent_up_proj.in_features
         return {
@@ -87,5 +88,5 @@ class LatentMoE(MoE):
         }
 
     def routed(self, x_ND: Tensor, dispatch: Dispatch, weight_NK: Tensor) -> Tensor:
-        """What the routed experts make of tokens (N, D), by way of the latent."""
+        """The routed experts' outputs for tokens (N, D), through the latent."""
         return self.latent_up_proj(self.experts(self.latent_down_proj(x_ND), dispatch, weight_NK))

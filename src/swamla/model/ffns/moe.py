@@ -1,4 +1,4 @@
-"""A mixture of experts: every token goes through a few of many small SwiGLUs, and through shared ones."""
+"""A mixture of experts: every token passes through a few of many small SwiGLUs, and through shared ones."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from swamla.ops.grouped_mm import BACKENDS, Dispatch, resolve_backend
 from swamla.ops.layout import Layout
 from swamla.registry import register
 
-ROW = 8  # numbers a row must be a multiple of, for the fast grouped product: 16 bytes of bf16
+ROW = 8  # the fast grouped product needs widths that are multiples of it: 16 bytes of bf16
 
 
 @register
@@ -26,9 +26,9 @@ class MoEConfig(FFNConfig):
 
     n_experts: routed experts, each a SwiGLU.
     n_activated: how many of them a token goes to.
-    n_shared: experts that every token goes to, besides.
-    expert_hidden: hidden width of an expert; by default so that a token meets as many weights as in a dense SwiGLU.
-    shared_hidden: hidden width of a shared expert, as the routed ones' by default.
+    n_shared: shared experts, which every token goes to.
+    expert_hidden: hidden width of an expert; by default a token uses as many weights as in a dense SwiGLU.
+    shared_hidden: hidden width of a shared expert, by default that of a routed one.
     bias_rate: how far a step moves the bias that balances the experts.
     aux_loss: weight of DeepSeek-V3's sequence-wise balance loss; 0 for none.
     z_loss: weight of the loss that keeps the router's logits small; 0 for none.
@@ -68,16 +68,16 @@ class MoEConfig(FFNConfig):
         require(self.backend in BACKENDS, "backend", self.backend, f"must be one of {', '.join(BACKENDS)}")
 
     def expert_dim(self, width: int) -> int:
-        """`expert_hidden`, or 8/3 · width shared out over the experts a token meets, rounded up to 64."""
-        met = self.n_activated + self.n_shared
-        return self.expert_hidden or (8 * width + 192 * met - 1) // (192 * met) * 64
+        """`expert_hidden`, or 8/3 · width / (n_activated + n_shared), rounded up to a multiple of 64."""
+        active = self.n_activated + self.n_shared
+        return self.expert_hidden or (8 * width + 192 * active - 1) // (192 * active) * 64
 
     def routed_dims(self, width: int) -> tuple[int, int]:
-        """Width that the routed experts work on, and their hidden width."""
+        """Input width and hidden width of the routed experts."""
         return self._aligned(width, self.expert_dim(width))
 
     def shared_config(self, width: int) -> DenseConfig | None:
-        """The shared experts as one SwiGLU (they differ in nothing but their weights); none where n_shared is 0."""
+        """The shared experts as one SwiGLU, which equals their sum; None if n_shared is 0."""
         if not self.n_shared:
             return None
         return DenseConfig(hidden=self.n_shared * (self.shared_hidden or self.expert_dim(width)))
@@ -87,7 +87,7 @@ class MoEConfig(FFNConfig):
         return MoE(self, width)
 
     def backends(self, device: torch.device) -> dict[str, str]:
-        """What computes which op, on any device."""
+        """Op → backend that computes it, on any device."""
         return {"experts": resolve_backend(self.backend)}
 
     def widths(self, width: int) -> dict[str, int]:
@@ -96,7 +96,7 @@ class MoEConfig(FFNConfig):
         return {"expert_hidden": self.routed_dims(width)[1], **shared}
 
     def components(self, width: int) -> dict[str, int]:
-        """Parameters by what they are."""
+        """Parameters by component."""
         inner, hidden = self.routed_dims(width)
         shared = self.shared_config(width)
         return {
@@ -110,7 +110,7 @@ class MoEConfig(FFNConfig):
         return sum(self.components(width).values())
 
     def n_active_parameters(self, width: int) -> int:
-        """Parameters that one token uses: n_activated experts, and all else."""
+        """Parameters that one token uses: those of n_activated experts, and everything else."""
         inner, hidden = self.routed_dims(width)
         return self.n_parameters(width) - (self.n_experts - self.n_activated) * 3 * inner * hidden
 
@@ -141,7 +141,7 @@ class MoE(FFN):
         """(B, T, D) → (B, T, D) and the router's statistics."""
         x_ND, real_BT = x_BTD.flatten(0, 1), seq.real_BT
         routing = self.router(x_ND)
-        # Padding's expert has no number, so shapes are the same however much there is: graphs need not be made anew.
+        # Padding goes to expert E, which does not exist, so shapes do not depend on its amount: no recompilation.
         expert_NK = routing.expert_NK.masked_fill(~real_BT.flatten()[:, None], self.config.n_experts)
         dispatch = Dispatch(expert_NK, self.config.n_experts, surplus=seq.padded)
         y_BTD = self.routed(x_ND, dispatch, routing.weight_NK).view(x_BTD.shape)
@@ -152,17 +152,17 @@ class MoE(FFN):
         return y_BTD, {**loss, **self.router.statistics(logits_BTE, real_BT), "load": dispatch.load_E}
 
     def routed(self, x_ND: Tensor, dispatch: Dispatch, weight_NK: Tensor) -> Tensor:
-        """What the routed experts make of tokens (N, D)."""
+        """The routed experts' outputs for tokens (N, D)."""
         return self.experts(x_ND, dispatch, weight_NK)
 
-    def own_experts(self, mesh: Any) -> list[nn.Parameter]:
-        """Keep the routed experts that this process owns; router, shared experts and projections stay as they are."""
-        return self.experts.own(mesh)
+    def shard_experts(self, mesh: Any) -> list[nn.Parameter]:
+        """Shard the routed experts over ranks; router, shared experts and projections stay as they are."""
+        return self.experts.shard(mesh)
 
     def balance(self) -> Tensor:
         """The router's bias."""
         return self.router.bias
 
     def rebalance(self, statistics: Mapping[str, Tensor]) -> None:
-        """Move the router's bias by the load of the whole batch."""
+        """Move the router's bias by the whole batch's load."""
         self.router.rebalance(statistics["load"], self.config.bias_rate)

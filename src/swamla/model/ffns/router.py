@@ -1,4 +1,4 @@
-"""The router of a mixture of experts: sigmoid scores, top-k, balanced by a bias instead of a loss.
+"""The router of a mixture of experts: sigmoid scores, top-k, balanced by a bias rather than a loss.
 
 DeepSeek-V3 (arXiv 2412.19437, section 2.1.2); the bias of arXiv 2408.15664.
 """
@@ -15,7 +15,7 @@ from swamla.model.ffns.ffn import Statistics
 
 @dataclass(frozen=True)
 class Routing:
-    """Where N tokens go: the K chosen experts of each and their weights, which sum to 1 (fp32); logits (N, E)."""
+    """K chosen experts for each of N tokens, their weights, which sum to 1 (fp32), and the logits (N, E)."""
 
     expert_NK: Tensor
     weight_NK: Tensor
@@ -23,7 +23,7 @@ class Routing:
 
 
 class Router(nn.Module):
-    """Chooses experts by score + bias and weighs them by score alone; always in fp32, autocast or not."""
+    """Chooses experts by score + bias, weights them by score alone; in fp32 even under autocast."""
 
     def __init__(self, width: int, n_experts: int, n_activated: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Router(nn.Module):
         with torch.autocast(x_ND.device.type, enabled=False):
             logits_NE = F.linear(x_ND.to(dtype), self.weight.to(dtype))
         chosen_NK = self.choose(logits_NE.detach().sigmoid() + self.bias)
-        # σᵢ / Σ σⱼ over the chosen, as a softmax of log σ: no division by zero however low all scores are.
+        # σᵢ / Σ σⱼ over the chosen, as a softmax of log σ, which does not divide by zero when all scores underflow.
         weight_NK = F.logsigmoid(logits_NE.gather(1, chosen_NK)).softmax(dim=1)
         return Routing(chosen_NK, weight_NK, logits_NE)
 
@@ -49,14 +49,14 @@ class Router(nn.Module):
     def auxiliary_loss(self, logits_BTE: Tensor, real_BT: Tensor) -> Tensor:
         """The sequence-wise balance loss of DeepSeek-V3 (eq. 17 to 20, α = 1), summed over tokens; a row is a sequence.
 
-        1 a token where all experts are used alike. As there, it counts the experts of highest score: the bias, which
-        may already have balanced the choice, does not hide scores that are not. Padding is no part of a sequence.
+        It is 1 a token when all experts are used equally. As in the paper it counts the experts of highest score
+        without the bias, so that a bias that balances the choice does not hide unbalanced scores. Padding is left out.
         """
         n_experts, real_BT1 = logits_BTE.shape[-1], real_BT[..., None]
         scores_BTE = logits_BTE.sigmoid()
         share_BTE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).where(real_BT1, 0.0)
         chosen_BTE = torch.zeros_like(share_BTE).scatter_(-1, self.choose(logits_BTE.detach()), 1.0)
-        time_B1 = real_BT1.sum(1).clamp(min=1)  # of a row without a token all sums are 0
+        time_B1 = real_BT1.sum(1).clamp(min=1)  # a row of padding alone has sums of 0
         fraction_BE = chosen_BTE.where(real_BT1, 0.0).sum(1) * (n_experts / self.n_activated) / time_B1
         return (fraction_BE * share_BTE.sum(1)).sum()
 
@@ -68,7 +68,7 @@ class Router(nn.Module):
     @staticmethod
     @torch.no_grad()
     def statistics(logits_BTE: Tensor, real_BT: Tensor) -> Statistics:
-        """Sums over tokens. Entropy: of the scores as shares of their sum, log E nats a token at most."""
+        """Sums over tokens. entropy: of the scores normalised to sum to 1, at most log E nats a token."""
         log_share_BTE = F.logsigmoid(logits_BTE)
         log_share_BTE -= log_share_BTE.logsumexp(-1, keepdim=True)
         entropy_BT = -(log_share_BTE.exp() * log_share_BTE).sum(-1)
@@ -84,7 +84,7 @@ class Router(nn.Module):
 def routed_loss(
     router: Router, logits_BTE: Tensor, real_BT: Tensor, aux_loss: float, z_loss: float
 ) -> Mapping[str, Tensor]:
-    """The statistic "loss", weighted by its coefficients; nothing where both are 0."""
+    """The statistic "loss": both losses times their coefficients; empty if both are 0."""
     terms = []
     if aux_loss:
         terms.append(aux_loss * router.auxiliary_loss(logits_BTE, real_BT))

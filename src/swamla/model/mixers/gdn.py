@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swamla.errors import require
-from swamla.model.initial import Draw, constant, draw_alone, uniform
+from swamla.model.initial import Initializer, constant, reset_parameters, uniform
 from swamla.model.mixers.mixer import Mixer, MixerConfig, State, without_padding
 from swamla.ops import gated_delta_rule, gated_delta_step, l2_normalize, rms_norm, short_conv
 from swamla.ops.gated_delta import BACKENDS, describe_backend, prepare_rule
 from swamla.ops.layout import Layout
 from swamla.registry import register
 
-CHUNK = 64  # of the counted FLOPs; the op picks what is fastest on its device
+CHUNK = 64  # for counting FLOPs; the op chooses the fastest size on its device
 
 
 @register
@@ -24,13 +24,13 @@ CHUNK = 64  # of the counted FLOPs; the op picks what is fastest on its device
 class GDNConfig(MixerConfig):
     """Gated DeltaNet.
 
-    n_heads: value heads, each with a memory matrix.
+    n_heads: value heads, each with a state matrix.
     n_key_heads: heads of queries and keys, each shared by a group of value heads; as many as n_heads by default.
     head_k_dim: width of a query or key head, width / n_heads by default.
     head_v_dim: width of a value head, width / n_heads by default.
     conv: width of the short causal convolution on queries, keys and values.
-    latent_dim: project queries, keys, values and output through this many numbers each, the gate never; 0 for directly.
-    share_qk: whether the normalised queries serve as keys too.
+    latent_dim: inner width of low-rank projections of queries, keys, values and output (not the gate); 0 for full rank.
+    share_qk: whether the normalised queries are the keys too.
     backend: auto, reference, torch, or on CUDA fla: flash-linear-attention.
     """
 
@@ -90,23 +90,23 @@ class GDNConfig(MixerConfig):
         return GDN(self, width)
 
     def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
-        """What computes which op on `device`. Raises `MissingBackendError` for a backend that cannot."""
+        """Op → backend that computes it on `device`. Raises `MissingBackendError` where it cannot."""
         key, value = self.head_dims(width)
         sizes = {"heads": self.n_heads, "key": key, "value": value}
         return {"delta rule": describe_backend(self.backend, device, **sizes, dtype=dtype)}
 
     def with_backend(self, backend: str) -> Self:
-        """The same mixer computed by `backend`, where the config leaves the choice open ("auto")."""
+        """The same mixer with this backend if its own is "auto"."""
         return replace(self, backend=backend) if self.backend == "auto" else self
 
     def prepare(self, seq: Layout, width: int) -> None:
-        """Make masks and tables eagerly, so that the compiled forward has no graph break."""
+        """Build masks and tables eagerly, so that the compiled forward has no graph break."""
         key, value = self.head_dims(width)
         prepare_rule(seq, self.backend, heads=self.n_heads, key=key, value=value)
 
     @property
     def conv_backend(self) -> str:
-        """That of the convolution, which flash-linear-attention has no part in."""
+        """Backend of the convolution, which flash-linear-attention does not compute here."""
         return "auto" if self.backend == "fla" else self.backend
 
     def _projection_weights(self, width: int) -> int:
@@ -138,9 +138,9 @@ class GDNConfig(MixerConfig):
         return length * dense + self.n_heads * rule
 
     def state_bytes(self, width: int, length: int, element_bytes: int) -> int:
-        """Bytes of the state of one sequence, whatever its length: memories and the last conv − 1 inputs.
+        """Bytes of the state of one sequence of any length: state matrices and the last conv − 1 inputs.
 
-        Memories are in fp32, or in double where elements are.
+        State matrices are in fp32, or in double if elements are.
         """
         head_k, head_v = self.head_dims(width)
         history = (self.conv - 1) * sum(self.channels(width).values())
@@ -149,18 +149,18 @@ class GDNConfig(MixerConfig):
 
 @dataclass
 class GDNState(State):
-    """Each head's memory (B, H, K, V), fp32 at least, and the convolution's last inputs (B, conv − 1, channels)."""
+    """Each head's state matrix (B, H, K, V), fp32 at least; the convolution's last inputs (B, conv − 1, channels)."""
 
     memory_BHKV: Tensor
     conv_BWD: Tensor
 
 
 class GDN(Mixer[GDNState]):
-    """Short convolution, gated delta rule, gated RMSNorm: the layer of Qwen3-Next, its projections side by side.
+    """Short convolution, gated delta rule, gated RMSNorm: the layer of Qwen3-Next with fused projections.
 
-    With `latent_dim` what stands side by side are the latents of queries, keys and values, each expanded on its own,
-    and the output is compressed before its projection; the gate z is projected directly all the same, as it scales
-    every number of the output on its own. With `share_qk` keys have neither projection nor convolution.
+    With `latent_dim` the fused projection gives the latents of queries, keys and values, each expanded by its own
+    matrix, and the output is compressed before its projection. The gate z keeps a full-rank projection, since it
+    scales every element of the output independently. With `share_qk` keys have neither projection nor convolution.
     """
 
     def __init__(self, config: GDNConfig, width: int) -> None:
@@ -169,7 +169,7 @@ class GDN(Mixer[GDNState]):
         self.head_k, self.head_v = config.head_dims(width)
         channels, rank = config.channels(width), config.latent_dim
         self.channels, values = tuple(channels.values()), channels["v"]
-        self.inner = (rank,) * len(channels) if rank else self.channels  # what x is projected to, before it is expanded
+        self.inner = (rank,) * len(channels) if rank else self.channels  # widths before expansion
         self.qkvz_proj = nn.Linear(width, sum(self.inner) + values, bias=False)
         self.ba_proj = nn.Linear(width, 2 * config.n_heads, bias=False)
         if rank:
@@ -180,17 +180,17 @@ class GDN(Mixer[GDNState]):
         self.norm_weight = nn.Parameter(torch.empty(self.head_v))
         self.compress_o = nn.Linear(values, rank, bias=False) if rank else nn.Identity()
         self.o_proj = nn.Linear(rank or values, width, bias=False)
-        draw_alone(self)
+        reset_parameters(self)
 
-    def own_start(self) -> dict[str, Draw]:
-        """Decay rates spread over [1, 16] and time steps over [1e-3, 1e-1], as Mamba-2 does (arXiv 2405.21060)."""
-        gates: dict[str, Draw] = {"A_log": _draw_decay_rates, "dt_bias": _draw_time_steps}
+    def initializers(self) -> dict[str, Initializer]:
+        """Decay rates uniform in [1, 16], time steps log-uniform in [1e-3, 1e-1], as in Mamba-2 (arXiv 2405.21060)."""
+        gates: dict[str, Initializer] = {"A_log": _draw_decay_rates, "dt_bias": _draw_time_steps}
         return {**gates, "conv_weight": uniform(self.config.conv**-0.5), "norm_weight": constant(1.0)}
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Inputs of the convolution (B, T, channels), gate z (B, T, H, V), and log α and β (B, T, H).
 
-        The last two in fp32, in a model in double in double.
+        The last two are in fp32, or in double in a model in double.
         """
         qkv, z = self.qkvz_proj(x_BTD).split((sum(self.inner), self.channels[-1]), dim=-1)
         if self.config.latent_dim:
@@ -237,11 +237,11 @@ class GDN(Mixer[GDNState]):
             return self.output(o.to(z.dtype), z)
         valid_BT1 = (seq.document_BT >= 0).unsqueeze(-1)
         if seq.padded:
-            # Padding neither decays nor writes.
+            # log α = β = 0: padding neither decays the state nor writes to it.
             log_alpha, beta = log_alpha.where(valid_BT1, 0), beta.where(valid_BT1, 0)
         history, config = state.conv_BWD.to(qkv.dtype), self.config
         q, k, v = self.heads(short_conv(qkv, self.conv_weight, history_BWD=history, backend=config.conv_backend))
-        self._remember_inputs(state, qkv, valid_BT1)
+        self._store_inputs(state, qkv, valid_BT1)
         if x_BTD.shape[1] == 1:
             gates = log_alpha[:, 0], beta[:, 0]
             o = gated_delta_step(q[:, 0], k[:, 0], v[:, 0], *gates, state.memory_BHKV).unsqueeze(1)
@@ -252,14 +252,14 @@ class GDN(Mixer[GDNState]):
         return self.output(o.to(z.dtype), z)
 
     def _convolve_one(self, state: GDNState, qkv_B1D: Tensor) -> Tensor:
-        """`short_conv` of one token behind those remembered, and remembers it instead of the first of them."""
+        """`short_conv` of one token after those in the state; it replaces the oldest of them."""
         dtype = torch.promote_types(qkv_B1D.dtype, torch.float32)
         line_BWD = torch.cat((state.conv_BWD.to(dtype), qkv_B1D.to(dtype)), dim=1)
         state.conv_BWD.copy_(line_BWD[:, 1:])
         summed_B1D = (line_BWD * self.conv_weight.T.to(dtype)).sum(dim=1, keepdim=True)
         return F.silu(summed_B1D).to(qkv_B1D.dtype)
 
-    def _remember_inputs(self, state: GDNState, qkv_BTD: Tensor, valid_BT1: Tensor) -> None:
+    def _store_inputs(self, state: GDNState, qkv_BTD: Tensor, valid_BT1: Tensor) -> None:
         """Keep the last conv − 1 valid inputs of each row."""
         seen_BSD = torch.cat((state.conv_BWD.to(qkv_BTD.dtype), qkv_BTD), dim=1)
         n_valid_B1 = valid_BT1.sum(dim=1)

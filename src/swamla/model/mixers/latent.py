@@ -1,4 +1,4 @@
-"""Attention whose keys and values share one latent and know no position: a drop-in for GPT-2's attention."""
+"""Attention with keys and values expanded from one latent, without positions: a drop-in for GPT-2's attention."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,9 +12,9 @@ from swamla.model.mixers.mixer import (
     State,
     absorb,
     append,
-    attend_to_held,
+    attend_to_cache,
     causal_mask,
-    expansion_pays_from,
+    min_tokens_to_expand,
     without_padding,
 )
 from swamla.model.mixers.softmax import Heads, SoftmaxConfig
@@ -27,11 +27,11 @@ from swamla.registry import register
 @register
 @dataclass(frozen=True, kw_only=True)
 class LatentConfig(SoftmaxConfig):
-    """Latent attention without positions of its own; the model's learned ones are its only.
+    """Latent attention without positions of its own; the model may have learned ones.
 
     n_heads: heads.
     n_latent: width of the latent, and of all queries and of all keys together; half the model's width by default.
-    bias: whether projections add one, as GPT-2's do.
+    bias: whether projections have one, as in GPT-2.
     backend: auto, reference, torch, tiles, sdpa, or on CUDA flex or cudnn.
     """
 
@@ -66,7 +66,7 @@ class LatentConfig(SoftmaxConfig):
 
     @property
     def sees_order(self) -> bool:
-        """Never by itself."""
+        """False: it has no positions of its own."""
         return False
 
     def heads(self, width: int) -> Heads:
@@ -74,7 +74,7 @@ class LatentConfig(SoftmaxConfig):
         return Heads(self.n_heads, self.latent_dim(width) // self.n_heads, width // self.n_heads)
 
     def projection_weights(self, width: int) -> int:
-        """Weights of the matrices that every token is multiplied by."""
+        """Parameters of the projection matrices."""
         latent = self.latent_dim(width)
         return 2 * width * latent + latent * (latent + width) + width * width
 
@@ -97,9 +97,9 @@ class LatentState(State):
 class LatentAttention(Mixer[LatentState]):
     """c = W_c x, q = W_q x, k = W_k c, v = W_v c, with heads of R / H for queries and keys and D / H for values.
 
-    `forward` expands keys and values; `step` instead folds the expansion into queries and outputs ("absorbed"), so
-    that the state is the latent alone and is read as it is. Both are the same function, biases included: a key's adds
-    the same to all scores of a query, which softmax does not see, and a value's passes through weights that sum to 1.
+    `forward` expands keys and values; `step` instead absorbs the expansion into queries and outputs, so that it attends
+    to the latents directly. Both are the same function, biases included: a key's bias adds the same to all scores of a
+    query, to which softmax is invariant, and a value's bias is averaged by weights that sum to 1.
     """
 
     def __init__(self, config: LatentConfig, width: int) -> None:
@@ -110,7 +110,7 @@ class LatentAttention(Mixer[LatentState]):
         self.qc_proj = nn.Linear(width, 2 * self.latent_dim, bias=config.bias)
         self.kv_proj = nn.Linear(self.latent_dim, self.latent_dim + width, bias=config.bias)
         self.o_proj = nn.Linear(width, width, bias=config.bias)
-        self.expand_from = expansion_pays_from(self.latent_dim, self.key_dim + width // config.n_heads)
+        self.min_to_expand = min_tokens_to_expand(self.latent_dim, self.key_dim + width // config.n_heads)
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (B, T, H, K) and the latent (B, T, R)."""
@@ -133,9 +133,9 @@ class LatentAttention(Mixer[LatentState]):
     def step(self, x_BTD: Tensor, state: LatentState, seq: Layout) -> Tensor:
         q, latent = self.project(without_padding(x_BTD, seq))
         append(state.latent_BSR, latent, seq)
-        if seq.held is not None and x_BTD.shape[1] >= self.expand_from:
+        if seq.held is not None and x_BTD.shape[1] >= self.min_to_expand:
             k, v = self.expand(state.latent_BSR[:, : seq.end].to(q.dtype))
-            return self.o_proj(attend_to_held(q, k, v, seq, backend=self.config.backend).flatten(2))
+            return self.o_proj(attend_to_cache(q, k, v, seq, backend=self.config.backend).flatten(2))
         # W_k and W_v, (H, K, R) and (H, V, R): scores = (W_kᵀ q) · c and outputs = W_v (Σ p c) + b_v.
         w_k, w_v = (
             part.unflatten(0, (self.config.n_heads, -1)).to(q.dtype)

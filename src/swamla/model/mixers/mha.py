@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla.errors import require
-from swamla.model.mixers.mixer import Mixer, State, append, attend_to_held, without_padding
+from swamla.model.mixers.mixer import Mixer, State, append, attend_to_cache, without_padding
 from swamla.model.mixers.softmax import Heads, SoftmaxConfig
 from swamla.model.rope import RopeConfig
 from swamla.ops import causal_attention
@@ -24,7 +24,7 @@ class MHAConfig(SoftmaxConfig):
     n_kv_heads: heads of keys and values, each shared by a group of query heads; as many as n_heads by default.
     head_dim: width of a head, width / n_heads by default.
     rope: rotary positions, or none (the model may have learned ones).
-    bias: whether projections add one, as GPT-2's do.
+    bias: whether projections have one, as in GPT-2.
     backend: auto, reference, torch, tiles, sdpa, or on CUDA flex or cudnn.
     """
 
@@ -79,7 +79,7 @@ class MHAConfig(SoftmaxConfig):
         return Heads(self.kv_heads, key_dim, key_dim)
 
     def projection_weights(self, width: int) -> int:
-        """Weights of the matrices that every token is multiplied by."""
+        """Parameters of the projection matrices."""
         return width * (2 * self.n_heads + 2 * self.kv_heads) * self.key_dim(width)
 
     def n_parameters(self, width: int) -> int:
@@ -94,7 +94,7 @@ class MHAConfig(SoftmaxConfig):
 
 @dataclass
 class KVState(State):
-    """Keys (rotated) and values, (B, S, G, K): all of them, or for windowed attention the sinks and a ring."""
+    """Rotated keys and values, (B, S, G, K): of all tokens, or for windowed attention sinks and a ring buffer."""
 
     k_BSGK: Tensor
     v_BSGK: Tensor
@@ -113,14 +113,14 @@ class MHA(Mixer[KVState]):
         self.o_proj = nn.Linear(config.n_heads * self.key_dim, width, bias=config.bias)
 
     def project(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, T, H, K), keys and values (B, T, G, K), rotated where the config says so."""
+        """Queries (B, T, H, K), keys and values (B, T, G, K), keys and queries rotated if the config has rope."""
         config = self.config
         qkv = self.qkv_proj(x_BTD).unflatten(-1, (-1, self.key_dim))
         if config.rope is None:
             q, k, v = qkv.split((config.n_heads, config.kv_heads, config.kv_heads), dim=2)
             return q, k, v
         qk, v = qkv.split((config.n_heads + config.kv_heads, config.kv_heads), dim=2)
-        qk = config.rope.turn(qk, seq, self.key_dim)
+        qk = config.rope.rotate(qk, seq, self.key_dim)
         q, k = qk.split((config.n_heads, config.kv_heads), dim=2)
         return q, k, v
 
@@ -137,6 +137,6 @@ class MHA(Mixer[KVState]):
         q, k, v = self.project(without_padding(x_BTD, seq), seq)
         append(state.k_BSGK, k, seq)
         append(state.v_BSGK, v, seq)
-        held_k, held_v = state.k_BSGK[:, : seq.end].to(q.dtype), state.v_BSGK[:, : seq.end].to(q.dtype)
-        o = attend_to_held(q, held_k, held_v, seq, scale=self.scale, backend=self.config.backend)
+        cached_k, cached_v = state.k_BSGK[:, : seq.end].to(q.dtype), state.v_BSGK[:, : seq.end].to(q.dtype)
+        o = attend_to_cache(q, cached_k, cached_v, seq, scale=self.scale, backend=self.config.backend)
         return self.o_proj(o.flatten(2))

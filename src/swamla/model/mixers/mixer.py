@@ -1,4 +1,4 @@
-"""What every sequence mixer offers: its config, counts included, its module, and the state it keeps between steps."""
+"""The mixer contract: a config with exact counts, a module, and the state it keeps between steps."""
 
 import math
 from abc import ABC, abstractmethod
@@ -16,13 +16,13 @@ from swamla.registry import Registered
 
 @dataclass(frozen=True, kw_only=True)
 class MixerConfig(Registered, home="swamla.model.mixers"):
-    """The mixer contract: what a config has to offer, and below it what it may.
+    """The contract of a mixer's config: abstract methods are required, the others have defaults.
 
-    sign, style: the letter that stands for it in drawings, and rich's style of that letter.
-    is_local: whether cost and state stay the same however far the document's start is.
-    outputs: the module's parameters that write to the residual stream, which start smaller the deeper the model.
-    vectors: those with two dimensions that map no activations but are vectors side by side, as the filters of a
-        convolution are: Muon leaves them to AdamW, and a layer with such a weight does not multiply in fp8.
+    sign, style: the letter for it in drawings, and rich's style of that letter.
+    is_local: whether a token's cost and the state do not grow with the distance to the document's start.
+    outputs: the module's parameters that write to the residual stream; their initial weights are scaled by depth.
+    vectors: parameters with two dimensions that are a set of vectors rather than a matrix of activations, such as the
+        filters of a convolution. Muon leaves them to AdamW, and fp8 leaves their layer alone.
     """
 
     sign: ClassVar[str] = "?"
@@ -49,27 +49,27 @@ class MixerConfig(Registered, home="swamla.model.mixers"):
 
     @property
     def sees_order(self) -> bool:
-        """Whether its output depends on the order of earlier tokens, where embeddings say nothing of positions."""
+        """Whether its output depends on the order of earlier tokens if embeddings carry no positions."""
         return True
 
     def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
-        """What computes which op on `device`, empty for none with a choice; `MissingBackendError` for what cannot."""
+        """Op → backend that computes it on `device`; may be empty. Raises `MissingBackendError` where it cannot."""
         return {}
 
     def with_backend(self, backend: str) -> Self:
-        """The same mixer computed by `backend`, where the config leaves the choice open ("auto")."""
+        """The same mixer with this backend if its own is "auto"."""
         return self
 
     def trial(self, width: int) -> AttentionTrial | None:
-        """What to race on a CPU where the backend is left open; None where there is no choice."""
+        """The candidates to time on a CPU when the backend is "auto"; None without a choice."""
         return None
 
     def prepare(self, seq: Layout, width: int) -> None:
-        """Make masks and tables eagerly, so that the compiled forward has no graph break."""
+        """Build masks and tables eagerly, so that the compiled forward has no graph break."""
         return
 
     def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
-        """Attention weights that a token of a document keeps for the backward pass on a CPU, of all heads."""
+        """Attention weights per token, over all heads, that are kept for the backward pass on a CPU."""
         return 0.0
 
 
@@ -79,7 +79,7 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, exactly what `accounting.state_bytes` predicts."""
+        """Bytes of all tensors, equal to `accounting.state_bytes`."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def tensors(self) -> list[Tensor]:
@@ -99,25 +99,25 @@ class Mixer(nn.Module, ABC, Generic[S]):
 
     @abstractmethod
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> S:
-        """The state of `batch` sequences of which nothing has been seen, to grow to at most `max_len` tokens."""
+        """The empty state of `batch` sequences that may grow to `max_len` tokens."""
 
     @abstractmethod
     def step(self, x_BTD: Tensor, state: S, seq: Layout) -> Tensor:
         """Mix T >= 1 new tokens after those in `state`, which is updated: (B, T, D) → (B, T, D).
 
-        `seq` is `Layout.continuing(...)`: padding (document -1) stands only at row ends and leaves no trace.
+        `seq` is `Layout.continuing(...)`: padding (document -1) is at row ends only and does not change the state.
         """
 
 
 def without_padding(x_BTD: Tensor, seq: Layout) -> Tensor:
-    """x with zeros for padding, which may hold anything: in a state a NaN would pass every weight of zero."""
+    """x with zeros for padding: a NaN there would enter the state, and 0 · NaN is NaN."""
     return x_BTD.where((seq.document_BT != PADDING)[..., None], 0) if seq.padded else x_BTD
 
 
 def append(cache_BSX: Tensor, new_BTX: Tensor, seq: Layout) -> None:
-    """Write new tokens to where a cache of all tokens keeps them, in place.
+    """Write new tokens to their positions in a cache of all tokens, in place.
 
-    Padding too: it lies behind a row's end, where nobody looks before it is overwritten.
+    Padding is written too, beyond a row's end, where it is masked until it is overwritten.
     """
     if seq.held is not None:
         cache_BSX[:, seq.held : seq.end] = new_BTX
@@ -131,37 +131,37 @@ def write_at(cache_BSX: Tensor, index_BT: Tensor, new_BTX: Tensor) -> None:
     cache_BSX[row_B1, index_BT] = new_BTX.to(cache_BSX.dtype)
 
 
-def attend_to_held(
+def attend_to_cache(
     q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, seq: Layout, *, scale: float | None = None, backend: str
 ) -> Tensor:
-    """(B, T, H, V): new tokens attend to the first `seq.end` tokens of a state, themselves included."""
+    """(B, T, H, V): new tokens attend to the first `seq.end` tokens of a cache, themselves included."""
     if seq.held == 0 and q_BTHK.shape[1] > 1 and q_BTHK.device.type != "cpu":  # where fused kernels are faster
         return causal_attention(q_BTHK, k_BSGK, v_BSGV, seq, scale=scale, backend=backend)
     return cached_attention(q_BTHK, k_BSGK, v_BSGV, causal_mask(seq), scale=scale)
 
 
 def causal_mask(seq: Layout) -> Tensor | None:
-    """(B, T, seq.end): which held tokens each new one may see; None where the rows are level: all but later ones."""
+    """(B, T, seq.end): which cached tokens each new one may see; None for rows of uniform length: all earlier ones."""
     return None if seq.held is not None else seq.table("causal", lambda: filled_mask(seq, seq.end))
 
 
 def filled_mask(seq: Layout, size: int) -> Tensor:
-    """(B, T, size): which places of a state hold a token that is not later than the new one, itself included."""
-    place_S = torch.arange(size, device=seq.position_BT.device)
-    return place_S <= seq.position_BT[:, :, None]
+    """(B, T, size): which slots of a cache hold a token that is not later than the new one, itself included."""
+    slot_S = torch.arange(size, device=seq.position_BT.device)
+    return slot_S <= seq.position_BT[:, :, None]
 
 
-def expansion_pays_from(rank: int, made: int) -> float:
-    """How many new tokens it takes until expanding all held latents costs less than to attend to the latents.
+def min_tokens_to_expand(rank: int, expanded: int) -> float:
+    """From how many new tokens on it is cheaper to expand all cached latents than to attend to the latents.
 
-    rank: width of the latent. made: numbers of a key and a value that a head makes of it. Attending to latents costs
-    2 · rank products a query and key (score and sum) instead of `made`; an expansion rank · made, once a key.
+    rank: width of the latent. expanded: width of a head's key and value together. Attending to latents costs 2 · rank
+    products per query and key (score and sum) instead of `expanded`; the expansion costs rank · expanded once per key.
     """
-    return rank * made / (2 * rank - made) if made < 2 * rank else math.inf
+    return rank * expanded / (2 * rank - expanded) if expanded < 2 * rank else math.inf
 
 
 def absorb(x_BTHX: Tensor, weight_HXR: Tensor) -> Tensor:
-    """Each head's vectors times its own matrix: (B, T, H, X) → (B, T, H, R)."""
+    """Multiply each head's vectors by its own matrix: (B, T, H, X) → (B, T, H, R)."""
     batch, time, heads, width = x_BTHX.shape
     x_HNX = x_BTHX.reshape(batch * time, heads, width).transpose(0, 1)
     return torch.bmm(x_HNX, weight_HXR).transpose(0, 1).view(batch, time, heads, -1)

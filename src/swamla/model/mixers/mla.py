@@ -1,4 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values out of one latent."""
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values from one latent."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
@@ -12,9 +12,9 @@ from swamla.model.mixers.mixer import (
     State,
     absorb,
     append,
-    attend_to_held,
+    attend_to_cache,
     causal_mask,
-    expansion_pays_from,
+    min_tokens_to_expand,
     without_padding,
 )
 from swamla.model.mixers.softmax import Heads, SoftmaxConfig
@@ -33,9 +33,9 @@ class MLAConfig(SoftmaxConfig):
 
     n_heads: heads.
     kv_lora_rank: width of the latent that keys and values are expanded from.
-    q_lora_rank: width of the latent of the queries; 0 leaves them uncompressed.
-    qk_nope_head_dim: the part of a query or key head that knows no position.
-    qk_rope_head_dim: the part that carries rotary positions; its key is shared by all heads.
+    q_lora_rank: width of the latent of the queries; 0 for uncompressed queries.
+    qk_nope_head_dim: width of the part of a query or key head without positions.
+    qk_rope_head_dim: width of the rotary part; all heads share its key.
     v_head_dim: width of a value head.
     rope: rotary positions.
     backend: auto, reference, torch, tiles, sdpa, or on CUDA flex or cudnn.
@@ -73,7 +73,7 @@ class MLAConfig(SoftmaxConfig):
 
     @property
     def scale(self) -> float:
-        """What scores are multiplied by before the softmax."""
+        """Factor of the scores before the softmax."""
         return self.qk_head_dim**-0.5 * self.rope.softmax_factor
 
     def build(self, width: int) -> "MLA":
@@ -81,11 +81,11 @@ class MLAConfig(SoftmaxConfig):
         return MLA(self, width)
 
     def heads(self, width: int) -> Heads:
-        """Every head has keys of its own, whatever the model's width."""
+        """The heads, independent of the model's width."""
         return Heads(self.n_heads, self.qk_head_dim, self.v_head_dim)
 
     def projection_weights(self, width: int) -> int:
-        """Weights of the matrices that every token is multiplied by."""
+        """Parameters of the projection matrices."""
         queries = self.n_heads * self.qk_head_dim
         into = self.q_lora_rank * (width + queries) if self.q_lora_rank else width * queries
         latent = width * (self.kv_lora_rank + self.qk_rope_head_dim)
@@ -106,7 +106,7 @@ class MLAConfig(SoftmaxConfig):
 
 @dataclass
 class MLAState(State):
-    """For each token its normalised latent and its rotated key, side by side: (B, max_len, R + rope)."""
+    """Each token's normalised latent and rotated key, concatenated: (B, max_len, R + rope)."""
 
     latent_BSR: Tensor
 
@@ -114,8 +114,8 @@ class MLAState(State):
 class MLA(Mixer[MLAState]):
     """Attention whose keys and values are expanded from a latent of `kv_lora_rank` numbers a token.
 
-    `forward` expands them; `step` instead folds the expansion into queries and outputs ("absorbed"), so that the
-    state stays compressed and is read as it is. Both are the same function.
+    `forward` expands them; `step` instead absorbs the expansion into queries and outputs, so that it attends to the
+    compressed state directly. Both are the same function.
     """
 
     def __init__(self, config: MLAConfig, width: int) -> None:
@@ -133,24 +133,24 @@ class MLA(Mixer[MLAState]):
         expanded = config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, expanded, bias=False)
         self.o_proj = nn.Linear(config.n_heads * config.v_head_dim, width, bias=False)
-        self.expand_from = expansion_pays_from(config.kv_lora_rank, config.qk_nope_head_dim + config.v_head_dim)
+        self.min_to_expand = min_tokens_to_expand(config.kv_lora_rank, config.qk_nope_head_dim + config.v_head_dim)
 
     def project(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q_nope (B, T, H, nope), q_rope (B, T, H, rope), latent (B, T, R), k_rope (B, T, 1, rope)."""
-        parts = (self.config.qk_nope_head_dim, self.config.qk_rope_head_dim)
-        return *self.queries(x_BTD, seq).split(parts, dim=-1), *self.compress(x_BTD, seq)
+        widths = (self.config.qk_nope_head_dim, self.config.qk_rope_head_dim)
+        return *self.queries(x_BTD, seq).split(widths, dim=-1), *self.compress(x_BTD, seq)
 
     def queries(self, x_BTD: Tensor, seq: Layout) -> Tensor:
-        """(B, T, H, nope + rope), of which the rotary part is turned."""
+        """(B, T, H, nope + rope), the rotary part rotated."""
         config = self.config
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if config.q_lora_rank else self.q_proj(x_BTD)
-        return config.rope.turn(q.unflatten(-1, (config.n_heads, -1)), seq, config.qk_rope_head_dim)
+        return config.rope.rotate(q.unflatten(-1, (config.n_heads, -1)), seq, config.qk_rope_head_dim)
 
     def compress(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Tensor]:
         """The latent (B, T, R), and the rotary key (B, T, 1, rope) that all heads share."""
         config = self.config
         latent, k_rope = self.kv_a_proj_with_mqa(x_BTD).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        return self.kv_a_layernorm(latent), config.rope.turn(k_rope.unsqueeze(2), seq, config.qk_rope_head_dim)
+        return self.kv_a_layernorm(latent), config.rope.rotate(k_rope.unsqueeze(2), seq, config.qk_rope_head_dim)
 
     def expand(self, latent_BTR: Tensor, k_rope_BT1K: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (B, T, H, nope + rope) and values (B, T, H, V) of every head."""
@@ -173,11 +173,11 @@ class MLA(Mixer[MLAState]):
         config = self.config
         q_nope, q_rope, latent, k_rope = self.project(without_padding(x_BTD, seq), seq)
         append(state.latent_BSR, torch.cat((latent, k_rope.squeeze(2).to(latent.dtype)), dim=-1), seq)
-        if seq.held is not None and x_BTD.shape[1] >= self.expand_from:
-            held = state.latent_BSR[:, : seq.end].to(q_nope.dtype)
-            k, v = self.expand(held[..., : config.kv_lora_rank], held[..., None, config.kv_lora_rank :])
+        if seq.held is not None and x_BTD.shape[1] >= self.min_to_expand:
+            cached = state.latent_BSR[:, : seq.end].to(q_nope.dtype)
+            k, v = self.expand(cached[..., : config.kv_lora_rank], cached[..., None, config.kv_lora_rank :])
             q = torch.cat((q_nope, q_rope), dim=-1)
-            o = attend_to_held(q, k, v, seq, scale=config.scale, backend=config.backend)
+            o = attend_to_cache(q, k, v, seq, scale=config.scale, backend=config.backend)
             return self.o_proj(o.flatten(2))
         # W_kb and W_vb, (H, nope, R) and (H, V, R): scores = (W_kbᵀ q) · c and outputs = W_vb (Σ p c).
         w_HXR = self.kv_b_proj.weight.unflatten(0, (config.n_heads, -1)).to(q_nope.dtype)

@@ -1,4 +1,4 @@
-"""What the configs of all mixers that weigh values by a softmax share: backends, races between them, and counts."""
+"""The shared part of the configs of softmax attention: backends, the choice between them, and counts."""
 
 from abc import abstractmethod
 from dataclasses import replace
@@ -14,7 +14,7 @@ from swamla.ops.layout import Layout
 
 
 class Heads(NamedTuple):
-    """What a softmax attention computes with: heads of keys, and the width of a key and of a value head."""
+    """Number of key heads, and the width of a key head and of a value head."""
 
     key_heads: int
     key: int
@@ -22,7 +22,7 @@ class Heads(NamedTuple):
 
 
 class SoftmaxConfig(MixerConfig):
-    """Causal softmax attention. No dataclass itself, so that each mixer's fields keep an order of their own."""
+    """Causal softmax attention. Not a dataclass itself, so that each mixer orders its own fields."""
 
     BACKENDS: ClassVar[tuple[str, ...]] = BACKENDS
     n_heads: int
@@ -44,39 +44,39 @@ class SoftmaxConfig(MixerConfig):
 
     @abstractmethod
     def projection_weights(self, width: int) -> int:
-        """Weights of the matrices that every token is multiplied by."""
+        """Parameters of the projection matrices."""
 
     def pairs(self, length: int) -> int:
-        """Pairs of a query and a key that it sees, in a document of `length` tokens."""
+        """Pairs of query and key that the mask allows in a document of `length` tokens."""
         return length * (length + 1) // 2
 
     def forward_flops(self, width: int, length: int) -> int:
-        """Floating-point operations of one forward pass over one document of `length` tokens: seen pairs alone."""
+        """Floating-point operations of one forward pass over one document of `length` tokens, without masked pairs."""
         _, key, value = self.heads(width)
         return 2 * self.projection_weights(width) * length + 2 * self.n_heads * (key + value) * self.pairs(length)
 
     def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
-        """What computes which op on `device`. Raises `MissingBackendError` for a backend that cannot."""
+        """Op → backend that computes it on `device`. Raises `MissingBackendError` where it cannot."""
         return {"attention": describe_backend(self.backend, device, dtype)}
 
     def with_backend(self, backend: str) -> Self:
-        """The same mixer computed by `backend`, where the config leaves the choice open ("auto")."""
+        """The same mixer with this backend if its own is "auto"."""
         chosen: dict[str, Any] = {"backend": backend}
         return replace(self, **chosen) if self.backend == "auto" else self
 
     def trial(self, width: int) -> AttentionTrial | None:
-        """What to race where the backend is left to "auto"."""
+        """The candidates to time when the backend is "auto"."""
         if self.backend != "auto":
             return None
         key_heads, key, value = self.heads(width)
         return AttentionTrial(heads=self.n_heads, key_heads=key_heads, key=key, value=value)
 
     def prepare(self, seq: Layout, width: int) -> None:
-        """Make masks and tables eagerly, so that the compiled forward has no graph break."""
+        """Build masks and tables eagerly, so that the compiled forward has no graph break."""
         prepare_attention(seq, self.backend)
 
     def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
-        """Attention weights that a token of a document keeps for the backward pass on a CPU, of all heads."""
+        """Attention weights per token, over all heads, that are kept for the backward pass on a CPU."""
         _, key, value = self.heads(width)
         kept = kept_causal_keys(length, bf16=bf16, key_width=key, value_width=value, backend=self.backend)
         return self.n_heads * kept

@@ -20,16 +20,16 @@ from swamla.registry import register
 @register
 @dataclass(frozen=True, kw_only=True)
 class SWAConfig(MHAConfig):
-    """Sliding-window attention: multi-head attention that looks back over a window only.
+    """Sliding-window attention: multi-head attention within a window.
 
     n_heads: query heads.
     n_kv_heads: heads of keys and values, each shared by a group of query heads; as many as n_heads by default.
     head_dim: width of a head, width / n_heads by default.
     rope: rotary positions, or none (the model may have learned ones).
-    bias: whether projections add one.
+    bias: whether projections have one.
     backend: auto, reference, torch, tiles, sdpa, or on CUDA flex.
     window: how many of the last tokens a token sees, itself included.
-    sinks: how many of its document's first tokens it sees besides.
+    sinks: how many of its document's first tokens it sees as well.
     """
 
     kind: ClassVar[str] = "swa"
@@ -56,37 +56,37 @@ class SWAConfig(MHAConfig):
 
     @property
     def sees_order(self) -> bool:
-        """By the window at least."""
+        """True: the window depends on positions, even without rope."""
         return True
 
     def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
-        """What computes which op on `device`. Raises `MissingBackendError` for a backend that cannot."""
+        """Op → backend that computes it on `device`. Raises `MissingBackendError` where it cannot."""
         return {"attention": resolve_backend(self.backend, device, windowed=True)}
 
     def trial(self, width: int) -> AttentionTrial | None:
-        """What to race where the backend is left to "auto"."""
+        """The candidates to time when the backend is "auto"."""
         causal = super().trial(width)
         return causal and replace(causal, window=self.window, sinks=self.sinks)
 
     def prepare(self, seq: Layout, width: int) -> None:
-        """Make masks and tables eagerly, so that the compiled forward has no graph break."""
+        """Build masks and tables eagerly, so that the compiled forward has no graph break."""
         prepare_attention(seq, self.backend, window=self.window, sinks=self.sinks)
 
     def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
-        """Attention weights that a token of a document keeps for the backward pass on a CPU, of all heads."""
-        if self.backend == "sdpa":  # which keeps none, but every key and value as often as a band holds it
+        """Attention weights per token, over all heads, that are kept for the backward pass on a CPU."""
+        if self.backend == "sdpa":  # no weights, but keys and values once per band that has them
             return 4.0 * self.kv_heads * self.key_dim(width)
         return self.n_heads * kept_keys(length, self.window, self.sinks)
 
     def pairs(self, length: int) -> int:
-        """Pairs of a query and a key that it sees: in its window, and sinks before that."""
+        """Pairs of query and key that the mask allows: the window, and sinks before it."""
         beyond = max(0, length - self.window)
         in_window = length * (length + 1) // 2 - beyond * (beyond + 1) // 2
         reach = min(self.sinks, beyond)
         return in_window + reach * (reach + 1) // 2 + (beyond - reach) * self.sinks
 
     def state_bytes(self, width: int, length: int, element_bytes: int) -> int:
-        """Bytes of the state of one sequence: a ring, whatever the length."""
+        """Bytes of the state of one sequence: a ring buffer, independent of the length."""
         return 2 * (self.window + self.sinks) * self.kv_heads * self.key_dim(width) * element_bytes
 
 
@@ -103,7 +103,7 @@ class SWA(MHA):
         return self.o_proj(o.flatten(2))
 
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> KVState:
-        # Slots 0 … sinks − 1 hold the sinks, the others a ring of the last `window` tokens behind them.
+        # Slots 0 … sinks − 1 hold the sinks, the others a ring buffer of the last `window` tokens after them.
         shape = (batch, self.config.sinks + self.config.window, self.config.kv_heads, self.key_dim)
         k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         return KVState(k, v)
@@ -115,76 +115,77 @@ class SWA(MHA):
             return self.o_proj(self._step_one(q, k, v, state, seq).flatten(2))
         if seq.held is not None and (seq.held == 0 or time >= self.config.window):
             return self.o_proj(self._step_many(q, k, v, state, seq.held, seq).flatten(2))
-        pieces = range(0, time, self.config.window)  # within a window no two tokens share a slot of the ring
-        out = [self._step_piece(q, k, v, state, seq, begin, begin + self.config.window) for begin in pieces]
+        chunks = range(0, time, self.config.window)  # within a window no two tokens share a slot of the ring
+        out = [self._step_chunk(q, k, v, state, seq, begin, begin + self.config.window) for begin in chunks]
         return self.o_proj(torch.cat(out, dim=1).flatten(2))
 
     def _step_one(self, q: Tensor, k: Tensor, v: Tensor, state: KVState, seq: Layout) -> Tensor:
-        """A token takes the place of the one that has just left the window, and then sees all that is there."""
+        """One token overwrites the one that has just left the window, then attends to the whole ring."""
         size = state.k_BSGK.shape[1]
-        if seq.held is None:  # the places that are not filled yet are the last ones
+        if seq.held is None:  # slots fill from the first on, so those beyond the position are empty
             slot_B1 = seq.table(("slot", size, self.config.sinks), lambda: self._slot(seq.position_BT))
             write_at(state.k_BSGK, slot_B1, k)
             write_at(state.v_BSGK, slot_B1, v)
             allowed = seq.table(("ring", size), lambda: filled_mask(seq, size))
-            held_k, held_v = state.k_BSGK.to(q.dtype), state.v_BSGK.to(q.dtype)
-            return cached_attention(q, held_k, held_v, allowed, scale=self.scale)
+            cached_k, cached_v = state.k_BSGK.to(q.dtype), state.v_BSGK.to(q.dtype)
+            return cached_attention(q, cached_k, cached_v, allowed, scale=self.scale)
         sinks, window = self.config.sinks, self.config.window
         slot = seq.held if seq.held < sinks else sinks + (seq.held - sinks) % window
         state.k_BSGK[:, slot : slot + 1] = k
         state.v_BSGK[:, slot : slot + 1] = v
         filled = min(seq.end, size)
-        held_k, held_v = state.k_BSGK[:, :filled].to(q.dtype), state.v_BSGK[:, :filled].to(q.dtype)
-        return cached_attention(q, held_k, held_v, None, scale=self.scale)
+        cached_k, cached_v = state.k_BSGK[:, :filled].to(q.dtype), state.v_BSGK[:, :filled].to(q.dtype)
+        return cached_attention(q, cached_k, cached_v, None, scale=self.scale)
 
-    def _step_many(self, q: Tensor, k: Tensor, v: Tensor, state: KVState, held: int, seq: Layout) -> Tensor:
-        """Many tokens attend in bands, behind those that the ring holds put in order; then the last of them enter it.
+    def _step_many(self, q: Tensor, k: Tensor, v: Tensor, state: KVState, length: int, seq: Layout) -> Tensor:
+        """Windowed attention over the ring's tokens in order, then the new ones; the last of these enter the ring.
 
-        Sinks that lie further back than the window stand right before it: farther from every query than the window
-        reaches all the same, so that the mask is that of a whole row.
+        Sinks from before the window are put right in front of it. That is still outside the window of every new query,
+        so the mask of an ordinary row is right.
         """
         config, batch = self.config, k.shape[0]
-        k_line = torch.cat((self._in_order(state.k_BSGK, held).to(k.dtype), k), dim=1)
-        v_line = torch.cat((self._in_order(state.v_BSGK, held).to(v.dtype), v), dim=1)
-        behind = k_line.shape[1] - k.shape[1]  # their queries are zeros, and what comes of them is left out
-        line = seq.table(("line", behind), lambda: Layout.one_document_per_row(batch, k_line.shape[1], device=k.device))
-        q_line = F.pad(q, (0, 0, 0, 0, behind, 0))
+        k_line = torch.cat((self._in_order(state.k_BSGK, length).to(k.dtype), k), dim=1)
+        v_line = torch.cat((self._in_order(state.v_BSGK, length).to(v.dtype), v), dim=1)
+        cached = k_line.shape[1] - k.shape[1]  # their queries are zeros, and their outputs are dropped
+        line = seq.table(("line", cached), lambda: Layout.one_document_per_row(batch, k_line.shape[1], device=k.device))
+        q_line = F.pad(q, (0, 0, 0, 0, cached, 0))
         band = {"window": config.window, "sinks": config.sinks}
         o = windowed_attention(q_line, k_line, v_line, line, **band, scale=self.scale, backend=config.backend)
         for ring, new in ((state.k_BSGK, k), (state.v_BSGK, v)):
-            self._enter(ring, new, held)
-        return o[:, behind:]
+            self._write(ring, new, length)
+        return o[:, cached:]
 
-    def _in_order(self, ring_BSGK: Tensor, held: int) -> Tensor:
-        """What the ring holds after `held` tokens: sinks, then the others from the oldest on."""
+    def _in_order(self, ring_BSGK: Tensor, length: int) -> Tensor:
+        """The ring's content after `length` tokens: sinks, then the others from the oldest on."""
         sinks, window = self.config.sinks, self.config.window
-        if held <= sinks + window:
-            return ring_BSGK[:, :held]
-        oldest = sinks + (held - sinks) % window
+        if length <= sinks + window:
+            return ring_BSGK[:, :length]
+        oldest = sinks + (length - sinks) % window
         return torch.cat((ring_BSGK[:, :sinks], ring_BSGK[:, oldest:], ring_BSGK[:, sinks:oldest]), dim=1)
 
-    def _enter(self, ring_BSGK: Tensor, new_BTGK: Tensor, held: int) -> None:
-        """Write those of the tokens from position `held` on that stay: sinks, and the last `window` of the others."""
+    def _write(self, ring_BSGK: Tensor, new_BTGK: Tensor, length: int) -> None:
+        """Write new tokens from position `length` on: those that are sinks, and the last `window` of the others."""
         sinks, window = self.config.sinks, self.config.window
-        end = held + new_BTGK.shape[1]
-        if held < sinks:
+        end = length + new_BTGK.shape[1]
+        if length < sinks:
             last = min(sinks, end)
-            ring_BSGK[:, held:last] = new_BTGK[:, : last - held]
-        position = max(held, sinks, end - window)
-        while position < end:  # twice at most: up to the ring's end, and from its start
+            ring_BSGK[:, length:last] = new_BTGK[:, : last - length]
+        position = max(length, sinks, end - window)
+        while position < end:  # at most twice: up to the ring's end, then from its start
             slot = (position - sinks) % window
             count = min(end - position, window - slot)
-            ring_BSGK[:, sinks + slot : sinks + slot + count] = new_BTGK[:, position - held : position - held + count]
+            first = position - length
+            ring_BSGK[:, sinks + slot : sinks + slot + count] = new_BTGK[:, first : first + count]
             position += count
 
-    def _step_piece(self, q: Tensor, k: Tensor, v: Tensor, state: KVState, seq: Layout, begin: int, end: int) -> Tensor:
-        """New tokens [begin, end) see the ring as it was and each other, then enter it."""
+    def _step_chunk(self, q: Tensor, k: Tensor, v: Tensor, state: KVState, seq: Layout, begin: int, end: int) -> Tensor:
+        """New tokens [begin, end) attend to the ring and each other, then enter the ring."""
         q, k, v = q[:, begin:end], k[:, begin:end], v[:, begin:end]
         position_BT, valid_BT = seq.position_BT[:, begin:end], seq.document_BT[:, begin:end] >= 0
-        held_BS = self._held(position_BT[:, 0])
+        cached_BS = self._positions(position_BT[:, 0])
         k_all = torch.cat((state.k_BSGK.to(k.dtype), k), dim=1)
         v_all = torch.cat((state.v_BSGK.to(v.dtype), v), dim=1)
-        source_BS = torch.cat((held_BS, position_BT), dim=1)
+        source_BS = torch.cat((cached_BS, position_BT), dim=1)
         distance_BTS = position_BT[:, :, None] - source_BS[:, None, :]
         near_BTS = (distance_BTS < self.config.window) | (source_BS < self.config.sinks)[:, None, :]
         allowed_BTS = (source_BS >= 0)[:, None, :] & (distance_BTS >= 0) & near_BTS
@@ -195,15 +196,16 @@ class SWA(MHA):
         return cached_attention(q, k_all, v_all, allowed_BTS, scale=self.scale)
 
     def _slot(self, position: Tensor) -> Tensor:
-        """Where the ring keeps the token at `position`."""
+        """The ring's slot of the token at `position`."""
         sinks, window = self.config.sinks, self.config.window
         return torch.where(position < sinks, position, sinks + (position - sinks) % window)
 
-    def _held(self, length_B: Tensor) -> Tensor:
-        """(B, sinks + window): the position that each slot holds after `length_B` tokens, -1 where none."""
+    def _positions(self, length_B: Tensor) -> Tensor:
+        """(B, sinks + window): the position of each slot's token after `length_B` tokens, -1 for an empty slot."""
         sinks, window = self.config.sinks, self.config.window
         slot_S = torch.arange(sinks + window, device=length_B.device)
         last_B1 = length_B[:, None] - 1
         in_ring = last_B1 - (last_B1 - slot_S) % window
-        held_BS = torch.where(slot_S < sinks, slot_S, in_ring)
-        return torch.where((held_BS <= last_B1) & (held_BS >= torch.where(slot_S < sinks, 0, sinks)), held_BS, -1)
+        position_BS = torch.where(slot_S < sinks, slot_S, in_ring)
+        first_S = torch.where(slot_S < sinks, 0, sinks)
+        return torch.where((position_BS <= last_B1) & (position_BS >= first_S), position_BS, -1)

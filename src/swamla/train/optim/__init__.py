@@ -1,19 +1,19 @@
-"""Optimizers and the one interface through which the loop sees them."""
+"""Optimizers, and their common interface to the training loop."""
 
-from swamla.train.optim.adamw import AdamWConfig
-from swamla.train.optim.lion import Lion, LionConfig
-from swamla.train.optim.muon import Muon, MuonConfig
-from swamla.train.optim.named import Held, NamedOptimizer, OptimizerConfig, decay_groups, named_parameters
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "AdamWConfig",
-    "Held",
-    "Lion",
-    "LionConfig",
-    "Muon",
-    "MuonConfig",
-    "NamedOptimizer",
-    "OptimizerConfig",
-    "decay_groups",
-    "named_parameters",
-]
+from swamla.exports import lazy_exports
+
+if TYPE_CHECKING:
+    from swamla.train.optim.adamw import AdamWConfig as AdamWConfig
+    from swamla.train.optim.lion import Lion as Lion
+    from swamla.train.optim.lion import LionConfig as LionConfig
+    from swamla.train.optim.muon import Muon as Muon
+    from swamla.train.optim.muon import MuonConfig as MuonConfig
+    from swamla.train.optim.named import NamedOptimizer as NamedOptimizer
+    from swamla.train.optim.named import OptimizerConfig as OptimizerConfig
+    from swamla.train.optim.named import StateTensor as StateTensor
+    from swamla.train.optim.named import decay_groups as decay_groups
+    from swamla.train.optim.named import named_parameters as named_parameters
+else:
+    __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -1,4 +1,4 @@
-"""AdamW (arXiv 1711.05101): torch's fused one, or one whose moments are kept in fewer bits."""
+"""AdamW (arXiv 1711.05101): torch's fused implementation, or ours with moments in fewer bits."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from swamla.errors import require
 from swamla.registry import register
-from swamla.train.optim.elementwise import Elementwise, Piece, coarser_moments, require_whole
+from swamla.train.optim.elementwise import Chunk, Elementwise, coarser_moments, require_whole
 from swamla.train.optim.moments import Moments
 from swamla.train.optim.named import (
-    Held,
     NamedOptimizer,
     NamedParameters,
     OptimizerConfig,
     Shape,
+    StateTensor,
     decay_groups,
     named_parameters,
 )
@@ -27,11 +27,11 @@ from swamla.train.precision import Chosen
 @register
 @dataclass(frozen=True, kw_only=True)
 class AdamWConfig(OptimizerConfig):
-    """AdamW. The project before called it FP8AdamW when its moments were bf16; nothing in it was FP8.
+    """AdamW. With bf16 moments the original project called it FP8AdamW, though nothing in it was FP8.
 
     betas: decay of the gradient's first and second moment.
-    eps: added to the root of the second.
-    moments: "fp32" takes 8 bytes a parameter; "bf16", rounded stochastically, 4; "8bit", by torchao's map, about 2.
+    eps: added to the root of the second moment.
+    moments: "fp32" takes 8 bytes a parameter; "bf16" with stochastic rounding 4; "8bit" with torchao's map about 2.
     """
 
     kind: ClassVar[str] = "adamw"
@@ -45,18 +45,18 @@ class AdamWConfig(OptimizerConfig):
     def build(self, model: nn.Module, *, lr: float, weight_decay: float, precision: Chosen = "fp32") -> NamedOptimizer:
         """The optimizer of all trainable parameters of `model`. Raises `MissingBackendError` without torchao."""
         parameters = named_parameters(model)
-        part: torch.optim.Optimizer
+        adamw: torch.optim.Optimizer
         if self.moments == "fp32":
-            part = fused_adamw(parameters, lr, weight_decay, self.betas, self.eps)
+            adamw = fused_adamw(parameters, lr, weight_decay, self.betas, self.eps)
         else:
             groups = decay_groups(parameters, weight_decay)
             require_whole(parameters, self.moments)
-            part = AdamW(groups, lr=lr, betas=self.betas, eps=self.eps, moments=self.moments)
-        return NamedOptimizer([part], parameters, self.remembers)
+            adamw = AdamW(groups, lr=lr, betas=self.betas, eps=self.eps, moments=self.moments)
+        return NamedOptimizer([adamw], parameters, self.state_specs)
 
-    def remembers(self, name: str, shape: Shape) -> Mapping[str, Held]:
+    def state_specs(self, name: str, shape: Shape) -> Mapping[str, StateTensor]:
         """Both moments and the number of updates."""
-        return AdamW.held(shape, self.moments)
+        return AdamW.state_specs(shape, self.moments)
 
     def coarser(self) -> Iterator[tuple[str, Self]]:
         """Both moments in fewer bits."""
@@ -78,12 +78,12 @@ def check_adam(betas: tuple[float, float], eps: float) -> None:
 def fused_adamw(
     parameters: NamedParameters, lr: float, weight_decay: float, betas: tuple[float, float], eps: float
 ) -> torch.optim.Optimizer:
-    """torch's fused AdamW with decay on matrices only; CPU and CUDA both have the fused kernel, bit-deterministic."""
+    """torch's fused AdamW with decay on matrices only; the fused kernels of CPU and CUDA are bit-deterministic."""
     return torch.optim.AdamW(decay_groups(parameters, weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
 
 
 class AdamW(Elementwise):
-    """AdamW over moments in any format: the arithmetic is fp32, only what is kept between steps is rounded."""
+    """AdamW with moments in any format: arithmetic is fp32, only the stored moments are rounded."""
 
     SIGNED: ClassVar[dict[str, bool]] = {"exp_avg": True, "exp_avg_sq": False}
     COUNTS: ClassVar[bool] = True
@@ -93,16 +93,16 @@ class AdamW(Elementwise):
     ) -> None:
         super().__init__(groups, moments, {"lr": lr, "betas": betas, "eps": eps})
 
-    def update(self, pieces: list[Piece], values: dict[str, list[Tensor]], group: dict[str, Any]) -> None:
+    def update(self, chunks: list[Chunk], values: dict[str, list[Tensor]], group: dict[str, Any]) -> None:
         """One step of algorithm 2 of the paper."""
         (beta1, beta2), lr, eps = group["betas"], group["lr"], group["eps"]
-        weights, gradients = [piece.weights for piece in pieces], [piece.gradients for piece in pieces]
+        weights, gradients = [chunk.weights for chunk in chunks], [chunk.gradients for chunk in chunks]
         first, second = values["exp_avg"], values["exp_avg_sq"]
         torch._foreach_lerp_(first, gradients, 1 - beta1)
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
         root = torch._foreach_sqrt(second)
-        torch._foreach_div_(root, [math.sqrt(1 - beta2**piece.updates) for piece in pieces])
+        torch._foreach_div_(root, [math.sqrt(1 - beta2**chunk.updates) for chunk in chunks])
         torch._foreach_add_(root, eps)
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-        torch._foreach_addcdiv_(weights, first, root, [-lr / (1 - beta1**piece.updates) for piece in pieces])
+        torch._foreach_addcdiv_(weights, first, root, [-lr / (1 - beta1**chunk.updates) for chunk in chunks])

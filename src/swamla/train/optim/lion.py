@@ -9,20 +9,21 @@ from torch import Tensor, nn
 
 from swamla.registry import register
 from swamla.train.optim.adamw import check_betas
-from swamla.train.optim.elementwise import Elementwise, Piece, coarser_moments, require_whole
+from swamla.train.optim.elementwise import Chunk, Elementwise, coarser_moments, require_whole
 from swamla.train.optim.moments import Moments
-from swamla.train.optim.named import Held, NamedOptimizer, OptimizerConfig, Shape, decay_groups, named_parameters
+from swamla.train.optim.named import NamedOptimizer, OptimizerConfig, Shape, StateTensor, decay_groups, named_parameters
 from swamla.train.precision import Chosen
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
 class LionConfig(OptimizerConfig):
-    """Lion. Wants a learning rate 3 to 10 times lower than AdamW's, and weight decay as much higher (section 5).
+    """Lion. It needs a learning rate 3 to 10 times lower than AdamW's, and weight decay higher by that factor (section
+    5).
 
-    The project before called it FP8Lion when its moment was bf16; nothing in it was FP8.
+    With a bf16 moment the original project called it FP8Lion, though nothing in it was FP8.
     betas: weight of the moment in the update, and the moment's decay.
-    moments: "fp32" takes 4 bytes a parameter; "bf16", rounded stochastically, 2; "8bit", by torchao's map, about 1.
+    moments: "fp32" takes 4 bytes a parameter; "bf16" with stochastic rounding 2; "8bit" with torchao's map about 1.
     """
 
     kind: ClassVar[str] = "lion"
@@ -37,11 +38,11 @@ class LionConfig(OptimizerConfig):
         parameters = named_parameters(model)
         require_whole(parameters, self.moments)
         lion = Lion(decay_groups(parameters, weight_decay), lr=lr, betas=self.betas, moments=self.moments)
-        return NamedOptimizer([lion], parameters, self.remembers)
+        return NamedOptimizer([lion], parameters, self.state_specs)
 
-    def remembers(self, name: str, shape: Shape) -> Mapping[str, Held]:
-        """The moment; for stochastic rounding the number of updates too."""
-        return Lion.held(shape, self.moments)
+    def state_specs(self, name: str, shape: Shape) -> Mapping[str, StateTensor]:
+        """The moment, and for stochastic rounding the number of updates."""
+        return Lion.state_specs(shape, self.moments)
 
     def coarser(self) -> Iterator[tuple[str, Self]]:
         """The moment in fewer bits."""
@@ -49,7 +50,7 @@ class LionConfig(OptimizerConfig):
 
 
 class Lion(Elementwise):
-    """Lion over a moment in any format: the arithmetic is fp32, only what is kept between steps is rounded."""
+    """Lion with a moment in any format: arithmetic is fp32, only the stored moment is rounded."""
 
     SIGNED: ClassVar[dict[str, bool]] = {"exp_avg": True}
     COUNTS: ClassVar[bool] = False
@@ -59,10 +60,10 @@ class Lion(Elementwise):
     ) -> None:
         super().__init__(groups, moments, {"lr": lr, "betas": betas})
 
-    def update(self, pieces: list[Piece], values: dict[str, list[Tensor]], group: dict[str, Any]) -> None:
+    def update(self, chunks: list[Chunk], values: dict[str, list[Tensor]], group: dict[str, Any]) -> None:
         """One step of algorithm 2 of the paper."""
         (beta1, beta2), lr = group["betas"], group["lr"]
-        weights, gradients = [piece.weights for piece in pieces], [piece.gradients for piece in pieces]
+        weights, gradients = [chunk.weights for chunk in chunks], [chunk.gradients for chunk in chunks]
         moments = values["exp_avg"]
         signs = torch._foreach_lerp(moments, gradients, 1 - beta1)
         torch._foreach_sign_(signs)

@@ -1,4 +1,4 @@
-"""Moments kept in fewer bits than they are computed in: bf16 by stochastic rounding, 8 bits by torchao's map."""
+"""Moments stored in fewer bits: bf16 with stochastic rounding, 8 bits with torchao's map."""
 
 import logging
 import math
@@ -10,35 +10,35 @@ import torch
 from torch import Tensor
 
 from swamla.errors import MissingBackendError
-from swamla.train.optim.named import Held, Shape
+from swamla.train.optim.named import Shape, StateTensor
 
 Moments = Literal["fp32", "bf16", "8bit"]
 BLOCK = 256  # numbers that share a scale, as in torchao
 
 
 class Moment(Protocol):
-    """A moment in whatever format it is kept."""
+    """A moment in its storage format."""
 
     def read(self) -> Tensor:
         """Its value in fp32, to be changed in place and written back."""
 
     def write(self, value: Tensor) -> None:
-        """Keep a value that `read` gave; the value is spent."""
+        """Store a value from `read`; the value may be overwritten."""
 
-    def piece(self, start: int, stop: int) -> "Moment":
-        """Some of its numbers, flat; both ends are multiples of `BLOCK`, or the tensor's own end."""
+    def chunk(self, start: int, stop: int) -> "Moment":
+        """A flat slice; both ends are multiples of `BLOCK`, or the tensor's own end."""
 
 
-def held_moment(name: str, shape: Shape, moments: Moments) -> dict[str, Held]:
-    """The tensors that keep one moment. Of 8 bits are those that torchao too would keep so: whole blocks, not small."""
+def moment_specs(name: str, shape: Shape, moments: Moments) -> dict[str, StateTensor]:
+    """The tensors that store one moment. As in torchao, 8 bits are for tensors of whole blocks that are not small."""
     numbers = math.prod(shape)
     if moments == "8bit" and numbers >= 4096 and numbers % BLOCK == 0:
-        return {f"{name}.codes": Held(shape, torch.uint8), f"{name}.scale": Held((numbers // BLOCK,))}
-    return {name: Held(shape, torch.bfloat16 if moments == "bf16" else torch.float32)}
+        return {f"{name}.codes": StateTensor(shape, torch.uint8), f"{name}.scale": StateTensor((numbers // BLOCK,))}
+    return {name: StateTensor(shape, torch.bfloat16 if moments == "bf16" else torch.float32)}
 
 
 def moment_in(state: dict[str, Tensor], name: str, *, signed: bool, noise: torch.Generator) -> Moment:
-    """The moment that `state` keeps under `name`, flat. noise: what bf16 is rounded by."""
+    """The moment `name` in `state`, flat. noise: the generator for rounding to bf16."""
     if name not in state:
         return EightBit(state[f"{name}.codes"].view(-1), state[f"{name}.scale"], signed)
     tensor = state[name].view(-1)
@@ -47,7 +47,7 @@ def moment_in(state: dict[str, Tensor], name: str, *, signed: bool, noise: torch
 
 @dataclass(frozen=True)
 class Fp32:
-    """Kept as it is."""
+    """Stored in fp32."""
 
     tensor: Tensor
 
@@ -57,13 +57,13 @@ class Fp32:
     def write(self, value: Tensor) -> None:
         assert value is self.tensor
 
-    def piece(self, start: int, stop: int) -> Moment:
+    def chunk(self, start: int, stop: int) -> Moment:
         return Fp32(self.tensor[start:stop])
 
 
 @dataclass(frozen=True)
 class Bf16:
-    """Rounded up or down at random, on average to the value itself, so that small increments are not lost."""
+    """Rounded up or down at random with the value as the mean, so that small increments are not lost."""
 
     tensor: Tensor
     noise: torch.Generator
@@ -74,16 +74,16 @@ class Bf16:
     def write(self, value: Tensor) -> None:
         self.tensor.copy_(round_stochastically_(value, self.noise))
 
-    def piece(self, start: int, stop: int) -> Moment:
+    def chunk(self, start: int, stop: int) -> Moment:
         return Bf16(self.tensor[start:stop], self.noise)
 
 
 def round_stochastically_(value: Tensor, noise: torch.Generator) -> Tensor:
-    """Move each fp32 number to one of the two bf16 numbers around it, in place, the nearer one more often.
+    """Round each fp32 number to one of its two bf16 neighbours, in place, so that the mean is the number itself.
 
-    The probabilities are those that make the mean the number itself. Infinities stay what they are.
+    Infinities stay infinite.
     """
-    # bf16 is the upper half of fp32: adding 16 random bits to the lower half carries with just that probability.
+    # bf16 is the upper half of fp32: adding 16 random bits to the lower half carries with the right probability.
     drawn = torch.empty((value.numel() + 3) // 4, dtype=torch.int64, device=value.device)
     drawn.random_(-(2**63), None, generator=noise)
     random16 = drawn.view(torch.int16)[: value.numel()].view(value.shape).int().bitwise_and_(0xFFFF)
@@ -93,7 +93,7 @@ def round_stochastically_(value: Tensor, noise: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class EightBit:
-    """Blocks of 256 numbers, each a code into a fixed map times the block's largest magnitude (arXiv 2110.02861)."""
+    """Blocks of 256 numbers: a code into a fixed map times the block's largest magnitude (arXiv 2110.02861)."""
 
     codes: Tensor
     scale: Tensor
@@ -111,13 +111,13 @@ class EightBit:
         nearest = torch.bucketize(blocks / self.scale[:, None], middles, out_int32=True, right=True)
         self.codes.copy_(nearest.view(-1))
 
-    def piece(self, start: int, stop: int) -> Moment:
+    def chunk(self, start: int, stop: int) -> Moment:
         return EightBit(self.codes[start:stop], self.scale[start // BLOCK : stop // BLOCK], self.signed)
 
 
 @cache
 def _maps(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The 256 values of torchao's map, ascending, and the numbers half-way between neighbours."""
+    """The 256 values of torchao's map, ascending, and the midpoints between neighbours."""
     values = require_torchao().zeros((BLOCK,), signed, BLOCK, device).qmap
     return values, (values[1:] + values[:-1]) / 2
 
@@ -126,7 +126,7 @@ def _maps(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
 def require_torchao() -> Any:
     """torchao's 8-bit tensor. Raises `MissingBackendError`, with the command that installs it."""
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # its import warns of its GPU kernels, which are not used here
+    logging.disable(logging.WARNING)  # importing it warns about GPU kernels that are not used here
     try:
         from torchao.optim.subclass_8bit import OptimState8bit
     except ImportError as error:

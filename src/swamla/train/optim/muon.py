@@ -1,4 +1,4 @@
-"""Muon (Keller Jordan, 2024; arXiv 2502.16982): momentum, orthogonalised; equal shapes orthogonalised as one stack."""
+"""Muon (Keller Jordan, 2024; arXiv 2502.16982): orthogonalised momentum, with matrices of equal shapes stacked."""
 
 import math
 from collections import defaultdict
@@ -17,28 +17,28 @@ from swamla.registry import register
 from swamla.train.optim.adamw import AdamWConfig, check_adam, fused_adamw
 from swamla.train.optim.named import (
     EMBEDDINGS,
-    Held,
     NamedOptimizer,
     OptimizerConfig,
     Shape,
+    StateTensor,
     named_parameters,
 )
-from swamla.train.optim.sharing import orthogonalise_together
+from swamla.train.optim.sharing import orthogonalise_distributed
 from swamla.train.precision import Chosen
 
-# Of the quintic x -> ax + bx³ + cx⁵ whose slope at 0 is largest; singular values end between 0.7 and 1.2.
+# The quintic x -> ax + bx³ + cx⁵ with the largest slope at 0; singular values end between 0.7 and 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NOT_HIDDEN = EMBEDDINGS | {"head.weight"}
-STACK = 1 << 26  # numbers orthogonalised at a time: bounds the memory of a step, and fills any GPU
+STACK = 1 << 26  # numbers orthogonalised at a time: bounds the memory of a step, and is enough for any GPU
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
 class MuonConfig(OptimizerConfig):
-    """Muon for the matrices inside the blocks, each expert's on its own; AdamW for all else; one learning rate.
+    """Muon for the matrices inside blocks, one per expert; AdamW for everything else; one learning rate.
 
-    A matrix's update is scaled by 0.2·√(longer side), which gives it the size of an AdamW update (arXiv 2502.16982,
-    eq. 4), so that learning rates and weight decay tuned for AdamW serve both.
+    A matrix's update is scaled by 0.2·√(longer side) to the size of an AdamW update (arXiv 2502.16982,
+    eq. 4), so learning rates and weight decay tuned for AdamW suit both.
     momentum: of Muon.  iterations: of Newton–Schulz.  betas, eps: of AdamW.
     """
 
@@ -58,33 +58,37 @@ class MuonConfig(OptimizerConfig):
         parameters = named_parameters(model)
         hidden = [trained for trained in parameters if is_hidden(trained.name, trained.shape)]
         others = [trained for trained in parameters if not is_hidden(trained.name, trained.shape)]
-        parts: list[torch.optim.Optimizer] = []
+        optimizers: list[torch.optim.Optimizer] = []
         if others:
-            parts.append(fused_adamw(others, lr, weight_decay, self.betas, self.eps))
+            optimizers.append(fused_adamw(others, lr, weight_decay, self.betas, self.eps))
         if hidden:
-            wholes = {trained.part: trained.parameter for trained in hidden}
+            wholes = {trained.local: trained.parameter for trained in hidden}
             settings: dict[str, Any] = {"momentum": self.momentum, "iterations": self.iterations, "wholes": wholes}
             dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-            parts.append(Muon(list(wholes), lr=lr, weight_decay=weight_decay, dtype=dtype, **settings))
-        return NamedOptimizer(parts, parameters, self.remembers)
+            optimizers.append(Muon(list(wholes), lr=lr, weight_decay=weight_decay, dtype=dtype, **settings))
+        return NamedOptimizer(optimizers, parameters, self.state_specs)
 
-    def remembers(self, name: str, shape: Shape) -> Mapping[str, Held]:
-        """The momentum of hidden matrices, AdamW's state of the rest."""
-        return {"momentum_buffer": Held(shape)} if is_hidden(name, shape) else AdamWConfig().remembers(name, shape)
+    def state_specs(self, name: str, shape: Shape) -> Mapping[str, StateTensor]:
+        """The momentum of hidden matrices, AdamW's state for the rest."""
+        return (
+            {"momentum_buffer": StateTensor(shape)}
+            if is_hidden(name, shape)
+            else AdamWConfig().state_specs(name, shape)
+        )
 
 
 def is_hidden(name: str, shape: Sequence[int]) -> bool:
     """True for a matrix, or a stack of experts' matrices, that maps activations to activations.
 
-    Not for routers, whose rows are one vector an expert, nor filters of convolutions, nor matrices with a side of 8
-    or less: there is nothing to orthogonalise.
+    False for routers, whose rows are one vector per expert, for filters of convolutions, and for matrices with a side
+    of 8 or less.
     """
     return len(shape) in (2, 3) and min(shape[-2:]) > 8 and name not in NOT_HIDDEN and not is_vectors(name)
 
 
 @dataclass(frozen=True)
 class Matrices:
-    """One matrix or some of a parameter's stack, their gradients and momentum."""
+    """A matrix, or some of a parameter's stack of matrices, with gradients and momentum."""
 
     weights: Tensor
     gradients: Tensor
@@ -92,11 +96,11 @@ class Matrices:
 
 
 Orthogonalised = Callable[[list[Tensor]], Iterable[tuple[int, Tensor]]]
-"""Of updates, the orthogonalised ones with their indices, in some order."""
+"""Orthogonalises updates; returns (index, orthogonalised update) in any order."""
 
 
 class Muon(torch.optim.Optimizer):
-    """`torch.optim.Muon` with Nesterov momentum and `match_rms_adamw`, over stacks instead of a loop over matrices."""
+    """`torch.optim.Muon` with Nesterov momentum and `match_rms_adamw`, on stacks of matrices instead of a loop."""
 
     def __init__(
         self,
@@ -109,9 +113,9 @@ class Muon(torch.optim.Optimizer):
         dtype: torch.dtype = torch.float32,
         wholes: Mapping[nn.Parameter, nn.Parameter] | None = None,
     ) -> None:
-        """dtype: what Newton–Schulz computes in, whose result need not be precise.
+        """dtype: of Newton–Schulz, whose result need not be precise.
 
-        wholes: the parameters that `params` are this process's parts of, where they are not themselves.
+        wholes: local shard → full parameter, for sharded parameters.
         """
         self._wholes = wholes or {}
         self._dtype = dtype
@@ -122,22 +126,22 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every matrix that has a gradient. `closure` is not used.
 
-        Several processes: each moves the momentum that it holds, and orthogonalises its share of the matrices.
+        On several ranks each updates the momentum of its own shards and orthogonalises its share of the matrices.
         """
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if distributed.world_size() > 1:
                 wholes = [self._wholes.get(p, p) for p in params]
-                self._update([self._held(p) for p in params], wholes, group, partial(self._by_all, wholes, group))
+                self._update([self._matrix(p) for p in params], wholes, group, partial(self._by_all, wholes, group))
                 continue
             for equal in stacks(part for p in params for part in self._matrices(p)):
                 self._update(equal, [m.weights for m in equal], group, partial(self._by_this_process, group))
 
     def _update(
-        self, held: list[Matrices], wholes: Sequence[Tensor], group: dict[str, Any], orthogonalised: Orthogonalised
+        self, matrices: list[Matrices], wholes: Sequence[Tensor], group: dict[str, Any], orthogonalised: Orthogonalised
     ) -> None:
-        """The algorithm box, for all of `held` at once; `wholes` are the matrices that they are, or are parts of."""
-        weights, gradients, buffers = ([getattr(m, name) for m in held] for name in Matrices.__dataclass_fields__)
+        """The algorithm box for all of `matrices` at once; `wholes` are the full matrices of these shards."""
+        weights, gradients, buffers = ([getattr(m, name) for m in matrices] for name in Matrices.__dataclass_fields__)
         momentum, lr = group["momentum"], group["lr"]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, buffers, momentum)
@@ -152,11 +156,11 @@ class Muon(torch.optim.Optimizer):
         self, wholes: list[Tensor], group: dict[str, Any], updates: list[Tensor]
     ) -> Iterable[tuple[int, Tensor]]:
         orthogonalised = partial(in_stacks, iterations=group["iterations"], dtype=self._dtype)
-        return orthogonalise_together(updates, wholes, orthogonalised, self._dtype)
+        return orthogonalise_distributed(updates, wholes, orthogonalised, self._dtype)
 
     def _matrices(self, p: Tensor) -> Iterator[Matrices]:
-        """A parameter whole, or the experts of a very large one a few at a time."""
-        whole = self._held(p)
+        """The whole parameter, or a few experts at a time of a very large one."""
+        whole = self._matrix(p)
         if p.ndim == 2:
             yield whole
             return
@@ -164,7 +168,7 @@ class Muon(torch.optim.Optimizer):
         for part in zip(*(t.split(experts) for t in (whole.weights, whole.gradients, whole.momentum)), strict=True):
             yield Matrices(*part)
 
-    def _held(self, p: Tensor) -> Matrices:
+    def _matrix(self, p: Tensor) -> Matrices:
         assert p.grad is not None
         return Matrices(p.detach(), p.grad, self._momentum(p))
 
@@ -176,7 +180,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def in_stacks(matrices: Sequence[Tensor], iterations: int, dtype: torch.dtype) -> list[Tensor]:
-    """`orthogonalise` each of them, whatever their shapes, those with the same sides together."""
+    """`orthogonalise` matrices of any shapes, those with the same sides as one stack."""
     found: dict[int, list[Tensor]] = defaultdict(list)
     places: dict[int, int] = {}
     pieces = []
@@ -192,7 +196,7 @@ def in_stacks(matrices: Sequence[Tensor], iterations: int, dtype: torch.dtype) -
 
 
 def stacks(matrices: Iterable[Matrices]) -> Iterator[list[Matrices]]:
-    """Matrices whose sides are the same two numbers, either way round, as many together as `STACK` allows."""
+    """Groups of matrices of the same shape up to transposition, as many as `STACK` allows."""
     open_stacks: dict[tuple[int, ...], list[Matrices]] = defaultdict(list)
     for matrix in matrices:
         stack = open_stacks[tuple(sorted(matrix.weights.shape[-2:]))]
@@ -219,7 +223,7 @@ def is_wide(matrix: Tensor) -> bool:
 
 
 def orthogonalise(stack_NAB: Tensor, iterations: int) -> Tensor:
-    """Push the singular values of N matrices (A <= B) towards 1, by Newton–Schulz in the stack's own number format."""
+    """Push the singular values of N matrices (A <= B) towards 1, by Newton–Schulz in the stack's own dtype."""
     a, b, c = COEFFICIENTS
     x_NAB = stack_NAB / torch.linalg.matrix_norm(stack_NAB, keepdim=True).clamp(min=1e-7)
     for _ in range(iterations):

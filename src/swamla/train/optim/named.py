@@ -1,4 +1,4 @@
-"""Several torch optimizers seen as one, whose state is named by parameter so that it can be kept as safetensors."""
+"""Several torch optimizers as one, with state named by parameter so that it can be stored as safetensors."""
 
 import math
 from abc import abstractmethod
@@ -20,8 +20,8 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Held:
-    """One tensor that an optimizer remembers of a parameter."""
+class StateTensor:
+    """Shape and dtype of one tensor of a parameter's optimizer state."""
 
     shape: Shape
     dtype: torch.dtype = torch.float32
@@ -38,40 +38,40 @@ class Held:
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A parameter as an optimizer sees it.
+    """A parameter and what an optimizer updates of it.
 
-    parameter: the model's, with its whole shape.  part: what this process holds and updates of it, sharing its memory:
-    a plain tensor, the parameter itself where it is not sharded.
+    parameter: the model's, of full shape.  local: this rank's shard as a plain parameter that shares its memory; the
+    parameter itself if it is not sharded.
     """
 
     name: str
     parameter: nn.Parameter
-    part: nn.Parameter
+    local: nn.Parameter
 
     @property
     def shape(self) -> Shape:
-        """Of the whole."""
+        """The full shape."""
         return tuple(self.parameter.shape)
 
     def attach(self) -> None:
-        """Let the part see the weights and the gradient as they are now."""
-        if self.part is not self.parameter:
+        """Point `local` to the current weights and gradient."""
+        if self.local is not self.parameter:
             gradient = self.parameter.grad
-            self.part.data = distributed.local(self.parameter.detach())
-            self.part.grad = None if gradient is None else distributed.local(gradient)
+            self.local.data = distributed.local(self.parameter.detach())
+            self.local.grad = None if gradient is None else distributed.local(gradient)
 
-    def is_cut_like(self, state: Tensor) -> bool:
-        """True for a tensor that holds a number for each of the part's, where that is not the whole."""
-        return self.part is not self.parameter and state.ndim > 0 and state.shape == self.part.shape
+    def is_sharded_like(self, state: Tensor) -> bool:
+        """True for a state tensor with one number per element of the shard, if the parameter is sharded."""
+        return self.local is not self.parameter and state.ndim > 0 and state.shape == self.local.shape
 
 
 NamedParameters = list[Trained]
-Remembers = Callable[[str, Shape], Mapping[str, Held]]
+StateSpecs = Callable[[str, Shape], Mapping[str, StateTensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Registered, home="swamla.train.optim"):
-    """What the config of an optimizer has to offer."""
+    """The contract of an optimizer's config."""
 
     @abstractmethod
     def build(
@@ -79,63 +79,63 @@ class OptimizerConfig(Registered, home="swamla.train.optim"):
     ) -> "NamedOptimizer":
         """The optimizer of all trainable parameters of `model`.
 
-        precision: of the run, in which products of the optimizer's own may be computed, too.
+        precision: of the run; the optimizer may compute its own products in it.
         """
 
     @abstractmethod
-    def remembers(self, name: str, shape: Shape) -> Mapping[str, Held]:
-        """What the optimizer remembers of a parameter of this name and shape once it was updated."""
+    def state_specs(self, name: str, shape: Shape) -> Mapping[str, StateTensor]:
+        """The optimizer state of a parameter of this name and shape, after its first update."""
 
     def coarser(self) -> Iterator[tuple[str, Self]]:
-        """Flags that let the optimizer remember less, and the config that each leads to; none by default."""
+        """Flags that reduce the optimizer state, each with the resulting config; none by default."""
         return iter(())
 
     def state_bytes(self, parameters: Iterable[tuple[str, Sequence[int]]]) -> int:
         """Bytes of the state of parameters with these names and shapes, each tensor's 4-byte step counter included."""
-        return sum(held.nbytes for name, shape in parameters for held in self.remembers(name, tuple(shape)).values())
+        return sum(spec.nbytes for name, shape in parameters for spec in self.state_specs(name, tuple(shape)).values())
 
 
 def named_parameters(model: nn.Module) -> NamedParameters:
     """The trainable parameters of a model, each once."""
-    return [Trained(name, p, _part(p)) for name, p in model.named_parameters() if p.requires_grad]
+    return [Trained(name, p, _local(p)) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def _part(p: nn.Parameter) -> nn.Parameter:
+def _local(p: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(distributed.local(p.detach())) if distributed.sharded(p) else p
 
 
 def decays(name: str, shape: Sequence[int]) -> bool:
-    """Weight decay pulls on what multiplies activations: matrices, stacks of them and the filters of convolutions.
+    """True if weight decay applies: for matrices, stacks of matrices and the filters of convolutions.
 
-    Not on embeddings, nor on vectors: gains, biases, A_log and dt_bias. A head that is tied is an embedding.
+    Not for embeddings, a tied head included, nor for vectors: gains, biases, A_log and dt_bias.
     """
     return len(shape) >= 2 and name not in EMBEDDINGS
 
 
 def decay_groups(parameters: NamedParameters, weight_decay: float) -> list[dict[str, object]]:
-    """The parameter groups, with and without weight decay, that a torch optimizer takes; empty ones are left out."""
+    """Parameter groups for a torch optimizer, with and without weight decay; empty groups are left out."""
     groups = [
-        {"params": [t.part for t in parameters if decays(t.name, t.shape)], "weight_decay": weight_decay},
-        {"params": [t.part for t in parameters if not decays(t.name, t.shape)], "weight_decay": 0.0},
+        {"params": [t.local for t in parameters if decays(t.name, t.shape)], "weight_decay": weight_decay},
+        {"params": [t.local for t in parameters if not decays(t.name, t.shape)], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
 
 class NamedOptimizer:
-    """One optimizer step over all of `parts`; between them they own every parameter once.
+    """Several torch optimizers, each parameter in one of them, used as one.
 
-    remembers: what each parameter's state consists of, by its name and shape.
+    state_specs: the tensors of a parameter's state, by its name and shape.
     """
 
     def __init__(
-        self, parts: Sequence[torch.optim.Optimizer], parameters: NamedParameters, remembers: Remembers
+        self, optimizers: Sequence[torch.optim.Optimizer], parameters: NamedParameters, state_specs: StateSpecs
     ) -> None:
-        self.parts = parts
-        self._trained: dict[Tensor, Trained] = {trained.part: trained for trained in parameters}
-        self._remembers = remembers
+        self.optimizers = optimizers
+        self._trained: dict[Tensor, Trained] = {trained.local: trained for trained in parameters}
+        self._state_specs = state_specs
 
     def set_lr(self, lr: float) -> None:
-        """The learning rate of all parameters from the next step on."""
+        """Set the learning rate of all parameters."""
         for group in self._groups():
             group["lr"] = lr
 
@@ -143,34 +143,36 @@ class NamedOptimizer:
         """Update every parameter that has a gradient."""
         for trained in self._trained.values():
             trained.attach()
-        for part in self.parts:
-            part.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
         for trained in self._trained.values():
-            trained.parameter.grad = trained.part.grad = None
+            trained.parameter.grad = trained.local.grad = None
 
     def stateless(self) -> list[str]:
         """Names of the parameters that have not been updated yet, and so have no state."""
-        stateless = (p for p in self._trained if not any(p in part.state for part in self.parts))
+        stateless = (p for p in self._trained if not any(p in optimizer.state for optimizer in self.optimizers))
         return sorted(self._trained[p].name for p in stateless)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The state as `parameter name/state name` -> tensor; of a sharded parameter the state is sharded as it is."""
+        """The state as `parameter name/state name` -> tensor, sharded as its parameter is."""
         found = {}
-        for part in self.parts:
-            for p, state in part.state.items():
+        for optimizer in self.optimizers:
+            for p, state in optimizer.state.items():
                 trained = self._trained[p]
                 for key, value in state.items():
-                    cut = trained.is_cut_like(value)
-                    found[f"{trained.name}/{key}"] = distributed.as_sharded(value, trained.parameter) if cut else value
+                    is_shard = trained.is_sharded_like(value)
+                    found[f"{trained.name}/{key}"] = (
+                        distributed.as_sharded(value, trained.parameter) if is_shard else value
+                    )
         return found
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor], *, stateless: Sequence[str], origin: str) -> None:
-        """Take over the state that `state_tensors` gave, gathered; every process cuts its part of it.
+        """Load state from `state_tensors`, sharded or full; every rank keeps its shard.
 
-        Raises `CorruptError` when a parameter that is not `stateless` finds none, or one of another kind or shape.
+        Raises `CorruptError` if the state of a parameter that is not `stateless` is missing or does not fit.
         """
         by_name: dict[str, dict[str, Tensor]] = {}
         for full_name, tensor in tensors.items():
@@ -179,13 +181,13 @@ class NamedOptimizer:
         self._check_complete(by_name, set(stateless), origin)
         for trained in self._trained.values():
             if trained.name in by_name:
-                expected = self._remembers(trained.name, trained.shape)
+                expected = self._state_specs(trained.name, trained.shape)
                 _check_fits(f"{origin}: {trained.name}", by_name[trained.name], expected)
-        for part in self.parts:
-            for p in (p for group in part.param_groups for p in group["params"]):
+        for optimizer in self.optimizers:
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
                 state = by_name.get(self._trained[p].name)
                 if state:
-                    part.state[p] = {key: _taken(tensor, self._trained[p]) for key, tensor in state.items()}
+                    optimizer.state[p] = {key: _local_state(tensor, self._trained[p]) for key, tensor in state.items()}
 
     def _check_complete(self, by_name: dict[str, dict[str, Tensor]], stateless: set[str], origin: str) -> None:
         names = [trained.name for trained in self._trained.values()]
@@ -195,21 +197,21 @@ class NamedOptimizer:
             raise CorruptError(f"{origin}: no optimizer state for {', '.join(missing[:5])}{more}")
 
     def _groups(self) -> list[dict[str, object]]:
-        return [group for part in self.parts for group in part.param_groups]
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 
-def _taken(state: Tensor, trained: Trained) -> Tensor:
-    """What this process keeps of a state tensor."""
+def _local_state(state: Tensor, trained: Trained) -> Tensor:
+    """This rank's shard of a state tensor."""
     per_number = state.ndim > 0 and state.shape == trained.parameter.shape
-    return (distributed.shard_like(state, trained.parameter) if per_number else state).to(trained.part.device)
+    return (distributed.shard_like(state, trained.parameter) if per_number else state).to(trained.local.device)
 
 
-def _check_fits(where: str, state: Mapping[str, Tensor], expected: Mapping[str, Held]) -> None:
+def _check_fits(where: str, state: Mapping[str, Tensor], expected: Mapping[str, StateTensor]) -> None:
     if state.keys() != expected.keys():
         raise CorruptError(f"{where}: optimizer state has {sorted(state)}, expected {sorted(expected)}")
     for key, tensor in state.items():
-        held = expected[key]
-        if tensor.shape != held.shape:
-            raise CorruptError(f"{where}/{key}: got {tuple(tensor.shape)}, expected {held.shape}")
-        if tensor.dtype != held.dtype:
-            raise CorruptError(f"{where}/{key}: got {tensor.dtype}, expected {held.dtype}")
+        spec = expected[key]
+        if tensor.shape != spec.shape:
+            raise CorruptError(f"{where}/{key}: got {tuple(tensor.shape)}, expected {spec.shape}")
+        if tensor.dtype != spec.dtype:
+            raise CorruptError(f"{where}/{key}: got {tensor.dtype}, expected {spec.dtype}")

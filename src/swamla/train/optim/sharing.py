@@ -1,4 +1,4 @@
-"""Whole matrices orthogonalised by several processes: each takes a share, and all get the parts that they hold."""
+"""Distributed orthogonalisation: each rank takes a share of the matrices; all ranks get their shards of the results."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,75 +10,75 @@ from torch import Tensor
 from swamla import distributed
 
 Orthogonalise = Callable[[list[Tensor]], list[Tensor]]
-ROUND = 1 << 26  # numbers exchanged at a time, times the processes: bounds the memory of a step
+ROUND = 1 << 26  # numbers per rank exchanged at a time: bounds the memory of a step
 
 
 @dataclass(frozen=True)
-class Holders:
-    """The processes that a parameter is spread over: `copies` groups, each of which holds it in `parts` parts.
+class ShardGroups:
+    """The process groups of a parameter: over its replicas, and over the shards of a replica.
 
-    DDP is copies of one part, FSDP one copy of many parts, HSDP both.
+    DDP has replicas only, FSDP shards only, HSDP both.
     """
 
-    copies: Any  # process groups, None for a single one
-    parts: Any
+    replicas: Any  # process groups, None for a single process
+    shards: Any
 
     @classmethod
-    def of(cls, parameter: Tensor) -> "Holders":
-        """Those of this parameter; all are alike in a run but experts that have owners."""
+    def of(cls, parameter: Tensor) -> "ShardGroups":
+        """The groups of this parameter; in a run all have the same, except experts under expert parallelism."""
         if not distributed.sharded(parameter):
             return cls(torch.distributed.group.WORLD, None)
         mesh = parameter.device_mesh  # type: ignore[attr-defined]
         return cls(mesh.get_group(0) if mesh.ndim == 2 else None, mesh.get_group(mesh.ndim - 1))
 
 
-def orthogonalise_together(
+def orthogonalise_distributed(
     updates: Sequence[Tensor], wholes: Sequence[Tensor], orthogonalise: Orthogonalise, dtype: torch.dtype
 ) -> Iterator[tuple[int, Tensor]]:
-    """(index, this process's part of the orthogonalised matrix) for each of `updates`, in some order.
+    """(index, this rank's shard of the orthogonalised matrix) for each of `updates`, in any order.
 
-    updates: this process's parts.  wholes: the parameters they belong to; stacks of experts are cut between experts,
-    so that every part is whole matrices.  dtype: of what `orthogonalise` gives.
+    updates: this rank's shards.  wholes: their full parameters; stacks of experts are sharded between experts, so that
+    a shard consists of whole matrices.  dtype: of the results of `orthogonalise`.
     """
     size = distributed.world_size() * ROUND
-    alike: dict[Any, list[int]] = {}
+    by_mesh: dict[Any, list[int]] = {}
     for index, whole in enumerate(wholes):
         mesh = whole.device_mesh if distributed.sharded(whole) else None  # type: ignore[attr-defined]
-        alike.setdefault(mesh, []).append(index)
-    for indices in alike.values():
-        holders, taken, numbers = Holders.of(wholes[indices[0]]), list[int](), 0
+        by_mesh.setdefault(mesh, []).append(index)
+    for indices in by_mesh.values():
+        groups, taken, numbers = ShardGroups.of(wholes[indices[0]]), list[int](), 0
         for index in indices:
             if taken and numbers + wholes[index].numel() > size:
-                yield from _round(holders, taken, updates, wholes, orthogonalise, dtype)
+                yield from _round(groups, taken, updates, wholes, orthogonalise, dtype)
                 taken, numbers = [], 0
             taken.append(index)
             numbers += wholes[index].numel()
-        yield from _round(holders, taken, updates, wholes, orthogonalise, dtype)
+        yield from _round(groups, taken, updates, wholes, orthogonalise, dtype)
 
 
 def _round(
-    holders: Holders,
+    groups: ShardGroups,
     taken: list[int],
     updates: Sequence[Tensor],
     wholes: Sequence[Tensor],
     orthogonalise: Orthogonalise,
     dtype: torch.dtype,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Share `taken` out over the copies, each over its parts; then tell the other copies."""
-    place, count = _place(holders.copies)
-    shares = share_out([(index, _cost(wholes[index])) for index in taken], count)
-    found = dict(_in_parts(holders.parts, shares[place], updates, wholes, orthogonalise, dtype))
+    """Distribute `taken` over the replicas, and within each over its shards; then broadcast to the other replicas."""
+    place, count = _rank_and_size(groups.replicas)
+    shares = balanced_shares([(index, _cost(wholes[index])) for index in taken], count)
+    found = dict(_in_shards(groups.shards, shares[place], updates, wholes, orthogonalise, dtype))
     for source, share in enumerate(shares):
         if count > 1 and share:
             empty = updates[share[0]].new_empty(sum(updates[index].numel() for index in share), dtype=dtype)
             flat = torch.cat([found[index].reshape(-1) for index in share]) if source == place else empty
-            torch.distributed.broadcast(flat, group=holders.copies, group_src=source)
-            parts = flat.split([updates[index].numel() for index in share])
-            found |= {index: part.view(updates[index].shape) for index, part in zip(share, parts, strict=True)}
+            torch.distributed.broadcast(flat, group=groups.replicas, group_src=source)
+            shards = flat.split([updates[index].numel() for index in share])
+            found |= {index: shard.view(updates[index].shape) for index, shard in zip(share, shards, strict=True)}
     yield from found.items()
 
 
-def _in_parts(
+def _in_shards(
     group: Any,
     share: list[int],
     updates: Sequence[Tensor],
@@ -86,34 +86,34 @@ def _in_parts(
     orthogonalise: Orthogonalise,
     dtype: torch.dtype,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Parts of the orthogonalised matrices of `share`: cut ones are gathered by one process each, and given back."""
-    place, count = _place(group)
-    cut = [index for index in share if count > 1 and wholes[index].ndim == 2]
-    here = [index for index in share if index not in set(cut)]
-    owned = share_out([(index, _cost(wholes[index])) for index in cut], count)
+    """This rank's shards of the orthogonalised matrices of `share`; one rank gathers each and returns its shards."""
+    place, count = _rank_and_size(group)
+    sharded = [index for index in share if count > 1 and wholes[index].ndim == 2]
+    here = [index for index in share if index not in set(sharded)]
+    owned = balanced_shares([(index, _cost(wholes[index])) for index in sharded], count)
     mine = owned[place]
-    rows = {index: _rows(wholes[index].shape[0], count) for index in cut}
+    rows = {index: _rows(wholes[index].shape[0], count) for index in sharded}
 
     sent = [[updates[index] for index in whose] for whose in owned]
     shapes: list[list[tuple[int, ...]]] = [
         [(rows[index][r], wholes[index].shape[1]) for index in mine] for r in range(count)
     ]
-    arrived = _all_to_all(sent, shapes, group) if cut else [[] for _ in range(count)]
+    arrived = _all_to_all(sent, shapes, group) if sharded else [[] for _ in range(count)]
     gathered = [torch.cat([arrived[r][i] for r in range(count)]) for i in range(len(mine))]
 
     done = orthogonalise([*(updates[index] for index in here), *gathered])
     yield from zip(here, done[: len(here)], strict=True)
-    if cut:
+    if sharded:
         slices = [whole.split(rows[index]) for index, whole in zip(mine, done[len(here) :], strict=True)]
         back = [[part[r].to(dtype) for part in slices] for r in range(count)]
         shapes = [[tuple(updates[index].shape) for index in whose] for whose in owned]
-        returned = _all_to_all(back, shapes, group, like=updates[cut[0]].new_empty(0, dtype=dtype))
-        for whose, parts in zip(owned, returned, strict=True):
-            yield from zip(whose, parts, strict=True)
+        returned = _all_to_all(back, shapes, group, like=updates[sharded[0]].new_empty(0, dtype=dtype))
+        for whose, shards in zip(owned, returned, strict=True):
+            yield from zip(whose, shards, strict=True)
 
 
-def share_out(costs: Sequence[tuple[int, float]], count: int) -> list[list[int]]:
-    """Items over `count` processes: the costliest first, each to whoever has least to do; the same on all of them."""
+def balanced_shares(costs: Sequence[tuple[int, float]], count: int) -> list[list[int]]:
+    """Assign items to `count` ranks greedily, the costliest first to the least loaded; deterministic on all ranks."""
     shares: list[list[int]] = [[] for _ in range(count)]
     load = [0.0] * count
     for item, cost in sorted(costs, key=lambda pair: (-pair[1], pair[0])):
@@ -124,17 +124,17 @@ def share_out(costs: Sequence[tuple[int, float]], count: int) -> list[list[int]]
 
 
 def _cost(matrices: Tensor) -> float:
-    """In proportion to the operations of Newton–Schulz."""
+    """Proportional to the operations of Newton–Schulz."""
     return matrices.numel() * min(matrices.shape[-2:])
 
 
 def _rows(total: int, count: int) -> list[int]:
-    """How many rows of a matrix each part has: as many as fit, the last ones fewer or none."""
+    """Rows of a matrix per shard: equal numbers, the last shards fewer or none."""
     most = -(-total // count)
     return [max(0, min(most, total - place * most)) for place in range(count)]
 
 
-def _place(group: Any) -> tuple[int, int]:
+def _rank_and_size(group: Any) -> tuple[int, int]:
     if group is None:
         return 0, 1
     return torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
@@ -143,7 +143,7 @@ def _place(group: Any) -> tuple[int, int]:
 def _all_to_all(
     tensors: list[list[Tensor]], shapes: Sequence[Sequence[tuple[int, ...]]], group: Any, like: Tensor | None = None
 ) -> list[list[Tensor]]:
-    """Send the r-th list to process r; what arrives from process r are tensors of the r-th list of shapes."""
+    """Send the r-th list to rank r; returns tensors of the r-th list of shapes from rank r."""
     flat = [t.reshape(-1) for each in tensors for t in each]
     joined = torch.cat(flat) if flat else like
     assert joined is not None

@@ -1,1 +1,1 @@
-"""Training on several processes."""
+"""Data-parallel strategies and expert parallelism."""

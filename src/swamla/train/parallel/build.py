@@ -1,4 +1,4 @@
-"""The model of a run with its initial weights, on every rank as its data-parallel strategy has it."""
+"""Build a run's model with its initial weights under a data-parallel strategy."""
 
 import os
 import warnings
@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from swamla import distributed
 from swamla.errors import MissingBackendError, require
-from swamla.model.config import LanguageModelConfig
-from swamla.model.language_model import LanguageModel
+from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.ops.layout import Layout
 from swamla.train.parallel.strategy import DDPStrategy, ExpertParallel, Found, FSDPStrategy, Strategy
 
@@ -28,11 +27,11 @@ def build_model(
     prepare: Callable[[LanguageModel], None],
     expert_parallel: int = 1,
 ) -> Strategy:
-    """The model with the initial weights of `seed`, spread over all ranks as asked; one process holds it plainly.
+    """The model with the initial weights of `seed`, distributed over all ranks; on one process a plain model.
 
-    prepare: called with the model before it is spread; it may replace modules, but no parameter. Shards are filled
-    block by block, so that no rank ever holds more than one block's parameters whole. Raises `ConfigError` for shards
-    that do not divide the ranks, and for experts that so many ranks cannot share.
+    prepare: called with the model before it is distributed; it may replace modules, but no parameters. Shards are
+    filled block by block, so that no rank ever has more than one block's full parameters. Raises `ConfigError` if
+    `shards` does not divide the ranks, or `expert_parallel` the ranks or the experts.
     """
     ranks = distributed.world_size()
     _require_device(device)
@@ -46,16 +45,18 @@ def build_model(
         model = config.skeleton()
         prepare(model)
         experts = _fill(model, seed, device, expert_parallel)
-        torch._dynamo.config.optimize_ddp = False  # graphs are single blocks: there is nothing to split for buckets
-        # Without find_unused_parameters DDP arranges its buckets anew after a process's first step, and more than two
-        # ranks then sum in another order: a run that was resumed would differ, in the last bit, from one that went on.
+        torch._dynamo.config.optimize_ddp = (
+            False  # graphs are single blocks, so splitting them for buckets gains nothing
+        )
+        # Without find_unused_parameters DDP rebuilds its buckets after a process's first step, and more than two ranks
+        # then sum in another order: a resumed run would differ in the last bit from an uninterrupted one.
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renamed the option, 2.11 knows this name alone
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renamed the option, 2.11 has only this name
             wrapped = nn.parallel.DistributedDataParallel(
                 _ignoring(experts, _Loss(model)),
                 broadcast_buffers=False,
                 find_unused_parameters=True,
-                gradient_as_bucket_view=True,  # gradients are held once, not in the buckets and beside them
+                gradient_as_bucket_view=True,  # gradients are views of the buckets, not a second copy
             )
         return DDPStrategy(model, wrapped, experts=experts)
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -74,12 +75,12 @@ def build_model(
 
 
 class _Loss(nn.Module):
-    """The model's loss as a forward pass, which is what DDP wraps."""
+    """The model's loss as a forward pass, for DDP to wrap."""
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
         self.model = model
-        # Never used, so that DDP does not say at every start that there is nothing unused.
+        # Never used, so that DDP does not warn that find_unused_parameters found none.
         self.unused = nn.Parameter(torch.zeros((), device=model.device))
 
     def forward(self, tokens_BT: Tensor, labels_BT: Tensor, seq: Layout) -> Found:
@@ -93,17 +94,17 @@ def _fill(
     expert_parallel: int,
     shard: Callable[[nn.Module, list[nn.Parameter]], object] = lambda module, owned: None,
 ) -> ExpertParallel | None:
-    """Give a skeleton its initial weights, block by block; each is cut as soon as it has them.
+    """Initialise a skeleton block by block, and shard each block as soon as it is initialised.
 
-    shard: called with every block and then with the model, and with the parameters in it that were cut already, those
-    of owned experts, which are returned.
+    shard: called with every block and then with the model, and with the expert parameters in it that are sharded
+    already; these are returned.
     """
     mesh = _expert_mesh(expert_parallel, device) if expert_parallel > 1 else None
     owned: list[nn.Parameter] = []
     for index, block in enumerate(model.blocks):
         block.to_empty(device=device)
-        model.reset_weights(seed, within=f"blocks.{index}.")
-        here = [] if mesh is None else block.ffn.own_experts(mesh)
+        model.reset_parameters(seed, within=f"blocks.{index}.")
+        here = [] if mesh is None else block.ffn.shard_experts(mesh)
         shard(block, here)
         owned += here
     rest = {name for name, _ in model.named_children()} - {"blocks"}
@@ -111,7 +112,7 @@ def _fill(
         model.get_submodule(name).to_empty(device=device)
     model.tie()
     for name in sorted(rest):
-        model.reset_weights(seed, within=f"{name}.")
+        model.reset_parameters(seed, within=f"{name}.")
     shard(model, owned)
     if mesh is None:
         return None
@@ -120,7 +121,7 @@ def _fill(
 
 
 def _ignoring(experts: ExpertParallel | None, module: nn.Module) -> nn.Module:
-    """The module, marked so that DDP leaves owned experts alone."""
+    """The module, marked so that DDP ignores experts sharded over ranks."""
     if experts is not None:
         owned = {id(p) for p in experts.parameters}
         names = [name for name, p in module.named_parameters() if id(p) in owned]
@@ -129,11 +130,11 @@ def _ignoring(experts: ExpertParallel | None, module: nn.Module) -> nn.Module:
 
 
 def _expert_mesh(owners: int, device: torch.device) -> Any:
-    """Neighbours own experts together, as exchange is fastest within a machine."""
+    """Neighbouring ranks share the experts, as communication is fastest within a machine."""
     from torch.distributed.device_mesh import init_device_mesh
 
     shape = (distributed.world_size() // owners, owners)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("expert_copies", "owners"))
+    return init_device_mesh(device.type, shape, mesh_dim_names=("expert_replicas", "expert_ranks"))
 
 
 def _mesh(parallel: Asked, shards: int | None, device: torch.device) -> Any:
@@ -141,14 +142,14 @@ def _mesh(parallel: Asked, shards: int | None, device: torch.device) -> Any:
 
     ranks = distributed.world_size()
     if parallel == "fsdp":
-        return init_device_mesh(device.type, (ranks,), mesh_dim_names=("parts",))
-    per_copy = shards or _on_this_node(ranks)
-    require(ranks % per_copy == 0, "train.shards", shards, f"must divide the {ranks} processes")
-    return init_device_mesh(device.type, (ranks // per_copy, per_copy), mesh_dim_names=("copies", "parts"))
+        return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shards",))
+    per_replica = shards or _on_this_node(ranks)
+    require(ranks % per_replica == 0, "train.shards", shards, f"must divide the {ranks} processes")
+    return init_device_mesh(device.type, (ranks // per_replica, per_replica), mesh_dim_names=("replicas", "shards"))
 
 
 def _on_this_node(ranks: int) -> int:
-    """How many processes torchrun started on one machine: within it exchange is fastest."""
+    """How many processes torchrun started on one machine, within which communication is fastest."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
 
 

@@ -1,9 +1,8 @@
-"""Data-parallel strategies: one process, copies of the model (DDP), or shards of it (FSDP2, HSDP).
+"""Data-parallel strategies: one process, replicas of the model (DDP), or shards of it (FSDP2, HSDP).
 
-Whichever it is, rank r learns from the r-th contiguous part of a step's rows, and every number that decides anything is
-one number: the count of labels, the gradient's norm, the routers' load. In all of them the weights are fp32 and matrix
-products run in autocast's format; what is gathered and reduced is fp32 too, so that a layout changes no more than the
-order of sums.
+In each, rank r trains on the r-th contiguous slice of a step's rows, and all ranks agree on the numbers that decisions
+depend on: the count of labels, the gradient norm, the routers' load. Weights are fp32 and matrix products run in
+autocast's dtype; gathers and reductions are fp32 too, so that a strategy changes only the order of sums.
 """
 
 import hashlib
@@ -25,21 +24,22 @@ Found = tuple[Tensor, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class ExpertParallel:
-    """Expert parallelism: of every layer's experts each rank owns some, and tokens travel to those that own theirs.
+    """Expert parallelism: each rank owns some experts of every layer; tokens are sent to the owners of their experts.
 
-    parameters: of the experts, DTensors.  mesh: its second dimension is over the owners of all experts together, its
-    first over copies of that.
+    parameters: of the experts, as DTensors.  mesh: (replicas, expert-parallel ranks).
     """
 
     parameters: list[nn.Parameter]
     mesh: Any
 
     def describe(self) -> str:
-        """For people."""
+        """As text for the console."""
         return f"; the experts of a layer over {self.mesh.size(1)} of them (expert parallelism)"
 
     def average_gradients(self) -> None:
-        """Of what each copy found for its own ranks' rows make the mean over all ranks, as of all other gradients."""
+        """Average gradients over all ranks, as DDP and FSDP do for the other parameters.
+
+        Each replica has the sum over its own ranks' rows."""
         for p in self.parameters:
             if p.grad is not None:
                 gradient = distributed.local(p.grad)
@@ -50,56 +50,56 @@ class ExpertParallel:
 
 @dataclass(frozen=True)
 class Strategy:
-    """A model as one process alone holds it.
+    """The strategy for a single process, and the base of the others.
 
-    model: with the names and shapes of all its parameters, whichever parts are here.
-    experts: where ranks share them out, whatever becomes of the rest.
+    model: with all parameters' names and full shapes, even if only shards are on this rank.
+    experts: expert parallelism, if there is any; independent of the strategy for other parameters.
     """
 
     model: LanguageModel
     experts: ExpertParallel | None = field(default=None, kw_only=True)
 
     def describe(self) -> str | None:
-        """For people, where there is something to tell."""
+        """As text for the console; None for a single process."""
         return None
 
     def loss(self, tokens_BT: Tensor, labels_BT: Tensor, seq: Layout) -> Found:
-        """`LanguageModel.loss` of this rank's rows, whose backward pass leaves the mean of all ranks' gradients."""
+        """`LanguageModel.loss` of this rank's rows; its backward pass averages gradients over all ranks."""
         return self.model.loss(tokens_BT, labels_BT, seq)
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """The context of a micro-batch's passes: ranks exchange gradients in a step's last one only."""
+        """Context of a micro-batch's passes: gradients are reduced in the last one of a step only."""
         with self.gradient_sync(last):
             yield
         if last and self.experts is not None:
             self.experts.average_gradients()
 
     def gradient_sync(self, last: bool) -> AbstractContextManager[object]:
-        """While entered, gradients of all but owned experts are exchanged by the backward pass, if it is the last."""
+        """Context in which the backward pass reduces gradients, except those of experts, if it is the `last`."""
         return nullcontext()
 
     def gradients(self) -> list[Tensor]:
-        """This rank's part of every gradient, to be changed in place."""
+        """This rank's shard of every gradient, to be changed in place."""
         return [distributed.local(p.grad) for p in self.model.parameters() if p.grad is not None]
 
     def gradient_norm(self) -> float:
-        """The norm of the whole gradient: squares are summed in double precision, so that layouts agree on it."""
-        held = defaultdict[Any, list[Tensor]](list)
+        """The norm of the full gradient, summed in double precision so that strategies agree on it."""
+        by_mesh = defaultdict[Any, list[Tensor]](list)
         for p in self.model.parameters():
             if p.grad is not None:
                 mesh = p.device_mesh if distributed.sharded(p) else None  # type: ignore[attr-defined]
-                held[mesh].append(distributed.local(p.grad))
-        squares = [_sum_of_squares(gradients, mesh) for mesh, gradients in held.items()]
+                by_mesh[mesh].append(distributed.local(p.grad))
+        squares = [_sum_of_squares(gradients, mesh) for mesh, gradients in by_mesh.items()]
         return torch.stack(squares).sum().sqrt().float().item()
 
     def reshard(self) -> None:
-        """After forward passes without a backward pass: free what was gathered, so that changed weights are seen."""
+        """Free gathered parameters after forward passes without a backward pass; an update would make them stale."""
 
 
 @dataclass(frozen=True)
 class DDPStrategy(Strategy):
-    """The whole model on every rank; gradients are averaged while the backward pass runs (DDP)."""
+    """The whole model on every rank; gradients are averaged during the backward pass (DDP)."""
 
     wrapped: nn.parallel.DistributedDataParallel
 
@@ -116,20 +116,22 @@ class DDPStrategy(Strategy):
 
 @dataclass(frozen=True)
 class FSDPStrategy(Strategy):
-    """Every rank holds a part of each parameter, and gathers a block when it is its turn (FSDP2).
+    """Every rank has a shard of each parameter and gathers one block at a time (FSDP2).
 
-    mesh: its last dimension is over the parts; in HSDP the first is over copies of the whole arrangement.
-    Accumulating keeps the whole gradient on every rank until the step's last micro-batch.
+    mesh: (shards,), or with HSDP (replicas, shards).
+    Accumulation keeps the full gradient on every rank until the step's last micro-batch.
     """
 
     mesh: Any
 
     def describe(self) -> str:
-        copies, parts = self.mesh.shape if self.mesh.ndim == 2 else (1, self.mesh.size())
+        replicas, shards = self.mesh.shape if self.mesh.ndim == 2 else (1, self.mesh.size())
         experts = self.experts.describe() if self.experts else ""
-        if copies == 1:
-            return f"{parts} processes, each with a part of the model (fsdp){experts}"
-        return f"{copies * parts} processes: {copies} copies of the model, each in {parts} parts (hsdp){experts}"
+        if replicas == 1:
+            return f"{shards} processes, each with a shard of the model (fsdp){experts}"
+        return (
+            f"{replicas * shards} processes: {replicas} replicas of the model, each in {shards} shards (hsdp){experts}"
+        )
 
     def gradient_sync(self, last: bool) -> AbstractContextManager[object]:
         self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
@@ -140,7 +142,7 @@ class FSDPStrategy(Strategy):
 
 
 def _sum_of_squares(gradients: list[Tensor], mesh: Any) -> Tensor:
-    """Of the whole of gradients whose parts, where there is a mesh, are along its last dimension."""
+    """Sum of squares of the full gradients, which are sharded over the last dimension of `mesh` if there is one."""
     squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).square().sum()
     if mesh is not None:
         torch.distributed.all_reduce(squares, group=mesh.get_group(mesh.ndim - 1))
@@ -148,15 +150,15 @@ def _sum_of_squares(gradients: list[Tensor], mesh: Any) -> Tensor:
 
 
 def clip(gradients: Sequence[Tensor], norm: float, largest: float) -> None:
-    """Scale gradients whose norm is `norm` down to `largest`, if they exceed it."""
+    """Scale gradients of norm `norm` down to the norm `largest` if they exceed it."""
     if norm > largest:
         torch._foreach_mul_(list(gradients), largest / (norm + 1e-6))
 
 
 def seed_ranks(seed: int, step: int) -> None:
-    """Before a step of several ranks: each draws its own dropout, a function of seed, step and rank.
+    """On several ranks, seed a step's dropout by seed, step and rank, so that it needs no saved state.
 
-    So nothing of it needs to be saved. One process alone goes on with its generator, which its checkpoints hold.
+    A single process continues with its generator, whose state is in the checkpoints.
     """
     if distributed.world_size() > 1:
         key = hashlib.sha256(f"{seed}/step {step}/rank {distributed.rank()}".encode()).digest()[:8]

@@ -18,7 +18,7 @@ def writer_group() -> WriterGroup:
 
 
 class _RankWriters(WriterGroup):
-    """All ranks, which write a checkpoint together; over a group of its own, as a thread may do it meanwhile."""
+    """All ranks write a checkpoint together, over a process group of their own, since a thread may do it."""
 
     def __init__(self) -> None:
         self.rank = distributed.rank()

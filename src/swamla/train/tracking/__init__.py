@@ -1,1 +1,1 @@
-"""What a run tells: programs, people, and trackers."""
+"""What a run reports: metrics, console and trackers."""

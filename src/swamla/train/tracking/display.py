@@ -1,4 +1,4 @@
-"""How people see a run: a progress bar or plain lines."""
+"""Console output of a run: a progress bar or plain lines."""
 
 import errno
 from collections.abc import Callable, Mapping
@@ -12,13 +12,13 @@ from swamla import distributed
 
 
 class Display(Protocol):
-    """How people see a run."""
+    """Console output of a run."""
 
     def update(self, progress: float, seconds: float, values: Mapping[str, float]) -> None:
         """Show a training step: `values` has step, loss, bits_per_byte, lr and tokens_per_second."""
 
     def say(self, text: str) -> None:
-        """Show one line that stays."""
+        """Print a line."""
 
     def __enter__(self) -> Self: ...
 
@@ -28,7 +28,7 @@ class Display(Protocol):
 
 
 def time_left(progress: float, seconds: float) -> str:
-    """What the time spent and the way done let expect, as "3:05 left"."""
+    """The estimated remaining time, as "3:05 left"."""
     left = round(seconds * (1 - progress) / progress) if 0 < progress < 1 else 0
     hours, minutes = divmod(left // 60, 60)
     return f"{hours}:{minutes:02}:{left % 60:02} left" if hours else f"{minutes}:{left % 60:02} left"
@@ -43,11 +43,11 @@ class PlainLines:
 
     def __init__(self, console: Console, interval: int) -> None:
         self._console, self._interval = console, interval
-        self._unsaid = ""  # the newest step's line, until it is printed
+        self._pending = ""  # the newest step's line, until it is printed
 
     def update(self, progress: float, seconds: float, values: Mapping[str, float]) -> None:
-        """Print the step's line, if it is its turn."""
-        self._unsaid = (
+        """Print the step's line if it is due."""
+        self._pending = (
             f"Step {values['step']:.0f} | Loss: {values['loss']:.4f} | LR: {values['lr']:.2e} | "
             f"Tokens/sec: {values['tokens_per_second']:,.0f} | Bits/byte: {values['bits_per_byte']:.4f} | "
             f"{_epoch(values)}{time_left(progress, seconds)}"
@@ -56,9 +56,9 @@ class PlainLines:
             self._say_step()
 
     def _say_step(self) -> None:
-        if self._unsaid:
-            self.say(self._unsaid)
-            self._unsaid = ""
+        if self._pending:
+            self.say(self._pending)
+            self._pending = ""
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -70,11 +70,11 @@ class PlainLines:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._say_step()  # of a run that ended by time, or was stopped
+        self._say_step()  # the last step of a run that ended by time or was stopped
 
 
 class ProgressBar:
-    """One live line on a terminal: how far, step, loss, bits per byte, speed and the time left."""
+    """One live line on a terminal: progress, step, loss, bits per byte, speed and time left."""
 
     _TEXT = (
         "step {task.fields[step]}  loss {task.fields[loss]}  {task.fields[bits]} bits/byte  {task.fields[speed]} tok/s"
@@ -117,7 +117,7 @@ class ProgressBar:
 
 
 class Silence:
-    """What the ranks show that are not the main one."""
+    """The display of ranks other than the main one: nothing."""
 
     def update(self, progress: float, seconds: float, values: Mapping[str, float]) -> None:
         """Nothing."""
@@ -135,28 +135,28 @@ class Silence:
 
 
 class WhileRead:
-    """A display that survives whoever read it: `unread` is called when nobody does any more."""
+    """A display that goes silent once its output is closed, and then calls `unread`."""
 
     def __init__(self, display: Display, unread: Callable[[], None]) -> None:
-        self._display, self._unread, self._over = display, unread, False
+        self._display, self._unread, self._closed = display, unread, False
 
     def update(self, progress: float, seconds: float, values: Mapping[str, float]) -> None:
-        """Show a step, if anybody looks."""
+        """Show a step while the output is open."""
         self._show(lambda: self._display.update(progress, seconds, values))
 
     def say(self, text: str) -> None:
-        """Show a line, if anybody looks."""
+        """Show a line while the output is open."""
         self._show(lambda: self._display.say(text))
 
     def _show(self, work: Callable[[], object]) -> None:
-        if self._over:
+        if self._closed:
             return
         try:
             work()
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):  # a closed pipe, a terminal that is gone
+            if error.errno not in (errno.EPIPE, errno.EIO):  # a closed pipe, a terminal that has gone
                 raise
-            self._over = True
+            self._closed = True
             self._unread()
 
     def __enter__(self) -> Self:
@@ -170,7 +170,7 @@ class WhileRead:
 
 
 def make_display(console: Console, interval: int) -> Display:
-    """A progress bar on a terminal, plain lines every `interval` steps anywhere else; on the main rank alone."""
+    """A progress bar on a terminal, else plain lines every `interval` steps; nothing on other ranks."""
     if not distributed.is_main():
         return Silence()
     return ProgressBar(console) if console.is_terminal else PlainLines(console, interval)

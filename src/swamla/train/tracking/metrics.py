@@ -1,4 +1,4 @@
-"""What a run tells programs: metrics.jsonl."""
+"""A run's metrics.jsonl."""
 
 import json
 import math
@@ -15,7 +15,7 @@ class Metrics:
     """An append-only file of JSON records, one a line, each with the step it belongs to."""
 
     def __init__(self, file: Path, *, resume_after: int | None = None) -> None:
-        """Open `file`; of an existing one only the records up to step `resume_after` are kept."""
+        """Open `file`; of an existing file only records up to step `resume_after` are kept."""
         if file.exists():
             kept = [r for r in read_metrics(file) if resume_after is not None and r["step"] <= resume_after]
             write_text_atomically(file, "".join(json.dumps(r) + "\n" for r in kept))
@@ -36,9 +36,9 @@ class Metrics:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line that was cut off by a crash is left out.
+    """The records of a metrics file, without a last line truncated by a crash.
 
-    Raises `CorruptError` naming any other line that is no record.
+    Raises `CorruptError` naming any other line that is not a record.
     """
     lines = file.read_bytes().split(b"\n")
     return [_record(line, f"{file}:{number}") for number, line in enumerate(lines[:-1], 1) if line]

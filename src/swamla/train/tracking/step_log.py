@@ -1,4 +1,4 @@
-"""What is told of a training step: in metrics.jsonl, on the screen, and of routers that go wrong."""
+"""Reports of a training step: metrics.jsonl, the console, and warnings about routers."""
 
 from swamla import distributed
 from swamla.model.accounting import TrainingFlops
@@ -13,7 +13,7 @@ from swamla.train.utilisation import peak_memory, peak_of
 
 
 class StepLog:
-    """Speeds leave out evaluations and saves; the one on the screen is that of the last ten steps or so."""
+    """Writes and shows training steps. Speeds exclude evaluations and saves; the console averages about ten steps."""
 
     def __init__(
         self,
@@ -26,13 +26,13 @@ class StepLog:
     ) -> None:
         self.config, self.state, self.metrics, self.display = config, state, metrics, display
         self.bits_per_nat, self.epochs = bits_per_nat, epochs
-        self.peak = distributed.on_main(lambda: peak_of(state.device, state.precision))  # measured, so by one alone
+        self.peak = distributed.on_main(lambda: peak_of(state.device, state.precision))  # measured, so on one rank
         self.flops = TrainingFlops(config.model)
         self.router_health = RouterHealth()
         self.recent_tokens = self.recent_seconds = 0.0
 
     def write(self, result: StepResult, *, lr: float, flops: float, seconds: float) -> None:
-        """Tell of the step that was just taken in `seconds`, and in which all ranks together needed `flops`."""
+        """Report the last step, which took `seconds` and `flops` on all ranks together."""
         state, seconds = self.state, max(seconds, 1e-9)
         values = {
             "loss": result.loss,

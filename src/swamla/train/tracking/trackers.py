@@ -1,6 +1,6 @@
-"""Where a run's records go: metrics.jsonl always, TensorBoard and Weights & Biases where the config asks for them.
+"""A run's records: metrics.jsonl always, TensorBoard and Weights & Biases if configured.
 
-Only metrics.jsonl may stop a run. A tracker that fails is told once and then left out; training does not wait for it
+Only metrics.jsonl may stop a run. A tracker that fails is reported once and then dropped; training does not wait for it
 and is the same to the bit.
 """
 
@@ -23,14 +23,14 @@ from swamla.train.config import TrainConfig
 from swamla.train.tracking import wandb_follower
 from swamla.train.tracking.metrics import Metrics
 
-END_SECONDS = 30.0  # for what a tracker has left when a run is done
-STOP_SECONDS = 5.0  # and when it was stopped, or failed: something waits for the process to end
+END_SECONDS = 30.0  # for a tracker to finish when a run is done
+STOP_SECONDS = 5.0  # when the run was stopped or failed, and the process should end soon
 
 Say = Callable[[str], None]
 
 
 def require_trackers(config: TrainConfig) -> None:
-    """Raise `MissingBackendError`, with the install command, for a tracker that is asked for and not installed."""
+    """Raise `MissingBackendError`, with the install command, for a configured tracker that is not installed."""
     wanted = {
         "tensorboard": ("tensorboard", config.tensorboard),
         "wandb_project": ("wandb", bool(config.wandb_project)),
@@ -41,10 +41,10 @@ def require_trackers(config: TrainConfig) -> None:
 
 
 class Records:
-    """The records of a run while it is entered; leaving waits a bounded time for trackers."""
+    """Writes a run's records, as a context manager; leaving it waits a bounded time for trackers."""
 
     def __init__(self, config: TrainConfig, run_dir: Path, *, resume_after: int | None, say: Say) -> None:
-        """resume_after: the step of the checkpoint that a resumed run goes on from; None for a new run."""
+        """resume_after: the step of the checkpoint that a run resumes from; None for a new run."""
         self._say = say
         self._metrics = Metrics(run_dir / "metrics.jsonl", resume_after=resume_after)
         self._tensorboard = self._wandb = None
@@ -63,18 +63,18 @@ class Records:
             self._tensorboard = None
 
     def sync(self) -> None:
-        """Make all records survive what may come: they are as many as the checkpoint that is written next counts."""
+        """Flush all records to the disk, before the checkpoint of the same step is written."""
         self._metrics.sync()
         tensorboard = self._tensorboard
         if tensorboard is not None and self._try(tensorboard.flush) is None:
             self._tensorboard = None
 
     def _try(self, action: Callable[[], Any]) -> Any:
-        """What TensorBoard's `action` returns; None after a failure, which is told."""
+        """The result of a TensorBoard `action`; None after a failure, which is reported."""
         try:
             return action()
         except Exception as error:
-            self._say(f"warning: TensorBoard failed ({type(error).__name__}: {error}); training goes on without it")
+            self._say(f"warning: TensorBoard failed ({type(error).__name__}: {error}); training continues without it")
             return None
 
     def __enter__(self) -> Self:
@@ -92,7 +92,7 @@ class Records:
 
 
 class _Unrecorded(Records):
-    """What the other ranks of a run have: the main one keeps its records."""
+    """The records of ranks other than the main one: nothing."""
 
     def __init__(self) -> None:
         pass
@@ -110,17 +110,17 @@ class _Unrecorded(Records):
 
 
 def make_records(config: TrainConfig, run_dir: Path, *, resume_after: int | None, say: Say) -> Records:
-    """`Records` on the main rank, which alone keeps any."""
+    """`Records` on the main rank, nothing on the others."""
     if distributed.is_main():
         return Records(config, run_dir, resume_after=resume_after, say=say)
     return _Unrecorded()
 
 
 class TensorBoard:
-    """Event files in a folder: one scalar for each number of a record."""
+    """TensorBoard event files: one scalar for each number of a record."""
 
     def __init__(self, folder: Path, *, resume_after: int | None) -> None:
-        """Of earlier events, TensorBoard hides those after step `resume_after`."""
+        """TensorBoard hides earlier events after step `resume_after`."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=None if resume_after is None else resume_after + 1)
@@ -133,7 +133,7 @@ class TensorBoard:
         return True
 
     def flush(self) -> bool:
-        """Put all events on the disk."""
+        """Flush all events."""
         self._writer.flush()
         return True
 
@@ -144,7 +144,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A process that follows the run's metrics.jsonl and sends it; see `wandb_follower`."""
+    """A separate process that follows the run's metrics.jsonl and sends it; see `wandb_follower`."""
 
     def __init__(self, project: str, name: str, run_dir: Path, *, say: Say) -> None:
         self._say, self._run_dir, self._heard = say, run_dir, b""
@@ -154,7 +154,7 @@ class WeightsAndBiases:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is the trainer's to answer
+            start_new_session=True,  # the trainer handles Ctrl-C
             env={"WANDB_ERROR_REPORTING": "false", **os.environ},
         )
         assert self._process.stdin
@@ -163,8 +163,8 @@ class WeightsAndBiases:
         os.set_blocking(self._stdout.fileno(), False)
 
     def listen(self) -> None:
-        """Say what the process has to tell; it never waits."""
-        with contextlib.suppress(BlockingIOError):  # all is read
+        """Print the process's messages, without waiting for any."""
+        with contextlib.suppress(BlockingIOError):  # everything was read
             while text := os.read(self._stdout.fileno(), 4096):
                 self._heard += text
         *lines, self._heard = self._heard.split(b"\n")
@@ -172,9 +172,9 @@ class WeightsAndBiases:
             self._say(line.decode(errors="replace"))
 
     def close(self, status: int) -> None:
-        """Tell the run's exit status and give the process a bounded time for what is left."""
+        """Send the run's exit status and give the process a bounded time to finish."""
         seconds = END_SECONDS if status == 0 else STOP_SECONDS
-        with contextlib.suppress(BrokenPipeError):  # it failed, and told so
+        with contextlib.suppress(BrokenPipeError):  # it failed and said so
             self._stdin.write(f"{status}\n".encode())
             self._stdin.close()
         try:
@@ -189,9 +189,9 @@ class WeightsAndBiases:
 
 
 def run_id(run_dir: Path) -> str:
-    """The id of the run at Weights & Biases: drawn once, then kept in the run's folder."""
+    """The run's id at Weights & Biases: drawn once, then stored in the run's folder."""
     file = run_dir / "wandb" / "run_id"
     if not file.exists():
         file.parent.mkdir(exist_ok=True)
-        write_text_atomically(file, secrets.token_hex(6))  # not of the seeded generators: every run has its own
+        write_text_atomically(file, secrets.token_hex(6))  # not from seeded generators: every run has its own
     return file.read_text(encoding="utf-8")

@@ -1,12 +1,11 @@
-"""A process of its own that sends a run's metrics.jsonl to Weights & Biases; started as a script by `trackers`.
+"""A separate process that sends a run's metrics.jsonl to Weights & Biases; `trackers` starts it as a script.
 
-Training shares nothing with it but the file and a pipe, so whatever happens here (a server that hangs, an exit handler
-that waits, a crash) costs training nothing. It follows the file, so nothing is queued and nothing lost: what could not
-be sent at once is sent later, or lies in an offline run for `wandb sync`. It imports nothing of swamla, whose
-import would bring torch.
+It shares only the file and a pipe with training, so nothing that happens here (a hanging server, a slow exit handler, a
+crash) affects training. It follows the file, so nothing is queued or lost: records that could not be sent at once are
+sent later, or are in an offline run for `wandb sync`. It imports nothing from swamla, which would import torch.
 
-Arguments: the run's folder, project, name ("" for none), run id, the trainer's process id. On stdin the trainer writes
-its exit status when it ends; when it dies, the pipe just closes. On stdout: one line for each thing to tell the user.
+Arguments: the run's folder, project, name ("" for none), run id, the trainer's process id. The trainer writes its exit
+status to stdin when it ends; if it dies, the pipe closes. Each line on stdout is a message to the user.
 """
 
 import http.client
@@ -25,39 +24,39 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-REACHABLE_SECONDS = 2.0  # an ordinary answer takes a tenth of that
+REACHABLE_SECONDS = 2.0  # ten times an ordinary answer
 START_SECONDS = 10.0
 FINISH_SECONDS = 20.0
-RETRY_SECONDS = 60.0  # what a server did not do it may do after so long
+RETRY_SECONDS = 60.0  # retry at the end only if the run lasted longer
 POLL_SECONDS = 0.5
 NO_KEY = "no WANDB_API_KEY"
 ASKED_OFFLINE = "WANDB_MODE"
-DIED = 1  # the status of a trainer that could not tell its own
+DIED = 1  # the status of a trainer that died without sending one
 
 Tell = Callable[[str], None]
 
 
 class Follower:
-    """The records of a metrics file, as far as it is written."""
+    """Reads the records of a metrics file as it grows."""
 
     def __init__(self, file: Path) -> None:
         self._stream = file.open("rb")
         self._rest = b""
 
     def rewind(self) -> None:
-        """Begin again with the first record."""
+        """Start again with the first record."""
         self._stream.seek(0)
         self._rest = b""
 
     def new(self) -> Iterator[dict[str, Any]]:
-        """The records that came since the last call; a line that is not finished yet waits for the next."""
+        """The records since the last call; an unfinished line is left for the next call."""
         *lines, self._rest = (self._rest + self._stream.read()).split(b"\n")
         for line in lines:
             yield json.loads(line)
 
 
 class Sender:
-    """One run at Weights & Biases, or its offline stand-in, and how it came to be which."""
+    """Starts the run at Weights & Biases, online or offline."""
 
     def __init__(self, wandb: Any, run_dir: Path, project: str, name: str, run_id: str, trainer: int) -> None:
         self.wandb = wandb
@@ -66,7 +65,7 @@ class Sender:
         self.project, self.name, self.run_id, self.trainer = project, name, run_id, trainer
 
     def start_online(self) -> tuple[Any, str]:
-        """(the run, "") or (None, why it cannot be online)."""
+        """(the run, ""), or (None, why it cannot be online)."""
         obstacle = _obstacle()
         if obstacle:
             return None, obstacle
@@ -74,13 +73,13 @@ class Sender:
         try:
             return self._init("online", resume="allow"), ""
         except Exception as error:
-            self.wandb.teardown()  # which forgets the run id
+            self.wandb.teardown()  # resets the run id
             for path in set(self.folder.glob(f"run-*-{self.run_id}")) - before:
-                shutil.rmtree(path)  # it holds nothing, and must not be sent in place of the run
+                shutil.rmtree(path)  # it is empty, and must not be sent in place of the run
             return None, _one_line(error)
 
     def start_offline(self) -> Any:
-        """A run on the disk; it gets the whole history, so of several the newest holds all of them."""
+        """An offline run; it gets the whole history, so the newest of several is complete."""
         return self._init("offline")
 
     def _init(self, mode: Literal["online", "offline"], resume: Literal["allow"] | None = None) -> Any:
@@ -97,7 +96,7 @@ class Sender:
 
 
 def follow(sender: Sender, records: Follower, tell: Tell) -> None:
-    """Send records until the trainer ends, then what is left; where there was no way to send, try once more."""
+    """Send records until the trainer ends, then the rest; if the run was offline, try once more to send it."""
     began = time.monotonic()
     run, obstacle = sender.start_online()
     online = run is not None
@@ -113,11 +112,11 @@ def follow(sender: Sender, records: Follower, tell: Tell) -> None:
         _log(run, records, first)
     _finish(run, status, tell)
     if not online and obstacle not in (NO_KEY, ASKED_OFFLINE) and time.monotonic() - began > RETRY_SECONDS:
-        _once_more(sender, records, status, tell)
+        _retry(sender, records, status, tell)
 
 
-def _once_more(sender: Sender, records: Follower, status: int, tell: Tell) -> None:
-    """Send the whole run now, if that is possible; that it was not is told already."""
+def _retry(sender: Sender, records: Follower, status: int, tell: Tell) -> None:
+    """Send the whole run now if the server is reachable; the user knows already that it was not."""
     run, obstacle = sender.start_online()
     if obstacle:
         return
@@ -128,7 +127,7 @@ def _once_more(sender: Sender, records: Follower, status: int, tell: Tell) -> No
 
 
 def _settings(wandb: Any, trainer: int) -> Any:
-    """Quiet, bounded in every wait, and nothing collected but what the run says and the machine's load."""
+    """Quiet, every wait bounded, and nothing collected but the run's records and the machine's load."""
     return wandb.Settings(
         console="off",
         silent=True,
@@ -146,7 +145,7 @@ def _settings(wandb: Any, trainer: int) -> Any:
 
 
 def _obstacle() -> str:
-    """Why a run cannot be online, "" where it can. wandb itself would wait 100 s to find out."""
+    """Why a run cannot be online, or "". wandb itself would wait 100 s to find out."""
     if os.environ.get("WANDB_MODE", "online") in ("offline", "dryrun"):
         return ASKED_OFFLINE
     url = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
@@ -164,7 +163,7 @@ def _obstacle() -> str:
 
 
 def _known_to_netrc(host: str) -> bool:
-    """True after `wandb login`, which keeps its key there."""
+    """True after `wandb login`, which stores its key in netrc."""
     try:
         return netrc.netrc(os.environ.get("NETRC") or None).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
@@ -172,7 +171,7 @@ def _known_to_netrc(host: str) -> bool:
 
 
 def _log(run: Any, records: Follower, first: int) -> None:
-    """Log what is new; a run that is resumed knows the steps before `first`, which were the same."""
+    """Log new records; a resumed run has the steps before `first` already."""
     for record in records.new():
         step = record.pop("step")
         if step >= first:
@@ -187,7 +186,7 @@ def _finish(run: Any, status: int, tell: Tell) -> None:
 
 
 def _trainer_status() -> int | None:
-    """Wait a moment for the trainer's end: its exit status, or None while it goes on."""
+    """Wait briefly for the trainer's end: its exit status, or None while it runs."""
     if not select.select([sys.stdin], [], [], POLL_SECONDS)[0]:
         return None
     text = sys.stdin.readline()
@@ -199,16 +198,16 @@ def _one_line(error: BaseException) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Follow; whatever goes wrong is told in one line."""
+    """Follow the run; any failure is reported in one line."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # they mean the trainer, which then tells us
+        signal.signal(number, signal.SIG_IGN)  # meant for the trainer, which then sends its status
     pipe = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    os.dup2(2, 1)  # whatever wandb prints stays out of the pipe
+    os.dup2(2, 1)  # keeps wandb's output out of the pipe
 
     def tell(text: str) -> None:
         try:
             pipe.write(text + "\n")
-        except BrokenPipeError:  # the trainer died: there is nobody to tell
+        except BrokenPipeError:  # the trainer died
             return
 
     run_dir, project, name, run_id, trainer = arguments
@@ -219,10 +218,10 @@ def main(arguments: list[str]) -> int:
         follow(Sender(wandb, folder, project, name, run_id, int(trainer)), Follower(folder / "metrics.jsonl"), tell)
         wandb.teardown()
     except BaseException as error:
-        tell(f"warning: Weights & Biases failed ({type(error).__name__}: {_one_line(error)}); training goes on")
+        tell(f"warning: Weights & Biases failed ({type(error).__name__}: {_one_line(error)}); training continues")
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    os._exit(main(sys.argv[1:]))  # wandb's exit handlers would wait for its servers again
+    os._exit(main(sys.argv[1:]))  # skips wandb's exit handlers, which would wait for its servers again

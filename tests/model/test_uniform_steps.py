@@ -11,7 +11,7 @@ from swamla.inference import decoding
 from swamla.inference.decoding import Decoder
 from swamla.model.language_model import LanguageModel
 from swamla.model.mixers.latent import LatentConfig
-from swamla.model.mixers.mixer import Mixer, expansion_pays_from
+from swamla.model.mixers.mixer import Mixer, min_tokens_to_expand
 from swamla.model.mixers.mla import MLAConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.ops import cached_attention
@@ -83,7 +83,7 @@ def test_expanded_latents_give_what_absorbed_ones_give(config: MLAConfig | Laten
     mixer, x = build_mixer(config), random_input(2, 40)
     out = []
     for pays_from in (1, 1000):
-        mixer.expand_from = pays_from
+        mixer.min_to_expand = pays_from
         out.append(in_level_pieces(mixer, x, [10, 11, 30]))
     assert_close(out[0], out[1], 1e-5)
     assert not torch.equal(out[0], out[1]), "both went the same way"
@@ -91,8 +91,8 @@ def test_expanded_latents_give_what_absorbed_ones_give(config: MLAConfig | Laten
 
 def test_expansion_pays_where_the_products_say_so() -> None:
     """Rank 128, 32 + 64 numbers a head: 256 T S products absorbed against 96 T S + 128 · 96 S."""
-    assert expansion_pays_from(128, 96) == pytest.approx(128 * 96 / 160)
-    assert expansion_pays_from(16, 32) == float("inf")
+    assert min_tokens_to_expand(128, 96) == pytest.approx(128 * 96 / 160)
+    assert min_tokens_to_expand(16, 32) == float("inf")
 
 
 @pytest.mark.parametrize(("groups", "value"), [(6, 8), (2, 8), (1, 5), (3, 5)])
@@ -120,16 +120,16 @@ def test_a_state_knows_what_its_rows_hold_as_long_as_they_hold_equally_much() ->
     model, tokens = build_model(hybrid_config()).eval(), random_tokens(2, 30)
     state = model.init_state(2, 30)
     model.step(tokens[:, :7], state)
-    assert state.held == 7
+    assert state.uniform_length == 7
     all_valid = torch.ones(2, 3, dtype=torch.bool)
     model.step(tokens[:, 7:10], state, all_valid)
-    assert state.held == 10
+    assert state.uniform_length == 10
     model.step(tokens[:, :2], state, torch.tensor([[True, True], [True, False]]))
-    assert state.held is None
+    assert state.uniform_length is None
     model.step(tokens[:, :1], state)
     assert state.length_B.tolist() == [13, 12]
     model.step(tokens[:, :1], state, torch.tensor([[False], [True]]))
-    assert state.held == 13
+    assert state.uniform_length == 13
 
 
 def test_of_a_prompt_the_head_sees_the_last_token_alone() -> None:
@@ -144,8 +144,8 @@ def test_of_a_prompt_the_head_sees_the_last_token_alone() -> None:
 
 @pytest.mark.parametrize("large", [7, 64])
 def test_prompts_are_cut_into_bounded_pieces(monkeypatch: pytest.MonkeyPatch, large: int) -> None:
-    monkeypatch.setattr(decoding, "PREFILL_PIECE", large)
-    monkeypatch.setattr(decoding, "MASKED_PIECE", 5)
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", large)
+    monkeypatch.setattr(decoding, "MASKED_CHUNK", 5)
     model, sizes, read = build_model(hybrid_config()).eval(), [], LanguageModel.read
     monkeypatch.setattr(
         LanguageModel, "read", lambda self, tokens, *rest: sizes.append(tokens.shape) or read(self, tokens, *rest)

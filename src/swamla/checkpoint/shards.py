@@ -1,10 +1,11 @@
-"""Tensors that several processes hold together: each writes what it holds, and any number of processes read it back.
+"""Sharded tensors: each process writes its shards, and any number of processes reads them back, resharded.
 
-Files are those of DCP's safetensors layout (torch.distributed.checkpoint.HuggingFaceStorageWriter with
-save_distributed, which HuggingFaceStorageReader reads): one a process and group, in whose header stands where in the
-whole each tensor begins. We write and read them ourselves, because DCP plans by collectives, which a background thread
-must not issue beside those of training, because it would hold a second copy of all that is written in memory, and
-because its reader takes holes for zeros. No part of them is a pickle.
+Files have DCP's safetensors layout (torch.distributed.checkpoint.HuggingFaceStorageWriter with save_distributed, read
+by HuggingFaceStorageReader): one per process and group, with the offset of each shard in the header. We write and read
+them
+ourselves for three reasons: DCP plans by collectives, which a background thread must not issue concurrently with those
+of training; it would keep a second copy in memory of all that it writes; and its reader silently fills missing shards
+with zeros. No file is a pickle.
 """
 
 import json
@@ -25,35 +26,35 @@ from swamla.distributed import as_sharded, local, sharded
 from swamla.errors import CorruptError
 from swamla.tensor_file import read_header, without_aliases
 
-SHARDING = "DCP_SHARDING_INFO"  # the header's entry, and below it the name of a tensor's offset, are DCP's
+SHARDING = "DCP_SHARDING_INFO"  # DCP's names of the header's entry and of a tensor's offset in it
 OFFSETS = "saved_offsets"
 
 Numbers = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
-    """A box of a larger tensor, which begins at `offset` in a whole of `shape`."""
+class Shard:
+    """A box of a larger tensor of `shape`, which begins at `offset`."""
 
     tensor: Tensor
     shape: Numbers
     offset: Numbers
 
 
-Held = Mapping[str, Tensor | Piece]
+LocalTensors = Mapping[str, Tensor | Shard]
 
 
-def held_here(named: Mapping[str, Tensor], *, main: bool) -> dict[str, Tensor | Piece]:
-    """What this process is to write: its pieces, unless another has the same, and the rest if it is the main one."""
-    held: dict[str, Tensor | Piece] = {}
+def local_tensors(named: Mapping[str, Tensor], *, main: bool) -> dict[str, Tensor | Shard]:
+    """What this process writes: its shards, of replicas the first only; unsharded tensors if it is the main one."""
+    found: dict[str, Tensor | Shard] = {}
     for name, tensor in named.items():
         if not sharded(tensor):
             if main:
-                held[name] = tensor
+                found[name] = tensor
         elif _is_first_replica(tensor):
             (box,) = tensor.__create_chunk_list__()  # type: ignore[attr-defined]
-            held[name] = Piece(tensor=local(tensor).detach(), shape=tuple(tensor.shape), offset=tuple(box.offsets))
-    return held
+            found[name] = Shard(tensor=local(tensor).detach(), shape=tuple(tensor.shape), offset=tuple(box.offsets))
+    return found
 
 
 def _is_first_replica(tensor: Any) -> bool:
@@ -66,36 +67,36 @@ def shard_name(index: int) -> str:
     return f"shard-{index + 1:05d}-model-00001-of-00001.safetensors"
 
 
-def save_pieces(file: Path, held: Held) -> None:
-    """Write what one process holds; a tensor that is no piece is written as the whole that it is."""
-    tensors = {name: t.tensor if isinstance(t, Piece) else t for name, t in held.items() if not _is_nothing(t)}
+def save_shards(file: Path, named: LocalTensors) -> None:
+    """Write one process's shards and unsharded tensors."""
+    tensors = {name: t.tensor if isinstance(t, Shard) else t for name, t in named.items() if not _is_surplus(t)}
     tensors, aliases = without_aliases(tensors)
     places: dict[str, Any] = {name: {"alias": first} for name, first in aliases.items()}
     for name, tensor in tensors.items():
-        whole = held[name]
-        offset = whole.offset if isinstance(whole, Piece) else (0,) * tensor.ndim
-        places[name] = {OFFSETS: list(offset), "shape": list(whole.shape if isinstance(whole, Piece) else tensor.shape)}
+        whole = named[name]
+        offset = whole.offset if isinstance(whole, Shard) else (0,) * tensor.ndim
+        places[name] = {OFFSETS: list(offset), "shape": list(whole.shape if isinstance(whole, Shard) else tensor.shape)}
     save_file(tensors, file, metadata={SHARDING: json.dumps(places)})
 
 
-def _is_nothing(one: Tensor | Piece) -> bool:
-    """True for the share of a process that is one too many for a tensor."""
-    return isinstance(one, Piece) and not one.tensor.numel() and bool(prod(one.shape))
+def _is_surplus(one: Tensor | Shard) -> bool:
+    """True for the empty shard of a rank that a tensor is too small for."""
+    return isinstance(one, Shard) and not one.tensor.numel() and bool(prod(one.shape))
 
 
 @dataclass(frozen=True)
 class _Box:
-    """Where a part of a tensor is stored."""
+    """Where a shard is stored."""
 
     file: Path
     offset: Numbers
     size: Numbers
 
 
-class Pieces:
-    """The tensors in the files that all processes wrote of a group.
+class ShardReader:
+    """Reads tensors from the files that all processes wrote for a group.
 
-    Raises `CorruptError` where a file is damaged or where the pieces of a tensor do not make up the whole.
+    Raises `CorruptError` if a file is damaged or the shards of a tensor do not make up the whole.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -104,15 +105,15 @@ class Pieces:
         self.aliases: dict[str, str] = {}
         self._open: dict[Path, Any] = {}
         for file in files:
-            with _damage_named(file):
-                self._take_in(file)
+            with _corrupt_if_damaged(file):
+                self._read_header(file)
         for name, boxes in self._boxes.items():
             self._check_whole(name, boxes)
         for alias, name in self.aliases.items():
             if name not in self._boxes:
                 raise CorruptError(f"{files[0].parent}: {alias} is tied to {name}, which is not there")
 
-    def _take_in(self, file: Path) -> None:
+    def _read_header(self, file: Path) -> None:
         header = read_header(file)
         metadata = header.pop("__metadata__", {})
         places = json.loads(metadata.get(SHARDING, "{}"))
@@ -124,7 +125,7 @@ class Pieces:
             if len(offset) != len(size) or not all(isinstance(i, int) and i >= 0 for i in offset):
                 raise ValueError(f"{name} begins at {offset}, with the shape {size}")
             end = tuple(o + s for o, s in zip(offset, size, strict=True))
-            shape = tuple(place.get("shape", end))  # which torch's own writer does not tell
+            shape = tuple(place.get("shape", end))  # torch's own writer leaves it out
             known = self._shapes.get(name, shape)
             if "shape" in place and name in self._shapes and shape != known:
                 raise ValueError(f"{name} is part of {shape}, and of {known} in another file")
@@ -132,7 +133,7 @@ class Pieces:
             self._boxes.setdefault(name, []).append(_Box(file, offset, size))
 
     def _check_whole(self, name: str, boxes: list[_Box]) -> None:
-        """Every element once: boxes are disjoint, inside, and as many elements as the whole."""
+        """Every element is stored exactly once: boxes are inside, disjoint, and have as many elements as the whole."""
         shape, where = self._shapes[name], f"{boxes[0].file.parent}: {name}"
         inside = all(o + s <= n for box in boxes for o, s, n in zip(box.offset, box.size, shape, strict=True))
         filled = sum(prod(box.size) for box in boxes)
@@ -141,14 +142,14 @@ class Pieces:
             a.offset == b.offset for a, b in pairwise(sorted(boxes, key=lambda box: box.offset)) if prod(b.size)
         )
         if not inside or again or filled != prod(shape):
-            raise CorruptError(f"{where}: its {len(boxes)} pieces hold {filled} elements, the whole has {prod(shape)}")
+            raise CorruptError(f"{where}: its {len(boxes)} shards have {filled} elements, the whole has {prod(shape)}")
 
     def shapes(self) -> dict[str, Numbers]:
-        """Name -> shape of the whole, aliases included."""
+        """Name -> full shape, aliases included."""
         return self._shapes | {alias: self._shapes[name] for alias, name in self.aliases.items()}
 
     def read(self, name: str, offset: Numbers | None = None, size: Numbers | None = None) -> Tensor:
-        """The tensor on the CPU, or the box of it that begins at `offset` and has `size`, whoever wrote its parts."""
+        """The tensor on the CPU, or the box of it at `offset` of `size`, put together from the stored shards."""
         name = self.aliases.get(name, name)
         boxes = self._boxes[name]
         offset = (0,) * len(self._shapes[name]) if offset is None else tuple(offset)
@@ -170,8 +171,8 @@ class Pieces:
         return found
 
     def _stored(self, box: _Box, name: str, begin: Numbers, extent: Numbers) -> Tensor:
-        """What is stored of a box, from `begin` in it; all of it where nothing is said."""
-        with _damage_named(box.file):
+        """The stored numbers of a box from `begin` on, of size `extent`; all of it if `extent` is empty."""
+        with _corrupt_if_damaged(box.file):
             if box.file not in self._open:
                 self._open[box.file] = safe_open(box.file, framework="pt")
             if not extent:
@@ -190,7 +191,7 @@ def _inside(tensor: Tensor, begin: Numbers, extent: Numbers) -> Tensor:
 
 
 @contextmanager
-def _damage_named(file: Path) -> Iterator[None]:
+def _corrupt_if_damaged(file: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -200,27 +201,27 @@ def _damage_named(file: Path) -> Iterator[None]:
 Like = Callable[[str], Tensor | None]
 
 
-def read_like(pieces: Pieces, like: Like) -> dict[str, Tensor]:
-    """All tensors, each spread over the processes as `like` of its name is, whole where that is not spread or None.
+def read_resharded(reader: ShardReader, like: Like) -> dict[str, Tensor]:
+    """All tensors, each sharded as `like(name)` is, whole if that is None or not sharded.
 
-    One whose shape differs from what it should be like is returned whole, for whoever takes it to complain of.
+    A tensor of another shape is returned whole, so that the caller can report the mismatch.
     """
     found: dict[str, Tensor] = {}
-    for name, shape in pieces.shapes().items():
+    for name, shape in reader.shapes().items():
         model = like(name)
-        if name in pieces.aliases and pieces.aliases[name] in found:
+        if name in reader.aliases and reader.aliases[name] in found:
             continue
         found[name] = (
-            _spread(pieces, name, model) if model is not None and _matches(model, shape) else pieces.read(name)
+            _reshard(reader, name, model) if model is not None and _matches(model, shape) else reader.read(name)
         )
-    return found | {alias: found[name] for alias, name in pieces.aliases.items()}
+    return found | {alias: found[name] for alias, name in reader.aliases.items()}
 
 
 def _matches(model: Tensor, shape: Numbers) -> bool:
     return sharded(model) and tuple(model.shape) == shape
 
 
-def _spread(pieces: Pieces, name: str, model: Tensor) -> Tensor:
+def _reshard(reader: ShardReader, name: str, model: Tensor) -> Tensor:
     (box,) = model.__create_chunk_list__()  # type: ignore[attr-defined]
-    part = pieces.read(name, tuple(box.offsets), tuple(box.sizes))
+    part = reader.read(name, tuple(box.offsets), tuple(box.sizes))
     return as_sharded(part.to(local(model).device), model)

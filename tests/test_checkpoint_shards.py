@@ -16,18 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from swamla.checkpoint import (
-    Piece,
-    Pieces,
+    Shard,
+    ShardReader,
     WriterGroup,
     latest_checkpoint,
     load_checkpoint,
     load_into,
     prune,
     save_checkpoint,
-    save_pieces,
+    save_shards,
     verify,
 )
-from swamla.checkpoint.pieces import SHARDING, shard_name
+from swamla.checkpoint.shards import SHARDING, shard_name
 from swamla.errors import CorruptError, SwamlaError, UsageError
 
 WHOLE = {
@@ -39,13 +39,13 @@ WHOLE = {
 PLAIN = {"bias": torch.tensor([1.0, 2.0]), "step": torch.tensor(7.0), "none": torch.zeros(0, 3)}
 
 
-def cut(whole: Tensor, rank: int, ranks: int, dim: int = 0) -> Piece:
+def cut(whole: Tensor, rank: int, ranks: int, dim: int = 0) -> Shard:
     """What fully_shard gives a rank: ceil(n / ranks) rows, the last ranks less or nothing."""
     size = -(-whole.shape[dim] // ranks)
     begin = min(rank * size, whole.shape[dim])
     part = whole.narrow(dim, begin, min(size, whole.shape[dim] - begin)).clone()
     offset = tuple(begin if d == dim else 0 for d in range(whole.ndim))
-    return Piece(tensor=part, shape=tuple(whole.shape), offset=offset)
+    return Shard(tensor=part, shape=tuple(whole.shape), offset=offset)
 
 
 class Threads(WriterGroup):
@@ -126,7 +126,7 @@ def test_what_any_number_of_processes_wrote_one_reads_whole(tmp_path: Path, rank
 @pytest.mark.parametrize(("writers", "readers"), list(product([1, 2, 4], [1, 2, 3])))
 def test_any_number_of_processes_read_their_own_boxes_whoever_wrote_them(tmp_path, writers, readers) -> None:
     save_by(writers, tmp_path, 1, lambda rank: share(rank, writers))
-    pieces = load_checkpoint(tmp_path / "step-00000001").pieces("model")
+    pieces = load_checkpoint(tmp_path / "step-00000001").reader("model")
     for name, dim, rank in product(WHOLE, (0, 1), range(readers)):
         if dim < WHOLE[name].ndim:
             expected = cut(WHOLE[name], rank, readers, dim)
@@ -140,8 +140,8 @@ def test_two_dimensions_may_be_cut_at_once(tmp_path: Path) -> None:
     for rank, (i, j) in enumerate(product(range(2), range(2))):
         part = whole[3 * i : 3 * i + 3, 4 * j : 4 * j + 4].contiguous()
         files.append(tmp_path / shard_name(rank))
-        save_pieces(files[-1], {"w": Piece(tensor=part, shape=(6, 7), offset=(3 * i, 4 * j))})
-    pieces = Pieces(files)
+        save_shards(files[-1], {"w": Shard(tensor=part, shape=(6, 7), offset=(3 * i, 4 * j))})
+    pieces = ShardReader(files)
     assert torch.equal(pieces.read("w"), whole)
     assert torch.equal(pieces.read("w", (2, 3), (3, 2)), whole[2:5, 3:5])
 
@@ -154,7 +154,7 @@ def test_torchs_own_reader_reads_our_files_and_we_read_its_writers(checkpoint: P
     assert all(torch.equal(into[name], WHOLE[name]) for name in WHOLE)
     writer = dcp.HuggingFaceStorageWriter(str(tmp_path / "theirs"), save_distributed=True)
     dcp.save(dict(WHOLE), storage_writer=writer, no_dist=True)
-    pieces = Pieces(sorted((tmp_path / "theirs").glob("*.safetensors")))
+    pieces = ShardReader(sorted((tmp_path / "theirs").glob("*.safetensors")))
     assert all(torch.equal(pieces.read(name), WHOLE[name]) for name in WHOLE)
 
 
@@ -172,14 +172,14 @@ def test_each_process_writes_what_it_holds_and_nothing_twice(checkpoint: Path) -
 def test_where_one_process_cannot_write_all_fail_and_older_checkpoints_stay(checkpoint, monkeypatch, failing) -> None:
     from swamla.checkpoint import folder
 
-    real = folder.save_pieces
+    real = folder.save_shards
 
     def full(file: Path, held: Any) -> None:
         if file.name == shard_name(failing):
             raise OSError(28, "No space left on device")
         real(file, held)
 
-    monkeypatch.setattr(folder, "save_pieces", full)
+    monkeypatch.setattr(folder, "save_shards", full)
     errors = save_by(3, checkpoint.parent, 2, lambda rank: share(rank, 3))
     for error in errors:  # the main process, which speaks, has the path and the bytes whoever failed
         assert "step-00000002: disk full: needs" in str(error)
@@ -209,7 +209,7 @@ def test_a_damaged_shard_is_named_and_the_checkpoint_before_is_used(checkpoint: 
     manifest = json.loads((newest / "manifest.json").read_text())
     del manifest["files"][f"model/{shard_name(1)}"]
     (newest / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CorruptError, match=r"model: matrix: its 2 pieces hold 20 elements, the whole has 35"):
+    with pytest.raises(CorruptError, match=r"model: matrix: its 2 shards have 20 elements, the whole has 35"):
         load_checkpoint(newest).tensors("model")
 
 
@@ -260,8 +260,8 @@ def test_a_pickle_beside_the_shards_is_never_opened(checkpoint: Path, monkeypatc
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ({"saved_offsets": [6, 0], "shape": [7, 5]}, "pieces hold"),  # beyond the end
-        ({"saved_offsets": [0, 0], "shape": [7, 5]}, "pieces hold"),  # twice the same rows, others nowhere
+        ({"saved_offsets": [6, 0], "shape": [7, 5]}, "shards have"),  # beyond the end
+        ({"saved_offsets": [0, 0], "shape": [7, 5]}, "shards have"),  # twice the same rows, others nowhere
         ({"saved_offsets": [-1, 0], "shape": [7, 5]}, "begins at"),
         ({"saved_offsets": [3], "shape": [7, 5]}, "begins at"),
         ({"saved_offsets": [3, 0], "shape": [8, 5]}, "is part of"),

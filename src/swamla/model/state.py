@@ -1,0 +1,57 @@
+"""The state of generation: one mixer state a layer, and the lengths of the sequences."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swamla.model.mixers.mixer import State
+from swamla.ops.layout import Layout
+
+
+@dataclass
+class ModelState:
+    """The state of a batch of sequences: one mixer state a layer, and each row's length in tokens.
+
+    uniform_length: the length that all rows share, None where rows differ.  longest: the largest length.
+    Both mirror `length_B` on the host, to avoid a device synchronisation. So only `advance`, and `GraphSteps` with
+    `count`, may change `length_B`.
+    """
+
+    layers: list[State]
+    length_B: Tensor
+    max_len: int
+    uniform_length: int | None = 0
+    longest: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers, equal to `accounting.state_bytes`."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def next_layout(self, tokens_BT: Tensor, valid_BT: Tensor | None) -> Layout:
+        """The layout of new tokens after those in the state; `valid_BT` is False for padding (None: no padding)."""
+        batch, time = tokens_BT.shape
+        if valid_BT is None and self.uniform_length is not None:
+            return Layout.continuing_level(self.uniform_length, batch, time, device=tokens_BT.device)
+        if valid_BT is None and time == 1:
+            return Layout.one_more(self.length_B, self.longest + 1)
+        if valid_BT is None:
+            valid_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
+        return Layout.continuing(self.length_B, valid_BT)
+
+    def advance(self, time: int, valid_BT: Tensor | None) -> None:
+        """Add `time` new tokens to every row, or only those that are not padding."""
+        if valid_BT is None:
+            self.length_B += time
+            self.count(time)
+        else:
+            self.length_B += valid_BT.sum(dim=1)
+            lengths = self.length_B.tolist()
+            self.longest = max(lengths)
+            self.uniform_length = self.longest if min(lengths) == self.longest else None
+
+    def count(self, time: int) -> None:
+        """Add `time` to the host's copies of the lengths, where `length_B` has been updated already."""
+        self.longest += time
+        self.uniform_length = None if self.uniform_length is None else self.longest
