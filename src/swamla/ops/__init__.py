@@ -6,8 +6,9 @@ V value width (vocabulary in a head's weight), N rows, W convolution width, C ch
 
 from swamla.ops.attention import cached_attention, causal_attention, resolve_backend, windowed_attention
 from swamla.ops.cross_entropy import chunked_cross_entropy
-from swamla.ops.gated_delta import gated_delta_rule, gated_delta_step, l2_normalize
+from swamla.ops.gated_delta import gated_delta_rule, gated_delta_step
 from swamla.ops.grouped_mm import grouped_mm
+from swamla.ops.l2_normalize import l2_normalize
 from swamla.ops.layout import Layout
 from swamla.ops.rms_norm import rms_norm
 from swamla.ops.short_conv import short_conv

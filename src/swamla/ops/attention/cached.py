@@ -1,4 +1,4 @@
-"""Attention of new tokens to keys and values held in a state."""
+"""Attention of new tokens to a cache: of keys and values, or of latents that are both."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ ROWS = 128  # of one block's scores on a CPU: enough for the rate of its matmul,
 FEW = 1 << 14  # scores of such a block: with fewer, all rows and heads are multiplied at once
 SCORES = 16_000_000  # of a block of queries, or places of its mask: bounds memory, of which accelerators have more
 ON_ACCELERATORS = 16  # times as many
-LENGTHS = 256  # of a state of latents, one token reads a multiple of this
+LENGTHS = 256  # decoding reads the latent cache in multiples of it, because oneDNN prepares kernels by shape
 
 
 def attend_to_cache(
