@@ -86,7 +86,7 @@ def _masked(score: Tensor, allowed: Tensor | None) -> Tensor:
 def _in_blocks(q_BGRTK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float) -> Tensor:
     """The last T of S tokens, a block of queries after the other, each as plain matmuls over the keys it may see.
 
-    Like `tiled.py`, and for its reasons; here most keys have no query, and a matmul is one head's, so that in fp32 it
+    Like `cpu.py`, and for its reasons; here most keys have no query, and a matmul is one head's, so that in fp32 it
     can be oneDNN's. The causal mask is added to what lies behind a block's first query alone. Shapes: N (rows × key
     heads), R query heads that share a key head, M (queries of a block × R).
     """

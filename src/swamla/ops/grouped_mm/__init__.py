@@ -38,7 +38,7 @@ def grouped_mm(
     experts to one batch of equal sizes). Raises UsageError for what the backend cannot compute.
     """
     if x_ND.device.type == "cpu" or backend == "reference" or product_dtype(x_ND) != torch.bfloat16:
-        return _outside(x_ND, weight_EDF, ends_E, backend, surplus)  # of the others the compiler knows bf16 alone
+        return _outside(x_ND, weight_EDF, ends_E, backend, surplus)  # the compiler has no kernel but for bf16
     return _grouped_mm(x_ND, weight_EDF, ends_E, backend, surplus)
 
 
