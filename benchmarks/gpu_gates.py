@@ -23,7 +23,7 @@ from swamla.ops import (
     l2_normalize,
     windowed_attention,
 )
-from swamla.ops.gated_delta.fla import obstacle
+from swamla.ops.gated_delta.cuda import obstacle
 from swamla.ops.layout import Layout
 from swamla.train.compile import compile_blocks
 from swamla.train.precision import autocast

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from swamla.ops import gated_delta_rule, short_conv
-from swamla.ops.gated_delta import fla, resolve_backend
+from swamla.ops.gated_delta import resolve_backend
+from swamla.ops.gated_delta.cuda import obstacle
 from swamla.ops.layout import Layout
 from tests.gpu.checks import assert_parity, no_waiting, randn
 
@@ -54,7 +55,7 @@ def test_chunks_are_the_reference(rows, dtype, key, value):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("key", "value"), [(64, 64), (128, 128), (128, 256)])
 def test_flash_linear_attention_is_the_reference_where_it_is_chosen(rows, dtype, key, value):
-    reason = fla.obstacle(CUDA, 2, key, value)
+    reason = obstacle(CUDA, 2, key, value)
     if reason is not None:
         pytest.skip(f"fla {reason}")
     seq = layout(rows)

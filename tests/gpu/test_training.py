@@ -20,11 +20,11 @@ pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 
 
-def step(model, device, seed):
+def step(model, device, seed, time=96):
     """Loss and gradients, in bf16, of rows whose documents depend on the seed."""
     generator = torch.Generator().manual_seed(seed)
-    document_BT = (torch.rand(4, 96, generator=generator) < 0.1).cumsum(1)
-    tokens_BT = torch.randint(64, (4, 96), generator=generator)
+    document_BT = (torch.rand(4, time, generator=generator) < 0.1).cumsum(1)
+    tokens_BT = torch.randint(64, (4, time), generator=generator)
     labels_BT = tokens_BT.roll(-1, 1)
     model.zero_grad()
     poison()
@@ -67,6 +67,7 @@ def test_blocks_are_whole_graphs_that_serve_all_documents():
     torch._dynamo.reset()
     model = tiny_model(CUDA).train()
     compile_blocks(model, "default", CUDA)
+    step(model, CUDA, 0, time=64)  # an op outside graphs is not named where it is met for the first time
     counters.clear()
     graphs = []
     for seed in range(3):
@@ -74,7 +75,7 @@ def test_blocks_are_whole_graphs_that_serve_all_documents():
         assert math.isfinite(loss)
         graphs.append(counters["stats"]["unique_graphs"])
     # The delta rule of "torch", where flash-linear-attention is not there, is the one op outside.
-    assert not [reason for reason in counters["graph_break"] if "_rule_outside" not in reason]
+    assert not [reason for reason in counters["graph_break"] if "chunked_gated_delta_rule" not in reason]
     assert graphs[1] == graphs[2]
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from swamla.model.ffns.latent_moe import LatentMoE, LatentMoEConfig
-from swamla.ops.grouped_mm import Dispatch, grouped_mm
+from swamla.ops.dispatch import Dispatch
+from swamla.ops.grouped_mm import grouped_mm
 
 from .helpers import WIDTH, Named, assert_close, assert_equal_to_oracle, feed, random_input, scramble
 

@@ -18,10 +18,10 @@ from swamla.model.mixers.swa import SWAConfig
 from swamla.model.norm import RMSNormConfig
 from swamla.model.rope import RopeConfig, YarnScaling
 from swamla.ops import cross_entropy, short_conv
-from swamla.ops.attention import cudnn, flex
+from swamla.ops.attention import cuda
 from swamla.ops.attention.reference import allowed_mask
-from swamla.ops.gated_delta import fla
-from swamla.ops.gated_delta.documents import Documents, documents_of
+from swamla.ops.gated_delta.cpu import Documents, documents_of
+from swamla.ops.gated_delta.cuda import packing_of
 from swamla.ops.layout import Layout
 from swamla.train.optim import AdamWConfig, LionConfig, MuonConfig
 
@@ -112,10 +112,10 @@ def test_an_ffn_forward_and_backward_reads_nothing_back(name):
 
 
 def test_attention_of_whole_rows_on_cuda_reads_nothing_back(monkeypatch):
-    monkeypatch.setattr(cudnn, "KERNELS", [SDPBackend.MATH])  # the CPU's
+    monkeypatch.setattr(cuda, "FUSED", [SDPBackend.MATH])  # the CPU's
     q, k, v = (torch.randn(2, TIME, 2, width, requires_grad=True) for width in (20, 20, 12))
     with Watch():
-        cudnn.fused_attention(q, k, v, scale=0.2).sum().backward()
+        cuda.fused_attention(q, k, v, scale=0.2).sum().backward()
 
 
 def test_tables_are_made_without_asking_another_device():
@@ -124,9 +124,9 @@ def test_tables_are_made_without_asking_another_device():
         host = Layout.from_documents(torch.tensor(rows))
         seq = host.to("meta")
         for window, sinks in ((None, 0), (16, 4)):
-            assert flex.block_mask(seq, window, sinks).kv_indices.device.type == "meta"
+            assert cuda.block_mask(seq, window, sinks).kv_indices.device.type == "meta"
             assert allowed_mask(seq, window=window, sinks=sinks).shape == (2, TIME, TIME)
-        assert fla.packing_of(seq).last_B.shape == (2,)
+        assert packing_of(seq).last_B.shape == (2,)
         assert (documents_of(seq, 16).padding_BT is not None) == (rows is PACKED)
         assert YARN.tables(seq, 8)[0].device.type == "meta"
         x, weight = torch.empty(2, TIME, 6, device="meta"), torch.empty(6, 4, device="meta")

@@ -8,8 +8,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from swamla.errors import ConfigError, MissingBackendError, UsageError
 from swamla.ops import cached_attention, causal_attention, resolve_backend
+from swamla.ops.attention.cpu import tiled_attention
 from swamla.ops.attention.reference import allowed_mask
-from swamla.ops.attention.tiled import tiled_attention
 from swamla.ops.layout import Layout
 
 from .attention_checks import (
@@ -66,7 +66,7 @@ def test_tiles_of_every_length_equal_the_reference(length):
 
 
 def test_more_heads_than_one_batch_of_tiles_holds_equal_the_reference(monkeypatch):
-    monkeypatch.setattr("swamla.ops.attention.tiled.SCORES", 100_000)
+    monkeypatch.setattr("swamla.ops.attention.cpu.SCORES", 100_000)
     seq = documents([270], [270])
     assert_equals_reference(tiled, random_inputs(seq, heads=6, groups=3), seq)
 

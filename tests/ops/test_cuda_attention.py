@@ -10,12 +10,13 @@ from swamla.errors import ConfigError, MissingBackendError, UsageError
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.ops import causal_attention
-from swamla.ops.attention import cudnn, flex, resolve_backend
+from swamla.ops.attention import cuda, resolve_backend
 from swamla.ops.attention.reference import allowed_mask, reference_attention
 from swamla.ops.layout import Layout
 
 from .attention_checks import documents, random_inputs, random_layout, with_gradients
 
+CAUSAL = {"window": None, "sinks": 0}
 WINDOWS = [(None, 0), (64, 0), (64, 4), (200, 130), (1, 1)]
 LAYOUTS = {
     "one short row": documents([2]),
@@ -33,11 +34,11 @@ each_window = pytest.mark.parametrize(("window", "sinks"), WINDOWS)
 @each_layout
 @each_window
 def test_a_block_mask_has_the_blocks_in_which_something_is_allowed_and_its_rule_is_the_mask(seq, window, sinks):
-    mask = flex.block_mask(seq, window, sinks)
+    mask = cuda.block_mask(seq, window, sinks)
     exact_BTS = allowed_mask(seq, window=window, sinks=sinks)
     time = seq.shape[1]
-    rest = -time % flex.BLOCK
-    blocks = F.pad(exact_BTS, (0, rest, 0, rest)).unflatten(2, (-1, flex.BLOCK)).unflatten(1, (-1, flex.BLOCK))
+    rest = -time % cuda.BLOCK
+    blocks = F.pad(exact_BTS, (0, rest, 0, rest)).unflatten(2, (-1, cuda.BLOCK)).unflatten(1, (-1, cuda.BLOCK))
     assert torch.equal(mask.to_dense()[:, 0].bool(), blocks.any(4).any(2))
     index_T = torch.arange(time)
     for row in range(seq.shape[0]):
@@ -48,27 +49,27 @@ def test_a_block_mask_has_the_blocks_in_which_something_is_allowed_and_its_rule_
 @each_layout
 @each_window
 def test_a_block_that_skips_the_rule_is_allowed_altogether(seq, window, sinks):
-    mask = flex.block_mask(seq, window, sinks)
+    mask = cuda.block_mask(seq, window, sinks)
     exact_BTS = allowed_mask(seq, window=window, sinks=sinks)
     for row in range(seq.shape[0]):
         for block, count in enumerate(mask.full_kv_num_blocks[row, 0].tolist()):
             for column in mask.full_kv_indices[row, 0, block, :count].tolist():
-                queries, keys = (slice(n * flex.BLOCK, (n + 1) * flex.BLOCK) for n in (block, column))
+                queries, keys = (slice(n * cuda.BLOCK, (n + 1) * cuda.BLOCK) for n in (block, column))
                 assert exact_BTS[row, queries, keys].all()
 
 
 def test_the_middle_of_a_wide_window_skips_the_rule():
-    counts = flex.block_mask(documents([1024]), 512, 4).full_kv_num_blocks[0, 0]
+    counts = cuda.block_mask(documents([1024]), 512, 4).full_kv_num_blocks[0, 0]
     assert counts.tolist() == [0, 1, 2, 3, 3, 3, 3, 3]
 
 
 @pytest.mark.parametrize(("key", "value"), [(24, 16), (8, 4)])
 def test_flex_attention_under_the_block_mask_is_the_reference(monkeypatch, key, value):
-    monkeypatch.setattr(flex, "_flex", lambda: uncompiled)
+    monkeypatch.setattr(cuda, "_flex", lambda: uncompiled)
     seq = random_layout(3, time=300)
     q, k, v = (x.detach() for x in random_inputs(seq, heads=4, groups=2, key=key, value=value))
     for window, sinks in WINDOWS[:3]:
-        o = flex.flex_attention(q, k, v, seq, window=window, sinks=sinks, scale=0.3)
+        o = cuda.flex_attention(q, k, v, seq, window=window, sinks=sinks, scale=0.3)
         expected = reference_attention(q, k, v, allowed_mask(seq, window=window, sinks=sinks), scale=0.3)
         torch.testing.assert_close(o, expected, atol=1e-5, rtol=1e-5)
 
@@ -81,11 +82,11 @@ def test_kernels_are_compiled_for_a_length_then_for_all_and_windows_compile_noth
         return graph
 
     function = torch.compile(uncompiled, fullgraph=True, backend=counted)
-    monkeypatch.setattr(flex, "_flex", lambda: function)
+    monkeypatch.setattr(cuda, "_flex", lambda: function)
     for time, window in ((140, 64), (140, 32), (300, 64), (200, 16), (130, 64), (700, 100)):
         seq = documents([time - 50, 50], [time])
         q, k, v = (x.detach() for x in random_inputs(seq, key=16, value=16))
-        o = flex.flex_attention(q, k, v, seq, window=window, sinks=4, scale=0.3)
+        o = cuda.flex_attention(q, k, v, seq, window=window, sinks=4, scale=0.3)
         expected = reference_attention(q, k, v, allowed_mask(seq, window=window, sinks=4), scale=0.3)
         torch.testing.assert_close(o, expected, atol=1e-5, rtol=1e-5)
     assert len(graphs) == 2
@@ -93,19 +94,19 @@ def test_kernels_are_compiled_for_a_length_then_for_all_and_windows_compile_noth
 
 def test_layers_of_one_window_share_one_block_mask():
     seq = documents([100, 100])
-    assert flex.made_block_mask(seq, 64, 4) is flex.made_block_mask(seq, 64, 4)
-    assert flex.made_block_mask(seq, 64, 4) is not flex.made_block_mask(seq, 32, 4)
+    assert cuda.made_block_mask(seq, 64, 4) is cuda.made_block_mask(seq, 64, 4)
+    assert cuda.made_block_mask(seq, 64, 4) is not cuda.made_block_mask(seq, 32, 4)
 
 
 @pytest.mark.parametrize(("key", "value"), [(192, 128), (64, 64), (36, 20), (4, 8)])
 @pytest.mark.parametrize("groups", [4, 2])
 def test_fused_attention_of_any_widths_and_groups_is_the_reference(monkeypatch, key, value, groups):
-    monkeypatch.setattr(cudnn, "KERNELS", [SDPBackend.MATH])  # the CPU's
+    monkeypatch.setattr(cuda, "FUSED", [SDPBackend.MATH])  # the CPU's
     seq = documents([33], [33])
     inputs = random_inputs(seq, heads=4, groups=groups, key=key, value=value)
 
     def fused(q, k, v, seq):
-        return cudnn.cudnn_causal_attention(q, k, v, seq, scale=key**-0.5)
+        return cuda.cudnn_attention(q, k, v, seq, **CAUSAL, scale=key**-0.5)
 
     def reference(q, k, v, seq):
         return causal_attention(q, k, v, seq, backend="reference")
@@ -125,19 +126,19 @@ def test_whole_rows_go_to_cudnn_or_the_efficient_kernel_and_to_no_other(monkeypa
         assert (q.shape[-1], v.shape[-1]) == (24, 16)
         return v
 
-    monkeypatch.setattr(cudnn, "scaled_dot_product_attention", recorded)
+    monkeypatch.setattr(cuda, "scaled_dot_product_attention", recorded)
     seq = documents([5])
     q, k, v = random_inputs(seq, key=20, value=10)
-    assert cudnn.cudnn_causal_attention(q, k, v, seq, scale=0.5).shape == v.shape
+    assert cuda.cudnn_attention(q, k, v, seq, **CAUSAL, scale=0.5).shape == v.shape
     assert enabled == [(True, True), (False, False)]
     assert torch.backends.cuda.math_sdp_enabled()
 
 
 def test_packed_rows_go_to_flex(monkeypatch):
-    monkeypatch.setattr(cudnn, "flex_attention", lambda q, k, v, seq, **options: options)
+    monkeypatch.setattr(cuda, "flex_attention", lambda q, k, v, seq, **options: options)
     seq = documents([5, 4])
-    options = {"window": None, "sinks": 0, "scale": 0.5}
-    assert cudnn.cudnn_causal_attention(*random_inputs(seq), seq, scale=0.5) == options
+    options = CAUSAL | {"scale": 0.5}
+    assert cuda.cudnn_attention(*random_inputs(seq), seq, **CAUSAL, scale=0.5) == options
 
 
 def test_auto_on_cuda_is_cudnn_for_causal_and_flex_for_windowed_attention():
@@ -167,4 +168,4 @@ def test_doubles_are_refused_with_what_takes_them():
     for lengths in ([5], [3, 2]):
         seq = documents(lengths)
         with pytest.raises(UsageError, match='takes no float64: use "torch" or "reference"'):
-            cudnn.cudnn_causal_attention(*random_inputs(seq, dtype=torch.float64), seq, scale=1.0)
+            cuda.cudnn_attention(*random_inputs(seq, dtype=torch.float64), seq, **CAUSAL, scale=1.0)

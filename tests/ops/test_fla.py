@@ -10,8 +10,9 @@ import torch
 
 from swamla.errors import MissingBackendError, UsageError
 from swamla.model.mixers.gdn import GDNConfig
-from swamla.ops.gated_delta import chunked, describe_backend, fla, gated_delta_rule, l2_normalize, resolve_backend
-from swamla.ops.gated_delta.documents import documents_of
+from swamla.ops import l2_normalize
+from swamla.ops.gated_delta import cpu, cuda, describe_backend, gated_delta_rule, prepare_rule, resolve_backend
+from swamla.ops.gated_delta.cpu import documents_of
 from swamla.ops.layout import Layout
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -43,7 +44,7 @@ class StandIn(torch.autograd.Function):
             start = start if initial is None else initial[n : n + 1]
             inner = SimpleNamespace(needs_input_grad=(True,) * 9)
             inner.save_for_backward = lambda *saved, inner=inner: setattr(inner, "saved_tensors", saved)
-            o, final = chunked._ChunkedGatedDeltaRule.forward(inner, *piece, start, documents_of(None, 16), scale, 16)
+            o, final = cpu._ChunkedGatedDeltaRule.forward(inner, *piece, start, documents_of(None, 16), scale, 16)
             ctx.parts.append((row, part, inner))
             outputs.append(o)
             finals.append(final)
@@ -56,7 +57,7 @@ class StandIn(torch.autograd.Function):
         d_initial = []
         for n, (row, part, inner) in enumerate(ctx.parts):
             d_piece = d_o[row : row + 1, part].contiguous()
-            *found, start, _, _, _ = chunked._ChunkedGatedDeltaRule.backward(inner, d_piece, d_finals[n : n + 1])
+            *found, start, _, _, _ = cpu._ChunkedGatedDeltaRule.backward(inner, d_piece, d_finals[n : n + 1])
             rows.setdefault(row, []).append(found)
             d_initial.append(start)
         joined = [[torch.cat(parts, dim=1) for parts in zip(*found, strict=True)] for found in rows.values()]
@@ -92,12 +93,10 @@ def library(monkeypatch):
         module.__spec__ = ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, module)
     sys.modules["fla.ops.gated_delta_rule"].chunk_gated_delta_rule = chunk_gated_delta_rule
-    monkeypatch.setattr(fla, "has_kernels", lambda device: True)
-    monkeypatch.setattr(fla, "is_hopper", lambda device: False)
-    monkeypatch.setattr("swamla.ops.gated_delta.OUTSIDE", ())
-    fla._obstacle.cache_clear()
-    yield calls
-    fla._obstacle.cache_clear()
+    monkeypatch.setattr(cuda, "has_kernels", lambda device: True)
+    monkeypatch.setattr(cuda, "is_hopper", lambda device: False)
+    monkeypatch.setattr(cuda, "_OBSTACLES", {})
+    return calls
 
 
 def inputs(batch, time, initial):
@@ -163,12 +162,12 @@ def test_rows_without_a_layout_and_a_scale_left_out(library):
 
 
 def test_the_op_obeys_the_rules_of_ops_that_a_graph_may_hold(library):
-    assert fla.obstacle(CPU, *SIZES.values()) is None
+    assert cuda.obstacle(CPU, *SIZES.values()) is None
     for rows in (PACKED["one document a row"], PACKED["documents"]):
         seq = layout(rows)
         for initial in (False, True):
             leaves = inputs(*seq.shape, initial)
-            packing = (None,) * 4 if seq.whole_rows else fla.made_packing(seq)
+            packing = (None,) * 4 if seq.whole_rows else cuda.made_packing(seq)
             arguments = (*leaves[:5], leaves[5] if initial else None, *packing, 0.3)
             checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
             torch.library.opcheck(
@@ -184,11 +183,10 @@ def test_a_graph_holds_it_whole_and_serves_any_number_of_documents(library):
         return graph
 
     rule = torch.compile(partial(gated_delta_rule, backend="fla"), fullgraph=True, dynamic=False, backend=counted)
-    torch.compiler.assume_constant_result(fla.obstacle)
     for rows in ([[(0, 5), (1, 30)]], [[(0, 5), (1, 5), (2, 25)]], [[(n, 5) for n in range(7)]]):
         seq = layout(rows)
         leaves = inputs(*seq.shape, False)
-        fla.made_packing(seq)
+        prepare_rule(seq, "fla", **SIZES)
         o, final = rule(*leaves[:5], seq=seq, scale=0.3)
         found = [o, final, *gradients_of(both(o.float(), final), leaves)]
         assert_alike(found, results(leaves, seq, backend="reference", use=both))
@@ -205,7 +203,7 @@ def test_without_the_library_asking_for_it_says_how_to_get_it_and_auto_is_torch(
 
 
 def test_without_a_device_for_it_it_is_refused(library, monkeypatch):
-    monkeypatch.setattr(fla, "has_kernels", lambda device: False)
+    monkeypatch.setattr(cuda, "has_kernels", lambda device: False)
     with pytest.raises(MissingBackendError, match='"fla" needs a CUDA device, these tensors are on cpu: use "torch"'):
         resolve_backend("fla", CPU, **SIZES)
     assert resolve_backend("auto", CPU, **SIZES) == "torch"
@@ -219,9 +217,9 @@ def test_without_a_device_for_it_it_is_refused(library, monkeypatch):
 def test_hopper_refuses_its_backward_at_64_under_a_triton_that_gets_it_wrong(
     library, monkeypatch, triton, key, refused
 ):
-    monkeypatch.setattr(fla, "is_hopper", lambda device: True)
-    monkeypatch.setattr(fla, "_version", lambda package: triton)
-    monkeypatch.setattr(fla, "_probe", lambda *arguments: None)
+    monkeypatch.setattr(cuda, "is_hopper", lambda device: True)
+    monkeypatch.setattr(cuda, "_version", lambda package: triton)
+    monkeypatch.setattr(cuda, "_probe", lambda *arguments: None)
     sizes = {"heads": 2, "key": key, "value": 64}
     assert resolve_backend("auto", CUDA, **sizes) == ("torch" if refused else "fla")
     if refused:
@@ -248,7 +246,7 @@ def test_a_library_that_fails_or_computes_something_else_is_found_before_it_is_u
         (doubled, "is wrong on"),
     ):
         monkeypatch.setattr(module, "chunk_gated_delta_rule", wrong)
-        fla._obstacle.cache_clear()
+        cuda._OBSTACLES.clear()
         with pytest.raises(MissingBackendError, match=f'^backend = "fla" {reason}'):
             resolve_backend("fla", CPU, **SIZES)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from swamla.ops.gated_delta import gated_delta_rule, l2_normalize
+from swamla.ops import gated_delta_rule, l2_normalize
 from swamla.ops.layout import Layout
 
 NAMES = ("q", "k", "v", "log alpha", "beta")

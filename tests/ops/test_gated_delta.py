@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from swamla.errors import UsageError
-from swamla.ops.gated_delta import chunked, gated_delta_rule, gated_delta_step, l2_normalize
+from swamla.ops import l2_normalize
+from swamla.ops.gated_delta import cpu, gated_delta_rule, gated_delta_step
 from swamla.ops.layout import Layout
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -50,7 +51,7 @@ def documents(*rows: list[tuple[int, int]]) -> Layout:
 
 @pytest.fixture(autouse=True, params=[1, 4096], ids=["many segments", "one segment"])
 def _segments(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "CPU_ROWS", request.param)
+    monkeypatch.setattr(cpu, "CPU_ROWS", request.param)
 
 
 PACKED = {

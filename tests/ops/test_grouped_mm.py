@@ -6,7 +6,8 @@ from torch import Tensor
 
 from swamla.errors import UsageError
 from swamla.ops import grouped_mm
-from swamla.ops.grouped_mm import Dispatch, resolve_backend
+from swamla.ops.dispatch import Dispatch
+from swamla.ops.grouped_mm import resolve_backend
 
 COUNTS = [(3, 0, 5, 1), (0, 0, 9, 0), (0, 2, 2, 0), (7, 0, 0, 0), (0, 0, 0, 4), (0, 0, 0, 0), (100, 1, 250, 30)]
 every_count = pytest.mark.parametrize("counts", COUNTS, ids=str)

@@ -11,7 +11,7 @@ from swamla.errors import UsageError
 from swamla.ops.layout import Layout
 from swamla.ops.short_conv import short_conv
 
-MODULE = importlib.import_module("swamla.ops.short_conv")  # the package's attribute of that name is the function
+MODULE = importlib.import_module("swamla.ops.short_conv.cpu")  # `swamla.ops.short_conv` is the function
 BACKENDS = ["reference", "torch"]
 
 

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from swamla.errors import ConfigError
 from swamla.ops import causal_attention, windowed_attention
+from swamla.ops.attention.cpu import kept_keys
 from swamla.ops.attention.reference import allowed_mask
-from swamla.ops.attention.tiled import kept_keys
 from swamla.ops.layout import Layout
 
 from .attention_checks import (
@@ -56,7 +56,7 @@ def test_random_layouts_windows_and_sinks_equal_the_reference(seed):
 
 @pytest.mark.parametrize("scores", [1, 60_000, 200_000])
 def test_however_tiles_are_batched_the_result_is_that_of_the_reference(scores, monkeypatch):
-    monkeypatch.setattr("swamla.ops.attention.tiled.SCORES", scores)
+    monkeypatch.setattr("swamla.ops.attention.cpu.SCORES", scores)
     seq = documents([700], [700])
     assert_equals_reference(attention(70, 4), random_inputs(seq, heads=4, groups=2), seq)
 
@@ -71,7 +71,7 @@ def test_what_is_kept_is_known_at_once_for_any_length():
 def test_weights_computed_again_give_the_gradients_of_kept_ones_to_the_bit(window, monkeypatch):
     seq = documents([700], [700])
     kept = with_gradients(attention(window, 4), random_inputs(seq, heads=4, groups=2), seq)
-    monkeypatch.setattr("swamla.ops.attention.tiled.KEPT", 0)
+    monkeypatch.setattr("swamla.ops.attention.cpu.KEPT", 0)
     again = with_gradients(attention(window, 4), random_inputs(seq, heads=4, groups=2), seq)
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
     assert_equals_reference(attention(window, 4), random_inputs(seq, heads=4, groups=2), seq)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from swamla.errors import require
-from swamla.ops.graphs import OUTSIDE, open_to_graphs, outside_graphs
+from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import Layout
 from swamla.ops.rotary import doubled, rotate, turn
 
@@ -113,28 +113,29 @@ class RopeConfig:
         """Factor of attention's softmax scale (1 except under YaRN with mscale_all_dim)."""
         return self.scaling.softmax_factor if self.scaling else 1.0
 
-    @open_to_graphs
     def tables(self, seq: Layout, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """(cos, sin), each (B or 1, T, 1, head_dim / 2), shared by all layers of this forward pass.
 
         dtype: fp32, or double for models in double. A compiled graph on a GPU recomputes them where it uses them,
         which is free inside its kernels.
         """
-        if seq.position_BT.device.type in OUTSIDE or not torch.compiler.is_compiling():
+        if seq.position_BT.device.type == "cpu" or not torch.compiler.is_compiling():
             return self._shared(seq, head_dim, dtype)
         return self._angles(seq, head_dim, dtype)
 
     def rotate(self, x_BTHK: Tensor, seq: Layout, width: int) -> Tensor:
         """Rotate the last `width` elements of each head by their positions."""
+        if seq.position_BT.device.type == "cpu" or not torch.compiler.is_compiling():
+            return self._rotate_by_shared(x_BTHK, seq, width)
         dtype = torch.promote_types(x_BTHK.dtype, torch.float32)
-        if seq.position_BT.device.type in OUTSIDE or not torch.compiler.is_compiling():
-            return turn(x_BTHK, self._doubled(seq, width, dtype), self.layout)
         return rotate(x_BTHK, self._angles(seq, width, dtype), self.layout)
 
     @outside_graphs
-    def _doubled(self, seq: Layout, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _rotate_by_shared(self, x_BTHK: Tensor, seq: Layout, width: int) -> Tensor:
+        dtype = torch.promote_types(x_BTHK.dtype, torch.float32)
         key = ("rope, doubled", self, width, dtype)
-        return seq.table(key, lambda: doubled(self.tables(seq, width, dtype), self.layout))
+        tables = seq.table(key, lambda: doubled(self.tables(seq, width, dtype), self.layout))
+        return turn(x_BTHK, tables, self.layout)
 
     @outside_graphs
     def _shared(self, seq: Layout, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,7 @@
-"""Pure functions on tensors. Every op has a reference as close to its equation as code can be, and fast paths.
+"""Pure functions on tensors, the fast ones held to a reference as close to its equation as code can be.
+
+An op with several backends is a folder: `__init__.py` says which there are and which is taken, `reference.py` is the
+equation, `cpu.py` and `cuda.py` are the fast paths of each device. An op with one path is a file.
 
 One legend for shape suffixes: B batch, T time, S source time, D model width, H heads, G key heads, K key width,
 V value width (vocabulary in a head's weight), N rows, W convolution width, C chunk, E experts, F FFN hidden.
@@ -6,8 +9,9 @@ V value width (vocabulary in a head's weight), N rows, W convolution width, C ch
 
 from swamla.ops.attention import cached_attention, causal_attention, resolve_backend, windowed_attention
 from swamla.ops.cross_entropy import chunked_cross_entropy
-from swamla.ops.gated_delta import gated_delta_rule, gated_delta_step, l2_normalize
+from swamla.ops.gated_delta import gated_delta_rule, gated_delta_step
 from swamla.ops.grouped_mm import grouped_mm
+from swamla.ops.l2_normalize import l2_normalize
 from swamla.ops.layout import Layout
 from swamla.ops.rms_norm import rms_norm
 from swamla.ops.short_conv import short_conv

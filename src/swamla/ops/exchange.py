@@ -1,4 +1,4 @@
-"""Rows that travel to the processes which own their experts, and what becomes of them, which travels back."""
+"""Expert-parallel all-to-all: sends token rows to the ranks that own their experts, returns the outputs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from swamla.ops.dispatch import Dispatch
 from swamla.ops.graphs import outside_graphs
-from swamla.ops.grouped_mm import Dispatch
 
 Work = Callable[[Tensor, Tensor], Tensor]
 """Of rows (N, D) sorted by expert and where each expert's end, (N, F): row by row, as `grouped_mm` works."""

@@ -30,7 +30,7 @@ def doubled(tables: Tables, layout: str) -> Tables:
 
 
 def turn(x_BTHK: Tensor, tables: Tables, layout: str) -> Tensor:
-    """`rotate` by `doubled` tables, which those who turn many times make once."""
+    """`rotate` by tables that are `doubled` already, for callers that turn many tensors by the same ones."""
     cos, sin = tables
     few = x_BTHK.numel() <= FEW and not torch.is_grad_enabled()
     if x_BTHK.device.type == "cpu" and not few:

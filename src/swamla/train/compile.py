@@ -10,7 +10,6 @@ from torch import Tensor
 from swamla.errors import MissingBackendError
 from swamla.model.block import BlockFunctions
 from swamla.model.language_model import LanguageModel
-from swamla.ops.graphs import keep_outside_graphs
 from swamla.ops.layout import Layout
 
 T = TypeVar("T")
@@ -20,13 +19,11 @@ Compile = Literal["none", "default", "reduce-overhead", "max-autotune"]
 def compile_blocks(model: LanguageModel, mode: Compile, device: torch.device) -> str:
     """Compile what training runs of every block, and say so; parameters and their names stay as they are.
 
-    Graphs end before the ops that `swamla.ops.graphs` keeps outside and begin anew behind them: on a CPU two in a mixer
-    and two in a mixture of experts, on a GPU only backends that its own are not. Without gradients a block runs
-    uncompiled. Dropout draws the numbers that it draws uncompiled. Raises `MissingBackendError` where the machine
-    cannot compile.
+    Graphs end before the ops that are `outside_graphs` and begin anew behind them: on a CPU two in a mixer and two in a
+    mixture of experts, on a GPU only backends that its own are not. Without gradients a block runs uncompiled. Dropout
+    draws the numbers that it draws uncompiled. Raises `MissingBackendError` where the machine cannot compile.
     """
     _require_compiler(mode, device)
-    keep_outside_graphs()
     # A graph for each kind of block and each shape, of which a curriculum has several. Graphs that serve many shapes
     # would be other ones after an interruption, and so might be the last bits of a resumed run.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16 * len(model.config.blocks))

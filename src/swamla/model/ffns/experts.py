@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from swamla.distributed import local
 from swamla.errors import require
+from swamla.ops.dispatch import Dispatch
 from swamla.ops.exchange import at_owners
-from swamla.ops.grouped_mm import Dispatch, grouped_mm, product_dtype
+from swamla.ops.grouped_mm import grouped_mm, product_dtype
 
 
 class Experts(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from swamla.errors import require
 from swamla.model.ffns.moe import MoE, MoEConfig
 from swamla.model.initial import Initializer, normal, reset_parameters
-from swamla.ops.grouped_mm import Dispatch
+from swamla.ops.dispatch import Dispatch
 from swamla.registry import register
 
 

@@ -12,7 +12,8 @@ from swamla.model.ffns.dense import DenseConfig, SwiGLU
 from swamla.model.ffns.experts import Experts
 from swamla.model.ffns.ffn import FFN, FFNConfig, Statistics
 from swamla.model.ffns.router import Router, routed_loss
-from swamla.ops.grouped_mm import BACKENDS, Dispatch, resolve_backend
+from swamla.ops.dispatch import Dispatch
+from swamla.ops.grouped_mm import BACKENDS, resolve_backend
 from swamla.ops.layout import Layout
 from swamla.registry import register
 

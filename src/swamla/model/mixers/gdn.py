@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from swamla.errors import require
 from swamla.model.initial import Initializer, constant, reset_parameters, uniform
 from swamla.model.mixers.mixer import Mixer, MixerConfig, State, without_padding
-from swamla.ops import gated_delta_rule, gated_delta_step, l2_normalize, rms_norm, short_conv
-from swamla.ops.gated_delta import BACKENDS, describe_backend, prepare_rule
+from swamla.ops.gated_delta import BACKENDS, describe_backend, gated_delta_rule, gated_delta_step, prepare_rule
+from swamla.ops.l2_normalize import l2_normalize
 from swamla.ops.layout import Layout
+from swamla.ops.rms_norm import rms_norm
+from swamla.ops.short_conv import short_conv
 from swamla.registry import register
 
 CHUNK = 64  # for counting FLOPs; the op chooses the fastest size on its device

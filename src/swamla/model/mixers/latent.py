@@ -18,7 +18,7 @@ from swamla.model.mixers.mixer import (
     without_padding,
 )
 from swamla.model.mixers.softmax import Heads, SoftmaxConfig
-from swamla.ops import causal_attention
+from swamla.ops.attention import causal_attention
 from swamla.ops.attention.cached import attend_to_latents
 from swamla.ops.layout import Layout
 from swamla.registry import register

@@ -10,7 +10,7 @@ from swamla.errors import require
 from swamla.model.mixers.mixer import Mixer, State, append, attend_to_cache, without_padding
 from swamla.model.mixers.softmax import Heads, SoftmaxConfig
 from swamla.model.rope import RopeConfig
-from swamla.ops import causal_attention
+from swamla.ops.attention import causal_attention
 from swamla.ops.layout import Layout
 from swamla.registry import register
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Generic, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from swamla.ops import cached_attention, causal_attention
+from swamla.ops.attention import cached_attention, causal_attention
 from swamla.ops.attention.trial import AttentionTrial
 from swamla.ops.layout import PADDING, Layout
 from swamla.registry import Registered

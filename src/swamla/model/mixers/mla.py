@@ -20,7 +20,7 @@ from swamla.model.mixers.mixer import (
 from swamla.model.mixers.softmax import Heads, SoftmaxConfig
 from swamla.model.norm import RMSNorm
 from swamla.model.rope import RopeConfig
-from swamla.ops import causal_attention
+from swamla.ops.attention import causal_attention
 from swamla.ops.attention.cached import attend_to_latents
 from swamla.ops.layout import Layout
 from swamla.registry import register

@@ -10,8 +10,14 @@ from torch import Tensor
 from swamla.errors import require
 from swamla.model.mixers.mha import MHA, KVState, MHAConfig
 from swamla.model.mixers.mixer import filled_mask, without_padding, write_at
-from swamla.ops import cached_attention, windowed_attention
-from swamla.ops.attention import WINDOWED_BACKENDS, kept_keys, prepare_attention, resolve_backend
+from swamla.ops.attention import (
+    WINDOWED_BACKENDS,
+    cached_attention,
+    kept_keys,
+    prepare_attention,
+    resolve_backend,
+    windowed_attention,
+)
 from swamla.ops.attention.trial import AttentionTrial
 from swamla.ops.layout import Layout
 from swamla.registry import register

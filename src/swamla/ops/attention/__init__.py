@@ -5,29 +5,34 @@ from torch import Tensor
 
 from swamla.errors import MissingBackendError, UsageError, require
 from swamla.ops.attention.cached import attend_to_cache
-from swamla.ops.attention.causal import kept_causal_keys, tiled_causal_attention, torch_causal_attention
-from swamla.ops.attention.cudnn import cudnn_causal_attention
-from swamla.ops.attention.flex import flex_attention, made_block_mask
-from swamla.ops.attention.reference import allowed_mask, reference_attention_of_documents
-from swamla.ops.attention.sdpa import sdpa_causal_attention, sdpa_windowed_attention
-from swamla.ops.attention.tiled import kept_keys
-from swamla.ops.attention.windowed import torch_windowed_attention
-from swamla.ops.graphs import OUTSIDE, open_to_graphs, outside_graphs
+from swamla.ops.attention.cpu import attend_in_tiles, kept_keys
+from swamla.ops.attention.cuda import cudnn_attention, flex_attention, made_block_mask
+from swamla.ops.attention.reference import attend_by_mask
+from swamla.ops.attention.sdpa import attend_by_sdpa
 from swamla.ops.layout import Layout
 
 __all__ = [
     "BACKENDS",
+    "WINDOWED_BACKENDS",
     "cached_attention",
     "causal_attention",
+    "describe_backend",
     "kept_causal_keys",
     "kept_keys",
+    "prepare_attention",
     "resolve_backend",
     "windowed_attention",
 ]
 
 BACKENDS = ("auto", "reference", "torch", "tiles", "sdpa", "flex", "cudnn")
 WINDOWED_BACKENDS = ("auto", "reference", "torch", "tiles", "sdpa", "flex")
-BY_DOCUMENTS = ("reference", "torch", "tiles", "sdpa")  # backends whose Python depends on where documents lie
+PATHS = {  # what computes it, once "auto" and "torch" are resolved
+    "reference": attend_by_mask,
+    "tiles": attend_in_tiles,
+    "sdpa": attend_by_sdpa,
+    "flex": flex_attention,
+    "cudnn": cudnn_attention,
+}
 
 
 def resolve_backend(backend: str, device: torch.device | str, *, windowed: bool = False) -> str:
@@ -36,9 +41,8 @@ def resolve_backend(backend: str, device: torch.device | str, *, windowed: bool 
     "tiles" are our own matrix products, "sdpa" is PyTorch's `scaled_dot_product_attention`; "torch" is the one of them
     that most CPUs are fastest with: "sdpa" for causal attention in fp32 with keys as wide as values, else "tiles".
     "auto" is "torch", but on CUDA "cudnn", and "flex" for windowed attention; a training run on a CPU instead takes
-    the one that is measured to be faster (`swamla.train.paths`). Raises
-    UsageError for an unknown name and MissingBackendError for "cudnn" or "flex" without CUDA (FlexAttention has no
-    backward elsewhere).
+    the one that is measured to be faster (`swamla.train.paths`). Raises UsageError for an unknown name and
+    MissingBackendError for "cudnn" or "flex" without CUDA (FlexAttention has no backward elsewhere).
     """
     backends = WINDOWED_BACKENDS if windowed else BACKENDS
     if backend not in backends:
@@ -60,7 +64,6 @@ def describe_backend(backend: str, device: torch.device, dtype: torch.dtype) -> 
     return f"cudnn ({others})" if chosen == "cudnn" else chosen
 
 
-@open_to_graphs
 def causal_attention(
     q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, *, scale: float | None = None, backend: str = "auto"
 ) -> Tensor:
@@ -71,34 +74,9 @@ def causal_attention(
     "cudnn" takes FlexAttention where documents share rows. Under autocast the inputs are cast to its dtype. Raises
     ConfigError for shapes that do not fit.
     """
-    if q_BTHK.device.type in OUTSIDE or backend in BY_DOCUMENTS:
-        return _causal_outside(q_BTHK, k_BTGK, v_BTGV, seq, scale, backend)
-    return _causal(q_BTHK, k_BTGK, v_BTGV, seq, scale, backend)
+    return _attention(q_BTHK, k_BTGK, v_BTGV, seq, None, 0, scale, backend)
 
 
-def _causal(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, scale: float | None, backend: str) -> Tensor:
-    _check(q_BTHK, k_BTGK, v_BTGV, seq)
-    backend = resolve_backend(backend, q_BTHK.device)
-    q, k, v = _autocast(q_BTHK, k_BTGK, v_BTGV)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "reference":
-        mask_BTS = seq.table("causal mask", lambda: allowed_mask(seq))
-        return reference_attention_of_documents(q, k, v, mask_BTS, seq, scale=scale)
-    if backend == "cudnn":
-        return cudnn_causal_attention(q, k, v, seq, scale=scale)
-    if backend == "flex":
-        return flex_attention(q, k, v, seq, window=None, sinks=0, scale=scale)
-    if backend == "sdpa":
-        return sdpa_causal_attention(q, k, v, seq, scale=scale)
-    if backend == "tiles":
-        return tiled_causal_attention(q, k, v, seq, scale=scale)
-    return torch_causal_attention(q, k, v, seq, scale=scale)
-
-
-_causal_outside = outside_graphs(_causal)
-
-
-@open_to_graphs
 def windowed_attention(
     q_BTHK: Tensor,
     k_BTGK: Tensor,
@@ -115,42 +93,47 @@ def windowed_attention(
     Sliding windows: arXiv 2004.05150; sinks: arXiv 2309.17453. Everything else as `causal_attention`; time and memory
     are linear in T, except on "reference".
     """
-    if q_BTHK.device.type in OUTSIDE or backend in BY_DOCUMENTS:
-        return _windowed_outside(q_BTHK, k_BTGK, v_BTGV, seq, window, sinks, scale, backend)
-    return _windowed(q_BTHK, k_BTGK, v_BTGV, seq, window, sinks, scale, backend)
+    require(window >= 1, "window", window, "must be >= 1, e.g. 256")
+    require(sinks >= 0, "sinks", sinks, "must be >= 0, e.g. 4")
+    return _attention(q_BTHK, k_BTGK, v_BTGV, seq, window, sinks, scale, backend)
 
 
-def _windowed(
+def _attention(
     q_BTHK: Tensor,
     k_BTGK: Tensor,
     v_BTGV: Tensor,
     seq: Layout,
-    window: int,
+    window: int | None,
     sinks: int,
     scale: float | None,
     backend: str,
 ) -> Tensor:
     _check(q_BTHK, k_BTGK, v_BTGV, seq)
-    require(window >= 1, "window", window, "must be >= 1, e.g. 256")
-    require(sinks >= 0, "sinks", sinks, "must be >= 0, e.g. 4")
-    backend = resolve_backend(backend, q_BTHK.device, windowed=True)
+    path = resolve_backend(backend, q_BTHK.device, windowed=window is not None)
     q, k, v = _autocast(q_BTHK, k_BTGK, v_BTGV)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "reference":
-        mask_BTS = seq.table(("windowed mask", window, sinks), lambda: allowed_mask(seq, window=window, sinks=sinks))
-        return reference_attention_of_documents(q, k, v, mask_BTS, seq, scale=scale)
-    if backend == "flex":
-        return flex_attention(q, k, v, seq, window=window, sinks=sinks, scale=scale)
-    if backend == "sdpa":
-        return sdpa_windowed_attention(q, k, v, seq, window=window, sinks=sinks, scale=scale)
-    return torch_windowed_attention(q, k, v, seq, window=window, sinks=sinks, scale=scale)
+    if path == "torch":
+        bf16, widths = q.dtype == torch.bfloat16, (q.shape[-1], v.shape[-1])
+        tiled = window is not None or (q.device.type == "cpu" and in_tiles(bf16, *widths))
+        path = "tiles" if tiled else "sdpa"
+    return PATHS[path](q, k, v, seq, window=window, sinks=sinks, scale=q.shape[-1] ** -0.5 if scale is None else scale)
 
 
-_windowed_outside = outside_graphs(_windowed)
+def in_tiles(bf16: bool, key_width: int, value_width: int) -> bool:
+    """Whether "torch" is "tiles" for causal attention on a CPU; else it is "sdpa".
+
+    PyTorch's own kernel wants one width for keys and values, and without AMX gains nothing from bf16.
+    """
+    return bf16 or key_width != value_width
+
+
+def kept_causal_keys(length: int, *, bf16: bool, key_width: int, value_width: int, backend: str) -> float:
+    """How many weights a query keeps for the backward pass of causal attention on a CPU, on average."""
+    tiled = backend == "tiles" or (backend in ("auto", "torch") and in_tiles(bf16, key_width, value_width))
+    return kept_keys(length, length, 0) if tiled else 0.0
 
 
 def prepare_attention(seq: Layout, backend: str, *, window: int | None = None, sinks: int = 0) -> None:
-    """Make what this attention needs of the layout: before a graph that holds it, which would end to make it."""
+    """Make the layout's masks for this attention eagerly, so that a graph that holds it need not end to make them."""
     chosen = resolve_backend(backend, seq.position_BT.device, windowed=window is not None)
     if chosen == "flex" or (chosen == "cudnn" and not seq.whole_rows):
         made_block_mask(seq, window, sinks)
@@ -159,16 +142,16 @@ def prepare_attention(seq: Layout, backend: str, *, window: int | None = None, s
 def cached_attention(
     q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, allowed_BTS: Tensor | None, *, scale: float | None = None
 ) -> Tensor:
-    """o (B, T, H, V): T new tokens attend to the S held ones that the bool mask allows.
+    """o (B, T, H, V): T new tokens attend to those of the S cached ones that the bool mask allows.
 
-    Without a mask (None) the new tokens are the last T of those held, and see all but later ones; so nothing is spent
-    on a mask. A query that may see nothing gives zeros. Keys that nobody may see must be finite. scale: K^-½ unless
-    given.
+    Without a mask (None) the new tokens are the last T of the cached ones, and see all but later ones; so nothing is
+    spent on a mask. A query that may see nothing gives zeros. Keys that nobody may see must be finite. scale: K^-½
+    unless given. Under autocast the inputs are cast to its dtype. Raises ConfigError for shapes that do not fit.
     """
     _check_heads(q_BTHK, k_BSGK, v_BSGV)
     if allowed_BTS is None:
-        time, held = q_BTHK.shape[1], k_BSGK.shape[1]
-        require(time <= held, "q.shape", tuple(q_BTHK.shape), f"must have no more tokens than are held, {held}")
+        time, cached = q_BTHK.shape[1], k_BSGK.shape[1]
+        require(time <= cached, "q.shape", tuple(q_BTHK.shape), f"must have no more tokens than are held, {cached}")
     else:
         expected = (*q_BTHK.shape[:2], k_BSGK.shape[1])
         require(allowed_BTS.shape == expected, "allowed_BTS.shape", tuple(allowed_BTS.shape), f"must be {expected}")

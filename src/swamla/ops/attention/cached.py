@@ -1,4 +1,4 @@
-"""Attention of new tokens to keys and values held in a state."""
+"""Attention of new tokens to a cache: of keys and values, or of latents that are both."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ ROWS = 128  # of one block's scores on a CPU: enough for the rate of its matmul,
 FEW = 1 << 14  # scores of such a block: with fewer, all rows and heads are multiplied at once
 SCORES = 16_000_000  # of a block of queries, or places of its mask: bounds memory, of which accelerators have more
 ON_ACCELERATORS = 16  # times as many
-LENGTHS = 256  # of a state of latents, one token reads a multiple of this
+LENGTHS = 256  # decoding reads the latent cache in multiples of it, because oneDNN prepares kernels by shape
 
 
 def attend_to_cache(
@@ -86,7 +86,7 @@ def _masked(score: Tensor, allowed: Tensor | None) -> Tensor:
 def _in_blocks(q_BGRTK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float) -> Tensor:
     """The last T of S tokens, a block of queries after the other, each as plain matmuls over the keys it may see.
 
-    Like `tiled.py`, and for its reasons; here most keys have no query, and a matmul is one head's, so that in fp32 it
+    Like `cpu.py`, and for its reasons; here most keys have no query, and a matmul is one head's, so that in fp32 it
     can be oneDNN's. The causal mask is added to what lies behind a block's first query alone. Shapes: N (rows × key
     heads), R query heads that share a key head, M (queries of a block × R).
     """

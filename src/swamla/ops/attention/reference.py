@@ -5,6 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import Layout
 
 
@@ -42,19 +43,21 @@ def reference_attention(
         return torch.einsum("bhts,bshv->bthv", weight_BHTS, v_BSHV).to(q_BTHK.dtype)
 
 
-def reference_attention_of_documents(
-    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, allowed_BTT: Tensor, seq: Layout, *, scale: float
+@outside_graphs
+def attend_by_mask(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, *, window: int | None, sinks: int, scale: float
 ) -> Tensor:
     """`reference_attention` of every document alone: a weight of zero would let a NaN pass from one to another."""
+    mask_BTT = seq.table(("mask", window, sinks), lambda: allowed_mask(seq, window=window, sinks=sinks))
     if seq.whole_rows:
-        return reference_attention(q_BTHK, k_BTGK, v_BTGV, allowed_BTT, scale=scale)
+        return reference_attention(q_BTHK, k_BTGK, v_BTGV, mask_BTT, scale=scale)
     rows = []
     for row, position_T in enumerate(seq.position_BT.tolist()):
         begins = [t for t, position in enumerate(position_T) if position == 0]
         documents = []
         for begin, end in pairwise([*begins, len(position_T)]):
             q, k, v = (x[row : row + 1, begin:end] for x in (q_BTHK, k_BTGK, v_BTGV))
-            allowed = allowed_BTT[row : row + 1, begin:end, begin:end]
+            allowed = mask_BTT[row : row + 1, begin:end, begin:end]
             documents.append(reference_attention(q, k, v, allowed, scale=scale))
         rows.append(torch.cat(documents, dim=1))
     return torch.cat(rows)

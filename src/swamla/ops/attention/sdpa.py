@@ -1,36 +1,27 @@
-"""Causal and windowed attention by PyTorch's `scaled_dot_product_attention`, which never writes its scores down.
-
-Of the CPU's two fast paths the one that moves fewer bytes, where `tiled` computes in fewer, larger products: which of
-them is faster depends on the machine and on how long documents are.
-"""
-
-from functools import partial
+"""Attention by PyTorch's `scaled_dot_product_attention`, which never writes its scores down: the backend "sdpa"."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from swamla.ops.attention.documents import each_document
-from swamla.ops.attention.tiled import additive_mask
+from swamla.ops.attention.cpu import additive_mask, each_document
+from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import Layout
 
 
-def sdpa_causal_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, *, scale: float) -> Tensor:
-    """Each token attends to its document up to itself: (B, T, H, V), one call for each run of equal documents."""
-    return each_document(partial(_causal, scale=scale), q_BTHK, k_BTGK, v_BTGV, seq)
-
-
-def sdpa_windowed_attention(
-    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, *, window: int, sinks: int, scale: float
+@outside_graphs
+def attend_by_sdpa(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, *, window: int | None, sinks: int, scale: float
 ) -> Tensor:
-    """Each token attends to its document's last `window` tokens and first `sinks`: (B, T, H, V), time linear in T."""
-    attend = partial(_in_bands, window=window, sinks=sinks, scale=scale)
+    """Each token attends to its document's last `window` tokens, all where None, and first `sinks`: (B, T, H, V)."""
+
+    def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor) -> Tensor:
+        if window is None:
+            return _fused(q_BTHK, k_BTGK, v_BTGV, None, scale)
+        return _in_bands(q_BTHK, k_BTGK, v_BTGV, window=window, sinks=sinks, scale=scale)
+
     return each_document(attend, q_BTHK, k_BTGK, v_BTGV, seq)
-
-
-def _causal(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *, scale: float) -> Tensor:
-    return _fused(q_BTHK, k_BTGK, v_BTGV, None, scale)
 
 
 def _in_bands(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *, window: int, sinks: int, scale: float) -> Tensor:
@@ -40,7 +31,7 @@ def _in_bands(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *, window: int, si
     """
     batch, time = q_BTHK.shape[:2]
     if time <= window + sinks:
-        return _causal(q_BTHK, k_BTGK, v_BTGV, scale=scale)
+        return _fused(q_BTHK, k_BTGK, v_BTGV, None, scale)
     first = -(-(window + sinks) // window) * window  # from here on bands and sinks lie apart
     if time <= first + window:
         mask = additive_mask(time, 0, 0, window, sinks, q_BTHK.dtype, q_BTHK.device)

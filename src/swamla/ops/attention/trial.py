@@ -6,8 +6,7 @@ from functools import partial
 
 import torch
 
-from swamla.ops.attention import causal_attention, windowed_attention
-from swamla.ops.attention.causal import in_tiles
+from swamla.ops.attention import causal_attention, in_tiles, windowed_attention
 from swamla.ops.gradients import gradients
 from swamla.ops.layout import Layout
 

@@ -4,19 +4,21 @@ import torch
 from torch import Tensor
 
 from swamla.errors import MissingBackendError, UsageError
-from swamla.ops.gated_delta.chunked import chunked_gated_delta_rule
-from swamla.ops.gated_delta.documents import documents_of
-from swamla.ops.gated_delta.fla import fla_gated_delta_rule, installed, made_packing, obstacle
-from swamla.ops.gated_delta.l2_normalize import l2_normalize
+from swamla.ops.gated_delta.cpu import chunked_gated_delta_rule
+from swamla.ops.gated_delta.cuda import fla_gated_delta_rule, installed, made_packing, obstacle
 from swamla.ops.gated_delta.reference import gated_delta_step, recurrent_gated_delta_rule
-from swamla.ops.graphs import OUTSIDE, open_to_graphs, outside_graphs
 from swamla.ops.layout import Layout
 
-__all__ = ["BACKENDS", "gated_delta_rule", "gated_delta_step", "l2_normalize"]
-
+__all__ = [
+    "BACKENDS",
+    "describe_backend",
+    "gated_delta_rule",
+    "gated_delta_step",
+    "prepare_rule",
+    "resolve_backend",
+]
 
 BACKENDS = ("auto", "reference", "torch", "fla")
-WITHOUT_FLA = ("reference", "torch")
 
 
 def resolve_backend(
@@ -29,7 +31,7 @@ def resolve_backend(
     """
     if backend not in BACKENDS:
         raise UsageError(f"backend = {backend!r}: the gated delta rule has {', '.join(map(repr, BACKENDS))}")
-    if backend in WITHOUT_FLA:
+    if backend in ("reference", "torch"):
         return backend
     if backend == "fla":
         if dtype.itemsize != 2:
@@ -53,13 +55,12 @@ def describe_backend(
 
 
 def prepare_rule(seq: Layout, backend: str, *, heads: int, key: int, value: int) -> None:
-    """Make what the rule needs of the layout: before a graph that holds it, which would end to make it."""
+    """Try the backend and make the layout's bounds for it eagerly, so that a graph that holds the rule need not end."""
     chosen = resolve_backend(backend, seq.position_BT.device, heads=heads, key=key, value=value)
     if chosen == "fla" and not seq.whole_rows:
         made_packing(seq)
 
 
-@open_to_graphs
 def gated_delta_rule(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
@@ -83,67 +84,15 @@ def gated_delta_rule(
     attention, on CUDA in 16 bits), "auto" (see `resolve_backend`). Raises UsageError for any other.
     `chunk`: tokens a chunk of "torch", by default 32 on a CPU and 64 on an accelerator.
     """
-    inputs = (q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH)
-    if q_BTHK.device.type in OUTSIDE or backend in WITHOUT_FLA:
-        return _rule_outside(*inputs, seq, initial_state_BHKV, scale, backend, chunk)
-    heads, key, value, dtype = q_BTHK.shape[2], q_BTHK.shape[3], v_BTHV.shape[3], q_BTHK.dtype
-    if resolve_backend(backend, q_BTHK.device, heads=heads, key=key, value=value, dtype=dtype) == "torch":
-        return _rule_outside(*inputs, seq, initial_state_BHKV, scale, "torch", chunk)
-    scale = key**-0.5 if scale is None else scale
-    return fla_gated_delta_rule(*inputs, seq=seq, initial_state_BHKV=initial_state_BHKV, scale=scale)
-
-
-@outside_graphs
-def _rule_outside(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
-    log_alpha_BTH: Tensor,
-    beta_BTH: Tensor,
-    seq: Layout | None,
-    initial_state_BHKV: Tensor | None,
-    scale: float | None,
-    backend: str,
-    chunk: int | None,
-) -> tuple[Tensor, Tensor]:
     heads, key, value = q_BTHK.shape[2], q_BTHK.shape[3], v_BTHV.shape[3]
-    backend = resolve_backend(backend, q_BTHK.device, heads=heads, key=key, value=value, dtype=q_BTHK.dtype)
-    scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "reference":
-        with torch.autocast(q_BTHK.device.type, enabled=False):
-            o_BTHV, final_BHKV = recurrent_gated_delta_rule(
-                q_BTHK,
-                k_BTHK,
-                v_BTHV,
-                log_alpha_BTH,
-                beta_BTH,
-                seq=seq,
-                initial_state_BHKV=initial_state_BHKV,
-                scale=scale,
-            )
-        return o_BTHV.to(q_BTHK.dtype), final_BHKV
-
-    chunk = min(chunk or (32 if q_BTHK.device.type == "cpu" else 64), q_BTHK.shape[1])
-    documents = documents_of(seq, chunk)
-    dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
-    log_alpha_BTH, beta_BTH = log_alpha_BTH.to(dtype), beta_BTH.to(dtype)
-    if documents.padding_BT is not None:
-        padding_BT1 = documents.padding_BT[..., None]
-        q_BTHK = q_BTHK.masked_fill(padding_BT1[..., None], 0)
-        log_alpha_BTH, beta_BTH = log_alpha_BTH.masked_fill(padding_BT1, 0), beta_BTH.masked_fill(padding_BT1, 0)
-    if documents.restart_BT is not None:
-        log_alpha_BTH = log_alpha_BTH.masked_fill(documents.restart_BT[..., None], 0)
-    if initial_state_BHKV is None:
-        batch, _, heads, key_width = q_BTHK.shape
-        initial_state_BHKV = beta_BTH.new_zeros(batch, heads, key_width, v_BTHV.shape[-1])
+    path = resolve_backend(backend, q_BTHK.device, heads=heads, key=key, value=value, dtype=q_BTHK.dtype)
+    inputs = (q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH)
+    scale = key**-0.5 if scale is None else scale
+    if path == "reference":
+        return recurrent_gated_delta_rule(*inputs, seq=seq, initial_state_BHKV=initial_state_BHKV, scale=scale)
+    if path == "fla":
+        return fla_gated_delta_rule(*inputs, seq=seq, initial_state_BHKV=initial_state_BHKV, scale=scale)
+    chunk = chunk or (32 if q_BTHK.device.type == "cpu" else 64)
     return chunked_gated_delta_rule(
-        q_BTHK,
-        k_BTHK,
-        v_BTHV,
-        log_alpha_BTH,
-        beta_BTH,
-        initial_state_BHKV.to(dtype),
-        documents,
-        scale,
-        chunk,
+        *inputs, seq=seq, initial_state_BHKV=initial_state_BHKV, scale=scale, chunk=min(chunk, q_BTHK.shape[1])
     )

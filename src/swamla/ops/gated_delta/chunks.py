@@ -1,11 +1,25 @@
-"""The gated delta rule of a stretch of chunks, forward and backward. Names and shapes are those of chunked.py."""
+"""The gated delta rule of a stretch of chunks, forward and backward. Names and shapes are those of cpu.py."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from swamla.ops.gated_delta.documents import ChunkMasks
+
+class ChunkMasks(NamedTuple):
+    """Which document each token of a chunk shares with what it could read from; zeros and ones, equal for all heads.
+
+    same_NB1CC: a token (row) and one not after it (column) share a document.
+    reads_NB1C1: a token's document is that of the state carried into its chunk.
+    writes_NB1C1: it is that of the state carried out.
+    keeps_NB111: those two are the same.
+    """
+
+    same_NB1CC: Tensor
+    reads_NB1C1: Tensor
+    writes_NB1C1: Tensor
+    keeps_NB111: Tensor
 
 
 @dataclass(frozen=True)

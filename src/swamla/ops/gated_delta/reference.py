@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
+from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import PADDING, Layout
 
 
+@outside_graphs
 def recurrent_gated_delta_rule(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
@@ -19,11 +21,11 @@ def recurrent_gated_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """The definition that every fast path is tested against: outputs (B, T, H, V) and the final state (B, H, K, V).
 
-    Decay first, then the error, then the write; in fp32, or in double when the inputs are double. The state restarts
-    at position 0 of each document but the row's first, which continues from the initial state. Padding reads zero
-    and leaves the state as it was.
+    Decay first, then the error, then the write; in fp32, or in double when the inputs are double, and outputs in q's
+    dtype. The state restarts at position 0 of each document but the row's first, which continues from the initial
+    state. Padding reads zero and leaves the state as it was.
     """
-    dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
+    given, dtype = q_BTHK.dtype, torch.promote_types(q_BTHK.dtype, torch.float32)
     if seq is not None and seq.padded:  # which may hold anything, and whose gradients are zero
         padding_BT = seq.document_BT == PADDING
         q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH = (
@@ -37,21 +39,22 @@ def recurrent_gated_delta_rule(
     if initial_state_BHKV is not None:
         state_BHKV = initial_state_BHKV.to(dtype)
     outputs_BHV = []
-    for t in range(time):
-        before_BHKV = state_BHKV
-        if seq is not None and t > 0:
-            state_BHKV = state_BHKV.masked_fill((seq.position_BT[:, t] == 0)[:, None, None, None], 0)
-        state_BHKV = alpha_BTH[:, t, :, None, None] * state_BHKV
-        error_BHV = v_BTHV[:, t] - torch.einsum("bhkv,bhk->bhv", state_BHKV, k_BTHK[:, t])
-        write_BHV = beta_BTH[:, t, :, None] * error_BHV
-        state_BHKV = state_BHKV + torch.einsum("bhk,bhv->bhkv", k_BTHK[:, t], write_BHV)
-        o_BHV = scale * torch.einsum("bhkv,bhk->bhv", state_BHKV, q_BTHK[:, t])
-        if seq is not None:
-            padding_B111 = (seq.document_BT[:, t] == PADDING)[:, None, None, None]
-            state_BHKV = torch.where(padding_B111, before_BHKV, state_BHKV)
-            o_BHV = o_BHV.masked_fill(padding_B111[..., 0], 0)
-        outputs_BHV.append(o_BHV)
-    return torch.stack(outputs_BHV, dim=1), state_BHKV
+    with torch.autocast(q_BTHK.device.type, enabled=False):
+        for t in range(time):
+            before_BHKV = state_BHKV
+            if seq is not None and t > 0:
+                state_BHKV = state_BHKV.masked_fill((seq.position_BT[:, t] == 0)[:, None, None, None], 0)
+            state_BHKV = alpha_BTH[:, t, :, None, None] * state_BHKV
+            error_BHV = v_BTHV[:, t] - torch.einsum("bhkv,bhk->bhv", state_BHKV, k_BTHK[:, t])
+            write_BHV = beta_BTH[:, t, :, None] * error_BHV
+            state_BHKV = state_BHKV + torch.einsum("bhk,bhv->bhkv", k_BTHK[:, t], write_BHV)
+            o_BHV = scale * torch.einsum("bhkv,bhk->bhv", state_BHKV, q_BTHK[:, t])
+            if seq is not None:
+                padding_B111 = (seq.document_BT[:, t] == PADDING)[:, None, None, None]
+                state_BHKV = torch.where(padding_B111, before_BHKV, state_BHKV)
+                o_BHV = o_BHV.masked_fill(padding_B111[..., 0], 0)
+            outputs_BHV.append(o_BHV)
+    return torch.stack(outputs_BHV, dim=1).to(given), state_BHKV
 
 
 def gated_delta_step(

@@ -1,17 +1,17 @@
-"""Causal and windowed attention as plain matrix products over tiles of queries: the fast path of the CPU.
+"""Attention as plain matrix products over tiles of queries: the backend "tiles", a CPU's fast path.
 
 A tile is a stretch of queries and the keys that any of them sees: the document's sinks, if they lie behind the window,
 and one band. Its scores are a matmul, one softmax and another matmul; tiles of one shape go as one batch. Where queries
 see few keys their weights are kept for the backward, a quarter of its time; others are computed again, so that nothing
-quadratic is kept. In bf16 this runs at the rate of the CPU's matmul, which `scaled_dot_product_attention` does not; its
-price is that scores are rounded to bf16 (as in every eager attention under autocast). Causal attention is the case of a
-window as long as the document.
+quadratic is kept. In bf16 this runs at the rate of the CPU's matmul; its price is that scores are rounded to bf16 (as
+in every eager attention under autocast) and cross memory, which those of `sdpa.py` do not: which of the two is faster
+depends on the machine and on how long documents are. Causal attention is the case of a window as long as the document.
 
 Shapes in this file: N (documents × key heads), R query heads that share a key head, C queries and S keys of a tile,
 M (documents × key heads × tiles).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -20,8 +20,41 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from swamla.ops.graphs import outside_graphs
+from swamla.ops.layout import Layout
+
 SCORES = 4_000_000  # of one batch of tiles, in elements: two or three such buffers in use, near the size of the caches
 KEPT = 768  # keys a query sees in its tile, on average, for whose weights to be kept: 1.5 KB a query and head in bf16
+
+
+@outside_graphs
+def attend_in_tiles(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, *, window: int | None, sinks: int, scale: float
+) -> Tensor:
+    """Each token attends to its document's last `window` tokens, all where None, and first `sinks`: (B, T, H, V)."""
+
+    def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor) -> Tensor:
+        reach = q_BTHK.shape[1] if window is None else window
+        return tiled_attention(q_BTHK, k_BTGK, v_BTGV, window=reach, sinks=sinks, scale=scale)
+
+    return each_document(attend, q_BTHK, k_BTGK, v_BTGV, seq)
+
+
+def each_document(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout
+) -> Tensor:
+    """Call `attend` with every run of `seq.runs` as (count, length, heads, width) and join what it returns.
+
+    Documents never meet in one softmax, and the cost is the sum over documents, not that of the row.
+    """
+    if seq.whole_rows:
+        return attend(q_BTHK, k_BTGK, v_BTGV)
+    sizes = [count * length for count, length in seq.runs]
+    parts = zip(*(torch.split(x.flatten(0, 1), sizes) for x in (q_BTHK, k_BTGK, v_BTGV)), strict=True)
+    outputs = [
+        attend(*(x.unflatten(0, run) for x in part)).flatten(0, 1) for run, part in zip(seq.runs, parts, strict=True)
+    ]
+    return torch.cat(outputs).unflatten(0, seq.shape) if outputs else torch.empty_like(q_BTHK[..., : v_BTGV.shape[-1]])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Causal depthwise convolution of a few taps, then SiLU: the local mixing in front of a linear recurrence."""
+"""The short convolution with a hand-written backward pass: the backend "torch", a CPU's fast path."""
 
 from typing import Any, NamedTuple
 
@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from swamla.errors import UsageError
-from swamla.ops.graphs import OUTSIDE, open_to_graphs, outside_graphs
+from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import Layout
+from swamla.ops.short_conv.reference import visible_inputs
 
 # On a CPU one thread works on blocks of so many elements, so that all its passes run in cache. Several threads would
 # have to wake for every pass: they leave larger blocks to oneDNN, in images of so many tokens (of a single long one it
@@ -18,65 +18,18 @@ BLOCK, THREADS_BLOCK = 2**18, 2**22
 PIECE = 512
 
 
-@open_to_graphs
-def short_conv(
-    x_BTD: Tensor,
-    weight_DW: Tensor,
-    *,
-    seq: Layout | None = None,
-    history_BWD: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """silu(sum_i weight[:, i] x[t - (W - 1) + i]): y (B, T, D) in x's dtype; weight[:, -1] meets the current token.
-
-    A token sees its own document only. `history_BWD` holds the W - 1 inputs before the row (zeros unless given); they
-    belong to the document of the row's first token. Backends: "reference" (a masked sum of shifted inputs), "torch"
-    (hand-written backward), "auto" ("reference" for rows shorter than two windows, and in a graph on a GPU, whose
-    compiler makes one kernel of it; else "torch"). Raises UsageError for any other.
-    """
-    if x_BTD.device.type in OUTSIDE or backend != "auto" or not torch.compiler.is_compiling():
-        return _outside(x_BTD, weight_DW, seq, history_BWD, backend)
-    if history_BWD is None:
-        history_BWD = x_BTD.new_zeros(x_BTD.shape[0], weight_DW.shape[-1] - 1, x_BTD.shape[2])
-    return _reference(x_BTD, weight_DW, seq, history_BWD)
-
-
 @outside_graphs
-def _outside(x_BTD: Tensor, weight_DW: Tensor, seq: Layout | None, history_BWD: Tensor | None, backend: str) -> Tensor:
+def convolve_line(x_BTD: Tensor, weight_DW: Tensor, seq: Layout | None, history_BWD: Tensor | None) -> Tensor:
+    """`short_conv` of a batch as one line of B*T rows, of which then the tokens at its edges are mended."""
     batch, time, width = x_BTD.shape
     taps = weight_DW.shape[-1]
-    if backend not in ("auto", "reference", "torch"):
-        raise UsageError(f'backend = {backend!r}: short_conv has "auto", "reference" and "torch"')
     if history_BWD is None:
         history_BWD = x_BTD.new_zeros(batch, taps - 1, width)
-    if backend == "reference" or (backend == "auto" and time < 2 * taps):
-        return _reference(x_BTD, weight_DW, seq, history_BWD)
     if seq is None:
         edges = _edges(Layout.one_document_per_row(batch, time), taps, x_BTD.device)
     else:
         edges = seq.table(("short_conv", taps), lambda: _edges(seq, taps, x_BTD.device))
     return _ShortConv.apply(x_BTD, weight_DW, history_BWD, edges)
-
-
-def _reference(x_BTD: Tensor, weight_DW: Tensor, seq: Layout | None, history_BWD: Tensor) -> Tensor:
-    """The definition: one masked, shifted product a tap, in fp32 (double for double inputs)."""
-    time, taps = x_BTD.shape[1], weight_DW.shape[-1]
-    dtype = torch.promote_types(x_BTD.dtype, torch.float32)
-    line_BSD = torch.cat([history_BWD.to(dtype), x_BTD.to(dtype)], dim=1)
-    age_BT = None if seq is None else _age(seq.position_BT, taps)
-    y_BTD = torch.zeros_like(x_BTD, dtype=dtype)
-    for tap in range(taps):
-        shifted_BTD = line_BSD[:, tap : tap + time]
-        if age_BT is not None:
-            shifted_BTD = shifted_BTD.masked_fill((age_BT < taps - 1 - tap)[..., None], 0)
-        y_BTD = y_BTD + shifted_BTD * weight_DW[:, tap].to(dtype)
-    return F.silu(y_BTD).to(x_BTD.dtype)
-
-
-def _age(position_BT: Tensor, taps: int) -> Tensor:
-    """How many inputs before each token (B, T) it may see; the row's first document reaches back into the history."""
-    index_T = torch.arange(position_BT.shape[1], device=position_BT.device)
-    return torch.where(position_BT < index_T, position_BT, index_T + taps - 1)
 
 
 class _Edges(NamedTuple):
@@ -95,7 +48,7 @@ class _Edges(NamedTuple):
 
 def _edges(seq: Layout, taps: int, device: torch.device) -> _Edges:
     """Found on the host, which would have to wait for another device to count them."""
-    edges = _make_edges(_age(seq.host_position_BT, taps), taps)
+    edges = _make_edges(visible_inputs(seq.host_position_BT, taps), taps)
     return _Edges(*(x.to(device, non_blocking=True) for x in edges))
 
 
@@ -122,8 +75,6 @@ def _make_edges(age_BT: Tensor, taps: int) -> _Edges:
 
 
 class _ShortConv(torch.autograd.Function):
-    """Convolves the whole batch as one line of B*T rows, then mends the tokens at its edges."""
-
     @staticmethod
     def forward(ctx: Any, x_BTD: Tensor, weight_DW: Tensor, history_BWD: Tensor, edges: _Edges) -> Tensor:
         ctx.save_for_backward(x_BTD, weight_DW, history_BWD)

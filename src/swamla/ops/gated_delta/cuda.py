@@ -1,11 +1,11 @@
-"""The gated delta rule by flash-linear-attention's Triton kernels, as an op that a compiled graph can hold.
+"""The gated delta rule by flash-linear-attention's Triton kernels, as ops that a graph of torch.compile can hold.
 
 The op knows flash-linear-attention by its public function alone, which keeps what its backward pass needs out of
-reach: the op's backward pass computes the forward pass again. Not measured on GPU.
+reach: the backward pass computes the forward pass again. Not measured on GPU.
 """
 
 import re
-from functools import lru_cache, partial
+from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from swamla.errors import is_out_of_memory
 from swamla.ops.gated_delta.reference import recurrent_gated_delta_rule
-from swamla.ops.graphs import constant_in_graphs, outside_graphs
+from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import PADDING, Layout
 
 WIDEST = 256  # key heads that its kernels take
@@ -61,7 +61,7 @@ def fla_gated_delta_rule(
 
 
 def made_packing(seq: Layout) -> Packing:
-    """The layout's `Packing`, made at its first use: best before a graph that needs it."""
+    """The layout's `Packing`, made at its first use; made eagerly, it ends no graph."""
     made = seq.made("fla")
     return _make_packing(seq) if made is None else made
 
@@ -87,23 +87,33 @@ def packing_of(seq: Layout) -> Packing:
     return Packing(bounds_M, host_bounds_M, first_B, last_B)
 
 
-@constant_in_graphs
 def obstacle(device: torch.device, heads: int, key: int, value: int) -> str | None:
     """Why these heads cannot be computed on `device`, to follow the word "fla"; None where they can.
 
     Tries the kernels once on a few tokens, and compares outputs and gradients with the reference; again the next time
-    where there was no memory for it.
+    where there was no memory for it. Asked eagerly, it ends no graph.
     """
-    unnamed = device.type == "cuda" and device.index is None and torch.cuda.is_available()
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    asked = (str(device), heads, key, value)
+    return _OBSTACLES[asked] if asked in _OBSTACLES else _find_obstacle(*asked)
+
+
+_OBSTACLES: dict[tuple[str, int, int, int], str | None] = {}  # no `lru_cache`: the compiler traces through one
+
+
+@outside_graphs
+def _find_obstacle(device: str, heads: int, key: int, value: int) -> str | None:
     try:
-        return _obstacle(f"cuda:{torch.cuda.current_device()}" if unnamed else str(device), heads, key, value)
-    except (RuntimeError, MemoryError) as error:  # which the cache does not keep
+        found = _obstacle(device, heads, key, value)
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return 'finds no memory on this device to be tried in: free some, or use "torch"'
+    _OBSTACLES[device, heads, key, value] = found
+    return found
 
 
-@lru_cache
 def _obstacle(device: str, heads: int, key: int, value: int) -> str | None:
     if not installed():
         return "needs flash-linear-attention: pip install 'swamla[gpu]'"
@@ -115,7 +125,6 @@ def _obstacle(device: str, heads: int, key: int, value: int) -> str | None:
     if is_hopper(device) and WRONG_FROM <= triton < RIGHT_FROM and 32 < key <= 64:
         said = ".".join(map(str, triton))
         return f'refuses keys of width {key} on Hopper under Triton {said} (mended in 3.7.1): use width 128, or "torch"'
-    _register()
     return _probe(device, heads, key, value)
 
 
@@ -175,16 +184,7 @@ def _probe(device: str, heads: int, key: int, value: int) -> str | None:
     return None
 
 
-@lru_cache
-def _register() -> None:
-    """Make the op: at its first use, because that loads the compiler."""
-    forward = torch.library.custom_op("swamla::fla_gated_delta_rule", _forward, mutates_args=())
-    backward = torch.library.custom_op("swamla::fla_gated_delta_rule_backward", _backward, mutates_args=())
-    forward.register_fake(_fake_forward)
-    backward.register_fake(_fake_backward)
-    forward.register_autograd(_gradients, setup_context=_keep)
-
-
+@torch.library.custom_op("swamla::fla_gated_delta_rule", mutates_args=())
 def _forward(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
@@ -207,6 +207,7 @@ def _forward(
     return o_1NHV.contiguous().view(v_BTHV.shape), final_NHKV[last_B]
 
 
+@torch.library.custom_op("swamla::fla_gated_delta_rule_backward", mutates_args=())
 def _backward(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
@@ -270,12 +271,14 @@ def _of_documents(x_BHKV: Tensor | None, index_B: Tensor, count: int) -> Tensor 
     return x_BHKV.new_zeros(count, *x_BHKV.shape[1:]).index_copy_(0, index_B, x_BHKV)
 
 
+@_forward.register_fake
 def _fake_forward(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     batch, _time, heads, key = q_BTHK.shape
     state = q_BTHK.new_empty(batch, heads, key, v_BTHV.shape[-1], dtype=torch.float32)
     return q_BTHK.new_empty(v_BTHV.shape), state
 
 
+@_backward.register_fake
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     *inputs, initial = arguments[:6]
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
@@ -294,3 +297,6 @@ def _gradients(ctx: Any, d_o_BTHV: Tensor | None, d_final_BHKV: Tensor | None) -
     found = torch.ops.swamla.fla_gated_delta_rule_backward(*tensors, ctx.scale, d_o_BTHV, d_final_BHKV)
     *of_inputs, of_initial = found
     return *of_inputs, None if tensors[5] is None else of_initial, None, None, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_keep)

@@ -1,4 +1,4 @@
-"""The gated delta rule in chunks, with a hand-written backward pass.
+"""The gated delta rule in chunks, with a hand-written backward pass: the backend "torch", a CPU's fast path.
 
 Inside a chunk, with G the running sum of log alpha and D_ts = exp(G_t - G_s) for s <= t, the recurrence is linear
 attention whose values `u` solve a unit-triangular system (arXiv 2406.06484; with the gate, 2412.06464):
@@ -16,6 +16,9 @@ Shapes: N chunks, X = B*H, C tokens a chunk.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -23,31 +26,109 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from swamla.ops.gated_delta.chunks import gradients, outputs, prepare, run_states, run_states_backward
-from swamla.ops.gated_delta.documents import ChunkMasks, Documents
+from swamla.ops.gated_delta.chunks import ChunkMasks, gradients, outputs, prepare, run_states, run_states_backward
+from swamla.ops.graphs import outside_graphs
+from swamla.ops.layout import PADDING, Layout
 
 # On a CPU a segment has about this many rows of q (tokens x heads), so that all its passes run in cache.
 CPU_ROWS = 4096
 
 
+@outside_graphs
 def chunked_gated_delta_rule(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
     v_BTHV: Tensor,
     log_alpha_BTH: Tensor,
     beta_BTH: Tensor,
-    initial_state_BHKV: Tensor,
-    documents: Documents,
+    *,
+    seq: Layout | None,
+    initial_state_BHKV: Tensor | None,
     scale: float,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs (B, T, H, V) in q's dtype and the final state (B, H, K, V) in that of the initial state.
+    """Outputs (B, T, H, V) in q's dtype and the final state (B, H, K, V) in fp32, or in double for double inputs.
 
-    State, gates and the triangular solve are in the initial state's dtype; with bf16 q, k, v the large batched
-    matmuls are in bf16.
+    State, gates and the triangular solve are in the state's dtype; with bf16 q, k, v the large batched matmuls are in
+    bf16.
     """
-    return _ChunkedGatedDeltaRule.apply(
-        q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH, initial_state_BHKV, documents, scale, chunk
+    documents = documents_of(seq, chunk)
+    dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
+    log_alpha_BTH, beta_BTH = log_alpha_BTH.to(dtype), beta_BTH.to(dtype)
+    if documents.padding_BT is not None:
+        padding_BT1 = documents.padding_BT[..., None]
+        q_BTHK = q_BTHK.masked_fill(padding_BT1[..., None], 0)
+        log_alpha_BTH, beta_BTH = log_alpha_BTH.masked_fill(padding_BT1, 0), beta_BTH.masked_fill(padding_BT1, 0)
+    if documents.restart_BT is not None:
+        log_alpha_BTH = log_alpha_BTH.masked_fill(documents.restart_BT[..., None], 0)
+    if initial_state_BHKV is None:
+        batch, _, heads, key_width = q_BTHK.shape
+        initial_state_BHKV = beta_BTH.new_zeros(batch, heads, key_width, v_BTHV.shape[-1])
+    inputs = (q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH, initial_state_BHKV.to(dtype))
+    return _ChunkedGatedDeltaRule.apply(*inputs, documents, scale, chunk)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What the rule needs to know about documents, made once per forward pass for all layers.
+
+    padding_BT: None when there can be none.  restart_BT and masks: None when each row is one document.
+    """
+
+    padding_BT: Tensor | None
+    restart_BT: Tensor | None
+    masks: ChunkMasks | None
+    document_BT: Tensor | None
+
+    def would_mix(self, result: Tensor) -> bool:
+        """Whether a NaN or an infinity of one document (or of padding) may have reached others that share its row."""
+        packed = self.masks is not None or self.padding_BT is not None
+        return packed and result.device.type == "cpu" and not bool(result.sum().isfinite())
+
+    def spans(self) -> list[tuple[slice, slice]]:
+        """The row, as a slice, and the tokens of every document; of padding none."""
+        assert self.document_BT is not None
+        found = []
+        for row, ids in enumerate(self.document_BT.tolist()):
+            begin = 0
+            for document, same in groupby(ids):
+                end = begin + len(list(same))
+                if document != PADDING:
+                    found.append((slice(row, row + 1), slice(begin, end)))
+                begin = end
+        return found
+
+
+def documents_of(seq: Layout | None, chunk: int) -> Documents:
+    """The document tables of `seq` for one chunk length, shared through the layout by all layers."""
+    if seq is None:
+        return Documents(None, None, None, None)
+    return seq.table(("gated_delta", chunk), partial(_make, seq, chunk))
+
+
+def _make(seq: Layout, chunk: int) -> Documents:
+    padding_BT = seq.document_BT == PADDING
+    padding = padding_BT if seq.padded else None
+    if seq.whole_rows:
+        return Documents(padding, None, None, seq.document_BT)
+    restart_BT = torch.zeros_like(padding_BT)
+    restart_BT[:, 1:] = (seq.document_BT[:, 1:] != seq.document_BT[:, :-1]) & ~padding_BT[:, 1:]
+    # Padding counts as the tail of what precedes it: it neither decays nor writes, so the state passes through.
+    return Documents(padding, restart_BT, _masks(restart_BT.cumsum(dim=1), chunk), seq.document_BT)
+
+
+def _masks(ordinal_BT: Tensor, chunk: int) -> ChunkMasks:
+    """Masks from the running number of each token's document inside its row."""
+    batch, time = ordinal_BT.shape
+    padded_BT = F.pad(ordinal_BT[:, None].float(), (0, -time % chunk), mode="replicate")[:, 0]
+    ordinal_NBC = padded_BT.view(batch, -1, chunk).transpose(0, 1)
+    leaving_NB1 = ordinal_NBC[..., -1:]
+    entering_NB1 = torch.cat([torch.zeros_like(leaving_NB1[:1]), leaving_NB1[:-1]])
+    return ChunkMasks(
+        same_NB1CC=(ordinal_NBC[..., :, None] == ordinal_NBC[..., None, :]).float().tril()[:, :, None],
+        reads_NB1C1=(ordinal_NBC == entering_NB1)[:, :, None, :, None],
+        writes_NB1C1=(ordinal_NBC == leaving_NB1)[:, :, None, :, None],
+        keeps_NB111=(entering_NB1 == leaving_NB1)[:, :, None, :, None],
     )
 
 

@@ -1,4 +1,4 @@
-"""Rows sorted by expert, each times its expert's matrix; and the way of tokens to their experts and back."""
+"""Rows sorted by expert, each times its expert's matrix."""
 
 from typing import Any
 
@@ -8,7 +8,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swamla.errors import UsageError
-from swamla.ops.graphs import OUTSIDE, open_to_graphs, outside_graphs
+from swamla.ops.graphs import outside_graphs
+from swamla.ops.grouped_mm.reference import reference_grouped_mm
+
+__all__ = ["BACKENDS", "grouped_mm", "product_dtype", "resolve_backend"]
 
 BACKENDS = ("auto", "reference", "torch")
 ALIGNMENT = 16  # bytes: what the torch kernel asks of the length of every row
@@ -21,7 +24,6 @@ def resolve_backend(backend: str) -> str:
     return "torch" if backend == "auto" else backend
 
 
-@open_to_graphs
 def grouped_mm(
     x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, *, backend: str = "auto", surplus: bool = False
 ) -> Tensor:
@@ -35,8 +37,8 @@ def grouped_mm(
     "auto" ("torch", but "reference" for doubles: on a CPU it is as fast as the loop, and twice as fast as padding all
     experts to one batch of equal sizes). Raises UsageError for what the backend cannot compute.
     """
-    if x_ND.device.type in OUTSIDE or backend == "reference" or product_dtype(x_ND) != torch.bfloat16:
-        return _outside(x_ND, weight_EDF, ends_E, backend, surplus)  # of the others the compiler knows bf16 alone
+    if x_ND.device.type == "cpu" or backend == "reference" or product_dtype(x_ND) != torch.bfloat16:
+        return _outside(x_ND, weight_EDF, ends_E, backend, surplus)  # the compiler has no kernel but for bf16
     return _grouped_mm(x_ND, weight_EDF, ends_E, backend, surplus)
 
 
@@ -65,14 +67,6 @@ def product_dtype(x: Tensor) -> torch.dtype:
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return x.dtype
     return torch.get_autocast_dtype(device)
-
-
-def reference_grouped_mm(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
-    """One expert after the other; rows that no expert owns become 0."""
-    begins, ends = [0, *ends_E.tolist()[:-1]], ends_E.tolist()
-    with torch.autocast(x_ND.device.type, enabled=False):
-        parts = [x_ND[b:e] @ weight for b, e, weight in zip(begins, ends, weight_EDF.unbind(), strict=True)]
-    return torch.cat([*parts, parts[0].new_zeros(len(x_ND) - ends[-1], weight_EDF.shape[2])])
 
 
 def _clear_surplus(y: Tensor, ends_E: Tensor) -> None:
@@ -111,58 +105,3 @@ class _GroupedMM(torch.autograd.Function):
                 empty_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
                 dw_EDF.masked_fill_(empty_E[:, None, None], 0)
         return dx_ND, dw_EDF, None, None
-
-
-class Dispatch:
-    """Which row goes to which expert: N tokens, each to K of E experts, as N·K rows sorted by expert.
-
-    Every row moves by a gather, forward and backward, so that sums have one order on every device. Of equal experts
-    the earlier token comes first.
-
-    surplus: an expert may be the number `n_experts`, which is none: those rows come last, and beyond `ends_E`.
-    """
-
-    def __init__(self, expert_NK: Tensor, n_experts: int, *, surplus: bool = False) -> None:
-        self.shape, self.surplus = expert_NK.shape, surplus
-        flat = expert_NK.flatten()
-        sorted_expert, self.order = flat.sort(stable=True)
-        self.place = torch.empty_like(self.order)
-        self.place[self.order] = torch.arange(flat.numel(), device=flat.device)
-        every_expert = torch.arange(n_experts, device=flat.device)
-        self.ends_E = torch.searchsorted(sorted_expert, every_expert, right=True, out_int32=True)
-
-    @property
-    def load_E(self) -> Tensor:
-        """Tokens of each expert, int64."""
-        return self.ends_E.long().diff(prepend=self.ends_E.new_zeros(1, dtype=torch.int64))
-
-    def scatter(self, x_ND: Tensor) -> Tensor:
-        """(N, D) → (N·K, D): each token once for every expert that it goes to, sorted by expert."""
-        repeats = self.shape[1]
-        return _Gather.apply(x_ND, self.order // repeats, self.place, repeats)
-
-    def unsorted(self, y: Tensor) -> Tensor:
-        """(N·K, D), sorted by expert, → (N·K, D), by token."""
-        return _Gather.apply(y, self.place, self.order, 1)
-
-    def gather(self, y: Tensor, weight_NK: Tensor) -> Tensor:
-        """(N·K, D) → (N, D): the weighted sum over the experts that each token went to, in y's dtype."""
-        y_NKD = self.unsorted(y).unflatten(0, self.shape)
-        return torch.bmm(weight_NK.to(y.dtype).unsqueeze(1), y_NKD).squeeze(1)
-
-
-class _Gather(torch.autograd.Function):
-    """Rows by index; backwards, each row sums up its `repeats` copies, which `back` finds."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor, repeats: int) -> Tensor:
-        ctx.save_for_backward(back)
-        ctx.repeats = repeats
-        return x.index_select(0, index)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (back,) = ctx.saved_tensors
-        rows = grad.index_select(0, back)
-        return rows.unflatten(0, (-1, ctx.repeats)).sum(1) if ctx.repeats > 1 else rows, None, None, None

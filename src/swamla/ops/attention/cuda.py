@@ -1,24 +1,56 @@
-"""Causal and windowed attention of packed rows on CUDA by FlexAttention (arXiv 2412.05496). Not measured on GPU."""
+"""Attention on CUDA: FlexAttention (arXiv 2412.05496), and cuDNN's kernel for causal rows of one document.
+
+Graphs of torch.compile hold both. Not measured on GPU.
+"""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from swamla.errors import UsageError
 from swamla.ops.graphs import compiled, outside_graphs
 from swamla.ops.layout import Layout
 
 BLOCK = 128  # tokens a block of the mask has on either side: FlexAttention's own, a multiple of every kernel's tile
-NARROWEST = 16  # heads its kernels take
+NARROWEST = 16  # heads FlexAttention's kernels take
 KERNEL = {"FORCE_USE_FLEX_ATTENTION": True}  # never the one for decoding, which short rows would get
+FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]  # the second for fp32, one token, odd widths
+MULTIPLE = 8  # of which both want the widths of heads to be one
+
+
+def cudnn_attention(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, *, window: int | None, sinks: int, scale: float
+) -> Tensor:
+    """Each token attends to its document up to itself: (B, T, H, V); widths of keys and values may differ.
+
+    FlexAttention's where documents share a row: one kernel for all of them under a block mask costs less than a call
+    for each length. cuDNN knows no windows: `window` is None.
+    """
+    if not seq.whole_rows:
+        return flex_attention(q_BTHK, k_BTGK, v_BTGV, seq, window=window, sinks=sinks, scale=scale)
+    return fused_attention(q_BTHK, k_BTGK, v_BTGV, scale=scale)
+
+
+def fused_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *, scale: float) -> Tensor:
+    """Causal attention of whole rows. Key heads shared by query heads are repeated, as not every kernel can share."""
+    refuse_doubles("cudnn", q_BTHK)
+    shared = q_BTHK.shape[2] // k_BTGK.shape[2]
+    if shared > 1:
+        k_BTGK, v_BTGV = (x.repeat_interleave(shared, dim=2) for x in (k_BTGK, v_BTGV))
+    q, k, v = (at_least(-(-x.shape[-1] // MULTIPLE) * MULTIPLE, x.transpose(1, 2)) for x in (q_BTHK, k_BTGK, v_BTGV))
+    with sdpa_kernel(FUSED, set_priority=True):
+        o = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    return o[..., : v_BTGV.shape[-1]].transpose(1, 2)
 
 
 def flex_attention(
     q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, *, window: int | None, sinks: int, scale: float
 ) -> Tensor:
-    """Attention under the mask of `reference.allowed_mask`; blocks in which nothing is allowed cost nothing."""
+    """(B, T, H, V) under the mask of `reference.allowed_mask`; blocks in which nothing is allowed cost nothing."""
     refuse_doubles("flex", q_BTHK)
     mask = made_block_mask(seq, window, sinks)
     q, k, v = (at_least(NARROWEST, x.transpose(1, 2)) for x in (q_BTHK, k_BTGK, v_BTGV))

@@ -1,0 +1,32 @@
+"""The short convolution as its definition has it: one masked, shifted product a tap."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swamla.ops.layout import Layout
+
+
+def reference_short_conv(
+    x_BTD: Tensor, weight_DW: Tensor, seq: Layout | None, history_BWD: Tensor | None = None
+) -> Tensor:
+    """silu(sum_i weight[:, i] x[t - (W - 1) + i]) of the token's document: (B, T, D), in fp32 (double for double)."""
+    time, taps = x_BTD.shape[1], weight_DW.shape[-1]
+    if history_BWD is None:
+        history_BWD = x_BTD.new_zeros(x_BTD.shape[0], taps - 1, x_BTD.shape[2])
+    dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+    line_BSD = torch.cat([history_BWD.to(dtype), x_BTD.to(dtype)], dim=1)
+    age_BT = None if seq is None else visible_inputs(seq.position_BT, taps)
+    y_BTD = torch.zeros_like(x_BTD, dtype=dtype)
+    for tap in range(taps):
+        shifted_BTD = line_BSD[:, tap : tap + time]
+        if age_BT is not None:
+            shifted_BTD = shifted_BTD.masked_fill((age_BT < taps - 1 - tap)[..., None], 0)
+        y_BTD = y_BTD + shifted_BTD * weight_DW[:, tap].to(dtype)
+    return F.silu(y_BTD).to(x_BTD.dtype)
+
+
+def visible_inputs(position_BT: Tensor, taps: int) -> Tensor:
+    """How many inputs before each token (B, T) it may see; the row's first document reaches back into the history."""
+    index_T = torch.arange(position_BT.shape[1], device=position_BT.device)
+    return torch.where(position_BT < index_T, position_BT, index_T + taps - 1)
