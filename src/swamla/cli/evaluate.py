@@ -14,7 +14,7 @@ from swamla.cli.overrides import data_flags, put_flags
 from swamla.cli.running import data_of_run, read_data, validation
 from swamla.config import from_plain
 from swamla.data.config import DataConfig
-from swamla.data.preparing import Dataset
+from swamla.data.dataset import Dataset
 from swamla.data.reopening import reopen
 from swamla.data.shards import documents_shared
 from swamla.errors import UsageError
@@ -117,7 +117,7 @@ def _warn_of_trained_text(dataset: Dataset, run: Path, config: RunConfig) -> Non
         warnings.simplefilter("ignore")  # what became of its raw files matters nothing here
         known = identity_of_run(run)
         own = None if known is None else reopen(config.data, known)
-    source, total = dataset.meta["source"], dataset.held_out.n_documents
+    source, total = dataset.source, dataset.held_out.n_documents
     if own is not None and (shared := documents_shared(dataset.held_out, own.train)):
         told = f"{source}: {shared} of its {total} documents are among those the run was trained on"
         warnings.warn(told, stacklevel=3)

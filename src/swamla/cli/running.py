@@ -9,10 +9,11 @@ from pathlib import Path
 
 from swamla import distributed
 from swamla.cli.console import Console, program, say
-from swamla.data.config import DataConfig
-from swamla.data.encode import Progress
-from swamla.data.preparing import Dataset, cache_of, prepare
+from swamla.data.config import DataConfig, cache_of
+from swamla.data.dataset import Dataset
+from swamla.data.preparing import prepare
 from swamla.data.reopening import reopen
+from swamla.data.shards import Progress
 from swamla.errors import DataError, Interrupted, UsageError
 from swamla.evaluate import evaluate_split
 from swamla.hub import pull

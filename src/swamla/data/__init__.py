@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from swamla.data.config import DataConfig
     from swamla.data.dataset import Dataset
-    from swamla.data.packing import Batch
+    from swamla.data.packing import Batch, HeldOutRows, PackedRows
     from swamla.data.preparing import Part, prepare, prepare_part
     from swamla.data.reopening import reopen
-    from swamla.data.sampler import HeldOutRows, PackedRows
     from swamla.data.shards import Split
     from swamla.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, make_tokenizer
 
@@ -24,8 +23,8 @@ _HOME = {
     "Batch": "packing",
     "DataConfig": "config",
     "Dataset": "dataset",
-    "HeldOutRows": "sampler",
-    "PackedRows": "sampler",
+    "HeldOutRows": "packing",
+    "PackedRows": "packing",
     "Part": "preparing",
     "Split": "shards",
     "StreamDecoder": "tokenizer",

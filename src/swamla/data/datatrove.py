@@ -5,8 +5,8 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from swamla.data.config import DataConfig
-from swamla.data.work import Part, cache_of
+from swamla.data.config import DataConfig, cache_of
+from swamla.data.preparing import Part, prepare_part
 from swamla.errors import MissingBackendError, UsageError, require
 
 EXECUTORS = {"local": "LocalPipelineExecutor", "slurm": "SlurmPipelineExecutor", "ray": "RayPipelineExecutor"}
@@ -39,7 +39,5 @@ def executor(kind: str, config: DataConfig, parts: int, settings: Mapping[str, A
 
 def _make_part(config: DataConfig, data: Any, rank: int = 0, world_size: int = 1) -> Any:
     """One task: `rank` (from 0) of `world_size`."""
-    from swamla.data.preparing import prepare_part
-
     prepare_part(config, Part(rank + 1, world_size), workers=1)
     return data

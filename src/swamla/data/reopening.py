@@ -2,15 +2,12 @@
 
 import json
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 
-from swamla.data.config import MIXTURE, DataConfig
-from swamla.data.dataset import META, TOKENIZER, Dataset
-from swamla.data.sources import Source, open_source
-from swamla.data.stream_plan import FILE, StreamPlan
-from swamla.data.unit_files import Job
-from swamla.data.work import cache_of, single_sources
+from swamla.data.config import MIXTURE, DataConfig, cache_of, single_sources
+from swamla.data.dataset import META, TOKENIZER, Dataset, PreparedDataset
+from swamla.data.sources import Files, Source, open_source
+from swamla.data.units import Job
 from swamla.errors import DataError
 
 Identity = list[dict[str, str]]
@@ -32,22 +29,17 @@ def reopen(
     for single, each, folder in zip(singles, identity, folders, strict=True):
         if folder is None:
             return None
-        dataset = Dataset.open(folder)
         source = _raw(single, each["raw"], folder, needed=training and bool(config.stream))
-        if config.stream:
-            streamed = _stream(single, dataset, source, workers)
-            if streamed is None:
-                return None
-            dataset = streamed
-        if config.buffer_docs:
-            dataset.fit_documents(config.buffer_docs)
-        dataset.raw = each["raw"]
         # Equal texts share a folder of the cache, which says where they were first found.
-        dataset.meta = {**dataset.meta, "source": (source.origin if source else "") or single.source}
-        found.append(dataset)
+        told = (source.origin if source else "") or single.source
+        dataset = PreparedDataset.read(folder, source=told, raw=each["raw"], buffer_docs=config.buffer_docs)
+        streamed = _stream(single, dataset, source, workers) if config.stream else dataset
+        if streamed is None:
+            return None
+        found.append(streamed)
     if config.source != MIXTURE:
         return found[0]
-    from swamla.data.mixing import MixtureDataset
+    from swamla.data.mixing import MixtureDataset  # needs torch
 
     return MixtureDataset(found, [part.weight for part in config.mixture])
 
@@ -63,7 +55,7 @@ def _find(data: Path, fingerprint: str) -> Path | None:
     return None
 
 
-def _folders(data: Path, file: str) -> Iterable[Path]:
+def _folders(data: Path, file: str) -> list[Path]:
     staged = (".staging-", ".units-", ".unit-", ".dropped-")
     return sorted(path.parent for path in data.glob(f"*/{file}") if not path.parent.name.startswith(staged))
 
@@ -83,16 +75,15 @@ def _raw(config: DataConfig, raw: str, folder: Path, *, needed: bool) -> Source 
     return source
 
 
-def _stream(config: DataConfig, sample: Dataset, source: Source | None, workers: int | None) -> Dataset | None:
-    from swamla.data.streaming import StreamDataset, UnitSupply
+def _stream(config: DataConfig, sample: PreparedDataset, source: Source | None, workers: int | None) -> Dataset | None:
+    from swamla.data.stream import FILE, StreamDataset, StreamPlan, UnitSupply  # needs torch
 
-    fingerprint = sample.meta["fingerprint"]
     for folder in _folders(sample.path.parent, FILE):
         plan = StreamPlan.read(folder)
-        if plan.sample != fingerprint or not (folder / TOKENIZER).exists():
+        if plan.sample != sample.fingerprint or not (folder / TOKENIZER).exists():
             continue
         units = plan.units if source is None else plan.units_of(source)
-        absent = Source(config.source, (), lambda *_: iter(()))  # enough to score: nothing is read then
+        absent = Files(name=config.source)  # enough to score: nothing is read then
         job = Job(source or absent, units, folder, config.held_out_fraction)
         return StreamDataset(sample, UnitSupply(job, workers), config.stream, plan.key)
     return None
