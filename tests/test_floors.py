@@ -10,7 +10,7 @@ import swamla
 
 PACKAGE = Path(swamla.__file__).parent
 FLOORS = [
-    {"errors", "faults", "process", "registry"},
+    {"errors", "faults", "lazy", "process", "registry"},
     {"config", "files", "ops", "distributed", "plugins"},
     {"model", "data", "recipes", "tensor_file"},
     {"checkpoint", "inference", "export"},

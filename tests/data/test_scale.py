@@ -232,6 +232,16 @@ def test_a_worker_that_dies_is_named_with_its_file_and_the_rest_goes_on_later(
     assert prepare(large, workers=1).train.n_documents > 300
 
 
+def test_a_script_needs_no_guard_to_prepare_by_several_processes(large: DataConfig, tmp_path: Path) -> None:
+    """As the Python lines of the docs are: nothing asks of a user's script that it can be imported."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT + "print('ran')\n")
+    command = [sys.executable, str(script), large.source, large.cache_dir, str(UNIT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.count("ran") == 1
+    assert done.stdout.count("encoding, unit") > 4
+
+
 def test_no_worker_outlives_its_preparation(large: DataConfig, tmp_path: Path) -> None:
     command = [sys.executable, "-c", SCRIPT, large.source, large.cache_dir, str(UNIT)]
     parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

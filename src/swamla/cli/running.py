@@ -12,7 +12,7 @@ from swamla.cli.console import Console, program, say
 from swamla.data.config import DataConfig, cache_of
 from swamla.data.dataset import Dataset
 from swamla.data.preparing import prepare
-from swamla.data.reopening import reopen
+from swamla.data.reopening import lacks_plugin, reopen
 from swamla.data.shards import Progress
 from swamla.errors import DataError, Interrupted, UsageError
 from swamla.evaluate import evaluate_split
@@ -77,7 +77,8 @@ def data_of_run(
     try:
         return read_data(replace(config, tokenizer=str(run_dir / "tokenizer.json")), console, workers=workers)
     except DataError as error:
-        raise DataError(f"{run_dir}: what it began with is no more in {cache_of(config)}, and {error}") from error
+        lost = f"what it began with is no more in {cache_of(config)}, and {lacks_plugin(config, known) or error}"
+        raise DataError(f"{run_dir}: {lost}") from error
 
 
 def prepare_data(

@@ -122,7 +122,8 @@ class PreparedDataset(Dataset):
     """One source, all of it in one folder.
 
     meta: its meta.json.  throughput: of its making, where that was now; None for what the cache had.  raw: what the
-    files were that it was made from (`Source.digest`), where that is known.  buffer_docs: how many documents are fitted
+    files were that it was made from (`Source.digest`), where that is known.  plugin: the name of the file that reads
+    its source, where that is not ours.  buffer_docs: how many documents are fitted
     into rows at a time; 0 fills every row. The same text is then learned in another order, which has a fingerprint of
     its own.
     """
@@ -135,10 +136,11 @@ class PreparedDataset(Dataset):
         *,
         throughput: Throughput | None = None,
         raw: str = "",
+        plugin: str = "",
         buffer_docs: int = 0,
     ) -> None:
         self.path, self.meta, self.tokenizer = path, meta, tokenizer
-        self.throughput, self.raw, self.buffer_docs = throughput, raw, buffer_docs
+        self.throughput, self.raw, self.plugin, self.buffer_docs = throughput, raw, plugin, buffer_docs
         fitted = f"{meta['fingerprint']} buffer_docs {buffer_docs}".encode()
         self.fingerprint = hashlib.sha256(fitted).hexdigest() if buffer_docs else meta["fingerprint"]
 
@@ -150,6 +152,7 @@ class PreparedDataset(Dataset):
         source: str = "",
         throughput: Throughput | None = None,
         raw: str = "",
+        plugin: str = "",
         buffer_docs: int = 0,
     ) -> "PreparedDataset":
         """Open a folder; see `Dataset.open`. source: where its text is from, if not where it was first found."""
@@ -163,7 +166,7 @@ class PreparedDataset(Dataset):
                 f"{tokenizer.fingerprint[:12]}, shards {meta['tokenizer']['fingerprint'][:12]}); delete {path}"
             )
         told = meta | ({"source": source} if source else {})
-        dataset = cls(path, told, tokenizer, throughput=throughput, raw=raw, buffer_docs=buffer_docs)
+        dataset = cls(path, told, tokenizer, throughput=throughput, raw=raw, plugin=plugin, buffer_docs=buffer_docs)
         assert dataset.train.vocab_size == dataset.held_out.vocab_size  # opened now: what is damaged is told now
         counted, there = dataset.held_out.n_bytes, meta["files"][HELD_OUT_TEXT]["size"]
         if counted != there:
@@ -201,7 +204,8 @@ class PreparedDataset(Dataset):
         return {self.source: self.train.n_tokens + self.train.n_documents}
 
     def identity(self) -> list[dict[str, str]]:
-        return [{"fingerprint": self.meta["fingerprint"], "raw": self.raw}]
+        plugin = {"plugin": self.plugin} if self.plugin else {}
+        return [{"fingerprint": self.meta["fingerprint"], "raw": self.raw, **plugin}]
 
     def verify(self) -> None:
         for name, entry in self.meta["files"].items():

@@ -213,8 +213,13 @@ class Preparation:
 
     def open(self, throughput: Throughput | None = None) -> PreparedDataset:
         """The dataset that has been made."""
-        raw, buffer_docs = self.source.digest(), self.config.buffer_docs
-        return PreparedDataset.read(self.target, throughput=throughput, raw=raw, buffer_docs=buffer_docs)
+        return PreparedDataset.read(
+            self.target,
+            throughput=throughput,
+            raw=self.source.digest(),
+            plugin=plugin_of(type(self.source)),
+            buffer_docs=self.config.buffer_docs,
+        )
 
     def encode(self) -> Throughput:
         """Make the dataset in this process, in one go."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from swamla.data.config import MIXTURE, DataConfig, cache_of, single_sources
 from swamla.data.dataset import META, TOKENIZER, Dataset, PreparedDataset
-from swamla.data.sources import Files, Source, open_source
+from swamla.data.sources import Files, Source, class_of, open_source
 from swamla.data.units import Job
 from swamla.errors import DataError
 
@@ -29,10 +29,11 @@ def reopen(
     for single, each, folder in zip(singles, identity, folders, strict=True):
         if folder is None:
             return None
-        source = _raw(single, each["raw"], folder, needed=training and bool(config.stream))
+        source = _raw(single, each, folder, needed=training and bool(config.stream))
         # Equal texts share a folder of the cache, which says where they were first found.
         told = (source.origin if source else "") or single.source
-        dataset = PreparedDataset.read(folder, source=told, raw=each["raw"], buffer_docs=config.buffer_docs)
+        raw, plugin = each["raw"], each.get("plugin", "")
+        dataset = PreparedDataset.read(folder, source=told, raw=raw, plugin=plugin, buffer_docs=config.buffer_docs)
         streamed = _stream(single, dataset, source, workers) if config.stream else dataset
         if streamed is None:
             return None
@@ -60,17 +61,27 @@ def _folders(data: Path, file: str) -> list[Path]:
     return sorted(path.parent for path in data.glob(f"*/{file}") if not path.parent.name.startswith(staged))
 
 
-def _raw(config: DataConfig, raw: str, folder: Path, *, needed: bool) -> Source | None:
+def lacks_plugin(config: DataConfig, identity: Identity) -> str:
+    """What is wrong where the plugin is not loaded that reads a source, and names it; "" where none is missing."""
+    pairs = zip(single_sources(config), identity, strict=False)
+    for single, each in pairs:
+        if "plugin" in each and class_of(single.source) is Files:
+            return f"data.source = {single.source!r}: is of a plugin: name its file, --plugin {each['plugin']}"
+    return ""
+
+
+def _raw(config: DataConfig, identity: dict[str, str], folder: Path, *, needed: bool) -> Source | None:
     """The raw files if they are there; warns where they are not, or are not what they were."""
     went_on = f"what was prepared of it in {folder} is used"
     try:
         source = open_source(config, cache_of(config))
     except DataError as error:
         if needed:
-            raise DataError(f"{error} (a stream reads its files while it trains: restore them)") from error
+            lost = f"{error} (a stream reads its files while it trains: restore them)"
+            raise DataError(lacks_plugin(config, [identity]) or lost) from error
         warnings.warn(f"{config.source} is gone or unreadable: {went_on}", stacklevel=3)
         return None
-    if raw and source.digest() != raw:
+    if identity["raw"] and source.digest() != identity["raw"]:
         warnings.warn(f"{config.source} changed (or was copied) since the run began: {went_on}", stacklevel=3)
     return source
 

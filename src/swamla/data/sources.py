@@ -139,15 +139,16 @@ class Source(Registered, home="swamla.data.sources"):
 
 def open_source(config: DataConfig, cache_dir: Path) -> Source:
     """The source that `config.source` names; raises as `Source.open` does."""
-    return _class_of(config.source).open(config.source.partition(":")[2], config, cache_dir)
+    return class_of(config.source).open(config.source.partition(":")[2], config, cache_dir)
 
 
 def is_path(source: str) -> bool:
     """Whether a `data.source` is the path of something, as it names no kind."""
-    return _class_of(source) is Files
+    return class_of(source) is Files
 
 
-def _class_of(source: str) -> type[Source]:
+def class_of(source: str) -> type[Source]:
+    """The class that a `data.source` names; `Files`, where it names none."""
     kind, colon, _ = source.partition(":")
     cls = cast("type[Source] | None", members_of(Source).get(kind))
     return cls if cls is not None and (colon or cls.alone) else Files

@@ -40,7 +40,14 @@ class StreamDataset(PreparedDataset):
     """
 
     def __init__(self, sample: PreparedDataset, supply: "UnitSupply", window: int, key: str) -> None:
-        super().__init__(sample.path, sample.meta, sample.tokenizer, throughput=sample.throughput, raw=sample.raw)
+        super().__init__(
+            sample.path,
+            sample.meta,
+            sample.tokenizer,
+            throughput=sample.throughput,
+            raw=sample.raw,
+            plugin=sample.plugin,
+        )
         self.supply, self._window = supply, window
         content = json.dumps(["stream", key, window, sample.tokenizer.fingerprint])
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()

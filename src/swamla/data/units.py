@@ -30,6 +30,7 @@ from swamla.data.sources import Source, Unit
 from swamla.data.tokenizer import Tokenizer, load_tokenizer
 from swamla.errors import CorruptError, DataError, MissingBackendError, SwamlaError
 from swamla.files import fcntl, fsync, read_json, sha256_of, write_text_atomically
+from swamla.plugins import load_plugin, plugin_file
 
 _ONE_CORE = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
@@ -192,8 +193,17 @@ class Workers:
     when its parent does, however that ended.
     """
 
+    # Not a ProcessPoolExecutor. Its new processes first run the user's script once more, so a script without a
+    # `__main__` guard breaks the pool; a worker that is killed fails every unit, and neither it nor its signal is
+    # named; workers outlive a parent that is killed; a program that ends waits for all units that it asked for.
+
     def __init__(self, job: Job, count: int) -> None:
-        self._job, packed = job, pickle.dumps(job)
+        cls = type(job.source)
+        if cls.__module__ == "__main__":
+            raise DataError(
+                f"{cls.__qualname__}: other processes cannot import it: put the source into a file of its own"
+            )
+        self._job, packed = job, pickle.dumps(plugin_file(cls)) + pickle.dumps(job)
         self._tasks: queue.SimpleQueue[tuple[int, Future[UnitRecord]] | None] = queue.SimpleQueue()
         self._processes = [_start(packed) for _ in range(count)]
         self._threads = [Thread(target=self._work, args=(process,), daemon=True) for process in self._processes]
@@ -285,7 +295,9 @@ def serve() -> None:
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints is no answer
     with suppress(KeyboardInterrupt, BrokenPipeError, EOFError):
-        job: Job = pickle.load(requests)  # from the parent's own pipe
+        if (plugin := pickle.load(requests)) is not None:  # from the parent's own pipe
+            load_plugin(plugin)
+        job: Job = pickle.load(requests)
         tokenizer = load_tokenizer(job.folder / TOKENIZER)
         while True:
             pickle.dump(_answer(job, tokenizer, pickle.load(requests)), answers)
