@@ -192,6 +192,7 @@ def test_a_run_on_a_toys_text_needs_no_plugin_while_the_cache_has_it(
     on_toy_text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(on_toy_text.parent)
+    monkeypatch.setenv("SWAMLA_CACHE", str(on_toy_text.parent / "cache"))
     assert main(["evaluate", "on_toy_text"]) == 0
     shown = capsys.readouterr()
     assert "toy_text:200 is gone or unreadable: what was prepared of it" in shown.err
