@@ -25,7 +25,7 @@ from typing import NamedTuple
 from swamla.data.config import DataConfig
 from swamla.data.preparing import prepare
 from swamla.data.tokenizer import make_tokenizer
-from swamla.data.workers import available_cores
+from swamla.data.units import available_cores
 
 LETTERS = "etaoinshrdlucmfwypvbgkqjxz"
 

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import pytest
 
 from swamla.config import choices_of, from_plain, to_plain
+from swamla.data.reading import Notes
+from swamla.data.sources import Source
 from swamla.errors import ConfigError
 from swamla.model import (
     BlockConfig,
@@ -33,6 +35,7 @@ KINDS = {
     FFNConfig: {"dense", "latent_moe", "moe"},
     NormConfig: {"rmsnorm", "layernorm", "dyt"},
     OptimizerConfig: {"adamw", "lion", "muon"},
+    Source: {"stdlib", "files", "hf", "shakespeare"},
 }
 TOY_MODEL = LanguageModelConfig(
     vocab_size=31,
@@ -65,6 +68,8 @@ def test_each_member_has_an_example_that_fits_a_width_of_64(family: Any, toys: N
         config: Any = cls.example()
         if family is OptimizerConfig:
             assert config.build(TOY_MODEL.build(), lr=1e-3, weight_decay=0.1).stateless()
+        elif family is Source:
+            assert list(config.documents(Notes())) == []  # it has no entries before it is opened
         else:
             assert config.n_parameters(64) == sum(p.numel() for p in config.build(64).parameters())
 
@@ -242,7 +247,7 @@ class Stranger:
         (Reserved, "Reserved: a field cannot be called plugin"),
         (Unexampled, "Unexampled: lacks `example`, a classmethod, as eps has no default"),
         (Taken, "Taken: the kind 'rmsnorm' is taken by swamla.model.norm.RMSNormConfig"),
-        (Stranger, "Stranger: derive it from MixerConfig, FFNConfig, NormConfig or OptimizerConfig"),
+        (Stranger, "Stranger: derive it from MixerConfig, FFNConfig, NormConfig, OptimizerConfig or Source"),
     ],
 )
 def test_what_does_not_keep_to_the_contract_is_refused_when_it_is_registered(

@@ -1,4 +1,5 @@
-"""A mixer, an FFN, a norm and an optimizer, each a file outside the package: a run of them does all that runs do."""
+"""A mixer, an FFN, a norm, an optimizer and a source, each a file outside the package: a run of them does all that
+runs do."""
 
 import json
 import shutil
@@ -159,6 +160,73 @@ def test_without_its_plugin_a_run_is_refused_in_a_line_that_names_it(
     assert "of a plugin: name its file, --plugin toy_" in told
     with pytest.raises(ConfigError, match=r"mixer\.kind = 'toy' .*--plugin toy_mixer\.py"):
         swamla.load("run")
+
+
+@pytest.fixture(scope="module")
+def on_toy_text(home: Path) -> Path:
+    """A run of parts of our own on the toy's text."""
+    recipe = RECIPE.replace('"toy", "swa"', '"swa"').replace('norm = "toy_norm"', "").replace('ffn = "toy_ffn"', "")
+    recipe = recipe.replace('{ kind = "toy_sgd", momentum = 0.8 }', '"adamw"').replace("text.txt", "toy_text:200")
+    toy = recipe[recipe.index("[model.blocks.toy]") : recipe.index("[model.blocks.swa]")]
+    (home / "on_toy_text.toml").write_text(recipe.replace(toy, ""))
+    with pytest.MonkeyPatch.context() as patch, registered():
+        patch.chdir(home)
+        assert main(["train", "on_toy_text.toml", "--output_dir", "on_toy_text"]) == 0
+    return home / "on_toy_text"
+
+
+def test_a_run_on_a_toys_text_resumes_to_the_bit_and_keeps_the_name_of_its_file(
+    on_toy_text: Path, toys: Path, tmp_path: Path
+) -> None:
+    (identity,) = json.loads((on_toy_text / "data.json").read_text())
+    assert identity["plugin"] == "toy_source.py"
+    shutil.copytree(on_toy_text, tmp_path / "cut")
+    for step in (6, 8):
+        shutil.rmtree(tmp_path / f"cut/checkpoints/step-{step:08d}")
+    assert main(["train", "--resume", str(tmp_path / "cut")]) == 0
+    assert losses(tmp_path / "cut") == losses(on_toy_text)
+    assert json.loads((tmp_path / "cut/data.json").read_text()) == [identity]
+
+
+def test_a_run_on_a_toys_text_needs_no_plugin_while_the_cache_has_it(
+    on_toy_text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(on_toy_text.parent)
+    monkeypatch.setenv("SWAMLA_CACHE", str(on_toy_text.parent / "cache"))
+    assert main(["evaluate", "on_toy_text"]) == 0
+    shown = capsys.readouterr()
+    assert "toy_text:200 is gone or unreadable: what was prepared of it" in shown.err
+    assert "the held-out part of toy_text:200" in shown.out
+    monkeypatch.setenv("SWAMLA_CACHE", str(tmp_path / "none"))
+    for command in ("evaluate on_toy_text", "train --resume on_toy_text"):
+        assert main(command.split()) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1
+        assert told.endswith("data.source = 'toy_text:200': is of a plugin: name its file, --plugin toy_source.py\n")
+    with registered():
+        assert main(["evaluate", "on_toy_text"]) == 0  # made anew, it is the same
+
+
+@pytest.mark.parametrize("extra", [["--stream", "2"], ["--buffer_docs", "20"]], ids=lambda flags: flags[0])
+def test_a_toys_text_is_streamed_and_fitted(
+    on_toy_text: Path, toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: list[str]
+) -> None:
+    monkeypatch.setattr("swamla.data.sources.UNIT_BYTES", 9000)
+    run = str(tmp_path / "run")
+    assert main(["train", "on_toy_text.toml", *extra, "--output_dir", run]) == 0
+    assert main(["train", "--resume", run, "--steps", "10", "--schedule_steps", "8"]) == 0
+
+
+def test_a_source_of_no_known_kind_is_refused_in_a_line_that_says_what_to_do(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["prepare", "toy_text:200"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "or of a plugin: --plugin FILE" in told
+    with registered():
+        assert main(["prepare", "toy_text:many"]) == 2
+    assert "must be toy_text, or toy_text:COUNT, e.g. toy_text:500" in capsys.readouterr().err
 
 
 def test_the_page_on_adding_a_mixer_shows_the_toy_as_it_is() -> None:

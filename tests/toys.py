@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from swamla.data.sources import Source
 from swamla.model.block import FFNConfig, MixerConfig
 from swamla.model.norm import NormConfig
 from swamla.plugins import load_plugin
@@ -12,7 +13,7 @@ from swamla.registry import Registered, members_of, register
 from swamla.train.optim import OptimizerConfig
 
 FILES = sorted((Path(__file__).parent / "plugins").glob("toy_*.py"))
-FAMILIES: tuple[type[Registered], ...] = (MixerConfig, FFNConfig, NormConfig, OptimizerConfig)
+FAMILIES: tuple[type[Registered], ...] = (MixerConfig, FFNConfig, NormConfig, OptimizerConfig, Source)
 _CLASSES: list[type[Registered]] = []
 
 

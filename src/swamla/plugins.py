@@ -1,4 +1,4 @@
-"""Plugins: Python files outside the package that register mixers, FFNs, norms or optimizers."""
+"""Plugins: Python files outside the package that register mixers, FFNs, norms, optimizers or sources."""
 
 import hashlib
 import sys
@@ -7,6 +7,8 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from swamla.errors import UsageError
+
+_PREFIX = "swamla_plugin_"
 
 
 def load_plugin(path: Path) -> None:
@@ -22,7 +24,7 @@ def load_plugin(path: Path) -> None:
         raise UsageError(f"plugin {path}: cannot be read: {_reason(error)}") from error
     if path.suffix != ".py":
         raise UsageError(f"plugin {path}: must be a Python file, e.g. toy_mixer.py")
-    name = f"swamla_plugin_{hashlib.sha256(str(resolved).encode()).hexdigest()[:12]}"
+    name = f"{_PREFIX}{hashlib.sha256(str(resolved).encode()).hexdigest()[:12]}"
     if name in sys.modules:
         return
     try:
@@ -46,6 +48,14 @@ def load_plugin(path: Path) -> None:
     except BaseException:
         del sys.modules[name]
         raise
+
+
+def plugin_file(cls: type) -> Path | None:
+    """The file that a class came from by `load_plugin`: another process that is sent an object of it loads that first.
+
+    None for classes of modules, which are imported by their names.
+    """
+    return Path(vars(sys.modules[cls.__module__])["__file__"]) if cls.__module__.startswith(_PREFIX) else None
 
 
 def _reason(error: BaseException) -> str:

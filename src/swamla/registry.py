@@ -59,7 +59,9 @@ def register(cls: C) -> C:
     """
     family = next((base for base in cls.__mro__ if is_family(base)), None)
     if family is None or family is cls:
-        raise TypeError(f"{cls.__qualname__}: derive it from MixerConfig, FFNConfig, NormConfig or OptimizerConfig")
+        raise TypeError(
+            f"{cls.__qualname__}: derive it from MixerConfig, FFNConfig, NormConfig, OptimizerConfig or Source"
+        )
     kind = vars(cls).get("kind")
     if not isinstance(kind, str) or not kind.isidentifier():
         raise TypeError(f'{cls.__qualname__}: needs a name of its own: kind: ClassVar[str] = "toy"')

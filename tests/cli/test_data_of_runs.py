@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from swamla.cli import main
-from swamla.data.sampler import permutation
-from swamla.data.streaming import _UNITS
+from swamla.data.packing import permutation
+from swamla.data.stream import _UNITS
 
 from .test_prepare import TINY, losses
 
@@ -21,7 +21,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with 300 rows, in nine units."""
     (tmp_path / "rows.jsonl").write_text("".join(row(i) for i in range(300)))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("swamla.data.units.UNIT_BYTES", UNIT)
+    monkeypatch.setattr("swamla.data.sources.UNIT_BYTES", UNIT)
     monkeypatch.setattr("swamla.cli.running.UTILISATION_TOKENS", 64)
     return tmp_path
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from swamla.cli import main
-from swamla.data import download
+from swamla.data import hub
 from tests.waiting import PATIENCE, running, until
 
 TEXT = "".join(f"line {i}: the square of {i} is {i * i}, its half is {i // 2}\n" for i in range(400))
@@ -254,7 +254,7 @@ def test_a_text_given_to_prepare_is_kept_in_the_place_of_the_download(
     assert done.returncode == 0, done.stderr
     assert "other.txt is not the text of shakespeare-char: train on it with --data other.txt" in done.stdout
     assert not (tmp_path / "cache/sources").exists()
-    monkeypatch.setattr(download, "SHAKESPEARE_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
+    monkeypatch.setattr(hub, "SHAKESPEARE_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
     done = swamla(tmp_path, "prepare", "shakespeare-char", "--source", "other.txt")
     assert done.returncode == 0, done.stderr
     again = swamla(tmp_path, "prepare", "shakespeare-char")  # no test may download: it is found

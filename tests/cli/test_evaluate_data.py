@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from swamla.cli import main
-from swamla.data.held_out import is_held_out
+from swamla.data.shards import is_held_out
 
 from .test_prepare import TINY
 

@@ -30,7 +30,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rows = (json.dumps({"text": f"{i} " + "word " * (i % 40)}) + "\n" for i in range(300))
     (tmp_path / "rows.jsonl").write_text("".join(rows))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("swamla.data.units.UNIT_BYTES", 4000)
+    monkeypatch.setattr("swamla.data.sources.UNIT_BYTES", 4000)
     return tmp_path
 
 

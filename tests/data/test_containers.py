@@ -16,8 +16,8 @@ import pytest
 import zstandard
 
 from swamla.data.config import DataConfig
-from swamla.data.notes import Notes
 from swamla.data.preparing import prepare
+from swamla.data.reading import Notes
 from swamla.data.sources import open_source
 from swamla.errors import DataError
 

@@ -11,8 +11,8 @@ import zstandard
 
 from swamla.data.config import DataConfig, WeightedSource
 from swamla.data.dataset import Dataset
-from swamla.data.held_out import divide, is_held_out
 from swamla.data.preparing import prepare
+from swamla.data.shards import divide, is_held_out
 from swamla.errors import ConfigError, DataError
 
 TEXTS = [f"document {i}\n" + "été 漢字\n" * (i % 5 + 1) for i in range(60)]

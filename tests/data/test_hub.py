@@ -61,11 +61,11 @@ FILES = {
 }
 SCRIPT = """
 import json, sys
-from swamla.data import units
+from swamla.data import sources
 from swamla.data.config import DataConfig
 from swamla.data.preparing import Part, prepare, prepare_part
 from swamla.errors import SwamlaError
-units.UNIT_BYTES = 8000
+sources.UNIT_BYTES = 8000
 settings = json.loads(sys.argv[1])
 part = settings.pop("part", "")
 try:

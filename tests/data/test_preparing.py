@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from swamla.data import bpe, encode, held_out, preparing, work
+from swamla.data import packing, preparing, shards
+from swamla.data import tokenizer as tokenizers
 from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset
-from swamla.data.held_out import divide, is_held_out
 from swamla.data.preparing import prepare
+from swamla.data.shards import divide, is_held_out
 from swamla.data.tokenizer import make_tokenizer
 from swamla.errors import DataError
 
@@ -33,7 +34,7 @@ def test_prepare_is_imported_from_the_package_even_after_its_module() -> None:
 
 def test_a_second_preparation_reads_no_text(make_dataset: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     first = make_dataset()
-    monkeypatch.setattr("swamla.data.work.encode_documents", None)
+    monkeypatch.setattr("swamla.data.preparing.encode_documents", None)
     assert make_dataset().fingerprint == first.fingerprint
 
 
@@ -173,7 +174,7 @@ def test_a_file_that_vanishes_while_it_is_read_is_said_to_be_unreadable(
     def vanished(*_: object) -> None:
         raise FileNotFoundError(2, "No such file or directory", "/elsewhere/text.txt")
 
-    monkeypatch.setattr(work, "encode_documents", vanished)
+    monkeypatch.setattr(preparing, "encode_documents", vanished)
     with pytest.raises(DataError, match=r"^/elsewhere/text\.txt: cannot be read \(No such file"):
         make_dataset()
 
@@ -182,7 +183,7 @@ def test_a_full_disk_is_said_of_the_dataset(make_dataset: Make, monkeypatch: pyt
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(work, "encode_documents", full)
+    monkeypatch.setattr(preparing, "encode_documents", full)
     with pytest.raises(DataError, match=r"data/corpus-.*: cannot be written \(No space left"):
         make_dataset()
 
@@ -191,7 +192,7 @@ def test_a_bpe_trained_by_other_rules_is_never_taken_from_the_cache(
     make_dataset: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {spec: make_dataset(tokenizer=spec).path for spec in ("bpe:300", "byte")}
-    monkeypatch.setattr(bpe, "WORDS", bpe.WORDS.replace("{1,3}", "{1,2}"))
+    monkeypatch.setattr(tokenizers, "WORDS", tokenizers.WORDS.replace("{1,3}", "{1,2}"))
     assert make_dataset(tokenizer="bpe:300").path != before["bpe:300"]
     assert make_dataset(tokenizer="byte").path == before["byte"]
 
@@ -259,17 +260,17 @@ def test_what_a_kill_left_is_removed_after_a_day_and_not_before(make_dataset: Ma
 
 @pytest.mark.parametrize("spec", ["byte", "char", "bpe:400", "bpe-lines:400"])
 def test_a_text_encoded_in_pieces_has_the_ids_of_the_whole(spec: str) -> None:
-    text = Path(held_out.__file__).read_text(encoding="utf-8") + Path(encode.__file__).read_text(encoding="utf-8")
+    text = Path(packing.__file__).read_text(encoding="utf-8") + Path(shards.__file__).read_text(encoding="utf-8")
     tokenizer = make_tokenizer(spec, [text], [text])
-    parts = list(encode.pieces(text, tokenizer, size=700))
+    parts = list(shards.pieces(text, tokenizer, size=700))
     assert len(parts) > 8
     assert "".join(parts) == text
     assert [i for part in parts for i in tokenizer.encode(part)] == tokenizer.encode(text)
 
 
 def test_one_endless_line_is_encoded_in_pieces_and_kept_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "PIECE", 1000)
-    monkeypatch.setattr(encode.pieces, "__defaults__", (1000,))
+    monkeypatch.setattr(shards, "PIECE", 1000)
+    monkeypatch.setattr(shards.pieces, "__defaults__", (1000,))
     text = "xyz" * 20_000
     (tmp_path / "one.txt").write_text(text)
     dataset = prepare(DataConfig(source=str(tmp_path / "one.txt"), tokenizer="bpe:300"))

@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from swamla.data import units
-from swamla.data.blocks import BestFitRows, best_fit
+from swamla.data import sources
 from swamla.data.config import DataConfig, WeightedSource
 from swamla.data.dataset import Dataset, Rows
 from swamla.data.mixing import CYCLE, MixtureDataset, MixtureRows, shares
-from swamla.data.packing import NO_LABEL, Batch
+from swamla.data.packing import NO_LABEL, Batch, BestFitRows, PackedRows, best_fit
 from swamla.data.preparing import Part, prepare, prepare_part
-from swamla.data.sampler import PackedRows
-from swamla.data.streaming import StreamDataset
+from swamla.data.stream import StreamDataset
 from swamla.errors import ConfigError, DataError
 from swamla.ops.layout import PADDING
 
@@ -108,7 +106,7 @@ def test_packing_of_whole_documents_is_asked_for_by_the_config_and_changes_the_f
 @pytest.fixture
 def stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
     """240 documents in some nine units."""
-    monkeypatch.setattr(units, "UNIT_BYTES", 4000)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 4000)
     texts = [f"{i} " + "stream " * (i * 7 % 40) for i in range(240)]
     (tmp_path / "s.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return DataConfig(

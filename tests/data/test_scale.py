@@ -14,13 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from swamla.data import learning, units, work, workers
+from swamla.data import preparing, sources, units
 from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset
-from swamla.data.notes import Notes
 from swamla.data.preparing import Part, prepare, prepare_part
+from swamla.data.reading import Notes
 from swamla.data.sources import open_source
-from swamla.data.units import unit_documents, units_of
 from swamla.errors import ConfigError, CorruptError, DataError
 from tests.waiting import until
 
@@ -29,7 +28,7 @@ UNIT = 8000
 
 @pytest.fixture(autouse=True)
 def _small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(units, "UNIT_BYTES", UNIT)
+    monkeypatch.setattr(sources, "UNIT_BYTES", UNIT)
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
@@ -66,16 +65,16 @@ def test_units_hold_each_document_once_and_in_order(large: DataConfig, monkeypat
     whole = list(source.documents(Notes()))
     assert len(whole) == 60 + 200 + 41 + 200
     for size in (1, 7, 100, 1000, 3000, 40_000, 1 << 30):
-        monkeypatch.setattr(units, "UNIT_BYTES", size)
-        parts = units_of(source)
-        assert [document for unit in parts for document in unit_documents(source, unit, Notes())] == whole
-    assert parts == [units.Unit(0, len(source.entries))]
+        monkeypatch.setattr(sources, "UNIT_BYTES", size)
+        parts = source.units()
+        assert [document for unit in parts for document in source.unit_documents(unit, Notes())] == whole
+    assert parts == [sources.Unit(0, len(source.entries))]
 
 
 def test_a_line_longer_than_units_belongs_to_the_one_it_begins_in(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", ["short", "x" * 5 * UNIT, "end"])
     source = open_source(DataConfig(source=str(tmp_path / "a.jsonl")), Path("unused"))
-    found = [[text[0] for text in unit_documents(source, unit, Notes())] for unit in units_of(source)]
+    found = [[text[0] for text in source.unit_documents(unit, Notes())] for unit in source.units()]
     assert found[0] == ["s", "x"]
     assert found[1:] == [[]] * (len(found) - 2) + [["e"]]
 
@@ -91,7 +90,7 @@ def test_the_dataset_is_the_same_to_the_byte_for_any_number_of_workers_or_parts(
         for number in random.Random(count).sample(range(1, min(count, 4) + 1), min(count, 4)):
             done = prepare_part(config, Part(number, count), workers=1)
         made.append(bytes_of(done.dataset or prepare(config)))
-    monkeypatch.setattr(units, "UNIT_BYTES", 1 << 30)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 1 << 30)
     made.append(bytes_of(prepare(replace(large, cache_dir=str(tmp_path / "whole")))))
     assert all(each == made[0] for each in made)
     assert (
@@ -126,10 +125,10 @@ def test_a_part_that_cannot_be_is_refused(text: str) -> None:
 
 SCRIPT = """
 import sys
-from swamla.data import units
+from swamla.data import sources
 from swamla.data.config import DataConfig
 from swamla.data.preparing import prepare
-units.UNIT_BYTES = int(sys.argv[3])
+sources.UNIT_BYTES = int(sys.argv[3])
 config = DataConfig(source=sys.argv[1], tokenizer="bpe:300", held_out_fraction=0.2, cache_dir=sys.argv[2])
 prepare(config, workers=2, progress=lambda stage, *_: print(stage, flush=True))
 """
@@ -169,7 +168,7 @@ def test_units_made_before_a_kill_are_not_made_again(large: DataConfig, monkeypa
     (folder,) = Path(large.cache_dir, "data").iterdir()
     times = {path: path.stat().st_mtime_ns for path in folder.glob("unit-*/*")}
     seen = []
-    monkeypatch.setattr(work.shutil, "rmtree", lambda path, **_: seen.append(path))
+    monkeypatch.setattr(preparing.shutil, "rmtree", lambda path, **_: seen.append(path))
     prepare(large)
     assert folder in seen
     assert times == {path: path.stat().st_mtime_ns for path in times}
@@ -218,7 +217,7 @@ def test_bad_input_in_a_unit_is_one_line_with_its_place_and_good_units_are_kept(
 def test_a_worker_that_dies_is_named_with_its_file_and_the_rest_goes_on_later(
     large: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = workers._start
+    start = units._start
 
     def doomed(packed: bytes) -> subprocess.Popen[bytes]:
         worker = start(packed)
@@ -226,11 +225,21 @@ def test_a_worker_that_dies_is_named_with_its_file_and_the_rest_goes_on_later(
         worker.wait()
         return worker
 
-    monkeypatch.setattr(workers, "_start", doomed)
+    monkeypatch.setattr(units, "_start", doomed)
     with pytest.raises(DataError, match=r"a\.jsonl \(0 to 8000\): the process that encoded it died \(signal 9\); run"):
         prepare(large, workers=1)
-    monkeypatch.setattr(workers, "_start", start)
+    monkeypatch.setattr(units, "_start", start)
     assert prepare(large, workers=1).train.n_documents > 300
+
+
+def test_a_script_needs_no_guard_to_prepare_by_several_processes(large: DataConfig, tmp_path: Path) -> None:
+    """As the Python lines of the docs are: nothing asks of a user's script that it can be imported."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT + "print('ran')\n")
+    command = [sys.executable, str(script), large.source, large.cache_dir, str(UNIT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.count("ran") == 1
+    assert done.stdout.count("encoding, unit") > 4
 
 
 def test_no_worker_outlives_its_preparation(large: DataConfig, tmp_path: Path) -> None:
@@ -268,13 +277,13 @@ def test_large_sources_without_text_are_refused(tmp_path: Path) -> None:
 
 def test_of_a_large_source_the_tokenizer_learns_from_places_all_over_it(large: DataConfig) -> None:
     source = open_source(large, Path("unused"))
-    parts = units_of(source)
-    sample = list(learning.training_texts(source, parts, 0.2, 8000))
+    parts = source.units()
+    sample = list(preparing.training_texts(source, parts, 0.2, 8000))
     assert 4000 < sum(map(len, sample)) <= 8000
-    names = {unit: set(unit_documents(source, unit, Notes())) for unit in parts}
+    names = {unit: set(source.unit_documents(unit, Notes())) for unit in parts}
     touched = sum(any(any(full.startswith(text) for full in names[unit]) for text in sample) for unit in parts)
     assert touched > 0.9 * len(parts)
-    assert sample == list(learning.training_texts(source, parts, 0.2, 8000))
+    assert sample == list(preparing.training_texts(source, parts, 0.2, 8000))
 
 
 def test_bad_rows_of_a_large_file_are_skipped_counted_and_named_by_their_bytes(large: DataConfig) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset, fingerprint_of
-from swamla.data.sampler import HeldOutRows, PackedRows
+from swamla.data.packing import HeldOutRows, PackedRows
 from swamla.data.shards import ArrayWriter, open_array, token_dtype
 from swamla.data.tokenizer import CharTokenizer
 from swamla.errors import CorruptError, DataError

@@ -10,9 +10,9 @@ import pytest
 import zstandard
 
 from swamla.data.config import DataConfig
-from swamla.data.download import shakespeare
-from swamla.data.notes import Notes
-from swamla.data.sources import Entry, open_source
+from swamla.data.hub import shakespeare
+from swamla.data.reading import Notes
+from swamla.data.sources import Entry, StandardLibrary, open_source
 from swamla.errors import DataError
 
 ROWS = ["first", "second\nline", "dritte ß"]
@@ -84,14 +84,12 @@ def test_the_standard_library_comes_without_tests_and_installed_packages() -> No
 
 
 def test_python_files_are_read_in_the_encoding_they_declare(tmp_path: Path) -> None:
-    from swamla.data.sources import _read_python
-
-    notes = Notes()
+    source, notes = StandardLibrary(), Notes()
     (tmp_path / "a.py").write_bytes("# -*- coding: latin-1 -*-\nx = 'é'\r\n".encode("latin-1"))
     (tmp_path / "b.py").write_bytes(b"x = '\xe9'\n")
     a, b = (Entry(name, tmp_path / name, 0, ()) for name in ("a.py", "b.py"))
-    assert next(_read_python(a, notes, None)).endswith("x = 'é'\r\n")
-    assert list(_read_python(b, notes, None)) == []
+    assert next(source.read(a, notes)).endswith("x = 'é'\r\n")
+    assert list(source.read(b, notes)) == []
     assert notes.counts == {"undecodable Python files skipped": 1}
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from swamla.data.foreign import foreign
 from swamla.data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
@@ -15,7 +14,7 @@ from swamla.data.tokenizer import (
     load_tokenizer,
     make_tokenizer,
 )
-from swamla.errors import CorruptError, DataError
+from swamla.errors import CorruptError, DataError, foreign
 
 GPT2 = Path(__file__).parents[3] / "shared" / "data" / "gpt2"
 CODE = "def f(x):\n    if x:\n        return self.value_1[2024]\n\n\n" * 20

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from swamla.data.config import DataConfig
-from swamla.data.notes import Notes
 from swamla.data.preparing import prepare
-from swamla.data.walking import walk
+from swamla.data.reading import Notes
+from swamla.data.sources import walk
 from swamla.errors import DataError
 
 

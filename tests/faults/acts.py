@@ -20,7 +20,7 @@ from rich.console import Console
 
 from swamla import distributed
 from swamla.checkpoint import folder as checkpoint_folder
-from swamla.data import units, workers
+from swamla.data import sources, units
 from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset
 from swamla.data.preparing import prepare
@@ -75,7 +75,7 @@ def train_run(run_dir: str, data: str, options: dict[str, Any]) -> None:
 
 def _streamed(folder: Path) -> Dataset:
     """Documents in some nine units, which two processes encode."""
-    units.UNIT_BYTES = 4000
+    sources.UNIT_BYTES = 4000
     source = folder / "stream.jsonl"
     if not source.exists():
         texts = [f"{i} " + "stream " * (i * 7 % 40) for i in range(240)]
@@ -171,14 +171,14 @@ def spoil_loss(step: int) -> None:
 
 def kill_workers(step: int) -> None:
     """Kill a process that encodes data when it is asked to, from this step on."""
-    real, step_under_way = workers.Workers._ask, _watch_steps()
+    real, step_under_way = units.Workers._ask, _watch_steps()
 
     def dying(self: Any, process: Any, number: int) -> Any:
         if step_under_way[0] >= step:
             process.kill()
         return real(self, process, number)
 
-    workers.Workers._ask = dying  # type: ignore[method-assign]
+    units.Workers._ask = dying  # type: ignore[method-assign]
 
 
 def slow_down(seconds: float) -> None:

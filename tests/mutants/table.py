@@ -446,14 +446,14 @@ MUTATIONS = [
     ),
     Mutation(
         "epochs are shuffled alike",
-        "src/swamla/data/sampler.py",
+        "src/swamla/data/packing.py",
         "np.random.SeedSequence(list(key))",
         "np.random.SeedSequence(list(key[:1]))",
         "tests/data/test_packing.py",
     ),
     Mutation(
         "a few held-out rows are the first ones",
-        "src/swamla/data/sampler.py",
+        "src/swamla/data/packing.py",
         "chosen = np.arange(count) * self.n_rows // count",
         "chosen = np.arange(count)",
         "tests/data/test_packing.py",

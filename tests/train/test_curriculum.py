@@ -7,8 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from swamla.data.packing import Batch
-from swamla.data.sampler import PackedRows
+from swamla.data.packing import Batch, PackedRows
 from swamla.errors import ConfigError, Interrupted
 from swamla.train import TrainConfig, train
 from swamla.train import loop as loop_module

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from swamla import load
-from swamla.data.sampler import PackedRows
+from swamla.data.packing import PackedRows
 from swamla.errors import ConfigError, DataError
 from swamla.ops.layout import Layout
 from swamla.train import Diverged, training_step

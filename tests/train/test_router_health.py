@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from swamla.data.dataset import Dataset
-from swamla.data.sampler import PackedRows
+from swamla.data.packing import PackedRows
 from swamla.model.ffns.moe import MoEConfig
 from swamla.model.language_model import LanguageModel
 from swamla.train import TrainState, train, training_step

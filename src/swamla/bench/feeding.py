@@ -7,7 +7,7 @@ from swamla.bench.measuring import interleaved
 from swamla.bench.results import Row
 from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset
-from swamla.data.notes import Notes
+from swamla.data.reading import Notes
 from swamla.data.sources import open_source
 from swamla.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from swamla.errors import DataError

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from swamla.data.workers import available_cores
+from swamla.data.units import available_cores
 from swamla.process import processor
 from swamla.train.machine import describe_cpu
 from swamla.train.utilisation import matmul_flops

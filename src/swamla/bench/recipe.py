@@ -66,9 +66,8 @@ class RecipeBench:
         self.flops: float | None = None  # best share of the peak in training so far
         self.free = free_memory(wanted.device)
         self.tokens_per_s: float | None = None  # of the recipe's own training
-        self.dataset = synthetic_dataset(folder, self.config.model.vocab_size)
-        if self.config.data.buffer_docs:
-            self.dataset.fit_documents(self.config.data.buffer_docs)
+        buffer_docs = self.config.data.buffer_docs
+        self.dataset = synthetic_dataset(folder, self.config.model.vocab_size, buffer_docs=buffer_docs)
 
     def run(self) -> None:
         """Measure it all."""

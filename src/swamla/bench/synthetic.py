@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swamla.data.dataset import Dataset
+from swamla.data.dataset import PreparedDataset
 from swamla.data.shards import ArrayWriter, token_dtype
 from swamla.data.tokenizer import CharTokenizer
 
@@ -15,8 +15,8 @@ TOKENS = 1 << 21
 _FIRST_CHARACTER = 0x10000  # of a vocabulary of characters; there are 2**20 from here on
 
 
-def synthetic_dataset(folder: Path, vocab_size: int, *, tokens: int = TOKENS) -> Dataset:
-    """A dataset in `folder` of about `tokens` random ids below `vocab_size`."""
+def synthetic_dataset(folder: Path, vocab_size: int, *, tokens: int = TOKENS, buffer_docs: int = 0) -> PreparedDataset:
+    """A dataset to train on, in `folder`, of about `tokens` random ids below `vocab_size`."""
     tokenizer = CharTokenizer("".join(map(chr, range(_FIRST_CHARACTER, _FIRST_CHARACTER + vocab_size - 1))))
     random = np.random.default_rng(0)
     lengths = 1 + random.exponential(DOCUMENT - 1, size=max(1, tokens // DOCUMENT)).astype(np.int64)
@@ -29,7 +29,7 @@ def synthetic_dataset(folder: Path, vocab_size: int, *, tokens: int = TOKENS) ->
     ):
         with ArrayWriter(folder / f"train.{part}.npy", kind) as writer:
             writer.append(values)
-    return Dataset(folder, {"fingerprint": "synthetic"}, tokenizer)
+    return PreparedDataset(folder, {"fingerprint": "synthetic"}, tokenizer, buffer_docs=buffer_docs)
 
 
 def random_prompt(length: int, vocab_size: int) -> list[int]:

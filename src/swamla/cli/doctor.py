@@ -15,8 +15,8 @@ from swamla.cli.flags import parse
 from swamla.cli.info_tables import short
 from swamla.cli.plain import BLOCK_PARTS
 from swamla.cli.self_check import Outcome, run_checks, tiny_model
-from swamla.data.preparing import default_cache_dir
-from swamla.data.workers import available_cores
+from swamla.data.config import default_cache_dir
+from swamla.data.units import available_cores
 from swamla.model.block import BlockConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.mha import MHAConfig

@@ -17,7 +17,7 @@ from swamla.cli.overrides import apply_flags, data_flags
 from swamla.cli.running import data_of_run, read_data, validation
 from swamla.config import from_plain
 from swamla.data.config import DataConfig
-from swamla.data.preparing import Dataset
+from swamla.data.dataset import Dataset
 from swamla.data.reopening import reopen
 from swamla.data.shards import Split, documents_shared
 from swamla.errors import UsageError
@@ -125,7 +125,7 @@ def _warn_of_trained_text(dataset: Dataset, run: Path, config: RunConfig) -> Non
         warnings.simplefilter("ignore")  # changes of its raw files do not matter here
         known = identity_of_run(run)
         own = None if known is None else reopen(config.data, known)
-    source, total = dataset.meta["source"], dataset.held_out.n_documents
+    source, total = dataset.source, dataset.held_out.n_documents
     if own is not None and (shared := documents_shared(dataset.held_out, own.train)):
         message = f"{source}: {shared} of its {total} documents are among those the run was trained on"
         warnings.warn(message, stacklevel=3)

@@ -12,9 +12,10 @@ from swamla.cli.overrides import apply_flags, data_flags
 from swamla.cli.run_config import locate_beside
 from swamla.cli.running import describe_data, read_data, shown_progress
 from swamla.config import did_you_mean, from_plain, load_file
-from swamla.data.config import DataConfig
-from swamla.data.download import keep_shakespeare
-from swamla.data.preparing import Dataset, Part, cache_of, prepare_part
+from swamla.data.config import DataConfig, cache_of
+from swamla.data.dataset import Dataset
+from swamla.data.hub import keep_shakespeare
+from swamla.data.preparing import Part, prepare_part
 from swamla.errors import DataError, UsageError, require
 from swamla.evaluate import bytes_apart
 from swamla.recipes import ALIASES, recipe_names, recipe_path

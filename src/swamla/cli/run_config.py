@@ -15,7 +15,7 @@ from swamla.cli.overrides import apply_flags, flags
 from swamla.cli.reshape import reshape
 from swamla.config import from_plain, load_file, to_plain, within
 from swamla.data.config import MIXTURE, DataConfig, parse_bpe
-from swamla.data.sources import NAMED_SOURCES
+from swamla.data.sources import is_path
 from swamla.errors import ConfigError, UsageError, require
 from swamla.model.block import BlockConfig
 from swamla.model.language_model import LanguageModelConfig
@@ -242,7 +242,9 @@ def locate_beside(
     tables = [] if "data" in given or "source" in given else [(table, "source") for table in (data, *parts)]
     for table, name in (*tables, *((data, name) for name in ("tokenizer", "cache_dir") if name not in given)):
         value = table.get(name)
-        if not isinstance(value, str) or "\0" in value or value in ("", *NAMED_SOURCES, MIXTURE, *_TOKENIZERS):
+        if not isinstance(value, str) or "\0" in value or value in ("", MIXTURE, *_TOKENIZERS):
+            continue
+        if name == "source" and not is_path(value):
             continue
         kind, path = _split(value) if name == "tokenizer" else ("", value)
         beside = recipe.resolve().parent / Path(path).expanduser()
@@ -261,10 +263,9 @@ def _located(data: DataConfig) -> DataConfig:
     kind, path = _split(data.tokenizer)
     return replace(
         data,
-        source=data.source if data.source in NAMED_SOURCES else _absolute(data.source),
+        source=_absolute(data.source) if is_path(data.source) else data.source,
         mixture=tuple(
-            part if part.source in NAMED_SOURCES else replace(part, source=_absolute(part.source))
-            for part in data.mixture
+            replace(part, source=_absolute(part.source)) if is_path(part.source) else part for part in data.mixture
         ),
         tokenizer=data.tokenizer if data.tokenizer in _TOKENIZERS else kind + _absolute(path),
         cache_dir=data.cache_dir and str(Path(data.cache_dir).expanduser().resolve()),

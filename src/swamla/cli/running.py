@@ -9,10 +9,11 @@ from pathlib import Path
 
 from swamla import distributed
 from swamla.cli.console import Console, program, say
-from swamla.data.config import DataConfig
-from swamla.data.encode import Progress
-from swamla.data.preparing import Dataset, cache_of, prepare
-from swamla.data.reopening import reopen
+from swamla.data.config import DataConfig, cache_of
+from swamla.data.dataset import Dataset
+from swamla.data.preparing import prepare
+from swamla.data.reopening import lacks_plugin, reopen
+from swamla.data.shards import Progress
 from swamla.errors import DataError, Interrupted, UsageError
 from swamla.evaluate import evaluate_split
 from swamla.hub.pull import pull
@@ -76,7 +77,8 @@ def data_of_run(
     try:
         return read_data(replace(config, tokenizer=str(run_dir / "tokenizer.json")), console, workers=workers)
     except DataError as error:
-        raise DataError(f"{run_dir}: its data is no longer in {cache_of(config)}, and {error}") from error
+        lost = f"its data is no longer in {cache_of(config)}, and {lacks_plugin(config, known) or error}"
+        raise DataError(f"{run_dir}: {lost}") from error
 
 
 def prepare_data(

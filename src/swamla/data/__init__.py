@@ -7,55 +7,25 @@
 Names are imported at their first use: only packing and sampling need torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from swamla.exports import lazy_exports
 
 if TYPE_CHECKING:
-    from swamla.data.config import DataConfig
-    from swamla.data.dataset import Dataset
-    from swamla.data.packing import Batch
-    from swamla.data.preparing import Part, prepare, prepare_part
-    from swamla.data.reopening import reopen
-    from swamla.data.sampler import HeldOutRows, PackedRows
-    from swamla.data.shards import Split
-    from swamla.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, make_tokenizer
-
-_HOME = {
-    "Batch": "packing",
-    "DataConfig": "config",
-    "Dataset": "dataset",
-    "HeldOutRows": "sampler",
-    "PackedRows": "sampler",
-    "Part": "preparing",
-    "Split": "shards",
-    "StreamDecoder": "tokenizer",
-    "Tokenizer": "tokenizer",
-    "load_tokenizer": "tokenizer",
-    "make_tokenizer": "tokenizer",
-    "prepare": "preparing",
-    "prepare_part": "preparing",
-    "reopen": "reopening",
-}
-
-__all__ = [
-    "Batch",
-    "DataConfig",
-    "Dataset",
-    "HeldOutRows",
-    "PackedRows",
-    "Part",
-    "Split",
-    "StreamDecoder",
-    "Tokenizer",
-    "load_tokenizer",
-    "make_tokenizer",
-    "prepare",
-    "prepare_part",
-    "reopen",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"swamla.data.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'swamla.data' has no attribute {name!r}")
+    from swamla.data.config import DataConfig as DataConfig
+    from swamla.data.dataset import Dataset as Dataset
+    from swamla.data.packing import Batch as Batch
+    from swamla.data.packing import HeldOutRows as HeldOutRows
+    from swamla.data.packing import PackedRows as PackedRows
+    from swamla.data.preparing import Part as Part
+    from swamla.data.preparing import prepare as prepare
+    from swamla.data.preparing import prepare_part as prepare_part
+    from swamla.data.reopening import reopen as reopen
+    from swamla.data.shards import Split as Split
+    from swamla.data.sources import Source as Source
+    from swamla.data.tokenizer import StreamDecoder as StreamDecoder
+    from swamla.data.tokenizer import Tokenizer as Tokenizer
+    from swamla.data.tokenizer import load_tokenizer as load_tokenizer
+    from swamla.data.tokenizer import make_tokenizer as make_tokenizer
+else:
+    __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -1,7 +1,9 @@
 """What text to learn from, how it is split and how it becomes tokens."""
 
+import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from swamla.errors import require
@@ -118,3 +120,21 @@ def parse_bpe(spec: str) -> tuple[int, bool] | None:
     size = int(match["size"])
     require(BYTES < size <= 1_000_000, "tokenizer", spec, "vocabulary must be from 257 to 1000000, e.g. bpe:4096")
     return size, match["lines"] is not None
+
+
+def default_cache_dir() -> Path:
+    """$SWAMLA_CACHE, else ~/.cache/swamla."""
+    return Path(os.environ.get("SWAMLA_CACHE") or "~/.cache/swamla").expanduser()
+
+
+def cache_of(config: DataConfig) -> Path:
+    """The folder in which `prepare` keeps what it makes of this data, and what it downloads."""
+    return Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+
+
+def single_sources(config: DataConfig) -> list[DataConfig]:
+    """The sources of a mixture, each as if it were alone; of any other data itself."""
+    return [
+        replace(config, mixture=(), **{name: value for name, value in part.__dict__.items() if name != "weight"})
+        for part in config.mixture
+    ] or [config]

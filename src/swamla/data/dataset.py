@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from swamla.data.notes import Notes
-from swamla.data.shards import Split
+from swamla.data.config import DataConfig
+from swamla.data.reading import Notes
+from swamla.data.shards import HELD_OUT_TEXT, Encoded, Split
 from swamla.data.tokenizer import Tokenizer, load_tokenizer
 from swamla.errors import CorruptError, DataError
 from swamla.files import sha256_of
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 2
 _READ = (1, 2)
-META, TOKENIZER, HELD_OUT_TEXT = "meta.json", "tokenizer.json", "held_out.txt"
+META, TOKENIZER = "meta.json", "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -47,32 +49,113 @@ class Rows(Protocol):
         """Samples first_sample … first_sample + count - 1."""
 
 
-class Dataset:
+class Dataset(ABC):
     """Text as tokens, split into documents to train on and held-out ones.
 
-    throughput: of its making, where that was now; None for what the cache had.
-    raw: what the files were that it was made from (`Source.digest`), where that is known.
+    path: the folder it lies in, or the first of several.  fingerprint: a SHA-256 of what there is to learn, and of its
+    order.
     """
 
-    _buffer_docs = 0
-    raw = ""
+    path: Path
+    tokenizer: Tokenizer
+    fingerprint: str
 
-    def __init__(
-        self, path: Path, meta: dict[str, Any], tokenizer: Tokenizer, throughput: Throughput | None = None
-    ) -> None:
-        self.path = path
-        self.meta = meta
-        self.tokenizer = tokenizer
-        self.throughput = throughput
-        self.fingerprint: str = meta["fingerprint"]
-
-    @classmethod
-    def open(cls, path: str | Path, throughput: Throughput | None = None) -> "Dataset":
+    @staticmethod
+    def open(path: str | Path) -> "PreparedDataset":
         """Open a folder that `prepare` made, checking sizes and that tokenizer and shards agree, not every byte.
 
         Raises DataError if there is none, CorruptError for a damaged one.
         """
-        path = Path(path)
+        return PreparedDataset.read(Path(path))
+
+    @property
+    @abstractmethod
+    def source(self) -> str:
+        """Where the text is from, in words."""
+
+    @property
+    @abstractmethod
+    def train(self) -> Split:
+        """The documents to train on."""
+
+    @property
+    @abstractmethod
+    def held_out(self) -> Split:
+        """The documents never trained on."""
+
+    @abstractmethod
+    def rows(self, block_size: int, seed: int) -> Rows:
+        """The endless rows to train on."""
+
+    @property
+    @abstractmethod
+    def bytes_per_label(self) -> float:
+        """UTF-8 bytes of text to train on for each position that carries loss."""
+
+    @abstractmethod
+    def epochs(self) -> dict[str, int]:
+        """For each source how many positions that carry loss there are until all of its text was seen once."""
+
+    @abstractmethod
+    def identity(self) -> list[dict[str, str]]:
+        """What a run keeps to find its data again: the fingerprint of each prepared source, and what it was made of."""
+
+    @abstractmethod
+    def verify(self) -> None:
+        """Check every byte against its SHA-256 and every id against the vocabulary; CorruptError names the file."""
+
+    @abstractmethod
+    def held_out_text(self) -> bytes:
+        """All held-out documents, one behind the other, in UTF-8: what other compressors are to be given."""
+
+    @cached_property
+    def bytes_per_token(self) -> float:
+        """Held-out UTF-8 bytes for each held-out token, ends of documents not counted."""
+        return self.held_out.n_bytes / self.held_out.n_tokens
+
+    @abstractmethod
+    def describe(self) -> list[tuple[str, str]]:
+        """(label, value) rows for people."""
+
+
+class PreparedDataset(Dataset):
+    """One source, all of it in one folder.
+
+    meta: its meta.json.  throughput: of its making, where that was now; None for what the cache had.  raw: what the
+    files were that it was made from (`Source.digest`), where that is known.  plugin: the name of the file that reads
+    its source, where that is not ours.  buffer_docs: how many documents are fitted
+    into rows at a time; 0 fills every row. The same text is then learned in another order, which has a fingerprint of
+    its own.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        meta: dict[str, Any],
+        tokenizer: Tokenizer,
+        *,
+        throughput: Throughput | None = None,
+        raw: str = "",
+        plugin: str = "",
+        buffer_docs: int = 0,
+    ) -> None:
+        self.path, self.meta, self.tokenizer = path, meta, tokenizer
+        self.throughput, self.raw, self.plugin, self.buffer_docs = throughput, raw, plugin, buffer_docs
+        fitted = f"{meta['fingerprint']} buffer_docs {buffer_docs}".encode()
+        self.fingerprint = hashlib.sha256(fitted).hexdigest() if buffer_docs else meta["fingerprint"]
+
+    @classmethod
+    def read(
+        cls,
+        path: Path,
+        *,
+        source: str = "",
+        throughput: Throughput | None = None,
+        raw: str = "",
+        plugin: str = "",
+        buffer_docs: int = 0,
+    ) -> "PreparedDataset":
+        """Open a folder; see `Dataset.open`. source: where its text is from, if not where it was first found."""
         meta = _read_meta(path)
         for name, entry in meta["files"].items():
             _require_size(path / name, entry["size"])
@@ -82,7 +165,8 @@ class Dataset:
                 f"{path / TOKENIZER}: not the tokenizer that these shards were made with (fingerprint "
                 f"{tokenizer.fingerprint[:12]}, shards {meta['tokenizer']['fingerprint'][:12]}); delete {path}"
             )
-        dataset = cls(path, meta, tokenizer, throughput)
+        told = meta | ({"source": source} if source else {})
+        dataset = cls(path, told, tokenizer, throughput=throughput, raw=raw, plugin=plugin, buffer_docs=buffer_docs)
         assert dataset.train.vocab_size == dataset.held_out.vocab_size  # opened now: what is damaged is told now
         counted, there = dataset.held_out.n_bytes, meta["files"][HELD_OUT_TEXT]["size"]
         if counted != there:
@@ -91,47 +175,39 @@ class Dataset:
             )
         return dataset
 
+    @property
+    def source(self) -> str:
+        return self.meta["source"]
+
     @cached_property
     def train(self) -> Split:
-        """The documents to train on."""
         return Split.open(self.path, "train", self.tokenizer.vocab_size)
 
     @cached_property
     def held_out(self) -> Split:
-        """The documents never trained on."""
         return Split.open(self.path, "held_out", self.tokenizer.vocab_size)
 
-    def rows(self, block_size: int, seed: int) -> "Rows":
-        """The endless rows to train on."""
-        from swamla.data.blocks import BestFitRows
-        from swamla.data.sampler import PackedRows
+    def rows(self, block_size: int, seed: int) -> Rows:
+        from swamla.data.packing import BestFitRows, PackedRows  # needs torch
 
         if not self.train.n_documents:
-            raise DataError(f"{self.meta['source']}: there is nothing to train on: all of its text is held out")
-        if self._buffer_docs:
-            return BestFitRows(self.train, block_size, seed, self.tokenizer.eos_id, self._buffer_docs)
+            raise DataError(f"{self.source}: there is nothing to train on: all of its text is held out")
+        if self.buffer_docs:
+            return BestFitRows(self.train, block_size, seed, self.tokenizer.eos_id, self.buffer_docs)
         return PackedRows(self.train, block_size, seed, self.tokenizer.eos_id)
-
-    def fit_documents(self, buffer_docs: int) -> None:
-        """From now on fit whole documents into rows, so many at a time: the same text, learned in another order."""
-        self._buffer_docs = buffer_docs
-        self.fingerprint = hashlib.sha256(f"{self.fingerprint} buffer_docs {buffer_docs}".encode()).hexdigest()
 
     @property
     def bytes_per_label(self) -> float:
-        """UTF-8 bytes of text to train on for each position that carries loss."""
         return self.train.n_bytes / (self.train.n_tokens + self.train.n_documents)
 
     def epochs(self) -> dict[str, int]:
-        """For each source how many positions that carry loss there are until all of its text was seen once."""
-        return {self.meta["source"]: self.train.n_tokens + self.train.n_documents}
+        return {self.source: self.train.n_tokens + self.train.n_documents}
 
     def identity(self) -> list[dict[str, str]]:
-        """What a run keeps to find its data again: the fingerprint of each prepared source, and what it was made of."""
-        return [{"fingerprint": self.meta["fingerprint"], "raw": self.raw}]
+        plugin = {"plugin": self.plugin} if self.plugin else {}
+        return [{"fingerprint": self.meta["fingerprint"], "raw": self.raw, **plugin}]
 
     def verify(self) -> None:
-        """Check every byte against its SHA-256 and every id against the vocabulary; CorruptError names the file."""
         for name, entry in self.meta["files"].items():
             if sha256_of(self.path / name) != entry["sha256"]:
                 raise CorruptError(f"{self.path / name}: damaged (SHA-256 differs); delete {self.path}")
@@ -139,16 +215,9 @@ class Dataset:
         self.held_out.verify()
 
     def held_out_text(self) -> bytes:
-        """All held-out documents, one behind the other, in UTF-8: what other compressors are to be given."""
         return (self.path / HELD_OUT_TEXT).read_bytes()
 
-    @cached_property
-    def bytes_per_token(self) -> float:
-        """Held-out UTF-8 bytes for each held-out token, ends of documents not counted."""
-        return self.held_out.n_bytes / self.held_out.n_tokens
-
     def describe(self) -> list[tuple[str, str]]:
-        """(label, value) rows for people."""
         meta, notes = self.meta, Notes(self.meta["notes"])
         total = self.train.n_bytes + self.held_out.n_bytes
         share = f"{self.held_out.n_bytes / total:.2%} of the text; {meta['held_out_rule']}"
@@ -167,6 +236,47 @@ class Dataset:
             rows.append(("note", "the tokenizer loses part of the text, which flatters bits per byte"))
         rows += [("encoded", str(self.throughput))] if self.throughput else []
         return [*rows, ("fingerprint", self.fingerprint[:16]), ("folder", str(self.path))]
+
+
+def write_meta(
+    folder: Path, config: DataConfig, origin: str, tokenizer: Tokenizer, rule: str, encoded: Encoded, notes: Notes
+) -> None:
+    """Write meta.json of shards: the same bytes for the same data, whenever and however it was made.
+
+    Raises DataError unless there is something to train on, and something held out.
+    """
+    _require_documents(config, encoded, notes)
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "source": origin or config.source,
+        "held_out_rule": rule,
+        "tokenizer": {"spec": config.tokenizer, "fingerprint": tokenizer.fingerprint},
+        "lossless": encoded.lossless,
+        "notes": notes.plain(),
+        "files": files_of(folder, but=(TOKENIZER,)),  # that one has its own fingerprint
+    }
+    meta["fingerprint"] = fingerprint_of(meta)
+    (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def _require_documents(config: DataConfig, encoded: Encoded, notes: Notes) -> None:
+    total = encoded.train + encoded.held_out
+    if not total:
+        left_out = "; ".join(notes.lines()) or "no rows"
+        raise DataError(f"{config.source}: no text to learn from ({left_out})")
+    fraction = config.held_out_fraction
+    for split, count, advice in (("held-out", encoded.held_out, "raise"), ("training", encoded.train, "lower")):
+        if not count and fraction < 1:
+            raise DataError(
+                f"{config.source}: the {split} split is empty: of {total} documents, data.held_out_fraction = "
+                f"{fraction} chose {encoded.held_out}; {advice} it"
+            )
+
+
+def files_of(folder: Path, but: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each file in `folder`."""
+    paths = sorted(path for path in folder.iterdir() if path.name not in but)
+    return {path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
 
 
 def fingerprint_of(meta: dict[str, Any]) -> str:

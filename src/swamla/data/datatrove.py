@@ -3,11 +3,14 @@
 from collections.abc import Mapping
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from swamla.data.config import DataConfig
-from swamla.data.work import Part, cache_of
+from swamla.data.config import DataConfig, cache_of
+from swamla.data.preparing import Part, prepare_part
+from swamla.data.sources import class_of
 from swamla.errors import MissingBackendError, UsageError, require
+from swamla.plugins import load_plugin, plugin_file
 
 EXECUTORS = {"local": "LocalPipelineExecutor", "slurm": "SlurmPipelineExecutor", "ray": "RayPipelineExecutor"}
 
@@ -26,7 +29,7 @@ def executor(kind: str, config: DataConfig, parts: int, settings: Mapping[str, A
     except ImportError as error:
         raise MissingBackendError(f"--executor {kind} needs datatrove: pip install 'swamla[data]' ({error})") from error
     ours = {
-        "pipeline": [partial(_make_part, config)],
+        "pipeline": [partial(_make_part, config, plugin_file(class_of(config.source)))],
         "tasks": parts,
         "logging_dir": str(cache_of(config) / "datatrove"),
         "skip_completed": False,  # what is done is told by the units that are there, not by logs
@@ -37,9 +40,9 @@ def executor(kind: str, config: DataConfig, parts: int, settings: Mapping[str, A
         raise UsageError(f"--executor_options: {error}") from error
 
 
-def _make_part(config: DataConfig, data: Any, rank: int = 0, world_size: int = 1) -> Any:
+def _make_part(config: DataConfig, plugin: Path | None, data: Any, rank: int = 0, world_size: int = 1) -> Any:
     """One task: `rank` (from 0) of `world_size`."""
-    from swamla.data.preparing import prepare_part
-
+    if plugin is not None:
+        load_plugin(plugin)
     prepare_part(config, Part(rank + 1, world_size), workers=1)
     return data

@@ -1,4 +1,6 @@
-"""Datasets of the Hugging Face hub: which of their files are meant, and reading these by ranges, nothing kept on disk.
+"""What is fetched: datasets of the Hugging Face hub, and tiny Shakespeare.
+
+Of a dataset: which of its files are meant, and reading these by ranges, nothing kept on disk.
 
 A revision is resolved once to a commit, and files are read from that commit only, so the text cannot change under way.
 Access tokens are the library's business: it finds them in the environment, and none is written or shown here.
@@ -7,9 +9,12 @@ Access tokens are the library's business: it finds them in the environment, and 
 import hashlib
 import io
 import json
+import os
 import re
+import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, cast
 
@@ -22,6 +27,13 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _READABLE = re.compile(r"\.(parquet|jsonl|ndjson|json|csv|tsv|txt)(\.gz|\.zst|\.xz|\.bz2)?$", re.IGNORECASE)
 _QUERY = re.compile(r"\?\S*")  # the address of a redirected download carries a signature
 _BLOCK = 1 << 22
+
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+_TIMEOUT_SECONDS = 20
+_BY_HAND = (
+    "fetch that file elsewhere, then once: swamla prepare shakespeare-char --source FILE (or each time: --data FILE)"
+)
 
 
 @dataclass(frozen=True)
@@ -216,3 +228,43 @@ def _library() -> Any:
     except ImportError as error:
         raise MissingBackendError("data on the hub needs its library: pip install 'swamla[hub]'") from error
     return cast(Any, huggingface_hub)
+
+
+def shakespeare(cache_dir: Path, url: str = SHAKESPEARE_URL) -> Path:
+    """The path of tiny Shakespeare (1.1 MB), downloaded into the cache at its first use. DataError if that fails."""
+    path = _place(cache_dir)
+    if path.exists():
+        return path
+    try:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
+            data = response.read()
+    except (OSError, ValueError, HTTPException) as error:
+        raise DataError(f"cannot download tiny Shakespeare from {url} ({error}); {_BY_HAND}") from error
+    if not _is_shakespeare(data):
+        raise DataError(f"{url}: {len(data)} bytes came that are not tiny Shakespeare; {_BY_HAND}")
+    _keep(data, path)
+    return path
+
+
+def keep_shakespeare(cache_dir: Path, file: Path) -> bool:
+    """Put a copy of tiny Shakespeare where `shakespeare` finds it; False, and nothing done, for any other file."""
+    data = file.read_bytes() if file.is_file() else b""
+    known = _is_shakespeare(data)
+    if known:
+        _keep(data, _place(cache_dir))
+    return known
+
+
+def _is_shakespeare(data: bytes) -> bool:
+    return hashlib.sha256(data).hexdigest() == SHAKESPEARE_SHA256
+
+
+def _place(cache_dir: Path) -> Path:
+    return cache_dir / "sources" / "shakespeare.txt"
+
+
+def _keep(data: bytes, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_suffix(f".{os.getpid()}")
+    staged.write_bytes(data)
+    staged.replace(path)

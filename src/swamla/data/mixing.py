@@ -8,12 +8,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from swamla.data.blocks import join_batches
 from swamla.data.dataset import Dataset, Rows
-from swamla.data.packing import Batch
-from swamla.data.sampler import permutation
-from swamla.data.shards import Split
-from swamla.data.streaming import join_splits
+from swamla.data.packing import Batch, join_batches, permutation
+from swamla.data.shards import Split, join_splits
 
 CYCLE = 4096  # rows; in each cycle of so many every source has its share exactly, rounded to whole rows
 _SOURCES = 3
@@ -72,10 +69,13 @@ class MixtureDataset(Dataset):
 
     def __init__(self, parts: list[Dataset], weights: Sequence[float]) -> None:
         self.parts, self.weights = parts, [weight / sum(weights) for weight in weights]
-        self.path, self.tokenizer, self.throughput = parts[0].path, parts[0].tokenizer, None
-        self.meta = {}
+        self.path, self.tokenizer = parts[0].path, parts[0].tokenizer
         content = ["mixture", self.weights, [part.fingerprint for part in parts]]
         self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @property
+    def source(self) -> str:
+        return "mixture"
 
     @cached_property
     def train(self) -> Split:

@@ -1,11 +1,15 @@
-"""Documents as one stream of positions, and rows cut from it without waste.
+"""Rows to learn from, cut from documents: sample i is a pure function of (seed, i), whoever asks, in whatever order.
 
 A document d_0 … d_{n-1} takes n + 1 positions: inputs [eos, d_0 … d_{n-1}], labels [d_0 … d_{n-1}, eos]. So every
 position carries loss, the end of a document is learned once, and no label belongs to another document than its input.
+`PackedRows` cuts one endless stream of documents into full rows; `BestFitRows` fits whole documents into rows.
 """
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -13,9 +17,11 @@ import torch
 from torch import Tensor
 
 from swamla.data.shards import Split
+from swamla.errors import require
 from swamla.ops.layout import PADDING
 
 NO_LABEL = -100
+_DOCUMENTS, _ROWS = 0, 1  # what a permutation is of
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,168 @@ class Segments(NamedTuple):
 
     def take(self, index: np.ndarray) -> "Segments":
         return Segments(*(column[index] for column in self))
+
+
+def permutation(count: int, *key: int) -> np.ndarray:
+    """A permutation of `count` things that depends on `key` alone, int64 (count).
+
+    It sorts raw Philox words: NumPy promises these, but not `Generator.permutation`, to stay the same for ever.
+    """
+    bits = np.random.Philox(np.random.SeedSequence(list(key)))
+    return np.argsort(bits.random_raw(count), kind="stable")
+
+
+class PackedRows:
+    """The endless training rows of a split: documents are shuffled in every epoch, rows within it.
+
+    Epoch e holds the rows that begin in it; every position of it is in exactly one row, and a row at its end runs on
+    into the next epoch.
+    """
+
+    def __init__(self, split: Split, block_size: int, seed: int, eos_id: int) -> None:
+        require(block_size > 0, "block_size", block_size, "must be > 0, e.g. 512")
+        require(seed >= 0, "seed", seed, "must be >= 0")
+        self.block_size = block_size
+        self._stream = DocumentStream(
+            split, eos_id, lambda epoch: permutation(split.n_documents, seed, epoch, _DOCUMENTS)
+        )
+        self.epoch_length = self._stream.epoch_length
+        # one epoch's order of rows is large; the next is needed only where a batch straddles both
+        self._row_order = lru_cache(2)(lambda epoch: permutation(self._rows_in(epoch), seed, epoch, _ROWS))
+
+    def batch(self, first_sample: int, count: int) -> Batch:
+        """Samples first_sample … first_sample + count - 1."""
+        sample = np.arange(first_sample, first_sample + count, dtype=np.int64)
+        epoch = sample * self.block_size // self.epoch_length
+        row = np.empty_like(sample)
+        for e in np.unique(epoch):
+            begin = self._first_row(int(e))
+            mine = epoch == e
+            row[mine] = begin + self._row_order(int(e))[sample[mine] - begin]
+        return self._stream.rows(row * self.block_size, self.block_size)
+
+    def _first_row(self, epoch: int) -> int:
+        return -(-epoch * self.epoch_length // self.block_size)
+
+    def _rows_in(self, epoch: int) -> int:
+        return self._first_row(epoch + 1) - self._first_row(epoch)
+
+
+class HeldOutRows:
+    """All documents of a split, once and in order; the last row is padded."""
+
+    def __init__(self, split: Split, block_size: int, eos_id: int) -> None:
+        require(block_size > 0, "block_size", block_size, "must be > 0, e.g. 512")
+        self.block_size = block_size
+        self._stream = DocumentStream(split, eos_id, lambda epoch: np.arange(split.n_documents))
+        self.n_labels = self._stream.epoch_length
+        self.n_rows = -(-self.n_labels // block_size)
+
+    def batches(self, batch_size: int, most_rows: int | None = None) -> Iterator[Batch]:
+        """Batches of `batch_size` rows, the last with what is left: all, or `most_rows` spread evenly over them."""
+        count = min(self.n_rows, most_rows or self.n_rows)
+        chosen = np.arange(count) * self.n_rows // count
+        for first in range(0, count, batch_size):
+            start_B = chosen[first : first + batch_size] * self.block_size
+            yield pad(self._stream.rows(start_B, self.block_size), self.n_labels - start_B)
+
+
+class BlockRows(ABC):
+    """Endless rows. Those of a block, and how many they are, are a pure function of (seed, block)."""
+
+    def __init__(self, block_size: int, seed: int) -> None:
+        require(block_size > 0, "block_size", block_size, "must be > 0, e.g. 512")
+        require(seed >= 0, "seed", seed, "must be >= 0")
+        self.block_size = block_size
+        self.seed = seed
+        self._starts = [0]  # of blocks, in samples; as far as anybody asked
+
+    @abstractmethod
+    def n_rows(self, block: int) -> int:
+        """How many rows the block has."""
+
+    @abstractmethod
+    def rows(self, block: int, row: np.ndarray) -> Batch:
+        """Rows of the block, by their numbers (int64)."""
+
+    def batch(self, first_sample: int, count: int) -> Batch:
+        """Samples first_sample … first_sample + count - 1."""
+        while self._starts[-1] < first_sample + count:
+            self._starts.append(self._starts[-1] + self.n_rows(len(self._starts) - 1))
+        parts, at = [], first_sample
+        while at < first_sample + count:
+            block = bisect_right(self._starts, at) - 1
+            stop = min(first_sample + count, self._starts[block + 1])
+            parts.append(self.rows(block, np.arange(at, stop) - self._starts[block]))
+            at = stop
+        return parts[0] if len(parts) == 1 else join_batches(parts)
+
+
+class BestFitRows(BlockRows):
+    """Rows of whole documents, as far as documents fit into rows.
+
+    In every epoch the documents are shuffled and taken `buffer_docs` at a time; each such block is packed, the longest
+    document first, into the row where it leaves the least room, and its rows are shuffled. A document longer than a row
+    is cut into full rows and a rest. What stays empty is padding, which carries no loss.
+    """
+
+    def __init__(self, split: Split, block_size: int, seed: int, eos_id: int, buffer_docs: int) -> None:
+        super().__init__(block_size, seed)
+        require(buffer_docs > 0, "buffer_docs", buffer_docs, "must be > 0, e.g. 1000")
+        self._split, self._eos_id, self._buffer = split, eos_id, buffer_docs
+        self._blocks = -(-split.n_documents // buffer_docs)  # in an epoch
+        self._positions = split.lengths + 1
+        self._order = lru_cache(2)(lambda epoch: permutation(split.n_documents, seed, epoch, _DOCUMENTS))
+        self._packed = lru_cache(4)(self._pack)
+
+    def n_rows(self, block: int) -> int:
+        return len(self._packed(block)[1]) - 1
+
+    def rows(self, block: int, row: np.ndarray) -> Batch:
+        segments, starts = self._packed(block)
+        row = permutation(len(starts) - 1, self.seed, block, _ROWS)[row]
+        count = starts[row + 1] - starts[row]
+        index = np.repeat(starts[row] - (np.cumsum(count) - count), count) + np.arange(count.sum())
+        chosen = segments.take(index)
+        return gather_padded(
+            self._split, self._eos_id, chosen._replace(row=np.repeat(np.arange(len(row)), count)), self.block_size
+        )
+
+    def _pack(self, block: int) -> tuple[Segments, np.ndarray]:
+        """The block's pieces of documents, row by row, and where each row begins among them (and the end)."""
+        epoch, place = divmod(block, self._blocks)
+        document = self._order(epoch)[place * self._buffer : (place + 1) * self._buffer]
+        pieces = -(-self._positions[document] // self.block_size)
+        piece_document = np.repeat(document, pieces)
+        nth = np.arange(len(piece_document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        first = nth * self.block_size
+        length = np.minimum(self._positions[piece_document] - first, self.block_size)
+        row = best_fit(length, self.block_size)
+        order = np.argsort(row, kind="stable")
+        starts = np.searchsorted(row[order], np.arange(row.max() + 2))
+        return Segments(row, piece_document, first, length).take(order), starts
+
+
+def best_fit(length: np.ndarray, size: int) -> np.ndarray:
+    """The row (from 0) that each piece goes to, int64: the longest first, where it leaves the least of `size` empty."""
+    row_of = np.empty(len(length), dtype=np.int64)
+    rows_with: list[list[int]] = [[] for _ in range(size)]  # by the room that is left in them
+    some, n_rows = 0, 0  # bit r: there is a row with room for r
+    for piece in np.argsort(-length, kind="stable").tolist():
+        need = int(length[piece])
+        fitting = some >> need
+        if fitting:
+            room = need + (fitting & -fitting).bit_length() - 1
+            row = rows_with[room].pop()
+            some ^= 0 if rows_with[room] else 1 << room
+        else:
+            room, row = size, n_rows
+            n_rows += 1
+        row_of[piece] = row
+        if room > need:
+            rows_with[room - need].append(row)
+            some |= 1 << (room - need)
+    return row_of
 
 
 class DocumentStream:
@@ -152,3 +320,19 @@ def _spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For counts [2, 1, 3]: which [0, 0, 1, 2, 2, 2], and how far into it [0, 1, 0, 0, 1, 2]."""
     which = np.repeat(np.arange(len(counts)), counts)
     return which, np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def join_batches(parts: list[Batch]) -> Batch:
+    """The rows of all parts, one behind the other."""
+    columns = zip(*((part.tokens_BT, part.labels_BT, part.document_BT) for part in parts), strict=True)
+    return Batch(*(torch.cat(column) for column in columns))
+
+
+def pad(batch: Batch, n_labels_B: np.ndarray) -> Batch:
+    """The batch with everything behind the first `n_labels_B` positions of a row turned into padding."""
+    beyond_BT = torch.arange(batch.tokens_BT.shape[1]) >= torch.from_numpy(n_labels_B)[:, None]
+    return Batch(
+        batch.tokens_BT.masked_fill(beyond_BT, 0),
+        batch.labels_BT.masked_fill(beyond_BT, NO_LABEL),
+        batch.document_BT.masked_fill(beyond_BT, PADDING),
+    )

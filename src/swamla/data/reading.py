@@ -1,4 +1,4 @@
-"""Bytes of files, unpacked and recoded to UTF-8 as they stream, and the text in them."""
+"""Bytes of files, unpacked and recoded to UTF-8 as they stream, the text in them, and notes of what was left out."""
 
 import bz2
 import codecs
@@ -7,17 +7,18 @@ import io
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, cast
 
-from swamla.data.notes import Notes
 from swamla.errors import DataError
 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 SNIFFED = 8192
 _CHUNK = 1 << 18
+_PLACES, _SHOWN = 5, 3  # kept in meta.json, and told
 _PACKED = {  # by content, since names are often wrong
     ".gz": re.compile(rb"\x1f\x8b\x08"),
     ".zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
@@ -37,6 +38,47 @@ _OTHERS = {
     rb"\{\\rtf": "an RTF document: export its text first",
     b"|".join(pattern.pattern for pattern in _PACKED.values()): "packed more than once: unpack it first",
 }
+
+
+class Notes:
+    """counts: of what was left out or changed.  places: the first of each.  taken: files read, by their suffixes."""
+
+    def __init__(self, plain: Mapping[str, Any] | None = None) -> None:
+        self.counts: Counter[str] = Counter()
+        self.places: dict[str, list[str]] = {}
+        self.taken: Counter[str] = Counter()
+        if plain is not None:
+            self.include(plain)
+
+    def add(self, what: str, where: object = None, count: int = 1) -> None:
+        """Count `what`, and keep where it was (put into words only then) as one of the first places."""
+        self.counts[what] += count
+        if where is not None and len(self.places.get(what, ())) < _PLACES:
+            self.places.setdefault(what, []).append(str(where))
+
+    def include(self, plain: Mapping[str, Any]) -> None:
+        """Add what `plain` made of others; their places come after those that are known."""
+        self.counts.update(plain["counts"])
+        self.taken.update(plain["taken"])
+        for what, places in plain["places"].items():
+            self.places[what] = [*self.places.get(what, ()), *places][:_PLACES]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON data, the same for the same notes."""
+        return {
+            "counts": dict(sorted(self.counts.items())),
+            "places": dict(sorted(self.places.items())),
+            "taken": dict(sorted(self.taken.items())),
+        }
+
+    def lines(self) -> list[str]:
+        """A line for each thing that was left out or changed."""
+        return [f"{count} {what}{_named(self.places.get(what, []), count)}" for what, count in self.counts.items()]
+
+
+def _named(places: list[str], count: int) -> str:
+    more = " …" if count > _SHOWN else ""
+    return f": {'; '.join(places[:_SHOWN])}{more}" if places else ""
 
 
 class BadRow(Exception):

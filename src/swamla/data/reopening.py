@@ -2,15 +2,12 @@
 
 import json
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 
-from swamla.data.config import MIXTURE, DataConfig
-from swamla.data.dataset import META, TOKENIZER, Dataset
-from swamla.data.sources import Source, open_source
-from swamla.data.stream_plan import FILE, StreamPlan
-from swamla.data.unit_files import Job
-from swamla.data.work import cache_of, single_sources
+from swamla.data.config import MIXTURE, DataConfig, cache_of, single_sources
+from swamla.data.dataset import META, TOKENIZER, Dataset, PreparedDataset
+from swamla.data.sources import Files, Source, class_of, open_source
+from swamla.data.units import Job
 from swamla.errors import DataError
 
 Identity = list[dict[str, str]]
@@ -32,22 +29,18 @@ def reopen(
     for single, each, folder in zip(singles, identity, folders, strict=True):
         if folder is None:
             return None
-        dataset = Dataset.open(folder)
-        source = _raw(single, each["raw"], folder, needed=training and bool(config.stream))
-        if config.stream:
-            streamed = _stream(single, dataset, source, workers)
-            if streamed is None:
-                return None
-            dataset = streamed
-        if config.buffer_docs:
-            dataset.fit_documents(config.buffer_docs)
-        dataset.raw = each["raw"]
+        source = _raw(single, each, folder, needed=training and bool(config.stream))
         # Equal texts share a folder of the cache, which says where they were first found.
-        dataset.meta = {**dataset.meta, "source": (source.origin if source else "") or single.source}
-        found.append(dataset)
+        told = (source.origin if source else "") or single.source
+        raw, plugin = each["raw"], each.get("plugin", "")
+        dataset = PreparedDataset.read(folder, source=told, raw=raw, plugin=plugin, buffer_docs=config.buffer_docs)
+        streamed = _stream(single, dataset, source, workers) if config.stream else dataset
+        if streamed is None:
+            return None
+        found.append(streamed)
     if config.source != MIXTURE:
         return found[0]
-    from swamla.data.mixing import MixtureDataset
+    from swamla.data.mixing import MixtureDataset  # needs torch
 
     return MixtureDataset(found, [part.weight for part in config.mixture])
 
@@ -63,36 +56,45 @@ def _find(data: Path, fingerprint: str) -> Path | None:
     return None
 
 
-def _folders(data: Path, file: str) -> Iterable[Path]:
+def _folders(data: Path, file: str) -> list[Path]:
     staged = (".staging-", ".units-", ".unit-", ".dropped-")
     return sorted(path.parent for path in data.glob(f"*/{file}") if not path.parent.name.startswith(staged))
 
 
-def _raw(config: DataConfig, raw: str, folder: Path, *, needed: bool) -> Source | None:
+def lacks_plugin(config: DataConfig, identity: Identity) -> str:
+    """What is wrong where the plugin is not loaded that reads a source, and names it; "" where none is missing."""
+    pairs = zip(single_sources(config), identity, strict=False)
+    for single, each in pairs:
+        if "plugin" in each and class_of(single.source) is Files:
+            return f"data.source = {single.source!r}: is of a plugin: name its file, --plugin {each['plugin']}"
+    return ""
+
+
+def _raw(config: DataConfig, identity: dict[str, str], folder: Path, *, needed: bool) -> Source | None:
     """The raw files if they are there; warns where they are not, or are not what they were."""
     went_on = f"what was prepared of it in {folder} is used"
     try:
         source = open_source(config, cache_of(config))
     except DataError as error:
         if needed:
-            raise DataError(f"{error} (a stream reads its files while it trains: restore them)") from error
+            lost = f"{error} (a stream reads its files while it trains: restore them)"
+            raise DataError(lacks_plugin(config, [identity]) or lost) from error
         warnings.warn(f"{config.source} is gone or unreadable: {went_on}", stacklevel=3)
         return None
-    if raw and source.digest() != raw:
+    if identity["raw"] and source.digest() != identity["raw"]:
         warnings.warn(f"{config.source} changed (or was copied) since the run began: {went_on}", stacklevel=3)
     return source
 
 
-def _stream(config: DataConfig, sample: Dataset, source: Source | None, workers: int | None) -> Dataset | None:
-    from swamla.data.streaming import StreamDataset, UnitSupply
+def _stream(config: DataConfig, sample: PreparedDataset, source: Source | None, workers: int | None) -> Dataset | None:
+    from swamla.data.stream import FILE, StreamDataset, StreamPlan, UnitSupply  # needs torch
 
-    fingerprint = sample.meta["fingerprint"]
     for folder in _folders(sample.path.parent, FILE):
         plan = StreamPlan.read(folder)
-        if plan.sample != fingerprint or not (folder / TOKENIZER).exists():
+        if plan.sample != sample.fingerprint or not (folder / TOKENIZER).exists():
             continue
         units = plan.units if source is None else plan.units_of(source)
-        absent = Source(config.source, (), lambda *_: iter(()))  # enough to score: nothing is read then
+        absent = Files(name=config.source)  # enough to score: nothing is read then
         job = Job(source or absent, units, folder, config.held_out_fraction)
         return StreamDataset(sample, UnitSupply(job, workers), config.stream, plan.key)
     return None

@@ -1,4 +1,9 @@
-"""Where text comes from: documents, read lazily, in an order that depends on nothing but their names."""
+"""Where text comes from: a `Source` has entries, such as files, and reads documents from one of them.
+
+The first word of `data.source` is the kind of a registered source ("stdlib", "hf:OWNER/NAME"); what names none is a
+path. A source is read in units: stretches of some 8 MB, whose bounds depend on the input alone. Whoever works on them,
+however many there are, the units are the same and so is what becomes of them.
+"""
 
 import hashlib
 import io
@@ -7,72 +12,124 @@ import os
 import re
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterator
+from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 from swamla.data import hub
 from swamla.data.config import DataConfig
-from swamla.data.download import shakespeare
-from swamla.data.notes import Notes
-from swamla.data.reading import COMPRESSED, SNIFFED, File, naming_damage, not_text, open_bytes
-from swamla.data.rows import RowRules, Span
-from swamla.data.tables import READERS, NoRows, text_file
-from swamla.data.walking import walk
-from swamla.errors import DataError
+from swamla.data.reading import COMPRESSED, SNIFFED, File, Notes, is_plain, naming_damage, not_text, open_bytes
+from swamla.data.rows import READERS, NoRows, RowRules, Span, parquet_group_sizes, text_file
+from swamla.errors import DataError, require
+from swamla.registry import Registered, members_of, register
 
-NAMED_SOURCES = ("stdlib", "shakespeare")
+UNIT_BYTES = 1 << 23
+_EXPANSION = 4  # text is about so much larger than what compression makes of it
 _NOT_LIBRARY = frozenset({"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__"})
+_SPLIT = re.compile(r"(?<![a-z])(train|training|test|testing|valid|validation|val|dev|eval|held_?out)(?![a-z])", re.I)
+_OF_DATA = re.compile(
+    rf"\.(txt|jsonl|ndjson|json|csv|tsv|parquet)({'|'.join(map(re.escape, COMPRESSED))})?$", re.IGNORECASE
+)
 
 
 class Entry(NamedTuple):
-    """A file of a source. name: relative to the source, the same everywhere.  size: in bytes.
+    """A file of a source, or what else it reads at once.
 
-    state: what changes whenever the file does.
+    name: relative to the source, the same everywhere.  file: what is read; its text form names it in messages.  size:
+    in bytes.  state: JSON data that changes whenever the text does.
     """
 
     name: str
-    file: File
+    file: Any
     size: int
     state: tuple[str | int, ...]
 
 
-FileReader = Callable[[Entry, Notes, Span | None], Iterator[str]]
+class Unit(NamedTuple):
+    """Whole entries first … stop - 1 of a source, or a span of the one entry `first`."""
+
+    first: int
+    stop: int
+    span: Span | None = None
 
 
-@dataclass(frozen=True)
-class Source:
-    """Named files, and how to read documents from one of them.
+@dataclass(frozen=True, kw_only=True)
+class Source(Registered, home="swamla.data.sources"):
+    """Entries, and how to read documents from one of them. It is sent to other processes, and so can be pickled.
 
-    column: of rows, where their text is.  origin: where it all is from, for people; empty where the name tells that.
-    left_out: what of a folder was not taken.
+    alone: whether the kind by itself names a source, as "stdlib" does; else a colon and more has to follow.
+
+    name: of its folder in the cache.  entries: in the order in which their documents come.  origin: where it all is
+    from, for people; empty where `data.source` tells that.  left_out: what was not taken.
     """
 
-    name: str
-    entries: tuple[Entry, ...]
-    read: FileReader
-    column: str = ""
+    alone: ClassVar[bool] = True
+    name: str = ""
+    entries: tuple[Entry, ...] = ()
     origin: str = ""
     left_out: Notes = field(default_factory=Notes)
 
-    def documents(self, notes: Notes) -> Iterator[str]:
-        """All documents that hold text, in the order of the files' names; what was left out is counted in `notes`."""
-        for entry in self.entries:
-            yield from self.entry_documents(entry, notes)
+    @classmethod
+    @abstractmethod
+    def open(cls, text: str, config: DataConfig, cache_dir: Path) -> Self:
+        """The source that `config.source` names. text: what follows the kind and a colon there.
 
-    def entry_documents(self, entry: Entry, notes: Notes, span: Span | None = None) -> Iterator[str]:
-        """The documents of one file, or of a span of it, that hold text."""
-        for text in self.read(entry, notes, span):
-            if text:
-                yield text
-            else:
-                notes.add("empty documents skipped", entry.file)
+        Raises DataError if there is no such thing, or nothing in it, and ConfigError for a text that cannot be.
+        """
+
+    @abstractmethod
+    def read(self, entry: Entry, notes: Notes, span: Span | None = None) -> Iterator[str]:
+        """The texts of an entry, or of one of its spans; what is left out is counted in `notes`."""
+
+    def spans(self, entry: Entry) -> list[Span]:
+        """Stretches in which `read` can read a large entry; nothing for one that is read as a whole."""
+        return []
+
+    def units(self) -> list[Unit]:
+        """The source in units, in its order. DataError for a file that cannot be divided because it is damaged."""
+        units: list[Unit] = []
+        first, size = 0, 0
+        for index, entry in enumerate(self.entries):
+            spans = self.spans(entry)
+            if len(spans) > 1:
+                if first < index:
+                    units.append(Unit(first, index))
+                units += [Unit(index, index + 1, span) for span in spans]
+                first, size = index + 1, 0
+                continue
+            size += entry.size * (_EXPANSION if entry.name.lower().endswith(COMPRESSED) else 1)
+            if size >= UNIT_BYTES:
+                units.append(Unit(first, index + 1))
+                first, size = index + 1, 0
+        if first < len(self.entries):
+            units.append(Unit(first, len(self.entries)))
+        return units
+
+    def documents(self, notes: Notes) -> Iterator[str]:
+        """All documents that hold text, in the order of the entries."""
+        return self.unit_documents(Unit(0, len(self.entries)), notes)
+
+    def unit_documents(self, unit: Unit, notes: Notes) -> Iterator[str]:
+        """The documents of a unit that hold text; what was left out is counted in `notes`."""
+        for entry in self.entries[unit.first : unit.stop]:
+            for text in self.read(entry, notes, unit.span):
+                if text:
+                    yield text
+                else:
+                    notes.add("empty documents skipped", entry.file)
+
+    def describe_unit(self, unit: Unit) -> str:
+        """A unit's files, for messages."""
+        entries = self.entries[unit.first : unit.stop]
+        more = f" … {entries[-1].file}" if len(entries) > 1 else ""
+        where = f" ({unit.span[0]} to {unit.span[1]})" if unit.span else ""
+        return f"{entries[0].file}{more}{where}"
 
     def state(self) -> list[list[str | int]]:
-        """Every file's name and what changes whenever it does: when this is unchanged, so is the text."""
+        """Every entry's name and what changes whenever it does: when this is unchanged, so is the text."""
         return [[entry.name, *entry.state] for entry in self.entries]
 
     def digest(self) -> str:
@@ -81,33 +138,159 @@ class Source:
 
 
 def open_source(config: DataConfig, cache_dir: Path) -> Source:
-    """The source that `config.source` names. DataError if there is no such thing, or nothing in it."""
-    if config.source == "stdlib":
-        return _stdlib()
-    rules = RowRules(config.text_column, config.invalid_utf8, config.on_bad_row)
-    read = partial(_read_file, rules=rules)
-    if config.source == "shakespeare":
-        path = shakespeare(cache_dir)
-        return Source("shakespeare", (_entry(path.name, path),), read)
-    if config.source.startswith(hub.PREFIX):
-        return _from_hub(hub.list_dataset(config, cache_dir), config, partial(read, sniff=False))
-    return _from_path(Path(config.source).expanduser(), config.text_column, read)
+    """The source that `config.source` names; raises as `Source.open` does."""
+    return class_of(config.source).open(config.source.partition(":")[2], config, cache_dir)
 
 
-def _from_hub(listing: hub.HubListing, config: DataConfig, read: FileReader) -> Source:
-    entries = tuple(
-        Entry(path, hub.HubFile(listing.repo, listing.commit, path, size), size, (listing.repo, size, content))
-        for path, size, content in listing.files
-    )
-    which = f"config {config.hub_config or 'default'}, split {config.hub_split}"
-    origin = f"{config.source} ({which}, commit {listing.commit})"
-    return Source(listing.repo.rpartition("/")[2], entries, read, config.text_column, origin)
+def is_path(source: str) -> bool:
+    """Whether a `data.source` is the path of something, as it names no kind."""
+    return class_of(source) is Files
 
 
-def kind_of(name: str) -> str:
+def class_of(source: str) -> type[Source]:
+    """The class that a `data.source` names; `Files`, where it names none."""
+    kind, colon, _ = source.partition(":")
+    cls = cast("type[Source] | None", members_of(Source).get(kind))
+    return cls if cls is not None and (colon or cls.alone) else Files
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class StandardLibrary(Source):
+    """The running Python's own library: its .py files, without tests, idle, lib2to3 and installed packages."""
+
+    kind: ClassVar[str] = "stdlib"
+
+    @classmethod
+    def open(cls, text: str, config: DataConfig, cache_dir: Path) -> Self:
+        require(not text, "data.source", config.source, "must be stdlib")
+        root = Path(sysconfig.get_path("stdlib"))
+        found = []
+        for folder, folders, files in os.walk(root):
+            folders[:] = (name for name in folders if name not in _NOT_LIBRARY)
+            found += [Path(folder, name) for name in files if name.endswith(".py")]
+        if not found:
+            raise DataError(f"{root}: this Python came without its library's source files; give data.source a path")
+        entries = sorted((path.relative_to(root).as_posix(), path) for path in found)
+        return cls(name="stdlib", entries=tuple(_entry(*each) for each in entries))
+
+    def read(self, entry: Entry, notes: Notes, span: Span | None = None) -> Iterator[str]:
+        """A Python file in the encoding that it declares (PEP 263)."""
+        with naming_damage(entry.file), entry.file.open("rb") as stream:
+            data = stream.read()
+        try:
+            encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+            text = data.decode(encoding)
+        except (SyntaxError, UnicodeDecodeError):
+            notes.add("undecodable Python files skipped", entry.file)
+            return
+        yield text
+        _take(entry, notes)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Files(Source):
+    """A file, or those of a folder.
+
+    rules: what counts as a row, and what becomes of a bad one.  in_folder: what is no text, or has no rows with that
+    column, is left out; else it is an error.  sniff: look at what a file holds; on a hub, its name is to be relied on.
+    """
+
+    kind: ClassVar[str] = "files"
+    alone: ClassVar[bool] = False
+    rules: RowRules = field(default_factory=RowRules)
+    in_folder: bool = False
+    sniff: bool = True
+
+    @classmethod
+    def open(cls, text: str, config: DataConfig, cache_dir: Path) -> Self:
+        path, rules = Path(config.source).expanduser(), _rules(config)
+        name = path.resolve().name or "root"
+        if path.is_dir():
+            left_out = Notes()
+            entries = tuple(_entry(*found) for found in walk(path, left_out))
+            if not entries:
+                but = f" ({'; '.join(left_out.lines())})" if left_out.counts else ""
+                raise DataError(f"{path}: the folder holds no files{but}")
+            return cls(name=name, entries=entries, left_out=left_out, rules=rules, in_folder=True)
+        if not path.is_file():
+            raise DataError(f"data.source = {str(path)!r}: no such file or folder{_suggestion(str(path))}")
+        if path.stat().st_size == 0:
+            raise DataError(f"{path}: the file is empty (0 bytes)")
+        return cls(name=name, entries=(_entry(path.name, path),), rules=rules)
+
+    def read(self, entry: Entry, notes: Notes, span: Span | None = None) -> Iterator[str]:
+        """The texts of a file's rows, or all of a file that has none."""
+        head = _head(entry.file) if self.sniff else b""
+        suffix = ".parquet" if head.startswith(b"PAR1") else suffix_of(entry.name)
+        if suffix != ".parquet" and (what := not_text(head)):
+            if not self.in_folder:
+                raise DataError(f"{entry.file}: is {what}")
+            notes.add("files that are no text left out", f"{entry.file} is {re.split('[:(]', what)[0].strip()}")
+            return
+        try:
+            yield from READERS.get(suffix, text_file)(entry.file, self.rules, notes, span)
+        except NoRows as error:
+            if not self.in_folder:
+                raise
+            notes.add("files without such rows left out", error)
+            return
+        _take(entry, notes, span)
+
+    def spans(self, entry: Entry) -> list[Span]:
+        """Where a large file of rows is divided."""
+        suffix = suffix_of(entry.name)
+        if entry.size <= UNIT_BYTES or suffix not in (".parquet", ".jsonl", ".ndjson") or not is_plain(entry.file):
+            return []
+        if suffix == ".parquet":
+            return _group_spans(parquet_group_sizes(entry.file, self.rules.column))
+        return [(at, min(at + UNIT_BYTES, entry.size)) for at in range(0, entry.size, UNIT_BYTES)]
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Hub(Files):
+    """A dataset of the Hugging Face hub: hf:OWNER/NAME."""
+
+    kind: ClassVar[str] = "hf"
+
+    @classmethod
+    def open(cls, text: str, config: DataConfig, cache_dir: Path) -> Self:
+        listing = hub.list_dataset(config, cache_dir)
+        entries = tuple(
+            Entry(path, hub.HubFile(listing.repo, listing.commit, path, size), size, (listing.repo, size, content))
+            for path, size, content in listing.files
+        )
+        which = f"config {config.hub_config or 'default'}, split {config.hub_split}"
+        origin = f"{config.source} ({which}, commit {listing.commit})"
+        name = listing.repo.rpartition("/")[2]
+        return cls(name=name, entries=entries, origin=origin, rules=_rules(config), sniff=False)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Shakespeare(Files):
+    """Tiny Shakespeare, downloaded once."""
+
+    kind: ClassVar[str] = "shakespeare"
+    alone: ClassVar[bool] = True
+
+    @classmethod
+    def open(cls, text: str, config: DataConfig, cache_dir: Path) -> Self:
+        require(not text, "data.source", config.source, "must be shakespeare")
+        path = hub.shakespeare(cache_dir)
+        return cls(name="shakespeare", entries=(_entry(path.name, path),), rules=_rules(config))
+
+
+def suffix_of(name: str) -> str:
     """The suffix that tells a file's kind, those of compression aside: ".jsonl" of "a.jsonl.zst"."""
     path = Path(name)
     return Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSED else path.suffix.lower()
+
+
+def _rules(config: DataConfig) -> RowRules:
+    return RowRules(config.text_column, config.invalid_utf8, config.on_bad_row)
 
 
 def _entry(name: str, path: Path) -> Entry:
@@ -115,61 +298,12 @@ def _entry(name: str, path: Path) -> Entry:
     return Entry(name, path, stat.st_size, (str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
 
 
-def _from_path(path: Path, column: str, read: Callable[..., Iterator[str]]) -> Source:
-    name = path.resolve().name or "root"
-    if path.is_dir():
-        left_out = Notes()
-        entries = tuple(_entry(*found) for found in walk(path, left_out))
-        if not entries:
-            raise DataError(f"{path}: the folder holds no files{_but(left_out)}")
-        return Source(name, entries, partial(read, in_folder=True), column, left_out=left_out)
-    if not path.is_file():
-        raise DataError(f"data.source = {str(path)!r}: no such file or folder{_suggestion(path)}")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty (0 bytes)")
-    return Source(name, (_entry(path.name, path),), read, column)
-
-
-def _suggestion(path: Path) -> str:
-    close = get_close_matches(str(path), NAMED_SOURCES, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; give a path, or one of: {', '.join(NAMED_SOURCES)}"
-
-
-def _but(left_out: Notes) -> str:
-    return f" ({'; '.join(left_out.lines())})" if left_out.counts else ""
-
-
-def _read_file(
-    entry: Entry, notes: Notes, span: Span | None, *, rules: RowRules, in_folder: bool = False, sniff: bool = True
-) -> Iterator[str]:
-    """The texts of a file's rows, or all of a file that has none.
-
-    in_folder: what is no text, or has no rows with that column, is left out; else it is an error.
-    sniff: look at what the file holds; on a hub, its name is to be relied on.
-    """
-    head = _head(entry.file) if sniff else b""
-    kind = ".parquet" if head.startswith(b"PAR1") else kind_of(entry.name)
-    if kind != ".parquet" and (what := not_text(head)):
-        if not in_folder:
-            raise DataError(f"{entry.file}: is {what}")
-        notes.add("files that are no text left out", f"{entry.file} is {re.split('[:(]', what)[0].strip()}")
-        return
-    try:
-        yield from (READERS.get(kind) or text_file)(entry.file, rules, notes, span)
-    except NoRows as error:
-        if not in_folder:
-            raise
-        notes.add("files without such rows left out", error)
-        return
-    _take(entry, notes, span)
-
-
-def _take(entry: Entry, notes: Notes, span: Span | None = None) -> None:
-    """Count a file that was read, once however many spans it has."""
-    if span is None or span[0] == 0:
-        path = Path(entry.name)
-        packed = path.suffix if path.suffix.lower() in COMPRESSED else ""
-        notes.taken[kind_of(entry.name) + packed.lower() or "without a suffix"] += 1
+def _suggestion(source: str) -> str:
+    known = [kind for kind, cls in members_of(Source).items() if cast("type[Source]", cls).alone]
+    if close := get_close_matches(source, known, n=1):
+        return f"; did you mean {close[0]!r}?"
+    plugin = "; or of a plugin: --plugin FILE" if source.partition(":")[0].isidentifier() else ""
+    return f"; give a path, or one of: {', '.join(known)}{plugin}"
 
 
 def _head(file: File) -> bytes:
@@ -177,31 +311,86 @@ def _head(file: File) -> bytes:
         return stream.read(SNIFFED)
 
 
-def _stdlib() -> Source:
-    """The running Python's own library: its .py files, without tests, idle, lib2to3 and installed packages."""
-    root = Path(sysconfig.get_path("stdlib"))
-    paths = sorted((path.relative_to(root).as_posix(), path) for path in _python_files(root))
-    entries = tuple(_entry(*found) for found in paths)
-    if not entries:
-        raise DataError(f"{root}: this Python came without its library's source files; give data.source a path")
-    return Source("stdlib", entries, _read_python)
+def _take(entry: Entry, notes: Notes, span: Span | None = None) -> None:
+    """Count a file that was read, once however many spans it has."""
+    if span is None or span[0] == 0:
+        path = Path(entry.name)
+        packed = path.suffix if path.suffix.lower() in COMPRESSED else ""
+        notes.taken[suffix_of(entry.name) + packed.lower() or "without a suffix"] += 1
 
 
-def _python_files(root: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(root):
-        folders[:] = (name for name in folders if name not in _NOT_LIBRARY)
-        yield from (Path(folder, name) for name in files if name.endswith(".py"))
+def _group_spans(sizes: list[int]) -> list[Span]:
+    spans: list[Span] = []
+    begin, size = 0, 0
+    for group, bytes_of_group in enumerate(sizes):
+        size += bytes_of_group
+        if size >= UNIT_BYTES:
+            spans.append((begin, group + 1))
+            begin, size = group + 1, 0
+    return [*spans, (begin, len(sizes))] if begin < len(sizes) else spans
 
 
-def _read_python(entry: Entry, notes: Notes, span: Span | None) -> Iterator[str]:
-    """A Python file in the encoding that it declares (PEP 263)."""
-    with naming_damage(entry.file), entry.file.open("rb") as stream:
-        data = stream.read()
+def walk(root: Path, notes: Notes) -> list[tuple[str, Path]]:
+    """(name relative to `root`, path) of every file under `root`, sorted; what is left out is counted in `notes`.
+
+    Links are followed, and a folder is read once however many lead to it. Left out are what is hidden, runs and caches
+    of swamla, and, beside what is called "train", what is alike but called "test" or "valid". DataError for a folder
+    that cannot be listed.
+    """
+    found: list[tuple[str, Path]] = []
+    seen = {_identity(root)}
+    waiting = [root]
+    while waiting:
+        folder = waiting.pop()
+        entries = _listed(folder)
+        if _is_ours(entries):
+            notes.add("runs and caches of swamla left out", folder)
+            continue
+        others = _other_splits(entries)
+        for entry in entries:
+            path = Path(entry.path)
+            if entry.name.startswith("."):
+                notes.add("hidden files and folders left out", path)
+            elif entry.name in others:
+                notes.add("files and folders of other splits left out", path)
+            elif entry.is_dir():
+                if _identity(path) in seen:
+                    notes.add("links to folders that are read already left out", path)
+                else:
+                    seen.add(_identity(path))
+                    waiting.append(path)
+            elif entry.is_file():
+                found.append((path.relative_to(root).as_posix(), path))
+            else:
+                notes.add("broken links, pipes and devices left out", path)
+    return sorted(found)
+
+
+def _listed(folder: Path) -> list[os.DirEntry[str]]:
     try:
-        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-        text = data.decode(encoding)
-    except (SyntaxError, UnicodeDecodeError):
-        notes.add("undecodable Python files skipped", entry.file)
-        return
-    yield text
-    _take(entry, notes)
+        return sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror or error})") from error
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    stat = folder.stat()
+    return stat.st_dev, stat.st_ino
+
+
+def _is_ours(entries: list[os.DirEntry[str]]) -> bool:
+    """Whether a folder is a run, or holds prepared data."""
+    names = {entry.name for entry in entries}
+    return {"config.json", "checkpoints"} <= names or {"meta.json", "train.tokens.npy"} <= names
+
+
+def _other_splits(entries: list[os.DirEntry[str]]) -> set[str]:
+    """Names that are like one of a training split, numbers aside, but for the split's name."""
+    of_data = [entry.name for entry in entries if entry.is_dir() or _OF_DATA.search(entry.name)]
+    splits = {name: (found[1].lower(), _likeness(name)) for name in of_data if (found := _SPLIT.search(name))}
+    train = {likeness for split, likeness in splits.values() if split.startswith("train")}
+    return {name for name, (split, likeness) in splits.items() if not split.startswith("train") and likeness in train}
+
+
+def _likeness(name: str) -> str:
+    return re.sub(r"\d+", "0", _SPLIT.sub("*", name, count=1))

@@ -1,85 +1,318 @@
-"""A source in units: stretches of text of some size, whose bounds depend on the input alone.
+"""Large sources: units, each encoded into a folder of its own by some process, and joined into one dataset.
 
-Whoever works on them, however many there are, the units are the same and so is what becomes of them.
+A unit's folder appears whole or not at all, and is byte for byte the same whoever makes it; so is what they are joined
+to. A `Workers` encodes units by processes, one core each.
 """
 
+import json
+import os
+import pickle
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+import weakref
 from collections.abc import Iterator
-from typing import NamedTuple
+from concurrent.futures import Future, as_completed
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any
 
-from swamla.data.notes import Notes
-from swamla.data.reading import COMPRESSED, is_plain
-from swamla.data.rows import Span, parquet_group_sizes
-from swamla.data.sources import Entry, Source, kind_of
+from swamla.data.config import DataConfig
+from swamla.data.dataset import TOKENIZER, files_of, write_meta
+from swamla.data.reading import Notes
+from swamla.data.shards import HELD_OUT_TEXT, Encoded, SplitWriter, encode_documents, is_held_out, rule_for_many
+from swamla.data.sources import Source, Unit
+from swamla.data.tokenizer import Tokenizer, load_tokenizer
+from swamla.errors import CorruptError, DataError, MissingBackendError, SwamlaError
+from swamla.files import fcntl, fsync, read_json, sha256_of, write_text_atomically
+from swamla.plugins import load_plugin, plugin_file
 
-UNIT_BYTES = 1 << 23
-_EXPANSION = 4  # text is about so much larger than what compression makes of it
-
-
-class Unit(NamedTuple):
-    """Whole files first … stop - 1 of a source, or a span of the one file `first`."""
-
-    first: int
-    stop: int
-    span: Span | None = None
-
-
-def units_of(source: Source) -> list[Unit]:
-    """The units of a source, in its order. DataError for a file that cannot be divided because it is damaged."""
-    units: list[Unit] = []
-    first, size = 0, 0
-    for index, entry in enumerate(source.entries):
-        spans = _spans(entry, source.column)
-        if len(spans) > 1:
-            if first < index:
-                units.append(Unit(first, index))
-            units += [Unit(index, index + 1, span) for span in spans]
-            first, size = index + 1, 0
-            continue
-        size += entry.size * (_EXPANSION if _is_compressed(entry) else 1)
-        if size >= UNIT_BYTES:
-            units.append(Unit(first, index + 1))
-            first, size = index + 1, 0
-    if first < len(source.entries):
-        units.append(Unit(first, len(source.entries)))
-    return units
+_ONE_CORE = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
-def unit_documents(source: Source, unit: Unit, notes: Notes) -> Iterator[str]:
-    """The texts of a unit's documents, empty ones left out."""
-    for entry in source.entries[unit.first : unit.stop]:
-        yield from source.entry_documents(entry, notes, unit.span)
+@dataclass(frozen=True, kw_only=True)
+class UnitRecord:
+    """What a unit came to.
+
+    train, held_out: documents of each split.  train_tokens: of one.  tokens, bytes: of both.  lossless: the held-out
+    ones decode to exactly their text.  tokenizer: its fingerprint.  notes: of reading, as `Notes.plain`.  files: size
+    and SHA-256 of each.
+    """
+
+    train: int
+    held_out: int
+    train_tokens: int
+    tokens: int
+    bytes: int
+    lossless: bool
+    tokenizer: str
+    notes: dict[str, Any]
+    files: dict[str, dict[str, Any]]
 
 
-def describe_unit(source: Source, unit: Unit) -> str:
-    """A unit's files, for messages."""
-    entries = source.entries[unit.first : unit.stop]
-    more = f" … {entries[-1].file}" if len(entries) > 1 else ""
-    where = f" ({unit.span[0]} to {unit.span[1]})" if unit.span else ""
-    return f"{entries[0].file}{more}{where}"
+@dataclass(frozen=True)
+class Job:
+    """Units to be encoded: where from, where to, and which documents are held out.
+
+    The folder holds the tokenizer, and of each unit a folder with its shards. Its record lies beside that: a stream
+    drops units and keeps what is known of them.
+    """
+
+    source: Source
+    units: tuple[Unit, ...]
+    folder: Path
+    held_out_fraction: float
+
+    def path(self, number: int) -> Path:
+        """The folder of a unit."""
+        return self.folder / f"unit-{number:06d}"
+
+    def known(self, number: int) -> bool:
+        """Whether it is on record what the unit came to, be it there or not."""
+        return self._record(number).exists()
+
+    def present(self) -> list[int]:
+        """The units whose files are there."""
+        return [int(path.name.removeprefix("unit-")) for path in self.folder.glob("unit-*") if not path.suffix]
+
+    def missing(self) -> list[int]:
+        """The units that nobody has made yet."""
+        return [number for number in range(len(self.units)) if not self.path(number).exists()]
+
+    def record(self, number: int) -> UnitRecord:
+        """What a unit that was made came to. CorruptError if it cannot be read."""
+        path = self._record(number)
+        try:
+            return UnitRecord(**read_json(path, inside=path.parent))
+        except TypeError as error:
+            raise CorruptError(f"{path}: damaged ({error}); delete {path} and {self.path(number)}") from error
+
+    def make(self, tokenizer: Tokenizer, number: int) -> UnitRecord:
+        """Encode a unit, unless it is there."""
+        with _turn(self.folder / f"unit-{number:06d}.lock"):
+            if self.path(number).exists() and self.known(number):
+                return self.record(number)
+            staging = Path(tempfile.mkdtemp(prefix=".unit-", dir=self.folder))
+            try:
+                return self._encode(tokenizer, number, staging)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+
+    def _encode(self, tokenizer: Tokenizer, number: int, staging: Path) -> UnitRecord:
+        notes = Notes()
+        documents = self.source.unit_documents(self.units[number], notes)
+        divided = ((text, is_held_out(text, self.held_out_fraction)) for text in documents)
+        encoded = encode_documents(divided, tokenizer, staging, lambda *_: None)
+        record = UnitRecord(
+            **encoded._asdict(), tokenizer=tokenizer.fingerprint, notes=notes.plain(), files=files_of(staging)
+        )
+        for path in staging.iterdir():
+            fsync(path)
+        write_text_atomically(self._record(number), json.dumps(asdict(record)))  # the unit is there once it is moved
+        try:
+            staging.rename(self.path(number))
+        except OSError:
+            if not self.path(number).exists():
+                raise
+        fsync(self.folder)
+        return record
+
+    def join(self, folder: Path, config: DataConfig, tokenizer: Tokenizer) -> int:
+        """Write the dataset whose units have all been made into `folder`; returns its number of documents.
+
+        Every byte of the units is checked. Where there is only one document, nothing is written: it has to be cut in
+        two.
+        """
+        paths = [self.path(number) for number in range(len(self.units))]
+        records = [self.record(number) for number in range(len(self.units))]
+        n_documents = sum(record.train + record.held_out for record in records)
+        if n_documents == 1:
+            return n_documents
+        notes = Notes(self.source.left_out.plain())
+        for path, record in zip(paths, records, strict=True):
+            notes.include(record.notes)
+            _verify(path, record)
+            if record.tokenizer != tokenizer.fingerprint:
+                raise CorruptError(f"{path}: was made with another tokenizer than its neighbours; delete {path.parent}")
+        with ExitStack() as stack:
+            for name in ("train", "held_out"):
+                writer = SplitWriter(folder, name, tokenizer.vocab_size, stack)
+                for path in paths:
+                    writer.extend(path)
+            text = stack.enter_context((folder / HELD_OUT_TEXT).open("wb"))
+            for path in paths:
+                text.write((path / HELD_OUT_TEXT).read_bytes())
+        tokenizer.save(folder / TOKENIZER)
+        encoded = Encoded(
+            train=sum(record.train for record in records),
+            held_out=sum(record.held_out for record in records),
+            train_tokens=sum(record.train_tokens for record in records),
+            tokens=sum(record.tokens for record in records),
+            bytes=sum(record.bytes for record in records),
+            lossless=all(record.lossless for record in records),
+        )
+        rule = rule_for_many(config.held_out_fraction)
+        write_meta(folder, config, self.source.origin, tokenizer, rule, encoded, notes)
+        return n_documents
+
+    def _record(self, number: int) -> Path:
+        return self.folder / f"unit-{number:06d}.json"
 
 
-def _is_compressed(entry: Entry) -> bool:
-    return entry.name.lower().endswith(COMPRESSED)
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """One after the other on this machine; file systems that cannot lock let all in, which is only slower."""
+    with path.open("w") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
-def _spans(entry: Entry, column: str) -> list[Span]:
-    """Where a large file of rows is divided; nothing for one that is read as a whole."""
-    if entry.size <= UNIT_BYTES or not is_plain(entry.file):
-        return []
-    kind = kind_of(entry.name)
-    if kind == ".parquet":
-        return _group_spans(parquet_group_sizes(entry.file, column))
-    if kind in (".jsonl", ".ndjson"):
-        return [(at, min(at + UNIT_BYTES, entry.size)) for at in range(0, entry.size, UNIT_BYTES)]
-    return []
+def _verify(path: Path, record: UnitRecord) -> None:
+    """Raise CorruptError naming the file that is not what was written."""
+    for name, entry in record.files.items():
+        file = path / name
+        if not file.is_file() or os.path.getsize(file) != entry["size"] or sha256_of(file) != entry["sha256"]:
+            raise CorruptError(f"{file}: damaged or missing; delete {path} to have it made again")
 
 
-def _group_spans(sizes: list[int]) -> list[Span]:
-    spans: list[Span] = []
-    begin, size = 0, 0
-    for group, bytes_of_group in enumerate(sizes):
-        size += bytes_of_group
-        if size >= UNIT_BYTES:
-            spans.append((begin, group + 1))
-            begin, size = group + 1, 0
-    return [*spans, (begin, len(sizes))] if begin < len(sizes) else spans
+def available_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Workers:
+    """`count` processes for a job, each with a thread that talks to it over pipes; a context that ends them.
+
+    They are started anew and never forked: the parent has threads, of tokenizers, torch or the caller. A worker ends
+    when its parent does, however that ended.
+    """
+
+    # Not a ProcessPoolExecutor. Its new processes first run the user's script once more, so a script without a
+    # `__main__` guard breaks the pool; a worker that is killed fails every unit, and neither it nor its signal is
+    # named; workers outlive a parent that is killed; a program that ends waits for all units that it asked for.
+
+    def __init__(self, job: Job, count: int) -> None:
+        cls = type(job.source)
+        if cls.__module__ == "__main__":
+            raise DataError(
+                f"{cls.__qualname__}: other processes cannot import it: put the source into a file of its own"
+            )
+        self._job, packed = job, pickle.dumps(plugin_file(cls)) + pickle.dumps(job)
+        self._tasks: queue.SimpleQueue[tuple[int, Future[UnitRecord]] | None] = queue.SimpleQueue()
+        self._processes = [_start(packed) for _ in range(count)]
+        self._threads = [Thread(target=self._work, args=(process,), daemon=True) for process in self._processes]
+        for thread in self._threads:
+            thread.start()
+        self._kill = weakref.finalize(self, _kill, self._processes)  # at exit, too
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes; what they were at is lost, what they finished is not."""
+        with suppress(queue.Empty):
+            while task := self._tasks.get_nowait():
+                task[1].cancel()
+        for _ in self._threads:
+            self._tasks.put(None)
+        self._kill()
+        for thread in self._threads:
+            thread.join()
+
+    def submit(self, number: int) -> "Future[UnitRecord]":
+        """Have a unit made. The future raises as `Job.make` does, and DataError if the worker dies."""
+        future: Future[UnitRecord] = Future()
+        self._tasks.put((number, future))
+        return future
+
+    def make(self, numbers: list[int]) -> Iterator[UnitRecord]:
+        """Make units; their records come as they are finished."""
+        for done in as_completed([self.submit(number) for number in numbers]):
+            yield done.result()
+
+    def _work(self, process: "subprocess.Popen[bytes]") -> None:
+        while task := self._tasks.get():
+            number, future = task
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(self._ask(process, number))
+                except Exception as error:  # for whoever waits for it
+                    future.set_exception(error)
+
+    def _ask(self, process: "subprocess.Popen[bytes]", number: int) -> UnitRecord:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            pickle.dump(number, process.stdin)
+            process.stdin.flush()
+            answer = pickle.load(process.stdout)
+        except (BrokenPipeError, EOFError, pickle.UnpicklingError):
+            unit, status = self._job.source.describe_unit(self._job.units[number]), process.wait()
+            ended = f"signal {-status}" if status < 0 else f"exit status {status}"
+            raise DataError(
+                f"{unit}: the process that encoded it died ({ended}); run the same command again to go on, with fewer "
+                f"--workers if memory was short"
+            ) from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def _start(packed_job: bytes) -> "subprocess.Popen[bytes]":
+    environment = {**os.environ, **_ONE_CORE, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from swamla.data.units import serve; serve()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,  # Ctrl-C is for the parent, who ends its workers
+    )
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):  # a worker that died at once is noticed when it does not answer
+        process.stdin.write(packed_job)
+        process.stdin.flush()
+    return process
+
+
+def _kill(processes: "list[subprocess.Popen[bytes]]") -> None:
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait()
+
+
+def serve() -> None:
+    """A worker: reads a job and then numbers of units from standard input, and answers each with a record or error."""
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    with suppress(KeyboardInterrupt, BrokenPipeError, EOFError):
+        if (plugin := pickle.load(requests)) is not None:  # from the parent's own pipe
+            load_plugin(plugin)
+        job: Job = pickle.load(requests)
+        tokenizer = load_tokenizer(job.folder / TOKENIZER)
+        while True:
+            pickle.dump(_answer(job, tokenizer, pickle.load(requests)), answers)
+            answers.flush()
+
+
+def _answer(job: Job, tokenizer: Tokenizer, number: int) -> UnitRecord | Exception:
+    """The record, or an error of a kind that can be sent."""
+    try:
+        return job.make(tokenizer, number)
+    except SwamlaError as error:
+        kind = next((kind for kind in (CorruptError, MissingBackendError) if isinstance(error, kind)), DataError)
+        return kind(str(error))
+    except OSError as error:
+        return OSError(error.errno, error.strerror, error.filename)
+    except Exception as error:
+        traceback.print_exc()
+        return RuntimeError(f"in a worker: {type(error).__name__}: {error}")

@@ -8,8 +8,7 @@ from itertools import islice
 import torch
 
 from swamla import distributed
-from swamla.data.packing import NO_LABEL, Batch
-from swamla.data.sampler import HeldOutRows
+from swamla.data.packing import NO_LABEL, Batch, HeldOutRows
 from swamla.data.shards import Split
 from swamla.errors import DataError
 from swamla.model.language_model import LanguageModel

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from swamla.data.preparing import default_cache_dir
+from swamla.data.config import default_cache_dir
 from swamla.errors import CorruptError
 from swamla.files import read_json, write_text_atomically
 from swamla.train.machine import describe_cpu

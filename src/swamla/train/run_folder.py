@@ -196,7 +196,8 @@ def identity_of_run(run_dir: Path) -> list[dict[str, str]] | None:
         return [{"fingerprint": state["data_fingerprint"], "raw": ""}] if "data_fingerprint" in state else None
     try:
         identity = json.loads(file.read_text(encoding="utf-8"))
-        return [{name: str(each[name]) for name in ("fingerprint", "raw")} for each in identity]
+        names = ("fingerprint", "raw", "plugin")
+        return [{name: str(each[name]) for name in names if name in each or name != "plugin"} for each in identity]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CorruptError(f"{file}: damaged ({error!r}); delete it") from error
 
