@@ -113,6 +113,61 @@ def test_a_truncated_compressed_file_is_named(tmp_path: Path, kind: str, suffix:
         read(written(tmp_path / f"{kind}{suffix}", b"plain text"))
 
 
+FRAMED: dict[str, tuple[Callable[[bytes], bytes], bytes]] = {  # and what may stand between frames
+    ".zst": (zstandard.compress, b""),
+    ".xz": (lzma.compress, bytes(8)),
+    ".bz2": (bz2.compress, b""),
+    ".gz": (gzip.compress, bytes(8)),
+}
+
+
+@pytest.mark.parametrize("suffix", FRAMED)
+def test_frames_follow_each_other_and_one_that_is_damaged_is_named(tmp_path: Path, suffix: str) -> None:
+    pack, padding = FRAMED[suffix]
+    first, second = LINES.encode(), LINES.replace("first", "again").encode()
+    for between in {b"", padding}:
+        framed = pack(first) + between + pack(second) + between
+        assert read(written(tmp_path / f"a.jsonl{suffix}", framed)) == [*TEXTS, "again", *TEXTS[1:]]
+    other = bytearray(pack(second))
+    other[2] ^= 0xFF
+    for rest in (bytes(other), b"no frame at all", pack(second)[:-4]):
+        with pytest.raises(DataError, match=rf"a\.jsonl{suffix}: truncated or damaged"):
+            read(written(tmp_path / f"a.jsonl{suffix}", pack(first) + rest))
+
+
+SCRIPTS = {  # an alphabet's sentence, over and over
+    "Cyrillic": "Все счастливые семьи похожи друг на друга. ",
+    "Greek": "Εν αρχή ην ο λόγος. ",
+    "Hebrew": "בראשית ברא אלהים את השמים. ",
+    "Arabic": "كان يا ما كان في قديم الزمان. ",
+    "Devanagari": "सभी मनुष्य जन्म से स्वतंत्र हैं। ",
+    "Han": "道可道，非常道。 ",
+    "Latin": "All happy families are alike. ",
+}
+
+
+@pytest.mark.parametrize("order", ["le", "be"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_utf_16_without_a_mark_is_told_from_text_in_every_script(tmp_path: Path, script: str, order: str) -> None:
+    text = SCRIPTS[script] * 200 + "\n"
+    with pytest.raises(DataError, match="binary data, no text"):
+        read(written(tmp_path / "a.txt", text.encode(f"utf-16-{order}")))
+    assert read(written(tmp_path / "a.txt", text.encode())) == [text]
+    assert read(written(tmp_path / "a.txt", (text + "\0" * 3).encode())) == [text + "\0" * 3]
+
+
+def test_a_file_of_lines_that_holds_a_mark_alone_has_no_row_and_stops_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    written(tmp_path / "data" / "a.jsonl", b"\xef\xbb\xbf")
+    written(tmp_path / "data" / "b.jsonl", b'\xef\xbb\xbf \n{"text": "x"}\n')
+    assert read(tmp_path / "data") == ["x"]
+
+
+def test_objects_of_which_the_first_alone_is_on_one_line_are_rows(tmp_path: Path) -> None:
+    rows = b'{"text": "one"}\n{\n  "text": "two"\n}\n{"text": "three"}\n'
+    assert read(written(tmp_path / "a.json", rows)) == ["one", "two", "three"]
+
+
 def test_a_truncated_utf_16_text_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.txt: truncated or damaged \('utf-16-le' codec"):
         read(written(tmp_path / "a.txt", "abc".encode("utf-16")[:-1]))

@@ -35,6 +35,28 @@ def test_linked_folders_are_followed_and_each_is_read_once(tmp_path: Path) -> No
     assert notes.counts == {"links to folders that are read already left out": 3}
 
 
+def test_a_linked_file_is_read_once(tmp_path: Path) -> None:
+    fill(tmp_path, "elsewhere/b.txt", "data/2024.txt")
+    root = tmp_path / "data"
+    (root / "0-latest.txt").symlink_to(root / "2024.txt")
+    (root / "b.txt").symlink_to(tmp_path / "elsewhere" / "b.txt")
+    (root / "c.txt").symlink_to(tmp_path / "elsewhere" / "b.txt")
+    notes = Notes()
+    assert names(root, notes) == ["2024.txt", "b.txt"]
+    assert notes.counts == {"links to files that are read already left out": 2}
+
+
+def test_a_link_that_leads_to_itself_is_a_broken_one(tmp_path: Path) -> None:
+    fill(tmp_path, "a.txt")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "train-loop.txt").symlink_to(tmp_path / "train-loop.txt")
+    notes = Notes()
+    assert names(tmp_path, notes) == ["a.txt"]
+    assert notes.counts == {"broken links, pipes and devices left out": 2}
+    with pytest.raises(DataError, match="no such file or folder"):
+        prepare(DataConfig(source=str(tmp_path / "loop"), tokenizer="byte", cache_dir=str(tmp_path / "cache")))
+
+
 def test_broken_links_and_pipes_are_left_out_and_told(tmp_path: Path) -> None:
     fill(tmp_path, "a.txt")
     (tmp_path / "broken").symlink_to(tmp_path / "absent")

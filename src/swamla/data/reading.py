@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, cast
 
+import numpy as np
+
 from swamla.errors import DataError
 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
@@ -25,6 +27,7 @@ _PACKED = {  # by content, since names are often wrong
     ".xz": re.compile(rb"\xfd7zXZ\x00"),
     ".bz2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
 }
+_CONTROLS = bytes({*range(32)} - {*b"\t\n\v\f\r\x1b"})  # half of UTF-16's bytes in many scripts, and valid UTF-8
 _MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # before UTF-16's, which begin alike
 _MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 _OTHERS = {
@@ -137,13 +140,25 @@ def not_text(head: bytes) -> str:
     for pattern, what in _OTHERS.items():
         if re.match(pattern, head):
             return what
-    if b"\0" in head and (head.count(b"\0") > len(head) / 10 or not _is_utf8(head)):
+    if b"\0" in head and (_is_wide(head) or not _is_utf8(head)):
         return "binary data, no text (UTF-16 without a byte-order mark? convert it: iconv -f UTF-16LE -t UTF-8)"
     return ""
 
 
 def _encoding(head: bytes) -> str:
     return next((encoding for mark, encoding in _MARKS.items() if head.startswith(mark)), "")
+
+
+def _is_wide(head: bytes) -> bool:
+    """Whether there are as many controls as in numbers, or in UTF-16; of many scripts this is valid UTF-8.
+
+    One of a character's two bytes is a control in most alphabets; in the others the zeros of spaces and line ends give
+    it away, as every one is the same of two bytes.
+    """
+    controls = len(head) - len(head.translate(None, _CONTROLS))
+    zeros = np.flatnonzero(np.frombuffer(head, np.uint8) == 0)
+    of_one_kind = len(zeros) >= 8 and len(set(zeros % 2)) == 1
+    return 10 * controls > len(head) or (of_one_kind and 50 * len(zeros) > len(head))
 
 
 def _is_utf8(head: bytes) -> bool:
@@ -246,16 +261,18 @@ class _Recoded(io.RawIOBase):
         return count
 
 
-class _ZstdStream(io.RawIOBase):
-    """Zstandard frames as a raw stream that, unlike the library's own, notices a truncated last frame."""
+class _Frames(io.RawIOBase):
+    """Frames, one behind the other, as one raw stream. EOFError for one that is cut short, and for what is no frame.
 
-    def __init__(self, file: BinaryIO) -> None:
-        import zstandard
+    The libraries' own streams take a frame that is cut short (zstandard), or whatever follows a whole one (lzma, bz2),
+    for the end of the file.
+    """
 
-        self._library = zstandard
-        self._file = file
+    def __init__(self, file: BinaryIO, begin: Callable[[], Any], errors: type[Exception], padding: bytes = b"") -> None:
+        """begin: makes a decompressor of one frame.  padding: bytes that may stand between frames."""
+        self._file, self._begin, self._errors, self._padding = file, begin, errors, padding
         self._frame: Any = None
-        self._compressed = b""
+        self._packed = b""
         self._plain = memoryview(b"")  # slicing a view copies nothing, however much one chunk expands to
 
     def readable(self) -> bool:
@@ -263,31 +280,41 @@ class _ZstdStream(io.RawIOBase):
 
     def readinto(self, target: Any) -> int:
         while not self._plain:
-            self._compressed = self._compressed or self._file.read(_CHUNK)
-            if not self._compressed:
+            self._packed = self._packed or self._file.read(_CHUNK)
+            if not self._packed:
                 if self._frame is not None:
-                    raise EOFError("zstandard data ended before the end of its frame")
+                    raise EOFError("compressed data ended before the end of its frame")
                 return 0
-            self._plain = memoryview(self._decompress())
+            self._plain = memoryview(self._decompressed())
         count = min(len(target), len(self._plain))
         target[:count], self._plain = self._plain[:count], self._plain[count:]
         return count
 
-    def _decompress(self) -> bytes:
-        self._frame = self._frame or self._library.ZstdDecompressor().decompressobj()
+    def _decompressed(self) -> bytes:
+        if self._frame is None:
+            self._packed = self._packed.lstrip(self._padding) if self._padding else self._packed
+            if not self._packed:
+                return b""
+            self._frame = self._begin()
         try:
-            plain = self._frame.decompress(self._compressed)
-        except self._library.ZstdError as error:
+            plain: bytes = self._frame.decompress(self._packed)
+        except self._errors as error:
             raise EOFError(str(error)) from error
-        self._compressed = b""
+        self._packed = b""
         if self._frame.eof:
-            self._compressed, self._frame = self._frame.unused_data, None
+            self._packed, self._frame = self._frame.unused_data, None
         return plain
+
+
+def _zstd(file: BinaryIO) -> _Frames:
+    import zstandard
+
+    return _Frames(file, lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError)
 
 
 _UNPACKERS: dict[str, Callable[[Any], Any]] = {
     ".gz": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
-    ".zst": _ZstdStream,
-    ".xz": lzma.LZMAFile,
-    ".bz2": bz2.BZ2File,
+    ".zst": _zstd,
+    ".xz": lambda file: _Frames(file, lzma.LZMADecompressor, lzma.LZMAError, padding=b"\0"),
+    ".bz2": lambda file: _Frames(file, bz2.BZ2Decompressor, OSError),
 }

@@ -77,7 +77,7 @@ def jsonl_rows(path: File, rules: RowRules, notes: Notes, span: Span | None = No
                 where = f"{path}: the line at byte {offset}"
             try:
                 text = "" if line.isspace() else decode_utf8(line, path, rules.invalid, notes, offset)
-                blank = not text
+                blank = not text.strip("\ufeff \t\r\n")  # also a file that holds a byte-order mark alone
                 del line  # a long one is not kept while its text is worked on
                 if not blank:
                     text = mend_surrogates(
@@ -207,9 +207,10 @@ def json_rows(path: File, rules: RowRules, notes: Notes, span: Span | None = Non
     first row has no text, DataError as `jsonl_rows` does.
     """
     with naming_damage(path), open_bytes(path) as stream:
-        first = stream.readline()
-        lines = _is_row(first, rules.column)
-        data = b"" if lines else first + stream.read()
+        first, second = stream.readline(), stream.readline()
+        # Where the next one spans several lines, none of them is a row.
+        lines = _is_row(first, rules.column) and second.strip()[-1:] in (b"", b"}")
+        data = b"" if lines else first + second + stream.read()
     if lines:
         yield from jsonl_rows(path, rules, notes)
         return

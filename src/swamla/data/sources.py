@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self, cast
+from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 
 from swamla.data import hub
 from swamla.data.config import DataConfig
@@ -206,19 +206,19 @@ class Files(Source):
     @classmethod
     def open(cls, text: str, config: DataConfig, cache_dir: Path) -> Self:
         path, rules = Path(config.source).expanduser(), _rules(config)
-        name = path.resolve().name or "root"
         if path.is_dir():
             left_out = Notes()
             entries = tuple(_entry(*found) for found in walk(path, left_out))
             if not entries:
                 but = f" ({'; '.join(left_out.lines())})" if left_out.counts else ""
                 raise DataError(f"{path}: the folder holds no files{but}")
+            name = path.resolve().name or "root"
             return cls(name=name, entries=entries, left_out=left_out, rules=rules, in_folder=True)
         if not path.is_file():
             raise DataError(f"data.source = {str(path)!r}: no such file or folder{_suggestion(str(path))}")
         if path.stat().st_size == 0:
             raise DataError(f"{path}: the file is empty (0 bytes)")
-        return cls(name=name, entries=(_entry(path.name, path),), rules=rules)
+        return cls(name=path.resolve().name, entries=(_entry(path.name, path),), rules=rules)
 
     def read(self, entry: Entry, notes: Notes, span: Span | None = None) -> Iterator[str]:
         """The texts of a file's rows, or all of a file that has none."""
@@ -333,11 +333,12 @@ def _group_spans(sizes: list[int]) -> list[Span]:
 def walk(root: Path, notes: Notes) -> list[tuple[str, Path]]:
     """(name relative to `root`, path) of every file under `root`, sorted; what is left out is counted in `notes`.
 
-    Links are followed, and a folder is read once however many lead to it. Left out are what is hidden, runs and caches
-    of swamla, and, beside what is called "train", what is alike but called "test" or "valid". DataError for a folder
-    that cannot be listed.
+    Links are followed, and what they lead to is read once however many there are. Left out are what is hidden, runs and
+    caches of swamla, and, beside what is called "train", what is alike but called "test" or "valid". DataError for a
+    folder that cannot be listed.
     """
     found: list[tuple[str, Path]] = []
+    links: list[tuple[str, Path]] = []
     seen = {_identity(root)}
     waiting = [root]
     while waiting:
@@ -353,17 +354,32 @@ def walk(root: Path, notes: Notes) -> list[tuple[str, Path]]:
                 notes.add("hidden files and folders left out", path)
             elif entry.name in others:
                 notes.add("files and folders of other splits left out", path)
-            elif entry.is_dir():
+            elif _is(entry, "dir"):
                 if _identity(path) in seen:
                     notes.add("links to folders that are read already left out", path)
                 else:
                     seen.add(_identity(path))
                     waiting.append(path)
-            elif entry.is_file():
-                found.append((path.relative_to(root).as_posix(), path))
+            elif _is(entry, "file"):
+                (links if entry.is_symlink() else found).append((path.relative_to(root).as_posix(), path))
             else:
                 notes.add("broken links, pipes and devices left out", path)
+    read = {_identity(path) for _, path in found} if links else set()
+    for name, path in sorted(links):
+        if _identity(path) in read:
+            notes.add("links to files that are read already left out", path)
+        else:
+            read.add(_identity(path))
+            found.append((name, path))
     return sorted(found)
+
+
+def _is(entry: os.DirEntry[str], what: Literal["file", "dir"]) -> bool:
+    """False for a link that leads to itself, too."""
+    try:
+        return entry.is_dir() if what == "dir" else entry.is_file()
+    except OSError:
+        return False
 
 
 def _listed(folder: Path) -> list[os.DirEntry[str]]:
@@ -373,8 +389,8 @@ def _listed(folder: Path) -> list[os.DirEntry[str]]:
         raise DataError(f"{folder}: cannot be read ({error.strerror or error})") from error
 
 
-def _identity(folder: Path) -> tuple[int, int]:
-    stat = folder.stat()
+def _identity(path: Path) -> tuple[int, int]:
+    stat = path.stat()
     return stat.st_dev, stat.st_ino
 
 
@@ -386,7 +402,7 @@ def _is_ours(entries: list[os.DirEntry[str]]) -> bool:
 
 def _other_splits(entries: list[os.DirEntry[str]]) -> set[str]:
     """Names that are like one of a training split, numbers aside, but for the split's name."""
-    of_data = [entry.name for entry in entries if entry.is_dir() or _OF_DATA.search(entry.name)]
+    of_data = [entry.name for entry in entries if _is(entry, "dir") or _OF_DATA.search(entry.name)]
     splits = {name: (found[1].lower(), _likeness(name)) for name in of_data if (found := _SPLIT.search(name))}
     train = {likeness for split, likeness in splits.values() if split.startswith("train")}
     return {name for name, (split, likeness) in splits.items() if not split.startswith("train") and likeness in train}
