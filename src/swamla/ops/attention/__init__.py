@@ -182,4 +182,5 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    # Not cast where nothing changes: on a CPU, a compiled graph would hold these casts and nothing else.
+    return tuple(x if x.dtype in (dtype, torch.float64) else x.to(dtype) for x in tensors)
