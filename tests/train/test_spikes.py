@@ -96,6 +96,24 @@ def test_a_resumed_run_takes_the_same_decision(tmp_path, monkeypatch, dataset, s
     assert all(bool((tensor == theirs[name]).all()) for name, tensor in weights(found).items())
 
 
+def test_a_run_that_was_stopped_several_times_goes_back_as_one_that_was_not(tmp_path, monkeypatch, dataset):
+    """Each stop saves; what the run goes back to is kept however many there are."""
+    config = tiny_config(steps=27, spike_factor=1.5, save_interval=10, keep_last=2)
+    spoil(monkeypatch, {24 * config.train.batch_size})
+    whole = run(config, tmp_path / "whole", dataset)
+    for step in (21, 22, 23):
+        with monkeypatch.context() as patch:
+            stop_after(patch, step)
+            with pytest.raises(Interrupted):
+                run(config, tmp_path / "cut", dataset, resume=step > 21)
+    resumed = run(config, tmp_path / "cut", dataset, resume=True)
+    for name in ("whole", "cut"):
+        records = read_metrics(tmp_path / name / "metrics.jsonl")
+        assert [record["rolled_back_to"] for record in records if "rolled_back_to" in record] == [20], name
+    theirs = weights(whole)
+    assert all(bool((tensor == theirs[name]).all()) for name, tensor in weights(resumed).items())
+
+
 def test_without_the_setting_nothing_is_a_spike(tmp_path, monkeypatch, dataset):
     spoil(monkeypatch, {26 * 4})
     assert run(tiny_config(**STEPS | {"spike_factor": None}), tmp_path / "run", dataset).skipped == 0

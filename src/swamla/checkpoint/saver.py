@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from swamla.checkpoint.folder import ALONE, WriterGroup, mark_best, prune, save_checkpoint
+from swamla.checkpoint.folder import ALONE, WriterGroup, list_checkpoints, mark_best, prune, save_checkpoint, step_of
 from swamla.checkpoint.shards import LocalTensors, Shard, local_tensors
 from swamla.errors import SwamlaError
 
@@ -33,6 +33,7 @@ class Saver:
     background: `save` returns once everything is copied to the CPU's memory, and a thread writes. At most one save runs
     at a time; the next one waits for it. The memory of the copies is reused, and pinned if they come from a GPU.
     best: the (step, loss) that is marked already. writers: the processes that save together.
+    interval: also keep the newest checkpoint at a multiple of it, which one saved for another reason does not push out.
     say: prints the failure of a save whose result was never asked for.
     """
 
@@ -43,12 +44,13 @@ class Saver:
         keep_last: int,
         background: bool = False,
         best: tuple[int, float] | None = None,
+        interval: int | None = None,
         writers: WriterGroup = ALONE,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.best = best  # among the checkpoints in place
         self._directory, self._keep_last, self._background = directory, keep_last, background
-        self._writers, self._say = writers, say
+        self._interval, self._writers, self._say = interval, writers, say
         self._thread: threading.Thread | None = None
         self._saved: list[Saved] = []
         self._copies = _Copies()
@@ -61,7 +63,7 @@ class Saver:
         state: Mapping[str, Any],
         best_loss: float | None = None,
     ) -> None:
-        """Save the current state, or start to. best_loss: its tensors-out loss if that is the best so far."""
+        """Save the current state, or start to. best_loss: its held-out loss if that is the best so far."""
         self._wait()
         main = self._writers.rank == 0
         local = {group: local_tensors(named, main=main) for group, named in tensors.items()}
@@ -124,7 +126,10 @@ class Saver:
         def work() -> None:
             if best is not None:
                 mark_best(self._directory, *best)
-            prune(self._directory, keep_last=self._keep_last, pinned=() if kept is None else (kept[0],))
+            pinned = [] if kept is None else [kept[0]]
+            steps = map(step_of, list_checkpoints(self._directory))
+            regular = [step for step in steps if self._interval and step % self._interval == 0]
+            prune(self._directory, keep_last=self._keep_last, pinned=[*pinned, *regular[-1:]])
 
         self._writers.together(lambda: work() if self._writers.rank == 0 else None)
         self.best = kept

@@ -184,6 +184,7 @@ def in_progress(
             keep_last=settings.keep_last,
             background=settings.async_save,
             best=state.best,
+            interval=settings.save_interval if settings.spike_factor else None,  # to go back to, however often stopped
             writers=writer_group(),
             say=display.say,
         ) as saver,
