@@ -109,6 +109,10 @@ def test_text_that_was_trained_on_is_told_under_whatever_name_it_comes(home: Pat
     assert sum(lengths) - sum(kept) == held_out // (2 if run == "mixed" else 1)  # whose parts are the same rows
     assert main(["evaluate", str(home / run), "--json", "--data", *as_csv(tmp_path)]) == 0
     assert "trained on" not in capsys.readouterr().err
+    windows = "".join(json.dumps({"text": text.replace("\n", "\r\n")}) + "\n" for text in TEXTS)
+    (tmp_path / "windows.jsonl").write_text(windows)
+    assert main(["evaluate", str(home / run), "--json", "--data", str(tmp_path / "windows.jsonl")]) == 0
+    assert f"{trained} of its 40 documents are among those the run was trained on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from swamla.train.tracking import trackers, wandb_follower
 from swamla.train.tracking.metrics import read_metrics
 from swamla.train.tracking.trackers import TensorBoard
 from swamla.train.utilisation import peak_memory, peak_of
-from tests.waiting import running, until
+from tests.waiting import PATIENCE, running, until
 
 from .helpers import held_out, losses, run, tiny_config, weights
 
@@ -177,9 +177,10 @@ def test_a_server_that_fails_or_hangs_leaves_an_offline_run(
 
 
 def test_the_real_wandb_refused_with_401_leaves_an_offline_run_and_no_key_in_any_file(
-    server, dataset, tmp_path, undisturbed
+    server, dataset, tmp_path, undisturbed, monkeypatch
 ):
     server.status = 401
+    monkeypatch.setattr(trackers, "END_SECONDS", PATIENCE)  # wandb itself takes long on a busy machine
     folder = tmp_path / "run"
     lines, found = shown(tiny_config(wandb_project="p", wandb_run_name="n"), folder, dataset)
     (line,) = lines

@@ -24,7 +24,7 @@ from swamla.model.mixers.swa import SWAConfig
 from swamla.process import prepared, processor
 from swamla.train.backends import available, describe, resolve_backends
 from swamla.train.paths import fastest_paths
-from swamla.train.precision import has_bf16, resolve_device, resolve_precision
+from swamla.train.precision import has_bf16, measured_precision, resolve_device, resolve_precision
 from swamla.train.racing import Choice, forget_choices, kept_choices
 from swamla.version import __version__
 
@@ -140,10 +140,14 @@ _LENGTHS = (512, 4096)
 
 
 def _paths(device: torch.device) -> list[Choice]:
-    """All stored measurements of paths on this machine; measures the usual shapes if they are missing."""
+    """All stored measurements of paths on this machine, and the usual ones, which are measured if they are missing."""
+    found = list(kept_choices().values())
+    if (precision := measured_precision(device)) is not None:
+        found.append(precision)
     for length in _LENGTHS:
-        fastest_paths(_MEASURED, device, resolve_precision("auto", device), length=length)
-    return sorted(kept_choices().values(), key=lambda choice: (choice.what, choice.dtype, choice.length))
+        found += fastest_paths(_MEASURED, device, resolve_precision("auto", device), length=length)[1]
+    by_shape = {(choice.what, choice.dtype, choice.length): choice for choice in found}
+    return [by_shape[shape] for shape in sorted(by_shape)]
 
 
 def _storage() -> dict[str, Any]:

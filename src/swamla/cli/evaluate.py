@@ -126,7 +126,7 @@ def _warn_of_trained_text(dataset: Dataset, run: Path, config: RunConfig) -> Non
         known = identity_of_run(run)
         own = None if known is None else reopen(config.data, known)
     source, total = dataset.source, dataset.held_out.n_documents
-    if own is not None and (shared := documents_shared(dataset.held_out, own.train)):
+    if own is not None and (shared := documents_shared(dataset.held_out, own.train, dataset.tokenizer)):
         message = f"{source}: {shared} of its {total} documents are among those the run was trained on"
         warnings.warn(message, stacklevel=3)
     elif own is not None and _begins_as_trained(dataset.held_out, own.train):

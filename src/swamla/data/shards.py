@@ -7,7 +7,7 @@ each document begins, and the end; `NAME.bytes.npy`, the UTF-8 bytes of each. Wh
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -343,11 +343,25 @@ def join_splits(splits: list[Split]) -> Split:
     )
 
 
-def documents_shared(tested: Split, trained: Split) -> int:
-    """How many documents of `tested` are in `trained` too, token for token; both made with one tokenizer."""
-    alike = np.flatnonzero(np.isin(trained.lengths, tested.lengths))  # others need not be read
-    known = {_digest(trained.document(int(index))) for index in alike}
-    return sum(_digest(tested.document(index)) in known for index in range(tested.n_documents))
+def documents_shared(tested: Split, trained: Split, tokenizer: Tokenizer) -> int:
+    """How many documents of `tested` are in `trained` too, line ends aside; both made with `tokenizer`."""
+    wanted = [_with_other_line_ends(tested.document(index), tokenizer) for index in range(tested.n_documents)]
+    lengths = sorted({len(ids) for alike in wanted for ids in alike})
+    possible = np.flatnonzero(np.isin(trained.lengths, lengths))  # others need not be read
+    known = {_digest(trained.document(int(index))) for index in possible}
+    return sum(any(_digest(ids) in known for ids in alike) for alike in wanted)
+
+
+def _with_other_line_ends(ids: np.ndarray, tokenizer: Tokenizer) -> list[np.ndarray]:
+    """A document as it is and, where it has lines, with the ends of Unix and of Windows."""
+    text = tokenizer.decode(ids.tolist())
+    unix = text.replace("\r\n", "\n").replace("\r", "\n")
+    others = {unix, unix.replace("\n", "\r\n")} - {text} if "\n" in unix else set()
+    found = [ids]
+    for other in sorted(others):
+        with suppress(DataError):  # of a vocabulary of characters that has no such line end
+            found.append(np.array(tokenizer.encode(other)))
+    return found
 
 
 def _digest(ids: np.ndarray) -> bytes:

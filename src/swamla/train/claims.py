@@ -128,7 +128,7 @@ def is_unsaved(folder: Path) -> bool:
     if not isinstance(config, dict) or not config.keys() >= {"format_version", "model", "data", "train"}:
         return False
     ours = isinstance(identity, list) and all(isinstance(each, dict) for each in identity)
-    if not ours or any(each.keys() != {"fingerprint", "raw"} for each in identity):
+    if not ours or any(each.keys() - {"plugin"} != {"fingerprint", "raw"} for each in identity):
         return False
     checkpoints = folder / "checkpoints"
     return not list_checkpoints(checkpoints) and not any(checkpoints.glob("damaged-*"))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from swamla.errors import MissingBackendError
 from swamla.ops.gradients import gradients
-from swamla.train.racing import Choice, choose, races_on
+from swamla.train.racing import Choice, choose, kept_choices, races_on
 
 Precision = Literal["auto", "fp32", "bf16", "fp8"]
 Chosen = Literal["fp32", "bf16", "fp8"]
@@ -58,22 +58,24 @@ class ProductsTrial:
         return step
 
 
-def measured_precision(device: torch.device) -> Choice | None:
+def measured_precision(device: torch.device, *, race: bool = True) -> Choice | None:
     """Which of bf16 and fp32 trains faster on a CPU that has instructions for both; None where none is raced.
 
-    On some CPUs bf16 instructions run at half the rate of fp32.
+    On some CPUs bf16 instructions run at half the rate of fp32. race: False to take only what was raced before.
     """
     if not races_on(device) or not has_bf16(device):
         return None
     trial = ProductsTrial()
+    if not race:
+        return kept_choices().get((str(trial), trial.tokens, ""))
     return choose({trial}, None, length=trial.tokens)[trial]
 
 
-def resolve_precision(asked: Precision, device: torch.device) -> Chosen:
-    """What "auto" means on `device`, which is never fp8; anything else is taken as asked."""
+def resolve_precision(asked: Precision, device: torch.device, *, race: bool = True) -> Chosen:
+    """What "auto" means on `device`, which is never fp8; anything else is taken as asked. race: see above."""
     if asked != "auto":
         return asked
-    if (choice := measured_precision(device)) is not None:
+    if (choice := measured_precision(device, race=race)) is not None:
         return cast(Chosen, choice.chosen)
     return "bf16" if has_bf16(device) else "fp32"
 

@@ -69,7 +69,10 @@ class Choice:
     @property
     def shape(self) -> str:
         """For people: "attention causal, 6 heads, width 64, documents of about 512, bfloat16"."""
-        return f"{self.what}, documents of about {self.raced}, {self.dtype}" if self.dtype else self.what
+        if not self.dtype:
+            return self.what
+        raced = "" if self.raced == self.length else f" (raced over {self.raced})"
+        return f"{self.what}, documents of about {self.length}{raced}, {self.dtype}"
 
     def __str__(self) -> str:
         if self.rounds < ENOUGH:
@@ -98,7 +101,7 @@ def choose(trials: set[T], dtype: torch.dtype | None, *, length: int) -> dict[T,
     found, missing = {}, []
     for trial in sorted(trials, key=str):
         choice = kept.get((str(trial), length, name))
-        if choice is not None and tuple(choice.seconds) == trial.paths(dtype):
+        if choice is not None and tuple(choice.seconds) == trial.paths(dtype) and choice.rounds >= ENOUGH:
             found[trial] = choice
         else:
             missing.append(trial)
