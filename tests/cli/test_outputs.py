@@ -200,7 +200,7 @@ def test_where_the_system_is_windows_every_command_says_so_in_one_line(command, 
 
 
 @pytest.mark.parametrize(
-    "use", ["import swamla; swamla.load", "from swamla import train", "from swamla.data import prepare"]
+    "use", ["import swamla; swamla.load", "from swamla.train import train", "from swamla.data import prepare"]
 )
 def test_where_the_system_is_windows_the_library_says_so_too(use):
     done = subprocess.run([sys.executable, "-c", WINDOWS + use], capture_output=True, text=True, check=False)

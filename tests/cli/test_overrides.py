@@ -47,7 +47,7 @@ def test_every_field_of_training_and_data_has_its_flag() -> None:
 def test_every_flag_says_what_it_is_for_and_nothing_else() -> None:
     helps = {name: flag.help for name, flag in flags().items()}
     assert [name for name, text in helps.items() if not text] == []
-    assert helps["swa_sinks"].endswith("sees besides")  # the last label of its docstring, before those it inherits
+    assert helps["swa_sinks"].endswith("it sees as well")  # the last label of its docstring, before those it inherits
     assert helps["swa_n_heads"] == helps["mha_n_heads"]
 
 

@@ -113,8 +113,8 @@ def test_the_command_line_pushes_and_takes_up_again_at_a_pinned_commit(hub, tmp_
     ("line", "message"),
     [
         ("--resume_from_hf", "needs a repository: --hf_repo_id USER/NAME"),
-        ("--resume_from_hf --hf_repo_id me/mine --resume run", "takes the recipe, and the run, from the hub"),
-        ("small --resume_from_hf --hf_repo_id me/mine", "takes the recipe, and the run, from the hub"),
+        ("--resume_from_hf --hf_repo_id me/mine --resume run", "takes the recipe and the run from the hub"),
+        ("small --resume_from_hf --hf_repo_id me/mine", "takes the recipe and the run from the hub"),
         ("--hf_repo_id me/mine --hf_revision main", "--hf_revision selects a revision for --resume_from_hf"),
         ("--resume_from_hf --hf_repo_id me/mine --output_dir .", ".: exists and is not empty"),
     ],

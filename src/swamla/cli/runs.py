@@ -148,7 +148,7 @@ def _table(runs: list[Run], now: float) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("run", overflow="fold", max_width=24)
     table.add_column("pattern", overflow="fold", max_width=30)
-    for heading in ("params", "steps", "tokens", "loss", "held-out", "bits/B", "when"):
+    for heading in ("params", "steps", "tokens", "loss", "held", "bits/B", "when"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for run in runs:
