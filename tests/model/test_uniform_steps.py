@@ -146,9 +146,11 @@ def test_of_a_prompt_the_head_sees_the_last_token_alone() -> None:
 def test_prompts_are_cut_into_bounded_pieces(monkeypatch: pytest.MonkeyPatch, large: int) -> None:
     monkeypatch.setattr(decoding, "PREFILL_CHUNK", large)
     monkeypatch.setattr(decoding, "MASKED_CHUNK", 5)
-    model, sizes, read = build_model(hybrid_config()).eval(), [], LanguageModel.step_hidden
+    model, sizes, step = build_model(hybrid_config()).eval(), [], LanguageModel.step_hidden
     monkeypatch.setattr(
-        LanguageModel, "step_hidden", lambda self, tokens, *rest: sizes.append(tokens.shape) or read(self, tokens, *rest)
+        LanguageModel,
+        "step_hidden",
+        lambda self, tokens, *rest: sizes.append(tokens.shape) or step(self, tokens, *rest),
     )
     Decoder(model).generate([[1] * 23, [2] * 20], 1)
     assert sum(time for _, time in sizes) == 23

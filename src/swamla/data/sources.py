@@ -343,8 +343,12 @@ def walk(root: Path, notes: Notes) -> list[tuple[str, Path]]:
     waiting = [root]
     while waiting:
         folder = waiting.pop()
-        entries = _listed(folder)
-        if _is_ours(entries):
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be read ({error.strerror or error})") from error
+        inside = {entry.name for entry in entries}
+        if {"config.json", "checkpoints"} <= inside or {"meta.json", "train.tokens.npy"} <= inside:
             notes.add("runs and caches of swamla left out", folder)
             continue
         others = _other_splits(entries)
@@ -382,22 +386,9 @@ def _is(entry: os.DirEntry[str], what: Literal["file", "dir"]) -> bool:
         return False
 
 
-def _listed(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        return sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be read ({error.strerror or error})") from error
-
-
 def _identity(path: Path) -> tuple[int, int]:
     stat = path.stat()
     return stat.st_dev, stat.st_ino
-
-
-def _is_ours(entries: list[os.DirEntry[str]]) -> bool:
-    """Whether a folder is a run, or holds prepared data."""
-    names = {entry.name for entry in entries}
-    return {"config.json", "checkpoints"} <= names or {"meta.json", "train.tokens.npy"} <= names
 
 
 def _other_splits(entries: list[os.DirEntry[str]]) -> set[str]:
