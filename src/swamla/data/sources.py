@@ -334,8 +334,7 @@ def walk(root: Path, notes: Notes) -> list[tuple[str, Path]]:
     """(name relative to `root`, path) of every file under `root`, sorted; what is left out is counted in `notes`.
 
     Links are followed, and what they lead to is read once however many there are. Left out are what is hidden, runs and
-    caches of swamla, and, beside what is called "train", what is alike but called "test" or "valid". DataError for a
-    folder that cannot be listed.
+    caches of swamla, and, beside what is called "train", what is alike but called "test" or "valid".
     """
     found: list[tuple[str, Path]] = []
     links: list[tuple[str, Path]] = []
@@ -379,16 +378,14 @@ def walk(root: Path, notes: Notes) -> list[tuple[str, Path]]:
 
 
 def _is(entry: os.DirEntry[str], what: Literal["file", "dir"]) -> bool:
-    """False for a link that leads to itself, too."""
     try:
         return entry.is_dir() if what == "dir" else entry.is_file()
-    except OSError:
+    except OSError:  # a link that leads to itself
         return False
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_dev, stat.st_ino
+    return (stat := path.stat()).st_dev, stat.st_ino
 
 
 def _other_splits(entries: list[os.DirEntry[str]]) -> set[str]:
