@@ -114,11 +114,19 @@ def test_info_draws_and_counts_it(toys: Path, capsys: pytest.CaptureFixture[str]
     assert found["training"]["bytes"]["optimizer_state"] == 4 * found["parameters"]["total"]
 
 
+def test_info_names_the_source(toys: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "toys.toml", "--data", "toy_text:200", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["data"]["source"] == "toy_text:200"
+    assert main(["info", "toys.toml", "--data", "toy_text:200"]) == 0
+    assert capsys.readouterr().out.partition("\n")[0].endswith("; on toy_text:200")
+
+
 def test_doctor_lists_it_and_tries_it(toys: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["auto"]["mixers"][-1] == "toy"
     assert found["auto"]["ffns"][-1] == "toy_ffn"
+    assert found["auto"]["sources"][-1] == "toy_text"
     assert found["ok"]
     tried = tiny_model(torch.device("cpu")).config
     assert {"toy", "swa", "gdn"} <= {block.mixer.kind for block in tried.layers}

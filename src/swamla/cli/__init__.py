@@ -126,7 +126,7 @@ def _overview() -> str:
             *lines,
             "",
             "swamla COMMAND --help shows a command's flags; swamla --version. Every command also takes --plugin FILE,",
-            "which imports a Python file with mixers or optimizers of your own, and --debug, which shows tracebacks.",
+            "which imports a Python file with mixers or sources of your own, and --debug, which shows tracebacks.",
         ]
     )
 

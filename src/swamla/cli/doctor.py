@@ -16,12 +16,14 @@ from swamla.cli.info_tables import short
 from swamla.cli.plain import BLOCK_PARTS
 from swamla.cli.self_check import Outcome, run_checks, tiny_model
 from swamla.data.config import default_cache_dir
+from swamla.data.sources import Source
 from swamla.data.units import available_cores
 from swamla.model.block import BlockConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.process import prepared, processor
+from swamla.registry import members_of
 from swamla.train.backends import available, describe, resolve_backends
 from swamla.train.paths import fastest_paths
 from swamla.train.precision import has_bf16, measured_precision, resolve_device, resolve_precision
@@ -127,6 +129,7 @@ def _choices(device: torch.device) -> dict[str, Any]:
         "backends": resolve_backends(tiny_model(torch.device("cpu")).config, device, precision),
         "mixers": list(BLOCK_PARTS["mixer"]),
         "ffns": list(BLOCK_PARTS["ffn"]),
+        "sources": list(members_of(Source)),
     }
 
 

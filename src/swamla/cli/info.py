@@ -72,7 +72,8 @@ def _facts_of(recipe: str, given: Mapping[str, Any]) -> dict[str, Any]:
     run = Path(recipe) / "config.json"
     config = read_recipe(str(run) if run.is_file() else recipe, given)
     config = replace(config, model=with_vocabulary(config.model, config.data))
-    return {"name": recipe, **_model(config.model), **_costs(config.model), "training": _training(config)}
+    data = {"source": config.data.source, "tokenizer": config.data.tokenizer}
+    return {"name": recipe, "data": data, **_model(config.model), **_costs(config.model), "training": _training(config)}
 
 
 def _model(model: LanguageModelConfig) -> dict[str, Any]:
