@@ -247,6 +247,18 @@ def test_auto_is_the_precision_that_trains_faster_raced_once(races):
     assert len(races) == 2
 
 
+def test_what_was_raced_before_can_be_asked_for_alone_and_only_a_verdict_counts(races):
+    assert (resolve_precision("auto", CPU, race=False), races) == ("bf16", [])
+    races.fp32 = 0.5
+    assert resolve_precision("auto", CPU) == resolve_precision("auto", CPU, race=False) == "fp32"
+    file = racing._file()
+    kept = json.loads(file.read_text())
+    for damage in ({"rounds": racing.ENOUGH - 1}, {"chosen": "x", "seconds": {"x": 1.0}}):
+        file.write_text(json.dumps({**kept, "choices": [{**kept["choices"][0], **damage}]}))
+        assert measured_precision(CPU, race=False) is None
+    assert (resolve_precision("auto", CPU), len(races)) == ("fp32", 2)
+
+
 @pytest.mark.parametrize("without", ["SWAMLA_MEASURE", "bf16 instructions", "a CPU"])
 def test_precision_is_raced_only_where_there_is_a_choice(races, monkeypatch, without):
     if without == "SWAMLA_MEASURE":

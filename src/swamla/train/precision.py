@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from swamla.errors import MissingBackendError
 from swamla.ops.gradients import gradients
-from swamla.train.racing import Choice, choose, kept_choices, races_on
+from swamla.train.racing import Choice, choose, kept_choice, races_on
 
 Precision = Literal["auto", "fp32", "bf16", "fp8"]
 Chosen = Literal["fp32", "bf16", "fp8"]
@@ -67,7 +67,7 @@ def measured_precision(device: torch.device, *, race: bool = True) -> Choice | N
         return None
     trial = ProductsTrial()
     if not race:
-        return kept_choices().get((str(trial), trial.tokens, ""))
+        return kept_choice(trial, None, length=trial.tokens)
     return choose({trial}, None, length=trial.tokens)[trial]
 
 

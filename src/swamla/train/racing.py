@@ -95,16 +95,10 @@ def choose(trials: set[T], dtype: torch.dtype | None, *, length: int) -> dict[T,
 
     None where the paths are formats themselves, from inputs in fp32.
     """
-    name, dtype = "" if dtype is None else str(dtype).removeprefix("torch."), dtype or torch.float32
-    length = 2 ** round(math.log2(min(max(length, SHORTEST), LONGEST)))
-    kept = kept_choices()
-    found, missing = {}, []
-    for trial in sorted(trials, key=str):
-        choice = kept.get((str(trial), length, name))
-        if choice is not None and tuple(choice.seconds) == trial.paths(dtype) and choice.rounds >= ENOUGH:
-            found[trial] = choice
-        else:
-            missing.append(trial)
+    kept = {trial: kept_choice(trial, dtype, length=length) for trial in sorted(trials, key=str)}
+    found = {trial: choice for trial, choice in kept.items() if choice is not None}
+    missing = [trial for trial in kept if trial not in found]
+    name, dtype, length = _name(dtype), dtype or torch.float32, _rounded(length)
     deadline = _clock() + SECONDS
     for index, trial in enumerate(missing):
         allowance = max(0.0, deadline - _clock()) / (len(missing) - index)
@@ -122,6 +116,22 @@ def choose(trials: set[T], dtype: torch.dtype | None, *, length: int) -> dict[T,
     if decided := [found[trial] for trial in missing if found[trial].rounds >= ENOUGH]:
         keep(decided)
     return found
+
+
+def kept_choice(trial: Trial, dtype: torch.dtype | None, *, length: int) -> Choice | None:
+    """What the cache has kept of a trial on this machine; None where that decided nothing, or is of other paths."""
+    choice = kept_choices().get((str(trial), _rounded(length), _name(dtype)))
+    if choice is None or choice.rounds < ENOUGH or tuple(choice.seconds) != trial.paths(dtype or torch.float32):
+        return None
+    return choice
+
+
+def _rounded(length: int) -> int:
+    return 2 ** round(math.log2(min(max(length, SHORTEST), LONGEST)))
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return "" if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def winner(seconds: Seconds) -> str:
