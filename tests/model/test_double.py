@@ -61,7 +61,7 @@ def test_a_mixer_in_double_makes_only_doubles(kind: str, backend: str, scaling: 
         with torch.no_grad():
             state = mixer.init_state(1, 90, dtype=torch.float64, device="cpu")
             for begin, end in pairwise([0, 70, 71, 90]):
-                mixer.step(x[:, begin:end], state, Layout.continuing_level(begin, 1, end - begin))
+                mixer.step(x[:, begin:end], state, Layout.continuing_uniform(begin, 1, end - begin))
             state = mixer.init_state(1, 90, dtype=torch.float64, device="cpu")
             for begin, end in pairwise([0, 30, 31, 90]):
                 valid_BT = torch.arange(end - begin)[None] < end - begin - (end == 90)

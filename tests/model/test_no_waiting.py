@@ -136,7 +136,7 @@ def test_tables_are_made_without_asking_another_device():
 
 def test_the_loss_as_on_cuda_reads_nothing_back(monkeypatch):
     monkeypatch.setattr(cross_entropy, "_check_labels", lambda *_: None)
-    monkeypatch.setattr(cross_entropy, "_losses_and_gradients", cross_entropy._turn_at_once)
+    monkeypatch.setattr(cross_entropy, "_losses_and_gradients", cross_entropy._fused_losses_and_gradients)
     x, weight = torch.randn(20, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     with Watch():
         cross_entropy.chunked_cross_entropy(x, weight, torch.arange(20)).backward()

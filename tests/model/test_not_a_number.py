@@ -141,7 +141,7 @@ def test_a_bad_row_leaves_the_other_rows_of_its_batch_as_they_are(kind: str) -> 
         state = mixer.init_state(3, 40, dtype=torch.float32, device="cpu")
         outputs.append([mixer(each, Layout.one_document_per_row(3, 40))])
         for begin, end in ((0, 30), (30, 31), (31, 40)):
-            seq = Layout.continuing_level(begin, 3, end - begin)
+            seq = Layout.continuing_uniform(begin, 3, end - begin)
             outputs[-1].append(mixer.step(each[:, begin:end], state, seq))
     for clean, found in zip(*outputs, strict=True):
         assert_close(found[[0, 2]], clean[[0, 2]], 1e-5)

@@ -40,7 +40,7 @@ def in_level_pieces(mixer: Mixer, x_BTD: Tensor, cuts: list[int], dtype: torch.d
     batch, time, _ = x_BTD.shape
     state = mixer.init_state(batch, time, dtype=dtype, device="cpu")
     pieces = [
-        mixer.step(x_BTD[:, begin:end], state, Layout.continuing_level(begin, batch, end - begin))
+        mixer.step(x_BTD[:, begin:end], state, Layout.continuing_uniform(begin, batch, end - begin))
         for begin, end in pairwise([0, *cuts, time])
     ]
     return torch.cat(pieces, dim=1)
@@ -71,7 +71,7 @@ def test_level_rows_leave_the_state_that_masks_leave(kind: str) -> None:
     level, masked = (mixer.init_state(2, 60, dtype=torch.float32, device="cpu") for _ in range(2))
     for begin, end in pairwise([0, 25, 26, 27, 29, 60]):
         piece, valid = x[:, begin:end], torch.ones(2, end - begin, dtype=torch.bool)
-        mixer.step(piece, level, Layout.continuing_level(begin, 2, end - begin))
+        mixer.step(piece, level, Layout.continuing_uniform(begin, 2, end - begin))
         mixer.step(piece, masked, Layout.continuing(torch.full((2,), begin), valid))
         for found, expected in zip(level.tensors(), masked.tensors(), strict=True):
             assert_close(found, expected, 1e-5, f"after {end}")
@@ -111,7 +111,7 @@ def test_no_mask_is_the_mask_of_all_but_later_tokens(groups: int, value: int, ti
 
 def test_more_new_tokens_than_held_ones_are_refused() -> None:
     q, k = torch.zeros(1, 4, 2, 8), torch.zeros(1, 3, 2, 8)
-    with pytest.raises(ConfigError, match="no more tokens than are held, 3"):
+    with pytest.raises(ConfigError, match="no more tokens than the cache, 3"):
         cached_attention(q, k, k, None)
 
 

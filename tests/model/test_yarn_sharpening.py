@@ -33,7 +33,7 @@ def outputs(mixer: Mixer) -> list[Tensor]:
     found = [mixer(x, packed(17, 23))]
     state = mixer.init_state(1, 40, dtype=torch.float32, device="cpu")
     for begin, end in pairwise([0, 25, 26, 40]):
-        found.append(mixer.step(x[:, begin:end], state, Layout.continuing_level(begin, 1, end - begin)))
+        found.append(mixer.step(x[:, begin:end], state, Layout.continuing_uniform(begin, 1, end - begin)))
     state = mixer.init_state(1, 40, dtype=torch.float32, device="cpu")
     for begin, end in pairwise([0, 25, 26, 40]):  # as where rows differ in length
         seq = Layout.continuing(torch.tensor([begin]), torch.ones(1, end - begin, dtype=torch.bool))

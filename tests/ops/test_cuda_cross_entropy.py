@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from swamla.ops import cross_entropy
-from swamla.ops.cross_entropy import _losses_and_gradients, _turn_at_once, chunked_cross_entropy
+from swamla.ops.cross_entropy import _fused_losses_and_gradients, _losses_and_gradients, chunked_cross_entropy
 
 IGNORE = -100
 
@@ -25,7 +25,7 @@ def logits_and_labels(rows, vocabulary=50, dtype=torch.float32, scale=3.0):
 def test_logits_turn_into_the_same_loss_and_gradients_as_slab_by_slab(dtype, tolerance, scale, need_gradients):
     logits, labels = logits_and_labels(37, dtype=dtype, scale=scale)
     mine, theirs = logits.clone(), logits.clone()
-    found = _turn_at_once(mine, labels, IGNORE, need_gradients)
+    found = _fused_losses_and_gradients(mine, labels, IGNORE, need_gradients)
     expected = _losses_and_gradients(theirs, labels, IGNORE, need_gradients)
     assert found.dtype == expected.dtype
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
@@ -40,12 +40,12 @@ def test_it_is_one_graph_that_writes_in_place_and_serves_a_last_chunk_of_any_siz
         graphs.append(graph)
         return graph
 
-    turn = torch.compile(_turn_at_once, fullgraph=True, backend=counted)
+    chunk_loss = torch.compile(_fused_losses_and_gradients, fullgraph=True, backend=counted)
     for rows in (20, 7, 11, 3):
         logits, labels = logits_and_labels(rows)
         expected = logits.clone()
         loss = _losses_and_gradients(expected, labels, IGNORE, True)
-        torch.testing.assert_close(turn(logits, labels, IGNORE, True), loss)
+        torch.testing.assert_close(chunk_loss(logits, labels, IGNORE, True), loss)
         torch.testing.assert_close(logits, expected)
     assert len(graphs) == 2
 

@@ -94,7 +94,7 @@ class Job:
 
     def make(self, tokenizer: Tokenizer, number: int) -> UnitRecord:
         """Encode a unit, unless it is there."""
-        with _turn(self.folder / f"unit-{number:06d}.lock"):
+        with _exclusive(self.folder / f"unit-{number:06d}.lock"):
             if self.path(number).exists() and self.known(number):
                 return self.record(number)
             staging = Path(tempfile.mkdtemp(prefix=".unit-", dir=self.folder))
@@ -165,8 +165,8 @@ class Job:
 
 
 @contextmanager
-def _turn(path: Path) -> Iterator[None]:
-    """One after the other on this machine; file systems that cannot lock let all in, which is only slower."""
+def _exclusive(path: Path) -> Iterator[None]:
+    """An exclusive lock on this machine. File systems without locks let everyone in, which only costs time."""
     with path.open("w") as file:
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -10,7 +10,7 @@ from torch import Tensor
 from swamla.errors import require
 from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import Layout
-from swamla.ops.rotary import doubled, rotate, turn
+from swamla.ops.rotary import doubled, rotate, rotate_doubled
 
 __all__ = ["LinearScaling", "RopeConfig", "YarnScaling", "rotate"]
 
@@ -135,7 +135,7 @@ class RopeConfig:
         dtype = torch.promote_types(x_BTHK.dtype, torch.float32)
         key = ("rope, doubled", self, width, dtype)
         tables = seq.table(key, lambda: doubled(self.tables(seq, width, dtype), self.layout))
-        return turn(x_BTHK, tables, self.layout)
+        return rotate_doubled(x_BTHK, tables, self.layout)
 
     @outside_graphs
     def _shared(self, seq: Layout, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

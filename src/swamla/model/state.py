@@ -33,7 +33,7 @@ class ModelState:
         """The layout of new tokens after those in the state; `valid_BT` is False for padding (None: no padding)."""
         batch, time = tokens_BT.shape
         if valid_BT is None and self.uniform_length is not None:
-            return Layout.continuing_level(self.uniform_length, batch, time, device=tokens_BT.device)
+            return Layout.continuing_uniform(self.uniform_length, batch, time, device=tokens_BT.device)
         if valid_BT is None and time == 1:
             return Layout.one_more(self.length_B, self.longest + 1)
         if valid_BT is None:

@@ -21,7 +21,7 @@ def chunked_cross_entropy(
     """Sum over the labels other than `ignore` of −log softmax(x Wᵀ)[label]: nats, an fp32 scalar (double for double).
 
     Logits are made `chunk` rows at a time (by default 20 million of them, on CUDA 256, and at most an eighth of the
-    whole) and turned into gradients on the spot, so none is kept and none is computed twice. Under autocast the
+    whole) and overwritten by their gradients at once, so none is kept and none is computed twice. Under autocast the
     products are in its dtype; softmax and the sum over chunks of the weight's gradient are in fp32. No labels at all
     give 0 and zero gradients. First derivatives only. Raises DataError for a label outside the vocabulary.
     """
@@ -64,7 +64,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         need_x, need_weight = (gradients and needed for needed in ctx.needs_input_grad[:2])
         dx_ND = torch.empty_like(x_ND) if need_x else None
         dw_VD = torch.zeros_like(weight_VD, dtype=sums) if need_weight else None
-        turn = compiled(_turn_at_once) if x_ND.is_cuda else _losses_and_gradients
+        chunk_loss = compiled(_fused_losses_and_gradients) if x_ND.is_cuda else _losses_and_gradients
         space_CV = x_ND.new_empty(min(rows, x_ND.shape[0]), weight_VD.shape[0], dtype=dtype)
         with torch.autocast(x_ND.device.type, enabled=False):
             for start in range(0, x_ND.shape[0], rows):
@@ -72,7 +72,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 # A row without a label may hold anything: its gradient of zero times a NaN would reach the weight's.
                 x_CD = x_ND[part].where(labels_N[part, None] != ignore, 0).to(dtype)
                 logits_CV = torch.mm(x_CD, w_VD.mT, out=space_CV[: len(x_CD)])
-                total += turn(logits_CV, labels_N[part], ignore, need_x or need_weight)
+                total += chunk_loss(logits_CV, labels_N[part], ignore, need_x or need_weight)
                 if dx_ND is not None:
                     dx_ND[part] = logits_CV @ w_VD
                 if dw_VD is not None:
@@ -123,7 +123,7 @@ def _losses_and_gradients(logits_CV: Tensor, labels_C: Tensor, ignore: int, need
     return total
 
 
-def _turn_at_once(logits_CV: Tensor, labels_C: Tensor, ignore: int, need_gradients: bool) -> Tensor:
+def _fused_losses_and_gradients(logits_CV: Tensor, labels_C: Tensor, ignore: int, need_gradients: bool) -> Tensor:
     """`_losses_and_gradients` for a compiler, which keeps none of the intermediate tensors. Not measured on GPU."""
     counts_C = labels_C != ignore
     target_C1 = labels_C.where(counts_C, 0)[:, None]

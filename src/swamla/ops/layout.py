@@ -20,11 +20,11 @@ class Layout:
     document_BT: integer ids.  position_BT: int64, 0 at each document's start.
     runs: (count, length) pairs covering the flattened B*T tokens in order; each stands for `count` consecutive
     documents of `length` tokens, so that equal neighbours can be computed as one batch.
-    continues: the tokens follow others already held in a state, so that rows may start at different positions.
+    continues: the tokens follow those in a state, so that rows may start at different positions.
     padded: there may be padding.
     whole_rows: every row is one document, so that no mask but the causal one is needed.
-    held: how many tokens the state of every row holds already, where that is one number and no token is padding; the
-    mixers then need no masks, and nobody has to ask the device. None where rows differ, or nobody knows.
+    past: how many tokens every row's state holds, where all rows hold equally many and no new token is padding: the
+    mixers then need no masks and no device synchronisation. None where rows differ or their lengths are unknown.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Layout:
         runs: tuple[tuple[int, int], ...],
         *,
         continues: bool = False,
-        held: int | None = None,
+        past: int | None = None,
         padded: bool = True,
         end: int | None = None,
     ) -> None:
@@ -42,10 +42,10 @@ class Layout:
         self.position_BT = position_BT
         self.runs = runs
         self.continues = continues
-        self.held = held
+        self.past = past
         self.padded = padded
         self._end = end
-        self.whole_rows = runs == (self.shape,)  # kept, as a compiled graph may ask this and must not hang on `runs`
+        self.whole_rows = runs == (self.shape,)  # stored: a compiled graph that reads it has no guard on `runs`
         self._tables: dict[Hashable, Any] = {}
 
     @classmethod
@@ -70,7 +70,7 @@ class Layout:
 
     @classmethod
     def continuing(cls, length_B: Tensor, valid_BT: Tensor) -> "Layout":
-        """The layout of new tokens (B, T) that follow `length_B` tokens already held in a state.
+        """The layout of new tokens (B, T) that follow the `length_B` tokens in a state.
 
         `valid_BT` is false for padding, which may stand only at the end of a row.
         """
@@ -80,18 +80,18 @@ class Layout:
         return cls(document_BT, position_BT, ((batch, time),), continues=True)
 
     @classmethod
-    def continuing_level(cls, held: int, batch: int, time: int, device: torch.device | str | None = None) -> "Layout":
-        """`continuing`, where every row holds `held` tokens already and none of the new ones is padding."""
-        position_BT = torch.arange(held, held + time, device=device).expand(batch, time)
+    def continuing_uniform(cls, past: int, batch: int, time: int, device: torch.device | str | None = None) -> "Layout":
+        """`continuing`, where every row's state holds `past` tokens and no new token is padding."""
+        position_BT = torch.arange(past, past + time, device=device).expand(batch, time)
         document_BT = torch.zeros(batch, time, dtype=torch.int64, device=device)
         whole = ((batch, time),)
-        return cls(document_BT, position_BT, whole, continues=True, held=held, padded=False, end=held + time)
+        return cls(document_BT, position_BT, whole, continues=True, past=past, padded=False, end=past + time)
 
     @classmethod
     def one_more(cls, length_B: Tensor, end: int) -> "Layout":
-        """The layout of one new token a row, after the `length_B` that it holds, all of them fewer than `end`.
+        """The layout of one new token a row, after the row's `length_B` tokens, all of them fewer than `end`.
 
-        Nothing asks the device. `end` may be larger than need be, so that steps of many lengths have one shape.
+        No device synchronisation. `end` may be larger than necessary, so that steps of many lengths share one shape.
         """
         document_B1 = torch.zeros_like(length_B)[:, None]
         whole = ((len(length_B), 1),)
@@ -109,9 +109,9 @@ class Layout:
 
     @property
     def end(self) -> int:
-        """One past the largest position: how many tokens of a state these reach back over.
+        """One past the largest position: the number of a state's tokens that these may attend to, themselves included.
 
-        Waits for the device, unless it is known what the rows hold.
+        Synchronises with the device, unless the rows' lengths are known on the host.
         """
         if self._end is not None:
             return self._end
@@ -124,7 +124,7 @@ class Layout:
 
     @property
     def host_position_BT(self) -> Tensor:
-        """position_BT on the CPU, without asking another device for it; not of a layout that continues."""
+        """position_BT on the CPU, computed on the host; not for a layout that continues."""
         if self.position_BT.device.type == "cpu":
             return self.position_BT
         positions = [torch.arange(length).repeat(count) for count, length in self.runs]
@@ -150,7 +150,7 @@ class Layout:
             position_BT,
             self.runs,
             continues=self.continues,
-            held=self.held,
+            past=self.past,
             padded=self.padded,
             end=self._end,
         )

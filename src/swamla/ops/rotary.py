@@ -1,4 +1,4 @@
-"""Rotary positions (RoFormer, arXiv 2104.09864): turn pairs of a head's elements by the angles of their position."""
+"""Rotary positions (RoFormer, arXiv 2104.09864): rotate pairs of a head's elements by the angles of their position."""
 
 from typing import Any
 
@@ -9,36 +9,36 @@ from torch.autograd.function import once_differentiable
 from swamla.ops.graphs import outside_graphs
 
 FEW = 2**14  # elements for which, without gradients, blocks would cost more than they save
-CPU_BLOCK = 200_000  # elements turned at a time on a CPU: in fp32, with their partners, they stay in the cache
+CPU_BLOCK = 200_000  # elements rotated at a time on a CPU: in fp32, with their partners, they stay in the cache
 
 Tables = tuple[Tensor, Tensor]
 
 
 def rotate(x_BTHK: Tensor, tables: Tables, layout: str) -> Tensor:
-    """Turn the last elements of each head, as many as there are angles for; same shape and dtype out, fp32 inside.
+    """Rotate the last elements of each head, as many as there are angles for; same shape and dtype out, fp32 inside.
 
-    tables: cos and sin, each (B or 1, T, 1, pairs). layout: "half" pairs the turned element i with i + pairs,
-    "interleaved" 2i with 2i + 1. What stands in a head before the last 2 · pairs elements passes as it is.
+    tables: cos and sin, each (B or 1, T, 1, pairs). layout: "half" pairs the rotated element i with i + pairs,
+    "interleaved" 2i with 2i + 1. A head's elements before its last 2 · pairs are unchanged.
     """
-    return turn(x_BTHK, doubled(tables, layout), layout)
+    return rotate_doubled(x_BTHK, doubled(tables, layout), layout)
 
 
 def doubled(tables: Tables, layout: str) -> Tables:
-    """The tables as `turn` takes them: for every element the cosine, and the sine by which its partner comes to it."""
+    """The tables for `rotate_doubled`: each element's cosine, and the signed sine that multiplies its partner."""
     cos, sin = (_both(table, layout) for table in tables)
     return cos, _partners(sin, layout, sign=-1)
 
 
-def turn(x_BTHK: Tensor, tables: Tables, layout: str) -> Tensor:
-    """`rotate` by tables that are `doubled` already, for callers that turn many tensors by the same ones."""
+def rotate_doubled(x_BTHK: Tensor, tables: Tables, layout: str) -> Tensor:
+    """`rotate` by tables that are `doubled` already, for callers that rotate many tensors by the same angles."""
     cos, sin = tables
     few = x_BTHK.numel() <= FEW and not torch.is_grad_enabled()
     if x_BTHK.device.type == "cpu" and not few:
         return _in_blocks(x_BTHK, cos, sin, layout)
-    width, turning = x_BTHK.shape[-1], cos.shape[-1]
-    wide = x_BTHK[..., width - turning :].to(torch.promote_types(x_BTHK.dtype, cos.dtype))
-    turned = torch.addcmul(wide * cos, _partners(wide, layout), sin).to(x_BTHK.dtype)
-    return turned if turning == width else torch.cat((x_BTHK[..., : width - turning], turned), dim=-1)
+    width, rotated_width = x_BTHK.shape[-1], cos.shape[-1]
+    wide = x_BTHK[..., width - rotated_width :].to(torch.promote_types(x_BTHK.dtype, cos.dtype))
+    rotated = torch.addcmul(wide * cos, _partners(wide, layout), sin).to(x_BTHK.dtype)
+    return rotated if rotated_width == width else torch.cat((x_BTHK[..., : width - rotated_width], rotated), dim=-1)
 
 
 def reference_rotate(x_BTHK: Tensor, tables: Tables, layout: str) -> Tensor:
@@ -46,8 +46,8 @@ def reference_rotate(x_BTHK: Tensor, tables: Tables, layout: str) -> Tensor:
     cos, sin = tables
     pairs = x_BTHK.unflatten(-1, (2, -1) if layout == "half" else (-1, 2))
     a, b = pairs.unbind(-2 if layout == "half" else -1)
-    turned = (a * cos - b * sin, b * cos + a * sin)
-    return torch.stack(turned, dim=-2 if layout == "half" else -1).flatten(-2).to(x_BTHK.dtype)
+    rotated = (a * cos - b * sin, b * cos + a * sin)
+    return torch.stack(rotated, dim=-2 if layout == "half" else -1).flatten(-2).to(x_BTHK.dtype)
 
 
 def _both(table: Tensor, layout: str) -> Tensor:
@@ -74,17 +74,17 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x_BTHK: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.layout = layout
-        return _turn(x_BTHK, cos, sin, layout)
+        return _rotate_blocks(x_BTHK, cos, sin, layout)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTHK: Tensor) -> tuple[Tensor | None, ...]:
         """The rotation the other way round."""
         cos, sin = ctx.saved_tensors
-        return _turn(grad_BTHK, cos, -sin, ctx.layout), None, None, None
+        return _rotate_blocks(grad_BTHK, cos, -sin, ctx.layout), None, None, None
 
 
-def _turn(x_BTHK: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
+def _rotate_blocks(x_BTHK: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     y_BTHK = torch.empty_like(x_BTHK, memory_format=torch.contiguous_format)
     still, (batch, time, heads, _) = x_BTHK.shape[-1] - cos.shape[-1], x_BTHK.shape
     y_BTHK[..., :still] = x_BTHK[..., :still]

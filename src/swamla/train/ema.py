@@ -21,7 +21,7 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self._parameters = dict(model.named_parameters())
-        self._averages = {name: part.float().clone() for name, part in self._parts().items()}
+        self._averages = {name: shard.float().clone() for name, shard in self._shards().items()}
         # All names of a tied weight, so that a checkpoint can be read without knowing which weights are tied.
         own = {p: name for name, p in self._parameters.items()}
         self._names = {name: own[p] for name, p in model.named_parameters(remove_duplicate=False)}
@@ -30,14 +30,14 @@ class WeightAverage:
     def update(self, count: int) -> None:
         """Take in the weights as they are after step `count` (from 1), skipped steps not counted."""
         newest = (1 - self.decay) / (1 - self.decay**count)
-        weights = [part.float() for part in self._parts().values()]
+        weights = [shard.float() for shard in self._shards().values()]
         torch._foreach_lerp_(list(self._averages.values()), weights, newest)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """While entered the model's weights are the averages; its own are put back however the block ends."""
         with torch.no_grad():
-            own = [part.clone() for part in self._parts().values()]
+            own = [shard.clone() for shard in self._shards().values()]
         try:
             self._write(self._averages.values())
             yield
@@ -63,9 +63,9 @@ class WeightAverage:
     @torch.no_grad()
     def _write(self, tensors: Iterable[Tensor]) -> None:
         """Write into the weights in place, so that a compiled graph, which holds them, sees the change."""
-        for part, tensor in zip(self._parts().values(), tensors, strict=True):
-            part.copy_(tensor)
+        for shard, tensor in zip(self._shards().values(), tensors, strict=True):
+            shard.copy_(tensor)
 
-    def _parts(self) -> dict[str, Tensor]:
+    def _shards(self) -> dict[str, Tensor]:
         """This process's shards of the weights, sharing their memory."""
         return {name: distributed.local(p.detach()) for name, p in self._parameters.items()}

@@ -133,7 +133,7 @@ class LatentAttention(Mixer[LatentState]):
     def step(self, x_BTD: Tensor, state: LatentState, seq: Layout) -> Tensor:
         q, latent = self.project(without_padding(x_BTD, seq))
         append(state.latent_BSR, latent, seq)
-        if seq.held is not None and x_BTD.shape[1] >= self.min_to_expand:
+        if seq.past is not None and x_BTD.shape[1] >= self.min_to_expand:
             k, v = self.expand(state.latent_BSR[:, : seq.end].to(q.dtype))
             return self.o_proj(attend_to_cache(q, k, v, seq, backend=self.config.backend).flatten(2))
         # W_k and W_v, (H, K, R) and (H, V, R): scores = (W_kᵀ q) · c and outputs = W_v (Σ p c) + b_v.

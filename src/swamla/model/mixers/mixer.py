@@ -119,8 +119,8 @@ def append(cache_BSX: Tensor, new_BTX: Tensor, seq: Layout) -> None:
 
     Padding is written too, beyond a row's end, where it is masked until it is overwritten.
     """
-    if seq.held is not None:
-        cache_BSX[:, seq.held : seq.end] = new_BTX
+    if seq.past is not None:
+        cache_BSX[:, seq.past : seq.end] = new_BTX
     else:
         write_at(cache_BSX, seq.position_BT, new_BTX)
 
@@ -135,14 +135,14 @@ def attend_to_cache(
     q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, seq: Layout, *, scale: float | None = None, backend: str
 ) -> Tensor:
     """(B, T, H, V): new tokens attend to the first `seq.end` tokens of a cache, themselves included."""
-    if seq.held == 0 and q_BTHK.shape[1] > 1 and q_BTHK.device.type != "cpu":  # where fused kernels are faster
+    if seq.past == 0 and q_BTHK.shape[1] > 1 and q_BTHK.device.type != "cpu":  # where fused kernels are faster
         return causal_attention(q_BTHK, k_BSGK, v_BSGV, seq, scale=scale, backend=backend)
     return cached_attention(q_BTHK, k_BSGK, v_BSGV, causal_mask(seq), scale=scale)
 
 
 def causal_mask(seq: Layout) -> Tensor | None:
     """(B, T, seq.end): which cached tokens each new one may see; None for rows of uniform length: all earlier ones."""
-    return None if seq.held is not None else seq.table("causal", lambda: filled_mask(seq, seq.end))
+    return None if seq.past is not None else seq.table("causal", lambda: filled_mask(seq, seq.end))
 
 
 def filled_mask(seq: Layout, size: int) -> Tensor:

@@ -173,7 +173,7 @@ class MLA(Mixer[MLAState]):
         config = self.config
         q_nope, q_rope, latent, k_rope = self.project(without_padding(x_BTD, seq), seq)
         append(state.latent_BSR, torch.cat((latent, k_rope.squeeze(2).to(latent.dtype)), dim=-1), seq)
-        if seq.held is not None and x_BTD.shape[1] >= self.min_to_expand:
+        if seq.past is not None and x_BTD.shape[1] >= self.min_to_expand:
             cached = state.latent_BSR[:, : seq.end].to(q_nope.dtype)
             k, v = self.expand(cached[..., : config.kv_lora_rank], cached[..., None, config.kv_lora_rank :])
             q = torch.cat((q_nope, q_rope), dim=-1)

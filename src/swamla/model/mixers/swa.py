@@ -119,8 +119,8 @@ class SWA(MHA):
         time = x_BTD.shape[1]
         if time == 1 and not seq.padded:
             return self.o_proj(self._step_one(q, k, v, state, seq).flatten(2))
-        if seq.held is not None and (seq.held == 0 or time >= self.config.window):
-            return self.o_proj(self._step_many(q, k, v, state, seq.held, seq).flatten(2))
+        if seq.past is not None and (seq.past == 0 or time >= self.config.window):
+            return self.o_proj(self._step_many(q, k, v, state, seq.past, seq).flatten(2))
         chunks = range(0, time, self.config.window)  # within a window no two tokens share a slot of the ring
         out = [self._step_chunk(q, k, v, state, seq, begin, begin + self.config.window) for begin in chunks]
         return self.o_proj(torch.cat(out, dim=1).flatten(2))
@@ -128,7 +128,7 @@ class SWA(MHA):
     def _step_one(self, q: Tensor, k: Tensor, v: Tensor, state: KVState, seq: Layout) -> Tensor:
         """One token overwrites the one that has just left the window, then attends to the whole ring."""
         size = state.k_BSGK.shape[1]
-        if seq.held is None:  # slots fill from the first on, so those beyond the position are empty
+        if seq.past is None:  # slots fill from the first on, so those beyond the position are empty
             slot_B1 = seq.table(("slot", size, self.config.sinks), lambda: self._slot(seq.position_BT))
             write_at(state.k_BSGK, slot_B1, k)
             write_at(state.v_BSGK, slot_B1, v)
@@ -136,7 +136,7 @@ class SWA(MHA):
             cached_k, cached_v = state.k_BSGK.to(q.dtype), state.v_BSGK.to(q.dtype)
             return cached_attention(q, cached_k, cached_v, allowed, scale=self.scale)
         sinks, window = self.config.sinks, self.config.window
-        slot = seq.held if seq.held < sinks else sinks + (seq.held - sinks) % window
+        slot = seq.past if seq.past < sinks else sinks + (seq.past - sinks) % window
         state.k_BSGK[:, slot : slot + 1] = k
         state.v_BSGK[:, slot : slot + 1] = v
         filled = min(seq.end, size)

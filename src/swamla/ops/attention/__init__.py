@@ -151,7 +151,7 @@ def cached_attention(
     _check_heads(q_BTHK, k_BSGK, v_BSGV)
     if allowed_BTS is None:
         time, cached = q_BTHK.shape[1], k_BSGK.shape[1]
-        require(time <= cached, "q.shape", tuple(q_BTHK.shape), f"must have no more tokens than are held, {cached}")
+        require(time <= cached, "q.shape", tuple(q_BTHK.shape), f"must have no more tokens than the cache, {cached}")
     else:
         expected = (*q_BTHK.shape[:2], k_BSGK.shape[1])
         require(allowed_BTS.shape == expected, "allowed_BTS.shape", tuple(allowed_BTS.shape), f"must be {expected}")

@@ -18,9 +18,9 @@ def attend_to_cache(
 ) -> Tensor:
     """Dense attention, (B, T, H, V): under a mask, where a query that may see nothing gives zeros; or without.
 
-    Without one the T queries are those of the last T of the S held tokens, and see all but later ones. The query heads
-    that share a key head are stacked as rows of it, so that the cache is never copied per head. Queries are taken in
-    blocks, which bounds the masks that are made here and the scores that are written out.
+    Without one the T queries belong to the last T of the S cached tokens, and see all but later ones. Query heads that
+    share a key head are stacked as its rows, so that the cache is never copied per head. Queries are taken in blocks,
+    which bounds the memory of masks and scores.
     """
     batch, time, heads, _ = q_BTHK.shape
     size, groups = k_BSGK.shape[1:3]
@@ -36,23 +36,23 @@ def attend_to_cache(
     masks = shared if allowed_BTS is None else batch * shared
     blocks = [
         _block(q_BGRTK[:, :, :, part], k_BSGK, v_BSGV, _mask(allowed_BTS, part, time, k_BSGK), scale, fused)
-        for part in _parts(time, size * (masks if fused else batch * heads), q_BTHK.device)
+        for part in _query_blocks(time, size * (masks if fused else batch * heads), q_BTHK.device)
     ]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
 
-def _parts(time: int, numbers: int, device: torch.device) -> list[slice]:
-    """Blocks of queries, each query of which takes so many numbers."""
+def _query_blocks(time: int, numbers: int, device: torch.device) -> list[slice]:
+    """Blocks of queries that bound memory: each query needs `numbers` elements of scores or masks."""
     rows = max(1, (SCORES if device.type == "cpu" else ON_ACCELERATORS * SCORES) // numbers)
     return [slice(begin, min(begin + rows, time)) for begin in range(0, time, rows)]
 
 
-def _mask(allowed_BTS: Tensor | None, part: slice, time: int, held_BSX: Tensor) -> Tensor:
+def _mask(allowed_BTS: Tensor | None, part: slice, time: int, keys_BSX: Tensor) -> Tensor:
     """Of a block of queries, (B or 1, rows, S); made here where the last T of S tokens see all but later ones."""
     if allowed_BTS is not None:
         return allowed_BTS[:, part]
-    size = held_BSX.shape[1]
-    ones_1TS = torch.ones(1, part.stop - part.start, size, dtype=torch.bool, device=held_BSX.device)
+    size = keys_BSX.shape[1]
+    ones_1TS = torch.ones(1, part.stop - part.start, size, dtype=torch.bool, device=keys_BSX.device)
     return ones_1TS.tril(size - time + part.start)
 
 
@@ -93,12 +93,12 @@ def _in_blocks(q_BGRTK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float) ->
     batch, groups, shared, time, _ = q_BGRTK.shape
     k_NSK, v_NSV = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (k_BSGK, v_BSGV))
     q_NRTK = q_BGRTK.flatten(0, 1) * scale
-    held = k_NSK.shape[1] - time
+    past = k_NSK.shape[1] - time
     o_NRTV = q_NRTK.new_empty(*q_NRTK.shape[:3], v_NSV.shape[-1])
     block = max(1, ROWS // shared)
     for begin in range(0, time, block):
         rows = min(block, time - begin)
-        first = held + begin
+        first = past + begin
         seen = min(rounded_up(first + rows, ROWS), k_NSK.shape[1])
         later_TS = torch.full((rows, seen - first), -torch.inf, dtype=q_NRTK.dtype).triu_(1)
         for n in range(batch * groups):
@@ -125,7 +125,7 @@ def attend_to_latents(
     latent_BSR = latent_BSR[:, :filled].to(q_BTHR.dtype)
     blocks = [
         _latent_block(q_BTHR[:, part] * scale, latent_BSR, filled, _mask(allowed_BTS, part, time, latent_BSR))
-        for part in _parts(time, batch * heads * filled, q_BTHR.device)
+        for part in _query_blocks(time, batch * heads * filled, q_BTHR.device)
     ]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
