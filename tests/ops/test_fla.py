@@ -88,7 +88,7 @@ def library(monkeypatch):
         calls.append(None if cu_seqlens is None else cu_seqlens.tolist())
         return StandIn.apply(q, k, v, g, beta, initial_state, cu_seqlens, scale)
 
-    for name in ("fla", "fla.ops", "fla.ops.gated_delta_rule"):
+    for name in ("fla", "fla.ops", "fla.ops.gated_delta_rule", "fla.ops.common", "fla.ops.common.chunk_o"):
         module = ModuleType(name)
         module.__spec__ = ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, module)
@@ -96,6 +96,9 @@ def library(monkeypatch):
     monkeypatch.setattr(cuda, "has_kernels", lambda device: True)
     monkeypatch.setattr(cuda, "is_hopper", lambda device: False)
     monkeypatch.setattr(cuda, "_OBSTACLES", {})
+    monkeypatch.setattr(cuda, "_version", {"fla-core": "0.6.0", "triton": "3.8.0"}.get)
+    monkeypatch.setattr(cuda, "PROBE_ROWS", 2)
+    monkeypatch.setattr(cuda, "PROBE_LENGTH", 100)
     return calls
 
 
@@ -218,17 +221,55 @@ def test_hopper_refuses_its_backward_at_64_under_a_triton_that_gets_it_wrong(
     library, monkeypatch, triton, key, refused
 ):
     monkeypatch.setattr(cuda, "is_hopper", lambda device: True)
-    monkeypatch.setattr(cuda, "_version", lambda package: triton)
+    monkeypatch.setattr(cuda, "_version", {"fla-core": "0.6.0", "triton": triton}.get)
     monkeypatch.setattr(cuda, "_probe", lambda *arguments: None)
+    chunk_o = sys.modules["fla.ops.common.chunk_o"]
+    monkeypatch.setattr(chunk_o, "TRITON_ABOVE_3_7_1", triton >= "3.7.1", raising=False)
     sizes = {"heads": 2, "key": key, "value": 64}
     assert resolve_backend("auto", CUDA, **sizes) == ("torch" if refused else "fla")
     if refused:
-        with pytest.raises(MissingBackendError, match=rf"refuses keys of width {key} on Hopper under Triton 3\.[467]"):
+        with pytest.raises(MissingBackendError, match=rf"is wrong at keys of width {key} on Hopper under Triton 3"):
             resolve_backend("fla", CUDA, **sizes)
         config = GDNConfig(n_heads=2, head_k_dim=key, head_v_dim=64)
         said = config.backends(CUDA, 128, torch.bfloat16)["delta rule"]
         version = triton.partition("+")[0]
-        assert said == f"torch (fla refuses keys of width {key} on Hopper under Triton {version} (mended in 3.7.1))"
+        assert said == f"torch (fla is wrong at keys of width {key} on Hopper under Triton {version} (mended in 3.7.1))"
+    else:  # the library's own refusal of all widths is lifted where it would stand in the way, and nowhere else
+        assert chunk_o.TRITON_ABOVE_3_7_1 is (triton != "3.3.1")
+
+
+@pytest.mark.parametrize(("packages", "refused"), [
+    ({"fla-core": "0.5.2", "flash-linear-attention": "0.5.2"}, "0.5.2"),
+    ({"flash-linear-attention": "0.3.0"}, "0.3.0"),
+    ({"fla-core": "0.6.0"}, ""),
+    ({"fla-core": "1.0"}, ""),
+])  # fmt: skip
+def test_an_old_version_is_refused_before_it_is_imported(library, monkeypatch, packages, refused):
+    monkeypatch.setattr(cuda, "_version", lambda package: packages.get(package, "3.8.0" if package == "triton" else ""))
+    if not refused:
+        assert resolve_backend("fla", CPU, **SIZES) == "fla"
+        return
+    monkeypatch.setattr(cuda, "import_module", lambda name: pytest.fail(f"imports {name}"))
+    with pytest.raises(MissingBackendError, match=rf"needs flash-linear-attention >= 0\.6, {refused} is installed"):
+        resolve_backend("fla", CPU, **SIZES)
+
+
+def test_it_is_tried_with_whole_rows_and_with_packed_ones(library):
+    assert resolve_backend("fla", CPU, **SIZES) == "fla"
+    packed = [0, 40, 80, 100, 140, 180, 200]
+    assert library == [None, None, packed, packed]  # each forward, and the forward that the backward repeats
+
+
+def test_what_is_wrong_for_packed_rows_alone_is_found(library, monkeypatch):
+    module = sys.modules["fla.ops.gated_delta_rule"]
+    right = module.chunk_gated_delta_rule
+
+    def wrong_if_packed(q, k, v, *, scale, cu_seqlens=None, **options):
+        return right(q, k, v, scale=scale * (1 if cu_seqlens is None else 2), cu_seqlens=cu_seqlens, **options)
+
+    monkeypatch.setattr(module, "chunk_gated_delta_rule", wrong_if_packed)
+    with pytest.raises(MissingBackendError, match="is wrong on this device"):
+        resolve_backend("fla", CPU, **SIZES)
 
 
 def test_a_library_that_fails_or_computes_something_else_is_found_before_it_is_used(library, monkeypatch):
@@ -293,7 +334,7 @@ def test_a_mixer_asks_it_for_the_delta_rule_and_not_for_the_convolution(library)
         library_calls = len(library)
         mixer.config = GDNConfig(n_heads=2)
         expected = mixer(x_BTD, seq)
-    assert library_calls == 3  # forward and backward of the first trial, and this
+    assert library_calls == 5  # the first trial's forward and backward, twice, and this
     assert (found - expected).norm() <= 0.02 * expected.norm()
 
 
