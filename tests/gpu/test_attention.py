@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from swamla.ops import causal_attention, windowed_attention
+from swamla.ops import cached_attention, causal_attention, windowed_attention
+from swamla.ops.attention.reference import reference_attention
 from swamla.ops.layout import Layout
 from tests.gpu.checks import assert_parity, no_waiting, randn
 from tests.ops.attention_checks import documents, random_layout
@@ -45,7 +46,8 @@ def test_whole_rows_are_the_reference(dtype, key, value, time):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "key", "value"), [*((torch.bfloat16, *widths) for widths in WIDTHS), *((d, 64, 64) for d in DTYPES[1:])]
+    ("dtype", "key", "value"),
+    [*((torch.bfloat16, *widths) for widths in WIDTHS), *((d, 64, 64) for d in DTYPES[1:]), (torch.float32, 192, 128)],
 )
 @pytest.mark.parametrize("seq", PACKED.values(), ids=PACKED.keys())
 def test_packed_rows_are_the_reference(dtype, key, value, seq):
@@ -68,6 +70,18 @@ def windowed(window, sinks):
 @pytest.mark.parametrize("seq", [documents([700], [700]), *PACKED.values()], ids=["whole", *PACKED])
 def test_windowed_attention_is_the_reference(dtype, window, sinks, seq):
     check(windowed(window, sinks), seq, inputs(seq, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("key", "value"), WIDTHS)
+@pytest.mark.parametrize("groups", [4, 2])
+def test_new_tokens_behind_cached_ones_are_the_reference(dtype, key, value, groups):
+    q, k, v = (
+        randn(3, *shape, dtype=dtype, seed=i)
+        for i, shape in enumerate([(100, 4, key), (700, groups, key), (700, groups, value)])
+    )
+    allowed = torch.ones(3, 100, 700, dtype=torch.bool, device="cuda").tril(600)
+    assert_parity(lambda *x: [cached_attention(*x, None)], lambda *x: [reference_attention(*x, allowed)], [q, k, v])
 
 
 @pytest.mark.parametrize("seq", [documents([512], [512]), documents([500, 12], [1, 511])], ids=["whole", "packed"])

@@ -90,7 +90,8 @@ def test_masks_on_an_accelerator_are_bounded_too(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(cached, "SCORES", 1000)
     q, k, v = inputs(1, 64, 200, 4, 2, value, "meta")
     blocks = watch(monkeypatch, "_block")
-    assert attend_to_cache(q, k, v, None, scale=1.0).shape == (1, 64, 4, value)
+    allowed = torch.ones(1, 64, 200, dtype=torch.bool, device="meta")
+    assert attend_to_cache(q, k, v, allowed, scale=1.0).shape == (1, 64, 4, value)
     assert len(blocks) > 1
     assert max(2 * call[3].numel() for call in blocks) <= cached.ON_ACCELERATORS * 1000
 
@@ -106,3 +107,17 @@ def test_masks_of_latents_are_made_block_by_block(monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(attend_to_latents(q, latent, 70, None, scale=0.3), expected, atol=1e-5, rtol=1e-5)
     assert len(blocks) > 1
     assert max(batch * 2 * call[3].numel() for call in blocks) <= 2000
+
+
+@pytest.mark.parametrize(("groups", "value"), [(4, 8), (2, 8), (4, 5), (1, 5)])
+@pytest.mark.parametrize(("time", "size"), [(2, 40), (39, 40), (40, 40)])
+def test_an_accelerator_attends_behind_cached_tokens_in_one_call(groups: int, value: int, time: int, size: int) -> None:
+    q, k, v = inputs(3, time, size, 4, groups, value)
+    found = cached.attend_lower_right(q, k, v, 0.3)
+    torch.testing.assert_close(found, reference_attention(q, k, v, all_but_later(3, time, size), scale=0.3))
+
+
+def test_on_an_accelerator_no_block_of_queries_copies_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, blocks = watch(monkeypatch, "attend_lower_right"), watch(monkeypatch, "_block")
+    o = attend_to_cache(*inputs(8, 512, 4096, 4, 2, 8, "meta"), None, scale=1.0)
+    assert (tuple(o.shape), len(fused), len(blocks)) == ((8, 512, 4, 8), 1, 0)

@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import flex_attention as uncompiled
 from swamla.errors import ConfigError, MissingBackendError, UsageError
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.swa import SWAConfig
-from swamla.ops import causal_attention
+from swamla.ops import attention, causal_attention, windowed_attention
 from swamla.ops.attention import cuda, resolve_backend
 from swamla.ops.attention.reference import allowed_mask, reference_attention
 from swamla.ops.layout import Layout
@@ -169,3 +169,24 @@ def test_doubles_are_refused_with_what_takes_them():
         seq = documents(lengths)
         with pytest.raises(UsageError, match='takes no float64: use "torch" or "reference"'):
             cuda.cudnn_attention(*random_inputs(seq, dtype=torch.float64), seq, **CAUSAL, scale=1.0)
+
+
+def test_fp32_keys_too_wide_for_flex_are_refused_by_name_and_computed_otherwise_where_it_is_chosen():
+    seq = documents([40, 24], [64])
+    q, k, v = (x.detach() for x in random_inputs(seq, heads=2, groups=2, key=192, value=128))
+    with pytest.raises(UsageError, match=r'"flex": fp32 keys of width 192 need .* \(at most 128\): use "sdpa", or 16'):
+        cuda.flex_attention(q, k, v, seq, window=None, sinks=0, scale=0.1)
+    found = cuda.cudnn_attention(q, k, v, seq, window=None, sinks=0, scale=0.1)
+    expected = reference_attention(q, k, v, allowed_mask(seq, window=None, sinks=0), scale=0.1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert not cuda.too_wide_for_flex(q.bfloat16())
+    assert not cuda.too_wide_for_flex(q[..., :128])
+
+
+def test_windowed_attention_that_is_free_to_choose_computes_wide_fp32_keys_by_sdpa(monkeypatch):
+    monkeypatch.setattr(attention, "resolve_backend", lambda backend, *_, **__: "flex")
+    seq = documents([40, 24], [64])
+    q, k, v = (x.detach() for x in random_inputs(seq, heads=2, groups=2, key=192, value=128))
+    found = windowed_attention(q, k, v, seq, window=8, sinks=2, scale=0.1)
+    expected = reference_attention(q, k, v, allowed_mask(seq, window=8, sinks=2), scale=0.1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -6,7 +6,7 @@ from torch import Tensor
 from swamla.errors import MissingBackendError, UsageError, require
 from swamla.ops.attention.cached import attend_to_cache
 from swamla.ops.attention.cpu import attend_in_tiles, kept_keys
-from swamla.ops.attention.cuda import cudnn_attention, flex_attention, made_block_mask
+from swamla.ops.attention.cuda import cudnn_attention, flex_attention, made_block_mask, too_wide_for_flex
 from swamla.ops.attention.reference import attend_by_mask
 from swamla.ops.attention.sdpa import attend_by_sdpa
 from swamla.ops.layout import Layout
@@ -40,7 +40,8 @@ def resolve_backend(backend: str, device: torch.device | str, *, windowed: bool 
 
     "tiles" are our own matrix products, "sdpa" is PyTorch's `scaled_dot_product_attention`; "torch" is the one of them
     that most CPUs are fastest with: "sdpa" for causal attention in fp32 with keys as wide as values, else "tiles".
-    "auto" is "torch", but on CUDA "cudnn", and "flex" for windowed attention; a training run on a CPU instead takes
+    "auto" is "torch", but on CUDA "cudnn", and "flex" for windowed attention ("sdpa" for wide keys in fp32, which flex
+    cannot take); a training run on a CPU instead takes
     the one that is measured to be faster (`swamla.train.paths`). Raises UsageError for an unknown name and
     MissingBackendError for "cudnn" or "flex" without CUDA (FlexAttention has no backward elsewhere).
     """
@@ -60,7 +61,8 @@ def resolve_backend(backend: str, device: torch.device | str, *, windowed: bool 
 def describe_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """`resolve_backend` of causal attention, for people: names the kernels that "cudnn" leaves to others."""
     chosen = resolve_backend(backend, device)
-    others = "packed rows: flex" if dtype.itemsize == 2 else "fp32: memory-efficient, packed rows: flex"
+    fp32 = "fp32: memory-efficient, packed rows: flex, or sdpa for wide keys"
+    others = "packed rows: flex" if dtype.itemsize == 2 else fp32
     return f"cudnn ({others})" if chosen == "cudnn" else chosen
 
 
@@ -111,6 +113,8 @@ def _attention(
     _check(q_BTHK, k_BTGK, v_BTGV, seq)
     path = resolve_backend(backend, q_BTHK.device, windowed=window is not None)
     q, k, v = _autocast(q_BTHK, k_BTGK, v_BTGV)
+    if (backend, path) == ("auto", "flex") and too_wide_for_flex(q):
+        path = "sdpa"
     if path == "torch":
         bf16, widths = q.dtype == torch.bfloat16, (q.shape[-1], v.shape[-1])
         tiled = window is not None or (q.device.type == "cpu" and in_tiles(bf16, *widths))

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from swamla.ops.attention.cuda import repeated_for, widened
 from swamla.ops.linear import linear
 
 ROWS = 128  # of one block's scores on a CPU: enough for the rate of its matmul, and they stay in the cache
@@ -29,6 +30,8 @@ def attend_to_cache(
         q_BGRK = q_BTHK.squeeze(1).unflatten(1, (groups, -1))
         k_BGSK, v_BGSV = k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2)
         return scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSV, scale=scale).flatten(1, 2).unsqueeze(1)
+    if allowed_BTS is None and time > 1 and q_BTHK.device.type != "cpu":
+        return attend_lower_right(q_BTHK, k_BSGK, v_BSGV, scale)
     q_BGRTK = q_BTHK.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
     shared = q_BGRTK.shape[2]
     if allowed_BTS is None and q_BTHK.device.type == "cpu" and min(ROWS, shared * time) * size >= FEW:
@@ -39,6 +42,17 @@ def attend_to_cache(
         for part in _query_blocks(time, size * (masks if fused else batch * heads), q_BTHK.device)
     ]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+
+
+def attend_lower_right(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float) -> Tensor:
+    """The last T of S tokens attend to all but later ones, by a fused kernel where there is one, without a mask."""
+    from torch.nn.attention.bias import causal_lower_right  # loads the compiler
+
+    k_BSHK, v_BSHV = (repeated_for(q_BTHK, x) for x in (k_BSGK, v_BSGV))
+    q, k, v = (widened(x.transpose(1, 2)) for x in (q_BTHK, k_BSHK, v_BSHV))
+    mask = causal_lower_right(q.shape[2], k.shape[2])
+    o_BHTV = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return o_BHTV[..., : v_BSGV.shape[-1]].transpose(1, 2)
 
 
 def _query_blocks(time: int, numbers: int, device: torch.device) -> list[slice]:

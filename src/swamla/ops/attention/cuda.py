@@ -12,11 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from swamla.errors import UsageError
+from swamla.ops.attention.sdpa import attend_by_sdpa
 from swamla.ops.graphs import compiled, outside_graphs
 from swamla.ops.layout import Layout
 
 BLOCK = 128  # tokens a block of the mask has on either side: FlexAttention's own, a multiple of every kernel's tile
 NARROWEST = 16  # heads FlexAttention's kernels take
+WIDEST_FP32 = 128  # keys in fp32 whose tiles fit into shared memory
 KERNEL = {"FORCE_USE_FLEX_ATTENTION": True}  # never the one for decoding, which short rows would get
 FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]  # the second for fp32, one token, odd widths
 MULTIPLE = 8  # of which both want the widths of heads to be one
@@ -28,8 +30,10 @@ def cudnn_attention(
     """Each token attends to its document up to itself: (B, T, H, V); widths of keys and values may differ.
 
     FlexAttention's where documents share a row: one kernel for all of them under a block mask costs less than a call
-    for each length. cuDNN knows no windows: `window` is None.
+    for each length (which fp32 heads too wide for it get). cuDNN knows no windows: `window` is None.
     """
+    if not seq.whole_rows and too_wide_for_flex(q_BTHK):
+        return attend_by_sdpa(q_BTHK, k_BTGK, v_BTGV, seq, window=window, sinks=sinks, scale=scale)
     if not seq.whole_rows:
         return flex_attention(q_BTHK, k_BTGK, v_BTGV, seq, window=window, sinks=sinks, scale=scale)
     return fused_attention(q_BTHK, k_BTGK, v_BTGV, scale=scale)
@@ -38,10 +42,8 @@ def cudnn_attention(
 def fused_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *, scale: float) -> Tensor:
     """Causal attention of whole rows. Key heads shared by query heads are repeated, as not every kernel can share."""
     refuse_doubles("cudnn", q_BTHK)
-    shared = q_BTHK.shape[2] // k_BTGK.shape[2]
-    if shared > 1:
-        k_BTGK, v_BTGV = (x.repeat_interleave(shared, dim=2) for x in (k_BTGK, v_BTGV))
-    q, k, v = (at_least(-(-x.shape[-1] // MULTIPLE) * MULTIPLE, x.transpose(1, 2)) for x in (q_BTHK, k_BTGK, v_BTGV))
+    k_BTHK, v_BTHV = (repeated_for(q_BTHK, x) for x in (k_BTGK, v_BTGV))
+    q, k, v = (widened(x.transpose(1, 2)) for x in (q_BTHK, k_BTHK, v_BTHV))
     with sdpa_kernel(FUSED, set_priority=True):
         o = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return o[..., : v_BTGV.shape[-1]].transpose(1, 2)
@@ -52,6 +54,11 @@ def flex_attention(
 ) -> Tensor:
     """(B, T, H, V) under the mask of `reference.allowed_mask`; blocks in which nothing is allowed cost nothing."""
     refuse_doubles("flex", q_BTHK)
+    if too_wide_for_flex(q_BTHK):
+        raise UsageError(
+            f'backend = "flex": fp32 keys of width {q_BTHK.shape[-1]} need more shared memory than a GPU has '
+            f'(at most {WIDEST_FP32}): use "sdpa", or 16 bits'
+        )
     mask = made_block_mask(seq, window, sinks)
     q, k, v = (at_least(NARROWEST, x.transpose(1, 2)) for x in (q_BTHK, k_BTGK, v_BTGV))
     grouped = q.shape[1] != k.shape[1]
@@ -59,10 +66,26 @@ def flex_attention(
     return o[..., : v_BTGV.shape[-1]].transpose(1, 2)
 
 
+def too_wide_for_flex(q_BTHK: Tensor) -> bool:
+    """Whether flex's tiles of these keys exceed the shared memory of a GPU's block: wide ones in fp32."""
+    return q_BTHK.dtype == torch.float32 and q_BTHK.shape[-1] > WIDEST_FP32
+
+
 def refuse_doubles(backend: str, x: Tensor) -> None:
     """Raise UsageError for doubles, which no fused kernel takes."""
     if x.dtype == torch.float64:
         raise UsageError(f'backend = "{backend}": takes no float64: use "torch" or "reference"')
+
+
+def repeated_for(q_BTHK: Tensor, x_BSGK: Tensor) -> Tensor:
+    """Key or value heads, each repeated for the query heads that share it: (B, S, H, K)."""
+    shared = q_BTHK.shape[2] // x_BSGK.shape[2]
+    return x_BSGK if shared == 1 else x_BSGK.repeat_interleave(shared, dim=2)
+
+
+def widened(x: Tensor) -> Tensor:
+    """x, widened by zeros to the next multiple that fused kernels take."""
+    return at_least(-(-x.shape[-1] // MULTIPLE) * MULTIPLE, x)
 
 
 def at_least(width: int, x: Tensor) -> Tensor:
