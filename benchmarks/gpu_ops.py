@@ -12,7 +12,7 @@ from benchmarks.gpu_running import Figures, Place
 from benchmarks.gpu_timing import timed, times
 from swamla.bench.measuring import peak_memory
 from swamla.model import DenseConfig
-from swamla.model.accounting import parameter_shapes
+from swamla.model.accounting import parameter_specs
 from swamla.ops import (
     Layout,
     causal_attention,
@@ -153,7 +153,7 @@ def optimizers(place: Place, name: str) -> Iterator[Figures]:
     numbers = sum(p.numel() for p in model.parameters())
     for title, settings in contenders.items():
         optimizer = settings.build(model, lr=1e-4, weight_decay=0.1)
-        timing, state = timed(optimizer.step, place), settings.state_bytes(parameter_shapes(config))
+        timing, state = timed(optimizer.step, place), settings.state_bytes(parameter_specs(config))
         yield {
             "optimizer": title,
             **times(timing),

@@ -7,7 +7,7 @@ from benchmarks.contenders import QUICK, Shape
 from benchmarks.running import Bench, Maker, times_faster
 from swamla.bench.measuring import Run
 from swamla.bench.results import Row
-from swamla.train.optim import AdamWConfig, LionConfig, MuonConfig, OptimizerConfig
+from swamla.train.optim import AdamWConfig, LionConfig, MuonConfig, OptimizerConfig, named_parameters
 from swamla.train.optim.muon import is_hidden
 
 TABLE = "optimizers"
@@ -64,8 +64,8 @@ def pytorch_adamw(model: nn.Module) -> list[torch.optim.Optimizer]:
 def pytorch_muon(model: nn.Module) -> list[torch.optim.Optimizer]:
     """The matrices that ours takes in Muon, all else in the fused AdamW."""
     sides: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, p in model.named_parameters():
-        sides[is_hidden(name, p.shape)].append(p)
+    for trained in named_parameters(model):
+        sides[is_hidden(trained.spec)].append(trained.parameter)
     muon = torch.optim.Muon(sides[True], lr=LR, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw")
     return [muon, torch.optim.AdamW(sides[False], lr=LR, weight_decay=DECAY, fused=True)]
 

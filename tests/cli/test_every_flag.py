@@ -274,7 +274,9 @@ def test_a_bare_compile_takes_no_recipe_for_its_mode(tmp_path: Path) -> None:
     assert read("--compile", str(tmp_path)) == ("default", str(tmp_path))
     assert read("--compile", "--lr", "1") == ("default", "")
     assert read("--compile", "default", "small") == ("default", "small")
-    with pytest.raises(ConfigError, match=r"train.compile = 'fast' \(--compile\): must be one of none, default, "):
+    with pytest.raises(
+        ConfigError, match=r"train.compile = 'fast' \(--compile\): must be one of auto, none, default, "
+    ):
         read("--compile", "fast", "small")
 
 
@@ -387,8 +389,8 @@ def test_tokenizer_names_are_ours_or_the_hubs(name: str, tokenizer: str) -> None
         (f"{MLA_MOE} --latent_dim 256 --latent_ratio 4", "--latent_dim and --latent_ratio say the same thing"),
         (f"{MLA_MOE} --latent_n_experts 0", "--latent_n_experts 0: must be a whole number > 0"),
         ("--use_moe --latent_n_experts 9", "--latent_n_experts 9: no mla block of the model has such an FFN"),
-        ("--compile fast", "train.compile = 'fast' (--compile): must be one of none, default, reduce-overhead, max-"),
-        ("--compile_mode fast", "train.compile = 'fast' (--compile_mode): must be one of none, default"),
+        ("--compile fast", "train.compile = 'fast' (--compile): must be one of auto, none, default, reduce-"),
+        ("--compile_mode fast", "train.compile = 'fast' (--compile_mode): must be one of auto, none, default"),
         (
             "--n_experts 8",
             "--n_experts 8: no mla block of the model has such an FFN; add --use_moe or --use_latent_moe",

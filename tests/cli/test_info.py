@@ -11,7 +11,7 @@ from swamla.cli import main
 from swamla.cli.info_tables import short
 from swamla.cli.original import translate
 from swamla.errors import UsageError
-from swamla.model.accounting import count_parameters, parameter_shapes, state_bytes, training_flops_per_token
+from swamla.model.accounting import count_parameters, parameter_specs, state_bytes, training_flops_per_token
 from swamla.recipes import recipe_names
 
 from .test_overrides import resolve
@@ -64,8 +64,8 @@ def test_the_copies_of_the_weights_in_bf16_count_as_memory(capsys: pytest.Captur
         told = facts(capsys, "small", "--precision", precision, "--batch_size", str(rows))
         return told["training"]["bytes"]["activations_estimate"]
 
-    shapes = parameter_shapes(resolve("", "small").model)
-    matrices = sum(math.prod(shape) for name, shape in shapes if name.startswith("blocks.") and len(shape) >= 2)
+    shapes = parameter_specs(resolve("", "small").model)
+    matrices = sum(math.prod(shape) for name, shape, _ in shapes if name.startswith("blocks.") and len(shape) >= 2)
     assert 2 * activations("bf16", 8) - activations("bf16", 16) == 2 * matrices  # what does not grow with the tokens
     assert 2 * activations("fp32", 8) - activations("fp32", 16) == 0
 
@@ -92,7 +92,7 @@ def test_training_memory_follows_the_training_section(capsys: pytest.CaptureFixt
         return facts(capsys, "small", "--precision", "bf16", *flags)["training"]["bytes"]
 
     whole, total = memory(), count_parameters(resolve("", "small").model).total
-    shapes = parameter_shapes(resolve("", "small").model)
+    shapes = parameter_specs(resolve("", "small").model)
     assert whole["weights"] == whole["gradients"] == 4 * total
     assert whole["optimizer_state"] == 8 * total + 4 * len(shapes)
     assert whole["sum"] == sum(size for name, size in whole.items() if name != "sum")

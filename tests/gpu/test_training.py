@@ -61,6 +61,9 @@ def test_compiled_blocks_compute_what_uncompiled_ones_do():
     compile_blocks(model, "default", CUDA)
     for seed in range(3):
         assert_alike(step(model, CUDA, seed), step(reference, CUDA, seed), 5e-2)
+    tokens_BT = torch.randint(model.config.vocab_size, (2, 48), device=CUDA)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(tokens_BT), reference.eval()(tokens_BT), atol=5e-2, rtol=5e-2)
 
 
 def test_blocks_are_whole_graphs_that_serve_all_documents():

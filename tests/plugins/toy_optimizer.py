@@ -9,6 +9,7 @@ from torch import nn
 
 import swamla
 from swamla.errors import require
+from swamla.model import ParameterSpec
 from swamla.train.optim import NamedOptimizer, OptimizerConfig, StateTensor, decay_groups, named_parameters
 
 
@@ -32,6 +33,6 @@ class ToySGDConfig(OptimizerConfig):
         sgd = torch.optim.SGD(decay_groups(parameters, weight_decay), lr=lr, momentum=self.momentum)
         return NamedOptimizer([sgd], parameters, self.state_specs)
 
-    def state_specs(self, name: str, shape: tuple[int, ...]) -> Mapping[str, StateTensor]:
+    def state_specs(self, parameter: ParameterSpec) -> Mapping[str, StateTensor]:
         """One moment a parameter."""
-        return {"momentum_buffer": StateTensor(shape)}
+        return {"momentum_buffer": StateTensor(parameter.shape)}

@@ -18,7 +18,8 @@ from swamla.inference.decoding import Decoder
 from swamla.model.block import BlockConfig
 from swamla.model.ffns.moe import MoEConfig
 from swamla.ops.layout import PADDING, Layout
-from swamla.train.compile import compile_blocks
+from swamla.train import compile as compiling
+from swamla.train.compile import compile_blocks, resolve_compile
 
 from .helpers import MIXERS, held_out, losses, model_of, run, tiny_config, weights
 from .test_resume import digests, stop_after
@@ -137,7 +138,7 @@ def feed_gradients(block, x):
     block.zero_grad()
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, statistics = block.trained.feed(x, Layout.one_document_per_row(*x.shape[:2]))
+        _, statistics = block.functions.feed(x, Layout.one_document_per_row(*x.shape[:2]))
     statistics["loss"].backward()
     return {"x": x.grad, "router": block.ffn.router.weight.grad.clone(), "norm": block.ffn_norm.weight.grad.clone()}
 
@@ -202,3 +203,33 @@ def test_without_a_compiler_the_error_says_what_to_install(monkeypatch):
 def test_who_compiles_nothing_does_not_load_the_compiler():
     code = "import sys, swamla.model, swamla.train; assert 'torch._inductor.compile_fx' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_auto_compiles_on_a_gpu_with_triton_and_nowhere_else(monkeypatch):
+    cuda = torch.device("cuda")
+    for triton in (object(), None):
+        monkeypatch.setattr(compiling, "find_spec", lambda name, triton=triton: {"triton": triton}[name])
+        assert resolve_compile("auto", cuda) == ("default" if triton else "none")
+        assert resolve_compile("auto", CPU) == "none"
+        for mode in ("none", "default", "reduce-overhead", "max-autotune"):
+            assert resolve_compile(mode, cuda) == resolve_compile(mode, CPU) == mode
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_evaluation_runs_compiled_on_a_gpu_alone(monkeypatch, device):
+    called = []
+
+    def compiled(function, **options):
+        return lambda *inputs: [called.append(function.__name__), function(*inputs)][1]
+
+    monkeypatch.setattr(compiling, "_require_compiler", lambda *_: None)
+    monkeypatch.setattr(torch, "compile", compiled)
+    model = hybrid().build().train()
+    compile_blocks(model, "default", torch.device(device))
+    tokens_BT = torch.randint(model.config.vocab_size, (2, 16))
+    with torch.no_grad():
+        model(tokens_BT)
+    assert called == (["whole"] * len(model.blocks) if device == "cuda" else [])
+    called.clear()
+    model(tokens_BT)
+    assert called == ["whole"] * len(model.blocks)

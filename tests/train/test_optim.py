@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from swamla.errors import CorruptError
+from swamla.model import ParameterSpec
 from swamla.train.optim import AdamWConfig, LionConfig, Muon, MuonConfig
 from swamla.train.optim import muon as muon_module
 from swamla.train.optim.muon import is_hidden, orthogonalise
@@ -118,11 +119,11 @@ def test_orthogonalised_matrices_have_singular_values_near_one():
 
 def test_muon_takes_the_matrices_inside_the_blocks_and_adamw_the_rest():
     model = tiny_model()
-    taken = {name for name, p in model.named_parameters() if is_hidden(name, p.shape)}
+    taken = {name for name, p in model.named_parameters() if is_hidden(ParameterSpec(name, p.shape))}
     assert taken == {n for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2}
-    assert not is_hidden("embedding.weight", (512, 16))
-    assert not is_hidden("head.weight", (512, 16))
-    assert not is_hidden("blocks.0.mixer.conv_weight", (64, 4))
+    assert not is_hidden(ParameterSpec("embedding.weight", (512, 16)))
+    assert not is_hidden(ParameterSpec("head.weight", (512, 16)))
+    assert not is_hidden(ParameterSpec("blocks.0.mixer.conv_weight", (64, 4)))
     optimizer = MuonConfig().build(model, lr=1e-3, weight_decay=0.1)
     owned = [p for part in optimizer.optimizers for group in part.param_groups for p in group["params"]]
     assert len(owned) == len(set(owned)) == len(list(model.parameters()))

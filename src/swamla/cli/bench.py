@@ -24,6 +24,7 @@ from swamla.cli.run_config import explain_recipe, read_recipe, with_vocabulary
 from swamla.errors import Interrupted, SwamlaError, UsageError
 from swamla.model.accounting import count_parameters
 from swamla.train.backends import describe, resolve_backends
+from swamla.train.compile import resolve_compile
 from swamla.train.paths import fastest_paths
 from swamla.train.precision import measured_precision, resolve_device, resolve_precision
 
@@ -121,7 +122,7 @@ def _measure(recipe: str, wanted: Wanted, results: _Shown, seconds: float, conso
             "device": wanted.device.type,
             "backends": backends,
             "optimizer": config.train.optimizer.kind,
-            "compile": config.train.compile,
+            "compile": resolve_compile(config.train.compile, wanted.device),
             "checkpointing": config.train.checkpointing,
         }
     ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from swamla.errors import MissingBackendError, UsageError
 from swamla.inference.sampling import Sampling
+from swamla.model.ffns.experts import Experts
 from swamla.model.language_model import LanguageModel
 from swamla.model.state import ModelState
 from swamla.ops.int8 import Int8Matrix
@@ -256,10 +257,10 @@ class CudaGraphs:
 
 def check_recordable(model: nn.Module) -> None:
     """Raise `UsageError` for experts whose products need a loop, which reads their number of rows from the device."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 3 and parameter.dtype != torch.bfloat16:
+    for name, module in model.named_modules():
+        if isinstance(module, Experts) and module.down.dtype != torch.bfloat16:
             raise UsageError(
-                f'decoding = "graph": {name} are experts in {parameter.dtype}, which CUDA multiplies without a graph '
+                f'decoding = "graph": {name} are in {module.down.dtype}, which CUDA multiplies without a graph '
                 'only: use "eager", or the model in bfloat16'
             )
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from swamla.exports import lazy_exports
 
 if TYPE_CHECKING:
+    from swamla.model.accounting import ParameterSpec as ParameterSpec
     from swamla.model.accounting import count_parameters as count_parameters
     from swamla.model.accounting import state_bytes as state_bytes
     from swamla.model.accounting import training_flops_per_token as training_flops_per_token

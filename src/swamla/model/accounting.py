@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -101,13 +102,21 @@ def all_mha_state_bytes(config: LanguageModelConfig, length: int, *, batch: int 
     return batch * config.depth * 2 * config.width * length * element_bytes
 
 
-def parameter_shapes(config: LanguageModelConfig) -> list[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every parameter of the model, a tied head's once."""
+class ParameterSpec(NamedTuple):
+    """A parameter's name and full shape. vectors: whether it is a set of vectors, see `MixerConfig.vectors`."""
+
+    name: str
+    shape: tuple[int, ...]
+    vectors: bool = False
+
+
+def parameter_specs(config: LanguageModelConfig) -> list[ParameterSpec]:
+    """Every parameter of the model, a tied head's once."""
     import torch
 
     with torch.device("meta"):
         model = config.build()
-    return [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    return [ParameterSpec(name, tuple(p.shape), name in config.vectors) for name, p in model.named_parameters()]
 
 
 def activation_bytes(
@@ -150,10 +159,12 @@ def _kept_numbers(block: BlockConfig, width: int) -> tuple[float, float]:
     """How many numbers the matrices of the mixer and of the FFN read and write for a token."""
     import torch
 
+    from swamla.model.ffns.experts import Experts
+
     with torch.device("meta"):
         mixer, ffn = block.mixer.build(width), block.ffn.build(width)
     used = 1.0  # of the experts
-    stacked = [p for p in ffn.parameters() if p.ndim == 3]
+    stacked = [p for module in ffn.modules() if isinstance(module, Experts) for p in module.parameters()]
     if stacked:
         unused = block.ffn.n_parameters(width) - block.ffn.n_active_parameters(width)
         used = stacked[0].shape[0] * (1 - unused / sum(p.numel() for p in stacked))
@@ -164,6 +175,8 @@ def _kept_numbers(block: BlockConfig, width: int) -> tuple[float, float]:
 
 
 def _matrix_weights(config: LanguageModelConfig) -> int:
-    shapes = parameter_shapes(config)
-    sizes = [(name, shape) for name, shape in shapes if len(shape) >= 2 and name.startswith("blocks.")]
-    return sum(math.prod(shape) for _, shape in sizes)
+    return sum(
+        math.prod(spec.shape)
+        for spec in parameter_specs(config)
+        if len(spec.shape) >= 2 and spec.name.startswith("blocks.")
+    )

@@ -1,7 +1,6 @@
 """One layer: a sequence mixer, then an FFN, each preceded by a norm and added to the residual stream."""
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +14,6 @@ from swamla.model.ffns.ffn import FFN, FFNConfig, Statistics
 from swamla.model.mixers.mixer import Mixer, MixerConfig, State
 from swamla.model.norm import NormConfig
 from swamla.ops.layout import Layout
-from swamla.registry import members_of
 
 Checkpointing = Literal["none", "attention", "ffn", "all"]
 
@@ -31,22 +29,19 @@ class BlockConfig:
         """The module."""
         return Block(self, width, norm, dropout)
 
-
-def is_vectors(name: str) -> bool:
-    """True for a parameter ("blocks.2.ffn.router.weight") that its mixer or FFN lists in `vectors`."""
-    found = re.fullmatch(r"blocks\.\d+\.(mixer|ffn)\.(.+)", name)
-    if found is None:
-        return False
-    configs: Iterable[Any] = members_of(MixerConfig if found[1] == "mixer" else FFNConfig).values()
-    return any(found[2] in config.vectors for config in configs)
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """Parameters of the block that its mixer or FFN lists in `vectors`, e.g. "ffn.router.weight"."""
+        return (*(f"mixer.{name}" for name in self.mixer.vectors), *(f"ffn.{name}" for name in self.ffn.vectors))
 
 
 class BlockFunctions(NamedTuple):
-    """The functions that a block calls in training: its own methods, or compiled versions of them."""
+    """The functions that a block calls: its own methods, or compiled versions of them. evaluated: without gradients."""
 
     whole: Callable[[Tensor, Layout], tuple[Tensor, Statistics]]
     mix: Callable[[Tensor, Layout], Tensor]
     feed: Callable[[Tensor, Layout], tuple[Tensor, Statistics]]
+    evaluated: Callable[[Tensor, Layout], tuple[Tensor, Statistics]]
 
 
 class Block(nn.Module):
@@ -64,13 +59,13 @@ class Block(nn.Module):
         self.mixer: Mixer = config.mixer.build(width)
         self.ffn_norm = norm.build(width)
         self.ffn: FFN = config.ffn.build(width)
-        self.trained = BlockFunctions(self.whole, self.mix, self.feed)
+        self.functions = BlockFunctions(self.whole, self.mix, self.feed, evaluated=self.whole)
 
     def forward(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
         """(B, T, D) → (B, T, D) and the FFN's statistics."""
+        whole, mix, feed, evaluated = self.functions
         if not torch.is_grad_enabled():
-            return self.whole(x_BTD, seq)
-        whole, mix, feed = self.trained
+            return evaluated(x_BTD, seq)
         if self.checkpointing == "none":
             return whole(x_BTD, seq)
         if self.checkpointing == "all":

@@ -72,6 +72,11 @@ class LanguageModelConfig:
         """The block of every layer, bottom first."""
         return tuple(self.blocks[name] for name in self.pattern)
 
+    @property
+    def vectors(self) -> frozenset[str]:
+        """Names of the parameters that are sets of vectors (see `MixerConfig.vectors`)."""
+        return frozenset(f"blocks.{n}.{name}" for n, block in enumerate(self.layers) for name in block.vectors)
+
     def with_backends(self, paths: Mapping[str, str]) -> "LanguageModelConfig":
         """The same model with `paths` (block → backend) as the backends of mixers whose own is "auto"."""
         blocks = {

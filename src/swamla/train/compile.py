@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Literal, TypeVar
 
 import torch
@@ -13,15 +14,23 @@ from swamla.model.language_model import LanguageModel
 from swamla.ops.layout import Layout
 
 T = TypeVar("T")
-Compile = Literal["none", "default", "reduce-overhead", "max-autotune"]
+Compile = Literal["auto", "none", "default", "reduce-overhead", "max-autotune"]
+
+
+def resolve_compile(mode: Compile, device: torch.device) -> Compile:
+    """The mode that a name means on a device: "auto" is "default" on CUDA where Triton is installed, else "none"."""
+    if mode != "auto":
+        return mode
+    return "default" if device.type == "cuda" and find_spec("triton") else "none"
 
 
 def compile_blocks(model: LanguageModel, mode: Compile, device: torch.device) -> str:
     """Compile what training runs of every block, and say so; parameters and their names stay as they are.
 
     Graphs end before the ops that are `outside_graphs` and begin anew behind them: on a CPU two in a mixer and two in a
-    mixture of experts, on a GPU only backends that its own are not. Without gradients a block runs uncompiled. Dropout
-    draws the numbers that it draws uncompiled. Raises `MissingBackendError` where the machine cannot compile.
+    mixture of experts, on a GPU only backends that its own are not. Evaluation runs compiled on a GPU; on a CPU, where
+    compiling takes longer than an evaluation gains, uncompiled. Dropout draws the numbers that it draws uncompiled.
+    Raises `MissingBackendError` where the machine cannot compile.
     """
     _require_compiler(mode, device)
     # A graph for each kind of block and each shape, of which a curriculum has several. Graphs that serve many shapes
@@ -32,12 +41,13 @@ def compile_blocks(model: LanguageModel, mode: Compile, device: torch.device) ->
     torch._functorch.config.backward_pass_autocast = "off"
     options = {**torch._inductor.list_mode_options(mode), "fallback_random": True}
     for config, block in zip(model.config.layers, model.blocks, strict=True):
-        whole, mix, feed = block.trained
         prepare = partial(config.mixer.prepare, width=model.config.width)
-        block.trained = BlockFunctions(
-            _prepared(torch.compile(whole, dynamic=False, options=options), prepare),
-            _prepared(torch.compile(mix, dynamic=False, options=options), prepare),
-            torch.compile(feed, dynamic=False, options=options),
+        whole = _prepared(torch.compile(block.whole, dynamic=False, options=options), prepare)
+        block.functions = BlockFunctions(
+            whole=whole,
+            mix=_prepared(torch.compile(block.mix, dynamic=False, options=options), prepare),
+            feed=torch.compile(block.feed, dynamic=False, options=options),
+            evaluated=block.whole if device.type == "cpu" else whole,
         )
     return f"compile: {mode}, block by block; the first steps wait for it"
 

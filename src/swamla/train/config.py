@@ -77,8 +77,8 @@ class TrainConfig:
         besides multiplies the large matrices in fp8, by torchao; "auto" never chooses it.
     checkpointing: what is computed again in the backward pass instead of being kept, which saves memory and changes no
         number: "none", "attention" (the mixers), "ffn" or "all" (whole blocks).
-    compile: "none", or a mode of torch.compile: "default", "reduce-overhead" (CUDA graphs) or "max-autotune". Made
-        for GPUs: on two busy CPU cores the first step of quickstart's model waited 70 s for it.
+    compile: "none", or a mode of torch.compile: "default", "reduce-overhead" (CUDA graphs) or "max-autotune". "auto"
+        is "default" on a GPU and "none" on a CPU, where the first step of quickstart's model waited 70 s for it.
     parallel: how the processes that torchrun starts share the work: "ddp", each with the whole model; "fsdp", each with
         a part of it; "hsdp", copies each in `shards` parts. "auto" is ddp, and plain training in one process.
     shards: processes that hold a copy together in hsdp; by default those of one machine.
@@ -129,7 +129,7 @@ class TrainConfig:
     seed: int = 0
     precision: Precision = "auto"
     checkpointing: Checkpointing = "none"
-    compile: Compile = "none"
+    compile: Compile = "auto"
     parallel: Asked = "auto"
     shards: int | None = None
     expert_parallel: int = 1

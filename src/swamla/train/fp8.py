@@ -3,13 +3,13 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
 
 from swamla.errors import MissingBackendError
-from swamla.model.block import is_vectors
+from swamla.model.language_model import LanguageModel
 
 NEEDED = "precision = fp8 needs torchao: pip install 'swamla[fp8]'"
 # What a product must have to win more than casts cost. An H200 does about 790 TFLOP/s in bf16 and 4 TB/s, so that by
@@ -18,15 +18,18 @@ SHORTEST_SIDE = 512
 NARROW_OUTPUT, WIDE_INPUT = 1024, 4096
 
 
-def suits_fp8(name: str, linear: nn.Linear) -> bool:
-    """True for a matrix whose products gain from fp8, and whose errors do no harm: not right before probabilities."""
+def suits_fp8(name: str, linear: nn.Linear, vectors: Collection[str]) -> bool:
+    """True for a matrix whose products gain from fp8, and whose errors do no harm: not right before probabilities.
+
+    vectors: names of the model's parameters that are sets of vectors.
+    """
     inputs, outputs = linear.in_features, linear.out_features
-    if name == "head" or is_vectors(f"{name}.weight") or inputs % 16 or outputs % 16:
+    if name == "head" or f"{name}.weight" in vectors or inputs % 16 or outputs % 16:
         return False
     return min(inputs, outputs) >= SHORTEST_SIDE and (outputs > NARROW_OUTPUT or inputs > WIDE_INPUT)
 
 
-def convert_to_fp8(model: nn.Module, device: torch.device) -> str:
+def convert_to_fp8(model: LanguageModel, device: torch.device) -> str:
     """Let the linear layers that suit it multiply in fp8, forward and backward; returns what was done, for people.
 
     Weights, their names and checkpoints stay as they are, and everything but these layers runs as in bf16. Without
@@ -46,7 +49,7 @@ def convert_to_fp8(model: nn.Module, device: torch.device) -> str:
         logging.disable(level)
 
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    suiting = {name for name, linear in linears.items() if suits_fp8(name, linear)}
+    suiting = {name for name, linear in linears.items() if suits_fp8(name, linear, model.config.vectors)}
     config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)  # any number of tokens, not multiples of 16 alone
     convert_to_float8_training(model, config=config, module_filter_fn=lambda module, name: name in suiting)
     said = f"fp8: {len(suiting)} of {len(linears)} linear layers{' (emulated: no faster)' if emulate else ''}"

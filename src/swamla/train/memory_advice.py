@@ -9,7 +9,7 @@ import torch
 
 from swamla import distributed
 from swamla.errors import OutOfMemory, is_out_of_memory
-from swamla.model.accounting import activation_bytes, count_parameters, parameter_shapes
+from swamla.model.accounting import activation_bytes, count_parameters, parameter_specs
 from swamla.train.config import RunConfig
 from swamla.train.precision import Chosen, has_bf16
 from swamla.train.state import TrainState
@@ -44,7 +44,7 @@ def training_bytes(config: RunConfig, place: Place) -> dict[str, int]:
     return {
         "weights": weights // parts,
         "gradients": gradients,
-        "optimizer_state": train.optimizer.state_bytes(parameter_shapes(config.model)) // parts,
+        "optimizer_state": train.optimizer.state_bytes(parameter_specs(config.model)) // parts,
         "averaged_weights": weights // parts if train.ema is not None else 0,
         "activations_estimate": activation_bytes(
             config.model,

@@ -31,7 +31,7 @@ from swamla.model.language_model import LanguageModel
 from swamla.train.backends import resolve_backends
 from swamla.train.changes import check_horizon, check_same_run, config_of, measure, told
 from swamla.train.claims import Claim, claim_new, claim_run, is_unsaved, remove_unsaved
-from swamla.train.compile import compile_blocks
+from swamla.train.compile import compile_blocks, resolve_compile
 from swamla.train.config import RunConfig, TrainConfig
 from swamla.train.ema import WeightAverage
 from swamla.train.fp8 import convert_to_fp8
@@ -165,8 +165,11 @@ def fresh_state(
         notes.append(describe(initialized_from))
     if (described := strategy.describe()) is not None:
         notes.append(described)
-    if train.compile != "none":
-        notes.append(compile_blocks(model, train.compile, device))
+    compiling = resolve_compile(train.compile, device)
+    if compiling != "none":
+        notes.append(compile_blocks(model, compiling, device))
+    elif train.compile == "auto" and device.type == "cuda":
+        notes.append("compile: none, as Triton is not installed: pip install triton")
     elif precision == "fp8" and device.type == "cuda":
         notes.append("fp8 without compile: its casts run one by one, and may cost more than its products save")
     return TrainState(

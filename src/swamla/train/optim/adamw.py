@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla.errors import require
+from swamla.model.accounting import ParameterSpec
 from swamla.registry import register
 from swamla.train.optim.elementwise import Chunk, Elementwise, coarser_moments, require_whole
 from swamla.train.optim.moments import Moments
@@ -16,7 +17,6 @@ from swamla.train.optim.named import (
     NamedOptimizer,
     NamedParameters,
     OptimizerConfig,
-    Shape,
     StateTensor,
     decay_groups,
     named_parameters,
@@ -54,9 +54,9 @@ class AdamWConfig(OptimizerConfig):
             adamw = AdamW(groups, lr=lr, betas=self.betas, eps=self.eps, moments=self.moments)
         return NamedOptimizer([adamw], parameters, self.state_specs)
 
-    def state_specs(self, name: str, shape: Shape) -> Mapping[str, StateTensor]:
+    def state_specs(self, parameter: ParameterSpec) -> Mapping[str, StateTensor]:
         """Both moments and the number of updates."""
-        return AdamW.state_specs(shape, self.moments)
+        return AdamW.state_specs(parameter.shape, self.moments)
 
     def coarser(self) -> Iterator[tuple[str, Self]]:
         """Both moments in fewer bits."""

@@ -7,11 +7,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from swamla.model.accounting import ParameterSpec
 from swamla.registry import register
 from swamla.train.optim.adamw import check_betas
 from swamla.train.optim.elementwise import Chunk, Elementwise, coarser_moments, require_whole
 from swamla.train.optim.moments import Moments
-from swamla.train.optim.named import NamedOptimizer, OptimizerConfig, Shape, StateTensor, decay_groups, named_parameters
+from swamla.train.optim.named import NamedOptimizer, OptimizerConfig, StateTensor, decay_groups, named_parameters
 from swamla.train.precision import Chosen
 
 
@@ -40,9 +41,9 @@ class LionConfig(OptimizerConfig):
         lion = Lion(decay_groups(parameters, weight_decay), lr=lr, betas=self.betas, moments=self.moments)
         return NamedOptimizer([lion], parameters, self.state_specs)
 
-    def state_specs(self, name: str, shape: Shape) -> Mapping[str, StateTensor]:
+    def state_specs(self, parameter: ParameterSpec) -> Mapping[str, StateTensor]:
         """The moment, and for stochastic rounding the number of updates."""
-        return Lion.state_specs(shape, self.moments)
+        return Lion.state_specs(parameter.shape, self.moments)
 
     def coarser(self) -> Iterator[tuple[str, Self]]:
         """The moment in fewer bits."""

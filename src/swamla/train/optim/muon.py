@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from swamla import distributed
 from swamla.errors import require
-from swamla.model.block import is_vectors
+from swamla.model.accounting import ParameterSpec
 from swamla.registry import register
 from swamla.train.optim.adamw import AdamWConfig, check_adam, fused_adamw
 from swamla.train.optim.named import (
     EMBEDDINGS,
     NamedOptimizer,
     OptimizerConfig,
-    Shape,
     StateTensor,
     named_parameters,
 )
@@ -56,8 +55,8 @@ class MuonConfig(OptimizerConfig):
     def build(self, model: nn.Module, *, lr: float, weight_decay: float, precision: Chosen = "fp32") -> NamedOptimizer:
         """The optimizer of all trainable parameters of `model`."""
         parameters = named_parameters(model)
-        hidden = [trained for trained in parameters if is_hidden(trained.name, trained.shape)]
-        others = [trained for trained in parameters if not is_hidden(trained.name, trained.shape)]
+        hidden = [trained for trained in parameters if is_hidden(trained.spec)]
+        others = [trained for trained in parameters if not is_hidden(trained.spec)]
         optimizers: list[torch.optim.Optimizer] = []
         if others:
             optimizers.append(fused_adamw(others, lr, weight_decay, self.betas, self.eps))
@@ -68,22 +67,21 @@ class MuonConfig(OptimizerConfig):
             optimizers.append(Muon(list(wholes), lr=lr, weight_decay=weight_decay, dtype=dtype, **settings))
         return NamedOptimizer(optimizers, parameters, self.state_specs)
 
-    def state_specs(self, name: str, shape: Shape) -> Mapping[str, StateTensor]:
+    def state_specs(self, parameter: ParameterSpec) -> Mapping[str, StateTensor]:
         """The momentum of hidden matrices, AdamW's state for the rest."""
-        return (
-            {"momentum_buffer": StateTensor(shape)}
-            if is_hidden(name, shape)
-            else AdamWConfig().state_specs(name, shape)
-        )
+        if is_hidden(parameter):
+            return {"momentum_buffer": StateTensor(parameter.shape)}
+        return AdamWConfig().state_specs(parameter)
 
 
-def is_hidden(name: str, shape: Sequence[int]) -> bool:
+def is_hidden(parameter: ParameterSpec) -> bool:
     """True for a matrix, or a stack of experts' matrices, that maps activations to activations.
 
     False for routers, whose rows are one vector per expert, for filters of convolutions, and for matrices with a side
     of 8 or less.
     """
-    return len(shape) in (2, 3) and min(shape[-2:]) > 8 and name not in NOT_HIDDEN and not is_vectors(name)
+    name, shape, vectors = parameter
+    return len(shape) in (2, 3) and min(shape[-2:]) > 8 and name not in NOT_HIDDEN and not vectors
 
 
 @dataclass(frozen=True)

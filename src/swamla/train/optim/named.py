@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from swamla import distributed
 from swamla.errors import CorruptError
+from swamla.model.accounting import ParameterSpec
+from swamla.model.language_model import LanguageModel
 from swamla.registry import Registered
 from swamla.train.precision import Chosen
 
@@ -41,17 +43,23 @@ class Trained:
     """A parameter and what an optimizer updates of it.
 
     parameter: the model's, of full shape.  local: this rank's shard as a plain parameter that shares its memory; the
-    parameter itself if it is not sharded.
+    parameter itself if it is not sharded.  vectors: whether it is a set of vectors, see `MixerConfig.vectors`.
     """
 
     name: str
     parameter: nn.Parameter
     local: nn.Parameter
+    vectors: bool
 
     @property
     def shape(self) -> Shape:
         """The full shape."""
         return tuple(self.parameter.shape)
+
+    @property
+    def spec(self) -> ParameterSpec:
+        """What can be known of it before it exists."""
+        return ParameterSpec(self.name, self.shape, self.vectors)
 
     def attach(self) -> None:
         """Point `local` to the current weights and gradient."""
@@ -66,7 +74,7 @@ class Trained:
 
 
 NamedParameters = list[Trained]
-StateSpecs = Callable[[str, Shape], Mapping[str, StateTensor]]
+StateSpecs = Callable[[ParameterSpec], Mapping[str, StateTensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,21 +91,22 @@ class OptimizerConfig(Registered, home="swamla.train.optim"):
         """
 
     @abstractmethod
-    def state_specs(self, name: str, shape: Shape) -> Mapping[str, StateTensor]:
-        """The optimizer state of a parameter of this name and shape, after its first update."""
+    def state_specs(self, parameter: ParameterSpec) -> Mapping[str, StateTensor]:
+        """The optimizer state of a parameter, after its first update."""
 
     def coarser(self) -> Iterator[tuple[str, Self]]:
         """Flags that reduce the optimizer state, each with the resulting config; none by default."""
         return iter(())
 
-    def state_bytes(self, parameters: Iterable[tuple[str, Sequence[int]]]) -> int:
-        """Bytes of the state of parameters with these names and shapes, each tensor's 4-byte step counter included."""
-        return sum(spec.nbytes for name, shape in parameters for spec in self.state_specs(name, tuple(shape)).values())
+    def state_bytes(self, parameters: Iterable[ParameterSpec]) -> int:
+        """Bytes of the state of these parameters, each tensor's 4-byte step counter included."""
+        return sum(state.nbytes for parameter in parameters for state in self.state_specs(parameter).values())
 
 
 def named_parameters(model: nn.Module) -> NamedParameters:
     """The trainable parameters of a model, each once."""
-    return [Trained(name, p, _local(p)) for name, p in model.named_parameters() if p.requires_grad]
+    vectors = model.config.vectors if isinstance(model, LanguageModel) else frozenset()
+    return [Trained(name, p, _local(p), name in vectors) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def _local(p: nn.Parameter) -> nn.Parameter:
@@ -124,7 +133,7 @@ def decay_groups(parameters: NamedParameters, weight_decay: float) -> list[dict[
 class NamedOptimizer:
     """Several torch optimizers, each parameter in one of them, used as one.
 
-    state_specs: the tensors of a parameter's state, by its name and shape.
+    state_specs: the tensors of a parameter's state.
     """
 
     def __init__(
@@ -181,7 +190,7 @@ class NamedOptimizer:
         self._check_complete(by_name, set(stateless), origin)
         for trained in self._trained.values():
             if trained.name in by_name:
-                expected = self._state_specs(trained.name, trained.shape)
+                expected = self._state_specs(trained.spec)
                 _check_fits(f"{origin}: {trained.name}", by_name[trained.name], expected)
         for optimizer in self.optimizers:
             for p in (p for group in optimizer.param_groups for p in group["params"]):
