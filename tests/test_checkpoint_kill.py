@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from swamla.checkpoint import Saver, best_step, latest_checkpoint, load_checkpoint, step_name
 
+torch.set_num_threads(1)  # a child forked after OpenMP has started its threads hangs at the first parallel loop
 directory, background, rng = Path(sys.argv[1]), sys.argv[2] == "background", random.Random(0)
 
 def save_for_ever(step):

@@ -7,28 +7,36 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from swamla.config import choices_of, from_plain, to_plain
+from swamla.data.config import DataConfig
 from swamla.data.reading import Notes
-from swamla.data.sources import Source
-from swamla.errors import ConfigError
+from swamla.data.sources import Entry, Files, Hub, Source
+from swamla.errors import ConfigError, UsageError
+from swamla.inference.decoding import check_recordable
 from swamla.model import (
     BlockConfig,
     DenseConfig,
     FFNConfig,
+    LanguageModel,
     LanguageModelConfig,
     MHAConfig,
+    Mixer,
     MixerConfig,
     NormConfig,
     RMSNormConfig,
     SWAConfig,
 )
+from swamla.model.accounting import parameter_specs
 from swamla.registry import Registered, members_of, plugin_of, register
 from swamla.train.changes import _leaves
 from swamla.train.config import TrainConfig
 from swamla.train.optim import AdamWConfig, OptimizerConfig
-from tests.model.helpers import FFNS, MIXERS
+from tests.model.helpers import FFNS, MIXERS, NORMS
 from tests.toys import FAMILIES, TOYS, registered
+from tests.train.helpers import MIXERS as TRAINED_MIXERS
+from tests.train.helpers import OPTIMIZERS
 
 KINDS = {
     MixerConfig: {"gdn", "latent", "mha", "mla", "swa"},
@@ -84,6 +92,9 @@ def test_each_family_family_has_its_members_by_kind(family: type[Registered]) ->
 def test_the_tests_of_the_contract_run_over_all_that_is_registered(toys: None) -> None:
     assert {config.kind for config in MIXERS.values()} == set(members_of(MixerConfig))
     assert {config.kind for config in FFNS.values()} == set(members_of(FFNConfig))
+    assert {config.kind for config in NORMS.values()} == set(members_of(NormConfig))
+    assert {config.kind for config in OPTIMIZERS.values()} == set(members_of(OptimizerConfig))
+    assert {config.kind for config in TRAINED_MIXERS.values()} == set(members_of(MixerConfig))
 
 
 def test_what_is_registered_later_appears_in_choices_that_were_asked_for_before() -> None:
@@ -274,3 +285,86 @@ def test_a_class_that_is_defined_once_more_takes_the_place_of_the_one_before(as_
     second = define(2.0)
     assert members_of(NormConfig)["again"] is second
     assert DenseConfig.kind not in members_of(NormConfig)
+
+
+def test_what_is_loaded_beside_a_model_changes_nothing_of_how_it_is_trained(as_before: None) -> None:
+    """A plugin's FFN whose down_proj is a set of vectors, which no block uses."""
+    model = LanguageModelConfig(
+        vocab_size=31,
+        width=32,
+        blocks={"a": BlockConfig(mixer=MIXERS["gdn"], ffn=FFNS["moe"]), "b": BlockConfig(mixer=MIXERS["mha"])},
+        pattern=("a", "b", "a"),
+    )
+    before = parameter_specs(model)
+    assert {spec.name for spec in before if spec.vectors} == {
+        f"blocks.{layer}.{name}" for layer in (0, 2) for name in ("mixer.conv_weight", "ffn.router.weight")
+    }
+
+    @register
+    @dataclass(frozen=True, kw_only=True)
+    class Vectors(DenseConfig):
+        kind: ClassVar[str] = "vectors"
+        vectors: ClassVar[tuple[str, ...]] = ("down_proj.weight",)
+
+    assert parameter_specs(model) == before
+    used = parameter_specs(replace(model, blocks=model.blocks | {"b": BlockConfig(mixer=MIXERS["mha"], ffn=Vectors())}))
+    assert {spec.name for spec in used if spec.vectors} - {spec.name for spec in before if spec.vectors} == {
+        "blocks.1.ffn.down_proj.weight"
+    }
+
+
+class Conv(Mixer[Any]):
+    """A projection and a filter of three dimensions, by other names than ours."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv1d(width, width, 4, groups=width)
+        self.out = torch.nn.Linear(width, width, bias=False)
+
+    def forward(self, x_BTD: Any, seq: Any) -> Any: ...
+
+    def init_state(self, batch: int, max_len: int, *, dtype: Any, device: Any) -> Any: ...
+
+    def step(self, x_BTD: Any, state: Any, seq: Any) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvConfig(type(TOYS["toy"]())):  # type: ignore[misc]
+    kind: ClassVar[str] = "conv"
+
+    def build(self, width: int) -> Conv:
+        return Conv(width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedConvConfig(ConvConfig):
+    kind: ClassVar[str] = "named_conv"
+    outputs: ClassVar[tuple[str, ...]] = ("out.weight",)
+
+
+def test_a_mixer_without_the_outputs_that_it_names_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"conv: `outputs` names no parameter of its module: o_proj.weight; it has "):
+        BlockConfig(mixer=ConvConfig()).build(32, RMSNormConfig(), 0.0)
+    assert BlockConfig(mixer=NamedConvConfig()).build(32, RMSNormConfig(), 0.0).mixer
+
+
+def test_a_parameter_of_three_dimensions_is_no_expert_by_that() -> None:
+    blocks = {"a": BlockConfig(mixer=NamedConvConfig())}
+    config = LanguageModelConfig(vocab_size=31, width=32, blocks=blocks, pattern=("a",))
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    check_recordable(model)
+    with torch.device("meta"):
+        experts = LanguageModel(replace(config, blocks={"a": replace(blocks["a"], ffn=FFNS["moe"])}))
+    with pytest.raises(UsageError, match=r"blocks\.0\.ffn\.experts are in torch\.float32"):
+        check_recordable(experts)
+
+
+def test_spans_of_another_source_stay_what_it_made_them() -> None:
+    source = TOYS["toy_text"](name="toy_text")
+    assert source.last_span(Entry("a", "a", 900, ()), (10, 20)) == (10, 20)
+    assert source.pinned(DataConfig(source="toy_text"))
+    files = Files(name="x")
+    assert files.last_span(Entry("a.jsonl", "a", 900, ()), (10, 20)) == (10, 900)
+    assert files.last_span(Entry("a.parquet", "a", 900, ()), (10, 20)) == (10, 20)
+    assert not Hub(name="x").pinned(DataConfig(source="hf:a/b", hub_revision="main"))

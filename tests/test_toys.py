@@ -2,6 +2,7 @@
 runs do."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -102,10 +103,12 @@ def test_it_generates_and_is_evaluated(toys: Path, capsys: pytest.CaptureFixture
 def test_info_draws_and_counts_it(toys: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "run"]) == 0
     shown = capsys.readouterr().out
+    assert ", toy_norm, " in shown
     assert "mixers T S" in shown
     assert "FFNs   q q" in shown
     assert main(["info", "run", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert found["norm"] == {"kind": "toy_norm", "eps": 1e-5}
     counted = found["parameters"]["by_component"]
     assert counted["toy"] == 2 * 32 * 24
     assert counted["toy_ffn"] == 2 * 32 * 48 + 2 * 32 * 64
@@ -124,10 +127,13 @@ def test_info_names_the_source(toys: Path, capsys: pytest.CaptureFixture[str]) -
 def test_doctor_lists_it_and_tries_it(toys: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["auto"]["mixers"][-1] == "toy"
-    assert found["auto"]["ffns"][-1] == "toy_ffn"
-    assert found["auto"]["sources"][-1] == "toy_text"
+    kinds = {family: names[-1] for family, names in found["kinds"].items()}
+    assert list(kinds.values()) == ["toy", "toy_ffn", "toy_norm", "toy_sgd", "toy_text"]
     assert found["ok"]
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert all(re.search(rf"(?m)^{family} .*, {kind}$", shown) for family, kind in kinds.items())
+    assert "the loss falls with each of 4 norms and 4 optimizers" in shown
     tried = tiny_model(torch.device("cpu")).config
     assert {"toy", "swa", "gdn"} <= {block.mixer.kind for block in tried.layers}
     assert {"toy_ffn", "moe", "dense"} <= {block.ffn.kind for block in tried.layers}

@@ -412,7 +412,7 @@ def test_tokenizer_names_are_ours_or_the_hubs(name: str, tokenizer: str) -> None
         ("--pattern mha --use_gated_deltanet", "--local_mixer gdn: no layer of the pattern is local: mha"),
         ("--pattern mla --swa_window 64", "--swa_window 64: no block of the model has the mixer swa"),
         ("--pattern mla --swa_sink_size 4", "--swa_sinks 4: no block of the model has the mixer swa"),
-        ("--local_mixer mha", "--local_mixer mha: must be one of swa, gdn"),
+        ("--local_mixer mha", "--local_mixer mha: is no local kind of mixer; there are: gdn, swa"),
         ("--pattern mha --local_mixer gdn", "--local_mixer gdn: no layer of the pattern is local: mha"),
         ("--hf_repo_id mine", "train.hf_repo_id = 'mine' (--hf_repo_id): must be USER/NAME, e.g. me/first-try"),
         ("--hf_repo_id hf_A1B2C3D4E5F6", "looks like a secret: keep it out of configs"),

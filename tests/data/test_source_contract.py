@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from swamla.data import hub, sources
-from swamla.data.config import DataConfig, WeightedSource, cache_of
+from swamla.data.config import DataConfig, WeightedSource
 from swamla.data.dataset import Dataset
 from swamla.data.preparing import Part, prepare, prepare_part
 from swamla.data.reading import Notes
@@ -57,7 +57,7 @@ def config(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 
 def opened(config: DataConfig) -> Source:
-    return open_source(config, cache_of(config))
+    return open_source(config, config.cache)
 
 
 def several(config: DataConfig) -> bool:
@@ -100,13 +100,13 @@ def test_processes_and_parts_make_of_it_what_one_process_makes(
         pytest.skip("other processes speak to a hub: tests/data/test_hub.py has one")
     by_two = prepare(config, workers=2)
     in_parts = replace(config, cache_dir=str(tmp_path / "parts"))
-    hub.keep_shakespeare(cache_of(in_parts), tmp_path / "files/a.jsonl")
+    hub.keep_shakespeare(in_parts.cache, tmp_path / "files/a.jsonl")
     for number in (1, 2):
         done = prepare_part(in_parts, Part(number, 2), workers=1)
     assert done.dataset is not None
     monkeypatch.setattr(sources, "UNIT_BYTES", 1 << 30)
     whole = replace(config, cache_dir=str(tmp_path / "whole"))
-    hub.keep_shakespeare(cache_of(whole), tmp_path / "files/a.jsonl")
+    hub.keep_shakespeare(whole.cache, tmp_path / "files/a.jsonl")
     assert bytes_of(by_two) == bytes_of(done.dataset) == bytes_of(prepare(whole))
 
 

@@ -17,6 +17,7 @@ from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mixer import Mixer
 from swamla.model.mixers.mla import MLAConfig
 from swamla.model.mixers.swa import SWAConfig
+from swamla.model.norm import DynamicTanhConfig, LayerNormConfig, NormConfig, RMSNormConfig
 from swamla.ops.layout import Layout
 from tests.toys import TOYS
 
@@ -40,6 +41,14 @@ FFNS: dict[str, FFNConfig] = {
     "moe": MoEConfig(n_experts=8, n_activated=3, expert_hidden=16, shared_hidden=24),
     "latent_moe": LatentMoEConfig(n_experts=8, n_activated=3, ratio=4, expert_hidden=16, shared_hidden=24),
     "toy_ffn": TOYS["toy_ffn"](hidden=24),
+}
+
+
+NORMS: dict[str, NormConfig] = {
+    "rmsnorm": RMSNormConfig(),
+    "layernorm": LayerNormConfig(),
+    "dyt": DynamicTanhConfig(),
+    "toy_norm": TOYS["toy_norm"](),
 }
 
 

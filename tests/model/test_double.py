@@ -12,13 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from swamla.model.accounting import state_bytes
-from swamla.model.norm import DynamicTanhConfig, LayerNormConfig, NormConfig, RMSNormConfig
+from swamla.model.norm import NormConfig
 from swamla.model.rope import LinearScaling, RopeConfig, YarnScaling
 from swamla.ops.layout import Layout
 
-from .helpers import FFNS, MIXERS, build_mixer, build_model, hybrid_config, packed, random_input, random_tokens
+from .helpers import FFNS, MIXERS, NORMS, build_mixer, build_model, hybrid_config, packed, random_input, random_tokens
 
-NORMS: list[NormConfig] = [RMSNormConfig(), LayerNormConfig(), DynamicTanhConfig()]
 SCALINGS = [None, LinearScaling(factor=3.0), YarnScaling(factor=7.0, original_length=64)]
 BACKENDS = ["reference", "torch"]
 
@@ -69,7 +68,7 @@ def test_a_mixer_in_double_makes_only_doubles(kind: str, backend: str, scaling: 
     assert all(tensor.dtype == torch.float64 for tensor in state.tensors())
 
 
-@pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.kind)
+@pytest.mark.parametrize("norm", NORMS.values(), ids=lambda norm: norm.kind)
 @pytest.mark.parametrize("ffn", FFNS)
 def test_a_model_in_double_makes_only_doubles_down_to_its_loss_and_gradients(ffn: str, norm: NormConfig) -> None:
     config = hybrid_config("auto", ("gdn", "swa", "mla", "mha", "latent"), ffn)

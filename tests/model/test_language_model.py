@@ -16,10 +16,10 @@ from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mla import MLAConfig
 from swamla.model.mixers.swa import SWAConfig
-from swamla.model.norm import DynamicTanhConfig, LayerNormConfig, NormConfig, RMSNormConfig
+from swamla.model.norm import LayerNormConfig, NormConfig
 from swamla.ops.layout import Layout
 
-from .helpers import MIXERS, WIDTH, assert_close, build_model, gradients_of, hybrid_config, packed, random_tokens
+from .helpers import MIXERS, NORMS, WIDTH, assert_close, build_model, gradients_of, hybrid_config, packed, random_tokens
 
 
 def wide_config(**changes) -> LanguageModelConfig:
@@ -99,11 +99,10 @@ def test_an_untrained_model_knows_nothing() -> None:
     assert total.item() / tokens.numel() == pytest.approx(math.log(31), abs=0.05)
 
 
-NORMS: list[NormConfig] = [RMSNormConfig(), LayerNormConfig(), DynamicTanhConfig()]
 FFNS = [DenseConfig(hidden=24), DenseConfig(activation="gelu", bias=True)]
 
 
-@pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.kind)
+@pytest.mark.parametrize("norm", NORMS.values(), ids=lambda norm: norm.kind)
 @pytest.mark.parametrize("ffn", FFNS, ids=lambda ffn: ffn.activation)
 @pytest.mark.parametrize("tied_head", [True, False])
 def test_every_parameter_gets_a_gradient(norm: NormConfig, ffn: DenseConfig, tied_head: bool) -> None:

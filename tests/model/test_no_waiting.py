@@ -24,6 +24,7 @@ from swamla.ops.gated_delta.cpu import Documents, documents_of
 from swamla.ops.gated_delta.cuda import packing_of
 from swamla.ops.layout import Layout
 from swamla.train.optim import AdamWConfig, LionConfig, MuonConfig
+from tests.toys import TOYS
 
 aten = torch.ops.aten
 READ_BACK = {
@@ -67,6 +68,7 @@ MIXERS = {
     "mla": MLAConfig(n_heads=2, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16),
     "latent": LatentConfig(n_heads=2),
     "gdn": GDNConfig(n_heads=2),
+    "toy": TOYS["toy"](),
 }
 FFNS = {
     "dense": DenseConfig(),

@@ -21,6 +21,7 @@ from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mla import MLAConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.train import RunConfig, TrainConfig, TrainState, train
+from swamla.train.optim import AdamWConfig, LionConfig, MuonConfig, OptimizerConfig
 from swamla.train.tracking.metrics import read_metrics
 from tests.toys import TOYS
 
@@ -32,6 +33,14 @@ MIXERS = {
     "gdn_latent": GDNConfig(n_heads=2, latent_dim=6, share_qk=True),
     "latent": LatentConfig(n_heads=2, bias=True),
     "toy": TOYS["toy"](inner=12),
+}
+
+
+OPTIMIZERS: dict[str, OptimizerConfig] = {
+    "adamw": AdamWConfig(),
+    "lion": LionConfig(),
+    "muon": MuonConfig(),
+    "toy_sgd": TOYS["toy_sgd"](),
 }
 
 

@@ -12,11 +12,10 @@ import torch
 
 from swamla.errors import ConfigError, CorruptError, DataError, Interrupted, UsageError
 from swamla.train import loop as loop_module
-from swamla.train.optim import AdamWConfig, MuonConfig
 from swamla.train.state import generator_states, set_generator_states
 from swamla.train.tracking.metrics import read_metrics
 
-from .helpers import MIXERS, held_out, losses, model_of, run, tiny_config, tiny_dataset, weights
+from .helpers import MIXERS, OPTIMIZERS, held_out, losses, model_of, run, tiny_config, tiny_dataset, weights
 
 
 def stop_after(monkeypatch, step, number=signal.SIGTERM):
@@ -46,10 +45,10 @@ def whole(dataset, tmp_path_factory):
         state = run(tiny_config(accumulation=2, optimizer=optimizer), folder, dataset, evaluate=held_out(dataset))
         return losses(folder), weights(state), state.sample, state.best_loss, digests(folder)
 
-    return {type(o): make(o) for o in (AdamWConfig(), MuonConfig())}
+    return {kind: make(optimizer) for kind, optimizer in OPTIMIZERS.items()}
 
 
-@pytest.mark.parametrize("optimizer", [AdamWConfig(), MuonConfig()])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 @pytest.mark.parametrize("step", [1, 3, 5])
 def test_resumed_losses_samples_and_weights_are_the_uninterrupted_ones(
     tmp_path, monkeypatch, dataset, whole, step, optimizer
@@ -63,7 +62,7 @@ def test_resumed_losses_samples_and_weights_are_the_uninterrupted_ones(
     assert losses(tmp_path / "run")[-1][0] == step
     torch.manual_seed(99), random.seed(99), np.random.seed(99)
     state = run(config, tmp_path / "run", dataset, evaluate=held_out(dataset), resume=True)
-    expected_losses, expected_weights, sample, best, expected_files = whole[type(optimizer)]
+    expected_losses, expected_weights, sample, best, expected_files = whole[optimizer.kind]
     assert losses(tmp_path / "run") == expected_losses
     assert state.sample == sample
     assert state.best_loss == best
@@ -138,7 +137,7 @@ def test_after_a_crash_the_metrics_are_cut_back_to_the_checkpoint(tmp_path, monk
         stream.write('{"step": 6, "lo')  # the line that was being written
     assert losses(tmp_path / "run")[-1][0] == 5
     run(config, tmp_path / "run", dataset, resume=True)
-    assert losses(tmp_path / "run") == whole[AdamWConfig][0]
+    assert losses(tmp_path / "run") == whole["adamw"][0]
 
 
 def test_a_damaged_newest_checkpoint_is_fallen_back_from_and_set_aside(tmp_path, dataset, whole):
@@ -148,7 +147,7 @@ def test_a_damaged_newest_checkpoint_is_fallen_back_from_and_set_aside(tmp_path,
     os.truncate(newest / "optimizer.safetensors", 100)
     with pytest.warns(UserWarning, match=r"step-00000006/optimizer\.safetensors"):
         run(config, tmp_path / "run", dataset, resume=True)
-    assert losses(tmp_path / "run") == whole[AdamWConfig][0]
+    assert losses(tmp_path / "run") == whole["adamw"][0]
     assert (newest.parent / "damaged-step-00000006").is_dir()
 
 
@@ -159,7 +158,7 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_over(tmp_path, dataset
         path.rename(tmp_path / path.name)
     with pytest.warns(UserWarning, match="holds no checkpoint yet"):
         run(config, tmp_path / "run", dataset, resume=True)
-    assert losses(tmp_path / "run") == whole[AdamWConfig][0]
+    assert losses(tmp_path / "run") == whole["adamw"][0]
 
 
 def test_a_run_may_be_prolonged(tmp_path, dataset):

@@ -13,18 +13,21 @@ from swamla.bench.measuring import memory_bytes
 from swamla.cli.console import Console, say
 from swamla.cli.flags import parse
 from swamla.cli.info_tables import short
-from swamla.cli.plain import BLOCK_PARTS
 from swamla.cli.self_check import Outcome, run_checks, tiny_model
 from swamla.data.config import default_cache_dir
 from swamla.data.sources import Source
 from swamla.data.units import available_cores
 from swamla.model.block import BlockConfig
+from swamla.model.ffns.ffn import FFNConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.mha import MHAConfig
+from swamla.model.mixers.mixer import MixerConfig
 from swamla.model.mixers.swa import SWAConfig
+from swamla.model.norm import NormConfig
 from swamla.process import prepared, processor
 from swamla.registry import members_of
 from swamla.train.backends import available, describe, resolve_backends
+from swamla.train.optim import OptimizerConfig
 from swamla.train.paths import fastest_paths
 from swamla.train.precision import has_bf16, measured_precision, resolve_device, resolve_precision
 from swamla.train.racing import Choice, forget_choices, kept_choices
@@ -65,6 +68,7 @@ def main(argv: list[str]) -> int:
         "devices": _devices(),
         "optional": {name: _version(name) for name in OPTIONAL},
         "auto": _choices(device),
+        "kinds": {family: list(members_of(base)) for family, base in _FAMILIES.items()},
         "paths": [asdict(choice) for choice in _paths(device)],
         "backends": available(device),
         "storage": _storage(),
@@ -127,10 +131,16 @@ def _choices(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "precision": precision,
         "backends": resolve_backends(tiny_model(torch.device("cpu")).config, device, precision),
-        "mixers": list(BLOCK_PARTS["mixer"]),
-        "ffns": list(BLOCK_PARTS["ffn"]),
-        "sources": list(members_of(Source)),
     }
+
+
+_FAMILIES = {
+    "mixers": MixerConfig,
+    "FFNs": FFNConfig,
+    "norms": NormConfig,
+    "optimizers": OptimizerConfig,
+    "sources": Source,
+}
 
 
 # Shapes that the doctor measures, besides those that runs have measured: attention of a typical recipe.
@@ -182,6 +192,7 @@ def _show(console: Console, found: dict[str, Any]) -> None:
         ("CUDA", "; ".join(devices) or "no device"),
         *((name, found["optional"][name] or f"missing: pip install 'swamla[{OPTIONAL[name]}]'") for name in OPTIONAL),
         ("auto", f"{chosen['precision']} on {chosen['device']}; {describe(chosen['backends'])}"),
+        *((family, ", ".join(kinds)) for family, kinds in found["kinds"].items()),
         *((op, _available(backends)) for op, backends in found["backends"].items()),
         *(("fastest", _measured(choice)) for choice in found["paths"]),
         ("cache", f"{storage['cache']}, {short(storage['cache_bytes'], 'B')}"),

@@ -92,6 +92,7 @@ def _model(model: LanguageModelConfig) -> dict[str, Any]:
         "vocab_size": model.vocab_size,
         "learned_positions": model.learned_positions,
         "tied_head": model.tied_head,
+        "norm": {"kind": model.norm.kind, **_numbers(model.norm)},
         "pattern": list(model.pattern),
         "blocks": layers,
         "parameters": {
@@ -104,7 +105,7 @@ def _model(model: LanguageModelConfig) -> dict[str, Any]:
 
 
 def _numbers(config: Any) -> dict[str, Any]:
-    """The numbers and switches of a mixer's or FFN's config."""
+    """The numbers and switches of a config."""
     return {name: value for name, value in config.__dict__.items() if isinstance(value, int | float)}
 
 

@@ -12,7 +12,7 @@ from swamla.cli.overrides import apply_flags, data_flags
 from swamla.cli.run_config import locate_beside
 from swamla.cli.running import describe_data, read_data, shown_progress
 from swamla.config import did_you_mean, from_plain, load_file
-from swamla.data.config import DataConfig, cache_of
+from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset
 from swamla.data.hub import keep_shakespeare
 from swamla.data.preparing import Part, prepare_part
@@ -125,7 +125,7 @@ def _run_part(config: DataConfig, part: Part, workers: int | None, console: Cons
 
 def _instead_of_download(config: DataConfig, recipe: str, console: Console) -> DataConfig:
     """`config`, with its file copied to where a later `swamla train` looks before it downloads the text."""
-    if keep_shakespeare(cache_of(config), Path(config.source).expanduser()):
+    if keep_shakespeare(config.cache, Path(config.source).expanduser()):
         return replace(config, source="shakespeare")
     say(console, f"{config.source} is not the text of {recipe}: train on it with --data {config.source}")
     return config

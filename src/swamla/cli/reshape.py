@@ -5,19 +5,19 @@ use), then the kinds of mixer.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from swamla.cli.flags import Flag
 from swamla.cli.plain import BLOCK_PARTS, Plain, choice, is_local, mixer_kind
-from swamla.config import field_types
+from swamla.config import did_you_mean, field_types
 from swamla.errors import UsageError
 
 _HELP: dict[str, tuple[Any, str, str]] = {
     "pattern": (str, "NAMES", 'blocks of the recipe or kinds of mixer, bottom first: "gdn gdn mla"'),
     "local_mixer": (
-        Literal["swa", "gdn"],
-        "",
-        "mixer of local layers: sliding windows or gated DeltaNet",
+        str,
+        "KIND",
+        "mixer of local layers: swa, gdn or another kind whose cost is linear in length",
     ),
     "n_layers": (int, "", "depth, to which the pattern is repeated or cut"),
     "n_heads": (int, "", "heads of every block's mixer"),
@@ -69,6 +69,9 @@ def repeat(pattern: list[str], depth: int) -> list[str]:
 
 def _with_local(kind: str, flag: str, pattern: list[str], blocks: Plain, spare: Plain) -> list[str]:
     """The pattern with every local layer replaced by the block `kind`."""
+    known = [name for name in BLOCK_PARTS["mixer"] if is_local(name)]
+    if kind not in known:
+        raise UsageError(f"{flag}: is no local kind of mixer; {did_you_mean(kind, known)}")
     local = {name for name in pattern if name in blocks and is_local(mixer_kind(blocks[name]))}
     if not local:
         raise UsageError(f"{flag}: no layer of the pattern is local: {' '.join(dict.fromkeys(pattern))}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from swamla import distributed
 from swamla.cli.console import Console, program, say
-from swamla.data.config import DataConfig, cache_of
+from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset
 from swamla.data.preparing import prepare
 from swamla.data.reopening import lacks_plugin, reopen
@@ -77,7 +77,7 @@ def data_of_run(
     try:
         return read_data(replace(config, tokenizer=str(run_dir / "tokenizer.json")), console, workers=workers)
     except DataError as error:
-        lost = f"its data is no longer in {cache_of(config)}, and {lacks_plugin(config, known) or error}"
+        lost = f"its data is no longer in {config.cache}, and {lacks_plugin(config, known) or error}"
         raise DataError(f"{run_dir}: {lost}") from error
 
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from swamla.checkpoint import latest_checkpoint, load_into, save_checkpoint
 from swamla.cli.plain import BLOCK_PARTS
 from swamla.model.block import BlockConfig
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
+from swamla.model.mixers.mha import MHAConfig
+from swamla.model.norm import NormConfig
 from swamla.ops import (
     Layout,
     causal_attention,
@@ -27,7 +30,8 @@ from swamla.ops import (
     windowed_attention,
 )
 from swamla.ops.grouped_mm import grouped_mm
-from swamla.train.optim import AdamWConfig
+from swamla.registry import members_of
+from swamla.train.optim import AdamWConfig, OptimizerConfig
 from swamla.train.precision import autocast, resolve_precision
 
 TOLERANCE = {"cpu": 1e-4, "cuda": 2e-3}  # for fp32 results, relative to the largest number
@@ -73,6 +77,7 @@ def _checks() -> list[tuple[str, Callable[[torch.device], str]]]:
         ("cross-entropy", _cross_entropy),
         ("RMSNorm", _norm),
         ("training", _training),
+        ("norms, optimizers", _norms_and_optimizers),
         ("step by step", _steps),
         ("saving and loading", _saving),
     ]
@@ -216,6 +221,29 @@ def _training(device: torch.device) -> str:
     if not losses[-1] <= FALL * losses[0]:
         raise Wrong(f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f} in {STEPS} steps, and must fall by 30 %")
     return f"loss {losses[0]:.2f} → {losses[-1]:.2f} in {STEPS} steps, every mixer and FFN"
+
+
+def _norms_and_optimizers(device: torch.device) -> str:
+    """A few steps of a model with each registered norm, by each registered optimizer in turn."""
+    norms: list[Any] = list(members_of(NormConfig).values())
+    optimizers: list[Any] = list(members_of(OptimizerConfig).values())
+    tokens = torch.randint(8, (8, 32)).to(device)
+    for index in range(max(len(norms), len(optimizers))):
+        norm, optimizer = norms[index % len(norms)], optimizers[index % len(optimizers)]
+        blocks = {"mha": BlockConfig(mixer=MHAConfig(n_heads=2))}
+        config = LanguageModelConfig(vocab_size=64, width=64, blocks=blocks, pattern=("mha",), norm=norm.example())
+        model = config.build().to(device).train()
+        training = optimizer.example().build(model, lr=1e-3, weight_decay=0.0)
+        losses = []
+        for _ in range(5):
+            training.zero_grad()
+            nats, _ = model.loss(tokens[:, :-1], tokens[:, 1:].contiguous())
+            nats.backward()
+            training.step()
+            losses.append(nats.item())
+        if not losses[-1] < losses[0]:
+            raise Wrong(f"{optimizer.kind} with {norm.kind}: the loss went from {losses[0]:.1f} to {losses[-1]:.1f}")
+    return f"the loss falls with each of {len(norms)} norms and {len(optimizers)} optimizers"
 
 
 @torch.no_grad()

@@ -94,6 +94,19 @@ class DataConfig:
         if self.tokenizer.startswith(("bpe:", "bpe-lines:")):
             parse_bpe(self.tokenizer)
 
+    @property
+    def cache(self) -> Path:
+        """The folder in which `prepare` keeps what it makes and downloads."""
+        return Path(self.cache_dir).expanduser() if self.cache_dir else default_cache_dir()
+
+    @property
+    def sources(self) -> list["DataConfig"]:
+        """The sources of a mixture, each as if it were alone; of any other data itself."""
+        return [
+            replace(self, mixture=(), **{name: value for name, value in part.__dict__.items() if name != "weight"})
+            for part in self.mixture
+        ] or [self]
+
 
 def _check_source(config: "DataConfig | WeightedSource") -> None:
     require(bool(config.source), "source", config.source, "needs a path, or one of: stdlib, shakespeare")
@@ -125,16 +138,3 @@ def parse_bpe(spec: str) -> tuple[int, bool] | None:
 def default_cache_dir() -> Path:
     """$SWAMLA_CACHE, else ~/.cache/swamla."""
     return Path(os.environ.get("SWAMLA_CACHE") or "~/.cache/swamla").expanduser()
-
-
-def cache_of(config: DataConfig) -> Path:
-    """The folder in which `prepare` keeps what it makes of this data, and what it downloads."""
-    return Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
-
-
-def single_sources(config: DataConfig) -> list[DataConfig]:
-    """The sources of a mixture, each as if it were alone; of any other data itself."""
-    return [
-        replace(config, mixture=(), **{name: value for name, value in part.__dict__.items() if name != "weight"})
-        for part in config.mixture
-    ] or [config]

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from swamla.data.config import DataConfig, cache_of
+from swamla.data.config import DataConfig
 from swamla.data.preparing import Part, prepare_part
 from swamla.data.sources import class_of
 from swamla.errors import MissingBackendError, UsageError, require
@@ -31,7 +31,7 @@ def executor(kind: str, config: DataConfig, parts: int, settings: Mapping[str, A
     ours = {
         "pipeline": [partial(_make_part, config, plugin_file(class_of(config.source)))],
         "tasks": parts,
-        "logging_dir": str(cache_of(config) / "datatrove"),
+        "logging_dir": str(config.cache / "datatrove"),
         "skip_completed": False,  # what is done is told by the units that are there, not by logs
     }
     try:

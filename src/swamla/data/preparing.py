@@ -20,8 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from swamla.data import hub
-from swamla.data.config import MIXTURE, DataConfig, cache_of, parse_bpe, single_sources
+from swamla.data.config import MIXTURE, DataConfig, parse_bpe
 from swamla.data.dataset import FORMAT_VERSION, META, TOKENIZER, Dataset, PreparedDataset, Throughput, write_meta
 from swamla.data.reading import Notes
 from swamla.data.shards import Progress, divide, encode_documents, is_held_out
@@ -97,12 +96,12 @@ def _prepare_mixture(config: DataConfig, progress: Progress, workers: int | None
     """Every source of a mixture by itself, with one tokenizer, which learns from each by its weight."""
     from swamla.data.mixing import MixtureDataset  # needs torch
 
-    singles = single_sources(config)
+    singles = config.sources
     weights = [part.weight for part in config.mixture]
     if parse_bpe(config.tokenizer) or config.tokenizer == "char":
         works = [Preparation.of(single, progress) for single in singles]
         key = json.dumps([[work.target.name, weight] for work, weight in zip(works, weights, strict=True)])
-        path = cache_of(config) / "tokenizers" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        path = config.cache / "tokenizers" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         if not path.exists():
             learned = [Share(w.source, w.source.units(), weight) for w, weight in zip(works, weights, strict=True)]
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +161,7 @@ def prepare_part(
     for field, value in (("mixture", config.mixture), ("stream", config.stream)):
         require(not value, f"data.{field}", value, "cannot be prepared in parts; prepare its sources by themselves")
     work = Preparation.of(config, progress or _silent)
-    if config.source.startswith(hub.PREFIX) and not hub.is_commit(config.hub_revision):
+    if not work.source.pinned(config):
         raise ConfigError(
             "data.hub_revision",
             config.hub_revision,
@@ -194,10 +193,10 @@ class Preparation:
     @classmethod
     def of(cls, config: DataConfig, progress: Progress) -> "Preparation":
         """Open the source, and choose the folder by all that decides what is in it."""
-        source = open_source(config, cache_of(config))
+        source = open_source(config, config.cache)
         slug = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name or source.kind)[:40]
         name = f"{slug}-{_cache_key(config, source)[:16]}"
-        return cls(config, progress, source, cache_of(config) / "data" / name)
+        return cls(config, progress, source, config.cache / "data" / name)
 
     def under(self, name: str) -> "Preparation":
         """The same with a folder of another name."""
@@ -281,7 +280,7 @@ class Preparation:
             yield
         except OSError as error:
             file = Path(error.filename) if error.filename else self.target  # a full disk names no file
-            cache = cache_of(self.config)
+            cache = self.config.cache
             what = "written" if file.is_relative_to(cache) or cache.is_relative_to(file) else "read"
             raise DataError(f"{file}: cannot be {what} ({error.strerror or error})") from error
 

@@ -4,7 +4,7 @@ import json
 import warnings
 from pathlib import Path
 
-from swamla.data.config import MIXTURE, DataConfig, cache_of, single_sources
+from swamla.data.config import MIXTURE, DataConfig
 from swamla.data.dataset import META, TOKENIZER, Dataset, PreparedDataset
 from swamla.data.sources import Files, Source, class_of, open_source
 from swamla.data.units import Job
@@ -21,10 +21,10 @@ def reopen(
     Warns where the raw files are gone, or other than they were: prepared tokens are what the run is about. A stream
     needs its files to be trained on, and raises DataError without them.
     """
-    singles = single_sources(config)
+    singles = config.sources
     if len(singles) != len(identity):
         return None
-    folders = [_find(cache_of(config) / "data", each["fingerprint"]) for each in identity]
+    folders = [_find(config.cache / "data", each["fingerprint"]) for each in identity]
     found: list[Dataset] = []
     for single, each, folder in zip(singles, identity, folders, strict=True):
         if folder is None:
@@ -63,7 +63,7 @@ def _folders(data: Path, file: str) -> list[Path]:
 
 def lacks_plugin(config: DataConfig, identity: Identity) -> str:
     """What is wrong where the plugin is not loaded that reads a source, and names it; "" where none is missing."""
-    pairs = zip(single_sources(config), identity, strict=False)
+    pairs = zip(config.sources, identity, strict=False)
     for single, each in pairs:
         if "plugin" in each and class_of(single.source) is Files:
             return f"data.source = {single.source!r}: is of a plugin: name its file, --plugin {each['plugin']}"
@@ -74,7 +74,7 @@ def _raw(config: DataConfig, identity: dict[str, str], folder: Path, *, needed: 
     """The raw files if they are there; warns where they are not, or are not what they were."""
     went_on = f"what was prepared of it in {folder} is used"
     try:
-        source = open_source(config, cache_of(config))
+        source = open_source(config, config.cache)
     except DataError as error:
         if needed:
             lost = f"{error} (a stream reads its files while it trains: restore them)"

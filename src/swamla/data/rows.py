@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from swamla.data.config import DataConfig
 from swamla.data.reading import BadRow, File, Notes, decode_utf8, is_plain, mend_surrogates, naming_damage, open_bytes
 from swamla.errors import DataError, foreign
 
@@ -39,6 +40,11 @@ class RowRules:
     column: str = "text"
     invalid: str = "error"
     on_bad_row: str = "stop"
+
+    @classmethod
+    def of(cls, config: DataConfig) -> "RowRules":
+        """The rules of a config."""
+        return cls(config.text_column, config.invalid_utf8, config.on_bad_row)
 
     def judge(self, bad: BadRow, notes: Notes) -> None:
         """Leave the row out and count it, where that was asked for; else raise DataError."""
@@ -147,16 +153,21 @@ def parquet_rows(path: File, rules: RowRules, notes: Notes, span: Span | None = 
             row += 1
 
 
-def parquet_group_sizes(path: File, column: str) -> list[int]:
-    """The uncompressed bytes of each row group's texts. DataError for a file that has no such column."""
+def parquet_spans(path: File, column: str, size: int) -> list[Span]:
+    """Stretches of row groups whose texts have `size` bytes, uncompressed. DataError for a file without the column."""
+    spans: list[Span] = []
+    begin = gathered = 0
     with _parquet(path) as file:
         _require_text_column(file.schema_arrow, path, column)
-        sizes = []
-        for number in range(file.num_row_groups):
+        count = file.num_row_groups
+        for number in range(count):
             group = file.metadata.row_group(number)
             columns = (group.column(i) for i in range(group.num_columns))
-            sizes.append(sum(c.total_uncompressed_size for c in columns if c.path_in_schema == column))
-        return sizes
+            gathered += sum(c.total_uncompressed_size for c in columns if c.path_in_schema == column)
+            if gathered >= size:
+                spans.append((begin, number + 1))
+                begin, gathered = number + 1, 0
+    return [*spans, (begin, count)] if begin < count else spans
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import sysconfig
 import tokenize
 from abc import abstractmethod
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 from swamla.data import hub
 from swamla.data.config import DataConfig
 from swamla.data.reading import COMPRESSED, SNIFFED, File, Notes, is_plain, naming_damage, not_text, open_bytes
-from swamla.data.rows import READERS, NoRows, RowRules, Span, parquet_group_sizes, text_file
+from swamla.data.rows import READERS, NoRows, RowRules, Span, parquet_spans, text_file
 from swamla.errors import DataError, require
 from swamla.registry import Registered, members_of, register
 
@@ -61,7 +62,6 @@ class Source(Registered, home="swamla.data.sources"):
     """Entries, and how to read documents from one of them. It is sent to other processes, and so can be pickled.
 
     alone: whether the kind by itself names a source, as "stdlib" does; else a colon and more has to follow.
-
     name: of its folder in the cache.  entries: in the order in which their documents come.  origin: where it all is
     from, for people; empty where `data.source` tells that.  left_out: what was not taken.
     """
@@ -87,6 +87,14 @@ class Source(Registered, home="swamla.data.sources"):
     def spans(self, entry: Entry) -> list[Span]:
         """Stretches in which `read` can read a large entry; nothing for one that is read as a whole."""
         return []
+
+    def last_span(self, entry: Entry, span: Span) -> Span:
+        """The last span of an entry that may have grown since it was divided: the same, or up to its new end."""
+        return span
+
+    def pinned(self, config: DataConfig) -> bool:
+        """Whether processes that begin at different times find the same text."""
+        return True
 
     def units(self) -> list[Unit]:
         """The source in units, in its order. DataError for a file that cannot be divided because it is damaged."""
@@ -205,7 +213,7 @@ class Files(Source):
 
     @classmethod
     def open(cls, text: str, config: DataConfig, cache_dir: Path) -> Self:
-        path, rules = Path(config.source).expanduser(), _rules(config)
+        path, rules = Path(config.source).expanduser(), RowRules.of(config)
         if path.is_dir():
             left_out = Notes()
             entries = tuple(_entry(*found) for found in walk(path, left_out))
@@ -244,8 +252,12 @@ class Files(Source):
         if entry.size <= UNIT_BYTES or suffix not in (".parquet", ".jsonl", ".ndjson") or not is_plain(entry.file):
             return []
         if suffix == ".parquet":
-            return _group_spans(parquet_group_sizes(entry.file, self.rules.column))
+            return parquet_spans(entry.file, self.rules.column, UNIT_BYTES)
         return [(at, min(at + UNIT_BYTES, entry.size)) for at in range(0, entry.size, UNIT_BYTES)]
+
+    def last_span(self, entry: Entry, span: Span) -> Span:
+        """Spans are bytes of lines, or row groups of a parquet file, which does not grow."""
+        return span if suffix_of(entry.name) == ".parquet" else (span[0], max(span[1], entry.size))
 
 
 @register
@@ -265,7 +277,11 @@ class Hub(Files):
         which = f"config {config.hub_config or 'default'}, split {config.hub_split}"
         origin = f"{config.source} ({which}, commit {listing.commit})"
         name = listing.repo.rpartition("/")[2]
-        return cls(name=name, entries=entries, origin=origin, rules=_rules(config), sniff=False)
+        return cls(name=name, entries=entries, origin=origin, rules=RowRules.of(config), sniff=False)
+
+    def pinned(self, config: DataConfig) -> bool:
+        """Only at a commit: a branch moves on."""
+        return hub.is_commit(config.hub_revision)
 
 
 @register
@@ -280,17 +296,13 @@ class Shakespeare(Files):
     def open(cls, text: str, config: DataConfig, cache_dir: Path) -> Self:
         require(not text, "data.source", config.source, "must be shakespeare")
         path = hub.shakespeare(cache_dir)
-        return cls(name="shakespeare", entries=(_entry(path.name, path),), rules=_rules(config))
+        return cls(name="shakespeare", entries=(_entry(path.name, path),), rules=RowRules.of(config))
 
 
 def suffix_of(name: str) -> str:
     """The suffix that tells a file's kind, those of compression aside: ".jsonl" of "a.jsonl.zst"."""
     path = Path(name)
     return Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSED else path.suffix.lower()
-
-
-def _rules(config: DataConfig) -> RowRules:
-    return RowRules(config.text_column, config.invalid_utf8, config.on_bad_row)
 
 
 def _entry(name: str, path: Path) -> Entry:
@@ -317,17 +329,6 @@ def _take(entry: Entry, notes: Notes, span: Span | None = None) -> None:
         path = Path(entry.name)
         packed = path.suffix if path.suffix.lower() in COMPRESSED else ""
         notes.taken[suffix_of(entry.name) + packed.lower() or "without a suffix"] += 1
-
-
-def _group_spans(sizes: list[int]) -> list[Span]:
-    spans: list[Span] = []
-    begin, size = 0, 0
-    for group, bytes_of_group in enumerate(sizes):
-        size += bytes_of_group
-        if size >= UNIT_BYTES:
-            spans.append((begin, group + 1))
-            begin, size = group + 1, 0
-    return [*spans, (begin, len(sizes))] if begin < len(sizes) else spans
 
 
 def walk(root: Path, notes: Notes) -> list[tuple[str, Path]]:
@@ -378,10 +379,9 @@ def walk(root: Path, notes: Notes) -> list[tuple[str, Path]]:
 
 
 def _is(entry: os.DirEntry[str], what: Literal["file", "dir"]) -> bool:
-    try:
+    with suppress(OSError):  # a link that leads to itself
         return entry.is_dir() if what == "dir" else entry.is_file()
-    except OSError:  # a link that leads to itself
-        return False
+    return False
 
 
 def _identity(path: Path) -> tuple[int, int]:

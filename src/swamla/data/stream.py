@@ -22,7 +22,7 @@ import numpy as np
 from swamla.data.dataset import PreparedDataset
 from swamla.data.packing import Batch, BlockRows, DocumentStream, pad, permutation
 from swamla.data.shards import Split, join_splits
-from swamla.data.sources import Source, Unit, suffix_of
+from swamla.data.sources import Source, Unit
 from swamla.data.units import Job, UnitRecord, Workers, available_cores
 from swamla.errors import CorruptError, DataError
 from swamla.files import read_json, write_text_atomically
@@ -126,13 +126,13 @@ class UnitSupply:
                 self._coming[number] = self._workers.submit(number)
 
     def record(self, number: int) -> UnitRecord:
-        """What a unit came to; waits for one that is not known. Raises as `make_unit` does."""
+        """What a unit came to; waits for one that is not known. Raises what reading its text raised."""
         if not self.job.known(number):
             self._wait_for(number)
         return self.job.record(number)
 
     def split(self, number: int, vocab_size: int) -> Split:
-        """The training documents of a unit; waits for one that is not there. Raises as `make_unit` does."""
+        """The training documents of a unit; waits for one that is not there. Raises what reading its text raised."""
         while True:
             path = self._wait_for(number)
             try:
@@ -206,7 +206,4 @@ class StreamPlan:
 
 
 def _to_the_end(unit: Unit, source: Source) -> Unit:
-    entry = source.entries[unit.first]
-    if unit.span is None or suffix_of(entry.name) == ".parquet":
-        return unit
-    return unit._replace(span=(unit.span[0], max(unit.span[1], entry.size)))
+    return unit if unit.span is None else unit._replace(span=source.last_span(source.entries[unit.first], unit.span))

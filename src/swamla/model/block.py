@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from swamla.errors import UsageError
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.ffns.ffn import FFN, FFNConfig, Statistics
 from swamla.model.mixers.mixer import Mixer, MixerConfig, State
@@ -59,6 +60,8 @@ class Block(nn.Module):
         self.mixer: Mixer = config.mixer.build(width)
         self.ffn_norm = norm.build(width)
         self.ffn: FFN = config.ffn.build(width)
+        for part, module in ((config.mixer, self.mixer), (config.ffn, self.ffn)):
+            _require_outputs(part, module)
         self.functions = BlockFunctions(self.whole, self.mix, self.feed, evaluated=self.whole)
 
     def forward(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
@@ -94,6 +97,16 @@ class Block(nn.Module):
 
     def _drop(self, x_BTD: Tensor) -> Tensor:
         return F.dropout(x_BTD, self.dropout, self.training) if self.dropout else x_BTD
+
+
+def _require_outputs(config: MixerConfig | FFNConfig, module: nn.Module) -> None:
+    """Else the depth scaling of initial weights would be lost without a word."""
+    names = [name for name, _ in module.named_parameters()]
+    if config.outputs and not set(config.outputs) & set(names):
+        raise UsageError(
+            f"{config.kind}: `outputs` names no parameter of its module: {', '.join(config.outputs)}; it has "
+            f"{', '.join(names) or 'none'}. Name those that write to the residual stream, or () for none"
+        )
 
 
 def _recomputed(function: Callable[..., Any], *inputs: Any) -> Any:

@@ -1,7 +1,7 @@
 """Pure functions on tensors, the fast ones held to a reference as close to its equation as code can be.
 
-An op with several backends is a folder: `__init__.py` says which there are and which is taken, `reference.py` is the
-equation, `cpu.py` and `cuda.py` are the fast paths of each device. An op with one path is a file.
+An op with fast paths of its own for a device is a folder: `__init__.py` says which backends there are and which is
+taken, `reference.py` is the equation, `cpu.py` and `cuda.py` are the fast paths. Another op is a file.
 
 One legend for shape suffixes: B batch, T time, S source time, D model width, H heads, G key heads, K key width,
 V value width (vocabulary in a head's weight), N rows, W convolution width, C chunk, E experts, F FFN hidden.

@@ -23,12 +23,17 @@ def resolve_backends(model: LanguageModelConfig, device: torch.device, precision
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     chosen: dict[str, set[str]] = {}
     for name, block in model.blocks.items():
-        try:
-            found = block.mixer.backends(device, model.width, dtype)
-        except MissingBackendError as error:
-            raise MissingBackendError(f"model.blocks.{name}.mixer.{error}") from error
-        for op, backend in (found | block.ffn.backends(device)).items():
-            chosen.setdefault(op, set()).add(backend)
+        asked = {
+            "mixer": partial(block.mixer.backends, device, model.width, dtype),
+            "ffn": partial(block.ffn.backends, device),
+        }
+        for half, ask in asked.items():
+            try:
+                found = ask()
+            except MissingBackendError as error:
+                raise MissingBackendError(f"model.blocks.{name}.{half}.{error}") from error
+            for op, backend in found.items():
+                chosen.setdefault(op, set()).add(backend)
     return {op: " and ".join(sorted(backends)) for op, backends in sorted(chosen.items())}
 
 

@@ -67,8 +67,9 @@ def training_step(
         fault("accumulation" if number < config.accumulation else "step", state.step + 1)
 
     statistics = distributed.all_reduce_sum(sums)
-    loss, norm = statistics.pop("nats").item() / n_labels, strategy.gradient_norm()
-    result = StepResult(loss=loss, grad_norm=norm, tokens=n_labels, statistics=statistics)
+    # The one wait for the device: whether the step is skipped is decided here, before any weight or state is touched.
+    nats, norm = torch.stack([statistics.pop("nats").double(), strategy.gradient_norm().double()]).tolist()
+    result = StepResult(loss=nats / n_labels, grad_norm=norm, tokens=n_labels, statistics=statistics)
     if result.finite:
         if config.grad_clip is not None:
             clip(strategy.gradients(), norm, config.grad_clip)

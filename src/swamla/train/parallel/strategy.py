@@ -83,15 +83,18 @@ class Strategy:
         """This rank's shard of every gradient, to be changed in place."""
         return [distributed.local(p.grad) for p in self.model.parameters() if p.grad is not None]
 
-    def gradient_norm(self) -> float:
-        """The norm of the full gradient, summed in double precision so that strategies agree on it."""
+    def gradient_norm(self) -> Tensor:
+        """The norm of the full gradient, an fp32 scalar on its device.
+
+        Summed in double precision so that strategies agree on it.
+        """
         by_mesh = defaultdict[Any, list[Tensor]](list)
         for p in self.model.parameters():
             if p.grad is not None:
                 mesh = p.device_mesh if distributed.sharded(p) else None  # type: ignore[attr-defined]
                 by_mesh[mesh].append(distributed.local(p.grad))
         squares = [_sum_of_squares(gradients, mesh) for mesh, gradients in by_mesh.items()]
-        return torch.stack(squares).sum().sqrt().float().item()
+        return torch.stack(squares).sum().sqrt().float()
 
     def reshard(self) -> None:
         """Free gathered parameters after forward passes without a backward pass; an update would make them stale."""

@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from swamla import distributed
@@ -41,7 +40,23 @@ def require_trackers(config: TrainConfig) -> None:
 
 
 class Records:
-    """Writes a run's records, as a context manager; leaving it waits a bounded time for trackers."""
+    """The records of a run, as a context manager. These, of ranks other than the main one, keep nothing."""
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append a record."""
+
+    def sync(self) -> None:
+        """Flush all records to the disk, before the checkpoint of the same step is written."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        return
+
+
+class _WrittenRecords(Records):
+    """Those of the main rank; leaving them waits a bounded time for trackers."""
 
     def __init__(self, config: TrainConfig, run_dir: Path, *, resume_after: int | None, say: Say) -> None:
         """resume_after: the step of the checkpoint that a run resumes from; None for a new run."""
@@ -54,7 +69,6 @@ class Records:
             self._wandb = WeightsAndBiases(config.wandb_project, config.wandb_run_name, run_dir, say=say)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append a record."""
         self._metrics.write(step, values)
         if self._wandb is not None:
             self._wandb.listen()
@@ -63,7 +77,6 @@ class Records:
             self._tensorboard = None
 
     def sync(self) -> None:
-        """Flush all records to the disk, before the checkpoint of the same step is written."""
         self._metrics.sync()
         tensorboard = self._tensorboard
         if tensorboard is not None and self._try(tensorboard.flush) is None:
@@ -77,12 +90,7 @@ class Records:
             self._say(f"warning: TensorBoard failed ({type(error).__name__}: {error}); training continues without it")
             return None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._metrics.close()
         if self._tensorboard is not None:
             self._try(self._tensorboard.close)
@@ -91,29 +99,11 @@ class Records:
             self._wandb.close(status)
 
 
-class _Unrecorded(Records):
-    """The records of ranks other than the main one: nothing."""
-
-    def __init__(self) -> None:
-        pass
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        pass
-
-    def sync(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
-
-
 def make_records(config: TrainConfig, run_dir: Path, *, resume_after: int | None, say: Say) -> Records:
-    """`Records` on the main rank, nothing on the others."""
+    """Records that are written on the main rank, and nowhere else."""
     if distributed.is_main():
-        return Records(config, run_dir, resume_after=resume_after, say=say)
-    return _Unrecorded()
+        return _WrittenRecords(config, run_dir, resume_after=resume_after, say=say)
+    return Records()
 
 
 class TensorBoard:

@@ -9,9 +9,6 @@ from torch.autograd.function import once_differentiable
 
 from swamla.errors import UsageError
 from swamla.ops.graphs import outside_graphs
-from swamla.ops.grouped_mm.reference import reference_grouped_mm
-
-__all__ = ["BACKENDS", "grouped_mm", "product_dtype", "resolve_backend"]
 
 BACKENDS = ("auto", "reference", "torch")
 ALIGNMENT = 16  # bytes: what the torch kernel asks of the length of every row
@@ -40,6 +37,14 @@ def grouped_mm(
     if x_ND.device.type == "cpu" or backend == "reference" or product_dtype(x_ND) != torch.bfloat16:
         return _outside(x_ND, weight_EDF, ends_E, backend, surplus)  # the compiler has no kernel but for bf16
     return _grouped_mm(x_ND, weight_EDF, ends_E, backend, surplus)
+
+
+def reference_grouped_mm(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    """y (N, F): rows ends[e − 1] … ends[e] of x times the matrix of expert e; those that no expert owns become 0."""
+    begins, ends = [0, *ends_E.tolist()[:-1]], ends_E.tolist()
+    with torch.autocast(x_ND.device.type, enabled=False):
+        parts = [x_ND[b:e] @ weight for b, e, weight in zip(begins, ends, weight_EDF.unbind(), strict=True)]
+    return torch.cat([*parts, parts[0].new_zeros(len(x_ND) - ends[-1], weight_EDF.shape[2])])
 
 
 def _grouped_mm(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, backend: str, surplus: bool) -> Tensor:
