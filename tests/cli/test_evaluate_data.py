@@ -119,7 +119,7 @@ def test_text_that_was_trained_on_is_told_under_whatever_name_it_comes(home: Pat
     ("flags", "message"),
     [
         (["--text_column", "body"], "--text_column needs --data"),
-        (["--data", "{home}/rows.jsonl"], "no column 'text'; it has body"),
+        (["--data", "{home}/rows.jsonl"], "no column 'text'; it has 'body'"),
         (["--data", "{home}/rows.jsonl", "--text_column", "body", "--split", "test"], "(--split): is for"),
         (["--data", "{home}/none.txt"], "no such file or folder"),
     ],

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -184,7 +185,21 @@ NOT_TEXT = {
     "an RTF document": rb"{\rtf1 text}",
     "packed more than once": gzip.compress(gzip.compress(b"text")),
     "binary data, no text": bytes(range(256)) * 10,
-    "binary data, no text (UTF-16 without a byte-order mark?": "hello world".encode("utf-16-le"),
+    "an image or a program": b"\x89PNG\r\n\x1a\n\0\0",
+    "an image or a program, ": b"\x7fELF\x02\x01",
+    "data of Python": b"\x93NUMPY\x01\0v\0",
+    "data of Python (": b"\x80\x04\x95\0\0",
+    "packed by lz4 or lzma": b"\x04\x22\x4d\x18\0",
+    "packed by lz4 or lzma: ": b"]\0\0\x80\0" + b"\xff" * 8,
+    "an Arrow file:": b"\xff\xff\xff\xff\x10\0\0\0",
+    **{
+        f"binary data, no text ({encoding} without a byte-order mark? convert it: iconv -f {encoding} ": text.encode(
+            encoding
+        )
+        for encoding in ("UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE")
+        for text in ["hello world, and more of it"]
+    },
+    "binary data, no text (UTF-16LE without": "Добрый день, как дела? Хорошо, а у вас?".encode("utf-16-le"),
 }
 
 
@@ -209,10 +224,10 @@ def test_what_is_no_text_is_refused_if_it_was_named_and_left_out_of_a_folder(
 @pytest.mark.parametrize(
     ("name", "data", "columns"),
     [
-        ("a.csv", b"id,body\n1,x\n", "id, body"),
-        ("a.tsv", b"id\tbody\n1\tx\n", "id, body"),
-        ("a.json", b'[{"id": 1, "body": "x"}]', "id, body"),
-        ("a.json", b'{"id": 1, "body": "x"}', "id, body"),
+        ("a.csv", b"id,body\n1,x\n", "'id', 'body'"),
+        ("a.tsv", b"id\tbody\n1\tx\n", "'id', 'body'"),
+        ("a.json", b'[{"id": 1, "body": "x"}]', "'id', 'body'"),
+        ("a.json", b'{"id": 1, "body": "x"}', "'id', 'body'"),
     ],
 )
 def test_a_table_without_the_column_lists_those_it_has_and_is_left_out_of_a_folder(
@@ -379,3 +394,43 @@ def texts_or_what_was_said(path: Path, **settings: str) -> list[str]:
     assert len(said.splitlines()) == 1
     assert said.startswith(str(path))
     return [said]
+
+
+WITH_NULL = '{"text": "one"}\n{"text": null}\n{"text": "two"}\n'
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "ndjson", "jsonlines", "jl", "json"])
+@pytest.mark.parametrize("pack", ["", ".gz", ".gzip", ".xz", ".bz2", ".zst", ".zstd"])
+def test_rows_of_json_are_rows_by_every_name_that_such_files_have(tmp_path: Path, suffix: str, pack: str) -> None:
+    packers = {"": bytes, ".gz": gzip.compress, ".gzip": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
+    packers |= dict.fromkeys((".zst", ".zstd"), zstandard.ZstdCompressor().compress)
+    notes = Notes()
+    path = written(tmp_path / f"rows.{suffix}{pack}", packers[pack](WITH_NULL.encode()))
+    assert read(path, notes) == ["one", "two"]
+    assert notes.counts == {"empty documents skipped": 1}
+    assert notes.places == {"empty documents skipped": [f"{path}: text 2"]}
+
+
+@pytest.mark.parametrize("name", ["rows.bak", "rows.txt", "rows", "rows.gz"])
+def test_rows_of_json_by_another_name_are_told(tmp_path: Path, name: str) -> None:
+    notes = Notes()
+    data = gzip.compress(WITH_NULL.encode()) if name.endswith(".gz") else WITH_NULL.encode()
+    path = written(tmp_path / name, data)
+    assert read(path, notes) == [WITH_NULL]
+    told = "files of JSON lines taken for one text each by their names (rows are of .jsonl)"
+    assert (notes.counts, notes.places) == ({told: 1}, {told: [str(path)]})
+    notes = Notes()
+    assert read(written(tmp_path / name, data), notes, text_column="body") == [WITH_NULL]
+    assert not notes.counts  # no rows with such a column
+
+
+def test_what_is_there_and_is_no_file_is_not_said_to_be_missing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "broken").symlink_to("nowhere")
+    for name, told in (
+        ("pipe", r"is no file \(a pipe or device\?"),
+        ("broken", "is a broken link"),
+        ("x", "no such file"),
+    ):
+        with pytest.raises(DataError, match=rf"{name}': {told}"):
+            read(tmp_path / name)

@@ -1,8 +1,10 @@
 """Rows of streams, of mixtures and of whole documents: pure functions of (seed, sample), nothing lost or doubled."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +193,27 @@ def test_damage_met_in_a_stream_is_named_when_its_rows_are_due(stream: DataConfi
     path.write_bytes(b"".join(lines))
     with pytest.raises(DataError, match=rf"s\.jsonl: line {at + 1}: not JSON"):
         dataset.rows(64, 0).batch(0, rows_per_epoch(dataset.rows(64, 0)))
+    dataset.supply.close()
+
+
+def test_what_a_stream_leaves_out_is_told_with_its_place_at_first_and_whenever_it_has_doubled(
+    stream: DataConfig, recwarn: pytest.WarningsRecorder
+) -> None:
+    path = Path(stream.source)
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number in range(100, 240, 10):  # behind the sample
+        lines[number] = b"{\n"
+    path.write_bytes(b"".join(lines))
+    dataset = streamed(replace(stream, on_bad_row="skip", stream=1))
+    rows = dataset.rows(64, 0)
+    for _ in range(2):  # a second epoch tells nothing anew
+        rows_per_epoch(rows)
+    told = [str(warning.message) for warning in recwarn if "bad rows" in str(warning.message)]
+    counts = [int(line.split()[0]) for line in told]
+    assert counts[0] >= 1
+    assert all(b >= 2 * a for a, b in pairwise(counts))
+    assert 14 / 2 < counts[-1] <= 14
+    assert all(re.search(r" bad rows skipped so far, the last: .*s\.jsonl: .*: not JSON", line) for line in told)
     dataset.supply.close()
 
 

@@ -111,7 +111,7 @@ def test_the_text_column_can_be_named(tmp_path: Path) -> None:
 def test_a_missing_text_column_is_an_error_that_lists_the_columns(tmp_path: Path, name: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(ROWS, "body"))
     write_parquet(tmp_path / "a.parquet", list(ROWS), "body")
-    with pytest.raises(DataError, match=rf"{name}.*no column 'text'; it has id, body"):
+    with pytest.raises(DataError, match=rf"{name}.*no column 'text'; it has 'id', 'body'"):
         read(tmp_path / name)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from swamla.errors import DataError
 
-COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+COMPRESSED = (".gz", ".gzip", ".zst", ".zstd", ".xz", ".bz2")
 SNIFFED = 8192
 _CHUNK = 1 << 18
 _PLACES, _SHOWN = 5, 3  # kept in meta.json, and told
@@ -36,7 +36,10 @@ _OTHERS = {
     rb"\xd0\xcf\x11\xe0": "an Office document: export its text first",
     rb"7z\xbc\xaf\x27\x1c|Rar!\x1a\x07": "an archive: unpack it first",
     rb"(?s:.{257})ustar": "a tar archive: unpack it, and give the folder",
-    rb"ARROW1|FEA1": "an Arrow file: write it as parquet first",
+    rb"ARROW1|FEA1|\xff\xff\xff\xff": "an Arrow file: write it as parquet first",
+    rb"\x89PNG|\xff\xd8\xff|\x7fELF": "an image or a program, no text",
+    rb"\x93NUMPY|\x80[\x02-\x05]": "data of Python (.npy, a pickle), no text: write its texts to a file first",
+    rb"\x04\x22\x4d\x18|\]\0\0": "packed by lz4 or lzma: unpack it first",
     rb"SQLite format 3\0": "an SQLite database: export its table as csv first",
     rb"\{\\rtf": "an RTF document: export its text first",
     b"|".join(pattern.pattern for pattern in _PACKED.values()): "packed more than once: unpack it first",
@@ -141,12 +144,22 @@ def not_text(head: bytes) -> str:
         if re.match(pattern, head):
             return what
     if b"\0" in head and (_is_wide(head) or not _is_utf8(head)):
-        return "binary data, no text (UTF-16 without a byte-order mark? convert it: iconv -f UTF-16LE -t UTF-8)"
+        encoding = _unmarked(head)
+        hint = f" ({encoding} without a byte-order mark? convert it: iconv -f {encoding} -t UTF-8)" if encoding else ""
+        return f"binary data, no text{hint}"
     return ""
 
 
 def _encoding(head: bytes) -> str:
     return next((encoding for mark, encoding in _MARKS.items() if head.startswith(mark)), "")
+
+
+def _unmarked(head: bytes) -> str:
+    """The encoding of two or four bytes a character that `head` may be in, by which of the bytes are small."""
+    whole = np.frombuffer(head[: len(head) // 4 * 4], np.uint8).reshape(-1, 4)
+    small = (whole < 0x20).sum(axis=0) > 0.7 * len(whole)
+    wide = {(0, 1, 1, 1): "UTF-32LE", (1, 1, 1, 0): "UTF-32BE", (0, 1, 0, 1): "UTF-16LE", (1, 0, 1, 0): "UTF-16BE"}
+    return wide.get(tuple(small.astype(int).tolist()), "")
 
 
 def _is_wide(head: bytes) -> bool:
@@ -194,8 +207,8 @@ def decode_utf8(data: bytes, where: object, invalid: str, notes: Notes, offset: 
             at, byte = offset + error.start, data[error.start]
             raise BadRow(
                 where,
-                f"byte {at} (0x{byte:02x}) is not valid UTF-8; mend it, or replace such bytes with U+FFFD by "
-                f"--invalid_utf8 replace",
+                f"byte {at} (0x{byte:02x}) is not valid UTF-8; convert what is in another encoding (iconv -f latin1 -t "
+                f"UTF-8), or replace such bytes with U+FFFD by --invalid_utf8 replace",
             ) from error
     text = data.decode("utf-8", errors="replace")
     notes.add("invalid UTF-8 sequences replaced", where, text.count("\ufffd") - data.count(b"\xef\xbf\xbd"))

@@ -118,19 +118,19 @@ def _parsed(line: str, where: object) -> Any:
 
 
 def row_text(row: Any, column: str, where: object) -> str:
-    """The text in a row that JSON gave. BadRow if it is no object, or has no text there."""
+    """The text in a row that JSON gave, empty for null. BadRow if it is no object, or has no text there."""
     if not isinstance(row, dict):
         raise BadRow(where, f'needs an object such as {{"{column}": "…"}}, got {type(row).__name__}')
     if column not in row:
         raise BadRow(where, no_column(column, list(row)))
-    if not isinstance(row[column], str):
+    if not isinstance(row[column], str | None):
         raise BadRow(where, f"column {column!r} needs text, got {type(row[column]).__name__}")
-    return row[column]
+    return row[column] or ""
 
 
 def no_column(column: str, columns: list[str]) -> str:
     """That there is no such column, which there are, and how to say which is meant."""
-    names = [" ".join(name.encode("utf-8", "replace").decode().split())[:40] for name in columns[:20]]
+    names = [repr(name.encode("utf-8", "replace").decode())[:40] for name in columns[:20]]
     some = ", ".join(names) + (f" … ({len(columns)} in all)" if len(columns) > 20 else "")
     return f"no column {column!r}; it has {some or 'none'} (choose by --text_column)"
 
@@ -220,7 +220,7 @@ def json_rows(path: File, rules: RowRules, notes: Notes, span: Span | None = Non
     with naming_damage(path), open_bytes(path) as stream:
         first, second = stream.readline(), stream.readline()
         # Where the next one spans several lines, none of them is a row.
-        lines = _is_row(first, rules.column) and second.strip()[-1:] in (b"", b"}")
+        lines = is_row(first, rules.column) and second.strip()[-1:] in (b"", b"}")
         data = b"" if lines else first + second + stream.read()
     if lines:
         yield from jsonl_rows(path, rules, notes)
@@ -238,7 +238,7 @@ def json_rows(path: File, rules: RowRules, notes: Notes, span: Span | None = Non
             yield text
 
 
-def _is_row(line: bytes, column: str) -> bool:
+def is_row(line: bytes, column: str) -> bool:
     """Whether a line is a whole object that has a text in the column."""
     try:
         row = json.loads(line.decode("utf-8", "replace").lstrip("\ufeff"))
@@ -335,6 +335,8 @@ Reader = Callable[[File, RowRules, Notes, Span | None], Iterator[str]]
 READERS: dict[str, Reader] = {
     ".jsonl": jsonl_rows,
     ".ndjson": jsonl_rows,
+    ".jsonlines": jsonl_rows,
+    ".jl": jsonl_rows,
     ".json": json_rows,
     ".csv": partial(csv_rows, delimiter=","),
     ".tsv": partial(csv_rows, delimiter="\t"),

@@ -14,26 +14,22 @@ import sysconfig
 import tokenize
 from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 from swamla.data import hub
 from swamla.data.config import DataConfig
+from swamla.data.folders import walk
 from swamla.data.reading import COMPRESSED, SNIFFED, File, Notes, is_plain, naming_damage, not_text, open_bytes
-from swamla.data.rows import READERS, NoRows, RowRules, Span, parquet_spans, text_file
+from swamla.data.rows import READERS, NoRows, RowRules, Span, is_row, jsonl_rows, parquet_spans, text_file
 from swamla.errors import DataError, require
 from swamla.registry import Registered, members_of, register
 
 UNIT_BYTES = 1 << 23
 _EXPANSION = 4  # text is about so much larger than what compression makes of it
 _NOT_LIBRARY = frozenset({"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__"})
-_SPLIT = re.compile(r"(?<![a-z])(train|training|test|testing|valid|validation|val|dev|eval|held_?out)(?![a-z])", re.I)
-_OF_DATA = re.compile(
-    rf"\.(txt|jsonl|ndjson|json|csv|tsv|parquet)({'|'.join(map(re.escape, COMPRESSED))})?$", re.IGNORECASE
-)
 
 
 class Entry(NamedTuple):
@@ -123,11 +119,11 @@ class Source(Registered, home="swamla.data.sources"):
     def unit_documents(self, unit: Unit, notes: Notes) -> Iterator[str]:
         """The documents of a unit that hold text; what was left out is counted in `notes`."""
         for entry in self.entries[unit.first : unit.stop]:
-            for text in self.read(entry, notes, unit.span):
+            for number, text in enumerate(self.read(entry, notes, unit.span), 1):
                 if text:
                     yield text
                 else:
-                    notes.add("empty documents skipped", entry.file)
+                    notes.add("empty documents skipped", entry.file if unit.span else f"{entry.file}: text {number}")
 
     def describe_unit(self, unit: Unit) -> str:
         """A unit's files, for messages."""
@@ -223,6 +219,10 @@ class Files(Source):
             name = path.resolve().name or "root"
             return cls(name=name, entries=entries, left_out=left_out, rules=rules, in_folder=True)
         if not path.is_file():
+            there = os.path.lexists(path)
+            what = "a broken link" if path.is_symlink() else "no file (a pipe or device? write it to a file first)"
+            if there:
+                raise DataError(f"data.source = {str(path)!r}: is {what}")
             raise DataError(f"data.source = {str(path)!r}: no such file or folder{_suggestion(str(path))}")
         if path.stat().st_size == 0:
             raise DataError(f"{path}: the file is empty (0 bytes)")
@@ -237,6 +237,8 @@ class Files(Source):
                 raise DataError(f"{entry.file}: is {what}")
             notes.add("files that are no text left out", f"{entry.file} is {re.split('[:(]', what)[0].strip()}")
             return
+        if suffix not in READERS and is_row(head.partition(b"\n")[0], self.rules.column):
+            notes.add("files of JSON lines taken for one text each by their names (rows are of .jsonl)", entry.file)
         try:
             yield from READERS.get(suffix, text_file)(entry.file, self.rules, notes, span)
         except NoRows as error:
@@ -249,7 +251,8 @@ class Files(Source):
     def spans(self, entry: Entry) -> list[Span]:
         """Where a large file of rows is divided."""
         suffix = suffix_of(entry.name)
-        if entry.size <= UNIT_BYTES or suffix not in (".parquet", ".jsonl", ".ndjson") or not is_plain(entry.file):
+        divided = suffix == ".parquet" or READERS.get(suffix) is jsonl_rows
+        if entry.size <= UNIT_BYTES or not divided or not is_plain(entry.file):
             return []
         if suffix == ".parquet":
             return parquet_spans(entry.file, self.rules.column, UNIT_BYTES)
@@ -329,72 +332,3 @@ def _take(entry: Entry, notes: Notes, span: Span | None = None) -> None:
         path = Path(entry.name)
         packed = path.suffix if path.suffix.lower() in COMPRESSED else ""
         notes.taken[suffix_of(entry.name) + packed.lower() or "without a suffix"] += 1
-
-
-def walk(root: Path, notes: Notes) -> list[tuple[str, Path]]:
-    """(name relative to `root`, path) of every file under `root`, sorted; what is left out is counted in `notes`.
-
-    Links are followed, and what they lead to is read once however many there are. Left out are what is hidden, runs and
-    caches of swamla, and, beside what is called "train", what is alike but called "test" or "valid".
-    """
-    found: list[tuple[str, Path]] = []
-    links: list[tuple[str, Path]] = []
-    seen = {_identity(root)}
-    waiting = [root]
-    while waiting:
-        folder = waiting.pop()
-        try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as error:
-            raise DataError(f"{folder}: cannot be read ({error.strerror or error})") from error
-        inside = {entry.name for entry in entries}
-        if {"config.json", "checkpoints"} <= inside or {"meta.json", "train.tokens.npy"} <= inside:
-            notes.add("runs and caches of swamla left out", folder)
-            continue
-        others = _other_splits(entries)
-        for entry in entries:
-            path = Path(entry.path)
-            if entry.name.startswith("."):
-                notes.add("hidden files and folders left out", path)
-            elif entry.name in others:
-                notes.add("files and folders of other splits left out", path)
-            elif _is(entry, "dir"):
-                if _identity(path) in seen:
-                    notes.add("links to folders that are read already left out", path)
-                else:
-                    seen.add(_identity(path))
-                    waiting.append(path)
-            elif _is(entry, "file"):
-                (links if entry.is_symlink() else found).append((path.relative_to(root).as_posix(), path))
-            else:
-                notes.add("broken links, pipes and devices left out", path)
-    read = {_identity(path) for _, path in found} if links else set()
-    for name, path in sorted(links):
-        if _identity(path) in read:
-            notes.add("links to files that are read already left out", path)
-        else:
-            read.add(_identity(path))
-            found.append((name, path))
-    return sorted(found)
-
-
-def _is(entry: os.DirEntry[str], what: Literal["file", "dir"]) -> bool:
-    with suppress(OSError):  # a link that leads to itself
-        return entry.is_dir() if what == "dir" else entry.is_file()
-    return False
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    return (stat := path.stat()).st_dev, stat.st_ino
-
-
-def _other_splits(entries: list[os.DirEntry[str]]) -> set[str]:
-    """Names that are like one of a training split, numbers aside, but for the split's name."""
-    of_data = [entry.name for entry in entries if _is(entry, "dir") or _OF_DATA.search(entry.name)]
-    splits = {name: (found[1].lower(), _likeness(name)) for name in of_data if (found := _SPLIT.search(name))}
-    train = {likeness for split, likeness in splits.values() if split.startswith("train")}
-    return {name for name, (split, likeness) in splits.items() if not split.startswith("train") and likeness in train}
-
-
-def _likeness(name: str) -> str:
-    return re.sub(r"\d+", "0", _SPLIT.sub("*", name, count=1))

@@ -10,17 +10,22 @@ import hashlib
 import json
 import os
 import tempfile
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from swamla import distributed
 from swamla.data.dataset import PreparedDataset
 from swamla.data.packing import Batch, BlockRows, DocumentStream, pad, permutation
+from swamla.data.reading import Notes
 from swamla.data.shards import Split, join_splits
 from swamla.data.sources import Source, Unit
 from swamla.data.units import Job, UnitRecord, Workers, available_cores
@@ -116,6 +121,7 @@ class UnitSupply:
         self._count = workers or max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self._workers: Workers | None = None
         self._coming: dict[int, Future[UnitRecord]] = {}
+        self._notes, self._noted, self._told = Notes(), set[int](), Counter[str]()
 
     def want(self, numbers: list[int]) -> None:
         """Begin to make those that are not there; returns at once."""
@@ -129,7 +135,22 @@ class UnitSupply:
         """What a unit came to; waits for one that is not known. Raises what reading its text raised."""
         if not self.job.known(number):
             self._wait_for(number)
-        return self.job.record(number)
+        record = self.job.record(number)
+        if number not in self._noted:
+            self._noted.add(number)
+            self._tell(record.notes)
+        return record
+
+    def _tell(self, notes: dict[str, Any]) -> None:
+        """Warn of what a unit left out or changed: the first time, and whenever its count has doubled since."""
+        self._notes.include(notes)
+        for what in notes["counts"]:
+            count, places = self._notes.counts[what], notes["places"].get(what, ())
+            if count >= 2 * self._told[what]:
+                self._told[what] = count
+                last = f", the last: {places[-1]}" if places else ""
+                if distributed.is_main():
+                    warnings.warn(f"{count} {what} so far{last}", stacklevel=2)
 
     def split(self, number: int, vocab_size: int) -> Split:
         """The training documents of a unit; waits for one that is not there. Raises what reading its text raised."""
