@@ -270,7 +270,7 @@ def test_generation_by_graphs_draws_the_same_tokens(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("ffn", ["moe", "latent_moe"])
 def test_graphs_with_experts_in_fp32_are_refused(ffn: str) -> None:
     model = of_one_mixer("mha", ffn)
-    with pytest.raises(UsageError, match=r"experts in torch\.float32, .* the model in bfloat16"):
+    with pytest.raises(UsageError, match=r"experts are in torch\.float32, .* the model in bfloat16"):
         check_recordable(model)
     check_recordable(model.bfloat16())
     check_recordable(of_one_mixer("mha"))

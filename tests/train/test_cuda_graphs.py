@@ -19,7 +19,6 @@ from swamla.model.mixers.swa import SWAConfig
 from swamla.model.norm import RMSNormConfig
 from swamla.ops import attention, gated_delta
 from swamla.ops.layout import Layout
-from tests.toys import TOYS
 
 WIDTH, TIME = 64, 70
 MIXERS = {
@@ -29,7 +28,6 @@ MIXERS = {
     "mla": MLAConfig(n_heads=2, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16),
     "latent": LatentConfig(n_heads=2),
     "gdn": GDNConfig(n_heads=2),
-    "toy": TOYS["toy"](),
 }
 FFNS = {
     "dense": DenseConfig(),

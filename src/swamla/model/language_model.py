@@ -104,6 +104,11 @@ class LanguageModelConfig:
             return LanguageModel(self)
 
 
+def vectors_of(module: nn.Module) -> frozenset[str]:
+    """`LanguageModelConfig.vectors` of a model; none of another module."""
+    return module.config.vectors if isinstance(module, LanguageModel) else frozenset()
+
+
 class LanguageModel(nn.Module):
     """Next-token logits from tokens. Successive calls of `step` equal `forward` on the whole.
 

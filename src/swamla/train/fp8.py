@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from swamla.errors import MissingBackendError
-from swamla.model.language_model import LanguageModel
+from swamla.model.language_model import vectors_of
 
 NEEDED = "precision = fp8 needs torchao: pip install 'swamla[fp8]'"
 # What a product must have to win more than casts cost. An H200 does about 790 TFLOP/s in bf16 and 4 TB/s, so that by
@@ -29,7 +29,7 @@ def suits_fp8(name: str, linear: nn.Linear, vectors: Collection[str]) -> bool:
     return min(inputs, outputs) >= SHORTEST_SIDE and (outputs > NARROW_OUTPUT or inputs > WIDE_INPUT)
 
 
-def convert_to_fp8(model: LanguageModel, device: torch.device) -> str:
+def convert_to_fp8(model: nn.Module, device: torch.device) -> str:
     """Let the linear layers that suit it multiply in fp8, forward and backward; returns what was done, for people.
 
     Weights, their names and checkpoints stay as they are, and everything but these layers runs as in bf16. Without
@@ -49,7 +49,7 @@ def convert_to_fp8(model: LanguageModel, device: torch.device) -> str:
         logging.disable(level)
 
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    suiting = {name for name, linear in linears.items() if suits_fp8(name, linear, model.config.vectors)}
+    suiting = {name for name, linear in linears.items() if suits_fp8(name, linear, vectors_of(model))}
     config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)  # any number of tokens, not multiples of 16 alone
     convert_to_float8_training(model, config=config, module_filter_fn=lambda module, name: name in suiting)
     said = f"fp8: {len(suiting)} of {len(linears)} linear layers{' (emulated: no faster)' if emulate else ''}"

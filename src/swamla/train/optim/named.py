@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from swamla import distributed
 from swamla.errors import CorruptError
 from swamla.model.accounting import ParameterSpec
-from swamla.model.language_model import LanguageModel
+from swamla.model.language_model import vectors_of
 from swamla.registry import Registered
 from swamla.train.precision import Chosen
 
@@ -105,7 +105,7 @@ class OptimizerConfig(Registered, home="swamla.train.optim"):
 
 def named_parameters(model: nn.Module) -> NamedParameters:
     """The trainable parameters of a model, each once."""
-    vectors = model.config.vectors if isinstance(model, LanguageModel) else frozenset()
+    vectors = vectors_of(model)
     return [Trained(name, p, _local(p), name in vectors) for name, p in model.named_parameters() if p.requires_grad]
 
 
