@@ -1,12 +1,15 @@
-"""Everything that is said of speed on a GPU, in under nine minutes on one card: python -m benchmarks.gpu
+"""Everything that is said of speed on a GPU, in calls of under nine minutes on one card: python -m benchmarks.gpu
 
     PYTHONPATH=src python -m benchmarks.gpu             # where swamla is not installed
+    python -m benchmarks.gpu --after FIRST.json         # the rows that another call had no time for, or that failed
+    python -m benchmarks.gpu --compare OLD.json         # each figure beside that of an earlier file
     python -m benchmarks.gpu --only gates,training      # some tables
     python -m benchmarks.gpu --device cpu --quick       # every row at tiny sizes, to see that it runs
 
-First what the card reaches at most, then gates: every fast path against its reference, gradients too. A row whose
-path did not pass says so. Every row has a process of its own and a time-out; what fails says why, what no longer fits
-the time is named, and each figure is printed and written at once. Targets that stand beside figures are not checked.
+Rows come in the order of what they are worth. Gates compare fast paths with their references, gradients too; a row
+whose path did not pass, or was not checked, says so. Every row has a process of its own and a time-out; what fails
+says why, what no longer fits the time is named, and each figure is printed and written at once. Targets that stand
+beside figures are not checked.
 """
 
 import argparse
@@ -27,7 +30,7 @@ import torch
 
 from benchmarks.gpu_rows import CEILINGS, MACHINE, ROWS
 from benchmarks.gpu_running import Figures, Message, Place, Processes, Row
-from swamla.bench.results import Results
+from swamla.bench.results import Results, in_words
 
 RESULTS = Path(__file__).parent / "results"
 BUDGET = 520.0  # seconds, of the nine minutes that all of it may take
@@ -47,15 +50,21 @@ def main(arguments: Sequence[str] | None = None, *, rows: Sequence[Row] = ROWS, 
     file.parent.mkdir(parents=True, exist_ok=True)
     log = file.with_suffix(".log")
     results = Results(command=shlex.join(["python", "-m", "benchmarks.gpu", *(arguments or sys.argv[1:])]), file=file)
-    session = Session(results, place, run or Processes(log, PRELOADED), options.budget)
+    done = measured(options.after) if options.after else set()
+    checked = [path for row in rows if (row.table, row.name) in done for path in row.vouches]
+    session = Session(results, place, run or Processes(log, PRELOADED), options.budget, checked)
     try:
         for row in rows:
-            if not options.only or row.table in (MACHINE, CEILINGS, *options.only):
+            asked = not options.only or row.table in options.only
+            if row.table in (MACHINE, CEILINGS) or (asked and (row.table, row.name) not in done):
                 session.measure(row)
     except KeyboardInterrupt:
         results.say(f"interrupted; what was measured is in {file}")
         return 130
-    results.save()
+    finally:
+        session.close()
+    if options.compare:
+        results.say("\n".join(compared(Results.load(options.compare), results)))
     results.say(f"{results.seconds:.0f} s in all, in {file}; what the rows printed is in {log.name}")
     return 0
 
@@ -70,6 +79,8 @@ def parse(arguments: Sequence[str] | None, rows: Sequence[Row]) -> argparse.Name
         "--only", metavar="TABLES", default=[], type=lambda text: text.split(","), help=f"of {','.join(tables)}"
     )
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds in all (default: %(default).0f)")
+    parser.add_argument("--after", type=Path, metavar="FILE", help="leave out the rows that have figures in this file")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="print each figure beside that of this file")
     parser.add_argument("--out", type=Path, help="the JSON file (default: benchmarks/results/gpu-DATE.json)")
     options = parser.parse_args(arguments)
     unknown = set(options.only) - set(tables)
@@ -87,6 +98,32 @@ def default_file(whole: bool) -> Path:
     return next(RESULTS / name for name in names if not (RESULTS / name).exists())
 
 
+def measured(file: Path) -> set[tuple[str, str]]:
+    """Table and name of the rows that have figures in a file of results."""
+    tables = Results.load(file).rows.items()
+    return {
+        (table, str(row["name"]))
+        for table, rows in tables
+        for row in rows
+        if "name" in row and not row.keys() & {"error", "skipped", "not_trustworthy"}
+    }
+
+
+def compared(old: Results, new: Results) -> Iterator[str]:
+    """A line for each row that both have: its rate, or else its time, there and here."""
+    before = {(table, row.get("name")): row for table, rows in old.rows.items() for row in rows}
+    for table, rows in new.rows.items():
+        for row in rows:
+            earlier = before.get((table, row.get("name")), {})
+            for key in ("tokens_per_s", "median_s"):
+                was, now = earlier.get(key), row.get(key)
+                if isinstance(was, int | float) and isinstance(now, int | float) and was:
+                    faster = now / was if key == "tokens_per_s" else was / now
+                    figures = f"{in_words(key, was)} → {in_words(key, now)}"
+                    yield f"{table}  {row['name']}  {figures}  {faster:.3g} times as fast"
+                    break
+
+
 def refusal(place: Place) -> str:
     """Why nothing can be measured there; nothing if it can."""
     if place.device == "cuda" and not torch.cuda.is_available():
@@ -99,10 +136,12 @@ def refusal(place: Place) -> str:
 class Session:
     """One benchmark in progress: where rows go, what time is left, which paths are not to be trusted."""
 
-    def __init__(self, results: Results, place: Place, run: Run, budget: float) -> None:
+    def __init__(self, results: Results, place: Place, run: Run, budget: float, checked: Sequence[str] = ()) -> None:
+        """checked: paths whose gates have passed before."""
         self._results, self._place, self._run = results, place, run
         self._end = time.monotonic() + budget
-        self._broken: set[str] = set()
+        self._checked = dict.fromkeys(checked, True)  # whether the gate of a path passed
+        self._using: list[tuple[Figures, list[str]]] = []
 
     def measure(self, row: Row) -> None:
         """Run a row and keep what it finds, or why it finds nothing."""
@@ -117,8 +156,8 @@ class Session:
         self._results.rows.setdefault("durations", []).append(took)
 
     def _keep(self, row: Row, kind: str, content: Any) -> None:
-        if kind != "figures" or content.get("passed") == 0:
-            self._broken.update(row.vouches)
+        passed = kind == "figures" and content.get("passed") != 0
+        self._checked |= {path: passed and self._checked.get(path, True) for path in row.vouches}
         if kind == "failed":
             self._results.failed(row.table, row.name, content)
         elif kind == "skipped":
@@ -127,14 +166,27 @@ class Session:
             self._keep_figures(row, content)
 
     def _keep_figures(self, row: Row, figures: Figures) -> None:
-        distrusted = [used for used in figures.pop("uses", []) if used in self._broken]
-        if distrusted and "skipped" not in figures:
-            figures["not_trustworthy"] = f"the gate did not pass: {', '.join(distrusted)}"
+        uses = figures.pop("uses", [])
         if row.table == MACHINE:
             self._results.machine |= figures
         if row.table == CEILINGS:
             self._results.ceilings |= figures
-        self._results.add(row.table, {"name": row.name, **figures})
+        kept = {"name": row.name, **figures}
+        if uses and "skipped" not in figures:
+            self._using.append((kept, uses))
+            self._distrust(kept, [path for path in uses if self._checked.get(path) is False], "did not pass")
+        self._results.add(row.table, kept)
+
+    def close(self) -> None:
+        """Mark what gates that ran later, or never, say of rows before them; and write all."""
+        for figures, uses in self._using:
+            self._distrust(figures, [path for path in uses if path not in self._checked], "did not run")
+            self._distrust(figures, [path for path in uses if self._checked.get(path) is False], "did not pass")
+        self._results.save()
+
+    def _distrust(self, figures: Figures, paths: Sequence[str], why: str) -> None:
+        if paths:
+            figures["not_trustworthy"] = f"the gate {why}: {', '.join(paths)}"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import main
+from benchmarks.gpu import compared, main
 from benchmarks.gpu_rows import GATES, ROWS
 from benchmarks.gpu_running import Place, Processes, here
 from benchmarks.gpu_timing import used
@@ -50,6 +50,7 @@ def test_training_rows_have_their_targets_beside_what_was_found(dry: Results) ->
     rows = {row["name"]: row for row in dry.rows["training"]}
     small = rows["small swa, bf16, compiled"]
     assert small["target_tokens_per_s"] == 300e3
+    assert (small["documents_a_row"], rows["small swa, bf16, compiled, whole rows"]["documents_a_row"]) == (4, 1)
     assert small["tokens_per_s"] == pytest.approx(64 / small["median_s"])
     assert {"of_matmul_share", "of_peak_share", "parameters"} <= small.keys()
     assert "target_tokens_per_s" not in rows["GPT-2 as small, bf16, compiled"]
@@ -60,9 +61,15 @@ def test_the_machine_and_its_ceilings_are_in_the_head(dry: Results) -> None:
     assert dry.ceilings.keys() >= {"bf16_flops", "fp16_flops", "fp8_flops", "copy_bytes"}
 
 
-def test_all_gates_come_before_anything_is_timed_and_every_row_can_go_to_a_process_of_its_own() -> None:
-    tables = [row.table for row in ROWS]
-    assert tables == sorted(tables, key=lambda table: {"machine": 0, "ceilings": 1, GATES: 2}.get(table, 3))
+def test_the_machine_comes_first_then_what_headlines_rest_on_and_every_row_can_go_to_a_process_of_its_own() -> None:
+    assert [row.table for row in ROWS[:2]] == ["machine", "ceilings"]
+    names = [row.name for row in ROWS]
+    headlines = [names.index(f"{name} swa, bf16, compiled") for name in ("small", "base", "moe-1b")]
+    assert all(
+        names.index(gate) < min(headlines) for gate in ("attention, cudnn", "windowed attention, flex", "experts")
+    )
+    assert max(headlines) < names.index("decoding, graph")
+    assert sum(row.needs for row in ROWS[: max(headlines) + 1]) < 240  # half of a call of eight minutes
     assert len({(row.table, row.name) for row in ROWS}) == len(ROWS)
     assert [row.name for row in pickle.loads(pickle.dumps(ROWS))] == [row.name for row in ROWS]
 
@@ -105,6 +112,37 @@ def test_timings_of_a_path_whose_gate_failed_are_marked(tmp_path: Path) -> None:
     assert found["gates"] == [{"name": "gate", "output_error": "nan", "passed": 0}]
     (timed,) = found["training"]
     assert timed["not_trustworthy"] == "the gate did not pass: attention/flex"
+
+
+def test_timings_of_a_path_whose_gate_comes_later_or_never_are_marked_too(tmp_path: Path) -> None:
+    gate, timed = GATED
+    found = measured(tmp_path, DRY, rows=(timed, gate), run=here).rows
+    assert found["training"][0]["not_trustworthy"] == "the gate did not pass: attention/flex"
+    found = measured(tmp_path, DRY, rows=(timed,), run=here).rows
+    assert found["training"][0]["not_trustworthy"] == "the gate did not run: attention/flex, delta rule/torch"
+
+
+def test_a_second_call_measures_what_the_first_did_not(tmp_path: Path) -> None:
+    first = tmp_path / "first.json"
+    rows = [
+        row for row in ROWS if row.table in ("machine", "ceilings") or row.name in ("loss", "head and cross-entropy")
+    ]
+    assert main([*DRY, "--only", "gates", "--out", str(first)], rows=rows, run=here) == 0
+    found = measured(tmp_path, [*DRY, "--after", str(first)], rows=rows, run=here).rows
+    assert found.keys() == {"machine", "ceilings", "loss", "durations"}
+    failed = Results.load(first)
+    failed.rows["gates"][0] = {"name": "loss", "error": "it hung"}
+    failed.file = first
+    failed.save()
+    assert "gates" in measured(tmp_path, [*DRY, "--after", str(first)], rows=rows, run=here).rows
+
+
+def test_figures_stand_beside_those_of_an_earlier_file() -> None:
+    old, new = Results(command="old", say=lambda _: None), Results(command="new", say=lambda _: None)
+    old.rows = {"training": [{"name": "a", "tokens_per_s": 1e5, "median_s": 9.0}, {"name": "b", "error": "no"}]}
+    new.rows = {"training": [{"name": "a", "tokens_per_s": 1.5e5}, {"name": "b", "tokens_per_s": 1.0}]}
+    old.rows["loss"], new.rows["loss"] = [{"name": "c", "median_s": 0.5}], [{"name": "c", "median_s": 1.0}]
+    assert [line.rpartition("  ")[2] for line in compared(old, new)] == ["1.5 times as fast", "0.5 times as fast"]
 
 
 def test_some_tables_alone(tmp_path: Path) -> None:
