@@ -151,6 +151,21 @@ def test_a_stream_is_evaluated_without_its_files_and_not_trained_on(
     assert "a stream reads its files while it trains" in run(capsys, "train", "--resume", "r", status=2)
 
 
+def test_a_resumed_run_names_the_tokenizer_that_it_asked_for_whoever_made_the_data(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "train", recipe("recipe.json"), "--output_dir", "r", "--steps", "3")
+    (home / "rows.jsonl").rename(home / "moved.jsonl")
+    for made in home.glob("**/data/*/meta.json"):
+        shutil.rmtree(made.parent)
+    run(capsys, "prepare", "moved.jsonl", "--tokenizer", "r/tokenizer.json")
+    assert main(["train", "--resume", "r"]) == 0
+    said = capsys.readouterr()
+    assert "rows.jsonl is gone or unreadable" in said.err
+    assert "byte, vocabulary 257" in said.out + said.err
+    assert "r/tokenizer.json" not in said.out + said.err
+
+
 def test_a_run_older_than_data_json_is_found_by_its_checkpoint(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, "train", recipe("recipe.json"), "--output_dir", "r", "--steps", "3")
     (home / "r" / "data.json").unlink()

@@ -95,6 +95,33 @@ def test_only_what_a_run_on_it_would_hold_out_is_scored_where_that_is_asked(home
     assert 0 < found["bytes"] < sum(len(text.encode()) for text in TEXTS)
 
 
+def test_text_that_the_weights_came_from_is_told_too(home: Path, tmp_path: Path, capsys) -> None:
+    """Of a run that began with the weights of one that began with those of another, trained on other texts."""
+    (tmp_path / "other.txt").write_text("".join(TEST))
+    data = {"source": str(tmp_path / "other.txt"), "tokenizer": "byte", "cache_dir": str(home / "cache")}
+    (tmp_path / "other.json").write_text(json.dumps({**TINY, "data": data}))
+    for name, origin in (("second", home / "single"), ("third", tmp_path / "second")):
+        into = ["--output_dir", str(tmp_path / name), "--init_from", str(origin)]
+        assert main(["train", str(tmp_path / "other.json"), *into]) == 0
+    capsys.readouterr()
+    asked = ["--data", str(home / "rows.jsonl"), "--text_column", "body"]
+    assert main(["evaluate", str(tmp_path / "third"), *asked]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "trained on" in line]
+    assert len(told) == 1
+    assert f"of its 40 documents are among those {home / 'single'}, whose weights the run began with, was" in told[0]
+
+
+def test_a_streams_sample_is_said_to_be_one(home: Path, tmp_path: Path, capsys) -> None:
+    data = {"source": str(home / "rows.jsonl"), "text_column": "body", "tokenizer": "byte", "stream": 2}
+    data["cache_dir"] = str(tmp_path / "cache")
+    (tmp_path / "stream.json").write_text(json.dumps({**TINY, "data": data}))
+    assert main(["train", str(tmp_path / "stream.json"), "--output_dir", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    asked = ["--data", str(home / "rows.jsonl"), "--text_column", "body"]
+    assert main(["evaluate", str(tmp_path / "run"), *asked]) == 0
+    assert "the run was trained on, as far as the sample of what it streamed tells" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("run", ["single", "mixed"])
 def test_text_that_was_trained_on_is_told_under_whatever_name_it_comes(home: Path, run: str, tmp_path, capsys) -> None:
     assert main(["evaluate", str(home / run), "--json"]) == 0

@@ -233,13 +233,37 @@ def test_a_finished_run_does_not_get_more_to_do_at_another_rate_unless_that_is_a
     # A run that is bounded by time ends in the middle of a step, so a little above its lowest rate.
     rate = "1.00e-03" if bound == "steps" else re.search(r"rate, (\S+) now", said)[1]
     assert 1e-3 <= float(rate) < 5e-3
-    assert f"--{flag} {budget[bound]:g} (it stays at {rate}) or --{flag} {longer[bound]:g} (it rises" in said
+    stays = f"it stays at {rate}" if float(rate) <= 1.1e-3 else "it falls to 1.00e-03, and stays"
+    assert f"--{flag} {budget[bound]:g} ({stays}) or --{flag} {longer[bound]:g} (it rises" in said
 
 
 def test_a_rate_that_fell_to_nothing_is_not_offered_to_stay():
     before, now = tiny_config(min_lr_ratio=0.0).train, tiny_config(min_lr_ratio=0.0, steps=12).train
     with pytest.raises(ConfigError, match=r"choose --schedule constant --lr RATE or --schedule_steps 12 \(it rises"):
         check_horizon(before, now, step=6, seconds=1.0)
+
+
+def test_a_schedule_in_the_middle_is_offered_to_end_as_planned():
+    before, now = tiny_config(steps=12).train, tiny_config(steps=60).train
+    with pytest.raises(ConfigError, match=r"choose --schedule_steps 12 \(it falls to 1.00e-03, and stays\) or "):
+        check_horizon(before, now, step=9, seconds=1.0)
+
+
+def test_settings_for_a_run_without_a_step_left_are_not_kept_and_so_not_taken_for_what_it_learned_by(tmp_path, dataset):
+    run(tiny_config(), tmp_path / "run", dataset)
+    written = (tmp_path / "run" / "config.json").read_text()
+    said = said_by(tiny_config(min_lr_ratio=0.9, lr=0.05, log_interval=3), tmp_path / "run", dataset)
+    assert "changed in this run: log_interval 1 → 3\n" in said
+    assert "not kept, as there is no step left that it would change: lr 0.01 → 0.05, min_lr_ratio 0.1 → 0.9\n" in said
+    assert "learning rate" not in said
+    assert (tmp_path / "run" / "config.json").read_text() == written.replace('"log_interval": 1', '"log_interval": 3')
+    said = said_by(tiny_config(steps=4, log_interval=3), tmp_path / "run", dataset)
+    assert "not kept, as there is no step left that it would change: steps 6 → 4\n" in said
+    # So the rate of the last step is known, and a rise from it is refused, as of a run that was left alone.
+    with pytest.raises(ConfigError, match=r"the learning rate, 1\.00e-03 now, would follow the new end and rise to"):
+        run(tiny_config(steps=12, log_interval=3), tmp_path / "run", dataset, resume=True)
+    told = said_by(tiny_config(steps=12, min_lr_ratio=0.9, log_interval=3), tmp_path / "run", dataset)
+    assert ", 1.00e-03 without the changes" in told
 
 
 def test_the_rate_stays_or_rises_as_was_chosen_and_both_are_told(tmp_path, dataset):

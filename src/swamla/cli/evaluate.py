@@ -5,6 +5,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from swamla.data.shards import Split, documents_shared
 from swamla.errors import UsageError
 from swamla.evaluate import bytes_apart
 from swamla.train import RunConfig
+from swamla.train.changes import config_of
+from swamla.train.init_from import lineage
 from swamla.train.precision import autocast, resolve_as_trained
 from swamla.train.run_folder import identity_of_run
 
@@ -115,24 +118,27 @@ def _other_data(arguments: Arguments, given: Mapping[str, Any], run: Path, confi
     flags = apply_flags(plain, given, _own_flags())
     chosen = from_plain(DataConfig, plain["data"], path="data", origin=lambda field: flags.get(field, "--data"))
     dataset = read_data(chosen, Console(stderr=True))
-    _warn_of_trained_text(dataset, run, config)
+    _warn_of_trained_text(dataset, config.data, run, "the run")
+    for other in islice(lineage(run), 1, None):
+        _warn_of_trained_text(dataset, config_of(other).data, other, f"{other}, whose weights the run began with,")
     return dataset
 
 
-def _warn_of_trained_text(dataset: Dataset, run: Path, config: RunConfig) -> None:
-    """Warn of documents that the run was trained on, found by their tokens, or by source if the tokens are gone."""
+def _warn_of_trained_text(dataset: Dataset, trained_on: DataConfig, run: Path, who: str) -> None:
+    """Warn of documents that `run` was trained on, found by their tokens, or by source if the tokens are gone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # changes of its raw files do not matter here
         known = identity_of_run(run)
-        own = None if known is None else reopen(config.data, known)
+        own = None if known is None else reopen(trained_on, known)
     source, total = dataset.source, dataset.held_out.n_documents
     if own is not None and (shared := documents_shared(dataset.held_out, own.train, dataset.tokenizer)):
-        message = f"{source}: {shared} of its {total} documents are among those the run was trained on"
+        only = ", as far as the sample of what it streamed tells" if trained_on.stream else ""
+        message = f"{source}: {shared} of its {total} documents are among those {who} was trained on{only}"
         warnings.warn(message, stacklevel=3)
     elif own is not None and _begins_as_trained(dataset.held_out, own.train):
-        warnings.warn(f"{source}: the run was trained on the beginning of one of its documents", stacklevel=3)
-    elif own is None and source in {config.data.source, *(part.source for part in config.data.mixture)}:
-        warnings.warn(f"{source} is what the run was trained on", stacklevel=3)
+        warnings.warn(f"{source}: {who} was trained on the beginning of one of its documents", stacklevel=3)
+    elif own is None and source in {trained_on.source, *(part.source for part in trained_on.mixture)}:
+        warnings.warn(f"{source} is what {who} was trained on", stacklevel=3)
 
 
 def _begins_as_trained(tested: Split, trained: Split) -> bool:

@@ -154,8 +154,12 @@ class PreparedDataset(Dataset):
         raw: str = "",
         plugin: str = "",
         buffer_docs: int = 0,
+        spec: str = "",
     ) -> "PreparedDataset":
-        """Open a folder; see `Dataset.open`. source: where its text is from, if not where it was first found."""
+        """Open a folder; see `Dataset.open`.
+
+        source, spec: where its text is from, and what its tokenizer was asked for as, if not as when it was made.
+        """
         meta = _read_meta(path)
         for name, entry in meta["files"].items():
             _require_size(path / name, entry["size"])
@@ -166,6 +170,7 @@ class PreparedDataset(Dataset):
                 f"{tokenizer.fingerprint[:12]}, shards {meta['tokenizer']['fingerprint'][:12]}); delete {path}"
             )
         told = meta | ({"source": source} if source else {})
+        told |= {"tokenizer": meta["tokenizer"] | {"spec": spec}} if spec else {}
         dataset = cls(path, told, tokenizer, throughput=throughput, raw=raw, plugin=plugin, buffer_docs=buffer_docs)
         assert dataset.train.vocab_size == dataset.held_out.vocab_size  # opened now: what is damaged is told now
         counted, there = dataset.held_out.n_bytes, meta["files"][HELD_OUT_TEXT]["size"]

@@ -32,8 +32,14 @@ def reopen(
         source = _raw(single, each, folder, needed=training and bool(config.stream))
         # Equal texts share a folder of the cache, which says where they were first found.
         told = (source.origin if source else "") or single.source
-        raw, plugin = each["raw"], each.get("plugin", "")
-        dataset = PreparedDataset.read(folder, source=told, raw=raw, plugin=plugin, buffer_docs=config.buffer_docs)
+        dataset = PreparedDataset.read(
+            folder,
+            source=told,
+            raw=each["raw"],
+            plugin=each.get("plugin", ""),
+            buffer_docs=config.buffer_docs,
+            spec=single.tokenizer,
+        )
         streamed = _stream(single, dataset, source, workers) if config.stream else dataset
         if streamed is None:
             return None

@@ -1,6 +1,7 @@
 """Which settings a resumed run may change, and what each change does to the run so far."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,10 @@ def check_horizon(before: TrainConfig, now: TrainConfig, *, step: int, seconds: 
     ]
     stays = " ".join(f"--{flag} {getattr(before, n):g}" for n, flag in moved if getattr(before, n) is not None)
     spread = " ".join(f"--{flag} {getattr(now, n):g}" for n, flag in moved if getattr(now, n) is not None)
-    # A schedule that ended at 0 would learn nothing at its last rate.
-    keep = f"{stays} (it stays at {old:.2e})" if old else "--schedule constant --lr RATE"
+    last = before.lr * (1.0 if before.schedule == "constant" else before.min_lr_ratio)
+    as_planned = f"it falls to {last:.2e}, and stays" if old > RISE * last else f"it stays at {old:.2e}"
+    # A schedule that ends at 0 would learn nothing at its last rate.
+    keep = f"{stays} ({as_planned})" if last else "--schedule constant --lr RATE"
     name = moved[0][0]
     raise ConfigError(
         f"train.{name}",
@@ -90,15 +93,31 @@ def rates(before: TrainConfig, now: TrainConfig, *, step: int, seconds: float) -
     return old, new
 
 
+def kept(before: TrainConfig, now: TrainConfig, *, step: int, seconds: float) -> TrainConfig:
+    """What a resumed run keeps of its settings: where no step is left, none of learning, as nothing was learned by it.
+
+    Else the next command would take a learning rate that no step had for the run's last one.
+    """
+    if now.budget.progress(step + 0.5, seconds) < 1:
+        return now
+    return replace(now, **{name: getattr(before, name) for name in LEARNING})
+
+
 def told(before: TrainConfig, now: TrainConfig, *, step: int, seconds: float) -> list[str]:
-    """A line that names the changes, and one for the learning rate where it differs."""
+    """Lines that name the changes, those that are not kept, and the learning rate where it differs."""
+    lasting = kept(before, now, step=step, seconds=seconds)
+    lines = [f"changed in this run: {changes}"] if (changes := _named(before, lasting)) else []
+    if not_kept := _named(lasting, now):
+        lines.append(f"not kept, as there is no step left that it would change: {not_kept}")
+    old, new = rates(before, lasting, step=step, seconds=seconds)
+    if f"{old:.2e}" != f"{new:.2e}":
+        lines.append(f"learning rate {new:.2e} from step {step + 1} on, {old:.2e} without the changes")
+    return lines
+
+
+def _named(before: TrainConfig, now: TrainConfig) -> str:
     was, is_now = dict(_leaves(to_plain(before))), dict(_leaves(to_plain(now)))
-    changed = [f"{name} {was[name]} → {is_now[name]}" for name in is_now if was.get(name) != is_now[name]]
-    if not changed:
-        return []
-    old, new = rates(before, now, step=step, seconds=seconds)
-    rate = f"learning rate {new:.2e} from step {step + 1} on, {old:.2e} without the changes"
-    return [f"changed in this run: {', '.join(changed)}", *([rate] if f"{old:.2e}" != f"{new:.2e}" else [])]
+    return ", ".join(f"{name} {was[name]} → {is_now[name]}" for name in is_now if was.get(name) != is_now[name])
 
 
 def measure(config: TrainConfig) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Continued pretraining: a new run that starts from the weights of another one, and takes nothing else from it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from swamla.config import from_plain
 from swamla.data.tokenizer import Tokenizer, load_tokenizer
 from swamla.errors import UsageError
 from swamla.export import load_gpt2
+from swamla.files import entry, read_json
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.tensor_file import misfits
 
@@ -92,6 +93,17 @@ def origin_of(where: str, which: str = "best") -> Origin:
     model = from_plain(LanguageModelConfig, plain, path="model", origin=str(run / "config.json"))
     which = folder.name.removeprefix("step-").lstrip("0") or "0" if checkpoint else which
     return Origin(folder=run, which=which, is_run=True, model=model, tokenizer=run / "tokenizer.json")
+
+
+def lineage(run: Path) -> Iterator[Path]:
+    """A run's folder, then those of the runs whose weights it began with in turn, as far as they are there."""
+    seen = set()
+    while run.resolve() not in seen and (run / "config.json").is_file():
+        yield run
+        seen.add(run.resolve())
+        if not (run / RECORD).is_file():
+            return
+        run = Path(entry(read_json(run / RECORD, inside=run), "folder", str, file=run / RECORD))
 
 
 def describe(record: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ from swamla.errors import ConfigError, CorruptError, DataError, Interrupted
 from swamla.files import entry, read_json, write_text_atomically
 from swamla.model.language_model import LanguageModel
 from swamla.train.backends import resolve_backends
-from swamla.train.changes import check_horizon, check_same_run, config_of, measure, told
+from swamla.train.changes import check_horizon, check_same_run, config_of, kept, measure, told
 from swamla.train.claims import Claim, claim_new, claim_run, is_unsaved, remove_unsaved
 from swamla.train.compile import compile_blocks, resolve_compile
 from swamla.train.config import RunConfig, TrainConfig
@@ -82,7 +82,8 @@ def open_run(
             if not resume and is_unsaved(run_dir):
                 warnings.warn(f"{run_dir}: held a run that ended before its first checkpoint: replaced", stacklevel=2)
                 remove_unsaved(run_dir)
-            plain = {"format_version": FORMAT_VERSION, **to_plain(config)}
+            lasting = replace(config, train=kept(before, config.train, step=step, seconds=seconds))
+            plain = {"format_version": FORMAT_VERSION, **to_plain(lasting)}
             write_text_atomically(run_dir / "config.json", json.dumps(plain, indent=2) + "\n")
             dataset.tokenizer.save(run_dir / "tokenizer.json")
             if state.initialized_from is not None:
