@@ -36,7 +36,7 @@ def test_it_describes_this_machine_and_every_check_passes(told: dict) -> None:
     assert set(told["auto"]["backends"]) == {"attention", "delta rule", "experts"}
     assert told["storage"]["here_free_bytes"] > 0
     assert [check["name"] for check in told["checks"] if not check["ok"]] == []
-    assert len(told["checks"]) == 10
+    assert len(told["checks"]) == 11
     assert told["ok"] is True
 
 

@@ -332,7 +332,7 @@ MUTATIONS = [
     ),
     Mutation(
         "rows that nobody wrote are read",
-        "src/swamla/ops/grouped_mm/__init__.py",
+        "src/swamla/ops/grouped_mm.py",
         "y[int(ends_E[-1]) :] = 0",
         "y[int(ends_E[-1]) :] = 1",
         "tests/ops/test_grouped_mm.py",

@@ -112,9 +112,11 @@ def parse(
         given = vars(parser.parse_args(words) if "--" in words else parser.parse_intermixed_args(words))
     except argparse.ArgumentError as wrong:
         unfit = wrong.__context__
-        raise (
-            unfit.error if isinstance(unfit, _Unfit) else UsageError(f"{wrong.argument_name}: {wrong.message}")
-        ) from None
+        if isinstance(unfit, _Unfit):
+            raise unfit.error from None
+        if wrong.argument_name is None:  # since Python 3.13: what is missing or unknown, else told by `error`
+            parser.error(wrong.message)
+        raise UsageError(f"{wrong.argument_name}: {wrong.message}") from None
     given |= {name: tuple(given[name]) for name in given if table[name].repeated}
     own = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     arguments = cls(**{name: value for name, value in given.items() if name in own})

@@ -17,7 +17,7 @@ _HELP: dict[str, tuple[Any, str, str]] = {
     "local_mixer": (
         str,
         "KIND",
-        "mixer of local layers: swa, gdn or another kind whose cost is linear in length",
+        "mixer of local layers, e.g. swa or gdn",
     ),
     "n_layers": (int, "", "depth, to which the pattern is repeated or cut"),
     "n_heads": (int, "", "heads of every block's mixer"),

@@ -119,11 +119,11 @@ class Source(Registered, home="swamla.data.sources"):
     def unit_documents(self, unit: Unit, notes: Notes) -> Iterator[str]:
         """The documents of a unit that hold text; what was left out is counted in `notes`."""
         for entry in self.entries[unit.first : unit.stop]:
-            for number, text in enumerate(self.read(entry, notes, unit.span), 1):
+            for text in self.read(entry, notes, unit.span):
                 if text:
                     yield text
                 else:
-                    notes.add("empty documents skipped", entry.file if unit.span else f"{entry.file}: text {number}")
+                    notes.add("empty documents skipped", entry.file)
 
     def describe_unit(self, unit: Unit) -> str:
         """A unit's files, for messages."""
@@ -238,7 +238,7 @@ class Files(Source):
             notes.add("files that are no text left out", f"{entry.file} is {re.split('[:(]', what)[0].strip()}")
             return
         if suffix not in READERS and is_row(head.partition(b"\n")[0], self.rules.column):
-            notes.add("files of JSON lines taken for one text each by their names (rows are of .jsonl)", entry.file)
+            notes.add("files of JSON lines taken for one text each by their names (rows are of .jsonl)", entry.name)
         try:
             yield from READERS.get(suffix, text_file)(entry.file, self.rules, notes, span)
         except NoRows as error:

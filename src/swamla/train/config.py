@@ -78,7 +78,7 @@ class TrainConfig:
     checkpointing: what is computed again in the backward pass instead of being kept, which saves memory and changes no
         number: "none", "attention" (the mixers), "ffn" or "all" (whole blocks).
     compile: "none", or a mode of torch.compile: "default", "reduce-overhead" (CUDA graphs) or "max-autotune". "auto"
-        is "default" on a GPU and "none" on a CPU, where the first step of quickstart's model waited 70 s for it.
+        is "default" on a GPU, else "none": on a CPU quickstart's first step waited 70 s for it.
     parallel: how the processes that torchrun starts share the work: "ddp", each with the whole model; "fsdp", each with
         a part of it; "hsdp", copies each in `shards` parts. "auto" is ddp, and plain training in one process.
     shards: processes that hold a copy together in hsdp; by default those of one machine.
