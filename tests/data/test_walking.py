@@ -83,6 +83,9 @@ def test_runs_inside_a_folder_are_left_out_and_named(tmp_path: Path) -> None:
         (["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-00000-of-00001.parquet"], [0, 1]),
         (["train/a.txt", "test/b.txt", "dev/c.txt", "extra/d.txt"], ["extra/d.txt", "train/a.txt"]),
         (["test.jsonl", "other.jsonl"], ["other.jsonl", "test.jsonl"]),  # no training split beside it
+        (["train.jsonl", "test.jsonl.gz", "valid.csv"], ["train.jsonl"]),  # packed, or written, otherwise
+        (["trainset.jsonl", "testset.jsonl", "test_set.jsonl"], ["trainset.jsonl"]),
+        (["train.jsonl", "test-set.jsonl", "testimony.jsonl"], ["testimony.jsonl", "train.jsonl"]),
         (["train.py", "test.py", "eval.py"], ["eval.py", "test.py", "train.py"]),  # code
         (["trains.txt", "contest.txt", "latest.txt"], ["contest.txt", "latest.txt", "trains.txt"]),
         (["train.txt.gz", "test.txt.gz"], ["train.txt.gz"]),

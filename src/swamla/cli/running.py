@@ -78,7 +78,9 @@ def data_of_run(
         return read_data(replace(config, tokenizer=str(run_dir / "tokenizer.json")), console, workers=workers)
     except DataError as error:
         lost = f"its data is no longer in {config.cache}, and {lacks_plugin(config, known) or error}"
-        raise DataError(f"{run_dir}: {lost}") from error
+        raise DataError(
+            f"{run_dir}: {lost}; to go on: --resume {run_dir} --data the same text, wherever it is"
+        ) from error
 
 
 def prepare_data(

@@ -9,7 +9,10 @@ from typing import Literal
 from swamla.data.reading import COMPRESSED, Notes
 from swamla.errors import DataError
 
-_SPLIT = re.compile(r"(?<![a-z])(train|training|test|testing|valid|validation|val|dev|eval|held_?out)(?![a-z])", re.I)
+_SPLIT = re.compile(
+    r"(?<![a-z])(train|training|test|testing|valid|validation|val|dev|eval|held_?out)([_-]?set)?(?![a-z])",
+    re.IGNORECASE,
+)
 _OF_DATA = re.compile(
     rf"\.(txt|jsonl|ndjson|jsonlines|jl|json|csv|tsv|parquet)({'|'.join(map(re.escape, COMPRESSED))})?$", re.IGNORECASE
 )
@@ -73,7 +76,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _other_splits(entries: list[os.DirEntry[str]]) -> set[str]:
-    """Names that are like one of a training split, numbers aside, but for the split's name."""
+    """Names that are like one of a training split but for the split's name, numbers, and the kind of file."""
     of_data = [entry.name for entry in entries if _is(entry, "dir") or _OF_DATA.search(entry.name)]
     splits = {name: (found[1].lower(), _likeness(name)) for name in of_data if (found := _SPLIT.search(name))}
     train = {likeness for split, likeness in splits.values() if split.startswith("train")}
@@ -81,4 +84,4 @@ def _other_splits(entries: list[os.DirEntry[str]]) -> set[str]:
 
 
 def _likeness(name: str) -> str:
-    return re.sub(r"\d+", "0", _SPLIT.sub("*", name, count=1))
+    return re.sub(r"\d+", "0", _SPLIT.sub("*", _OF_DATA.sub("", name), count=1))
