@@ -77,10 +77,9 @@ def data_of_run(
     try:
         return read_data(replace(config, tokenizer=str(run_dir / "tokenizer.json")), console, workers=workers)
     except DataError as error:
-        lost = f"its data is no longer in {config.cache}, and {lacks_plugin(config, known) or error}"
-        raise DataError(
-            f"{run_dir}: {lost}; to go on: --resume {run_dir} --data the same text, wherever it is"
-        ) from error
+        way_on = f"{error}; or go on with the same text from elsewhere: --resume {run_dir} --data PATH"
+        lost = f"its data is no longer in {config.cache}, and {lacks_plugin(config, known) or way_on}"
+        raise DataError(f"{run_dir}: {lost}") from error
 
 
 def prepare_data(
