@@ -433,3 +433,11 @@ def test_what_is_there_and_is_no_file_is_not_said_to_be_missing(tmp_path: Path) 
     ):
         with pytest.raises(DataError, match=rf"{name}': {told}"):
             read(tmp_path / name)
+
+
+def test_a_description_of_a_table_in_a_folder_is_left_out_though_it_has_the_columns_name(tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.json").write_text('{"features": {"text": {"dtype": "string"}}, "splits": {"train": {}}}')
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n')
+    notes = Notes()
+    assert read(tmp_path, notes) == ["fine"]
+    assert notes.counts == {"files without such rows left out": 1}
