@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None, *, rows: Sequence[Row] = ROWS, 
     log = file.with_suffix(".log")
     results = Results(command=shlex.join(["python", "-m", "benchmarks.gpu", *(arguments or sys.argv[1:])]), file=file)
     done = measured(options.after) if options.after else set()
+    old = Results.load(options.compare) if options.compare else None
     checked = [path for row in rows if (row.table, row.name) in done for path in row.vouches]
     session = Session(results, place, run or Processes(log, PRELOADED), options.budget, checked)
     try:
@@ -63,8 +64,8 @@ def main(arguments: Sequence[str] | None = None, *, rows: Sequence[Row] = ROWS, 
         return 130
     finally:
         session.close()
-    if options.compare:
-        results.say("\n".join(compared(Results.load(options.compare), results)))
+    if old is not None:
+        results.say("\n".join(compared(old, results)))
     results.say(f"{results.seconds:.0f} s in all, in {file}; what the rows printed is in {log.name}")
     return 0
 
@@ -99,14 +100,11 @@ def default_file(whole: bool) -> Path:
 
 
 def measured(file: Path) -> set[tuple[str, str]]:
-    """Table and name of the rows that have figures in a file of results."""
+    """Table and name of the rows that have all their figures in a file of results."""
     tables = Results.load(file).rows.items()
-    return {
-        (table, str(row["name"]))
-        for table, rows in tables
-        for row in rows
-        if "name" in row and not row.keys() & {"error", "skipped", "not_trustworthy"}
-    }
+    named = [(table, str(row["name"]), row) for table, rows in tables for row in rows if "name" in row]
+    failed = {(table, name) for table, name, row in named if row.keys() & {"error", "skipped"}}
+    return {(table, name) for table, name, _ in named} - failed
 
 
 def compared(old: Results, new: Results) -> Iterator[str]:

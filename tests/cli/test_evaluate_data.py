@@ -109,6 +109,17 @@ def test_text_that_the_weights_came_from_is_told_too(home: Path, tmp_path: Path,
     told = [line for line in capsys.readouterr().err.splitlines() if "trained on" in line]
     assert len(told) == 1
     assert f"of its 40 documents are among those {home / 'single'}, whose weights the run began with, was" in told[0]
+    # What became of those runs since is no reason not to score.
+    record = tmp_path / "third" / "initialized_from.json"
+    (tmp_path / "second" / "config.json").write_text("{")
+    assert main(["evaluate", str(tmp_path / "third"), *asked]) == 0
+    second = f"what {tmp_path / 'second'}, whose weights the run began with, was trained on cannot be told: "
+    assert second in capsys.readouterr().err
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "config.json").write_text('{"model_type": "gpt2"}')
+    record.write_text(json.dumps({"folder": str(tmp_path / "exported"), "weights": "exported"}))
+    assert main(["evaluate", str(tmp_path / "third"), *asked]) == 0
+    assert "began with" not in capsys.readouterr().err
 
 
 def test_a_streams_sample_is_said_to_be_one(home: Path, tmp_path: Path, capsys) -> None:

@@ -418,6 +418,10 @@ def test_rows_of_json_by_another_name_are_told(tmp_path: Path, name: str) -> Non
     assert read(written(tmp_path / name, data), notes) == [WITH_NULL]
     told = "files of JSON lines taken for one text each by their names (rows are of .jsonl)"
     assert (notes.counts, notes.places) == ({told: 1}, {told: [name]})
+    long = json.dumps({"id": 1, "text": "long " * 5000}) + "\n"  # its first line is longer than what is looked at
+    notes = Notes()
+    read(written(tmp_path / name, gzip.compress(long.encode()) if name.endswith(".gz") else long.encode()), notes)
+    assert notes.counts == {told: 1}
     notes = Notes()
     assert read(written(tmp_path / name, data), notes, text_column="body") == [WITH_NULL]
     assert not notes.counts  # no rows with such a column

@@ -21,7 +21,7 @@ from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset
 from swamla.data.reopening import reopen
 from swamla.data.shards import Split, documents_shared
-from swamla.errors import UsageError
+from swamla.errors import SwamlaError, UsageError
 from swamla.evaluate import bytes_apart
 from swamla.train import RunConfig
 from swamla.train.changes import config_of
@@ -120,7 +120,11 @@ def _other_data(arguments: Arguments, given: Mapping[str, Any], run: Path, confi
     dataset = read_data(chosen, Console(stderr=True))
     _warn_of_trained_text(dataset, config.data, run, "the run")
     for other in islice(lineage(run), 1, None):
-        _warn_of_trained_text(dataset, config_of(other).data, other, f"{other}, whose weights the run began with,")
+        who = f"{other}, whose weights the run began with,"
+        try:
+            _warn_of_trained_text(dataset, config_of(other).data, other, who)
+        except SwamlaError as error:  # it may be damaged, or another run by now
+            warnings.warn(f"what {who} was trained on cannot be told: {error}", stacklevel=2)
     return dataset
 
 

@@ -114,7 +114,7 @@ def parse(
         unfit = wrong.__context__
         if isinstance(unfit, _Unfit):
             raise unfit.error from None
-        if wrong.argument_name is None:  # since Python 3.13: what is missing or unknown, else told by `error`
+        if wrong.argument_name is None:  # a word that is missing or unknown: before Python 3.13 `error` is called
             parser.error(wrong.message)
         raise UsageError(f"{wrong.argument_name}: {wrong.message}") from None
     given |= {name: tuple(given[name]) for name in given if table[name].repeated}

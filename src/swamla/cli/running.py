@@ -77,7 +77,8 @@ def data_of_run(
     try:
         return read_data(replace(config, tokenizer=str(run_dir / "tokenizer.json")), console, workers=workers)
     except DataError as error:
-        way_on = f"{error}; or go on with the same text from elsewhere: --resume {run_dir} --data PATH"
+        anew = f"train --resume {run_dir} --data PATH" if training else f"evaluate {run_dir} --data PATH --held_out"
+        way_on = f"{error}; where the same text is elsewhere: {program()} {anew}"
         lost = f"its data is no longer in {config.cache}, and {lacks_plugin(config, known) or way_on}"
         raise DataError(f"{run_dir}: {lost}") from error
 

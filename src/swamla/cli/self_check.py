@@ -238,11 +238,12 @@ def _norms_and_optimizers(device: torch.device) -> str:
         for _ in range(5):
             training.zero_grad()
             nats, _ = model.loss(tokens[:, :-1], tokens[:, 1:].contiguous())
-            nats.backward()
+            loss = nats / tokens[:, 1:].numel()
+            loss.backward()
             training.step()
-            losses.append(nats.item())
+            losses.append(loss.item())
         if not losses[-1] < losses[0]:
-            raise Wrong(f"{optimizer.kind} with {norm.kind}: the loss went from {losses[0]:.1f} to {losses[-1]:.1f}")
+            raise Wrong(f"{optimizer.kind} with {norm.kind}: the loss went from {losses[0]:.3f} to {losses[-1]:.3f}")
     return f"the loss falls with each of {len(norms)} norms and {len(optimizers)} optimizers"
 
 

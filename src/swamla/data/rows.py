@@ -10,6 +10,7 @@ hold each row once, wherever they were cut.
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -220,7 +221,7 @@ def json_rows(path: File, rules: RowRules, notes: Notes, span: Span | None = Non
     with naming_damage(path), open_bytes(path) as stream:
         first, second = stream.readline(), stream.readline()
         # Where the next one spans several lines, none of them is a row.
-        lines = is_row(first, rules.column) and second.strip()[-1:] in (b"", b"}")
+        lines = _is_row(first, rules.column) and second.strip()[-1:] in (b"", b"}")
         data = b"" if lines else first + second + stream.read()
     if lines:
         yield from jsonl_rows(path, rules, notes)
@@ -240,7 +241,16 @@ def json_rows(path: File, rules: RowRules, notes: Notes, span: Span | None = Non
             yield text
 
 
-def is_row(line: bytes, column: str) -> bool:
+def begins_with_row(head: bytes, column: str) -> bool:
+    """Whether a file that begins so has rows of JSON lines, as far as a first line tells that may be cut off."""
+    line, whole, _ = head.partition(b"\n")
+    if whole:
+        return _is_row(line, column)
+    key = re.escape(json.dumps(column, ensure_ascii=False).encode())
+    return head.lstrip(b"\xef\xbb\xbf \t").startswith(b"{") and re.search(key + rb'\s*:\s*"', head) is not None
+
+
+def _is_row(line: bytes, column: str) -> bool:
     """Whether a line is a whole object that has a text in the column."""
     try:
         row = json.loads(line.decode("utf-8", "replace").lstrip("\ufeff"))

@@ -23,7 +23,7 @@ from swamla.data import hub
 from swamla.data.config import DataConfig
 from swamla.data.folders import walk
 from swamla.data.reading import COMPRESSED, SNIFFED, File, Notes, is_plain, naming_damage, not_text, open_bytes
-from swamla.data.rows import READERS, NoRows, RowRules, Span, is_row, jsonl_rows, parquet_spans, text_file
+from swamla.data.rows import READERS, NoRows, RowRules, Span, begins_with_row, jsonl_rows, parquet_spans, text_file
 from swamla.errors import DataError, require
 from swamla.registry import Registered, members_of, register
 
@@ -237,7 +237,7 @@ class Files(Source):
                 raise DataError(f"{entry.file}: is {what}")
             notes.add("files that are no text left out", f"{entry.file} is {re.split('[:(]', what)[0].strip()}")
             return
-        if suffix not in READERS and is_row(head.partition(b"\n")[0], self.rules.column):
+        if suffix not in READERS and begins_with_row(head, self.rules.column):
             notes.add("files of JSON lines taken for one text each by their names (rows are of .jsonl)", entry.name)
         try:
             yield from READERS.get(suffix, text_file)(entry.file, self.rules, notes, span)

@@ -148,9 +148,9 @@ class UnitSupply:
             count, places = self._notes.counts[what], notes["places"].get(what, ())
             if count >= 2 * self._told[what]:
                 self._told[what] = count
-                last = f", the last: {places[-1]}" if places else ""
+                where = f", e.g. {places[-1]}" if places else ""
                 if distributed.is_main():
-                    warnings.warn(f"{count} {what} so far{last}", stacklevel=2)
+                    warnings.warn(f"{count} {what} so far{where}", stacklevel=2)
 
     def split(self, number: int, vocab_size: int) -> Split:
         """The training documents of a unit; waits for one that is not there. Raises what reading its text raised."""

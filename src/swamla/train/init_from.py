@@ -96,9 +96,12 @@ def origin_of(where: str, which: str = "best") -> Origin:
 
 
 def lineage(run: Path) -> Iterator[Path]:
-    """A run's folder, then those of the runs whose weights it began with in turn, as far as they are there."""
+    """A run's folder, then those of the runs whose weights it began with in turn, as far as they are there.
+
+    It ends at an exported folder, which does not say what it was trained on.
+    """
     seen = set()
-    while run.resolve() not in seen and (run / "config.json").is_file():
+    while run.resolve() not in seen and (run / "checkpoints").is_dir():
         yield run
         seen.add(run.resolve())
         if not (run / RECORD).is_file():

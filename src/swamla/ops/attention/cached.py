@@ -30,7 +30,8 @@ def attend_to_cache(
         q_BGRK = q_BTHK.squeeze(1).unflatten(1, (groups, -1))
         k_BGSK, v_BGSV = k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2)
         return scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSV, scale=scale).flatten(1, 2).unsqueeze(1)
-    if allowed_BTS is None and time > 1 and q_BTHK.device.type != "cpu":
+    # No fused kernel takes doubles: without one a mask and scores of the whole would be written out.
+    if allowed_BTS is None and time > 1 and q_BTHK.device.type != "cpu" and q_BTHK.dtype != torch.float64:
         return attend_lower_right(q_BTHK, k_BSGK, v_BSGV, scale)
     q_BGRTK = q_BTHK.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
     shared = q_BGRTK.shape[2]
