@@ -121,7 +121,7 @@ class Dataset(ABC):
 class PreparedDataset(Dataset):
     """One source, all of it in one folder.
 
-    meta: its meta.json.  throughput: of its making, where that was now; None for what the cache had.  raw: what the
+    meta: its meta.json.  throughput: of encoding; None if it came from the cache.  raw: what the
     files were that it was made from (`Source.digest`), where that is known.  plugin: the name of the file that reads
     its source, where that is not ours.  buffer_docs: how many documents are fitted
     into rows at a time; 0 fills every row. The same text is then learned in another order, which has a fingerprint of

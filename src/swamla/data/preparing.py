@@ -31,7 +31,7 @@ from swamla.errors import ConfigError, DataError, SwamlaError, require
 from swamla.files import fsync, sha256_of
 from swamla.registry import plugin_of
 
-TOKENIZER_SAMPLE = 1 << 26  # characters; a BPE learned from more is hardly another, and takes the longer
+TOKENIZER_SAMPLE = 1 << 26  # characters; more text hardly changes the BPE and takes longer
 _PLACES = 64  # units that a sample is taken from, evenly over all
 _FAR = 2  # times as much, or as little, held-out text as documents
 _AT_ONCE = 4  # units that are encoded in this process: starting others, and joining what they made, takes as long

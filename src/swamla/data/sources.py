@@ -1,8 +1,8 @@
 """Where text comes from: a `Source` has entries, such as files, and reads documents from one of them.
 
 The first word of `data.source` is the kind of a registered source ("stdlib", "hf:OWNER/NAME"); what names none is a
-path. A source is read in units: stretches of some 8 MB, whose bounds depend on the input alone. Whoever works on them,
-however many there are, the units are the same and so is what becomes of them.
+path. A source is read in units: stretches of some 8 MB, whose bounds depend on the input alone. Neither the units
+nor what is encoded of them depends on the number of workers.
 """
 
 import hashlib

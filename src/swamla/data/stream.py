@@ -2,8 +2,8 @@
 
 The rows of a stream are a pure function of (seed, sample index), as those of prepared data are: in every epoch the
 units of the source are shuffled and taken a window at a time; the documents of a window are shuffled, packed one behind
-the other, and its rows shuffled again. So the position of a run is one integer. What a window's rows number is kept
-beside its units, and where that was lost, the units are encoded again: the answer is the same.
+the other, and its rows shuffled again. So the position of a run is one integer. The number of rows
+of a window is kept beside its units; if it is lost, the units are encoded again, with the same result.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ _KEPT = 2  # windows whose units stay, so that the ranks of a machine need not b
 
 
 class StreamDataset(PreparedDataset):
-    """A source that is encoded while it is trained on; what of it is here is a sample, held-out documents included.
+    """A source that is encoded during training; `train` and `held_out` are those of a sample prepared beforehand.
 
     key: of the whole source, in the place of the fingerprint of shards that nobody has.
     """
@@ -71,7 +71,7 @@ class StreamDataset(PreparedDataset):
 
 
 class StreamRows(BlockRows):
-    """The endless training rows of a source whose units come by and by. window: units that are shuffled together."""
+    """The endless training rows of a source whose units are encoded during training. window: units that are shuffled together."""
 
     def __init__(
         self, supply: "UnitSupply", block_size: int, seed: int, eos_id: int, vocab_size: int, window: int

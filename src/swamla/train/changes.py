@@ -20,7 +20,7 @@ SAME_NUMBERS = (
 # What is learned from here on.
 RATES = ("lr", "min_lr_ratio", "schedule", "warmup", "decay", "schedule_steps", "schedule_minutes")
 LEARNING = ("steps", "max_minutes", *RATES, "weight_decay", "grad_clip", "max_skipped", "spike_factor")
-# What a held-out loss is a loss of: the best so far, scored otherwise, is nothing that new ones compare with.
+# Settings that define the held-out loss: if one changes, the best checkpoint is evaluated again.
 SCORING = ("eval_tokens",)
 
 MAY_CHANGE = (*SAME_NUMBERS, *LEARNING, *SCORING)

@@ -79,7 +79,7 @@ def claim_new(folder: Path) -> Claim:
 
 
 def claim_numbered(folder: Path) -> Claim:
-    """Take `folder`, or the first of folder-2, folder-3 … that is not there, or empty as a start that was killed."""
+    """Take `folder`, or the first of folder-2, folder-3 … that does not exist, or is empty (left by a killed start)."""
     for candidate in (folder if n == 1 else folder.with_name(f"{folder.name}-{n}") for n in count(1)):
         if candidate.exists() and not _is_empty(candidate):
             continue

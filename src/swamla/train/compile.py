@@ -27,8 +27,8 @@ def resolve_compile(mode: Compile, device: torch.device) -> Compile:
 def compile_blocks(model: LanguageModel, mode: Compile, device: torch.device) -> str:
     """Compile what training runs of every block, and say so; parameters and their names stay as they are.
 
-    Graphs end before the ops that are `outside_graphs` and begin anew behind them: on a CPU two in a mixer and two in a
-    mixture of experts, on a GPU only backends that its own are not. Evaluation runs compiled on a GPU; on a CPU, where
+    Graphs end before the ops that are `outside_graphs` and begin anew behind them: on a CPU a mixer and a mixture of
+    experts have two graph breaks each, on a GPU only backends other than its default have any. Evaluation runs compiled on a GPU; on a CPU, where
     compiling takes longer than an evaluation gains, uncompiled. Dropout draws the numbers that it draws uncompiled.
     Raises `MissingBackendError` where the machine cannot compile.
     """

@@ -33,8 +33,8 @@ class Place:
 def training_bytes(config: RunConfig, place: Place) -> dict[str, int]:
     """Bytes that one process holds, by what they are; exact but for the activations, see `activation_bytes`.
 
-    While it accumulates, a process keeps the whole gradient of a model in parts; of a whole one that others have too
-    (DDP) it has the gradient twice, as it is and in the buckets that are exchanged with the last micro-batch.
+    While it accumulates, a rank of FSDP holds the full gradient; one of DDP holds it twice, accumulated and in the
+    buckets that are reduced with the last micro-batch.
     """
     train, parts = config.train, place.parts
     weights = 4 * count_parameters(config.model).total

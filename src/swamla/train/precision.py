@@ -81,7 +81,7 @@ def resolve_precision(asked: Precision, device: torch.device, *, race: bool = Tr
 
 
 def resolve_as_trained(asked: Precision, trained: str, device: torch.device) -> Literal["fp32", "bf16"]:
-    """What a run's weights are to be computed in: in what it was trained, but in bf16 only where `device` has that.
+    """Precision to evaluate a run in: its training precision, but bf16 only where `device` has it.
 
     asked, trained: the config's precision, and the checkpoint's.
     """

@@ -35,7 +35,7 @@ Evaluate = Callable[[LanguageModel], dict[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class NextStep:
-    """What every rank knows alike of the step to come, but for its own rows.
+    """The next step; identical on all ranks except `batch`.
 
     batch: this rank's rows, by the curriculum; None where a rank could not read its own, or has not yet (missing).
     labels, flops: of all ranks' rows.  stop: the signal by which somebody asked to stop, 0 for none.
@@ -110,7 +110,7 @@ class Run:
         return self.settings.budget.progress(self.state.step + steps, seen.seconds + steps * seen.step_seconds)
 
     def look_ahead(self, *, step_begun: float | None = None, wait: bool = False) -> None:
-        """See the step to come, and exchange with the other ranks what all must know before it: once a step.
+        """Read this rank's rows of the next step; exchange label counts, FLOPs, stop requests and the clock.
 
         step_begun: when the step began that ends now; None where none was taken since the last look.
         wait: for this rank's rows of it, until they are there or somebody asks to stop; else they may still be missing.

@@ -66,7 +66,7 @@ def _measured_once(device: torch.device, dtype: torch.dtype, threads: int) -> fl
 def matmul_flops(device: torch.device, dtype: torch.dtype, *, seconds: float, size: int | None = None) -> float:
     """Operations a second of a large matrix product: the most that anything here is compared with.
 
-    The fastest of several, as what disturbs one only slows it, by the faster of the libraries that multiply on a CPU.
+    The best of several rounds, and of the CPU's two matmul libraries: what disturbs a round only slows it.
     The numbers are random, because a GPU multiplies constant ones faster than any that a model has, and drawn by a
     generator of their own, as the run's must not move. seconds: that it takes, about. size: of the square matrices.
     """
