@@ -71,7 +71,10 @@ class StreamDataset(PreparedDataset):
 
 
 class StreamRows(BlockRows):
-    """The endless training rows of a source whose units are encoded during training. window: units that are shuffled together."""
+    """The endless training rows of a source whose units are encoded during training.
+
+    window: units that are shuffled together.
+    """
 
     def __init__(
         self, supply: "UnitSupply", block_size: int, seed: int, eos_id: int, vocab_size: int, window: int

@@ -28,9 +28,9 @@ def compile_blocks(model: LanguageModel, mode: Compile, device: torch.device) ->
     """Compile what training runs of every block, and say so; parameters and their names stay as they are.
 
     Graphs end before the ops that are `outside_graphs` and begin anew behind them: on a CPU a mixer and a mixture of
-    experts have two graph breaks each, on a GPU only backends other than its default have any. Evaluation runs compiled on a GPU; on a CPU, where
-    compiling takes longer than an evaluation gains, uncompiled. Dropout draws the numbers that it draws uncompiled.
-    Raises `MissingBackendError` where the machine cannot compile.
+    experts have two graph breaks each, on a GPU only backends other than its default have any. Evaluation runs compiled
+    on a GPU; on a CPU, where compiling takes longer than an evaluation gains, uncompiled. Dropout draws the numbers
+    that it draws uncompiled. Raises `MissingBackendError` where the machine cannot compile.
     """
     _require_compiler(mode, device)
     # A graph for each kind of block and each shape, of which a curriculum has several. Graphs that serve many shapes
