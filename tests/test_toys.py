@@ -103,7 +103,7 @@ def test_it_generates_and_is_evaluated(toys: Path, capsys: pytest.CaptureFixture
 def test_info_draws_and_counts_it(toys: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "run"]) == 0
     shown = capsys.readouterr().out
-    assert ", toy_norm, " in shown
+    assert "norms, toy_norm " in shown
     assert "mixers T S" in shown
     assert "FFNs   q q" in shown
     assert main(["info", "run", "--json"]) == 0

@@ -72,7 +72,7 @@ def _headline(facts: dict[str, Any]) -> str:
     shape = f"{len(facts['pattern'])} layers of width {facts['width']:,}, vocabulary {facts['vocab_size']:,}"
     head = "tied head" if facts["tied_head"] else "head of its own"
     positions = f", {facts['learned_positions']:,} learned positions" if facts["learned_positions"] else ""
-    return f"{facts['name']}: {shape}, {facts['norm']['kind']}, {head}{positions}; on {facts['data']['source']}"
+    return f"{facts['name']}: {shape}, {head}{positions}; on {facts['data']['source']}"
 
 
 def _draw(console: Console, facts: dict[str, Any]) -> None:
@@ -113,7 +113,8 @@ def _parameters(facts: dict[str, Any]) -> Table:
     for heading in ("", "exactly", "share"):
         table.add_column(heading, justify="right")
     totals = [(name, counted[name]) for name in ("total", "active", "non_embedding")]
-    parts = sorted(counted["by_component"].items(), key=lambda item: -item[1])
+    by_name = {f"norms, {facts['norm']['kind']}" if k == "norms" else k: n for k, n in counted["by_component"].items()}
+    parts = sorted(by_name.items(), key=lambda item: -item[1])
     for index, (name, count) in enumerate([*totals, *parts]):
         label = name.replace("_", "-") if index < len(totals) else f"  {name}"
         last_total = index == len(totals) - 1
