@@ -158,6 +158,7 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
             "tied_head": False,
             "learned_positions": 40,
             "dropout": 0.1,
+            "residual": "autocast",
             "init_std": 0.03,
         },
     ),
@@ -186,7 +187,10 @@ def behaviour(config: Any) -> Any:
         str(i): block.mixer.backends(model.device, model.config.width, torch.float32) | block.ffn.backends(model.device)
         for i, block in enumerate(model.config.layers)
     }
-    return weights, {"logits": logits, **statistics, **dict(model.named_buffers()), **backends}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        residual = model.hidden(tokens)[0].dtype
+    told = {"logits": logits, "residual": residual, **statistics, **dict(model.named_buffers()), **backends}
+    return weights, told
 
 
 def differ(first: Any, second: Any) -> bool:

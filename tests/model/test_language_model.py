@@ -241,3 +241,36 @@ def test_tokens_that_are_no_batch_of_rows_are_refused(shape: tuple[int, ...]) ->
     model = build_model(hybrid_config())
     with pytest.raises(UsageError, match=r"must be \(batch, time\), one token at least"):
         model(torch.zeros(shape, dtype=torch.int64))
+
+
+def test_the_residual_stream_is_in_the_dtype_of_autocast_only_under_it_and_only_where_asked() -> None:
+    config = hybrid_config()
+    rounded = replace(config, residual="autocast")
+    tokens = random_tokens(2, 24)
+    models = [build_model(c) for c in (config, rounded)]
+    models[1].load_state_dict(models[0].state_dict())
+    whole, same = (model(tokens) for model in models)
+    assert torch.equal(whole, same)
+    seen: list[torch.dtype] = []
+    hooks = [block.register_forward_hook(lambda _, __, out: seen.append(out[0].dtype)) for block in models[1].blocks]
+    gradients = []
+    for model in models:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.loss(tokens, tokens)[0]
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    for hook in hooks:
+        hook.remove()
+    assert set(seen) == {torch.bfloat16}
+    assert gradients[1].dtype == torch.float32
+    assert (gradients[0] - gradients[1]).norm() < 0.05 * gradients[0].norm()
+
+
+def test_with_a_rounded_residual_stream_steps_equal_the_whole_under_autocast() -> None:
+    model = build_model(replace(hybrid_config(), residual="autocast"))
+    tokens = random_tokens(2, 24)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        whole = model(tokens)
+        state = model.init_state(2, 24)
+        steps = torch.cat([model.step(tokens[:, i : i + 4], state) for i in range(0, 24, 4)], dim=1)
+    assert (steps - whole).norm() < 0.02 * whole.norm()

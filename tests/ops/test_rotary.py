@@ -59,3 +59,19 @@ def test_other_number_formats_are_turned_in_fp32_or_double_and_kept(layout: str,
     found, exact = rotate(x, angles, layout), reference_rotate(x.double(), angles, layout)
     assert found.dtype == dtype
     assert (found.double() - exact).norm() <= (5e-3 if dtype == torch.bfloat16 else 1e-7) * exact.norm()
+
+
+@layouts
+@pytest.mark.parametrize("angles", [8, 4], ids=["whole heads", "the end of a head"])
+def test_what_a_graph_on_a_gpu_holds_turns_as_the_reference_does(
+    layout: str, angles: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rotary, "is_fused", lambda x: True)
+    x, table = heads(2, 9, 3, 16), tables(1, 9, angles)
+    still = 16 - 2 * angles
+    torch._dynamo.reset()
+    compiled = torch.compile(rotate, backend="aot_eager", fullgraph=True)
+    for found in (rotate(x, table, layout), compiled(x, table, layout)):
+        expected = torch.cat((x[..., :still], reference_rotate(x[..., still:], table, layout)), dim=-1)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(gradient(found, x), gradient(expected, x), atol=1e-6, rtol=0)

@@ -155,3 +155,34 @@ def test_an_unknown_backend_is_refused() -> None:
     x_BTD, weight_DW, _ = inputs(1, 4)
     with pytest.raises(UsageError, match="fla"):
         short_conv(x_BTD, weight_DW, backend="fla")
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4])
+@pytest.mark.parametrize("packed", [False, True], ids=["whole rows", "packed rows"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_a_graph_on_a_gpu_holds_equals_the_reference(
+    taps: int, packed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("swamla.ops.short_conv"), "is_fused", lambda x: True)
+    x_BTD, weight_DW, _ = inputs(2, 23, dtype, taps)
+    document_BT = torch.tensor([[0] * 5 + [1] * 2 + [2] + [3] * 12 + [-1] * 3, [0] * 23])
+    seq = Layout.from_documents(document_BT) if packed else None
+    torch._dynamo.reset()
+    compiled = torch.compile(short_conv, backend="aot_eager", fullgraph=True)
+    for compute in (short_conv, compiled):
+        expected = short_conv(x_BTD, weight_DW, seq=seq, backend="reference")
+        got = compute(x_BTD, weight_DW, seq=seq)
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+        assert_same_with_gradients(got, expected, (x_BTD, weight_DW), tolerance)
+
+
+def test_in_a_graph_on_a_gpu_a_nan_stays_in_its_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("swamla.ops.short_conv"), "is_fused", lambda x: True)
+    x_BTD, weight_DW, _ = inputs(1, 12)
+    with torch.no_grad():
+        x_BTD[0, 5] = torch.nan
+    seq = Layout.from_documents(torch.tensor([[0] * 4 + [1] * 3 + [2] * 5]))
+    got = short_conv(x_BTD, weight_DW, seq=seq)
+    (dx_BTD,) = torch.autograd.grad(got[:, [*range(4), *range(7, 12)]].sum(), x_BTD)
+    for found in (got, dx_BTD):
+        assert found[0, [*range(4), *range(7, 12)]].isfinite().all()

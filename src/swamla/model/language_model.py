@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from swamla.model.initial import Initializer, SkippedInit, constant, initial_ten
 from swamla.model.norm import NormConfig, RMSNormConfig
 from swamla.model.state import ModelState
 from swamla.ops import chunked_cross_entropy
+from swamla.ops.grouped_mm import product_dtype
 from swamla.ops.layout import Layout
 
 
@@ -30,6 +32,8 @@ class LanguageModelConfig:
     tied_head: whether the head shares the embedding's weights.
     learned_positions: number of learned position vectors, which limits the length of a document; 0 for none.
     dropout: on the embeddings and on the outputs of mixers and FFNs, in training.
+    residual: dtype of the residual stream under autocast: weights (as the weights are, fp32) or autocast (its 16 bits,
+        half the memory traffic of norms and sums, at the price of rounding what every layer adds).
     init_std: standard deviation of the initial weights; output projections get it / √(2 · depth).
     """
 
@@ -41,6 +45,7 @@ class LanguageModelConfig:
     tied_head: bool = True
     learned_positions: int = 0
     dropout: float = 0.0
+    residual: Literal["weights", "autocast"] = "weights"
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
@@ -262,6 +267,8 @@ class LanguageModel(nn.Module):
             x_BTD = self.embedding(tokens_BT)
         except (IndexError, RuntimeError) as error:  # only a CPU raises here; CUDA fails later and ends the process
             raise self._explain(tokens_BT) or error from None
+        if self.config.residual == "autocast":
+            x_BTD = x_BTD.to(product_dtype(x_BTD))
         if self.positions is None:
             return x_BTD
         if seq.longest > self.config.learned_positions:
@@ -269,7 +276,7 @@ class LanguageModel(nn.Module):
                 f"a document of {seq.longest} tokens is longer than the model's "
                 f"{self.config.learned_positions} learned positions"
             )
-        return x_BTD + self.positions(seq.position_BT)
+        return x_BTD + self.positions(seq.position_BT).to(x_BTD.dtype)
 
     def _explain(self, tokens_BT: Tensor) -> UsageError | None:
         """The error in tokens that the embedding refused."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from swamla.errors import require
-from swamla.ops.graphs import outside_graphs
+from swamla.ops.graphs import is_fused, outside_graphs
 from swamla.ops.layout import Layout
 from swamla.ops.rotary import doubled, rotate, rotate_doubled
 
@@ -119,13 +119,11 @@ class RopeConfig:
         dtype: fp32, or double for models in double. A compiled graph on a GPU recomputes them where it uses them,
         which is free inside its kernels.
         """
-        if seq.position_BT.device.type == "cpu" or not torch.compiler.is_compiling():
-            return self._shared(seq, head_dim, dtype)
-        return self._angles(seq, head_dim, dtype)
+        return self._angles(seq, head_dim, dtype) if is_fused(seq.position_BT) else self._shared(seq, head_dim, dtype)
 
     def rotate(self, x_BTHK: Tensor, seq: Layout, width: int) -> Tensor:
         """Rotate the last `width` elements of each head by their positions."""
-        if seq.position_BT.device.type == "cpu" or not torch.compiler.is_compiling():
+        if not is_fused(seq.position_BT):
             return self._rotate_by_shared(x_BTHK, seq, width)
         dtype = torch.promote_types(x_BTHK.dtype, torch.float32)
         return rotate(x_BTHK, self._angles(seq, width, dtype), self.layout)

@@ -11,6 +11,7 @@ from swamla.ops.graphs import compiled
 
 LOGITS = 20_000_000  # of one chunk, in elements, in the dtype of the product: enough rows to pay for a sum into dW
 CUDA_LOGITS = 256_000_000  # on a GPU, whose products are faster by more than its memory is; not measured on GPU
+CHUNKS, CUDA_CHUNKS = 8, 4  # at least: each reads and writes the weight's gradient, which a GPU's memory feels
 SLAB = 1_000_000  # logits in fp32 at a time, in elements: their softmax runs in the cache
 WEIGHTS = 500_000  # of the weight's gradient at a time, in elements, on a CPU: a chunk's share is added in the cache
 
@@ -20,15 +21,16 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Sum over the labels other than `ignore` of −log softmax(x Wᵀ)[label]: nats, an fp32 scalar (double for double).
 
-    Logits are made `chunk` rows at a time (by default 20 million of them, on CUDA 256, and at most an eighth of the
-    whole) and overwritten by their gradients at once, so none is kept and none is computed twice. Under autocast the
-    products are in its dtype; softmax and the sum over chunks of the weight's gradient are in fp32. No labels at all
-    give 0 and zero gradients. First derivatives only. Raises DataError for a label outside the vocabulary.
+    Logits are made `chunk` rows at a time (by default 20 million of them and at most an eighth of the whole, on CUDA
+    256 million and a quarter) and overwritten by their gradients at once, so none is kept and none is computed twice.
+    Under autocast the products are in its dtype; softmax and the sum over chunks of the weight's gradient are in fp32.
+    No labels at all give 0 and zero gradients. First derivatives only. Raises DataError for a label outside the
+    vocabulary.
     """
     require(chunk is None or chunk >= 1, "chunk", chunk, "must be >= 1, e.g. 1024")
     _check_labels(labels_N, weight_VD.shape[0], ignore)
-    most = CUDA_LOGITS if x_ND.is_cuda else LOGITS
-    rows = chunk or max(1, min(most // weight_VD.shape[0], -(-x_ND.shape[0] // 8)))
+    most, chunks = (CUDA_LOGITS, CUDA_CHUNKS) if x_ND.is_cuda else (LOGITS, CHUNKS)
+    rows = chunk or max(1, min(most // weight_VD.shape[0], -(-x_ND.shape[0] // chunks)))
     return _ChunkedCrossEntropy.apply(x_ND, weight_VD, labels_N, rows, ignore, torch.is_grad_enabled())
 
 

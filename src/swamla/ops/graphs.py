@@ -5,6 +5,7 @@ from functools import lru_cache, wraps
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,6 +33,14 @@ def outside_graphs(function: F) -> F:
     return call  # type: ignore[return-value]
 
 
+def is_fused(x: Tensor) -> bool:
+    """Whether x is traced by a compiler that makes one kernel of elementwise operations: on any device but a CPU.
+
+    Plain tensor code is then as fast as a hand-written pass, which would end the graph.
+    """
+    return torch.compiler.is_compiling() and x.device.type != "cpu"
+
+
 @lru_cache
 def compiled(function: F) -> F:
     """`function` as one graph, whatever else is compiled: for ops that would waste memory uncompiled.
@@ -43,3 +52,10 @@ def compiled(function: F) -> F:
 
     config.recompile_limit = max(config.recompile_limit, SHAPES)
     return torch.compile(function, fullgraph=True)  # type: ignore[return-value]
+
+
+def in_dtype_of(x: Tensor, y: Tensor) -> Tensor:
+    """y in x's dtype. For the end of an autograd function in a graph: torch 2.11 loses its gradient where the last
+    operation is a cast to the dtype that y has already.
+    """
+    return y if y.dtype == x.dtype else y.to(x.dtype)

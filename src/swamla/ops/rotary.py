@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from swamla.ops.graphs import outside_graphs
+from swamla.ops.graphs import in_dtype_of, is_fused, outside_graphs
 
 FEW = 2**14  # elements for which, without gradients, blocks would cost more than they save
 CPU_BLOCK = 200_000  # elements rotated at a time on a CPU: in fp32, with their partners, they stay in the cache
@@ -32,13 +33,14 @@ def doubled(tables: Tables, layout: str) -> Tables:
 def rotate_doubled(x_BTHK: Tensor, tables: Tables, layout: str) -> Tensor:
     """`rotate` by tables that are `doubled` already, for callers that rotate many tensors by the same angles."""
     cos, sin = tables
+    if is_fused(x_BTHK):
+        return _RotateInGraph.apply(x_BTHK, cos, sin, layout)
     few = x_BTHK.numel() <= FEW and not torch.is_grad_enabled()
     if x_BTHK.device.type == "cpu" and not few:
         return _in_blocks(x_BTHK, cos, sin, layout)
-    width, rotated_width = x_BTHK.shape[-1], cos.shape[-1]
-    wide = x_BTHK[..., width - rotated_width :].to(torch.promote_types(x_BTHK.dtype, cos.dtype))
-    rotated = torch.addcmul(wide * cos, _partners(wide, layout), sin).to(x_BTHK.dtype)
-    return rotated if rotated_width == width else torch.cat((x_BTHK[..., : width - rotated_width], rotated), dim=-1)
+    still, rotated = x_BTHK.split((x_BTHK.shape[-1] - cos.shape[-1], cos.shape[-1]), dim=-1)
+    rotated = _rotated(rotated, cos, sin, layout)
+    return torch.cat((still, rotated), dim=-1) if still.shape[-1] else rotated
 
 
 def reference_rotate(x_BTHK: Tensor, tables: Tables, layout: str) -> Tensor:
@@ -62,6 +64,37 @@ def _partners(x: Tensor, layout: str, sign: int = 1) -> Tensor:
         return torch.cat((b if sign == 1 else b * sign, a), dim=-1)
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((b if sign == 1 else b * sign, a), dim=-1).flatten(-2)
+
+
+def _rotated(x_BTHK: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
+    wide = x_BTHK.to(torch.promote_types(x_BTHK.dtype, cos.dtype))
+    return in_dtype_of(x_BTHK, torch.addcmul(wide * cos, _partners(wide, layout), sin))
+
+
+def _rotated_whole(x_BTHK: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
+    """Whole heads by tables as wide, so that a compiler makes one pass of it: what does not turn has the angle 0."""
+    still, wide = x_BTHK.shape[-1] - cos.shape[-1], x_BTHK.to(torch.promote_types(x_BTHK.dtype, cos.dtype))
+    partners = _partners(wide[..., still:], layout)
+    if still:
+        cos, sin = F.pad(cos, (still, 0), value=1.0), F.pad(sin, (still, 0))
+        partners = torch.cat((wide[..., :still], partners), dim=-1)
+    return in_dtype_of(x_BTHK, torch.addcmul(wide * cos, partners, sin))
+
+
+class _RotateInGraph(torch.autograd.Function):
+    """For graphs: the compiler's own derivative of the partners' concatenation moves three times the bytes."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BTHK: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.layout = layout
+        return _rotated_whole(x_BTHK, cos, sin, layout)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTHK: Tensor) -> tuple[Tensor | None, ...]:
+        """The rotation the other way round."""
+        cos, sin = ctx.saved_tensors
+        return _rotated_whole(grad_BTHK, cos, -sin, ctx.layout), None, None, None
 
 
 @outside_graphs
