@@ -12,6 +12,7 @@ from swamla.model.mixers.mha import MHA, KVState, MHAConfig
 from swamla.model.mixers.mixer import filled_mask, without_padding, write_at
 from swamla.ops.attention import (
     WINDOWED_BACKENDS,
+    Window,
     cached_attention,
     kept_keys,
     prepare_attention,
@@ -76,7 +77,7 @@ class SWAConfig(MHAConfig):
 
     def prepare(self, seq: Layout, width: int) -> None:
         """Build masks and tables eagerly, so that the compiled forward has no graph break."""
-        prepare_attention(seq, self.backend, window=self.window, sinks=self.sinks)
+        prepare_attention(seq, self.backend, Window(self.window, self.sinks))
 
     def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
         """Attention weights per token, over all heads, that are kept for the backward pass on a CPU."""

@@ -8,8 +8,6 @@ from swamla.ops.layout import Layout
 from swamla.ops.short_conv.cpu import convolve_line
 from swamla.ops.short_conv.reference import reference_short_conv
 
-__all__ = ["BACKENDS", "short_conv"]
-
 BACKENDS = ("auto", "reference", "torch")
 
 
