@@ -1,4 +1,4 @@
-"""Causal depthwise convolution of a few taps, then SiLU: the local mixing in front of a linear recurrence."""
+"""Causal depthwise convolution of a few taps, then SiLU, as used before a linear recurrence."""
 
 import torch
 from torch import Tensor
@@ -19,12 +19,12 @@ def short_conv(
     history_BWD: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """silu(sum_i weight[:, i] x[t - (W - 1) + i]): y (B, T, D) in x's dtype; weight[:, -1] meets the current token.
+    """y (B, T, D) = silu(Σ_i weight[:, i] x[t − (W − 1) + i]) within each document, in x's dtype.
 
-    A token sees its own document only. `history_BWD` holds the W - 1 inputs before the row (zeros unless given); they
-    belong to the document of the row's first token. Backends: "reference" (a masked sum of shifted inputs), "torch"
-    (hand-written backward), "auto" ("reference" for rows shorter than two windows, and in a graph on a GPU, whose
-    compiler makes one kernel of it; else "torch"). Raises UsageError for any other.
+    weight[:, −1] multiplies the current token. history_BWD: the W − 1 inputs before each row (zeros unless given), in
+    the document of the row's first token. Backends: "reference" (a masked sum of shifted inputs), "torch" (hand-written
+    backward), "auto" ("reference" for rows of T < 2 W and in compiled graphs on a GPU, which fuse it into one kernel;
+    else "torch"). Raises UsageError for any other.
     """
     if backend not in BACKENDS:
         raise UsageError(f'backend = {backend!r}: short_conv has "auto", "reference" and "torch"')
