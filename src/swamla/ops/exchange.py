@@ -16,7 +16,7 @@ Work = Callable[[Tensor, Tensor], Tensor]
 
 
 @outside_graphs
-def at_owners(rows_ND: Tensor, load_E: Tensor, work: Work, group: Any) -> Tensor:
+def apply_at_owners(rows_ND: Tensor, load_E: Tensor, work: Work, group: Any) -> Tensor:
     """y (N, F): `work` of every row, computed by the rank of `group` that owns the row's expert.
 
     rows_ND: sorted by expert.  load_E: rows of each expert.  Rank p of P owns the experts p·E/P … (p + 1)·E/P − 1.
