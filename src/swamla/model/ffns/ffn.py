@@ -15,7 +15,7 @@ Statistics = dict[str, Tensor]
 """Statistics of an FFN's forward pass by name: sums over tokens without padding, to be summed over micro-batches and
 ranks.
 
-loss: added to the cross-entropy, in nats.  load: tokens of each expert, (E,).  entropy: of the router's scores, in nats.
+loss: added to the cross-entropy, in nats.  load: tokens of each expert, (E,).  entropy: of the router's scores.
 tokens: number of routed tokens.
 """
 
