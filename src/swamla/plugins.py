@@ -12,10 +12,10 @@ _PREFIX = "swamla_plugin_"
 
 
 def load_plugin(path: Path) -> None:
-    """Import a Python file, once only even if it is loaded again by another path.
+    """Import a Python file, at most once per process, whichever path names it.
 
     The file runs with all permissions of this process: load only files that you would run. Raises `UsageError`, with
-    the file and the line, for one that is missing, is not Python, or raises.
+    file and line, for a file that is missing, is not Python, or raises.
     """
     path = Path(path)
     try:
@@ -36,9 +36,9 @@ def load_plugin(path: Path) -> None:
     spec = spec_from_file_location(name, resolved)
     assert spec is not None
     module = module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look up their own module
+    sys.modules[name] = module  # before it runs, because dataclasses look up their module
     try:
-        exec(code, vars(module))  # not by its loader, which would leave a __pycache__ beside the file
+        exec(code, vars(module))  # not by the loader, which would write a __pycache__ beside the file
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         frames = traceback.extract_tb(error.__traceback__)
@@ -51,9 +51,9 @@ def load_plugin(path: Path) -> None:
 
 
 def plugin_file(cls: type) -> Path | None:
-    """The file that a class came from by `load_plugin`: another process that is sent an object of it loads that first.
+    """The file from which `load_plugin` imported a class; None for classes of importable modules.
 
-    None for classes of modules, which are imported by their names.
+    A process that unpickles an object of the class has to load this file first.
     """
     return Path(vars(sys.modules[cls.__module__])["__file__"]) if cls.__module__.startswith(_PREFIX) else None
 

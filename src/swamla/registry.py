@@ -1,4 +1,4 @@
-"""Registries of configs by `kind`, for classes of the package and of plugins alike.
+"""Registries of configs by `kind`, for built-in classes and those of plugins.
 
 @swamla.register
 @dataclass(frozen=True, kw_only=True)
@@ -17,29 +17,29 @@ from types import MappingProxyType
 from typing import ClassVar, Self, TypeGuard, TypeVar
 
 PACKAGE = __name__.partition(".")[0]
-RESERVED = ("kind", "plugin")  # keys of the plain form that are not fields
+RESERVED = ("kind", "plugin")  # keys of a config written as a dict that are not fields
 
 
 class Registered(ABC):
-    """Base of the families. A family is a direct subclass that names its `home`: the module, or the package of
-    modules, that registers its built-in members.
+    """Base of the families, e.g. `MixerConfig`. A family is a direct subclass that names its `home`.
 
+    home: the module, or the package of modules, that registers the family's built-in members.
     kind: the name of a member.
     """
 
     kind: ClassVar[str]
     _home: ClassVar[str]
     _members: ClassVar[dict[str, "type[Registered]"]]
-    _at_home: ClassVar[bool]  # whether the home's modules have been imported
+    _home_imported: ClassVar[bool]
 
     def __init_subclass__(cls, *, home: str = "") -> None:
         super().__init_subclass__()
         if home:
-            cls._home, cls._members, cls._at_home = home, {}, False
+            cls._home, cls._members, cls._home_imported = home, {}, False
 
     @classmethod
     def example(cls) -> Self:
-        """A small config for a model of width 64, tried by `swamla doctor`; default settings unless overridden."""
+        """A small config for a model of width 64, which `swamla doctor` tries; default settings unless overridden."""
         return cls()
 
 
@@ -47,12 +47,12 @@ C = TypeVar("C", bound="type[Registered]")
 
 
 def is_family(cls: object) -> TypeGuard[type[Registered]]:
-    """True for a class with a registry, not for its members."""
+    """Whether a class is a family, and not a member of one."""
     return isinstance(cls, type) and "_members" in vars(cls)
 
 
 def register(cls: C) -> C:
-    """Add a config to its family, under its `kind`; a class decorator, above `@dataclass`.
+    """Class decorator, above `@dataclass`: adds a config to its family under its `kind`.
 
     Raises `TypeError` for a class that violates the family's contract, `ValueError` for a kind that is taken. A class
     that is defined again, as in a notebook, replaces the earlier one.
@@ -74,12 +74,12 @@ def register(cls: C) -> C:
     if _required(cls) and cls.example.__func__ is Registered.example.__func__:  # type: ignore[attr-defined]
         raise TypeError(f"{cls.__qualname__}: lacks `example`, a classmethod, as {_required(cls)[0]} has no default")
     if not cls.__module__.startswith(f"{PACKAGE}."):
-        _import_home(family)  # so that a plugin cannot take a built-in kind
+        _import_home(family)  # built-in members first, so that a plugin cannot take their kinds
     other = family._members.get(kind)
     if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ValueError(f"{cls.__qualname__}: the kind {kind!r} is taken by {other.__module__}.{other.__qualname__}")
     members: list[type[Registered]] = [*(known for name, known in family._members.items() if name != kind), cls]
-    # Built-in members first, by module, independent of import order; in place, since `members_of` returns a view.
+    # Built-in members first, by module, independent of import order. In place, because `members_of` returns a view.
     members.sort(key=lambda known: (bool(plugin_of(known)), "" if plugin_of(known) else known.__module__))
     family._members.clear()
     family._members.update({known.kind: known for known in members})
@@ -91,13 +91,13 @@ def _required(cls: type) -> list[str]:
 
 
 def members_of(family: type[Registered]) -> Mapping[str, type[Registered]]:
-    """The classes of a family by kind: a live view, which includes classes registered later."""
+    """The classes of a family by kind: a view that includes classes registered later."""
     _import_home(family)
     return MappingProxyType(family._members)
 
 
 def plugin_of(cls: type) -> str:
-    """The file name, or else the module, of a class from outside the package; "" for built-in classes."""
+    """The file name (or the module, without a file) of a plugin's class; "" for built-in classes."""
     if cls.__module__.startswith(f"{PACKAGE}."):
         return ""
     file = vars(sys.modules[cls.__module__]).get("__file__") if cls.__module__ in sys.modules else None
@@ -105,9 +105,9 @@ def plugin_of(cls: type) -> str:
 
 
 def _import_home(family: type[Registered]) -> None:
-    if family._at_home:
+    if family._home_imported:
         return
-    family._at_home = True
+    family._home_imported = True
     home = import_module(family._home)
     for module in pkgutil.iter_modules(vars(home).get("__path__", ())):
         import_module(f"{family._home}.{module.name}")

@@ -183,9 +183,9 @@ def behaviour(config: Any) -> Any:
         except UsageError as error:
             return weights, str(error)
     model.rebalance(statistics)
+    place = model.device, model.config.width, torch.float32
     backends = {
-        str(i): block.mixer.backends(model.device, model.config.width, torch.float32) | block.ffn.backends(model.device)
-        for i, block in enumerate(model.config.layers)
+        str(i): block.mixer.backends(*place) | block.ffn.backends(*place) for i, block in enumerate(model.config.layers)
     }
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         residual = model.hidden(tokens)[0].dtype

@@ -19,7 +19,7 @@ from swamla.model.norm import RMSNormConfig
 from swamla.model.rope import RopeConfig, YarnScaling
 from swamla.ops import cross_entropy, short_conv
 from swamla.ops.attention import cuda
-from swamla.ops.attention.reference import allowed_mask
+from swamla.ops.attention.reference import Window, allowed_mask
 from swamla.ops.gated_delta.cpu import Documents, documents_of
 from swamla.ops.gated_delta.cuda import packing_of
 from swamla.ops.layout import Layout
@@ -126,8 +126,8 @@ def test_tables_are_made_without_asking_another_device():
         host = Layout.from_documents(torch.tensor(rows))
         seq = host.to("meta")
         for window, sinks in ((None, 0), (16, 4)):
-            assert cuda.block_mask(seq, window, sinks).kv_indices.device.type == "meta"
-            assert allowed_mask(seq, window=window, sinks=sinks).shape == (2, TIME, TIME)
+            assert cuda.block_mask(seq, Window(window, sinks)).kv_indices.device.type == "meta"
+            assert allowed_mask(seq, Window(window, sinks)).shape == (2, TIME, TIME)
         assert packing_of(seq).last_B.shape == (2,)
         assert (documents_of(seq, 16).padding_BT is not None) == (rows is PACKED)
         assert YARN.tables(seq, 8)[0].device.type == "meta"

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from swamla.model.rope import LinearScaling, RopeConfig, YarnScaling, rotate
+from swamla.model.rope import LinearScaling, RopeConfig, YarnScaling
 from swamla.ops.layout import Layout
+from swamla.ops.rotary import rotate
 
 from .helpers import packed
 

@@ -340,15 +340,15 @@ MUTATIONS = [
     Mutation(
         "a window is one token too long",
         "src/swamla/ops/attention/reference.py",
-        "(distance_TS < window)",
-        "(distance_TS <= window)",
+        "(distance_TS < window.size)",
+        "(distance_TS <= window.size)",
         "tests/ops/test_windowed_attention.py",
     ),
     Mutation(
         "sinks are those of the row, not of the document",
         "src/swamla/ops/attention/reference.py",
-        "(seq.position_BT < sinks)[:, None, :]",
-        "(index_T < sinks)[None, None, :]",
+        "(seq.position_BT < window.sinks)[:, None, :]",
+        "(index_T < window.sinks)[None, None, :]",
         "tests/ops/test_windowed_attention.py",
     ),
     Mutation(

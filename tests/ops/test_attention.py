@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from swamla.errors import ConfigError, MissingBackendError, UsageError
 from swamla.ops import cached_attention, causal_attention, resolve_backend
 from swamla.ops.attention.cpu import tiled_attention
-from swamla.ops.attention.reference import allowed_mask
+from swamla.ops.attention.reference import CAUSAL, allowed_mask
 from swamla.ops.layout import Layout
 
 from .attention_checks import (
@@ -35,7 +35,7 @@ def tiled(q, k, v, seq, *, backend="torch"):
     """The tiled path whatever the dtype, which "torch" keeps for bf16 and for unequal widths."""
     if backend == "reference":
         return causal_attention(q, k, v, seq, backend="reference")
-    return tiled_attention(q, k, v, window=seq.shape[1], sinks=0, scale=q.shape[-1] ** -0.5)
+    return tiled_attention(q, k, v, CAUSAL, scale=q.shape[-1] ** -0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -11,12 +11,11 @@ from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.ops import attention, causal_attention, windowed_attention
 from swamla.ops.attention import cuda, resolve_backend
-from swamla.ops.attention.reference import allowed_mask, reference_attention
+from swamla.ops.attention.reference import CAUSAL, Window, allowed_mask, reference_attention
 from swamla.ops.layout import Layout
 
 from .attention_checks import documents, random_inputs, random_layout, with_gradients
 
-CAUSAL = {"window": None, "sinks": 0}
 WINDOWS = [(None, 0), (64, 0), (64, 4), (200, 130), (1, 1)]
 LAYOUTS = {
     "one short row": documents([2]),
@@ -34,8 +33,8 @@ each_window = pytest.mark.parametrize(("window", "sinks"), WINDOWS)
 @each_layout
 @each_window
 def test_a_block_mask_has_the_blocks_in_which_something_is_allowed_and_its_rule_is_the_mask(seq, window, sinks):
-    mask = cuda.block_mask(seq, window, sinks)
-    exact_BTS = allowed_mask(seq, window=window, sinks=sinks)
+    mask = cuda.block_mask(seq, Window(window, sinks))
+    exact_BTS = allowed_mask(seq, Window(window, sinks))
     time = seq.shape[1]
     rest = -time % cuda.BLOCK
     blocks = F.pad(exact_BTS, (0, rest, 0, rest)).unflatten(2, (-1, cuda.BLOCK)).unflatten(1, (-1, cuda.BLOCK))
@@ -49,8 +48,8 @@ def test_a_block_mask_has_the_blocks_in_which_something_is_allowed_and_its_rule_
 @each_layout
 @each_window
 def test_a_block_that_skips_the_rule_is_allowed_altogether(seq, window, sinks):
-    mask = cuda.block_mask(seq, window, sinks)
-    exact_BTS = allowed_mask(seq, window=window, sinks=sinks)
+    mask = cuda.block_mask(seq, Window(window, sinks))
+    exact_BTS = allowed_mask(seq, Window(window, sinks))
     for row in range(seq.shape[0]):
         for block, count in enumerate(mask.full_kv_num_blocks[row, 0].tolist()):
             for column in mask.full_kv_indices[row, 0, block, :count].tolist():
@@ -59,7 +58,7 @@ def test_a_block_that_skips_the_rule_is_allowed_altogether(seq, window, sinks):
 
 
 def test_the_middle_of_a_wide_window_skips_the_rule():
-    counts = cuda.block_mask(documents([1024]), 512, 4).full_kv_num_blocks[0, 0]
+    counts = cuda.block_mask(documents([1024]), Window(512, 4)).full_kv_num_blocks[0, 0]
     assert counts.tolist() == [0, 1, 2, 3, 3, 3, 3, 3]
 
 
@@ -69,8 +68,8 @@ def test_flex_attention_under_the_block_mask_is_the_reference(monkeypatch, key, 
     seq = random_layout(3, time=300)
     q, k, v = (x.detach() for x in random_inputs(seq, heads=4, groups=2, key=key, value=value))
     for window, sinks in WINDOWS[:3]:
-        o = cuda.flex_attention(q, k, v, seq, window=window, sinks=sinks, scale=0.3)
-        expected = reference_attention(q, k, v, allowed_mask(seq, window=window, sinks=sinks), scale=0.3)
+        o = cuda.flex_attention(q, k, v, seq, Window(window, sinks), scale=0.3)
+        expected = reference_attention(q, k, v, allowed_mask(seq, Window(window, sinks)), scale=0.3)
         torch.testing.assert_close(o, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -86,16 +85,16 @@ def test_kernels_are_compiled_for_a_length_then_for_all_and_windows_compile_noth
     for time, window in ((140, 64), (140, 32), (300, 64), (200, 16), (130, 64), (700, 100)):
         seq = documents([time - 50, 50], [time])
         q, k, v = (x.detach() for x in random_inputs(seq, key=16, value=16))
-        o = cuda.flex_attention(q, k, v, seq, window=window, sinks=4, scale=0.3)
-        expected = reference_attention(q, k, v, allowed_mask(seq, window=window, sinks=4), scale=0.3)
+        o = cuda.flex_attention(q, k, v, seq, Window(window, 4), scale=0.3)
+        expected = reference_attention(q, k, v, allowed_mask(seq, Window(window, 4)), scale=0.3)
         torch.testing.assert_close(o, expected, atol=1e-5, rtol=1e-5)
     assert len(graphs) == 2
 
 
 def test_layers_of_one_window_share_one_block_mask():
     seq = documents([100, 100])
-    assert cuda.made_block_mask(seq, 64, 4) is cuda.made_block_mask(seq, 64, 4)
-    assert cuda.made_block_mask(seq, 64, 4) is not cuda.made_block_mask(seq, 32, 4)
+    assert cuda.block_mask_of(seq, Window(64, 4)) is cuda.block_mask_of(seq, Window(64, 4))
+    assert cuda.block_mask_of(seq, Window(64, 4)) is not cuda.block_mask_of(seq, Window(32, 4))
 
 
 @pytest.mark.parametrize(("key", "value"), [(192, 128), (64, 64), (36, 20), (4, 8)])
@@ -106,7 +105,7 @@ def test_fused_attention_of_any_widths_and_groups_is_the_reference(monkeypatch, 
     inputs = random_inputs(seq, heads=4, groups=groups, key=key, value=value)
 
     def fused(q, k, v, seq):
-        return cuda.cudnn_attention(q, k, v, seq, **CAUSAL, scale=key**-0.5)
+        return cuda.cudnn_attention(q, k, v, seq, CAUSAL, scale=key**-0.5)
 
     def reference(q, k, v, seq):
         return causal_attention(q, k, v, seq, backend="reference")
@@ -129,16 +128,15 @@ def test_whole_rows_go_to_cudnn_or_the_efficient_kernel_and_to_no_other(monkeypa
     monkeypatch.setattr(cuda, "scaled_dot_product_attention", recorded)
     seq = documents([5])
     q, k, v = random_inputs(seq, key=20, value=10)
-    assert cuda.cudnn_attention(q, k, v, seq, **CAUSAL, scale=0.5).shape == v.shape
+    assert cuda.cudnn_attention(q, k, v, seq, CAUSAL, scale=0.5).shape == v.shape
     assert enabled == [(True, True), (False, False)]
     assert torch.backends.cuda.math_sdp_enabled()
 
 
 def test_packed_rows_go_to_flex(monkeypatch):
-    monkeypatch.setattr(cuda, "flex_attention", lambda q, k, v, seq, **options: options)
+    monkeypatch.setattr(cuda, "flex_attention", lambda q, k, v, seq, *options: options)
     seq = documents([5, 4])
-    options = CAUSAL | {"scale": 0.5}
-    assert cuda.cudnn_attention(*random_inputs(seq), seq, **CAUSAL, scale=0.5) == options
+    assert cuda.cudnn_attention(*random_inputs(seq), seq, CAUSAL, 0.5) == (CAUSAL, 0.5)
 
 
 def test_auto_on_cuda_is_cudnn_for_causal_and_flex_for_windowed_attention():
@@ -168,16 +166,16 @@ def test_doubles_are_refused_with_what_takes_them():
     for lengths in ([5], [3, 2]):
         seq = documents(lengths)
         with pytest.raises(UsageError, match='takes no float64: use "torch" or "reference"'):
-            cuda.cudnn_attention(*random_inputs(seq, dtype=torch.float64), seq, **CAUSAL, scale=1.0)
+            cuda.cudnn_attention(*random_inputs(seq, dtype=torch.float64), seq, CAUSAL, scale=1.0)
 
 
 def test_fp32_keys_too_wide_for_flex_are_refused_by_name_and_computed_otherwise_where_it_is_chosen():
     seq = documents([40, 24], [64])
     q, k, v = (x.detach() for x in random_inputs(seq, heads=2, groups=2, key=192, value=128))
     with pytest.raises(UsageError, match=r'"flex": fp32 keys of width 192 need .* \(at most 128\): use "sdpa", or 16'):
-        cuda.flex_attention(q, k, v, seq, window=None, sinks=0, scale=0.1)
-    found = cuda.cudnn_attention(q, k, v, seq, window=None, sinks=0, scale=0.1)
-    expected = reference_attention(q, k, v, allowed_mask(seq, window=None, sinks=0), scale=0.1)
+        cuda.flex_attention(q, k, v, seq, CAUSAL, scale=0.1)
+    found = cuda.cudnn_attention(q, k, v, seq, CAUSAL, scale=0.1)
+    expected = reference_attention(q, k, v, allowed_mask(seq, Window(None, 0)), scale=0.1)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert not cuda.too_wide_for_flex(q.bfloat16())
     assert not cuda.too_wide_for_flex(q[..., :128])
@@ -188,5 +186,5 @@ def test_windowed_attention_that_is_free_to_choose_computes_wide_fp32_keys_by_sd
     seq = documents([40, 24], [64])
     q, k, v = (x.detach() for x in random_inputs(seq, heads=2, groups=2, key=192, value=128))
     found = windowed_attention(q, k, v, seq, window=8, sinks=2, scale=0.1)
-    expected = reference_attention(q, k, v, allowed_mask(seq, window=8, sinks=2), scale=0.1)
+    expected = reference_attention(q, k, v, allowed_mask(seq, Window(8, 2)), scale=0.1)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -12,7 +12,6 @@ from swamla.errors import MissingBackendError, UsageError
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.ops import l2_normalize
 from swamla.ops.gated_delta import cpu, cuda, describe_backend, gated_delta_rule, prepare_rule, resolve_backend
-from swamla.ops.gated_delta.cpu import documents_of
 from swamla.ops.layout import Layout
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -44,7 +43,7 @@ class StandIn(torch.autograd.Function):
             start = start if initial is None else initial[n : n + 1]
             inner = SimpleNamespace(needs_input_grad=(True,) * 9)
             inner.save_for_backward = lambda *saved, inner=inner: setattr(inner, "saved_tensors", saved)
-            o, final = cpu._ChunkedGatedDeltaRule.forward(inner, *piece, start, documents_of(None, 16), scale, 16)
+            o, final = cpu._ChunkedGatedDeltaRule.forward(inner, *piece, start, cpu.Rule(cpu.NO_DOCUMENTS, scale, 16))
             ctx.parts.append((row, part, inner))
             outputs.append(o)
             finals.append(final)
@@ -57,7 +56,7 @@ class StandIn(torch.autograd.Function):
         d_initial = []
         for n, (row, part, inner) in enumerate(ctx.parts):
             d_piece = d_o[row : row + 1, part].contiguous()
-            *found, start, _, _, _ = cpu._ChunkedGatedDeltaRule.backward(inner, d_piece, d_finals[n : n + 1])
+            *found, start, _ = cpu._ChunkedGatedDeltaRule.backward(inner, d_piece, d_finals[n : n + 1])
             rows.setdefault(row, []).append(found)
             d_initial.append(start)
         joined = [[torch.cat(parts, dim=1) for parts in zip(*found, strict=True)] for found in rows.values()]
@@ -170,7 +169,7 @@ def test_the_op_obeys_the_rules_of_ops_that_a_graph_may_hold(library):
         seq = layout(rows)
         for initial in (False, True):
             leaves = inputs(*seq.shape, initial)
-            packing = (None,) * 4 if seq.whole_rows else cuda.made_packing(seq)
+            packing = (None,) * 4 if seq.whole_rows else cuda.packing_of(seq)
             arguments = (*leaves[:5], leaves[5] if initial else None, *packing, 0.3)
             checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
             torch.library.opcheck(

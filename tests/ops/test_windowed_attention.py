@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from swamla.errors import ConfigError
 from swamla.ops import causal_attention, windowed_attention
 from swamla.ops.attention.cpu import kept_keys
-from swamla.ops.attention.reference import allowed_mask
+from swamla.ops.attention.reference import Window, allowed_mask
 from swamla.ops.layout import Layout
 
 from .attention_checks import (
@@ -96,7 +96,7 @@ def test_the_reference_is_sdpa_under_the_mask_of_the_definition(window, sinks):
             for t in range(100)
         ]
     )
-    assert torch.equal(allowed_mask(seq, window=window, sinks=sinks)[0], allowed)
+    assert torch.equal(allowed_mask(seq, Window(window, sinks))[0], allowed)
     q, k, v = random_inputs(seq, dtype=torch.float64)
     expected = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=allowed).transpose(1, 2)
     for backend in ("reference", "tiles", "sdpa"):

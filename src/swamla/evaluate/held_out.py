@@ -17,9 +17,9 @@ from swamla.ops.layout import PADDING, Layout
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The result of an evaluation. loss: nats per label.  tokens: labels, each document's end included.
+    """The result of an evaluation. loss: nats per label.  tokens: labels, including each document's end.
 
-    bytes: of text that the labels stand for, exact for a whole split, else in proportion to the labels.
+    bytes: UTF-8 bytes of the labels' text, exact for a whole split, else proportional to the number of labels.
     """
 
     loss: float
@@ -33,7 +33,7 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits per byte of text: comparable across tokenizers, and with gzip and xz."""
+        """Bits per byte of text, comparable across tokenizers and with gzip and xz."""
         return self.loss * self.tokens / math.log(2) / self.bytes
 
     def as_dict(self) -> dict[str, float]:
@@ -45,9 +45,9 @@ class Evaluation:
 def evaluate(model: LanguageModel, batches: Iterable[Batch], *, bytes_per_label: float) -> Evaluation:
     """Score `batches` with the model in evaluation mode; its mode is restored afterwards.
 
-    Every rank must be given the same batches; each scores its share, and all return the result of the whole.
-    bytes_per_label: bytes of text over labels, of the whole text.
-    Computes in the caller's autocast, sums in double precision. Raises `DataError` if there are no labels.
+    Every rank must pass the same batches. Each scores its share, and all return the result of all batches.
+    bytes_per_label: bytes of the whole text divided by its labels.
+    Computes under the caller's autocast and sums in fp64. Raises `DataError` without labels.
     """
     was_training, nats, labels = model.training, 0.0, 0
     model.eval()
@@ -72,18 +72,18 @@ def _share(batches: Iterable[Batch]) -> Iterator[Batch]:
     batches = iter(batches)
     while together := list(islice(batches, ranks)):
         first = together[0]
-        spare = replace(
+        padding = replace(
             first,
             labels_BT=torch.full_like(first.labels_BT, NO_LABEL),
             document_BT=torch.full_like(first.document_BT, PADDING),
         )
-        yield together[rank] if rank < len(together) else spare
+        yield together[rank] if rank < len(together) else padding
 
 
 def bytes_apart(split: Split, decode: Callable[[Sequence[int]], str]) -> int:
-    """UTF-8 bytes counted for a split minus those that its tokens decode to.
+    """A split's counted UTF-8 bytes minus those of its decoded tokens.
 
-    Must be 0; otherwise the tokenizer loses text or bytes were miscounted, and bits per byte are wrong.
+    Must be 0. Otherwise the tokenizer loses text or bytes were miscounted, and bits per byte are wrong.
     """
     return split.n_bytes - sum(len(decode(split.document(i).tolist()).encode()) for i in range(split.n_documents))
 
@@ -91,10 +91,10 @@ def bytes_apart(split: Split, decode: Callable[[Sequence[int]], str]) -> int:
 def evaluate_split(
     model: LanguageModel, split: Split, *, eos_id: int, block_size: int, batch_size: int, max_tokens: int | None = None
 ) -> Evaluation:
-    """Score a split in order, in rows of `block_size` tokens without context from the row before.
+    """Score a split in order, in rows of `block_size` tokens without context from the previous row.
 
-    max_tokens: score only so many rows, evenly spaced over the split, as have at most that many tokens (at least one
-    row); None scores every token exactly once.
+    max_tokens: score at most that many tokens, in rows that are evenly spaced over the split (at least one row); None
+    scores every token exactly once. Raises `DataError` for a split without documents.
     """
     if split.n_documents == 0:
         raise DataError("nothing to evaluate: the held-out split has no documents")

@@ -77,7 +77,7 @@ class GPT2Config:
             require(not self.__dict__[name], name, True, "must be false: nothing else is supported")
 
     def language_model(self) -> LanguageModelConfig:
-        """The equivalent config of ours. Dropout is that of the residual stream; we have none on attention weights."""
+        """The equivalent config of ours, with dropout of the residual stream only: attention weights have none."""
         hidden = None if self.n_inner in (None, 4 * self.n_embd) else self.n_inner
         block = BlockConfig(
             mixer=MHAConfig(n_heads=self.n_head, rope=None, bias=True),
@@ -96,28 +96,28 @@ class GPT2Config:
 
 
 def gpt2_config(model: LanguageModel) -> dict[str, Any]:
-    """The config.json of the GPT-2 equal to `model`. Raises `UsageError` naming a setting that GPT-2 does not have."""
+    """The config.json of the GPT-2 that equals `model`. Raises `UsageError` naming a setting that GPT-2 lacks."""
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     return {"architectures": ["GPT2LMHeadModel"], **to_plain(_as_gpt2(model.config)), "dtype": dtype}
 
 
 def save_gpt2(model: LanguageModel, folder: str | Path, *, tokenizer: Tokenizer | None = None) -> None:
-    """Write `model` so that `transformers.GPT2LMHeadModel.from_pretrained(folder)` loads it, in its own dtype.
+    """Write `model`, in its dtype, so that `transformers.GPT2LMHeadModel.from_pretrained(folder)` loads it.
 
     With a tokenizer, also writes tokenizer.json, and its end-of-text id becomes the model's. config.json is written
-    last, so that an incomplete folder is not a model. Raises `UsageError` for a folder that is not empty, and for a
-    model that is not a GPT-2: any mixer but mha without rope and with a bias, any FFN but gelu with a bias, another
-    norm, an untied head, no learned positions.
+    last, so that an incomplete folder is not a model. Raises `UsageError` for a folder that is not empty and for a
+    model that is not a GPT-2, which has mha with a bias and without rope, gelu with a bias, LayerNorm with a bias, a
+    tied head and learned positions.
     """
     folder, plain = Path(folder), gpt2_config(model)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder}: exists and is not empty: choose another folder")
     eos = None if tokenizer is None else tokenizer.eos_id
     ours, tensors = model.state_dict(), {}
-    for name, (mine, transposed) in _names(model.config.depth).items():
-        tensor = ours[mine].detach().cpu()
+    for name, (own, transposed) in _names(model.config.depth).items():
+        tensor = ours[own].detach().cpu()
         tensors[f"transformer.{name}"] = (tensor.T if transposed else tensor).contiguous()
-    with _written_whole(folder) as staging:
+    with _staged(folder) as staging:
         save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
             _save_tokenizer(tokenizer, staging, model.config.learned_positions)
@@ -128,8 +128,8 @@ def save_gpt2(model: LanguageModel, folder: str | Path, *, tokenizer: Tokenizer 
 def load_gpt2(folder: str | Path) -> LanguageModel:
     """Load a GPT-2 saved by transformers, in evaluation mode and fp32.
 
-    Accepts names with and without the prefix `transformer.`, and an lm_head.weight equal to the embedding. Dropout on
-    attention weights, or a different one on embeddings, is dropped with a warning, since it matters in training only.
+    Accepts names with and without the prefix `transformer.`, and an lm_head.weight equal to the embedding. Dropout of
+    attention weights, or a different one of embeddings, is not kept, with a warning, as it matters in training only.
     Raises `UsageError` or `ConfigError` for other models, and `CorruptError` listing the first five tensors that are
     missing, unexpected or of another shape.
     """
@@ -142,28 +142,30 @@ def load_gpt2(folder: str | Path) -> LanguageModel:
         why = f"{pickles[0]} is a pickle, which is never loaded" if pickles else "weights in several files are not read"
         raise UsageError(f"{file}: no such file ({why}): save the model with transformers' save_pretrained")
     theirs = _weights(read_tensors(file), file)
-    mine = model.state_dict()
+    ours = model.state_dict()
     names = _names(config.n_layer)
-    expected = {n: tuple(mine[own].T.shape if turned else mine[own].shape) for n, (own, turned) in names.items()}
+    expected = {
+        n: tuple(ours[own].T.shape if transposed else ours[own].shape) for n, (own, transposed) in names.items()
+    }
     _require_shapes(expected, {name: tuple(tensor.shape) for name, tensor in theirs.items()}, file)
-    loaded = {own: theirs[n].T if turned else theirs[n] for n, (own, turned) in names.items()}
+    loaded = {own: theirs[n].T if transposed else theirs[n] for n, (own, transposed) in names.items()}
     model.load_state_dict(loaded | {"head.weight": loaded["embedding.weight"]})
     return model.eval()
 
 
 def _as_gpt2(config: LanguageModelConfig) -> GPT2Config:
-    """GPT-2's config for a model of ours. Raises `UsageError` naming the first setting that prevents it."""
+    """The GPT-2 config of a model of ours. Raises `UsageError` naming the first setting that GPT-2 lacks."""
     shapes = {name: _heads_and_hidden(block, f"blocks.{name}", config.width) for name, block in config.blocks.items()}
     n_heads, hidden = shapes[config.pattern[0]]
     for name, (its_heads, its_hidden) in shapes.items():
-        _fits(f"blocks.{name}.mixer.n_heads", its_heads, n_heads, f"{n_heads} in every layer")
-        _fits(f"blocks.{name}.ffn.hidden", its_hidden, hidden, f"{hidden} in every layer")
+        _require_equal(f"blocks.{name}.mixer.n_heads", its_heads, n_heads, f"{n_heads} in every layer")
+        _require_equal(f"blocks.{name}.ffn.hidden", its_hidden, hidden, f"{hidden} in every layer")
     if not isinstance(config.norm, LayerNormConfig):
-        raise _in_the_way("norm.kind", config.norm.kind, "layernorm")
-    _fits("norm.bias", config.norm.bias, True)
-    _fits("tied_head", config.tied_head, True)
+        raise _not_gpt2("norm.kind", config.norm.kind, "layernorm")
+    _require_equal("norm.bias", config.norm.bias, True)
+    _require_equal("tied_head", config.tied_head, True)
     if not config.learned_positions:
-        raise _in_the_way("learned_positions", 0, "a number of them")
+        raise _not_gpt2("learned_positions", 0, "a number of them")
     return GPT2Config(
         model_type="gpt2",
         vocab_size=config.vocab_size,
@@ -181,37 +183,37 @@ def _as_gpt2(config: LanguageModelConfig) -> GPT2Config:
 
 
 def _heads_and_hidden(block: BlockConfig, where: str, width: int) -> tuple[int, int]:
-    """The settings in which GPT-2 blocks may differ. Raises `UsageError` naming a setting that is not GPT-2's."""
+    """The two free settings of a GPT-2 block. Raises `UsageError` naming a setting that GPT-2 lacks."""
     mixer, ffn = block.mixer, block.ffn
-    if type(mixer) is not MHAConfig:  # a sliding window is not GPT-2's
-        raise _in_the_way(f"{where}.mixer.kind", mixer.kind, MHAConfig.kind)
+    if type(mixer) is not MHAConfig:  # not its subclass SWAConfig either
+        raise _not_gpt2(f"{where}.mixer.kind", mixer.kind, MHAConfig.kind)
     if not isinstance(ffn, DenseConfig):
-        raise _in_the_way(f"{where}.ffn.kind", ffn.kind, DenseConfig.kind)
+        raise _not_gpt2(f"{where}.ffn.kind", ffn.kind, DenseConfig.kind)
     if mixer.rope is not None:
-        raise _in_the_way(f"{where}.mixer.rope", "a table", "none")
-    _fits(f"{where}.mixer.bias", mixer.bias, True)
-    _fits(f"{where}.mixer.n_kv_heads", mixer.kv_heads, mixer.n_heads)
+        raise _not_gpt2(f"{where}.mixer.rope", "a table", "none")
+    _require_equal(f"{where}.mixer.bias", mixer.bias, True)
+    _require_equal(f"{where}.mixer.n_kv_heads", mixer.kv_heads, mixer.n_heads)
     if mixer.n_heads * mixer.key_dim(width) != width:
-        raise _in_the_way(f"{where}.mixer.head_dim", mixer.head_dim, f"the width {width} / n_heads")
-    _fits(f"{where}.ffn.activation", ffn.activation, "gelu")
-    _fits(f"{where}.ffn.bias", ffn.bias, True)
+        raise _not_gpt2(f"{where}.mixer.head_dim", mixer.head_dim, f"the width {width} / n_heads")
+    _require_equal(f"{where}.ffn.activation", ffn.activation, "gelu")
+    _require_equal(f"{where}.ffn.bias", ffn.bias, True)
     return mixer.n_heads, ffn.hidden_dim(width)
 
 
-def _fits(field: str, got: Any, wanted: Any, said: str = "") -> None:
+def _require_equal(field: str, got: Any, wanted: Any, shown: str = "") -> None:
     if got != wanted:
-        raise _in_the_way(field, got, said or repr(wanted))
+        raise _not_gpt2(field, got, shown or repr(wanted))
 
 
-def _in_the_way(field: str, got: Any, wanted: str) -> UsageError:
+def _not_gpt2(field: str, got: Any, wanted: str) -> UsageError:
     return UsageError(f"{field} = {got!r}: GPT-2 does not have it, it must be {wanted}")
 
 
 @contextmanager
-def _written_whole(folder: Path) -> Iterator[Path]:
+def _staged(folder: Path) -> Iterator[Path]:
     """A staging folder whose files are moved to `folder` at the end, config.json last.
 
-    If writing fails nothing is left. Raises `SwamlaError` if safetensors cannot write.
+    A failed write leaves nothing behind. Raises `SwamlaError` if safetensors cannot write.
     """
     made = not folder.exists()
     staging = folder / ".saving"
@@ -244,18 +246,18 @@ def _read_config(folder: Path) -> GPT2Config:
 
 
 def _names(depth: int) -> dict[str, tuple[str, bool]]:
-    """GPT-2's name of every weight -> our name, and whether it is stored transposed, as in its `Conv1D`."""
+    """GPT-2's name of every weight → our name, and whether GPT-2 stores it transposed, as in its `Conv1D`."""
     names = {"wte.weight": ("embedding.weight", False), "wpe.weight": ("positions.weight", False)}
     for layer in range(depth):
-        for mine, theirs in _LAYER.items():
-            for part in ("weight", "bias"):
-                turned = part == "weight" and "." in theirs
-                names[f"h.{layer}.{theirs}.{part}"] = (f"blocks.{layer}.{mine}.{part}", turned)
-    return names | {f"ln_f.{part}": (f"norm.{part}", False) for part in ("weight", "bias")}
+        for ours, theirs in _LAYER.items():
+            for parameter in ("weight", "bias"):
+                transposed = parameter == "weight" and "." in theirs
+                names[f"h.{layer}.{theirs}.{parameter}"] = (f"blocks.{layer}.{ours}.{parameter}", transposed)
+    return names | {f"ln_f.{parameter}": (f"norm.{parameter}", False) for parameter in ("weight", "bias")}
 
 
 def _weights(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """The weights by name without prefix, without masks and without a head equal to the embedding."""
+    """The weights by name without prefix; without masks, and without a head that equals the embedding."""
     named = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     named = {name: tensor for name, tensor in named.items() if not _CAUSAL_MASK.fullmatch(name)}
     head, embedding = named.pop("lm_head.weight", None), named.get("wte.weight")
@@ -274,7 +276,7 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
     file = folder / "tokenizer.json"
     tokenizer.save(file)
     if "model" not in json.loads(file.read_text(encoding="utf-8")):
-        return  # byte and character tokenizers are our own
+        return  # transformers cannot read our byte and character tokenizers
     eos = tokenizer.decode([tokenizer.eos_id])
     plain = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eos, "eos_token": eos}
     (folder / "tokenizer_config.json").write_text(json.dumps(plain | {"model_max_length": longest}, indent=2) + "\n")

@@ -1,1 +1,1 @@
-"""Generation: sampling, decoding, text in and text out."""
+"""Generation: sampling, decoding, continuation of texts."""

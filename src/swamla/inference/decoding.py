@@ -1,6 +1,6 @@
 """Generation: prefill of the prompts, then decoding of one token per row and step, with a preallocated state.
 
-A decoding step launches its operations one by one, replays a recorded CUDA graph, or uses weights rounded to 8 bits.
+A decoding step launches its kernels one by one, replays a recorded CUDA graph, or uses weights rounded to 8 bits.
 """
 
 import operator
@@ -21,23 +21,23 @@ from swamla.ops.layout import Layout
 from swamla.ops.linear import linear
 
 DECODINGS = ("eager", "graph", "int8")
-REQUIRED_DEVICE = {"graph": "cuda", "int8": "cpu"}  # of decodings that do not run on every device
-INT8_MAX_ROWS = 16  # with more rows 8-bit weights are not faster than fp32
-SMALLEST_GRAPH = 256  # cached tokens that the first graph reads; each further graph reads twice as many
+REQUIRED_DEVICE = {"graph": "cuda", "int8": "cpu"}  # of decodings that run on one device only
+INT8_MAX_ROWS = 16  # with more rows, 8-bit weights are not faster than fp32
+SMALLEST_GRAPH = 256  # cache slots that the first graph reads; each further graph reads twice as many
 PREFILL_CHUNK = 4096  # prompt tokens of one prefill step, which bounds the memory of activations
-ACCELERATOR_FACTOR = 16  # a GPU takes that many times more
-MASKED_CHUNK = 512  # tokens per row once some rows have ended: bounds the attention mask at 512 × prompt length
+ACCELERATOR_FACTOR = 16  # times PREFILL_CHUNK on a GPU
+MASKED_CHUNK = 512  # tokens per row of a prefill step after the first row's end: bounds the mask to 512 × prompt length
 
 
 class Decoder:
-    """Generates with a model, by inference modules of its own that share the model's parameters.
+    """Generates with a model, by its own inference modules, which share the model's parameters.
 
-    The model itself is not changed, and several decoders with different settings can serve side by side.
+    The model is not changed, so several decoders with different settings can use one model.
 
     decoding: how the tokens after the first are computed. "eager"; on CUDA "graph", which replays CUDA graphs; on a CPU
     "int8", for at most 16 prompts. There the decoder rounds the weights of linear layers to 8 bits when it is made,
-    which is faster but another function. It does not round routed experts, weights whose rows are not a multiple of 16
-    numbers, and the weights that latent attention absorbs into queries and outputs.
+    which is faster but not the same function. Not rounded are routed experts, weights whose rows are not a multiple of
+    16 elements, and the weights that latent attention absorbs into queries and outputs.
     Raises `UsageError` for an unknown decoding and for experts that a graph cannot record, `MissingBackendError` for a
     decoding that the model's device does not support.
     """
@@ -54,7 +54,7 @@ class Decoder:
         if decoding == "graph":
             check_recordable(model)
         self.decoding = decoding
-        self.model = inference_copy(model)  # for prefill, with the unrounded weights
+        self.model = inference_copy(model)  # for prefill, without rounding
         self.stepping = inference_copy(model, int8=True) if decoding == "int8" else self.model
 
     @torch.inference_mode()
@@ -70,10 +70,10 @@ class Decoder:
     ) -> list[list[int]]:
         """Continue each prompt (token ids, length >= 1) by at most `max_new_tokens`; returns the new tokens only.
 
-        A row ends with `stop_id`, which is not returned. known_ids: ids from there on are never sampled; by default
-        `LanguageModel.known_ids`. on_token(row, token) is called as soon as a token is known.
-        A row's logits equal those of the prompt alone up to rounding: in fp32 sums in another order, with "int8", whose
-        activations are bf16, about a percent, so that greedy text may differ where two tokens are that close.
+        stop_id: ends a row and is not returned.  known_ids: this and larger ids are never sampled; by default
+        `LanguageModel.known_ids`.  on_token(row, token): called as soon as a token is sampled.
+        A row's logits equal those of the prompt in a batch of its own up to rounding: the order of sums in fp32, about
+        a percent with "int8", whose activations are bf16. Greedy text may differ where two tokens are that close.
         Raises `UsageError` for an empty prompt, an id outside the vocabulary, more tokens than learned positions, or
         more prompts than "int8" supports.
         """
@@ -101,7 +101,7 @@ class Decoder:
         return produced
 
     def steps(self, state: ModelState) -> "EagerSteps | GraphSteps":
-        """A function that appends one token to each row of `state`, given their ids, and returns logits (B, V).
+        """A function that appends one token, given by its id, to each row of `state` and returns logits (B, V).
 
         Raises `UsageError` for more rows than "int8" supports.
         """
@@ -116,7 +116,7 @@ class Decoder:
 
 
 def prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], state: ModelState) -> Tensor:
-    """Prefill an empty state with prompts of any lengths; returns the logits (B, V) after each prompt's last token."""
+    """Prefill an empty state with prompts of any lengths; returns the logits (B, V) of each prompt's last token."""
     device = model.device
     lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = int(lengths_B.max())
@@ -137,12 +137,12 @@ def prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], state: Model
 
 
 def decodings_on(device: str) -> tuple[str, ...]:
-    """The decodings that a kind of device supports: ("eager", "int8") on "cpu"."""
+    """The decodings that a device type supports: ("eager", "int8") on "cpu"."""
     return tuple(name for name in DECODINGS if REQUIRED_DEVICE.get(name, device) == device)
 
 
 def _prompt_chunks(shortest: int, longest: int, large: int) -> Iterator[tuple[int, int]]:
-    """Chunks (begin, end) of prefill: large until the first row ends, then small, because these need masks."""
+    """Chunks (begin, end) of prefill: large until the shortest prompt ends, then small, because they need masks."""
     for begin in range(0, shortest, large):
         yield begin, min(begin + large, shortest)
     small = min(large, MASKED_CHUNK)
@@ -151,7 +151,7 @@ def _prompt_chunks(shortest: int, longest: int, large: int) -> Iterator[tuple[in
 
 
 def _checked(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Sequence[Sequence[int]]:
-    """The prompts as lists of ints, from any kind of sequence and of integer."""
+    """The prompts as lists of ints, from any sequence and integer types. Raises `UsageError` as `generate` does."""
     if len(prompts) == 0 or not all(len(prompt) for prompt in prompts):
         raise UsageError("a prompt is empty: give at least one token (the document start token stands for nothing)")
     if max_new_tokens < 1:
@@ -173,11 +173,11 @@ def _checked(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tok
 M = TypeVar("M", bound=nn.Module)
 Replay = Callable[[], Tensor]
 Record = Callable[[Callable[[], Tensor]], Replay]
-"""Records the kernels that a function launches; the result launches them again on the same tensors."""
+"""Records the kernels that a function launches. The returned function launches them again on the same tensors."""
 
 
 class EagerSteps:
-    """Decoding steps that launch operations one by one, on any device."""
+    """Decoding steps that launch kernels one by one, on any device."""
 
     def __init__(self, model: LanguageModel, state: ModelState) -> None:
         self.model, self.state = model, state
@@ -189,12 +189,11 @@ class EagerSteps:
 
 
 class GraphSteps:
-    """Decoding steps recorded as CUDA graphs, which removes the host's work of launching each operation.
+    """Decoding steps recorded as CUDA graphs, which removes the host's cost of launching each kernel.
 
-    A graph has fixed shapes: it reads each row's position on the device, and of caches that grow it reads as many slots
-    as the next power of two, with those beyond a row's end masked. So there is one graph per size. The first step of a
-    size runs eagerly, because libraries initialise themselves on first use; the second is recorded. The next step
-    overwrites the logits.
+    A graph has fixed shapes. It reads each row's position on the device, and a power of two of cache slots, of which
+    those after a row's end are masked: there is one graph per size. The first step of a size runs eagerly, because
+    libraries initialise themselves on first use; the second is recorded. Each step overwrites the last step's logits.
     """
 
     def __init__(self, model: LanguageModel, state: ModelState, record: Record) -> None:
@@ -203,7 +202,7 @@ class GraphSteps:
         self.replays: dict[int, Replay | None] = {}
 
     def __call__(self, chosen: Sequence[int]) -> Tensor:
-        """Logits (B, V) after one more token in each row. UsageError when the state is full."""
+        """Logits (B, V) after one more token in each row. Raises `UsageError` when the state is full."""
         needed = self.state.longest + 1
         if needed > self.state.max_len:
             raise UsageError(f"{needed} tokens do not fit a state made for {self.state.max_len}")
@@ -221,7 +220,7 @@ class GraphSteps:
         return logits_BV
 
     def _step(self, size: int) -> Tensor:
-        """One step without a device synchronisation and without arguments from the host that change."""
+        """One step without a device synchronisation and without host values that change between steps."""
         seq = Layout.one_more(self.state.length_B, size)
         x_B1D = self.model.step_hidden_at(self.tokens_B1, self.state, seq)
         self.state.length_B += 1
@@ -229,7 +228,7 @@ class GraphSteps:
 
 
 def graph_size(needed: int, max_len: int) -> int:
-    """How many slots a graph reads when `needed` are filled: the next power of two, at most all."""
+    """The number of slots a graph reads when `needed` are filled: the next power of two, at most `max_len`."""
     size = SMALLEST_GRAPH
     while size < needed:
         size *= 2
@@ -237,7 +236,7 @@ def graph_size(needed: int, max_len: int) -> int:
 
 
 class CudaGraphs:
-    """Records CUDA graphs that share memory, since only one runs at a time. Not run on a GPU."""
+    """Records CUDA graphs that share memory, because only one runs at a time. Not run on a GPU."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
@@ -256,7 +255,7 @@ class CudaGraphs:
 
 
 def check_recordable(model: nn.Module) -> None:
-    """Raise `UsageError` for experts whose products need a loop, which reads their number of rows from the device."""
+    """Raise `UsageError` for experts whose products need a loop, which synchronises with the device."""
     for name, module in model.named_modules():
         if isinstance(module, Experts) and module.down.dtype != torch.bfloat16:
             raise UsageError(
@@ -266,11 +265,11 @@ def check_recordable(model: nn.Module) -> None:
 
 
 def inference_copy(module: M, *, int8: bool = False, made: dict[int, Any] | None = None) -> M:
-    """A copy of the module tree in evaluation mode, with the same parameters, buffers and hooks, for inference.
+    """A copy of the module tree for inference: in evaluation mode, with the same parameters, buffers and hooks.
 
-    Linear layers on a CPU use `ops.linear`, which has faster kernels but no gradients; with int8, few rows are
-    multiplied by weights rounded to 8 bits here. Other layers are copied as they are: experts, fp8 layers, and linear
-    layers with weights that are not plain tensors, e.g. sharded ones. What training compiled is not copied.
+    Linear layers on a CPU use `ops.linear`, which has faster kernels but no gradients. With int8 they multiply few rows
+    by weights that are rounded to 8 bits here. Other layers are copied unchanged: experts, fp8 layers, and linear
+    layers whose weights are not plain tensors, e.g. sharded ones. Compiled code is not copied.
     """
     made = {} if made is None else made
     if id(module) in made:
@@ -280,8 +279,8 @@ def inference_copy(module: M, *, int8: bool = False, made: dict[int, Any] | None
     # Share the dictionaries, not the parameters in them: a wrapper (FSDP) may replace these.
     copy.__dict__ = {**module.__dict__, "training": False}
     copy.__dict__["_modules"] = {
-        name: None if below is None else inference_copy(below, int8=int8, made=made)
-        for name, below in module._modules.items()
+        name: None if child is None else inference_copy(child, int8=int8, made=made)
+        for name, child in module._modules.items()
     }
     if isinstance(copy, _FastLinear):
         copy.__dict__["rounded"] = Int8Matrix.of(copy.weight) if int8 and Int8Matrix.fits(copy.weight) else None
@@ -289,7 +288,7 @@ def inference_copy(module: M, *, int8: bool = False, made: dict[int, Any] | None
 
 
 class _FastLinear(nn.Linear):
-    """rounded: the weight in 8 bits, None where it is not to be used."""
+    """A linear layer by `ops.linear`. rounded: the weight in int8, used for few rows; None for no rounding."""
 
     rounded: Int8Matrix | None
 

@@ -1,4 +1,4 @@
-"""Choosing the next token."""
+"""Sampling the next token: temperature, top-k, top-p."""
 
 import math
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ from torch import Tensor
 
 from swamla.errors import UsageError, require
 
-SMALLEST = torch.finfo(torch.float32).tiny  # the smallest temperature that logits can be divided by
+SMALLEST = torch.finfo(torch.float32).tiny  # temperatures below it are raised to it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How to sample the next token. temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens.
 
-    Row i of a batch draws from its own generator, seeded with seed + i, so that a prompt's continuation does not
-    depend on the other prompts of the batch.
+    Row i of a batch draws from its own generator with the seed `seed + i`, so that a prompt's continuation does not
+    depend on the other prompts of the batch. Source of top_p: nucleus sampling, arXiv 1904.09751.
     """
 
     temperature: float = 0.8
@@ -32,11 +32,11 @@ class Sampling:
         require(0 <= self.seed < 2**63, "seed", self.seed, "must be in [0, 2**63)")
 
     def generators(self, batch: int) -> list[torch.Generator]:
-        """One random generator a row, on the CPU."""
+        """One random generator per row, on the CPU."""
         return [torch.Generator().manual_seed(self.seed + row) for row in range(batch)]
 
     def choose(self, logits_BV: Tensor, generators: list[torch.Generator]) -> list[int]:
-        """The next token of each row; `UsageError` for logits that are not numbers."""
+        """The next token of each row. Raises `UsageError` for logits that are not finite."""
         best_B, index_B = logits_BV.max(dim=-1)  # NaN if any logit is NaN
         if not all(map(math.isfinite, best_B.tolist())):
             raise UsageError("the model's logits are not finite: its weights diverged, or are damaged")
@@ -47,9 +47,8 @@ class Sampling:
         return [int(torch.multinomial(p, 1, generator=generator)) for p, generator in rows]
 
     def probabilities(self, logits_BV: Tensor) -> Tensor:
-        """The distribution to sample from: temperature, then the top_k likeliest, then the fewest that reach top_p.
-
-        Among equally likely tokens top_p prefers lower ids.
+        """The distribution (B, V) to sample from: temperature, then the top_k likeliest tokens, then the fewest of them
+        whose probabilities sum to top_p. Among equally likely tokens top_p prefers lower ids.
         """
         logits_BV = logits_BV.float()
         # Subtract the maximum before dividing, so that the likeliest token stays finite at any temperature.

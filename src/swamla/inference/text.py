@@ -1,4 +1,4 @@
-"""Text from a trained model: prompts in, streamed continuations out."""
+"""Continuation of texts by a trained model, streamed as it is generated."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from swamla.model.language_model import LanguageModel
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """One prompt's continuation; `tokens` are its ids and `ended` is True if the model ended the document."""
+    """One prompt's continuation. tokens: its ids.  ended: whether the model ended the document."""
 
     prompt: str
     text: str
@@ -26,8 +26,8 @@ class Completion:
 class Generation:
     """All completions of a batch, and their cost.
 
-    seconds_to_first covers prefill and one token per row; tokens_per_second is the rate after that, over all rows (0
-    when there was one token only).
+    seconds_to_first: prefill and one token per row.  tokens_per_second: the rate after that, over all rows; 0 if no
+    further token was generated.
     """
 
     completions: list[Completion]
@@ -37,7 +37,7 @@ class Generation:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The document start token, then the prompt's tokens. Raises `UsageError` for NUL or invalid Unicode."""
+    """The document start token and the prompt's tokens. Raises `UsageError` for NUL or invalid Unicode."""
     if "\0" in prompt:
         raise UsageError(f"the prompt has a NUL character at position {prompt.index(chr(0))}: remove it")
     try:
@@ -50,7 +50,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def room(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> int | None:
-    """How many tokens can follow the longest of the encoded prompts; None for any number.
+    """How many tokens can follow the longest of the encoded prompts; None without a limit.
 
     Raises `UsageError` for a prompt that leaves no room for a token.
     """
@@ -76,9 +76,9 @@ def generate_text(
     on_text: Callable[[int, str], None] | None = None,
     decoding: str = "eager",
 ) -> Generation:
-    """Continue each prompt; an empty one starts a new document. on_text(row, piece) streams whole characters.
+    """Continue each prompt; an empty one starts a new document. on_text(row, piece) streams complete characters.
 
-    decoding: see `Decoder`. Raises `UsageError` for a single text in place of a list, for invalid Unicode, and as
+    decoding: see `Decoder`. Raises `UsageError` for a single text instead of a list, for invalid Unicode, and as
     `Decoder.generate` does.
     """
     if isinstance(prompts, str):

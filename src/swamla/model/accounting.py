@@ -1,4 +1,4 @@
-"""Counts from the config alone, before a weight exists: parameters, FLOPs, state bytes; an estimate of activations."""
+"""Counts from the config, before a weight exists: parameters, FLOPs, state bytes; an estimate of activation memory."""
 
 import math
 from collections import Counter
@@ -15,7 +15,7 @@ from swamla.ops.layout import PADDING
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCount:
-    """total: a tied head counts once; active: those that one token uses; by_component sums to total."""
+    """total: a tied head counts once.  active: parameters that one token uses.  by_component: sums to total."""
 
     total: int
     active: int
@@ -24,7 +24,7 @@ class ParameterCount:
 
 
 def count_parameters(config: LanguageModelConfig) -> ParameterCount:
-    """Parameters of the model, equal to those of the built module."""
+    """Parameters of the model: the same numbers as of the built module."""
     width = config.width
     counts: Counter[str] = Counter()
     counts["embedding"] = config.vocab_size * width
@@ -47,10 +47,10 @@ def count_parameters(config: LanguageModelConfig) -> ParameterCount:
 
 
 def forward_flops(config: LanguageModelConfig, length: int) -> int:
-    """Floating-point operations of a forward pass over one sequence of `length` tokens, the head included.
+    """Floating-point operations of a forward pass over one sequence of `length` tokens, including the head.
 
-    Counts multiplications and additions of matrix products: attention by the pairs of query and key that its mask
-    allows, the delta rule by its chunked form. Norms, activations and softmax are not counted.
+    Counts multiplications and additions of matrix products: attention by the query-key pairs that its mask allows, the
+    delta rule by its chunked form. Norms, activations and softmax are not counted.
     """
     layers = sum(
         block.mixer.forward_flops(config.width, length) + block.ffn.forward_flops(config.width, length)
@@ -60,15 +60,15 @@ def forward_flops(config: LanguageModelConfig, length: int) -> int:
 
 
 def training_flops_per_token(config: LanguageModelConfig, length: int) -> float:
-    """Floating-point operations a token costs in training at sequence length `length`; backward is twice forward."""
+    """Training FLOPs per token at sequence length `length`; the backward pass counts as two forward passes."""
     return 3 * forward_flops(config, length) / length
 
 
 class TrainingFlops:
-    """Counts the FLOPs of training on packed rows: three times `forward_flops` of each document alone.
+    """Counts the FLOPs of training on packed rows: three times `forward_flops` of each document by itself.
 
-    Does not count padding, masked pairs of tokens that a fast path computes, and recomputation by activation
-    checkpointing. Costs are cached by length, so that a count is one addition a document.
+    Does not count padding, masked pairs that a fast path computes anyway, and recomputation by activation
+    checkpointing. Costs are cached by length.
     """
 
     def __init__(self, config: LanguageModelConfig) -> None:
@@ -76,8 +76,8 @@ class TrainingFlops:
         self._of_length: dict[int, int] = {}
 
     def of(self, document_BT: Tensor) -> int:
-        """Floating-point operations of a step on rows whose documents have these ids (on the CPU; -1 is padding)."""
-        ids = np.pad(document_BT.numpy(), ((0, 0), (1, 0)), constant_values=PADDING - 1)  # rows start documents
+        """Floating-point operations of a training step on rows with these document ids (on the CPU; -1 is padding)."""
+        ids = np.pad(document_BT.numpy(), ((0, 0), (1, 0)), constant_values=PADDING - 1)  # a row starts a document
         begins = np.flatnonzero(np.diff(ids, axis=1))
         lengths = np.diff(begins, append=document_BT.numel())[ids[:, 1:].flat[begins] != PADDING]
         counted = zip(*(found.tolist() for found in np.unique(lengths, return_counts=True)), strict=True)
@@ -90,20 +90,20 @@ class TrainingFlops:
 
 
 def state_bytes(config: LanguageModelConfig, length: int, *, batch: int = 1, element_bytes: int = 4) -> int:
-    """Bytes of the state of `batch` sequences that may grow to `length` tokens, `element_bytes` a number.
+    """Bytes of the state of `batch` sequences of at most `length` tokens, with `element_bytes` per element.
 
-    Equal to `LanguageModel.init_state(batch, length).nbytes`; the delta rule's states are fp32 at least.
+    Equal to `LanguageModel.init_state(batch, length).nbytes`. The delta rule's state matrices are at least fp32.
     """
     return batch * sum(block.mixer.state_bytes(config.width, length, element_bytes) for block in config.layers)
 
 
 def all_mha_state_bytes(config: LanguageModelConfig, length: int, *, batch: int = 1, element_bytes: int = 4) -> int:
-    """`state_bytes` of a model of the same depth and width that keeps all keys and values in every layer."""
+    """`state_bytes` of a model of the same depth and width that caches all keys and values in every layer."""
     return batch * config.depth * 2 * config.width * length * element_bytes
 
 
 class ParameterSpec(NamedTuple):
-    """A parameter's name and full shape. vectors: whether it is a set of vectors, see `MixerConfig.vectors`."""
+    """A parameter's name and unsharded shape. vectors: whether it is a set of vectors, see `MixerConfig.vectors`."""
 
     name: str
     shape: tuple[int, ...]
@@ -111,7 +111,7 @@ class ParameterSpec(NamedTuple):
 
 
 def parameter_specs(config: LanguageModelConfig) -> list[ParameterSpec]:
-    """Every parameter of the model, a tied head's once."""
+    """Every parameter of the model; a tied head and the embedding are one."""
     import torch
 
     with torch.device("meta"):
@@ -128,42 +128,42 @@ def activation_bytes(
     length: int | None = None,
     device: str = "cpu",
 ) -> int:
-    """An estimate of the bytes that a training step on `tokens` tokens keeps for its backward pass.
+    """An estimate of the activation bytes that a training step on `tokens` tokens saves for its backward pass.
 
-    length: of a document, by default all tokens. Counts input and output of every matrix that a token is multiplied by,
-    at `element_bytes` a number; the residual stream before each norm, in fp32; with 2 bytes a number the copies of the
-    weights in that dtype; and on a CPU the attention weights that the backward pass does not recompute. With
-    `checkpointing`, recomputed mixers and FFNs keep their input, and the largest of them counts once in full. Does not
-    count other tensors of elementwise operations, the loss's chunk of the logits, and buffers inside operations:
-    measured, a model keeps 0.9 to 1.4 times the estimate.
+    length: tokens of a document, by default all.  element_bytes: of the dtype of matrix products. Counts the input and
+    the output of every matrix; the residual stream before each norm, in fp32; with 2-byte elements the weights' copies
+    in that dtype; on a CPU the attention weights that the backward pass does not recompute. With `checkpointing`,
+    recomputed mixers and FFNs save their input only, and the largest of them counts once in full. Does not count other
+    tensors of elementwise operations, the loss's chunk of logits, and buffers inside operations: measured, a model
+    saves 0.9 to 1.4 times the estimate.
     """
     residual = 4 * config.width
-    kept_by_block = {name: _kept_numbers(block, config.width) for name, block in config.blocks.items()}
+    saved_by_block = {name: _saved_elements(block, config.width) for name, block in config.blocks.items()}
     if device == "cpu":
         for name, block in config.blocks.items():
-            mixer, ffn = kept_by_block[name]
+            mixer, ffn = saved_by_block[name]
             mixer += block.mixer.kept_weights(config.width, length or tokens, bf16=element_bytes == 2)
-            kept_by_block[name] = mixer, ffn
-    again = (checkpointing in ("attention", "all"), checkpointing in ("ffn", "all"))
-    kept = largest = 0.0
+            saved_by_block[name] = mixer, ffn
+    is_recomputed = (checkpointing in ("attention", "all"), checkpointing in ("ffn", "all"))  # mixer, FFN
+    saved = largest = 0.0
     for name in config.pattern:
-        halves = [numbers * element_bytes + residual for numbers in kept_by_block[name]]
-        repeated = sum(half for half, is_repeated in zip(halves, again, strict=True) if is_repeated)
-        kept += sum(halves) - repeated + residual * any(again)
-        largest = max(largest, repeated)
+        halves = [elements * element_bytes + residual for elements in saved_by_block[name]]
+        recomputed = sum(half for half, yes in zip(halves, is_recomputed, strict=True) if yes)
+        saved += sum(halves) - recomputed + residual * any(is_recomputed)
+        largest = max(largest, recomputed)
     copies = _matrix_weights(config) * element_bytes if element_bytes < 4 else 0
-    return round(tokens * (kept + largest)) + copies
+    return round(tokens * (saved + largest)) + copies
 
 
-def _kept_numbers(block: BlockConfig, width: int) -> tuple[float, float]:
-    """How many numbers the matrices of the mixer and of the FFN read and write for a token."""
+def _saved_elements(block: BlockConfig, width: int) -> tuple[float, float]:
+    """Elements per token that the matrices of the mixer and of the FFN read and write."""
     import torch
 
     from swamla.model.ffns.experts import Experts
 
     with torch.device("meta"):
         mixer, ffn = block.mixer.build(width), block.ffn.build(width)
-    used = 1.0  # of the experts
+    used = 1.0  # experts per token
     stacked = [p for module in ffn.modules() if isinstance(module, Experts) for p in module.parameters()]
     if stacked:
         unused = block.ffn.n_parameters(width) - block.ffn.n_active_parameters(width)

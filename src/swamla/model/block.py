@@ -32,12 +32,12 @@ class BlockConfig:
 
     @property
     def vectors(self) -> tuple[str, ...]:
-        """Parameters of the block that its mixer or FFN lists in `vectors`, e.g. "ffn.router.weight"."""
+        """Names of the parameters that the mixer or the FFN lists in `vectors`, e.g. "ffn.router.weight"."""
         return (*(f"mixer.{name}" for name in self.mixer.vectors), *(f"ffn.{name}" for name in self.ffn.vectors))
 
 
 class BlockFunctions(NamedTuple):
-    """The functions that a block calls: its own methods, or compiled versions of them. evaluated: without gradients."""
+    """The functions a block calls: its methods or compiled versions of them. evaluated: `whole` without gradients."""
 
     whole: Callable[[Tensor, Layout], tuple[Tensor, Statistics]]
     mix: Callable[[Tensor, Layout], Tensor]
@@ -48,8 +48,8 @@ class BlockFunctions(NamedTuple):
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + ffn(norm(x)).
 
-    checkpointing: what is recomputed in the backward pass from its inputs: "attention" the mixer, "ffn" the FFN,
-    "all" the whole block, which then keeps a single tensor.
+    checkpointing: what the backward pass recomputes from its saved input: "attention" the mixer, "ffn" the FFN, "all"
+    the whole block, which then saves a single tensor.
     """
 
     def __init__(self, config: BlockConfig, width: int, norm: NormConfig, dropout: float) -> None:
@@ -60,8 +60,8 @@ class Block(nn.Module):
         self.mixer: Mixer = config.mixer.build(width)
         self.ffn_norm = norm.build(width)
         self.ffn: FFN = config.ffn.build(width)
-        for part, module in ((config.mixer, self.mixer), (config.ffn, self.ffn)):
-            _require_outputs(part, module)
+        _require_outputs(config.mixer, self.mixer)
+        _require_outputs(config.ffn, self.ffn)
         self.functions = BlockFunctions(self.whole, self.mix, self.feed, evaluated=self.whole)
 
     def forward(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
@@ -100,7 +100,7 @@ class Block(nn.Module):
 
 
 def _require_outputs(config: MixerConfig | FFNConfig, module: nn.Module) -> None:
-    """Else the depth scaling of initial weights would be lost without a word."""
+    """Raise `UsageError` if `outputs` names no parameter: its initial weights would silently not be scaled by depth."""
     names = [name for name, _ in module.named_parameters()]
     if config.outputs and not set(config.outputs) & set(names):
         raise UsageError(

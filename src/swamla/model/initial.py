@@ -1,7 +1,7 @@
-"""Initial weights: a function of the seed, a parameter's name and its shape alone.
+"""Initial weights: a function of the seed, a parameter's name and its shape only.
 
-So any process can draw any parameter in any order, and a model has the same initial weights under every strategy of
-data parallelism.
+So any process can draw any parameter in any order, and a model has the same initial weights under every data-parallel
+strategy.
 """
 
 import hashlib
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 Initializer = Callable[[Tensor, torch.Generator | None], object]
-"""Fills an fp32 tensor on the CPU in place; without a generator, from torch's global one."""
+"""Fills an fp32 tensor on the CPU in place, by the generator or, without one, by torch's global generator."""
 
 
 @runtime_checkable
 class HasInitializers(Protocol):
-    """A module with initial values of its own for some of its parameters."""
+    """A module that initialises some of its parameters itself."""
 
     def initializers(self) -> Mapping[str, Initializer]:
         """Initializers by the parameters' names in the module."""
@@ -28,7 +28,7 @@ TORCH_INITIALIZERS = frozenset(f for name, f in vars(nn.init).items() if name.en
 
 
 class SkippedInit(TorchFunctionMode):
-    """Skips torch's own initialisers: on the meta device they import torch's compiler, which takes a second."""
+    """Skips torch's own initializers, which on the meta device import torch's compiler: a second."""
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -41,17 +41,17 @@ class SkippedInit(TorchFunctionMode):
 
 def normal(std: float) -> Initializer:
     """Normal with mean 0."""
-    return lambda into, generator: into.normal_(0.0, std, generator=generator)
+    return lambda tensor, generator: tensor.normal_(0.0, std, generator=generator)
 
 
 def uniform(bound: float) -> Initializer:
     """Uniform in ±`bound`."""
-    return lambda into, generator: into.uniform_(-bound, bound, generator=generator)
+    return lambda tensor, generator: tensor.uniform_(-bound, bound, generator=generator)
 
 
 def constant(value: float) -> Initializer:
     """Constant."""
-    return lambda into, generator: into.fill_(value)
+    return lambda tensor, generator: tensor.fill_(value)
 
 
 def initializers_of(module: nn.Module) -> dict[str, Initializer]:
@@ -66,7 +66,7 @@ def initializers_of(module: nn.Module) -> dict[str, Initializer]:
 
 @torch.no_grad()
 def reset_parameters(module: HasInitializers) -> None:
-    """Initialise the parameters of a module outside any model, from torch's global generator."""
+    """Initialise the parameters of a module that is built outside a model, by torch's global generator."""
     assert isinstance(module, nn.Module)
     for name, initializer in module.initializers().items():
         parameter = module.get_parameter(name)
@@ -78,6 +78,6 @@ def initial_tensor(initializer: Initializer, shape: torch.Size, seed: int, name:
     """The initial values of parameter `name`, in fp32 on the CPU."""
     key = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(key, "little"))
-    into = torch.empty(shape, dtype=torch.float32, device="cpu")
-    initializer(into, generator)
-    return into
+    tensor = torch.empty(shape, dtype=torch.float32, device="cpu")
+    initializer(tensor, generator)
+    return tensor

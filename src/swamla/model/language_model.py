@@ -24,7 +24,7 @@ from swamla.ops.layout import Layout
 class LanguageModelConfig:
     """A decoder-only language model.
 
-    vocab_size: ids of the vocabulary; 0 for the tokenizer's number of ids, to be replaced before `build`.
+    vocab_size: number of token ids; 0 for the tokenizer's, to be replaced before `build`.
     width: of the residual stream.
     blocks: the blocks that the pattern may use, by name.
     pattern: the name of every layer's block, bottom first; its length is the depth.
@@ -61,7 +61,7 @@ class LanguageModelConfig:
         require(self.learned_positions >= 0, "learned_positions", self.learned_positions, "must be >= 0 (0: none)")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1), e.g. 0.1")
         require(self.init_std > 0, "init_std", self.init_std, "must be > 0, e.g. 0.02")
-        for name, block in self.blocks.items():  # report settings that do not fit the width before anything is built
+        for name, block in self.blocks.items():  # counting raises for settings that do not fit the width
             with within(f"blocks.{name}.mixer"):
                 block.mixer.n_parameters(self.width)
             with within(f"blocks.{name}.ffn"):
@@ -83,7 +83,7 @@ class LanguageModelConfig:
         return frozenset(f"blocks.{n}.{name}" for n, block in enumerate(self.layers) for name in block.vectors)
 
     def with_backends(self, paths: Mapping[str, str]) -> "LanguageModelConfig":
-        """The same model with `paths` (block → backend) as the backends of mixers whose own is "auto"."""
+        """The same model where mixers with the backend "auto" get that of `paths` (block → backend)."""
         blocks = {
             name: replace(block, mixer=block.mixer.with_backend(paths[name])) if name in paths else block
             for name, block in self.blocks.items()
@@ -91,7 +91,7 @@ class LanguageModelConfig:
         return replace(self, blocks=blocks)
 
     def build(self, seed: int | None = None) -> "LanguageModel":
-        """The model with the initial weights of `seed`, by default a seed from torch's global generator."""
+        """The model with the initial weights of `seed`, by default drawn from torch's global generator."""
         model, device = self.skeleton(), torch.get_default_device()
         if device.type == "meta":
             return model
@@ -110,15 +110,15 @@ class LanguageModelConfig:
 
 
 def vectors_of(module: nn.Module) -> frozenset[str]:
-    """`LanguageModelConfig.vectors` of a model; none of another module."""
+    """`LanguageModelConfig.vectors` of a language model; empty for another module."""
     return module.config.vectors if isinstance(module, LanguageModel) else frozenset()
 
 
 class LanguageModel(nn.Module):
-    """Next-token logits from tokens. Successive calls of `step` equal `forward` on the whole.
+    """Next-token logits from tokens. `step` over any split of a sequence equals `forward` on the whole sequence.
 
-    Weights are uninitialised before `reset_parameters`, which `LanguageModelConfig.build` calls. known_ids: the number
-    of ids that the tokenizer has; ids from there on pad the vocabulary and are never generated. None allows all ids.
+    Weights are uninitialised before `reset_parameters`, which `LanguageModelConfig.build` calls. known_ids: the
+    tokenizer's number of ids; larger ids only pad the vocabulary and are never generated. None allows all ids.
     """
 
     known_ids: int | None = None
@@ -141,10 +141,10 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int, within: str = "") -> None:
-        """Set the initial weights of `seed` and zero the buffers, of names that begin with `within` only.
+        """Set the initial weights of `seed` and zero the buffers, for names that begin with `within`.
 
-        Weights are normal, output projections scaled by depth (GPT-2), biases 0, gains 1; `initializers` of modules
-        take precedence. A parameter's values depend on the seed, its name and its shape alone.
+        Weights are normal, output projections are scaled by depth (GPT-2), biases are 0, gains 1; modules'
+        `initializers` take precedence. A parameter's values depend on the seed, its name and its shape only.
         """
         own, outputs = initializers_of(self), self._outputs()
         for name, parameter in self.named_parameters():
@@ -176,16 +176,16 @@ class LanguageModel(nn.Module):
         return self.embedding.weight.device
 
     def checkpoint_activations(self, what: Checkpointing) -> None:
-        """Recompute this part of every block in the backward pass from now on."""
+        """Set what every block recomputes in the backward pass, see `Block`."""
         for block in self.blocks:
             block.checkpointing = what
 
     def forward(self, tokens_BT: Tensor, seq: Layout | None = None) -> Tensor:
-        """Next-token logits (B, T, vocabulary) of tokens (B, T); `seq` has the documents, by default one a row."""
+        """Next-token logits (B, T, vocabulary) of tokens (B, T). seq: the documents, by default one per row."""
         return self.head(self.hidden(tokens_BT, seq)[0])
 
     def hidden(self, tokens_BT: Tensor, seq: Layout | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The head's input (B, T, D), and the FFNs' statistics by layer."""
+        """The head's input (B, T, D), and the FFNs' statistics as `name/layer`. Raises `UsageError` for bad tokens."""
         if tokens_BT.ndim != 2 or not tokens_BT.numel():
             raise UsageError(
                 f"tokens have the shape {tuple(tokens_BT.shape)}: must be (batch, time), one token at least"
@@ -203,15 +203,15 @@ class LanguageModel(nn.Module):
         return self.norm(x_BTD), statistics
 
     def loss(self, tokens_BT: Tensor, labels_BT: Tensor, seq: Layout | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum of −log p(label) in nats over labels that are not -100, and the FFNs' statistics as `name/layer`.
+        """Σ −log p(label), in nats, over labels other than -100, and the FFNs' statistics as `name/layer`.
 
-        Training minimises the sum plus the statistics "loss/…". The logits are computed in chunks, never all at once.
+        Training minimises the sum plus the statistics "loss/…". Logits are computed in chunks, never all at once.
         """
         x_BTD, statistics = self.hidden(tokens_BT, seq)
         return chunked_cross_entropy(x_BTD.flatten(0, 1), self.head.weight, labels_BT.flatten()), statistics
 
     def rebalance(self, statistics: Mapping[str, Tensor]) -> None:
-        """After an optimizer step: every FFN balances its experts by the statistics of the whole batch."""
+        """After an optimizer step: every FFN updates its router bias by the statistics of the whole batch."""
         by_layer: dict[int, dict[str, Tensor]] = defaultdict(dict)
         for full_name, value in statistics.items():
             name, layer = full_name.rsplit("/", 1)
@@ -227,7 +227,10 @@ class LanguageModel(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> ModelState:
-        """An empty state for `batch` sequences of at most `max_len` tokens; UsageError beyond learned positions."""
+        """An empty state for `batch` sequences of at most `max_len` tokens.
+
+        Raises `UsageError` if `max_len` exceeds the learned positions.
+        """
         if self.positions is not None and max_len > self.config.learned_positions:
             raise UsageError(
                 f"{max_len} tokens are more than the model's {self.config.learned_positions} learned positions"
@@ -239,13 +242,13 @@ class LanguageModel(nn.Module):
     def step(self, tokens_BT: Tensor, state: ModelState, valid_BT: Tensor | None = None) -> Tensor:
         """Logits (B, T, vocabulary) of T >= 1 new tokens after those in `state`, which is updated.
 
-        valid_BT is False for padding (default: none), which is allowed only at the end of a row. The logits of padding
-        are undefined, and it needs room in the state as tokens do. Raises `UsageError` when the state is full.
+        valid_BT: False for padding (default: no padding), which is allowed only at the end of a row. Padding has
+        undefined logits and needs room in the state like tokens. Raises `UsageError` when the state is full.
         """
         return self.head(self.step_hidden(tokens_BT, state, valid_BT))
 
     def step_hidden(self, tokens_BT: Tensor, state: ModelState, valid_BT: Tensor | None = None) -> Tensor:
-        """`step` without the head: its input (B, T, D). Prefill needs the logits of the last token only."""
+        """`step` up to the head's input (B, T, D): prefill needs the logits of the last token only."""
         if valid_BT is not None and bool(valid_BT.all()):
             valid_BT = None
         seq = state.next_layout(tokens_BT, valid_BT)
@@ -256,7 +259,7 @@ class LanguageModel(nn.Module):
         return x_BTD
 
     def step_hidden_at(self, tokens_BT: Tensor, state: ModelState, seq: Layout) -> Tensor:
-        """`step_hidden` with the layout given: updates the layers' states, but not the lengths of the rows."""
+        """`step_hidden` for a given layout: updates the layers' states but not the rows' lengths."""
         x_BTD = self._embed(tokens_BT, seq)
         for block, layer in zip(self.blocks, state.layers, strict=True):
             x_BTD = block.step(x_BTD, layer, seq)
@@ -265,8 +268,8 @@ class LanguageModel(nn.Module):
     def _embed(self, tokens_BT: Tensor, seq: Layout) -> Tensor:
         try:
             x_BTD = self.embedding(tokens_BT)
-        except (IndexError, RuntimeError) as error:  # only a CPU raises here; CUDA fails later and ends the process
-            raise self._explain(tokens_BT) or error from None
+        except (IndexError, RuntimeError) as error:  # on a CPU only; CUDA fails later and ends the process
+            raise self._token_error(tokens_BT) or error from None
         if self.config.residual == "autocast":
             x_BTD = x_BTD.to(product_dtype(x_BTD))
         if self.positions is None:
@@ -278,8 +281,8 @@ class LanguageModel(nn.Module):
             )
         return x_BTD + self.positions(seq.position_BT).to(x_BTD.dtype)
 
-    def _explain(self, tokens_BT: Tensor) -> UsageError | None:
-        """The error in tokens that the embedding refused."""
+    def _token_error(self, tokens_BT: Tensor) -> UsageError | None:
+        """Why the embedding refused the tokens; None if the tokens are not the reason."""
         if tokens_BT.dtype not in (torch.int32, torch.int64):
             return UsageError(f"tokens are of {tokens_BT.dtype}: must be of torch.int64")
         outside = tokens_BT[(tokens_BT < 0) | (tokens_BT >= self.config.vocab_size)]

@@ -111,7 +111,7 @@ class RMSNorm(nn.Module):
 
 
 class DynamicTanh(nn.Module):
-    """tanh(αx)·γ + β: element-wise, no statistics (arXiv 2503.10622, eq. 1)."""
+    """tanh(αx)·γ + β, elementwise, without statistics (arXiv 2503.10622, eq. 1)."""
 
     def __init__(self, width: int, alpha: float) -> None:
         super().__init__()

@@ -12,12 +12,10 @@ from swamla.ops.graphs import is_fused, outside_graphs
 from swamla.ops.layout import Layout
 from swamla.ops.rotary import doubled, rotate, rotate_doubled
 
-__all__ = ["LinearScaling", "RopeConfig", "YarnScaling", "rotate"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class LinearScaling:
-    """Positions divided by `factor` (position interpolation)."""
+    """Position interpolation (arXiv 2306.15595): positions divided by `factor`."""
 
     kind: ClassVar[str] = "linear"
     factor: float
@@ -27,7 +25,7 @@ class LinearScaling:
 
     @property
     def attention_factor(self) -> float:
-        """Factor of the tables: 1."""
+        """Factor of the cos and sin tables: 1."""
         return 1.0
 
     @property
@@ -36,18 +34,18 @@ class LinearScaling:
         return 1.0
 
     def frequencies(self, plain: Tensor, base: float) -> Tensor:
-        """Angles per position for each rotated pair, from the unscaled ones."""
+        """The frequency (angle per position) of each rotated pair, from the unscaled ones."""
         return plain / self.factor
 
 
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling:
-    """YaRN: high frequencies kept, low ones interpolated, a ramp between, attention sharpened.
+    """YaRN (arXiv 2309.00071): high frequencies kept, low ones interpolated, a ramp between, attention sharpened.
 
-    mscale: sharpening by the tables, which scales rotated queries and keys; 0 for none.
-    mscale_all_dim: moves sharpening from the tables to the softmax scale, which covers the unrotated part of a head
-        too, as in DeepSeek-V2/V3. Every mixer applies both. In transformers, models with latent attention apply both,
-        Llama and its relatives only the first.
+    mscale: sharpening by the cos and sin tables, which scale rotated queries and keys; 0 for none.
+    mscale_all_dim: moves sharpening from the tables to the softmax scale, which also covers the unrotated elements of a
+        head, as in DeepSeek-V2/V3. Every mixer applies both. In transformers, models with latent attention apply both,
+        Llama-like models only the first.
     """
 
     kind: ClassVar[str] = "yarn"
@@ -71,7 +69,7 @@ class YarnScaling:
 
     @property
     def attention_factor(self) -> float:
-        """Factor of the tables."""
+        """Factor of the cos and sin tables."""
         return self._sharpening(self.mscale) / self._sharpening(self.mscale_all_dim)
 
     @property
@@ -80,15 +78,15 @@ class YarnScaling:
         return self._sharpening(self.mscale_all_dim) ** 2
 
     def frequencies(self, plain: Tensor, base: float) -> Tensor:
-        """Angles per position for each rotated pair, from the unscaled ones (arXiv 2309.00071, eq. 13 and 14)."""
+        """The frequency of each rotated pair, from the unscaled ones (arXiv 2309.00071, eq. 13 and 14)."""
         pairs = plain.numel()
 
-        def pair_rotating(times: float) -> float:
-            """The (fractional) index of the pair that rotates `times` times within the original length."""
-            return pairs * math.log(self.original_length / (times * 2 * math.pi)) / math.log(base)
+        def pair_with(rotations: float) -> float:
+            """The (fractional) index of the pair that makes so many rotations within the original length."""
+            return pairs * math.log(self.original_length / (rotations * 2 * math.pi)) / math.log(base)
 
-        low = max(math.floor(pair_rotating(self.beta_fast)), 0)
-        high = min(math.ceil(pair_rotating(self.beta_slow)), 2 * pairs - 1)
+        low = max(math.floor(pair_with(self.beta_fast)), 0)
+        high = min(math.ceil(pair_with(self.beta_slow)), 2 * pairs - 1)
         ramp = (torch.arange(pairs, dtype=plain.dtype, device=plain.device) - low) / max(high - low, 0.001)
         interpolated = ramp.clamp(0, 1)
         return plain / self.factor * interpolated + plain * (1 - interpolated)
@@ -116,8 +114,8 @@ class RopeConfig:
     def tables(self, seq: Layout, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """(cos, sin), each (B or 1, T, 1, head_dim / 2), shared by all layers of this forward pass.
 
-        dtype: fp32, or double for models in double. A compiled graph on a GPU recomputes them where it uses them,
-        which is free inside its kernels.
+        dtype: fp32, or fp64 for models in fp64. A compiled graph on a GPU recomputes the tables inside its kernels
+        instead, at no cost.
         """
         return self._angles(seq, head_dim, dtype) if is_fused(seq.position_BT) else self._shared(seq, head_dim, dtype)
 
@@ -142,7 +140,7 @@ class RopeConfig:
     def _angles(self, seq: Layout, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         position_BT = seq.position_BT[:1] if seq.whole_rows and not seq.continues else seq.position_BT
         exponent = torch.arange(0, head_dim, 2, dtype=dtype, device=position_BT.device) / head_dim
-        frequency = 1.0 / self.base**exponent  # the rounding of Llama and DeepSeek, which grows with position
+        frequency = 1.0 / self.base**exponent  # rounded as in Llama and DeepSeek: the error grows with position
         factor = 1.0
         if self.scaling:
             frequency, factor = self.scaling.frequencies(frequency, self.base), self.scaling.attention_factor

@@ -1,4 +1,4 @@
-"""The state of generation: one mixer state a layer, and the lengths of the sequences."""
+"""The decoding state of a model: one mixer state per layer, and the lengths of the sequences."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ from swamla.ops.layout import Layout
 
 @dataclass
 class ModelState:
-    """The state of a batch of sequences: one mixer state a layer, and each row's length in tokens.
+    """The state of a batch of sequences: one mixer state per layer, and each row's length in tokens.
 
-    uniform_length: the length that all rows share, None where rows differ.  longest: the largest length.
-    Both mirror `length_B` on the host, to avoid a device synchronisation. So only `advance`, and `GraphSteps` with
-    `count`, may change `length_B`.
+    uniform_length: the length of all rows, None if rows differ.  longest: the largest length.
+    Both are copies of `length_B` on the host, which avoid a device synchronisation. So only `advance`, and `GraphSteps`
+    together with `count`, may change `length_B`.
     """
 
     layers: list[State]
@@ -30,7 +30,7 @@ class ModelState:
         return sum(layer.nbytes for layer in self.layers)
 
     def next_layout(self, tokens_BT: Tensor, valid_BT: Tensor | None) -> Layout:
-        """The layout of new tokens after those in the state; `valid_BT` is False for padding (None: no padding)."""
+        """The layout of new tokens after those in the state. valid_BT: False for padding, None for no padding."""
         batch, time = tokens_BT.shape
         if valid_BT is None and self.uniform_length is not None:
             return Layout.continuing_uniform(self.uniform_length, batch, time, device=tokens_BT.device)

@@ -1,9 +1,9 @@
-"""Pure functions on tensors, the fast ones held to a reference as close to its equation as code can be.
+"""Pure functions on tensors; each fast path is tested against a reference implementation of its equation.
 
-An op with fast paths of its own for a device is a folder: `__init__.py` says which backends there are and which is
-taken, `reference.py` is the equation, `cpu.py` and `cuda.py` are the fast paths. Another op is a file.
+An op with a fast path per device is a folder: `__init__.py` has the public function and chooses the backend,
+`reference.py` is the equation, `cpu.py` and `cuda.py` are the fast paths. Every other op is one file.
 
-One legend for shape suffixes: B batch, T time, S source time, D model width, H heads, G key heads, K key width,
+Shape suffixes: B batch, T time, S source time, D model width, H heads, G key heads, K key width,
 V value width (vocabulary in a head's weight), N rows, W convolution width, C chunk, E experts, F FFN hidden.
 """
 

@@ -1,4 +1,4 @@
-"""Cross-entropy of a language model's head without ever holding all of its logits."""
+"""Cross-entropy of a language model's head, computed in chunks: never all logits at once."""
 
 from typing import Any
 
@@ -8,23 +8,24 @@ from torch.autograd.function import once_differentiable
 
 from swamla.errors import DataError, require
 from swamla.ops.graphs import compiled
+from swamla.ops.grouped_mm import product_dtype
 
-LOGITS = 20_000_000  # of one chunk, in elements, in the dtype of the product: enough rows to pay for a sum into dW
-CUDA_LOGITS = 256_000_000  # on a GPU, whose products are faster by more than its memory is; not measured on GPU
-CHUNKS, CUDA_CHUNKS = 8, 4  # at least: each reads and writes the weight's gradient, which a GPU's memory feels
-SLAB = 1_000_000  # logits in fp32 at a time, in elements: their softmax runs in the cache
-WEIGHTS = 500_000  # of the weight's gradient at a time, in elements, on a CPU: a chunk's share is added in the cache
+LOGITS = 20_000_000  # elements of a chunk: enough rows to amortise the addition into dW
+CUDA_LOGITS = 256_000_000  # more on a GPU, whose ratio of FLOP/s to memory bandwidth is higher; not measured on GPU
+CHUNKS, CUDA_CHUNKS = 8, 4  # at least: each reads and writes dW, which costs a GPU more
+SLAB = 1_000_000  # fp32 logits at a time: their softmax fits the cache
+WEIGHTS = 500_000  # elements of dW at a time on a CPU: the addition of a chunk's gradient fits the cache
 
 
 def chunked_cross_entropy(
     x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, chunk: int | None = None, ignore: int = -100
 ) -> Tensor:
-    """Sum over the labels other than `ignore` of −log softmax(x Wᵀ)[label]: nats, an fp32 scalar (double for double).
+    """Σ −log softmax(x Wᵀ)[label] over the labels other than `ignore`: in nats, an fp32 scalar (fp64 for fp64).
 
-    Logits are made `chunk` rows at a time (by default 20 million of them and at most an eighth of the whole, on CUDA
-    256 million and a quarter) and overwritten by their gradients at once, so none is kept and none is computed twice.
-    Under autocast the products are in its dtype; softmax and the sum over chunks of the weight's gradient are in fp32.
-    No labels at all give 0 and zero gradients. First derivatives only. Raises DataError for a label outside the
+    Logits are computed `chunk` rows at a time and overwritten by their gradients at once, so none is saved and none is
+    recomputed. chunk: by default 20 million logits and at most an eighth of the rows, on CUDA 256 million and a
+    quarter. Under autocast the products are in its dtype; softmax and the weight's gradient over chunks are in fp32.
+    Without labels the loss and the gradients are 0. First derivatives only. Raises DataError for a label outside the
     vocabulary.
     """
     require(chunk is None or chunk >= 1, "chunk", chunk, "must be >= 1, e.g. 1024")
@@ -35,7 +36,7 @@ def chunked_cross_entropy(
 
 
 def _check_labels(labels_N: Tensor, vocabulary: int, ignore: int) -> None:
-    if labels_N.device.type != "cpu":  # reading them back would stall the device, whose own kernels assert the range
+    if labels_N.device.type != "cpu":  # a device synchronisation; CUDA's kernels assert the range themselves
         return
     wrong_N = ((labels_N < 0) | (labels_N >= vocabulary)) & (labels_N != ignore)
     if wrong_N.any():
@@ -45,21 +46,13 @@ def _check_labels(labels_N: Tensor, vocabulary: int, ignore: int) -> None:
         )
 
 
-def _product_dtype(x_ND: Tensor) -> torch.dtype:
-    """The dtype that autocast would give to the product, or x's own."""
-    device = x_ND.device.type
-    if torch.is_autocast_enabled(device) and x_ND.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x_ND.dtype
-
-
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, rows: int, ignore: int, gradients: bool
     ) -> Tensor:
-        """gradients: whether any is wanted, which the context does not know."""
-        dtype = _product_dtype(x_ND)
+        """gradients: whether autograd records, which `ctx.needs_input_grad` does not say."""
+        dtype = product_dtype(x_ND)
         sums = torch.promote_types(dtype, torch.float32)
         w_VD = weight_VD.to(dtype)
         total = x_ND.new_zeros((), dtype=sums)
@@ -70,13 +63,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         space_CV = x_ND.new_empty(min(rows, x_ND.shape[0]), weight_VD.shape[0], dtype=dtype)
         with torch.autocast(x_ND.device.type, enabled=False):
             for start in range(0, x_ND.shape[0], rows):
-                part = slice(start, start + rows)
-                # A row without a label may hold anything: its gradient of zero times a NaN would reach the weight's.
-                x_CD = x_ND[part].where(labels_N[part, None] != ignore, 0).to(dtype)
+                chunk = slice(start, start + rows)
+                # A row without a label may hold a NaN, and its zero gradient times NaN would be NaN in dW.
+                x_CD = x_ND[chunk].where(labels_N[chunk, None] != ignore, 0).to(dtype)
                 logits_CV = torch.mm(x_CD, w_VD.mT, out=space_CV[: len(x_CD)])
-                total += chunk_loss(logits_CV, labels_N[part], ignore, need_x or need_weight)
-                if dx_ND is not None:
-                    dx_ND[part] = logits_CV @ w_VD
+                total += chunk_loss(logits_CV, labels_N[chunk], ignore, need_x or need_weight)
+                if dx_ND is not None:  # from here on logits_CV holds the logits' gradients
+                    dx_ND[chunk] = logits_CV @ w_VD
                 if dw_VD is not None:
                     _add_product(dw_VD, logits_CV, x_CD)
         ctx.save_for_backward(dx_ND, dw_VD)
@@ -87,7 +80,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         dx_ND, dw_VD = ctx.saved_tensors
-        # A second tensor as large as the weight only where somebody may ask for these gradients once more.
+        # In place, without a second tensor of the weight's size, unless `retain_graph` allows another backward pass.
         scale = torch.mul if torch._C._autograd._get_current_graph_task_keep_graph() else Tensor.mul_
         dx_ND = None if dx_ND is None else scale(dx_ND, upstream.to(dx_ND.dtype))
         dw_VD = None if dw_VD is None else scale(dw_VD, upstream).to(ctx.weight_dtype)
@@ -98,12 +91,12 @@ def _add_product(dw_VD: Tensor, d_CV: Tensor, x_CD: Tensor) -> None:
     """dW += dᵀ x."""
     size = len(dw_VD) if dw_VD.is_cuda else max(1, WEIGHTS // dw_VD.shape[1])
     for start in range(0, len(dw_VD), size):
-        part = slice(start, start + size)
-        dw_VD[part] += d_CV[:, part].mT @ x_CD
+        rows = slice(start, start + size)
+        dw_VD[rows] += d_CV[:, rows].mT @ x_CD
 
 
 def _losses_and_gradients(logits_CV: Tensor, labels_C: Tensor, ignore: int, need_gradients: bool) -> Tensor:
-    """The sum of the losses; if asked, each logit is replaced by its gradient: softmax − one-hot, 0 without a label."""
+    """The sum of the losses; on request overwrites logits by gradients: softmax − one-hot, 0 without a label."""
     counts_C = labels_C != ignore
     all_count = bool(counts_C.all())
     target_C1 = labels_C.where(counts_C, 0)[:, None]
@@ -116,7 +109,7 @@ def _losses_and_gradients(logits_CV: Tensor, labels_C: Tensor, ignore: int, need
         wide_CV = space_CV[: len(target_C1[rows])].copy_(logits_CV[rows])
         label_C, largest_C = wide_CV.gather(1, target_C1[rows])[:, 0], wide_CV.amax(dim=1)
         p_CV = torch.softmax(wide_CV, dim=1, out=wide_CV)
-        # log Σ e^z, out of the largest probability, e^max / Σ e^z: softmax alone is half the cost of its logarithm.
+        # max p = e^max / Σ e^z gives log Σ e^z: softmax costs half as much as log_softmax.
         loss_C = (largest_C - label_C) - p_CV.amax(dim=1).log()
         total += loss_C.where(counts_C[rows], 0).sum()
         if need_gradients:
@@ -126,7 +119,7 @@ def _losses_and_gradients(logits_CV: Tensor, labels_C: Tensor, ignore: int, need
 
 
 def _fused_losses_and_gradients(logits_CV: Tensor, labels_C: Tensor, ignore: int, need_gradients: bool) -> Tensor:
-    """`_losses_and_gradients` for a compiler, which keeps none of the intermediate tensors. Not measured on GPU."""
+    """`_losses_and_gradients` for torch.compile, which fuses the intermediate tensors away. Not measured on GPU."""
     counts_C = labels_C != ignore
     target_C1 = labels_C.where(counts_C, 0)[:, None]
     wide_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""The way of tokens to their experts and back."""
+"""Dispatch of tokens to experts: rows sorted by expert, and the weighted sum of the experts' outputs."""
 
 from typing import Any
 
@@ -8,12 +8,13 @@ from torch.autograd.function import once_differentiable
 
 
 class Dispatch:
-    """Which row goes to which expert: N tokens, each to K of E experts, as N·K rows sorted by expert.
+    """The permutation that sorts N·K rows by expert, for N tokens that each go to K of E experts.
 
-    Every row moves by a gather, forward and backward, so that sums have one order on every device. Of equal experts
-    the earlier token comes first.
+    The sort is stable: an expert's rows are in the order of the tokens. Forward and backward move rows by gathers, so
+    that sums have the same order on every device.
 
-    surplus: an expert may be the number `n_experts`, which is none: those rows come last, and beyond `ends_E`.
+    expert_NK: expert indices.  surplus: whether the index `n_experts` may occur, which means no expert: such rows come
+    last, after `ends_E[-1]`.  ends_E: int32, the end of each expert's rows.
     """
 
     def __init__(self, expert_NK: Tensor, n_experts: int, *, surplus: bool = False) -> None:
@@ -31,22 +32,22 @@ class Dispatch:
         return self.ends_E.long().diff(prepend=self.ends_E.new_zeros(1, dtype=torch.int64))
 
     def scatter(self, x_ND: Tensor) -> Tensor:
-        """(N, D) → (N·K, D): each token once for every expert that it goes to, sorted by expert."""
+        """(N, D) → (N·K, D): one row per token and expert, sorted by expert."""
         repeats = self.shape[1]
         return _Gather.apply(x_ND, self.order // repeats, self.place, repeats)
 
     def unsorted(self, y: Tensor) -> Tensor:
-        """(N·K, D), sorted by expert, → (N·K, D), by token."""
+        """(N·K, D) sorted by expert → (N·K, D) sorted by token."""
         return _Gather.apply(y, self.place, self.order, 1)
 
     def gather(self, y: Tensor, weight_NK: Tensor) -> Tensor:
-        """(N·K, D) → (N, D): the weighted sum over the experts that each token went to, in y's dtype."""
+        """(N·K, D) → (N, D): the weighted sum over each token's experts, in y's dtype."""
         y_NKD = self.unsorted(y).unflatten(0, self.shape)
         return torch.bmm(weight_NK.to(y.dtype).unsqueeze(1), y_NKD).squeeze(1)
 
 
 class _Gather(torch.autograd.Function):
-    """Rows by index; backwards, each row sums up its `repeats` copies, which `back` finds."""
+    """x[index]. The gradient of each row of x is the sum over its `repeats` copies, which are at `back`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor, repeats: int) -> Tensor:

@@ -12,50 +12,50 @@ from swamla.ops.dispatch import Dispatch
 from swamla.ops.graphs import outside_graphs
 
 Work = Callable[[Tensor, Tensor], Tensor]
-"""Of rows (N, D) sorted by expert and where each expert's end, (N, F): row by row, as `grouped_mm` works."""
+"""Maps rows (N, D) sorted by expert, and the end of each expert's rows (E,), to rows (N, F), each on its own."""
 
 
 @outside_graphs
-def at_owners(rows_ND: Tensor, load_E: Tensor, work: Work, group: Any) -> Tensor:
-    """y (N, F): `work` of every row, done by the process of `group` that owns the row's expert.
+def apply_at_owners(rows_ND: Tensor, load_E: Tensor, work: Work, group: Any) -> Tensor:
+    """y (N, F): `work` of every row, computed by the rank of `group` that owns the row's expert.
 
-    Rows are sorted by expert, of which expert e has load[e]; of E experts on P processes the p-th owns the p-th E / P.
-    All processes of the group call this together, each with rows of its own, as many as it has: none is dropped, and
-    one that gets no row works on none. Rows beyond those of the last expert stay at home and become 0. A process's rows
-    come in the order of the senders, so that as for one process alone an expert's rows are in the order of the whole
-    batch. The backward pass travels as well. Waits for the device.
+    rows_ND: sorted by expert.  load_E: rows of each expert.  Rank p of P owns the experts p·E/P … (p + 1)·E/P − 1.
+    A collective: all ranks of the group must call it, each with any number of rows. No row is dropped. Rows after
+    those of the last expert are not sent and become 0. Received rows are in the order of the sending ranks, so an
+    expert's rows are in the order of the whole batch, as on a single rank. The backward pass is an all-to-all as well.
+    Synchronises with the device.
     """
-    processes = torch.distributed.get_world_size(group)
-    arriving_E = torch.empty_like(load_E)
-    torch.distributed.all_to_all_single(arriving_E, load_E.contiguous(), group=group)
-    arriving_PE = arriving_E.view(processes, -1)
-    there: list[int] = load_E.view(processes, -1).sum(1).tolist()
-    here: list[int] = arriving_PE.sum(1).tolist()
+    ranks = torch.distributed.get_world_size(group)
+    received_E = torch.empty_like(load_E)
+    torch.distributed.all_to_all_single(received_E, load_E.contiguous(), group=group)
+    received_PE = received_E.view(ranks, -1)
+    sizes_out: list[int] = load_E.view(ranks, -1).sum(1).tolist()
+    sizes_in: list[int] = received_PE.sum(1).tolist()
 
-    owned = arriving_PE.shape[1]
-    expert_N = torch.arange(owned, device=load_E.device).repeat(processes).repeat_interleave(arriving_E)
-    sorting = Dispatch(expert_N.unsqueeze(1), owned)
-    owned_rows, at_home = rows_ND.split((sum(there), len(rows_ND) - sum(there)))
-    y_NF = work(sorting.scatter(_Travel.apply(owned_rows, there, here, group)), sorting.ends_E)
-    y_NF = _Travel.apply(sorting.unsorted(y_NF), here, there, group)
-    return F.pad(y_NF, (0, 0, 0, len(at_home))) if len(at_home) else y_NF
+    owned = received_PE.shape[1]
+    expert_N = torch.arange(owned, device=load_E.device).repeat(ranks).repeat_interleave(received_E)
+    dispatch = Dispatch(expert_N.unsqueeze(1), owned)
+    sent, surplus = rows_ND.split((sum(sizes_out), len(rows_ND) - sum(sizes_out)))
+    y_NF = work(dispatch.scatter(_AllToAll.apply(sent, sizes_out, sizes_in, group)), dispatch.ends_E)
+    y_NF = _AllToAll.apply(dispatch.unsorted(y_NF), sizes_in, sizes_out, group)
+    return F.pad(y_NF, (0, 0, 0, len(surplus))) if len(surplus) else y_NF
 
 
-class _Travel(torch.autograd.Function):
-    """Rows to the processes of a group: the first `leaving[0]` to its first and so on; gradients go the way back."""
+class _AllToAll(torch.autograd.Function):
+    """All-to-all of rows, `sizes_out[p]` of them to rank p. The gradients are sent back."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, leaving: list[int], arriving: list[int], group: Any) -> Tensor:
-        ctx.leaving, ctx.arriving, ctx.group = leaving, arriving, group
-        return _travelled(rows, leaving, arriving, group)
+    def forward(ctx: Any, rows: Tensor, sizes_out: list[int], sizes_in: list[int], group: Any) -> Tensor:
+        ctx.sizes_out, ctx.sizes_in, ctx.group = sizes_out, sizes_in, group
+        return _all_to_all(rows, sizes_out, sizes_in, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _travelled(grad, ctx.arriving, ctx.leaving, ctx.group), None, None, None
+        return _all_to_all(grad, ctx.sizes_in, ctx.sizes_out, ctx.group), None, None, None
 
 
-def _travelled(rows: Tensor, leaving: list[int], arriving: list[int], group: Any) -> Tensor:
-    arrived = rows.new_empty(sum(arriving), *rows.shape[1:])
-    torch.distributed.all_to_all_single(arrived, rows.contiguous(), arriving, leaving, group=group)
-    return arrived
+def _all_to_all(rows: Tensor, sizes_out: list[int], sizes_in: list[int], group: Any) -> Tensor:
+    received = rows.new_empty(sum(sizes_in), *rows.shape[1:])
+    torch.distributed.all_to_all_single(received, rows.contiguous(), sizes_in, sizes_out, group=group)
+    return received

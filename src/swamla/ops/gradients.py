@@ -1,4 +1,4 @@
-"""`torch.autograd.grad` for what is timed: its first call in a process costs no more than the others."""
+"""`torch.autograd.grad` for timed code: without the one-time cost of its first call."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,15 +8,12 @@ from torch import Tensor
 
 
 def gradients(output: Tensor, inputs: Sequence[Tensor], upstream: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of `inputs`, given that of `output`.
-
-    The same as `torch.autograd.grad(output, inputs, upstream)`, which imports sympy to compare shapes: seconds, once.
-    """
+    """`torch.autograd.grad(output, inputs, upstream)`, whose first call imports sympy to compare shapes: seconds."""
     return torch.autograd.grad(_Upstream.apply(output, upstream), inputs)
 
 
 class _Upstream(torch.autograd.Function):
-    """A number whose gradient with respect to `output` is `upstream`."""
+    """A scalar whose gradient with respect to `output` is `upstream`."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, upstream: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What torch.compile makes of an op: nothing, or one graph of its own."""
+"""How ops meet torch.compile: excluded from graphs, or always compiled as a graph of their own."""
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
@@ -9,15 +9,15 @@ from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-SHAPES = 64
+SHAPES = 64  # kinds of inputs that one function is compiled for
 
 
 def outside_graphs(function: F) -> F:
-    """`torch.compiler.disable`: a graph ends before this op, and another begins behind it.
+    """`torch.compiler.disable`: the graph breaks at this op.
 
-    For ops whose Python depends on where documents lie, which would be compiled anew for every batch, and for those
-    that the compiler knows in some dtypes only. It is asked for when the compiler first meets the op: loading the
-    compiler takes as long as loading torch, which a program that compiles nothing is spared.
+    For ops whose Python code depends on the documents' lengths, which would be recompiled for every batch, and for ops
+    that the compiler supports in some dtypes only. The compiler is loaded when it first traces the op, because loading
+    it takes as long as loading torch, and most programs compile nothing.
     """
     disabled: Callable[..., Any] | None = None
 
@@ -43,10 +43,10 @@ def is_fused(x: Tensor) -> bool:
 
 @lru_cache
 def compiled(function: F) -> F:
-    """`function` as one graph, whatever else is compiled: for ops that would waste memory uncompiled.
+    """`function` compiled as one graph, with or without `--compile`: for ops that waste memory uncompiled.
 
-    The second size of a dimension compiles kernels for every size of it. More than `SHAPES` kinds of inputs are an
-    error, and never computed uncompiled.
+    A dimension's second size compiles kernels for all sizes. More than `SHAPES` kinds of inputs are an error: there is
+    no silent fallback to uncompiled code.
     """
     import torch.compiler.config as config
 

@@ -1,4 +1,4 @@
-"""Rows sorted by expert, each times its expert's matrix."""
+"""Grouped matrix product: rows sorted by expert, each times its expert's matrix."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from swamla.errors import UsageError
 from swamla.ops.graphs import outside_graphs
 
 BACKENDS = ("auto", "reference", "torch")
-ALIGNMENT = 16  # bytes: what the torch kernel asks of the length of every row
+ALIGNMENT = 16  # bytes: the torch kernel needs rows whose length is a multiple
 
 
 def resolve_backend(backend: str) -> str:
-    """The backend that a name means, on any device: "auto" is "torch". Raises UsageError for an unknown name."""
+    """The backend that a name means on any device: "auto" is "torch". Raises UsageError for an unknown name."""
     if backend not in BACKENDS:
         raise UsageError(f"backend = {backend!r}: grouped products have {', '.join(map(repr, BACKENDS))}")
     return "torch" if backend == "auto" else backend
@@ -24,27 +24,28 @@ def resolve_backend(backend: str) -> str:
 def grouped_mm(
     x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, *, backend: str = "auto", surplus: bool = False
 ) -> Tensor:
-    """y (N, F): row n of x times the matrix of the expert it belongs to.
+    """y (N, F): row n of x times the matrix of its expert.
 
-    Rows are sorted by expert: expert e owns those from ends[e − 1] (0 for the first) up to ends[e], which are int32 and
-    end at N; with `surplus` they may end before it, and rows beyond are not multiplied: they become 0, as does their
-    gradient. Under autocast x and the weights are cast to its dtype. Gradients reach every expert: zeros where it owns
-    no row. Backends: "reference" (a loop over experts, waits for the device), "torch" (`F.grouped_mm`, whose rows must
-    be a multiple of 16 bytes, not for doubles; on CUDA its kernel is for bf16, and other formats wait for the device),
-    "auto" ("torch", but "reference" for doubles: on a CPU it is as fast as the loop, and twice as fast as padding all
-    experts to one batch of equal sizes). Raises UsageError for what the backend cannot compute.
+    Expert e owns the rows ends[e − 1] … ends[e] − 1 (from 0 for the first). ends_E: int32, its last value N. With
+    `surplus` it may be less: later rows are not multiplied, and their outputs and gradients are 0. Under autocast x
+    and the weights are cast to its dtype. An expert without rows has zero gradients.
+
+    Backends: "reference" (a loop over experts, synchronises with the device); "torch" (`F.grouped_mm`: needs rows that
+    are multiples of 16 bytes, no fp64; its CUDA kernel is bf16, and other dtypes synchronise with the device); "auto"
+    ("reference" for fp64, else "torch": on a CPU as fast as the loop, and twice as fast as padding all experts to one
+    batch of equal sizes). Raises UsageError for inputs that the backend cannot compute.
     """
     if x_ND.device.type == "cpu" or backend == "reference" or product_dtype(x_ND) != torch.bfloat16:
-        return _outside(x_ND, weight_EDF, ends_E, backend, surplus)  # the compiler has no kernel but for bf16
+        return _outside(x_ND, weight_EDF, ends_E, backend, surplus)  # the compiler has a kernel for bf16 only
     return _grouped_mm(x_ND, weight_EDF, ends_E, backend, surplus)
 
 
 def reference_grouped_mm(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
-    """y (N, F): rows ends[e − 1] … ends[e] of x times the matrix of expert e; those that no expert owns become 0."""
+    """y (N, F): rows ends[e − 1] … ends[e] − 1 of x times the matrix of expert e; rows without an expert become 0."""
     begins, ends = [0, *ends_E.tolist()[:-1]], ends_E.tolist()
     with torch.autocast(x_ND.device.type, enabled=False):
-        parts = [x_ND[b:e] @ weight for b, e, weight in zip(begins, ends, weight_EDF.unbind(), strict=True)]
-    return torch.cat([*parts, parts[0].new_zeros(len(x_ND) - ends[-1], weight_EDF.shape[2])])
+        products = [x_ND[b:e] @ weight for b, e, weight in zip(begins, ends, weight_EDF.unbind(), strict=True)]
+    return torch.cat([*products, products[0].new_zeros(len(x_ND) - ends[-1], weight_EDF.shape[2])])
 
 
 def _grouped_mm(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, backend: str, surplus: bool) -> Tensor:
@@ -58,7 +59,7 @@ def _grouped_mm(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, backend: str, 
             f'backend = "torch": grouped products take no float64, and rows of a multiple of {ALIGNMENT} bytes; these '
             f'are {width} and {out_width} × {dtype}: use "reference"'
         )
-    if not len(x_ND):  # which torch's refuses
+    if not len(x_ND):  # F.grouped_mm refuses zero rows
         return reference_grouped_mm(x_ND, weight_EDF, ends_E)
     return _GroupedMM.apply(x_ND, weight_EDF, ends_E, surplus)
 
@@ -67,7 +68,7 @@ _outside = outside_graphs(_grouped_mm)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What products with x are computed in: autocast's dtype, or x's own, which double keeps as in all of autocast."""
+    """The dtype of a matrix product with x: autocast's, or x's own without autocast and for fp64."""
     device = x.device.type
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return x.dtype
@@ -75,15 +76,15 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def _clear_surplus(y: Tensor, ends_E: Tensor) -> None:
-    """Rows beyond the last expert's are memory that nobody wrote: make them 0."""
+    """Set rows after those of the last expert to 0: the kernel leaves them uninitialised."""
     if y.device.type == "cpu":
         y[int(ends_E[-1]) :] = 0
-    else:  # without asking the device
+    else:  # without a device synchronisation
         y.masked_fill_((torch.arange(len(y), device=y.device) >= ends_E[-1])[:, None], 0)
 
 
 class _GroupedMM(torch.autograd.Function):
-    """`F.grouped_mm` with a backward of its own, because torch's fails on gradients that are not contiguous."""
+    """`F.grouped_mm` with its own backward pass, because PyTorch's fails on non-contiguous gradients."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, surplus: bool) -> Tensor:
@@ -106,7 +107,7 @@ class _GroupedMM(torch.autograd.Function):
                 _clear_surplus(dx_ND, ends_E)
         if ctx.needs_input_grad[1]:
             dw_EDF = F.grouped_mm(x_ND.mT, grad_NF, offs=ends_E)
-            if dw_EDF.device.type != "cpu":  # a CPU writes zeros for an empty expert; elsewhere that is not promised
+            if dw_EDF.device.type != "cpu":  # only the CPU kernel is known to write zeros for experts without rows
                 empty_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
                 dw_EDF.masked_fill_(empty_E[:, None, None], 0)
         return dx_ND, dw_EDF, None, None

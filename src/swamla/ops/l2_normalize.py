@@ -1,4 +1,4 @@
-"""Queries and keys of unit length."""
+"""L2 normalisation of queries and keys, with a hand-written backward pass."""
 
 from typing import Any
 
@@ -8,15 +8,16 @@ from torch.autograd.function import once_differentiable
 
 
 def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(sum x² + eps) over the last dimension, as Qwen3-Next does; computed in fp32, returned in x's dtype."""
-    if torch.compiler.is_compiling():  # which fuses it anyway, and of which torch 2.11 loses the function's gradient
+    """x / √(Σ x² + eps) over the last dimension, as in Qwen3-Next; computed in fp32, returned in x's dtype."""
+    # The compiler fuses these ops, and torch 2.11's loses the gradient of the autograd function.
+    if torch.compiler.is_compiling():
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
     return _L2Normalize.apply(x, eps)
 
 
 class _L2Normalize(torch.autograd.Function):
-    """By hand, because autograd would keep three tensors of x's size and cross memory twice as often."""
+    """Hand-written, because autograd saves three tensors of x's size and reads and writes twice as much memory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:

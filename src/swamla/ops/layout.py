@@ -1,4 +1,4 @@
-"""Where documents lie in a batch of packed rows: the one object that every mixer of a forward pass shares."""
+"""The layout of documents in a batch of packed rows: one object per forward pass, shared by all layers."""
 
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
@@ -12,19 +12,19 @@ PADDING = -1
 
 
 class Layout:
-    """Which document each token belongs to, and its position inside that document.
+    """The document of each token, and its position inside that document.
 
-    Documents are contiguous: a change of id begins a new one, and so does every row. Tokens of one document never
-    see another's. Padding has document -1: its outputs are finite and mean nothing.
+    A document is contiguous: a new one begins where the id changes, and at the start of every row. Tokens attend only
+    to tokens of their own document. Padding has document -1; its outputs are finite and undefined.
 
     document_BT: integer ids.  position_BT: int64, 0 at each document's start.
-    runs: (count, length) pairs covering the flattened B*T tokens in order; each stands for `count` consecutive
-    documents of `length` tokens, so that equal neighbours can be computed as one batch.
-    continues: the tokens follow those in a state, so that rows may start at different positions.
-    padded: there may be padding.
-    whole_rows: every row is one document, so that no mask but the causal one is needed.
-    past: how many tokens every row's state holds, where all rows hold equally many and no new token is padding: the
-    mixers then need no masks and no device synchronisation. None where rows differ or their lengths are unknown.
+    runs: (count, length) pairs that cover the flattened B*T tokens in order. Each stands for `count` consecutive
+        documents of `length` tokens, which can be computed as one batch.
+    continues: whether the tokens follow those in a state, so that rows may start at different positions.
+    padded: whether there may be padding.
+    whole_rows: whether every row is one document, so that the causal mask suffices.
+    past: the number of tokens in every row's state, if it is the same for all rows and no new token is padding; the
+        mixers then need neither masks nor a device synchronisation. None if rows differ or their lengths are unknown.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class Layout:
         self.past = past
         self.padded = padded
         self._end = end
-        self.whole_rows = runs == (self.shape,)  # stored: a compiled graph that reads it has no guard on `runs`
+        self.whole_rows = runs == (self.shape,)  # stored, so that a compiled graph guards on it and not on `runs`
         self._tables: dict[Hashable, Any] = {}
 
     @classmethod
     def from_documents(cls, document_BT: Tensor) -> "Layout":
-        """Derive positions and runs from document ids (B, T). Best called on the CPU, before moving to a device."""
+        """Derive positions and runs from document ids (B, T); call it on the CPU, as it reads the ids back."""
         batch, time = document_BT.shape
         start_BT = torch.ones_like(document_BT, dtype=torch.bool)
         start_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
@@ -63,7 +63,7 @@ class Layout:
 
     @classmethod
     def one_document_per_row(cls, batch: int, time: int, device: torch.device | str | None = None) -> "Layout":
-        """The layout of unpacked rows: each row is one document, from its start."""
+        """The layout of unpacked rows, each one document from its start."""
         zeros_BT = torch.zeros(batch, time, dtype=torch.int64, device=device)
         position_BT = torch.arange(time, device=device).expand(batch, time)
         return cls(zeros_BT, position_BT, ((batch, time),) if batch * time else (), padded=False)
@@ -72,7 +72,7 @@ class Layout:
     def continuing(cls, length_B: Tensor, valid_BT: Tensor) -> "Layout":
         """The layout of new tokens (B, T) that follow the `length_B` tokens in a state.
 
-        `valid_BT` is false for padding, which may stand only at the end of a row.
+        valid_BT: False for padding, which is allowed only at the end of a row.
         """
         batch, time = valid_BT.shape
         position_BT = length_B[:, None] + torch.arange(time, device=valid_BT.device)
@@ -81,7 +81,7 @@ class Layout:
 
     @classmethod
     def continuing_uniform(cls, past: int, batch: int, time: int, device: torch.device | str | None = None) -> "Layout":
-        """`continuing`, where every row's state holds `past` tokens and no new token is padding."""
+        """`continuing` where every row's state has `past` tokens and no new token is padding."""
         position_BT = torch.arange(past, past + time, device=device).expand(batch, time)
         document_BT = torch.zeros(batch, time, dtype=torch.int64, device=device)
         whole = ((batch, time),)
@@ -89,9 +89,9 @@ class Layout:
 
     @classmethod
     def one_more(cls, length_B: Tensor, end: int) -> "Layout":
-        """The layout of one new token a row, after the row's `length_B` tokens, all of them fewer than `end`.
+        """The layout of one new token per row, after the row's `length_B` tokens, each less than `end`.
 
-        No device synchronisation. `end` may be larger than necessary, so that steps of many lengths share one shape.
+        No device synchronisation. `end` may be larger than necessary, so that steps of several lengths share one shape.
         """
         document_B1 = torch.zeros_like(length_B)[:, None]
         whole = ((len(length_B), 1),)
@@ -109,7 +109,7 @@ class Layout:
 
     @property
     def end(self) -> int:
-        """One past the largest position: the number of a state's tokens that these may attend to, themselves included.
+        """One past the largest position: how many of a state's slots the tokens may attend to, their own included.
 
         Synchronises with the device, unless the rows' lengths are known on the host.
         """
@@ -119,27 +119,27 @@ class Layout:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest document, those before in a state included."""
+        """Tokens of the longest document, including those in the state."""
         return self.end if self.continues else max((length for _, length in self.runs), default=0)
 
     @property
     def host_position_BT(self) -> Tensor:
-        """position_BT on the CPU, computed on the host; not for a layout that continues."""
+        """position_BT on the CPU, from `runs`: no device synchronisation; not for a layout that continues."""
         if self.position_BT.device.type == "cpu":
             return self.position_BT
         positions = [torch.arange(length).repeat(count) for count, length in self.runs]
         return torch.cat(positions).view(self.shape)
 
     def table(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """A mask or table derived from this layout, made at its first use and shared by all layers."""
+        """A mask or table derived from this layout, built at its first use and shared by all layers."""
         if key not in self._tables:
-            # What is made in inference mode could not be saved for a backward pass, and may be asked for in one later.
+            # A tensor made in inference mode cannot be saved for a backward pass, which may use this table later.
             with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
                 self._tables[key] = make()
         return self._tables[key]
 
     def made(self, key: Hashable) -> Any:
-        """What `table` has made for this key, or None."""
+        """The table of this key, None if it has not been built."""
         return self._tables.get(key)
 
     def to(self, device: torch.device | str) -> "Layout":

@@ -1,4 +1,4 @@
-"""Linear maps without gradients, on a CPU by the library that is fast on it."""
+"""Linear maps for inference, on a CPU by the faster of its matmul libraries."""
 
 from functools import cache
 
@@ -8,18 +8,18 @@ from torch import Tensor
 
 from swamla.process import processor
 
-# Below so many weights, and rows, the call itself costs more than it saves.
+# With fewer weights and fewer rows than these, the overhead of the call exceeds the gain.
 WEIGHTS, ROWS = 2**17, 16
 
 
 def linear(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b over the last dimension of x, the same as `F.linear`; with gradients or autocast it is `F.linear`.
+    """x Wᵀ + b over the last dimension of x, as `F.linear`; with gradients or autocast it is `F.linear`.
 
-    In fp32 on a CPU PyTorch leaves this to MKL. On Intel's processors that is the faster one, up to twice for a single
-    row; on other makers' it runs at half the rate of oneDNN, for one row as for many, which comes with PyTorch and is
-    what that itself uses for bf16. The maker decides, not a race: what is generated must not depend on one.
+    In fp32 on a CPU, PyTorch calls MKL. On Intel processors MKL is the faster library, up to twice as fast for a single
+    row. On others it runs at half the rate of oneDNN, which PyTorch includes and uses for bf16. The processor's vendor
+    decides, not a measurement, because generated text must not depend on a measurement.
     """
-    # The maker first: for a single row a few microseconds of questions are a fifth of the product.
+    # The cached vendor first: for a single row, a few microseconds of checks are a fifth of the product.
     if _made_by_intel() or torch.is_grad_enabled() or not _suits_onednn(x, weight_FD):
         return F.linear(x, weight_FD, bias_F)
     return torch.ops.mkldnn._linear_pointwise(x, weight_FD, bias_F, "none", [], "")
@@ -36,5 +36,5 @@ def _suits_onednn(x: Tensor, weight_FD: Tensor) -> bool:
     if torch.is_autocast_enabled("cpu"):
         return False
     worthwhile = weight_FD.numel() >= WEIGHTS or x.numel() >= ROWS * x.shape[-1]
-    dense = weight_FD.is_contiguous() or weight_FD.mT.is_contiguous()  # other strides would take it seconds
+    dense = weight_FD.is_contiguous() or weight_FD.mT.is_contiguous()  # other strides take oneDNN seconds
     return worthwhile and dense and torch.backends.mkldnn.is_available()

@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-FEW = 2**14  # elements for which, without gradients, one call matters more than how often it walks over them
+FEW = 2**14  # elements up to which, without gradients, one kernel launch is cheaper than fewer passes over memory
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / √(mean(x²) + eps) · weight over the last dimension; any shape, result in x's dtype.
+    """x / √(mean(x²) + eps) · weight over the last dimension; any shape, result in x's dtype (arXiv 1910.07467, eq. 4).
 
-    On CPUs, where PyTorch has no kernel for its backward pass, by a hand-written one that walks over x six times
-    instead of some fifteen (first derivatives only); elsewhere PyTorch's own.
+    On CPUs, where PyTorch has no fused backward, a hand-written one makes six passes over x instead of about fifteen
+    (first derivatives only). Elsewhere it is PyTorch's own.
     """
     few = x.numel() <= FEW and not torch.is_grad_enabled()
     if x.device.type != "cpu" or few:
@@ -36,7 +36,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """With r the scale and n = x r: dw = Σ g n, dx = r (g w − n · mean(g w n))."""
-        x, weight_D, scale_N1 = ctx.saved_tensors  # may be unpacked once only, where activations are checkpointed
+        x, weight_D, scale_N1 = ctx.saved_tensors  # activation checkpointing allows one access only
         width, weight_dtype = x.shape[-1], weight_D.dtype
         x_ND, grad_ND = x.reshape(-1, width).to(scale_N1.dtype), grad.reshape(-1, width).to(scale_N1.dtype)
         weight_D = weight_D.to(scale_N1.dtype)

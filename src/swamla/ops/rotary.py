@@ -1,4 +1,4 @@
-"""Rotary positions (RoFormer, arXiv 2104.09864): rotate pairs of a head's elements by the angles of their position."""
+"""Rotary position embedding (RoFormer, arXiv 2104.09864): rotates pairs of a head's elements by position."""
 
 from typing import Any
 
@@ -9,29 +9,29 @@ from torch.autograd.function import once_differentiable
 
 from swamla.ops.graphs import in_dtype_of, is_fused, outside_graphs
 
-FEW = 2**14  # elements for which, without gradients, blocks would cost more than they save
-CPU_BLOCK = 200_000  # elements rotated at a time on a CPU: in fp32, with their partners, they stay in the cache
+FEW = 2**14  # elements up to which, without gradients, blocks cost more than they save
+CPU_BLOCK = 200_000  # elements of a block on a CPU: with its fp32 copies it fits the cache
 
 Tables = tuple[Tensor, Tensor]
 
 
 def rotate(x_BTHK: Tensor, tables: Tables, layout: str) -> Tensor:
-    """Rotate the last elements of each head, as many as there are angles for; same shape and dtype out, fp32 inside.
+    """Rotate the last 2 · pairs elements of each head: same shape and dtype, fp32 inside (arXiv 2104.09864, eq. 34).
 
-    tables: cos and sin, each (B or 1, T, 1, pairs). layout: "half" pairs the rotated element i with i + pairs,
-    "interleaved" 2i with 2i + 1. A head's elements before its last 2 · pairs are unchanged.
+    tables: cos and sin, each (B or 1, T, 1, pairs).  layout: "half" pairs the rotated element i with i + pairs,
+    "interleaved" 2i with 2i + 1.
     """
     return rotate_doubled(x_BTHK, doubled(tables, layout), layout)
 
 
 def doubled(tables: Tables, layout: str) -> Tables:
-    """The tables for `rotate_doubled`: each element's cosine, and the signed sine that multiplies its partner."""
+    """The tables of `rotate_doubled`, (B or 1, T, 1, 2 · pairs): each element's cos, and its partner's signed sin."""
     cos, sin = (_both(table, layout) for table in tables)
     return cos, _partners(sin, layout, sign=-1)
 
 
 def rotate_doubled(x_BTHK: Tensor, tables: Tables, layout: str) -> Tensor:
-    """`rotate` by tables that are `doubled` already, for callers that rotate many tensors by the same angles."""
+    """`rotate` with tables from `doubled`, for callers that rotate many tensors by the same angles."""
     cos, sin = tables
     if is_fused(x_BTHK):
         return _RotateInGraph.apply(x_BTHK, cos, sin, layout)
@@ -53,12 +53,12 @@ def reference_rotate(x_BTHK: Tensor, tables: Tables, layout: str) -> Tensor:
 
 
 def _both(table: Tensor, layout: str) -> Tensor:
-    """A pair's number for both of its elements."""
+    """Repeat each pair's entry for both of its elements."""
     return torch.cat((table, table), dim=-1) if layout == "half" else table.repeat_interleave(2, dim=-1)
 
 
 def _partners(x: Tensor, layout: str, sign: int = 1) -> Tensor:
-    """Each element's partner; of the partners that come second, `sign` times it."""
+    """Each element's partner in its pair, times `sign` for the first element of a pair."""
     if layout == "half":
         a, b = x.chunk(2, dim=-1)
         return torch.cat((b if sign == 1 else b * sign, a), dim=-1)
@@ -112,19 +112,19 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTHK: Tensor) -> tuple[Tensor | None, ...]:
-        """The rotation the other way round."""
+        """The rotation by the negative angle."""
         cos, sin = ctx.saved_tensors
         return _rotate_blocks(grad_BTHK, cos, -sin, ctx.layout), None, None, None
 
 
 def _rotate_blocks(x_BTHK: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     y_BTHK = torch.empty_like(x_BTHK, memory_format=torch.contiguous_format)
-    still, (batch, time, heads, _) = x_BTHK.shape[-1] - cos.shape[-1], x_BTHK.shape
-    y_BTHK[..., :still] = x_BTHK[..., :still]
+    unrotated, (batch, time, heads, _) = x_BTHK.shape[-1] - cos.shape[-1], x_BTHK.shape
+    y_BTHK[..., :unrotated] = x_BTHK[..., :unrotated]
     size = max(1, CPU_BLOCK // (batch * heads * cos.shape[-1]))
     for start in range(0, time, size):
-        part = slice(start, start + size)
-        wide = x_BTHK[:, part, :, still:].to(torch.promote_types(x_BTHK.dtype, cos.dtype))
+        block = slice(start, start + size)
+        wide = x_BTHK[:, block, :, unrotated:].to(torch.promote_types(x_BTHK.dtype, cos.dtype))
         partners = _partners(wide, layout)
-        y_BTHK[:, part, :, still:] = (wide * cos[:, part]).addcmul_(partners, sin[:, part])
+        y_BTHK[:, block, :, unrotated:] = (wide * cos[:, block]).addcmul_(partners, sin[:, block])
     return y_BTHK

@@ -48,13 +48,13 @@ class DenseConfig(FFNConfig):
 
     def n_parameters(self, width: int) -> int:
         """Parameters of the module."""
-        hidden, into = self.hidden_dim(width), 1 if self.activation == "gelu" else 2
-        return (into + 1) * width * hidden + self.bias * (into * hidden + width)
+        hidden, inputs = self.hidden_dim(width), 1 if self.activation == "gelu" else 2
+        return (inputs + 1) * width * hidden + self.bias * (inputs * hidden + width)
 
     def forward_flops(self, width: int, length: int) -> int:
         """Floating-point operations of one forward pass over `length` tokens."""
-        into = 1 if self.activation == "gelu" else 2
-        return 2 * (into + 1) * width * self.hidden_dim(width) * length
+        inputs = 1 if self.activation == "gelu" else 2  # input matrices: W_up, and W_gate of SwiGLU
+        return 2 * (inputs + 1) * width * self.hidden_dim(width) * length
 
 
 class SwiGLU(FFN):

@@ -1,4 +1,4 @@
-"""The routed experts: small SwiGLUs, each for the tokens that are routed to it."""
+"""The routed experts: SwiGLUs computed by grouped matrix products."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from swamla.distributed import local
 from swamla.errors import require
 from swamla.ops.dispatch import Dispatch
-from swamla.ops.exchange import at_owners
+from swamla.ops.exchange import apply_at_owners
 from swamla.ops.grouped_mm import grouped_mm, product_dtype
 
 
 class Experts(nn.Module):
-    """E SwiGLUs of width D and hidden width F, with weights stacked in two tensors: (E, D, 2F) and (E, F, D)."""
+    """E SwiGLUs of width D and hidden width F; their weights are two stacked tensors, (E, D, 2F) and (E, F, D)."""
 
     def __init__(self, n_experts: int, width: int, hidden: int, backend: str) -> None:
         super().__init__()
@@ -24,11 +24,11 @@ class Experts(nn.Module):
         self._group: Any = None  # of the ranks that share the experts, with expert parallelism
 
     def shard(self, mesh: Any) -> list[nn.Parameter]:
-        """Keep only this rank's experts; `forward` then sends tokens to the ranks that own their experts.
+        """Expert parallelism: keep this rank's experts only; `forward` then sends tokens to their experts' ranks.
 
         mesh: (replicas, expert-parallel ranks). The parameters become DTensors of the full shape and are returned.
-        Their gradients cover the tokens of one replica only: the caller sums over replicas. Raises `ConfigError` if
-        the number of ranks does not divide the experts.
+        Their gradients are of one replica's tokens, so the caller sums them over replicas. Raises `ConfigError` if the
+        number of ranks does not divide the number of experts.
         """
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -38,8 +38,8 @@ class Experts(nn.Module):
         self._group = mesh.get_group(1)
 
         def sharded(whole: Tensor) -> nn.Parameter:
-            part = whole.detach().chunk(ranks)[mesh.get_local_rank(1)].clone()
-            return nn.Parameter(DTensor.from_local(part, mesh, (Replicate(), Shard(0)), run_check=False))
+            own = whole.detach().chunk(ranks)[mesh.get_local_rank(1)].clone()
+            return nn.Parameter(DTensor.from_local(own, mesh, (Replicate(), Shard(0)), run_check=False))
 
         self.gate_up, self.down = sharded(self.gate_up), sharded(self.down)
         return [self.gate_up, self.down]
@@ -50,10 +50,10 @@ class Experts(nn.Module):
         if self._group is None:
             y = self._swiglus(rows, dispatch.ends_E, self.gate_up, self.down, surplus=dispatch.surplus)
         else:
-            y = at_owners(rows.to(product_dtype(rows)), dispatch.load_E, self._own_swiglus, self._group)
+            y = apply_at_owners(rows.to(product_dtype(rows)), dispatch.load_E, self._local_swiglus, self._group)
         return dispatch.gather(y, weight_NK)
 
-    def _own_swiglus(self, rows: Tensor, ends_E: Tensor) -> Tensor:
+    def _local_swiglus(self, rows: Tensor, ends_E: Tensor) -> Tensor:
         return self._swiglus(rows, ends_E, local(self.gate_up), local(self.down))
 
     def _swiglus(self, rows: Tensor, ends_E: Tensor, gate_up: Tensor, down: Tensor, *, surplus: bool = False) -> Tensor:

@@ -12,10 +12,11 @@ from swamla.ops.layout import Layout
 from swamla.registry import Registered
 
 Statistics = dict[str, Tensor]
-"""Statistics of an FFN's forward pass by name, summed over tokens without padding; micro-batches and ranks add up.
+"""Statistics of an FFN's forward pass by name: sums over tokens without padding, to be summed over micro-batches and
+ranks.
 
-loss: nats to add to the cross-entropy.  load: tokens per expert, (E,).  entropy: of the router, in nats.
-tokens: how many were routed.
+loss: added to the cross-entropy, in nats.  load: tokens of each expert, (E,).  entropy: of the router's scores.
+tokens: number of routed tokens.
 """
 
 
@@ -23,10 +24,10 @@ tokens: how many were routed.
 class FFNConfig(Registered, home="swamla.model.ffns"):
     """The contract of an FFN's config: abstract methods are required, the others have defaults.
 
-    sign, style: the letter for it in drawings, and rich's style of that letter.
+    sign, style: the letter that stands for the FFN in drawings, and that letter's rich style.
     outputs: the module's parameters that write to the residual stream; their initial weights are scaled by depth.
-    vectors: parameters with two dimensions that are a set of vectors rather than a matrix of activations, such as a
-        router's, one per expert. Muon leaves them to AdamW, and fp8 leaves their layer alone.
+    vectors: two-dimensional parameters that are a set of vectors and not the matrix of a linear map, such as a
+        router's, one per expert. Muon leaves them to AdamW, and their layer is not converted to fp8.
     """
 
     sign: ClassVar[str] = "?"
@@ -55,28 +56,31 @@ class FFNConfig(Registered, home="swamla.model.ffns"):
         return {self.kind: self.n_parameters(width)}
 
     def widths(self, width: int) -> dict[str, int]:
-        """Widths inside the module that derive from the model's, by name, to be printed."""
+        """Widths inside the module that follow from the model's width, by name, to be printed."""
         return {}
 
-    def backends(self, device: torch.device) -> dict[str, str]:
-        """Op → backend that computes it on `device`; may be empty. Raises `MissingBackendError` where it cannot."""
+    def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
+        """Op → backend on `device` in a model of `width` that computes in `dtype`; may be empty.
+
+        Raises `MissingBackendError` for a configured backend that cannot compute the op there.
+        """
         return {}
 
 
 class FFN(nn.Module, ABC):
-    """Works on every token alone."""
+    """Maps each token by itself."""
 
     @abstractmethod
     def forward(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
-        """(B, T, D) → (B, T, D), and statistics; none for a network without a router. `seq` says what is padding."""
+        """(B, T, D) → (B, T, D), and statistics (empty without a router). `seq.real_BT` is False for padding."""
 
     def shard_experts(self, mesh: Any) -> list[nn.Parameter]:
-        """Keep only this rank's experts, see `Experts.shard`; returns the sharded parameters, if any."""
+        """Shard the experts over ranks, see `Experts.shard`; returns the sharded parameters, if any."""
         return []
 
     def balance(self) -> Tensor | None:
-        """The bias (E,) that balances the experts, None without one."""
+        """The router bias (E,) that balances the experts' load; None without one."""
         return None
 
     def rebalance(self, statistics: Mapping[str, Tensor]) -> None:
-        """After an optimizer step: balance the experts by the statistics of the whole batch."""
+        """After an optimizer step: update the router bias by the statistics of the whole batch."""

@@ -1,4 +1,4 @@
-"""LatentMoE (arXiv 2601.18089): experts in a narrower latent space, so that there can be more of them."""
+"""LatentMoE (arXiv 2601.18089): experts in a narrower latent space, which allows more experts at equal cost."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -15,7 +15,7 @@ from swamla.registry import register
 @register
 @dataclass(frozen=True, kw_only=True)
 class LatentMoEConfig(MoEConfig):
-    """A mixture of experts in a latent `ratio` times narrower than the model; router and shared experts are not.
+    """A mixture of experts in a latent `ratio` times narrower than the model; router and shared experts use full width.
 
     At equal cost a latent allows `ratio` times as many experts and active experts: 32 and 3 become 128 and 12.
     ratio: the model's width over the latent's.
@@ -66,7 +66,7 @@ class LatentMoEConfig(MoEConfig):
 
 
 class LatentMoE(MoE):
-    """W_up Σ pᵢ Eᵢ(W_down x) + shared(x); routed on x itself."""
+    """W_up Σ pᵢ Eᵢ(W_down x) + shared(x); the router reads x, not the latent."""
 
     def __init__(self, config: LatentMoEConfig, width: int) -> None:
         super().__init__(config, width)
@@ -76,10 +76,10 @@ class LatentMoE(MoE):
         reset_parameters(self)
 
     def initializers(self) -> dict[str, Initializer]:
-        """The down-projection preserves scale; the up-projection multiplies by n_activated.
+        """The down-projection preserves scale; the up-projection's standard deviation has the factor n_activated.
 
-        The router's weights sum to 1, so n_activated experts are averaged. The factor turns the average into a sum, the
-        scale of a dense FFN's output.
+        The router's weights sum to 1, so the experts' outputs are averaged. The factor makes the average a sum, which
+        has the scale of a dense FFN's output.
         """
         width, latent = self.latent_down_proj.in_features, self.latent_up_proj.in_features
         return {

@@ -1,4 +1,4 @@
-"""A mixture of experts: every token passes through a few of many small SwiGLUs, and through shared ones."""
+"""Mixture of experts (DeepSeek-V3, arXiv 2412.19437): a few of many small SwiGLUs per token, plus shared ones."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from swamla.ops.grouped_mm import BACKENDS, resolve_backend
 from swamla.ops.layout import Layout
 from swamla.registry import register
 
-ROW = 8  # the fast grouped product needs widths that are multiples of it: 16 bytes of bf16
+ROW = 8  # grouped products need widths that are multiples of it: 16 bytes of bf16
 
 
 @register
@@ -87,8 +87,8 @@ class MoEConfig(FFNConfig):
         """The module."""
         return MoE(self, width)
 
-    def backends(self, device: torch.device) -> dict[str, str]:
-        """Op → backend that computes it, on any device."""
+    def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
+        """Op → backend, the same on any device."""
         return {"experts": resolve_backend(self.backend)}
 
     def widths(self, width: int) -> dict[str, int]:
@@ -128,7 +128,7 @@ class MoEConfig(FFNConfig):
 
 
 class MoE(FFN):
-    """Σ pᵢ Eᵢ(x) over the chosen experts, plus the shared ones; routed on x itself. No routed expert sees padding."""
+    """Σ pᵢ Eᵢ(x) over the chosen experts, plus the shared experts. Padding is not routed to any expert."""
 
     def __init__(self, config: MoEConfig, width: int) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class MoE(FFN):
         """(B, T, D) → (B, T, D) and the router's statistics."""
         x_ND, real_BT = x_BTD.flatten(0, 1), seq.real_BT
         routing = self.router(x_ND)
-        # Padding goes to expert E, which does not exist, so shapes do not depend on its amount: no recompilation.
+        # Padding gets the index E, which is no expert: shapes do not depend on its amount, so nothing is recompiled.
         expert_NK = routing.expert_NK.masked_fill(~real_BT.flatten()[:, None], self.config.n_experts)
         dispatch = Dispatch(expert_NK, self.config.n_experts, surplus=seq.padded)
         y_BTD = self.routed(x_ND, dispatch, routing.weight_NK).view(x_BTD.shape)
@@ -165,5 +165,5 @@ class MoE(FFN):
         return self.router.bias
 
     def rebalance(self, statistics: Mapping[str, Tensor]) -> None:
-        """Move the router's bias by the whole batch's load."""
+        """Update the router's bias by the load of the whole batch."""
         self.router.rebalance(statistics["load"], self.config.bias_rate)

@@ -1,4 +1,4 @@
-"""The router of a mixture of experts: sigmoid scores, top-k, balanced by a bias rather than a loss.
+"""The router of a mixture of experts: sigmoid scores, top-k, load balanced by a bias instead of a loss.
 
 DeepSeek-V3 (arXiv 2412.19437, section 2.1.2); the bias of arXiv 2408.15664.
 """
@@ -15,7 +15,7 @@ from swamla.model.ffns.ffn import Statistics
 
 @dataclass(frozen=True)
 class Routing:
-    """K chosen experts for each of N tokens, their weights, which sum to 1 (fp32), and the logits (N, E)."""
+    """K chosen experts of each of N tokens, their weights (fp32, sum 1), and the logits (N, E)."""
 
     expert_NK: Tensor
     weight_NK: Tensor
@@ -23,7 +23,7 @@ class Routing:
 
 
 class Router(nn.Module):
-    """Chooses experts by score + bias, weights them by score alone; in fp32 even under autocast."""
+    """Chooses experts by score + bias and weights them by score only; in fp32, also under autocast."""
 
     def __init__(self, width: int, n_experts: int, n_activated: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Router(nn.Module):
         with torch.autocast(x_ND.device.type, enabled=False):
             logits_NE = F.linear(x_ND.to(dtype), self.weight.to(dtype))
         chosen_NK = self.choose(logits_NE.detach().sigmoid() + self.bias)
-        # σᵢ / Σ σⱼ over the chosen, as a softmax of log σ, which does not divide by zero when all scores underflow.
+        # σᵢ / Σ σⱼ over the chosen experts, as softmax of log σ: no division by zero when all scores underflow.
         weight_NK = F.logsigmoid(logits_NE.gather(1, chosen_NK)).softmax(dim=1)
         return Routing(chosen_NK, weight_NK, logits_NE)
 
@@ -49,8 +49,8 @@ class Router(nn.Module):
     def auxiliary_loss(self, logits_BTE: Tensor, real_BT: Tensor) -> Tensor:
         """The sequence-wise balance loss of DeepSeek-V3 (eq. 17 to 20, α = 1), summed over tokens; a row is a sequence.
 
-        It is 1 a token when all experts are used equally. As in the paper it counts the experts of highest score
-        without the bias, so that a bias that balances the choice does not hide unbalanced scores. Padding is left out.
+        It is 1 per token when all experts are used equally. As in the paper, experts are counted by score without the
+        bias, so that the bias does not hide unbalanced scores. Padding does not count.
         """
         n_experts, real_BT1 = logits_BTE.shape[-1], real_BT[..., None]
         scores_BTE = logits_BTE.sigmoid()
@@ -62,13 +62,13 @@ class Router(nn.Module):
 
     @staticmethod
     def z_loss(logits_BTE: Tensor, real_BT: Tensor) -> Tensor:
-        """The square of log Σ exp(logit), summed over tokens: keeps logits small (arXiv 2202.08906, eq. 5)."""
+        """(log Σ exp(logit))², summed over tokens, which keeps logits small (arXiv 2202.08906, eq. 5)."""
         return logits_BTE.logsumexp(-1).square().where(real_BT, 0.0).sum()
 
     @staticmethod
     @torch.no_grad()
     def statistics(logits_BTE: Tensor, real_BT: Tensor) -> Statistics:
-        """Sums over tokens. entropy: of the scores normalised to sum to 1, at most log E nats a token."""
+        """Sums over tokens. entropy: of the scores normalised to sum 1, at most log E nats per token."""
         log_share_BTE = F.logsigmoid(logits_BTE)
         log_share_BTE -= log_share_BTE.logsumexp(-1, keepdim=True)
         entropy_BT = -(log_share_BTE.exp() * log_share_BTE).sum(-1)

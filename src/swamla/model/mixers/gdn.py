@@ -1,4 +1,4 @@
-"""Gated DeltaNet (arXiv 2412.06464): linear attention with a decaying, error-correcting memory matrix per head."""
+"""Gated DeltaNet (arXiv 2412.06464): linear attention with a decaying, error-correcting state matrix per head."""
 
 import math
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from swamla.ops.rms_norm import rms_norm
 from swamla.ops.short_conv import short_conv
 from swamla.registry import register
 
-CHUNK = 64  # for counting FLOPs; the op chooses the fastest size on its device
+CHUNK = 64  # tokens per chunk in FLOP counts; the op chooses the fastest size for its device
 
 
 @register
@@ -32,7 +32,7 @@ class GDNConfig(MixerConfig):
     head_v_dim: width of a value head, width / n_heads by default.
     conv: width of the short causal convolution on queries, keys and values.
     latent_dim: inner width of low-rank projections of queries, keys, values and output (not the gate); 0 for full rank.
-    share_qk: whether the normalised queries are the keys too.
+    share_qk: whether keys equal the normalised queries.
     backend: auto, reference, torch, or on CUDA fla: flash-linear-attention.
     """
 
@@ -71,19 +71,19 @@ class GDNConfig(MixerConfig):
         return self.n_heads if self.n_key_heads is None else self.n_key_heads
 
     def head_dims(self, width: int) -> tuple[int, int]:
-        """Key and value width of a head in a model of `width`."""
+        """Key and value width of a head in a model of `width`. Raises `ConfigError` if the heads do not divide it."""
         if self.head_k_dim is None or self.head_v_dim is None:
             allowed = f"must divide the width {width}, or give head_k_dim and head_v_dim"
             require(width % self.n_heads == 0, "n_heads", self.n_heads, allowed)
         return self.head_k_dim or width // self.n_heads, self.head_v_dim or width // self.n_heads
 
     def key_value_dims(self, width: int) -> tuple[int, int]:
-        """Width of all keys and of all values together."""
+        """Total width of all key heads and of all value heads."""
         head_k, head_v = self.head_dims(width)
         return self.key_heads * head_k, self.n_heads * head_v
 
     def channels(self, width: int) -> dict[str, int]:
-        """Channels of the convolution: queries, keys where they are not the queries, values."""
+        """Channels of the convolution: queries, keys (unless they are shared with the queries), values."""
         keys, values = self.key_value_dims(width)
         return {"q": keys, "v": values} if self.share_qk else {"q": keys, "k": keys, "v": values}
 
@@ -92,7 +92,7 @@ class GDNConfig(MixerConfig):
         return GDN(self, width)
 
     def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
-        """Op → backend that computes it on `device`. Raises `MissingBackendError` where it cannot."""
+        """Op → backend. Raises `MissingBackendError` for a backend that cannot compute these heads on `device`."""
         key, value = self.head_dims(width)
         sizes = {"heads": self.n_heads, "key": key, "value": value}
         return {"delta rule": describe_backend(self.backend, device, **sizes, dtype=dtype)}
@@ -108,19 +108,19 @@ class GDNConfig(MixerConfig):
 
     @property
     def conv_backend(self) -> str:
-        """Backend of the convolution, which flash-linear-attention does not compute here."""
+        """Backend of the convolution, for which flash-linear-attention is not used."""
         return "auto" if self.backend == "fla" else self.backend
 
     def _projection_weights(self, width: int) -> int:
         channels, values = self.channels(width), self.key_value_dims(width)[1]
         gates = width * (values + 2 * self.n_heads)
-        ends = [(width, out) for out in channels.values()] + [(values, width)]
+        shapes = [(width, out) for out in channels.values()] + [(values, width)]
         if self.latent_dim:
-            return gates + sum(self.latent_dim * (into + out) for into, out in ends)
-        return gates + sum(into * out for into, out in ends)
+            return gates + sum(self.latent_dim * (rows + columns) for rows, columns in shapes)
+        return gates + sum(rows * columns for rows, columns in shapes)
 
     def n_parameters(self, width: int) -> int:
-        """Parameters of the module; ConfigError where `latent_dim` is larger than the width it compresses."""
+        """Parameters of the module. Raises `ConfigError` for a `latent_dim` larger than `width`."""
         allowed = f"a rank larger than the width {width} compresses nothing"
         require(self.latent_dim <= width, "latent_dim", self.latent_dim, allowed)
         convolution = self.conv * sum(self.channels(width).values())
@@ -129,9 +129,9 @@ class GDNConfig(MixerConfig):
     def forward_flops(self, width: int, length: int) -> int:
         """Floating-point operations of one forward pass over one sequence of `length` tokens, in chunks of 64.
 
-        Projections and convolution; and of each head and chunk of C tokens, the last of which may be shorter, in
-        multiplications and additions: K Kᵀ and Q Kᵀ, 2 C² K each; the triangular solve, C² for each of its K + V
-        right-hand sides; the chunk's own output, 2 C² V; reading the state by W and by Q and writing it, 2 C K V each.
+        Counts projections and the convolution, and for each head and chunk of C tokens (the last may be shorter):
+        K Kᵀ and Q Kᵀ, 2 C² K each; the triangular solve, C² for each of its K + V right-hand sides; the output within
+        the chunk, 2 C² V; the products W S, Q S and the state's update, 2 C K V each.
         """
         head_k, head_v = self.head_dims(width)
         dense = 2 * (self._projection_weights(width) + self.conv * sum(self.channels(width).values()))
@@ -142,7 +142,7 @@ class GDNConfig(MixerConfig):
     def state_bytes(self, width: int, length: int, element_bytes: int) -> int:
         """Bytes of the state of one sequence of any length: state matrices and the last conv − 1 inputs.
 
-        State matrices are in fp32, or in double if elements are.
+        State matrices are in fp32 (fp64 for fp64 elements).
         """
         head_k, head_v = self.head_dims(width)
         history = (self.conv - 1) * sum(self.channels(width).values())
@@ -153,16 +153,16 @@ class GDNConfig(MixerConfig):
 class GDNState(State):
     """Each head's state matrix (B, H, K, V), fp32 at least; the convolution's last inputs (B, conv − 1, channels)."""
 
-    memory_BHKV: Tensor
+    state_BHKV: Tensor
     conv_BWD: Tensor
 
 
 class GDN(Mixer[GDNState]):
     """Short convolution, gated delta rule, gated RMSNorm: the layer of Qwen3-Next with fused projections.
 
-    With `latent_dim` the fused projection gives the latents of queries, keys and values, each expanded by its own
-    matrix, and the output is compressed before its projection. The gate z keeps a full-rank projection, since it
-    scales every element of the output independently. With `share_qk` keys have neither projection nor convolution.
+    With `latent_dim` every projection of queries, keys, values and output is a product of two matrices of that rank.
+    The projection of the gate z stays full-rank, because z scales every element of the output independently. With
+    `share_qk` keys have neither a projection nor a convolution.
     """
 
     def __init__(self, config: GDNConfig, width: int) -> None:
@@ -192,12 +192,12 @@ class GDN(Mixer[GDNState]):
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Inputs of the convolution (B, T, channels), gate z (B, T, H, V), and log α and β (B, T, H).
 
-        The last two are in fp32, or in double in a model in double.
+        log α and β are in fp32 (fp64 in an fp64 model).
         """
         qkv, z = self.qkvz_proj(x_BTD).split((sum(self.inner), self.channels[-1]), dim=-1)
         if self.config.latent_dim:
             latents = qkv.split(self.inner, dim=-1)
-            expanded = [into(latent) for into, latent in zip(self.expand.values(), latents, strict=True)]
+            expanded = [expand(latent) for expand, latent in zip(self.expand.values(), latents, strict=True)]
             qkv = torch.cat(expanded, dim=-1)
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
         b, a = self.ba_proj(x_BTD).to(dtype).chunk(2, dim=-1)
@@ -205,12 +205,12 @@ class GDN(Mixer[GDNState]):
         return qkv, z.unflatten(-1, (-1, self.head_v)), log_alpha, b.sigmoid()
 
     def heads(self, qkv_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised queries and keys (B, T, H, K) and values (B, T, H, V) out of the convolved channels."""
+        """Normalised queries and keys (B, T, H, K) and values (B, T, H, V) from the convolution's output."""
         *qk, v = qkv_BTD.split(self.channels, dim=-1)
-        qk = [l2_normalize(part.unflatten(-1, (-1, self.head_k))) for part in qk]
+        qk = [l2_normalize(x.unflatten(-1, (-1, self.head_k))) for x in qk]
         repeats = self.config.n_heads // self.config.key_heads
         if repeats > 1:
-            qk = [part.repeat_interleave(repeats, dim=2) for part in qk]
+            qk = [x.repeat_interleave(repeats, dim=2) for x in qk]
         return qk[0], qk[-1], v.unflatten(-1, (-1, self.head_v))
 
     def output(self, o_BTHV: Tensor, z_BTHV: Tensor) -> Tensor:
@@ -226,16 +226,16 @@ class GDN(Mixer[GDNState]):
 
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> GDNState:
         shape, wide = (batch, self.config.n_heads, self.head_k, self.head_v), torch.promote_types(dtype, torch.float32)
-        memory = torch.zeros(shape, dtype=wide, device=device)
+        state_matrices = torch.zeros(shape, dtype=wide, device=device)
         history = torch.zeros(batch, self.config.conv - 1, sum(self.channels), dtype=dtype, device=device)
-        return GDNState(memory, history)
+        return GDNState(state_matrices, history)
 
     def step(self, x_BTD: Tensor, state: GDNState, seq: Layout) -> Tensor:
         qkv, z, log_alpha, beta = self.project(without_padding(x_BTD, seq))
         if x_BTD.shape[1] == 1 and not seq.padded:
             q, k, v = self.heads(self._convolve_one(state, qkv))
             gates = log_alpha[:, 0], beta[:, 0]
-            o = gated_delta_step(q[:, 0], k[:, 0], v[:, 0], *gates, state.memory_BHKV).unsqueeze(1)
+            o = gated_delta_step(q[:, 0], k[:, 0], v[:, 0], *gates, state.state_BHKV).unsqueeze(1)
             return self.output(o.to(z.dtype), z)
         valid_BT1 = (seq.document_BT >= 0).unsqueeze(-1)
         if seq.padded:
@@ -246,15 +246,15 @@ class GDN(Mixer[GDNState]):
         self._store_inputs(state, qkv, valid_BT1)
         if x_BTD.shape[1] == 1:
             gates = log_alpha[:, 0], beta[:, 0]
-            o = gated_delta_step(q[:, 0], k[:, 0], v[:, 0], *gates, state.memory_BHKV).unsqueeze(1)
+            o = gated_delta_step(q[:, 0], k[:, 0], v[:, 0], *gates, state.state_BHKV).unsqueeze(1)
         else:
-            memory = state.memory_BHKV
-            o, last = gated_delta_rule(q, k, v, log_alpha, beta, initial_state_BHKV=memory, backend=config.backend)
-            memory.copy_(last)
+            initial = state.state_BHKV
+            o, final = gated_delta_rule(q, k, v, log_alpha, beta, initial_state_BHKV=initial, backend=config.backend)
+            initial.copy_(final)
         return self.output(o.to(z.dtype), z)
 
     def _convolve_one(self, state: GDNState, qkv_B1D: Tensor) -> Tensor:
-        """`short_conv` of one token after those in the state; it replaces the oldest of them."""
+        """`short_conv` of one token after those in the state, where it replaces the oldest."""
         dtype = torch.promote_types(qkv_B1D.dtype, torch.float32)
         line_BWD = torch.cat((state.conv_BWD.to(dtype), qkv_B1D.to(dtype)), dim=1)
         state.conv_BWD.copy_(line_BWD[:, 1:])
@@ -262,7 +262,7 @@ class GDN(Mixer[GDNState]):
         return F.silu(summed_B1D).to(qkv_B1D.dtype)
 
     def _store_inputs(self, state: GDNState, qkv_BTD: Tensor, valid_BT1: Tensor) -> None:
-        """Keep the last conv − 1 valid inputs of each row."""
+        """Store the last conv − 1 valid inputs of each row."""
         seen_BSD = torch.cat((state.conv_BWD.to(qkv_BTD.dtype), qkv_BTD), dim=1)
         n_valid_B1 = valid_BT1.sum(dim=1)
         index_BW = n_valid_B1 + torch.arange(self.config.conv - 1, device=qkv_BTD.device)

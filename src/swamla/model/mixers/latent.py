@@ -1,4 +1,4 @@
-"""Attention with keys and values expanded from one latent, without positions: a drop-in for GPT-2's attention."""
+"""Attention with keys and values expanded from one latent, without positions: replaces GPT-2's attention."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +12,7 @@ from swamla.model.mixers.mixer import (
     State,
     absorb,
     append,
-    attend_to_cache,
+    cached_causal_attention,
     causal_mask,
     min_tokens_to_expand,
     without_padding,
@@ -49,7 +49,7 @@ class LatentConfig(SoftmaxConfig):
         require(fits, "n_latent", self.n_latent, f"must be a multiple of n_heads = {self.n_heads}")
 
     def latent_dim(self, width: int) -> int:
-        """Width of the latent in a model of `width`; ConfigError where it, or the heads, do not fit."""
+        """Width of the latent in a model of `width`. Raises `ConfigError` if the latent or the heads do not fit."""
         require(width % self.n_heads == 0, "n_heads", self.n_heads, f"must divide the width {width}")
         if self.n_latent is None:
             half = width // 2
@@ -97,9 +97,9 @@ class LatentState(State):
 class LatentAttention(Mixer[LatentState]):
     """c = W_c x, q = W_q x, k = W_k c, v = W_v c, with heads of R / H for queries and keys and D / H for values.
 
-    `forward` expands keys and values; `step` instead absorbs the expansion into queries and outputs, so that it attends
-    to the latents directly. Both are the same function, biases included: a key's bias adds the same to all scores of a
-    query, to which softmax is invariant, and a value's bias is averaged by weights that sum to 1.
+    `forward` expands keys and values. `step` absorbs the expansion into queries and outputs and attends to the cached
+    latents directly. Both are the same function, biases included: the keys' bias adds one constant to all scores of a
+    query, to which softmax is invariant, and the values' bias is averaged with weights that sum to 1.
     """
 
     def __init__(self, config: LatentConfig, width: int) -> None:
@@ -135,11 +135,11 @@ class LatentAttention(Mixer[LatentState]):
         append(state.latent_BSR, latent, seq)
         if seq.past is not None and x_BTD.shape[1] >= self.min_to_expand:
             k, v = self.expand(state.latent_BSR[:, : seq.end].to(q.dtype))
-            return self.o_proj(attend_to_cache(q, k, v, seq, backend=self.config.backend).flatten(2))
+            return self.o_proj(cached_causal_attention(q, k, v, seq, backend=self.config.backend).flatten(2))
         # W_k and W_v, (H, K, R) and (H, V, R): scores = (W_kᵀ q) · c and outputs = W_v (Σ p c) + b_v.
         w_k, w_v = (
-            part.unflatten(0, (self.config.n_heads, -1)).to(q.dtype)
-            for part in self.kv_proj.weight.split((self.latent_dim, self.width))
+            weight.unflatten(0, (self.config.n_heads, -1)).to(q.dtype)
+            for weight in self.kv_proj.weight.split((self.latent_dim, self.width))
         )
         q, scale = absorb(q, w_k), self.key_dim**-0.5
         o = attend_to_latents(q, state.latent_BSR, seq.end, causal_mask(seq), scale=scale)

@@ -1,4 +1,4 @@
-"""Multi-head and grouped-query attention over the whole past (arXiv 1706.03762, 2305.13245)."""
+"""Multi-head (arXiv 1706.03762) and grouped-query attention (arXiv 2305.13245) over all earlier tokens."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla.errors import require
-from swamla.model.mixers.mixer import Mixer, State, append, attend_to_cache, without_padding
+from swamla.model.mixers.mixer import Mixer, State, append, cached_causal_attention, without_padding
 from swamla.model.mixers.softmax import Heads, SoftmaxConfig
 from swamla.model.rope import RopeConfig
 from swamla.ops.attention import causal_attention
@@ -52,7 +52,7 @@ class MHAConfig(SoftmaxConfig):
 
     @property
     def sees_order(self) -> bool:
-        """Only by rotary positions."""
+        """True with rotary positions."""
         return self.rope is not None
 
     @property
@@ -94,7 +94,7 @@ class MHAConfig(SoftmaxConfig):
 
 @dataclass
 class KVState(State):
-    """Rotated keys and values, (B, S, G, K): of all tokens, or for windowed attention sinks and a ring buffer."""
+    """Rotated keys, and values, (B, S, G, K): of all tokens; for windowed attention, of the sinks and a ring buffer."""
 
     k_BSGK: Tensor
     v_BSGK: Tensor
@@ -113,7 +113,7 @@ class MHA(Mixer[KVState]):
         self.o_proj = nn.Linear(config.n_heads * self.key_dim, width, bias=config.bias)
 
     def project(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, T, H, K), keys and values (B, T, G, K), keys and queries rotated if the config has rope."""
+        """Queries (B, T, H, K), keys and values (B, T, G, K); queries and keys are rotated if the config has rope."""
         config = self.config
         qkv = self.qkv_proj(x_BTD).unflatten(-1, (-1, self.key_dim))
         if config.rope is None:
@@ -138,5 +138,5 @@ class MHA(Mixer[KVState]):
         append(state.k_BSGK, k, seq)
         append(state.v_BSGK, v, seq)
         cached_k, cached_v = state.k_BSGK[:, : seq.end].to(q.dtype), state.v_BSGK[:, : seq.end].to(q.dtype)
-        o = attend_to_cache(q, cached_k, cached_v, seq, scale=self.scale, backend=self.config.backend)
+        o = cached_causal_attention(q, cached_k, cached_v, seq, scale=self.scale, backend=self.config.backend)
         return self.o_proj(o.flatten(2))

@@ -1,4 +1,4 @@
-"""The mixer contract: a config with exact counts, a module, and the state it keeps between steps."""
+"""The mixer contract: a config with exact counts, a module, and its decoding state."""
 
 import math
 from abc import ABC, abstractmethod
@@ -18,11 +18,11 @@ from swamla.registry import Registered
 class MixerConfig(Registered, home="swamla.model.mixers"):
     """The contract of a mixer's config: abstract methods are required, the others have defaults.
 
-    sign, style: the letter for it in drawings, and rich's style of that letter.
+    sign, style: the letter that stands for the mixer in drawings, and that letter's rich style.
     is_local: whether a token's cost and the state do not grow with the distance to the document's start.
     outputs: the module's parameters that write to the residual stream; their initial weights are scaled by depth.
-    vectors: parameters with two dimensions that are a set of vectors rather than a matrix of activations, such as the
-        filters of a convolution. Muon leaves them to AdamW, and fp8 leaves their layer alone.
+    vectors: two-dimensional parameters that are a set of vectors and not the matrix of a linear map, such as the
+        filters of a convolution. Muon leaves them to AdamW, and their layer is not converted to fp8.
     """
 
     sign: ClassVar[str] = "?"
@@ -49,11 +49,14 @@ class MixerConfig(Registered, home="swamla.model.mixers"):
 
     @property
     def sees_order(self) -> bool:
-        """Whether its output depends on the order of earlier tokens if embeddings carry no positions."""
+        """Whether the output depends on the order of earlier tokens without positions in the embeddings."""
         return True
 
     def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
-        """Op → backend that computes it on `device`; may be empty. Raises `MissingBackendError` where it cannot."""
+        """Op → backend on `device` in a model of `width` that computes in `dtype`; may be empty.
+
+        Raises `MissingBackendError` for a configured backend that cannot compute the op there.
+        """
         return {}
 
     def with_backend(self, backend: str) -> Self:
@@ -61,7 +64,7 @@ class MixerConfig(Registered, home="swamla.model.mixers"):
         return self
 
     def trial(self, width: int) -> AttentionTrial | None:
-        """The candidates to time on a CPU when the backend is "auto"; None without a choice."""
+        """The attention whose backends are timed on a CPU when the backend is "auto"; None if there is no choice."""
         return None
 
     def prepare(self, seq: Layout, width: int) -> None:
@@ -69,7 +72,7 @@ class MixerConfig(Registered, home="swamla.model.mixers"):
         return
 
     def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
-        """Attention weights per token, over all heads, that are kept for the backward pass on a CPU."""
+        """Attention weights per token, over all heads, that are saved for the backward pass on a CPU."""
         return 0.0
 
 
@@ -91,7 +94,7 @@ S = TypeVar("S", bound=State)
 
 
 class Mixer(nn.Module, ABC, Generic[S]):
-    """Mixes information along time. `step` on a prompt split in any way equals `forward` on the whole."""
+    """Mixes information along time. `step` over any split of a prompt equals `forward` on the whole prompt."""
 
     @abstractmethod
     def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
@@ -105,19 +108,19 @@ class Mixer(nn.Module, ABC, Generic[S]):
     def step(self, x_BTD: Tensor, state: S, seq: Layout) -> Tensor:
         """Mix T >= 1 new tokens after those in `state`, which is updated: (B, T, D) → (B, T, D).
 
-        `seq` is `Layout.continuing(...)`: padding (document -1) is at row ends only and does not change the state.
+        seq: from `Layout.continuing(...)`; padding (document -1) is at row ends only and does not change the state.
         """
 
 
 def without_padding(x_BTD: Tensor, seq: Layout) -> Tensor:
-    """x with zeros for padding: a NaN there would enter the state, and 0 · NaN is NaN."""
+    """x with zeros for padding, whose NaN would otherwise enter the state."""
     return x_BTD.where((seq.document_BT != PADDING)[..., None], 0) if seq.padded else x_BTD
 
 
 def append(cache_BSX: Tensor, new_BTX: Tensor, seq: Layout) -> None:
     """Write new tokens to their positions in a cache of all tokens, in place.
 
-    Padding is written too, beyond a row's end, where it is masked until it is overwritten.
+    Padding is written after a row's end, where it is masked until it is overwritten.
     """
     if seq.past is not None:
         cache_BSX[:, seq.past : seq.end] = new_BTX
@@ -131,31 +134,32 @@ def write_at(cache_BSX: Tensor, index_BT: Tensor, new_BTX: Tensor) -> None:
     cache_BSX[row_B1, index_BT] = new_BTX.to(cache_BSX.dtype)
 
 
-def attend_to_cache(
+def cached_causal_attention(
     q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, seq: Layout, *, scale: float | None = None, backend: str
 ) -> Tensor:
-    """(B, T, H, V): new tokens attend to the first `seq.end` tokens of a cache, themselves included."""
-    if seq.past == 0 and q_BTHK.shape[1] > 1 and q_BTHK.device.type != "cpu":  # where fused kernels are faster
+    """o (B, T, H, V): new tokens attend to the first `seq.end` tokens of a cache, their own included."""
+    if seq.past == 0 and q_BTHK.shape[1] > 1 and q_BTHK.device.type != "cpu":  # a prompt: fused kernels are faster
         return causal_attention(q_BTHK, k_BSGK, v_BSGV, seq, scale=scale, backend=backend)
     return cached_attention(q_BTHK, k_BSGK, v_BSGV, causal_mask(seq), scale=scale)
 
 
 def causal_mask(seq: Layout) -> Tensor | None:
-    """(B, T, seq.end): which cached tokens each new one may see; None for rows of uniform length: all earlier ones."""
+    """(B, T, seq.end): which cached tokens each new token attends to; None (causal) for rows of uniform length."""
     return None if seq.past is not None else seq.table("causal", lambda: filled_mask(seq, seq.end))
 
 
 def filled_mask(seq: Layout, size: int) -> Tensor:
-    """(B, T, size): which slots of a cache hold a token that is not later than the new one, itself included."""
+    """(B, T, size): which slots of a cache have a token up to the new one, itself included."""
     slot_S = torch.arange(size, device=seq.position_BT.device)
     return slot_S <= seq.position_BT[:, :, None]
 
 
 def min_tokens_to_expand(rank: int, expanded: int) -> float:
-    """From how many new tokens on it is cheaper to expand all cached latents than to attend to the latents.
+    """The number of new tokens from which expanding all cached latents is cheaper than attending to the latents.
 
-    rank: width of the latent. expanded: width of a head's key and value together. Attending to latents costs 2 · rank
-    products per query and key (score and sum) instead of `expanded`; the expansion costs rank · expanded once per key.
+    rank: width of the latent.  expanded: width of a head's key plus value. Attending to latents costs 2 · rank
+    multiplications per query and key (score and weighted sum) instead of `expanded`; the expansion costs
+    rank · expanded once per key.
     """
     return rank * expanded / (2 * rank - expanded) if expanded < 2 * rank else math.inf
 

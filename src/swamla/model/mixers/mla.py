@@ -12,7 +12,7 @@ from swamla.model.mixers.mixer import (
     State,
     absorb,
     append,
-    attend_to_cache,
+    cached_causal_attention,
     causal_mask,
     min_tokens_to_expand,
     without_padding,
@@ -86,11 +86,11 @@ class MLAConfig(SoftmaxConfig):
 
     def projection_weights(self, width: int) -> int:
         """Parameters of the projection matrices."""
-        queries = self.n_heads * self.qk_head_dim
-        into = self.q_lora_rank * (width + queries) if self.q_lora_rank else width * queries
+        q_dim = self.n_heads * self.qk_head_dim
+        queries = self.q_lora_rank * (width + q_dim) if self.q_lora_rank else width * q_dim
         latent = width * (self.kv_lora_rank + self.qk_rope_head_dim)
-        expand = self.kv_lora_rank * self.n_heads * (self.qk_nope_head_dim + self.v_head_dim)
-        return into + latent + expand + self.n_heads * self.v_head_dim * width
+        expansion = self.kv_lora_rank * self.n_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        return queries + latent + expansion + self.n_heads * self.v_head_dim * width
 
     def n_parameters(self, width: int) -> int:
         """Parameters of the module; ConfigError where a rank is larger than the width it compresses."""
@@ -112,10 +112,10 @@ class MLAState(State):
 
 
 class MLA(Mixer[MLAState]):
-    """Attention whose keys and values are expanded from a latent of `kv_lora_rank` numbers a token.
+    """Attention whose keys and values are expanded from a latent of width `kv_lora_rank`.
 
-    `forward` expands them; `step` instead absorbs the expansion into queries and outputs, so that it attends to the
-    compressed state directly. Both are the same function.
+    `forward` expands keys and values. `step` absorbs the expansion into queries and outputs and attends to the cached
+    latents directly. Both are the same function.
     """
 
     def __init__(self, config: MLAConfig, width: int) -> None:
@@ -147,7 +147,7 @@ class MLA(Mixer[MLAState]):
         return config.rope.rotate(q.unflatten(-1, (config.n_heads, -1)), seq, config.qk_rope_head_dim)
 
     def compress(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Tensor]:
-        """The latent (B, T, R), and the rotary key (B, T, 1, rope) that all heads share."""
+        """The normalised latent (B, T, R), and the rotated key (B, T, 1, rope) that all heads share."""
         config = self.config
         latent, k_rope = self.kv_a_proj_with_mqa(x_BTD).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
         return self.kv_a_layernorm(latent), config.rope.rotate(k_rope.unsqueeze(2), seq, config.qk_rope_head_dim)
@@ -177,7 +177,7 @@ class MLA(Mixer[MLAState]):
             cached = state.latent_BSR[:, : seq.end].to(q_nope.dtype)
             k, v = self.expand(cached[..., : config.kv_lora_rank], cached[..., None, config.kv_lora_rank :])
             q = torch.cat((q_nope, q_rope), dim=-1)
-            o = attend_to_cache(q, k, v, seq, scale=config.scale, backend=config.backend)
+            o = cached_causal_attention(q, k, v, seq, scale=config.scale, backend=config.backend)
             return self.o_proj(o.flatten(2))
         # W_kb and W_vb, (H, nope, R) and (H, V, R): scores = (W_kbᵀ q) · c and outputs = W_vb (Σ p c).
         w_HXR = self.kv_b_proj.weight.unflatten(0, (config.n_heads, -1)).to(q_nope.dtype)

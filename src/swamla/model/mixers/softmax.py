@@ -1,4 +1,4 @@
-"""The shared part of the configs of softmax attention: backends, the choice between them, and counts."""
+"""The base of the configs of softmax attention: backends, the choice between them, and counts."""
 
 from abc import abstractmethod
 from dataclasses import replace
@@ -22,7 +22,7 @@ class Heads(NamedTuple):
 
 
 class SoftmaxConfig(MixerConfig):
-    """Causal softmax attention. Not a dataclass itself, so that each mixer orders its own fields."""
+    """Causal softmax attention. Not a dataclass, so that each mixer orders its own fields."""
 
     BACKENDS: ClassVar[tuple[str, ...]] = BACKENDS
     n_heads: int
@@ -56,7 +56,7 @@ class SoftmaxConfig(MixerConfig):
         return 2 * self.projection_weights(width) * length + 2 * self.n_heads * (key + value) * self.pairs(length)
 
     def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
-        """Op → backend that computes it on `device`. Raises `MissingBackendError` where it cannot."""
+        """Op → backend. Raises `MissingBackendError` for a backend that cannot compute on `device`."""
         return {"attention": describe_backend(self.backend, device, dtype)}
 
     def with_backend(self, backend: str) -> Self:
@@ -65,7 +65,7 @@ class SoftmaxConfig(MixerConfig):
         return replace(self, **chosen) if self.backend == "auto" else self
 
     def trial(self, width: int) -> AttentionTrial | None:
-        """The candidates to time when the backend is "auto"."""
+        """The attention whose backends are timed when the backend is "auto"."""
         if self.backend != "auto":
             return None
         key_heads, key, value = self.heads(width)
@@ -76,7 +76,7 @@ class SoftmaxConfig(MixerConfig):
         prepare_attention(seq, self.backend)
 
     def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
-        """Attention weights per token, over all heads, that are kept for the backward pass on a CPU."""
+        """Attention weights per token, over all heads, that are saved for the backward pass on a CPU."""
         _, key, value = self.heads(width)
         kept = kept_causal_keys(length, bf16=bf16, key_width=key, value_width=value, backend=self.backend)
         return self.n_heads * kept

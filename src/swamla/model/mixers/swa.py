@@ -12,6 +12,7 @@ from swamla.model.mixers.mha import MHA, KVState, MHAConfig
 from swamla.model.mixers.mixer import filled_mask, without_padding, write_at
 from swamla.ops.attention import (
     WINDOWED_BACKENDS,
+    Window,
     cached_attention,
     kept_keys,
     prepare_attention,
@@ -28,11 +29,6 @@ from swamla.registry import register
 class SWAConfig(MHAConfig):
     """Sliding-window attention: multi-head attention within a window.
 
-    n_heads: query heads.
-    n_kv_heads: heads of keys and values, each shared by a group of query heads; as many as n_heads by default.
-    head_dim: width of a head, width / n_heads by default.
-    rope: rotary positions, or none (the model may have learned ones).
-    bias: whether projections have one.
     backend: auto, reference, torch, tiles, sdpa, or on CUDA flex.
     window: how many of the last tokens a token sees, itself included.
     sinks: how many of its document's first tokens it sees as well.
@@ -66,26 +62,26 @@ class SWAConfig(MHAConfig):
         return True
 
     def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
-        """Op → backend that computes it on `device`. Raises `MissingBackendError` where it cannot."""
+        """Op → backend. Raises `MissingBackendError` for a backend that cannot compute on `device`."""
         return {"attention": resolve_backend(self.backend, device, windowed=True)}
 
     def trial(self, width: int) -> AttentionTrial | None:
-        """The candidates to time when the backend is "auto"."""
+        """The attention whose backends are timed when the backend is "auto"."""
         causal = super().trial(width)
         return causal and replace(causal, window=self.window, sinks=self.sinks)
 
     def prepare(self, seq: Layout, width: int) -> None:
         """Build masks and tables eagerly, so that the compiled forward has no graph break."""
-        prepare_attention(seq, self.backend, window=self.window, sinks=self.sinks)
+        prepare_attention(seq, self.backend, Window(self.window, self.sinks))
 
     def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
-        """Attention weights per token, over all heads, that are kept for the backward pass on a CPU."""
-        if self.backend == "sdpa":  # no weights, but keys and values once per band that has them
+        """Attention weights per token, over all heads, that are saved for the backward pass on a CPU."""
+        if self.backend == "sdpa":  # it saves no weights, but the bands' keys and values: each token's are in two
             return 4.0 * self.kv_heads * self.key_dim(width)
         return self.n_heads * kept_keys(length, self.window, self.sinks)
 
     def pairs(self, length: int) -> int:
-        """Pairs of query and key that the mask allows: the window, and sinks before it."""
+        """Pairs of query and key that the mask allows: those in the window, and sinks before it."""
         beyond = max(0, length - self.window)
         in_window = length * (length + 1) // 2 - beyond * (beyond + 1) // 2
         reach = min(self.sinks, beyond)
@@ -109,7 +105,7 @@ class SWA(MHA):
         return self.o_proj(o.flatten(2))
 
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> KVState:
-        # Slots 0 … sinks − 1 hold the sinks, the others a ring buffer of the last `window` tokens after them.
+        # Slots 0 … sinks − 1 are the sinks', the others are a ring buffer of the last `window` later tokens.
         shape = (batch, self.config.sinks + self.config.window, self.config.kv_heads, self.key_dim)
         k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         return KVState(k, v)
@@ -121,14 +117,17 @@ class SWA(MHA):
             return self.o_proj(self._step_one(q, k, v, state, seq).flatten(2))
         if seq.past is not None and (seq.past == 0 or time >= self.config.window):
             return self.o_proj(self._step_many(q, k, v, state, seq.past, seq).flatten(2))
-        chunks = range(0, time, self.config.window)  # within a window no two tokens share a slot of the ring
-        out = [self._step_chunk(q, k, v, state, seq, begin, begin + self.config.window) for begin in chunks]
-        return self.o_proj(torch.cat(out, dim=1).flatten(2))
+        outputs, valid_BT = [], seq.document_BT >= 0
+        for begin in range(0, time, self.config.window):  # tokens of one chunk have different slots of the ring
+            chunk = slice(begin, begin + self.config.window)
+            new = q[:, chunk], k[:, chunk], v[:, chunk]
+            outputs.append(self._step_chunk(*new, state, seq.position_BT[:, chunk], valid_BT[:, chunk]))
+        return self.o_proj(torch.cat(outputs, dim=1).flatten(2))
 
     def _step_one(self, q: Tensor, k: Tensor, v: Tensor, state: KVState, seq: Layout) -> Tensor:
-        """One token overwrites the one that has just left the window, then attends to the whole ring."""
+        """One new token overwrites the one that has just left the window, then attends to the whole ring."""
         size = state.k_BSGK.shape[1]
-        if seq.past is None:  # slots fill from the first on, so those beyond the position are empty
+        if seq.past is None:  # slots fill in order, so those after the position are empty
             slot_B1 = seq.table(("slot", size, self.config.sinks), lambda: self._slot(seq.position_BT))
             write_at(state.k_BSGK, slot_B1, k)
             write_at(state.v_BSGK, slot_B1, v)
@@ -144,15 +143,15 @@ class SWA(MHA):
         return cached_attention(q, cached_k, cached_v, None, scale=self.scale)
 
     def _step_many(self, q: Tensor, k: Tensor, v: Tensor, state: KVState, length: int, seq: Layout) -> Tensor:
-        """Windowed attention over the ring's tokens in order, then the new ones; the last of these enter the ring.
+        """Windowed attention over the ring's tokens, in order, and the new tokens; the last new tokens enter the ring.
 
-        Sinks from before the window are put right in front of it. That is still outside the window of every new query,
-        so the mask of an ordinary row is right.
+        Sinks from before the window are moved directly before it. They are still outside the window of every new query,
+        so the mask of an ordinary row is correct.
         """
         config, batch = self.config, k.shape[0]
         k_line = torch.cat((self._in_order(state.k_BSGK, length).to(k.dtype), k), dim=1)
         v_line = torch.cat((self._in_order(state.v_BSGK, length).to(v.dtype), v), dim=1)
-        cached = k_line.shape[1] - k.shape[1]  # their queries are zeros, and their outputs are dropped
+        cached = k_line.shape[1] - k.shape[1]  # cached tokens get zero queries, and their outputs are dropped
         line = seq.table(("line", cached), lambda: Layout.one_document_per_row(batch, k_line.shape[1], device=k.device))
         q_line = F.pad(q, (0, 0, 0, 0, cached, 0))
         band = {"window": config.window, "sinks": config.sinks}
@@ -162,7 +161,7 @@ class SWA(MHA):
         return o[:, cached:]
 
     def _in_order(self, ring_BSGK: Tensor, length: int) -> Tensor:
-        """The ring's content after `length` tokens: sinks, then the others from the oldest on."""
+        """The state's tokens after `length` tokens: sinks, then the ring from its oldest token on."""
         sinks, window = self.config.sinks, self.config.window
         if length <= sinks + window:
             return ring_BSGK[:, :length]
@@ -170,24 +169,24 @@ class SWA(MHA):
         return torch.cat((ring_BSGK[:, :sinks], ring_BSGK[:, oldest:], ring_BSGK[:, sinks:oldest]), dim=1)
 
     def _write(self, ring_BSGK: Tensor, new_BTGK: Tensor, length: int) -> None:
-        """Write new tokens from position `length` on: those that are sinks, and the last `window` of the others."""
+        """Write the new tokens, which begin at position `length`: the sinks, and the last `window` other tokens."""
         sinks, window = self.config.sinks, self.config.window
         end = length + new_BTGK.shape[1]
         if length < sinks:
             last = min(sinks, end)
             ring_BSGK[:, length:last] = new_BTGK[:, : last - length]
         position = max(length, sinks, end - window)
-        while position < end:  # at most twice: up to the ring's end, then from its start
+        while position < end:  # at most twice: up to the ring's end, and from its start
             slot = (position - sinks) % window
             count = min(end - position, window - slot)
             first = position - length
             ring_BSGK[:, sinks + slot : sinks + slot + count] = new_BTGK[:, first : first + count]
             position += count
 
-    def _step_chunk(self, q: Tensor, k: Tensor, v: Tensor, state: KVState, seq: Layout, begin: int, end: int) -> Tensor:
-        """New tokens [begin, end) attend to the ring and each other, then enter the ring."""
-        q, k, v = q[:, begin:end], k[:, begin:end], v[:, begin:end]
-        position_BT, valid_BT = seq.position_BT[:, begin:end], seq.document_BT[:, begin:end] >= 0
+    def _step_chunk(
+        self, q: Tensor, k: Tensor, v: Tensor, state: KVState, position_BT: Tensor, valid_BT: Tensor
+    ) -> Tensor:
+        """At most `window` new tokens attend to the ring and to each other, then the valid ones enter the ring."""
         cached_BS = self._positions(position_BT[:, 0])
         k_all = torch.cat((state.k_BSGK.to(k.dtype), k), dim=1)
         v_all = torch.cat((state.v_BSGK.to(v.dtype), v), dim=1)
@@ -197,12 +196,12 @@ class SWA(MHA):
         allowed_BTS = (source_BS >= 0)[:, None, :] & (distance_BTS >= 0) & near_BTS
         slot_BT = self._slot(position_BT)
         for ring, new in ((state.k_BSGK, k), (state.v_BSGK, v)):
-            kept = ring.gather(1, slot_BT[..., None, None].expand_as(new))
-            write_at(ring, slot_BT, torch.where(valid_BT[..., None, None], new.to(ring.dtype), kept))
+            old = ring.gather(1, slot_BT[..., None, None].expand_as(new))
+            write_at(ring, slot_BT, torch.where(valid_BT[..., None, None], new.to(ring.dtype), old))
         return cached_attention(q, k_all, v_all, allowed_BTS, scale=self.scale)
 
     def _slot(self, position: Tensor) -> Tensor:
-        """The ring's slot of the token at `position`."""
+        """The slot of the token at `position`."""
         sinks, window = self.config.sinks, self.config.window
         return torch.where(position < sinks, position, sinks + (position - sinks) % window)
 

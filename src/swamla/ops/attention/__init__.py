@@ -1,32 +1,20 @@
-"""Softmax attention of packed documents: causal, windowed with sinks, and of new tokens to a cache."""
+"""Softmax attention on packed documents: causal, sliding-window with sinks, and of new tokens to a cache."""
 
 import torch
 from torch import Tensor
 
 from swamla.errors import MissingBackendError, UsageError, require
 from swamla.ops.attention.cached import attend_to_cache
-from swamla.ops.attention.cpu import attend_in_tiles, kept_keys
-from swamla.ops.attention.cuda import cudnn_attention, flex_attention, made_block_mask, too_wide_for_flex
-from swamla.ops.attention.reference import attend_by_mask
+from swamla.ops.attention.cpu import attend_in_tiles
+from swamla.ops.attention.cpu import kept_keys as kept_keys
+from swamla.ops.attention.cuda import block_mask_of, cudnn_attention, flex_attention, too_wide_for_flex
+from swamla.ops.attention.reference import CAUSAL, Window, attend_by_mask
 from swamla.ops.attention.sdpa import attend_by_sdpa
 from swamla.ops.layout import Layout
 
-__all__ = [
-    "BACKENDS",
-    "WINDOWED_BACKENDS",
-    "cached_attention",
-    "causal_attention",
-    "describe_backend",
-    "kept_causal_keys",
-    "kept_keys",
-    "prepare_attention",
-    "resolve_backend",
-    "windowed_attention",
-]
-
 BACKENDS = ("auto", "reference", "torch", "tiles", "sdpa", "flex", "cudnn")
 WINDOWED_BACKENDS = ("auto", "reference", "torch", "tiles", "sdpa", "flex")
-PATHS = {  # what computes it, once "auto" and "torch" are resolved
+PATHS = {  # after "auto" and "torch" are resolved
     "reference": attend_by_mask,
     "tiles": attend_in_tiles,
     "sdpa": attend_by_sdpa,
@@ -38,12 +26,12 @@ PATHS = {  # what computes it, once "auto" and "torch" are resolved
 def resolve_backend(backend: str, device: torch.device | str, *, windowed: bool = False) -> str:
     """The backend that a name means on a device.
 
-    "tiles" are our own matrix products, "sdpa" is PyTorch's `scaled_dot_product_attention`; "torch" is the one of them
-    that most CPUs are fastest with: "sdpa" for causal attention in fp32 with keys as wide as values, else "tiles".
-    "auto" is "torch", but on CUDA "cudnn", and "flex" for windowed attention ("sdpa" for wide keys in fp32, which flex
-    cannot take); a training run on a CPU instead takes the one that is measured to be faster (`swamla.train.paths`).
-    Raises UsageError for an unknown name and MissingBackendError for "cudnn" or "flex" without CUDA (FlexAttention has
-    no backward elsewhere).
+    "tiles" is our own blockwise implementation, "sdpa" is PyTorch's `scaled_dot_product_attention`. "torch" is the one
+    of the two that is faster on most CPUs: "sdpa" for causal attention in fp32 with equal key and value widths, else
+    "tiles". "auto" is "torch" on a CPU. On CUDA it is "cudnn" for causal attention and "flex" for windowed attention
+    ("sdpa" for fp32 keys that are too wide for flex). Training on a CPU measures both and takes the faster one
+    (`swamla.train.paths`). Raises UsageError for an unknown name and MissingBackendError for "cudnn" or "flex" without
+    CUDA (FlexAttention has a backward pass on CUDA only).
     """
     backends = WINDOWED_BACKENDS if windowed else BACKENDS
     if backend not in backends:
@@ -59,7 +47,7 @@ def resolve_backend(backend: str, device: torch.device | str, *, windowed: bool 
 
 
 def describe_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """`resolve_backend` of causal attention, for people: names the kernels that "cudnn" leaves to others."""
+    """`resolve_backend` of causal attention as a text to print: names the kernels that "cudnn" falls back to."""
     chosen = resolve_backend(backend, device)
     fp32 = "fp32: memory-efficient, packed rows: flex, or sdpa for wide keys"
     others = "packed rows: flex" if dtype.itemsize == 2 else fp32
@@ -69,14 +57,14 @@ def describe_backend(backend: str, device: torch.device, dtype: torch.dtype) -> 
 def causal_attention(
     q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, *, scale: float | None = None, backend: str = "auto"
 ) -> Tensor:
-    """o (B, T, H, V): each token attends to its own document, up to itself.
+    """o (B, T, H, V): each token attends to the tokens of its document up to itself.
 
-    G key heads serve H query heads (G divides H); the value width V may differ from K. scale: K^-½ unless given.
-    Padding gives finite outputs that mean nothing. Backends: see `resolve_backend`; "reference" writes out the mask,
-    "cudnn" takes FlexAttention where documents share rows. Under autocast the inputs are cast to its dtype. Raises
-    ConfigError for shapes that do not fit.
+    H query heads share G key heads (G divides H). The value width V may differ from K. scale: K^-½ unless given.
+    Outputs of padding are finite and undefined. Backends: see `resolve_backend`; "reference" uses an explicit mask,
+    "cudnn" uses FlexAttention for packed rows. Under autocast the inputs are cast to its dtype. Raises ConfigError for
+    shapes that do not fit, and as `resolve_backend` does. Source: arXiv 1706.03762; shared heads: 2305.13245.
     """
-    return _attention(q_BTHK, k_BTGK, v_BTGV, seq, None, 0, scale, backend)
+    return _attention(q_BTHK, k_BTGK, v_BTGV, seq, CAUSAL, scale, backend)
 
 
 def windowed_attention(
@@ -92,12 +80,12 @@ def windowed_attention(
 ) -> Tensor:
     """o (B, T, H, V): each token attends to its document's last `window` tokens, itself included, and first `sinks`.
 
-    Sliding windows: arXiv 2004.05150; sinks: arXiv 2309.17453. Everything else as `causal_attention`; time and memory
-    are linear in T, except on "reference".
+    Time and memory are linear in T, except for "reference". Everything else as in `causal_attention`. Source: sliding
+    windows, arXiv 2004.05150; attention sinks, arXiv 2309.17453.
     """
     require(window >= 1, "window", window, "must be >= 1, e.g. 256")
     require(sinks >= 0, "sinks", sinks, "must be >= 0, e.g. 4")
-    return _attention(q_BTHK, k_BTGK, v_BTGV, seq, window, sinks, scale, backend)
+    return _attention(q_BTHK, k_BTGK, v_BTGV, seq, Window(window, sinks), scale, backend)
 
 
 def _attention(
@@ -105,52 +93,53 @@ def _attention(
     k_BTGK: Tensor,
     v_BTGV: Tensor,
     seq: Layout,
-    window: int | None,
-    sinks: int,
+    window: Window,
     scale: float | None,
     backend: str,
 ) -> Tensor:
-    _check(q_BTHK, k_BTGK, v_BTGV, seq)
-    path = resolve_backend(backend, q_BTHK.device, windowed=window is not None)
+    _check_heads(q_BTHK, k_BTGK, v_BTGV)
+    for name, x in (("q", q_BTHK), ("k", k_BTGK), ("v", v_BTGV)):
+        require(x.shape[:2] == seq.shape, f"{name}.shape", tuple(x.shape), f"must begin with the layout's {seq.shape}")
+    path = resolve_backend(backend, q_BTHK.device, windowed=window != CAUSAL)
     q, k, v = _autocast(q_BTHK, k_BTGK, v_BTGV)
     if (backend, path) == ("auto", "flex") and too_wide_for_flex(q):
         path = "sdpa"
     if path == "torch":
         bf16, widths = q.dtype == torch.bfloat16, (q.shape[-1], v.shape[-1])
-        tiled = window is not None or (q.device.type == "cpu" and in_tiles(bf16, *widths))
+        tiled = window != CAUSAL or (q.device.type == "cpu" and in_tiles(bf16, *widths))
         path = "tiles" if tiled else "sdpa"
-    return PATHS[path](q, k, v, seq, window=window, sinks=sinks, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+    return PATHS[path](q, k, v, seq, window, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def in_tiles(bf16: bool, key_width: int, value_width: int) -> bool:
-    """Whether "torch" is "tiles" for causal attention on a CPU; else it is "sdpa".
+    """Whether "torch" means "tiles" for causal attention on a CPU; else it means "sdpa".
 
-    PyTorch's own kernel wants one width for keys and values, and without AMX gains nothing from bf16.
+    PyTorch's CPU kernel needs equal key and value widths, and without AMX is not faster in bf16 than in fp32.
     """
     return bf16 or key_width != value_width
 
 
 def kept_causal_keys(length: int, *, bf16: bool, key_width: int, value_width: int, backend: str) -> float:
-    """How many weights a query keeps for the backward pass of causal attention on a CPU, on average."""
+    """Attention weights per query that causal attention on a CPU saves for the backward pass, on average."""
     tiled = backend == "tiles" or (backend in ("auto", "torch") and in_tiles(bf16, key_width, value_width))
     return kept_keys(length, length, 0) if tiled else 0.0
 
 
-def prepare_attention(seq: Layout, backend: str, *, window: int | None = None, sinks: int = 0) -> None:
-    """Make the layout's masks for this attention eagerly, so that a graph that holds it need not end to make them."""
-    chosen = resolve_backend(backend, seq.position_BT.device, windowed=window is not None)
+def prepare_attention(seq: Layout, backend: str, window: Window = CAUSAL) -> None:
+    """Build the layout's block mask eagerly, so that compiled attention has no graph break."""
+    chosen = resolve_backend(backend, seq.position_BT.device, windowed=window != CAUSAL)
     if chosen == "flex" or (chosen == "cudnn" and not seq.whole_rows):
-        made_block_mask(seq, window, sinks)
+        block_mask_of(seq, window)
 
 
 def cached_attention(
     q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, allowed_BTS: Tensor | None, *, scale: float | None = None
 ) -> Tensor:
-    """o (B, T, H, V): T new tokens attend to those of the S cached ones that the bool mask allows.
+    """o (B, T, H, V): T new tokens attend to those of S cached tokens that the bool mask allows.
 
-    Without a mask (None) the new tokens are the last T of the cached ones, and see all but later ones; so nothing is
-    spent on a mask. A query that may see nothing gives zeros. Keys that nobody may see must be finite. scale: K^-½
-    unless given. Under autocast the inputs are cast to its dtype. Raises ConfigError for shapes that do not fit.
+    Without a mask (None) the queries are the last T of the S tokens, under the causal mask, which is never built. A
+    query without an allowed key gives zeros. Keys that no query may attend to must be finite. scale: K^-½ unless given.
+    Under autocast the inputs are cast to its dtype. Raises ConfigError for shapes that do not fit.
     """
     _check_heads(q_BTHK, k_BSGK, v_BSGV)
     if allowed_BTS is None:
@@ -161,12 +150,6 @@ def cached_attention(
         require(allowed_BTS.shape == expected, "allowed_BTS.shape", tuple(allowed_BTS.shape), f"must be {expected}")
     q, k, v = _autocast(q_BTHK, k_BSGK, v_BSGV)
     return attend_to_cache(q, k, v, allowed_BTS, scale=q.shape[-1] ** -0.5 if scale is None else scale)
-
-
-def _check(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout) -> None:
-    _check_heads(q_BTHK, k_BTGK, v_BTGV)
-    for name, x in (("q", q_BTHK), ("k", k_BTGK), ("v", v_BTGV)):
-        require(x.shape[:2] == seq.shape, f"{name}.shape", tuple(x.shape), f"must begin with the layout's {seq.shape}")
 
 
 def _check_heads(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor) -> None:
@@ -181,10 +164,10 @@ def _check_heads(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor) -> None:
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What autocast does to PyTorch's own attention: fp32 inputs become its dtype, double stays."""
+    """As autocast does for PyTorch's own attention: fp32 inputs are cast to its dtype, fp64 inputs are not."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    # Not cast where nothing changes: on a CPU, a compiled graph would hold these casts and nothing else.
+    # No cast to the same dtype: on a CPU, torch.compile would make a graph of these casts and nothing else.
     return tuple(x if x.dtype in (dtype, torch.float64) else x.to(dtype) for x in tensors)

@@ -1,36 +1,36 @@
-"""Attention of new tokens to a cache: of keys and values, or of latents that are both."""
+"""Attention of new tokens to a cache: of keys and values, or of latents that serve as both."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from swamla.ops.attention.cuda import repeated_for, widened
+from swamla.ops.attention.cuda import pad_to_multiple, repeat_heads
 from swamla.ops.linear import linear
 
-ROWS = 128  # of one block's scores on a CPU: enough for the rate of its matmul, and they stay in the cache
-FEW = 1 << 14  # scores of such a block: with fewer, all rows and heads are multiplied at once
-SCORES = 16_000_000  # of a block of queries, or places of its mask: bounds memory, of which accelerators have more
-ON_ACCELERATORS = 16  # times as many
-LENGTHS = 256  # decoding reads the latent cache in multiples of it, because oneDNN prepares kernels by shape
+ROWS = 128  # query rows of a block on a CPU: enough for the full rate of its matmul, few enough for the cache
+FEW = 1 << 14  # with fewer scores than this per block, all rows and heads are one matmul
+SCORES = 16_000_000  # elements of a block's scores or mask, which bounds memory
+ON_ACCELERATORS = 16  # accelerators take that many times SCORES
+LENGTHS = 256  # decoding reads the latent cache in multiples of it, because oneDNN caches kernels by shape
 
 
 def attend_to_cache(
     q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, allowed_BTS: Tensor | None, *, scale: float
 ) -> Tensor:
-    """Dense attention, (B, T, H, V): under a mask, where a query that may see nothing gives zeros; or without.
+    """o (B, T, H, V): attention under a mask, where a query without an allowed key gives zeros; or causal (None).
 
-    Without one the T queries belong to the last T of the S cached tokens, and see all but later ones. Query heads that
-    share a key head are stacked as its rows, so that the cache is never copied per head. Queries are taken in blocks,
-    which bounds the memory of masks and scores.
+    Causal: the T queries are those of the last T of the S cached tokens. Query heads that share a key head are stacked
+    as rows of one matrix, so that the cache is not copied per head. Queries are processed in blocks, which bounds the
+    memory of masks and scores.
     """
     batch, time, heads, _ = q_BTHK.shape
     size, groups = k_BSGK.shape[1:3]
-    fused = k_BSGK.shape[-1] == v_BSGV.shape[-1]  # else PyTorch's kernels would turn the whole cache to fp32
+    fused = k_BSGK.shape[-1] == v_BSGV.shape[-1]  # for other widths PyTorch would cast the whole cache to fp32
     if allowed_BTS is None and time == 1 and fused:
         q_BGRK = q_BTHK.squeeze(1).unflatten(1, (groups, -1))
         k_BGSK, v_BGSV = k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2)
         return scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSV, scale=scale).flatten(1, 2).unsqueeze(1)
-    # No fused kernel takes doubles: without one a mask and scores of the whole would be written out.
+    # Not fp64, which no fused kernel supports: PyTorch would materialise the whole mask and all scores.
     if allowed_BTS is None and time > 1 and q_BTHK.device.type != "cpu" and q_BTHK.dtype != torch.float64:
         return attend_lower_right(q_BTHK, k_BSGK, v_BSGV, scale)
     q_BGRTK = q_BTHK.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
@@ -46,24 +46,24 @@ def attend_to_cache(
 
 
 def attend_lower_right(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float) -> Tensor:
-    """The last T of S tokens attend to all but later ones, by a fused kernel where there is one, without a mask."""
-    from torch.nn.attention.bias import causal_lower_right  # loads the compiler
+    """Causal attention of the last T of S tokens, without a mask, by a fused kernel if one supports the inputs."""
+    from torch.nn.attention.bias import causal_lower_right  # this import loads torch's compiler
 
-    k_BSHK, v_BSHV = (repeated_for(q_BTHK, x) for x in (k_BSGK, v_BSGV))
-    q, k, v = (widened(x.transpose(1, 2)) for x in (q_BTHK, k_BSHK, v_BSHV))
+    k_BSHK, v_BSHV = (repeat_heads(x, q_BTHK) for x in (k_BSGK, v_BSGV))
+    q, k, v = (pad_to_multiple(x.transpose(1, 2)) for x in (q_BTHK, k_BSHK, v_BSHV))
     mask = causal_lower_right(q.shape[2], k.shape[2])
     o_BHTV = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return o_BHTV[..., : v_BSGV.shape[-1]].transpose(1, 2)
 
 
-def _query_blocks(time: int, numbers: int, device: torch.device) -> list[slice]:
-    """Blocks of queries that bound memory: each query needs `numbers` elements of scores or masks."""
-    rows = max(1, (SCORES if device.type == "cpu" else ON_ACCELERATORS * SCORES) // numbers)
+def _query_blocks(time: int, elements: int, device: torch.device) -> list[slice]:
+    """Blocks of queries that bound memory: each query needs `elements` elements of scores or masks."""
+    rows = max(1, (SCORES if device.type == "cpu" else ON_ACCELERATORS * SCORES) // elements)
     return [slice(begin, min(begin + rows, time)) for begin in range(0, time, rows)]
 
 
 def _mask(allowed_BTS: Tensor | None, part: slice, time: int, keys_BSX: Tensor) -> Tensor:
-    """Of a block of queries, (B or 1, rows, S); made here where the last T of S tokens see all but later ones."""
+    """The mask of a block of queries, (B or 1, rows, S); without a given mask, the causal one of the last T tokens."""
     if allowed_BTS is not None:
         return allowed_BTS[:, part]
     size = keys_BSX.shape[1]
@@ -72,7 +72,7 @@ def _mask(allowed_BTS: Tensor | None, part: slice, time: int, keys_BSX: Tensor) 
 
 
 def _block(q_BGRTK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, allowed_BTS: Tensor, scale: float, fused: bool) -> Tensor:
-    """(B, T, H, V), all heads at once."""
+    """Attention of a block of queries, all heads at once: (B, T, H, V)."""
     shared, time = q_BGRTK.shape[2:4]
     q_BGMK = q_BGRTK.flatten(2, 3)
     allowed_B1MS = allowed_BTS[:, None].expand(-1, shared, -1, -1).flatten(1, 2)[:, None]
@@ -91,19 +91,19 @@ def _matmuls(q_BGMK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, allowed_B1MS: Tenso
 
 
 def _masked(score: Tensor, allowed: Tensor | None) -> Tensor:
-    """Weights of what is allowed (None: all), over the last dimension."""
+    """Softmax over the allowed scores (None: all) of the last dimension."""
     if allowed is None:
         return score.softmax(dim=-1)
     weight = score.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
-    return weight.masked_fill(~allowed, 0.0)  # also where nothing is allowed: zeros, not NaN
+    return weight.masked_fill(~allowed, 0.0)  # zeros, not NaN, for rows that allow nothing
 
 
 def _in_blocks(q_BGRTK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float) -> Tensor:
-    """The last T of S tokens, a block of queries after the other, each as plain matmuls over the keys it may see.
+    """Causal attention of the last T of S tokens in blocks of queries, each by plain matmuls over the block's keys.
 
-    Like `cpu.py`, and for its reasons; here most keys have no query, and a matmul is one head's, so that in fp32 it
-    can be oneDNN's. The causal mask is added to what lies behind a block's first query alone. Shapes: N (rows × key
-    heads), R query heads that share a key head, M (queries of a block × R).
+    As in `cpu.py`, except that most keys have no query here, and that each matmul is one head's, so that fp32 can use
+    oneDNN. The causal mask is added only to the keys after a block's first query. Shapes: N (rows × key heads), R query
+    heads that share a key head, M (queries of a block × R).
     """
     batch, groups, shared, time, _ = q_BGRTK.shape
     k_NSK, v_NSV = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (k_BSGK, v_BSGV))
@@ -128,10 +128,11 @@ def _in_blocks(q_BGRTK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float) ->
 def attend_to_latents(
     q_BTHR: Tensor, latent_BSR: Tensor, filled: int, allowed_BTS: Tensor | None, *, scale: float
 ) -> Tensor:
-    """(B, T, H, R): attention to the first `filled` latents of a state, which are keys and values of all heads.
+    """o (B, T, H, R): attention to the first `filled` latents of a state, which are the keys and values of all heads.
 
-    The mask is as in `attend_to_cache`. Plain matmuls, which read the latents as they lie: for one row, on a CPU, by
-    oneDNN. One new token reads up to a rounded length, and what lies behind is masked. Queries are taken in blocks.
+    The mask is as in `attend_to_cache`. Plain matmuls read the latents without a copy; for a batch of one row on a CPU
+    they are oneDNN's. One new token reads a rounded number of latents, with those after `filled` masked. Queries are
+    processed in blocks.
     """
     batch, time, heads, _ = q_BTHR.shape
     if allowed_BTS is None and time == 1:
@@ -154,16 +155,16 @@ def _latent_block(q_BTHR: Tensor, latent_BSR: Tensor, filled: int, allowed_BTS: 
 
 
 def _times(x_BTHK: Tensor, y_BSK: Tensor) -> Tensor:
-    """(B, T, H, S): every vector of x with every one of y in the same row of the batch."""
+    """(B, T, H, S): inner products of all vectors of x and y in the same row of the batch."""
     x_BMK = x_BTHK.flatten(1, 2)
     product_BMS = linear(x_BMK, y_BSK[0]) if y_BSK.shape[0] == 1 else torch.bmm(x_BMK, y_BSK.mT)
     return product_BMS.unflatten(1, x_BTHK.shape[1:3])
 
 
 def rounded_up(length: int, least: int) -> int:
-    """The next of few lengths: a multiple of `least`, or of a sixteenth of the power of two below, if that is more.
+    """`length` rounded up to a multiple of `least`, or of 1/16 of the power of two below it if that is larger.
 
-    oneDNN prepares itself for every new shape, which takes longer than a product, and keeps what it made.
+    oneDNN builds and caches a kernel for every new shape, which takes longer than a product: this leaves few shapes.
     """
     step = max(least, 1 << max(0, length.bit_length() - 5))
     return -(-length // step) * step

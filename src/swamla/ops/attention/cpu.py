@@ -1,11 +1,12 @@
 """Attention as plain matrix products over tiles of queries: the backend "tiles", a CPU's fast path.
 
-A tile is a stretch of queries and the keys that any of them sees: the document's sinks, if they lie behind the window,
-and one band. Its scores are a matmul, one softmax and another matmul; tiles of one shape go as one batch. Where queries
-see few keys their weights are kept for the backward, a quarter of its time; others are computed again, so that nothing
-quadratic is kept. In bf16 this runs at the rate of the CPU's matmul; its price is that scores are rounded to bf16 (as
-in every eager attention under autocast) and cross memory, which those of `sdpa.py` do not: which of the two is faster
-depends on the machine and on how long documents are. Causal attention is the case of a window as long as the document.
+A tile is a block of consecutive queries and the keys that any of them attends to: the document's sinks, if they lie
+before the window, and one band. A tile takes a matmul, a softmax and a matmul; tiles of equal shape form one batch.
+Where queries attend to few keys, attention weights are saved for the backward pass, which saves a quarter of its time.
+Elsewhere they are recomputed, so that no quadratic memory is needed. In bf16 this runs at the rate of the CPU's matmul.
+Unlike in `sdpa.py`, scores are rounded to bf16 (as in every eager attention under autocast) and written to memory.
+Which backend is faster depends on the machine and the documents' lengths. Causal attention is the case of a window as
+long as the document.
 
 Shapes in this file: N (documents × key heads), R query heads that share a key head, C queries and S keys of a tile,
 M (documents × key heads × tiles).
@@ -13,56 +14,53 @@ M (documents × key heads × tiles).
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from swamla.ops.attention.reference import Window
 from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import Layout
 
-SCORES = 4_000_000  # of one batch of tiles, in elements: two or three such buffers in use, near the size of the caches
-KEPT = 768  # keys a query sees in its tile, on average, for whose weights to be kept: 1.5 KB a query and head in bf16
+SCORES = 4_000_000  # elements of one batch of tiles: two or three such buffers are in use, about the size of the caches
+KEPT = 768  # weights are saved for the backward pass up to so many keys per query: 1.5 KB per query and head in bf16
 
 
 @outside_graphs
 def attend_in_tiles(
-    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, *, window: int | None, sinks: int, scale: float
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, window: Window, scale: float
 ) -> Tensor:
-    """Each token attends to its document's last `window` tokens, all where None, and first `sinks`: (B, T, H, V)."""
-
-    def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor) -> Tensor:
-        reach = q_BTHK.shape[1] if window is None else window
-        return tiled_attention(q_BTHK, k_BTGK, v_BTGV, window=reach, sinks=sinks, scale=scale)
-
+    """o (B, T, H, V): attention within each document, under its window."""
+    attend = partial(tiled_attention, window=window, scale=scale)
     return each_document(attend, q_BTHK, k_BTGK, v_BTGV, seq)
 
 
 def each_document(
     attend: Callable[[Tensor, Tensor, Tensor], Tensor], q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout
 ) -> Tensor:
-    """Call `attend` with every run of `seq.runs` as (count, length, heads, width) and join what it returns.
+    """Call `attend` on each run of `seq.runs`, as tensors (count, length, heads, width), and concatenate the outputs.
 
-    Documents never meet in one softmax, and the cost is the sum over documents, not that of the row.
+    No softmax spans two documents, and the cost is the sum over documents, not that of the whole row.
     """
     if seq.whole_rows:
         return attend(q_BTHK, k_BTGK, v_BTGV)
     sizes = [count * length for count, length in seq.runs]
-    parts = zip(*(torch.split(x.flatten(0, 1), sizes) for x in (q_BTHK, k_BTGK, v_BTGV)), strict=True)
+    split = zip(*(torch.split(x.flatten(0, 1), sizes) for x in (q_BTHK, k_BTGK, v_BTGV)), strict=True)
     outputs = [
-        attend(*(x.unflatten(0, run) for x in part)).flatten(0, 1) for run, part in zip(seq.runs, parts, strict=True)
+        attend(*(x.unflatten(0, run) for x in qkv)).flatten(0, 1) for run, qkv in zip(seq.runs, split, strict=True)
     ]
     return torch.cat(outputs).unflatten(0, seq.shape) if outputs else torch.empty_like(q_BTHK[..., : v_BTGV.shape[-1]])
 
 
 @dataclass(frozen=True)
 class Tile:
-    """`count` neighbours of C = `rows` queries each, the first at [first, first + rows).
+    """`count` consecutive tiles of C = `rows` queries each, the first one's at [first, first + rows).
 
-    It sees its document's first `sinks` tokens and the band [low, first + rows); each neighbour's band lies `rows`
-    further on.
+    The first tile's keys are the document's first `sinks` tokens and the band [low, first + rows). The band of each
+    following tile begins `rows` later.
     """
 
     first: int
@@ -73,11 +71,12 @@ class Tile:
 
     @property
     def band(self) -> int:
+        """Keys of the band."""
         return self.first + self.rows - self.low
 
     @property
     def size(self) -> int:
-        """Scores of all neighbours, for one query head."""
+        """Scores of all `count` tiles, for one query head."""
         return self.count * self.rows * (self.sinks + self.band)
 
     def queries(self, x_NRTK: Tensor) -> Tensor:
@@ -86,7 +85,7 @@ class Tile:
         return x_NRTK[:, :, self.first : stop].unflatten(2, (self.count, self.rows)).transpose(1, 2)
 
     def keys(self, x_NTK: Tensor) -> Tensor:
-        """(M, S, K): sinks, then band."""
+        """(M, S, K): the sinks, then the band."""
         if self.count == 1 and not self.sinks:
             return x_NTK[:, self.low : self.low + self.band]
         stop = self.low + self.band + (self.count - 1) * self.rows
@@ -95,11 +94,11 @@ class Tile:
         return torch.cat([sinks_NMSK, band_NMSK], dim=2).flatten(0, 1)
 
     def add_to_keys(self, total_NTK: Tensor, x_MSK: Tensor) -> None:
-        """The transpose of `keys`: add each key's share to the token it came from."""
+        """The transpose of `keys`: add each key's gradient to that of its token."""
         x_NMSK = x_MSK.unflatten(0, (-1, self.count))
         if self.sinks:
             total_NTK[:, : self.sinks] += x_NMSK[:, :, : self.sinks].sum(dim=1, dtype=total_NTK.dtype)
-        # Overlapping bands, as few sums of whole stretches; a lone tile is one stretch.
+        # Bands overlap: add them `rows` keys at a time, for all tiles at once. A single tile is added at once.
         width = self.rows if self.count > 1 else self.band
         for offset in range(0, self.band, width):
             piece_NTK = x_NMSK[:, :, self.sinks + offset : self.sinks + offset + width].flatten(1, 2)
@@ -109,7 +108,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Band:
-    """What a query sees, as in NUMERICS: its window and its document's sinks; and how many queries make a tile."""
+    """What a query attends to (its last `window` tokens and the first `sinks`), the scores' scale, queries per tile."""
 
     window: int
     sinks: int
@@ -117,18 +116,19 @@ class Band:
     rows: int
 
     def tiles(self, length: int) -> list[Tile]:
-        # Whole tiles behind the query's own, so that bands overlap in whole tiles.
+        """The tiles of a document, one by one."""
+        # The band before a tile is a whole number of tiles, so that bands overlap by whole tiles.
         behind = -(-(self.window - 1) // self.rows) * self.rows
         tiles = []
         for first in range(0, length, self.rows):
             rows = min(self.rows, length - first)
-            # Sinks that touch the band are part of it, so that no key is counted twice.
+            # Sinks that touch the band belong to it, so that no key counts twice.
             far = first - behind > self.sinks
             tiles.append(Tile(first, rows, first - behind, self.sinks) if far else Tile(first, rows, 0, 0))
         return tiles
 
     def batches(self, length: int, most: int) -> list[Tile]:
-        """The tiles of a document, neighbours of one shape joined up to `most` scores."""
+        """The tiles of a document, consecutive ones of equal shape joined up to `most` scores."""
         batches: list[Tile] = []
         for tile in self.tiles(length):
             last = batches[-1] if batches else None
@@ -140,65 +140,75 @@ class Band:
         return batches
 
     def scores(self, length: int) -> int:
-        """How many a document has, for one query head."""
+        """Scores of a document, for one query head."""
         return sum(tile.size for tile in self.tiles(length))
 
     def mask(self, score_MRCS: Tensor, tile: Tile) -> None:
-        """Set the scores of what a query may not see to −inf."""
-        if self.window >= tile.first + tile.rows:  # nothing is too far away: only the last square needs a mask
-            rule = (self.rows, 0, 0, self.rows, 0)
+        """Set the scores of masked keys to −inf, in place."""
+        if self.window >= tile.first + tile.rows:  # all earlier keys are in the window: mask only the tile's own square
+            shape = MaskShape(self.rows, window=self.rows)
             score_MRCS = score_MRCS[..., -tile.rows :]
         else:
-            rule = (self.rows, tile.first - tile.low, tile.sinks, self.window, 0 if tile.low else self.sinks)
-        mask_CS = additive_mask(*rule, score_MRCS.dtype, score_MRCS.device)
+            near = 0 if tile.low else self.sinks
+            shape = MaskShape(self.rows, self.window, tile.first - tile.low, tile.sinks, near_sinks=near)
+        mask_CS = additive_mask(shape, score_MRCS.dtype, score_MRCS.device)
         score_MRCS += mask_CS[: tile.rows, : score_MRCS.shape[-1]]
 
 
-@lru_cache(maxsize=64)
-def additive_mask(
-    rows: int, before: int, kept: int, window: int, near_sinks: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """0 where allowed, −inf elsewhere: `kept` sinks, then a band that begins `before` keys ahead of the first query.
+class MaskShape(NamedTuple):
+    """The mask of a block of queries. Its keys are `sinks` sinks, `before` earlier keys, then the `rows` own ones.
 
-    near_sinks: how many keys at the start of the band are sinks. Depends on shapes alone, so a process makes few.
+    window: how many of the last keys a query attends to.  near_sinks: how many of the keys after `sinks` are sinks too.
     """
-    with torch.inference_mode(False):  # what is kept may serve training after inference
+
+    rows: int
+    window: int
+    before: int = 0
+    sinks: int = 0
+    near_sinks: int = 0
+
+
+@lru_cache(maxsize=64)
+def additive_mask(shape: MaskShape, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(C, S): 0 for allowed keys, −inf for masked ones. Cached, since it depends on few shapes."""
+    rows, window, before, sinks, near_sinks = shape
+    with torch.inference_mode(False):  # a mask that is cached in inference may be used in training
         query_C1 = torch.arange(rows, device=device)[:, None] + before
-        key_S = torch.arange(-kept, before + rows, device=device)
+        key_S = torch.arange(-sinks, before + rows, device=device)
         seen_CS = (query_C1 - key_S < window) | (key_S < near_sinks)
         hidden_CS = ~(seen_CS & (key_S <= query_C1))
         return torch.zeros(seen_CS.shape, dtype=dtype, device=device).masked_fill_(hidden_CS, -torch.inf)
 
 
-def tiled_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *, window: int, sinks: int, scale: float) -> Tensor:
-    """Attention of whole rows, each one document, to the last `window` tokens and the first `sinks`: (B, T, H, V).
+def tiled_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, window: Window, scale: float) -> Tensor:
+    """o (B, T, H, V) of rows that are one document each.
 
     Time and memory are linear in T for a given window, forward and backward. First derivatives only.
     """
-    return _TiledAttention.apply(
-        q_BTHK, k_BTGK, v_BTGV, Band(window, sinks, scale, _rows_of_a_tile(window)), torch.is_grad_enabled()
-    )
+    size = q_BTHK.shape[1] if window.size is None else window.size
+    band = Band(size, window.sinks, scale, _rows_of_a_tile(size))
+    return _TiledAttention.apply(q_BTHK, k_BTGK, v_BTGV, band, torch.is_grad_enabled())
 
 
 def kept_keys(length: int, window: int, sinks: int) -> float:
-    """How many weights a query of a document of `length` keeps for the backward, on average; 0 where none is kept."""
-    if min(length, window) > 2 * KEPT:  # more than that, in the mean of a document that long
+    """Attention weights per query that are saved for the backward pass, averaged over a document; 0 if none are."""
+    if min(length, window) > 2 * KEPT:  # then the average exceeds KEPT
         return 0.0
     rows = _rows_of_a_tile(window)
-    length = max(1, min(length, 64 * (window + rows)))  # from there on the mean stays what it is
+    length = max(1, min(length, 64 * (window + rows)))  # the average of a longer document is the same
     keys = Band(window, sinks, 1.0, rows).scores(length) / length
     return keys if keys <= KEPT else 0.0
 
 
 def _rows_of_a_tile(window: int) -> int:
-    # Measured at 6 heads of 64: half a window is best for narrow windows, 256 for wide ones and for causal.
+    # Measured with 6 heads of width 64: half the window is fastest for narrow windows, 256 for wide ones and causal.
     return max(64, min(256, window // 2))
 
 
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, band: Band, gradients: bool) -> Tensor:
-        """gradients: whether any is wanted, which the context does not know."""
+        """gradients: whether autograd records, which `ctx.needs_input_grad` does not say."""
         q_NRTK, k_NTK, v_NTV = _heads_first(q_BTHK, k_BTGK), *_heads_of_keys(k_BTGK, v_BTGV)
         o_NRTV = q_NRTK.new_empty(*q_NRTK.shape[:3], v_NTV.shape[-1])
         kept: list[Tensor] = []
@@ -208,7 +218,7 @@ class _TiledAttention(torch.autograd.Function):
                 weight = torch.empty_like(score)
                 kept.append(weight)
             _attention_weights(score, weight, tile.queries(q_NRTK[part]), tile.keys(k_NTK[part]), tile, band)
-            _put(tile.queries(o_NRTV[part]), torch.bmm(weight.flatten(1, 2), tile.keys(v_NTV[part])))
+            _write(tile.queries(o_NRTV[part]), torch.bmm(weight.flatten(1, 2), tile.keys(v_NTV[part])))
         ctx.save_for_backward(q_BTHK, k_BTGK, v_BTGV, *kept)
         ctx.band = band
         return _heads_last(o_NRTV, q_BTHK.shape[0])
@@ -221,7 +231,7 @@ class _TiledAttention(torch.autograd.Function):
         band: Band = ctx.band
         q_NRTK, k_NTK, v_NTV = _heads_first(q_BTHK, k_BTGK), *_heads_of_keys(k_BTGK, v_BTGV)
         grad_NRTV = _heads_first(grad_BTHV, v_BTGV)
-        # A key collects from many tiles: in fp32, so that its gradient does not depend on how many.
+        # A key's gradient is a sum over many tiles: in fp32, so that its error does not grow with their number.
         sums = torch.promote_types(q_BTHK.dtype, torch.float32)
         dq_NRTK = torch.empty_like(q_NRTK, memory_format=torch.contiguous_format)
         dk_NTK, dv_NTV = (x.new_zeros(x.shape, dtype=sums) for x in (k_NTK, v_NTV))
@@ -235,7 +245,7 @@ class _TiledAttention(torch.autograd.Function):
             grad_MCV = _rows(tile.queries(grad_NRTV[part]))
             torch.bmm(grad_MCV, tile.keys(v_NTV[part]).mT, out=dweight.flatten(1, 2))
             torch._softmax_backward_data(dweight, weight, -1, weight.dtype, grad_input=score)
-            _put(tile.queries(dq_NRTK[part]), torch.bmm(score.flatten(1, 2), k_MSK))
+            _write(tile.queries(dq_NRTK[part]), torch.bmm(score.flatten(1, 2), k_MSK))
             tile.add_to_keys(dk_NTK[part], torch.bmm(score.flatten(1, 2).mT, _rows(q_MRCK)))
             tile.add_to_keys(dv_NTV[part], torch.bmm(weight.flatten(1, 2).mT, grad_MCV))
         batch = q_BTHK.shape[0]
@@ -245,7 +255,7 @@ class _TiledAttention(torch.autograd.Function):
 
 
 def _walk(q_NRTK: Tensor, band: Band, buffers: int) -> Iterator[tuple[slice, Tile, tuple[Tensor, ...]]]:
-    """Every tile of every document and head, as many heads at a time as fit, with buffers (M, R, C, S) for it."""
+    """Each batch of tiles, for as many documents and heads at a time as SCORES allows, with buffers (M, R, C, S)."""
     count, shared, length, _ = q_NRTK.shape
     largest = shared * max((tile.size for tile in band.tiles(length)), default=1)
     at_once = max(1, min(count, SCORES // largest))
@@ -260,7 +270,7 @@ def _walk(q_NRTK: Tensor, band: Band, buffers: int) -> Iterator[tuple[slice, Til
 
 
 def _attention_weights(score: Tensor, weight: Tensor, q: Tensor, keys: Tensor, tile: Tile, band: Band) -> None:
-    """Fill `score` and then `weight` (M, R, C, S) with its softmax; forward and backward get the same to the bit."""
+    """Write the scores into `score` and their softmax into `weight` (M, R, C, S); bitwise equal in both passes."""
     flat = score.flatten(1, 2)
     torch.baddbmm(flat, _rows(q), keys.mT, beta=0, alpha=band.scale, out=flat)
     band.mask(score, tile)
@@ -271,7 +281,7 @@ def _rows(x_NMRCK: Tensor) -> Tensor:
     return x_NMRCK.flatten(0, 1).flatten(1, 2)
 
 
-def _put(target_NMRCK: Tensor, rows: Tensor) -> None:
+def _write(target_NMRCK: Tensor, rows: Tensor) -> None:
     target_NMRCK.copy_(rows.view(target_NMRCK.shape))
 
 

@@ -1,129 +1,122 @@
 """Attention on CUDA: FlexAttention (arXiv 2412.05496), and cuDNN's kernel for causal rows of one document.
 
-Graphs of torch.compile hold both. Not measured on GPU.
+torch.compile traces both. Not measured on GPU.
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from swamla.errors import UsageError
-from swamla.ops.attention.sdpa import attend_by_sdpa
+from swamla.ops.attention.reference import Window
+from swamla.ops.attention.sdpa import attend_by_sdpa, pad_width
 from swamla.ops.graphs import compiled, outside_graphs
 from swamla.ops.layout import Layout
 
-BLOCK = 128  # tokens a block of the mask has on either side: FlexAttention's own, a multiple of every kernel's tile
-NARROWEST = 16  # heads FlexAttention's kernels take
-WIDEST_FP32 = 128  # keys in fp32 whose tiles fit into shared memory
-KERNEL = {"FORCE_USE_FLEX_ATTENTION": True}  # never the one for decoding, which short rows would get
+BLOCK = 128  # queries and keys per block of the mask: FlexAttention's default, a multiple of every kernel's tile
+NARROWEST = 16  # the smallest head width that FlexAttention's kernels support
+WIDEST_FP32 = 128  # the largest fp32 key width whose tiles fit into shared memory
+KERNEL = {"FORCE_USE_FLEX_ATTENTION": True}  # never the decoding kernel, which short rows would otherwise select
 FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]  # the second for fp32, one token, odd widths
-MULTIPLE = 8  # of which both want the widths of heads to be one
+MULTIPLE = 8  # both kernels need head widths that are multiples of it
 
 
 def cudnn_attention(
-    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, *, window: int | None, sinks: int, scale: float
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, window: Window, scale: float
 ) -> Tensor:
-    """Each token attends to its document up to itself: (B, T, H, V); widths of keys and values may differ.
+    """o (B, T, H, V): causal attention within each document; key and value widths may differ.
 
-    FlexAttention's where documents share a row: one kernel for all of them under a block mask costs less than a call
-    for each length (which fp32 heads too wide for it get). cuDNN knows no windows: `window` is None.
+    Packed rows use FlexAttention: one kernel under a block mask costs less than one call per document length. fp32
+    heads that are too wide for it use `attend_by_sdpa`. cuDNN supports no sliding window: `window` is CAUSAL.
     """
     if not seq.whole_rows and too_wide_for_flex(q_BTHK):
-        return attend_by_sdpa(q_BTHK, k_BTGK, v_BTGV, seq, window=window, sinks=sinks, scale=scale)
+        return attend_by_sdpa(q_BTHK, k_BTGK, v_BTGV, seq, window, scale)
     if not seq.whole_rows:
-        return flex_attention(q_BTHK, k_BTGK, v_BTGV, seq, window=window, sinks=sinks, scale=scale)
+        return flex_attention(q_BTHK, k_BTGK, v_BTGV, seq, window, scale)
     return fused_attention(q_BTHK, k_BTGK, v_BTGV, scale=scale)
 
 
 def fused_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *, scale: float) -> Tensor:
-    """Causal attention of whole rows. Key heads shared by query heads are repeated, as not every kernel can share."""
-    refuse_doubles("cudnn", q_BTHK)
-    k_BTHK, v_BTHV = (repeated_for(q_BTHK, x) for x in (k_BTGK, v_BTGV))
-    q, k, v = (widened(x.transpose(1, 2)) for x in (q_BTHK, k_BTHK, v_BTHV))
+    """Causal attention of whole rows. Shared key heads are repeated, because not every kernel supports sharing."""
+    refuse_fp64("cudnn", q_BTHK)
+    k_BTHK, v_BTHV = (repeat_heads(x, q_BTHK) for x in (k_BTGK, v_BTGV))
+    q, k, v = (pad_to_multiple(x.transpose(1, 2)) for x in (q_BTHK, k_BTHK, v_BTHV))
     with sdpa_kernel(FUSED, set_priority=True):
         o = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return o[..., : v_BTGV.shape[-1]].transpose(1, 2)
 
 
-def flex_attention(
-    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, *, window: int | None, sinks: int, scale: float
-) -> Tensor:
-    """(B, T, H, V) under the mask of `reference.allowed_mask`; blocks in which nothing is allowed cost nothing."""
-    refuse_doubles("flex", q_BTHK)
+def flex_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, window: Window, scale: float) -> Tensor:
+    """o (B, T, H, V) under the mask of `reference.allowed_mask`; fully masked blocks are skipped."""
+    refuse_fp64("flex", q_BTHK)
     if too_wide_for_flex(q_BTHK):
         raise UsageError(
             f'backend = "flex": fp32 keys of width {q_BTHK.shape[-1]} need more shared memory than a GPU has '
             f'(at most {WIDEST_FP32}): use "sdpa", or 16 bits'
         )
-    mask = made_block_mask(seq, window, sinks)
-    q, k, v = (at_least(NARROWEST, x.transpose(1, 2)) for x in (q_BTHK, k_BTGK, v_BTGV))
+    mask = block_mask_of(seq, window)
+    q, k, v = (pad_width(x.transpose(1, 2), NARROWEST) for x in (q_BTHK, k_BTGK, v_BTGV))
     grouped = q.shape[1] != k.shape[1]
     o = _flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=KERNEL)
     return o[..., : v_BTGV.shape[-1]].transpose(1, 2)
 
 
 def too_wide_for_flex(q_BTHK: Tensor) -> bool:
-    """Whether flex's tiles of these keys exceed the shared memory of a GPU's block: wide ones in fp32."""
+    """Whether FlexAttention's tiles of these keys exceed a thread block's shared memory: wide keys in fp32."""
     return q_BTHK.dtype == torch.float32 and q_BTHK.shape[-1] > WIDEST_FP32
 
 
-def refuse_doubles(backend: str, x: Tensor) -> None:
-    """Raise UsageError for doubles, which no fused kernel takes."""
+def refuse_fp64(backend: str, x: Tensor) -> None:
+    """Raise UsageError for fp64, which no fused kernel supports."""
     if x.dtype == torch.float64:
         raise UsageError(f'backend = "{backend}": takes no float64: use "torch" or "reference"')
 
 
-def repeated_for(q_BTHK: Tensor, x_BSGK: Tensor) -> Tensor:
+def repeat_heads(x_BSGK: Tensor, q_BTHK: Tensor) -> Tensor:
     """Key or value heads, each repeated for the query heads that share it: (B, S, H, K)."""
     shared = q_BTHK.shape[2] // x_BSGK.shape[2]
     return x_BSGK if shared == 1 else x_BSGK.repeat_interleave(shared, dim=2)
 
 
-def widened(x: Tensor) -> Tensor:
-    """x, widened by zeros to the next multiple that fused kernels take."""
-    return at_least(-(-x.shape[-1] // MULTIPLE) * MULTIPLE, x)
-
-
-def at_least(width: int, x: Tensor) -> Tensor:
-    """x, widened by zeros: they add nothing to a score, and to an output nothing but columns that are cut off."""
-    return x if x.shape[-1] >= width else F.pad(x, (0, width - x.shape[-1]))
+def pad_to_multiple(x: Tensor) -> Tensor:
+    """x, zero-padded to the next head width that fused kernels support."""
+    return pad_width(x, -(-x.shape[-1] // MULTIPLE) * MULTIPLE)
 
 
 def _flex() -> Any:
-    """Compiled, as uncompiled it would write out all scores; inside a graph it is compiled with it."""
+    """The compiled function, because the uncompiled one materialises all scores; inside a graph, the plain one."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
 
 
-def made_block_mask(seq: Layout, window: int | None, sinks: int) -> Any:
-    """The layout's one BlockMask for this window, made at its first use: best before a graph that needs it."""
-    made = seq.made(("flex", window, sinks))
-    return _make_block_mask(seq, window, sinks) if made is None else made
+def block_mask_of(seq: Layout, window: Window) -> Any:
+    """The layout's BlockMask for this window, built at its first use. If it was built eagerly, no graph breaks here."""
+    made = seq.made(("flex", window))
+    return _build_block_mask(seq, window) if made is None else made
 
 
 @outside_graphs
-def _make_block_mask(seq: Layout, window: int | None, sinks: int) -> Any:
-    return seq.table(("flex", window, sinks), lambda: block_mask(seq, window, sinks))
+def _build_block_mask(seq: Layout, window: Window) -> Any:
+    return seq.table(("flex", window), lambda: block_mask(seq, window))
 
 
-def block_mask(seq: Layout, window: int | None, sinks: int) -> Any:
-    """Which of the document's tokens each sees, as blocks: nothing of size T × T is ever made, the host never waits.
+def block_mask(seq: Layout, window: Window) -> Any:
+    """The BlockMask of `allowed_mask`, built without a T × T tensor and without a device synchronisation.
 
-    Token t sees [begin, sinks' end) and [low, t], the second beginning at its document or at its window. The numbers
-    lie in tensors, so that kernels compiled for one window serve another.
+    Token t attends to [begin, sinks_end) and [low, t], where `low` is the start of its document or of its window. These
+    bounds are tensors, so that kernels compiled for one window serve another.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
     time = seq.shape[1]
     index_T = torch.arange(time, device=seq.position_BT.device)
     begin_BT = (index_T - seq.position_BT).int()
-    low_BT = begin_BT if window is None else torch.maximum(begin_BT, (index_T - window + 1).int())
-    sinks_end_BT = None if window is None or not sinks else begin_BT + sinks
+    low_BT = begin_BT if window.size is None else torch.maximum(begin_BT, (index_T - window.size + 1).int())
+    sinks_end_BT = None if window.size is None or not window.sinks else begin_BT + window.sinks
     partial, full = (_ordered(x) for x in _blocks(begin_BT, low_BT, sinks_end_BT))
     rule = _allowed(begin_BT, low_BT, sinks_end_BT)
     return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=(time, time))
@@ -143,10 +136,10 @@ def _allowed(begin_BT: Tensor, low_BT: Tensor, sinks_end_BT: Tensor | None) -> A
 
 
 def _blocks(begin_BT: Tensor, low_BT: Tensor, sinks_end_BT: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(B, 1, N, N) bools: blocks of queries (rows) that see some, and all, of a block of keys.
+    """(B, 1, N, N) bools: query blocks (rows) that attend to some, and to all, of a key block (columns).
 
-    Neither end of what a token sees moves back from one token to the next, so the first and the last of a block of
-    queries decide. Blocks full of sinks count as partly seen, which costs little.
+    Both bounds of a token's band grow with the token's index, so a query block's first and last token decide. Blocks
+    full of sinks count as partial, which costs little.
     """
     time = low_BT.shape[1]
     first_N = torch.arange(0, time, BLOCK, device=low_BT.device)
@@ -163,6 +156,6 @@ def _blocks(begin_BT: Tensor, low_BT: Tensor, sinks_end_BT: Tensor | None) -> tu
 
 
 def _ordered(blocks_B1NM: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks each row has, and their columns in front of the others', both int32."""
+    """The number of blocks in each row, and their column indices first, as BlockMask stores them; both int32."""
     columns = blocks_B1NM.int().argsort(dim=-1, descending=True, stable=True)
     return blocks_B1NM.sum(dim=-1, dtype=torch.int32), columns.int()

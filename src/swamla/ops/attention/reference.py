@@ -1,6 +1,7 @@
-"""Softmax attention with its mask written out: what every fast path is tested against."""
+"""Softmax attention with an explicit mask: the definition that every fast path is tested against."""
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,28 +10,42 @@ from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import Layout
 
 
-def allowed_mask(seq: Layout, *, window: int | None = None, sinks: int = 0) -> Tensor:
-    """(B, T, S) bool: same document, not in the future, and within the window or among the document's first tokens.
+class Window(NamedTuple):
+    """What a query attends to: the last `size` tokens of its document, itself included, and the first `sinks`.
 
-        allowed(t, s) = same document ∧ s ≤ t ∧ (t − s < window ∨ pos(s) < sinks)       window None: no limit
+    size: None for causal attention, to all earlier tokens of the document.
+    """
 
-    A document is known by where it begins, so an id that comes back later in the row is another document.
+    size: int | None = None
+    sinks: int = 0
+
+
+CAUSAL = Window()
+
+
+def allowed_mask(seq: Layout, window: Window = CAUSAL) -> Tensor:
+    """(B, T, S) bool: which tokens of its row each token attends to.
+
+        allowed(t, s) = same document ∧ s ≤ t ∧ (t − s < size ∨ pos(s) < sinks)       size None: no limit
+
+    Documents are compared by their first index: an id that appears again later in the row is another document.
     """
     index_T = torch.arange(seq.shape[1], device=seq.position_BT.device)
     begin_BT = index_T - seq.position_BT
     distance_TS = index_T[:, None] - index_T
     allowed_BTS = (begin_BT[:, :, None] == begin_BT[:, None, :]) & (distance_TS >= 0)
-    if window is None:
+    if window.size is None:
         return allowed_BTS
-    return allowed_BTS & ((distance_TS < window) | (seq.position_BT < sinks)[:, None, :])
+    return allowed_BTS & ((distance_TS < window.size) | (seq.position_BT < window.sinks)[:, None, :])
 
 
 def reference_attention(
     q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, allowed_BTS: Tensor, *, scale: float | None = None
 ) -> Tensor:
-    """o = softmax(scale · q kᵀ) v over the allowed, computed in fp32 (double for double), in q's dtype: (B, T, H, V).
+    """o (B, T, H, V) = softmax(scale · q kᵀ) v over the allowed keys, computed in fp32 (fp64 for fp64), in q's dtype.
 
-    Every query must be allowed at least one key. Key head g serves the H/G query heads from g·H/G on. scale: K^-½.
+    Each query must have at least one allowed key. Query heads g·H/G … (g + 1)·H/G − 1 share key head g. scale: K^-½
+    unless given. Source: arXiv 1706.03762, eq. 1; shared heads: 2305.13245.
     """
     dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
     shared = q_BTHK.shape[2] // k_BSGK.shape[2]
@@ -44,11 +59,9 @@ def reference_attention(
 
 
 @outside_graphs
-def attend_by_mask(
-    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, *, window: int | None, sinks: int, scale: float
-) -> Tensor:
-    """`reference_attention` of every document alone: a weight of zero would let a NaN pass from one to another."""
-    mask_BTT = seq.table(("mask", window, sinks), lambda: allowed_mask(seq, window=window, sinks=sinks))
+def attend_by_mask(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, window: Window, scale: float) -> Tensor:
+    """`reference_attention` of each document separately: under a mask alone, 0 · NaN would reach other documents."""
+    mask_BTT = seq.table(("mask", window), lambda: allowed_mask(seq, window))
     if seq.whole_rows:
         return reference_attention(q_BTHK, k_BTGK, v_BTGV, mask_BTT, scale=scale)
     rows = []

@@ -1,4 +1,4 @@
-"""What to measure where "auto" has more than one fast path: an attention of given heads, forward and backward."""
+"""The attention to time when "auto" has several fast paths on a CPU: forward and backward pass for given heads."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,16 +10,17 @@ from swamla.ops.attention import causal_attention, in_tiles, windowed_attention
 from swamla.ops.gradients import gradients
 from swamla.ops.layout import Layout
 
-TOKENS = 2048  # of a trial, unless one document is longer
-SCORES = 2**22  # of a trial, about, in elements: a few heads speak for all
-LEAST_HEADS = 2  # what threads can share
+TOKENS = 2048  # of a trial; more if one document is longer
+SCORES = 2**22  # of a trial, approximately: a few heads represent all
+LEAST_HEADS = 2  # so that threads have something to share
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionTrial:
-    """The attention of a mixer on a CPU; what is equal here is measured once.
+    """The shape of a mixer's attention; mixers with equal trials are measured once.
 
-    heads, key_heads: of queries, and of keys and values.  key, value: their widths.  window: None for causal.
+    heads: query heads.  key_heads: heads of keys and values.  key, value: widths of a key and a value head.
+    window: None for causal attention.
     """
 
     heads: int
@@ -36,26 +37,26 @@ class AttentionTrial:
         return f"attention {seen}, {self.heads} heads{shared}, width {widths}"
 
     def paths(self, dtype: torch.dtype) -> tuple[str, ...]:
-        """Backends that compute differently, the one that "auto" means unmeasured first."""
+        """The backends to compare, first the one that "auto" means without a measurement."""
         tiled = self.window is not None or in_tiles(dtype == torch.bfloat16, self.key, self.value)
         return ("tiles", "sdpa") if tiled else ("sdpa", "tiles")
 
     def scores(self, length: int, part: int) -> int:
-        """What the time of a trial grows with."""
+        """The number of scores of a trial, to which its time is proportional."""
         batch, groups, shared = self._shape(length, part)
         return batch * groups * shared * length * min(length, self.window or length)
 
     def _shape(self, length: int, part: int) -> tuple[int, int, int]:
-        """Rows, heads of keys, and heads of queries to each."""
+        """Rows, key heads, and query heads per key head."""
         batch, pairs = max(1, TOKENS // part // length), length * min(length, self.window or length)
         most = max(LEAST_HEADS, SCORES // part // (batch * pairs))
         shared = min(self.heads // self.key_heads, most)
         return batch, min(self.key_heads, max(1, most // shared)), shared
 
     def step(self, path: str, length: int, dtype: torch.dtype, part: int = 1) -> Callable[[], object]:
-        """A forward and backward pass of documents of `length` tokens, of which inputs and gradients are made now.
+        """A function that runs a forward and backward pass on documents of `length` tokens; inputs are drawn here.
 
-        Only about one in `part` of the usual rows and heads.  No global random generator is asked.
+        Uses about 1/`part` of the usual rows and heads, and does not advance the global random generator.
         """
         batch, groups, shared = self._shape(length, part)
         generator = torch.Generator().manual_seed(0)

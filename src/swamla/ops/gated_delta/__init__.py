@@ -1,22 +1,14 @@
-"""The gated delta rule (Gated DeltaNet, arXiv 2412.06464): a linear recurrence that forgets and corrects itself."""
+"""The gated delta rule (Gated DeltaNet, arXiv 2412.06464): linear attention with a decaying, error-correcting state."""
 
 import torch
 from torch import Tensor
 
 from swamla.errors import MissingBackendError, UsageError
 from swamla.ops.gated_delta.cpu import chunked_gated_delta_rule
-from swamla.ops.gated_delta.cuda import fla_gated_delta_rule, installed, made_packing, obstacle
-from swamla.ops.gated_delta.reference import gated_delta_step, recurrent_gated_delta_rule
+from swamla.ops.gated_delta.cuda import fla_gated_delta_rule, installed, obstacle, packing_of
+from swamla.ops.gated_delta.reference import RuleInputs, recurrent_gated_delta_rule
+from swamla.ops.gated_delta.reference import gated_delta_step as gated_delta_step
 from swamla.ops.layout import Layout
-
-__all__ = [
-    "BACKENDS",
-    "describe_backend",
-    "gated_delta_rule",
-    "gated_delta_step",
-    "prepare_rule",
-    "resolve_backend",
-]
 
 BACKENDS = ("auto", "reference", "torch", "fla")
 
@@ -24,10 +16,10 @@ BACKENDS = ("auto", "reference", "torch", "fla")
 def resolve_backend(
     backend: str, device: torch.device, *, heads: int, key: int, value: int, dtype: torch.dtype = torch.bfloat16
 ) -> str:
-    """The backend that a name means for heads of these widths on a device.
+    """The backend that a name means on a device, for `heads` heads with these key and value widths.
 
-    "auto" is "torch", but on CUDA "fla" where it computes them right. Raises UsageError for an unknown name and
-    MissingBackendError where "fla" cannot.
+    "auto" is "fla" on CUDA where flash-linear-attention computes these heads correctly, else "torch". Raises
+    UsageError for an unknown name and MissingBackendError where "fla" cannot compute them.
     """
     if backend not in BACKENDS:
         raise UsageError(f"backend = {backend!r}: the gated delta rule has {', '.join(map(repr, BACKENDS))}")
@@ -46,7 +38,7 @@ def resolve_backend(
 def describe_backend(
     backend: str, device: torch.device, *, heads: int, key: int, value: int, dtype: torch.dtype = torch.bfloat16
 ) -> str:
-    """`resolve_backend`, for people: says why "auto" leaves a flash-linear-attention that is there alone."""
+    """`resolve_backend` as a text to print: says why "auto" does not use an installed flash-linear-attention."""
     chosen = resolve_backend(backend, device, heads=heads, key=key, value=value, dtype=dtype)
     if (backend, chosen, device.type) != ("auto", "torch", "cuda") or not installed():
         return chosen
@@ -55,10 +47,10 @@ def describe_backend(
 
 
 def prepare_rule(seq: Layout, backend: str, *, heads: int, key: int, value: int) -> None:
-    """Try the backend and make the layout's bounds for it eagerly, so that a graph that holds the rule need not end."""
+    """Probe the backend and build the document bounds eagerly, so that the compiled rule has no graph break."""
     chosen = resolve_backend(backend, seq.position_BT.device, heads=heads, key=key, value=value)
     if chosen == "fla" and not seq.whole_rows:
-        made_packing(seq)
+        packing_of(seq)
 
 
 def gated_delta_rule(
@@ -74,25 +66,23 @@ def gated_delta_rule(
     backend: str = "auto",
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs (B, T, H, V) in q's dtype and the final state (B, H, K, V) in fp32 (double for double inputs).
+    """Outputs (B, T, H, V) in q's dtype and the final state (B, H, K, V) in fp32 (fp64 for fp64 inputs).
 
         S ← e^{log α} S ;  u = β (v − Sᵀ k) ;  S ← S + k uᵀ ;  o = scale · Sᵀ q        scale: K^-½ unless given
 
-    The initial state (zeros unless given) belongs to the document of each row's first token; every later document
-    starts from zero, and the final state is that of the row's last. Padding reads zero and changes nothing. Without
-    `seq` each row is one document. Backends: "reference" (token by token), "torch" (chunks), "fla" (flash-linear-
-    attention, on CUDA in 16 bits), "auto" (see `resolve_backend`). Raises UsageError for any other.
-    `chunk`: tokens a chunk of "torch", by default 32 on a CPU and 64 on an accelerator.
+    The initial state (zeros by default) belongs to the document of each row's first token. Later documents start from
+    zero, and the final state is that of the row's last document. Padding gives zeros and does not change the state.
+    Without `seq` each row is one document. Backends: "reference" (token by token), "torch" (chunkwise parallel), "fla"
+    (flash-linear-attention, on CUDA in 16 bits), "auto" (see `resolve_backend`, also for what is raised).
+    chunk: tokens per chunk of "torch", by default 32 on a CPU and 64 elsewhere. Source: arXiv 2412.06464, eq. 10.
     """
     heads, key, value = q_BTHK.shape[2], q_BTHK.shape[3], v_BTHV.shape[3]
     path = resolve_backend(backend, q_BTHK.device, heads=heads, key=key, value=value, dtype=q_BTHK.dtype)
-    inputs = (q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH)
+    inputs = RuleInputs(q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH)
     scale = key**-0.5 if scale is None else scale
     if path == "reference":
-        return recurrent_gated_delta_rule(*inputs, seq=seq, initial_state_BHKV=initial_state_BHKV, scale=scale)
+        return recurrent_gated_delta_rule(inputs, initial_state_BHKV, seq, scale=scale)
     if path == "fla":
-        return fla_gated_delta_rule(*inputs, seq=seq, initial_state_BHKV=initial_state_BHKV, scale=scale)
-    chunk = chunk or (32 if q_BTHK.device.type == "cpu" else 64)
-    return chunked_gated_delta_rule(
-        *inputs, seq=seq, initial_state_BHKV=initial_state_BHKV, scale=scale, chunk=min(chunk, q_BTHK.shape[1])
-    )
+        return fla_gated_delta_rule(inputs, initial_state_BHKV, seq, scale=scale)
+    chunk = min(chunk or (32 if q_BTHK.device.type == "cpu" else 64), q_BTHK.shape[1])
+    return chunked_gated_delta_rule(inputs, initial_state_BHKV, seq, scale=scale, chunk=chunk)

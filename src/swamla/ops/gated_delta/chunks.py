@@ -1,4 +1,4 @@
-"""The gated delta rule of a stretch of chunks, forward and backward. Names and shapes are those of cpu.py."""
+"""The gated delta rule on N consecutive chunks, forward and backward. Symbols and shapes: see cpu.py."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 class ChunkMasks(NamedTuple):
-    """Which document each token of a chunk shares with what it could read from; zeros and ones, equal for all heads.
+    """Document masks of each chunk: zeros and ones, shared by all heads.
 
-    same_NB1CC: a token (row) and one not after it (column) share a document.
-    reads_NB1C1: a token's document is that of the state carried into its chunk.
-    writes_NB1C1: it is that of the state carried out.
-    keeps_NB111: those two are the same.
+    same_NB1CC: token t (row) and token s <= t (column) are in the same document.
+    reads_NB1C1: a token is in the document of the state carried into its chunk.
+    writes_NB1C1: a token is in the document of the state carried out of its chunk.
+    keeps_NB111: the states carried in and out are of the same document.
     """
 
     same_NB1CC: Tensor
@@ -24,29 +24,30 @@ class ChunkMasks(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunks:
-    """Everything about the chunks that does not depend on the state."""
+    """The chunks' inputs and all products of them that do not depend on the state."""
 
     q_NXCK: Tensor
     k_NXCK: Tensor
     v_NXCV: Tensor
     beta_NXC1: Tensor
     decay_NXCC: Tensor  # D
-    read_NXC1: Tensor  # weight of the carried state in what a token reads
-    write_NXC1: Tensor  # weight of a token's write in the state carried out
-    keep_NX11: Tensor  # weight of the state carried in, in the state carried out
+    read_NXC1: Tensor  # e^{G_t}: factor of the carried-in state when token t reads it
+    write_NXC1: Tensor  # e^{G_C - G_s}: factor of token s's write in the carried-out state
+    keep_NX11: Tensor  # e^{G_C}: factor of the carried-in state in the carried-out state
     qk_NXCC: Tensor  # Q K'
     kk_NXCC: Tensor  # K K'
     attend_NXCC: Tensor  # Q K' . D
     solve_NXCC: Tensor  # (I + diag(beta) tril(K K' . D, -1))^-1
+    masks: ChunkMasks | None
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the large products are computed."""
+        """The dtype of the large products."""
         return self.q_NXCK.dtype
 
 
 def prepare(inputs_NXCD: list[Tensor], masks: ChunkMasks | None, chunk: int) -> Chunks:
-    """Out of q, k, v, log alpha and beta, in this order."""
+    """The `Chunks` of q, k, v, log alpha and beta (in this order), each (N, X, C, D)."""
     q_NXCK, k_NXCK, v_NXCV, log_alpha_NXC1, beta_NXC1 = inputs_NXCD
     decay_NXCC, read_NXC1, write_NXC1, keep_NX11 = _decays(log_alpha_NXC1, masks)
     qk_NXCC, kk_NXCC = q_NXCK @ k_NXCK.mT, k_NXCK @ k_NXCK.mT
@@ -68,12 +69,13 @@ def prepare(inputs_NXCD: list[Tensor], masks: ChunkMasks | None, chunk: int) -> 
         kk_NXCC,
         (qk_NXCC * decay_NXCC).to(q_NXCK.dtype),
         solve_NXCC,
+        masks,
     )
 
 
 def _decays(log_alpha_NXC1: Tensor, masks: ChunkMasks | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """D (N, X, C, C), the read and write weights (N, X, C, 1) and the keep weight (N, X, 1, 1)."""
-    # In double: a difference of two large sums would lose the small gates that lie between two forgetful tokens.
+    """D (N, X, C, C), the factors of reads and writes (N, X, C, 1) and of the kept state (N, X, 1, 1)."""
+    # In fp64: the difference of two large sums in fp32 would lose small gates between two strongly decaying tokens.
     total_NXC1 = log_alpha_NXC1.double().cumsum(dim=2)
     dtype = log_alpha_NXC1.dtype
     decay_NXCC = (total_NXC1 - total_NXC1.mT).to(dtype).exp_().tril_()
@@ -92,12 +94,12 @@ def _decays(log_alpha_NXC1: Tensor, masks: ChunkMasks | None) -> tuple[Tensor, T
 
 
 def _within_document(weight: Tensor, same: Tensor) -> Tensor:
-    """Weights (N, X, …) times a mask (N, B, 1, …)."""
+    """Factors (N, X, …) times a mask (N, B, 1, …)."""
     return (weight.unflatten(1, (same.shape[1], -1)) * same).flatten(1, 2)
 
 
 def run_states(chunks: Chunks, initial_XKV: Tensor) -> tuple[Tensor, Tensor]:
-    """u of every chunk (N, X, C, V), and the states (N + 1, X, K, V) between them, the final one last."""
+    """u of every chunk (N, X, C, V), and the states (N + 1, X, K, V) before each chunk and after the last."""
     solve_beta_NXCC = chunks.solve_NXCC * chunks.beta_NXC1.mT
     u_NXCV = _matmul(solve_beta_NXCC, chunks.v_NXCV, chunks.dtype).to(initial_XKV.dtype)
     lost_NXCK, written_NXCK = _state_operators(chunks)
@@ -111,20 +113,20 @@ def run_states(chunks: Chunks, initial_XKV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _state_operators(chunks: Chunks) -> tuple[Tensor, Tensor]:
-    """What u loses per unit of carried state, and the keys under which u is written: both (N, X, C, K)."""
+    """W and the written keys, both (N, X, C, K): u = U - W S, and S' = e^{G_C} S + (written keys)' u."""
     solve_read_NXCC = chunks.solve_NXCC * (chunks.beta_NXC1 * chunks.read_NXC1).mT
     lost_NXCK = _matmul(solve_read_NXCC, chunks.k_NXCK, chunks.dtype)
     return lost_NXCK.to(solve_read_NXCC.dtype), chunks.k_NXCK * chunks.write_NXC1
 
 
 def outputs(chunks: Chunks, u_NXCV: Tensor, state_NXKV: Tensor) -> Tensor:
-    """What the queries read (N, X, C, V), not scaled yet."""
+    """Outputs (N, X, C, V) before the factor `scale`."""
     from_state_NXCV = _matmul(chunks.q_NXCK, state_NXKV[:-1], chunks.dtype) * chunks.read_NXC1
     return from_state_NXCV.add_(_matmul(chunks.attend_NXCC, u_NXCV, chunks.dtype))
 
 
 def run_states_backward(chunks: Chunks, do_NXCV: Tensor, d_final_XKV: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of u (N, X, C, V) and of the states between the chunks (N + 1, X, K, V)."""
+    """Gradients of u (N, X, C, V) and of the states (N + 1, X, K, V), given those of outputs and final state."""
     lost_NXCK, written_NXCK = _state_operators(chunks)
     d_u_NXCV = _matmul(chunks.attend_NXCC.mT, do_NXCV, chunks.dtype).to(d_final_XKV.dtype)
     d_state_NXKV = d_final_XKV.new_empty(d_u_NXCV.shape[0] + 1, *d_final_XKV.shape)
@@ -138,21 +140,15 @@ def run_states_backward(chunks: Chunks, do_NXCV: Tensor, d_final_XKV: Tensor) ->
 
 
 def gradients(
-    chunks: Chunks,
-    u_NXCV: Tensor,
-    state_NXKV: Tensor,
-    do_NXCV: Tensor,
-    d_u_NXCV: Tensor,
-    d_state_NXKV: Tensor,
-    masks: ChunkMasks | None,
+    chunks: Chunks, u_NXCV: Tensor, state_NXKV: Tensor, do_NXCV: Tensor, d_u_NXCV: Tensor, d_state_NXKV: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k (N, X, C, K), v (N, X, C, V), log alpha and beta (N, X, C, 1), all chunks at once."""
+    """Gradients of q, k (N, X, C, K), v (N, X, C, V), log alpha and beta (N, X, C, 1), for all chunks at once."""
     dtype, q_NXCK, k_NXCK = chunks.dtype, chunks.q_NXCK, chunks.k_NXCK
     d_error_NXCV = _matmul(chunks.solve_NXCC.mT, d_u_NXCV, dtype)
     low_u, low_state = u_NXCV.to(dtype), state_NXKV[:-1].to(dtype)
 
     def d_reader(d_read_NXCV: Tensor, diagonal: int) -> tuple[Tensor, Tensor]:
-        """From the gradient of what was read, those of the scores and, through the carried state, of what reads it."""
+        """From the gradient of what queries or keys read: gradients of their scores, and of them through the state."""
         d_read_NXCV = d_read_NXCV.to(dtype)
         d_scores_NXCC = (d_read_NXCV @ low_u.mT * chunks.decay_NXCC).tril_(diagonal)
         return d_scores_NXCC, d_read_NXCV @ low_state.mT * chunks.read_NXC1
@@ -171,21 +167,21 @@ def gradients(
     d_written_NXCK += _matmul(d_attend_NXCC.mT, q_NXCK, dtype)
     d_written_NXCK += _matmul(d_predict_NXCC.mT, k_NXCK, dtype)
 
-    # Every e^{G_t} multiplies what a query or a key reads, every e^{-G_s} what a key writes. Scores count on both sides
-    # and come from one matrix: two products, each rounded, would differ by more than the gradient where a head forgets.
-    # A token's own score does not decay: no diagonal.
+    # e^{G_t} is a factor of what token t reads, e^{-G_s} of what token s writes, so dG = reads - writes. A score D_ts
+    # contributes to both; both contributions are sums of one matrix, because two separately rounded products would
+    # differ by more than the gradient where a head decays fast. D_tt = 1 does not depend on G: no diagonal.
     pair_NXCC = torch.addcmul(d_attend_NXCC * chunks.qk_NXCC, d_predict_NXCC, chunks.kk_NXCC)
     pair_NXCC.diagonal(dim1=-2, dim2=-1).zero_()
     d_total_NXC = (read_NXC - written_NXC).add_(pair_NXCC.sum(-1)).sub_(pair_NXCC.sum(-2))
     d_kept_NX = (state_NXKV[:-1] * d_state_NXKV[1:]).sum((-2, -1)) * chunks.keep_NX11[..., 0, 0]
     d_total_NXC[..., -1] += written_NXC.sum(-1) + d_kept_NX
-    d_log_alpha_NXC = _sum_of_later(d_total_NXC, masks)
+    d_log_alpha_NXC = _sum_of_later(d_total_NXC, chunks.masks)
     d_k_NXCK, d_v_NXCV = d_key_NXCK.add_(d_written_NXCK), d_error_NXCV * chunks.beta_NXC1
     return d_q_NXCK, d_k_NXCK, d_v_NXCV, d_log_alpha_NXC[..., None], d_beta_NXC[..., None]
 
 
 def _sum_of_later(x_NXC: Tensor, masks: ChunkMasks | None) -> Tensor:
-    """For each token, the sum of x over itself and the later tokens of its chunk and document."""
+    """For each token, the sum of x over itself and later tokens of the same chunk and document."""
     if masks is None:
         return x_NXC.flip(-1).cumsum(-1).flip(-1)
     # A cumulative sum would carry the rounding errors of one document into those before it.

@@ -3,20 +3,21 @@
 Inside a chunk, with G the running sum of log alpha and D_ts = exp(G_t - G_s) for s <= t, the recurrence is linear
 attention whose values `u` solve a unit-triangular system (arXiv 2406.06484; with the gate, 2412.06464):
 
-    u = beta (v - p),   p_t = sum_{s<t} D_ts (k_t.k_s) u_s + e^{G_t} k_t S      what the state predicts for key t
-    o_t             = sum_{s<=t} D_ts (q_t.k_s) u_s + e^{G_t} q_t S             what it answers to query t
+    u = beta (v - p),   p_t = sum_{s<t} D_ts (k_t.k_s) u_s + e^{G_t} k_t S      the state's prediction for key t
+    o_t             = sum_{s<=t} D_ts (q_t.k_s) u_s + e^{G_t} q_t S             the output for query t
     S'              = e^{G_C} S + sum_s e^{G_C - G_s} k_s u_s
 
-Queries and keys read in the same way, and so do their gradients. Only S runs sequentially over the chunks.
+Queries and keys read the state by the same formula, so their gradients share code. Only S is sequential over chunks.
 
-Documents that share a chunk are kept apart by weights of zero, which a NaN passes. So where one turns up in packed rows
-on a CPU, every document is computed alone; on an accelerator, which would have to be asked, it spreads over its row.
+Weights of zero separate documents that share a chunk, but 0 * NaN is NaN. On a CPU, a NaN or infinity in packed rows
+therefore leads to a second computation, one document at a time. On an accelerator the check would be a device
+synchronisation, so there a NaN reaches the other documents of its row.
 
-Shapes: N chunks, X = B*H, C tokens a chunk.
+Shapes: N chunks, X = B*H, C tokens per chunk.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -27,33 +28,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swamla.ops.gated_delta.chunks import ChunkMasks, gradients, outputs, prepare, run_states, run_states_backward
+from swamla.ops.gated_delta.reference import RuleInputs
 from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import PADDING, Layout
 
-# On a CPU a segment has about this many rows of q (tokens x heads), so that all its passes run in cache.
+# Rows of q (tokens x heads) in a segment on a CPU: its tensors then fit the cache.
 CPU_ROWS = 4096
 
 
 @outside_graphs
 def chunked_gated_delta_rule(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
-    log_alpha_BTH: Tensor,
-    beta_BTH: Tensor,
-    *,
-    seq: Layout | None,
-    initial_state_BHKV: Tensor | None,
-    scale: float,
-    chunk: int,
+    inputs: RuleInputs, initial_state_BHKV: Tensor | None, seq: Layout | None, *, scale: float, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """Outputs (B, T, H, V) in q's dtype and the final state (B, H, K, V) in fp32, or in double for double inputs.
+    """Outputs (B, T, H, V) in q's dtype and the final state (B, H, K, V) in fp32 (fp64 for fp64 inputs).
 
-    State, gates and the triangular solve are in the state's dtype; with bf16 q, k, v the large batched matmuls are in
+    State, gates and the triangular solve are in the state's dtype. With bf16 q, k, v the large batched matmuls are in
     bf16.
     """
     documents = documents_of(seq, chunk)
-    dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
+    dtype = torch.promote_types(inputs.q_BTHK.dtype, torch.float32)
+    q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH = inputs
     log_alpha_BTH, beta_BTH = log_alpha_BTH.to(dtype), beta_BTH.to(dtype)
     if documents.padding_BT is not None:
         padding_BT1 = documents.padding_BT[..., None]
@@ -64,15 +58,17 @@ def chunked_gated_delta_rule(
     if initial_state_BHKV is None:
         batch, _, heads, key_width = q_BTHK.shape
         initial_state_BHKV = beta_BTH.new_zeros(batch, heads, key_width, v_BTHV.shape[-1])
-    inputs = (q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH, initial_state_BHKV.to(dtype))
-    return _ChunkedGatedDeltaRule.apply(*inputs, documents, scale, chunk)
+    rule = Rule(documents, scale, chunk)
+    return _ChunkedGatedDeltaRule.apply(
+        q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH, initial_state_BHKV.to(dtype), rule
+    )
 
 
 @dataclass(frozen=True)
 class Documents:
-    """What the rule needs to know about documents, made once per forward pass for all layers.
+    """Document tables of the rule, built once per forward pass for all layers.
 
-    padding_BT: None when there can be none.  restart_BT and masks: None when each row is one document.
+    padding_BT: None for rows without padding.  restart_BT and masks: None when each row is one document.
     """
 
     padding_BT: Tensor | None
@@ -81,12 +77,12 @@ class Documents:
     document_BT: Tensor | None
 
     def would_mix(self, result: Tensor) -> bool:
-        """Whether a NaN or an infinity of one document (or of padding) may have reached others that share its row."""
+        """Whether a NaN or infinity of one document, or of padding, may have reached other documents of its row."""
         packed = self.masks is not None or self.padding_BT is not None
         return packed and result.device.type == "cpu" and not bool(result.sum().isfinite())
 
     def spans(self) -> list[tuple[slice, slice]]:
-        """The row, as a slice, and the tokens of every document; of padding none."""
+        """The row (as a slice of one) and the tokens of every document, without padding."""
         assert self.document_BT is not None
         found = []
         for row, ids in enumerate(self.document_BT.tolist()):
@@ -99,10 +95,22 @@ class Documents:
         return found
 
 
+@dataclass(frozen=True)
+class Rule:
+    """The settings of a call: document tables, the factor of the outputs, tokens per chunk."""
+
+    documents: Documents
+    scale: float
+    chunk: int
+
+
+NO_DOCUMENTS = Documents(None, None, None, None)
+
+
 def documents_of(seq: Layout | None, chunk: int) -> Documents:
-    """The document tables of `seq` for one chunk length, shared through the layout by all layers."""
+    """The document tables of `seq` for one chunk length, shared by all layers."""
     if seq is None:
-        return Documents(None, None, None, None)
+        return NO_DOCUMENTS
     return seq.table(("gated_delta", chunk), partial(_make, seq, chunk))
 
 
@@ -113,12 +121,12 @@ def _make(seq: Layout, chunk: int) -> Documents:
         return Documents(padding, None, None, seq.document_BT)
     restart_BT = torch.zeros_like(padding_BT)
     restart_BT[:, 1:] = (seq.document_BT[:, 1:] != seq.document_BT[:, :-1]) & ~padding_BT[:, 1:]
-    # Padding counts as the tail of what precedes it: it neither decays nor writes, so the state passes through.
+    # Padding counts as the end of the document before it: it neither decays nor writes, so the state is unchanged.
     return Documents(padding, restart_BT, _masks(restart_BT.cumsum(dim=1), chunk), seq.document_BT)
 
 
 def _masks(ordinal_BT: Tensor, chunk: int) -> ChunkMasks:
-    """Masks from the running number of each token's document inside its row."""
+    """Masks from each token's document number inside its row."""
     batch, time = ordinal_BT.shape
     padded_BT = F.pad(ordinal_BT[:, None].float(), (0, -time % chunk), mode="replicate")[:, 0]
     ordinal_NBC = padded_BT.view(batch, -1, chunk).transpose(0, 1)
@@ -133,7 +141,7 @@ def _masks(ordinal_BT: Tensor, chunk: int) -> ChunkMasks:
 
 
 class _ChunkedGatedDeltaRule(torch.autograd.Function):
-    """Keeps its inputs and the states between segments; the backward pass recomputes the rest, segment by segment."""
+    """Saves the inputs and the states between segments. The backward pass recomputes everything else per segment."""
 
     @staticmethod
     def forward(
@@ -143,138 +151,122 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
         v_BTHV: Tensor,
         log_alpha_BTH: Tensor,
         beta_BTH: Tensor,
-        initial_state_BHKV: Tensor,
-        documents: Documents,
-        scale: float,
-        chunk: int,
+        initial_BHKV: Tensor,
+        rule: Rule,
     ) -> tuple[Tensor, Tensor]:
         inputs = (q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH[..., None], beta_BTH[..., None])
-        ctx.documents, ctx.scale, ctx.chunk = documents, scale, chunk
+        ctx.rule = rule
         with torch.autocast(q_BTHK.device.type, enabled=False):
-            o_BTHV, final_BHKV, states = _forward(inputs, initial_state_BHKV, documents.masks, scale, chunk)
-            if documents.would_mix(o_BTHV):
-                o_BTHV, final_BHKV = _forward_alone(inputs, initial_state_BHKV, documents, scale, chunk)
-        ctx.save_for_backward(*inputs, initial_state_BHKV, torch.stack(states))
+            o_BTHV, final_BHKV, states = _forward(inputs, initial_BHKV, rule)
+            if rule.documents.would_mix(o_BTHV):
+                o_BTHV, final_BHKV = _forward_by_document(inputs, initial_BHKV, rule)
+        ctx.save_for_backward(*inputs, initial_BHKV, torch.stack(states))
         return o_BTHV, final_BHKV
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do_BTHV: Tensor, d_final_BHKV: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, initial_BHKV, states_SXKV = ctx.saved_tensors
-        documents, scale, chunk = ctx.documents, ctx.scale, ctx.chunk
+        rule: Rule = ctx.rule
         with torch.autocast(do_BTHV.device.type, enabled=False):
-            found = _backward(inputs, states_SXKV, do_BTHV, d_final_BHKV, documents.masks, scale, chunk)
-            if documents.would_mix(found[1]):
-                found = _backward_alone(inputs, initial_BHKV, do_BTHV, d_final_BHKV, documents, scale, chunk)
+            found = _backward(inputs, states_SXKV, do_BTHV, d_final_BHKV, rule)
+            if rule.documents.would_mix(found[1]):
+                found = _backward_by_document(inputs, initial_BHKV, do_BTHV, d_final_BHKV, rule)
         d_q, d_k, d_v, d_log_alpha, d_beta, d_initial = found
-        return d_q, d_k, d_v, d_log_alpha[..., 0], d_beta[..., 0], d_initial, None, None, None
+        return d_q, d_k, d_v, d_log_alpha[..., 0], d_beta[..., 0], d_initial, None
 
 
-def _forward(
-    inputs: Sequence[Tensor], initial_BHKV: Tensor, masks: ChunkMasks | None, scale: float, chunk: int
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _forward(inputs: Sequence[Tensor], initial_BHKV: Tensor, rule: Rule) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Outputs, the final state, and the states (B*H, K, V) before each segment."""
     q_BTHK, _, v_BTHV, *_ = inputs
     o_BTHV = torch.empty_like(v_BTHV, dtype=q_BTHK.dtype, memory_format=torch.contiguous_format)
     carried_XKV, states = initial_BHKV.flatten(0, 1), []
-    for segment in _segments(q_BTHK, chunk):
+    for segment in _segments(q_BTHK, rule.chunk):
         states.append(carried_XKV)
-        chunks = prepare(_part(inputs, segment, chunk), _part_masks(masks, segment), chunk)
+        chunks = prepare(_to_chunks(inputs, segment, rule.chunk), _masks_of(rule, segment), rule.chunk)
         u_NXCV, state_NXKV = run_states(chunks, carried_XKV)
-        _from_chunks(outputs(chunks, u_NXCV, state_NXKV) * scale, o_BTHV, segment)
+        _from_chunks(outputs(chunks, u_NXCV, state_NXKV) * rule.scale, o_BTHV, segment)
         carried_XKV = state_NXKV[-1]
     return o_BTHV, carried_XKV.unflatten(0, initial_BHKV.shape[:2]).clone(), states
 
 
 def _backward(
-    inputs: Sequence[Tensor],
-    states: Sequence[Tensor] | Tensor,
-    do_BTHV: Tensor,
-    d_final_BHKV: Tensor,
-    masks: ChunkMasks | None,
-    scale: float,
-    chunk: int,
+    inputs: Sequence[Tensor], states: Sequence[Tensor] | Tensor, do_BTHV: Tensor, d_final_BHKV: Tensor, rule: Rule
 ) -> list[Tensor]:
     """Gradients of the inputs and of the initial state."""
     found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
     d_carried_XKV = d_final_BHKV.flatten(0, 1)
-    segments = _segments(inputs[0], chunk)
+    segments = _segments(inputs[0], rule.chunk)
     for segment, carried_XKV in zip(reversed(segments), reversed([*states]), strict=True):
-        part_masks = _part_masks(masks, segment)
-        chunks = prepare(_part(inputs, segment, chunk), part_masks, chunk)
+        chunks = prepare(_to_chunks(inputs, segment, rule.chunk), _masks_of(rule, segment), rule.chunk)
         u_NXCV, state_NXKV = run_states(chunks, carried_XKV)
-        do_NXCV = _part([do_BTHV], segment, chunk)[0] * scale
+        do_NXCV = _to_chunks([do_BTHV], segment, rule.chunk)[0] * rule.scale
         d_u_NXCV, d_state_NXKV = run_states_backward(chunks, do_NXCV, d_carried_XKV)
-        parts = gradients(chunks, u_NXCV, state_NXKV, do_NXCV, d_u_NXCV, d_state_NXKV, part_masks)
-        for gradient, part in zip(found, parts, strict=True):
-            _from_chunks(part, gradient, segment)
+        chunk_gradients = gradients(chunks, u_NXCV, state_NXKV, do_NXCV, d_u_NXCV, d_state_NXKV)
+        for gradient, of_chunks in zip(found, chunk_gradients, strict=True):
+            _from_chunks(of_chunks, gradient, segment)
         d_carried_XKV = d_state_NXKV[0]
     return [*found, d_carried_XKV.unflatten(0, d_final_BHKV.shape[:2])]
 
 
-def _forward_alone(
-    inputs: Sequence[Tensor], initial_BHKV: Tensor, documents: Documents, scale: float, chunk: int
-) -> tuple[Tensor, Tensor]:
-    """`_forward`, one document after the other."""
+def _forward_by_document(inputs: Sequence[Tensor], initial_BHKV: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """`_forward` of each document separately."""
+    alone = replace(rule, documents=NO_DOCUMENTS)
     o_BTHV, final_BHKV = torch.zeros_like(inputs[2], dtype=inputs[0].dtype), initial_BHKV.clone()
-    for row, tokens in documents.spans():
+    for row, tokens in rule.documents.spans():
         before_BHKV = initial_BHKV[row] if tokens.start == 0 else torch.zeros_like(initial_BHKV[row])
-        alone = [x[row, tokens] for x in inputs]
-        o_BTHV[row, tokens], final_BHKV[row], _ = _forward(alone, before_BHKV, None, scale, chunk)
+        document = [x[row, tokens] for x in inputs]
+        o_BTHV[row, tokens], final_BHKV[row], _ = _forward(document, before_BHKV, alone)
     return o_BTHV, final_BHKV
 
 
-def _backward_alone(
-    inputs: Sequence[Tensor],
-    initial_BHKV: Tensor,
-    do_BTHV: Tensor,
-    d_final_BHKV: Tensor,
-    documents: Documents,
-    scale: float,
-    chunk: int,
+def _backward_by_document(
+    inputs: Sequence[Tensor], initial_BHKV: Tensor, do_BTHV: Tensor, d_final_BHKV: Tensor, rule: Rule
 ) -> list[Tensor]:
-    """`_backward`, one document after the other, the last of a row first: it alone sees the row's final state."""
+    """`_backward` of each document separately, a row's last document first: only it reaches the final state."""
+    alone = replace(rule, documents=NO_DOCUMENTS)
     found = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
     d_carried_BHKV = d_final_BHKV.clone()
-    for row, tokens in reversed(documents.spans()):
+    for row, tokens in reversed(rule.documents.spans()):
         before_BHKV = initial_BHKV[row] if tokens.start == 0 else torch.zeros_like(initial_BHKV[row])
-        alone = [x[row, tokens] for x in inputs]
-        *_, states = _forward(alone, before_BHKV, None, scale, chunk)
-        *parts, d_before_BHKV = _backward(alone, states, do_BTHV[row, tokens], d_carried_BHKV[row], None, scale, chunk)
-        for gradient, part in zip(found, parts, strict=True):
-            gradient[row, tokens] = part
+        document = [x[row, tokens] for x in inputs]
+        *_, states = _forward(document, before_BHKV, alone)
+        *d_document, d_before_BHKV = _backward(document, states, do_BTHV[row, tokens], d_carried_BHKV[row], alone)
+        for gradient, of_document in zip(found, d_document, strict=True):
+            gradient[row, tokens] = of_document
         d_carried_BHKV[row] = d_before_BHKV if tokens.start == 0 else 0
     return [*found, d_carried_BHKV]
 
 
 def _segments(q_BTHK: Tensor, chunk: int) -> list[slice]:
-    """Runs of chunks that are computed at once: all on an accelerator, as many as fit into cache on a CPU."""
+    """Ranges of chunks that are computed together: all chunks on an accelerator, as many as fit the cache on a CPU."""
     batch, time, heads, _ = q_BTHK.shape
     n_chunks = -(-time // chunk)
     size = max(1, CPU_ROWS // (batch * heads * chunk)) if q_BTHK.device.type == "cpu" else n_chunks
     return [slice(n, min(n + size, n_chunks)) for n in range(0, n_chunks, size)]
 
 
-def _part(inputs: Sequence[Tensor], segment: slice, chunk: int) -> list[Tensor]:
-    """The segment's chunks of each (B, T, H, D): (N, B*H, C, D), contiguous.
+def _to_chunks(inputs: Sequence[Tensor], segment: slice, chunk: int) -> list[Tensor]:
+    """The segment's chunks (N, B*H, C, D), contiguous, of each input (B, T, H, D).
 
-    Zeros follow the end of the row: tokens that neither decay nor write.
+    The last chunk is padded with zeros, which are tokens that neither decay nor write.
     """
-    parts = []
+    chunked = []
     for x_BTHD in inputs:
-        part_BTHD = x_BTHD[:, segment.start * chunk : segment.stop * chunk]
-        part_BTHD = F.pad(part_BTHD, (0, 0, 0, 0, 0, -part_BTHD.shape[1] % chunk))
-        parts.append(part_BTHD.unflatten(1, (-1, chunk)).permute(1, 0, 3, 2, 4).flatten(1, 2).contiguous())
-    return parts
+        x_BTHD = x_BTHD[:, segment.start * chunk : segment.stop * chunk]
+        x_BTHD = F.pad(x_BTHD, (0, 0, 0, 0, 0, -x_BTHD.shape[1] % chunk))
+        chunked.append(x_BTHD.unflatten(1, (-1, chunk)).permute(1, 0, 3, 2, 4).flatten(1, 2).contiguous())
+    return chunked
 
 
-def _part_masks(masks: ChunkMasks | None, segment: slice) -> ChunkMasks | None:
+def _masks_of(rule: Rule, segment: slice) -> ChunkMasks | None:
+    masks = rule.documents.masks
     return None if masks is None else ChunkMasks(*(mask[segment] for mask in masks))
 
 
 def _from_chunks(x_NXCD: Tensor, target_BTHD: Tensor, segment: slice) -> None:
-    """Write chunks (N, B*H, C, D) to where their segment lies in (B, T, H, D)."""
+    """Write the segment's chunks (N, B*H, C, D) into (B, T, H, D): the inverse of `_to_chunks`."""
     batch, chunk = target_BTHD.shape[0], x_NXCD.shape[2]
-    part_BTHD = target_BTHD[:, segment.start * chunk : segment.stop * chunk]
+    target_BTHD = target_BTHD[:, segment.start * chunk : segment.stop * chunk]
     x_BNCHD = x_NXCD.unflatten(1, (batch, -1)).permute(1, 0, 3, 2, 4)
-    part_BTHD.copy_(x_BNCHD.flatten(1, 2)[:, : part_BTHD.shape[1]])
+    target_BTHD.copy_(x_BNCHD.flatten(1, 2)[:, : target_BTHD.shape[1]])

@@ -1,7 +1,7 @@
-"""The gated delta rule by flash-linear-attention's Triton kernels, as ops that a graph of torch.compile can hold.
+"""The gated delta rule by flash-linear-attention's Triton kernels, as custom ops that torch.compile can trace.
 
-The op knows flash-linear-attention by its public function alone, which keeps what its backward pass needs out of
-reach: the backward pass computes the forward pass again. Not measured on GPU.
+The ops call only flash-linear-attention's public function, which does not expose the tensors that its backward pass
+needs. So the backward op runs the forward kernels again. Not measured on GPU.
 """
 
 import re
@@ -17,21 +17,23 @@ from torch import Tensor
 
 from swamla.errors import is_out_of_memory
 from swamla.ops.gated_delta.cpu import chunked_gated_delta_rule
+from swamla.ops.gated_delta.reference import RuleInputs
 from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import PADDING, Layout
 
-WIDEST = 256  # key heads that its kernels take
-OLDEST = (0, 6)  # of flash-linear-attention: versions before refuse Hopper with every Triton since 3.4
-WRONG_FROM, RIGHT_FROM = (3, 4), (3, 7, 1)  # Triton, whose Hopper code gives wrong gradients for a block of 64 keys
-PROBE_ROWS, PROBE_LENGTH = 8, 2048  # a training step's: Triton's tuning is by widths alone and keeps the first shape's
-PROBE_TOLERANCE = 0.05  # ‖found − expected‖ / ‖expected‖ in bf16; what is wrong is wrong by half
+WIDEST = 256  # the largest key width that its kernels support
+OLDEST = (0, 6)  # of flash-linear-attention: older versions refuse Hopper with Triton >= 3.4
+WRONG_FROM, RIGHT_FROM = (3, 4), (3, 7, 1)  # Triton versions with wrong gradients on Hopper for blocks of 64 keys
+# The size of a training step: Triton autotunes per head widths only, and keeps the choice made for the first shape.
+PROBE_ROWS, PROBE_LENGTH = 8, 2048
+PROBE_TOLERANCE = 0.05  # ‖found − expected‖ / ‖expected‖ in bf16; wrong kernels were off by 0.5
 
 
 class Packing(NamedTuple):
-    """Where the N documents of B packed rows begin and end; padding counts as documents.
+    """Bounds of the N documents of B packed rows; padding counts as documents.
 
-    bounds_M: the first token of each document in the B·T, and the end: N + 1 numbers; on the device and on the host.
-    first_B, last_B: each row's first document, and its last that is not padding.
+    bounds_M: each document's first index in the flattened B·T tokens, then B·T: M = N + 1 numbers (`cu_seqlens`).
+    host_bounds_M: the same on the CPU.  first_B, last_B: each row's first document, and its last one without padding.
     """
 
     bounds_M: Tensor
@@ -41,41 +43,36 @@ class Packing(NamedTuple):
 
 
 def fla_gated_delta_rule(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
-    log_alpha_BTH: Tensor,
-    beta_BTH: Tensor,
-    *,
-    seq: Layout | None,
-    initial_state_BHKV: Tensor | None,
-    scale: float,
+    inputs: RuleInputs, initial_state_BHKV: Tensor | None, seq: Layout | None, *, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Outputs (B, T, H, V) in q's dtype and the final state (B, H, K, V) in fp32; q, k and v in 16 bits."""
+    q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH = inputs
     log_alpha_BTH, beta_BTH = log_alpha_BTH.float(), beta_BTH.float()
     if seq is not None and seq.padded:
         padding_BT1 = (seq.document_BT == PADDING)[..., None]
         q_BTHK = q_BTHK.masked_fill(padding_BT1[..., None], 0)
         log_alpha_BTH, beta_BTH = log_alpha_BTH.masked_fill(padding_BT1, 0), beta_BTH.masked_fill(padding_BT1, 0)
-    packing = (None,) * 4 if seq is None or seq.whole_rows else made_packing(seq)
+    packing = (None,) * 4 if seq is None or seq.whole_rows else packing_of(seq)
     initial = None if initial_state_BHKV is None else initial_state_BHKV.float()
-    same = (x.to(q_BTHK.dtype) for x in (k_BTHK, v_BTHV))
-    return torch.ops.swamla.fla_gated_delta_rule(q_BTHK, *same, log_alpha_BTH, beta_BTH, initial, *packing, scale)
-
-
-def made_packing(seq: Layout) -> Packing:
-    """The layout's `Packing`, made at its first use; made eagerly, it ends no graph."""
-    made = seq.made("fla")
-    return _make_packing(seq) if made is None else made
-
-
-@outside_graphs
-def _make_packing(seq: Layout) -> Packing:
-    return seq.table("fla", partial(packing_of, seq))
+    k_BTHK, v_BTHV = k_BTHK.to(q_BTHK.dtype), v_BTHV.to(q_BTHK.dtype)
+    return torch.ops.swamla.fla_gated_delta_rule(
+        q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH, initial, *packing, scale
+    )
 
 
 def packing_of(seq: Layout) -> Packing:
-    """Of the layout's runs, which the host knows."""
+    """The layout's `Packing`, built at its first use. If it was built eagerly, a compiled graph does not break here."""
+    made = seq.made("fla")
+    return _build_packing(seq) if made is None else made
+
+
+@outside_graphs
+def _build_packing(seq: Layout) -> Packing:
+    return seq.table("fla", partial(_packing, seq))
+
+
+def _packing(seq: Layout) -> Packing:
+    # From `seq.runs`, which is on the host: no device synchronisation.
     (batch, time), device = seq.shape, seq.document_BT.device
     lengths = torch.tensor([length for count, length in seq.runs for _ in range(count)])
     host_bounds_M = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
@@ -85,16 +82,16 @@ def packing_of(seq: Layout) -> Packing:
     row_N, index_N = begin_N // time, torch.arange(len(lengths), device=device)
     real_N = torch.where(seq.document_BT.flatten()[begin_N] == PADDING, first_B[row_N], index_N)
     last_B = first_B.scatter_reduce(0, row_N, real_N, "amax")
-    for bounds in (bounds_M, host_bounds_M):  # of another length in every batch: one graph for all
+    for bounds in (bounds_M, host_bounds_M):  # their length differs between batches: compile once for all lengths
         torch._dynamo.maybe_mark_dynamic(bounds, 0)
     return Packing(bounds_M, host_bounds_M, first_B, last_B)
 
 
 def obstacle(device: torch.device, heads: int, key: int, value: int) -> str | None:
-    """Why these heads cannot be computed on `device`, to follow the word "fla"; None where they can.
+    """Why "fla" cannot compute these heads on `device`, as the rest of a sentence that begins with "fla"; else None.
 
-    Tries the kernels once at the size of a training step, and compares outputs and gradients with the backend "torch";
-    again the next time where there was no memory for it. Asked eagerly, it ends no graph.
+    Runs the kernels once at the size of a training step and compares outputs and gradients with the backend "torch".
+    The answer is cached, unless memory ran out. If it was asked eagerly, a compiled graph does not break here.
     """
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
@@ -102,7 +99,7 @@ def obstacle(device: torch.device, heads: int, key: int, value: int) -> str | No
     return _OBSTACLES[asked] if asked in _OBSTACLES else _find_obstacle(*asked)
 
 
-_OBSTACLES: dict[tuple[str, int, int, int], str | None] = {}  # no `lru_cache`: the compiler traces through one
+_OBSTACLES: dict[tuple[str, int, int, int], str | None] = {}  # not `lru_cache`, through which the compiler traces
 
 
 @outside_graphs
@@ -139,26 +136,26 @@ def _obstacle(device: str, heads: int, key: int, value: int) -> str | None:
 
 
 def _lift_version_check() -> None:
-    """Let the library compute gradients on Hopper under these Tritons, which it refuses for all widths.
+    """Let the library compute gradients on Hopper under these Triton versions, which it refuses for all widths.
 
-    Only its block of 64 keys is wrong there (its issue 640); other widths take other blocks, and `_probe` decides.
+    Only its blocks of 64 keys are wrong there (its issue 640). Other widths use other blocks, and `_probe` checks them.
     """
-    with suppress(ImportError):  # a version that has moved it is tried as it is
+    with suppress(ImportError):  # a version without this module is tried as it is
         vars(import_module("fla.ops.common.chunk_o"))["TRITON_ABOVE_3_7_1"] = True
 
 
 def installed() -> bool:
-    """Whether flash-linear-attention is there."""
+    """Whether flash-linear-attention is installed."""
     return find_spec("fla") is not None
 
 
 def has_kernels(device: str) -> bool:
-    """Whether Triton computes on this device."""
+    """Whether Triton kernels run on this device."""
     return torch.device(device).type == "cuda" and torch.cuda.is_available()
 
 
 def is_hopper(device: str) -> bool:
-    """Whether the device is an H100, H200 or their kin."""
+    """Whether the device has compute capability 9.x: H100, H200 and the like."""
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
@@ -173,21 +170,22 @@ def _numbers(version_: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version_)[:3])
 
 
-@torch.inference_mode(False)  # a generation may be the first to ask
+@torch.inference_mode(False)  # generation, in inference mode, may be the first caller
 def _probe(device: str, heads: int, key: int, value: int) -> str | None:
-    """What goes wrong with whole rows or with packed ones, or None."""
+    """What fails or is wrong on whole rows or on packed rows, else None."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(heads, key), (heads, key), (heads, 2 * value), (heads,), (heads,)]
     drawn = (torch.randn(PROBE_ROWS, PROBE_LENGTH, *shape, generator=generator).to(device) for shape in shapes)
     q, k, v, alpha, beta = drawn
     q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
     q, k, v = (x.bfloat16() for x in (q, k, v))
-    inputs = [q, k, v[..., :value], -alpha.exp(), beta.sigmoid()]  # a mixer's values are part of a wider tensor, too
+    # As in the mixer, values are a slice of a wider tensor.
+    inputs = [q, k, v[..., :value], -alpha.exp(), beta.sigmoid()]
     document_BT = (torch.arange(PROBE_LENGTH) * 5 // (2 * PROBE_LENGTH)).expand(PROBE_ROWS, -1)
     packed = Layout.from_documents(document_BT).to(device)
     try:
         errors = [_probe_error(inputs, seq, key**-0.5) for seq in (None, packed)]
-    except Exception as error:  # whatever it cannot do is what the user wants to know
+    except Exception as error:  # any failure of the library becomes the reason that the user reads
         if is_out_of_memory(error):
             raise
         first_line = (str(error).splitlines() or [""])[0]
@@ -203,7 +201,7 @@ def _probe_error(inputs: list[Tensor], seq: Layout | None, scale: float) -> floa
     for compute, precise in ((fla_gated_delta_rule, False), (partial(chunked_gated_delta_rule, chunk=64), True)):
         leaves = [(x.float() if precise else x).detach().requires_grad_() for x in inputs]
         with torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):
-            o, final = compute(*leaves, seq=seq, initial_state_BHKV=None, scale=scale)
+            o, final = compute(RuleInputs(*leaves), None, seq, scale=scale)
             results.append([o, final, *torch.autograd.grad(o.float().square().sum() + final.sum(), leaves)])
     return max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(*results, strict=True))
 
@@ -227,7 +225,7 @@ def _forward(
         o_BTHV, final_BHKV = _compute(inputs, initial_BHKV, None, None, scale)
         return o_BTHV.contiguous(), final_BHKV.contiguous()
     initial_NHKV = _of_documents(initial_BHKV, first_B, len(bounds_M) - 1)
-    o_1NHV, final_NHKV = _compute([_joined(x) for x in inputs], initial_NHKV, bounds_M, host_bounds_M, scale)
+    o_1NHV, final_NHKV = _compute([_as_one_row(x) for x in inputs], initial_NHKV, bounds_M, host_bounds_M, scale)
     return o_1NHV.contiguous().view(v_BTHV.shape), final_NHKV[last_B]
 
 
@@ -247,14 +245,14 @@ def _backward(
     d_o_BTHV: Tensor | None,
     d_final_BHKV: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the five inputs and of the initial state, which is empty where there was none."""
+    """Gradients of the five inputs and of the initial state (an empty tensor without an initial state)."""
     inputs, initial = [q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH], initial_BHKV
     if bounds_M is not None and first_B is not None and last_B is not None:
-        inputs = [_joined(x) for x in inputs]
+        inputs = [_as_one_row(x) for x in inputs]
         initial = _of_documents(initial_BHKV, first_B, len(bounds_M) - 1)
-        d_o_BTHV = None if d_o_BTHV is None else _joined(d_o_BTHV)
+        d_o_BTHV = None if d_o_BTHV is None else _as_one_row(d_o_BTHV)
         d_final_BHKV = _of_documents(d_final_BHKV, last_B, len(bounds_M) - 1)
-    # Inside an op nothing is recorded but the library's own function: what it is given must be the leaves themselves.
+    # Inside a custom op autograd records only the library's own function, so its arguments must be the leaves.
     leaves = [x.detach().contiguous().requires_grad_() for x in inputs]
     start = None if initial is None else initial.detach().contiguous().requires_grad_()
     with torch.enable_grad():
@@ -279,17 +277,17 @@ def _compute(
     q, k, v, log_alpha, beta = inputs
     documents = {} if bounds is None else {"cu_seqlens": bounds, "cu_seqlens_cpu": host_bounds}
     state = {"initial_state": initial, "output_final_state": True}
-    with torch.autocast(q.device.type, enabled=False):  # backwards there is none
+    with torch.autocast(q.device.type, enabled=False):  # as in the backward pass, which runs without autocast
         return chunk_gated_delta_rule(q, k, v, g=log_alpha, beta=beta, scale=scale, **state, **documents)
 
 
-def _joined(x_BTX: Tensor) -> Tensor:
-    """All rows as one."""
+def _as_one_row(x_BTX: Tensor) -> Tensor:
+    """(B, T, …) → (1, B·T, …)."""
     return x_BTX.flatten(0, 1)[None]
 
 
 def _of_documents(x_BHKV: Tensor | None, index_B: Tensor, count: int) -> Tensor | None:
-    """One a document: the rows' at `index_B`, zeros for the others."""
+    """One state (H, K, V) per document: row b's at `index_B[b]`, zeros elsewhere."""
     if x_BHKV is None:
         return None
     return x_BHKV.new_zeros(count, *x_BHKV.shape[1:]).index_copy_(0, index_B, x_BHKV)
@@ -310,7 +308,7 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return *gradients, empty if initial is None else torch.empty_like(initial, memory_format=torch.contiguous_format)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
@@ -323,4 +321,4 @@ def _gradients(ctx: Any, d_o_BTHV: Tensor | None, d_final_BHKV: Tensor | None) -
     return *of_inputs, None if tensors[5] is None else of_initial, None, None, None, None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_keep)
+_forward.register_autograd(_gradients, setup_context=_save)

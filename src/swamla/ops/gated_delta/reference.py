@@ -1,5 +1,7 @@
 """The gated delta rule, token by token (Gated DeltaNet, arXiv 2412.06464, equation 10)."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -7,33 +9,34 @@ from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import PADDING, Layout
 
 
+class RuleInputs(NamedTuple):
+    """Queries and keys (B, T, H, K), values (B, T, H, V), log α and β (B, T, H)."""
+
+    q_BTHK: Tensor
+    k_BTHK: Tensor
+    v_BTHV: Tensor
+    log_alpha_BTH: Tensor
+    beta_BTH: Tensor
+
+
 @outside_graphs
 def recurrent_gated_delta_rule(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
-    log_alpha_BTH: Tensor,
-    beta_BTH: Tensor,
-    *,
-    seq: Layout | None,
-    initial_state_BHKV: Tensor | None,
-    scale: float,
+    inputs: RuleInputs, initial_state_BHKV: Tensor | None, seq: Layout | None, *, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The definition that every fast path is tested against: outputs (B, T, H, V) and the final state (B, H, K, V).
 
-    Decay first, then the error, then the write; in fp32, or in double when the inputs are double, and outputs in q's
-    dtype. The state restarts at position 0 of each document but the row's first, which continues from the initial
-    state. Padding reads zero and leaves the state as it was.
+    Decay first, then the error, then the write. Computed in fp32 (fp64 for fp64 inputs); outputs in q's dtype. The
+    state restarts at position 0 of each document except the row's first, which continues from the initial state.
+    Padding gives zeros and does not change the state.
     """
-    given, dtype = q_BTHK.dtype, torch.promote_types(q_BTHK.dtype, torch.float32)
-    if seq is not None and seq.padded:  # which may hold anything, and whose gradients are zero
+    given, dtype = inputs.q_BTHK.dtype, torch.promote_types(inputs.q_BTHK.dtype, torch.float32)
+    if seq is not None and seq.padded:  # padding may hold NaN; zeros keep it out of values and gradients
         padding_BT = seq.document_BT == PADDING
-        q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH = (
-            x.masked_fill(padding_BT.view(*padding_BT.shape, *[1] * (x.ndim - 2)), 0)
-            for x in (q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH)
+        inputs = RuleInputs(
+            *(x.masked_fill(padding_BT.view(*padding_BT.shape, *[1] * (x.ndim - 2)), 0) for x in inputs)
         )
-    q_BTHK, k_BTHK, v_BTHV = q_BTHK.to(dtype), k_BTHK.to(dtype), v_BTHV.to(dtype)
-    alpha_BTH, beta_BTH = log_alpha_BTH.to(dtype).exp(), beta_BTH.to(dtype)
+    q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH = (x.to(dtype) for x in inputs)
+    alpha_BTH = log_alpha_BTH.exp()
     batch, time, heads, key_width = q_BTHK.shape
     state_BHKV = q_BTHK.new_zeros(batch, heads, key_width, v_BTHV.shape[-1])
     if initial_state_BHKV is not None:
@@ -67,9 +70,10 @@ def gated_delta_step(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """One token of the recurrence: reads and updates `state_BHKV` in place, returns o (B, H, V) in q's dtype.
+    """One token of the recurrence: updates `state_BHKV` in place, returns o (B, H, V) in q's dtype.
 
-    Computed in the state's dtype, which should be fp32. A row with log alpha 0 and beta 0 leaves its state as it was.
+    Computed in the state's dtype, which should be fp32. A row with log α = β = 0 keeps its state. scale: K^-½ unless
+    given. Source: arXiv 2412.06464, eq. 10.
     """
     scale = q_BHK.shape[-1] ** -0.5 if scale is None else scale
     dtype = state_BHKV.dtype

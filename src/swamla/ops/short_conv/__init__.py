@@ -1,4 +1,4 @@
-"""Causal depthwise convolution of a few taps, then SiLU: the local mixing in front of a linear recurrence."""
+"""Causal depthwise convolution of a few taps, then SiLU, as used before a linear recurrence."""
 
 from torch import Tensor
 
@@ -8,8 +8,6 @@ from swamla.ops.layout import Layout
 from swamla.ops.short_conv.cpu import convolve_line
 from swamla.ops.short_conv.cuda import fused_short_conv
 from swamla.ops.short_conv.reference import reference_short_conv
-
-__all__ = ["BACKENDS", "short_conv"]
 
 BACKENDS = ("auto", "reference", "torch")
 
@@ -22,12 +20,12 @@ def short_conv(
     history_BWD: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """silu(sum_i weight[:, i] x[t - (W - 1) + i]): y (B, T, D) in x's dtype; weight[:, -1] meets the current token.
+    """y (B, T, D) = silu(Σ_i weight[:, i] x[t − (W − 1) + i]) within each document, in x's dtype.
 
-    A token sees its own document only. `history_BWD` holds the W - 1 inputs before the row (zeros unless given); they
-    belong to the document of the row's first token. Backends: "reference" (a masked sum of shifted inputs), "torch"
-    (hand-written backward), "auto" ("reference" for rows shorter than two windows, else "torch"; in a graph on a GPU
-    tensor code of which the compiler makes one kernel a pass). Raises UsageError for any other.
+    weight[:, −1] multiplies the current token. history_BWD: the W − 1 inputs before each row (zeros unless given), in
+    the document of the row's first token. Backends: "reference" (a masked sum of shifted inputs), "torch" (hand-written
+    backward), "auto" ("reference" for rows of T < 2 W, else "torch"; in compiled graphs on a GPU plain tensor code,
+    fused into one kernel a pass). Raises UsageError for any other.
     """
     if backend not in BACKENDS:
         raise UsageError(f'backend = {backend!r}: short_conv has "auto", "reference" and "torch"')

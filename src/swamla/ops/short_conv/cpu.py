@@ -11,16 +11,16 @@ from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import Layout
 from swamla.ops.short_conv.reference import visible_inputs
 
-# On a CPU one thread works on blocks of so many elements, so that all its passes run in cache. Several threads would
-# have to wake for every pass: they leave larger blocks to oneDNN, in images of so many tokens (of a single long one it
-# is half as fast).
+# Elements of a block on a CPU. With one thread a block fits the cache. Several threads would synchronise at every pass
+# over such a block, so they give larger blocks to oneDNN, as images of PIECE tokens each (on one long image oneDNN is
+# half as fast).
 BLOCK, THREADS_BLOCK = 2**18, 2**22
 PIECE = 512
 
 
 @outside_graphs
 def convolve_line(x_BTD: Tensor, weight_DW: Tensor, seq: Layout | None, history_BWD: Tensor | None) -> Tensor:
-    """`short_conv` of a batch as one line of B*T rows, of which then the tokens at its edges are mended."""
+    """`short_conv` of the batch as one sequence of B*T rows; tokens at document edges are then computed separately."""
     batch, time, width = x_BTD.shape
     taps = weight_DW.shape[-1]
     if history_BWD is None:
@@ -33,9 +33,9 @@ def convolve_line(x_BTD: Tensor, weight_DW: Tensor, seq: Layout | None, history_
 
 
 class _Edges(NamedTuple):
-    """The M tokens whose window is not simply the W rows that end with them in the flattened (B*T, D) input.
+    """The M edge tokens, whose window is not the last W rows of the flattened (B*T, D) input.
 
-    Their windows have M*W slots: I of them hold rows of the input, J rows of the flattened history, the rest zeros.
+    Of the M*W slots of their windows, I are rows of the input, J are rows of the flattened history, the others are 0.
     """
 
     token_M: Tensor
@@ -43,16 +43,16 @@ class _Edges(NamedTuple):
     input_row_I: Tensor
     history_slot_J: Tensor
     history_row_J: Tensor
-    edge_N1: Tensor  # whether a token is one of them
+    edge_N1: Tensor  # whether each of the N = B*T tokens is an edge token
 
 
 def _edges(seq: Layout, taps: int, device: torch.device) -> _Edges:
-    """Found on the host, which would have to wait for another device to count them."""
-    edges = _make_edges(visible_inputs(seq.host_position_BT, taps), taps)
+    """Computed on the host: their number depends on the data, which would synchronise with the device."""
+    edges = _edges_of(visible_inputs(seq.host_position_BT, taps), taps)
     return _Edges(*(x.to(device, non_blocking=True) for x in edges))
 
 
-def _make_edges(age_BT: Tensor, taps: int) -> _Edges:
+def _edges_of(age_BT: Tensor, taps: int) -> _Edges:
     time = age_BT.shape[1]
     index_T = torch.arange(time, device=age_BT.device)
     edge_BT = (index_T < taps - 1) | (age_BT < taps - 1)
@@ -96,7 +96,7 @@ class _ShortConv(torch.autograd.Function):
         dx_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
         taps = weight_WD.shape[0]
         d_weight_WD = torch.zeros_like(weight_WD)
-        after_WD = weight_WD.new_zeros(taps - 1, x_ND.shape[-1])  # first gradients of the block that follows
+        after_WD = weight_WD.new_zeros(taps - 1, x_ND.shape[-1])  # the next block's gradients of this block's last rows
         for start, stop in reversed(_blocks(x_ND, taps)):
             past_SD = _with_past(x_ND, start, stop, weight_WD)
             d_past_SD, d_taps_WD = _backward(dy_ND[start:stop], edges.edge_N1[start:stop], past_SD, weight_WD)
@@ -128,14 +128,14 @@ def _blocks(x_ND: Tensor, taps: int) -> list[tuple[int, int]]:
 
 
 def _with_past(x_ND: Tensor, start: int, stop: int, weight_WD: Tensor) -> Tensor:
-    """Rows [start - (W - 1), stop) in the weight's dtype, zeros before the line's start."""
+    """Rows [start - (W - 1), stop) in the weight's dtype, zeros before the first row."""
     reach = weight_WD.shape[0] - 1
     rows_SD = x_ND[max(0, start - reach) : stop].to(weight_WD.dtype)
     return F.pad(rows_SD, (0, 0, max(0, reach - start), 0))
 
 
 def _convolve(line_SD: Tensor, weight_WD: Tensor) -> Tensor:
-    """sum_i weight[i] line[n + i], W - 1 rows shorter than the line."""
+    """Σ_i weight[i] line[n + i]: W − 1 rows fewer than the line."""
     taps, length = weight_WD.shape[0], line_SD.shape[0] - weight_WD.shape[0] + 1
     if _suits_onednn(line_SD):
         return _rows(_convolve_images(_images(line_SD, taps), weight_WD))[:length]
@@ -146,11 +146,11 @@ def _convolve(line_SD: Tensor, weight_WD: Tensor) -> Tensor:
 
 
 def _backward(dy_CD: Tensor, edge_C1: Tensor, line_SD: Tensor, weight_WD: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of line (S, D) and weight (W, D) from those of silu(_convolve(line, weight)), edges left out."""
+    """Gradients of line (S, D) and weight (W, D), given those of silu(_convolve(line, weight)), without edge tokens."""
     taps, length = weight_WD.shape[0], dy_CD.shape[0]
     if _suits_onednn(line_SD):
         return _backward_of_images(dy_CD, edge_C1, line_SD, weight_WD)
-    # Filled, not times 0, which a NaN of a neighbour would pass.
+    # masked_fill, because 0 · NaN would carry a neighbouring document's NaN.
     d_CD = _silu_backward(dy_CD, _convolve(line_SD, weight_WD)).masked_fill_(edge_C1, 0)
     d_weight_WD = torch.stack([(d_CD * line_SD[tap : tap + length]).sum(0) for tap in range(taps)])
     return _convolve(F.pad(d_CD, (0, 0, taps - 1, taps - 1)), weight_WD.flip(0)), d_weight_WD
@@ -171,7 +171,7 @@ def _backward_of_images(dy_CD: Tensor, edge_C1: Tensor, line_SD: Tensor, weight_
     d_weight_WD = d_weight_D11W.reshape(width, taps).T
     if pieces == 1:
         return _rows(d_line_PD1S)[: line_SD.shape[0]], d_weight_WD
-    # A piece's first W - 1 rows are the last ones of the piece before.
+    # The first W − 1 rows of an image are the last rows of the image before it.
     d_pieces_PSD = d_line_PD1S.permute(0, 2, 3, 1).squeeze(1)
     d_pieces_PSD[:-1, piece:] += d_pieces_PSD[1:, : taps - 1]
     d_line_SD = torch.cat([d_pieces_PSD[0, : taps - 1], d_pieces_PSD[:, taps - 1 :].flatten(0, 1)])
@@ -179,30 +179,30 @@ def _backward_of_images(dy_CD: Tensor, edge_C1: Tensor, line_SD: Tensor, weight_
 
 
 def _suits_onednn(line_SD: Tensor) -> bool:
-    """Whether it has a fast kernel (without one PyTorch loops over channels) and there is enough to do for threads."""
+    """Whether oneDNN has a kernel (without one PyTorch loops over channels) and there is work for several threads."""
     worthwhile = line_SD.numel() > BLOCK and torch.get_num_threads() > 1
-    there = line_SD.device.type == "cpu" and line_SD.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    return worthwhile and there
+    on_cpu = line_SD.device.type == "cpu" and line_SD.dtype == torch.float32
+    return worthwhile and on_cpu and torch.backends.mkldnn.is_available()
 
 
 def _images(line_SD: Tensor, taps: int) -> Tensor:
-    """The line as P overlapping images, each W - 1 longer than what comes out of it: (P, D, 1, S), channels last."""
+    """The line as P images that overlap by W − 1 rows: (P, D, 1, S), channels last."""
     length, width = line_SD.shape[0] - taps + 1, line_SD.shape[1]
     piece = max(taps, min(PIECE, length))
     pieces = -(-length // piece)
-    line_SD = _lengthened(line_SD, pieces * piece - length).contiguous()  # pieces are found by strides
+    line_SD = _lengthened(line_SD, pieces * piece - length).contiguous()  # as_strided needs these strides
     line_PSD = line_SD.as_strided((pieces, piece + taps - 1, width), (piece * width, width, 1))
-    line_PSD = line_PSD.contiguous() if pieces > 1 else line_SD[None]  # with the strides of channels last in any case
+    line_PSD = line_PSD.contiguous() if pieces > 1 else line_SD[None]  # channels last in both cases
     return line_PSD[:, None].permute(0, 3, 1, 2)
 
 
 def _convolve_images(line_PD1S: Tensor, weight_WD: Tensor) -> Tensor:
-    with torch.autocast("cpu", enabled=False):  # which knows conv2d, and would add up in bf16
+    with torch.autocast("cpu", enabled=False):  # autocast would compute conv2d in bf16
         return F.conv2d(line_PD1S, _kernels(weight_WD), groups=line_PD1S.shape[1])
 
 
 def _kernels(weight_WD: Tensor) -> Tensor:
-    return weight_WD.T.contiguous()[:, None, None]  # oneDNN is slow for other strides
+    return weight_WD.T.contiguous()[:, None, None]  # oneDNN is slow with other strides
 
 
 def _rows(y_PD1C: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ def _rows(y_PD1C: Tensor) -> Tensor:
 
 
 def _lengthened(x_SD: Tensor, rows: int) -> Tensor:
-    return F.pad(x_SD, (0, 0, 0, rows)) if rows else x_SD  # which would copy for none
+    return F.pad(x_SD, (0, 0, 0, rows)) if rows else x_SD  # F.pad copies even for 0 rows
 
 
 def _silu_backward(dy: Tensor, x: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ def _silu_backward(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def _edge_windows(x_ND: Tensor, history_BWD: Tensor, weight_WD: Tensor, edges: _Edges) -> Tensor:
-    """The W inputs that each edge token sees (M, W, D), zeros where it sees none."""
+    """The window (M, W, D) of each edge token, 0 where it may not read."""
     taps, width = weight_WD.shape
     slot_SD = weight_WD.new_zeros(edges.token_M.shape[0] * taps, width)
     slot_SD[edges.input_slot_I] = x_ND[edges.input_row_I].to(weight_WD.dtype)

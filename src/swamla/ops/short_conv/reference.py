@@ -1,4 +1,4 @@
-"""The short convolution as its definition has it: one masked, shifted product a tap."""
+"""The short convolution by its definition: one masked, shifted product per tap."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from swamla.ops.layout import Layout
 def reference_short_conv(
     x_BTD: Tensor, weight_DW: Tensor, seq: Layout | None, history_BWD: Tensor | None = None
 ) -> Tensor:
-    """silu(sum_i weight[:, i] x[t - (W - 1) + i]) of the token's document: (B, T, D), in fp32 (double for double)."""
+    """y (B, T, D) = silu(Σ_i weight[:, i] x[t − (W − 1) + i]) within each document, in fp32 (fp64 for fp64)."""
     time, taps = x_BTD.shape[1], weight_DW.shape[-1]
     if history_BWD is None:
         history_BWD = x_BTD.new_zeros(x_BTD.shape[0], taps - 1, x_BTD.shape[2])
@@ -27,6 +27,6 @@ def reference_short_conv(
 
 
 def visible_inputs(position_BT: Tensor, taps: int) -> Tensor:
-    """How many inputs before each token (B, T) it may see; the row's first document reaches back into the history."""
+    """How many earlier inputs each token (B, T) may read; the row's first document includes the history."""
     index_T = torch.arange(position_BT.shape[1], device=position_BT.device)
     return torch.where(position_BT < index_T, position_BT, index_T + taps - 1)
