@@ -31,9 +31,8 @@ from swamla.ops import gated_delta_rule, l2_normalize, short_conv
 from swamla.ops.attention.trial import AttentionTrial
 from swamla.ops.layout import Layout
 from swamla.ops.linear import linear
-from swamla.train.machine import UNITS, describe_cpu
-from swamla.train.paths import choose
 from swamla.train.precision import Chosen
+from swamla.train.racing import UNITS, choose, describe_cpu
 
 MACHINES = {
     "as it is": {},

@@ -28,7 +28,7 @@ from swamla.model.block import FFNConfig
 from swamla.model.language_model import LanguageModel
 from swamla.train import RunConfig, TrainConfig, train
 from swamla.train.optim import MuonConfig
-from swamla.train.run_folder import settle
+from swamla.train.run_folder import resolve_vocabulary
 from swamla.train.tracking.metrics import read_metrics
 
 WIDTH, ROWS, LENGTH = 128, 8, 512
@@ -88,7 +88,7 @@ def held_out_after(config: RunConfig, dataset: Dataset, max_tokens: int | None) 
 
 def counted(name: str, config: RunConfig, dataset: Dataset) -> int:
     """Print the exact parameters of a twin; returns the active ones."""
-    count = count_parameters(settle(config, dataset).model)
+    count = count_parameters(resolve_vocabulary(config, dataset).model)
     parts = ", ".join(f"{part} {number:,}" for part, number in count.by_component.items())
     print(f"{name}: {count.active:,} active of {count.total:,} parameters ({parts})")
     return count.active

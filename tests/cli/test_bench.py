@@ -17,8 +17,8 @@ import pytest
 
 from swamla.bench import feeding, generation, training
 from swamla.bench import recipe as bench_recipe
+from swamla.bench.recipe import measure_start_up
 from swamla.bench.results import Results, Row
-from swamla.bench.starting import measure_start_up
 from swamla.cli import bench, main
 from swamla.cli.bench_tables import COLUMNS, Screen, line
 from swamla.cli.console import Console

@@ -18,7 +18,7 @@ import torch
 
 from swamla.data.units import available_cores
 from swamla.process import processor
-from swamla.train.machine import describe_cpu
+from swamla.train.racing import describe_cpu
 from swamla.train.utilisation import matmul_flops
 
 Run = Callable[[], object]

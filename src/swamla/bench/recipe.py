@@ -1,18 +1,20 @@
 """Benchmark one recipe on this machine within a time budget: training, generation, data and start-up."""
 
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from swamla.bench.allowance import Allowance, free_memory
 from swamla.bench.feeding import library_text, local_tokenizer, measure_loader, measure_tokenizer
 from swamla.bench.generation import NEW, measure_generation, name_of
 from swamla.bench.generation import expected_seconds as seconds_of_generation
+from swamla.bench.measuring import interleaved, memory_bytes
 from swamla.bench.results import Results, Row, in_bytes, in_seconds
-from swamla.bench.starting import measure_start_up
 from swamla.bench.synthetic import synthetic_dataset
 from swamla.bench.training import STEPS, Shape, batch_of, expected_bytes, expected_seconds, measure_step
 from swamla.errors import SwamlaError, is_out_of_memory
@@ -29,6 +31,30 @@ from swamla.train.state import TrainState
 _OWN, _LENGTHS, _GENERATION, _LOADER, _TOKENIZER = 0.35, 0.62, 0.86, 0.89, 0.94
 _MORE = "a larger --minutes makes room"
 _EXPECTED = 0.3  # assumed share of the peak, before anything was measured
+
+_STARTS = 3  # rounds
+PROGRAMS = {
+    "swamla --help": ("-m", "swamla", "--help"),
+    "import torch": ("-c", "import torch"),
+    "import all that training needs": ("-c", "import swamla.cli.train"),
+}
+_clock = time.monotonic
+
+
+class Allowance:
+    """A budget of seconds from now on."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self._begin = seconds, _clock()
+
+    @property
+    def spent(self) -> float:
+        """Seconds spent."""
+        return _clock() - self._begin
+
+    def until(self, share: float) -> float:
+        """Seconds left until this share of the budget is spent; at least 0."""
+        return max(0.0, share * self.seconds - self.spent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,3 +219,33 @@ class RecipeBench:
             return None
         self.results.add(table, found)
         return found
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes of a CUDA device, or of the machine as far as the system reports it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # no Linux
+        return memory_bytes()
+    fields = {name: rest for name, _, rest in (line.partition(":") for line in lines)}
+    return min(memory_bytes(), 1024 * int(fields["MemAvailable"].split()[0]))
+
+
+def measure_start_up(programs: Mapping[str, Sequence[str]] = PROGRAMS, *, limit: float) -> list[Row]:
+    """Seconds that Python takes with each of these arguments, from start to exit."""
+    timings = interleaved(
+        {name: partial(_run, arguments) for name, arguments in programs.items()},
+        rounds=_STARTS,
+        warmup=0,  # files that this process imported are in the page cache
+        limit=limit,
+    )
+    return [
+        {"name": name, "median_s": found.median, "low_s": found.low, "high_s": found.high, "rounds": found.rounds}
+        for name, found in timings.items()
+    ]
+
+
+def _run(arguments: Sequence[str]) -> None:
+    subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True)

@@ -120,7 +120,7 @@ def _named(before: TrainConfig, now: TrainConfig) -> str:
     return ", ".join(f"{name} {was[name]} → {is_now[name]}" for name in is_now if was.get(name) != is_now[name])
 
 
-def measure(config: TrainConfig) -> dict[str, Any]:
+def scoring_of(config: TrainConfig) -> dict[str, Any]:
     """The settings that may change and that define what a held-out loss is measured on."""
     return {name: getattr(config, name) for name in SCORING}
 

@@ -12,7 +12,7 @@ from swamla.model.language_model import LanguageModelConfig
 from swamla.train.compile import Compile
 from swamla.train.curriculum import Curriculum
 from swamla.train.optim import AdamWConfig, OptimizerConfig
-from swamla.train.parallel.build import Asked
+from swamla.train.parallel.strategy import Parallel
 from swamla.train.precision import Precision
 from swamla.train.schedule import Budget, Schedule, ScheduleName
 
@@ -130,7 +130,7 @@ class TrainConfig:
     precision: Precision = "auto"
     checkpointing: Checkpointing = "none"
     compile: Compile = "auto"
-    parallel: Asked = "auto"
+    parallel: Parallel = "auto"
     shards: int | None = None
     expert_parallel: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"

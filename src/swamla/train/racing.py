@@ -22,13 +22,15 @@ import torch
 from swamla.data.config import default_cache_dir
 from swamla.errors import CorruptError
 from swamla.files import read_json, write_text_atomically
-from swamla.train.machine import describe_cpu
+from swamla.process import processor
 
 SECONDS = 2.0  # that all races of a model may take together, about
 CLEAR = 0.95  # of the default's time: what a challenger may take at most, in the median of the rounds
 ROUNDS, ENOUGH = 9, 3  # at most, and to prefer another path than the default
 SHORTEST, LONGEST = 64, 4096  # documents that are raced over: longer ones differ as these do
 PARTS = (1, 4, 16, 64)  # of the rows and heads of a trial, on a slow machine, before documents are shortened
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")  # what a user may hold a CPU down by
+UNITS = {"AVX512-BF16": torch.cpu._is_avx512_bf16_supported, "AMX": torch.cpu._is_amx_tile_supported}
 
 Seconds = dict[str, list[float]]  # path → what it took in each round
 _clock = time.perf_counter
@@ -233,3 +235,15 @@ def forget_choices() -> None:
 def _file() -> Path:
     machine = hashlib.sha256(json.dumps(describe_cpu(), sort_keys=True).encode()).hexdigest()
     return default_cache_dir() / "paths" / f"{machine[:16]}.json"
+
+
+def describe_cpu() -> dict[str, Any]:
+    """The processor, the instructions that torch may use, how many threads, and torch's version."""
+    units = [name for name, there in UNITS.items() if there()]
+    limits = [f"{name}={os.environ[name]}" for name in LIMITS if os.environ.get(name)]
+    return {
+        "processor": processor(),
+        "instructions": " ".join([torch.backends.cpu.get_cpu_capability(), *units, *limits]),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ from swamla.train.ema import WeightAverage
 from swamla.train.optim import NamedOptimizer
 from swamla.train.parallel.strategy import Strategy
 from swamla.train.precision import Chosen
-from swamla.train.spikes import UsualLoss
+
+MEMORY = 100  # steps over which the mean is taken, those further back counting less and less
+ENOUGH = 20  # losses without which none is unusual
 
 COUNTERS = (
     "step",
@@ -33,6 +35,40 @@ COUNTERS = (
     "best_step",
     "best_loss",
 )
+
+
+@dataclass
+class UsualLoss:
+    """The running mean of about the last hundred losses, in nats per token. count: of the losses seen."""
+
+    mean: float = 0.0
+    count: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f}"
+
+    def exceeds(self, loss: float, factor: float) -> bool:
+        """True for a loss above `factor` times the usual, once that is known well enough."""
+        return self.count >= ENOUGH and loss > factor * self.mean
+
+    def note(self, loss: float) -> None:
+        """Take in the loss of a step that was no spike."""
+        self.count += 1
+        self.mean += (loss - self.mean) / min(self.count, MEMORY)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON data; floats come back to the bit."""
+        return {"mean": self.mean, "count": self.count}
+
+    @classmethod
+    def of(cls, plain: Any) -> Self:
+        """Read what `plain` returned; None, from an older checkpoint, gives a new one."""
+        match plain:
+            case None:
+                return cls()
+            case {"mean": float(mean), "count": int(count)}:
+                return cls(mean, count)
+        raise CorruptError(f"state.json: damaged: the usual loss is {plain!r}")
 
 
 @dataclass(kw_only=True)
@@ -164,7 +200,7 @@ class TrainState:
         return nullcontext() if self.average is None else self.average.in_place()
 
     @contextmanager
-    def judged_at(self, checkpoint: Checkpoint) -> Iterator[None]:
+    def weights_of(self, checkpoint: Checkpoint) -> Iterator[None]:
         """While entered the model's weights are those that were judged at `checkpoint`, and then its own again."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         own = {name: distributed.local(t.detach()).clone() for name, t in self.model.state_dict().items()}

@@ -41,7 +41,7 @@ def resolve_backend(backend: str, device: torch.device | str, *, windowed: bool 
     "tiles" are our own matrix products, "sdpa" is PyTorch's `scaled_dot_product_attention`; "torch" is the one of them
     that most CPUs are fastest with: "sdpa" for causal attention in fp32 with keys as wide as values, else "tiles".
     "auto" is "torch", but on CUDA "cudnn", and "flex" for windowed attention ("sdpa" for wide keys in fp32, which flex
-    cannot take); a training run on a CPU instead takes the one that is measured to be faster (`swamla.train.paths`).
+    cannot take); a training run on a CPU instead takes the one that is measured to be faster (`swamla.train.backends`).
     Raises UsageError for an unknown name and MissingBackendError for "cudnn" or "flex" without CUDA (FlexAttention has
     no backward elsewhere).
     """
