@@ -256,11 +256,11 @@ def test_settings_for_a_run_without_a_step_left_are_not_kept_and_so_not_taken_fo
     written = (tmp_path / "run" / "config.json").read_text()
     said = said_by(tiny_config(min_lr_ratio=0.9, lr=0.05, log_interval=3), tmp_path / "run", dataset)
     assert "changed in this run: log_interval 1 → 3\n" in said
-    assert "not kept, as there is no step left that it would change: lr 0.01 → 0.05, min_lr_ratio 0.1 → 0.9\n" in said
+    assert "not stored, because no step is left that it would change: lr 0.01 → 0.05, min_lr_ratio 0.1 → 0.9\n" in said
     assert "learning rate" not in said
     assert (tmp_path / "run" / "config.json").read_text() == written.replace('"log_interval": 1', '"log_interval": 3')
     said = said_by(tiny_config(steps=4, log_interval=3), tmp_path / "run", dataset)
-    assert "not kept, as there is no step left that it would change: steps 6 → 4\n" in said
+    assert "not stored, because no step is left that it would change: steps 6 → 4\n" in said
     # So the rate of the last step is known, and a rise from it is refused, as of a run that was left alone.
     with pytest.raises(ConfigError, match=r"the learning rate, 1\.00e-03 now, would follow the new end and rise to"):
         run(tiny_config(steps=12, log_interval=3), tmp_path / "run", dataset, resume=True)

@@ -219,7 +219,7 @@ def test_a_damaged_record_is_raced_again_and_mended(races, damage):
 def test_a_record_that_cannot_be_written_is_told_and_stops_nothing(races, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SWAMLA_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.warns(UserWarning, match="cannot keep which paths are fast here"):
+    with pytest.warns(UserWarning, match="cannot store which paths are fast here"):
         assert fastest_paths(MODEL, CPU, "bf16", length=64)[0] == {"mha": "sdpa", "swa": "sdpa"}
 
 
