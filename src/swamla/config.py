@@ -244,7 +244,7 @@ class _Reader:
     def _kinds(annotation: Any, kind: Any, plugin: Any, choices: Mapping[str, type]) -> str:
         """What is allowed: the plugin that defines `kind` if the data names one, else the known kinds."""
         if isinstance(kind, str) and isinstance(plugin, str):
-            return f"is defined by a plugin: give its file, --plugin {plugin}"
+            return f"is the kind of a plugin: name its file, --plugin {plugin}"
         allowed = f"must be one of {', '.join(choices)}"
         if not any(map(is_family, options_of(annotation))) or not isinstance(kind, str):
             return allowed

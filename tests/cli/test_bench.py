@@ -184,7 +184,7 @@ def test_flags_change_the_recipe_that_is_measured() -> None:
     assert tables["training"][0]["name"] == "2 × 32 packed"
     assert tables["model"][0]["backends"].startswith("attention: ")
     assert "delta rule" not in tables["model"][0]["backends"]
-    error = "hub:nobody/nothing is on the hub and not downloaded yet"
+    error = "hub:nobody/nothing is on the hub, and has not been downloaded"
     assert tables["data"][1] == {"name": "tokenizer, hub:nobody/nothing", "error": error}
 
 
