@@ -43,10 +43,10 @@ def _version(package: str) -> str:
 def _driver() -> str:
     asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        told = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+        answer = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.split()
     except (OSError, subprocess.SubprocessError) as error:
         return f"unknown ({type(error).__name__})"
-    return told[0] if told else "unknown"
+    return answer[0] if answer else "unknown"
 
 
 def _gate(name: str, run: Any, *vouches: str, needs: float = 8, limit: float = 80) -> Row:

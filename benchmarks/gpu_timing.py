@@ -26,7 +26,7 @@ def times(timing: Timing) -> Figures:
 
 def used(backends: Mapping[str, str]) -> list[str]:
     """ "op/backend" for the result of `resolve_backends`, without the reasons that follow a backend's name."""
-    return [f"{op}/{told.split()[0]}" for op, names in backends.items() for told in names.split(" and ")]
+    return [f"{op}/{backend.split()[0]}" for op, names in backends.items() for backend in names.split(" and ")]
 
 
 def matmul_flops(place: Place, dtype: torch.dtype = torch.bfloat16) -> float:

@@ -109,6 +109,6 @@ def _graphs(first: int) -> Figures:
     for reason, count in counters["graph_break"].items():
         called = re.search(r"qualname: ([\w.<>]+)", reason)
         places[called[1] if called else reason.splitlines()[0]] += count
-    told = ", ".join(f"{place} ×{count}" for place, count in places.most_common()) or None
+    broken = ", ".join(f"{place} ×{count}" for place, count in places.most_common()) or None
     graphs = {"graphs": _graph_count(), "later_graphs": _graph_count() - first}
-    return {**graphs, "graph_breaks": places.total(), "broken_at": told}
+    return {**graphs, "graph_breaks": places.total(), "broken_at": broken}

@@ -129,8 +129,8 @@ class Bench:
             return None
 
     def _failed(self, table: str, what: Row, name: str, error: Exception | None) -> None:
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        self.results.add(table, {"name": name, **what, "error": told})
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        self.results.add(table, {"name": name, **what, "error": message})
 
 
 def times_faster(baseline: Outcome | None, own: Outcome) -> float | None:

@@ -60,13 +60,13 @@ class Target:
     def cells(self, found: Found) -> list[str]:
         """The cells of its line: target, bound, measured number, verdict."""
         value = self.measured(found)
-        bound = f"{'≤' if self.most else '≥'} {self._told(self.bound)}"
+        bound = f"{'≤' if self.most else '≥'} {self._as_text(self.bound)}"
         if value is None:
             return [self.what, bound, "", "not measured"]
         met = value <= self.bound if self.most else value >= self.bound
-        return [self.what, bound, self._told(value), "met" if met else "**not met**"]
+        return [self.what, bound, self._as_text(value), "met" if met else "**not met**"]
 
-    def _told(self, value: float) -> str:
+    def _as_text(self, value: float) -> str:
         if self.percent:
             return f"{100 * value:.3g} %"
         return f"{value:.3g}×" if value < 10 else f"{value:,.0f}×"

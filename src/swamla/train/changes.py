@@ -93,7 +93,7 @@ def rates(before: TrainConfig, now: TrainConfig, *, step: int, seconds: float) -
     return old, new
 
 
-def kept(before: TrainConfig, now: TrainConfig, *, step: int, seconds: float) -> TrainConfig:
+def settings_to_store(before: TrainConfig, now: TrainConfig, *, step: int, seconds: float) -> TrainConfig:
     """The settings that a resumed run stores. If no step is left, changes to the training are not stored.
 
     Otherwise the next command would compare with a learning rate that no step had.
@@ -103,9 +103,9 @@ def kept(before: TrainConfig, now: TrainConfig, *, step: int, seconds: float) ->
     return replace(now, **{name: getattr(before, name) for name in LEARNING})
 
 
-def told(before: TrainConfig, now: TrainConfig, *, step: int, seconds: float) -> list[str]:
+def describe_changes(before: TrainConfig, now: TrainConfig, *, step: int, seconds: float) -> list[str]:
     """Lines that name the changed settings, those that are not stored, and a changed learning rate."""
-    stored = kept(before, now, step=step, seconds=seconds)
+    stored = settings_to_store(before, now, step=step, seconds=seconds)
     lines = [f"changed in this run: {changes}"] if (changes := _named(before, stored)) else []
     if not_stored := _named(stored, now):
         lines.append(f"not stored, because no step is left that it would change: {not_stored}")

@@ -123,12 +123,12 @@ def advised(config: RunConfig, state: TrainState, run_dir: Path) -> Iterator[Non
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        told = OutOfMemory(f"out of memory on {state.device}: {(str(error).splitlines() or ['MemoryError'])[0]}")
+        raised = OutOfMemory(f"out of memory on {state.device}: {(str(error).splitlines() or ['MemoryError'])[0]}")
         config = replace(config, model=state.model.config)  # with the chosen backends
         snapshot = _keep_snapshot(state.device, run_dir / "profile" / "out-of-memory.pickle")
         for note in (*_notes(config, _place_of(state)), *snapshot):
-            told.add_note(note)
-        raise told from error
+            raised.add_note(note)
+        raise raised from error
 
 
 def _place_of(state: TrainState) -> Place:

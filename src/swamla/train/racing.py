@@ -222,8 +222,8 @@ def keep(choices: list[Choice]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(file, json.dumps(plain, indent=2) + "\n")
     except OSError as error:
-        told = f"{file}: cannot store which paths are fast here ({error.strerror}): the next run measures them again"
-        warnings.warn(told, stacklevel=2)
+        message = f"{file}: cannot store which paths are fast here ({error.strerror}): the next run measures them again"
+        warnings.warn(message, stacklevel=2)
 
 
 def forget_choices() -> None:

@@ -29,7 +29,14 @@ from swamla.errors import ConfigError, CorruptError, DataError, Interrupted
 from swamla.files import entry, read_json, write_text_atomically
 from swamla.model.language_model import LanguageModel
 from swamla.train.backends import fastest_paths, resolve_backends, usual_length
-from swamla.train.changes import check_horizon, check_same_run, config_of, kept, scoring_of, told
+from swamla.train.changes import (
+    check_horizon,
+    check_same_run,
+    config_of,
+    describe_changes,
+    scoring_of,
+    settings_to_store,
+)
 from swamla.train.claims import Claim, claim_new, claim_run, is_unsaved, remove_unsaved
 from swamla.train.compile import compile_blocks, resolve_compile
 from swamla.train.config import RunConfig, TrainConfig
@@ -84,7 +91,7 @@ def open_run(
                 warnings.warn(f"{run_dir}: replaced a run that ended before its first checkpoint", stacklevel=2)
                 remove_unsaved(run_dir)
             drop_records_after(run_dir / "metrics.jsonl", state.step)
-            stored = replace(config, train=kept(before, config.train, step=step, seconds=seconds))
+            stored = replace(config, train=settings_to_store(before, config.train, step=step, seconds=seconds))
             plain = {"format_version": FORMAT_VERSION, **to_plain(stored)}
             write_text_atomically(run_dir / "config.json", json.dumps(plain, indent=2) + "\n")
             dataset.tokenizer.save(run_dir / "tokenizer.json")
@@ -100,7 +107,7 @@ def open_run(
         check_horizon(before, config.train, step=step, seconds=seconds)
         state = fresh_state(config, dataset, _origin(config.train, checkpoint), before=checkpoint)
         state.scored_by = scoring_of(before)
-        state.notes += tuple(told(before, config.train, step=step, seconds=seconds))
+        state.notes += tuple(describe_changes(before, config.train, step=step, seconds=seconds))
         if checkpoint is not None:
             _resume(state, checkpoint)
         distributed.on_main(write)
@@ -308,11 +315,11 @@ def _agreed_best(state: TrainState, directory: Path) -> tuple[int, float] | None
 
     If a step was saved before it was evaluated, only best.json knows that it is the best.
     """
-    kept = {path.name for path in list_checkpoints(directory)}
+    existing = {path.name for path in list_checkpoints(directory)}
     marked = _marked_best(directory)
     if marked and marked[0] == state.best_step:  # the step may have been evaluated again since
         marked = state.best
-    known = [best for best in (state.best, marked) if best and step_name(best[0]) in kept]
+    known = [best for best in (state.best, marked) if best and step_name(best[0]) in existing]
     best = min((best for best in known if best[0] <= state.step), key=lambda best: best[1], default=None)
     if best is None:
         (directory / "best.json").unlink(missing_ok=True)
