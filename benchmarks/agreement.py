@@ -1,36 +1,36 @@
-"""How far two runs of the same benchmark agree."""
+"""Agreement between two runs of the same benchmark."""
 
 from collections.abc import Iterator
 
 from benchmarks.markdown import Row, folded, shown, table
 from swamla.bench.results import Results
 
-WITHIN = 0.10  # what the medians of two runs in a row are to differ by at most
+WITHIN = 0.10  # largest expected difference between the medians of two consecutive runs
 _WHICH = ("name", "op", "axis", "what", "length", "prompt", "vocabulary", "dtype")
 _TIMES = {"median_s": "", "token_s": ", a token", "prefill_s": ", prefill"}
 
 
 def changes(last: Results, before: Results) -> Iterator[tuple[str, str, float]]:
-    """Table, row and change of every median that both runs have; 0.1 where the last took a tenth longer."""
+    """Table, row and relative change of every median in both runs; 0.1 if the last run took a tenth longer."""
     for name, rows in last.rows.items():
         known = {_identity(row): row for row in before.rows.get(name, [])}
         for row in rows:
             other = known.get(_identity(row), {})
             for key, what in _TIMES.items():
                 if key in row and key in other:
-                    yield name, f"{_told(row)}{what}", row[key] / other[key] - 1
+                    yield name, f"{_label(row)}{what}", row[key] / other[key] - 1
 
 
 def _identity(row: Row) -> tuple[object, ...]:
     return tuple(row.get(key) for key in _WHICH)
 
 
-def _told(row: Row) -> str:
+def _label(row: Row) -> str:
     return " ".join([shown(str(row["name"])), *(str(row[key]) for key in _WHICH[1:] if key in row)])
 
 
 def agreement(last: Results, before: Results) -> str:
-    """As Markdown: by table, how far the medians are apart, and which are further apart than they should be."""
+    """As Markdown: the differences between medians by table, and which exceed `WITHIN`."""
     by_table: dict[str, list[float]] = {}
     apart: list[str] = []
     for name, row, change in changes(last, before):

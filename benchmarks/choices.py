@@ -1,12 +1,11 @@
-"""Every op's chosen path against the best of its alternatives, on machines played on this one.
+"""Every op's chosen path against its alternatives, on this machine and on slower ones that it emulates.
 
     python -m benchmarks.choices
 
-Each machine is a process of its own under limits on its instructions, with one thread and with two. Paths that are
-raced (attention) are chosen there as a training run would, in a cache of its own; those of the other ops are fixed.
-Then all of them take turns, forward and backward, for longer than the race took; a ratio is between the shortest times,
-as whatever else the machine does only adds. 1.00: what is chosen is the fastest; 0.90: something else takes a tenth
-less.
+Each emulated machine is a process with restricted instructions, with one thread and with two. Paths that are raced
+(attention) are chosen as in a training run, with an empty cache; those of the other ops are fixed. Then all paths are
+timed alternately, forward and backward, for longer than the race took. A ratio is between the shortest times, because
+disturbances only add time. 1.00: the chosen path is the fastest; 0.90: another path takes a tenth less.
 """
 
 import argparse
@@ -31,9 +30,8 @@ from swamla.ops import gated_delta_rule, l2_normalize, short_conv
 from swamla.ops.attention.trial import AttentionTrial
 from swamla.ops.layout import Layout
 from swamla.ops.linear import linear
-from swamla.train.machine import UNITS, describe_cpu
-from swamla.train.paths import choose
 from swamla.train.precision import Chosen
+from swamla.train.racing import UNITS, choose, describe_cpu
 
 MACHINES = {
     "as it is": {},
@@ -49,18 +47,18 @@ TRIALS = (
     AttentionTrial(heads=6, key_heads=6, key=64, value=64, window=256, sinks=4),
 )
 LENGTHS = (512, 1024, 4096)
-SECONDS = 3.0  # for the turns of one op
-LEAST = 0.95
+SECONDS = 3.0  # to time the paths of one op
+LEAST = 0.95  # lowest accepted ratio
 
 Step = Callable[[], object]
-Contest = tuple[str, str, dict[str, Step]]  # op, what is chosen, and all there is
+Contest = tuple[str, str, dict[str, Step]]  # op, chosen path, all paths
 
 
 def contests(precision: Chosen) -> Iterator[Contest]:
-    """Every op that has more than one path."""
+    """All ops with more than one path."""
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     for length in LENGTHS:
-        chosen = choose(set(TRIALS), precision, length=length)
+        chosen = choose(set(TRIALS), dtype, length=length)
         for trial in TRIALS:
             steps = {path: trial.step(path, length, dtype) for path in trial.paths(dtype)}
             yield f"{trial}, documents of {length}", chosen[trial].chosen, steps
@@ -123,7 +121,7 @@ def _linear(rows: int, width: int, out: int) -> Contest:
 
 
 def shortest(steps: dict[str, Step]) -> dict[str, float]:
-    """The shortest time of each, in turns (A B A B …)."""
+    """The shortest time of each path, timed alternately (A B A B …)."""
     begin, found = time.perf_counter(), dict.fromkeys(steps, float("inf"))
     for step in steps.values():
         step()
@@ -138,7 +136,7 @@ def shortest(steps: dict[str, Step]) -> dict[str, float]:
 
 
 def here(precisions: Sequence[Chosen]) -> None:
-    """A JSON line for every op, of this process's machine."""
+    """Print a JSON line for every op, measured in this process."""
     torch.manual_seed(0)
     print(json.dumps(describe_cpu()), flush=True)
     for precision in precisions:
@@ -146,8 +144,8 @@ def here(precisions: Sequence[Chosen]) -> None:
             print(json.dumps({"op": op, "precision": precision, "chosen": chosen, "s": shortest(steps)}), flush=True)
 
 
-def play(name: str, threads: int) -> float:
-    """Print the table of one machine; returns the lowest ratio."""
+def emulate(name: str, threads: int) -> float:
+    """Measure on one emulated machine and print its table; returns the lowest ratio."""
     bf16 = name in WITH_BF16 and any(there() for there in UNITS.values())
     precisions = "bf16,fp32" if bf16 else "fp32"
     with tempfile.TemporaryDirectory() as cache:
@@ -171,7 +169,7 @@ def play(name: str, threads: int) -> float:
 
 
 def main() -> int:
-    """Play the machines; the exit status is 1 where something chosen is below `LEAST` of the best."""
+    """Measure on all machines; the exit status is 1 if a ratio is below `LEAST`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(MACHINES), help=f"some of {', '.join(MACHINES)}")
     parser.add_argument("--threads", default="1,2")
@@ -183,8 +181,8 @@ def main() -> int:
     names = options.only.split(",")
     if unknown := set(names) - MACHINES.keys():
         parser.error(f"--only {', '.join(unknown)}: must be some of {', '.join(MACHINES)}")
-    lowest = min(play(name, int(threads)) for name in names for threads in options.threads.split(","))
-    print(f"\nlowest: {lowest:.2f}, to be at least {LEAST}")
+    lowest = min(emulate(name, int(threads)) for name in names for threads in options.threads.split(","))
+    print(f"\nlowest ratio: {lowest:.2f}, must be at least {LEAST}")
     return int(lowest < LEAST)
 
 

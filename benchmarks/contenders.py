@@ -1,7 +1,7 @@
-"""The models that are measured: ours, and those a user would pick instead, all of the same size.
+"""The models that are compared: ours, and those that a user would choose instead, all of the same size.
 
-They differ in nothing but what they are: depth, width, heads, vocabulary and, within 2 %, parameters are the same, the
-weights random. Each computes its loss and generates the way its own library offers.
+They have the same depth, width, heads, vocabulary and, within 2 %, parameters; weights are random. Each computes its
+loss and generates by its own library.
 """
 
 from abc import ABC, abstractmethod
@@ -34,14 +34,14 @@ __all__ = [
     "gpt2_twin",
 ]
 
-TOLERANCE = 0.02  # by which parameters may differ
+TOLERANCE = 0.02  # largest relative difference in parameters
 GPT2, QWEN3_NEXT, DEEPSEEK_V3, NANOGPT = "GPT-2", "Qwen3-Next", "DeepSeek-V3", "nanoGPT"
-INT8 = ", int8"  # behind a pattern: decodes with weights of 8 bits
+INT8 = ", int8"  # after a pattern: decodes with 8-bit weights
 TRANSFORMERS = (GPT2, QWEN3_NEXT, DEEPSEEK_V3)
 
 
 class Contender(ABC):
-    """A model to measure, whoever made it."""
+    """A model to measure, of any library."""
 
     def __init__(self, name: str, model: nn.Module, twin: LanguageModelConfig, positions: int = 0) -> None:
         self.name = name
@@ -51,10 +51,10 @@ class Contender(ABC):
 
     @abstractmethod
     def loss(self, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
-        """Mean nats a token, as its library computes them."""
+        """Mean loss in nats per token, as its library computes it."""
 
     def flops_per_token(self, length: int) -> float:
-        """Arithmetic of a training step: 6 for each parameter, and the mixing of positions as our twin counts it."""
+        """FLOPs of a training step per token: 6 per parameter, and for mixing positions what our twin counts."""
         count = count_parameters(self.twin)
         weights = count.total - count.by_component["norms"]
         return 6 * self.n_parameters + training_flops_per_token(self.twin, length) - 6 * weights
@@ -65,7 +65,7 @@ class Ours(Contender):
 
     def __init__(self, pattern: str, config: LanguageModelConfig, *, int8: bool = False) -> None:
         super().__init__(pattern, config.build(seed=0), config)
-        self.int8 = int8  # whether it decodes with weights rounded to 8 bits
+        self.int8 = int8  # decode with weights rounded to 8 bits
 
     def loss(self, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
         return self.model.loss(tokens_BT, labels_BT)[0] / labels_BT.numel()
@@ -74,13 +74,15 @@ class Ours(Contender):
         return training_flops_per_token(self.twin, length)
 
     def generate(self, prompt: list[int], count: int, on_token: Callable[[], None]) -> int:
-        """Greedily continue the prompt by `count` tokens; returns the bytes of a state that holds all but the last.
+        """Greedily generate `count` tokens; returns the bytes of a state for all tokens but the last.
 
-        on_token() is called as soon as each is known.
+        on_token() is called after every token.
         """
         greedy, decoding = Sampling(temperature=0), "int8" if self.int8 else "eager"
         Decoder(self.model, decoding).generate([prompt], count, sampling=greedy, on_token=lambda *_: on_token())
-        return self.model.init_state(1, len(prompt) + count - 1).nbytes  # as `generate` makes it, and then drops it
+        return self.model.init_state(
+            1, len(prompt) + count - 1
+        ).nbytes  # a state like the one that `generate` has freed
 
 
 class Transformers(Contender):
@@ -90,9 +92,9 @@ class Transformers(Contender):
         return self.model(input_ids=tokens_BT, labels=labels_BT).loss
 
     def generate(self, prompt: list[int], count: int, on_token: Callable[[], None]) -> int:
-        """Greedily continue the prompt by `count` tokens; returns the bytes of the cache, which lacks the last.
+        """Greedily generate `count` tokens; returns the bytes of the cache, which holds all tokens but the last.
 
-        on_token() is called as soon as each is known.
+        on_token() is called after every token.
         """
         generated = self.model.generate(
             torch.tensor([prompt]),
@@ -106,14 +108,14 @@ class Transformers(Contender):
 
 
 class NanoGPT(Contender):
-    """nanoGPT's own model; it generates without a cache, so it is measured in training alone."""
+    """nanoGPT's own model, measured in training only, because it generates without a cache."""
 
     def loss(self, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
         return self.model(tokens_BT, labels_BT)[1]
 
 
 class _Streamer:
-    """What `generate` of transformers hands tokens to: first the prompt, then each new one."""
+    """Receives tokens from `generate` of transformers: first the prompt, then every new token."""
 
     def __init__(self, on_token: Callable[[], None]) -> None:
         self.on_token = on_token
@@ -137,14 +139,16 @@ def _tensors(tree: dict[Any, Any]) -> list[Tensor]:
 
 
 def contender(name: str, shape: Shape, length: int, nanogpt: Path | None = None) -> Any:
-    """The contender of that name for sequences of at most `length`; any name that is nobody else's is our pattern.
+    """The contender of this name for sequences of at most `length`. Names of no library's model are our patterns.
 
-    ValueError where it is not as large as the others.
+    Raises `ValueError` if its number of parameters differs from the others'.
     """
     found = _made(name, shape, length, nanogpt)
     off = found.n_parameters / shape.parameters - 1
     if abs(off) > TOLERANCE:
-        raise ValueError(f"{name} has {found.n_parameters:,} parameters, {off:+.1%} of what all have: not comparable")
+        raise ValueError(
+            f"{name} has {found.n_parameters:,} parameters, {off:+.1%} from the common size: not comparable"
+        )
     return found
 
 

@@ -1,12 +1,12 @@
-"""Everything that is said of speed on a CPU, measured side by side: make bench, or python -m benchmarks.cpu
+"""All published CPU speeds, measured side by side: make bench, or python -m benchmarks.cpu
 
     make bench BENCH_ARGS="--nanogpt ../nanoGPT"     # with nanoGPT's own model.py among the contenders
     make bench BENCH_ARGS="--only ops,data"          # some tables
 
-Contenders take turns in one process (A B A B …); rows hold medians, quartiles and the number of rounds, and ratios are
-between medians of the same rounds. What the machine can do at most is measured before and after. About 13 minutes on
-two cores that have nothing else to do. Every row is printed and written at once, so that Ctrl-C loses none; a row that
-fails says why. `python -m benchmarks.report` makes the tables of docs/performance.md out of the last whole run.
+Contenders run alternately in one process (A B A B …). Rows have medians, quartiles and the number of rounds; ratios are
+between medians of the same rounds. The machine's peak rates are measured before and after. It takes about 13 minutes on
+two idle cores. Every row is printed and written at once, so that Ctrl-C loses none; a failed row has its error.
+`python -m benchmarks.report` makes the tables of docs/performance.md from the last whole run.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from swamla import process
 
 process.prepare()  # as the command line does
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # that it has no kernels for GPUs
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no warnings about missing GPU kernels
 
 from benchmarks.libraries import nanogpt_module
 from benchmarks.running import Bench
@@ -31,8 +31,8 @@ from swamla.bench.results import Results
 from swamla.errors import UsageError
 
 RESULTS = Path(__file__).parent / "results"
-TOTAL = 840.0  # seconds for all of it; the last round of a race may take a little more
-# What each table may take, in seconds: no race begins after that, so that only the last one can take longer.
+TOTAL = 840.0  # seconds for all tables; the last round of a race may end a little later
+# Seconds for each table: afterwards no race starts, so only a race in progress can take longer.
 TABLES: dict[str, tuple[Callable[[Bench], None], float]] = {
     training.TABLE: (training.measure, 440),
     ops.TABLE: (ops.measure, 90),
@@ -52,13 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         tables = chosen(options.only)
         if options.nanogpt:
-            nanogpt_module(options.nanogpt)  # told now, not in a quarter of an hour
+            nanogpt_module(options.nanogpt)  # reports a wrong folder now, not after a quarter of an hour
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     file, whole = options.out or default_file(tables == list(TABLES) and not options.quick), None
     if file.parent == RESULTS and options.out is None:
-        file, whole = file.with_suffix(".unfinished.json"), file  # no result until it is one
+        file, whole = file.with_suffix(".unfinished.json"), file  # renamed when the run is complete
     file.parent.mkdir(parents=True, exist_ok=True)
     results = Results(command=command(options), machine=machine(), ceilings=ceilings(), file=file)
     bench = Bench(results=results, quick=options.quick, nanogpt=options.nanogpt)
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure_table(bench: Bench, table: str, measure: Callable[[Bench], None]) -> None:
-    """One table; what breaks it gets a row, and the next one goes on."""
+    """Measure one table; an error gets a row, and the next table follows."""
     try:
         measure(bench)
     except Exception as error:
@@ -91,13 +91,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="TABLES", help=f"some of {','.join(TABLES)}")
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT, as a contender")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: tries all, and its figures mean nothing")
+    parser.add_argument("--quick", action="store_true", help="run everything at tiny sizes; the figures mean nothing")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the JSON goes (default: benchmarks/results)")
     return parser.parse_args(arguments)
 
 
 def chosen(only: str) -> list[str]:
-    """The tables asked for, in their order; UsageError for one that there is not."""
+    """The requested tables, in their usual order. Raises `UsageError` for an unknown one."""
     names = [name.strip() for name in only.split(",") if name.strip()]
     for name in names:
         if name not in TABLES:
@@ -106,14 +106,14 @@ def chosen(only: str) -> list[str]:
 
 
 def command(options: argparse.Namespace) -> str:
-    """What to type for the same again, wherever nanoGPT is there."""
+    """The command line that repeats this run, with nanoGPT's folder as ../nanoGPT."""
     words = [f"--only {options.only}"] * bool(options.only) + ["--quick"] * options.quick
     words += ["--nanogpt ../nanoGPT"] * bool(options.nanogpt)
     return f'make bench BENCH_ARGS="{" ".join(words)}"' if words else "make bench"
 
 
 def default_file(whole: bool) -> Path:
-    """Whole runs are results, a second one of a day with -2; parts and trials go to the system's temporary folder."""
+    """A whole run goes to `RESULTS`, a second one of a day with -2; any other run to a temporary folder."""
     day = datetime.now(UTC).date().isoformat()
     if not whole:
         return Path(tempfile.mkdtemp(prefix="swamla-bench-")) / f"cpu-{day}.json"

@@ -1,15 +1,15 @@
-"""Everything that is said of speed on a GPU, in calls of under nine minutes on one card: python -m benchmarks.gpu
+"""All published GPU speeds, in calls of less than nine minutes on one GPU: python -m benchmarks.gpu
 
-    PYTHONPATH=src python -m benchmarks.gpu             # where swamla is not installed
-    python -m benchmarks.gpu --after FIRST.json         # the rows that another call had no time for, or that failed
+    PYTHONPATH=src python -m benchmarks.gpu             # if swamla is not installed
+    python -m benchmarks.gpu --after FIRST.json         # rows that an earlier call skipped, or that failed in it
     python -m benchmarks.gpu --compare OLD.json         # each figure beside that of an earlier file
     python -m benchmarks.gpu --only gates,training      # some tables
-    python -m benchmarks.gpu --device cpu --quick       # every row at tiny sizes, to see that it runs
+    python -m benchmarks.gpu --device cpu --quick       # every row at tiny sizes, as a dry run
 
-Rows come in the order of what they are worth. Gates compare fast paths with their references, gradients too; a row
-whose path did not pass, or was not checked, says so. Every row has a process of its own and a time-out; what fails
-says why, what no longer fits the time is named, and each figure is printed and written at once. Targets that stand
-beside figures are not checked.
+The most important rows come first. Gates compare fast paths with their references, gradients included; a row is marked
+if the gate of its path failed or did not run. Every row has its own process and a timeout; a failed row has its error,
+and a row that no longer fits the time is named. Each figure is printed and written at once. Targets are shown beside
+figures but not checked.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from benchmarks.gpu_running import Figures, Message, Place, Processes, Row
 from swamla.bench.results import Results, in_words
 
 RESULTS = Path(__file__).parent / "results"
-BUDGET = 520.0  # seconds, of the nine minutes that all of it may take
+BUDGET = 520.0  # seconds for all rows, so that a call ends within nine minutes
 PRELOADED = ("torch", "torch._dynamo", "benchmarks.gpu_rows")
 Run = Callable[[Row, Place, float], Iterator[Message]]
 
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None, *, rows: Sequence[Row] = ROWS, 
         session.close()
     if old is not None:
         results.say("\n".join(compared(old, results)))
-    results.say(f"{results.seconds:.0f} s in all, in {file}; what the rows printed is in {log.name}")
+    results.say(f"{results.seconds:.0f} s in all, in {file}; output of the rows is in {log.name}")
     return 0
 
 
@@ -75,7 +75,7 @@ def parse(arguments: Sequence[str] | None, rows: Sequence[Row]) -> argparse.Name
     tables = list(dict.fromkeys(row.table for row in rows))
     parser = argparse.ArgumentParser("benchmarks.gpu", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(default: cuda)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, for figures that mean nothing")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes; the figures mean nothing")
     parser.add_argument(
         "--only", metavar="TABLES", default=[], type=lambda text: text.split(","), help=f"of {','.join(tables)}"
     )
@@ -91,7 +91,7 @@ def parse(arguments: Sequence[str] | None, rows: Sequence[Row]) -> argparse.Name
 
 
 def default_file(whole: bool) -> Path:
-    """Whole runs are results, a second one of a day with -2; parts and trials go to the system's temporary folder."""
+    """A whole run goes to `RESULTS`, a second one of a day with -2; any other run to a temporary folder."""
     day = datetime.now(UTC).date().isoformat()
     if not whole:
         return Path(tempfile.mkdtemp(prefix="swamla-bench-")) / f"gpu-{day}.json"
@@ -100,7 +100,7 @@ def default_file(whole: bool) -> Path:
 
 
 def measured(file: Path) -> set[tuple[str, str]]:
-    """Table and name of the rows that have all their figures in a file of results."""
+    """Table and name of the rows without failures in a file of results."""
     tables = Results.load(file).rows.items()
     named = [(table, str(row["name"]), row) for table, rows in tables for row in rows if "name" in row]
     failed = {(table, name) for table, name, row in named if row.keys() & {"error", "skipped"}}
@@ -108,7 +108,7 @@ def measured(file: Path) -> set[tuple[str, str]]:
 
 
 def compared(old: Results, new: Results) -> Iterator[str]:
-    """A line for each row that both have: its rate, or else its time, there and here."""
+    """A line for each row in both: its rate, or else its time, before and now."""
     before = {(table, row.get("name")): row for table, rows in old.rows.items() for row in rows}
     for table, rows in new.rows.items():
         for row in rows:
@@ -123,7 +123,7 @@ def compared(old: Results, new: Results) -> Iterator[str]:
 
 
 def refusal(place: Place) -> str:
-    """Why nothing can be measured there; nothing if it can."""
+    """Why this device cannot be measured; "" if it can."""
     if place.device == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device here; to try every row at tiny sizes: --device cpu --quick"
     if place.device == "cpu" and not place.quick:
@@ -132,17 +132,17 @@ def refusal(place: Place) -> str:
 
 
 class Session:
-    """One benchmark in progress: where rows go, what time is left, which paths are not to be trusted."""
+    """A benchmark in progress: its results, the time left, and which paths passed their gates."""
 
     def __init__(self, results: Results, place: Place, run: Run, budget: float, checked: Sequence[str] = ()) -> None:
-        """checked: paths whose gates have passed before."""
+        """checked: paths whose gates passed in an earlier call."""
         self._results, self._place, self._run = results, place, run
         self._end = time.monotonic() + budget
         self._checked = dict.fromkeys(checked, True)  # whether the gate of a path passed
         self._using: list[tuple[Figures, list[str]]] = []
 
     def measure(self, row: Row) -> None:
-        """Run a row and keep what it finds, or why it finds nothing."""
+        """Run a row and store its figures, or why it has none."""
         begin = time.monotonic()
         left = self._end - begin
         if left < row.needs:
@@ -176,7 +176,7 @@ class Session:
         self._results.add(row.table, kept)
 
     def close(self) -> None:
-        """Mark what gates that ran later, or never, say of rows before them; and write all."""
+        """Mark rows whose gates failed later, or never ran; then write the file."""
         for figures, uses in self._using:
             self._distrust(figures, [path for path in uses if path not in self._checked], "did not run")
             self._distrust(figures, [path for path in uses if self._checked.get(path) is False], "did not pass")

@@ -1,4 +1,4 @@
-"""Reading prompts and generating behind them: tokens a second by prompt length and batch, bytes of the state."""
+"""Prefill and decoding: tokens per second by prompt length and batch size, and bytes of the state."""
 
 from collections.abc import Iterator
 
@@ -15,15 +15,15 @@ from swamla.model.language_model import LanguageModel
 from swamla.model.state import ModelState
 from swamla.train.backends import resolve_backends
 
-SIZES = ((2048, 1), (2048, 32), (32768, 1), (32768, 32))  # prompt, batch; what needs most memory last
-ROOM = 256  # tokens that are generated at most
-LONG = 1 << 18  # tokens of prompts that are read once
-TARGETS = {"small": 2500.0, "base": 1200.0, "moe-1b": 1500.0}  # tokens a second, batch 1, CUDA graph
+SIZES = ((2048, 1), (2048, 32), (32768, 1), (32768, 32))  # prompt, batch; the largest last
+ROOM = 256  # most tokens generated
+LONG = 1 << 18  # prompts with more tokens in all have no warm-up
+TARGETS = {"small": 2500.0, "base": 1200.0, "moe-1b": 1500.0}  # tokens per second, batch 1, CUDA graph
 
 
 @torch.inference_mode()
 def generation(place: Place, name: str, local: str) -> Iterator[Figures]:
-    """A preset in bf16: prompts through `prefill`, then one token after the other behind them."""
+    """A preset in bf16: prefill of the prompts, then decoding token by token."""
     config = preset(name, local, place)
     model = filled(config, place.device).to(torch.bfloat16).eval()
     uses = used(resolve_backends(config, torch.device(place.device)))
@@ -40,7 +40,7 @@ def generation(place: Place, name: str, local: str) -> Iterator[Figures]:
 
 
 def _read(model: LanguageModel, length: int, batch: int, place: Place) -> tuple[Timing, ModelState]:
-    """How long prompts take, and the state behind them."""
+    """The time of prefill, and the state after it."""
     prompts = torch.randint(model.config.vocab_size, (batch, length)).tolist()
     states, decoder = [model.init_state(batch, length + ROOM)], Decoder(model)
 
@@ -48,12 +48,12 @@ def _read(model: LanguageModel, length: int, batch: int, place: Place) -> tuple[
         states[0] = model.init_state(batch, length + ROOM)
         prefill(decoder.model, prompts, states[0])
 
-    long = batch * length > LONG  # takes seconds, and shorter ones have warmed up what there is
+    long = batch * length > LONG  # takes seconds, and shorter prompts were the warm-up
     return timed(read, place, rounds=3, warmup=0 if long else 1), states[0]
 
 
 def _decoded(model: LanguageModel, state: ModelState, decoding: str, place: Place) -> Figures:
-    """The likeliest token after the other, each read back before the next step, as in `generate`."""
+    """Greedy decoding; each token is copied to the host before the next step, as in `generate`."""
     greedy, chosen = Sampling(temperature=0), [1] * len(state.length_B)
     step = Decoder(model, decoding).steps(state)
 
@@ -66,8 +66,8 @@ def _decoded(model: LanguageModel, state: ModelState, decoding: str, place: Plac
 
 @torch.inference_mode()
 def decoding_gate(place: Place, decoding: str) -> Iterator[Figures]:
-    """Every mixer, in fp32: a prompt and the tokens behind it one by one, against the reference on the whole."""
-    length, prompt = (60, 40) if place.quick else (300, 200)  # past 256, where a second graph begins
+    """Every mixer in fp32: prefill and decoding against the reference's forward pass on the whole sequence."""
+    length, prompt = (60, 40) if place.quick else (300, 200)  # past 256, from where decoding uses a second graph
     reference, fast = (filled(hybrid(place, backend), place.device) for backend in ("reference", "auto"))
     fast.load_state_dict(reference.state_dict())
     tokens_BT = torch.randint(fast.config.vocab_size, (2, length), device=place.device)

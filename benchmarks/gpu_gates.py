@@ -1,4 +1,4 @@
-"""Gates: each fast path against its reference, outputs and gradients, before anything is timed."""
+"""Gates: the outputs and gradients of every fast path against its reference, before timing."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -28,8 +28,8 @@ from swamla.ops.layout import Layout
 from swamla.train.compile import compile_blocks
 from swamla.train.precision import autocast
 
-OUTPUT, GRADIENT = 1e-2, 2e-2  # ‖fast − reference‖ / ‖reference‖ in bf16, at most
-MODEL = 5e-2  # of a whole model's gradient: errors of its layers add up
+OUTPUT, GRADIENT = 1e-2, 2e-2  # largest ‖fast − reference‖ / ‖reference‖ in bf16
+MODEL = 5e-2  # for the gradient of a whole model, where the errors of layers add up
 
 Op = Callable[..., Tensor]  # of (*inputs, backend=…)
 Case = tuple[str, Op, list[Tensor]]
@@ -52,7 +52,7 @@ def attention_gate(place: Place, backend: str) -> Iterator[Figures]:
 
 
 def windowed_gate(place: Place, backend: str) -> Iterator[Figures]:
-    """Windows with and without sinks."""
+    """Sliding-window attention, with and without sinks."""
     window, time = (16, 48) if place.quick else (256, 2000)
     whole, packed = _layouts(place, time)
     cases = [
@@ -67,7 +67,7 @@ def windowed_gate(place: Place, backend: str) -> Iterator[Figures]:
 
 
 def delta_rule_gate(place: Place, backend: str) -> Iterator[Figures]:
-    """The gated delta rule, heads 128 and 64 wide, of those widths that the backend takes on this card, or of both."""
+    """The gated delta rule, with heads of 128 and 64 if the backend supports them on this GPU."""
     time = 48 if place.quick else 500
     device = torch.device(place.device)
     widths = [width for width in (128, 64) if backend != "fla" or obstacle(device, 2, width, width) is None]
@@ -81,12 +81,12 @@ def delta_rule_gate(place: Place, backend: str) -> Iterator[Figures]:
 
 
 def _delta_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, **options: Any) -> Tensor:
-    v = v.chunk(2, dim=-1)[0]  # a mixer's values are part of a wider tensor, too
+    v = v.chunk(2, dim=-1)[0]  # a view of a wider tensor, as in the mixer
     return gated_delta_rule(l2_normalize(q), l2_normalize(k), v, log_alpha, beta, **options)[0]
 
 
 def loss_gate(place: Place) -> Iterator[Figures]:
-    """Cross-entropy in chunks."""
+    """Chunked cross-entropy."""
     tokens, width, vocabulary = (64, 32, 500) if place.quick else (4096, 512, 50304)
     x = torch.randn(tokens, width, device=place.device, dtype=torch.bfloat16)
     weight = 0.1 * torch.randn(vocabulary, width, device=place.device)
@@ -103,11 +103,11 @@ def loss_gate(place: Place) -> Iterator[Figures]:
 
 
 def experts_gate(place: Place) -> Iterator[Figures]:
-    """Grouped products, some experts without a token."""
+    """Grouped matrix products; some experts have no token."""
     tokens, experts, width = (64, 4, 32) if place.quick else (8192, 64, 256)
     x = torch.randn(tokens, width, device=place.device, dtype=torch.bfloat16)
     weight = torch.randn(experts, width, 2 * width, device=place.device, dtype=torch.bfloat16) * width**-0.5
-    chosen = torch.randint(experts, (tokens,), device=place.device) // 2 * 2  # the odd ones get nothing
+    chosen = torch.randint(experts, (tokens,), device=place.device) // 2 * 2  # odd experts get no token
     ends = torch.bincount(chosen, minlength=experts).cumsum(0).int()
     return _verdicts([(f"{experts} experts", partial(_product, ends=ends), [x, weight])], "torch")
 
@@ -117,7 +117,7 @@ def _product(x: Tensor, weight: Tensor, ends: Tensor, backend: str) -> Tensor:
 
 
 def model_gate(place: Place) -> Iterator[Figures]:
-    """A model with every mixer, compiled, in bf16, on packed documents, against the references in fp32."""
+    """A compiled model with every mixer, in bf16 on packed documents, against the references in fp32."""
     length = 48 if place.quick else 1000
     reference, fast = (filled(hybrid(place, backend), place.device) for backend in ("reference", "auto"))
     fast.load_state_dict(reference.state_dict())
@@ -140,7 +140,7 @@ def model_gate(place: Place) -> Iterator[Figures]:
 
 
 def hybrid(place: Place, backend: str) -> LanguageModelConfig:
-    """A model with every mixer on this backend."""
+    """A model with every mixer, all on this backend."""
     mixers = every_mixer(16, window=16) if place.quick else every_mixer(128, window=256)
     blocks = {
         name: BlockConfig(mixer=replace(mixer, backend=backend), ffn=DenseConfig(hidden=64 if place.quick else 512))
@@ -151,7 +151,7 @@ def hybrid(place: Place, backend: str) -> LanguageModelConfig:
 
 
 def _layouts(place: Place, time: int) -> tuple[Layout, Layout]:
-    """Two rows that are a document each, and two of several with padding behind them."""
+    """Two rows of one document each, and two rows of several documents and padding."""
     document_BT = batch_of(2, time, 2, documents=5).document_BT
     document_BT[:, -time // 10 :] = -1
     whole = Layout.one_document_per_row(2, time, device=place.device)
@@ -164,7 +164,7 @@ def _heads(place: Place, seq: Layout, heads: int, groups: int, key: int, value: 
 
 
 def _verdicts(cases: Iterable[Case], backend: str) -> Iterator[Figures]:
-    """Each case's errors against the reference in fp32 on the very same inputs, or why the backend does not take it."""
+    """Every case's errors against the reference in fp32 on the same inputs, or why the backend cannot compute it."""
     for name, op, inputs in cases:
         expected = _with_gradients(partial(op, backend="reference"), [x.float() for x in inputs])
         try:
@@ -177,12 +177,12 @@ def _verdicts(cases: Iterable[Case], backend: str) -> Iterator[Figures]:
 
 
 def _verdict(name: str, output: float, gradient: float, most: tuple[float, float] = (OUTPUT, GRADIENT)) -> Figures:
-    passed = output <= most[0] and gradient <= most[1]  # never with a NaN
+    passed = output <= most[0] and gradient <= most[1]  # False for NaN
     return {"case": name, "output_error": output, "gradient_error": gradient, "passed": int(passed)}
 
 
 def _with_gradients(op: Op, inputs: list[Tensor]) -> list[Tensor]:
-    """The output, and the gradients for an upstream gradient that is always the same; padding counts for nothing."""
+    """The output, and the gradients for a fixed upstream gradient; outputs of padding are masked."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     output = op(*leaves)
     seq = op.keywords.get("seq")  # type: ignore[attr-defined]

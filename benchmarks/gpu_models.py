@@ -1,4 +1,4 @@
-"""The models that the GPU benchmark trains and runs, with random weights made on the device."""
+"""The models of the GPU benchmark, with random weights that are drawn on the device."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,7 +39,7 @@ _EXPERTS = LatentMoEConfig(n_experts=8, n_activated=2, ratio=2, expert_hidden=16
 
 
 def preset(name: str, local: str, place: Place) -> LanguageModelConfig:
-    """A shipped recipe's model with this local mixer; when quick, three layers with the same kinds of part."""
+    """A shipped recipe's model with this local mixer; if quick, three small layers with the same mixers and FFNs."""
     plain, _ = load_file(recipe_path(name))
     model, spare = plain["model"], plain["spare"]
     if local != "swa":
@@ -50,7 +50,7 @@ def preset(name: str, local: str, place: Place) -> LanguageModelConfig:
 
 
 def every_mixer(head: int, window: int) -> dict[str, GDNConfig | SWAConfig | MLAConfig]:
-    """A small one of each that presets have, their heads so wide."""
+    """A small config of every mixer in the presets, with heads of width `head`."""
     return {
         "gdn": GDNConfig(n_heads=2, head_k_dim=head, head_v_dim=head),
         "swa": SWAConfig(n_heads=2, head_dim=head, window=window),
@@ -72,7 +72,7 @@ def _shrunk(config: LanguageModelConfig) -> LanguageModelConfig:
 
 
 def shape_of(name: str, place: Place) -> Shape:
-    """What the other libraries' models have in common with a preset: width, depth, vocabulary; heads are 64 wide."""
+    """The shape of other libraries' models: a preset's width, depth and vocabulary, with heads of 64."""
     if place.quick:
         return QUICK
     config = preset(name, "swa", place)
@@ -81,7 +81,7 @@ def shape_of(name: str, place: Place) -> Shape:
 
 @torch.no_grad()
 def filled(config: LanguageModelConfig, device: torch.device | str) -> LanguageModel:
-    """The model with weights drawn on the device itself, in a moment: as the rules have it, but not reproducible."""
+    """The model with initial weights drawn on the device, which is fast; same distributions, not reproducible."""
     model = config.skeleton()
     model.to_empty(device=torch.device(device))
     model.tie()
@@ -99,7 +99,7 @@ def filled(config: LanguageModelConfig, device: torch.device | str) -> LanguageM
 
 
 def batch_of(rows: int, length: int, vocabulary: int, documents: float = 1.0, seed: int = 0) -> Batch:
-    """Random tokens; each row `documents` documents on average, their lengths drawn too."""
+    """Random tokens; each row has `documents` documents on average, of random lengths."""
     generator = torch.Generator().manual_seed(seed)
     tokens_BT = torch.randint(vocabulary, (rows, length + 1), generator=generator)
     document_BT = (torch.rand(rows, length, generator=generator) < (documents - 1) / length).cumsum(dim=1)
@@ -107,13 +107,13 @@ def batch_of(rows: int, length: int, vocabulary: int, documents: float = 1.0, se
 
 
 class OurStep:
-    """An optimizer step of a preset, the one that `swamla train` takes: data to the device, norm, clipping and all.
+    """An optimizer step of a preset, as `swamla train` takes it: transfer, gradient norm and clipping included.
 
-    batches: take turns.
-    n_tokens: that it learns from.
+    batches: used in rotation.
+    n_tokens: tokens of a step.
     flops_per_token, parameters, active: of the model, by the accounting.
-    backends: what computes each op.
-    notes: what was chosen besides, for people.
+    backends: op → backend.
+    notes: other choices, as text.
     """
 
     def __init__(
@@ -148,9 +148,9 @@ class OurStep:
 
 
 class TheirStep:
-    """An optimizer step of another library's model: the same autocast, clipping and fused AdamW.
+    """An optimizer step of another library's model, with the same autocast, clipping and fused AdamW.
 
-    Fields as `OurStep`'s. Raises ModuleNotFoundError without the library.
+    Fields as in `OurStep`. Raises `ModuleNotFoundError` without the library.
     """
 
     def __init__(self, library: str, shape: Shape, batch: Batch, place: Place, *, compiled: bool) -> None:
@@ -176,12 +176,12 @@ class TheirStep:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         self._optimizer.step()
-        if not norm.isfinite():  # waits for the device, as our step does
+        if not norm.isfinite():  # waits for the device, like our step
             raise FloatingPointError(f"loss {loss.item()}, norm of the gradient {norm.item()}: not finite")
 
 
 def gpt2_step(shape: Shape, batch: Batch, place: Place, *, compiled: bool) -> OurStep | TheirStep:
-    """A step of transformers' GPT-2, or where transformers is missing of our own model of that shape."""
+    """A step of transformers' GPT-2; without transformers, of our own model of that shape."""
     if find_spec("transformers"):
         return TheirStep(GPT2, shape, batch, place, compiled=compiled)
     step = OurStep(gpt2_twin(shape), [batch], place, precision="bf16", compiled=compiled)

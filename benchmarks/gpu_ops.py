@@ -1,4 +1,4 @@
-"""Single ops, forward and backward, each backend beside the others; the optimizers' step."""
+"""Single ops, forward and backward, by backend; and the step of each optimizer."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,11 +25,11 @@ from swamla.train.optim import AdamWConfig, MuonConfig, OptimizerConfig
 from swamla.train.precision import autocast
 
 BF16 = torch.bfloat16
-BOTH_WAYS = 3.5  # times the forward products: attention's backward has five for two
+BOTH_WAYS = 3.5  # FLOPs of forward and backward over forward: attention's backward has five products for two
 
 
 def causal_ops(place: Place, backend: str) -> Iterator[Figures]:
-    """MLA's attention: 16 heads, keys 192 wide, values 128."""
+    """MLA's attention: 16 heads with keys of 192 and values of 128."""
     heads, key, value = (2, 16, 16) if place.quick else (16, 192, 128)
     for batch, time in _sizes(place, (8, 2048), (1, 16384)):
         seq = Layout.one_document_per_row(batch, time, device=place.device)
@@ -45,7 +45,7 @@ def causal_ops(place: Place, backend: str) -> Iterator[Figures]:
 
 
 def windowed_ops(place: Place, backend: str) -> Iterator[Figures]:
-    """Sliding windows of 256 with 4 sinks: 16 heads of 64."""
+    """Sliding-window attention, window 256 with 4 sinks: 16 heads of 64."""
     heads, window = (2, 16) if place.quick else (16, 256)
     for batch, time in _sizes(place, (8, 2048), (1, 32768)):
         seq = Layout.one_document_per_row(batch, time, device=place.device)
@@ -91,7 +91,7 @@ def _transformers_rule() -> Callable[..., Tensor]:
 
 
 def losses(place: Place) -> Iterator[Figures]:
-    """Head and cross-entropy of 16,384 tokens, both ways: all logits at once, and in chunks."""
+    """Head and cross-entropy of 16,384 tokens: with all logits at once, and chunked."""
     tokens, width, vocabulary = (64, 32, 512) if place.quick else (16384, 1024, 50304)
     x, weight = _leaves(place, (tokens, width), (vocabulary, width), dtype=torch.float32)
     labels = torch.randint(vocabulary, (tokens,), device=place.device)
@@ -116,7 +116,7 @@ def losses(place: Place) -> Iterator[Figures]:
 
 
 def experts(place: Place) -> Iterator[Figures]:
-    """The mixture of experts of moe-1b beside a dense FFN with as many parameters as a token uses of it."""
+    """The mixture of experts of moe-1b beside a dense FFN with its number of active parameters."""
     config = preset("moe-1b", "swa", place)
     sparse, width = config.blocks["mla"].ffn, config.width
     dense = DenseConfig(hidden=round(sparse.n_active_parameters(width) / (3 * width) / 64 + 0.5) * 64)
@@ -140,7 +140,7 @@ def experts(place: Place) -> Iterator[Figures]:
 
 
 def optimizers(place: Place, name: str) -> Iterator[Figures]:
-    """One step of each on a preset; the one that needs torchao comes last."""
+    """One step of each optimizer on a preset; the one that needs torchao is last."""
     config = preset(name, "swa", place)
     model = filled(config, place.device)
     for p in model.parameters():
@@ -159,13 +159,14 @@ def optimizers(place: Place, name: str) -> Iterator[Figures]:
             **times(timing),
             "parameters": numbers,
             "state_bytes": state,
-            "least_bytes_per_s": (12 * numbers + 2 * state) / timing.median,  # weights and state both ways, gradients
+            "least_bytes_per_s": (12 * numbers + 2 * state)
+            / timing.median,  # read and write weights and state, read gradients
         }
         del optimizer
 
 
 def _sizes(place: Place, *sizes: tuple[int, int]) -> list[tuple[int, int]]:
-    """Rows and their length."""
+    """Batch sizes and row lengths."""
     return [(2, 48)] if place.quick else list(sizes)
 
 
@@ -184,7 +185,7 @@ def _in_bf16(place: Place, op: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _both(op: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], object]:
-    """`op` of `inputs`, then its gradient in all of them."""
+    """Forward and backward pass of `op` on `inputs`."""
     upstream = torch.randn_like(op(*inputs).detach())
 
     def run() -> object:

@@ -1,4 +1,4 @@
-"""The rows of the GPU benchmark, most important first: whatever no longer fits the time is left out from the end."""
+"""The rows of the GPU benchmark, most important first: rows at the end are skipped if time runs out."""
 
 import subprocess
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ PACKAGES = ("triton", "transformers", "flash-linear-attention", "torchao")
 
 
 def environment(place: Place) -> Iterator[Figures]:
-    """What is measured on, and with what."""
+    """The machine and the versions of packages."""
     found: Figures = {**machine(), "peak": peak_of(torch.device(place.device), "bf16").name, "cuda": torch.version.cuda}
     found |= {name: _version(name) for name in PACKAGES}
     if place.device == "cuda":
@@ -43,10 +43,10 @@ def _version(package: str) -> str:
 def _driver() -> str:
     asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        told = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+        answer = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.split()
     except (OSError, subprocess.SubprocessError) as error:
         return f"unknown ({type(error).__name__})"
-    return told[0] if told else "unknown"
+    return answer[0] if answer else "unknown"
 
 
 def _gate(name: str, run: Any, *vouches: str, needs: float = 8, limit: float = 80) -> Row:
@@ -80,8 +80,8 @@ def _op(table: str, name: str, run: Any, needs: float = 5) -> Row:
     return Row(name=name, table=table, run=run, needs=needs, limit=40)
 
 
-# In the order of what they are worth: what the headline rows use is checked, then these are measured; gates of the rest
-# come before the rest. A first call of eight minutes is meant to yield everything up to decoding.
+# Most important first: the gates of the headline rows, then these rows; gates of other rows come before those. A first
+# call of eight minutes should reach decoding.
 ROWS: tuple[Row, ...] = (
     Row(name="environment", table=MACHINE, run=environment, needs=5),
     Row(name="ceilings", table=CEILINGS, run=ceilings, needs=5),

@@ -1,7 +1,7 @@
-"""Rows of a benchmark, each in a process of its own: what breaks one, or hangs it, leaves the others whole.
+"""Runs each row of a benchmark in its own process, so that an error or a hang does not affect other rows.
 
-A CUDA error stays with its process for good, and kernels can hang. Processes are forked off a server that has loaded
-torch and never touched the device, so that a row waits for its CUDA context alone, not for imports.
+A CUDA error makes its process unusable, and kernels can hang. Processes are forked from a server that has imported
+torch but never used the device, so that a row waits only for its CUDA context, not for imports.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from swamla.errors import MissingBackendError
 Figures = dict[str, Any]
 Message = tuple[str, Any]  # ("figures", Figures), or ("skipped" or "failed", why)
 START_UP = 120.0  # seconds that a process may take before its row begins
-AFTER_KILL = 10.0  # that a killed one may take to be gone; a driver may hold it longer
+AFTER_KILL = 10.0  # seconds that a killed process may take to end; a driver may delay it
 ROOT = Path(__file__).parents[1]
 
 
@@ -32,7 +32,7 @@ class Place:
     """Where and how rows run.
 
     device: "cuda", or "cpu" for a dry run.
-    quick: every row at tiny sizes, whose figures mean nothing.
+    quick: every row at tiny sizes; the figures mean nothing.
     """
 
     device: str = "cuda"
@@ -41,14 +41,14 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One thing to measure, which may take several figures.
+    """One measurement, which may give several sets of figures.
 
-    name: says what, and stands in the results.
-    table: of the results that it belongs to.
-    run: yields figures as soon as it has them; raises where there are none.
-    needs: seconds below which it is not worth a beginning.
+    name: its name in the results.
+    table: its table in the results.
+    run: yields figures as soon as it has them; raises if there are none.
+    needs: seconds that must be left to start it.
     limit: seconds after which it is killed.
-    vouches: for a gate, the "op/backend" pairs that cannot be trusted where it fails.
+    vouches: for a gate, the "op/backend" pairs that it checks.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Row:
 
 
 def here(row: Row, place: Place, left: float = math.inf) -> Iterator[Message]:
-    """Run a row in this process, however long it takes: its figures, then why there are no more, if it failed."""
+    """Run a row in this process, without a time limit; yields its figures, and the error if it failed."""
     try:
         for figures in row.run(place):
             yield "figures", {key: plain(value) for key, value in figures.items()}
@@ -72,30 +72,32 @@ def here(row: Row, place: Place, left: float = math.inf) -> Iterator[Message]:
 
 
 def plain(value: Any) -> Any:
-    """What JSON can hold: a figure that is no number becomes text."""
+    """A JSON value: infinities and NaN become text."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def last_line(error: BaseException | str) -> str:
-    """Of a message that may be long, the end, which says most."""
+    """The last line of a message, which usually says most."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else ""
 
 
 class Processes:
-    """Runs rows in processes of their own. What they print, and their tracebacks, go to `log`, anew."""
+    """Runs every row in its own process. Output and tracebacks go to `log`, which is overwritten."""
 
     def __init__(self, log: Path, preload: tuple[str, ...] = ()) -> None:
         self._log = log
         log.write_bytes(b"")
         known = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, known))
-        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # imports may ask for devices: without a context
+        os.environ.setdefault(
+            "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
+        )  # so that imports that query devices create no CUDA context
         self._context: Any = mp.get_context("forkserver")
         self._context.set_forkserver_preload(list(preload))
 
     def __call__(self, row: Row, place: Place, left: float = math.inf) -> Iterator[Message]:
-        """As `here`, but for the row's limit at most, and `left` seconds with its start."""
+        """As `here`, within the row's limit, and within `left` seconds including the start of its process."""
         end = time.monotonic() + left
         receiver, sender = self._context.Pipe(duplex=False)
         process = self._context.Process(target=_serve, args=(row, place, self._log, sender))
@@ -114,7 +116,7 @@ class Processes:
 
 
 def _messages(process: Any, receiver: Connection, limit: float, end: float, log: Path) -> Iterator[Message]:
-    """What a row sends until it has ended, died or run out of time."""
+    """The messages of a row until it ends, dies or runs out of time."""
     allowed, since, doing = START_UP, time.monotonic(), "did not start"
     while True:
         left = min(since + allowed, end) - time.monotonic()
@@ -138,14 +140,14 @@ def _messages(process: Any, receiver: Connection, limit: float, end: float, log:
 
 
 def _serve(row: Row, place: Place, log: Path, sender: Connection) -> None:
-    """A row's process."""
+    """The main function of a row's process."""
     os.setsid()  # so that helpers it starts, such as compilers, can be killed with it
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     print(f"--- {row.table}: {row.name}", file=sys.stderr, flush=True)
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda._is_in_bad_fork():  # an import has touched the device before the fork
+    if torch is not None and torch.cuda._is_in_bad_fork():  # an import used the device before the fork
         sender.send(("unusable", None))
         return
     sender.send(("begun", None))
@@ -155,9 +157,9 @@ def _serve(row: Row, place: Place, log: Path, sender: Connection) -> None:
 
 
 def _end(process: Any) -> None:
-    """Kill a row's process, if it still is there, and all that it started."""
-    process.join(0.5)  # one that has ended leaves by itself
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # gone, or not yet a group of its own
+    """Kill a row's process if it still runs, and all processes that it started."""
+    process.join(0.5)  # if the row has ended, so does its process
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # ended, or not yet a process group
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
     process.join(AFTER_KILL)

@@ -1,4 +1,4 @@
-"""How the rows of the GPU benchmark time what they measure, and what the card can do at most."""
+"""Timing for the rows of the GPU benchmark, and the peak rates of the GPU."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -9,33 +9,33 @@ from benchmarks.gpu_running import Figures, Place
 from swamla.bench.measuring import Timing, interleaved, seconds_of
 from swamla.train.utilisation import matmul_flops as measured_flops
 
-FP8_MULTIPLE = 16  # rows and columns that fp8 products want
+FP8_MULTIPLE = 16  # fp8 products need multiples of this as sides
 
 
 def timed(run: Callable[[], object], place: Place, *, rounds: int = 30, warmup: int = 3, limit: float = 1.0) -> Timing:
-    """The time of a call; of a single one when quick."""
+    """The time of a call; if quick, of a single call."""
     if place.quick:
         return Timing.of([seconds_of(run)])
     return interleaved({"": run}, rounds=rounds, warmup=warmup, limit=limit)[""]
 
 
 def times(timing: Timing) -> Figures:
-    """A time as a row has it."""
+    """A timing as the figures of a row."""
     return {"median_s": timing.median, "low_s": timing.low, "high_s": timing.high, "rounds": timing.rounds}
 
 
 def used(backends: Mapping[str, str]) -> list[str]:
-    """ "op/backend" of all that `resolve_backends` tells; why it chose one stands behind its name."""
-    return [f"{op}/{told.split()[0]}" for op, names in backends.items() for told in names.split(" and ")]
+    """ "op/backend" for the result of `resolve_backends`, without the reasons that follow a backend's name."""
+    return [f"{op}/{backend.split()[0]}" for op, names in backends.items() for backend in names.split(" and ")]
 
 
 def matmul_flops(place: Place, dtype: torch.dtype = torch.bfloat16) -> float:
-    """What a large product of random matrices reaches here and now."""
+    """FLOP/s of a large product of random matrices, measured now."""
     return measured_flops(torch.device(place.device), dtype, seconds=0.5, size=128 if place.quick else None)
 
 
 def fp8_flops(place: Place) -> float:
-    """As `matmul_flops`, of fp8 numbers with one scale a tensor."""
+    """As `matmul_flops`, in fp8 with one scale per tensor."""
     size = 128 if place.quick else 8192
     a, b = (torch.randn(size, size, device=place.device).to(torch.float8_e4m3fn) for _ in range(2))
     one = torch.ones((), device=place.device)
@@ -44,14 +44,14 @@ def fp8_flops(place: Place) -> float:
 
 
 def copy_bytes(place: Place) -> float:
-    """Bytes read and written a second by a large copy."""
+    """Bytes per second, read and written, of a large copy."""
     count = 1 << (16 if place.quick else 30)
     source, target = (torch.randint(255, (count,), device=place.device, dtype=torch.uint8) for _ in range(2))
     return 2 * count / timed(partial(target.copy_, source), place, rounds=100, limit=0.5).median
 
 
 def ceilings(place: Place) -> Iterator[Figures]:
-    """All rates, each on its own, as not every card multiplies fp8."""
+    """All peak rates, one by one, because not every GPU has fp8."""
     yield {"bf16_flops": matmul_flops(place)}
     yield {"copy_bytes": copy_bytes(place)}
     yield {"fp16_flops": matmul_flops(place, torch.float16)}

@@ -1,4 +1,4 @@
-"""Training steps of whole models, ours and others': tokens a second, share of the matmul rate, peak memory, graphs."""
+"""Training steps of whole models, ours and others': tokens per second, share of the matmul rate, memory, graphs."""
 
 import re
 import sys
@@ -16,8 +16,8 @@ from swamla.train.precision import Chosen
 from swamla.train.utilisation import peak_of
 
 ROWS, LENGTH = 8, 2048  # of a step: 16,384 tokens
-DOCUMENTS = 4.0  # of a packed row, as training has them
-TARGETS = {  # tokens a second, and peak bytes with AdamW, by preset, local mixer and precision
+DOCUMENTS = 4.0  # mean documents per packed row
+TARGETS = {  # preset, local mixer, precision → tokens per second, peak bytes with AdamW
     ("small", "swa", "bf16"): (300e3, 10e9),
     ("small", "gdn", "bf16"): (240e3, None),
     ("base", "swa", "bf16"): (105e3, 28e9),
@@ -35,7 +35,7 @@ def our_training(
     compiled: bool = True,
     documents: float = DOCUMENTS,
 ) -> Iterator[Figures]:
-    """A preset's steps, on rows of so many documents each, which lie elsewhere in every batch."""
+    """Steps of a preset on rows of `documents` documents each, with other boundaries in every batch."""
     config = preset(name, local, place)
     compiled = compiled and not place.quick
     batches = [_batch(place, config.vocab_size, documents, seed) for seed in range(4)]
@@ -66,7 +66,7 @@ def _batch(place: Place, vocabulary: int, documents: float = 1.0, seed: int = 0)
 
 
 def _measured(step: OurStep | TheirStep, place: Place) -> Figures:
-    """What a step takes, beside what the device could do at this very time."""
+    """The figures of a step, and its share of the matmul rate measured right after it."""
     first_s, first_graphs = seconds_of(step), _graph_count()
     on_gpu = place.device == "cuda"
     if on_gpu:
@@ -91,7 +91,7 @@ def _measured(step: OurStep | TheirStep, place: Place) -> Figures:
 
 
 def _graph_count() -> int:
-    """How many graphs the compiler made so far; it is not loaded only to be asked."""
+    """The number of compiled graphs so far; 0 if the compiler was never imported."""
     if "torch._dynamo" not in sys.modules:
         return 0
     from torch._dynamo.utils import counters
@@ -100,7 +100,7 @@ def _graph_count() -> int:
 
 
 def _graphs(first: int) -> Figures:
-    """How many graphs there are, how many of them other batches needed anew, how often one had to end, and where."""
+    """The number of graphs, how many later batches added, the number of graph breaks, and where they are."""
     if not _graph_count():
         return {}
     from torch._dynamo.utils import counters
@@ -109,6 +109,6 @@ def _graphs(first: int) -> Figures:
     for reason, count in counters["graph_break"].items():
         called = re.search(r"qualname: ([\w.<>]+)", reason)
         places[called[1] if called else reason.splitlines()[0]] += count
-    told = ", ".join(f"{place} ×{count}" for place, count in places.most_common()) or None
+    broken = ", ".join(f"{place} ×{count}" for place, count in places.most_common()) or None
     graphs = {"graphs": _graph_count(), "later_graphs": _graph_count() - first}
-    return {**graphs, "graph_breaks": places.total(), "broken_at": told}
+    return {**graphs, "graph_breaks": places.total(), "broken_at": broken}

@@ -1,4 +1,4 @@
-"""Models of other libraries, in the shape of ours, with random weights."""
+"""Models of other libraries in a given shape, with random weights."""
 
 import contextlib
 import importlib.util
@@ -13,7 +13,7 @@ from swamla.errors import UsageError
 
 
 def gpt2(shape: Shape, length: int) -> nn.Module:
-    """With biases and learned positions, and without dropout."""
+    """GPT-2 of transformers, with biases and learned positions, without dropout."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -33,7 +33,7 @@ def gpt2(shape: Shape, length: int) -> nn.Module:
 
 
 def qwen3_next(shape: Shape, length: int) -> nn.Module:
-    """Two linear layers to a full one, as `gdn gdn mha`; all FFNs dense."""
+    """Qwen3-Next with two linear-attention layers per full one, like `gdn gdn mha`; all FFNs are dense."""
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
     linear, full = shape.mixer("gdn").n_parameters(shape.width), 5 * shape.width**2  # full attention has a gate too
@@ -59,7 +59,7 @@ def qwen3_next(shape: Shape, length: int) -> nn.Module:
 
 
 def deepseek_v3(shape: Shape, length: int) -> nn.Module:
-    """The dimensions of our `mla`; all FFNs dense."""
+    """DeepSeek-V3 with the dimensions of our `mla`; all FFNs are dense."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     mla = shape.mixer("mla")
@@ -87,7 +87,7 @@ def deepseek_v3(shape: Shape, length: int) -> nn.Module:
 
 
 def nanogpt_module(folder: Path) -> ModuleType:
-    """nanoGPT's model.py, out of a checkout of it; UsageError where there is none."""
+    """nanoGPT's model.py from a checkout. Raises `UsageError` if there is none."""
     file = folder / "model.py"
     if not file.is_file():
         raise UsageError(f"--nanogpt {folder}: has no model.py; give a checkout of https://github.com/karpathy/nanoGPT")
@@ -100,7 +100,7 @@ def nanogpt_module(folder: Path) -> ModuleType:
 
 
 def nanogpt(shape: Shape, length: int, folder: Path) -> nn.Module:
-    """GPT-2 without biases, as nanoGPT's own configurations have it."""
+    """nanoGPT's GPT-2 without biases, as in its own configurations."""
     module = nanogpt_module(folder)
     config = module.GPTConfig(
         block_size=length,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from textwrap import fill
 from typing import Any
 
-Row = dict[str, Any]  # as it was read: what it must have is found when it is used
+Row = dict[str, Any]  # as read from JSON; missing keys are noticed at their use
 Cell = Callable[[Row], str]
 
 
@@ -15,7 +15,7 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def pivot(corner: str, rows: Sequence[Row], across: str, cell: Cell) -> str:
-    """Names down, the values of the key `across` across."""
+    """A table with one line per name, and one column per value of the key `across`."""
     columns = sorted({row[across] for row in rows if across in row})
     names = dict.fromkeys(str(row["name"]) for row in rows)
     at = {(str(row["name"]), row[across]): row for row in rows if across in row}
@@ -28,13 +28,13 @@ def _cell(row: Row | None, cell: Cell) -> str:
 
 
 def shown(name: str) -> str:
-    """Our patterns in the typewriter, other names as they are."""
+    """The name, as code if it is one of our patterns."""
     pattern, comma, rest = name.partition(",")
     return f"`{pattern}`{comma}{rest}" if set(pattern.split()) <= {"swa", "gdn", "mla", "mha"} else name
 
 
 def folded(text: str) -> str:
-    """In lines of the page's width."""
+    """The text wrapped to the page's width."""
     return fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
@@ -44,6 +44,6 @@ def measured(rows: Sequence[Row]) -> list[Row]:
 
 
 def listed(rows: Sequence[Row], columns: dict[str, Cell]) -> str:
-    """One line a row, with figures or without."""
+    """A table with one line per row that has figures."""
     lines = [[cell(row) for cell in columns.values()] for row in measured(rows)]
     return table(list(columns), lines)

@@ -1,8 +1,8 @@
-"""A small LatentMoE model beside its dense twin of equal active parameters: .venv/bin/python benchmarks/moe.py
+"""A small LatentMoE model against a dense model of equal active parameters: .venv/bin/python benchmarks/moe.py
 
-Both read the same tokens of Python's standard library, in the same order, with the same optimizer, learning rate and
-schedule; seeds change the initial weights and the order. Prints held-out bits per byte of every seed over the whole
-held-out text, and the median training speed. About twelve minutes on two cores that have nothing else to do.
+Both train on the same tokens of Python's standard library, in the same order, with the same optimizer, learning rate
+and schedule; the seed sets the initial weights and the order. Prints bits per byte of every seed on all held-out text,
+and the median training speed. It takes about twelve minutes on two idle cores.
 """
 
 import argparse
@@ -28,13 +28,13 @@ from swamla.model.block import FFNConfig
 from swamla.model.language_model import LanguageModel
 from swamla.train import RunConfig, TrainConfig, train
 from swamla.train.optim import MuonConfig
-from swamla.train.run_folder import settle
+from swamla.train.run_folder import resolve_vocabulary
 from swamla.train.tracking.metrics import read_metrics
 
 WIDTH, ROWS, LENGTH = 128, 8, 512
 DATA = DataConfig(source="stdlib", tokenizer="bpe:4096")
 EXPERTS = LatentMoEConfig(n_experts=32, n_activated=4, ratio=2, expert_hidden=64, shared_hidden=128, bias_rate=1e-2)
-TOLERANCE = 0.02  # by which the active parameters of the twins may differ
+TOLERANCE = 0.02  # largest relative difference between the twins' active parameters
 
 
 def model(ffn: FFNConfig) -> LanguageModelConfig:
@@ -46,7 +46,7 @@ def model(ffn: FFNConfig) -> LanguageModelConfig:
 
 
 def dense_twin(ffn: LatentMoEConfig) -> DenseConfig:
-    """The SwiGLU with as many parameters as a token uses of `ffn`, to the nearest multiple of 8."""
+    """A SwiGLU with the active parameters of `ffn`, its width rounded to a multiple of 8."""
     return DenseConfig(hidden=round(ffn.n_active_parameters(WIDTH) / (3 * WIDTH) / 8) * 8)
 
 
@@ -71,7 +71,7 @@ def run_config(model: LanguageModelConfig, arguments: argparse.Namespace, seed: 
 
 
 def held_out_after(config: RunConfig, dataset: Dataset, max_tokens: int | None) -> tuple[float, float]:
-    """Train; held-out bits per byte at the end, and the median of the steps' tokens per second."""
+    """Train; returns held-out bits per byte at the end, and the median over steps of tokens per second."""
     found: dict[str, float] = {}
     score = validation(dataset, config.train.block_size, max_tokens)
 
@@ -88,19 +88,21 @@ def held_out_after(config: RunConfig, dataset: Dataset, max_tokens: int | None) 
 
 def counted(name: str, config: RunConfig, dataset: Dataset) -> int:
     """Print the exact parameters of a twin; returns the active ones."""
-    count = count_parameters(settle(config, dataset).model)
-    parts = ", ".join(f"{part} {number:,}" for part, number in count.by_component.items())
-    print(f"{name}: {count.active:,} active of {count.total:,} parameters ({parts})")
+    count = count_parameters(resolve_vocabulary(config, dataset).model)
+    components = ", ".join(f"{part} {number:,}" for part, number in count.by_component.items())
+    print(f"{name}: {count.active:,} active of {count.total:,} parameters ({components})")
     return count.active
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=1_500_000, help="of each run (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=1_500_000, help="training tokens of each run (default: %(default)s)"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
-    parser.add_argument("--experts", type=int, default=EXPERTS.n_experts, help="routed ones (default: %(default)s)")
+    parser.add_argument("--experts", type=int, default=EXPERTS.n_experts, help="routed experts (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
-    parser.add_argument("--lr", type=float, default=5e-3, help="of both (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=5e-3, help="learning rate of both (default: %(default)s)")
     parser.add_argument("--eval_tokens", type=int, default=None, help="held-out tokens scored (default: all)")
     arguments = parser.parse_args()
 

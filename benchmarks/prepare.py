@@ -1,13 +1,12 @@
-"""`swamla prepare` beside what `tokenizers` does in one call, on the same made text, in the same run.
+"""`swamla prepare` compared with a bare call of `tokenizers`, on the same synthetic text, in the same run.
 
     python benchmarks/prepare.py            # 200 MB, all cores
     python benchmarks/prepare.py --mb 20 --workers 1
 
-The text is made from the seed alone: words with the frequencies of a language (Zipf), punctuation, numbers and lines of
-code, in documents of a few hundred words, as jsonl. The tokenizer is a BPE of 8,192 learned from its first documents.
-`tokenizers` is given texts that are already in memory, by `encode_batch`, its plain call: once on one core and once on
-all of them; its rates leave out everything but encoding, those of prepare hold reading, parsing, writing, checksums and
-the start of the processes. On a machine that does other things as well, compare the rates by a core's own time.
+The text depends only on the seed: words with Zipf frequencies, punctuation, numbers and lines of code, in documents of
+a few hundred words, as jsonl. The tokenizer is a BPE of 8,192 trained on the first documents. `tokenizers` encodes
+texts in memory by `encode_batch`, on one core and on all cores. Its rates count encoding only; those of prepare include
+reading, parsing, writing, checksums and starting processes. On a busy machine compare rates by CPU time.
 """
 
 import argparse
@@ -49,7 +48,7 @@ def make_text(path: Path, size: int, seed: int = 0) -> None:
 
 
 def read_texts(path: Path, most: int) -> list[str]:
-    """The first texts, of about `most` characters together."""
+    """The first texts, about `most` characters in all."""
     texts, size = [], 0
     with path.open(encoding="utf-8") as lines:
         for line in lines:
@@ -74,19 +73,19 @@ print(json.dumps([sum(len(each.ids) for each in encoded), seconds, cpu]))
 
 
 class Rate(NamedTuple):
-    """Tokens, in seconds of the clock and seconds of all cores together."""
+    """Tokens, wall-clock seconds, and CPU seconds over all cores."""
 
     tokens: int
     seconds: float
     cpu: float
 
     def __str__(self) -> str:
-        by_cpu = f"{self.tokens / self.cpu:10,.0f} per second of a core's time"
+        by_cpu = f"{self.tokens / self.cpu:10,.0f} per CPU second"
         return f"{self.tokens / self.seconds:12,.0f} tokens/s {by_cpu}"
 
 
 def single_call(tokenizer: Path, texts: Path, cores: int) -> Rate:
-    """One `encode_batch` in a process of its own with so many threads."""
+    """One `encode_batch` in a new process with `cores` threads."""
     threads = {"RAYON_NUM_THREADS": str(cores), "TOKENIZERS_PARALLELISM": "true" if cores > 1 else "false"}
     command = [sys.executable, "-c", SINGLE_CALL, str(tokenizer), str(texts)]
     done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True, check=True)
@@ -94,7 +93,7 @@ def single_call(tokenizer: Path, texts: Path, cores: int) -> Rate:
 
 
 def prepared(config: DataConfig, workers: int) -> tuple[Rate, int]:
-    """`prepare`, its processes included, and the bytes of text it encoded."""
+    """The rate of `prepare`, its processes included, and the bytes of text that it encoded."""
     begin, cpu = time.perf_counter(), cpu_seconds()
     dataset = prepare(config, workers=workers)
     seconds, cpu = time.perf_counter() - begin, cpu_seconds() - cpu
@@ -103,13 +102,13 @@ def prepared(config: DataConfig, workers: int) -> tuple[Rate, int]:
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those it started that have ended."""
+    """CPU seconds of this process and its finished children."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def main() -> None:
-    """Make the text, run both, print both."""
+    """Generate the text, run both, print both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mb", type=int, default=200, help="megabytes of text (200)")
     parser.add_argument("--workers", type=int, default=available_cores(), help="processes (all cores)")
@@ -141,9 +140,9 @@ def main() -> None:
     print(
         f"prepare: {ours.tokens:,} tokens, {size:,} bytes, {ours.seconds:.1f} s, {size / ours.seconds / 1e6:.1f} MB/s"
     )
-    print(f"per core, by the clock: {speed / workers / single:.0%} of encode_batch on one core")
-    print(f"per core, by its time:  {ours.tokens / ours.cpu / (one.tokens / one.cpu):.0%}")
-    print(f"all cores, by the clock: {speed * every.seconds / every.tokens:.0%} of encode_batch on {workers}")
+    print(f"per core, wall clock: {speed / workers / single:.0%} of encode_batch on one core")
+    print(f"per core, CPU time:    {ours.tokens / ours.cpu / (one.tokens / one.cpu):.0%}")
+    print(f"all cores, wall clock: {speed * every.seconds / every.tokens:.0%} of encode_batch on {workers}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The tables of docs/performance.md out of the newest run's JSON: python -m benchmarks.report
+"""Writes the tables of docs/performance.md from the JSON of the newest run: python -m benchmarks.report
 
-A page has blocks between `<!-- training -->` and `<!-- end of training -->`; what stands there is made anew, all else
-stays. No figure is typed, and what is missing is said.
+The page has blocks between `<!-- training -->` and `<!-- end of training -->`, which are replaced; the rest stays. No
+figure is typed by hand, and missing rows are named.
 """
 
 import re
@@ -22,13 +22,13 @@ _NAME = re.compile(r"cpu-(\d{4}-\d\d-\d\d)(?:-(\d+))?\.json")
 
 
 def runs(folder: Path = RESULTS) -> list[Path]:
-    """The whole runs, the last one first."""
+    """The files of whole runs, the newest first."""
     found = [(name[1], int(name[2] or 1), file) for file in folder.glob("*") if (name := _NAME.fullmatch(file.name))]
     return [file for *_, file in sorted(found, reverse=True)]
 
 
 def rewritten(page: str, found: Sequence[Results]) -> str:
-    """The page with every block made of these runs, the last one first; UsageError where page and blocks disagree."""
+    """The page with all blocks written from these runs, the newest first. Raises `UsageError` for unknown blocks."""
     blocks = rendered(found) if found else dict.fromkeys(BLOCKS, NOT_YET)
     there = re.findall(r"^<!-- (?!end of )(.+?) -->$", page, flags=re.MULTILINE)
     if sorted(there) != sorted(blocks):
@@ -38,16 +38,16 @@ def rewritten(page: str, found: Sequence[Results]) -> str:
         before, _, rest = page.partition(begin)
         _, ended, after = rest.partition(end)
         if not ended:
-            raise UsageError(f"the block {name} of the page does not end: put {end} on a line of its own")
+            raise UsageError(f"the block {name} of the page has no end: write {end} on a line of its own")
         page = f"{before}{begin}\n{text}\n\n{end}{after}"
     return page
 
 
 def rendered(found: Sequence[Results]) -> dict[str, str]:
-    """Every block as Markdown; CorruptError for tables or rows that this version does not know."""
+    """Every block as Markdown. Raises `CorruptError` for unknown tables or rows."""
     last = found[0]
     if "--quick" in last.command:
-        raise UsageError("the results are of --quick, whose figures mean nothing: report a whole run")
+        raise UsageError("the results are of --quick, whose figures mean nothing: use those of a whole run")
     unknown = last.rows.keys() - _TABLES.keys()
     if unknown:
         raise CorruptError(f"results with a table {', '.join(sorted(unknown))}: known are {', '.join(_TABLES)}")
@@ -57,28 +57,28 @@ def rendered(found: Sequence[Results]) -> dict[str, str]:
         raise CorruptError(f"results with a row that has no {missing}: this version cannot read them") from missing
 
 
-def footed(results: Results, name: str, *parts: str) -> str:
-    """Tables, and under them what they were made with, how much rounds differed, and what is missing."""
+def footed(results: Results, name: str, *tables: str) -> str:
+    """Tables with a footer: the command, how much rounds differed, and what is missing."""
     rows = results.rows[name]
     rounds = [row["rounds"] for row in rows if "rounds" in row]
-    spreads = sorted(spread(row) for row in rows if row.get("rounds", 1) > 1)
+    distances = sorted(quartile_distance(row) for row in rows if row.get("rounds", 1) > 1)
     foot = f"`{results.command}`, {results.begun[:10]}"
     if rounds:
         foot += f"; rounds: {min(rounds)}" + f" to {max(rounds)}" * (max(rounds) > min(rounds))
-    if spreads:
-        half, most = (f"{100 * value:.2g} %" for value in (spreads[len(spreads) // 2], spreads[-1]))
+    if distances:
+        half, most = (f"{100 * value:.2g} %" for value in (distances[len(distances) // 2], distances[-1]))
         foot += f"; quartiles at most {half} from the median in half of the rows that have several, {most} in all"
-    return "\n\n".join([*parts, folded(f"{foot}."), *_missing(rows)])
+    return "\n\n".join([*tables, folded(f"{foot}."), *_missing(rows)])
 
 
-def spread(row: Row) -> float:
-    """How far the further quartile lies from the median, as a share of it."""
+def quartile_distance(row: Row) -> float:
+    """The distance of the further quartile from the median, as a share of the median."""
     low, median, high = (row[key] for key in (_TOKEN if "token_s" in row else _CALL))
     return max(high - median, median - low) / median
 
 
 def _missing(rows: Sequence[Row]) -> list[str]:
-    """What was left out, by the reason; what failed, each with its error."""
+    """Rows that were left out, by reason, and rows that failed, with their errors."""
     left_out: dict[str, list[str]] = {}
     for row in rows:
         if "note" in row or "error" in row:
@@ -89,13 +89,13 @@ def _missing(rows: Sequence[Row]) -> list[str]:
 
 
 def times(row: Row) -> str:
-    """A ratio."""
+    """The ratio of a row, as text."""
     value = row["ratio"]
     return "" if value is None else f"{value:,.0f}×" if value >= 100 else f"{value:.2f}×"
 
 
 def ceilings(results: Results) -> str:
-    """The machine, and what it reaches at most, before and after."""
+    """The machine, and its peak rates before and after the run."""
     machine, rows = results.machine, results.rows["ceilings"]
     instructions = f", {machine['instructions']}" if "instructions" in machine else ""  # older results lack them
     about = (
@@ -214,14 +214,14 @@ def startup(results: Results) -> str:
 
 
 def verdicts(results: Results) -> str:
-    """Targets beside figures."""
+    """Targets beside measured figures."""
     found = Found(results)
     lines = table(["target", "", "measured", ""], [target.cells(found) for target in targets()])
     return f"{lines}\n\n`{results.command}`, {results.begun[:10]}."
 
 
 def repeated(found: Sequence[Results]) -> str:
-    """The last run beside the one before it."""
+    """The agreement of the newest run with the one before it."""
     return agreement(found[0], found[1]) if len(found) > 1 else "There is one run only."
 
 

@@ -1,4 +1,4 @@
-"""What all tables share: how contenders take turns, what fails, what it may cost in time, where the rows go."""
+"""Shared by all tables: run contenders alternately within a time limit, and record results and failures."""
 
 import gc
 import time
@@ -17,25 +17,25 @@ Maker = Callable[[], Run]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a race found of one contender.
+    """The result of one contender in a race.
 
     timing: of a call.
-    peak_bytes: what its first call took at most, beyond what was there.
+    peak_bytes: peak memory of its first call, above that before it.
     """
 
     timing: Timing
     peak_bytes: int
 
     def row(self) -> Row:
-        """The figures as a row has them."""
+        """The timing as the figures of a row."""
         timing = self.timing
         return {"median_s": timing.median, "low_s": timing.low, "high_s": timing.high, "rounds": timing.rounds}
 
 
-class Turn:
-    """A contender's turn: the first also finds its peak memory; one that failed is passed over from then on.
+class Contestant:
+    """A contender in a race. Its first call also measures peak memory; after a failure further calls do nothing.
 
-    It takes its own time, as preparing to see memory takes some, too.
+    It measures its own time, because preparing to measure memory takes time too.
     """
 
     def __init__(self, run: Run) -> None:
@@ -52,7 +52,7 @@ class Turn:
                 self.peak_bytes = peak_memory(self._timed)
             else:
                 self._timed()
-        except Exception as error:  # its row says so, and the others go on
+        except Exception as error:  # reported in its row; the others go on
             self.error = error
 
     def _timed(self) -> None:
@@ -62,8 +62,8 @@ class Turn:
 
 
 @contextmanager
-def nothing_to_collect() -> Iterator[None]:
-    """What is there now is passed over by the collector, not looked through in the middle of a round."""
+def frozen_garbage_collector() -> Iterator[None]:
+    """Context in which the garbage collector ignores existing objects, so that it does not disturb a round."""
     gc.freeze()
     try:
         yield
@@ -76,7 +76,7 @@ class Bench:
     """One benchmark run.
 
     results: where rows go.
-    quick: whether to try everything at tiny sizes, one round each, for figures that mean nothing.
+    quick: run everything at tiny sizes, one round each; the figures mean nothing.
     nanogpt: a checkout of nanoGPT, if it is a contender.
     """
 
@@ -86,51 +86,53 @@ class Bench:
     deadline: float = float("inf")
 
     def allow(self, seconds: float) -> None:
-        """From now on a table may take so long: no race begins after that, and no further round of one."""
+        """Set the deadline of a table: after it no race and no further round starts."""
         self.deadline = time.monotonic() + seconds
 
     def race(
         self, table: str, what: Row, makers: Mapping[str, Maker], *, rounds: int, limit: float, warmup: int = 1
     ) -> dict[str, Outcome]:
-        """Make contenders and let them take turns; those that fail get a row that says why, and are left out.
+        """Build the contenders and run them alternately. A contender that fails gets a row with its error.
 
-        what: the part of the rows' keys that all contenders share. limit: seconds after which no further round begins.
+        what: entries that all contenders' rows share. limit: seconds after which no further round starts.
         """
-        gc.collect()  # the contenders of the race before, which hold each other
+        gc.collect()  # free the contenders of the last race, which are in reference cycles
         torch.manual_seed(0)  # the same weights and inputs in every run
         left = self.deadline - time.monotonic()
         if left <= 0:
             self.leave_out(table, what, makers, "the table's time was spent")
             return {}
         self.results.say(readable(f"{table}:", {"name": " · ".join(makers), **what}))
-        turns = {name: turn for name in makers if (turn := self._made(table, what, name, makers[name])) is not None}
-        with nothing_to_collect():
-            interleaved(turns, rounds=1 if self.quick else rounds, warmup=warmup, limit=min(limit, left))
+        made = {name: self._made(table, what, name, maker) for name, maker in makers.items()}
+        running = {name: contestant for name, contestant in made.items() if contestant is not None}
+        with frozen_garbage_collector():
+            interleaved(running, rounds=1 if self.quick else rounds, warmup=warmup, limit=min(limit, left))
         outcomes = {}
-        for name, turn in turns.items():
-            if turn.error is not None or turn.peak_bytes is None:
-                self._failed(table, what, name, turn.error)
+        for name, contestant in running.items():
+            if contestant.error is not None or contestant.peak_bytes is None:
+                self._failed(table, what, name, contestant.error)
             else:
-                outcomes[name] = Outcome(timing=Timing.of(turn.seconds[warmup:]), peak_bytes=turn.peak_bytes)
+                timing = Timing.of(contestant.seconds[warmup:])
+                outcomes[name] = Outcome(timing=timing, peak_bytes=contestant.peak_bytes)
         return outcomes
 
     def leave_out(self, table: str, what: Row, names: Mapping[str, object] | tuple[str, ...], why: str) -> None:
-        """Rows that say what was not measured, and why."""
+        """Add rows for contenders that were not measured, with the reason."""
         for name in names:
             self.results.add(table, {"name": name, **what, "note": f"not run: {why}"})
 
-    def _made(self, table: str, what: Row, name: str, maker: Maker) -> Turn | None:
+    def _made(self, table: str, what: Row, name: str, maker: Maker) -> Contestant | None:
         try:
-            return Turn(maker())
+            return Contestant(maker())
         except Exception as error:
             self._failed(table, what, name, error)
             return None
 
     def _failed(self, table: str, what: Row, name: str, error: Exception | None) -> None:
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        self.results.add(table, {"name": name, **what, "error": told})
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        self.results.add(table, {"name": name, **what, "error": message})
 
 
 def times_faster(baseline: Outcome | None, own: Outcome) -> float | None:
-    """How many times as fast as the baseline of the same rounds; none without one."""
+    """Speed relative to the baseline in the same rounds; None without a baseline."""
     return None if baseline is None else baseline.timing.median / own.timing.median

@@ -1,8 +1,8 @@
-"""How long training stands still for a checkpoint, written at once and in the background, and what its steps cost then.
+"""How long a checkpoint blocks training, synchronous and in the background, and how much it slows steps meanwhile.
 
     python benchmarks/saving.py --megabytes 600 --device cpu --folder /somewhere/on/the/disk
 
-The two ways take turns; medians. A step is a matrix product of about a tenth of a second.
+Both are measured alternately; figures are medians. A step is a matrix product of about a tenth of a second.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main() -> None:
                 while not (done := saver.saved()):
                     during.append(step(a, count))
                 assert done[0].error is None, done[0].error
-                if number > 1:  # the first of them also makes the memory it copies into
+                if number > 1:  # the first also allocates the memory for copies
                     still[way].append(stood)
                     placed[way].append(time.perf_counter() - begin)
     print(

@@ -1,4 +1,4 @@
-"""What all contenders have in common, and our models of it."""
+"""The common shape of all contenders, and our models of this shape."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,14 @@ from swamla.model.block import FFNConfig, MixerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What all contenders have in common.
+    """The common shape of all contenders.
 
     width: of the residual stream.
-    heads: of every mixer; they share out the width.
-    depth: layers.
-    vocabulary: token ids.
+    heads: of every mixer, each of width `width / heads`.
+    depth: number of layers.
+    vocabulary: number of token ids.
     window: of sliding-window attention.
-    multiple: what hidden widths are a multiple of.
+    multiple: hidden widths of FFNs are multiples of this.
     """
 
     width: int = 384
@@ -32,12 +32,12 @@ class Shape:
 
     @property
     def layer(self) -> int:
-        """Parameters of a layer, GPT-2's: 4 D² of attention and 8 D² of FFN."""
+        """Parameters of a layer, as in GPT-2: 4 D² in attention and 8 D² in the FFN."""
         return 12 * self.width**2
 
     @property
     def parameters(self) -> int:
-        """Of a whole model with a tied head."""
+        """Parameters of a model with a tied head."""
         return self.depth * self.layer + self.vocabulary * self.width
 
     def hidden(self, mixers: float) -> int:
@@ -45,7 +45,7 @@ class Shape:
         return round((self.layer - mixers) / (3 * self.width) / self.multiple) * self.multiple
 
     def mixer(self, name: str) -> MixerConfig:
-        """Our mixer of that name; MLA's latent is a third of the width, half of a query or key head rotary."""
+        """Our mixer of this name. MLA's latent is a third of the width; half of a query or key head is rotary."""
         half = self.head // 2
         mixers: dict[str, MixerConfig] = {
             "mha": MHAConfig(n_heads=self.heads),
@@ -62,7 +62,7 @@ class Shape:
         return mixers[name]
 
     def config(self, pattern: str, ffn: FFNConfig | None = None) -> LanguageModelConfig:
-        """Our model of a pattern, such as "swa swa mla", that is repeated up to the depth."""
+        """Our model with this pattern, such as "swa swa mla", repeated to the depth."""
         names = tuple(pattern.split())
         blocks = {}
         for name in dict.fromkeys(names):
@@ -74,11 +74,11 @@ class Shape:
         return LanguageModelConfig(vocab_size=self.vocabulary, width=self.width, blocks=blocks, pattern=pattern_of_all)
 
 
-QUICK = Shape(width=96, heads=2, vocabulary=256, window=16, multiple=8)  # to try everything
+QUICK = Shape(width=96, heads=2, vocabulary=256, window=16, multiple=8)  # for dry runs
 
 
 def gpt2_twin(shape: Shape) -> LanguageModelConfig:
-    """Our config whose arithmetic is GPT-2's."""
+    """Our config with the arithmetic of GPT-2."""
     block = BlockConfig(mixer=MHAConfig(n_heads=shape.heads, rope=None), ffn=DenseConfig(activation="gelu"))
     return LanguageModelConfig(
         vocab_size=shape.vocabulary, width=shape.width, blocks={"mha": block}, pattern=("mha",) * shape.depth

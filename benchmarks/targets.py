@@ -1,4 +1,4 @@
-"""What was to be reached on a CPU, and what a run reached of it."""
+"""Performance targets on a CPU, and whether a run met them."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ TRAINING = {
 
 
 class Found:
-    """The rows of a run, by their keys."""
+    """Looks up rows of a run by their keys."""
 
     def __init__(self, results: Results) -> None:
         self._rows = results.rows
 
     def row(self, table: str, **keys: object) -> dict[str, Any] | None:
-        """The row that has these, if it was measured."""
+        """The row with these keys, if it was measured."""
         for row in self._rows.get(table, []):
             figures = "median_s" in row or "token_s" in row
             if figures and all(row.get(key) == value for key, value in keys.items()):
@@ -30,25 +30,25 @@ class Found:
         return None
 
     def figure(self, table: str, key: str, **keys: object) -> float | None:
-        """A number of that row."""
+        """A number in the row with these keys."""
         row = self.row(table, **keys)
         return None if row is None or row[key] is None else float(row[key])
 
     def quotient(self, table: str, key: str, above: dict[str, object], below: dict[str, object]) -> float | None:
-        """That number of one row over that of another."""
+        """A number in one row over the same number in another."""
         numerator, denominator = self.figure(table, key, **above), self.figure(table, key, **below)
         return None if numerator is None or denominator is None else numerator / denominator
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """One thing to reach.
+    """One target.
 
-    what: in words.
+    what: as text.
     bound: the number to reach.
-    most: whether the bound is the most that is allowed, not the least.
-    percent: whether the number is told as a percentage, not as a factor.
-    measured: the number in a run; none where it did not measure it.
+    most: the bound is an upper one, not a lower one.
+    percent: print the number as a percentage, not as a factor.
+    measured: finds the number in a run; None if it was not measured.
     """
 
     what: str
@@ -58,22 +58,22 @@ class Target:
     measured: Callable[[Found], float | None]
 
     def cells(self, found: Found) -> list[str]:
-        """What, bound, measured and the verdict, in words."""
+        """The cells of its line: target, bound, measured number, verdict."""
         value = self.measured(found)
-        bound = f"{'≤' if self.most else '≥'} {self._told(self.bound)}"
+        bound = f"{'≤' if self.most else '≥'} {self._as_text(self.bound)}"
         if value is None:
             return [self.what, bound, "", "not measured"]
         met = value <= self.bound if self.most else value >= self.bound
-        return [self.what, bound, self._told(value), "met" if met else "**not met**"]
+        return [self.what, bound, self._as_text(value), "met" if met else "**not met**"]
 
-    def _told(self, value: float) -> str:
+    def _as_text(self, value: float) -> str:
         if self.percent:
             return f"{100 * value:.3g} %"
         return f"{value:.3g}×" if value < 10 else f"{value:,.0f}×"
 
 
 def targets() -> list[Target]:
-    """All of them."""
+    """All targets."""
     return [*_training(), *_ops(), *_decode(), *_loss_and_data()]
 
 

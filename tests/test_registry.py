@@ -168,8 +168,7 @@ def test_a_plugin_that_was_renamed_makes_no_other_run(toys: None) -> None:
     [
         (
             {"kind": "toy_norm", "plugin": "toy_norm.py"},
-            "m.norm.kind = 'toy_norm' (f): is no kind of swamla's own, but of a plugin: name its file, "
-            "--plugin toy_norm.py",
+            "m.norm.kind = 'toy_norm' (f): is the kind of a plugin: name its file, --plugin toy_norm.py",
         ),
         (
             {"kind": "toy_norm"},

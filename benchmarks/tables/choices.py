@@ -1,4 +1,4 @@
-"""What a user may choose for `swa swa mla` on rows of 1024 tokens: precision, rows, threads, checkpointing."""
+"""The effect of settings on `swa swa mla` with rows of 1024 tokens: precision, rows, threads, checkpointing."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -14,14 +14,14 @@ from swamla.model.block import Checkpointing
 TABLE = "choices"
 PATTERN = "swa swa mla"
 LENGTH = 1024
-ROWS = 4  # where they are not what is chosen
+ROWS = 4  # unless rows are varied
 ROUNDS, LIMIT = 5, 16.0
 
 CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "attention", "ffn", "all")
 
 
 def axes(threads: int, quick: bool) -> Iterator[tuple[str, dict[str, dict[str, object]]]]:
-    """Each choice with its values, by what the table calls them: what a step is made with."""
+    """Every setting with its values: label in the table → arguments of `_maker`."""
     yield "precision", {name: {"precision": name} for name in ("fp32", "bf16")}
     yield "rows of a step", {str(rows): {"rows": rows} for rows in ((1, 2) if quick else (1, 2, 4, 8, 16))}
     yield "threads", {str(count): {"threads": count} for count in range(1, threads + 1)}
@@ -29,7 +29,7 @@ def axes(threads: int, quick: bool) -> Iterator[tuple[str, dict[str, dict[str, o
 
 
 def measure(bench: Bench) -> None:
-    """The table, choice by choice; the values of one take turns."""
+    """The table, setting by setting; the values of a setting run alternately."""
     threads = torch.get_num_threads()
     for axis, values in axes(threads, bench.quick):
         what: Row = {"axis": axis}
@@ -65,7 +65,7 @@ def _maker(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        step()  # the optimizer's moments are there
+        step()  # creates the optimizer's moments
         return step
 
     return make

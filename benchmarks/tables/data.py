@@ -1,6 +1,6 @@
-"""How fast data comes: rows out of the packed loader, beside what a model consumes, and text into tokens.
+"""Speed of data: rows from the packed loader, compared with what training consumes, and tokenizing text.
 
-The text is the source of Python's own library; the tokenizer a byte-level BPE of 4096 learned from it.
+The text is the source of Python's standard library; the tokenizer is a byte-level BPE of 4096 trained on it.
 """
 
 import json
@@ -20,9 +20,9 @@ from swamla.data.dataset import Dataset
 TABLE = "data"
 MODEL = "swa swa mla"
 LENGTHS = (256, 1024, 4096)
-BATCHES, STEP = 200, 4096  # timed together; tokens of each, as a step of the training table has
-HELD_OUT = 0.2  # of the documents, so that some are even of a small text
-TEXT, ENCODED = 8_000_000, 2_000_000  # bytes that are prepared, and of these encoded again
+BATCHES, STEP = 200, 4096  # batches timed together; tokens of a batch, as in the training table
+HELD_OUT = 0.2  # of the documents, so that even a small text has some
+TEXT, ENCODED = 8_000_000, 2_000_000  # bytes prepared; bytes of these that are timed
 
 
 def measure(bench: Bench) -> None:
@@ -40,20 +40,20 @@ def measure(bench: Bench) -> None:
 
 
 def standard_library(size: int) -> list[str]:
-    """Its modules' sources, in the order of their names, about `size` bytes together."""
+    """Sources of its modules in order of their names, about `size` bytes in all."""
     texts: list[str] = []
     read = 0
     for file in sorted(Path(os.__file__).parent.glob("**/*.py")):
         if read >= size:
             break
-        if "site-packages" not in file.parts and "lib2to3" not in file.parts:  # these hold files that are no UTF-8
+        if "site-packages" not in file.parts and "lib2to3" not in file.parts:  # these have files that are not UTF-8
             texts.append(file.read_text(encoding="utf-8", errors="replace"))
             read += len(texts[-1])
     return texts
 
 
 def loader(bench: Bench, dataset: Dataset) -> None:
-    """Rows of several lengths, in batches as large as a step of the training table."""
+    """Rows of several lengths, in batches of the training table's size."""
     batches = 2 if bench.quick else BATCHES
 
     def maker(length: int) -> Maker:
@@ -76,7 +76,7 @@ def loader(bench: Bench, dataset: Dataset) -> None:
 
 
 def consumed_by_model(bench: Bench, length: int) -> float | None:
-    """Tokens a second that training takes at this length, if that was measured in this run."""
+    """Tokens per second of training at this length, if this run measured it."""
     for row in bench.results.rows.get(training.TABLE, []):
         speed = row.get("tokens_per_s")
         if row["name"] == MODEL and row["length"] == length and isinstance(speed, float):
@@ -85,7 +85,7 @@ def consumed_by_model(bench: Bench, length: int) -> float | None:
 
 
 def encoding(bench: Bench, dataset: Dataset, texts: list[str]) -> None:
-    """Text to tokens on all cores: ours beside the library's own call."""
+    """Tokenizing on all cores, ours against a bare call of the library."""
     some, size = [], 0
     for text in texts:
         if size >= ENCODED:

@@ -1,10 +1,11 @@
-"""Prefill and decode, one sequence, greedy, fp32 without autocast: ours against `generate` of transformers.
+"""Prefill and greedy decoding of one sequence in fp32: ours against `generate` of transformers.
 
-Prefill is the time to the first new token. The decode rate is of the tokens after it, the median of the times between
-them over all rounds. State bytes are read off live tensors: our state, their cache.
+Prefill is the time to the first new token. The decode rate is from the median time between later tokens, over all
+rounds. State bytes are those of live tensors: our state, their cache.
 """
 
 import time
+from dataclasses import dataclass
 from itertools import pairwise
 
 from benchmarks.contenders import DEEPSEEK_V3, GPT2, INT8, QUICK, QWEN3_NEXT, Ours, Shape, Transformers, contender
@@ -16,18 +17,30 @@ from swamla.bench.results import Row
 TABLE = "generation"
 ROUNDED = tuple(f"{name}{INT8}" for name in HYBRIDS)
 EVERYONE = (GPT2, DEEPSEEK_V3, QWEN3_NEXT, *OURS, *ROUNDED)
-# prompt, new tokens, contenders, rounds at most, seconds after which no further round begins
+
+
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """One prompt length: new tokens, contenders, most rounds, and seconds after which no further round starts."""
+
+    prompt: int
+    count: int
+    names: tuple[str, ...] = EVERYONE
+    rounds: int = 1
+    limit: float = 0.0
+
+
 PLAN = (
-    (128, 96, EVERYONE, 7, 20.0),
-    (2048, 64, EVERYONE, 3, 20.0),
-    (8192, 64, EVERYONE, 2, 45.0),
-    (32768, 16, (GPT2, *HYBRIDS), 1, 0.0),
+    Race(prompt=128, count=96, rounds=7, limit=20.0),
+    Race(prompt=2048, count=64, rounds=3, limit=20.0),
+    Race(prompt=8192, count=64, rounds=2, limit=45.0),
+    Race(prompt=32768, count=16, names=(GPT2, *HYBRIDS)),
 )
-QUICK_PLAN = ((24, 3, EVERYONE, 1, 0.0), (48, 3, (GPT2, *HYBRIDS), 1, 0.0))
+QUICK_PLAN = (Race(prompt=24, count=3), Race(prompt=48, count=3, names=(GPT2, *HYBRIDS)))
 
 
 class Reading:
-    """A contender that reads a prompt and writes on, and the times of it."""
+    """Prefill and decoding of a contender, and their times."""
 
     def __init__(self, contender: Ours | Transformers, prompt: int, count: int) -> None:
         self.contender = contender
@@ -45,16 +58,16 @@ class Reading:
 
     @property
     def first(self) -> Timing:
-        """Until the first new token."""
+        """Time to the first new token."""
         return Timing.of(self.first_s)
 
     @property
     def between(self) -> Timing:
-        """Between one token and the next."""
+        """Time between tokens."""
         return Timing.of(self.between_s)
 
     def row(self) -> Row:
-        """Its figures."""
+        """The figures of its row."""
         first, between = self.first, self.between
         return {
             "prefill_tokens_per_s": len(self.prompt) / first.median,
@@ -71,33 +84,32 @@ class Reading:
 
 
 def measure(bench: Bench) -> None:
-    """The table, prompt by prompt."""
+    """The table, prompt length by prompt length."""
     shape = QUICK if bench.quick else Shape()
-    for prompt, count, names, rounds, limit in QUICK_PLAN if bench.quick else PLAN:
-        measure_prompt(bench, shape, prompt, count, names, rounds, limit)
-        left_out = tuple(name for name in EVERYONE if name not in names)
-        bench.leave_out(TABLE, {"prompt": prompt}, left_out, "too slow at this length for the time there is")
+    for race in QUICK_PLAN if bench.quick else PLAN:
+        measure_race(bench, race, shape)
+        left_out = tuple(name for name in EVERYONE if name not in race.names)
+        bench.leave_out(TABLE, {"prompt": race.prompt}, left_out, "too slow at this length for the time there is")
 
 
-def measure_prompt(
-    bench: Bench, shape: Shape, prompt: int, count: int, names: tuple[str, ...], rounds: int, limit: float
-) -> None:
-    """The rows of one length of prompt; the baseline is GPT-2's decode rate."""
+def measure_race(bench: Bench, race: Race, shape: Shape) -> None:
+    """The rows of one prompt length; the baseline is GPT-2's decode rate."""
+    prompt, count = race.prompt, race.count
     readings: dict[str, Reading] = {}
 
     def maker(name: str) -> Maker:
         def make() -> Reading:
             found = contender(name, shape, prompt + count)
             found.model.eval()
-            Reading(found, 8, 2)()  # what a first call sets up does not count
+            Reading(found, 8, 2)()  # warm-up
             readings[name] = Reading(found, prompt, count)
             return readings[name]
 
         return make
 
-    makers = {name: maker(name) for name in names}
+    makers = {name: maker(name) for name in race.names}
     what: Row = {"prompt": prompt}
-    outcomes = bench.race(TABLE, what, makers, rounds=rounds, limit=limit, warmup=0)
+    outcomes = bench.race(TABLE, what, makers, rounds=race.rounds, limit=race.limit, warmup=0)
     baseline = readings[GPT2].between.median if GPT2 in outcomes else None
     for name in outcomes:
         ratio = baseline and baseline / readings[name].between.median

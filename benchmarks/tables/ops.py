@@ -1,4 +1,4 @@
-"""Ops alone, forward and backward: ours against PyTorch's own or transformers', on the shapes of the training table."""
+"""Single ops, forward and backward: ours against PyTorch's or transformers', on the training table's shapes."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ ROUNDS, LIMIT = 15, 6.0  # of one race; seconds
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What is measured. tokens: of a row. lengths: of windowed attention alone. experts, hidden: of the MoE."""
+    """Sizes of the ops. tokens: of a row.  lengths: for windowed attention by length.  experts, hidden: of the MoE."""
 
     tokens: int = 4096
     heads: int = 6
@@ -49,8 +49,8 @@ class Sizes:
 
 
 QUICK = Sizes(tokens=64, heads=2, head=16, window=16, lengths=(32, 64), vocabularies=(64, 256), experts=4, hidden=16)
-Race = tuple[Row, dict[str, Maker]]  # what it is of, and its contenders, the baseline first
-BY_LENGTH = "windowed attention by length"  # which has no baseline
+Race = tuple[Row, dict[str, Maker]]  # common entries of its rows; contenders, the baseline first
+BY_LENGTH = "windowed attention by length"  # has no baseline
 
 
 def measure(bench: Bench) -> None:
@@ -84,7 +84,7 @@ def attention(sizes: Sizes) -> Iterator[Race]:
 
 
 def windows(sizes: Sizes) -> Iterator[Race]:
-    """Windowed attention at one length after the other, in the same rounds: its time is to be linear."""
+    """Windowed attention at several lengths in the same rounds: its time should be linear in the length."""
     makers = {}
     for length in sizes.lengths:
         q, k, v = (leaf(1, length, sizes.heads, sizes.head, dtype=BF16) for _ in range(3))
@@ -96,7 +96,7 @@ def windows(sizes: Sizes) -> Iterator[Race]:
 
 
 def delta_rule(sizes: Sizes) -> Iterator[Race]:
-    """The gated delta rule against the one that transformers falls back to without a GPU's kernels."""
+    """The gated delta rule against transformers' fallback in PyTorch."""
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
     shape = (1, sizes.tokens, sizes.heads)
@@ -115,7 +115,7 @@ def delta_rule(sizes: Sizes) -> Iterator[Race]:
 
 
 def cross_entropy(sizes: Sizes) -> Iterator[Race]:
-    """Head and loss; what the gradients themselves take is told apart from what it takes to find them."""
+    """Head and cross-entropy; the bytes of the gradients themselves are listed apart."""
     for vocabulary in sizes.vocabularies:
         x, weight = leaf(sizes.tokens, sizes.width), leaf(vocabulary, sizes.width)
         labels = torch.randint(vocabulary, (sizes.tokens,))
@@ -141,7 +141,7 @@ def cross_entropy(sizes: Sizes) -> Iterator[Race]:
 
 
 def experts(sizes: Sizes) -> Iterator[Race]:
-    """A mixture of experts, routed as in DeepSeek-V3, with one shared expert and four active ones."""
+    """A mixture of experts with DeepSeek-V3's routing, one shared expert and four active ones."""
 
     def theirs() -> Run:
         from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
@@ -208,7 +208,7 @@ def norm(sizes: Sizes) -> Iterator[Race]:
 
 
 def backward(output: Callable[[], Tensor]) -> Maker:
-    """What computes `output` and its gradient in all inputs."""
+    """A contender that computes `output` and its gradients."""
 
     def make() -> Run:
         grad = torch.randn_like(output())
@@ -218,5 +218,5 @@ def backward(output: Callable[[], Tensor]) -> Maker:
 
 
 def leaf(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
-    """Random numbers that want a gradient."""
+    """A random tensor that requires a gradient."""
     return torch.randn(*shape, dtype=dtype, requires_grad=True)

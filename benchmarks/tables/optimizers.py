@@ -25,21 +25,21 @@ LR, DECAY = 1e-4, 0.1
 
 
 def measure(bench: Bench) -> None:
-    """The table; ratios are to PyTorch's optimizer of that name, of Lion to AdamW."""
+    """The table. Ratios are to PyTorch's optimizer of the same name; Lion's are to AdamW."""
     model = (QUICK if bench.quick else Shape()).config("swa swa mla").build(seed=0)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     numbers = sum(p.numel() for p in model.parameters())
-    held: dict[str, list[torch.optim.Optimizer]] = {}
+    built: dict[str, list[torch.optim.Optimizer]] = {}
 
     def maker(name: str) -> Maker:
         def make() -> Run:
             if name in OURS:
                 optimizer = OURS[name].build(model, lr=LR, weight_decay=DECAY)
-                held[name] = list(optimizer.optimizers)
+                built[name] = list(optimizer.optimizers)
                 return optimizer.step
-            held[name] = parts = pytorch_adamw(model) if name == ADAMW else pytorch_muon(model)
-            return lambda: [part.step() for part in parts]
+            built[name] = theirs = pytorch_adamw(model) if name == ADAMW else pytorch_muon(model)
+            return lambda: [optimizer.step() for optimizer in theirs]
 
         return make
 
@@ -51,18 +51,18 @@ def measure(bench: Bench) -> None:
             "name": name,
             **what,
             "ratio": times_faster(outcomes.get(MUON if "Muon" in name else ADAMW), outcome),
-            "state_bytes": sum(state_bytes(part) for part in held[name]),
+            "state_bytes": sum(state_bytes(optimizer) for optimizer in built[name]),
         }
         bench.results.add(TABLE, {**row, **outcome.row()})
 
 
 def pytorch_adamw(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """All parameters in the fused AdamW."""
+    """PyTorch's fused AdamW for all parameters."""
     return [torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=DECAY, fused=True)]
 
 
 def pytorch_muon(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """The matrices that ours takes in Muon, all else in the fused AdamW."""
+    """PyTorch's Muon for the matrices that our Muon updates, fused AdamW for the rest."""
     sides: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for trained in named_parameters(model):
         sides[is_hidden(trained.spec)].append(trained.parameter)
@@ -71,5 +71,5 @@ def pytorch_muon(model: nn.Module) -> list[torch.optim.Optimizer]:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the tensors that it keeps of its parameters."""
+    """Bytes of the tensors in its state."""
     return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: kernels of PyTorch by what they do, as its profiler counts them."""
+"""Where the time of a training step goes: PyTorch's kernels by kind, from its profiler."""
 
 from collections import defaultdict
 from typing import Any
@@ -21,7 +21,7 @@ KINDS = {
     "optimizer": "_fused_adamw_",
 }
 ELEMENTWISE = "other elementwise work"
-OVERHEAD = "between kernels"  # the interpreter, autograd, dispatch and what computes nothing itself:
+OVERHEAD = "between kernels"  # the interpreter, autograd, dispatch, and these ops, which compute nothing:
 VIEWS = """
     view reshape slice select as_strided transpose t permute unsqueeze expand unflatten flatten split split_with_sizes
     squeeze unbind detach narrow chunk unfold _unsafe_view empty empty_strided empty_like new_empty new_zeros zeros
@@ -31,7 +31,7 @@ KIND_OF = {op: name for name, ops in [*KINDS.items(), (OVERHEAD, VIEWS)] for op 
 
 
 def measure(bench: Bench) -> None:
-    """A row for each model."""
+    """The table, a row per model."""
     shape, length, rows = (QUICK, 32, 2) if bench.quick else (Shape(), LENGTH, ROWS)
     for name in NAMES:
         step = training_step(contender(name, shape, length), shape.vocabulary, rows, length)
@@ -43,7 +43,7 @@ def measure(bench: Bench) -> None:
 
 
 def shares(events: Any) -> dict[str, float]:
-    """What of the time each kind of kernel takes, and what lies between kernels."""
+    """The share of the time of each kind of kernel, and of the time between kernels."""
     found: dict[str, float] = defaultdict(float)
     for event in events:
         found[kind(event.key)] += event.self_cpu_time_total
@@ -52,6 +52,6 @@ def shares(events: Any) -> dict[str, float]:
 
 
 def kind(event: str) -> str:
-    """What an event of the profiler is."""
+    """The kind of a profiler event."""
     op = event.removeprefix("aten::")
     return OVERHEAD if op == event else KIND_OF.get(op, ELEMENTWISE)

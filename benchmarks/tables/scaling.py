@@ -1,4 +1,4 @@
-"""How the cost of a step of `swa swa mla` grows with length, width, depth and experts."""
+"""The cost of a step of `swa swa mla` by length, width, depth and number of experts."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,14 +16,14 @@ LENGTHS = (512, 1024, 2048, 4096, 8192)
 WIDTHS = (128, 256, 384, 512, 768)
 DEPTHS = (3, 6, 9, 12)
 EXPERTS = (0, 8, 32, 128)
-STEP = 1024  # tokens, but for the lengths, of which each is one row
+STEP = 1024  # tokens of a step; for lengths, a step is one row
 ROUNDS, LIMIT = 7, 9.0
 
 Point = tuple[int, LanguageModelConfig, int]  # the value along the axis, the model, tokens of a step
 
 
 def axes(shape: Shape, quick: bool) -> Iterator[tuple[str, list[Point]]]:
-    """What is varied, and the models at each of its values; two values each to try it."""
+    """Every axis with its points; two points each if quick."""
     step = 32 if quick else STEP
     lengths = (32, 64) if quick else LENGTHS
     widths = (96, 192) if quick else WIDTHS
@@ -36,17 +36,17 @@ def axes(shape: Shape, quick: bool) -> Iterator[tuple[str, list[Point]]]:
 
 
 def _wide(shape: Shape, width: int) -> Shape:
-    """Heads of the same width, as many as that needs."""
+    """The shape at another width, with heads of the same width."""
     return replace(shape, width=width, heads=width // shape.head)
 
 
 def _experts(shape: Shape, count: int) -> LatentMoEConfig | None:
-    """A LatentMoE of so many experts, 8 of which are active, of which a token meets about as much; none for 0."""
+    """A LatentMoE of `count` experts, 8 of them active, with about equal active parameters; None for 0."""
     return LatentMoEConfig(n_experts=count, n_activated=8, ratio=4) if count else None
 
 
 def measure(bench: Bench) -> None:
-    """The table, axis by axis; the values of one take turns."""
+    """The table, axis by axis; the points of an axis run alternately."""
     shape = QUICK if bench.quick else Shape()
     for axis, points in axes(shape, bench.quick):
         what: Row = {"axis": axis}

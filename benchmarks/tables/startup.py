@@ -1,4 +1,4 @@
-"""How long a program takes to begin, each time a new process: ours beside torch's own import."""
+"""Start-up time of programs in new processes: ours, and the import of torch."""
 
 import subprocess
 import sys

@@ -1,6 +1,6 @@
-"""Tokens a second of a training step: ours against what a user would pick instead, at one size, by sequence length.
+"""Tokens per second of a training step: our models against those of other libraries of equal size, by length.
 
-All have fused AdamW, bf16 autocast over fp32 weights, no compilation, and the loss that their library offers.
+All use fused AdamW, bf16 autocast with fp32 weights, no compilation, and their own library's loss.
 """
 
 from dataclasses import dataclass
@@ -27,19 +27,19 @@ HYBRIDS = ("swa swa mla", "gdn gdn mla")
 OURS = (*HYBRIDS, "mha", "mla")
 FIVE_TO_ONE = "swa swa swa swa swa mla"
 MATMUL, SIDE, MATMULS = "bf16 matmul", 1024, 100
-STEP = 4096  # tokens of a step, of longer rows one
+STEP = 4096  # tokens of a step, at least one row
 
 
 @dataclass(frozen=True, kw_only=True)
 class Race:
-    """Who takes turns at one length.
+    """The contenders at one length.
 
     length: tokens of a row.
     names: of the contenders.
     left_out: contenders that would take too long.
-    rounds: at most.
-    limit: seconds after which no further round begins.
-    warmup: rounds that do not count.
+    rounds: most rounds.
+    limit: seconds after which no further round starts.
+    warmup: untimed rounds.
     """
 
     length: int
@@ -51,7 +51,7 @@ class Race:
 
 
 def plan(nanogpt: bool, quick: bool) -> list[Race]:
-    """Every length with all contenders; beyond 8192, of those of transformers, with GPT-2 alone."""
+    """All contenders at every length; above 8192, GPT-2 is the only one of transformers."""
     baseline = NANOGPT if nanogpt else GPT2
     everyone = (*dict.fromkeys((baseline, *OURS, *TRANSFORMERS)),)
     others = tuple(name for name in TRANSFORMERS if name != GPT2)
@@ -94,7 +94,7 @@ def measure_race(bench: Bench, race: Race, shape: Shape) -> None:
         return make
 
     makers: dict[str, Maker] = {name: maker(name) for name in race.names}
-    makers[MATMUL] = lambda: matmuls  # what the machine reaches at most, in the same rounds
+    makers[MATMUL] = lambda: matmuls  # the machine's peak rate, in the same rounds
     outcomes = bench.race(TABLE, what, makers, rounds=race.rounds, limit=race.limit, warmup=race.warmup)
     if MATMUL not in outcomes:
         return
@@ -119,14 +119,14 @@ def measure_race(bench: Bench, race: Race, shape: Shape) -> None:
 
 
 def matmuls() -> None:
-    """Products of square bf16 matrices, for a quarter of a second or so."""
+    """Products of square bf16 matrices, about a quarter of a second."""
     a, b = (torch.randn(SIDE, SIDE).bfloat16() for _ in range(2))
     for _ in range(MATMULS):
         a @ b
 
 
 def training_step(contender: Contender, vocabulary: int, rows: int, length: int) -> Run:
-    """A step on random tokens. Its first, on a short row, was taken: the optimizer's moments are there."""
+    """A step on random tokens. A first step, on a short row, has created the optimizer's moments."""
     model = contender.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 

@@ -1,9 +1,9 @@
 """Configs as plain data: dataclasses to and from TOML and JSON.
 
-A config is a frozen keyword-only dataclass. A choice is, in an annotation, a family of registered dataclasses or a
-union of some, each with a class variable `kind`; its plain form carries that name under the key "kind", and
-under "plugin" the name of the file if the class is a plugin's. Every mistake of the user becomes a `ConfigError` that
-names the dotted field, its value, its place in the file and what is allowed.
+A config is a frozen keyword-only dataclass. A field that is a choice is annotated with a family of registered
+dataclasses, or with a union of dataclasses; each has a class variable `kind`. Its plain form has that name under "kind"
+and, if a plugin defines the class, the plugin's file name under "plugin". Every mistake of the user becomes a
+`ConfigError` that names the dotted field, its value, its place in the file and what is allowed.
 """
 
 import json
@@ -22,7 +22,7 @@ from swamla.errors import ConfigError, UsageError
 from swamla.registry import Registered, is_family, members_of, plugin_of
 
 T = TypeVar("T")
-Origin = str | Callable[[str], str]  # a place, or dotted field -> place ("run.toml:12"; "" if unknown)
+Origin = str | Callable[[str], str]  # a place ("run.toml:12"), or a function dotted field -> place ("" if unknown)
 
 _NUMBERS: dict[type, str] = {int: "a whole number", float: "a number"}
 _SECRET = re.compile(r"^(hf_|sk-|ghp_|gho_|github_pat_|xox[bp]-|AKIA|glpat-)[A-Za-z0-9_-]{8,}")
@@ -47,17 +47,17 @@ def to_plain(config: Any) -> Any:
 def from_plain(cls: type[T], data: Any, *, path: str = "", origin: Origin = "") -> T:
     """Build a config of `cls` from plain data.
 
-    path: dotted name of the config itself, put before every field in messages. origin: where the data came from.
-    Fields left out take their defaults; "none" and null both stand for None. Raises `ConfigError`, and nothing else,
-    for unknown keys, wrong types, and values which the config's own checks refuse.
+    path: dotted name of the config itself, the prefix of every field in messages. origin: where the data came from.
+    Missing fields get their defaults; "none" and null both stand for None. Raises only `ConfigError`: for unknown keys,
+    wrong types, and values that the config's own checks refuse.
     """
     return _Reader(origin).dataclass(cls, data, path)
 
 
 def load_file(path: Path) -> tuple[dict[str, Any], Callable[[str], str]]:
-    """Plain data of a .toml or .json file, and a look-up dotted field -> place ("run.toml:12").
+    """Plain data of a .toml or .json file, and a function dotted field -> place ("run.toml:12").
 
-    Raises `UsageError` for a file that cannot be read, is of another format, or gives a key twice.
+    Raises `UsageError` for a file that is unreadable, has another format, or has a key twice.
     """
     readers = {".toml": load_toml, ".json": load_json}
     if path.suffix not in readers:
@@ -66,7 +66,7 @@ def load_file(path: Path) -> tuple[dict[str, Any], Callable[[str], str]]:
 
 
 def load_toml(path: Path) -> tuple[dict[str, Any], Callable[[str], str]]:
-    """Plain data of a TOML file and a look-up dotted field -> "file:line"; see `load_file`."""
+    """Plain data of a TOML file, and a function dotted field -> "file:line"; see `load_file`."""
     text = _read_text(path)
     try:
         data = tomllib.loads(text)
@@ -77,7 +77,7 @@ def load_toml(path: Path) -> tuple[dict[str, Any], Callable[[str], str]]:
 
 
 def load_json(path: Path) -> tuple[dict[str, Any], Callable[[str], str]]:
-    """Plain data of a JSON file and a look-up that answers with the file for every field; see `load_file`."""
+    """Plain data of a JSON file, and a function that returns the file for every field; see `load_file`."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for index, (key, _) in enumerate(pairs):
@@ -106,9 +106,9 @@ def _read_text(path: Path) -> str:
 
 
 def _toml_lines(text: str) -> dict[str, int]:
-    """Line of every dotted key of a valid TOML document (tables in arrays are left out).
+    """Line of every dotted key of a valid TOML document, except in arrays of tables.
 
-    Statement by statement: lines are added until they parse on their own, which finds the end of multi-line values.
+    Lines are joined until they parse as a statement, which finds the end of multi-line values.
     """
     found: dict[str, int] = {}
     table, statement, begin = "", "", 1
@@ -136,7 +136,7 @@ def _dotted(data: Mapping[str, Any], path: str = "") -> Iterator[str]:
 
 @contextmanager
 def within(path: str, origin: Origin = "") -> Iterator[None]:
-    """Put `path` before the field of any `ConfigError` raised inside, and say where the field came from."""
+    """Context that adds the prefix `path`, and the place in `origin`, to the field of any `ConfigError`."""
     try:
         yield
     except ConfigError as error:
@@ -150,12 +150,12 @@ def join(path: str, name: str) -> str:
 
 
 def kind_of(cls: type) -> str:
-    """The name of a choice, "" for a dataclass that is none."""
+    """The `kind` of a dataclass, "" if it has none."""
     return cls.__dict__.get("kind", "")
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
-    """The end of an error message: `did you mean "width"?` if a known name is close, else all known names."""
+    """End of an error message: `did you mean "width"?` if a known name is similar, else all known names."""
     close = get_close_matches(name, known, n=1)
     return f'did you mean "{close[0]}"?' if close else f"there are: {', '.join(known)}"
 
@@ -225,7 +225,7 @@ class _Reader:
         return self._single(options[0], data, path)
 
     def _choice(self, annotation: Any, data: Any, path: str) -> Any:
-        """One dataclass, or one of several told apart by their kind; a bare string names a kind with its defaults."""
+        """One dataclass, or one of several by their kind; a string alone names a kind with its defaults."""
         choices = choices_of(annotation)
         if list(choices) == [""]:
             return self.dataclass(choices[""], data, path)
@@ -236,15 +236,15 @@ class _Reader:
         kind = data.get("kind", next(iter(choices)) if len(choices) == 1 else None)
         if not isinstance(kind, str) or kind not in choices:
             raise self.fail(join(path, "kind"), kind, self._kinds(annotation, kind, data.get("plugin"), choices))
-        if any(map(is_family, options_of(annotation))):  # informational: the plugin at the time of writing
+        if any(map(is_family, options_of(annotation))):  # the plugin's file name, which is informational
             data = {key: value for key, value in data.items() if key != "plugin"}
         return self.dataclass(choices[kind], data, path)
 
     @staticmethod
     def _kinds(annotation: Any, kind: Any, plugin: Any, choices: Mapping[str, type]) -> str:
-        """What is allowed: the plugin that `kind` came from if the data names one, else the known kinds."""
+        """What is allowed: the plugin that defines `kind` if the data names one, else the known kinds."""
         if isinstance(kind, str) and isinstance(plugin, str):
-            return f"is no kind of swamla's own, but of a plugin: name its file, --plugin {plugin}"
+            return f"is the kind of a plugin: name its file, --plugin {plugin}"
         allowed = f"must be one of {', '.join(choices)}"
         if not any(map(is_family, options_of(annotation))) or not isinstance(kind, str):
             return allowed

@@ -1,6 +1,6 @@
-"""Communication between the ranks that train one model. A single process is a group of one.
+"""Communication between the ranks that train one model; a single process is a group of one.
 
-`torchrun` starts the processes and passes ranks by the environment; `started` joins the group. Every rank must call
+`torchrun` starts the processes and sets their ranks in the environment; `started` joins the group. Every rank must call
 these functions in the same order, except `is_main`.
 """
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TIMEOUT = 600.0  # seconds that one rank waits for the others, in steps
-PATIENCE = 7 * 86400.0  # seconds that it waits while the main rank prepares data
+TIMEOUT = 600.0  # seconds that a rank waits for the others within a step
+PATIENCE = 7 * 86400.0  # seconds that a rank waits while the main rank prepares data
 
 _patient: "ProcessGroup | None" = None
 
@@ -53,9 +53,9 @@ def world_size() -> int:
 
 @contextmanager
 def started(*, timeout: float = TIMEOUT) -> Iterator[None]:
-    """Join the other processes that torchrun started, if there are any; gloo on CPUs, NCCL on GPUs.
+    """Context in which the processes that torchrun started form a group; without torchrun it does nothing.
 
-    Tensors on the CPU always go over gloo. timeout: seconds that a rank waits for the others in a step before it
+    CPU tensors use gloo, CUDA tensors NCCL. timeout: seconds that a rank waits for the others in a step before it
     raises; a dead rank is noticed at once.
     """
     global _patient
@@ -79,7 +79,7 @@ def started(*, timeout: float = TIMEOUT) -> Iterator[None]:
     failed = True
     try:
         yield
-        dist.barrier(group=_patient)  # a rank that ends during communication makes the others' threads abort
+        dist.barrier(group=_patient)  # if a rank exits during communication, the other ranks' threads abort
         failed = False
     finally:
         # After a failure do not wait: broken connections end the other ranks. NCCL would wait.
@@ -89,11 +89,11 @@ def started(*, timeout: float = TIMEOUT) -> Iterator[None]:
 
 
 def _attempt(store: Any, rank: int, count: int, timeout: float) -> str:
-    """A name for this start of the ranks that no earlier start had.
+    """A name for this start of the ranks, different from those of earlier starts.
 
-    torchrun's store survives restarts, with stale addresses of the earlier processes. So the main rank makes up a name,
-    every other rank registers a random word under it, and a rank accepts a name only once its own word is in the list
-    that the main rank publishes.
+    torchrun's store survives restarts, and then has stale addresses of earlier processes. So the main rank chooses a
+    name, every other rank registers a random word under it, and a rank accepts the name only if its own word is in the
+    list that the main rank publishes.
     """
     word, deadline = uuid.uuid4().hex, time.monotonic() + timeout
     if rank == 0:
@@ -112,18 +112,18 @@ def _attempt(store: Any, rank: int, count: int, timeout: float) -> str:
 
 
 def lost_a_rank(error: BaseException) -> bool:
-    """True for errors that a rank gets when another one is gone or timed out."""
+    """True for errors of communication, as when another rank has died or timed out."""
     known = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
     return known or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def own_store(prefix: str) -> Any:
-    """A key-value store of all ranks over a connection of its own, for heartbeats."""
+    """The group's key-value store over a separate connection, for heartbeats."""
     return _dist().PrefixStore(prefix, _dist().distributed_c10d._get_default_store().clone())
 
 
 def gathered(value: T) -> list[T]:
-    """Every rank's `value`, in the order of ranks. Values are pickled."""
+    """Every rank's `value`, in order of rank. Values are pickled."""
     found = [value] * world_size()
     if len(found) > 1:
         _dist().all_gather_object(found, value, group=_patient)
@@ -139,7 +139,7 @@ def barrier() -> None:
 def on_main(work: Callable[[], T]) -> T:
     """Run `work` on the main rank and return its result on all; the others wait, for days if necessary.
 
-    If it raises, every rank raises: the main one that error, the others `FailedElsewhere`. The result is pickled.
+    If `work` raises, the main rank raises that error and the others `FailedElsewhere`. The result is pickled.
     """
     if world_size() == 1:
         return work()
@@ -184,7 +184,7 @@ def all_reduce_sum(values: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
 
 
 def exchange(numbers: Sequence[float]) -> list[list[float]]:
-    """Every rank's numbers, as many from each, in the order of the ranks."""
+    """Every rank's numbers, in order of rank; each rank gives equally many."""
     if world_size() == 1:
         return [list(numbers)]
     import torch
@@ -201,7 +201,7 @@ def sum_of(number: float) -> float:
 
 
 def highest(number: float) -> float:
-    """The largest of all ranks' numbers; for flags, True if any rank's is."""
+    """The maximum over all ranks; for flags, whether any rank's is True."""
     return _reduced(number, "MAX")
 
 
@@ -215,7 +215,7 @@ def sharded(tensor: "Tensor") -> bool:
 
 
 def local(tensor: "Tensor") -> "Tensor":
-    """This rank's shard, not a copy; an unsharded tensor is returned as it is."""
+    """This rank's shard, which shares memory; an unsharded tensor is returned as it is."""
     return tensor.to_local() if sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
@@ -225,7 +225,7 @@ def full(tensor: "Tensor") -> "Tensor":
 
 
 def shard_like(whole: "Tensor", like: "Tensor") -> "Tensor":
-    """This rank's shard of `whole`, sharded as `like` is; all of it if `like` is not sharded."""
+    """This rank's shard of `whole`, sharded like `like`; all of it if `like` is not sharded."""
     if not sharded(like) or sharded(whole):
         return local(whole)
     from torch.distributed.tensor import distribute_tensor
@@ -236,7 +236,7 @@ def shard_like(whole: "Tensor", like: "Tensor") -> "Tensor":
 
 
 def as_sharded(part: "Tensor", like: "Tensor") -> "Tensor":
-    """The DTensor of the shape and sharding of `like` whose shard on this rank is `part`."""
+    """The DTensor with the shape and sharding of `like`, whose shard on this rank is `part`."""
     from torch.distributed.tensor import DTensor
 
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
@@ -244,12 +244,12 @@ def as_sharded(part: "Tensor", like: "Tensor") -> "Tensor":
 
 
 def require_rows(batch_size: int, accumulation: int) -> None:
-    """Raise `UsageError` unless the ranks can share a batch evenly."""
+    """Raise `UsageError` unless the batch divides evenly into the micro-batches of all ranks."""
     ranks = world_size()
     if batch_size % (ranks * accumulation):
         raise UsageError(
-            f"train.batch_size = {batch_size}: must be a multiple of the {ranks} processes · accumulation = "
-            f"{accumulation}, it is the rows of all of them together"
+            f"train.batch_size = {batch_size}: must be a multiple of {ranks} processes · accumulation = "
+            f"{accumulation}; it counts the rows of all processes"
         )
 
 

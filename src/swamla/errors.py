@@ -1,4 +1,4 @@
-"""Errors that a user can mend: a one-line message and the exit status of the program."""
+"""Errors that a user can fix: a one-line message and the exit status of the program."""
 
 import os
 import sys
@@ -23,11 +23,11 @@ class ConfigError(SwamlaError, ValueError):
 
 
 class UsageError(SwamlaError, ValueError):
-    """A request that makes no sense as asked: unknown recipe, empty prompt, resume of nothing."""
+    """An impossible request: an unknown recipe, an empty prompt, nothing to resume."""
 
 
 class DataError(SwamlaError, ValueError):
-    """Unusable input data: names the file, the place in it, and how to mend it."""
+    """Unusable input data: names the file, the place in it, and how to fix it."""
 
 
 class MissingBackendError(SwamlaError):
@@ -35,11 +35,11 @@ class MissingBackendError(SwamlaError):
 
 
 class UnsupportedPlatform(SwamlaError, ImportError):
-    """A system that swamla does not run on."""
+    """An operating system that swamla does not support."""
 
 
 class CorruptError(SwamlaError):
-    """An artefact (checkpoint, shard) that is damaged: truncated, missing parts, wrong checksum."""
+    """A damaged artefact (checkpoint, shard): truncated, incomplete, or with a wrong checksum."""
 
     exit_status = 3
 
@@ -63,7 +63,7 @@ class OutOfMemory(SwamlaError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for out-of-memory errors; torch has no class for those of the CPU, only a message."""
+    """True for out-of-memory errors. torch has a class for those of CUDA, but only a message for those of the CPU."""
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return known or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
 
@@ -76,16 +76,16 @@ class FailedElsewhere(SwamlaError):
         self.exit_status = exit_status
 
 
-# Of what a library raises these are passed on; a panic of Rust code is no `Exception`, and prints a page.
-_NOT_THEIRS = (SwamlaError, OSError, EOFError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit)
+# Errors that `foreign` passes on. A panic of Rust code is a `BaseException`, so that class is caught.
+_PASSED_ON = (SwamlaError, OSError, EOFError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit)
 
 
 @contextmanager
 def foreign(error: type[SwamlaError], what: str) -> Iterator[None]:
-    """Turn whatever a library raises, panics included, into `error`: `what`, and in brackets its own first line."""
+    """Turn what a library raises, panics included, into `error`: `what`, then the first line of its message."""
     try:
         yield
-    except _NOT_THEIRS:
+    except _PASSED_ON:
         raise
     except BaseException as raised:
         line = (str(raised).strip().splitlines() or [type(raised).__name__])[0]
@@ -94,7 +94,7 @@ def foreign(error: type[SwamlaError], what: str) -> Iterator[None]:
 
 @contextmanager
 def without_stderr() -> Iterator[None]:
-    """Nothing that is written to the process's standard error is seen: a panic tells its story there, in 40 lines."""
+    """Context that discards the process's standard error, where a panic of Rust code prints 40 lines."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:

@@ -1,4 +1,4 @@
-"""Files written atomically, and read only from inside their own folder."""
+"""Write files atomically; read files only from inside their own folder."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ except ImportError:
 
 
 def fsync(path: Path) -> None:
-    """Flush a file's bytes, or a folder's entries, to the disk."""
+    """Flush a file's content, or a folder's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -32,7 +32,7 @@ def sha256_of(path: Path) -> str:
 
 
 def write_text_atomically(file: Path, text: str) -> None:
-    """Replace the content of `file` by `text` atomically: readers see the old or the new text."""
+    """Replace the content of `file` with `text` atomically: readers see the old or the new text."""
     staging = file.with_name(f".{file.name}.new")
     staging.write_text(text, encoding="utf-8")
     fsync(staging)
@@ -50,7 +50,7 @@ def regular_file(file: Path, *, inside: Path) -> Path:
 
 
 def read_json(file: Path, *, inside: Path) -> dict[str, Any]:
-    """The JSON object in a file of our own. Raises `CorruptError` for anything else, and as `regular_file` does."""
+    """The JSON object in a file that swamla wrote. Raises `CorruptError` if it is none, and as `regular_file` does."""
     try:
         data = json.loads(regular_file(file, inside=inside).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -61,9 +61,9 @@ def read_json(file: Path, *, inside: Path) -> dict[str, Any]:
 
 
 def entry(data: Any, key: str, kind: type, *, file: Path) -> Any:
-    """data[key], a `kind`; `CorruptError` naming `file` where `data` has no such entry (True is no int)."""
+    """data[key], of type `kind`. Raises `CorruptError` naming `file` if it is missing or has another type."""
     found = data.get(key) if isinstance(data, dict) else None
-    if not isinstance(found, kind) or isinstance(found, bool):
+    if not isinstance(found, kind) or isinstance(found, bool):  # a bool is an int in Python
         raise CorruptError(f'{file}: damaged: "{key}" is {found!r}, expected {_NAMES[kind]}')
     return found
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from swamla.bench.synthetic import DOCUMENT, synthetic_dataset, whole_rows
-from swamla.bench.training import Parts, Shape, batch_of, clocked, expected_bytes, held_bytes, measure_step
+from swamla.bench.training import Shape, TimedSteps, batch_of, expected_bytes, held_bytes, measure_step, with_timers
 from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset
 from swamla.data.packing import NO_LABEL, Batch
@@ -36,27 +36,27 @@ def dataset(tmp_path: Path) -> Dataset:
     return synthetic_dataset(tmp_path, VOCABULARY, tokens=200_000)
 
 
-def weights_after(state: TrainState, clocked_state: TrainState, dataset: Dataset) -> torch.Tensor:
-    training_step(clocked_state, batch_of(OWN, dataset), OWN.settings(CONFIG.train), 1e-2)
+def weights_after(state: TrainState, timed_state: TrainState, dataset: Dataset) -> torch.Tensor:
+    training_step(timed_state, batch_of(OWN, dataset), OWN.settings(CONFIG.train), 1e-2)
     return torch.cat([p.detach().flatten() for p in state.model.parameters()])
 
 
 def test_the_timed_step_is_the_training_step(dataset: Dataset) -> None:
     plain, timed = fresh_state(CONFIG, dataset), fresh_state(CONFIG, dataset)
     before = weights_after(plain, plain, dataset)
-    assert torch.equal(before, weights_after(timed, clocked(timed), dataset))
-    assert not torch.equal(before, weights_after(timed, clocked(timed), dataset))
+    assert torch.equal(before, weights_after(timed, with_timers(timed), dataset))
+    assert not torch.equal(before, weights_after(timed, with_timers(timed), dataset))
 
 
 def test_both_passes_of_every_micro_batch_are_timed(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that goes on by 1 whenever it is read."""
     now = iter(range(10**6))
     monkeypatch.setattr("swamla.bench.training.time.perf_counter", lambda: float(next(now)))
-    parts = Parts(clocked(fresh_state(CONFIG, dataset)), OWN.settings(CONFIG.train), batch_of(OWN, dataset))
-    parts.step()
-    parts.step()
+    steps = TimedSteps(with_timers(fresh_state(CONFIG, dataset)), OWN.settings(CONFIG.train), batch_of(OWN, dataset))
+    steps.step()
+    steps.step()
     # of each micro-batch: 1 within the forward pass, 3 within both; of a step 9 in all
-    assert (parts.forward, parts.backward, parts.optimizer) == ([2.0, 2.0], [4.0, 4.0], [3.0, 3.0])
+    assert (steps.forward, steps.backward, steps.optimizer) == ([2.0, 2.0], [4.0, 4.0], [3.0, 3.0])
 
 
 def test_what_training_holds_is_the_weights_and_the_moments(dataset: Dataset) -> None:

@@ -17,8 +17,8 @@ import pytest
 
 from swamla.bench import feeding, generation, training
 from swamla.bench import recipe as bench_recipe
+from swamla.bench.recipe import measure_start_up
 from swamla.bench.results import Results, Row
-from swamla.bench.starting import measure_start_up
 from swamla.cli import bench, main
 from swamla.cli.bench_tables import COLUMNS, Screen, line
 from swamla.cli.console import Console
@@ -184,7 +184,7 @@ def test_flags_change_the_recipe_that_is_measured() -> None:
     assert tables["training"][0]["name"] == "2 × 32 packed"
     assert tables["model"][0]["backends"].startswith("attention: ")
     assert "delta rule" not in tables["model"][0]["backends"]
-    error = "hub:nobody/nothing is on the hub and not downloaded yet"
+    error = "hub:nobody/nothing is on the hub, and has not been downloaded"
     assert tables["data"][1] == {"name": "tokenizer, hub:nobody/nothing", "error": error}
 
 

@@ -127,7 +127,7 @@ def lost(stage: Stage, times: int) -> Iterator[None]:
             assert statuses == [1, 1], said
             assert seconds < 3 * LIMIT, seconds
             assert "rank 1 hangs or is cut off" in said[0], said
-            assert "cut off from rank 1; that is in step" in said[1], said
+            assert "cut off from rank 1, which is in step" in said[1], said
             again = _pair(names, stage, run_dir, port + 10)
             assert [process.wait(timeout=120) for process in again] == [0, 0], _said(run_dir, port + 10)
             assert_same_end(run_dir, expected)

@@ -123,7 +123,7 @@ def one_hangs(stage: Stage, times: int) -> Iterator[None]:
         ("in a step", in_step, "1", "rank 1 hangs or is cut off", "rank 0 is in step 3"),
         ("in an evaluation", in_evaluation, "1", "rank 1 hangs or is cut off", "is in the evaluation after step 4"),
         ("busy", partial(acts.stay_in_step, 3), "1", "step 3 takes more than", "rank 1 at " + acts.__file__),
-        ("main, in a step", in_step, "0", "MASTER_ADDR", "that is in step 3"),
+        ("main, in a step", in_step, "0", "MASTER_ADDR", "which is in step 3"),
     ]
     settings = EIGHT | {"rank_timeout_minutes": 3 / 60}
     for where, twist, rank, message, place in cases[:times]:

@@ -143,14 +143,14 @@ def test_the_best_is_scored_anew_by_what_evaluations_are_of_now(tmp_path, datase
     few.clear()
     wider = tiny_config(eval_interval=2, keep_last=5, save_interval=2, lr=1e-2, steps=8, schedule_steps=6)
     said = said_by(wider, tmp_path / "run", dataset, evaluate=evaluate)
-    line = f"the best so far, of step {step}, scored anew (eval_tokens 64 → None): {low:.4f} → {low + 1:.4f}"
+    line = f"evaluated the best checkpoint, step {step}, again (eval_tokens 64 → None): {low:.4f} → {low + 1:.4f}"
     assert line in said
     marked = json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())
     after = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["step"] > 6 and "held_out_loss" in r]
     expected = min([low + 1, *(r["held_out_loss"] for r in after)])
     assert marked["loss"] == pytest.approx(expected)
     assert summarize(tmp_path / "run").held_out_loss == pytest.approx(expected)
-    assert "scored anew" not in said_by(wider, tmp_path / "run", dataset, evaluate=evaluate), "once"
+    assert "evaluated the best checkpoint" not in said_by(wider, tmp_path / "run", dataset, evaluate=evaluate), "once"
 
 
 def test_a_finished_run_is_scored_anew_once_as_well(tmp_path, dataset):
@@ -158,8 +158,8 @@ def test_a_finished_run_is_scored_anew_once_as_well(tmp_path, dataset):
     evaluate = held_out(dataset)
     run(config, tmp_path / "run", dataset, evaluate=evaluate)
     wider = replace(config, train=replace(config.train, eval_tokens=128))
-    assert "scored anew" in said_by(wider, tmp_path / "run", dataset, evaluate=evaluate)
-    assert "scored anew" not in said_by(wider, tmp_path / "run", dataset, evaluate=evaluate)
+    assert "evaluated the best checkpoint" in said_by(wider, tmp_path / "run", dataset, evaluate=evaluate)
+    assert "evaluated the best checkpoint" not in said_by(wider, tmp_path / "run", dataset, evaluate=evaluate)
     best = json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())
     assert (tmp_path / "run" / "checkpoints" / f"step-{best['step']:08}").is_dir()
 
@@ -171,7 +171,9 @@ def test_an_evaluation_that_fails_leaves_all_saved_and_says_where_it_goes_on(tmp
     config = tiny_config(eval_interval=3, save_interval=2)
     with pytest.raises(CorruptError, match="truncated") as caught:
         run(config, tmp_path / "run", dataset, evaluate=evaluate)
-    assert caught.value.__notes__ == [f"all is saved after step 3: mend it, and go on with --resume {tmp_path / 'run'}"]
+    assert caught.value.__notes__ == [
+        f"all is saved after step 3: fix the error, then continue with --resume {tmp_path / 'run'}"
+    ]
     assert latest_checkpoint(tmp_path / "run" / "checkpoints").step == 3
     run(config, tmp_path / "run", dataset, evaluate=held_out(dataset), resume=True)
     run(config, tmp_path / "whole", dataset, evaluate=held_out(dataset))
@@ -210,7 +212,7 @@ def test_a_best_that_is_damaged_is_sought_anew(tmp_path, dataset):
     wider = replace(config, train=replace(config.train, eval_tokens=None, steps=8, schedule_steps=6))
     with pytest.warns(UserWarning, match=r"damaged checkpoint: .*step-00000002"):
         said = said_by(wider, tmp_path / "run", dataset, evaluate=lambda model: {"loss": next(scores)})
-    assert "so the best is sought anew" in said
+    assert "so the next evaluation sets a new best" in said
     assert json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text()) == {"step": 8, "loss": 4.0}
 
 
@@ -254,11 +256,11 @@ def test_settings_for_a_run_without_a_step_left_are_not_kept_and_so_not_taken_fo
     written = (tmp_path / "run" / "config.json").read_text()
     said = said_by(tiny_config(min_lr_ratio=0.9, lr=0.05, log_interval=3), tmp_path / "run", dataset)
     assert "changed in this run: log_interval 1 → 3\n" in said
-    assert "not kept, as there is no step left that it would change: lr 0.01 → 0.05, min_lr_ratio 0.1 → 0.9\n" in said
+    assert "not stored, because no step is left that it would change: lr 0.01 → 0.05, min_lr_ratio 0.1 → 0.9\n" in said
     assert "learning rate" not in said
     assert (tmp_path / "run" / "config.json").read_text() == written.replace('"log_interval": 1', '"log_interval": 3')
     said = said_by(tiny_config(steps=4, log_interval=3), tmp_path / "run", dataset)
-    assert "not kept, as there is no step left that it would change: steps 6 → 4\n" in said
+    assert "not stored, because no step is left that it would change: steps 6 → 4\n" in said
     # So the rate of the last step is known, and a rise from it is refused, as of a run that was left alone.
     with pytest.raises(ConfigError, match=r"the learning rate, 1\.00e-03 now, would follow the new end and rise to"):
         run(tiny_config(steps=12, log_interval=3), tmp_path / "run", dataset, resume=True)
@@ -299,10 +301,10 @@ def test_a_longer_run_whose_rate_does_not_jump_needs_no_choice(tmp_path, dataset
 @pytest.mark.parametrize(
     ("bounds", "said"),
     [
-        ({}, "the run is finished: 6 of 6 steps; more steps or max_minutes go on with it"),
+        ({}, "the run is finished: 6 of 6 steps; to continue it, give more steps or max_minutes"),
         (
             {"steps": 6, "max_minutes": 60.0},
-            "the run is finished: 6 of 6 steps, 0.0 of 60 minutes; more steps or max_minutes",
+            "the run is finished: 6 of 6 steps, 0.0 of 60 minutes; to continue it, give more steps or max_minutes",
         ),
     ],
 )

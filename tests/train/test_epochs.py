@@ -8,8 +8,8 @@ from rich.console import Console
 from swamla.data.config import DataConfig, WeightedSource
 from swamla.data.preparing import prepare
 from swamla.train import train
-from swamla.train.epochs import Epochs
 from swamla.train.tracking.metrics import read_metrics
+from swamla.train.tracking.step_log import Epochs
 
 from .helpers import tiny_config
 

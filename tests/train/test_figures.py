@@ -16,12 +16,11 @@ from swamla.data.config import DataConfig
 from swamla.data.dataset import Throughput
 from swamla.data.preparing import prepare
 from swamla.train import train, utilisation
-from swamla.train.epochs import Epochs
 from swamla.train.parallel.strategy import clip, seed_ranks
 from swamla.train.step import StepResult
 from swamla.train.tracking import step_log
 from swamla.train.tracking.metrics import read_metrics
-from swamla.train.tracking.step_log import StepLog
+from swamla.train.tracking.step_log import Epochs, StepLog
 from swamla.train.utilisation import Peak, matmul_flops, peak_of
 
 from .helpers import tiny_config

@@ -101,7 +101,7 @@ def test_other_shapes_are_named_five_of_them_and_nothing_is_written(base, tmp_pa
 
 def test_another_vocabulary_is_refused_though_as_many_ids_fit(base, tmp_path):
     with pytest.raises(
-        UsageError, match=r"its weights know another vocabulary \(257 ids, .* tokenizer = '.*json' is its own"
+        UsageError, match=r"its weights were trained with another vocabulary \(257 ids, .* use tokenizer = '.*json'"
     ):
         run(tiny_config(PADDED, init_from=str(base)), tmp_path / "run", tiny_dataset(tmp_path, "char"))
     assert not (tmp_path / "run").exists()
@@ -182,7 +182,7 @@ def test_to_resume_and_to_begin_with_weights_exclude_each_other(here, capsys):
 def test_a_tokenizer_of_ones_own_must_be_the_runs(here, capsys):
     flags = ("--init_from", "runs/base", "--data", "other.txt", "--steps", "1", "--vocab_size", "300", "--tokenizer")
     assert train(*flags, "char") == 2
-    assert "its weights know another vocabulary" in capsys.readouterr().err
+    assert "its weights were trained with another vocabulary" in capsys.readouterr().err
     assert train(*flags, "byte") == 0
 
 

@@ -77,12 +77,12 @@ def test_of_several_processes_each_has_its_rows_and_may_hold_a_part_of_the_model
     whole, spread = training_bytes(CONFIG, HERE), training_bytes(CONFIG, four)
     assert spread["activations_estimate"] == whole["activations_estimate"] / 4
     assert spread["weights"] == whole["weights"]
-    parts = training_bytes(CONFIG, replace(four, parts=4))
+    parts = training_bytes(CONFIG, replace(four, shards=4))
     for name in ("weights", "gradients", "optimizer_state"):
         assert parts[name] == whole[name] // 4
     (found,) = [entry for entry in advice(CONFIG, four) if entry.flags == "--parallel fsdp"]
     assert found.saves == sum(spread.values()) - sum(parts.values())
-    flags = [entry.flags for entry in advice(CONFIG, replace(four, parts=4))]
+    flags = [entry.flags for entry in advice(CONFIG, replace(four, shards=4))]
     assert not [flag for flag in flags if flag.startswith(("--accumulation", "--parallel"))]  # one row each: no less
 
 
@@ -91,7 +91,7 @@ def test_copies_that_accumulate_hold_the_gradient_twice_and_those_that_do_not_ho
     two = replace(HERE, ranks=2)
     assert training_bytes(CONFIG, two)["gradients"] == weights
     assert training_bytes(changed(accumulation=2), two)["gradients"] == 2 * weights
-    assert training_bytes(changed(accumulation=2), replace(two, parts=2))["gradients"] == weights
+    assert training_bytes(changed(accumulation=2), replace(two, shards=2))["gradients"] == weights
     assert training_bytes(changed(accumulation=2), HERE)["gradients"] == weights
 
 

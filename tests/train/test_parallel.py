@@ -110,11 +110,8 @@ def fresh(case: Case, model: LanguageModelConfig | None = None) -> TrainState:
     config = case.train
     strategy = build_model(
         model or MODELS[case.experts],
-        parallel=config.parallel,
-        shards=config.shards,
-        expert_parallel=config.expert_parallel,
-        seed=SEED,
-        device=CPU,
+        replace(config, seed=SEED),
+        CPU,
         prepare=lambda model: model.checkpoint_activations(config.checkpointing),
     )
     optimizer = config.optimizer.build(strategy.model, lr=1e-2, weight_decay=0.1)

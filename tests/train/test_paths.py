@@ -18,11 +18,10 @@ from swamla.errors import Interrupted
 from swamla.model.mixers.mha import MHAConfig
 from swamla.ops.attention.trial import AttentionTrial
 from swamla.train import precision, racing, train
-from swamla.train.backends import resolve_backends
-from swamla.train.machine import describe_machine
-from swamla.train.paths import fastest_paths, usual_length
+from swamla.train.backends import fastest_paths, resolve_backends, usual_length
 from swamla.train.precision import ProductsTrial, measured_precision, resolve_precision
 from swamla.train.racing import winner
+from swamla.train.run_folder import describe_machine
 
 from .helpers import losses, model_of, run, tiny_config, tiny_dataset, weights
 from .ranks import on_ranks
@@ -220,7 +219,7 @@ def test_a_damaged_record_is_raced_again_and_mended(races, damage):
 def test_a_record_that_cannot_be_written_is_told_and_stops_nothing(races, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SWAMLA_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.warns(UserWarning, match="cannot keep which paths are fast here"):
+    with pytest.warns(UserWarning, match="cannot store which paths are fast here"):
         assert fastest_paths(MODEL, CPU, "bf16", length=64)[0] == {"mha": "sdpa", "swa": "sdpa"}
 
 
@@ -421,10 +420,10 @@ def test_going_on_on_another_machine_is_told_in_one_line(tmp_path, dataset, monk
     monkeypatch.setattr("swamla.train.run_folder.describe_machine", lambda device: {**here, part: ELSEWHERE[part]})
     run(tiny_config(steps=1), tmp_path / "run", dataset)
     monkeypatch.undo()
-    with pytest.warns(UserWarning, match="not bit for bit") as told:
+    with pytest.warns(UserWarning, match="may differ in its last bits") as told:
         run(tiny_config(steps=2), tmp_path / "run", dataset, resume=True)
     (line,) = [str(warning.message) for warning in told]
-    assert line.startswith(f"going on with {part} {here[part]}, before {ELSEWHERE[part]}: ")
+    assert line.startswith(f"resumed with {part} {here[part]}, before {ELSEWHERE[part]}: ")
 
 
 def test_going_on_on_the_same_machine_is_not_told(tmp_path, dataset):

@@ -223,7 +223,7 @@ def test_a_state_that_lacks_something_is_a_corrupt_artefact(tmp_path, dataset, n
 def test_other_backends_than_the_runs_are_told(tmp_path, dataset):
     run(tiny_config(), tmp_path / "run", dataset)
     rewrite_state(tmp_path / "run", lambda state: state.update(backends={"attention": "flex"}))
-    with pytest.warns(UserWarning, match="computed before by .*flex.*, from here on by .*torch"):
+    with pytest.warns(UserWarning, match="backends changed: .*flex.* before, .*torch.* from here on"):
         run(tiny_config(), tmp_path / "run", dataset, resume=True)
 
 

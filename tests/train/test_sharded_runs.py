@@ -123,7 +123,7 @@ def test_four_processes_take_up_two_processes_moment_to_the_bit(data, tmp_path) 
 def save_again(folder: Path, data: Path, to: Path) -> None:
     """Take up the newest checkpoint, and write it as these ranks hold it, whatever is in place of the state first."""
     from swamla.checkpoint import Saver, latest_checkpoint
-    from swamla.train.parallel.writers import writer_group
+    from swamla.train.run import writer_group
 
     dataset = tiny_dataset(data)
     state = fresh_state(resolve_vocabulary(config_of(parallel="fsdp"), dataset), dataset)

@@ -10,7 +10,7 @@ from swamla.checkpoint import load_checkpoint
 from swamla.errors import CorruptError, Interrupted
 from swamla.train import loop as loop_module
 from swamla.train.loop import Diverged
-from swamla.train.spikes import ENOUGH, MEMORY, UsualLoss
+from swamla.train.state import ENOUGH, MEMORY, UsualLoss
 from swamla.train.tracking.metrics import read_metrics
 
 from .helpers import losses, run, tiny_config, weights

@@ -346,7 +346,7 @@ def test_tensorboard_has_every_number_of_the_metrics_once_also_after_a_crash(dat
 
     folder = tmp_path / "run"
     run(tiny_config(tensorboard=True, steps=4, schedule="constant"), folder, dataset, evaluate=held_out(dataset))
-    crashed = TensorBoard(folder / "tensorboard", resume_after=4)
+    crashed = TensorBoard(folder / "tensorboard", first_step=5)
     crashed.write(5, {"loss": 99.0})  # a step after the last checkpoint, lost with the crash
     crashed.close()
     longer = tiny_config(tensorboard=True, steps=6, schedule="constant")

@@ -10,7 +10,7 @@ from rich.console import Console
 from swamla.errors import CorruptError
 from swamla.train.plot import plot_losses, smooth
 from swamla.train.tracking.display import PlainLines, ProgressBar, make_display, time_left
-from swamla.train.tracking.metrics import Metrics, read_metrics
+from swamla.train.tracking.metrics import Metrics, drop_records_after, read_metrics
 
 VALUES = {"step": 100, "loss": 3.45671, "bits_per_byte": 1.234, "lr": 1e-4, "tokens_per_second": 45123.4}
 
@@ -75,7 +75,8 @@ def test_floats_come_back_to_the_bit(tmp_path):
 def test_resuming_keeps_what_came_before_the_checkpoint_and_drops_a_cut_line(tmp_path):
     file = tmp_path / "m.jsonl"
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
-    metrics = Metrics(file, resume_after=2)
+    drop_records_after(file, 2)
+    metrics = Metrics(file)
     metrics.write(3, {"again": True})
     metrics.close()
     assert read_metrics(file) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]

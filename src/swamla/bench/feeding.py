@@ -1,4 +1,4 @@
-"""Speed of the loader and of the tokenizer."""
+"""Measure the speed of the loader and of the tokenizer."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ _TEXT = 1 << 21  # bytes of text per call, as in preparing data
 
 
 def measure_loader(dataset: Dataset, rows: int, length: int, *, limit: float) -> Row:
-    """Rows a second from the loader, in consecutive batches as in training."""
+    """Speed of the loader, in consecutive batches as in training."""
     loader, sample = dataset.rows(length, 0), iter(range(0, 1 << 62, rows))
     timing = interleaved({"batch": lambda: loader.batch(next(sample), rows)}, rounds=_ROUNDS, warmup=2, limit=limit)[
         "batch"
@@ -37,7 +37,7 @@ def measure_loader(dataset: Dataset, rows: int, length: int, *, limit: float) ->
 
 
 def local_tokenizer(data: DataConfig, saved: Path | None, texts: list[str]) -> Tokenizer:
-    """The recipe's tokenizer, or that in a run's folder; a trainable one is trained on `texts`.
+    """The recipe's tokenizer, or the one in a run's folder; a trainable one is trained on `texts`.
 
     Raises `DataError` for one on the hub that is not in the local cache.
     """
@@ -49,15 +49,15 @@ def local_tokenizer(data: DataConfig, saved: Path | None, texts: list[str]) -> T
 
 
 def _fetched_before(tokenizer: str) -> Path:
-    """The file in the cache of the hub's library, if it is there."""
+    """The tokenizer's file in the cache of the hub's library."""
     name = _OF_THE_HUB.get(tokenizer, tokenizer.removeprefix("hub:"))
     try:
         from huggingface_hub import try_to_load_from_cache
     except ImportError as error:
-        raise DataError(f"{tokenizer} is on the hub, whose client is not installed") from error
+        raise DataError(f"{tokenizer} is on the hub, and huggingface_hub is not installed") from error
     found = try_to_load_from_cache(name, "tokenizer.json")
     if not isinstance(found, str):
-        raise DataError(f"{tokenizer} is on the hub and not downloaded yet")
+        raise DataError(f"{tokenizer} is on the hub, and has not been downloaded")
     return Path(found)
 
 
@@ -76,7 +76,7 @@ def _first_files(most_bytes: int) -> Iterator[str]:
 
 
 def measure_tokenizer(tokenizer: Tokenizer, name: str, texts: list[str], *, limit: float) -> Row:
-    """Text encoded per second, as in preparing data, in one process."""
+    """Speed of encoding, as in preparing data, in one process."""
     n_tokens, n_bytes = sum(map(len, tokenizer.encode_batch(texts))), sum(len(text.encode()) for text in texts)
     timing = interleaved({"text": lambda: tokenizer.encode_batch(texts)}, rounds=_ROUNDS, warmup=0, limit=limit)["text"]
     return {

@@ -1,4 +1,4 @@
-"""Prefill and decoding as in `generate`: rates, and the size of the state."""
+"""Measure prefill and decoding as in `generate`: rates, and the size of the state."""
 
 import time
 from itertools import pairwise
@@ -11,7 +11,7 @@ from swamla.inference.sampling import Sampling
 from swamla.model.accounting import all_mha_state_bytes, count_parameters, forward_flops, state_bytes
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
 
-NEW = 33  # tokens per round: 32 decoding steps
+NEW = 33  # new tokens per round: one by prefill, 32 by decoding steps
 _ROUNDS = 5
 
 
@@ -24,7 +24,7 @@ def expected_seconds(config: LanguageModelConfig, prompt: int, *, flops: float, 
 
 
 def name_of(prompt: int, decoding: str) -> str:
-    """Of a row."""
+    """The name of a row."""
     return f"prompt {prompt:,}" + (f", {decoding}" if decoding != "eager" else "")
 
 
@@ -63,7 +63,7 @@ def measure_generation(model: LanguageModel, prompt: int, *, limit: float, decod
 
 
 def _token_seconds(decoder: Decoder, ids: list[int]) -> list[float]:
-    """Seconds to the first new token, prefill included, and between later tokens."""
+    """Seconds to the first new token, which are those of prefill, and between later tokens."""
     times = [time.perf_counter()]
 
     def on_token(row: int, token: int) -> None:

@@ -1,4 +1,4 @@
-"""Time, memory, and the machine's peak rates, to which speeds are compared."""
+"""Measure time, memory, and the machine's peak rates, with which speeds are compared."""
 
 import ctypes
 import gc
@@ -18,7 +18,7 @@ import torch
 
 from swamla.data.units import available_cores
 from swamla.process import processor
-from swamla.train.machine import describe_cpu
+from swamla.train.racing import describe_cpu
 from swamla.train.utilisation import matmul_flops
 
 Run = Callable[[], object]
@@ -29,12 +29,12 @@ _COPIED = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes copied: more than any cache
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Times of one contender, in seconds a round.
+    """Times of one contender, in seconds per round.
 
     median: of all rounds.
     low: the lower quartile.
     high: the upper quartile.
-    rounds: how many were timed.
+    rounds: number of timed rounds.
     """
 
     median: float
@@ -89,9 +89,9 @@ def synchronize() -> None:
 
 
 def ceilings(device: torch.device | str = "cpu", *, seconds: float = 1.0) -> dict[str, float]:
-    """The machine's peak rates a second: FLOPs of large matrix products, bytes read and written by copies.
+    """The machine's peak rates per second: FLOPs of large matrix products, bytes read and written by copies.
 
-    "fp32_flops" and "bf16_flops" from `matmul_flops`, as for a run's MFU, and "copy_bytes", a median.
+    "fp32_flops" and "bf16_flops" from `matmul_flops`, as for MFU, and "copy_bytes", a median.
     seconds: how long to measure each, about.
     """
     device = torch.device(device)
@@ -106,7 +106,7 @@ def ceilings(device: torch.device | str = "cpu", *, seconds: float = 1.0) -> dic
 
 
 def machine() -> dict[str, object]:
-    """A description of the machine, without anything that identifies it."""
+    """A description of the machine, without names or addresses."""
     return {
         "processor": processor(),
         "instructions": describe_cpu()["instructions"],
@@ -133,8 +133,8 @@ def memory_bytes() -> int:
 def peak_memory(run: Run) -> int:
     """Peak bytes during `run()` above those before it.
 
-    With a CUDA device in use: of tensors there. Else of the whole process: on Linux by the kernel's high-water mark,
-    elsewhere by that of a child process, which runs `run` on one thread and whose effects are lost.
+    With a CUDA device in use: of its tensors. Else of the whole process: on Linux by the kernel's high-water mark,
+    elsewhere by that of a child process, which runs `run` on one thread; its effects are lost.
     """
     gc.collect()
     if torch.cuda.is_initialized():
@@ -144,22 +144,22 @@ def peak_memory(run: Run) -> int:
         run()
         synchronize()
         return torch.cuda.max_memory_allocated() - before
-    _give_back()
-    if sys.platform == "linux" and _forget_high_water():
+    _trim_heap()
+    if sys.platform == "linux" and _reset_high_water():
         before = _status_bytes("VmRSS")
         run()
         return max(0, _status_bytes("VmHWM") - before)
     return peak_memory_of_child(run)
 
 
-def _give_back() -> None:
-    """Return freed memory to the system, so that using it again is measured."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # with glibc; other libraries keep less
+def _trim_heap() -> None:
+    """Return freed memory to the system, so that allocating it again is measured."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only; other libraries keep less memory
     if trim is not None:
         trim(0)
 
 
-def _forget_high_water() -> bool:
+def _reset_high_water() -> bool:
     """Reset the high-water mark of this process; False if that is not allowed."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -170,27 +170,27 @@ def _forget_high_water() -> bool:
 
 def _status_bytes(name: str) -> int:
     found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
-    assert found, f"Linux tells {name} of every process"
+    assert found, f"Linux reports {name} for every process"
     return 1024 * int(found[1])
 
 
 def peak_memory_of_child(run: Run) -> int:
     """`peak_memory` in a forked process, for systems whose mark cannot be reset. Raises what `run` does."""
-    _give_back()
+    _trim_heap()
     read, write = os.pipe()
     child = os.fork()
     if not child:
         try:
             _answer(run, write)
         finally:
-            os._exit(0)  # in any case: the child must not continue
+            os._exit(0)  # the child must never return
     os.close(write)
     with os.fdopen(read, "rb") as pipe:
         received = pipe.read()
     os.waitpid(child, 0)
     if not received:
         raise RuntimeError("the process that measured memory ended without a result")
-    answer = pickle.loads(received)  # of our own process, just now
+    answer = pickle.loads(received)  # safe: written by our own child
     if isinstance(answer, Exception):
         raise answer
     return answer
@@ -199,17 +199,17 @@ def peak_memory_of_child(run: Run) -> int:
 def _answer(run: Run, write: int) -> None:
     answer: int | Exception
     torch.set_num_threads(1)  # a forked process has no other threads
-    before = _most_ever()
+    before = _high_water()
     try:
         run()
-        answer = _most_ever() - before
+        answer = _high_water() - before
     except Exception as error:
         answer = error
     with os.fdopen(write, "wb") as pipe:
         pipe.write(pickle.dumps(answer))
 
 
-def _most_ever() -> int:
+def _high_water() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,18 +1,20 @@
 """Benchmark one recipe on this machine within a time budget: training, generation, data and start-up."""
 
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from swamla.bench.allowance import Allowance, free_memory
 from swamla.bench.feeding import library_text, local_tokenizer, measure_loader, measure_tokenizer
 from swamla.bench.generation import NEW, measure_generation, name_of
 from swamla.bench.generation import expected_seconds as seconds_of_generation
+from swamla.bench.measuring import interleaved, memory_bytes
 from swamla.bench.results import Results, Row, in_bytes, in_seconds
-from swamla.bench.starting import measure_start_up
 from swamla.bench.synthetic import synthetic_dataset
 from swamla.bench.training import STEPS, Shape, batch_of, expected_bytes, expected_seconds, measure_step
 from swamla.errors import SwamlaError, is_out_of_memory
@@ -25,10 +27,33 @@ from swamla.train.precision import Chosen
 from swamla.train.run_folder import fresh_state
 from swamla.train.state import TrainState
 
-# The share of the time by which each part must have ended; unused time goes to the next part.
+# The share of the time after which each measurement must have ended; unused time goes to the next one.
 _OWN, _LENGTHS, _GENERATION, _LOADER, _TOKENIZER = 0.35, 0.62, 0.86, 0.89, 0.94
 _MORE = "a larger --minutes makes room"
 _EXPECTED = 0.3  # assumed share of the peak, before anything was measured
+_STARTS = 3  # rounds of start-up times
+PROGRAMS = {
+    "swamla --help": ("-m", "swamla", "--help"),
+    "import torch": ("-c", "import torch"),
+    "import all that training needs": ("-c", "import swamla.cli.train"),
+}
+_clock = time.monotonic
+
+
+class Allowance:
+    """A time budget, which starts now."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self._begin = seconds, _clock()
+
+    @property
+    def spent(self) -> float:
+        """Seconds spent."""
+        return _clock() - self._begin
+
+    def until(self, share: float) -> float:
+        """Seconds left until this share of the budget is spent; at least 0."""
+        return max(0.0, share * self.seconds - self.spent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +77,7 @@ class Wanted:
 
 
 class RecipeBench:
-    """Fills the tables of `results` row by row; measurements that do not fit time or memory get a row that says so.
+    """Adds rows to `results`; a measurement that does not fit the time or memory gets a row that says so.
 
     folder: for synthetic data.  stage: called with the name of the current measurement.
     """
@@ -77,11 +102,11 @@ class RecipeBench:
         self.start_up()
 
     def training(self) -> LanguageModel | None:
-        """The recipe's own step, then single rows of several lengths; returns the model if it fits."""
+        """The recipe's own step, then steps on single rows of several lengths; returns the model if it fits."""
         train = self.config.train
         own = Shape(rows=train.batch_size, length=train.block_size, accumulation=train.accumulation, packed=True)
         single = [Shape(rows=1, length=length) for length in self.wanted.lengths]
-        self.stage("a model, which is being built")
+        self.stage("building the model")
         smallest = min([replace(own, rows=1, accumulation=1), *single], key=lambda shape: shape.tokens)
         if reason := self.lacks_memory(smallest):
             self.results.failed("training", f"{smallest} and more", reason)
@@ -96,7 +121,7 @@ class RecipeBench:
         return state.model
 
     def own_step(self, state: TrainState, own: Shape) -> None:
-        """The recipe's own step, and if that does not fit, one of fewer rows."""
+        """The recipe's own step; if it does not fit, a step of fewer rows."""
         allowed, shape = self.allowance.until(_OWN), own
         while self.lacks(shape, allowed) and (smaller := shape.smaller()):
             shape = smaller
@@ -106,7 +131,7 @@ class RecipeBench:
         self.tokens_per_s = float(row["tokens_per_s"] or 0) if row else None
 
     def step(self, state: TrainState, shape: Shape, allowed: float, *, limit: float) -> Row | None:
-        """A row of the table; also updates the estimate of the speed."""
+        """Measure a step and add its row; updates the estimate of the speed."""
 
         def measure() -> Row:
             return measure_step(self.config, state, batch_of(shape, self.dataset), shape, peak=self.peak, limit=limit)
@@ -117,7 +142,7 @@ class RecipeBench:
         return row
 
     def lacks(self, shape: Shape, allowed: float) -> str:
-        """Why steps of this shape do not fit the memory or the seconds; "" if they do."""
+        """Why steps of this shape do not fit the memory or the time; "" if they do."""
         needs = STEPS * expected_seconds(
             self.config, shape, flops=self.flops or _EXPECTED * self.peak, copy_bytes=self.ceilings["copy_bytes"]
         )
@@ -125,13 +150,13 @@ class RecipeBench:
         return self.lacks_memory(shape) or slow
 
     def lacks_memory(self, shape: Shape) -> str:
-        """The same for memory only."""
+        """As `lacks`, for memory only."""
         place = Place(precision=self.wanted.precision, device=self.wanted.device)
         needs = expected_bytes(self.config, shape, place)
         return f"needs about {in_bytes(needs)}, and {in_bytes(self.free)} are free" if needs > self.free else ""
 
     def generation(self, model: LanguageModel | None) -> None:
-        """Prefill and decoding after prompts of several lengths; on CUDA also by CUDA graphs, on a CPU in 8 bits."""
+        """Prefill and decoding at several prompt lengths; also by CUDA graphs on CUDA, by int8 weights on a CPU."""
         flops, copy_bytes = _EXPECTED * self.ceilings["fp32_flops"], self.ceilings["copy_bytes"]
         ways = decodings_on(self.wanted.device.type)
         rows = [(prompt, decoding) for prompt in self.wanted.prompts for decoding in ways]
@@ -193,3 +218,33 @@ class RecipeBench:
             return None
         self.results.add(table, found)
         return found
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes of a CUDA device; on a CPU of the machine, or all of its memory if the system does not report them."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux
+        return memory_bytes()
+    fields = {name: rest for name, _, rest in (line.partition(":") for line in lines)}
+    return min(memory_bytes(), 1024 * int(fields["MemAvailable"].split()[0]))
+
+
+def measure_start_up(programs: Mapping[str, Sequence[str]] = PROGRAMS, *, limit: float) -> list[Row]:
+    """Seconds of a Python process with each of these arguments, from start to exit."""
+    timings = interleaved(
+        {name: partial(_run, arguments) for name, arguments in programs.items()},
+        rounds=_STARTS,
+        warmup=0,  # this process has read the files into the page cache
+        limit=limit,
+    )
+    return [
+        {"name": name, "median_s": found.median, "low_s": found.low, "high_s": found.high, "rounds": found.rounds}
+        for name, found in timings.items()
+    ]
+
+
+def _run(arguments: Sequence[str]) -> None:
+    subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True)

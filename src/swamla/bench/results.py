@@ -23,7 +23,7 @@ def _print(line: str) -> None:
 class Results:
     """The rows of all tables, the command and the machine.
 
-    Times are in seconds, memory in bytes, rates a second; the unit is in a row's key: "median_s", "tokens_per_s",
+    Times are in seconds, memory in bytes, rates per second, as a row's key says: "median_s", "tokens_per_s",
     "peak_bytes". A row that failed has "error" instead of figures.
     command: the command line.
     machine: from `measuring.machine`.
@@ -48,7 +48,7 @@ class Results:
         self._start = time.monotonic() - self.seconds
 
     def add(self, table: str, row: Row) -> None:
-        """Append a row, print it in one line and rewrite the file, so that the row is safe.
+        """Append a row, print it in one line and rewrite the file.
 
         Raises `ValueError` for a row that JSON cannot represent, e.g. with NaN.
         """
@@ -59,7 +59,7 @@ class Results:
         self.save()
 
     def failed(self, table: str, name: str, error: BaseException | str) -> None:
-        """A row with the reason why there are no figures."""
+        """Add a row with an error instead of figures."""
         words = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
         self.add(table, {"name": name, "error": " ".join(words.split())})
 
@@ -82,7 +82,7 @@ class Results:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote. Raises `CorruptError` for anything else. Rows added to it are not saved."""
+        """Read what `save` wrote. Raises `CorruptError` for any other file. Rows added later are not saved."""
         file = Path(path)
         data = read_json(file, inside=file.parent)
         if data.get("format") != FORMAT:
@@ -108,7 +108,7 @@ def readable(table: str, row: Row) -> str:
 
 
 def in_words(key: str, value: str | int | float) -> str:
-    """A figure with its name and unit; the key ends with the unit."""
+    """A figure as text, with its name and unit; the key ends with the unit."""
     for suffix, unit in _UNITS.items():
         if key.endswith(suffix) and not isinstance(value, str):
             return f"{key.removesuffix(suffix).replace('_', ' ')} {unit(value)}".strip()
@@ -117,7 +117,7 @@ def in_words(key: str, value: str | int | float) -> str:
 
 
 def in_seconds(seconds: float) -> str:
-    """A time in three digits."""
+    """A time as text, with three digits."""
     for factor, unit in ((1.0, "s"), (1e3, "ms")):
         if seconds * factor >= 1:
             return f"{seconds * factor:.3g} {unit}" if seconds * factor < 1000 else f"{seconds * factor:,.0f} {unit}"
@@ -125,7 +125,7 @@ def in_seconds(seconds: float) -> str:
 
 
 def in_bytes(n_bytes: float) -> str:
-    """Memory in three digits."""
+    """Bytes as text, with three digits."""
     for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if n_bytes >= factor:
             return f"{n_bytes / factor:.3g} {unit}"
@@ -133,7 +133,7 @@ def in_bytes(n_bytes: float) -> str:
 
 
 def in_rate(rate: float) -> str:
-    """A rate a second."""
+    """A rate per second as text."""
     return f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.3g}/s"
 
 

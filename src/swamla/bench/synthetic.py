@@ -1,4 +1,4 @@
-"""Documents of random ids in the format of real data, for the loader that training uses."""
+"""Synthetic data for benchmarks: random ids, in the format of prepared data, so that training's loader reads them."""
 
 from pathlib import Path
 
@@ -12,22 +12,22 @@ from swamla.data.tokenizer import CharTokenizer
 
 DOCUMENT = 1000  # mean tokens of a document; lengths are exponentially distributed
 TOKENS = 1 << 21
-_FIRST_CHARACTER = 0x10000  # of a vocabulary of characters; there are 2**20 from here on
+_FIRST_CHARACTER = 0x10000  # of the vocabulary; Unicode has 2**20 characters from here on
 
 
 def synthetic_dataset(folder: Path, vocab_size: int, *, tokens: int = TOKENS, buffer_docs: int = 0) -> PreparedDataset:
-    """A dataset to train on, in `folder`, of about `tokens` random ids below `vocab_size`."""
+    """A dataset in `folder` with about `tokens` random ids below `vocab_size`."""
     tokenizer = CharTokenizer("".join(map(chr, range(_FIRST_CHARACTER, _FIRST_CHARACTER + vocab_size - 1))))
     random = np.random.default_rng(0)
     lengths = 1 + random.exponential(DOCUMENT - 1, size=max(1, tokens // DOCUMENT)).astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids = random.integers(tokenizer.eos_id, size=offsets[-1])
-    for part, values, kind in (
+    for name, values, kind in (
         ("tokens", ids, token_dtype(vocab_size)),
         ("offsets", offsets, np.int64),
         ("bytes", lengths, np.int64),
     ):
-        with ArrayWriter(folder / f"train.{part}.npy", kind) as writer:
+        with ArrayWriter(folder / f"train.{name}.npy", kind) as writer:
             writer.append(values)
     return PreparedDataset(folder, {"fingerprint": "synthetic"}, tokenizer, buffer_docs=buffer_docs)
 

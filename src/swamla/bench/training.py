@@ -1,4 +1,4 @@
-"""The training step: time, its breakdown, memory, and share of the matmul rate."""
+"""Measure a training step: time and its breakdown, memory, and share of the matmul rate."""
 
 import time
 from collections.abc import Iterator
@@ -22,18 +22,18 @@ from swamla.train.parallel.strategy import Found, Strategy
 from swamla.train.state import TrainState
 from swamla.train.step import training_step
 
-STEPS = 3  # the fewest steps of a figure: one for warm-up, one for memory, one for time
+STEPS = 3  # fewest steps of a measurement: one each for warm-up, time and memory
 _ROUNDS = 20
 _TIMED = 0.7  # share of the time; the rest is for the last round and the step that measures memory
-_STEADY = 1e-3  # learning rate: random tokens teach nothing, and the weights must stay finite
-_UPDATE_BYTES = 40  # bytes that an optimizer moves per parameter, about
+_STEADY = 1e-3  # factor of the learning rate: the weights must stay finite on random tokens
+_UPDATE_BYTES = 40  # about the bytes that an optimizer reads and writes per parameter
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The rows of a step.
+    """The shape of a step's batch.
 
-    rows: of a step.
+    rows: number of rows.
     length: tokens of a row.
     accumulation: number of micro-batches.
     packed: rows of many documents from the loader; else each row is one document.
@@ -46,7 +46,7 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
+        """Tokens of a step."""
         return self.rows * self.length
 
     def __str__(self) -> str:
@@ -54,13 +54,13 @@ class Shape:
         return f"{self.rows} × {self.length:,}{split}{' packed' if self.packed else ''}"
 
     def settings(self, train: TrainConfig) -> TrainConfig:
-        """The recipe's training config with such steps."""
+        """The recipe's training config with steps of this shape."""
         return replace(
             train, batch_size=self.rows, block_size=self.length, accumulation=self.accumulation, curriculum=""
         )
 
     def smaller(self) -> "Shape | None":
-        """The next cheaper shape: fewer rows, micro-batches no larger; None below one row."""
+        """The next cheaper shape: fewer rows, no larger micro-batches; None for a single row."""
         if self.rows == 1:
             return None
         if self.accumulation > 1:
@@ -69,7 +69,7 @@ class Shape:
 
 
 def step_flops(config: RunConfig, shape: Shape) -> float:
-    """Upper bound of a step's FLOPs by the accounting: as if each row were one document."""
+    """Upper bound of a step's FLOPs by the accounting, with one document per row."""
     return shape.tokens * training_flops_per_token(config.model, shape.length)
 
 
@@ -80,13 +80,13 @@ def expected_seconds(config: RunConfig, shape: Shape, *, flops: float, copy_byte
 
 
 def expected_bytes(config: RunConfig, shape: Shape, place: Place) -> int:
-    """Upper bound of the memory of such training, with a margin above the accounting's estimate of activations."""
+    """Upper bound of the memory of such steps: the accounting's, with a margin for its estimate of activations."""
     needs = training_bytes(replace(config, train=shape.settings(config.train)), place)
     return round(sum(needs.values()) + 0.4 * needs["activations_estimate"])
 
 
 def batch_of(shape: Shape, dataset: Dataset) -> Batch:
-    """Rows of random tokens."""
+    """A batch of random tokens."""
     if shape.packed:
         return dataset.rows(shape.length, 0).batch(0, shape.rows)
     return Batch(*whole_rows(shape.rows, shape.length, dataset.tokenizer.vocab_size))
@@ -98,17 +98,17 @@ def measure_step(config: RunConfig, state: TrainState, batch: Batch, shape: Shap
     limit: seconds after which no further step starts, but at least `STEPS` run.
     """
     begin, settings = time.monotonic(), shape.settings(config.train)
-    parts = Parts(clocked(state), settings, batch)
-    parts.step()
+    timed = TimedSteps(with_timers(state), settings, batch)
+    timed.step()
     left = limit - (time.monotonic() - begin)
-    contenders: dict[str, Run] = {"step": parts.step}
-    if state.device.type == "cuda":  # which is not kept busy while the parts are told apart
-        contenders = {"step": lambda: one_step(state, settings, batch), "parts": parts.step}
-    parts.forget()
+    contenders: dict[str, Run] = {"step": timed.step}
+    if state.device.type == "cuda":  # the breakdown waits for the device, so the step's time is measured without it
+        contenders = {"step": lambda: one_step(state, settings, batch), "breakdown": timed.step}
+    timed.reset()
     timing = interleaved(contenders, rounds=_ROUNDS, warmup=0, limit=_TIMED * left)["step"]
-    forward, backward, optimizer = (median(part) for part in (parts.forward, parts.backward, parts.optimizer))
+    forward, backward, optimizer = map(median, (timed.forward, timed.backward, timed.optimizer))
     state.optimizer.zero_grad()
-    memory = held_bytes(state) + peak_memory(parts.step)  # last, since what it gives back has to be taken anew
+    memory = held_bytes(state) + peak_memory(timed.step)  # last, because it returns freed memory to the system
     flops = TrainingFlops(config.model).of(batch.document_BT)
     return {
         "name": str(shape),
@@ -131,11 +131,11 @@ def measure_step(config: RunConfig, state: TrainState, batch: Batch, shape: Shap
 def one_step(state: TrainState, settings: TrainConfig, batch: Batch) -> None:
     """A training step with a negligible learning rate. Raises `UsageError` if its numbers are not finite."""
     if not training_step(state, batch, settings, _STEADY * settings.lr).finite:
-        raise UsageError("the loss of random tokens, or its gradient, is not finite: such a step skips the update")
+        raise UsageError("the loss of random tokens, or its gradient, is not finite, so the step skips the update")
 
 
 def held_bytes(state: TrainState) -> int:
-    """Bytes of weights, optimizer state and averaged weights; shared memory counts once."""
+    """Bytes of weights, optimizer state and averaged weights; shared memory is counted once."""
     groups = state.tensors()
     del groups["rng"]
     storages = [tensor.untyped_storage() for group in groups.values() for tensor in group.values()]
@@ -143,8 +143,8 @@ def held_bytes(state: TrainState) -> int:
 
 
 @dataclass(frozen=True)
-class Clocked(Strategy):
-    """A model in one process that times its passes: seconds by part of the micro-batches so far."""
+class TimedStrategy(Strategy):
+    """The strategy for one process that times the passes. seconds: over the micro-batches since they were reset."""
 
     seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "both": 0.0}, kw_only=True)
 
@@ -158,35 +158,35 @@ class Clocked(Strategy):
             yield
 
     @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
+    def _timed(self, phase: str) -> Iterator[None]:
         synchronize()
         begin = time.perf_counter()
         yield
         synchronize()
-        self.seconds[part] += time.perf_counter() - begin
+        self.seconds[phase] += time.perf_counter() - begin
 
 
-def clocked(state: TrainState) -> TrainState:
-    """The same state and tensors, with a model that times its passes."""
-    return replace(state, strategy=Clocked(state.strategy.model, experts=state.strategy.experts))
+def with_timers(state: TrainState) -> TrainState:
+    """The same state and tensors, with a strategy that times the passes."""
+    return replace(state, strategy=TimedStrategy(state.strategy.model, experts=state.strategy.experts))
 
 
-class Parts:
-    """Training steps with a breakdown: seconds of forward, of backward, and of the rest."""
+class TimedSteps:
+    """Training steps with a breakdown of their seconds: forward, backward, and the rest (the optimizer)."""
 
     def __init__(self, state: TrainState, settings: TrainConfig, batch: Batch) -> None:
-        assert isinstance(state.strategy, Clocked)
+        assert isinstance(state.strategy, TimedStrategy)
         self._state, self._settings, self._batch, self._seconds = state, settings, batch, state.strategy.seconds
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
-        """Discard the steps so far."""
+    def reset(self) -> None:
+        """Discard the times so far."""
         self.forward: list[float] = []
         self.backward: list[float] = []
         self.optimizer: list[float] = []
 
     def step(self) -> None:
-        """Take one."""
+        """Take a step."""
         self._seconds.update(forward=0.0, both=0.0)
         synchronize()
         begin = time.perf_counter()

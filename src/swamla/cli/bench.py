@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 from swamla import distributed
-from swamla.bench.allowance import Allowance
 from swamla.bench.generation import NEW
 from swamla.bench.measuring import ceilings, machine
-from swamla.bench.recipe import RecipeBench, Wanted
+from swamla.bench.recipe import Allowance, RecipeBench, Wanted
 from swamla.bench.results import Results, Row, in_bytes
 from swamla.cli.bench_tables import Screen
 from swamla.cli.console import Console, say
@@ -23,9 +22,8 @@ from swamla.cli.overrides import flags
 from swamla.cli.run_config import explain_recipe, read_recipe, with_vocabulary
 from swamla.errors import Interrupted, SwamlaError, UsageError
 from swamla.model.accounting import count_parameters
-from swamla.train.backends import describe, resolve_backends
+from swamla.train.backends import describe, fastest_paths, resolve_backends
 from swamla.train.compile import resolve_compile
-from swamla.train.paths import fastest_paths
 from swamla.train.precision import measured_precision, resolve_device, resolve_precision
 
 CTRL_C = 130

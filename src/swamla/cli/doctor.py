@@ -26,9 +26,8 @@ from swamla.model.mixers.swa import SWAConfig
 from swamla.model.norm import NormConfig
 from swamla.process import prepared, processor
 from swamla.registry import members_of
-from swamla.train.backends import available, describe, resolve_backends
+from swamla.train.backends import available, describe, fastest_paths, resolve_backends
 from swamla.train.optim import OptimizerConfig
-from swamla.train.paths import fastest_paths
 from swamla.train.precision import has_bf16, measured_precision, resolve_device, resolve_precision
 from swamla.train.racing import Choice, forget_choices, kept_choices
 from swamla.version import __version__

@@ -1,24 +1,26 @@
-"""Which backend computes each op of a run: chosen once, when the model is placed on its device, printed and stored."""
+"""The backend of each op of a run: chosen once, when the model is placed on its device, then printed and stored."""
 
 from collections.abc import Callable
 from functools import partial
 
 import torch
 
+from swamla.data.dataset import Dataset
 from swamla.errors import MissingBackendError
 from swamla.model.language_model import LanguageModelConfig
 from swamla.ops import attention, gated_delta
 from swamla.ops.grouped_mm import BACKENDS as GROUPED_BACKENDS
 from swamla.ops.grouped_mm import resolve_backend as grouped_backend
+from swamla.ops.layout import Layout
 from swamla.train.precision import Chosen
+from swamla.train.racing import Choice, choose, races_on
 
 
 def resolve_backends(model: LanguageModelConfig, device: torch.device, precision: Chosen = "bf16") -> dict[str, str]:
-    """Op → the backend that "auto" means on `device`, or that was asked for; several where blocks differ.
+    """Op → the backend that the config names, or that "auto" means on `device`; several if blocks differ.
 
-    precision: what the forward pass computes in, which not every backend can. The config keeps what was asked, so that
-    it serves on other devices too. Raises `MissingBackendError`, naming the field, for a backend that cannot compute
-    there.
+    precision: of the forward pass, which not every backend supports. The config itself keeps "auto", so that it fits
+    other devices too. Raises `MissingBackendError`, naming the field, for a backend that cannot run on `device`.
     """
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     chosen: dict[str, set[str]] = {}
@@ -37,8 +39,33 @@ def resolve_backends(model: LanguageModelConfig, device: torch.device, precision
     return {op: " and ".join(sorted(backends)) for op, backends in sorted(chosen.items())}
 
 
+def fastest_paths(
+    model: LanguageModelConfig, device: torch.device, precision: Chosen, *, length: int
+) -> tuple[dict[str, str], list[Choice]]:
+    """Block → the fastest backend of its mixer, for blocks with "auto" on a CPU; and the measurements behind it.
+
+    length: typical length of the documents. Earlier measurements of this machine are read from the cache. Both are
+    empty on devices that do not measure (`races_on`).
+    """
+    if not races_on(device):
+        return {}, []
+    trials = {
+        name: trial for name, block in model.blocks.items() if (trial := block.mixer.trial(model.width)) is not None
+    }
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    choices = choose(set(trials.values()), dtype, length=length)
+    paths = {name: choices[trial].chosen for name, trial in trials.items()}
+    return paths, sorted(choices.values(), key=str)
+
+
+def usual_length(dataset: Dataset, block_size: int) -> int:
+    """Mean over the tokens of the first rows of the length of the token's document."""
+    runs = Layout.from_documents(dataset.rows(block_size, 0).batch(0, 32).document_BT).runs
+    return round(sum(count * length**2 for count, length in runs) / sum(count * length for count, length in runs))
+
+
 def available(device: torch.device) -> dict[str, dict[str, str]]:
-    """Op → backend → why it cannot compute on `device`; "" where it can. The delta rule's with keys of width 128."""
+    """Op → backend → why it cannot run on `device`, "" if it can. The delta rule is tried with keys of width 128."""
     rule = partial(gated_delta.resolve_backend, device=device, heads=2, key=128, value=128)
     asked: dict[str, tuple[tuple[str, ...], Callable[[str], str]]] = {
         "causal attention": (attention.BACKENDS, lambda name: attention.resolve_backend(name, device)),
@@ -64,5 +91,5 @@ def _obstacle(resolve: Callable[[str], str], name: str) -> str:
 
 
 def describe(backends: dict[str, str]) -> str:
-    """As a line to print: "attention: torch, delta rule: torch"."""
+    """As text: "attention: torch, delta rule: torch"."""
     return ", ".join(f"{op}: {backend}" for op, backend in backends.items())

@@ -10,14 +10,14 @@ from swamla.config import from_plain, to_plain
 from swamla.errors import ConfigError
 from swamla.train.config import RunConfig, TrainConfig
 
-# Where and how things are computed, kept and told: the same numbers, up to rounding.
+# Settings of where to compute, what to keep and what to report: the numbers stay the same, up to rounding.
 SAME_NUMBERS = (
     *("device", "threads", "checkpointing", "compile", "parallel", "shards", "accumulation", "expert_parallel"),
     *("log_interval", "save_interval", "keep_last", "async_save", "on_save_error", "eval_interval", "eval_seconds"),
     *("rank_timeout_minutes", "tensorboard", "wandb_project", "wandb_run_name", "hf_repo_id", "hf_private"),
     *("profile", "profile_steps", "profile_warmup"),
 )
-# What is learned from here on.
+# Settings that change the training from here on.
 RATES = ("lr", "min_lr_ratio", "schedule", "warmup", "decay", "schedule_steps", "schedule_minutes")
 LEARNING = ("steps", "max_minutes", *RATES, "weight_decay", "grad_clip", "max_skipped", "spike_factor")
 # Settings that define the held-out loss: if one changes, the best checkpoint is evaluated again.
@@ -25,22 +25,22 @@ SCORING = ("eval_tokens",)
 
 MAY_CHANGE = (*SAME_NUMBERS, *LEARNING, *SCORING)
 
-RISE = 1.1  # a rate that goes up by more than this factor has to be asked for
+RISE = 1.1  # a learning rate may not rise by more than this factor unless asked for
 
 
 def config_of(run_dir: Path) -> RunConfig:
-    """The config that a run has in its folder. Raises as `read_run_config` does."""
+    """The config in a run's folder. Raises as `read_run_config` does."""
     plain = read_run_config(run_dir)
     del plain["format_version"]
-    # Read as a config, so that a setting which the run's swamla did not have yet counts as its default.
+    # A setting that is newer than the run's swamla gets its default.
     return from_plain(RunConfig, plain, origin=str(run_dir / "config.json"))
 
 
 def check_same_run(config: RunConfig, run_dir: Path) -> None:
-    """Raise `ConfigError` where `config` would make another run of the one in the folder.
+    """Raise `ConfigError` if `config` differs from the run in the folder in a setting that may not change.
 
-    Of all that differs it names what the rest follows from: the pattern, else what is of another kind. A vocabulary
-    that the tokenizer has yet to decide (size 0) counts as the run's.
+    The error names the difference that others follow from: the pattern, else a kind. A vocabulary size of 0, still to
+    be taken from the tokenizer, counts as the run's.
     """
     before, now = (dict(_leaves(to_plain(one))) for one in (config_of(run_dir), config))
     if config.model.vocab_size == 0:
@@ -57,10 +57,10 @@ def check_same_run(config: RunConfig, run_dir: Path) -> None:
 
 
 def check_horizon(before: TrainConfig, now: TrainConfig, *, step: int, seconds: float) -> None:
-    """Raise `ConfigError` where a later end of the run alone would lift the learning rate.
+    """Raise `ConfigError` if the run's later end would raise the learning rate, and no setting of the rate was changed.
 
-    A schedule follows the run's end: a run that has annealed and is given more steps or minutes is in the middle of
-    it again. Whether that is wanted, or the last rate, has to be said.
+    A schedule spans the whole run: an annealed run that gets more steps or minutes is in the middle of its schedule
+    again. The user has to choose between that and the last rate.
     """
     old, new = rates(before, now, step=step, seconds=seconds)
     chosen = any(getattr(before, name) != getattr(now, name) for name in RATES)
@@ -72,44 +72,44 @@ def check_horizon(before: TrainConfig, now: TrainConfig, *, step: int, seconds: 
         for name in ("steps", "max_minutes")
         if getattr(before, name) != getattr(now, name)
     ]
-    stays = " ".join(f"--{flag} {getattr(before, n):g}" for n, flag in moved if getattr(before, n) is not None)
-    spread = " ".join(f"--{flag} {getattr(now, n):g}" for n, flag in moved if getattr(now, n) is not None)
+    stay = " ".join(f"--{flag} {getattr(before, n):g}" for n, flag in moved if getattr(before, n) is not None)
+    stretch = " ".join(f"--{flag} {getattr(now, n):g}" for n, flag in moved if getattr(now, n) is not None)
     last = before.lr * (1.0 if before.schedule == "constant" else before.min_lr_ratio)
     as_planned = f"it falls to {last:.2e}, and stays" if old > RISE * last else f"it stays at {old:.2e}"
-    # A schedule that ends at 0 would learn nothing at its last rate.
-    keep = f"{stays} ({as_planned})" if last else "--schedule constant --lr RATE"
+    # After a schedule that ends at 0, training on at the last rate would change nothing.
+    keep = f"{stay} ({as_planned})" if last else "--schedule constant --lr RATE"
     name = moved[0][0]
     raise ConfigError(
         f"train.{name}",
         getattr(now, name),
         f"was {getattr(before, name)}, and the learning rate, {old:.2e} now, would follow the new end and rise to "
-        f"{new:.2e}: choose {keep} or {spread} (it rises, and falls again to the end)",
+        f"{new:.2e}: choose {keep} or {stretch} (it rises, and falls again to the end)",
     )
 
 
 def rates(before: TrainConfig, now: TrainConfig, *, step: int, seconds: float) -> tuple[float, float]:
-    """The learning rate of the step after `step`, as it was to be and as it will be."""
+    """The learning rate of the step after `step`: by the old settings, and by the new ones."""
     old, new = (config.rate(step, seconds) for config in (before, now))
     return old, new
 
 
-def kept(before: TrainConfig, now: TrainConfig, *, step: int, seconds: float) -> TrainConfig:
-    """What a resumed run keeps of its settings: where no step is left, none of learning, as nothing was learned by it.
+def settings_to_store(before: TrainConfig, now: TrainConfig, *, step: int, seconds: float) -> TrainConfig:
+    """The settings that a resumed run stores. If no step is left, changes to the training are not stored.
 
-    Else the next command would take a learning rate that no step had for the run's last one.
+    Otherwise the next command would compare with a learning rate that no step had.
     """
     if now.budget.progress(step + 0.5, seconds) < 1:
         return now
     return replace(now, **{name: getattr(before, name) for name in LEARNING})
 
 
-def told(before: TrainConfig, now: TrainConfig, *, step: int, seconds: float) -> list[str]:
-    """Lines that name the changes, those that are not kept, and the learning rate where it differs."""
-    lasting = kept(before, now, step=step, seconds=seconds)
-    lines = [f"changed in this run: {changes}"] if (changes := _named(before, lasting)) else []
-    if not_kept := _named(lasting, now):
-        lines.append(f"not kept, as there is no step left that it would change: {not_kept}")
-    old, new = rates(before, lasting, step=step, seconds=seconds)
+def describe_changes(before: TrainConfig, now: TrainConfig, *, step: int, seconds: float) -> list[str]:
+    """Lines that name the changed settings, those that are not stored, and a changed learning rate."""
+    stored = settings_to_store(before, now, step=step, seconds=seconds)
+    lines = [f"changed in this run: {changes}"] if (changes := _named(before, stored)) else []
+    if not_stored := _named(stored, now):
+        lines.append(f"not stored, because no step is left that it would change: {not_stored}")
+    old, new = rates(before, stored, step=step, seconds=seconds)
     if f"{old:.2e}" != f"{new:.2e}":
         lines.append(f"learning rate {new:.2e} from step {step + 1} on, {old:.2e} without the changes")
     return lines
@@ -120,16 +120,14 @@ def _named(before: TrainConfig, now: TrainConfig) -> str:
     return ", ".join(f"{name} {was[name]} → {is_now[name]}" for name in is_now if was.get(name) != is_now[name])
 
 
-def measure(config: TrainConfig) -> dict[str, Any]:
-    """The settings that may change and that define what a held-out loss is measured on."""
+def scoring_of(config: TrainConfig) -> dict[str, Any]:
+    """The settings, among those that may change, that the held-out loss depends on."""
     return {name: getattr(config, name) for name in SCORING}
 
 
 def _leaves(plain: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in plain.items():
-        if (
-            key == "plugin" and "kind" in plain
-        ):  # where a class stands may change: what it is called, and its fields, may not
+        if key == "plugin" and "kind" in plain:  # a plugin's file may be renamed
             continue
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")

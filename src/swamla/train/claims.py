@@ -1,4 +1,4 @@
-"""One process at a time trains in a run's folder: it locks the folder at the start of a command."""
+"""Locks on run folders: one process at a time trains in a folder, and locks it at the start of its command."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from swamla.checkpoint import list_checkpoints
 from swamla.errors import UsageError
 from swamla.files import fcntl
 
-# What a run writes before its first checkpoint. Without one there is nothing in them to go on with.
+# What a run writes before its first checkpoint; without a checkpoint it cannot be resumed.
 _BEFORE_A_CHECKPOINT = {
     *("config.json", ".config.json.new", "tokenizer.json", "launch.json", ".launch.json.new", "metrics.jsonl"),
     *(
@@ -27,20 +27,20 @@ _BEFORE_A_CHECKPOINT = {
         "wandb",
     ),
 }
-_KEPT = "profile"  # traces, which may say why such a run ended
+_KEPT = "profile"  # traces, which may show why the run ended; never deleted
 
 
 class Claim:
     """A lock on a folder to train in, until `release`; the system releases it however the process ends.
 
-    made: the folders, innermost first, that were made for it: those that are still empty in the end are removed.
+    made: the folders, innermost first, that were created for it; `release` removes those that are still empty.
     """
 
     def __init__(self, path: Path, lock: int, made: list[Path]) -> None:
         self.path, self._lock, self._made = path, lock, made
 
     def own(self) -> None:
-        """Count the folder as made for this claim."""
+        """Treat the folder as created for this claim."""
         if self.path not in self._made:
             self._made.insert(0, self.path)
 
@@ -49,7 +49,7 @@ class Claim:
         for folder in self._made:
             try:
                 folder.rmdir()
-            except OSError:  # it is in use
+            except OSError:  # not empty
                 break
         os.close(self._lock)
 
@@ -63,15 +63,15 @@ class Claim:
 
 
 def claim_new(folder: Path) -> Claim:
-    """Take the folder of a new run, which is made if need be.
+    """Lock the folder of a new run, which is created if it does not exist.
 
-    Raises `UsageError` where another process trains in it, and for a folder, or a file, that holds anything but a run
-    that ended before its first checkpoint.
+    Raises `UsageError` if another process trains in it, or if it holds anything but a run that ended before its first
+    checkpoint.
     """
     require_free(folder)
     claim = _try(folder)
     try:
-        require_free(folder)  # another run may have come, and gone, meanwhile
+        require_free(folder)  # another run may have started and ended meanwhile
     except UsageError:
         claim.release()
         raise
@@ -79,7 +79,7 @@ def claim_new(folder: Path) -> Claim:
 
 
 def claim_numbered(folder: Path) -> Claim:
-    """Take `folder`, or the first of folder-2, folder-3 … that does not exist, or is empty (left by a killed start)."""
+    """Lock `folder`, or the first of folder-2, folder-3 … that does not exist, or is empty after a killed start."""
     for candidate in (folder if n == 1 else folder.with_name(f"{folder.name}-{n}") for n in count(1)):
         if candidate.exists() and not _is_empty(candidate):
             continue
@@ -88,21 +88,21 @@ def claim_numbered(folder: Path) -> Claim:
         except UsageError:
             continue
         if _is_empty(candidate):
-            claim.own()  # whoever made it, in a start at the same moment or one that was killed, has nothing in it
+            claim.own()  # another start, at the same time or killed, created it and left it empty
             return claim
         claim.release()
-    raise AssertionError("numbers do not end")
+    raise AssertionError("unreachable: the numbers never end")
 
 
 def claim_run(folder: Path) -> Claim:
-    """Take the folder of a run to go on with. `UsageError` where another process trains in it, or holds no run."""
+    """Lock the folder of a run to resume. Raises `UsageError` if it holds no run, or another process trains in it."""
     if not (folder / "config.json").exists():
         raise UsageError(f"{folder}: nothing to resume (it has no config.json)")
     return _try(folder)
 
 
 def is_running(run_dir: Path) -> bool:
-    """True while a process holds the folder."""
+    """True while a process has locked the folder."""
     folder = os.open(run_dir, os.O_RDONLY)
     try:
         return not _locks(folder, fcntl.LOCK_SH)
@@ -111,15 +111,15 @@ def is_running(run_dir: Path) -> bool:
 
 
 def require_free(folder: Path) -> None:
-    """Raise `UsageError` for a folder, or a file, in the place of a new run."""
+    """Raise `UsageError` if a file, or a folder with anything but an unsaved run, is in the way of a new run."""
     if folder.exists() and not (_is_empty(folder) or is_unsaved(folder)):
         raise UsageError(f"{folder}: exists and is not empty: choose another folder, or continue it with --resume")
 
 
 def is_unsaved(folder: Path) -> bool:
-    """True where there is nothing but a run that ended before its first checkpoint, told by what only a run writes.
+    """True if the folder holds only a run that ended before its first checkpoint.
 
-    Others' files may have the same names, so their content counts, too.
+    Other programs may write files of the same names, so the content of config.json and data.json is checked too.
     """
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not names >= {"config.json", "data.json"} or not names <= {*_BEFORE_A_CHECKPOINT, _KEPT}:
@@ -135,7 +135,7 @@ def is_unsaved(folder: Path) -> bool:
 
 
 def _plain(file: Path) -> Any:
-    """What a JSON file holds, None for any other."""
+    """The content of a JSON file; None if it is not JSON."""
     try:
         return json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -143,14 +143,14 @@ def _plain(file: Path) -> Any:
 
 
 def remove_unsaved(folder: Path) -> None:
-    """Delete what a run wrote that ended before its first checkpoint, its traces aside."""
+    """Delete the files of a run that ended before its first checkpoint, except its traces."""
     for path in [path for path in folder.iterdir() if path.name in _BEFORE_A_CHECKPOINT]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _try(folder: Path) -> Claim:
-    """Take the folder, whatever is in it; `UsageError` where another process holds it."""
-    for wait in (0.05, 0.0):  # `is_running` holds a folder for a moment, and one that went away is made again
+    """Lock the folder, whatever is in it. Raises `UsageError` if another process has locked it."""
+    for wait in (0.05, 0.0):  # try twice: `is_running` locks for a moment, and a folder may be removed meanwhile
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
@@ -162,7 +162,7 @@ def _try(folder: Path) -> Claim:
 
 
 def _is_still(folder: Path, opened: int) -> bool:
-    """False where the folder that was opened is no longer the one of that name: whoever had made it removed it."""
+    """False if the opened folder is no longer the one of that name, because another process removed it."""
     try:
         return os.path.samestat(os.fstat(opened), os.stat(folder))
     except FileNotFoundError:
@@ -174,7 +174,7 @@ def _is_empty(folder: Path) -> bool:
 
 
 def _locks(folder: int, how: int) -> bool:
-    """True if the lock could be had at once."""
+    """Try to lock without waiting; True if that succeeded."""
     try:
         fcntl.flock(folder, how | fcntl.LOCK_NB)
     except BlockingIOError:

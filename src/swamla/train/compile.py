@@ -1,4 +1,4 @@
-"""torch.compile, block by block: layers alike share their graphs, so that a deep model starts as soon as a flat one."""
+"""torch.compile, block by block: equal layers share their graphs, so compile time does not grow with depth."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,26 +18,26 @@ Compile = Literal["auto", "none", "default", "reduce-overhead", "max-autotune"]
 
 
 def resolve_compile(mode: Compile, device: torch.device) -> Compile:
-    """The mode that a name means on a device: "auto" is "default" on CUDA where Triton is installed, else "none"."""
+    """The mode that "auto" means on a device: "default" on CUDA with Triton, else "none". Other modes stay."""
     if mode != "auto":
         return mode
     return "default" if device.type == "cuda" and find_spec("triton") else "none"
 
 
 def compile_blocks(model: LanguageModel, mode: Compile, device: torch.device) -> str:
-    """Compile what training runs of every block, and say so; parameters and their names stay as they are.
+    """Compile the functions of every block that training calls; returns a line about it. Parameters stay as they are.
 
-    Graphs end before the ops that are `outside_graphs` and begin anew behind them: on a CPU a mixer and a mixture of
-    experts have two graph breaks each, on a GPU only backends other than its default have any. Evaluation runs compiled
-    on a GPU; on a CPU, where compiling takes longer than an evaluation gains, uncompiled. Dropout draws the numbers
-    that it draws uncompiled. Raises `MissingBackendError` where the machine cannot compile.
+    Graphs break around the ops that are `outside_graphs`: on a CPU a mixer and a mixture of experts have two breaks
+    each; on a GPU only backends other than the default have any. Evaluations are compiled on a GPU, but not on a CPU,
+    where compiling takes longer than it saves. Dropout draws the same numbers as uncompiled. Raises
+    `MissingBackendError` if the machine cannot compile.
     """
     _require_compiler(mode, device)
-    # A graph for each kind of block and each shape, of which a curriculum has several. Graphs that serve many shapes
-    # would be other ones after an interruption, and so might be the last bits of a resumed run.
+    # One graph for each kind of block and each shape, of which a curriculum has several. With dynamic shapes, a resumed
+    # run could compile other graphs, and so differ in its last bits.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16 * len(model.config.blocks))
-    # Backward passes run outside autocast, as they do uncompiled; else products that are in fp32 on purpose, such as
-    # those of routers and norms, would be traced in autocast's dtype.
+    # Backward passes run outside autocast, as they do uncompiled. Otherwise products that are in fp32 on purpose, such
+    # as those of routers and norms, would be traced in autocast's dtype.
     torch._functorch.config.backward_pass_autocast = "off"
     options = {**torch._inductor.list_mode_options(mode), "fallback_random": True}
     for config, block in zip(model.config.layers, model.blocks, strict=True):
@@ -61,7 +61,7 @@ def _prepared(compiled: Callable[[Tensor, Layout], T], prepare: Callable[[Layout
 
 
 def begin_step(mode: Compile) -> None:
-    """Call before the first forward pass of an optimizer step: the last step's CUDA graphs may be overwritten."""
+    """To be called before an optimizer step's first forward pass: the last step's CUDA graph memory may be reused."""
     if mode in ("reduce-overhead", "max-autotune"):
         torch.compiler.cudagraph_mark_step_begin()
 

@@ -1,4 +1,4 @@
-"""What a training run is made of."""
+"""The config of a training run."""
 
 import re
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from swamla.model.language_model import LanguageModelConfig
 from swamla.train.compile import Compile
 from swamla.train.curriculum import Curriculum
 from swamla.train.optim import AdamWConfig, OptimizerConfig
-from swamla.train.parallel.build import Asked
+from swamla.train.parallel.strategy import Parallel
 from swamla.train.precision import Precision
 from swamla.train.schedule import Budget, Schedule, ScheduleName
 
@@ -21,71 +21,72 @@ from swamla.train.schedule import Budget, Schedule, ScheduleName
 class TrainConfig:
     """How a model is trained.
 
-    The run ends with its steps or its time, whichever comes first. The schedule follows the one that is further along,
-    so that the run always ends annealed; evaluations and saves count as time.
+    The run ends after its steps or its time, whichever comes first. The schedule follows whichever is closer to its
+    end, so that the run always ends annealed; evaluations and saves count as time.
 
-    steps: optimizer steps of the run; none where max_minutes alone bounds it.
-    max_minutes: minutes of the run, over all its processes; none where steps alone bound it.
-    batch_size: rows in one optimizer step, those of all processes together.
-    accumulation: micro-batches that a process's rows of a step are split into; this changes memory only.
+    steps: optimizer steps of the run; none if only max_minutes bounds it.
+    max_minutes: minutes of the run, resumptions included; none if only steps bound it.
+    batch_size: rows in one optimizer step, over all processes.
+    accumulation: micro-batches that a process splits its rows of a step into; this changes memory only.
     block_size: tokens in a row.
     curriculum: shorter rows first, as in "512:500M,1024:2B,2048:inf": 512 tokens for 500 million, then 1024 for two
-        billion, then block_size. Rows are cut, so a step has as many tokens as ever; evaluations are at block_size.
-    optimizer: what turns gradients into updates.
-    lr: learning rate at the end of the warm-up, its peak.
+        billion, then block_size. Rows are cut, so a step's tokens stay the same; evaluations use block_size.
+    optimizer: the optimizer.
+    lr: peak learning rate, at the end of the warm-up.
     min_lr_ratio: the last learning rate as a fraction of the peak.
     warmup: below 1 a fraction of the run, from 1 on a number of steps.
     schedule: "cosine", "linear", "wsd" (stable, then decaying) or "constant", each after the warm-up.
-    decay: of a wsd schedule, the last fraction of the run, in which the rate falls.
-    schedule_steps: the steps over which the rate follows its schedule, to stay at its last value afterwards; none for
-        those of the run. A run that is given more than it was planned for needs one of these two.
+    decay: for wsd, the last fraction of the run, in which the rate falls.
+    schedule_steps: steps that the schedule spans; afterwards the rate keeps its last value. None for the run's own
+        steps. To extend a run beyond its plan, give this or schedule_minutes.
     schedule_minutes: the same in minutes.
     weight_decay: decoupled from the gradient; not on embeddings, biases and gains.
     grad_clip: largest norm of the gradient; none for no limit.
-    ema: decay, e.g. 0.999, of an exponential moving average of the weights, which then is what evaluations score and
+    ema: decay, e.g. 0.999, of an exponential moving average of the weights, which evaluations then score and
         `swamla.load` returns; none for no average.
-    eval_interval: steps between evaluations, none for the one at the end only.
+    eval_interval: steps between evaluations; none for one at the end only.
     eval_seconds: seconds between evaluations, besides or instead of steps.
-    eval_tokens: how many held-out tokens an evaluation inside the run reads at most; none for all.
-    save_interval: steps between checkpoints, none for the best and the last only.
-    keep_last: how many checkpoints are kept, besides the best.
-    async_save: copy what is saved, and write it while training goes on; takes its size again in memory, and keep_last
-        of 2 at least.
-    on_save_error: what follows a checkpoint that could not be written, as on a full disk: "stop", or "continue" with a
-        warning and try again at the next; one that fails at the run's end is an error in any case.
+    eval_tokens: most held-out tokens that an evaluation during the run reads; none for all.
+    save_interval: steps between checkpoints; none for the best and the last only.
+    keep_last: number of newest checkpoints kept, besides the best.
+    async_save: copy the state and write it while training continues; needs memory for the copy, and keep_last of at
+        least 2.
+    on_save_error: what to do if a checkpoint cannot be written, e.g. on a full disk: "stop", or "continue" with a
+        warning until the next save. A failure at the run's end is always an error.
     max_skipped: steps in a row without a finite gradient (or with a spike) that end the run.
-    spike_factor: a step whose loss exceeds this times the usual, the mean of the last 100 or so, counts as a spike:
-        weights and optimizer go back to the last checkpoint, and the rows since are not seen again; none for never.
-    rank_timeout_minutes: of several processes, one that gives no sign of life for so long, or whose step takes longer,
-        is named and ends the run.
-    log_interval: steps between lines where there is no terminal for a progress bar; metrics.jsonl has every step.
+    spike_factor: a loss above this multiple of the mean of about the last 100 losses is a spike: weights and optimizer
+        go back to the last checkpoint, and the rows since are not trained on again; none for never.
+    rank_timeout_minutes: a rank that sends no heartbeat for so long, or whose step takes longer, is named and ends the
+        run.
+    log_interval: steps between lines if the output is no terminal with a progress bar; metrics.jsonl has every step.
     tensorboard: also write TensorBoard event files, to RUN/tensorboard.
-    wandb_project: also send the run to this project of Weights & Biases; offline where there is no key or no network.
-    wandb_run_name: the run's name there; by default one that is drawn there.
-    hf_repo_id: USER/NAME of a repository on the Hugging Face Hub: each new best, and the end, is pushed there with all
-        it takes to train on. The token is HF_TOKEN of the environment.
-    hf_private: whether that repository is a private one, where it has to be made first.
-    profile: trace a few steps, from this process's beginning, to RUN/profile, and show where the time went.
-    profile_steps: how many steps are traced.
-    profile_warmup: steps before them, which take longer than others.
-    init_from: a run, one of its checkpoints or an exported folder, whose weights the run begins with, and whose
-        tokenizer it has unless another is named; empty for weights drawn by the seed.
-    init_checkpoint: of a run in init_from: "best", "latest" or a step; averaged weights where it has them.
+    wandb_project: also send the run to this project of Weights & Biases; offline without a key or a network.
+    wandb_run_name: the run's name there; by default Weights & Biases draws one.
+    hf_repo_id: USER/NAME of a repository on the Hugging Face Hub, to which each new best and the last checkpoint are
+        pushed, with all that resuming needs. The token is read from HF_TOKEN.
+    hf_private: make the repository private if it has to be created.
+    profile: trace the first steps of this process to RUN/profile, and show where the time went.
+    profile_steps: number of traced steps.
+    profile_warmup: untraced steps before them, because the first steps of a process are slower.
+    init_from: a run, one of its checkpoints or an exported folder, whose weights the run starts with, and whose
+        tokenizer it uses unless another is named; empty for weights drawn from the seed.
+    init_checkpoint: which checkpoint of a run in init_from: "best", "latest" or a step; its averaged weights if it has
+        any.
     seed: of the initial weights, the order of the data and dropout.
-    precision: "auto" is bf16 autocast with fp32 weights where the machine has bf16 instructions, else fp32; of the two,
-        on a CPU, the one that a short race finds faster. "fp8"
-        besides multiplies the large matrices in fp8, by torchao; "auto" never chooses it.
-    checkpointing: what is computed again in the backward pass instead of being kept, which saves memory and changes no
-        number: "none", "attention" (the mixers), "ffn" or "all" (whole blocks).
+    precision: "fp32"; "bf16", autocast with fp32 weights; or "fp8", which also multiplies the large matrices in fp8, by
+        torchao. "auto" is bf16 if the machine has bf16 instructions, else fp32; a CPU with them takes whichever a short
+        race finds faster.
+    checkpointing: activation checkpointing, which saves memory and changes no number: recompute "none", "attention"
+        (the mixers), "ffn" or "all" (whole blocks) in the backward pass.
     compile: "none", or a mode of torch.compile: "default", "reduce-overhead" (CUDA graphs) or "max-autotune". "auto"
-        is "default" on a GPU, else "none": on a CPU quickstart's first step waited 70 s for it.
-    parallel: how the processes that torchrun starts share the work: "ddp", each with the whole model; "fsdp", each with
-        a part of it; "hsdp", copies each in `shards` parts. "auto" is ddp, and plain training in one process.
-    shards: processes that hold a copy together in hsdp; by default those of one machine.
-    expert_parallel: processes that share out the experts of every layer; tokens travel to those that own theirs. The
-        rest of the model is spread as `parallel` says. 1 for experts that are copied or cut like everything else.
-    device: "auto" is CUDA where there is one, else the CPU.
-    threads: CPU threads, none for torch's own choice.
+        is "default" on a GPU, else "none": on a CPU, compiling delays quickstart's first step by 70 s.
+    parallel: data-parallel strategy of several processes: "ddp", each with the whole model; "fsdp", each with a shard
+        of it; "hsdp", replicas of `shards` shards each. "auto" is ddp, or plain training in one process.
+    shards: processes that hold one replica in hsdp; by default those of one machine.
+    expert_parallel: ranks that share the experts of every layer; tokens are sent to the ranks that own their experts.
+        Everything else follows `parallel`. 1 to treat experts like other parameters.
+    device: "auto" is CUDA if there is a CUDA device, else the CPU.
+    threads: CPU threads; none for torch's default.
     """
 
     steps: int | None = None
@@ -130,7 +131,7 @@ class TrainConfig:
     precision: Precision = "auto"
     checkpointing: Checkpointing = "none"
     compile: Compile = "auto"
-    parallel: Asked = "auto"
+    parallel: Parallel = "auto"
     shards: int | None = None
     expert_parallel: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -168,9 +169,16 @@ class TrainConfig:
         require(spikes, "spike_factor", self.spike_factor, "must be > 1, e.g. 2, or left out")
         timeout = self.rank_timeout_minutes
         in_time = 0 < timeout < TIMEOUT / 60
-        require(in_time, "rank_timeout_minutes", timeout, f"must be > 0 and below {TIMEOUT / 60:g}, torch's own limit")
+        require(
+            in_time,
+            "rank_timeout_minutes",
+            timeout,
+            f"must be > 0 and below {TIMEOUT / 60:g}, the limit of torch's collectives",
+        )
         kept = self.keep_last > 1 or not self.async_save
-        require(kept, "keep_last", self.keep_last, "must be >= 2 with async_save: one stays whole while one is written")
+        require(
+            kept, "keep_last", self.keep_last, "must be >= 2 with async_save: one is complete while another is written"
+        )
         accumulates = self.batch_size % self.accumulation == 0
         require(accumulates, "accumulation", self.accumulation, f"must divide batch_size = {self.batch_size}")
         named = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)?", self.hf_repo_id, re.ASCII) is not None
@@ -207,7 +215,7 @@ class TrainConfig:
 
     @property
     def warmup_fraction(self) -> float:
-        """What the warm-up takes of the schedule; 0 where it is steps of one that is bounded by time alone."""
+        """The warm-up as a fraction of the schedule; 0 if it is a number of steps of a schedule in minutes."""
         if self.warmup < 1:
             return self.warmup
         return 0.0 if self.horizon.steps is None else self.warmup / self.horizon.steps
@@ -219,13 +227,13 @@ class TrainConfig:
 
     @property
     def horizon(self) -> Budget:
-        """What the learning rate's schedule is spread over."""
+        """The steps or seconds that the learning rate's schedule spans."""
         minutes = self.max_minutes if self.schedule_minutes is None else self.schedule_minutes
         steps = self.steps if self.schedule_steps is None else self.schedule_steps
         return Budget(steps=steps, seconds=None if minutes is None else 60 * minutes)
 
     def rate(self, step: int, seconds: float) -> float:
-        """The learning rate of step `step` (from 0), which will end `seconds` after the run's start."""
+        """The learning rate of step `step` (from 0), which will end after `seconds` of training time."""
         progress = min(1.0, self.horizon.progress(step + 1, seconds))
         return self.lr * self.learning_rate.factor(progress, step)
 
@@ -242,7 +250,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A run: a model, what it reads and how it is trained. Written, fully resolved, to RUN/config.json."""
+    """A run: its model, its data and its training. Written, fully resolved, to RUN/config.json."""
 
     model: LanguageModelConfig
     data: DataConfig

@@ -1,4 +1,4 @@
-"""Short rows first: a sequence length for every stretch of a run, counted in tokens."""
+"""Sequence-length curriculum: shorter rows first, in stages counted in tokens."""
 
 import re
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _STAGE = re.compile(r"(\d+):(inf|(\d+(?:\.\d+)?)([KMB]?))", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Curriculum:
-    """lengths: the stages' sequence lengths, in order.  ends: tokens of the run after which each but the last ends."""
+    """lengths: sequence length of each stage.  ends: tokens of the run at which each stage but the last ends."""
 
     lengths: tuple[int, ...]
     ends: tuple[int, ...]
@@ -23,8 +23,7 @@ class Curriculum:
     def parse(cls, text: str, block_size: int) -> Self:
         """Read "length:tokens,length:tokens,…,length:inf"; "" is one stage of `block_size`.
 
-        Raises `ConfigError` for text that says something else, or lengths into which rows of `block_size` tokens
-        cannot be cut.
+        Raises `ConfigError` for other text, and for lengths that do not divide `block_size`.
         """
         if not text:
             return cls((block_size,), ())
@@ -33,11 +32,11 @@ class Curriculum:
         *before, last = text.replace(" ", "").split(",")
         for stage in before:
             length, tokens = _parse_stage(stage)
-            require(tokens is not None, "curriculum", stage, f"only the last stage holds for ever, {EXAMPLE}")
+            require(tokens is not None, "curriculum", stage, f"only the last stage lasts for ever, {EXAMPLE}")
             lengths.append(length)
             ends.append((ends[-1] if ends else 0) + (tokens or 0))
         length, tokens = _parse_stage(last)
-        require(tokens is None, "curriculum", last, f"the last stage must hold for ever, {length}:inf, {EXAMPLE}")
+        require(tokens is None, "curriculum", last, f"the last stage must last for ever, {length}:inf, {EXAMPLE}")
         require(length == block_size, "curriculum", last, f"the last length must be block_size = {block_size}")
         for each in lengths:
             fits = each > 0 and block_size % each == 0
@@ -50,7 +49,7 @@ class Curriculum:
 
 
 def _parse_stage(text: str) -> tuple[int, int | None]:
-    """The length, and the tokens for which it holds; None for ever."""
+    """The length of a stage, and its tokens; None for ever."""
     found = _STAGE.fullmatch(text)
     if not found:
         raise ConfigError("curriculum", text, f"must be LENGTH:TOKENS, tokens with K, M, B or inf, {EXAMPLE}")
@@ -58,10 +57,10 @@ def _parse_stage(text: str) -> tuple[int, int | None]:
     if found[3] is None:
         return length, None
     tokens = round(float(found[3]) * _SUFFIXES[found[4].upper()])
-    require(tokens > 0, "curriculum", text, f"a stage must hold for one token at least, {EXAMPLE}")
+    require(tokens > 0, "curriculum", text, f"a stage must last for at least one token, {EXAMPLE}")
     return length, tokens
 
 
 def cut(batch: Batch, length: int) -> Batch:
-    """The same positions as rows of `length`, which divides that of the batch's; a document restarts at every cut."""
+    """The batch cut into rows of `length`, which divides its own length; a document restarts at every cut."""
     return Batch(*(x.reshape(-1, length) for x in (batch.tokens_BT, batch.labels_BT, batch.document_BT)))

@@ -11,31 +11,31 @@ from swamla.errors import CorruptError
 
 
 class WeightAverage:
-    """After n steps Σ decay^(n − i) · weights_i / Σ decay^(n − i), over the weights after every step i = 1 … n.
+    """Averages the weights w_i after steps i = 1 … n: Σ decay^(n − i) · w_i / Σ decay^(n − i).
 
-    The division removes the bias towards the initial weights: it is Adam's bias correction (arXiv 1412.6980, sec. 3),
-    folded into the weight of the newest term. Averages are kept in fp32, sharded as the weights are. Buffers, such as
-    a router's biases, are not averaged but used as they are.
+    The division removes the bias towards the initial weights. It is Adam's bias correction (arXiv 1412.6980, sec. 3),
+    folded into the weight of the newest term. Averages are in fp32 and sharded like the weights. Buffers, such as a
+    router's biases, are not averaged.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self._parameters = dict(model.named_parameters())
         self._averages = {name: shard.float().clone() for name, shard in self._shards().items()}
-        # All names of a tied weight, so that a checkpoint can be read without knowing which weights are tied.
+        # A tied weight is stored under all its names, so that reading a checkpoint does not depend on which are tied.
         own = {p: name for name, p in self._parameters.items()}
         self._names = {name: own[p] for name, p in model.named_parameters(remove_duplicate=False)}
 
     @torch.no_grad()
     def update(self, count: int) -> None:
-        """Take in the weights as they are after step `count` (from 1), skipped steps not counted."""
+        """Add the current weights, those after update `count` (from 1); skipped steps do not count."""
         newest = (1 - self.decay) / (1 - self.decay**count)
         weights = [shard.float() for shard in self._shards().values()]
         torch._foreach_lerp_(list(self._averages.values()), weights, newest)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """While entered the model's weights are the averages; its own are put back however the block ends."""
+        """Context in which the model's weights are the averages; its own are restored even after an error."""
         with torch.no_grad():
             own = [shard.clone() for shard in self._shards().values()]
         try:
@@ -45,7 +45,7 @@ class WeightAverage:
             self._write(own)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The averages by the names of the weights, sharded as these are."""
+        """The averages by name of the weight, sharded like the weights."""
         found = {}
         for name, p in self._parameters.items():
             average = self._averages[name]
@@ -53,7 +53,7 @@ class WeightAverage:
         return {name: found[own] for name, own in self._names.items()}
 
     def load(self, tensors: Mapping[str, Tensor], *, origin: str) -> None:
-        """Take over what `tensors` gave. Raises `CorruptError` for other names or shapes."""
+        """Load what `tensors` returned. Raises `CorruptError` for other names or shapes."""
         expected = {name: average.shape for name, average in self.tensors().items()}
         if {name: tensor.shape for name, tensor in tensors.items()} != expected:
             raise CorruptError(f"{origin}: the averaged weights do not fit the model")
@@ -62,10 +62,10 @@ class WeightAverage:
 
     @torch.no_grad()
     def _write(self, tensors: Iterable[Tensor]) -> None:
-        """Write into the weights in place, so that a compiled graph, which holds them, sees the change."""
+        """Write into the weights in place, so that compiled graphs that refer to them see the change."""
         for shard, tensor in zip(self._shards().values(), tensors, strict=True):
             shard.copy_(tensor)
 
     def _shards(self) -> dict[str, Tensor]:
-        """This process's shards of the weights, sharing their memory."""
+        """This rank's shards of the weights, which share their memory."""
         return {name: distributed.local(p.detach()) for name, p in self._parameters.items()}

@@ -1,4 +1,4 @@
-"""This rank's rows of each step, those of the next one prepared while a step runs."""
+"""Reads this rank's rows; those of the next step are read while a step runs."""
 
 import threading
 from collections.abc import Callable
@@ -15,7 +15,7 @@ _POLL_SECONDS = 0.1
 
 
 class Feed:
-    """Rows by the sample at which a step begins, read one step ahead by a thread that no exit waits for."""
+    """Reads rows one step ahead in a daemon thread, for which no exit waits. A step is named by its first sample."""
 
     def __init__(self, rows: Rows, batch_size: int, device: torch.device) -> None:
         self._rows, self._batch_size, self._pinned = rows, batch_size, device.type == "cuda"
@@ -23,16 +23,16 @@ class Feed:
         self._coming: dict[int, Future[Batch]] = {}
 
     def wait(self, sample: int, interrupted: Callable[[], bool]) -> bool:
-        """Wait for the rows of the step that begins at `sample`, unless `interrupted`: are they there?"""
+        """Wait for the rows of the step that begins at `sample` until `interrupted`; True if they are read."""
         self._begin(sample)
         while not self._coming[sample].done() and not interrupted():
             futures.wait([self._coming[sample]], timeout=_POLL_SECONDS)
         return self._coming[sample].done()
 
     def take(self, sample: int, *, another: bool) -> Batch:
-        """This rank's rows of the step that begins at `sample`. Raises what reading them did.
+        """This rank's rows of the step that begins at `sample`. Raises what reading them raised.
 
-        another: whether to read those of the step after it.
+        another: start to read the rows of the step after it.
         """
         self._begin(sample)
         batch = self._coming.pop(sample).result()
@@ -59,5 +59,5 @@ class Feed:
 
 
 def _pinned(batch: Batch) -> Batch:
-    """The batch in memory from which a GPU can copy while it computes."""
+    """The batch in pinned memory, from which a GPU copies while it computes."""
     return Batch(*(rows.pin_memory() for rows in (batch.tokens_BT, batch.labels_BT, batch.document_BT)))

@@ -1,4 +1,4 @@
-"""Continued pretraining: a new run that starts from the weights of another one, and takes nothing else from it."""
+"""Continued pretraining: a new run starts from the weights of another one, and takes nothing else from it."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ RECORD = "initialized_from.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where weights come from: a run (or one checkpoint of it), or a folder that `swamla export` wrote.
+    """The source of initial weights: a run, one of its checkpoints, or a folder that `swamla export` wrote.
 
-    which: a checkpoint of the run.  model: the config of the weights.  tokenizer: its file, None where there is none.
+    which: the checkpoint of the run.  model: the config of the weights.  tokenizer: its file, None if there is none.
     """
 
     folder: Path
@@ -33,24 +33,24 @@ class Origin:
     tokenizer: Path | None
 
     def require_fit(self, model: LanguageModelConfig) -> None:
-        """Raise `UsageError` naming the first five weights of another shape than in `model`, or not there."""
+        """Raise `UsageError` naming the first five weights that are missing or shaped differently in `model`."""
         if wrong := misfits(_shapes(self.model), _shapes(model)):
             raise UsageError(f"init_from {self.folder}: its weights do not fit this model: {wrong}")
 
     def require_same_vocabulary(self, tokenizer: Tokenizer) -> None:
-        """Raise `UsageError` unless `tokenizer` is the one that the weights were trained with."""
+        """Raise `UsageError` unless the weights were trained with `tokenizer`."""
         if self.tokenizer is None:
             return
         theirs = load_tokenizer(self.tokenizer)
         if theirs.fingerprint != tokenizer.fingerprint:
             raise UsageError(
-                f"init_from {self.folder}: its weights know another vocabulary ({theirs.vocab_size} ids, fingerprint "
-                f"{theirs.fingerprint[:12]}) than the data's tokenizer has ({tokenizer.vocab_size} ids, "
-                f"{tokenizer.fingerprint[:12]}): tokenizer = {str(self.tokenizer)!r} is its own"
+                f"init_from {self.folder}: its weights were trained with another vocabulary ({theirs.vocab_size} ids, "
+                f"fingerprint {theirs.fingerprint[:12]}) than the data's ({tokenizer.vocab_size} ids, "
+                f"{tokenizer.fingerprint[:12]}): use tokenizer = {str(self.tokenizer)!r}"
             )
 
     def fill(self, model: LanguageModel) -> dict[str, Any]:
-        """Load the weights into `model`, which may be sharded; returns a record of where they come from."""
+        """Load the weights into `model`, which may be sharded; returns a record of their source."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
         if not self.is_run:
             load_into(model, load_gpt2(self.folder).state_dict(), origin=str(self.folder))
@@ -58,7 +58,7 @@ class Origin:
         checkpoint = find_checkpoint(self.folder, self.which)
         averaged = checkpoint.has("ema")
         weights: Mapping[str, Tensor] = checkpoint.tensors("model", like=parameters.get)
-        if averaged:  # what its evaluations scored, and `swamla.load` gives
+        if averaged:  # which evaluations scored, and `swamla.load` returns
             weights = {**weights, **checkpoint.tensors("ema", like=parameters.get)}
         load_into(model, weights, origin=str(checkpoint.path))
         return {
@@ -70,9 +70,9 @@ class Origin:
 
 
 def origin_of(where: str, which: str = "best") -> Origin:
-    """What `where` names: a run's folder, one of its checkpoints, or an exported folder.
+    """The source that `where` names: a run's folder, one of its checkpoints, or an exported folder.
 
-    Raises `UsageError` where it is none of these, and as `read_run_config` does.
+    Raises `UsageError` if it is none of these, and as `read_run_config` does.
     """
     folder = Path(where).expanduser().resolve()
     checkpoint = folder.parent.name == "checkpoints" and (folder / "manifest.json").is_file()
@@ -96,9 +96,9 @@ def origin_of(where: str, which: str = "best") -> Origin:
 
 
 def lineage(run: Path) -> Iterator[Path]:
-    """A run's folder, then those of the runs whose weights it began with in turn, as far as they are there.
+    """A run's folder, then the folder of the run that its weights came from, and so on, as far as they exist.
 
-    It ends at an exported folder, which does not say what it was trained on.
+    Ends at an exported folder, which does not record its training data.
     """
     seen = set()
     while run.resolve() not in seen and (run / "checkpoints").is_dir():
@@ -110,7 +110,7 @@ def lineage(run: Path) -> Iterator[Path]:
 
 
 def describe(record: Mapping[str, Any]) -> str:
-    """What `Origin.fill` returned, as a line to print."""
+    """The record that `Origin.fill` returned, as a line to print."""
     if "step" not in record:
         return f"weights from {record['folder']}, as exported"
     step, which = record["step"], record["checkpoint"]

@@ -1,4 +1,4 @@
-"""Which launch of torchrun trains in a folder, so that restarted processes resume their own run and no other."""
+"""Which launch of torchrun trains in a folder, so that restarted processes resume their own run."""
 
 import json
 import os
@@ -16,16 +16,16 @@ FILE = "launch.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """What launch.json says.
+    """The content of launch.json.
 
-    names: of torchrun on each machine. stopped: the run was asked to stop, and is saved.
+    names: of this launch, one per machine.  stopped: the run was asked to stop, and has saved.
     """
 
     names: tuple[str, ...]
     stopped: bool = False
 
     def write(self, run_dir: Path) -> None:
-        """Make the folder this launch's; without torchrun it is nobody's."""
+        """Record the launch in the folder; without torchrun, remove the record."""
         if self.names:
             write_text_atomically(run_dir / FILE, json.dumps({"names": self.names, "stopped": self.stopped}) + "\n")
         else:
@@ -33,12 +33,12 @@ class Launch:
 
 
 def this_launch() -> tuple[str, ...]:
-    """The name of this launch on each of its machines; to be called by every rank."""
+    """The name of this launch on each of its machines. Every rank must call this."""
     return tuple(sorted(set(filter(None, distributed.gathered(_name())))))
 
 
 def begun_by(names: Iterable[str], folders: Iterable[Path]) -> tuple[Path, Launch] | None:
-    """The first of `folders` that holds a run of the launch with any of these names."""
+    """The first of `folders` with a run that a launch of any of these names started, and its record."""
     wanted = set(names)
     for folder in folders:
         launch = _read(folder)
@@ -48,9 +48,9 @@ def begun_by(names: Iterable[str], folders: Iterable[Path]) -> tuple[Path, Launc
 
 
 def _name() -> str:
-    """Of the folder that torchrun makes for itself and keeps as often as it starts its processes; "" without one.
+    """A name for this launch on this machine: torchrun's log folder, which outlasts restarts; "" without torchrun.
 
-    It is RUN-ID_RANDOM; below it there are a folder for each start and, in there, one for each process.
+    The folder is RUN-ID_RANDOM; in it are a folder for each start, and in that one for each process.
     """
     report = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
     return f"{platform.node()}:{Path(report).parents[2]}" if len(Path(report).parents) > 2 else ""
@@ -59,7 +59,7 @@ def _name() -> str:
 def _read(folder: Path) -> Launch | None:
     try:
         plain = read_json(folder / FILE, inside=folder) if (folder / FILE).is_file() else {}
-    except CorruptError:  # whoever's run it is, it is not known to be ours
+    except CorruptError:  # then it is not known to be this launch's
         return None
     names = plain.get("names")
     if not isinstance(names, list):

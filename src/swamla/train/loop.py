@@ -1,17 +1,19 @@
-"""The training loop, read top-down: `train` is the run, `_train` its loop; the optimizer's step is in step.py."""
+"""The training loop, top-down: `train` opens and closes the run, `_train` is its loop and decides when it is saved."""
 
 import math
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
 from swamla import distributed
+from swamla.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints, load_checkpoint, step_of
 from swamla.data.dataset import Dataset
 from swamla.data.packing import Batch
-from swamla.errors import FailedElsewhere, Interrupted, SwamlaError
+from swamla.errors import CorruptError, FailedElsewhere, Interrupted, SwamlaError
 from swamla.faults import fault
 from swamla.hub.push import require_hub
 from swamla.train.backends import describe
@@ -21,17 +23,7 @@ from swamla.train.plot import plot_losses
 from swamla.train.precision import autocast
 from swamla.train.run import Evaluate, Run, in_progress
 from swamla.train.run_folder import open_run
-from swamla.train.saving import (
-    Diverged,
-    finish_saves,
-    give_up,
-    save,
-    save_before,
-    save_if_due,
-    save_last,
-    score_best_again,
-)
-from swamla.train.spikes import checkpoint_to_go_back_to
+from swamla.train.saving import Diverged, finish_saves, raise_diverged, rescore_best, save
 from swamla.train.state import TrainState, generator_states, set_generator_states
 from swamla.train.step import StepResult, training_step
 from swamla.train.tracking.trackers import require_trackers
@@ -50,34 +42,34 @@ def train(
     on_start: Callable[[TrainState], None] | None = None,
     claim: Claim | None = None,
 ) -> TrainState:
-    """Train `config.model` on `dataset` in the folder `run_dir`, from its start or from its last checkpoint.
+    """Train `config.model` on `dataset` in the folder `run_dir`, from the first step or the last checkpoint (`resume`).
 
     evaluate: called with the model, in the run's precision; returns at least "loss", the held-out loss in nats per
-    token. on_start: called once before the first step. claim: of the folder, where it is taken already. Returns the
-    state at the end, with the last weights.
-    Raises `Interrupted`, when all is saved, after SIGTERM or SIGHUP (exit 75), Ctrl-C (130) or where nobody reads the
-    console any more (141); `Diverged` when `max_skipped` steps in a row had no finite gradient; `OutOfMemory`; and as
-    `require_trackers`, `require_hub` and `open_run` do.
+    token. on_start: called once before the first step. claim: the lock on the folder, if the caller has taken it.
+    Returns the final state, with the weights of the last step.
+    Raises `Interrupted`, after saving, on SIGTERM or SIGHUP (exit 75), Ctrl-C (130) or a closed output (141);
+    `Diverged` when `max_skipped` steps in a row had no finite gradient; `OutOfMemory`; and what `require_trackers`,
+    `require_hub` and `open_run` raise.
     """
     run_dir, console = Path(run_dir), console or Console()
     require_trackers(config.train)
     require_hub(config.train.hf_repo_id)
     with (
         open_run(config, run_dir, dataset=dataset, resume=resume, claim=claim) as (config, state),
-        in_progress(config, run_dir, state, dataset, evaluate, console, resumed=resume) as run,
+        in_progress(config, run_dir, state, dataset, evaluate, console) as run,
     ):
         _announce(run, resumed=resume)
-        score_best_again(run)
+        rescore_best(run)
         if on_start is not None:
             generators = generator_states()
             on_start(state)
-            set_generator_states(generators)  # whatever it drew, the run is the same
+            set_generator_states(generators)  # so random numbers drawn in `on_start` do not change the run
         _train(run)
     return state
 
 
 def _announce(run: Run, *, resumed: bool) -> None:
-    """Print every choice once, so that none is silent."""
+    """Print every choice made for this run: precision, backends, FLOP/s peak, epochs."""
     state, settings = run.state, run.settings
     parameters = sum(p.numel() for p in state.model.parameters())
     where = f", resumed after step {state.step}" if resumed else ""
@@ -92,11 +84,15 @@ def _announce(run: Run, *, resumed: bool) -> None:
     if resumed and run.progress(0.5) >= 1:
         spent = [f"{state.step} of {settings.steps} steps"] if settings.steps else [f"{state.step} steps"]
         spent += [f"{state.seconds / 60:.1f} of {settings.max_minutes:g} minutes"] if settings.max_minutes else []
-        run.say(f"the run is finished: {', '.join(spent)}; more steps or max_minutes go on with it")
+        run.say(f"the run is finished: {', '.join(spent)}; to continue it, give more steps or max_minutes")
 
 
 def _train(run: Run) -> None:
-    """Step until the budget is spent or somebody asks to stop; then evaluate, if nobody did, and save."""
+    """Step until the budget is spent or a stop is requested; evaluate and save on the way and at the end.
+
+    A checkpoint is written every `save_interval` steps (here), at a new best held-out loss (`_evaluate`), after going
+    back from a loss spike (`_roll_back`), and at the end, a requested stop or an error in the data (`_save_last`).
+    """
     state = run.state
     run.look_ahead()
     while _goes_on(run):
@@ -104,13 +100,15 @@ def _train(run: Run) -> None:
         finish_saves(run)
         run.profiling.step()
         run.hub.attend()
-        if evaluated := _evaluation_is_due(run):
+        if evaluate := _evaluation_is_due(run):
             _evaluate(run)
-        if save_if_due(run) or evaluated:
-            run.look_ahead()  # time has passed, in which somebody may have asked to stop
+        if save_now := _save_is_due(run):
+            save(run)
+        if evaluate or save_now:
+            run.look_ahead()  # a stop may have been requested meanwhile
     if not run.next_step.stop and state.evaluated_step != state.step:
         _evaluate(run)
-    save_last(run)
+    _save_last(run)
     if described := run.epochs.describe(state.tokens):
         run.say(f"after step {state.step}: {described}")
     distributed.on_main(lambda: _plot(run))
@@ -120,10 +118,31 @@ def _train(run: Run) -> None:
         raise Interrupted(f"stopped by {name} {where}", run.stop.exit_status)
 
 
+def _save_is_due(run: Run) -> bool:
+    """True every `save_interval` steps, except after a skipped step: the last checkpoint of a diverging run is good."""
+    interval, state = run.settings.save_interval, run.state
+    return interval is not None and state.step % interval == 0 and state.skipped_in_a_row == 0
+
+
+def _save_last(run: Run, error: Exception | None = None) -> None:
+    """Save the last state and wait for it. A failed save is raised even with `on_save_error = "continue"`.
+
+    error: what ends the run early, if anything does; it gets a note that says how to resume.
+    """
+    save(run)
+    finish_saves(run, wait=True)
+    if run.unsaved is not None:
+        raise run.unsaved
+    if error is not None:
+        error.add_note(
+            f"all is saved after step {run.state.step}: fix the error, then continue with --resume {run.folder}"
+        )
+
+
 def _goes_on(run: Run) -> bool:
-    """Whether there is another step. Its rows may have to be waited for, which a request to stop ends."""
+    """True if there is another step to take. Waits for its rows, until they are read or a stop is requested."""
     run.waiting_since = time.monotonic()
-    while not run.next_step.stop and run.progress(0.5) < 1:  # in the middle of the next step
+    while not run.next_step.stop and run.progress(0.5) < 1:  # by time, a step runs if its middle is within the budget
         if not run.next_step.missing:
             return True
         run.watch.begin(f"the rows of step {run.state.step + 1}", limited=run.next_step.step_seconds > 0)
@@ -133,7 +152,7 @@ def _goes_on(run: Run) -> bool:
 
 
 def _step(run: Run) -> None:
-    """Take one training step, count it, log it. The time that its rows were waited for is a part of it."""
+    """Take one training step, count it and log it. Its time includes waiting for its rows."""
     state, settings, begin = run.state, run.settings, run.waiting_since
     run.watch.begin(f"step {state.step + 1}", limited=True)
     fault("begin", state.step + 1)
@@ -154,7 +173,7 @@ def _step(run: Run) -> None:
     spike = _is_spike(run, result)
     if spike and _roll_back(run, result):
         return
-    # A spike before any checkpoint stays a step like any other, but max_skipped of them in a row end the run.
+    # Before the first checkpoint the update of a spike is kept, but max_skipped spikes in a row end the run.
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if spike else 0
     if distributed.is_main():
         run.log.write(result, lr=lr, flops=this.flops, seconds=run.next_step.step_seconds)
@@ -165,15 +184,17 @@ def _step(run: Run) -> None:
 
 
 def _rows(run: Run) -> Batch:
-    """This rank's rows of the next step. If a rank could not read its own, all save before its error ends the run."""
+    """This rank's rows of the next step. If any rank could not read its rows, all ranks save, then the run ends."""
     if run.next_step.batch is not None:
         return run.next_step.batch
-    save_before(run, run.own_error)
+    run.watch.end()
+    if run.state.step:
+        _save_last(run, run.own_error)
     raise run.own_error or FailedElsewhere("another rank could not read its rows", SwamlaError.exit_status)
 
 
 def _tell_length(run: Run, batch: Batch) -> None:
-    """Say when the curriculum changes the sequence length."""
+    """Report a change of the sequence length by the curriculum."""
     length = batch.tokens_BT.shape[1]
     if length != run.length:
         run.say(f"sequence length {length} from step {run.state.step + 1}, {run.state.tokens:,} tokens")
@@ -181,7 +202,7 @@ def _tell_length(run: Run, batch: Batch) -> None:
 
 
 def _skip(run: Run, result: StepResult) -> None:
-    """Count a step whose gradient was not finite; too many in a row end the run."""
+    """Count a step without a finite gradient; `max_skipped` in a row end the run."""
     state = run.state
     state.skipped += 1
     state.skipped_in_a_row += 1
@@ -191,14 +212,14 @@ def _skip(run: Run, result: StepResult) -> None:
 
 
 def _end_if_too_many(run: Run, what: str) -> None:
-    """End a run in which so many steps in a row were for nothing."""
+    """End the run after `max_skipped` such steps in a row."""
     most = run.settings.max_skipped
     if run.state.skipped_in_a_row >= most:
-        give_up(run, f"{most} steps in a row, up to step {run.state.step}, {what}")
+        raise_diverged(run, f"{most} steps in a row, up to step {run.state.step}, {what}")
 
 
 def _is_spike(run: Run, result: StepResult) -> bool:
-    """Whether the loss is a spike; one that is not enters the running mean."""
+    """True if the loss is a spike; otherwise it enters the running mean."""
     factor, usual = run.settings.spike_factor, run.state.usual
     spike = factor is not None and usual.exceeds(result.loss, factor)
     if not spike:
@@ -207,14 +228,14 @@ def _is_spike(run: Run, result: StepResult) -> bool:
 
 
 def _roll_back(run: Run, result: StepResult) -> bool:
-    """After a spike: go back to the weights of the last checkpoint, and on with the rows after those of this step.
+    """After a spike: restore the weights of the last checkpoint and continue with the rows after this step's.
 
-    The state is saved at once, so that a resumed run goes on from there too. Steps and time go on counting. Returns
-    False, with nothing changed, where there is no checkpoint to go back to.
+    Steps and time keep counting. The new state is saved at once, so that a resumed run continues from it. Returns
+    False, with nothing changed, if there is no checkpoint yet.
     """
     state, loss = run.state, f"loss {result.loss:.4f} in step {run.state.step}, usual is {run.state.usual}"
     finish_saves(run, wait=True)
-    checkpoint = distributed.on_main(lambda: checkpoint_to_go_back_to(run.checkpoints, run.settings.save_interval))
+    checkpoint = distributed.on_main(lambda: _checkpoint_before_spike(run))
     if checkpoint is None:
         run.say(f"warning: {loss}: there is no checkpoint yet to go back to")
         return False
@@ -222,18 +243,33 @@ def _roll_back(run: Run, result: StepResult) -> bool:
     rows = {"first": first, "last": state.sample - 1}
     run.records.write(state.step, {"spike": result.loss, "rolled_back_to": checkpoint.step, "rows": rows})
     run.say(
-        f"warning: {loss}: weights are those of step {checkpoint.step} again, rows {first} to {state.sample - 1} "
-        "are left behind"
+        f"warning: {loss}: restored the weights of step {checkpoint.step}; rows {first} to {state.sample - 1} "
+        "are not trained on again"
     )
     _end_if_too_many(run, "had a loss spike")
-    run.saved_step = None  # though the step was saved: the state is another one now
+    run.saved_step = None  # a save of this step, if any, holds the state before going back
     save(run)
-    run.look_ahead()  # again: tokens went back, by which the curriculum goes
+    run.look_ahead()  # the token count went back, which may change the curriculum's sequence length
     return True
 
 
+def _checkpoint_before_spike(run: Run) -> Checkpoint | None:
+    """The newest checkpoint at a multiple of `save_interval`, else the newest one; None if there is none.
+
+    Checkpoints written because the run was stopped are passed over, so that an interrupted and an uninterrupted run
+    go back to the same step.
+    """
+    directory, interval = run.checkpoints, run.settings.save_interval
+    regular = [path for path in list_checkpoints(directory) if interval and step_of(path) % interval == 0]
+    try:
+        return load_checkpoint(regular[-1]) if regular else latest_checkpoint(directory)
+    except CorruptError as error:
+        warnings.warn(f"damaged checkpoint, trying the one before: {error}", stacklevel=2)
+        return latest_checkpoint(directory)
+
+
 def _evaluation_is_due(run: Run) -> bool:
-    """By the number of steps, or by the time since the last evaluation."""
+    """True every `eval_interval` steps, and `eval_seconds` after the last evaluation."""
     settings, state = run.settings, run.state
     by_step = settings.eval_interval is not None and state.step % settings.eval_interval == 0
     by_time = settings.eval_seconds is not None and state.seconds - state.evaluated_at >= settings.eval_seconds
@@ -241,7 +277,7 @@ def _evaluation_is_due(run: Run) -> bool:
 
 
 def _evaluate(run: Run) -> None:
-    """Evaluate, log, and save the state if it is the best so far."""
+    """Evaluate and log; save the state as the best if its held-out loss is the lowest so far."""
     if run.evaluate is None:
         return
     state = run.state
@@ -250,9 +286,10 @@ def _evaluate(run: Run) -> None:
         with state.evaluated_weights(), autocast(state.precision, state.device):
             found = run.evaluate(state.model)
             state.strategy.reshard()
-    except Exception as error:  # as of held-out text that cannot be read any more
-        if distributed.world_size() == 1:  # elsewhere the others are in the middle of it
-            save_before(run, error)
+    except Exception as error:  # e.g. the held-out text can no longer be read
+        if distributed.world_size() == 1 and state.step:  # saving takes all ranks, and the others are evaluating
+            run.watch.end()
+            _save_last(run, error)
         raise
     fault("evaluation", state.step)
     state.seconds = state.evaluated_at = run.seconds()
@@ -260,15 +297,15 @@ def _evaluate(run: Run) -> None:
     run.records.write(state.step, {f"held_out_{k}": v for k, v in found.items()} | {"elapsed": state.seconds})
     bits = f" | Bits/byte: {found['bits_per_byte']:.4f}" if "bits_per_byte" in found else ""
     run.say(f"Step {state.step} | Held-out loss: {found['loss']:.4f}{bits}")
-    finish_saves(run)  # a best that could not be saved is none to compare with
+    finish_saves(run)  # first, because a best whose save failed no longer counts
     if not math.isfinite(found["loss"]):
-        run.say(f"warning: the held-out loss after step {state.step} is not finite, so never the best")
+        run.say(f"warning: the held-out loss after step {state.step} is not finite, so it cannot be the best")
     elif state.best_loss is None or found["loss"] < state.best_loss:
         state.best_step, state.best_loss = state.step, found["loss"]
         save(run, best_loss=found["loss"])
 
 
 def _plot(run: Run) -> None:
-    """Draw loss.png from what metrics.jsonl holds."""
+    """Draw loss.png from metrics.jsonl."""
     title = f"{run.folder.name}: training and held-out loss"
     plot_losses(run.folder / "metrics.jsonl", run.folder / "loss.png", title=title, bits_per_nat=run.bits_per_nat)

@@ -1,4 +1,4 @@
-"""What memory a training step needs, by the accounting, and what to change where there is too little."""
+"""The memory of a training step, by the accounting, and which settings need less if it runs out."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,33 +19,33 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a step runs: the format it computes in, and how the run is parallelised.
+    """Where a step runs: its precision, its device, and how the run is parallelised.
 
-    ranks: processes that share a step's rows.  parts: how many of them hold the model together.
+    ranks: processes that share a step's rows.  shards: processes that hold one replica of the model.
     """
 
     precision: Chosen
     device: torch.device = _CPU
     ranks: int = 1
-    parts: int = 1
+    shards: int = 1
 
 
 def training_bytes(config: RunConfig, place: Place) -> dict[str, int]:
-    """Bytes that one process holds, by what they are; exact but for the activations, see `activation_bytes`.
+    """Bytes per process, by kind; exact except for the activations, see `activation_bytes`.
 
-    While it accumulates, a rank of FSDP holds the full gradient; one of DDP holds it twice, accumulated and in the
+    While accumulating, a rank of FSDP holds the full gradient. A rank of DDP holds it twice: accumulated, and in the
     buckets that are reduced with the last micro-batch.
     """
-    train, parts = config.train, place.parts
+    train, shards = config.train, place.shards
     weights = 4 * count_parameters(config.model).total
-    gradients = weights // parts
+    gradients = weights // shards
     if train.accumulation > 1:
-        gradients = 2 * weights if parts == 1 < place.ranks else weights
+        gradients = 2 * weights if shards == 1 < place.ranks else weights
     return {
-        "weights": weights // parts,
+        "weights": weights // shards,
         "gradients": gradients,
-        "optimizer_state": train.optimizer.state_bytes(parameter_specs(config.model)) // parts,
-        "averaged_weights": weights // parts if train.ema is not None else 0,
+        "optimizer_state": train.optimizer.state_bytes(parameter_specs(config.model)) // shards,
+        "averaged_weights": weights // shards if train.ema is not None else 0,
         "activations_estimate": activation_bytes(
             config.model,
             train.batch_size // place.ranks // train.accumulation * train.block_size,
@@ -59,7 +59,7 @@ def training_bytes(config: RunConfig, place: Place) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """A change of the run that needs less memory: its flags, the bytes it saves, and what else it does."""
+    """A change of settings that saves memory: its flags, the bytes it saves, and its effect."""
 
     flags: str
     saves: int
@@ -67,7 +67,7 @@ class Advice:
 
 
 def advice(config: RunConfig, place: Place) -> list[Advice]:
-    """Each single change that saves something: first those of the same step, each kind by what it saves."""
+    """Every single change that saves memory: first those that keep the step the same; within a rank, by bytes saved."""
     before = sum(training_bytes(config, place).values())
     found = []
     for rank, flags, effect, changed, there in _changes(config, place):
@@ -81,7 +81,7 @@ _Change = tuple[int, str, str, RunConfig, Place]
 
 
 def _changes(config: RunConfig, place: Place) -> Iterator[_Change]:
-    """Rank (0 for the same step), flags, effect, and what they lead to."""
+    """Rank (0 keeps the step the same), flags, effect, and the resulting config and place."""
     train = config.train
     own = train.batch_size // place.ranks
     rows = own // train.accumulation
@@ -90,18 +90,18 @@ def _changes(config: RunConfig, place: Place) -> Iterator[_Change]:
             effect = f"micro-batches of {own // count} row{'s' * (own > count)} instead of {rows}; the same step"
             yield 0, f"--accumulation {count}", effect, _with(config, accumulation=count), place
     if train.checkpointing != "all":
-        effect = "blocks are computed twice; the same numbers"
+        effect = "recomputes blocks in the backward pass; the same numbers"
         yield 0, "--checkpointing all", effect, _with(config, checkpointing="all"), place
-    if place.ranks > 1 and place.parts == 1:
-        effect = "each process holds a part of the model; the same step"
-        yield 0, "--parallel fsdp", effect, _with(config, parallel="fsdp"), replace(place, parts=place.ranks)
+    if place.ranks > 1 and place.shards == 1:
+        effect = "each process holds a shard of the model; the same step"
+        yield 0, "--parallel fsdp", effect, _with(config, parallel="fsdp"), replace(place, shards=place.ranks)
     if place.precision == "fp32" and has_bf16(place.device):
         yield 1, "--precision bf16", "bf16 products", _with(config, precision="bf16"), replace(place, precision="bf16")
     for flag, coarser in train.optimizer.coarser():
-        yield 1, flag, "coarser moments of the optimizer", _with(config, optimizer=coarser), place
+        yield 1, flag, "optimizer moments in fewer bits", _with(config, optimizer=coarser), place
     if train.ema is not None:
         yield 1, "--ema none", "no averaged weights", _with(config, ema=None), place
-    if rows == 1 and train.block_size > 1:  # a micro-batch cannot be smaller but by shorter rows
+    if rows == 1 and train.block_size > 1:  # only shorter rows make a micro-batch of one row smaller
         half = train.block_size // 2
         shorter = _with(config, block_size=half, curriculum="")
         yield 2, f"--block_size {half}", "shorter rows: another run", shorter, place
@@ -113,41 +113,41 @@ def _with(config: RunConfig, **changes: object) -> RunConfig:
 
 @contextmanager
 def advised(config: RunConfig, state: TrainState, run_dir: Path) -> Iterator[None]:
-    """Make of an error for want of memory an `OutOfMemory` whose notes say what needs how much, and what would help.
+    """Turn an out-of-memory error into `OutOfMemory`, whose notes list what the memory is for, and what needs less.
 
-    Where CUDA's allocations were being recorded, they are kept in RUN/profile/out-of-memory.pickle, to be looked at
-    with https://pytorch.org/memory_viz; nothing of swamla reads it.
+    If CUDA's allocations were recorded (`profile`), they are written to RUN/profile/out-of-memory.pickle, for
+    https://pytorch.org/memory_viz; swamla never reads this file.
     """
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        told = OutOfMemory(f"out of memory on {state.device}: {(str(error).splitlines() or ['MemoryError'])[0]}")
-        config = replace(config, model=state.model.config)  # with the backends that were chosen
+        raised = OutOfMemory(f"out of memory on {state.device}: {(str(error).splitlines() or ['MemoryError'])[0]}")
+        config = replace(config, model=state.model.config)  # with the chosen backends
         snapshot = _keep_snapshot(state.device, run_dir / "profile" / "out-of-memory.pickle")
         for note in (*_notes(config, _place_of(state)), *snapshot):
-            told.add_note(note)
-        raise told from error
+            raised.add_note(note)
+        raise raised from error
 
 
 def _place_of(state: TrainState) -> Place:
     parameters = list(state.model.parameters())
-    held = sum(distributed.local(p).numel() for p in parameters)
+    local = sum(distributed.local(p).numel() for p in parameters)
     return Place(
         precision=state.precision,
         device=state.device,
         ranks=distributed.world_size(),
-        parts=round(sum(p.numel() for p in parameters) / max(held, 1)),
+        shards=round(sum(p.numel() for p in parameters) / max(local, 1)),
     )
 
 
 def _notes(config: RunConfig, place: Place) -> Iterator[str]:
-    """The need and the advice, a line each."""
+    """The memory that a step needs, and the advice, one line each."""
     needs = training_bytes(config, place)
     labels = {"activations_estimate": "activations about"}
-    parts = [f"{labels.get(name, name.replace('_', ' '))} {_size(n)}" for name, n in needs.items() if n]
-    yield f"a training step needs about {_size(sum(needs.values()))}: {', '.join(parts)}"
+    kinds = [f"{labels.get(name, name.replace('_', ' '))} {_size(n)}" for name, n in needs.items() if n]
+    yield f"a training step needs about {_size(sum(needs.values()))}: {', '.join(kinds)}"
     found = advice(config, place)
     width = max((len(entry.flags) for entry in found), default=0)
     for entry in found:
@@ -160,7 +160,7 @@ def _size(n_bytes: float) -> str:
 
 
 def _keep_snapshot(device: torch.device, file: Path) -> list[str]:
-    """Write what was recorded of CUDA's allocations, if anything was; the line that says where."""
+    """Write the recorded CUDA allocations, if there are any; returns a line that says where."""
     if device.type != "cuda" or not torch._C._cuda_isHistoryEnabled():
         return []
     try:
@@ -168,4 +168,4 @@ def _keep_snapshot(device: torch.device, file: Path) -> list[str]:
         torch.cuda.memory._dump_snapshot(str(file))
     except (OSError, RuntimeError, MemoryError) as error:
         return [f"the snapshot of the allocations could not be written: {error}"]
-    return [f"the allocations are in {file}: look at them with https://pytorch.org/memory_viz"]
+    return [f"the allocations are in {file}: view it with https://pytorch.org/memory_viz"]

@@ -1,4 +1,4 @@
-"""Pictures: loss.png, the run at a glance, and curves of several runs."""
+"""Plots: loss.png of one run, and curves of several runs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from swamla.train.tracking.metrics import read_metrics
 
 
 def plot_losses(metrics_file: Path, picture: Path, *, title: str, bits_per_nat: float) -> None:
-    """Draw training loss (each record faint, smoothed strong) and held-out loss over steps.
+    """Draw training loss (raw faint, smoothed bold) and held-out loss over steps.
 
     bits_per_nat: factor from nats per token to bits per byte, for the axis on the right.
     """
@@ -47,7 +47,7 @@ _UNITS = {"loss": " (nats per token)", "held_out_loss": " (nats per token)", "pe
 # Eight colours that colour-blind people can tell apart too (Okabe and Ito), the palest last.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#8C8C8C")
 _LINES = ("-", "--", ":", "-.")
-_START = 0.02  # of a run, whose high values would leave little room for the rest
+_START = 0.02  # first part of a run that the y-axis need not cover, because its losses are high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Curve:
 
 
 def read_curve(name: str, records: Sequence[Mapping[str, Any]], *, x: str, y: str) -> Curve:
-    """The curve of `y` over `x` (a key of `X_AXES`) in a run's records, each y beside its own of held-out text."""
+    """The curves of `y` over `x` (a key of `X_AXES`) in a run's records: on training text, and on held-out text."""
     training_key, held_out_key = ("", y) if y.startswith(_HELD_OUT) else (y, _HELD_OUT + y)
     training: list[tuple[float, float]] = []
     held_out: list[tuple[float, float]] = []
@@ -75,7 +75,7 @@ def read_curve(name: str, records: Sequence[Mapping[str, Any]], *, x: str, y: st
 
 
 def plot_runs(curves: Sequence[Curve], picture: Path, *, x: str, y: str) -> None:
-    """Draw each run in its own colour: training records faint, smoothed strong; evaluations as marks."""
+    """Draw each run in its own colour: training records faint, smoothed bold; evaluations as markers."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -124,9 +124,9 @@ def _title(curves: Sequence[Curve], y: str) -> str:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Each value's mean with its neighbours: a tenth of the way so far, at most 3 % of all, on either side.
+    """Centred moving average. On either side it reaches over a tenth of the way so far, at most 3 % of all values.
 
-    Centred, so that a falling curve is not shown too high; narrow at first, where it falls fast.
+    Centred, so that a falling curve does not lag; narrow at first, where the curve falls fast.
     """
     total = np.concatenate([[0.0], np.cumsum(values)])
     index, count = np.arange(len(values)), len(values)

@@ -1,4 +1,4 @@
-"""Which number format the forward pass computes in, chosen once per run, printed and stored with it."""
+"""The precision of the forward pass: chosen once per run, printed and stored with it."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -26,7 +26,7 @@ def has_bf16(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class ProductsTrial:
-    """A feed-forward layer under bf16 autocast and in fp32: the products of a step with the casts that they need."""
+    """Races a feed-forward layer under bf16 autocast, casts included, against fp32."""
 
     width: int = 512
     tokens: int = 2048
@@ -35,15 +35,15 @@ class ProductsTrial:
         return f"products with {self.width} × {4 * self.width} weights, casts included"
 
     def paths(self, dtype: torch.dtype) -> tuple[str, ...]:
-        """The default first."""
+        """bf16 and fp32, the default first."""
         return ("bf16", "fp32")
 
     def scores(self, length: int, part: int) -> int:
-        """What the time of a trial grows with."""
+        """Tokens of a pass."""
         return max(1, length // part)
 
     def step(self, path: str, length: int, dtype: torch.dtype, part: int = 1) -> Callable[[], object]:
-        """A forward and backward pass of `length` / `part` tokens. No global random generator is asked."""
+        """A forward and backward pass of `length` / `part` tokens. Leaves the global random generators unchanged."""
         generator = torch.Generator().manual_seed(0)
         tokens = (self.scores(length, part), self.width)
         shapes = (tokens, (4 * self.width, self.width), (self.width, 4 * self.width))
@@ -59,9 +59,9 @@ class ProductsTrial:
 
 
 def measured_precision(device: torch.device, *, race: bool = True) -> Choice | None:
-    """Which of bf16 and fp32 trains faster on a CPU that has instructions for both; None where none is raced.
+    """Which of bf16 and fp32 trains faster on a CPU that has bf16 instructions; None on other devices.
 
-    On some CPUs bf16 instructions run at half the rate of fp32. race: False to take only what was raced before.
+    On some CPUs bf16 instructions run at half the rate of fp32. race: False to use only earlier measurements.
     """
     if not races_on(device) or not has_bf16(device):
         return None
@@ -72,7 +72,7 @@ def measured_precision(device: torch.device, *, race: bool = True) -> Choice | N
 
 
 def resolve_precision(asked: Precision, device: torch.device, *, race: bool = True) -> Chosen:
-    """What "auto" means on `device`, which is never fp8; anything else is taken as asked. race: see above."""
+    """What "auto" means on `device`, never fp8; other values are returned as they are. race: as above."""
     if asked != "auto":
         return asked
     if (choice := measured_precision(device, race=race)) is not None:
@@ -81,9 +81,9 @@ def resolve_precision(asked: Precision, device: torch.device, *, race: bool = Tr
 
 
 def resolve_as_trained(asked: Precision, trained: str, device: torch.device) -> Literal["fp32", "bf16"]:
-    """Precision to evaluate a run in: its training precision, but bf16 only where `device` has it.
+    """Precision to evaluate a run in: its training precision, but bf16 only if `device` supports it.
 
-    asked, trained: the config's precision, and the checkpoint's.
+    asked: the precision in the config.  trained: the precision in the checkpoint.
     """
     if asked == "auto" and (trained == "fp32" or (trained == "bf16" and has_bf16(device))):
         return "fp32" if trained == "fp32" else "bf16"
@@ -91,20 +91,20 @@ def resolve_as_trained(asked: Precision, trained: str, device: torch.device) -> 
 
 
 def without_fp8(chosen: Chosen) -> Literal["fp32", "bf16"]:
-    """What a trained model computes in: fp8 is for training, and such a run's weights are ordinary ones."""
+    """The precision for inference: bf16 in place of fp8, which is for training only and leaves weights in fp32."""
     return "bf16" if chosen == "fp8" else chosen
 
 
 def resolve_device(asked: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """What "auto" means on this machine. Raises `MissingBackendError` for a CUDA device that is not there."""
+    """The device that "auto" means here. Raises `MissingBackendError` for "cuda" without a CUDA device."""
     if asked == "cuda" and not torch.cuda.is_available():
         raise MissingBackendError("device = cuda: torch sees no CUDA device here; use device = cpu, or auto")
     return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def autocast(precision: Chosen, device: torch.device) -> AbstractContextManager[object]:
-    """The context of a forward pass: weights stay fp32, matrix products run in bf16 where that was chosen.
+    """Context of a forward pass: fp32 weights, and matrix products in bf16 unless `precision` is "fp32".
 
-    With "fp8" too, for all products but those that `swamla.train.fp8` converted.
+    With "fp8" this applies to the products that `swamla.train.fp8` did not convert.
     """
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision != "fp32")

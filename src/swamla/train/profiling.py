@@ -1,4 +1,4 @@
-"""A trace of a few steps by torch.profiler, and which operations took the time."""
+"""Trace a few steps with torch.profiler, and show which operations take the time."""
 
 import gzip
 import os
@@ -20,14 +20,14 @@ Say = Callable[[str], None]
 
 
 class Profiling:
-    """While entered `steps` training steps are traced, once `warmup` others are done; it changes no number of the run.
+    """Context in which `profile_steps` training steps are traced after `profile_warmup` others.
 
-    The trace is RUN/profile/steps-FIRST-LAST.json.gz, for chrome://tracing, Perfetto or TensorBoard. On CUDA the
-    allocations are recorded meanwhile, so that running out of memory leaves a snapshot.
+    The numbers of the run do not change. The trace is RUN/profile/steps-FIRST-LAST.json.gz, for chrome://tracing,
+    Perfetto or TensorBoard. On CUDA allocations are recorded too, so that running out of memory leaves a snapshot.
     """
 
     def __init__(self, config: TrainConfig, run_dir: Path, device: torch.device, *, first_step: int, say: Say) -> None:
-        """first_step: the first that will be taken. Where the config asks for no profile nothing is done."""
+        """first_step: the next step of the run. Does nothing if the config asks for no profile."""
         self._config, self._folder, self._device, self._say = config, run_dir / "profile", device, say
         self._first = first_step + config.profile_warmup
         profiles = config.profile and distributed.is_main()
@@ -37,7 +37,7 @@ class Profiling:
     def __enter__(self) -> Self:
         if self._left:
             config, cuda = self._config, self._device.type == "cuda"
-            os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # no lines of its own; read when the first profile is made
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silence; read when the first profile is created
             self._profile = profile(
                 activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda,
                 schedule=schedule(wait=0, warmup=config.profile_warmup, active=config.profile_steps, repeat=1),
@@ -49,7 +49,7 @@ class Profiling:
         return self
 
     def step(self) -> None:
-        """A training step is done."""
+        """To be called after every training step."""
         if self._profile is None:
             return
         self._left -= 1
@@ -63,7 +63,7 @@ class Profiling:
             done.stop()
 
     def _keep(self, done: profile) -> None:
-        """Write the trace, show the table."""
+        """Write the trace and print the table."""
         taken = self._config.profile_steps - self._left
         if taken <= 0:
             return
@@ -87,7 +87,7 @@ class Profiling:
 
 
 def _table(done: profile, steps: int, device: torch.device) -> list[str]:
-    """The operations that took longest themselves, without those they call."""
+    """The operations with the longest self time, that is without the operations they call."""
     cuda = device.type == "cuda"
     found = [
         ((event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3 / steps, event.count, event.key)

@@ -1,8 +1,8 @@
-"""Which of several equal paths of a CPU is the fastest: raced once a machine, and kept there.
+"""Measure once per machine which of several equivalent code paths is the fastest on its CPU; results are cached.
 
-What is fast on one machine is slow on another: of two attentions the same one is half as fast and twice as fast as the
-other. So "auto" is decided by a short race on shapes of the model's own. The default has to lose clearly, so that a
-disturbed race does not make two runs differ.
+The ranking differs between machines: one attention path is twice as fast as another here and half as fast there. So
+"auto" is decided by a short race on the model's own shapes. The default path is replaced only if it loses clearly, so
+that noise in a race does not make two runs differ.
 """
 
 import hashlib
@@ -22,29 +22,31 @@ import torch
 from swamla.data.config import default_cache_dir
 from swamla.errors import CorruptError
 from swamla.files import read_json, write_text_atomically
-from swamla.train.machine import describe_cpu
+from swamla.process import processor
 
-SECONDS = 2.0  # that all races of a model may take together, about
-CLEAR = 0.95  # of the default's time: what a challenger may take at most, in the median of the rounds
-ROUNDS, ENOUGH = 9, 3  # at most, and to prefer another path than the default
-SHORTEST, LONGEST = 64, 4096  # documents that are raced over: longer ones differ as these do
-PARTS = (1, 4, 16, 64)  # of the rows and heads of a trial, on a slow machine, before documents are shortened
+SECONDS = 2.0  # about, for all races of a model together
+CLEAR = 0.95  # a challenger wins if its median time is below this share of the default's
+ROUNDS, ENOUGH = 9, 3  # most rounds; fewest rounds after which a challenger can win
+SHORTEST, LONGEST = 64, 4096  # document lengths that are raced; longer ones rank as the longest
+PARTS = (1, 4, 16, 64)  # a slow machine races 1/n of the rows and heads, before it shortens the documents
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")  # restrict a CPU's instructions
+UNITS = {"AVX512-BF16": torch.cpu._is_avx512_bf16_supported, "AMX": torch.cpu._is_amx_tile_supported}
 
-Seconds = dict[str, list[float]]  # path → what it took in each round
+Seconds = dict[str, list[float]]  # path → its time in each round
 _clock = time.perf_counter
 
 
 class Trial(Protocol):
-    """What is raced. `str` names it, shapes included; trials of equal names are raced once."""
+    """A computation that several paths can do. Its `str` names it with its shapes; equal names are raced once."""
 
     def paths(self, dtype: torch.dtype) -> tuple[str, ...]:
-        """Paths that compute the same, the default first."""
+        """The equivalent paths, the default first."""
 
     def scores(self, length: int, part: int) -> int:
-        """What the time of a trial grows with."""
+        """A number that the time of a step is roughly proportional to."""
 
     def step(self, path: str, length: int, dtype: torch.dtype, part: int = 1) -> Callable[[], object]:
-        """A forward and backward pass over documents of `length` tokens, of about one in `part` of the usual rows."""
+        """A forward and backward pass over documents of `length` tokens, with about 1/`part` of the usual rows."""
 
 
 T = TypeVar("T", bound=Trial)
@@ -52,10 +54,11 @@ T = TypeVar("T", bound=Trial)
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What a race found. seconds: of a forward and backward pass, by path, medians of `rounds`; the default's first.
+    """The result of a race.
 
-    length: of documents, for which it is the choice.  raced: of those that it raced over, fewer on a slow machine.
-    dtype: of what is computed, "" where that is what was raced.
+    seconds: path → median time of a forward and backward pass over `rounds`, the default first.
+    length: the document length that the choice is for.  raced: the length that was raced, shorter on a slow machine.
+    dtype: of the inputs, "" if the paths differ in dtype.
     """
 
     what: str
@@ -68,7 +71,7 @@ class Choice:
 
     @property
     def shape(self) -> str:
-        """For people: "attention causal, 6 heads, width 64, documents of about 512, bfloat16"."""
+        """As text: "attention causal, 6 heads, width 64, documents of about 512, bfloat16"."""
         if not self.dtype:
             return self.what
         raced = "" if self.raced == self.length else f" (raced over {self.raced})"
@@ -86,14 +89,14 @@ class Choice:
 
 
 def races_on(device: torch.device) -> bool:
-    """False where "auto" is the default unmeasured: on devices other than a CPU, or where SWAMLA_MEASURE=0 is set."""
+    """True on a CPU, unless SWAMLA_MEASURE=0 is set. Elsewhere "auto" is the default path, unmeasured."""
     return device.type == "cpu" and os.environ.get("SWAMLA_MEASURE") != "0"
 
 
 def choose(trials: set[T], dtype: torch.dtype | None, *, length: int) -> dict[T, Choice]:
-    """The choice of every trial: what the cache has kept of this machine, the others raced. dtype: of the inputs.
+    """The choice of every trial, from the cache or by a race.
 
-    None where the paths are formats themselves, from inputs in fp32.
+    dtype: of the inputs; None if the paths differ in dtype.
     """
     kept = {trial: kept_choice(trial, dtype, length=length) for trial in sorted(trials, key=str)}
     found = {trial: choice for trial, choice in kept.items() if choice is not None}
@@ -119,7 +122,7 @@ def choose(trials: set[T], dtype: torch.dtype | None, *, length: int) -> dict[T,
 
 
 def kept_choice(trial: Trial, dtype: torch.dtype | None, *, length: int) -> Choice | None:
-    """What the cache has kept of a trial on this machine; None where that decided nothing, or is of other paths."""
+    """The cached choice of a trial on this machine; None if its race had too few rounds, or other paths."""
     choice = kept_choices().get((str(trial), _rounded(length), _name(dtype)))
     if choice is None or choice.rounds < ENOUGH or tuple(choice.seconds) != trial.paths(dtype or torch.float32):
         return None
@@ -135,9 +138,10 @@ def _name(dtype: torch.dtype | None) -> str:
 
 
 def winner(seconds: Seconds) -> str:
-    """The default, which is the first, unless another one is clearly faster: by the ratios within rounds.
+    """The default, which is the first path, unless another one is clearly faster.
 
-    Their median must be below `CLEAR`, and of `ENOUGH` rounds at least three in four must agree on who is faster.
+    Times are compared as ratios within rounds: the median ratio must be below `CLEAR`, after at least `ENOUGH` rounds,
+    of which three in four must agree on which path is faster.
     """
     default, *challengers = seconds
     if len(seconds[default]) < ENOUGH:
@@ -152,12 +156,12 @@ def winner(seconds: Seconds) -> str:
 
 
 def measure(trial: Trial, length: int, dtype: torch.dtype, allowance: float) -> tuple[int, Seconds]:
-    """What each path takes, in turns (A B A B …), in as many of `ROUNDS` as `allowance` seconds have room for.
+    """Time the paths alternately (A B A B …), for up to `ROUNDS` rounds within `allowance` seconds.
 
-    A slow machine races fewer rows and heads, then shorter documents, whose length is returned too.
+    A slow machine races fewer rows and heads, then shorter documents. Returns their length, and the times.
     """
     begin, paths = _clock(), trial.paths(dtype)
-    # A short round first, for what a process does once, as loading kernels.
+    # Warm-up: a short round, because a process loads its kernels at their first use.
     _round({path: trial.step(path, SHORTEST, dtype, PARTS[-1]) for path in paths})
     (once,) = _round({paths[0]: trial.step(paths[0], length, dtype, PARTS[-1])}).values()
     score = once / trial.scores(length, PARTS[-1])
@@ -169,7 +173,7 @@ def measure(trial: Trial, length: int, dtype: torch.dtype, allowance: float) -> 
     rounds = [_round(steps)]
     while len(rounds) <= ROUNDS and _clock() - begin + sum(rounds[-1].values()) < allowance:
         rounds.append(_round(steps))
-    timed = rounds[1:] if len(rounds) > ENOUGH else rounds  # the first one is often slower
+    timed = rounds[1:] if len(rounds) > ENOUGH else rounds  # the first round is often slower
     return length, {path: [took[path] for took in timed] for path in steps}
 
 
@@ -183,7 +187,7 @@ def _round(steps: Mapping[str, Callable[[], object]]) -> dict[str, float]:
 
 
 def kept_choices() -> dict[tuple[str, int, str], Choice]:
-    """What was raced on this machine, with these limits, threads and torch; what cannot be read counts as not there."""
+    """The cached choices of this machine, with its limits, threads and torch; empty if the file is unreadable."""
     file = _file()
     try:
         plain = read_json(file, inside=file.parent)
@@ -200,7 +204,7 @@ def kept_choices() -> dict[tuple[str, int, str], Choice]:
 def _choice(plain: Any) -> Choice | None:
     try:
         choice = Choice(**plain)
-    except TypeError:  # no such fields
+    except TypeError:  # other fields, e.g. from another version
         return None
     whole = all(isinstance(number, int) for number in (choice.length, choice.raced, choice.rounds))
     named = all(isinstance(name, str) for name in (choice.what, choice.dtype, choice.chosen))
@@ -210,7 +214,7 @@ def _choice(plain: Any) -> Choice | None:
 
 
 def keep(choices: list[Choice]) -> None:
-    """Add to what is kept. Where nothing can be written, a warning says that the next run will race again."""
+    """Add choices to the cache. If it cannot be written, a warning says that the next run will race again."""
     file = _file()
     now = kept_choices() | {(choice.what, choice.length, choice.dtype): choice for choice in choices}
     plain = {"machine": describe_cpu(), "choices": [asdict(choice) for choice in now.values()]}
@@ -218,18 +222,30 @@ def keep(choices: list[Choice]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(file, json.dumps(plain, indent=2) + "\n")
     except OSError as error:
-        told = f"{file}: cannot keep which paths are fast here ({error.strerror}): they are measured again next time"
-        warnings.warn(told, stacklevel=2)
+        message = f"{file}: cannot store which paths are fast here ({error.strerror}): the next run measures them again"
+        warnings.warn(message, stacklevel=2)
 
 
 def forget_choices() -> None:
-    """Let everything be raced anew on this machine; a warning says where what was kept cannot be removed."""
+    """Delete this machine's cached choices. If that fails, a warning says so."""
     try:
         _file().unlink(missing_ok=True)
     except OSError as error:
-        warnings.warn(f"{_file()}: cannot be removed ({error.strerror}), so it still counts", stacklevel=2)
+        warnings.warn(f"{_file()}: cannot be removed ({error.strerror}), so its choices still apply", stacklevel=2)
 
 
 def _file() -> Path:
     machine = hashlib.sha256(json.dumps(describe_cpu(), sort_keys=True).encode()).hexdigest()
     return default_cache_dir() / "paths" / f"{machine[:16]}.json"
+
+
+def describe_cpu() -> dict[str, Any]:
+    """The processor, the instructions that torch may use, the number of threads, and torch's version."""
+    units = [name for name, there in UNITS.items() if there()]
+    limits = [f"{name}={os.environ[name]}" for name in LIMITS if os.environ.get(name)]
+    return {
+        "processor": processor(),
+        "instructions": " ".join([torch.backends.cpu.get_cpu_capability(), *units, *limits]),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }

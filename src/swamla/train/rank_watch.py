@@ -1,9 +1,9 @@
 """The rank watchdog: names a rank that hangs or is cut off, and ends the run instead of letting it stall.
 
-A thread of each rank writes a heartbeat to the store of the process group and reads that of the next rank, so that a
-stopped process, a lost machine and a broken network are noticed in whatever call the others wait. A rank whose own step
-does not end reports where it is. Saving takes all ranks, so the process ends at once without it, and torchrun restarts
-all of them (--max-restarts) from the last checkpoint.
+A thread of each rank writes a heartbeat to the store of the process group and reads the next rank's. So it notices a
+stopped process, a lost machine or a broken network, whatever call the ranks wait in. A rank whose own step does not end
+reports where it is. Saving takes all ranks, so the process ends at once without saving, and torchrun restarts all of
+them (--max-restarts) from the last checkpoint.
 """
 
 import os
@@ -16,14 +16,14 @@ from typing import Self
 
 from swamla import distributed
 
-BEATS = 8  # heartbeats in the time after which a rank counts as hanging
+BEATS = 8  # heartbeats within the time limit of a silent rank
 
 
 class RankWatch:
-    """While entered on all ranks, a rank without a heartbeat for `minutes` ends them all.
+    """Context, to be entered by all ranks, in which a rank without a heartbeat for `minutes` ends them all.
 
-    A single process is not watched. `begin` and `end` report where the run is. A step must not take that long either,
-    except the first one of the process, which may have to compile.
+    A step may not take longer either, except the process's first, which may compile. `begin` and `end` report where the
+    run is. A single process is not watched.
     """
 
     def __init__(self, minutes: float) -> None:
@@ -33,12 +33,12 @@ class RankWatch:
         self._thread: threading.Thread | None = None
 
     def begin(self, place: str, *, limited: bool = False) -> None:
-        """Report what begins, e.g. "step 18". limited: it may take at most `minutes`."""
+        """Report that a phase begins, e.g. "step 18". limited: it may take at most `minutes`."""
         self._steps += limited
         self._place, self._since = place, time.monotonic() if limited and self._steps > 1 else 0.0
 
     def end(self) -> None:
-        """Report that it has ended."""
+        """Report that the phase has ended."""
         self._since = 0.0
 
     def __enter__(self) -> Self:
@@ -66,7 +66,7 @@ class RankWatch:
             if said != heard or said == b"over":
                 heard, at = said, now
             elif now - at > self._limit:
-                last = heard.decode().partition(" ")[2] or "never heard of"
+                last = heard.decode().partition(" ")[2] or "never"
                 self._fail(
                     f"rank {neighbour} hangs or is cut off: silent for {now - at:.0f} s, last {last}; "
                     f"rank {rank} is in {self._place}"
@@ -77,12 +77,12 @@ class RankWatch:
         self._store.set(str(rank), "over")
 
     def _exchange(self, rank: int, neighbour: int, sign: str) -> bytes:
-        """Write this rank's heartbeat and read the neighbour's; empty where there is none yet."""
+        """Write this rank's heartbeat and read the neighbour's; empty if there is none yet."""
         lost = (
-            f"the process at MASTER_ADDR, which keeps the signs of life, hangs or is cut off from rank {rank}; "
-            f"that is in {self._place}"
+            f"the process at MASTER_ADDR, which stores the heartbeats, hangs or is cut off from rank {rank}, "
+            f"which is in {self._place}"
         )
-        late = threading.Timer(self._limit, self._fail, [lost])  # the store itself would wait on
+        late = threading.Timer(self._limit, self._fail, [lost])  # a call to the store could wait for ever
         late.daemon = True
         late.start()
         try:
@@ -95,23 +95,25 @@ class RankWatch:
             late.cancel()
 
     def _where(self) -> str:
-        """Where every rank is: those that wait are in a collective, the one they wait for is not."""
+        """The line that every rank is at. Ranks that wait are in a collective; the rank that they wait for is not."""
         self._store.set(f"at {distributed.rank()}", _innermost(sys._current_frames().get(self._main)))
-        time.sleep(2 * self._limit / BEATS)  # all have begun the step at about the same time
+        time.sleep(
+            2 * self._limit / BEATS
+        )  # until the other ranks, which began the step at about the same time, have reported too
         found: dict[str, list[str]] = {}
         for rank in range(distributed.world_size()):
             known = self._store.check([f"at {rank}"])
             found.setdefault(self._store.get(f"at {rank}").decode() if known else "elsewhere", []).append(str(rank))
-        time.sleep(self._limit / BEATS)  # as the store may end with this process
+        time.sleep(self._limit / BEATS)  # until the others have read it: the store may end with this process
         return "; ".join(f"rank {', '.join(ranks)} at {place}" for place, ranks in found.items())
 
     def _fail(self, message: str) -> None:
         print(f"swamla: error: {message}; start again with --resume", file=sys.stderr, flush=True)
-        os._exit(1)  # the main thread waits for what will never come
+        os._exit(1)  # the main thread may wait in a collective for ever
 
 
 def _innermost(frame: FrameType | None) -> str:
-    """The line that a thread is at, outside of Python's own and of torch's."""
+    """The innermost line of a thread outside Python's and torch's own code."""
     while frame is not None:
         file = frame.f_code.co_filename
         if not {"site-packages", "lib"}.intersection(Path(file).parts) or "swamla" in Path(file).parts:

@@ -1,4 +1,4 @@
-"""How evenly the routers distribute tokens: figures for every step, and a warning when an expert dies."""
+"""Load balance of the routers: figures of every step, and a warning if an expert gets no tokens any more."""
 
 from collections.abc import Mapping
 
@@ -11,19 +11,19 @@ DEAD_AFTER = 50  # steps in a row without a token
 
 
 class RouterHealth:
-    """Watches the routers of a run, step by step; a resumed run begins to count anew."""
+    """Counts idle steps of every expert. The counts are not saved: a resumed run starts at 0."""
 
     def __init__(self, dead_after: int = DEAD_AFTER) -> None:
         self.dead_after = dead_after
         self._idle_E: dict[str, Tensor] = {}  # steps in a row without a token, by layer
 
     def watch(self, model: LanguageModel, statistics: Mapping[str, Tensor]) -> tuple[dict[str, float], list[str]]:
-        """Figures of a step by layer, from the sums over its whole batch, and a line for every layer that lost experts.
+        """Figures of a step by layer, from sums over the whole batch, and a warning for every layer that lost experts.
 
-        "router/2/load_max_over_mean": tokens of layer 2's busiest expert over the mean; 1 is perfect balance.
-        "router/2/idle_experts": experts without a token in this step; "dead_experts": in the last 50.
-        "router/2/entropy": mean over tokens, in nats, of the scores as shares of their sum; at most log of the experts.
-        "router/2/bias_range": largest less smallest bias.
+        "router/2/load_max_over_mean": tokens of the busiest expert of layer 2 over the mean; 1 is perfect balance.
+        "router/2/idle_experts": experts without a token in this step; "dead_experts": in the last 50 steps.
+        "router/2/entropy": entropy of the normalised scores in nats, mean over tokens; at most log(experts).
+        "router/2/bias_range": largest minus smallest bias.
         """
         figures: dict[str, float] = {}
         warnings = []
@@ -33,7 +33,7 @@ class RouterHealth:
             before_E = self._idle_E.get(layer, torch.zeros_like(load_E))
             self._idle_E[layer] = now_E = torch.where(idle_E, before_E + 1, 0)
             bias_E = model.blocks[int(layer)].ffn.balance()
-            entropy = {}  # where a layer reports none, none is logged
+            entropy = {}  # not every layer reports it
             if f"entropy/{layer}" in statistics:
                 entropy = {"entropy": statistics[f"entropy/{layer}"].item() / statistics[f"tokens/{layer}"].item()}
             values = {

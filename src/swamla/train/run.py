@@ -1,4 +1,4 @@
-"""A run in progress: its state, and the services around it (signals, records, checkpoints, hub, watchdog)."""
+"""A run in progress: its state, and the services around it: signals, records, checkpoints, hub, watchdog."""
 
 import math
 import signal
@@ -7,40 +7,42 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
+import torch
 from rich.console import Console
 
 from swamla import distributed
-from swamla.checkpoint import Saver, list_checkpoints
+from swamla.checkpoint import Saver, WriterGroup, list_checkpoints
 from swamla.data.dataset import Dataset
 from swamla.data.packing import Batch
+from swamla.errors import SwamlaError
 from swamla.hub.push import Pushes
 from swamla.model.language_model import LanguageModel
 from swamla.train.config import RunConfig, TrainConfig
 from swamla.train.curriculum import cut
-from swamla.train.epochs import Epochs
 from swamla.train.feed import Feed
 from swamla.train.memory_advice import advised
-from swamla.train.parallel.writers import writer_group
 from swamla.train.profiling import Profiling
 from swamla.train.rank_watch import RankWatch
 from swamla.train.signals import StopRequest
 from swamla.train.state import TrainState
 from swamla.train.tracking.display import Display, WhileRead, make_display
-from swamla.train.tracking.step_log import StepLog
+from swamla.train.tracking.step_log import Epochs, StepLog
 from swamla.train.tracking.trackers import Records, make_records
 
+T = TypeVar("T")
 Evaluate = Callable[[LanguageModel], dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class NextStep:
-    """The next step; identical on all ranks except `batch`.
+    """The next step, as all ranks know it; only `batch` differs between ranks.
 
-    batch: this rank's rows, by the curriculum; None where a rank could not read its own, or has not yet (missing).
-    labels, flops: of all ranks' rows.  stop: the signal by which somebody asked to stop, 0 for none.
-    seconds: spent on this run, resumed or not.  step_seconds: of the last step, 0 before the first. Both by the main
-    rank's clock.
+    batch: this rank's rows at the curriculum's length; None if any rank failed to read its rows, or is still reading
+    (missing).  labels, flops: of all ranks' rows.  stop: the signal that requested a stop, 0 for none.
+    seconds: training time of the run so far, over all its processes.  step_seconds: of the last step, 0 before the
+    first. Both by the main rank's clock.
     """
 
     batch: Batch | None = None
@@ -56,13 +58,13 @@ class NextStep:
 class Run:
     """What the loop, saving and logging share.
 
-    feed: the rows of the training text.  epochs: how often it was seen.  log: what is told of steps.
-    bits_per_nat: bits per byte that a loss of one nat per token is.
-    started: by `time.monotonic`, as if the run had gone on without a break.
-    length: the sequence length, by the curriculum.  next_step: as `look_ahead` saw it last.
-    waiting_since: when the last step had ended, by `time.monotonic`.
-    own_rows: this rank's, of the step that begins at own_sample; own_error: why there are none.
-    saved_step: the step that the newest checkpoint holds.  unsaved: why the newest save failed.
+    feed: reads the training rows.  epochs: passes over the training text.  log: reports steps.
+    bits_per_nat: bits per byte for a loss of one nat per token.
+    started: `time.monotonic` at the start, moved by the time that earlier processes of the run took.
+    length: the current sequence length.  next_step: what `look_ahead` found last.
+    waiting_since: `time.monotonic` at the end of the last step.
+    own_rows: this rank's rows of the step that begins at `own_sample`; own_error: why they could not be read.
+    saved_step: the step of the newest checkpoint.  unsaved: the error of the newest save, if it failed.
     """
 
     config: RunConfig
@@ -92,7 +94,7 @@ class Run:
 
     @property
     def settings(self) -> TrainConfig:
-        """The part of the config that is about training."""
+        """The training section of the config."""
         return self.config.train
 
     @property
@@ -101,19 +103,19 @@ class Run:
         return self.folder / "checkpoints"
 
     def seconds(self) -> float:
-        """Time spent on this run, whenever it was taken up; by the main rank's clock, so that all decide alike."""
+        """Training time so far, over all processes of the run, by the main rank's clock: all ranks decide alike."""
         return distributed.from_main(time.monotonic() - self.started)
 
     def progress(self, steps: float) -> float:
-        """How far the run will be after so many more steps, each as long as the last one: 0 … 1, and beyond."""
+        """Progress of the run after `steps` more steps as long as the last one: 0 … 1, and above 1 past its end."""
         seen = self.next_step
         return self.settings.budget.progress(self.state.step + steps, seen.seconds + steps * seen.step_seconds)
 
     def look_ahead(self, *, step_begun: float | None = None, wait: bool = False) -> None:
         """Read this rank's rows of the next step; exchange label counts, FLOPs, stop requests and the clock.
 
-        step_begun: when the step began that ends now; None where none was taken since the last look.
-        wait: for this rank's rows of it, until they are there or somebody asks to stop; else they may still be missing.
+        step_begun: the start of the step that ends now; None if no step was taken since the last call.
+        wait: wait for this rank's rows until they are read or a stop is requested; otherwise they may be missing.
         """
         state = self.state
         last = self.next_step.step_seconds if step_begun is None else time.monotonic() - step_begun
@@ -124,7 +126,7 @@ class Run:
                 self.own_sample, self.own_rows, self.own_error = state.sample, None, None
                 try:
                     self.own_rows = self.feed.take(state.sample, another=left > 1)
-                except Exception as error:  # of a stream, whatever is wrong with a file that is only read now
+                except Exception as error:  # e.g. a damaged file of a stream, which is first read now
                     self.own_error = error
         mine = self.own_sample == state.sample
         length = self.settings.lengths.length(state.tokens)
@@ -148,7 +150,7 @@ class Run:
             self.stop.received = signal.Signals(self.next_step.stop)
 
     def say(self, text: str) -> None:
-        """Show people one line that stays."""
+        """Print one line on the console."""
         self.display.say(text)
 
 
@@ -160,17 +162,15 @@ def in_progress(
     dataset: Dataset,
     evaluate: Evaluate | None,
     console: Console,
-    *,
-    resumed: bool,
 ) -> Iterator[Run]:
-    """Everything that a run needs while it goes on, started from `state` and closed with the block."""
+    """The run with all its services, which start from `state` and are closed with the block."""
     settings, bits_per_nat = config.train, 1 / (math.log(2) * dataset.bytes_per_label)
     epochs = Epochs(dataset.epochs())
     with (
         advised(config, state, folder),
         StopRequest() as stop,
         WhileRead(make_display(console, settings.log_interval), stop.unread) as display,
-        make_records(settings, folder, resume_after=state.step if resumed else None, say=display.say) as records,
+        make_records(settings, folder, first_step=state.step + 1, say=display.say) as records,
         Pushes(
             settings.hf_repo_id if distributed.is_main() else "",
             folder,
@@ -184,7 +184,8 @@ def in_progress(
             keep_last=settings.keep_last,
             background=settings.async_save,
             best=state.best,
-            interval=settings.save_interval if settings.spike_factor else None,  # to go back to, however often stopped
+            # Keeps one checkpoint at a multiple of the interval to go back to, besides those of requested stops.
+            interval=settings.save_interval if settings.spike_factor else None,
             writers=writer_group(),
             say=display.say,
         ) as saver,
@@ -210,3 +211,34 @@ def in_progress(
             length=settings.block_size,
             saved_step=state.step if state.step and list_checkpoints(folder / "checkpoints") else None,
         )
+
+
+def writer_group() -> WriterGroup:
+    """The ranks that write this run's checkpoints: all of them, or the only process."""
+    return _RankWriters() if distributed.world_size() > 1 else WriterGroup()
+
+
+class _RankWriters(WriterGroup):
+    """All ranks write a checkpoint. They have their own process group, since a background thread may use it."""
+
+    def __init__(self) -> None:
+        self.rank = distributed.rank()
+        self._group = torch.distributed.new_group(backend="gloo")
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        found: list[Any] = [None] * distributed.world_size()
+        error = mine = None
+        try:
+            mine = work()
+        except Exception as caught:
+            error = caught
+        torch.distributed.all_gather_object(found, (mine, None if error is None else str(error)), group=self._group)
+        if error is not None:
+            raise error
+        for number, (_, message) in enumerate(found):
+            if message is not None:
+                raise SwamlaError(f"rank {number}: {message}")
+        return [result for result, _ in found]
+
+    def any(self, flag: bool) -> bool:
+        return bool(distributed.highest(flag))

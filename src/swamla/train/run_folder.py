@@ -1,9 +1,9 @@
-"""A run's folder: made for a new run, taken up again by a resumed one."""
+"""A run's folder: created by a new run, checked and continued by a resumed one."""
 
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +28,15 @@ from swamla.data.tokenizer import load_tokenizer
 from swamla.errors import ConfigError, CorruptError, DataError, Interrupted
 from swamla.files import entry, read_json, write_text_atomically
 from swamla.model.language_model import LanguageModel
-from swamla.train.backends import resolve_backends
-from swamla.train.changes import check_horizon, check_same_run, config_of, kept, measure, told
+from swamla.train.backends import fastest_paths, resolve_backends, usual_length
+from swamla.train.changes import (
+    check_horizon,
+    check_same_run,
+    config_of,
+    describe_changes,
+    scoring_of,
+    settings_to_store,
+)
 from swamla.train.claims import Claim, claim_new, claim_run, is_unsaved, remove_unsaved
 from swamla.train.compile import compile_blocks, resolve_compile
 from swamla.train.config import RunConfig, TrainConfig
@@ -37,53 +44,55 @@ from swamla.train.ema import WeightAverage
 from swamla.train.fp8 import convert_to_fp8
 from swamla.train.init_from import RECORD, Origin, describe, origin_of
 from swamla.train.launch import Launch, this_launch
-from swamla.train.machine import describe_machine, differences
 from swamla.train.parallel.build import build_model
-from swamla.train.paths import fastest_paths, usual_length
 from swamla.train.precision import Chosen, measured_precision, resolve_device, resolve_precision
-from swamla.train.racing import races_on
+from swamla.train.racing import describe_cpu, races_on
 from swamla.train.state import TrainState, seed_generators
+from swamla.train.tracking.metrics import drop_records_after
 
-DATA = "data.json"  # by which the run's data is found again
+DATA = "data.json"  # identifies the run's prepared data
 
 
 @contextmanager
 def open_run(
     config: RunConfig, run_dir: Path, *, dataset: Dataset, resume: bool, claim: Claim | None = None
 ) -> Iterator[tuple[RunConfig, TrainState]]:
-    """The settled config and the state from which the loop goes on; the folder is written or checked.
+    """The resolved config and the state to train from. Writes a new run's folder, or checks and continues an old one.
 
-    Of several ranks the main one alone holds, checks and writes the folder, which all must see. Until the block ends
-    no other process can train in the folder; claim: it is taken already. A new run that ends with an error before its
-    first step leaves nothing behind. Raises `UsageError` for a folder that is not empty without `resume`, that holds
-    no run with it, or that is being trained in; `ConfigError` and `DataError` when a resumed run would go on with
-    another model, other data, another order of the data, or unasked at a higher learning rate.
+    The main rank alone locks, checks and writes the folder, which all ranks must see. No other process can train in
+    it until the context ends. claim: the lock, if the caller has taken it. A new run that fails before its first step
+    removes its folder. Raises `UsageError` if the folder is in use, is not empty without `resume`, or holds no run
+    with it; `ConfigError` or `DataError` if a resumed run would continue with another model, other data, another order
+    of the data, or a higher learning rate that was not asked for.
     """
     distributed.require_rows(config.train.batch_size, config.train.accumulation)
     launch = this_launch()
-    with ExitStack() as held:
+    with ExitStack() as locks:
 
         def check() -> Checkpoint | None:
             if claim is None:
-                held.enter_context(claim_run(run_dir) if resume else claim_new(run_dir))
-            checkpoint = _checkpoint_to_take_up(run_dir, dataset) if resume else None
+                locks.enter_context(claim_run(run_dir) if resume else claim_new(run_dir))
+            checkpoint = _checkpoint_to_resume(run_dir, dataset) if resume else None
             origin = _origin(config.train, checkpoint)
             if origin is not None:
                 origin.require_same_vocabulary(dataset.tokenizer)
-            settled = resolve_vocabulary(config, dataset)
+            resolved = resolve_vocabulary(config, dataset)
             if origin is not None:
-                origin.require_fit(settled.model)
-            dataset.rows(config.train.block_size, config.train.seed)  # before anything is written: is there any?
+                origin.require_fit(resolved.model)
+            dataset.rows(
+                config.train.block_size, config.train.seed
+            )  # raises for too little text, before anything is written
             if resume:
-                check_same_run(settled, run_dir)
+                check_same_run(resolved, run_dir)
             return checkpoint
 
         def write() -> None:
             if not resume and is_unsaved(run_dir):
-                warnings.warn(f"{run_dir}: held a run that ended before its first checkpoint: replaced", stacklevel=2)
+                warnings.warn(f"{run_dir}: replaced a run that ended before its first checkpoint", stacklevel=2)
                 remove_unsaved(run_dir)
-            lasting = replace(config, train=kept(before, config.train, step=step, seconds=seconds))
-            plain = {"format_version": FORMAT_VERSION, **to_plain(lasting)}
+            drop_records_after(run_dir / "metrics.jsonl", state.step)
+            stored = replace(config, train=settings_to_store(before, config.train, step=step, seconds=seconds))
+            plain = {"format_version": FORMAT_VERSION, **to_plain(stored)}
             write_text_atomically(run_dir / "config.json", json.dumps(plain, indent=2) + "\n")
             dataset.tokenizer.save(run_dir / "tokenizer.json")
             if state.initialized_from is not None:
@@ -97,14 +106,14 @@ def open_run(
         step, seconds = (checkpoint.step, float(checkpoint.state.get("seconds", 0))) if checkpoint else (0, 0.0)
         check_horizon(before, config.train, step=step, seconds=seconds)
         state = fresh_state(config, dataset, _origin(config.train, checkpoint), before=checkpoint)
-        state.scored_by = measure(before)
-        state.notes += tuple(told(before, config.train, step=step, seconds=seconds))
+        state.scored_by = scoring_of(before)
+        state.notes += tuple(describe_changes(before, config.train, step=step, seconds=seconds))
         if checkpoint is not None:
-            _take_up(state, checkpoint)
+            _resume(state, checkpoint)
         distributed.on_main(write)
         try:
             yield config, state
-        except Interrupted:  # torchrun may start all again, which would undo it
+        except Interrupted:  # if torchrun restarts the processes, they must not train on
             distributed.on_main(lambda: Launch(names=launch, stopped=True).write(run_dir))
             raise
         except BaseException:
@@ -114,12 +123,12 @@ def open_run(
 
 
 def _origin(train: TrainConfig, checkpoint: Checkpoint | None) -> Origin | None:
-    """Where the weights come from that a run begins with, unless it goes on with its own or draws them."""
+    """The run or folder in `init_from`; None for a resumed run, or if the weights are drawn from the seed."""
     return None if checkpoint or not train.init_from else origin_of(train.init_from, train.init_checkpoint)
 
 
 def resolve_vocabulary(config: RunConfig, dataset: Dataset) -> RunConfig:
-    """The config with the vocabulary size that the tokenizer decides. Raises `ConfigError` for one too small."""
+    """The config, with the tokenizer's vocabulary size in place of 0. Raises `ConfigError` for a smaller one."""
     needed = dataset.tokenizer.vocab_size
     if config.model.vocab_size == 0:
         return replace(config, model=replace(config.model, vocab_size=needed))
@@ -131,9 +140,10 @@ def resolve_vocabulary(config: RunConfig, dataset: Dataset) -> RunConfig:
 def fresh_state(
     config: RunConfig, dataset: Dataset, origin: Origin | None = None, *, before: Checkpoint | None = None
 ) -> TrainState:
-    """The state of a run before its first step, a function of the config's seed, and of the weights of an `origin`.
+    """The state of a run before its first step: weights drawn from the seed, or loaded from `origin`.
 
-    before: a checkpoint whose precision and paths are taken, whatever is fast on this machine; else they are measured.
+    before: the checkpoint to be resumed; its precision and mixer backends are used instead of measuring the fastest
+    ones on this machine.
     """
     train = config.train
     if train.threads is not None:
@@ -151,15 +161,7 @@ def fresh_state(
         if precision == "fp8":
             notes.append(convert_to_fp8(model, device))
 
-    strategy = build_model(
-        model_config,
-        parallel=train.parallel,
-        shards=train.shards,
-        expert_parallel=train.expert_parallel,
-        seed=train.seed,
-        device=device,
-        prepare=prepare,
-    )
+    strategy = build_model(model_config, train, device, prepare)
     model = strategy.model
     initialized_from = None if origin is None else origin.fill(model)
     if initialized_from is not None:
@@ -170,9 +172,11 @@ def fresh_state(
     if compiling != "none":
         notes.append(compile_blocks(model, compiling, device))
     elif train.compile == "auto" and device.type == "cuda":
-        notes.append("compile: none, as Triton is not installed: pip install triton")
+        notes.append("compile: none, because Triton is not installed: pip install triton")
     elif precision == "fp8" and device.type == "cuda":
-        notes.append("fp8 without compile: its casts run one by one, and may cost more than its products save")
+        notes.append(
+            "fp8 without compile: each cast is a kernel of its own, which may cost more than fp8 products save"
+        )
     return TrainState(
         strategy=strategy,
         optimizer=train.optimizer.build(model, lr=train.lr, weight_decay=train.weight_decay, precision=precision),
@@ -189,9 +193,9 @@ def fresh_state(
 
 
 def identity_of_run(run_dir: Path) -> list[dict[str, str]] | None:
-    """What the run's data was (`Dataset.identity`), for a run older than data.json by its newest checkpoint.
+    """The identity of the run's data (`Dataset.identity`); for a run older than data.json, from its newest checkpoint.
 
-    None where neither tells. Raises `CorruptError` for a data.json that is damaged.
+    None if neither has it. Raises `CorruptError` if data.json is damaged.
     """
     file = run_dir / DATA
     if not file.exists():
@@ -207,7 +211,7 @@ def identity_of_run(run_dir: Path) -> list[dict[str, str]] | None:
 
 
 def _precision(train: TrainConfig, device: torch.device, before: Checkpoint | None) -> tuple[Chosen, list[str]]:
-    """The same on every rank, and what to tell of it; of a run that goes on the one it had, where "auto" is asked."""
+    """The precision, the same on every rank, and notes on it. "auto" keeps the precision of a resumed run."""
     if before is not None and train.precision == "auto":
         return cast(Chosen, entry(before.state, "precision", str, file=before.path / "state.json")), []
 
@@ -223,7 +227,7 @@ def _precision(train: TrainConfig, device: torch.device, before: Checkpoint | No
 def _paths(
     config: RunConfig, dataset: Dataset, device: torch.device, precision: Chosen, before: Checkpoint | None
 ) -> tuple[dict[str, str], list[str]]:
-    """Block → backend, the same on every rank, and what to tell of it."""
+    """Block → the backend of its mixer, the same on every rank, and notes on the choice."""
     if before is not None and _machine_of(before).get("device", device.type) == device.type == "cpu":
         return stored_paths(before), []
 
@@ -237,8 +241,8 @@ def _paths(
     return distributed.on_main(measured)
 
 
-def _checkpoint_to_take_up(run_dir: Path, dataset: Dataset) -> Checkpoint | None:
-    """The newest checkpoint that verifies, None before the first; of a run on the same data, whatever else changed."""
+def _checkpoint_to_resume(run_dir: Path, dataset: Dataset) -> Checkpoint | None:
+    """The newest checkpoint that verifies, None if there is none yet. Raises `DataError` if the data changed."""
     _check_same_tokenizer(run_dir, dataset)
     checkpoint = latest_checkpoint(run_dir / "checkpoints")
     if checkpoint is None:
@@ -246,7 +250,7 @@ def _checkpoint_to_take_up(run_dir: Path, dataset: Dataset) -> Checkpoint | None
         return None
     before = entry(checkpoint.state, "data_fingerprint", str, file=checkpoint.path / "state.json")
     if before != dataset.fingerprint:
-        raise _changed(run_dir, "the data", before, dataset.fingerprint)
+        raise _data_changed(run_dir, "the data", before, dataset.fingerprint)
     return checkpoint
 
 
@@ -255,10 +259,10 @@ def _check_same_tokenizer(run_dir: Path, dataset: Dataset) -> None:
     if file.exists():
         before, now = load_tokenizer(file).fingerprint, dataset.tokenizer.fingerprint
         if before != now:
-            raise _changed(run_dir, "the data, or its tokenizer,", before, now)
+            raise _data_changed(run_dir, "the data, or its tokenizer,", before, now)
 
 
-def _changed(run_dir: Path, what: str, before: str, now: str) -> DataError:
+def _data_changed(run_dir: Path, what: str, before: str, now: str) -> DataError:
     older = "" if (run_dir / DATA).exists() else ", or the run is older than the split by text and its cache is gone"
     return DataError(
         f"{run_dir}: {what} changed since the checkpoint (fingerprint {now[:12]}, the run had {before[:12]}){older}: "
@@ -266,12 +270,15 @@ def _changed(run_dir: Path, what: str, before: str, now: str) -> DataError:
     )
 
 
-def _take_up(state: TrainState, checkpoint: Checkpoint) -> None:
-    """Move a fresh state to `checkpoint`; warns where another machine computed it, for then the bits may differ."""
+def _resume(state: TrainState, checkpoint: Checkpoint) -> None:
+    """Restore a fresh state from `checkpoint`, set later checkpoints aside, and make best.json agree with the state.
+
+    Warns if the checkpoint was computed on another machine: then the run may not continue bit for bit.
+    """
     state.restore(checkpoint)
     if other := differences(_machine_of(checkpoint), state.machine):
-        warnings.warn(f"going on with {other}: not bit for bit as it would have gone on there", stacklevel=2)
-    distributed.barrier()  # nothing is set aside that another rank still reads
+        warnings.warn(f"resumed with {other}: the run may differ in its last bits", stacklevel=2)
+    distributed.barrier()  # no rank may still read a checkpoint that is set aside
     directory = checkpoint.path.parent
     distributed.on_main(lambda: set_aside_after(directory, checkpoint.step))
     best = distributed.on_main(lambda: _agreed_best(state, directory))
@@ -280,23 +287,39 @@ def _take_up(state: TrainState, checkpoint: Checkpoint) -> None:
         state.evaluated_step, state.evaluated_at = state.step, state.seconds
 
 
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """What the bits of a run depend on: `describe_cpu`, the device and the number of processes.
+
+    Stored with every checkpoint and compared when the run resumes.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {**describe_cpu(), "device": name, "processes": distributed.world_size()}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """As text: "threads 2, before 1; torch 2.13.0, before 2.12.1"; "" if nothing that was recorded differs."""
+    return "; ".join(
+        f"{name} {now.get(name)}, before {value}" for name, value in before.items() if now.get(name) != value
+    )
+
+
 def _machine_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a checkpoint was computed on; older ones say nothing of it."""
+    """The machine that a checkpoint was computed on; empty for older checkpoints, which do not record it."""
     if "machine" not in checkpoint.state:
         return {}
     return entry(checkpoint.state, "machine", dict, file=checkpoint.path / "state.json")
 
 
 def _agreed_best(state: TrainState, directory: Path) -> tuple[int, float] | None:
-    """Make best.json and the state agree: a crash may have come between the two, or the best be damaged.
+    """Make best.json agree with the state: the two may differ after a crash, and the best checkpoint may be damaged.
 
-    A moment that was saved before it was evaluated is the best by best.json alone.
+    If a step was saved before it was evaluated, only best.json knows that it is the best.
     """
-    kept = {path.name for path in list_checkpoints(directory)}
+    existing = {path.name for path in list_checkpoints(directory)}
     marked = _marked_best(directory)
-    if marked and marked[0] == state.best_step:  # it may have been scored anew since: the state says how its own was
+    if marked and marked[0] == state.best_step:  # the step may have been evaluated again since
         marked = state.best
-    known = [best for best in (state.best, marked) if best and step_name(best[0]) in kept]
+    known = [best for best in (state.best, marked) if best and step_name(best[0]) in existing]
     best = min((best for best in known if best[0] <= state.step), key=lambda best: best[1], default=None)
     if best is None:
         (directory / "best.json").unlink(missing_ok=True)
@@ -306,7 +329,7 @@ def _agreed_best(state: TrainState, directory: Path) -> tuple[int, float] | None
 
 
 def _marked_best(directory: Path) -> tuple[int, float] | None:
-    """What best.json says, None where it says nothing of use."""
+    """Step and loss in best.json; None if it is missing or damaged."""
     file = directory / "best.json"
     try:
         marked = read_json(file, inside=directory) if file.exists() else {}

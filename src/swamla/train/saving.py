@@ -1,11 +1,12 @@
-"""When a run is saved, and what happens when a save fails."""
+"""How a run is saved: one checkpoint, what becomes of it, and the mark of the best. When, is decided in loop.py."""
 
 import math
+from typing import NoReturn
 
 from swamla import distributed
 from swamla.checkpoint import Saved, latest_checkpoint, step_name, whole_checkpoint
 from swamla.errors import FailedElsewhere, SwamlaError
-from swamla.train.changes import measure
+from swamla.train.changes import scoring_of
 from swamla.train.precision import autocast
 from swamla.train.run import Evaluate, Run
 
@@ -16,20 +17,11 @@ class Diverged(SwamlaError):
     exit_status = 1
 
 
-def save_if_due(run: Run) -> bool:
-    """By the number of steps; never amid skipped steps, so that the last checkpoint of a run that ends is good.
-
-    Returns whether it was due.
-    """
-    interval, state = run.settings.save_interval, run.state
-    due = interval is not None and state.step % interval == 0 and state.skipped_in_a_row == 0
-    if due:
-        save(run)
-    return due
-
-
 def save(run: Run, best_loss: float | None = None) -> None:
-    """Save this moment, which is the best if it has a `best_loss`, unless that is done already."""
+    """Save the current state, unless its step is saved already. best_loss: marks the step as the best so far.
+
+    Weights that are not finite are never saved: they end the run.
+    """
     state = run.state
     if run.saved_step == state.step:
         if best_loss is not None:
@@ -37,7 +29,7 @@ def save(run: Run, best_loss: float | None = None) -> None:
             finish_saves(run)
         return
     if not state.weights_are_finite():
-        give_up(run, f"the weights after step {state.step} are not finite, so they are not saved")
+        raise_diverged(run, f"the weights after step {state.step} are not finite, so they are not saved")
     run.watch.begin(f"the save after step {state.step}")
     state.seconds = run.seconds()
     run.records.sync()
@@ -46,26 +38,8 @@ def save(run: Run, best_loss: float | None = None) -> None:
     finish_saves(run)
 
 
-def save_last(run: Run) -> None:
-    """Save the end of the run, and wait. A failure is raised whatever `on_save_error` says: the work would be lost."""
-    save(run)
-    finish_saves(run, wait=True)
-    if run.unsaved is not None:
-        raise run.unsaved
-
-
-def save_before(run: Run, error: Exception | None) -> None:
-    """Save before `error` ends the run, and note that in it; None where the error is another rank's."""
-    run.watch.end()
-    if run.state.step:
-        save_last(run)
-    if error is not None and run.state.step:
-        again = f"mend it, and go on with --resume {run.folder}"
-        error.add_note(f"all is saved after step {run.state.step}: {again}")
-
-
 def finish_saves(run: Run, *, wait: bool = False) -> None:
-    """Handle finished saves, with `wait` all of them. A failed one ends the run if `on_save_error` says so."""
+    """Handle finished saves; `wait` waits for all of them. With `on_save_error = "stop"` raises a save's error."""
     for saved in run.saver.saved(wait=wait):
         _note(run, saved)
         if run.unsaved is not None and run.settings.on_save_error == "stop":
@@ -73,7 +47,7 @@ def finish_saves(run: Run, *, wait: bool = False) -> None:
 
 
 def _note(run: Run, saved: Saved) -> None:
-    """Note a finished save. One that failed is never the best, and is tried again."""
+    """Push a new best to the hub. A failed save is reported, is not the best, and leaves its step to be saved again."""
     state, run.unsaved = run.state, saved.error
     if saved.error is None:
         if saved.best:
@@ -87,8 +61,8 @@ def _note(run: Run, saved: Saved) -> None:
         state.best_step, state.best_loss = run.saver.best or (None, None)
 
 
-def give_up(run: Run, reason: str) -> None:
-    """Stop a run that diverged, naming the checkpoint to resume from."""
+def raise_diverged(run: Run, reason: str) -> NoReturn:
+    """End a run that diverged: raise `Diverged`, which names the checkpoint to resume from."""
     for saved in run.saver.saved(wait=True):
         _note(run, saved)
     good = latest_checkpoint(run.checkpoints)
@@ -98,39 +72,42 @@ def give_up(run: Run, reason: str) -> None:
     raise FailedElsewhere(reason, Diverged.exit_status)
 
 
-def score_best_again(run: Run) -> None:
-    """Score the best checkpoint again where evaluations now read other text than when it was found."""
+def rescore_best(run: Run) -> None:
+    """Evaluate the best checkpoint again if a resumed run evaluates on other text than when it was found.
+
+    Otherwise new losses would be compared with one of another text.
+    """
     if run.evaluate is None:
         return
-    state, now = run.state, measure(run.settings)
+    state, now = run.state, scoring_of(run.settings)
     best, before, state.scored_by = state.best, state.scored_by, now
     if best is None or before == now:
         return
     step, loss = best
-    found = _score(run, step, run.evaluate)
+    found = _evaluate_checkpoint(run, step, run.evaluate)
     changed = ", ".join(f"{name} {before.get(name)} → {value}" for name, value in now.items())
-    said = f"the best so far, of step {step}, scored anew ({changed}): {loss:.4f} → {found['loss']:.4f}"
+    message = f"evaluated the best checkpoint, step {step}, again ({changed}): {loss:.4f} → {found['loss']:.4f}"
     if math.isfinite(found["loss"]):
         state.best_loss = found["loss"]
         run.records.write(state.step, {"best_step": step} | {f"best_held_out_{k}": v for k, v in found.items()})
         run.saver.mark(step, found["loss"])
         finish_saves(run, wait=True)
     else:
-        said += ", so the best is sought anew"
+        message += ", so the next evaluation sets a new best"
         state.best_step = state.best_loss = run.saver.best = None
         distributed.on_main(lambda: (run.checkpoints / "best.json").unlink(missing_ok=True))
-    run.say(said)
-    run.saved_step = None  # what it was scored by is part of the state, also of a run that has no step left
+    run.say(message)
+    run.saved_step = None  # `scored_by` is part of the state, so it is saved even if no step is left
 
 
-def _score(run: Run, step: int, evaluate: Evaluate) -> dict[str, float]:
+def _evaluate_checkpoint(run: Run, step: int, evaluate: Evaluate) -> dict[str, float]:
     """Evaluate the weights of a checkpoint; the loss is NaN for a damaged one."""
     state = run.state
     run.watch.begin(f"the evaluation of step {step}")
     checkpoint = distributed.on_main(lambda: whole_checkpoint(run.checkpoints / step_name(step)))
     if checkpoint is None:
         return {"loss": math.nan}
-    with state.judged_at(checkpoint), autocast(state.precision, state.device):
+    with state.weights_of(checkpoint), autocast(state.precision, state.device):
         found = evaluate(state.model)
         state.strategy.reshard()
     return found

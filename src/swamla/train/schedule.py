@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of how far the run is, so that a run that is bounded by time anneals as well."""
+"""The learning rate as a pure function of a run's progress, so that a run that is bounded by time anneals too."""
 
 import math
 from collections.abc import Callable
@@ -7,20 +7,20 @@ from typing import Literal
 
 ScheduleName = Literal["cosine", "linear", "wsd", "constant"]
 
-# The first steps of a warm-up learn something, however long it is.
+# Lowest factor in a warm-up, so that the first steps of a long one learn something.
 WARMUP_FLOOR = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Warm-up to the peak learning rate, then one of four shapes over what is left of the run, as a factor of the peak.
+    """The learning rate as a factor of its peak: a linear warm-up, then one of four shapes over the rest of the run.
 
-    Each step has the factor of its end: of S steps with W of warm-up, the n-th (from 1) has n / W up to the peak, and
-    `WARMUP_FLOOR` at least; the W-th has the peak exactly (the first where there is no warm-up), the S-th the floor.
+    A step has the factor of the progress at its end. Of S steps with W of warm-up, step n (from 1) has n / W, at least
+    `WARMUP_FLOOR`; step W has exactly 1 (step 1 without warm-up), and step S has `floor`.
 
-    warmup: below 1 a fraction of the run, from 1 on a number of steps. In a run that is bounded by time the fraction
-        which these are is taken from the pace so far; in one of a known number of steps that is exact.
-    decay: "wsd" only: the last fraction of the run, over which the rate falls linearly (arXiv 2404.06395).
+    warmup: below 1 a fraction of the run, from 1 on a number of steps. If the run is bounded by time, the progress at
+        the end of these steps is estimated from the pace so far.
+    decay: for "wsd", the last fraction of the run, over which the rate falls linearly (arXiv 2404.06395).
     floor: the factor at the end ("constant" stays at 1).
     """
 
@@ -30,7 +30,7 @@ class Schedule:
     floor: float
 
     def factor(self, progress: float, step: int) -> float:
-        """The factor for step `step` (from 0) of a run that will be `progress` (0 … 1) of the way through after it."""
+        """The factor of step `step` (from 0), after which the run's progress will be `progress` (0 … 1)."""
         return self._warmup_factor(progress, step) * self._shape(min(progress, 1.0), self._start(progress, step))
 
     def _warmup_factor(self, progress: float, step: int) -> float:
@@ -40,7 +40,7 @@ class Schedule:
         return min(1.0, max(WARMUP_FLOOR, ramp))
 
     def _start(self, progress: float, step: int) -> float:
-        """The progress at the end of the warm-up, or of the first step; `progress` is that at the end of `step`."""
+        """The progress at the end of the warm-up, at least one step's; `progress` is that at the end of `step`."""
         one_step = progress / (step + 1)
         return max(self.warmup, one_step) if self.warmup < 1 else self.warmup * one_step
 
@@ -63,7 +63,7 @@ class Budget:
     seconds: float | None
 
     def progress(self, step: float, seconds: float) -> float:
-        """How far a run is after `step` steps and `seconds` of time: 0 … 1, and beyond when it overran."""
+        """Progress after `step` steps and `seconds` of training: 0 … 1, and above 1 past the end."""
         by_step = step / self.steps if self.steps else 0.0
         by_time = seconds / self.seconds if self.seconds else 0.0
         return max(by_step, by_time)

@@ -1,4 +1,4 @@
-"""Asking a run to stop: the step is finished and saved first, unless Ctrl-C comes twice."""
+"""Stop requests by signal: the run finishes its step and saves before it ends, unless Ctrl-C comes twice."""
 
 import os
 import signal
@@ -12,15 +12,15 @@ from swamla.distributed import launched
 
 FORWARDED = 2.0  # seconds in which torchrun passes on the Ctrl-C that the terminal already sent to every process
 
-_HEEDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
-_EXIT_STATUS = {signal.SIGINT: 130, signal.SIGPIPE: 141}  # of all others that of a run that was preempted
+_HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+_EXIT_STATUS = {signal.SIGINT: 130, signal.SIGPIPE: 141}  # 75, preempted, for all others
 
 
 class StopRequest:
-    """While entered, SIGTERM, SIGUSR1 (Slurm's warning), SIGHUP and Ctrl-C are noted instead of ending the process.
+    """Context in which SIGTERM, SIGUSR1 (Slurm's warning), SIGHUP and Ctrl-C request a stop of the run.
 
-    A second Ctrl-C raises `KeyboardInterrupt` at once. What the process was started to ignore, as SIGHUP under nohup,
-    stays ignored. Outside the main thread, where Python allows no handlers, the process's own stay in place.
+    A second Ctrl-C raises `KeyboardInterrupt` at once. A signal that the process ignores from its start, as SIGHUP
+    under nohup, stays ignored. Outside the main thread, where Python allows no handlers, nothing is changed.
     """
 
     def __init__(self) -> None:
@@ -30,17 +30,17 @@ class StopRequest:
 
     @property
     def exit_status(self) -> int:
-        """What the program exits with once it has saved: 75 when preempted, 130 after Ctrl-C, 141 when unread."""
+        """Exit status after saving: 75 if preempted, 130 after Ctrl-C, 141 after the output was closed."""
         return _EXIT_STATUS.get(self.received, 75) if self.received else 0
 
     def unread(self) -> None:
-        """Nobody takes what the run says any more, as in `swamla train | head -5`: a reason to save and end, too."""
+        """Request a stop because the output was closed, as by `swamla train | head -5`."""
         self.received = self.received or signal.SIGPIPE
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            heeded = [number for number in _HEEDED if signal.getsignal(number) is not signal.SIG_IGN]
-            self._previous = {number: signal.signal(number, self._note) for number in heeded}
+            handled = [number for number in _HANDLED if signal.getsignal(number) is not signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._note) for number in handled}
         return self
 
     def __exit__(
@@ -60,11 +60,11 @@ class StopRequest:
 
 
 def drop_dead_terminal() -> None:
-    """Send output nowhere that went to a terminal which is gone: writing to it would fail, and the save with it."""
+    """Redirect output from a closed terminal to /dev/null, because writing to it would fail, also during the save."""
     for output in (1, 2):
         try:
             gone = stat.S_ISCHR(os.fstat(output).st_mode) and not os.isatty(output)
-        except OSError:  # it is closed
+        except OSError:  # closed already
             continue
         if gone:
             nowhere = os.open(os.devnull, os.O_WRONLY)

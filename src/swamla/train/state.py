@@ -1,11 +1,11 @@
-"""The training state: everything that a run needs to go on as if it had never stopped."""
+"""The training state: all that a resumed run needs to continue to the bit."""
 
 import random
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ from swamla.train.ema import WeightAverage
 from swamla.train.optim import NamedOptimizer
 from swamla.train.parallel.strategy import Strategy
 from swamla.train.precision import Chosen
-from swamla.train.spikes import UsualLoss
+
+MEMORY = 100  # steps that the running mean of losses averages over, older ones with decaying weights
+ENOUGH = 20  # losses seen before any counts as a spike
 
 COUNTERS = (
     "step",
@@ -35,20 +37,54 @@ COUNTERS = (
 )
 
 
+@dataclass
+class UsualLoss:
+    """Running mean of about the last hundred losses, in nats per token, to detect spikes. count: losses seen."""
+
+    mean: float = 0.0
+    count: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f}"
+
+    def exceeds(self, loss: float, factor: float) -> bool:
+        """True for a loss above `factor` times the mean, once `ENOUGH` losses were seen."""
+        return self.count >= ENOUGH and loss > factor * self.mean
+
+    def note(self, loss: float) -> None:
+        """Add the loss of a step that was no spike."""
+        self.count += 1
+        self.mean += (loss - self.mean) / min(self.count, MEMORY)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON data, which restores the floats to the bit."""
+        return {"mean": self.mean, "count": self.count}
+
+    @classmethod
+    def of(cls, plain: Any) -> Self:
+        """Inverse of `plain`. None, from an older checkpoint, gives a new mean."""
+        match plain:
+            case None:
+                return cls()
+            case {"mean": float(mean), "count": int(count)}:
+                return cls(mean, count)
+        raise CorruptError(f"state.json: damaged: the usual loss is {plain!r}")
+
+
 @dataclass(kw_only=True)
 class TrainState:
     """The state of a training run. A checkpoint holds all of it, and the states of the random generators.
 
-    backends: what computes each op on `device`.  paths: the backends that were chosen by measurement, by block.
-    machine: the hardware and versions that compute the run.  notes: other choices, a line each, to be printed.
-    initialized_from: the run or folder whose weights a new run began with.
-    average: the moving average of the weights, if the run keeps one; evaluations score it.
-    step: optimizer steps done, skipped ones included.  sample: index of the next row: the position in the data.
-     tokens: labels learned from.  seconds: time spent, evaluations and saves included.
+    backends: op → the backend that computes it.  paths: block → the backend that was chosen by measurement.
+    machine: hardware and versions, see `describe_machine`.  notes: other choices, a line each, to be printed.
+    initialized_from: the run or folder that a new run took its weights from.
+    average: the moving average of the weights, if the run has one; evaluations score it.
+    step: optimizer steps taken, skipped ones included.  sample: index of the next row, the position in the data.
+    tokens: labels trained on.  seconds: training time, evaluations and saves included.
     skipped, skipped_in_a_row: steps whose gradient was not finite.
     evaluated_at, evaluated_step: `seconds` and `step` at the last evaluation.
-    best_step, best_loss: the lowest held-out loss so far, in nats per token.  scored_by: the settings it was found by.
-    usual: the mean of recent losses, against which spikes are detected.
+    best_step, best_loss: the lowest held-out loss so far, in nats per token.  scored_by: the settings it depends on.
+    usual: the running mean of losses that spikes are detected by.
     """
 
     strategy: Strategy
@@ -77,11 +113,11 @@ class TrainState:
 
     @property
     def model(self) -> LanguageModel:
-        """The model, of which this process may hold a part only."""
+        """The model; its parameters may be sharded."""
         return self.strategy.model
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All tensors of this moment, by the groups of a checkpoint; most are those that training changes next."""
+        """All tensors of the state, by group of a checkpoint. Not copies: the next step changes them."""
         tensors = {
             "model": self.model.state_dict(keep_vars=True),
             "optimizer": self.optimizer.state_tensors(),
@@ -92,7 +128,7 @@ class TrainState:
         return tensors
 
     def plain(self) -> dict[str, Any]:
-        """All that is not tensors, as JSON data."""
+        """The rest of the state, as JSON data."""
         return {name: getattr(self, name) for name in COUNTERS} | {
             "scored_by": self.scored_by,
             "usual_loss": self.usual.plain(),
@@ -105,16 +141,16 @@ class TrainState:
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Become the moment that `checkpoint` holds, the process's random generators included.
+        """Restore everything in `checkpoint`, the process's random generators included.
 
-        Raises `CorruptError` for one that lacks something; warns where other backends computed it.
+        Raises `CorruptError` if anything is missing; warns if other backends computed it.
         """
         file, saved = checkpoint.path / "state.json", checkpoint.state
         if saved.get("weights_only"):
-            raise UsageError(f"{checkpoint.path}: holds weights alone, as converted: there is nothing to resume from")
+            raise UsageError(f"{checkpoint.path}: holds converted weights only: it cannot be resumed")
         missing = {*COUNTERS, "precision", "backends", "parameters_without_optimizer_state"} - saved.keys()
         if missing:
-            raise CorruptError(f"{file}: damaged: says nothing of {', '.join(sorted(missing))}")
+            raise CorruptError(f"{file}: damaged: has no {', '.join(sorted(missing))}")
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         load_into(self.model, checkpoint.tensors("model", like=parameters.get), origin=str(checkpoint.path))
         self.optimizer.load_state_tensors(
@@ -126,17 +162,17 @@ class TrainState:
             self.average.load(checkpoint.tensors("ema", like=parameters.get), origin=str(checkpoint.path))
         for name in COUNTERS:
             setattr(self, name, saved[name])
-        self.usual = UsualLoss.of(saved.get("usual_loss"))  # which older checkpoints lack, as they do the next
+        self.usual = UsualLoss.of(saved.get("usual_loss"))  # older checkpoints lack this, and the next
         self.scored_by = saved.get("scored_by", self.scored_by)
         self.precision = saved["precision"]
         if saved["backends"] != self.backends:
-            warnings.warn(f"computed before by {saved['backends']}, from here on by {self.backends}", stacklevel=2)
+            warnings.warn(f"backends changed: {saved['backends']} before, {self.backends} from here on", stacklevel=2)
         set_generator_states(checkpoint.tensors("rng"))
 
     def go_back(self, checkpoint: Checkpoint) -> int:
-        """Take what was learned from `checkpoint`; steps, rows and time go on. Returns the first row it has not seen.
+        """Restore weights and optimizer from `checkpoint`; steps, rows, time and random generators go on.
 
-        The steps since count as skipped. The random generators go on as well.
+        The steps since the checkpoint count as skipped. Returns the first row that it was not trained on.
         """
         now = {name: getattr(self, name) for name in COUNTERS if name not in ("tokens", "skipped")}
         usual, scored_by, generators = self.usual, self.scored_by, generator_states()
@@ -151,7 +187,7 @@ class TrainState:
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """Step and held-out loss of the best moment so far."""
+        """Step and held-out loss of the best evaluation so far."""
         return None if self.best_step is None or self.best_loss is None else (self.best_step, self.best_loss)
 
     @property
@@ -160,12 +196,12 @@ class TrainState:
         return self.step - self.skipped
 
     def evaluated_weights(self) -> AbstractContextManager[None]:
-        """While entered the model's weights are those to be judged: the averages, where there are any."""
+        """Context in which the model has the weights that evaluations score: the averages, if there are any."""
         return nullcontext() if self.average is None else self.average.in_place()
 
     @contextmanager
-    def judged_at(self, checkpoint: Checkpoint) -> Iterator[None]:
-        """While entered the model's weights are those that were judged at `checkpoint`, and then its own again."""
+    def weights_of(self, checkpoint: Checkpoint) -> Iterator[None]:
+        """Context in which the model has the weights that an evaluation at `checkpoint` scored."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         own = {name: distributed.local(t.detach()).clone() for name, t in self.model.state_dict().items()}
         weights = checkpoint.tensors("model", like=parameters.get)
@@ -180,20 +216,20 @@ class TrainState:
                     distributed.local(tensor).copy_(own[name])
 
     def weights_are_finite(self) -> bool:
-        """False as soon as one weight is infinite or not a number, on any rank."""
+        """False if any weight on any rank is infinite or NaN."""
         finite = all(bool(distributed.local(p).isfinite().all()) for p in self.model.parameters())
         return not distributed.highest(not finite)
 
 
 def seed_generators(seed: int) -> None:
-    """Start torch's, Python's and numpy's global random generators from `seed`."""
+    """Seed the global random generators of torch, Python and numpy."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
 
 
 def generator_states() -> dict[str, Tensor]:
-    """The states of torch's, Python's and numpy's global random generators, as integer tensors."""
+    """The states of the global random generators of torch, Python and numpy, as tensors."""
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     states = {
@@ -209,7 +245,7 @@ def generator_states() -> dict[str, Tensor]:
 
 
 def set_generator_states(states: Mapping[str, Tensor]) -> None:
-    """Put the global random generators where `generator_states` found them; those of absent devices are left out."""
+    """Restore what `generator_states` returned; states of devices that are absent here are ignored."""
     torch.set_rng_state(states["torch"])
     version, *words = states["python"].tolist()
     gauss = states["python_gauss"].item()

@@ -1,4 +1,4 @@
-"""One optimizer step: the algorithm box."""
+"""One optimizer step, as an algorithm box."""
 
 import math
 from dataclasses import dataclass
@@ -20,10 +20,9 @@ from swamla.train.state import TrainState
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a training step found.
+    """The result of a training step, over the batch of all ranks.
 
-    All of it is over the whole batch, of every rank. loss: nats per token.  tokens: labels that carried loss.
-    statistics: of the FFNs, summed.
+    loss: nats per token.  tokens: labels that carry loss.  statistics: those of the FFNs, summed.
     """
 
     loss: float
@@ -33,16 +32,16 @@ class StepResult:
 
     @property
     def finite(self) -> bool:
-        """False when the step had to be skipped."""
+        """False if the step was skipped: its loss or gradient norm is infinite or NaN."""
         return math.isfinite(self.grad_norm) and math.isfinite(self.loss)
 
 
 def training_step(
     state: TrainState, batch: Batch, config: TrainConfig, lr: float, n_labels: int | None = None
 ) -> StepResult:
-    """One optimizer step on `batch`: the mean over all its labels, however they fall on the micro-batches.
+    """One optimizer step on the mean loss over all labels of all ranks, however micro-batches divide them.
 
-    batch: this rank's rows; the mean is over those of all ranks.  n_labels: of all of them, where that is known.
+    batch: this rank's rows.  n_labels: the labels of all ranks, if they are known already.
     A step whose loss or gradient is not finite changes no weight.
     """
     model, strategy, ranks = state.model.train(), state.strategy, distributed.world_size()
@@ -60,14 +59,14 @@ def training_step(
                 tokens_BT, labels_BT = (rows.to(state.device, non_blocking=True) for rows in (tokens_BT, labels_BT))
                 total, found = strategy.loss(tokens_BT, labels_BT, seq)
             extra = sum(value for name, value in found.items() if name.startswith("loss/"))
-            ((total + extra) / n_labels * ranks).backward()  # the ranks' gradients are averaged
+            ((total + extra) / n_labels * ranks).backward()  # times ranks, because gradients are averaged over them
         for name, value in [("nats", total), *found.items()]:
             exact = value.detach().double() if value.is_floating_point() else value.detach()
             sums[name] = sums[name] + exact if name in sums else exact
         fault("accumulation" if number < config.accumulation else "step", state.step + 1)
 
     statistics = distributed.all_reduce_sum(sums)
-    # The one wait for the device: whether the step is skipped is decided here, before any weight or state is touched.
+    # The only wait for the device. The step is skipped, if need be, before any weight or state is changed.
     nats, norm = torch.stack([statistics.pop("nats").double(), strategy.gradient_norm().double()]).tolist()
     result = StepResult(loss=nats / n_labels, grad_norm=norm, tokens=n_labels, statistics=statistics)
     if result.finite:

@@ -1,4 +1,4 @@
-"""How fast the machine could compute, and how much memory the run took."""
+"""The peak FLOP/s of a device, and the peak memory of a run."""
 
 import resource
 import sys
@@ -11,7 +11,7 @@ import torch
 
 from swamla.ops.linear import linear
 
-# Dense bf16 products with fp32 sums, from data sheets, by a part of the device's name; the first that fits.
+# Dense bf16 matmul with fp32 accumulation, from data sheets; the first key that is part of the device's name.
 _BF16_TFLOPS = {
     "GB200": 2500.0,
     "B200": 2250.0,
@@ -31,20 +31,20 @@ _BF16_TFLOPS = {
     "3090": 71.0,
 }
 _SIZE = {"cpu": 1024, "cuda": 8192}  # of the square matrices multiplied
-_ROUNDS = 3  # at least
+_ROUNDS = 3  # fewest
 _clock = time.perf_counter
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """The most a device computes: flops a second, and where the figure is from."""
+    """Peak FLOP/s of a device, and where the figure comes from."""
 
     flops: float
     name: str
 
 
 def peak_of(device: torch.device, precision: str) -> Peak:
-    """The device's dense bf16 peak where it is known, else what a matrix product reaches here and now."""
+    """The device's dense bf16 peak from its data sheet, else the rate of a large matrix product measured here."""
     if device.type == "cuda":
         full_name = torch.cuda.get_device_name(device)
         for part, tflops in _BF16_TFLOPS.items():
@@ -58,17 +58,17 @@ def peak_of(device: torch.device, precision: str) -> Peak:
 
 @lru_cache
 def _measured_once(device: torch.device, dtype: torch.dtype, threads: int) -> float:
-    """`threads` only tells results apart."""
+    """`threads` is only a key of the cache."""
     return matmul_flops(device, dtype, seconds=0.05)
 
 
 @torch.no_grad()
 def matmul_flops(device: torch.device, dtype: torch.dtype, *, seconds: float, size: int | None = None) -> float:
-    """Operations a second of a large matrix product: the most that anything here is compared with.
+    """FLOP/s of a large matrix product, the peak that other rates are compared with.
 
-    The best of several rounds, and of the CPU's two matmul libraries: what disturbs a round only slows it.
-    The numbers are random, because a GPU multiplies constant ones faster than any that a model has, and drawn by a
-    generator of their own, as the run's must not move. seconds: that it takes, about. size: of the square matrices.
+    The best of several rounds and of the CPU's two matmul libraries, because disturbances only slow a round down.
+    The numbers are random, because a GPU multiplies constants faster; they have their own generator, so that the run's
+    is unchanged. seconds: about how long to measure. size: of the square matrices.
     """
     size, generator = size or _SIZE[device.type], torch.Generator(device).manual_seed(0)
     a = torch.randn(size, size, generator=generator, device=device).to(dtype)
@@ -88,7 +88,7 @@ def _seconds_of(multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], 
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that tensors on a CUDA device took at most so far; on a CPU those that the process did."""
+    """Peak bytes so far: of tensors on a CUDA device; of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -30,7 +30,7 @@ def resolve_backend(backend: str, device: torch.device | str, *, windowed: bool 
     of the two that is faster on most CPUs: "sdpa" for causal attention in fp32 with equal key and value widths, else
     "tiles". "auto" is "torch" on a CPU. On CUDA it is "cudnn" for causal attention and "flex" for windowed attention
     ("sdpa" for fp32 keys that are too wide for flex). Training on a CPU measures both and takes the faster one
-    (`swamla.train.paths`). Raises UsageError for an unknown name and MissingBackendError for "cudnn" or "flex" without
+    (`swamla.train.backends`). Raises UsageError for an unknown name, MissingBackendError for "cudnn" or "flex" without
     CUDA (FlexAttention has a backward pass on CUDA only).
     """
     backends = WINDOWED_BACKENDS if windowed else BACKENDS

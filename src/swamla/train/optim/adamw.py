@@ -1,4 +1,4 @@
-"""AdamW (arXiv 1711.05101): torch's fused implementation, or ours with moments in fewer bits."""
+"""AdamW (arXiv 1711.05101): torch's fused implementation, or our own with moments in fewer bits."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -27,11 +27,11 @@ from swamla.train.precision import Chosen
 @register
 @dataclass(frozen=True, kw_only=True)
 class AdamWConfig(OptimizerConfig):
-    """AdamW. With bf16 moments the original project called it FP8AdamW, though nothing in it was FP8.
+    """AdamW. The original project called it FP8AdamW with bf16 moments, though nothing in it was FP8.
 
     betas: decay of the gradient's first and second moment.
     eps: added to the root of the second moment.
-    moments: "fp32" takes 8 bytes a parameter; "bf16" with stochastic rounding 4; "8bit" with torchao's map about 2.
+    moments: "fp32", 8 bytes per parameter; "bf16" with stochastic rounding, 4; "8bit" with torchao's map, about 2.
     """
 
     kind: ClassVar[str] = "adamw"
@@ -64,13 +64,13 @@ class AdamWConfig(OptimizerConfig):
 
 
 def check_betas(betas: tuple[float, float], example: str) -> None:
-    """Raise `ConfigError` unless moments with these betas decay."""
+    """Raise `ConfigError` unless every beta is at least 0 and below 1."""
     allowed = f"must each be at least 0 and below 1, e.g. {example}"
     require(all(0 <= beta < 1 for beta in betas), "betas", betas, allowed)
 
 
 def check_adam(betas: tuple[float, float], eps: float) -> None:
-    """Raise `ConfigError` unless the moments decay and the division is safe."""
+    """Raise `ConfigError` unless the betas are valid and `eps` is positive."""
     check_betas(betas, "0.9, 0.95")
     require(eps > 0, "eps", eps, "must be > 0, e.g. 1e-8")
 
@@ -78,12 +78,12 @@ def check_adam(betas: tuple[float, float], eps: float) -> None:
 def fused_adamw(
     parameters: NamedParameters, lr: float, weight_decay: float, betas: tuple[float, float], eps: float
 ) -> torch.optim.Optimizer:
-    """torch's fused AdamW with decay on matrices only; the fused kernels of CPU and CUDA are bit-deterministic."""
+    """torch's fused AdamW, with decay on matrices only; its kernels for CPU and CUDA are bit-deterministic."""
     return torch.optim.AdamW(decay_groups(parameters, weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
 
 
 class AdamW(Elementwise):
-    """AdamW with moments in any format: arithmetic is fp32, only the stored moments are rounded."""
+    """AdamW with moments in any format: the arithmetic is fp32, only stored moments are rounded."""
 
     SIGNED: ClassVar[dict[str, bool]] = {"exp_avg": True, "exp_avg_sq": False}
     COUNTS: ClassVar[bool] = True

@@ -18,7 +18,7 @@ CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 @dataclass(frozen=True)
 class Chunk:
-    """A flat slice of a parameter, its gradients and moments. updates: of the parameter so far, with this one."""
+    """A flat slice of a parameter, its gradients and moments. updates: of the parameter, this one included."""
 
     weights: Tensor
     gradients: Tensor
@@ -43,7 +43,7 @@ def coarser_moments(config: Any, moments: Moments) -> Iterator[tuple[str, Any]]:
 class Elementwise(torch.optim.Optimizer):
     """Base class: creates the state, counts updates, and passes lists of chunks to `update`."""
 
-    SIGNED: ClassVar[dict[str, bool]]  # the moments, and whether they can be negative
+    SIGNED: ClassVar[dict[str, bool]]  # moment → whether it can be negative
     COUNTS: ClassVar[bool]  # whether the algorithm needs the number of updates
 
     def __init__(self, groups: list[dict[str, Any]], moments: Moments, defaults: dict[str, Any]) -> None:
@@ -79,8 +79,8 @@ class Elementwise(torch.optim.Optimizer):
     def _count(self, params: list[Tensor]) -> dict[Tensor, float]:
         """Create missing state, count this update, seed the noise; returns how often each parameter was updated.
 
-        The seed depends on the counts alone. So a resumed run draws the same noise as an uninterrupted one, and so do
-        all replicas, independent of other random numbers.
+        The seed depends only on the counts, so resumed runs and all replicas draw the same noise, whatever other random
+        numbers they draw.
         """
         for p in params:
             if not self.state[p]:
@@ -109,7 +109,7 @@ class Elementwise(torch.optim.Optimizer):
 
 
 def grouped(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
-    """Lists of chunks that together are at most one chunk long: a GPU updates a list with one fused kernel."""
+    """Groups of small chunks, each at most `CHUNK` numbers in all: a GPU updates a group with one fused kernel."""
     together: list[Chunk] = []
     for chunk in chunks:
         if together and sum(len(p.weights) for p in [*together, chunk]) > CHUNK[chunk.weights.device.type]:

@@ -1,4 +1,4 @@
-"""Lion (arXiv 2302.06675): the sign of an interpolated momentum; one moment, every weight moves by the same amount."""
+"""Lion (arXiv 2302.06675): updates by the sign of an interpolated momentum, so all weights move equally far."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,12 +19,11 @@ from swamla.train.precision import Chosen
 @register
 @dataclass(frozen=True, kw_only=True)
 class LionConfig(OptimizerConfig):
-    """Lion. It needs a learning rate 3 to 10 times lower than AdamW's, and weight decay higher by that factor (section
-    5).
+    """Lion. Needs 3 to 10 times AdamW's weight decay, at a learning rate lower by the same factor (section 5).
 
-    With a bf16 moment the original project called it FP8Lion, though nothing in it was FP8.
+    The original project called it FP8Lion with a bf16 moment, though nothing in it was FP8.
     betas: weight of the moment in the update, and the moment's decay.
-    moments: "fp32" takes 4 bytes a parameter; "bf16" with stochastic rounding 2; "8bit" with torchao's map about 1.
+    moments: "fp32", 4 bytes per parameter; "bf16" with stochastic rounding, 2; "8bit" with torchao's map, about 1.
     """
 
     kind: ClassVar[str] = "lion"
@@ -51,7 +50,7 @@ class LionConfig(OptimizerConfig):
 
 
 class Lion(Elementwise):
-    """Lion with a moment in any format: arithmetic is fp32, only the stored moment is rounded."""
+    """Lion with a moment in any format: the arithmetic is fp32, only the stored moment is rounded."""
 
     SIGNED: ClassVar[dict[str, bool]] = {"exp_avg": True}
     COUNTS: ClassVar[bool] = False

@@ -20,7 +20,7 @@ class Moment(Protocol):
     """A moment in its storage format."""
 
     def read(self) -> Tensor:
-        """Its value in fp32, to be changed in place and written back."""
+        """The value in fp32, to be changed in place and written back."""
 
     def write(self, value: Tensor) -> None:
         """Store a value from `read`; the value may be overwritten."""
@@ -30,7 +30,7 @@ class Moment(Protocol):
 
 
 def moment_specs(name: str, shape: Shape, moments: Moments) -> dict[str, StateTensor]:
-    """The tensors that store one moment. As in torchao, 8 bits are for tensors of whole blocks that are not small."""
+    """The tensors that store one moment. As in torchao, 8 bits need whole blocks and at least 4096 numbers."""
     numbers = math.prod(shape)
     if moments == "8bit" and numbers >= 4096 and numbers % BLOCK == 0:
         return {f"{name}.codes": StateTensor(shape, torch.uint8), f"{name}.scale": StateTensor((numbers // BLOCK,))}
@@ -47,7 +47,7 @@ def moment_in(state: dict[str, Tensor], name: str, *, signed: bool, noise: torch
 
 @dataclass(frozen=True)
 class Fp32:
-    """Stored in fp32."""
+    """A moment in fp32."""
 
     tensor: Tensor
 
@@ -63,7 +63,7 @@ class Fp32:
 
 @dataclass(frozen=True)
 class Bf16:
-    """Rounded up or down at random with the value as the mean, so that small increments are not lost."""
+    """A moment in bf16, rounded stochastically so that small increments are not lost."""
 
     tensor: Tensor
     noise: torch.Generator
@@ -79,7 +79,7 @@ class Bf16:
 
 
 def round_stochastically_(value: Tensor, noise: torch.Generator) -> Tensor:
-    """Round each fp32 number to one of its two bf16 neighbours, in place, so that the mean is the number itself.
+    """Stochastic rounding, in place: each fp32 number becomes one of its two bf16 neighbours, unbiased.
 
     Infinities stay infinite.
     """
@@ -93,7 +93,7 @@ def round_stochastically_(value: Tensor, noise: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class EightBit:
-    """Blocks of 256 numbers: a code into a fixed map times the block's largest magnitude (arXiv 2110.02861)."""
+    """A moment in 8 bits: codes into a fixed map, scaled by the largest magnitude of 256 numbers (arXiv 2110.02861)."""
 
     codes: Tensor
     scale: Tensor
@@ -125,12 +125,12 @@ def _maps(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
 @cache
 def require_torchao() -> Any:
     """torchao's 8-bit tensor. Raises `MissingBackendError`, with the command that installs it."""
-    level = logging.root.manager.disable
+    disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # importing it warns about GPU kernels that are not used here
     try:
         from torchao.optim.subclass_8bit import OptimState8bit
     except ImportError as error:
         raise MissingBackendError("moments = 8bit needs torchao: pip install 'swamla[fp8]'") from error
     finally:
-        logging.disable(level)
+        logging.disable(disabled)
     return OptimState8bit

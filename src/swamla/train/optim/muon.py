@@ -1,4 +1,4 @@
-"""Muon (Keller Jordan, 2024; arXiv 2502.16982): orthogonalised momentum, with matrices of equal shapes stacked."""
+"""Muon (Keller Jordan, 2024; arXiv 2502.16982): orthogonalised momentum; matrices of equal shapes are stacked."""
 
 import math
 from collections import defaultdict
@@ -28,7 +28,7 @@ from swamla.train.precision import Chosen
 # The quintic x -> ax + bx³ + cx⁵ with the largest slope at 0; singular values end between 0.7 and 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NOT_HIDDEN = EMBEDDINGS | {"head.weight"}
-STACK = 1 << 26  # numbers orthogonalised at a time: bounds the memory of a step, and is enough for any GPU
+STACK = 1 << 26  # numbers orthogonalised at a time: bounds the memory of a step, and fills any GPU
 
 
 @register
@@ -86,7 +86,7 @@ def is_hidden(parameter: ParameterSpec) -> bool:
 
 @dataclass(frozen=True)
 class Matrices:
-    """A matrix, or some of a parameter's stack of matrices, with gradients and momentum."""
+    """A matrix, or several matrices of a stacked parameter, with gradients and momentum."""
 
     weights: Tensor
     gradients: Tensor
@@ -94,7 +94,7 @@ class Matrices:
 
 
 Orthogonalised = Callable[[list[Tensor]], Iterable[tuple[int, Tensor]]]
-"""Orthogonalises updates; returns (index, orthogonalised update) in any order."""
+"""Orthogonalises updates; yields (index, orthogonalised update) in any order."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -111,7 +111,7 @@ class Muon(torch.optim.Optimizer):
         dtype: torch.dtype = torch.float32,
         wholes: Mapping[nn.Parameter, nn.Parameter] | None = None,
     ) -> None:
-        """dtype: of Newton–Schulz, whose result need not be precise.
+        """dtype: of Newton–Schulz, which tolerates low precision.
 
         wholes: local shard → full parameter, for sharded parameters.
         """
@@ -138,7 +138,7 @@ class Muon(torch.optim.Optimizer):
     def _update(
         self, matrices: list[Matrices], wholes: Sequence[Tensor], group: dict[str, Any], orthogonalised: Orthogonalised
     ) -> None:
-        """The algorithm box for all of `matrices` at once; `wholes` are the full matrices of these shards."""
+        """Update all `matrices` at once. wholes: the full matrices of these shards."""
         weights, gradients, buffers = ([getattr(m, name) for m in matrices] for name in Matrices.__dataclass_fields__)
         momentum, lr = group["momentum"], group["lr"]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
@@ -157,7 +157,7 @@ class Muon(torch.optim.Optimizer):
         return orthogonalise_distributed(updates, wholes, orthogonalised, self._dtype)
 
     def _matrices(self, p: Tensor) -> Iterator[Matrices]:
-        """The whole parameter, or a few experts at a time of a very large one."""
+        """The whole parameter, or a few experts at a time if it is very large."""
         whole = self._matrix(p)
         if p.ndim == 2:
             yield whole
@@ -178,7 +178,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def in_stacks(matrices: Sequence[Tensor], iterations: int, dtype: torch.dtype) -> list[Tensor]:
-    """`orthogonalise` matrices of any shapes, those with the same sides as one stack."""
+    """`orthogonalise` matrices of any shapes; those with equal sides are stacked."""
     found: dict[int, list[Tensor]] = defaultdict(list)
     places: dict[int, int] = {}
     pieces = []
@@ -206,7 +206,7 @@ def stacks(matrices: Iterable[Matrices]) -> Iterator[list[Matrices]]:
 
 
 def orthogonalise_all(equal: Sequence[Tensor], iterations: int, dtype: torch.dtype) -> list[Tensor]:
-    """`orthogonalise` matrices (A, B), (B, A) and stacks of either, all at once, in `dtype`."""
+    """`orthogonalise` matrices (A, B) and (B, A), and stacks of them, in one batch, in `dtype`."""
     stacked = [m if m.ndim == 3 else m[None] for m in equal]
     stacked = [m if is_wide(m) else m.mT for m in stacked]
     joined = torch.cat(stacked)
@@ -216,12 +216,12 @@ def orthogonalise_all(equal: Sequence[Tensor], iterations: int, dtype: torch.dty
 
 
 def is_wide(matrix: Tensor) -> bool:
-    """True where no matrix has more rows than columns."""
+    """True if the matrices have no more rows than columns."""
     return matrix.shape[-2] <= matrix.shape[-1]
 
 
 def orthogonalise(stack_NAB: Tensor, iterations: int) -> Tensor:
-    """Push the singular values of N matrices (A <= B) towards 1, by Newton–Schulz in the stack's own dtype."""
+    """Move the singular values of N matrices (A <= B) towards 1, by Newton–Schulz in the stack's dtype."""
     a, b, c = COEFFICIENTS
     x_NAB = stack_NAB / torch.linalg.matrix_norm(stack_NAB, keepdim=True).clamp(min=1e-7)
     for _ in range(iterations):

@@ -1,4 +1,4 @@
-"""Several torch optimizers as one, with state named by parameter so that it can be stored as safetensors."""
+"""The optimizer of a run: torch optimizers used as one, with state by parameter name, to be stored as safetensors."""
 
 import math
 from abc import abstractmethod
@@ -40,10 +40,10 @@ class StateTensor:
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A parameter and what an optimizer updates of it.
+    """A parameter of the model, and the shard of it that this rank updates.
 
-    parameter: the model's, of full shape.  local: this rank's shard as a plain parameter that shares its memory; the
-    parameter itself if it is not sharded.  vectors: whether it is a set of vectors, see `MixerConfig.vectors`.
+    parameter: of full shape.  local: this rank's shard, a plain parameter that shares its memory; `parameter` itself if
+    it is not sharded.  vectors: whether it is a set of vectors, see `MixerConfig.vectors`.
     """
 
     name: str
@@ -58,11 +58,11 @@ class Trained:
 
     @property
     def spec(self) -> ParameterSpec:
-        """What can be known of it before it exists."""
+        """Name, shape and whether it is a set of vectors, which the config determines too."""
         return ParameterSpec(self.name, self.shape, self.vectors)
 
     def attach(self) -> None:
-        """Point `local` to the current weights and gradient."""
+        """Make `local` refer to the current weights and gradient."""
         if self.local is not self.parameter:
             gradient = self.parameter.grad
             self.local.data = distributed.local(self.parameter.detach())
@@ -99,12 +99,12 @@ class OptimizerConfig(Registered, home="swamla.train.optim"):
         return iter(())
 
     def state_bytes(self, parameters: Iterable[ParameterSpec]) -> int:
-        """Bytes of the state of these parameters, each tensor's 4-byte step counter included."""
+        """Bytes of the state of these parameters, the 4-byte step counters included."""
         return sum(state.nbytes for parameter in parameters for state in self.state_specs(parameter).values())
 
 
 def named_parameters(model: nn.Module) -> NamedParameters:
-    """The trainable parameters of a model, each once."""
+    """The trainable parameters of a model; tied ones appear once."""
     vectors = vectors_of(model)
     return [Trained(name, p, _local(p), name in vectors) for name, p in model.named_parameters() if p.requires_grad]
 
@@ -114,9 +114,9 @@ def _local(p: nn.Parameter) -> nn.Parameter:
 
 
 def decays(name: str, shape: Sequence[int]) -> bool:
-    """True if weight decay applies: for matrices, stacks of matrices and the filters of convolutions.
+    """True if weight decay applies: to matrices, stacks of matrices and convolution filters.
 
-    Not for embeddings, a tied head included, nor for vectors: gains, biases, A_log and dt_bias.
+    It applies neither to embeddings, tied heads included, nor to vectors: gains, biases, A_log and dt_bias.
     """
     return len(shape) >= 2 and name not in EMBEDDINGS
 
@@ -161,12 +161,12 @@ class NamedOptimizer:
             trained.parameter.grad = trained.local.grad = None
 
     def stateless(self) -> list[str]:
-        """Names of the parameters that have not been updated yet, and so have no state."""
+        """Names of the parameters without state, because they have never been updated."""
         stateless = (p for p in self._trained if not any(p in optimizer.state for optimizer in self.optimizers))
         return sorted(self._trained[p].name for p in stateless)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The state as `parameter name/state name` -> tensor, sharded as its parameter is."""
+        """`parameter name/state name` -> tensor, sharded like its parameter."""
         found = {}
         for optimizer in self.optimizers:
             for p, state in optimizer.state.items():
@@ -179,9 +179,9 @@ class NamedOptimizer:
         return found
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor], *, stateless: Sequence[str], origin: str) -> None:
-        """Load state from `state_tensors`, sharded or full; every rank keeps its shard.
+        """Load what `state_tensors` returned, sharded or full; every rank keeps its shard.
 
-        Raises `CorruptError` if the state of a parameter that is not `stateless` is missing or does not fit.
+        Raises `CorruptError` if the state of a parameter is missing or does not fit, unless it is `stateless`.
         """
         by_name: dict[str, dict[str, Tensor]] = {}
         for full_name, tensor in tensors.items():

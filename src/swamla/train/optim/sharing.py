@@ -1,4 +1,4 @@
-"""Distributed orthogonalisation: each rank takes a share of the matrices; all ranks get their shards of the results."""
+"""Distributed orthogonalisation: each rank does a share of the matrices; every rank gets its shards of the results."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class ShardGroups:
 
     @classmethod
     def of(cls, parameter: Tensor) -> "ShardGroups":
-        """The groups of this parameter; in a run all have the same, except experts under expert parallelism."""
+        """The groups of this parameter; all parameters of a run have the same, except experts in expert parallelism."""
         if not distributed.sharded(parameter):
             return cls(torch.distributed.group.WORLD, None)
         mesh = parameter.device_mesh  # type: ignore[attr-defined]
@@ -37,8 +37,8 @@ def orthogonalise_distributed(
 ) -> Iterator[tuple[int, Tensor]]:
     """(index, this rank's shard of the orthogonalised matrix) for each of `updates`, in any order.
 
-    updates: this rank's shards.  wholes: their full parameters; stacks of experts are sharded between experts, so that
-    a shard consists of whole matrices.  dtype: of the results of `orthogonalise`.
+    updates: this rank's shards.  wholes: their full parameters; a stack of experts is sharded into whole matrices.
+    dtype: of the results of `orthogonalise`.
     """
     size = distributed.world_size() * ROUND
     by_mesh: dict[Any, list[int]] = {}
@@ -64,7 +64,7 @@ def _round(
     orthogonalise: Orthogonalise,
     dtype: torch.dtype,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Distribute `taken` over the replicas, and within each over its shards; then broadcast to the other replicas."""
+    """Distribute `taken` over the replicas, and within each over its shards; then broadcast between the replicas."""
     place, count = _rank_and_size(groups.replicas)
     shares = balanced_shares([(index, _cost(wholes[index])) for index in taken], count)
     found = dict(_in_shards(groups.shards, shares[place], updates, wholes, orthogonalise, dtype))
@@ -86,7 +86,7 @@ def _in_shards(
     orthogonalise: Orthogonalise,
     dtype: torch.dtype,
 ) -> Iterator[tuple[int, Tensor]]:
-    """This rank's shards of the orthogonalised matrices of `share`; one rank gathers each and returns its shards."""
+    """This rank's shards of the orthogonalised `share`; one rank gathers each matrix and returns the shards."""
     place, count = _rank_and_size(group)
     sharded = [index for index in share if count > 1 and wholes[index].ndim == 2]
     here = [index for index in share if index not in set(sharded)]
@@ -113,7 +113,7 @@ def _in_shards(
 
 
 def balanced_shares(costs: Sequence[tuple[int, float]], count: int) -> list[list[int]]:
-    """Assign items to `count` ranks greedily, the costliest first to the least loaded; deterministic on all ranks."""
+    """Greedy assignment of items to `count` ranks: the costliest first, to the least loaded; equal on all ranks."""
     shares: list[list[int]] = [[] for _ in range(count)]
     load = [0.0] * count
     for item, cost in sorted(costs, key=lambda pair: (-pair[1], pair[0])):
@@ -124,12 +124,12 @@ def balanced_shares(costs: Sequence[tuple[int, float]], count: int) -> list[list
 
 
 def _cost(matrices: Tensor) -> float:
-    """Proportional to the operations of Newton–Schulz."""
+    """Proportional to the FLOPs of Newton–Schulz."""
     return matrices.numel() * min(matrices.shape[-2:])
 
 
 def _rows(total: int, count: int) -> list[int]:
-    """Rows of a matrix per shard: equal numbers, the last shards fewer or none."""
+    """Rows of a matrix per shard: equally many, but the last shards may have fewer or none."""
     most = -(-total // count)
     return [max(0, min(most, total - place * most)) for place in range(count)]
 
@@ -143,7 +143,7 @@ def _rank_and_size(group: Any) -> tuple[int, int]:
 def _all_to_all(
     tensors: list[list[Tensor]], shapes: Sequence[Sequence[tuple[int, ...]]], group: Any, like: Tensor | None = None
 ) -> list[list[Tensor]]:
-    """Send the r-th list to rank r; returns tensors of the r-th list of shapes from rank r."""
+    """Send the r-th list of tensors to rank r; receive tensors of the r-th list of shapes from rank r."""
     flat = [t.reshape(-1) for each in tensors for t in each]
     joined = torch.cat(flat) if flat else like
     assert joined is not None

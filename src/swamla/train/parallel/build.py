@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,28 +12,21 @@ from swamla import distributed
 from swamla.errors import MissingBackendError, require
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.ops.layout import Layout
+from swamla.train.config import TrainConfig
 from swamla.train.parallel.strategy import DDPStrategy, ExpertParallel, Found, FSDPStrategy, Strategy
-
-Asked = Literal["auto", "ddp", "fsdp", "hsdp"]
 
 
 def build_model(
-    config: LanguageModelConfig,
-    *,
-    parallel: Asked,
-    shards: int | None,
-    seed: int,
-    device: torch.device,
-    prepare: Callable[[LanguageModel], None],
-    expert_parallel: int = 1,
+    config: LanguageModelConfig, train: TrainConfig, device: torch.device, prepare: Callable[[LanguageModel], None]
 ) -> Strategy:
-    """The model with the initial weights of `seed`, distributed over all ranks; on one process a plain model.
+    """The model with the initial weights of `train.seed`, distributed over all ranks; on one process a plain model.
 
-    prepare: called with the model before it is distributed; it may replace modules, but no parameters. Shards are
-    filled block by block, so that no rank ever has more than one block's full parameters. Raises `ConfigError` if
-    `shards` does not divide the ranks, or `expert_parallel` the ranks or the experts.
+    train: says how (`parallel`, `shards`, `expert_parallel`).  prepare: called with the model before it is
+    distributed; it may replace modules, but no parameters. Shards are filled block by block, so that no rank ever has
+    more than one block's full parameters. Raises `ConfigError` if `shards` does not divide the ranks, or
+    `expert_parallel` the ranks or the experts.
     """
-    ranks = distributed.world_size()
+    ranks, seed, expert_parallel = distributed.world_size(), train.seed, train.expert_parallel
     _require_device(device)
     fits = ranks % expert_parallel == 0
     require(fits, "train.expert_parallel", expert_parallel, f"must divide the number of processes, here {ranks}")
@@ -41,7 +34,7 @@ def build_model(
         model = config.build(seed).to(device)
         prepare(model)
         return Strategy(model)
-    if parallel in ("auto", "ddp"):
+    if train.parallel in ("auto", "ddp"):
         model = config.skeleton()
         prepare(model)
         experts = _fill(model, seed, device, expert_parallel)
@@ -61,7 +54,7 @@ def build_model(
         return DDPStrategy(model, wrapped, experts=experts)
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    mesh, model = _mesh(parallel, shards, device), config.skeleton()
+    mesh, model = _mesh(train, device), config.skeleton()
     prepare(model)
     experts = _fill(
         model,
@@ -96,8 +89,8 @@ def _fill(
 ) -> ExpertParallel | None:
     """Initialise a skeleton block by block, and shard each block as soon as it is initialised.
 
-    shard: called with every block and then with the model, and with the expert parameters in it that are sharded
-    already; these are returned.
+    shard: called with every block, then with the model, each time with the expert parameters in it, which are sharded
+    already. Returns these, None without expert parallelism.
     """
     mesh = _expert_mesh(expert_parallel, device) if expert_parallel > 1 else None
     owned: list[nn.Parameter] = []
@@ -137,26 +130,21 @@ def _expert_mesh(owners: int, device: torch.device) -> Any:
     return init_device_mesh(device.type, shape, mesh_dim_names=("expert_replicas", "expert_ranks"))
 
 
-def _mesh(parallel: Asked, shards: int | None, device: torch.device) -> Any:
+def _mesh(train: TrainConfig, device: torch.device) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
     ranks = distributed.world_size()
-    if parallel == "fsdp":
+    if train.parallel == "fsdp":
         return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shards",))
-    per_replica = shards or _on_this_node(ranks)
-    require(ranks % per_replica == 0, "train.shards", shards, f"must divide the {ranks} processes")
+    per_replica = train.shards or int(os.environ.get("LOCAL_WORLD_SIZE", ranks))  # a machine communicates fastest
+    require(ranks % per_replica == 0, "train.shards", train.shards, f"must divide the {ranks} processes")
     return init_device_mesh(device.type, (ranks // per_replica, per_replica), mesh_dim_names=("replicas", "shards"))
-
-
-def _on_this_node(ranks: int) -> int:
-    """How many processes torchrun started on one machine, within which communication is fastest."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
 
 
 def _require_device(device: torch.device) -> None:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if distributed.world_size() > 1 and device.type == "cuda" and local >= torch.cuda.device_count():
         raise MissingBackendError(
-            f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}, so start as many "
+            f"process {local} of this machine has no GPU: it has {torch.cuda.device_count()}; start that many "
             "processes (--nproc_per_node), or use device = cpu"
         )

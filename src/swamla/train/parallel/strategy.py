@@ -1,7 +1,7 @@
 """Data-parallel strategies: one process, replicas of the model (DDP), or shards of it (FSDP2, HSDP).
 
-In each, rank r trains on the r-th contiguous slice of a step's rows, and all ranks agree on the numbers that decisions
-depend on: the count of labels, the gradient norm, the routers' load. Weights are fp32 and matrix products run in
+In each, rank r trains on the r-th contiguous slice of a step's rows. All ranks have the same label count, gradient norm
+and router load, so that they decide alike. Weights are fp32 and matrix products run in
 autocast's dtype; gathers and reductions are fp32 too, so that a strategy changes only the order of sums.
 """
 
@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from swamla import distributed
 from swamla.model.language_model import LanguageModel
 from swamla.ops.layout import Layout
 
+Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
 Found = tuple[Tensor, dict[str, Tensor]]
 
 
@@ -37,9 +38,10 @@ class ExpertParallel:
         return f"; the experts of a layer over {self.mesh.size(1)} of them (expert parallelism)"
 
     def average_gradients(self) -> None:
-        """Average gradients over all ranks, as DDP and FSDP do for the other parameters.
+        """Average the experts' gradients over all ranks, as DDP and FSDP do for the other parameters.
 
-        Each replica has the sum over its own ranks' rows."""
+        Before this, each replica has the sum over its own ranks' rows.
+        """
         for p in self.parameters:
             if p.grad is not None:
                 gradient = distributed.local(p.grad)
@@ -69,14 +71,14 @@ class Strategy:
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """Context of a micro-batch's passes: gradients are reduced in the last one of a step only."""
+        """Context of a micro-batch's forward and backward pass; gradients are reduced in the last one of a step."""
         with self.gradient_sync(last):
             yield
         if last and self.experts is not None:
             self.experts.average_gradients()
 
     def gradient_sync(self, last: bool) -> AbstractContextManager[object]:
-        """Context in which the backward pass reduces gradients, except those of experts, if it is the `last`."""
+        """Context of a backward pass that, if `last`, reduces gradients over the ranks, except those of experts."""
         return nullcontext()
 
     def gradients(self) -> list[Tensor]:
@@ -97,7 +99,7 @@ class Strategy:
         return torch.stack(squares).sum().sqrt().float()
 
     def reshard(self) -> None:
-        """Free gathered parameters after forward passes without a backward pass; an update would make them stale."""
+        """Free parameters gathered by forward passes without a backward pass, which an update would make stale."""
 
 
 @dataclass(frozen=True)

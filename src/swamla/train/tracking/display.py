@@ -39,11 +39,11 @@ def _epoch(values: Mapping[str, float]) -> str:
 
 
 class PlainLines:
-    """A line for the first step, for every `interval`-th and for the last, for pipes and log files."""
+    """A line for the first step, every `interval`-th and the last; for pipes and log files."""
 
     def __init__(self, console: Console, interval: int) -> None:
         self._console, self._interval = console, interval
-        self._pending = ""  # the newest step's line, until it is printed
+        self._pending = ""  # the line of the newest step if it was not printed
 
     def update(self, progress: float, seconds: float, values: Mapping[str, float]) -> None:
         """Print the step's line if it is due."""
@@ -70,7 +70,7 @@ class PlainLines:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._say_step()  # the last step of a run that ended by time or was stopped
+        self._say_step()  # the last step, if the run ended by time or was stopped
 
 
 class ProgressBar:
@@ -117,7 +117,7 @@ class ProgressBar:
 
 
 class Silence:
-    """The display of ranks other than the main one: nothing."""
+    """The display of ranks other than the main one, which shows nothing."""
 
     def update(self, progress: float, seconds: float, values: Mapping[str, float]) -> None:
         """Nothing."""
@@ -135,7 +135,7 @@ class Silence:
 
 
 class WhileRead:
-    """A display that goes silent once its output is closed, and then calls `unread`."""
+    """A display that calls `unread` once its output is closed, and shows nothing more."""
 
     def __init__(self, display: Display, unread: Callable[[], None]) -> None:
         self._display, self._unread, self._closed = display, unread, False
@@ -154,7 +154,7 @@ class WhileRead:
         try:
             work()
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):  # a closed pipe, a terminal that has gone
+            if error.errno not in (errno.EPIPE, errno.EIO):  # a closed pipe or terminal
                 raise
             self._closed = True
             self._unread()

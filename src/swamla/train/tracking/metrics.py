@@ -12,27 +12,30 @@ from swamla.files import write_text_atomically
 
 
 class Metrics:
-    """An append-only file of JSON records, one a line, each with the step it belongs to."""
+    """Appends JSON records to a file, one a line, each with the step it belongs to."""
 
-    def __init__(self, file: Path, *, resume_after: int | None = None) -> None:
-        """Open `file`; of an existing file only records up to step `resume_after` are kept."""
-        if file.exists():
-            kept = [r for r in read_metrics(file) if resume_after is not None and r["step"] <= resume_after]
-            write_text_atomically(file, "".join(json.dumps(r) + "\n" for r in kept))
+    def __init__(self, file: Path) -> None:
         self._stream = file.open("a", encoding="utf-8", buffering=1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append a record; numbers that are not finite, which JSON lacks, become null."""
+        """Append a record; infinities and NaN, which JSON lacks, become null."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._stream.write(json.dumps({"step": step, **clean}) + "\n")
 
     def sync(self) -> None:
-        """Make all records survive a power cut."""
+        """Flush all records to the disk."""
         os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         """Close the file."""
         self._stream.close()
+
+
+def drop_records_after(file: Path, step: int) -> None:
+    """Remove the records after `step`, if the file exists. Raises as `read_metrics` does."""
+    if file.exists():
+        kept = [record for record in read_metrics(file) if record["step"] <= step]
+        write_text_atomically(file, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -1,9 +1,10 @@
-"""Reports of a training step: metrics.jsonl, the console, and warnings about routers."""
+"""Reports of a training step: metrics.jsonl, the console, completed epochs, and warnings about routers."""
+
+from collections.abc import Iterator, Mapping
 
 from swamla import distributed
 from swamla.model.accounting import TrainingFlops
 from swamla.train.config import RunConfig
-from swamla.train.epochs import Epochs
 from swamla.train.router_health import RouterHealth
 from swamla.train.state import TrainState
 from swamla.train.step import StepResult
@@ -12,8 +13,34 @@ from swamla.train.tracking.trackers import Records
 from swamla.train.utilisation import peak_memory, peak_of
 
 
+class Epochs:
+    """Counts passes over each source; reports the first ten, then every tenth up to 100, every hundredth up to 1000 …
+
+    lengths: labels in one pass over each source; empty if the sizes are unknown.
+    """
+
+    def __init__(self, lengths: Mapping[str, int]) -> None:
+        self.lengths = dict(lengths)
+
+    def seen(self, tokens: int) -> float | None:
+        """Passes over the source with the most passes, after `tokens` labels; None if the sizes are unknown."""
+        return max((tokens / length for length in self.lengths.values()), default=None)
+
+    def describe(self, tokens: int) -> str:
+        """The number of passes in `tokens` labels, as text; empty if the sizes are unknown."""
+        seen = ", ".join(f"{tokens / length:.2f} epochs of {source}" for source, length in self.lengths.items())
+        return f"{tokens:,} tokens, {seen}" if seen else ""
+
+    def completed(self, before: int, now: int) -> Iterator[str]:
+        """A line for each source of which a pass ended between `before` and `now` labels."""
+        for source, length in self.lengths.items():
+            passes = now // length
+            if passes > before // length and passes % 10 ** (len(str(passes)) - 1) == 0:
+                yield f"all of {source} ({length:,} tokens) was seen {passes} time{'s' * (passes > 1)}"
+
+
 class StepLog:
-    """Writes and shows training steps. Speeds exclude evaluations and saves; the console averages about ten steps."""
+    """Records and prints training steps. Speeds exclude evaluations and saves; the console averages about ten steps."""
 
     def __init__(
         self,
@@ -26,7 +53,9 @@ class StepLog:
     ) -> None:
         self.config, self.state, self.metrics, self.display = config, state, metrics, display
         self.bits_per_nat, self.epochs = bits_per_nat, epochs
-        self.peak = distributed.on_main(lambda: peak_of(state.device, state.precision))  # measured, so on one rank
+        self.peak = distributed.on_main(
+            lambda: peak_of(state.device, state.precision)
+        )  # on one rank, because it may be measured
         self.flops = TrainingFlops(config.model)
         self.router_health = RouterHealth()
         self.recent_tokens = self.recent_seconds = 0.0

@@ -40,7 +40,7 @@ def require_trackers(config: TrainConfig) -> None:
 
 
 class Records:
-    """The records of a run, as a context manager. These, of ranks other than the main one, keep nothing."""
+    """The records of a run, as a context manager. This base class, for ranks other than the main one, discards them."""
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append a record."""
@@ -56,15 +56,15 @@ class Records:
 
 
 class _WrittenRecords(Records):
-    """Those of the main rank; leaving them waits a bounded time for trackers."""
+    """The records of the main rank. Leaving the context waits a bounded time for the trackers."""
 
-    def __init__(self, config: TrainConfig, run_dir: Path, *, resume_after: int | None, say: Say) -> None:
-        """resume_after: the step of the checkpoint that a run resumes from; None for a new run."""
+    def __init__(self, config: TrainConfig, run_dir: Path, *, first_step: int, say: Say) -> None:
+        """first_step: the first step that will be recorded."""
         self._say = say
-        self._metrics = Metrics(run_dir / "metrics.jsonl", resume_after=resume_after)
+        self._metrics = Metrics(run_dir / "metrics.jsonl")
         self._tensorboard = self._wandb = None
         if config.tensorboard:
-            self._tensorboard = self._try(lambda: TensorBoard(run_dir / "tensorboard", resume_after=resume_after))
+            self._tensorboard = self._try(lambda: TensorBoard(run_dir / "tensorboard", first_step=first_step))
         if config.wandb_project and os.environ.get("WANDB_MODE") != "disabled":
             self._wandb = WeightsAndBiases(config.wandb_project, config.wandb_run_name, run_dir, say=say)
 
@@ -99,21 +99,21 @@ class _WrittenRecords(Records):
             self._wandb.close(status)
 
 
-def make_records(config: TrainConfig, run_dir: Path, *, resume_after: int | None, say: Say) -> Records:
-    """Records that are written on the main rank, and nowhere else."""
+def make_records(config: TrainConfig, run_dir: Path, *, first_step: int, say: Say) -> Records:
+    """The records of a run: written by the main rank, discarded by the others."""
     if distributed.is_main():
-        return _WrittenRecords(config, run_dir, resume_after=resume_after, say=say)
+        return _WrittenRecords(config, run_dir, first_step=first_step, say=say)
     return Records()
 
 
 class TensorBoard:
     """TensorBoard event files: one scalar for each number of a record."""
 
-    def __init__(self, folder: Path, *, resume_after: int | None) -> None:
-        """TensorBoard hides earlier events after step `resume_after`."""
+    def __init__(self, folder: Path, *, first_step: int) -> None:
+        """first_step: TensorBoard hides events from this step on that an earlier process wrote."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=None if resume_after is None else resume_after + 1)
+        self._writer = SummaryWriter(str(folder), purge_step=first_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> bool:
         """Add a record's numbers."""
@@ -134,7 +134,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A separate process that follows the run's metrics.jsonl and sends it; see `wandb_follower`."""
+    """Starts and ends the process that sends the run's metrics.jsonl to Weights & Biases; see `wandb_follower`."""
 
     def __init__(self, project: str, name: str, run_dir: Path, *, say: Say) -> None:
         self._say, self._run_dir, self._heard = say, run_dir, b""
@@ -153,8 +153,8 @@ class WeightsAndBiases:
         os.set_blocking(self._stdout.fileno(), False)
 
     def listen(self) -> None:
-        """Print the process's messages, without waiting for any."""
-        with contextlib.suppress(BlockingIOError):  # everything was read
+        """Print the messages that the process has written so far."""
+        with contextlib.suppress(BlockingIOError):  # nothing more to read
             while text := os.read(self._stdout.fileno(), 4096):
                 self._heard += text
         *lines, self._heard = self._heard.split(b"\n")
@@ -164,7 +164,7 @@ class WeightsAndBiases:
     def close(self, status: int) -> None:
         """Send the run's exit status and give the process a bounded time to finish."""
         seconds = END_SECONDS if status == 0 else STOP_SECONDS
-        with contextlib.suppress(BrokenPipeError):  # it failed and said so
+        with contextlib.suppress(BrokenPipeError):  # the process failed, and has reported it
             self._stdin.write(f"{status}\n".encode())
             self._stdin.close()
         try:

@@ -1,8 +1,8 @@
 """A separate process that sends a run's metrics.jsonl to Weights & Biases; `trackers` starts it as a script.
 
-It shares only the file and a pipe with training, so nothing that happens here (a hanging server, a slow exit handler, a
-crash) affects training. It follows the file, so nothing is queued or lost: records that could not be sent at once are
-sent later, or are in an offline run for `wandb sync`. It imports nothing from swamla, which would import torch.
+It shares only the file and a pipe with training, so that a hanging server, a slow exit handler or a crash cannot affect
+training. It follows the file, so nothing is queued or lost: records that cannot be sent at once are sent later, or are
+written to an offline run for `wandb sync`. It imports nothing from swamla, which would import torch.
 
 Arguments: the run's folder, project, name ("" for none), run id, the trainer's process id. The trainer writes its exit
 status to stdin when it ends; if it dies, the pipe closes. Each line on stdout is a message to the user.
@@ -75,11 +75,11 @@ class Sender:
         except Exception as error:
             self.wandb.teardown()  # resets the run id
             for path in set(self.folder.glob(f"run-*-{self.run_id}")) - before:
-                shutil.rmtree(path)  # it is empty, and must not be sent in place of the run
+                shutil.rmtree(path)  # empty; `wandb sync` must not send it in place of the run
             return None, _one_line(error)
 
     def start_offline(self) -> Any:
-        """An offline run; it gets the whole history, so the newest of several is complete."""
+        """An offline run. It gets the whole history, so the newest of several offline runs is complete."""
         return self._init("offline")
 
     def _init(self, mode: Literal["online", "offline"], resume: Literal["allow"] | None = None) -> Any:
@@ -96,7 +96,7 @@ class Sender:
 
 
 def follow(sender: Sender, records: Follower, tell: Tell) -> None:
-    """Send records until the trainer ends, then the rest; if the run was offline, try once more to send it."""
+    """Send records until the trainer ends, then the rest. If the run was offline, try to send it once more."""
     began = time.monotonic()
     run, obstacle = sender.start_online()
     online = run is not None
@@ -116,7 +116,7 @@ def follow(sender: Sender, records: Follower, tell: Tell) -> None:
 
 
 def _retry(sender: Sender, records: Follower, status: int, tell: Tell) -> None:
-    """Send the whole run now if the server is reachable; the user knows already that it was not."""
+    """Send the whole run now if the server is reachable; if not, the user has been told before."""
     run, obstacle = sender.start_online()
     if obstacle:
         return
@@ -127,7 +127,7 @@ def _retry(sender: Sender, records: Follower, status: int, tell: Tell) -> None:
 
 
 def _settings(wandb: Any, trainer: int) -> Any:
-    """Quiet, every wait bounded, and nothing collected but the run's records and the machine's load."""
+    """Settings without output, with bounded waits, that collect only the run's records and the machine's load."""
     return wandb.Settings(
         console="off",
         silent=True,
@@ -145,7 +145,7 @@ def _settings(wandb: Any, trainer: int) -> Any:
 
 
 def _obstacle() -> str:
-    """Why a run cannot be online, or "". wandb itself would wait 100 s to find out."""
+    """Why the run cannot be online, "" if it can. wandb itself would wait 100 s to find out."""
     if os.environ.get("WANDB_MODE", "online") in ("offline", "dryrun"):
         return ASKED_OFFLINE
     url = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
@@ -163,7 +163,7 @@ def _obstacle() -> str:
 
 
 def _known_to_netrc(host: str) -> bool:
-    """True after `wandb login`, which stores its key in netrc."""
+    """True if netrc has a key for the host, as after `wandb login`."""
     try:
         return netrc.netrc(os.environ.get("NETRC") or None).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
@@ -171,7 +171,7 @@ def _known_to_netrc(host: str) -> bool:
 
 
 def _log(run: Any, records: Follower, first: int) -> None:
-    """Log new records; a resumed run has the steps before `first` already."""
+    """Log new records from step `first` on; the server has the earlier ones of a resumed run."""
     for record in records.new():
         step = record.pop("step")
         if step >= first:
@@ -198,9 +198,9 @@ def _one_line(error: BaseException) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Follow the run; any failure is reported in one line."""
+    """Follow the run; report any failure in one line."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # meant for the trainer, which then sends its status
+        signal.signal(number, signal.SIG_IGN)  # for the trainer, which then sends its exit status
     pipe = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # keeps wandb's output out of the pipe
 
