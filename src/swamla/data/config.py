@@ -39,18 +39,18 @@ class DataConfig:
     """The data of a run.
 
     source: "stdlib" (this Python's own library), "shakespeare" (downloaded once), "hf:OWNER/NAME" (a dataset on the
-        hub), "mixture", or the path of a text file, of a file of rows, or of a folder of such files; rows are .jsonl,
-        .ndjson, .json, .csv, .tsv or .parquet. All may be compressed (.gz, .zst, .xz, .bz2). "files:PATH" is a path
-        even if it reads like another kind.
+        hub), "mixture", or the path of a text file, of rows, or of a folder of them; rows are .jsonl, .ndjson, .json,
+        .csv, .tsv or .parquet. All may be compressed (.gz, .zst, .xz, .bz2). "files:PATH" is a path even if it reads
+        like another kind.
     text_column: the column of rows that holds the text.
     hub_config: the config of a hub dataset, e.g. CC-MAIN-2024-10; empty for its default.
     hub_split: the split of a hub dataset.
     hub_revision: the commit, branch or tag to read; empty for the newest.
     tokenizer: "byte", "char", "bpe:N" or "bpe-lines:N" (trained here, vocabulary N), "gpt2" or "hub:NAME" (fetched),
         "gpt2:FOLDER" (encoder.json and vocab.bpe), or the path of a tokenizer.json.
-    held_out_fraction: the share of documents never trained on, chosen by a hash of their text; a single document is
-        cut instead, and its last characters are held out. 1 holds out everything, for a test set; the tokenizer must
-        exist already then.
+    held_out_fraction: the share of documents never trained on; they are chosen by a hash of their text. A single
+        document is cut instead, and its last characters are held out. 1 holds out everything, for a test set, which
+        needs a tokenizer that exists already.
     invalid_utf8: whether bytes that are not UTF-8 are an error or replaced by U+FFFD and counted.
     on_bad_row: whether a row (or a text file of a folder) that cannot be used is an error, or skipped and counted.
     stream: tokenize during training, and shuffle this many units (of about 8 MB of text) together; little of the
