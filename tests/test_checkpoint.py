@@ -234,7 +234,7 @@ RUN = {"format_version": 1, "model": {}, "data": {}, "train": {}}
         ({"train": []}, r'"train" is \[\], expected a table'),
         ({"format_version": "2"}, "\"format_version\" is '2', expected a whole number"),
         ({"format_version": None}, '"format_version" is None'),
-        ({"format_version": 0}, "there is no format version 0"),
+        ({"format_version": 0}, "invalid format version 0"),
     ],
 )
 def test_a_damaged_run_config_is_a_corrupt_artefact(tmp_path, change, message):

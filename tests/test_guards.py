@@ -53,7 +53,7 @@ def test_a_tokenizer_of_another_run_is_told(padded, tmp_path):
     small = run(tiny_config(steps=1), tmp_path / "small", tiny_dataset(tmp_path, "char"))
     assert small.model.config.vocab_size < 257
     shutil.copyfile(padded / "tokenizer.json", tmp_path / "small" / "tokenizer.json")
-    with pytest.raises(CorruptError, match=r"tokenizer\.json: has 257 ids, the model \d+: it is another run's"):
+    with pytest.raises(CorruptError, match=r"tokenizer\.json: has 257 ids, the model \d+: it belongs to another run"):
         swamla.load(tmp_path / "small")
 
 

@@ -230,7 +230,7 @@ def test_a_run_is_measured_with_its_own_tokenizer() -> None:
         (["gpt2", "--prompts", "1000"], "--prompts 1000: the model's learned positions leave room for 992"),
         (["tiny.toml", "--out", "found.txt"], "must be the name of a .json file"),
         (["tiny.toml", "--out", "no/found.json"], "there is no folder no"),
-        (["tiny.toml", "--out", "other.json"], "is not a file of such figures"),
+        (["tiny.toml", "--out", "other.json"], "has no results of bench"),
         (["tiny.toml", "--lenghts", "16"], "did you mean --lengths?"),
     ],
 )

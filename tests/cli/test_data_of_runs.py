@@ -154,7 +154,7 @@ def test_a_stream_is_evaluated_without_its_files_and_not_trained_on(
     run(capsys, "train", recipe("recipe.json", stream=2), "--output_dir", "r", "--steps", "3")
     (home / "rows.jsonl").rename("away")
     assert "is gone" in run(capsys, "evaluate", "r")
-    assert "a stream reads its files while it trains" in run(capsys, "train", "--resume", "r", status=2)
+    assert "a stream reads its files during training" in run(capsys, "train", "--resume", "r", status=2)
 
 
 def test_a_resumed_run_names_the_tokenizer_that_it_asked_for_whoever_made_the_data(

@@ -220,7 +220,7 @@ def test_evaluation_keeps_the_runs_tokenizer_when_the_text_changes_and_says_that
     assert done.returncode == 0
     assert json.loads(done.stdout) == before
     assert done.stderr.startswith("swamla: warning: ")
-    assert "text.txt changed (or was copied) since the run began: what was prepared of it in " in done.stderr
+    assert "text.txt changed (or was copied) since the run began: using its prepared tokens in " in done.stderr
     assert done.stderr.count("\n") == 1
     (tmp_path / "text.txt").write_text("☃" + TEXT)
     done = swamla(tmp_path, "evaluate", "run", "--data", "text.txt")

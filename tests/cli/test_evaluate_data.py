@@ -108,12 +108,13 @@ def test_text_that_the_weights_came_from_is_told_too(home: Path, tmp_path: Path,
     assert main(["evaluate", str(tmp_path / "third"), *asked]) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if "trained on" in line]
     assert len(told) == 1
-    assert f"of its 40 documents are among those {home / 'single'}, whose weights the run began with, was" in told[0]
+    assert f"{home / 'single'}, whose weights the run began with, was trained on " in told[0]
+    assert told[0].endswith(" of these 40 documents")
     # What became of those runs since is no reason not to score.
     record = tmp_path / "third" / "initialized_from.json"
     (tmp_path / "second" / "config.json").write_text("{")
     assert main(["evaluate", str(tmp_path / "third"), *asked]) == 0
-    second = f"what {tmp_path / 'second'}, whose weights the run began with, was trained on cannot be told: "
+    second = f"cannot tell what {tmp_path / 'second'}, whose weights the run began with, was trained on: "
     assert second in capsys.readouterr().err
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported" / "config.json").write_text('{"model_type": "gpt2"}')
@@ -130,7 +131,7 @@ def test_a_streams_sample_is_said_to_be_one(home: Path, tmp_path: Path, capsys) 
     capsys.readouterr()
     asked = ["--data", str(home / "rows.jsonl"), "--text_column", "body"]
     assert main(["evaluate", str(tmp_path / "run"), *asked]) == 0
-    assert "the run was trained on, as far as the sample of what it streamed tells" in capsys.readouterr().err
+    assert "of these 40 documents (only a sample of its streamed data was compared)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("run", ["single", "mixed"])
@@ -141,7 +142,7 @@ def test_text_that_was_trained_on_is_told_under_whatever_name_it_comes(home: Pat
     (tmp_path / "other.csv").write_bytes((csv_of(TEXTS + TEST)).encode())
     assert main(["evaluate", str(home / run), "--json", "--data", str(tmp_path / "other.csv")]) == 0
     said = capsys.readouterr()
-    trained = int(re.search(r"(\d+) of its 65 documents are among those the run was trained on", said.err)[1])
+    trained = int(re.search(r"the run was trained on (\d+) of these 65 documents", said.err)[1])
     kept = [length for text, length in zip(TEXTS, lengths, strict=True) if not is_held_out(text, 0.05)]
     assert trained == len(kept)
     assert sum(lengths) - sum(kept) == held_out // (2 if run == "mixed" else 1)  # whose parts are the same rows
@@ -150,7 +151,7 @@ def test_text_that_was_trained_on_is_told_under_whatever_name_it_comes(home: Pat
     windows = "".join(json.dumps({"text": text.replace("\n", "\r\n")}) + "\n" for text in TEXTS)
     (tmp_path / "windows.jsonl").write_text(windows)
     assert main(["evaluate", str(home / run), "--json", "--data", str(tmp_path / "windows.jsonl")]) == 0
-    assert f"{trained} of its 40 documents are among those the run was trained on" in capsys.readouterr().err
+    assert f"the run was trained on {trained} of these 40 documents" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

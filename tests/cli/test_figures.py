@@ -64,5 +64,5 @@ def test_prepare_prints_that_no_byte_is_unaccounted_for(tmp_path: Path, capsys: 
     (tmp_path / "text.txt").write_text("Ein Satz über Äpfel, 苹果.\n" * 400, encoding="utf-8")
     text, cache = str(tmp_path / "text.txt"), str(tmp_path / "cache")
     assert main(["prepare", text, "--tokenizer", "bpe:300", "--cache_dir", cache]) == 0
-    told = "held-out bytes counted less those that the tokens decode to: 0"
+    told = "held-out bytes counted minus bytes of the decoded tokens: 0"
     assert capsys.readouterr().out.splitlines()[-1] == told

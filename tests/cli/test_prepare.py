@@ -53,7 +53,7 @@ def test_parts_say_what_is_left_and_the_last_one_describes_the_dataset(
     assert "cannot assemble yet" in said(capsys, *ask, "--part", "assemble", status=2)
     assert "it had nothing left to do" in said(capsys, *ask, "--part", "1/2")
     last = said(capsys, *ask, "--part", "2/2")
-    for line in ("document length 5 % ", "encoded", "fingerprint", "% of the stretches of documents there are cut"):
+    for line in ("document length 5 % ", "encoded", "fingerprint", "% of their segments are not a whole document"):
         assert line in last, line
     assert "bytes per token" in said(capsys, *ask, "--part", "assemble")
 

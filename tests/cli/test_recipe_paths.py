@@ -1,12 +1,17 @@
 """A recipe's relative paths are relative to it, a flag's to the folder we are in; a run knows where both were."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from swamla.cli import main
+from swamla.cli.run_config import read_recipe
+from swamla.data.reading import Notes
+from swamla.data.sources import open_source
 from swamla.data.tokenizer import ByteTokenizer
+from swamla.errors import DataError
 
 MODEL = """
 [model]
@@ -65,6 +70,19 @@ def test_a_flags_path_is_where_we_are_though_the_recipe_has_one_of_that_name(her
     assert plain["source"] == str(here / "elsewhere/texts/here.txt")
 
 
+def test_files_before_a_path_makes_it_one_whatever_it_is_called(here: Path) -> None:
+    (here / "recipes/run.toml").write_text(DATA["source"].replace("texts/here.txt", "files:stdlib") + MODEL)
+    (here / "recipes/stdlib").write_text("to be or not to be\n" * 60)
+    (here / "elsewhere/stdlib").write_text("another text\n" * 60)
+    assert read_recipe("../recipes/run.toml", {}).data.source == f"files:{here}/recipes/stdlib"
+    given = read_recipe("../recipes/run.toml", {"data": "files:stdlib"}).data
+    assert given.source == f"files:{here}/elsewhere/stdlib"
+    source = open_source(given, here / "cache")
+    assert list(source.documents(Notes())) == ["another text\n" * 60]
+    with pytest.raises(DataError, match=r"data\.source = 'gone\.txt': no such file"):
+        open_source(replace(given, source="files:gone.txt"), here / "cache")
+
+
 @pytest.mark.parametrize("command", [["train"], ["prepare"]])
 @pytest.mark.parametrize("field", ["source", "tokenizer"])
 def test_what_is_here_but_not_beside_the_recipe_is_not_taken_for_it(here, capsys, command, field):
@@ -76,7 +94,7 @@ def test_what_is_here_but_not_beside_the_recipe_is_not_taken_for_it(here, capsys
     line = list(data).index(field) + 2
     assert capsys.readouterr().err == (
         f"swamla: error: data.{field} = 'mine' (../recipes/run.toml:{line}): paths in a recipe are relative to it, and "
-        f"there is no {here}/recipes/mine: write the path as it is from there\n"
+        f"there is no {here}/recipes/mine: write the path relative to the recipe\n"
     )
 
 

@@ -151,7 +151,7 @@ SCRIPTS = {  # an alphabet's sentence, over and over
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_utf_16_without_a_mark_is_told_from_text_in_every_script(tmp_path: Path, script: str, order: str) -> None:
     text = SCRIPTS[script] * 200 + "\n"
-    with pytest.raises(DataError, match="binary data, no text"):
+    with pytest.raises(DataError, match="binary data, not text"):
         read(written(tmp_path / "a.txt", text.encode(f"utf-16-{order}")))
     assert read(written(tmp_path / "a.txt", text.encode())) == [text]
     assert read(written(tmp_path / "a.txt", (text + "\0" * 3).encode())) == [text + "\0" * 3]
@@ -183,23 +183,23 @@ NOT_TEXT = {
     "an Arrow file": b"ARROW1\0\0",
     "an SQLite database": b"SQLite format 3\0",
     "an RTF document": rb"{\rtf1 text}",
-    "packed more than once": gzip.compress(gzip.compress(b"text")),
-    "binary data, no text": bytes(range(256)) * 10,
+    "compressed more than once": gzip.compress(gzip.compress(b"text")),
+    "binary data, not text": bytes(range(256)) * 10,
     "an image or a program": b"\x89PNG\r\n\x1a\n\0\0",
     "an image or a program, ": b"\x7fELF\x02\x01",
     "data of Python": b"\x93NUMPY\x01\0v\0",
     "data of Python (": b"\x80\x04\x95\0\0",
-    "packed by lz4 or lzma": b"\x04\x22\x4d\x18\0",
-    "packed by lz4 or lzma: ": b"]\0\0\x80\0" + b"\xff" * 8,
+    "compressed by lz4 or lzma": b"\x04\x22\x4d\x18\0",
+    "compressed by lz4 or lzma: ": b"]\0\0\x80\0" + b"\xff" * 8,
     "an Arrow file:": b"\xff\xff\xff\xff\x10\0\0\0",
     **{
-        f"binary data, no text ({encoding} without a byte-order mark? convert it: iconv -f {encoding} ": text.encode(
+        f"binary data, not text ({encoding} without a byte-order mark? convert it: iconv -f {encoding} ": text.encode(
             encoding
         )
         for encoding in ("UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE")
         for text in ["hello world, and more of it"]
     },
-    "binary data, no text (UTF-16LE without": "Добрый день, как дела? Хорошо, а у вас?".encode("utf-16-le"),
+    "binary data, not text (UTF-16LE without": "Добрый день, как дела? Хорошо, а у вас?".encode("utf-16-le"),
 }
 
 
@@ -217,8 +217,8 @@ def test_what_is_no_text_is_refused_if_it_was_named_and_left_out_of_a_folder(
     (tmp_path / "b.txt").write_text("fine")
     notes = Notes()
     assert read(tmp_path, notes) == ["fine"]
-    assert notes.counts == {"files that are no text left out": 1}
-    assert str(path) in notes.places["files that are no text left out"][0]
+    assert notes.counts == {"files that are not text left out": 1}
+    assert str(path) in notes.places["files that are not text left out"][0]
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,9 @@ def test_a_pinned_dataset_needs_the_hub_no_more_once_it_is_prepared(hub: Hub, tm
 def test_parts_need_a_pinned_revision_and_make_the_same_dataset(hub: Hub, tmp_path: Path) -> None:
     whole = prepared(hub, tmp_path)
     refused = prepared(hub, tmp_path, part="1/2", cache_dir=str(tmp_path / "p"))
-    assert refused.startswith("ConfigError data.hub_revision = '': parts begin at different times: pin it; now hf:")
+    assert refused.startswith(
+        "ConfigError data.hub_revision = '': parts start at different times and need one fixed commit; now hf:"
+    )
     assert COMMIT in refused
     for part in ("1/2", "2/2"):
         last = prepared(hub, tmp_path, part=part, hub_revision=COMMIT, cache_dir=str(tmp_path / "p"))

@@ -71,7 +71,7 @@ def test_a_folder_is_read_in_the_order_of_names_without_hidden_and_binary_files(
     (tmp_path / "empty.txt").touch()
     notes = Notes()
     assert read(tmp_path, notes) == ["first", "second\nline", "z", "b"]
-    assert notes.counts == {"files that are no text left out": 1, "empty documents skipped": 1}
+    assert notes.counts == {"files that are not text left out": 1, "empty documents skipped": 1}
 
 
 def test_the_standard_library_comes_without_tests_and_installed_packages() -> None:
@@ -176,7 +176,7 @@ def test_a_source_that_does_not_exist_is_an_error_with_a_suggestion(tmp_path: Pa
 
 
 def test_an_empty_file_and_an_empty_folder_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no files"):
+    with pytest.raises(DataError, match="has no files"):
         read(tmp_path)
     (tmp_path / "a.txt").touch()
     with pytest.raises(DataError, match=r"a\.txt: the file is empty"):

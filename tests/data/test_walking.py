@@ -121,7 +121,7 @@ def test_what_was_taken_and_left_out_is_kept_and_described(tmp_path: Path) -> No
         notes = sorted(value for label, value in rows if label == "note")
         assert [note.partition(":")[0] for note in notes] == [
             "1 files and folders of other splits left out",
-            "1 files that are no text left out",
+            "1 files that are not text left out",
             "1 runs and caches of swamla left out",
             "2 hidden files and folders left out",
         ]
@@ -131,5 +131,5 @@ def test_what_was_taken_and_left_out_is_kept_and_described(tmp_path: Path) -> No
 
 def test_a_folder_of_which_nothing_is_taken_says_why(tmp_path: Path) -> None:
     fill(tmp_path, "config.json", "checkpoints/x")
-    with pytest.raises(DataError, match=rf"holds no files \(1 runs and caches of swamla left out: {tmp_path}\)"):
+    with pytest.raises(DataError, match=rf"has no files \(1 runs and caches of swamla left out: {tmp_path}\)"):
         prepare(DataConfig(source=str(tmp_path), tokenizer="byte"))

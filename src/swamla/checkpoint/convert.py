@@ -1,4 +1,4 @@
-"""Convert a checkpoint to another number of shards, or its weights alone, as a new run folder."""
+"""Convert a checkpoint to a new run folder: with another number of shards, or the weights alone."""
 
 import shutil
 from collections.abc import Mapping
@@ -30,10 +30,10 @@ def convert_checkpoint(
 ) -> Checkpoint:
     """Write a checkpoint of the run `source` as the only one of the new run folder `folder`; returns the original.
 
-    shards: number of files per group, sharded as `fully_shard` does over so many processes; 1 for a single file.
-    weights_only: only the weights that `swamla.load` returns, the averages if there are any; nothing can resume from
-    them. dtype: of the matrices, with weights_only; vectors stay in fp32, since they are small and routers' biases and
-    decay rates need the precision. Raises `UsageError` for a folder that is not empty.
+    shards: files per group, sharded as by `fully_shard` on that many processes; 1 for a single file.
+    weights_only: only the weights that `swamla.load` returns, averaged if there are averages; a run cannot resume from
+    them. dtype: of the matrices, with weights_only; vectors stay in fp32: they are small, and routers' biases and decay
+    rates need the precision. Raises `UsageError` for a folder that is not empty.
     """
     if shards < 1:
         raise UsageError(f"--shards {shards}: must be >= 1")
@@ -54,7 +54,7 @@ def convert_checkpoint(
         save_checkpoint(folder / "checkpoints", checkpoint.step, tensors=first, others=others, state=state)
         if checkpoint.step == best_step(checkpoint.path.parent) and state.get("best_loss") is not None:
             mark_best(folder / "checkpoints", checkpoint.step, state["best_loss"])
-        for name in ("tokenizer.json", "metrics.jsonl", "config.json"):  # the last one makes it a run
+        for name in ("tokenizer.json", "metrics.jsonl", "config.json"):  # config.json last: it makes the folder a run
             if (source / name).exists():
                 shutil.copyfile(regular_file(source / name, inside=source), folder / name)
     except BaseException:

@@ -20,7 +20,7 @@ WRITE_ERRORS = (SwamlaError, OSError, SafetensorError)  # failures of the disk, 
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """The result of a save: `error` if it failed, else the checkpoint of `step` is in place. best: it is the best."""
+    """The result of a save. error: None if the checkpoint is complete. best: it has the lowest held-out loss so far."""
 
     step: int
     best: bool
@@ -28,13 +28,13 @@ class Saved:
 
 
 class Saver:
-    """Writes checkpoints, then marks the best, then deletes those that are no longer kept.
+    """Writes checkpoints, marks the best, and prunes old ones.
 
-    background: `save` returns once everything is copied to the CPU's memory, and a thread writes. At most one save runs
-    at a time; the next one waits for it. The memory of the copies is reused, and pinned if they come from a GPU.
-    best: the (step, loss) that is marked already. writers: the processes that save together.
-    interval: also keep the newest checkpoint at a multiple of it, which one saved for another reason does not push out.
-    say: prints the failure of a save whose result was never asked for.
+    background: `save` returns once the state is copied to CPU memory, and a thread writes it. One save runs at a time;
+    the next one waits for it. The memory of the copies is reused, and is pinned for tensors on a GPU.
+    best: the (step, loss) already in best.json. writers: the processes that save together.
+    interval: also keep the newest checkpoint at a multiple of it, however many are saved for other reasons.
+    say: prints the failure of a save whose result was never requested.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Saver:
         writers: WriterGroup = ALONE,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.best = best  # among the checkpoints in place
+        self.best = best  # of the complete checkpoints
         self._directory, self._keep_last, self._background = directory, keep_last, background
         self._interval, self._writers, self._say = interval, writers, say
         self._thread: threading.Thread | None = None
@@ -63,7 +63,7 @@ class Saver:
         state: Mapping[str, Any],
         best_loss: float | None = None,
     ) -> None:
-        """Save the current state, or start to. best_loss: its held-out loss if that is the best so far."""
+        """Save the current state, or start to. best_loss: its held-out loss, if that is the lowest so far."""
         self._wait()
         main = self._writers.rank == 0
         local = {group: local_tensors(named, main=main) for group, named in tensors.items()}
@@ -82,9 +82,9 @@ class Saver:
         self._record(step, lambda: self._mark_and_prune((step, loss)), best=True)
 
     def saved(self, *, wait: bool = False) -> list[Saved]:
-        """Results of finished saves since the last call, in order; wait: finish all saves first.
+        """The results of the saves that finished since the last call, in order. wait: wait for a running save first.
 
-        Raises errors that are bugs rather than failures of the disk.
+        Raises an error that is a bug, not a failure of the disk.
         """
         if self._thread is not None and (wait or not self._writers.any(self._thread.is_alive())):
             self._wait()
@@ -111,7 +111,7 @@ class Saver:
         self._record(step, work, best=best_loss is not None)
 
     def _record(self, step: int, work: Callable[[], None], *, best: bool) -> None:
-        """Run `work` and record its result or error, which would be lost in a thread."""
+        """Run `work` and record its result or error, which a thread would lose."""
         error = None
         try:
             work()
@@ -120,7 +120,7 @@ class Saver:
         self._saved.append(Saved(step=step, best=best, error=error))
 
     def _mark_and_prune(self, best: tuple[int, float] | None) -> None:
-        """Mark the best and prune, once a checkpoint is in place. The main process does it; errors raise on all."""
+        """Mark the best checkpoint and prune, on the main process; errors raise on all processes."""
         kept = best or self.best
 
         def work() -> None:
@@ -140,7 +140,7 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Wait for a running save, but not after Ctrl-C: an unfinished one leaves the others intact."""
+        """Wait for a running save, except after Ctrl-C; an unfinished save leaves older checkpoints intact."""
         if isinstance(error, KeyboardInterrupt):
             return
         self._wait()
@@ -150,7 +150,7 @@ class Saver:
 
 
 class _Copies:
-    """Copies of the saved tensors on the CPU, in memory that is reused."""
+    """Copies of the saved tensors, in reused CPU memory."""
 
     def __init__(self) -> None:
         self._memory: dict[tuple[str, str], Tensor] = {}

@@ -1,11 +1,9 @@
 """Sharded tensors: each process writes its shards, and any number of processes reads them back, resharded.
 
 Files have DCP's safetensors layout (torch.distributed.checkpoint.HuggingFaceStorageWriter with save_distributed, read
-by HuggingFaceStorageReader): one per process and group, with the offset of each shard in the header. We write and read
-them
-ourselves for three reasons: DCP plans by collectives, which a background thread must not issue concurrently with those
-of training; it would keep a second copy in memory of all that it writes; and its reader silently fills missing shards
-with zeros. No file is a pickle.
+by HuggingFaceStorageReader): one per process and group, with the offset of each shard in the header. We do not use DCP
+itself for three reasons. It plans by collectives, which a background thread must not issue concurrently with those of
+training. It keeps a second copy in memory of all that it writes. Its reader silently fills missing shards with zeros.
 """
 
 import json
@@ -26,7 +24,7 @@ from swamla.distributed import as_sharded, local, sharded
 from swamla.errors import CorruptError
 from swamla.tensor_file import read_header, without_aliases
 
-SHARDING = "DCP_SHARDING_INFO"  # DCP's names of the header's entry and of a tensor's offset in it
+SHARDING = "DCP_SHARDING_INFO"  # DCP's names: the entry of the header, and a tensor's offset in it
 OFFSETS = "saved_offsets"
 
 Numbers = tuple[int, ...]
@@ -45,7 +43,7 @@ LocalTensors = Mapping[str, Tensor | Shard]
 
 
 def local_tensors(named: Mapping[str, Tensor], *, main: bool) -> dict[str, Tensor | Shard]:
-    """What this process writes: its shards, of replicas the first only; unsharded tensors if it is the main one."""
+    """What this process writes: its shards, if it has the first replica; on the main process also unsharded tensors."""
     found: dict[str, Tensor | Shard] = {}
     for name, tensor in named.items():
         if not sharded(tensor):
@@ -63,7 +61,7 @@ def _is_first_replica(tensor: Any) -> bool:
 
 
 def shard_name(index: int) -> str:
-    """The file of the process `index` (from 0) in the folder of a group; names sort as processes do."""
+    """The file of process `index` (from 0) in a group's folder; names sort by process."""
     return f"shard-{index + 1:05d}-model-00001-of-00001.safetensors"
 
 
@@ -86,7 +84,7 @@ def _is_surplus(one: Tensor | Shard) -> bool:
 
 @dataclass(frozen=True)
 class _Box:
-    """Where a shard is stored."""
+    """The place of a stored shard."""
 
     file: Path
     offset: Numbers
@@ -94,9 +92,9 @@ class _Box:
 
 
 class ShardReader:
-    """Reads tensors from the files that all processes wrote for a group.
+    """Reads the tensors of a group from the files of all processes.
 
-    Raises `CorruptError` if a file is damaged or the shards of a tensor do not make up the whole.
+    Raises `CorruptError` if a file is damaged, or if the shards of a tensor leave gaps or overlap.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -111,7 +109,7 @@ class ShardReader:
             self._check_whole(name, boxes)
         for alias, name in self.aliases.items():
             if name not in self._boxes:
-                raise CorruptError(f"{files[0].parent}: {alias} is tied to {name}, which is not there")
+                raise CorruptError(f"{files[0].parent}: {alias} is tied to {name}, which is missing")
 
     def _read_header(self, file: Path) -> None:
         header = read_header(file)
@@ -133,11 +131,11 @@ class ShardReader:
             self._boxes.setdefault(name, []).append(_Box(file, offset, size))
 
     def _check_whole(self, name: str, boxes: list[_Box]) -> None:
-        """Every element is stored exactly once: boxes are inside, disjoint, and have as many elements as the whole."""
+        """Check that every element is stored once: boxes are inside, disjoint, and as large together as the tensor."""
         shape, where = self._shapes[name], f"{boxes[0].file.parent}: {name}"
         inside = all(o + s <= n for box in boxes for o, s, n in zip(box.offset, box.size, shape, strict=True))
         filled = sum(prod(box.size) for box in boxes)
-        # In their order a box can only reach into the next if they begin in the same place along all but one side.
+        # A duplicate begins at the offset of another box; other errors change the number of elements.
         again = any(
             a.offset == b.offset for a, b in pairwise(sorted(boxes, key=lambda box: box.offset)) if prod(b.size)
         )
@@ -149,7 +147,7 @@ class ShardReader:
         return self._shapes | {alias: self._shapes[name] for alias, name in self.aliases.items()}
 
     def read(self, name: str, offset: Numbers | None = None, size: Numbers | None = None) -> Tensor:
-        """The tensor on the CPU, or the box of it at `offset` of `size`, put together from the stored shards."""
+        """The tensor on the CPU, or its box at `offset` of `size`, assembled from the stored shards."""
         name = self.aliases.get(name, name)
         boxes = self._boxes[name]
         offset = (0,) * len(self._shapes[name]) if offset is None else tuple(offset)
@@ -171,7 +169,7 @@ class ShardReader:
         return found
 
     def _stored(self, box: _Box, name: str, begin: Numbers, extent: Numbers) -> Tensor:
-        """The stored numbers of a box from `begin` on, of size `extent`; all of it if `extent` is empty."""
+        """A part of a stored box, from `begin` on and of size `extent`; the whole box if `extent` is empty."""
         with _corrupt_if_damaged(box.file):
             if box.file not in self._open:
                 self._open[box.file] = safe_open(box.file, framework="pt")
@@ -202,26 +200,19 @@ Like = Callable[[str], Tensor | None]
 
 
 def read_resharded(reader: ShardReader, like: Like) -> dict[str, Tensor]:
-    """All tensors, each sharded as `like(name)` is, whole if that is None or not sharded.
+    """All tensors, sharded like `like(name)`; whole if that is None or not sharded.
 
-    A tensor of another shape is returned whole, so that the caller can report the mismatch.
+    A tensor of another shape is returned whole, so that the caller can report it.
     """
     found: dict[str, Tensor] = {}
     for name, shape in reader.shapes().items():
         model = like(name)
         if name in reader.aliases and reader.aliases[name] in found:
             continue
-        found[name] = (
-            _reshard(reader, name, model) if model is not None and _matches(model, shape) else reader.read(name)
-        )
+        if model is not None and sharded(model) and tuple(model.shape) == shape:
+            (box,) = model.__create_chunk_list__()  # type: ignore[attr-defined]
+            part = reader.read(name, tuple(box.offsets), tuple(box.sizes))
+            found[name] = as_sharded(part.to(local(model).device), model)
+        else:
+            found[name] = reader.read(name)
     return found | {alias: found[name] for alias, name in reader.aliases.items()}
-
-
-def _matches(model: Tensor, shape: Numbers) -> bool:
-    return sharded(model) and tuple(model.shape) == shape
-
-
-def _reshard(reader: ShardReader, name: str, model: Tensor) -> Tensor:
-    (box,) = model.__create_chunk_list__()  # type: ignore[attr-defined]
-    part = reader.read(name, tuple(box.offsets), tuple(box.sizes))
-    return as_sharded(part.to(local(model).device), model)

@@ -22,13 +22,13 @@ COMMANDS = {
     "generate": "continue prompts with a trained model",
     "evaluate": "held-out loss, perplexity and bits per byte of a trained model",
     "export": "a trained model as a folder that other programs load",
-    "runs": "the runs in a folder: what they are, how far, how good",
-    "checkpoint": "what a run has saved: list it, verify it, convert it",
+    "runs": "the runs in a folder: pattern, progress, losses",
+    "checkpoint": "the checkpoints of a run: list, verify, convert",
     "plot": "curves of several runs in one picture",
     "prepare": "tokenize data ahead of training",
-    "info": "what a model costs, before a weight exists: parameters, FLOPs, state, memory",
-    "bench": "how fast a recipe trains, generates and is fed on this machine (about 2 minutes)",
-    "doctor": "this machine as swamla sees it, and a self-check of about ten seconds",
+    "info": "the costs of a model, from its config alone: parameters, FLOPs, state, memory",
+    "bench": "the speed of training, generation and data loading on this machine (about 2 minutes)",
+    "doctor": "hardware and libraries of this machine, and a self-check of about ten seconds",
 }
 INTERRUPTED = 130
 CLOSED_PIPE = 141  # what a shell reports for a program that SIGPIPE ended

@@ -31,13 +31,13 @@ CTRL_C = 130
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """How fast a recipe is on this machine: training, generation, loader, tokenizer, start-up; and the machine's peak
+    """The speed of a recipe on this machine: training, generation, loader, tokenizer, start-up; and the machine's peak
     rates. Uses random tokens, downloads nothing and starts no run.
 
     recipe: a shipped recipe, a .toml or .json file, or a run's folder; flags change it.
     out: write the figures and the machine to this file; it is complete after every row.
-    minutes: about how long it may take. Measurements that would take longer are named and left out.
-    lengths: train on single rows of these lengths too; or none.
+    minutes: the approximate time limit. Measurements that would exceed it are named and left out.
+    lengths: also train on single rows of these lengths; or none.
     prompts: generate after prompts of these lengths; or none.
     output_dir, run_name, workers: no effect; accepted so that a training's command line can be used as it is.
     """
@@ -151,7 +151,7 @@ def _wanted(recipe: str, arguments: Arguments, given: Mapping[str, Any]) -> Want
     config = replace(config, model=with_vocabulary(config.model, config.data))
     device, positions = resolve_device(config.train.device), config.model.learned_positions
     if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)  # before anything is raced
+        torch.set_num_threads(config.train.threads)  # before backends are timed
     lengths = _numbers("lengths", arguments.lengths, positions, asked="lengths" in given)
     most = positions and positions - NEW + 1
     return Wanted(
@@ -165,7 +165,7 @@ def _wanted(recipe: str, arguments: Arguments, given: Mapping[str, Any]) -> Want
 
 
 def _numbers(flag: str, text: str, most: int, *, asked: bool) -> tuple[int, ...]:
-    """The numbers in a flag; of its defaults those that fit the learned positions (most > 0: there are any)."""
+    """The numbers in a flag. Defaults above `most`, the number of learned positions, are left out; 0 is no limit."""
     if text == "none":
         return ()
     try:
@@ -198,5 +198,5 @@ def _file(out: str) -> Path | None:
         try:
             Results.load(file)
         except (SwamlaError, OSError):
-            raise UsageError(f"--out {out}: exists and is not a file of such figures: choose another file") from None
+            raise UsageError(f"--out {out}: exists and has no results of bench: choose another file") from None
     return file

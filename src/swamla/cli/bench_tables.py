@@ -24,8 +24,8 @@ def _of(key: str, words: Callable[[Any], str]) -> Cell:
 def _step(row: Any) -> str:
     if row["rounds"] == 1:
         return in_seconds(row["median_s"])
-    spread = (row["high_s"] - row["low_s"]) / 2 / row["median_s"]
-    return f"{in_seconds(row['median_s'])} ±{spread:.0%}"
+    deviation = (row["high_s"] - row["low_s"]) / 2 / row["median_s"]
+    return f"{in_seconds(row['median_s'])} ±{deviation:.0%}"
 
 
 def _state(row: Any) -> str:
@@ -84,7 +84,7 @@ def line(table: str, row: Row) -> str:
 
 
 class Screen:
-    """Shows the rows; as a context manager it shows the last table when it is left."""
+    """Shows the rows; on exit of the context it shows the last table."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

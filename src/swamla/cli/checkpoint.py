@@ -65,8 +65,8 @@ class Convert:
     run: the run's folder.
     folder: the new run's folder, missing or empty.
     checkpoint: best, latest, or a step.
-    shards: files per group, as fsdp saves them on so many processes; 1 for a single file.
-    weights_only: only the weights, the averages if there are any; the result cannot be resumed.
+    shards: files per group, as fsdp saves them on that many processes; 1 for a single file.
+    weights_only: only the weights, averaged if there are averages; a run cannot resume from them.
     dtype: of the matrices; other than fp32 only with --weights_only.
     json: print one JSON object.
     """

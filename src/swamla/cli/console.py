@@ -31,11 +31,11 @@ def say(console: rich.console.Console, text: str) -> None:
 
 
 def harmless(text: str) -> str:
-    """Replace control characters: a model may generate any, and the terminal would obey them."""
+    """Replace control characters, which a model may generate and a terminal would execute."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-PLUGINS: list[str] = []  # files of --plugin, repeated in commands that we suggest
+PLUGINS: list[str] = []  # files of --plugin, repeated in suggested commands
 
 
 def program() -> str:

@@ -1,4 +1,4 @@
-"""`swamla doctor`: this machine as swamla sees it, and a self-check of its results."""
+"""`swamla doctor`: hardware, libraries and automatic choices on this machine, and a self-check."""
 
 import json
 import platform
@@ -13,7 +13,7 @@ from swamla.bench.measuring import memory_bytes
 from swamla.cli.console import Console, say
 from swamla.cli.flags import parse
 from swamla.cli.info_tables import short
-from swamla.cli.self_check import Outcome, run_checks, tiny_model
+from swamla.cli.self_check import run_checks, tiny_model
 from swamla.data.config import default_cache_dir
 from swamla.data.sources import Source
 from swamla.data.units import available_cores
@@ -48,7 +48,7 @@ class Arguments:
     Nothing is downloaded. The exit status is 1 if a check fails.
 
     json: print one JSON object.
-    measure: measure again which precision and which attention paths are faster on this machine, e.g. because it was
+    measure: measure again which precision and which attention paths are faster on this machine, e.g. if it was
         busy the last time.
     """
 
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
     for outcome in run_checks(device):
         outcomes.append(outcome)
         if not arguments.json:
-            _show_outcome(console, outcome)
+            say(console, f"{'✓' if outcome.ok else '✗'} {outcome.name:<18}  {outcome.detail}")
     ok = all(outcome.ok for outcome in outcomes)
     if arguments.json:
         print(json.dumps(found | {"checks": [asdict(outcome) for outcome in outcomes], "ok": ok}))
@@ -142,7 +142,7 @@ _FAMILIES = {
 }
 
 
-# Shapes that the doctor measures, besides those that runs have measured: attention of a typical recipe.
+# Attention of a typical recipe, which the doctor measures in addition to the stored measurements of runs.
 _MEASURED = LanguageModelConfig(
     width=384,
     blocks={"mha": BlockConfig(mixer=MHAConfig(n_heads=6)), "swa": BlockConfig(mixer=SWAConfig(n_heads=6))},
@@ -152,7 +152,7 @@ _LENGTHS = (512, 4096)
 
 
 def _paths(device: torch.device) -> list[Choice]:
-    """All stored measurements of paths on this machine, and the usual ones, which are measured if they are missing."""
+    """All stored measurements of backends on this machine; those of `_MEASURED` are made now if missing."""
     found = list(kept_choices().values())
     if (precision := measured_precision(device)) is not None:
         found.append(precision)
@@ -215,7 +215,3 @@ def _available(backends: dict[str, str]) -> str:
     there = ", ".join(name for name, obstacle in backends.items() if not obstacle)
     missing = ", ".join(f"{name} ({obstacle.partition(',')[0]})" for name, obstacle in backends.items() if obstacle)
     return f"{there}; not {missing}" if missing else there
-
-
-def _show_outcome(console: Console, outcome: Outcome) -> None:
-    say(console, f"{'✓' if outcome.ok else '✗'} {outcome.name:<18}  {outcome.detail}")

@@ -1,9 +1,11 @@
-"""`swamla evaluate RUN [--data …]`: how well a model predicts its run's held-out text, or all of another text."""
+"""`swamla evaluate RUN [--data …]`: the loss of a trained model on its run's held-out text, or on other text."""
 
+import hashlib
 import json
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -20,8 +22,9 @@ from swamla.config import from_plain
 from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset
 from swamla.data.reopening import reopen
-from swamla.data.shards import Split, documents_shared
-from swamla.errors import SwamlaError, UsageError
+from swamla.data.shards import Split
+from swamla.data.tokenizer import Tokenizer
+from swamla.errors import DataError, SwamlaError, UsageError
 from swamla.evaluate import bytes_apart
 from swamla.train import RunConfig
 from swamla.train.changes import config_of
@@ -33,19 +36,19 @@ from swamla.train.run_folder import identity_of_run
 _OWN = ("text_column", "hub_config", "split", "hub_revision", "invalid_utf8", "on_bad_row", "cache_dir")
 
 
-# To tell whether a document was trained on up to a cut: how many documents are looked at, by how many first tokens, and
-# how many tokens before the cut may differ.
+# To find a training document that is the beginning of a tested one: the largest number of documents that are searched,
+# the number of first tokens by which they are found, and of last tokens, before the cut, that may differ.
 _FEW, _ALIKE, _AT_THE_CUT = 10_000, 16, 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Loss, perplexity and bits per byte of a trained model on text that it was not trained on.
+    """Loss, perplexity and bits per byte of a trained model on held-out text.
 
     run: the run's folder.
-    data: score all of this data instead of the run's held-out text. Only the run's tokenizer is used then.
-    held_out: of --data score only the part that a run on it would hold out, by the run's held_out_fraction.
-    block_size: length of a row; 0 for that of training.
+    data: score all of this data, with the run's tokenizer, instead of the run's held-out text.
+    held_out: score only the part of --data that a run on it would hold out, by the run's held_out_fraction.
+    block_size: length of a row; 0 for the run's.
     checkpoint: best, latest, or a step.
     json: print one JSON object.
     """
@@ -87,7 +90,7 @@ def main(argv: list[str]) -> int:
         print(f"perplexity    {found['perplexity']:.2f}")
         print(f"bits per byte {found['bits_per_byte']:.4f}")
         print(f"over {found['tokens']:,} tokens, {found['bytes']:,.0f} bytes: {part} of {source}, in {precision}")
-        print(f"bytes counted less those that the tokens decode to: {apart:,}")
+        print(f"bytes counted minus bytes of the decoded tokens: {apart:,}")
     return 0
 
 
@@ -98,7 +101,7 @@ def _own_flags() -> dict[str, Flag]:
 
 
 def _own_data(run: Path, config: RunConfig, checkpoint: Checkpoint) -> Dataset:
-    """The run's own data, with a warning if it has changed since."""
+    """The run's own data; warns if it has changed since training."""
     dataset = data_of_run(run, config.data, Console(stderr=True))
     trained_on = checkpoint.state["data_fingerprint"]
     if dataset.fingerprint != trained_on:
@@ -111,7 +114,7 @@ def _own_data(run: Path, config: RunConfig, checkpoint: Checkpoint) -> Dataset:
 
 
 def _other_data(arguments: Arguments, given: Mapping[str, Any], run: Path, config: RunConfig) -> Dataset:
-    """Another source, with its own flags and the run's tokenizer: all of it, or the part that a run would hold out."""
+    """The dataset of --data, encoded with the run's tokenizer; warns of documents that the model was trained on."""
     fraction = config.data.held_out_fraction if arguments.held_out else 1.0
     data = {"source": arguments.data, "tokenizer": str(run / "tokenizer.json"), "held_out_fraction": fraction}
     plain = {"data": data | {"cache_dir": config.data.cache_dir}}
@@ -123,34 +126,59 @@ def _other_data(arguments: Arguments, given: Mapping[str, Any], run: Path, confi
         who = f"{other}, whose weights the run began with,"
         try:
             _warn_of_trained_text(dataset, config_of(other).data, other, who)
-        except SwamlaError as error:  # it may be damaged, or another run by now
-            warnings.warn(f"what {who} was trained on cannot be told: {error}", stacklevel=2)
+        except SwamlaError as error:  # damaged, or no longer there
+            warnings.warn(f"cannot tell what {who} was trained on: {error}", stacklevel=2)
     return dataset
 
 
 def _warn_of_trained_text(dataset: Dataset, trained_on: DataConfig, run: Path, who: str) -> None:
-    """Warn of documents that `run` was trained on, found by their tokens, or by source if the tokens are gone."""
+    """Warn of documents that `run` was trained on, found by their tokens, or by the source's name without these."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # changes of its raw files do not matter here
+        warnings.simplefilter("ignore")  # changed raw files do not matter here
         known = identity_of_run(run)
         own = None if known is None else reopen(trained_on, known)
     source, total = dataset.source, dataset.held_out.n_documents
-    if own is not None and (shared := documents_shared(dataset.held_out, own.train, dataset.tokenizer)):
-        only = ", as far as the sample of what it streamed tells" if trained_on.stream else ""
-        message = f"{source}: {shared} of its {total} documents are among those {who} was trained on{only}"
+    if own is not None and (shared := _documents_shared(dataset.held_out, own.train, dataset.tokenizer)):
+        only = " (only a sample of its streamed data was compared)" if trained_on.stream else ""
+        message = f"{source}: {who} was trained on {shared} of these {total} documents{only}"
         warnings.warn(message, stacklevel=3)
     elif own is not None and _begins_as_trained(dataset.held_out, own.train):
         warnings.warn(f"{source}: {who} was trained on the beginning of one of its documents", stacklevel=3)
     elif own is None and source in {trained_on.source, *(part.source for part in trained_on.mixture)}:
-        warnings.warn(f"{source} is what {who} was trained on", stacklevel=3)
+        warnings.warn(f"{source}: {who} was trained on it", stacklevel=3)
+
+
+def _documents_shared(tested: Split, trained: Split, tokenizer: Tokenizer) -> int:
+    """How many documents of `tested` are also in `trained`, ignoring line ends; both are encoded with `tokenizer`."""
+    wanted = [_with_other_line_ends(tested.document(index), tokenizer) for index in range(tested.n_documents)]
+    lengths = sorted({len(ids) for alike in wanted for ids in alike})
+    possible = np.flatnonzero(np.isin(trained.lengths, lengths))  # others need not be read
+    known = {_digest(trained.document(int(index))) for index in possible}
+    return sum(any(_digest(ids) in known for ids in alike) for alike in wanted)
+
+
+def _with_other_line_ends(ids: np.ndarray, tokenizer: Tokenizer) -> list[np.ndarray]:
+    """The ids of a document and, if it has several lines, of its text with \\n and with \\r\\n line ends."""
+    text = tokenizer.decode(ids.tolist())
+    unix = text.replace("\r\n", "\n").replace("\r", "\n")
+    others = {unix, unix.replace("\n", "\r\n")} - {text} if "\n" in unix else set()
+    found = [ids]
+    for other in sorted(others):
+        with suppress(DataError):  # a character vocabulary may lack this line end
+            found.append(np.array(tokenizer.encode(other)))
+    return found
+
+
+def _digest(ids: np.ndarray) -> bytes:
+    return hashlib.blake2b(ids.astype(np.uint32).tobytes(), digest_size=16).digest()
 
 
 def _begins_as_trained(tested: Split, trained: Split) -> bool:
-    """Whether the run was trained on the beginning of a tested document: a source's only document is cut in two.
+    """Whether a training document is the beginning of a tested one: the only document of a source is cut in two.
 
-    Where it was cut, the last few tokens may be others than those of the whole.
+    The last few tokens before the cut may differ from those of the whole.
     """
-    if trained.n_documents > _FEW:  # sources of several documents, of which none is cut
+    if trained.n_documents > _FEW:  # then no document was cut
         return False
     begun: dict[bytes, list[int]] = defaultdict(list)
     for index in np.flatnonzero(trained.lengths >= _ALIKE + _AT_THE_CUT):

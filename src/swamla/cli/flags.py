@@ -20,7 +20,7 @@ from swamla.errors import ConfigError, UsageError
 T = TypeVar("T")
 Apply = Callable[[dict[str, Any], Any], None]
 
-# Names in other programs, e.g. the original project, that spelling alone would not match to ours.
+# Names in other programs, e.g. the original project, that are spelled too differently from ours for a suggestion.
 ALSO_CALLED = {
     "source": "data",
     "dataset": "data",

@@ -1,4 +1,4 @@
-"""`swamla generate RUN --prompt TEXT`: continuations, streamed."""
+"""`swamla generate RUN --prompt TEXT`: continue prompts, streaming the text."""
 
 import sys
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Arguments:
     seed: the same seed gives the same text.
     greedy: always take the likeliest token.
     checkpoint: best, latest, or a step.
-    decoding: graph: CUDA graphs; int8: weights rounded to 8 bits, on a CPU, faster but another function.
+    decoding: graph: CUDA graphs; int8: weights rounded to 8 bits, on a CPU, which is faster and changes the results.
     stats: print tokens per second and the size of the state, on stderr.
     """
 

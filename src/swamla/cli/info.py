@@ -1,4 +1,4 @@
-"""`swamla info RECIPE`: a model's layers and costs, before a weight exists."""
+"""`swamla info RECIPE`: a model's layers and costs, from its config alone."""
 
 import json
 from collections.abc import Mapping
@@ -122,7 +122,7 @@ def _costs(model: LanguageModelConfig) -> dict[str, Any]:
 
 
 def _training(config: RunConfig) -> dict[str, Any]:
-    """Memory of a training step as the recipe has it; the activations are an estimate."""
+    """Memory of a training step of the recipe; the activations are an estimate."""
     train = config.train
     precision = resolve_precision(train.precision, resolve_device(train.device), race=False)
     parts = training_bytes(config, Place(precision=precision))

@@ -1,4 +1,4 @@
-"""How `swamla info` looks: what `--json` gives as one object, drawn in at most 80 columns."""
+"""The tables of `swamla info`, at most 80 columns wide."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -55,7 +55,7 @@ def compare(first: dict[str, Any], second: dict[str, Any]) -> None:
 
 
 def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, tuple[float, str]]]:
-    """Label, number and unit of everything that --compare compares."""
+    """Label, number and unit of each row of --compare."""
     parameters = facts["parameters"]
     for name in ("total", "active", "non_embedding"):
         yield f"parameters, {name.replace('_', '-')}", (parameters[name], "")
@@ -76,7 +76,7 @@ def _headline(facts: dict[str, Any]) -> str:
 
 
 def _draw(console: Console, facts: dict[str, Any]) -> None:
-    """The stack as rows of letters, bottom layer first, and what the letters mean."""
+    """Draw the stack as rows of letters, bottom layer first, with a legend."""
     blocks = facts["blocks"]
     ffns = {block["ffn"]["kind"] for block in blocks.values()}
     for start in range(0, len(facts["pattern"]), _CELLS):

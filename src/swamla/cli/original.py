@@ -1,7 +1,7 @@
 """The command line of the original project, for train.py: translates its flags to those of `swamla train`.
 
 Most names are the same. Its MoE flags act on the FFN of the latent-attention blocks, where it had its experts. A flag
-without a counterpart is refused, or accepted with a line that says why it has no effect; none is ignored silently.
+without a counterpart is refused, or accepted with a note that says why it has no effect.
 """
 
 import re
@@ -48,10 +48,10 @@ SWITCHES = {
     "use_moe": ("mla_ffn", "moe"),
     "use_latent_moe": ("mla_ffn", "latent_moe"),
     "no_moe": ("mla_ffn", "dense"),
-    "use_ema": ("ema", 0.9999),  # these two only if neither the recipe nor a flag sets the field
+    "use_ema": ("ema", 0.9999),  # only if neither the recipe nor a flag sets the field; so is the next
     "use_progressive": ("curriculum", "512:500M,1024:2B,2048:inf"),
 }
-# Its optimizers, some named after the format of the moments; weights and gradients are in fp32, as they were there.
+# Its optimizers, some named after the dtype of the moments. Weights and gradients are in fp32, as in the original.
 OPTIMIZERS = {
     "adamw": {"optimizer": "adamw"},
     "lion": {"optimizer": "lion"},
@@ -164,7 +164,7 @@ def translate(argv: Sequence[str]) -> tuple[list[str], list[str], dict[str, str]
         given["workers"] = _whole(said, "num_workers", "4", least=0) or 1
     if first := next((name for name in said if name in OF_RECIPE), ""):
         base = _base(arguments, given, first)
-        if base.has_model:  # else reading the recipe reports the error
+        if base.has_model:  # otherwise resolving the recipe reports the error
             notes += _of_recipe(said, given, base)
     names = dict(EITHER) | RENAMED | {name: ours for name, (ours, _) in SWITCHES.items()}
     meant = {name: names[name] for name in said if name in names and name != "resume_from"}
@@ -208,7 +208,7 @@ def _table() -> dict[str, Flag]:
 
 
 def _base(arguments: Arguments, given: Mapping[str, Any], flag: str) -> Written:
-    """The recipe, or the run's own config, that the command line changes."""
+    """The recipe, or the config of the resumed run, to which the flags apply."""
     if arguments.resume_from_hf:
         raise UsageError(
             f"--{flag}: its meaning depends on the run, which is not here yet; its config.json has the setting"
@@ -286,7 +286,7 @@ def _choose_ffn(said: Mapping[str, Any], given: dict[str, Any], plain: Plain) ->
 
 
 def _train_settings(said: Mapping[str, Any], given: dict[str, Any], plain: Plain) -> None:
-    """Translate flags that swamla expresses in other units."""
+    """Translate flags whose counterparts have other units."""
     train = plain["train"]
     peak = train.get("lr", TrainConfig.lr)
     if "min_lr" in said and isinstance(peak, int | float) and peak > 0:  # else reading it reports the error

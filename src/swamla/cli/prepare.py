@@ -27,12 +27,12 @@ _SECTIONS = {"format_version", "model", "data", "train"}  # of a recipe
 class Arguments:
     """Tokenize data ahead of training, into the cache that training uses.
 
-    data: a recipe, whose data is taken, or a source: stdlib, a file or a folder. --source replaces a recipe's source.
+    data: a recipe, for its data, or a source: stdlib, a file or a folder. --source replaces a recipe's source.
     workers: processes that encode large data, each on one core; 0 for one per core.
     part: i/N: do the i-th of N parts of the work, independently of the others, in one shared --cache_dir; the part
         that finishes last assembles the dataset. "assemble": only that.
     executor: local, slurm or ray: run the parts with this executor of datatrove (pip install 'swamla[data]').
-    parts: how many parts --executor has.
+    parts: the number of parts for --executor.
     executor_options: its further arguments: "time=04:00:00 partition=cpu".
     """
 
@@ -77,12 +77,19 @@ def main(argv: list[str]) -> int:
         describe_data(dataset, console)
         dataset.verify()
         apart = bytes_apart(dataset.held_out, dataset.tokenizer.decode)
-        say(console, f"held-out bytes counted less those that the tokens decode to: {apart:,}")
+        say(console, f"held-out bytes counted minus bytes of the decoded tokens: {apart:,}")
     return 0
 
 
+def _nowhere(field: str) -> str:
+    """The place of a field that no recipe has."""
+    return ""
+
+
 def _is_recipe(data: str) -> bool:
-    """Whether a name or file is a recipe; a .json file may also contain rows of text."""
+    """Whether a name or file is a recipe; a .json file may also contain rows of text, and "files:PATH" is data."""
+    if data.startswith("files:"):
+        return False
     if data in (*recipe_names(), *ALIASES) or data.endswith(".toml"):
         return True
     if not data.endswith(".json") or not Path(data).is_file():
@@ -97,7 +104,7 @@ def _is_recipe(data: str) -> bool:
 
 
 def _hand_over(config: DataConfig, arguments: Arguments, console: Console) -> int:
-    """Start datatrove's executor; its jobs may still run when this returns, e.g. a Slurm array."""
+    """Start datatrove's executor; its tasks may still run when this returns, e.g. a Slurm array."""
     from swamla.data.datatrove import executor
 
     settings: dict[str, str | int] = {}
@@ -111,7 +118,7 @@ def _hand_over(config: DataConfig, arguments: Arguments, console: Console) -> in
 
 
 def _run_part(config: DataConfig, part: Part, workers: int | None, console: Console) -> Dataset | None:
-    """Do a part; returns the dataset if it was the last. Raises `DataError` if parts are missing for "assemble"."""
+    """Do a part; returns the dataset if none is missing. Raises `DataError` if one is missing for "assemble"."""
     with shown_progress(console) as progress:
         done = prepare_part(config, part, progress=progress, workers=workers)
     if done.dataset is not None:
@@ -124,13 +131,8 @@ def _run_part(config: DataConfig, part: Part, workers: int | None, console: Cons
 
 
 def _instead_of_download(config: DataConfig, recipe: str, console: Console) -> DataConfig:
-    """`config`, with its file copied to where a later `swamla train` looks before it downloads the text."""
+    """Copy a given tiny Shakespeare to the cache, so that training does not download it; returns the config to use."""
     if keep_shakespeare(config.cache, Path(config.source).expanduser()):
         return replace(config, source="shakespeare")
     say(console, f"{config.source} is not the text of {recipe}: train on it with --data {config.source}")
     return config
-
-
-def _nowhere(field: str) -> str:
-    """The place of a field that no file gave."""
-    return ""

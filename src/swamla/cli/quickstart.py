@@ -16,16 +16,16 @@ from swamla.cli.overrides import flags
 from swamla.cli.run_config import explain_recipe, read_recipe
 from swamla.cli.running import (
     claim_folder,
+    naming_resume_command,
     prepare_data,
     resumed_folder,
-    run_training,
     validation,
 )
 from swamla.data.tokenizer import Tokenizer
 from swamla.errors import UsageError
 from swamla.inference.text import encode_prompt, generate_text, room
 from swamla.model.language_model import LanguageModel
-from swamla.train import RunConfig, TrainState
+from swamla.train import RunConfig, TrainState, train
 from swamla.train.claims import Claim, claim_run
 from swamla.train.precision import autocast, without_fp8
 
@@ -47,7 +47,7 @@ class Arguments:
 
 
 def main(argv: list[str]) -> int:
-    """Train, sample, compare, and suggest what to try next."""
+    """Train, sample, compare, and suggest the next commands."""
     if distributed.launched():
         raise UsageError("quickstart is for one process; to train the same model on several: train quickstart")
     arguments, given = parse(Arguments, argv, command="swamla quickstart", more=flags(), explain=explain_recipe)
@@ -68,7 +68,7 @@ def _claimed(arguments: Arguments, resume: bool) -> Claim:
 
 
 def _train(config: RunConfig, claim: Claim, resume: bool) -> None:
-    """Train, sample, compare, and suggest what to try next."""
+    """Train, sample, compare, and suggest the next commands."""
     console, run_dir = Console(), claim.path
     say(console, f"resuming {run_dir}" if resume else _announcement(config, run_dir))
     resumed = run_dir if resume else None
@@ -76,13 +76,22 @@ def _train(config: RunConfig, claim: Claim, resume: bool) -> None:
     samples = run_dir / "samples.txt"
 
     def first_sample(state: TrainState) -> None:
-        if state.step == 0:  # written at once, so that a resumed run still has it
+        if state.step == 0:  # written before training, so that a resumed run still has it
             before = _sample(state.model, dataset.tokenizer)
             samples.write_text(f"=== before training ===\n{before}", encoding="utf-8")
 
-    state = run_training(
-        config, dataset, run_dir, console, command="quickstart", resume=resume, claim=claim, on_start=first_sample
-    )
+    evaluate = validation(dataset, config.train.block_size, config.train.eval_tokens)
+    with naming_resume_command("quickstart", run_dir):
+        state = train(
+            config,
+            run_dir,
+            dataset=dataset,
+            evaluate=evaluate,
+            resume=resume,
+            console=console,
+            on_start=first_sample,
+            claim=claim,
+        )
     model, tokenizer = load(run_dir)
     model = model.to(state.device)
     before = samples.read_text(encoding="utf-8").partition(_AFTER)[0] if samples.exists() else ""
@@ -96,9 +105,9 @@ def _train(config: RunConfig, claim: Claim, resume: bool) -> None:
 
 
 def _announcement(config: RunConfig, run_dir: Path) -> str:
-    train = config.train
-    limits = [f"{train.steps} steps"] if train.steps else []
-    limits += [f"{train.max_minutes:g} minutes"] if train.max_minutes else []
+    steps, minutes = config.train.steps, config.train.max_minutes
+    limits = [f"{steps} steps"] if steps else []
+    limits += [f"{minutes:g} minutes"] if minutes else []
     stack = " ".join(config.model.pattern)
     return f"training a model of layers {stack} on {config.data.source}, at most {' or '.join(limits)}, in {run_dir}"
 
@@ -111,7 +120,7 @@ def _sample(model: LanguageModel, tokenizer: Tokenizer) -> str:
 
 
 def _compare(console: Console, name: str, bits_per_byte: float, held_out: bytes) -> None:
-    """The model and two compressors on the same bytes; these have seen no other text."""
+    """Compare the model with two compressors, which have seen no other text, on the same bytes."""
     compressed = {
         "gzip -9": len(gzip.compress(held_out, 9)),
         "xz -9e": len(lzma.compress(held_out, preset=9 | lzma.PRESET_EXTREME)),

@@ -50,7 +50,7 @@ class Resolved:
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """A recipe's plain data. spare: blocks that only flags use.  begun: the origin of its first weights, if any."""
+    """A recipe as plain data. spare: blocks that only flags use.  begun: the origin of its initial weights, if any."""
 
     plain: dict[str, Any]
     place: Callable[[str], str]
@@ -79,7 +79,7 @@ class Written:
 
 
 def written(recipe: str, given: Mapping[str, Any], *, new: bool = False, unnamed: bool = False) -> Written:
-    """A recipe's plain data. Of the flags only those apply that replace its paths or its `init_from`."""
+    """Read a recipe as plain data. Of the flags, only those that replace its paths or its `init_from` apply here."""
     path = recipe_path(recipe)
     plain, place = load_file(path)
     plain = copy.deepcopy(plain)
@@ -120,7 +120,7 @@ def resolve(recipe: str, given: Mapping[str, Any], *, new: bool = False, unnamed
 
 
 def begun_recipe(init_from: str) -> str:
-    """The recipe for `init_from` without a recipe: that run's own config, or quickstart if it is not a run."""
+    """The default recipe with `init_from`: the config of that run, or quickstart if it is not a run."""
     origin = origin_of(init_from)
     return str(origin.folder / "config.json") if origin.is_run else "quickstart"
 
@@ -163,7 +163,7 @@ def _as_typed(value: Any) -> str:
 
 
 def _begin_from(plain: dict[str, Any], recipe: Path, given: Mapping[str, Any], unnamed: bool) -> Origin | None:
-    """The origin of a run's first weights, if the recipe or a flag has one. Its tokenizer replaces the recipe's.
+    """The origin of a run's initial weights, if the recipe or a flag names one. Its tokenizer replaces the recipe's.
 
     Its model replaces the recipe's if that has none or is `unnamed`; otherwise the two will be compared.
     """
@@ -229,10 +229,10 @@ def _spare_blocks(plain: dict[str, Any], place: Callable[[str], str]) -> dict[st
 def locate_beside(
     plain: dict[str, Any], recipe: Path, place: Callable[[str], str], given: Collection[str] = ()
 ) -> None:
-    """Make paths in a recipe's plain data absolute: they are relative to the recipe, those of flags to this folder.
+    """Make the paths in a recipe absolute: they are relative to the recipe's folder, not to the working directory.
 
-    given: flags, whose fields are left alone. Raises `UsageError` for a path that exists in this folder but not next to
-    the recipe: the recipe means another file, or is older than this rule.
+    given: flags, whose fields are left unchanged. Raises `UsageError` for a path that exists relative to the working
+    directory only: the recipe means another file, or is older than this rule.
     """
     data = plain.get("data")
     if not isinstance(data, dict):
@@ -246,7 +246,7 @@ def locate_beside(
             continue
         if name == "source" and not is_path(value):
             continue
-        kind, path = _split(value) if name == "tokenizer" else ("", value)
+        kind, path = _split(value, "gpt2:" if name == "tokenizer" else "files:")
         beside = recipe.resolve().parent / Path(path).expanduser()
         if beside.exists() or name == "cache_dir":
             table[name] = kind + str(beside.resolve())
@@ -254,37 +254,39 @@ def locate_beside(
             field = f"data.{name}" if table is data else "data.mixture.source"
             raise UsageError(
                 f"{field} = {value!r} ({place(field) or recipe}): paths in a recipe are relative to it, and there is "
-                f"no {beside}: write the path as it is from there"
+                f"no {beside}: write the path relative to the recipe"
             )
 
 
 def _located(data: DataConfig) -> DataConfig:
     """Make the data's paths absolute, so that a run can be resumed and evaluated from any folder."""
-    kind, path = _split(data.tokenizer)
+
+    def located(source: str) -> str:
+        return _absolute(source, "files:") if is_path(source) else source
+
     return replace(
         data,
-        source=_absolute(data.source) if is_path(data.source) else data.source,
-        mixture=tuple(
-            replace(part, source=_absolute(part.source)) if is_path(part.source) else part for part in data.mixture
-        ),
-        tokenizer=data.tokenizer if data.tokenizer in _TOKENIZERS else kind + _absolute(path),
+        source=located(data.source),
+        mixture=tuple(replace(part, source=located(part.source)) for part in data.mixture),
+        tokenizer=data.tokenizer if data.tokenizer in _TOKENIZERS else _absolute(data.tokenizer, "gpt2:"),
         cache_dir=data.cache_dir and str(Path(data.cache_dir).expanduser().resolve()),
     )
 
 
-def _split(tokenizer: str) -> tuple[str, str]:
-    """The prefix of a tokenizer's path, "gpt2:" or "", and the path."""
-    return ("gpt2:", tokenizer.removeprefix("gpt2:")) if tokenizer.startswith("gpt2:") else ("", tokenizer)
+def _split(path: str, prefix: str) -> tuple[str, str]:
+    """The prefix, or "" if the path does not begin with it, and the rest."""
+    return (prefix, path.removeprefix(prefix)) if path.startswith(prefix) else ("", path)
 
 
-def _absolute(path: str) -> str:
-    """The absolute path if it exists; otherwise unchanged, so that the error names it as it was given."""
-    found = Path(path).expanduser()
-    return str(found.resolve()) if found.exists() else path
+def _absolute(path: str, prefix: str) -> str:
+    """The absolute path, behind `prefix` if it had that; unchanged if it does not exist, for the error message."""
+    kind, rest = _split(path, prefix)
+    found = Path(rest).expanduser()
+    return kind + str(found.resolve()) if found.exists() else path
 
 
 def _check_together(config: RunConfig) -> None:
-    """Check what involves several sections of the config."""
+    """Checks that involve several sections of the config."""
     positions, block_size = config.model.learned_positions, config.train.block_size
     fits = not positions or block_size <= positions
     require(fits, "train.block_size", block_size, f"must not exceed model.learned_positions = {positions}")

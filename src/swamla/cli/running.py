@@ -1,4 +1,4 @@
-"""Shared by the commands that train: find the folder, prepare the data, make the validation function, train."""
+"""Shared by the commands that train: the run's folder, its data, its validation function."""
 
 import re
 import shlex
@@ -18,14 +18,14 @@ from swamla.errors import DataError, Interrupted, UsageError
 from swamla.evaluate import evaluate_split
 from swamla.hub.pull import pull
 from swamla.model.language_model import LanguageModel
-from swamla.train import RunConfig, TrainConfig, TrainState, train
+from swamla.train import TrainConfig
 from swamla.train.changes import config_of
 from swamla.train.claims import Claim, claim_new, claim_numbered
 from swamla.train.launch import begun_by
 from swamla.train.run_folder import identity_of_run
 
 EVALUATION_TOKENS = 16384  # per forward pass: more would only cost memory
-UTILISATION_TOKENS = 1 << 18  # sampled to estimate the share of positions that carry loss
+UTILISATION_TOKENS = 1 << 18  # read to estimate the share of positions that carry loss
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def shown_progress(console: Console) -> Iterator[Progress]:
 
 
 def read_data(config: DataConfig, console: Console, *, workers: int | None = None) -> Dataset:
-    """Data, tokenized now or found in the cache. On several ranks the main one goes first and fills the cache."""
+    """The dataset, tokenized now or from the cache. The main rank goes first and fills the cache for the others."""
     found = []
 
     def prepared() -> None:
@@ -56,10 +56,10 @@ def read_data(config: DataConfig, console: Console, *, workers: int | None = Non
 def data_of_run(
     run_dir: Path, config: DataConfig, console: Console, *, training: bool = False, workers: int | None = None
 ) -> Dataset:
-    """The data that a run started with: from the cache by fingerprint, else read again from its source.
+    """The data that a run started with: from the cache by fingerprint, otherwise read again from its source.
 
-    `config` may differ from the run's in the handling of bad rows and the cache; if it has other data, that is read.
-    Warns and raises as `reopen` does. Raises `DataError` if neither cache nor source has the data.
+    `config` may differ from the run's in the handling of bad rows and in the cache; if it names other data, that is
+    read. Warns and raises as `reopen` does. Raises `DataError` if neither cache nor source has the data.
     """
     known, began = identity_of_run(run_dir), config_of(run_dir).data
     began = replace(began, on_bad_row=config.on_bad_row, invalid_utf8=config.invalid_utf8, cache_dir=config.cache_dir)
@@ -69,7 +69,7 @@ def data_of_run(
     def reopened() -> Dataset | None:
         return reopen(config, known, training=training, workers=workers)
 
-    # Only the main rank decides: another one might find what the main one is still writing.
+    # Only the main rank decides: another one might find a dataset that the main rank is still writing.
     if distributed.on_main(lambda: reopened() is not None):
         dataset = reopened()
         assert dataset is not None
@@ -117,38 +117,16 @@ def _utilisation(dataset: Dataset, block_size: int) -> str:
     batch = dataset.rows(block_size, 0).batch(0, count)
     filled, cut = batch.n_labels / batch.tokens_BT.numel(), batch.cut_share(dataset.tokenizer.eos_id)
     return (
-        f"{filled:.2%} of the positions in {count:,} rows of {block_size} carry loss; {cut:.0%} of the stretches of "
-        f"documents there are cut"
+        f"{filled:.2%} of the positions in {count:,} rows of {block_size} carry loss; {cut:.0%} of their segments are "
+        f"not a whole document"
     )
 
 
-def run_training(
-    config: RunConfig,
-    dataset: Dataset,
-    run_dir: Path,
-    console: Console,
-    *,
-    command: str,
-    resume: bool,
-    claim: Claim | None,
-    on_start: Callable[[TrainState], None] | None = None,
-) -> TrainState:
-    """Train `config` in `run_dir`, validated on the held-out split; raises as `swamla.train.train` does.
-
-    command: the command that resumes the run, without the program's name. claim: of the folder, on the main rank.
-    """
-    evaluate = validation(dataset, config.train.block_size, config.train.eval_tokens)
+@contextmanager
+def naming_resume_command(command: str, run_dir: Path) -> Iterator[None]:
+    """Append to an `Interrupted` raised inside the command line that resumes the run."""
     try:
-        return train(
-            config,
-            run_dir,
-            dataset=dataset,
-            evaluate=evaluate,
-            resume=resume,
-            console=console,
-            on_start=on_start,
-            claim=claim,
-        )
+        yield
     except Interrupted as stop:
         resume_with = f"{program()} {command} --resume {shlex.quote(str(run_dir))}"
         raise Interrupted(f"{stop}; go on with: {resume_with}", stop.exit_status) from None
@@ -202,9 +180,9 @@ def resumed_folder(resume: str, output_dir: str, name: str) -> Path:
 
 
 def begun_folder(names: tuple[str, ...], folder: str, name: str) -> tuple[Path, bool] | None:
-    """The folder of the run that the launch of these names started or resumed, and whether it was asked to stop.
+    """The folder of the run that a launch, given by its names, started or resumed, and whether it was asked to stop.
 
-    Looks in `folder` or, if that is empty, in runs/NAME, runs/NAME-2 …; None if the launch got to no run.
+    Looks in `folder` or, if that is empty, in runs/NAME, runs/NAME-2 …; None if the launch started no run.
     """
     begun = begun_by(names, [checked(folder)] if folder else _siblings(Path("runs") / name))
     return begun and (begun[0], begun[1].stopped)

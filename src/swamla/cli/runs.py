@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
 
 
 def _read(folder: Path) -> tuple[list[Run], dict[str, str]]:
-    """The runs, and for each damaged folder the reason."""
+    """The runs, and damaged folder → reason."""
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; swamla train writes runs to the folder runs")
     runs, broken = [], {}
@@ -115,7 +115,7 @@ def summarize(path: Path) -> Run:
 
 
 def _evaluations(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Evaluations on as many held-out tokens as the last one; earlier --eval_tokens do not compare."""
+    """Evaluations on the same number of held-out tokens as the last one; others are not comparable."""
     rescored = [
         {key.removeprefix("best_"): value for key, value in r.items()} for r in records if "best_held_out_loss" in r
     ]

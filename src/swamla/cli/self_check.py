@@ -53,14 +53,14 @@ class Outcome:
 
 
 def run_checks(device: torch.device) -> Iterator[Outcome]:
-    """Run all checks in turn; a failure does not stop the others."""
+    """Run all checks, one by one; a failure does not stop the others."""
     for name, check in _checks():
         started = time.monotonic()
         generator_state = torch.get_rng_state()
         torch.manual_seed(0)
         try:
             detail, ok = check(device), True
-        except Exception as error:  # any failure is what the user wants to know
+        except Exception as error:  # every failure is reported
             first_line = (str(error).splitlines() or [""])[0]
             detail, ok = f"{type(error).__name__}: {first_line}", False
         torch.set_rng_state(generator_state)
@@ -122,7 +122,7 @@ def _compare_backends(op: Op, inputs: Sequence[Tensor], device: torch.device, to
 
 
 def _compare_paths(op: Op, inputs: Sequence[Tensor], device: torch.device) -> str:
-    """The path of "auto", or on a CPU every path that it may choose."""
+    """Compare the backend of "auto", or on a CPU every backend that it may choose."""
     paths = ("tiles", "sdpa") if device.type == "cpu" else ("auto",)
     reference, tolerance = partial(op, backend="reference"), TOLERANCE[device.type]
     found = [compare(partial(op, backend=path), reference, inputs, tolerance) for path in paths]
@@ -130,7 +130,7 @@ def _compare_paths(op: Op, inputs: Sequence[Tensor], device: torch.device) -> st
 
 
 def _as_trained(device: torch.device) -> AbstractContextManager[object]:
-    """The dtype of the precision that "auto" chooses."""
+    """Autocast in the precision that "auto" chooses."""
     return autocast(resolve_precision("auto", device), device)
 
 
@@ -166,7 +166,7 @@ def _convolution(device: torch.device) -> str:
 def _grouped(device: torch.device) -> str:
     ends = torch.tensor([20, 20, 50, 64], dtype=torch.int32, device=device)
     inputs = [_random(device, 64, 32), _random(device, 4, 32, 48)]
-    bf16 = resolve_precision("auto", device) == "bf16"  # some devices have these products in this dtype only
+    bf16 = resolve_precision("auto", device) == "bf16"  # the only dtype of these products on some devices
     with _as_trained(device):
         return _compare_backends(
             lambda x, w, backend: grouped_mm(x, w, ends, backend=backend),
@@ -224,7 +224,7 @@ def _training(device: torch.device) -> str:
 
 
 def _norms_and_optimizers(device: torch.device) -> str:
-    """A few steps of a model with each registered norm, by each registered optimizer in turn."""
+    """Train small models for a few steps, so that every registered norm and optimizer is used once."""
     norms: list[Any] = list(members_of(NormConfig).values())
     optimizers: list[Any] = list(members_of(OptimizerConfig).values())
     tokens = torch.randint(8, (8, 32)).to(device)
@@ -249,7 +249,7 @@ def _norms_and_optimizers(device: torch.device) -> str:
 
 @torch.no_grad()
 def _steps(device: torch.device) -> str:
-    """This model has no experts: rounding may change which are chosen."""
+    """Compare `step` with the forward pass. Without experts, because rounding may change which are chosen."""
     config = tiny_model(device).config
     dense = {name: replace(block, ffn=BlockConfig(mixer=block.mixer).ffn) for name, block in config.blocks.items()}
     model = replace(config, blocks=dense).build().to(device).eval()

@@ -1,4 +1,4 @@
-"""`swamla train [RECIPE] …`: a new run, or a resumed one."""
+"""`swamla train [RECIPE] …`: start a run, or resume one."""
 
 import shlex
 from collections.abc import Mapping
@@ -16,13 +16,15 @@ from swamla.cli.running import (
     begun_folder,
     claim_folder,
     fetch_run,
+    naming_resume_command,
     prepare_data,
     resumed_folder,
-    run_training,
+    validation,
 )
 from swamla.config import within
 from swamla.errors import UsageError
 from swamla.hub.push import require_hub
+from swamla.train import train
 from swamla.train.changes import check_same_run
 from swamla.train.claims import Claim, claim_run
 from swamla.train.launch import this_launch
@@ -75,10 +77,10 @@ def _train(arguments: Arguments, given: Mapping[str, Any]) -> int:
         say(console, f"not started again: the run in {begun} was asked to stop, and is saved; go on with: {go_on}")
         return 0
     from_hub, resume = from_hub and begun is None, resume or begun is not None
-    # Report mistakes first.
+    # Report mistakes in flags and recipe before anything is written.
     resolved = None if resume or from_hub else resolve(named, given, new=True, unnamed=unnamed)
     with ExitStack() as stack:
-        claims: list[Claim] = []  # of the main rank, which claims the folder before anything slow
+        claims: list[Claim] = []  # on the main rank, which claims the folder before any slow step
 
         def take(claim: Claim) -> Path:
             claims.append(stack.enter_context(claim))
@@ -106,7 +108,9 @@ def _train(arguments: Arguments, given: Mapping[str, Any]) -> int:
             resumed=run_dir if resume else None,
         )
         claim = claims[-1] if claims else None
-        run_training(config, dataset, run_dir, console, command="train", resume=resume, claim=claim)
+        evaluate = validation(dataset, config.train.block_size, config.train.eval_tokens)
+        with naming_resume_command("train", run_dir):
+            train(config, run_dir, dataset=dataset, evaluate=evaluate, resume=resume, console=console, claim=claim)
     say(console, f"the run is in {run_dir}")
     return 0
 
@@ -138,7 +142,7 @@ def _check_resumed(resolved: Resolved, run_dir: Path, arguments: Arguments, give
 
 
 def _begun(arguments: Arguments, recipe: str, launch: tuple[str, ...]) -> tuple[Path, bool] | None:
-    """The run that this launch had started before torchrun restarted it, and whether it was asked to stop."""
+    """The run that this launch started before torchrun restarted it, and whether it was asked to stop."""
     folder, name = named_folder(arguments, recipe)
     return begun_folder(launch, arguments.resume or folder, name) if launch else None
 

@@ -1,4 +1,4 @@
-"""What text to learn from, how it is split and how it becomes tokens."""
+"""The configuration of a run's data: its source, its held-out split, its tokenizer."""
 
 import os
 import re
@@ -30,7 +30,7 @@ class WeightedSource:
 
     def __post_init__(self) -> None:
         _check_source(self)
-        require(self.source != MIXTURE, "source", self.source, "a mixture cannot hold another")
+        require(self.source != MIXTURE, "source", self.source, "a mixture cannot contain another")
         require(self.weight > 0, "weight", self.weight, "must be > 0, e.g. 0.3")
 
 
@@ -40,23 +40,25 @@ class DataConfig:
 
     source: "stdlib" (this Python's own library), "shakespeare" (downloaded once), "hf:OWNER/NAME" (a dataset on the
         hub), "mixture", or the path of a text file, of rows, or of a folder of them; rows are .jsonl, .ndjson, .json,
-        .csv, .tsv or .parquet, and all may be compressed (.gz, .zst, .xz, .bz2).
+        .csv, .tsv or .parquet. All may be compressed (.gz, .zst, .xz, .bz2). "files:PATH" is a path even if it reads
+        like another kind.
     text_column: the column of rows that holds the text.
-    hub_config: which of a hub dataset's configs, e.g. CC-MAIN-2024-10; empty for its default.
-    hub_split: which split of it.
-    hub_revision: the commit (or branch or tag) that is read; empty for what is newest.
+    hub_config: the config of a hub dataset, e.g. CC-MAIN-2024-10; empty for its default.
+    hub_split: the split of a hub dataset.
+    hub_revision: the commit, branch or tag to read; empty for the newest.
     tokenizer: "byte", "char", "bpe:N" or "bpe-lines:N" (trained here, vocabulary N), "gpt2" or "hub:NAME" (fetched),
         "gpt2:FOLDER" (encoder.json and vocab.bpe), or the path of a tokenizer.json.
-    held_out_fraction: the share of documents never trained on, told by their text; of a single document, its last
-        characters. 1 holds out everything: a test set, for which the tokenizer has to exist already.
+    held_out_fraction: the share of documents never trained on; they are chosen by a hash of their text. A single
+        document is cut instead, and its last characters are held out. 1 holds out everything, for a test set, which
+        needs a tokenizer that exists already.
     invalid_utf8: whether bytes that are not UTF-8 are an error or replaced by U+FFFD and counted.
     on_bad_row: whether a row (or a text file of a folder) that cannot be used is an error, or skipped and counted.
-    stream: how many units (of some 8 MB of text) are shuffled together while training reads the source bit by bit and
-        keeps little of it; 0 prepares all of it first.
-    buffer_docs: how many documents are fitted into rows together so that few are cut; rows may then end in padding. 0
+    stream: tokenize during training, and shuffle this many units (of about 8 MB of text) together; little of the
+        source is kept on disk. 0 prepares the whole source before training.
+    buffer_docs: best-fit packing of this many documents at a time, so that few are cut; rows may end in padding. 0
         fills every row and cuts documents at its end.
     mixture: sources with weights, for source = "mixture".
-    cache_dir: where prepared data is kept; empty for $SWAMLA_CACHE, else ~/.cache/swamla.
+    cache_dir: the folder of prepared data; empty for $SWAMLA_CACHE, else ~/.cache/swamla.
     """
 
     source: str = "stdlib"
@@ -78,15 +80,15 @@ class DataConfig:
         require(self.stream >= 0, "stream", self.stream, "must be >= 0, e.g. 4; 0 prepares everything first")
         require(self.buffer_docs >= 0, "buffer_docs", self.buffer_docs, "must be >= 0, e.g. 1000; 0 fills every row")
         both = bool(self.stream and self.buffer_docs)
-        require(not both, "buffer_docs", self.buffer_docs, "needs prepared data, and data.stream was asked for")
+        require(not both, "buffer_docs", self.buffer_docs, "needs prepared data: leave data.stream at 0")
         mixed = self.source == MIXTURE
         require(mixed or not self.mixture, "source", self.source, f'must be "{MIXTURE}" where data.mixture is given')
         require(not mixed or bool(self.mixture), "mixture", (), "needs [[data.mixture]] tables of source and weight")
         fraction = self.held_out_fraction
         require(0 < fraction <= 1, "held_out_fraction", fraction, "must be between 0 and 1, e.g. 0.05")
         learned = fraction == 1 and self.tokenizer.startswith(("bpe:", "bpe-lines:"))
-        require(not learned, "tokenizer", self.tokenizer, "has nothing to learn from where all text is held out")
-        require(fraction < 1 or not self.stream, "stream", self.stream, "trains, and all text is held out: leave it 0")
+        require(not learned, "tokenizer", self.tokenizer, "cannot be trained where all text is held out")
+        require(fraction < 1 or not self.stream, "stream", self.stream, "must be 0 where all text is held out")
         policies = ("error", "replace")
         require(self.on_bad_row in ("stop", "skip"), "on_bad_row", self.on_bad_row, "must be stop or skip")
         require(self.invalid_utf8 in policies, "invalid_utf8", self.invalid_utf8, "must be error or replace")
@@ -96,12 +98,12 @@ class DataConfig:
 
     @property
     def cache(self) -> Path:
-        """The folder in which `prepare` keeps what it makes and downloads."""
+        """The folder of prepared datasets and downloads."""
         return Path(self.cache_dir).expanduser() if self.cache_dir else default_cache_dir()
 
     @property
     def sources(self) -> list["DataConfig"]:
-        """The sources of a mixture, each as if it were alone; of any other data itself."""
+        """One config per source of a mixture; without a mixture, this config alone."""
         return [
             replace(self, mixture=(), **{name: value for name, value in part.__dict__.items() if name != "weight"})
             for part in self.mixture
@@ -122,9 +124,9 @@ def _check_source(config: "DataConfig | WeightedSource") -> None:
 
 
 def parse_bpe(spec: str) -> tuple[int, bool] | None:
-    """(vocabulary, whether merges may span a whole line) of "bpe:4096" or "bpe-lines:4096"; None for other specs.
+    """(vocabulary size, whether merges may span words of a line) of "bpe:4096" or "bpe-lines:4096"; None for others.
 
-    Raises ConfigError for a vocabulary that cannot be: it holds 256 bytes and the end of a document at least.
+    Raises ConfigError for a vocabulary below 257, the 256 bytes and the end-of-document token, or above a million.
     """
     match = _BPE.fullmatch(spec)
     if match is None:

@@ -3,9 +3,11 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -27,7 +29,7 @@ META, TOKENIZER = "meta.json", "tokenizer.json"
 
 @dataclass(frozen=True)
 class Throughput:
-    """What was encoded just now, in how many seconds and by how many processes; reading and writing count."""
+    """The throughput of an encoding. seconds: wall time, including reading and writing.  workers: processes."""
 
     tokens: int
     bytes: int
@@ -43,17 +45,16 @@ class Throughput:
 
 
 class Rows(Protocol):
-    """Rows to train on: sample i is the same whoever asks, and in whatever order."""
+    """Training rows with random access: sample i depends on the data, the seed and i alone."""
 
     def batch(self, first_sample: int, count: int) -> "Batch":
         """Samples first_sample … first_sample + count - 1."""
 
 
 class Dataset(ABC):
-    """Text as tokens, split into documents to train on and held-out ones.
+    """Tokenized text, split into training and held-out documents.
 
-    path: the folder it lies in, or the first of several.  fingerprint: a SHA-256 of what there is to learn, and of its
-    order.
+    path: its folder, or the first of several.  fingerprint: a SHA-256 of the tokens, the split and the order of rows.
     """
 
     path: Path
@@ -62,21 +63,21 @@ class Dataset(ABC):
 
     @staticmethod
     def open(path: str | Path) -> "PreparedDataset":
-        """Open a folder that `prepare` made, checking sizes and that tokenizer and shards agree, not every byte.
+        """Open a folder that `prepare` made. Checks files' sizes and the tokenizer's fingerprint, not every byte.
 
-        Raises DataError if there is none, CorruptError for a damaged one.
+        Raises DataError if the folder has no dataset, CorruptError for a damaged one.
         """
         return PreparedDataset.read(Path(path))
 
     @property
     @abstractmethod
     def source(self) -> str:
-        """Where the text is from, in words."""
+        """Where the text is from, for display."""
 
     @property
     @abstractmethod
     def train(self) -> Split:
-        """The documents to train on."""
+        """The training documents."""
 
     @property
     @abstractmethod
@@ -85,20 +86,20 @@ class Dataset(ABC):
 
     @abstractmethod
     def rows(self, block_size: int, seed: int) -> Rows:
-        """The endless rows to train on."""
+        """The endless training rows."""
 
     @property
     @abstractmethod
     def bytes_per_label(self) -> float:
-        """UTF-8 bytes of text to train on for each position that carries loss."""
+        """UTF-8 bytes of training text per position that carries loss."""
 
     @abstractmethod
     def epochs(self) -> dict[str, int]:
-        """For each source how many positions that carry loss there are until all of its text was seen once."""
+        """Source → length of its epoch, in positions that carry loss; of a mixture, counted over all sources' rows."""
 
     @abstractmethod
     def identity(self) -> list[dict[str, str]]:
-        """What a run keeps to find its data again: the fingerprint of each prepared source, and what it was made of."""
+        """What a run stores to find its data again: for each source its fingerprint and what it was made of."""
 
     @abstractmethod
     def verify(self) -> None:
@@ -106,26 +107,24 @@ class Dataset(ABC):
 
     @abstractmethod
     def held_out_text(self) -> bytes:
-        """All held-out documents, one behind the other, in UTF-8: what other compressors are to be given."""
+        """All held-out documents, concatenated, in UTF-8: the input of other compressors in comparisons."""
 
     @cached_property
     def bytes_per_token(self) -> float:
-        """Held-out UTF-8 bytes for each held-out token, ends of documents not counted."""
+        """UTF-8 bytes per token of the held-out documents; ends of documents are not counted."""
         return self.held_out.n_bytes / self.held_out.n_tokens
 
     @abstractmethod
     def describe(self) -> list[tuple[str, str]]:
-        """(label, value) rows for people."""
+        """(label, value) rows for display."""
 
 
 class PreparedDataset(Dataset):
-    """One source, all of it in one folder.
+    """The dataset of one source, in one folder.
 
-    meta: its meta.json.  throughput: of encoding; None if it came from the cache.  raw: what the
-    files were that it was made from (`Source.digest`), where that is known.  plugin: the name of the file that reads
-    its source, where that is not ours.  buffer_docs: how many documents are fitted
-    into rows at a time; 0 fills every row. The same text is then learned in another order, which has a fingerprint of
-    its own.
+    meta: its meta.json.  throughput: of encoding; None if it came from the cache.  made_of: for `identity`, "raw", the
+    digest of the source's files (`Source.digest`), and "plugin", the file that defines the source, if it is a plugin's.
+    buffer_docs: as in `DataConfig`; since it changes the order of the text, it changes the fingerprint.
     """
 
     def __init__(
@@ -135,12 +134,11 @@ class PreparedDataset(Dataset):
         tokenizer: Tokenizer,
         *,
         throughput: Throughput | None = None,
-        raw: str = "",
-        plugin: str = "",
+        made_of: Mapping[str, str] = MappingProxyType({}),
         buffer_docs: int = 0,
     ) -> None:
         self.path, self.meta, self.tokenizer = path, meta, tokenizer
-        self.throughput, self.raw, self.plugin, self.buffer_docs = throughput, raw, plugin, buffer_docs
+        self.throughput, self.made_of, self.buffer_docs = throughput, made_of, buffer_docs
         fitted = f"{meta['fingerprint']} buffer_docs {buffer_docs}".encode()
         self.fingerprint = hashlib.sha256(fitted).hexdigest() if buffer_docs else meta["fingerprint"]
 
@@ -151,14 +149,13 @@ class PreparedDataset(Dataset):
         *,
         source: str = "",
         throughput: Throughput | None = None,
-        raw: str = "",
-        plugin: str = "",
+        made_of: Mapping[str, str] = MappingProxyType({}),
         buffer_docs: int = 0,
         spec: str = "",
     ) -> "PreparedDataset":
         """Open a folder; see `Dataset.open`.
 
-        source, spec: where its text is from, and what its tokenizer was asked for as, if not as when it was made.
+        source, spec: names of the source and the tokenizer to display, if others than those in meta.json.
         """
         meta = _read_meta(path)
         for name, entry in meta["files"].items():
@@ -171,8 +168,8 @@ class PreparedDataset(Dataset):
             )
         told = meta | ({"source": source} if source else {})
         told |= {"tokenizer": meta["tokenizer"] | {"spec": spec}} if spec else {}
-        dataset = cls(path, told, tokenizer, throughput=throughput, raw=raw, plugin=plugin, buffer_docs=buffer_docs)
-        assert dataset.train.vocab_size == dataset.held_out.vocab_size  # opened now: what is damaged is told now
+        dataset = cls(path, told, tokenizer, throughput=throughput, made_of=made_of, buffer_docs=buffer_docs)
+        assert dataset.train.vocab_size == dataset.held_out.vocab_size  # opens both, so that damage is reported now
         counted, there = dataset.held_out.n_bytes, meta["files"][HELD_OUT_TEXT]["size"]
         if counted != there:
             raise CorruptError(
@@ -196,7 +193,7 @@ class PreparedDataset(Dataset):
         from swamla.data.packing import BestFitRows, PackedRows  # needs torch
 
         if not self.train.n_documents:
-            raise DataError(f"{self.source}: there is nothing to train on: all of its text is held out")
+            raise DataError(f"{self.source}: nothing to train on: all of its text is held out")
         if self.buffer_docs:
             return BestFitRows(self.train, block_size, seed, self.tokenizer.eos_id, self.buffer_docs)
         return PackedRows(self.train, block_size, seed, self.tokenizer.eos_id)
@@ -209,8 +206,7 @@ class PreparedDataset(Dataset):
         return {self.source: self.train.n_tokens + self.train.n_documents}
 
     def identity(self) -> list[dict[str, str]]:
-        plugin = {"plugin": self.plugin} if self.plugin else {}
-        return [{"fingerprint": self.meta["fingerprint"], "raw": self.raw, **plugin}]
+        return [{"fingerprint": self.meta["fingerprint"], "raw": "", **self.made_of}]
 
     def verify(self) -> None:
         for name, entry in self.meta["files"].items():
@@ -238,7 +234,7 @@ class PreparedDataset(Dataset):
         rows += [("files read", taken)] if taken else []
         rows += [("note", line) for line in notes.lines()]
         if not meta["lossless"]:
-            rows.append(("note", "the tokenizer loses part of the text, which flatters bits per byte"))
+            rows.append(("note", "the tokenizer loses part of the text: bits per byte are too low"))
         rows += [("encoded", str(self.throughput))] if self.throughput else []
         return [*rows, ("fingerprint", self.fingerprint[:16]), ("folder", str(self.path))]
 
@@ -246,9 +242,9 @@ class PreparedDataset(Dataset):
 def write_meta(
     folder: Path, config: DataConfig, origin: str, tokenizer: Tokenizer, rule: str, encoded: Encoded, notes: Notes
 ) -> None:
-    """Write meta.json of shards: the same bytes for the same data, whenever and however it was made.
+    """Write the meta.json of the shards in `folder`; a pure function of the data, not of the time or the workers.
 
-    Raises DataError unless there is something to train on, and something held out.
+    Raises DataError if the training or the held-out split is empty.
     """
     _require_documents(config, encoded, notes)
     meta = {
@@ -258,7 +254,7 @@ def write_meta(
         "tokenizer": {"spec": config.tokenizer, "fingerprint": tokenizer.fingerprint},
         "lossless": encoded.lossless,
         "notes": notes.plain(),
-        "files": files_of(folder, but=(TOKENIZER,)),  # that one has its own fingerprint
+        "files": files_of(folder, but=(TOKENIZER,)),  # it has a fingerprint of its own
     }
     meta["fingerprint"] = fingerprint_of(meta)
     (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
@@ -285,7 +281,7 @@ def files_of(folder: Path, but: tuple[str, ...] = ()) -> dict[str, dict[str, Any
 
 
 def fingerprint_of(meta: dict[str, Any]) -> str:
-    """The SHA-256 that names the data: its files' and its tokenizer's, wherever and whenever they were made."""
+    """The SHA-256 that identifies the data: of the hashes of its files and its tokenizer."""
     hashes = {name: entry["sha256"] for name, entry in meta["files"].items()}
     content = [meta["format_version"], meta["tokenizer"]["fingerprint"], hashes]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -305,7 +301,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
         raise CorruptError(f"{path / META}: damaged ({error}); delete {path}") from error
     if version not in _READ:
         raise DataError(f"{path}: dataset format {version}, this swamla reads {FORMAT_VERSION}; delete it, or upgrade")
-    if version == 1:  # of runs that go on with what they have: only what is held out, and what is noted, changed since
+    if version == 1:  # from older runs; only the held-out rule and the notes changed since
         meta["notes"] = {"counts": meta["notes"], "places": {}, "taken": {}}
     return meta
 
@@ -314,7 +310,7 @@ def _require_size(path: Path, size: int) -> None:
     actual = path.stat().st_size if path.is_file() else None
     if actual != size:
         state = "missing" if actual is None else f"{actual} bytes instead of {size}"
-        raise CorruptError(f"{path}: damaged ({state}); delete {path.parent} to have it made again")
+        raise CorruptError(f"{path}: damaged ({state}); delete {path.parent} to prepare it again")
 
 
 def _describe_split(split: Split) -> str:

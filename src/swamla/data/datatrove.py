@@ -1,4 +1,4 @@
-"""The parts of a preparation as tasks of datatrove's executors: processes here, a Slurm array, or a Ray cluster."""
+"""Run the parts of a preparation by datatrove's executors: local processes, a Slurm array, or a Ray cluster."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -18,12 +18,12 @@ EXECUTORS = {"local": "LocalPipelineExecutor", "slurm": "SlurmPipelineExecutor",
 def executor(kind: str, config: DataConfig, parts: int, settings: Mapping[str, Any] | None = None) -> Any:
     """datatrove's executor for `parts` tasks, each on one core; its `run()` starts them.
 
-    The task that finds that no unit is missing any more makes the dataset, in the cache of `config`, which all of them
-    must see. settings: further arguments of the executor, such as Slurm's `time` and `partition`. Raises ConfigError,
-    UsageError for settings that it does not take, MissingBackendError where datatrove is not installed.
+    All tasks share the cache of `config`; the last one joins the units to the dataset. settings: further arguments of
+    the executor, such as Slurm's `time` and `partition`. Raises ConfigError, UsageError for unknown settings,
+    MissingBackendError without datatrove.
     """
     require(kind in EXECUTORS, "executor", kind, f"must be one of {', '.join(EXECUTORS)}")
-    require(parts > 0, "parts", parts, "must be > 0: how many tasks there are")
+    require(parts > 0, "parts", parts, "must be > 0: the number of tasks")
     try:
         cls = getattr(import_module(f"datatrove.executor.{kind}"), EXECUTORS[kind])
     except ImportError as error:
@@ -32,7 +32,7 @@ def executor(kind: str, config: DataConfig, parts: int, settings: Mapping[str, A
         "pipeline": [partial(_make_part, config, plugin_file(class_of(config.source)))],
         "tasks": parts,
         "logging_dir": str(config.cache / "datatrove"),
-        "skip_completed": False,  # what is done is told by the units that are there, not by logs
+        "skip_completed": False,  # finished units are known by their files, not by datatrove's logs
     }
     try:
         return cls(**{**ours, **(settings or {})})
@@ -41,7 +41,7 @@ def executor(kind: str, config: DataConfig, parts: int, settings: Mapping[str, A
 
 
 def _make_part(config: DataConfig, plugin: Path | None, data: Any, rank: int = 0, world_size: int = 1) -> Any:
-    """One task: `rank` (from 0) of `world_size`."""
+    """One task: part `rank` (from 0) of `world_size`."""
     if plugin is not None:
         load_plugin(plugin)
     prepare_part(config, Part(rank + 1, world_size), workers=1)

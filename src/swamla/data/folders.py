@@ -1,4 +1,4 @@
-"""Which files of a folder are read as training text."""
+"""Choose the files of a folder that are read as training text."""
 
 import os
 import re
@@ -19,10 +19,10 @@ _OF_DATA = re.compile(
 
 
 def walk(root: Path, notes: Notes) -> list[tuple[str, Path]]:
-    """(name relative to `root`, path) of every file under `root`, sorted; what is left out is counted in `notes`.
+    """(name relative to `root`, path) of every file under `root`, sorted; counts in `notes` what it leaves out.
 
-    Links are followed, and what they lead to is read once however many there are. Left out are what is hidden, runs and
-    caches of swamla, and, beside what is called "train", what is alike but called "test" or "valid".
+    Links are followed, and a target of several links is read once. Left out are hidden files, runs and caches of
+    swamla, and other splits: names that would equal a neighbour's with "test" or "valid" in place of "train".
     """
     found: list[tuple[str, Path]] = []
     links: list[tuple[str, Path]] = []
@@ -66,7 +66,7 @@ def walk(root: Path, notes: Notes) -> list[tuple[str, Path]]:
 
 
 def _is(entry: os.DirEntry[str], what: Literal["file", "dir"]) -> bool:
-    with suppress(OSError):  # a link that leads to itself
+    with suppress(OSError):  # a link to itself
         return entry.is_dir() if what == "dir" else entry.is_file()
     return False
 
@@ -76,7 +76,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _other_splits(entries: list[os.DirEntry[str]]) -> set[str]:
-    """Names that are like one of a training split but for the split's name, numbers, and the kind of file."""
+    """Names that equal the name of a training split, except for the split, digits and the file type."""
     of_data = [entry.name for entry in entries if _is(entry, "dir") or _OF_DATA.search(entry.name)]
     splits = {name: (found[1].lower(), _likeness(name)) for name in of_data if (found := _SPLIT.search(name))}
     train = {likeness for split, likeness in splits.values() if split.startswith("train")}

@@ -1,9 +1,8 @@
-"""What is fetched: datasets of the Hugging Face hub, and tiny Shakespeare.
+"""Downloads: datasets of the Hugging Face hub, and tiny Shakespeare.
 
-Of a dataset: which of its files are meant, and reading these by ranges, nothing kept on disk.
-
-A revision is resolved once to a commit, and files are read from that commit only, so the text cannot change under way.
-Access tokens are the library's business: it finds them in the environment, and none is written or shown here.
+Files of a dataset are read by HTTP range requests, and not stored on disk. A revision is resolved once to a commit, so
+that the text cannot change during a run. Access tokens are left to huggingface_hub, which finds them in the
+environment.
 """
 
 import hashlib
@@ -25,20 +24,20 @@ from swamla.files import read_json, write_text_atomically
 PREFIX = "hf:"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _READABLE = re.compile(r"\.(parquet|jsonl|ndjson|json|csv|tsv|txt)(\.gz|\.zst|\.xz|\.bz2)?$", re.IGNORECASE)
-_QUERY = re.compile(r"\?\S*")  # the address of a redirected download carries a signature
+_QUERY = re.compile(r"\?\S*")  # the address of a redirected download has a signature
 _BLOCK = 1 << 22
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 _TIMEOUT_SECONDS = 20
 _BY_HAND = (
-    "fetch that file elsewhere, then once: swamla prepare shakespeare-char --source FILE (or each time: --data FILE)"
+    "download that file elsewhere, then once: swamla prepare shakespeare-char --source FILE (or each time: --data FILE)"
 )
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a dataset at a commit, to be read as if it were a local one."""
+    """A file of a dataset at a commit, with the interface of `reading.File`."""
 
     repo: str
     commit: str
@@ -61,12 +60,12 @@ class HubFile:
         return f"{PREFIX}{self.repo}@{self.commit[:12]}/{self.path}"
 
     def open(self, mode: Literal["rb"]) -> BinaryIO:
-        """A seekable stream of its bytes, fetched as they are read."""
+        """A seekable stream of its bytes, downloaded as they are read."""
         return io.BufferedReader(_Ranges(self), _BLOCK)
 
 
 class _Ranges(io.RawIOBase):
-    """Every read a request for that range; the library waits and tries again where the network or the hub fails."""
+    """A raw stream in which every read is a range request; huggingface_hub retries failed requests."""
 
     def __init__(self, file: HubFile) -> None:
         library = _library()
@@ -102,17 +101,17 @@ class _Ranges(io.RawIOBase):
         try:
             response = http_backoff("GET", self._url, headers=headers, timeout=60)
             hf_raise_for_status(response)
-        except Exception as error:  # which kinds there are depends on the library's version
+        except Exception as error:  # the classes depend on the library's version
             raise OSError(reason(error)) from None
         data = response.content[start : start + count] if response.status_code == 200 else response.content
         if len(data) != count:
-            raise OSError(f"bytes {start} to {start + count - 1} were asked for, {len(data)} bytes came")
+            raise OSError(f"requested bytes {start} to {start + count - 1}, received {len(data)} bytes")
         return data
 
 
 @dataclass(frozen=True)
 class HubListing:
-    """The files of one split of a dataset. files: path, size and a hash of the content of each."""
+    """The files of one split of a dataset. files: path, size and content hash of each."""
 
     repo: str
     commit: str
@@ -120,15 +119,15 @@ class HubListing:
 
 
 def is_commit(revision: str) -> bool:
-    """Whether a revision can never mean anything else later."""
+    """Whether a revision is a commit hash, which cannot change, unlike a branch or tag."""
     return bool(_COMMIT.fullmatch(revision))
 
 
 def list_dataset(config: DataConfig, cache_dir: Path) -> HubListing:
-    """The files that `config` asks for, in the order of their names; of a commit, asked for once and then kept.
+    """The files that `config` asks for, in the order of their names. The listing of a commit is cached.
 
-    Raises DataError if the hub has no such dataset, or cannot be reached, and ConfigError, which lists what there is,
-    for a config or split that it has not.
+    Raises DataError if the dataset is missing or the hub unreachable, and ConfigError, listing the choices, for an
+    unknown config or split.
     """
     repo = config.source.removeprefix(PREFIX)
     key = json.dumps([repo, config.hub_config, config.hub_split, config.hub_revision])
@@ -138,7 +137,7 @@ def list_dataset(config: DataConfig, cache_dir: Path) -> HubListing:
         try:
             return HubListing(data["repo"], data["commit"], tuple(tuple(file) for file in data["files"]))
         except (KeyError, TypeError) as error:
-            raise CorruptError(f"{kept}: damaged ({error!r}); delete it, and the hub is asked again") from error
+            raise CorruptError(f"{kept}: damaged ({error!r}); delete it to ask the hub again") from error
     listing = _ask(config, repo)
     if is_commit(config.hub_revision):
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +156,7 @@ def _ask(config: DataConfig, repo: str) -> HubListing:
         found = [item for item in tree if hasattr(item, "size") and _READABLE.search(item.path)]
     except ConfigError:
         raise
-    except Exception as error:  # which kinds there are depends on the library's version
+    except Exception as error:  # the classes depend on the library's version
         at = f" at revision {config.hub_revision!r}" if config.hub_revision else ""
         raise DataError(f"cannot list the dataset {repo!r}{at} on the hub ({reason(error)})") from None
     chosen = _chosen(config.hub_split, patterns, [item.path for item in found], by_card=bool(card.get("configs")))
@@ -173,7 +172,7 @@ def _ask(config: DataConfig, repo: str) -> HubListing:
 
 
 def _patterns(config: DataConfig, configs: list[dict[str, Any]]) -> list[str]:
-    """Glob patterns of the split's files by the dataset's own card; none where the card says nothing."""
+    """Glob patterns of the split's files, from the dataset's card; empty if it has none."""
     names = [each["config_name"] for each in configs]
     if not configs:
         return [f"{config.hub_config}/**", f"**/{config.hub_config}/**"] if config.hub_config else []
@@ -193,7 +192,7 @@ def _patterns(config: DataConfig, configs: list[dict[str, Any]]) -> list[str]:
 
 
 def _chosen(split: str, patterns: list[str], paths: list[str], *, by_card: bool) -> set[str]:
-    """Paths that a pattern matches; without a card's word, of these those named after the split, if any are."""
+    """Paths that match a pattern. Without a card, only those with the split's name in the path, if any."""
     matching = {path for path in paths if not patterns or any(_glob(pattern).fullmatch(path) for pattern in patterns)}
     named = re.compile(rf"(^|[/_.-]){re.escape(split)}([/_.-]|$)")
     of_split = {path for path in matching if named.search(path)}
@@ -207,7 +206,7 @@ def _glob(pattern: str) -> re.Pattern[str]:
 
 
 def _folder_of(patterns: Iterable[str]) -> str | None:
-    """The folder that holds all that the patterns can match; None for the whole repository."""
+    """The folder that contains all possible matches; None for the whole repository."""
     folders = {re.split(r"[*?]", pattern)[0].rpartition("/")[0] for pattern in patterns}
     return (folders.pop() or None) if len(folders) == 1 else None
 
@@ -217,7 +216,7 @@ def _some(names: list[str]) -> str:
 
 
 def reason(error: Exception) -> str:
-    """The first line of a library's error, without what may be secret in an address."""
+    """The first line of a library's error, without the query strings of addresses, which may be secret."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return _QUERY.sub("", line)
 
@@ -231,7 +230,7 @@ def _library() -> Any:
 
 
 def shakespeare(cache_dir: Path, url: str = SHAKESPEARE_URL) -> Path:
-    """The path of tiny Shakespeare (1.1 MB), downloaded into the cache at its first use. DataError if that fails."""
+    """The path of tiny Shakespeare (1.1 MB), downloaded to the cache at first use. DataError if that fails."""
     path = _place(cache_dir)
     if path.exists():
         return path
@@ -241,13 +240,13 @@ def shakespeare(cache_dir: Path, url: str = SHAKESPEARE_URL) -> Path:
     except (OSError, ValueError, HTTPException) as error:
         raise DataError(f"cannot download tiny Shakespeare from {url} ({error}); {_BY_HAND}") from error
     if not _is_shakespeare(data):
-        raise DataError(f"{url}: {len(data)} bytes came that are not tiny Shakespeare; {_BY_HAND}")
+        raise DataError(f"{url}: the {len(data)} bytes received are not tiny Shakespeare; {_BY_HAND}")
     _keep(data, path)
     return path
 
 
 def keep_shakespeare(cache_dir: Path, file: Path) -> bool:
-    """Put a copy of tiny Shakespeare where `shakespeare` finds it; False, and nothing done, for any other file."""
+    """Copy tiny Shakespeare to where `shakespeare` finds it; returns False, and does nothing, for any other file."""
     data = file.read_bytes() if file.is_file() else b""
     known = _is_shakespeare(data)
     if known:

@@ -1,4 +1,4 @@
-"""Several sources, each with its share of the rows."""
+"""Mixtures: rows of several sources, by weight."""
 
 import hashlib
 import json
@@ -12,12 +12,12 @@ from swamla.data.dataset import Dataset, Rows
 from swamla.data.packing import Batch, join_batches, permutation
 from swamla.data.shards import Split, join_splits
 
-CYCLE = 4096  # rows; in each cycle of so many every source has its share exactly, rounded to whole rows
-_SOURCES = 3
+CYCLE = 4096  # rows; in each cycle every source has exactly its share, rounded to whole rows
+_SOURCES = 3  # key of this permutation, beside those of packing.py
 
 
 def shares(weights: Sequence[float], total: int) -> np.ndarray:
-    """`total` divided by weights into whole numbers, at least 1 each, int64: rounded down, the largest rests up."""
+    """`total` divided by weights into integers >= 1, int64, by the largest-remainder method."""
     exact = np.asarray(weights, dtype=np.float64) * total / sum(weights)
     counts = np.maximum(np.floor(exact), 1).astype(np.int64)
     while counts.sum() != total:
@@ -28,9 +28,9 @@ def shares(weights: Sequence[float], total: int) -> np.ndarray:
 
 
 class MixtureRows:
-    """Rows of several sources, interleaved: which source has sample i is a pure function of (seed, i).
+    """Interleaved rows of several sources: the source of sample i is a pure function of (seed, i).
 
-    Each source runs through its own rows in its own order, epoch after epoch, as if it were alone.
+    The rows of each source come in the order that they have without the others.
     """
 
     def __init__(self, sources: list[Rows], weights: Sequence[float], seed: int) -> None:
@@ -45,14 +45,15 @@ class MixtureRows:
         parts, order = [], []
         for which in np.unique(source):
             mine = np.flatnonzero(source == which)
-            parts.append(self._sources[which].batch(int(index[mine[0]]), len(mine)))  # consecutive, as samples are
+            first = int(index[mine[0]])  # the samples are consecutive, and so are those of each source
+            parts.append(self._sources[which].batch(first, len(mine)))
             order.append(mine)
         back = torch.from_numpy(np.argsort(np.concatenate(order)))
         joined = join_batches(parts)
         return Batch(joined.tokens_BT[back], joined.labels_BT[back], joined.document_BT[back])
 
     def places(self, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For each sample its source, and which of that source's samples it is."""
+        """The source of each sample, and its index among that source's samples."""
         source, index = np.empty_like(sample), np.empty_like(sample)
         for cycle in np.unique(sample // CYCLE):
             slots = self._slots[permutation(CYCLE, self._seed, int(cycle), _SOURCES)]
@@ -65,7 +66,7 @@ class MixtureRows:
 
 
 class MixtureDataset(Dataset):
-    """Datasets made with one tokenizer, and the weights of their rows."""
+    """Several datasets with one tokenizer, and the weights of their rows."""
 
     def __init__(self, parts: list[Dataset], weights: Sequence[float]) -> None:
         self.parts, self.weights = parts, [weight / sum(weights) for weight in weights]

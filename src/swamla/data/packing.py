@@ -1,8 +1,8 @@
-"""Rows to learn from, cut from documents: sample i is a pure function of (seed, i), whoever asks, in whatever order.
+"""Packing: documents to training rows. Row i is a pure function of (seed, i), with random access.
 
 A document d_0 … d_{n-1} takes n + 1 positions: inputs [eos, d_0 … d_{n-1}], labels [d_0 … d_{n-1}, eos]. So every
-position carries loss, the end of a document is learned once, and no label belongs to another document than its input.
-`PackedRows` cuts one endless stream of documents into full rows; `BestFitRows` fits whole documents into rows.
+position carries loss, the end of every document is learned once, and input and label are of the same document.
+`PackedRows` cuts an endless stream of documents into full rows; `BestFitRows` fits whole documents into rows.
 """
 
 from abc import ABC, abstractmethod
@@ -21,15 +21,15 @@ from swamla.errors import require
 from swamla.ops.layout import PADDING
 
 NO_LABEL = -100
-_DOCUMENTS, _ROWS = 0, 1  # what a permutation is of
+_DOCUMENTS, _ROWS = 0, 1  # part of a permutation's key: what is permuted
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows to learn from or to be judged by.
+    """Rows for training or evaluation, on the CPU.
 
-    tokens_BT, labels_BT: int64 ids; a label of -100 carries no loss. document_BT: int64, counts the documents of a
-    row from 0; -1 is padding. All on the CPU.
+    tokens_BT, labels_BT: int64 ids; a label of -100 carries no loss. document_BT: int64, numbers the documents of a row
+    from 0; -1 is padding.
     """
 
     tokens_BT: Tensor
@@ -38,11 +38,11 @@ class Batch:
 
     @property
     def n_labels(self) -> int:
-        """How many positions carry loss."""
+        """The number of positions that carry loss."""
         return int((self.labels_BT != NO_LABEL).sum())
 
     def cut_share(self, eos_id: int) -> float:
-        """Of the stretches of documents in these rows: those that are not the whole document."""
+        """The share of segments in these rows that are not a whole document."""
         starts_BT = self.document_BT.diff(dim=1, prepend=torch.full_like(self.document_BT[:, :1], -2)) != 0
         ends_BT = self.document_BT.diff(dim=1, append=torch.full_like(self.document_BT[:, :1], -2)) != 0
         real_BT = self.document_BT != PADDING
@@ -52,7 +52,7 @@ class Batch:
 
 
 class Segments(NamedTuple):
-    """Stretches of single documents, in the order in which they fill the rows."""
+    """Segments of documents, in the order in which they fill the rows."""
 
     row: np.ndarray
     document: np.ndarray
@@ -64,19 +64,19 @@ class Segments(NamedTuple):
 
 
 def permutation(count: int, *key: int) -> np.ndarray:
-    """A permutation of `count` things that depends on `key` alone, int64 (count).
+    """A permutation of 0 … count - 1 that depends on `key` alone, int64 (count).
 
-    It sorts raw Philox words: NumPy promises these, but not `Generator.permutation`, to stay the same for ever.
+    Sorts raw Philox words: NumPy guarantees that these never change, but not that `Generator.permutation` does not.
     """
     bits = np.random.Philox(np.random.SeedSequence(list(key)))
     return np.argsort(bits.random_raw(count), kind="stable")
 
 
 class PackedRows:
-    """The endless training rows of a split: documents are shuffled in every epoch, rows within it.
+    """The endless training rows of a split: in every epoch, documents are shuffled, cut into rows, and rows shuffled.
 
-    Epoch e holds the rows that begin in it; every position of it is in exactly one row, and a row at its end runs on
-    into the next epoch.
+    A row belongs to the epoch in which it begins, and may extend into the next one. Every position is in exactly one
+    row.
     """
 
     def __init__(self, split: Split, block_size: int, seed: int, eos_id: int) -> None:
@@ -87,7 +87,7 @@ class PackedRows:
             split, eos_id, lambda epoch: permutation(split.n_documents, seed, epoch, _DOCUMENTS)
         )
         self.epoch_length = self._stream.epoch_length
-        # one epoch's order of rows is large; the next is needed only where a batch straddles both
+        # an epoch's order of rows is large; two are needed where a batch crosses from one epoch to the next
         self._row_order = lru_cache(2)(lambda epoch: permutation(self._rows_in(epoch), seed, epoch, _ROWS))
 
     def batch(self, first_sample: int, count: int) -> Batch:
@@ -109,7 +109,7 @@ class PackedRows:
 
 
 class HeldOutRows:
-    """All documents of a split, once and in order; the last row is padded."""
+    """The rows of all documents of a split, once and in order; the last row is padded."""
 
     def __init__(self, split: Split, block_size: int, eos_id: int) -> None:
         require(block_size > 0, "block_size", block_size, "must be > 0, e.g. 512")
@@ -119,7 +119,7 @@ class HeldOutRows:
         self.n_rows = -(-self.n_labels // block_size)
 
     def batches(self, batch_size: int, most_rows: int | None = None) -> Iterator[Batch]:
-        """Batches of `batch_size` rows, the last with what is left: all, or `most_rows` spread evenly over them."""
+        """Batches of `batch_size` rows, the last one smaller: all rows, or `most_rows` evenly spaced ones."""
         count = min(self.n_rows, most_rows or self.n_rows)
         chosen = np.arange(count) * self.n_rows // count
         for first in range(0, count, batch_size):
@@ -128,22 +128,22 @@ class HeldOutRows:
 
 
 class BlockRows(ABC):
-    """Endless rows. Those of a block, and how many they are, are a pure function of (seed, block)."""
+    """Endless rows in blocks; the rows of a block and their number are a pure function of (seed, block)."""
 
     def __init__(self, block_size: int, seed: int) -> None:
         require(block_size > 0, "block_size", block_size, "must be > 0, e.g. 512")
         require(seed >= 0, "seed", seed, "must be >= 0")
         self.block_size = block_size
         self.seed = seed
-        self._starts = [0]  # of blocks, in samples; as far as anybody asked
+        self._starts = [0]  # first sample of each block, as far as known
 
     @abstractmethod
     def n_rows(self, block: int) -> int:
-        """How many rows the block has."""
+        """The number of rows of a block."""
 
     @abstractmethod
     def rows(self, block: int, row: np.ndarray) -> Batch:
-        """Rows of the block, by their numbers (int64)."""
+        """Rows of a block, by their numbers (int64)."""
 
     def batch(self, first_sample: int, count: int) -> Batch:
         """Samples first_sample … first_sample + count - 1."""
@@ -159,11 +159,11 @@ class BlockRows(ABC):
 
 
 class BestFitRows(BlockRows):
-    """Rows of whole documents, as far as documents fit into rows.
+    """Best-fit packing: rows of whole documents.
 
-    In every epoch the documents are shuffled and taken `buffer_docs` at a time; each such block is packed, the longest
-    document first, into the row where it leaves the least room, and its rows are shuffled. A document longer than a row
-    is cut into full rows and a rest. What stays empty is padding, which carries no loss.
+    In every epoch the documents are shuffled and divided into blocks of `buffer_docs`. A block's documents, longest
+    first, go into the row with the least sufficient room, and its rows are shuffled. A document longer than a row is
+    cut into full rows and a rest. The remaining positions are padding, which carries no loss.
     """
 
     def __init__(self, split: Split, block_size: int, seed: int, eos_id: int, buffer_docs: int) -> None:
@@ -189,7 +189,7 @@ class BestFitRows(BlockRows):
         )
 
     def _pack(self, block: int) -> tuple[Segments, np.ndarray]:
-        """The block's pieces of documents, row by row, and where each row begins among them (and the end)."""
+        """The segments of a block, ordered by row, and the index of each row's first segment (and the end)."""
         epoch, place = divmod(block, self._blocks)
         document = self._order(epoch)[place * self._buffer : (place + 1) * self._buffer]
         pieces = -(-self._positions[document] // self.block_size)
@@ -204,10 +204,10 @@ class BestFitRows(BlockRows):
 
 
 def best_fit(length: np.ndarray, size: int) -> np.ndarray:
-    """The row (from 0) that each piece goes to, int64: the longest first, where it leaves the least of `size` empty."""
+    """The row of each piece, int64: longest piece first, each into the row of `size` with the least sufficient room."""
     row_of = np.empty(len(length), dtype=np.int64)
-    rows_with: list[list[int]] = [[] for _ in range(size)]  # by the room that is left in them
-    some, n_rows = 0, 0  # bit r: there is a row with room for r
+    rows_with: list[list[int]] = [[] for _ in range(size)]  # room left → rows
+    some, n_rows = 0, 0  # bit r of `some`: there is a row with room r
     for piece in np.argsort(-length, kind="stable").tolist():
         need = int(length[piece])
         fitting = some >> need
@@ -226,9 +226,9 @@ def best_fit(length: np.ndarray, size: int) -> np.ndarray:
 
 
 class DocumentStream:
-    """All documents of a split, epoch after epoch, as one endless stream of positions.
+    """All documents of a split, concatenated epoch after epoch to an endless stream of positions.
 
-    order(epoch): the documents' permutation in that epoch, int64 (n_documents).
+    order(epoch): the permutation of the documents in that epoch, int64 (n_documents).
     """
 
     def __init__(self, split: Split, eos_id: int, order: Callable[[int], np.ndarray]) -> None:
@@ -238,7 +238,7 @@ class DocumentStream:
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def rows(self, start_B: np.ndarray, length: int) -> Batch:
-        """Rows of `length` positions, each from its place `start_B` (int64) in the stream."""
+        """Rows of `length` positions, from the positions `start_B` (int64) of the stream."""
         segments = self._segments(start_B, length)
         shape = len(start_B), length
         tokens, labels = _gather(self._split, self._eos_id, segments)
@@ -248,7 +248,7 @@ class DocumentStream:
     def _segments(self, start_B: np.ndarray, length: int) -> Segments:
         """Cut the rows at the starts of epochs, then of documents."""
         epoch_B, last_B = start_B // self.epoch_length, (start_B + length - 1) // self.epoch_length
-        row, step = _spread(last_B - epoch_B + 1)
+        row, step = _expand(last_B - epoch_B + 1)
         epoch = epoch_B[row] + step
         begin = np.maximum(start_B[row] - epoch * self.epoch_length, 0)
         end = np.minimum(start_B[row] + length - epoch * self.epoch_length, self.epoch_length)
@@ -260,7 +260,7 @@ class DocumentStream:
         order, ends = self._epoch(int(epoch))
         first = np.searchsorted(ends, begin, side="right")
         last = np.searchsorted(ends, end - 1, side="right")
-        interval, step = _spread(last - first + 1)
+        interval, step = _expand(last - first + 1)
         place = first[interval] + step
         document_begin = ends[place] - self._positions[order[place]]
         start = np.maximum(document_begin, begin[interval])
@@ -268,7 +268,7 @@ class DocumentStream:
         return Segments(row[interval], order[place], start - document_begin, stop - start)
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The documents in their order, and where each ends; the two latest epochs are kept."""
+        """The order of the documents in an epoch, and the end of each; the two latest epochs are cached."""
         if epoch not in self._epochs:
             order = self._order(epoch)
             while len(self._epochs) > 1:
@@ -278,7 +278,7 @@ class DocumentStream:
 
 
 def gather_padded(split: Split, eos_id: int, segments: Segments, length: int) -> Batch:
-    """Rows of `length` positions that the segments, ordered by row from 0, need not fill."""
+    """Rows of `length` positions from segments that are ordered by row; the rest of each row is padding."""
     flat = _gather(split, eos_id, segments)
     documents = np.repeat(_place_in_row(segments.row), segments.length)
     row = np.repeat(segments.row, segments.length)
@@ -292,7 +292,7 @@ def gather_padded(split: Split, eos_id: int, segments: Segments, length: int) ->
 
 
 def _gather(split: Split, eos_id: int, segments: Segments) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and labels of the segments, end to end, int64."""
+    """The concatenated inputs and labels of the segments, int64."""
     begin = np.cumsum(segments.length) - segments.length
     source = split.offsets[segments.document] + segments.first  # of the label; the input is the one before
     position = np.repeat(source - begin, segments.length)
@@ -316,20 +316,20 @@ def _place_in_row(row: np.ndarray) -> np.ndarray:
     return index - np.maximum.accumulate(np.where(np.diff(row, prepend=-1) > 0, index, 0))
 
 
-def _spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For counts [2, 1, 3]: which [0, 0, 1, 2, 2, 2], and how far into it [0, 1, 0, 0, 1, 2]."""
+def _expand(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For counts [2, 1, 3]: indices [0, 0, 1, 2, 2, 2], and the position within each [0, 1, 0, 0, 1, 2]."""
     which = np.repeat(np.arange(len(counts)), counts)
     return which, np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def join_batches(parts: list[Batch]) -> Batch:
-    """The rows of all parts, one behind the other."""
+    """The concatenated rows of all parts."""
     columns = zip(*((part.tokens_BT, part.labels_BT, part.document_BT) for part in parts), strict=True)
     return Batch(*(torch.cat(column) for column in columns))
 
 
 def pad(batch: Batch, n_labels_B: np.ndarray) -> Batch:
-    """The batch with everything behind the first `n_labels_B` positions of a row turned into padding."""
+    """The batch with all positions from `n_labels_B` on replaced by padding."""
     beyond_BT = torch.arange(batch.tokens_BT.shape[1]) >= torch.from_numpy(n_labels_B)[:, None]
     return Batch(
         batch.tokens_BT.masked_fill(beyond_BT, 0),

@@ -1,8 +1,8 @@
-"""`prepare`: text to a dataset, once. The result is cached, and appears whole or not at all.
+"""`prepare`: text to a cached dataset, which is written atomically.
 
-A small source is encoded at once, in this process. A large one is cut into units, which are encoded by as many
-processes as there are cores, or by N independent runs of this program, and are then joined. What was finished before a
-kill is never done again, and the dataset is byte for byte the same however its units came to be.
+A small source is encoded in this process. A large one is cut into units, which are encoded by one process per core, or
+by N independent runs of this program, and are then joined. After a kill, only unfinished units are encoded again. The
+dataset is byte for byte the same for any number of processes.
 """
 
 import hashlib
@@ -32,20 +32,20 @@ from swamla.files import fsync, sha256_of
 from swamla.registry import plugin_of
 
 TOKENIZER_SAMPLE = 1 << 26  # characters; more text hardly changes the BPE and takes longer
-_PLACES = 64  # units that a sample is taken from, evenly over all
-_FAR = 2  # times as much, or as little, held-out text as documents
-_AT_ONCE = 4  # units that are encoded in this process: starting others, and joining what they made, takes as long
-_SAMPLED = 4  # units of a stream, evenly over it, whose held-out documents are evaluated
+_PLACES = 64  # evenly spaced units from which the tokenizer's sample is taken
+_FAR = 2  # warn if the held-out share of the text is off by this factor from that of the documents
+_AT_ONCE = 4  # sources of up to this many units are encoded in this process: starting others would take as long
+_SAMPLED = 4  # evenly spaced units of a stream whose held-out documents are evaluated
 _STALE_SECONDS = {".staging-*": 24 * 3600, ".units-*": 14 * 24 * 3600, ".stream-*": 14 * 24 * 3600}
-_RULES = 3  # to be raised when other documents are held out than before
+_RULES = 3  # raise this when the rule for held-out documents changes
 
 
 def prepare(config: DataConfig, *, progress: Progress | None = None, workers: int | None = None) -> Dataset:
-    """The dataset that `config` describes, from the cache if source, tokenizer and settings are as they were.
+    """The dataset that `config` describes, from the cache if source, tokenizer and settings are unchanged.
 
-    `progress(stage, documents, bytes)` is called as work goes on. workers: processes for a large source, by default as
-    many as there are cores. Raises DataError for input that cannot be used and CorruptError for a damaged cache; a
-    killed or failed preparation leaves nothing that would be taken for a dataset.
+    `progress(stage, documents, bytes)` is called repeatedly. workers: processes for a large source, by default one per
+    core. Raises DataError for unusable input and CorruptError for a damaged cache. A killed or failed preparation
+    leaves no partial dataset.
     """
     progress = progress or _silent
     if config.source == MIXTURE:
@@ -57,7 +57,7 @@ def prepare(config: DataConfig, *, progress: Progress | None = None, workers: in
 
 
 def _prepare_whole(work: "Preparation", workers: int | None) -> PreparedDataset:
-    """All of one source, now or from the cache."""
+    """The dataset of one source, encoded now or from the cache."""
     if work.target.exists():
         return work.open()
     with work.naming_files():
@@ -70,10 +70,10 @@ def _prepare_whole(work: "Preparation", workers: int | None) -> PreparedDataset:
 
 
 def _prepare_stream(work: "Preparation", workers: int | None) -> Dataset:
-    """A sample of the source, prepared as it would be by itself, and the means to read the rest bit by bit."""
+    """A stream: a few units of the source are prepared for evaluation, the rest is encoded during training."""
     from swamla.data.stream import StreamDataset, StreamPlan, UnitSupply  # needs torch
 
-    sample = work.under(f"{work.target.name}-sample")
+    sample = replace(work, target=work.target.with_name(f"{work.target.name}-sample"))
     folder = work.target.with_name(f".stream-{work.target.name}")
     with sample.naming_files():
         units = work.source.units()
@@ -93,7 +93,7 @@ def _prepare_stream(work: "Preparation", workers: int | None) -> Dataset:
 
 
 def _prepare_mixture(config: DataConfig, progress: Progress, workers: int | None) -> Dataset:
-    """Every source of a mixture by itself, with one tokenizer, which learns from each by its weight."""
+    """One dataset per source of a mixture, with one tokenizer, trained on a sample of all sources by their weights."""
     from swamla.data.mixing import MixtureDataset  # needs torch
 
     singles = config.sources
@@ -111,21 +111,21 @@ def _prepare_mixture(config: DataConfig, progress: Progress, workers: int | None
 
 
 def _warn_of_share(config: DataConfig, dataset: Dataset) -> None:
-    """Warn where the share of the text that is held out is far from the share of documents that was asked for."""
+    """Warn if the held-out share of the text is far from `held_out_fraction`, which is a share of the documents."""
     held_out, train, asked = dataset.held_out.n_bytes, dataset.train.n_bytes, config.held_out_fraction
     share = held_out / (held_out + train)
     if not asked / _FAR <= share <= asked * _FAR:
         warnings.warn(
-            f"{config.source}: {train:,} bytes are trained on and {held_out:,} held out, {share:.1%} of the text; "
-            f"held_out_fraction = {asked:g} is a share of the documents, drawn by chance; for another "
-            "share of the text change it, or divide long documents",
+            f"{config.source}: {train:,} bytes are for training and {held_out:,} are held out, {share:.1%} of the "
+            f"text; held_out_fraction = {asked:g} is a share of the documents, chosen at random: change it, or split "
+            "long documents",
             stacklevel=3,
         )
 
 
 @dataclass(frozen=True)
 class Part:
-    """Part `number` (from 1) of `count` independent runs; of 0, the run that only puts their work together."""
+    """Part `number` (from 1) of `count` independent runs; count 0 is the run that only joins their units."""
 
     number: int
     count: int
@@ -143,7 +143,10 @@ class Part:
 
 @dataclass(frozen=True)
 class PartDone:
-    """How far an array of parts is. dataset: once no unit is missing.  throughput: of this part, if it did any work."""
+    """Progress after one part: units in all, and still missing.
+
+    throughput: of this part, if it encoded anything. dataset: if no unit is missing.
+    """
 
     units: int
     missing: int
@@ -154,18 +157,18 @@ class PartDone:
 def prepare_part(
     config: DataConfig, part: Part, *, progress: Progress | None = None, workers: int | None = None
 ) -> PartDone:
-    """Make one part's units; the part that finds that none is missing any more makes the dataset of them.
+    """Encode one part's units; the part after which none is missing joins them to the dataset.
 
     Raises as `prepare` does.
     """
     for field, value in (("mixture", config.mixture), ("stream", config.stream)):
-        require(not value, f"data.{field}", value, "cannot be prepared in parts; prepare its sources by themselves")
+        require(not value, f"data.{field}", value, "cannot be prepared in parts; prepare each source separately")
     work = Preparation.of(config, progress or _silent)
     if not work.source.pinned(config):
         raise ConfigError(
             "data.hub_revision",
             config.hub_revision,
-            f"parts begin at different times: pin it; now {work.source.origin}",
+            f"parts start at different times and need one fixed commit; now {work.source.origin}",
         )
     if work.target.exists():
         return PartDone(0, 0, None, work.open())
@@ -183,7 +186,7 @@ def prepare_part(
 
 @dataclass(frozen=True)
 class Preparation:
-    """One source on its way to a dataset. target: the dataset's folder."""
+    """The preparation of one source. target: the dataset's folder."""
 
     config: DataConfig
     progress: Progress
@@ -192,36 +195,26 @@ class Preparation:
 
     @classmethod
     def of(cls, config: DataConfig, progress: Progress) -> "Preparation":
-        """Open the source, and choose the folder by all that decides what is in it."""
+        """Open the source; the folder's name has a hash of everything that affects the dataset."""
         source = open_source(config, config.cache)
         slug = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name or source.kind)[:40]
         name = f"{slug}-{_cache_key(config, source)[:16]}"
         return cls(config, progress, source, config.cache / "data" / name)
 
-    def under(self, name: str) -> "Preparation":
-        """The same with a folder of another name."""
-        return replace(self, target=self.target.with_name(name))
-
-    @property
-    def folder(self) -> Path:
-        """Where units are kept until they are joined."""
-        return self.target.with_name(f".units-{self.target.name}")
-
     def job(self, units: list[Unit]) -> Job:
-        return Job(self.source, tuple(units), self.folder, self.config.held_out_fraction)
+        """The encoding of these units, in a folder beside the target that is removed once they are joined."""
+        folder = self.target.with_name(f".units-{self.target.name}")
+        return Job(self.source, tuple(units), folder, self.config.held_out_fraction)
 
     def open(self, throughput: Throughput | None = None) -> PreparedDataset:
-        """The dataset that has been made."""
-        return PreparedDataset.read(
-            self.target,
-            throughput=throughput,
-            raw=self.source.digest(),
-            plugin=plugin_of(type(self.source)),
-            buffer_docs=self.config.buffer_docs,
-        )
+        """Open the finished dataset."""
+        plugin = plugin_of(type(self.source))
+        made_of = {"raw": self.source.digest()} | ({"plugin": plugin} if plugin else {})
+        buffer_docs = self.config.buffer_docs
+        return PreparedDataset.read(self.target, throughput=throughput, made_of=made_of, buffer_docs=buffer_docs)
 
     def encode(self) -> Throughput:
-        """Make the dataset in this process, in one go."""
+        """Encode the whole source in this process."""
         units = [Unit(0, len(self.source.entries))]
         with _staging(self.target) as folder:
             tokenizer = learn_tokenizer(self.config, [Share(self.source, units)], self.progress)
@@ -235,14 +228,14 @@ class Preparation:
         return Throughput(encoded.tokens, encoded.bytes, time.monotonic() - begin, 1)
 
     def encode_units(self, units: list[Unit], part: Part, workers: int | None) -> Throughput | None:
-        """Make the units of a part that are missing; None if there was nothing to do."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _remove_stale(self.target.parent)
+        """Encode the missing units of a part, in parallel; None if none is missing."""
         job = self.job(units)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        _remove_stale(self.target.parent)
         numbers = [number for number in job.missing() if number % part.count == part.number - 1]
         if not numbers:
             return None
-        self.tokenizer(units)
+        self.tokenizer(job)  # before the workers load it
         begin = time.monotonic()
         workers = min(workers or available_cores(), len(numbers))
         documents = n_bytes = tokens = 0
@@ -253,29 +246,30 @@ class Preparation:
                 self.progress(f"encoding, unit {done} of {len(numbers)}", documents, n_bytes)
         return Throughput(tokens, n_bytes, time.monotonic() - begin, workers)
 
-    def tokenizer(self, units: list[Unit]) -> Tokenizer:
-        """The tokenizer of all units: what the first to come here made, or what any other would make."""
-        path = self.folder / TOKENIZER
+    def tokenizer(self, job: Job) -> Tokenizer:
+        """The tokenizer of all units, trained if the job's folder has none; every process would train the same one."""
+        path = job.folder / TOKENIZER
         if not path.exists():
-            save_tokenizer(learn_tokenizer(self.config, [Share(self.source, units)], self.progress), path)
+            save_tokenizer(learn_tokenizer(self.config, [Share(self.source, list(job.units))], self.progress), path)
         return load_tokenizer(path)
 
     def join(self, units: list[Unit]) -> None:
-        """Make the dataset of all units, and remove these."""
+        """Join all units to the dataset, and remove them."""
+        job = self.job(units)
         try:
             with _staging(self.target) as staging:
-                if self.job(units).join(staging, self.config, self.tokenizer(units)) == 1:
+                if job.join(staging, self.config, self.tokenizer(job)) == 1:
                     self.encode()
                 else:
                     _move(staging, self.target)
         except (SwamlaError, OSError):
             if not self.target.exists():  # else another part was faster, and has removed the units
                 raise
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(job.folder, ignore_errors=True)
 
     @contextmanager
     def naming_files(self) -> Iterator[None]:
-        """Say of a file of ours that it cannot be written, of any other that it cannot be read."""
+        """Turn OSError into DataError: a file of the cache cannot be written, another file cannot be read."""
         try:
             yield
         except OSError as error:
@@ -286,7 +280,7 @@ class Preparation:
 
 
 class Share(NamedTuple):
-    """A source in units, and its share of what a tokenizer learns from."""
+    """A source in units, and the weight of its text in the tokenizer's training sample."""
 
     source: Source
     units: list[Unit]
@@ -294,9 +288,9 @@ class Share(NamedTuple):
 
 
 def learn_tokenizer(config: DataConfig, parts: list[Share], progress: Progress) -> Tokenizer:
-    """The tokenizer that `config` asks for: found, or learned from texts that depend on the input alone.
+    """The tokenizer that `config` asks for, loaded or trained.
 
-    A trained one never saw what is held out.
+    Its training sample is deterministic and has no held-out document.
     """
 
     def counted(texts: Iterator[str]) -> Iterator[str]:
@@ -316,7 +310,7 @@ def learn_tokenizer(config: DataConfig, parts: list[Share], progress: Progress) 
 
 
 def training_texts(source: Source, units: list[Unit], held_out_fraction: float, size: int) -> Iterator[str]:
-    """Texts that are trained on, `size` characters: all of a small source, some from many places of a large one."""
+    """Training documents, up to `size` characters in all, taken from evenly spaced units of the source."""
     count = min(len(units), _PLACES)
     for place in range(count):
         documents = source.unit_documents(units[place * len(units) // count], Notes())
@@ -334,7 +328,7 @@ def training_texts(source: Source, units: list[Unit], held_out_fraction: float, 
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """Write a tokenizer's file: readers see none or all of it."""
+    """Write a tokenizer's file atomically."""
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     tokenizer.save(staged)
     fsync(staged)
@@ -342,7 +336,7 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def _cache_key(config: DataConfig, source: Source) -> str:
-    """Changes whenever the dataset might: settings, any file's size or time, the tokenizer's files or its training."""
+    """A hash of all that affects the dataset: settings, files' sizes and times, the tokenizer's files or rules."""
     settings = [config.text_column, config.tokenizer, config.held_out_fraction, config.invalid_utf8, config.on_bad_row]
     tokenizer = [(path.name, sha256_of(path)) for path in tokenizer_files(config.tokenizer)]
     trained = bpe_version() if parse_bpe(config.tokenizer) else []
@@ -353,7 +347,7 @@ def _cache_key(config: DataConfig, source: Source) -> str:
 
 @contextmanager
 def _staging(target: Path) -> Iterator[Path]:
-    """A folder of our own beside `target`, gone in the end whatever happens short of a kill."""
+    """A temporary folder beside `target`, removed on exit."""
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(target.parent)
     folder = Path(tempfile.mkdtemp(prefix=".staging-", dir=target.parent))
@@ -364,7 +358,7 @@ def _staging(target: Path) -> Iterator[Path]:
 
 
 def _remove_stale(parent: Path) -> None:
-    """Delete what killed preparations left and nobody has written to for long; units wait longer to be gone on with."""
+    """Delete what killed preparations left behind; units are kept longer, since a preparation can reuse them."""
     for pattern, age in _STALE_SECONDS.items():
         for folder in parent.glob(pattern):
             times = [path.stat().st_mtime for path in (folder, *folder.glob("*")) if path.exists()]
@@ -373,7 +367,7 @@ def _remove_stale(parent: Path) -> None:
 
 
 def _move(folder: Path, target: Path) -> None:
-    """Put the finished folder in place; if another process was faster, its result is as good as ours."""
+    """Rename the finished folder to `target`; if another process was faster, its identical result stays."""
     for path in folder.iterdir():
         fsync(path)
     fsync(folder)

@@ -1,4 +1,4 @@
-"""Bytes of files, unpacked and recoded to UTF-8 as they stream, the text in them, and notes of what was left out."""
+"""Read files as streams of UTF-8, decompressed and transcoded; decode text; count what was left out."""
 
 import bz2
 import codecs
@@ -20,15 +20,20 @@ from swamla.errors import DataError
 COMPRESSED = (".gz", ".gzip", ".zst", ".zstd", ".xz", ".bz2")
 SNIFFED = 8192
 _CHUNK = 1 << 18
-_PLACES, _SHOWN = 5, 3  # kept in meta.json, and told
-_PACKED = {  # by content, since names are often wrong
+_PLACES, _SHOWN = 5, 3  # places kept in meta.json, and displayed
+_PACKED = {  # detected by content, since names are often wrong
     ".gz": re.compile(rb"\x1f\x8b\x08"),
     ".zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
     ".xz": re.compile(rb"\xfd7zXZ\x00"),
     ".bz2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
 }
-_CONTROLS = bytes({*range(32)} - {*b"\t\n\v\f\r\x1b"})  # half of UTF-16's bytes in many scripts, and valid UTF-8
-_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # before UTF-16's, which begin alike
+_CONTROLS = bytes(
+    {*range(32)} - {*b"\t\n\v\f\r\x1b"}
+)  # half of the bytes of UTF-16 in many scripts, though valid UTF-8
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+}  # before UTF-16, since the marks of both begin alike
 _MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 _OTHERS = {
     rb"%PDF-": "a PDF: extract its text first, e.g. with pdftotext",
@@ -37,17 +42,17 @@ _OTHERS = {
     rb"7z\xbc\xaf\x27\x1c|Rar!\x1a\x07": "an archive: unpack it first",
     rb"(?s:.{257})ustar": "a tar archive: unpack it, and give the folder",
     rb"ARROW1|FEA1|\xff\xff\xff\xff": "an Arrow file: write it as parquet first",
-    rb"\x89PNG|\xff\xd8\xff|\x7fELF": "an image or a program, no text",
-    rb"\x93NUMPY|\x80[\x02-\x05]": "data of Python (.npy, a pickle), no text: write its texts to a file first",
-    rb"\x04\x22\x4d\x18|\]\0\0": "packed by lz4 or lzma: unpack it first",
+    rb"\x89PNG|\xff\xd8\xff|\x7fELF": "an image or a program, not text",
+    rb"\x93NUMPY|\x80[\x02-\x05]": "data of Python (.npy, a pickle), not text: write its texts to a file first",
+    rb"\x04\x22\x4d\x18|\]\0\0": "compressed by lz4 or lzma: decompress it first",
     rb"SQLite format 3\0": "an SQLite database: export its table as csv first",
     rb"\{\\rtf": "an RTF document: export its text first",
-    b"|".join(pattern.pattern for pattern in _PACKED.values()): "packed more than once: unpack it first",
+    b"|".join(pattern.pattern for pattern in _PACKED.values()): "compressed more than once: decompress it first",
 }
 
 
 class Notes:
-    """counts: of what was left out or changed.  places: the first of each.  taken: files read, by their suffixes."""
+    """Counts of what was left out or changed.  places: the first few of each.  taken: files read, by suffix."""
 
     def __init__(self, plain: Mapping[str, Any] | None = None) -> None:
         self.counts: Counter[str] = Counter()
@@ -57,20 +62,20 @@ class Notes:
             self.include(plain)
 
     def add(self, what: str, where: object = None, count: int = 1) -> None:
-        """Count `what`, and keep where it was (put into words only then) as one of the first places."""
+        """Count `what`; `where` is stored, converted by `str`, for the first few."""
         self.counts[what] += count
         if where is not None and len(self.places.get(what, ())) < _PLACES:
             self.places.setdefault(what, []).append(str(where))
 
     def include(self, plain: Mapping[str, Any]) -> None:
-        """Add what `plain` made of others; their places come after those that are known."""
+        """Add other notes, given as their `plain`; places already stored come first."""
         self.counts.update(plain["counts"])
         self.taken.update(plain["taken"])
         for what, places in plain["places"].items():
             self.places[what] = [*self.places.get(what, ()), *places][:_PLACES]
 
     def plain(self) -> dict[str, Any]:
-        """As JSON data, the same for the same notes."""
+        """As JSON data, in sorted order."""
         return {
             "counts": dict(sorted(self.counts.items())),
             "places": dict(sorted(self.places.items())),
@@ -78,7 +83,7 @@ class Notes:
         }
 
     def lines(self) -> list[str]:
-        """A line for each thing that was left out or changed."""
+        """One line per kind of thing that was left out or changed."""
         return [f"{count} {what}{_named(self.places.get(what, []), count)}" for what, count in self.counts.items()]
 
 
@@ -88,7 +93,7 @@ def _named(places: list[str], count: int) -> str:
 
 
 class BadRow(Exception):
-    """A row, or a text file, that cannot be used. where: its file and place, put into words when somebody is told."""
+    """An unusable row or text file. where: its file and place, converted by `str` only if the error is displayed."""
 
     def __init__(self, where: object, what: str) -> None:
         super().__init__()
@@ -99,7 +104,7 @@ class BadRow(Exception):
 
 
 class File(Protocol):
-    """A file to read from, here or on a hub: the part of `Path` that reading needs. Its text form names it."""
+    """A local file or one on a hub: the part of `Path` that reading needs. `str` of it is shown in messages."""
 
     @property
     def name(self) -> str: ...
@@ -111,9 +116,9 @@ class File(Protocol):
 
 
 def open_bytes(path: File) -> BinaryIO:
-    """A stream of the file's bytes, unpacked if it is compressed, as UTF-8 if it begins with the mark of UTF-16 or 32.
+    """A stream of the file's bytes, decompressed, and transcoded to UTF-8 if it has a UTF-16 or UTF-32 byte-order mark.
 
-    Raises EOFError if the name says that it is compressed, and it is not.
+    Raises EOFError if the name has the suffix of a compression that the content does not have.
     """
     stream: Any = path.open("rb")
     head = stream.read(SNIFFED)
@@ -130,7 +135,10 @@ def open_bytes(path: File) -> BinaryIO:
 
 
 def is_plain(path: File) -> bool:
-    """Whether offsets in the file are offsets in its text. Of a file on a hub the name tells: asking takes long."""
+    """Whether the file is neither compressed nor UTF-16/32, so that offsets in it are offsets in its text.
+
+    For a file on a hub decided by its name, to save a request.
+    """
     if not isinstance(path, Path):
         return path.suffix.lower() not in COMPRESSED
     with path.open("rb") as stream:
@@ -139,14 +147,14 @@ def is_plain(path: File) -> bool:
 
 
 def not_text(head: bytes) -> str:
-    """What a file is that begins so, and what to do with it, if that can be told not to be text; else ""."""
+    """What a file that begins with `head` is, if it is certainly not text, and what to do with it; otherwise ""."""
     for pattern, what in _OTHERS.items():
         if re.match(pattern, head):
             return what
     if b"\0" in head and (_is_wide(head) or not _is_utf8(head)):
         encoding = _unmarked(head)
         hint = f" ({encoding} without a byte-order mark? convert it: iconv -f {encoding} -t UTF-8)" if encoding else ""
-        return f"binary data, no text{hint}"
+        return f"binary data, not text{hint}"
     return ""
 
 
@@ -155,7 +163,7 @@ def _encoding(head: bytes) -> str:
 
 
 def _unmarked(head: bytes) -> str:
-    """The encoding of two or four bytes a character that `head` may be in, by which of the bytes are small."""
+    """The probable UTF-16 or UTF-32 encoding of `head`, told by which bytes of a character are small; else ""."""
     whole = np.frombuffer(head[: len(head) // 4 * 4], np.uint8).reshape(-1, 4)
     small = (whole < 0x20).sum(axis=0) > 0.7 * len(whole)
     wide = {(0, 1, 1, 1): "UTF-32LE", (1, 1, 1, 0): "UTF-32BE", (0, 1, 0, 1): "UTF-16LE", (1, 0, 1, 0): "UTF-16BE"}
@@ -163,10 +171,10 @@ def _unmarked(head: bytes) -> str:
 
 
 def _is_wide(head: bytes) -> bool:
-    """Whether there are as many controls as in numbers, or in UTF-16; of many scripts this is valid UTF-8.
+    """Whether `head` has as many control characters as binary numbers or UTF-16 have, which may be valid UTF-8.
 
-    One of a character's two bytes is a control in most alphabets; in the others the zeros of spaces and line ends give
-    it away, as every one is the same of two bytes.
+    In UTF-16 one byte of a character is a control character in most alphabets. In the others, spaces and line ends give
+    zero bytes, all at even or all at odd offsets.
     """
     controls = len(head) - len(head.translate(None, _CONTROLS))
     zeros = np.flatnonzero(np.frombuffer(head, np.uint8) == 0)
@@ -176,7 +184,7 @@ def _is_wide(head: bytes) -> bool:
 
 def _is_utf8(head: bytes) -> bool:
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)  # its last character may be cut
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # incremental, since the last character may be cut
     except UnicodeDecodeError:
         return False
     return True
@@ -184,21 +192,21 @@ def _is_utf8(head: bytes) -> bool:
 
 @contextmanager
 def naming_damage(path: File) -> Iterator[None]:
-    """Turn the many errors of unreadable or damaged files into one DataError that names the file."""
+    """Turn all errors of unreadable or damaged files into a DataError that names the file."""
     try:
         yield
     except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        # The system's errors have a number; those of libraries are about what a file holds, unless it is on a hub.
+        # Errors of the system have an errno; those of libraries are about the content, except for a file on a hub.
         if isinstance(error, OSError) and (error.errno is not None or not isinstance(path, Path)):
             raise DataError(f"{path}: cannot be read ({error.strerror or line})") from error
         raise DataError(f"{path}: truncated or damaged ({line}); fetch or write the file again") from error
 
 
 def decode_utf8(data: bytes, where: object, invalid: str, notes: Notes, offset: int = 0) -> str:
-    """The text in `data`, which begins `offset` bytes into `where`.
+    """The text of `data`, which begins at byte `offset` of `where`.
 
-    Bytes that are not UTF-8 raise BadRow with the byte's offset, or are replaced and counted in `notes`.
+    Invalid UTF-8 raises BadRow with the byte's offset, or is replaced and counted in `notes`.
     """
     try:
         return data.decode("utf-8")
@@ -207,7 +215,7 @@ def decode_utf8(data: bytes, where: object, invalid: str, notes: Notes, offset: 
             at, byte = offset + error.start, data[error.start]
             raise BadRow(
                 where,
-                f"byte {at} (0x{byte:02x}) is not valid UTF-8; convert what is in another encoding (iconv -f latin1 -t "
+                f"byte {at} (0x{byte:02x}) is not valid UTF-8; convert a file in another encoding (iconv -f latin1 -t "
                 f"UTF-8), or replace such bytes with U+FFFD by --invalid_utf8 replace",
             ) from error
     text = data.decode("utf-8", errors="replace")
@@ -216,9 +224,9 @@ def decode_utf8(data: bytes, where: object, invalid: str, notes: Notes, offset: 
 
 
 def mend_surrogates(text: str, where: object, invalid: str, notes: Notes) -> str:
-    """`text`, if it is Unicode; lone surrogates are treated as invalid UTF-8 is.
+    """`text`, in which lone surrogates are treated like invalid UTF-8.
 
-    They come from JSON's escapes, or stand for bytes that were not UTF-8 (Python's "surrogateescape").
+    They come from escapes in JSON, or represent bytes that were not UTF-8 (Python's "surrogateescape").
     """
     try:
         text.encode("utf-8")
@@ -242,7 +250,7 @@ def mend_surrogates(text: str, where: object, invalid: str, notes: Notes) -> str
 
 
 class _Unpacked(io.BufferedReader):
-    """A buffered stream that closes the file below it, too."""
+    """A buffered stream that also closes the file it reads from."""
 
     def __init__(self, stream: Any, below: Any) -> None:
         super().__init__(stream, _CHUNK)
@@ -254,7 +262,7 @@ class _Unpacked(io.BufferedReader):
 
 
 class _Recoded(io.RawIOBase):
-    """Text in UTF-16 or UTF-32 as UTF-8, without its mark; lone surrogates as the bytes that UTF-8 does not allow."""
+    """UTF-16 or UTF-32 transcoded to UTF-8, without byte-order mark; lone surrogates become invalid UTF-8."""
 
     def __init__(self, file: BinaryIO, encoding: str) -> None:
         self._file = file
@@ -275,18 +283,18 @@ class _Recoded(io.RawIOBase):
 
 
 class _Frames(io.RawIOBase):
-    """Frames, one behind the other, as one raw stream. EOFError for one that is cut short, and for what is no frame.
+    """Concatenated compressed frames as one raw stream. EOFError for a truncated frame, and for data that is no frame.
 
-    The libraries' own streams take a frame that is cut short (zstandard), or whatever follows a whole one (lzma, bz2),
-    for the end of the file.
+    The libraries' own streams silently end at a truncated frame (zstandard), or at any data behind a whole frame (lzma,
+    bz2).
     """
 
     def __init__(self, file: BinaryIO, begin: Callable[[], Any], errors: type[Exception], padding: bytes = b"") -> None:
-        """begin: makes a decompressor of one frame.  padding: bytes that may stand between frames."""
+        """begin: creates the decompressor of a frame.  padding: bytes that are allowed between frames."""
         self._file, self._begin, self._errors, self._padding = file, begin, errors, padding
         self._frame: Any = None
         self._packed = b""
-        self._plain = memoryview(b"")  # slicing a view copies nothing, however much one chunk expands to
+        self._plain = memoryview(b"")  # slicing a view copies nothing, however large a chunk becomes
 
     def readable(self) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""The data of a run, found in the cache by what it holds: neither its path nor its raw files are asked for."""
+"""Find the data of a run in the cache by its fingerprint, even if the raw files are gone."""
 
 import json
 import warnings
@@ -16,10 +16,10 @@ Identity = list[dict[str, str]]
 def reopen(
     config: DataConfig, identity: Identity, *, training: bool = False, workers: int | None = None
 ) -> Dataset | None:
-    """The dataset that a run on `config` began with, by its `Dataset.identity`; None if the cache has it no more.
+    """The dataset that a run on `config` started with, by its `Dataset.identity`; None if it is not in the cache.
 
-    Warns where the raw files are gone, or other than they were: prepared tokens are what the run is about. A stream
-    needs its files to be trained on, and raises DataError without them.
+    Warns if the raw files are missing or changed, since the prepared tokens are used nevertheless. Training on a stream
+    needs the raw files: raises DataError without them.
     """
     singles = config.sources
     if len(singles) != len(identity):
@@ -30,13 +30,12 @@ def reopen(
         if folder is None:
             return None
         source = _raw(single, each, folder, needed=training and bool(config.stream))
-        # Equal texts share a folder of the cache, which says where they were first found.
+        # Sources with equal texts share a folder of the cache, whose meta.json names the first one.
         told = (source.origin if source else "") or single.source
         dataset = PreparedDataset.read(
             folder,
             source=told,
-            raw=each["raw"],
-            plugin=each.get("plugin", ""),
+            made_of={name: value for name, value in each.items() if name != "fingerprint"},
             buffer_docs=config.buffer_docs,
             spec=single.tokenizer,
         )
@@ -52,12 +51,12 @@ def reopen(
 
 
 def _find(data: Path, fingerprint: str) -> Path | None:
-    """The prepared dataset of that fingerprint, whatever its folder is called."""
+    """The folder of the prepared dataset with this fingerprint."""
     for folder in _folders(data, META):
         try:
             if json.loads((folder / META).read_text(encoding="utf-8"))["fingerprint"] == fingerprint:
                 return folder
-        except (OSError, ValueError, KeyError, TypeError):  # being made, removed, or damaged: not the one
+        except (OSError, ValueError, KeyError, TypeError):  # being written, removed, or damaged
             continue
     return None
 
@@ -68,22 +67,22 @@ def _folders(data: Path, file: str) -> list[Path]:
 
 
 def lacks_plugin(config: DataConfig, identity: Identity) -> str:
-    """What is wrong where the plugin is not loaded that reads a source, and names it; "" where none is missing."""
+    """The error message for a source whose plugin is not loaded; "" if none is missing."""
     pairs = zip(config.sources, identity, strict=False)
     for single, each in pairs:
         if "plugin" in each and class_of(single.source) is Files:
-            return f"data.source = {single.source!r}: is of a plugin: name its file, --plugin {each['plugin']}"
+            return f"data.source = {single.source!r}: needs its plugin: --plugin {each['plugin']}"
     return ""
 
 
 def _raw(config: DataConfig, identity: dict[str, str], folder: Path, *, needed: bool) -> Source | None:
-    """The raw files if they are there; warns where they are not, or are not what they were."""
-    went_on = f"what was prepared of it in {folder} is used"
+    """The raw files, or None if they are missing; warns if they are missing or changed."""
+    went_on = f"using its prepared tokens in {folder}"
     try:
         source = open_source(config, config.cache)
     except DataError as error:
         if needed:
-            lost = f"{error} (a stream reads its files while it trains: restore them)"
+            lost = f"{error} (a stream reads its files during training: restore them)"
             raise DataError(lacks_plugin(config, [identity]) or lost) from error
         warnings.warn(f"{config.source} is gone or unreadable: {went_on}", stacklevel=3)
         return None
@@ -100,7 +99,7 @@ def _stream(config: DataConfig, sample: PreparedDataset, source: Source | None, 
         if plan.sample != sample.fingerprint or not (folder / TOKENIZER).exists():
             continue
         units = plan.units if source is None else plan.units_of(source)
-        absent = Files(name=config.source)  # enough to score: nothing is read then
+        absent = Files(name=config.source)  # enough for evaluation, which reads no raw file
         job = Job(source or absent, units, folder, config.held_out_fraction)
         return StreamDataset(sample, UnitSupply(job, workers), config.stream, plan.key)
     return None

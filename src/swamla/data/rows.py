@@ -1,10 +1,10 @@
-"""Texts of one file: of its rows (jsonl, json, csv, tsv, parquet), or all of a file that has none.
+"""The texts of one file: one per row (jsonl, json, csv, tsv, parquet), or the whole file as one text.
 
-`READERS` has the kinds by suffix. jsonl and parquet files are streamed, as a whole or one of their spans.
+`READERS` maps suffixes to readers. jsonl and parquet files are streamed.
 
-A span is a stretch of a file that can be read without what stands before it: byte offsets [begin, end) of a jsonl
-file, of which it has the lines that begin there; numbers of row groups of a parquet file. Spans one behind the other
-hold each row once, wherever they were cut.
+A span is a part of a file that can be read independently: byte offsets [begin, end) of a jsonl file, or numbers of row
+groups of a parquet file. A line belongs to the span in which it begins, so that consecutive spans have every row
+exactly once, wherever the file is divided.
 """
 
 import csv
@@ -24,19 +24,19 @@ from swamla.errors import DataError, foreign
 
 Span = tuple[int, int]
 
-_PARQUET_ROWS = 256  # rows decoded at once: they may be long
-_SKIPPED = 1 << 20  # bytes of a line that another span has, dropped at once
+_PARQUET_ROWS = 256  # rows per batch: they may be long
+_SKIPPED = 1 << 20  # bytes read at a time while skipping text
 _LONGEST_FIELD = (1 << 31) - 1
 _SPACE = " \t\r\n"
 
 
 class NoRows(DataError):
-    """A file that is as it should be, but holds no rows with the column that is asked for."""
+    """An undamaged file without rows that have the text column."""
 
 
 @dataclass(frozen=True)
 class RowRules:
-    """column: where rows have their text.  invalid, on_bad_row: `DataConfig.invalid_utf8` and `.on_bad_row`."""
+    """The text column, and what to do with bad rows: `text_column`, `invalid_utf8`, `on_bad_row` of `DataConfig`."""
 
     column: str = "text"
     invalid: str = "error"
@@ -48,14 +48,14 @@ class RowRules:
         return cls(config.text_column, config.invalid_utf8, config.on_bad_row)
 
     def judge(self, bad: BadRow, notes: Notes) -> None:
-        """Leave the row out and count it, where that was asked for; else raise DataError."""
+        """Handle a bad row: count and skip it, or raise DataError, as configured."""
         if self.on_bad_row == "stop":
             raise DataError(f"{bad} (or leave such rows out: --on_bad_row skip)") from bad.__cause__
         notes.add("bad rows skipped", bad)
 
 
 class _Line:
-    """A line by its offset; its number, where it is not known, is only counted when an error is to name it."""
+    """The place of a line, for errors. A line number that is not known is counted only when it is displayed."""
 
     def __init__(self, path: File, offset: int, number: int = 0) -> None:
         self.path, self.offset, self.number = path, offset, number
@@ -70,22 +70,22 @@ class _Line:
 
 
 def jsonl_rows(path: File, rules: RowRules, notes: Notes, span: Span | None = None) -> Iterator[str]:
-    """Each line's text; blank lines are no rows. DataError names file and line of what is not as it should.
+    """The text of each line; blank lines are skipped. DataError names the file and line of a bad row.
 
     span: byte offsets; a line belongs to the span in which it begins.
     """
     with naming_damage(path), open_bytes(path) as lines:
         offset = _first_line(lines, *span) if span else 0
-        number = 0 if span and span[0] else 1  # of the line, where lines are counted from the first
+        number = 0 if span and span[0] else 1  # 0: unknown, as the span does not begin with the first line
         while (span is None or offset < span[1]) and (line := lines.readline()):
             size = len(line)
             where: object = _Line(path, offset, number)
-            if not number and rules.on_bad_row == "skip":  # counting would read the file once more for each of many
+            if not number and rules.on_bad_row == "skip":  # counting lines would read the file again for each bad row
                 where = f"{path}: the line at byte {offset}"
             try:
                 text = "" if line.isspace() else decode_utf8(line, path, rules.invalid, notes, offset)
-                blank = not text.strip("\ufeff \t\r\n")  # also a file that holds a byte-order mark alone
-                del line  # a long one is not kept while its text is worked on
+                blank = not text.strip("\ufeff \t\r\n")  # also a file with nothing but a byte-order mark
+                del line  # frees a long line before it is parsed
                 if not blank:
                     text = mend_surrogates(
                         row_text(_parsed(text, where), rules.column, where), where, rules.invalid, notes
@@ -99,7 +99,7 @@ def jsonl_rows(path: File, rules: RowRules, notes: Notes, span: Span | None = No
 
 
 def _first_line(lines: BinaryIO, begin: int, end: int) -> int:
-    """Where the first line that does not begin before `begin` does; the stream stands there, unless that is >= end."""
+    """The offset of the first line that begins at or after `begin`; seeks there, unless that is at or beyond `end`."""
     if begin == 0:
         return 0
     offset = lines.seek(begin - 1)
@@ -119,7 +119,7 @@ def _parsed(line: str, where: object) -> Any:
 
 
 def row_text(row: Any, column: str, where: object) -> str:
-    """The text in a row that JSON gave, empty for null. BadRow if it is no object, or has no text there."""
+    """The text of a parsed JSON row, "" for null. BadRow if the row is not an object or has no text in the column."""
     if not isinstance(row, dict):
         raise BadRow(where, f'needs an object such as {{"{column}": "…"}}, got {type(row).__name__}')
     if column not in row:
@@ -130,19 +130,19 @@ def row_text(row: Any, column: str, where: object) -> str:
 
 
 def no_column(column: str, columns: list[str]) -> str:
-    """That there is no such column, which there are, and how to say which is meant."""
+    """The error message for a missing column: lists the columns, and the flag that chooses one."""
     names = [repr(name.encode("utf-8", "replace").decode())[:40] for name in columns[:20]]
     some = ", ".join(names) + (f" … ({len(columns)} in all)" if len(columns) > 20 else "")
     return f"no column {column!r}; it has {some or 'none'} (choose by --text_column)"
 
 
 def parquet_rows(path: File, rules: RowRules, notes: Notes, span: Span | None = None) -> Iterator[str]:
-    """Each row's text, a few rows in memory at a time; a null is an empty text. span: row groups."""
+    """The text of each row, "" for null; reads a few rows at a time. span: numbers of row groups."""
     with _parquet(path) as file:
         _require_text_column(file.schema_arrow, path, rules.column)
         groups = range(*span) if span else range(file.num_row_groups)
         if groups.stop > file.num_row_groups:
-            raise DataError(f"{path}: has {file.num_row_groups} row groups, {groups.stop} before; restore the file")
+            raise DataError(f"{path}: has {file.num_row_groups} row groups, but had {groups.stop}; restore the file")
         row = sum(file.metadata.row_group(group).num_rows for group in range(groups.start))
         for raw in _parquet_bytes(file, rules.column, groups):
             try:
@@ -155,7 +155,7 @@ def parquet_rows(path: File, rules: RowRules, notes: Notes, span: Span | None = 
 
 
 def parquet_spans(path: File, column: str, size: int) -> list[Span]:
-    """Stretches of row groups whose texts have `size` bytes, uncompressed. DataError for a file without the column."""
+    """Ranges of row groups with about `size` bytes of uncompressed text. DataError for a file without the column."""
     spans: list[Span] = []
     begin = gathered = 0
     with _parquet(path) as file:
@@ -173,7 +173,7 @@ def parquet_spans(path: File, column: str, size: int) -> list[Span]:
 
 @contextmanager
 def _parquet(path: File) -> Iterator[Any]:
-    """A parquet file, closed in the end; what is wrong with it becomes a DataError that names it."""
+    """Open a parquet file; its errors become a DataError that names the file."""
     damaged = f"{path}: truncated or damaged parquet"
     with naming_damage(path), foreign(DataError, damaged), _open_parquet(path) as file:
         yield file
@@ -212,15 +212,15 @@ def _parquet_bytes(file: Any, column: str, groups: range) -> Iterator[bytes]:
 
 
 def json_rows(path: File, rules: RowRules, notes: Notes, span: Span | None = None) -> Iterator[str]:
-    """Texts of a .json file, read as a whole unless each line of it is a row.
+    """The texts of a .json file, which is read as a whole unless every line is a row.
 
-    Rows are the items of an array; the objects that follow each other; one object's own text or list of texts; or, of
-    an object that has no such text, its one list of objects, or its values where all are objects. Raises NoRows if the
-    first row has no text, DataError as `jsonl_rows` does.
+    Rows are the items of an array; consecutive objects; the text, or list of texts, of a single object; or, if that
+    object lacks the text column, the items of its only list of objects, or its values if all are objects. Raises NoRows
+    if the first row has no text, DataError as `jsonl_rows` does.
     """
     with naming_damage(path), open_bytes(path) as stream:
         first, second = stream.readline(), stream.readline()
-        # Where the next one spans several lines, none of them is a row.
+        # If the second value spans several lines, lines are not rows.
         lines = _is_row(first, rules.column) and second.strip()[-1:] in (b"", b"}")
         data = b"" if lines else first + second + stream.read()
     if lines:
@@ -232,7 +232,7 @@ def json_rows(path: File, rules: RowRules, notes: Notes, span: Span | None = Non
         try:
             text = mend_surrogates(row_text(row, rules.column, where), where, rules.invalid, notes)
         except BadRow as bad:
-            # As of a file that describes a table: {"features": {"text": {"dtype": "string"}}}.
+            # For example a description of a table: {"features": {"text": {"dtype": "string"}}}.
             of_text = isinstance(row, dict) and rules.column in row and not isinstance(row[rules.column], dict | list)
             if not number and not of_text:
                 raise NoRows(str(bad)) from None
@@ -242,7 +242,7 @@ def json_rows(path: File, rules: RowRules, notes: Notes, span: Span | None = Non
 
 
 def begins_with_row(head: bytes, column: str) -> bool:
-    """Whether a file that begins so has rows of JSON lines, as far as a first line tells that may be cut off."""
+    """Whether a file that begins with `head` seems to have JSON lines; `head` may end within the first line."""
     line, whole, _ = head.partition(b"\n")
     if whole:
         return _is_row(line, column)
@@ -251,7 +251,7 @@ def begins_with_row(head: bytes, column: str) -> bool:
 
 
 def _is_row(line: bytes, column: str) -> bool:
-    """Whether a line is a whole object that has a text in the column."""
+    """Whether a line is a JSON object with a text in the column."""
     try:
         row = json.loads(line.decode("utf-8", "replace").lstrip("\ufeff"))
     except (ValueError, RecursionError):
@@ -260,7 +260,7 @@ def _is_row(line: bytes, column: str) -> bool:
 
 
 def _rows_of(path: File, text: str, rules: RowRules, notes: Notes) -> Iterator[Any]:
-    """The rows of all JSON values in `text`; what is not JSON ends them as a bad row."""
+    """The rows of all JSON values in `text`, up to the first part that is not JSON, which is a bad row."""
     decoder, at = json.JSONDecoder(), 0
     while at < len(text):
         if text[at] in _SPACE:
@@ -290,9 +290,9 @@ def _rows_in(value: Any, column: str) -> list[Any]:
 
 
 def csv_rows(path: File, rules: RowRules, notes: Notes, span: Span | None = None, *, delimiter: str) -> Iterator[str]:
-    """Texts of a table whose first row names its columns; fields with line ends or delimiters are in "quotes".
+    """The texts of a table with a header; fields with line ends or delimiters are quoted.
 
-    Raises NoRows if no column is so called; DataError names the line at which a bad row begins.
+    Raises NoRows if the header lacks the column; DataError names the line at which a bad row begins.
     """
     csv.field_size_limit(_LONGEST_FIELD)
     with naming_damage(path), open_bytes(path) as stream:
@@ -311,7 +311,7 @@ def csv_rows(path: File, rules: RowRules, notes: Notes, span: Span | None = None
                         raise NoRows(f"{path}: {no_column(rules.column, header)}")
                     if header.count(rules.column) > 1:
                         raise DataError(
-                            f"{path}: has several columns {rules.column!r}: give the text's a name of its own"
+                            f"{path}: has several columns {rules.column!r}: rename all but the one with the text"
                         )
                     continue
                 if not row:
@@ -332,7 +332,7 @@ def _cell(row: list[str], header: list[str], column: str, where: object) -> str:
 
 
 def text_file(path: File, rules: RowRules, notes: Notes, span: Span | None = None) -> Iterator[str]:
-    """All of a text file as one text."""
+    """A text file as one text."""
     with naming_damage(path), open_bytes(path) as stream:
         data = stream.read()
     try:
@@ -340,7 +340,7 @@ def text_file(path: File, rules: RowRules, notes: Notes, span: Span | None = Non
     except BadRow as bad:
         rules.judge(bad, notes)
     else:
-        yield text.removeprefix("\ufeff")  # a mark of the file, not its text
+        yield text.removeprefix("\ufeff")  # the byte-order mark is not part of the text
 
 
 Reader = Callable[[File, RowRules, Notes, Span | None], Iterator[str]]

@@ -1,13 +1,13 @@
-"""Documents to shards and back: held out or not, encoded in pieces, written, and memory-mapped as a `Split`.
+"""Shards: split documents into training and held-out ones, encode and write them, and memory-map them as a `Split`.
 
-A split is three .npy files: `NAME.tokens.npy`, the ids of all documents without specials; `NAME.offsets.npy`, where
-each document begins, and the end; `NAME.bytes.npy`, the UTF-8 bytes of each. What is held out is kept as text, too.
+A split is three .npy files: `NAME.tokens.npy`, the ids of all documents without special tokens; `NAME.offsets.npy`, the
+begin of each document, and the end; `NAME.bytes.npy`, the UTF-8 bytes of each. Held-out text is stored as well.
 """
 
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -23,20 +23,20 @@ from swamla.errors import CorruptError, DataError
 Progress = Callable[[str, int, int], None]  # stage, documents done, bytes done
 
 HELD_OUT_TEXT = "held_out.txt"
-PIECE = 1 << 18  # characters; a library encoding needs some hundred bytes for each
-_BATCH = 1 << 21
-_CONTEXT = 256
-_CANDIDATES = 16
+PIECE = 1 << 18  # characters encoded at once; the library needs some hundred bytes for each
+_BATCH = 1 << 21  # characters per call of `encode_batch`
+_CONTEXT = 256  # characters on each side of a cut that are encoded to check it
+_CANDIDATES = 16  # possible cuts that are tried
 _CUT = re.compile(r"(?<=\n)(?=\S)|(?<=\w)(?=[\n ])")
 _DTYPES = (np.dtype(np.uint16), np.dtype(np.uint32))
-_SCANNED = _COPIED = 1 << 24
+_SCANNED = _COPIED = 1 << 24  # ids read at a time
 
 
 def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document belongs to the held-out `fraction` of all documents.
+    """Whether a document belongs to the held-out `fraction` of all documents, by the SHA-256 of its text.
 
-    The first 8 bytes of the SHA-256 of its text decide. The same text is on the same side whatever file, row, name or
-    compression it comes in; a byte-order mark and the kind of its line ends do not count.
+    Equal texts are on the same side, whatever their file, row, name or compression. A byte-order mark and the kind of
+    line ends are ignored.
     """
     identity = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     digest = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).digest()
@@ -44,9 +44,9 @@ def is_held_out(text: str, fraction: float) -> bool:
 
 
 def divide(documents: Iterable[str], fraction: float) -> tuple[str, Iterator[tuple[str, bool]]]:
-    """How the split is made, in words, and (text, held out?) for each document.
+    """The rule of the split, for display, and (text, held out?) for each document.
 
-    A document that is the only one is cut, and its last characters are the held-out document.
+    An only document is cut in two, and its last characters are held out.
     """
     remaining = iter(documents)
     first = list(islice(remaining, 2))
@@ -56,21 +56,21 @@ def divide(documents: Iterable[str], fraction: float) -> tuple[str, Iterator[tup
 
 
 def rule_for_many(fraction: float) -> str:
-    """How more than one document are split, in words."""
+    """The rule by which several documents are split, for display."""
     return "all of it" if fraction == 1 else f"{100 * fraction:g} % of documents, by a hash of their text"
 
 
 def _cut(text: str, fraction: float) -> Iterator[tuple[str, bool]]:
-    """The two parts of a text, cut after the same word whatever its line ends are."""
+    """A text cut into its training and its held-out part, at the same place for \\n and \\r\\n line ends."""
     pairs = [match.start() for match in re.finditer("\r\n", text)]
-    kept = int((len(text) - len(pairs)) * (1 - fraction))  # characters, a line's end counted as one
+    kept = int((len(text) - len(pairs)) * (1 - fraction))  # counting \r\n as one character
     at = kept + sum(1 for earlier, place in enumerate(pairs) if place - earlier < kept)
     yield text[:at], False
     yield text[at:], True
 
 
 class Encoded(NamedTuple):
-    """Documents of each split, tokens of one and of both, bytes; whether what is held out decodes to its text."""
+    """Numbers of documents, tokens and bytes.  lossless: the held-out tokens decode to exactly their text."""
 
     train: int
     held_out: int
@@ -104,7 +104,7 @@ def encode_documents(
 class _Piece(NamedTuple):
     text: str
     held_out: bool
-    last: bool  # the document ends with it
+    last: bool  # the last piece of its document
 
 
 def _batches(stream: Iterable[_Piece]) -> Iterator[list[_Piece]]:
@@ -132,10 +132,10 @@ def _in_pieces(documents: Iterable[tuple[str, bool]], tokenizer: Tokenizer) -> I
 
 
 def pieces(text: str, tokenizer: Tokenizer, size: int = PIECE) -> Iterator[str]:
-    """`text` in parts of at most `size` characters whose ids, one behind the other, are those of the whole.
+    """`text` in pieces of at most `size` characters whose concatenated ids equal those of the whole.
 
-    A part ends where the tokenizer gives the text around the cut the same ids in two parts as in one. Where there is
-    no such place in reach (a line of one endless word), it ends anyway: byte-level ids still decode to the text.
+    A cut is accepted if the text around it has the same ids in two pieces as in one. Without such a cut nearby (a very
+    long word) the piece is cut anyway, and byte-level ids still decode to the text.
     """
     start = 0
     while len(text) - start > size:
@@ -156,7 +156,7 @@ def _find_cut(text: str, tokenizer: Tokenizer, start: int, stop: int) -> int:
 
 
 class SplitWriter:
-    """Writes the three arrays of a split, which `stack` closes."""
+    """Writes the three arrays of a split; `stack` closes their files."""
 
     def __init__(self, folder: Path, name: str, vocab_size: int, stack: ExitStack) -> None:
         def writer(part: str, dtype: object) -> ArrayWriter:
@@ -170,7 +170,7 @@ class SplitWriter:
         self._document_bytes = 0
 
     def append(self, ids: list[int], n_bytes: int, last: bool) -> None:
-        """A piece of a document; last: the document ends with it."""
+        """Append a piece of a document. last: it is the document's last piece."""
         self._tokens.append(ids)
         self._document_bytes += n_bytes
         if last:
@@ -179,7 +179,7 @@ class SplitWriter:
             self._document_bytes = 0
 
     def extend(self, folder: Path) -> None:
-        """All documents of the split of this name in another folder."""
+        """Append all documents of the split with this name in another folder."""
         parts = ("tokens", "offsets", "bytes")
         tokens, offsets, n_bytes = (open_array(folder / f"{self._name}.{part}.npy") for part in parts)
         self._offsets.append(offsets[1:] + self._tokens.count)
@@ -197,7 +197,7 @@ class SplitWriter:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smallest unsigned type that holds every id of the vocabulary. DataError if there is none."""
+    """uint16 or uint32, the smaller that holds every id of the vocabulary. DataError if neither does."""
     for dtype in _DTYPES:
         if vocab_size - 1 <= np.iinfo(dtype).max:
             return dtype
@@ -205,7 +205,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 class ArrayWriter:
-    """Appends to a one-dimensional .npy file whose length is known only in the end."""
+    """Appends to a one-dimensional .npy file, whose length is written to its header on exit."""
 
     def __init__(self, path: Path, dtype: Any) -> None:
         self.path, self.dtype = path, np.dtype(dtype)
@@ -215,7 +215,7 @@ class ArrayWriter:
         self._header_size = self._file.tell()
 
     def append(self, values: Any) -> None:
-        """Write `values` behind what is there. DataError for one that the file's type cannot hold."""
+        """Append `values`. DataError for one that the file's dtype cannot hold."""
         array = np.asarray(values)
         if array.dtype != self.dtype:
             array = self._fitting(array.astype(np.int64))
@@ -223,7 +223,7 @@ class ArrayWriter:
         self.count += len(array)
 
     def _fitting(self, array: np.ndarray) -> np.ndarray:
-        """Whole numbers as the file's type; DataError for one that it cannot hold."""
+        """Integers converted to the file's dtype. DataError for one that it cannot hold."""
         limits = np.iinfo(self.dtype)
         unfit = np.flatnonzero((array < limits.min) | (array > limits.max))
         if len(unfit):
@@ -235,7 +235,7 @@ class ArrayWriter:
         return array.astype(self.dtype)
 
     def _write_header(self) -> None:
-        # NumPy pads the header so that the length may grow in place
+        # NumPy pads the header, so that a longer length fits in place
         header = {"descr": npy.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.count,)}
         npy.write_array_header_1_0(self._file, header)
 
@@ -250,7 +250,7 @@ class ArrayWriter:
 
 
 def open_array(path: Path) -> np.ndarray:
-    """A one-dimensional integer .npy, memory-mapped. CorruptError if it is anything else, pickled objects included."""
+    """Memory-map a one-dimensional integer .npy. CorruptError for anything else, including pickled objects."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
@@ -264,9 +264,9 @@ def open_array(path: Path) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Split:
-    """The documents of one split, as ids without specials.
+    """The documents of one split, as ids without special tokens.
 
-    tokens: all ids (memory-mapped). offsets: where each document begins, and the end (n_documents + 1).
+    tokens: all ids (memory-mapped). offsets: the begin of each document, and the end (n_documents + 1).
     byte_counts: the UTF-8 bytes of each document.
     """
 
@@ -278,7 +278,7 @@ class Split:
 
     @classmethod
     def open(cls, folder: Path, name: str, vocab_size: int) -> "Split":
-        """The split `name` in a dataset's folder. CorruptError if its parts do not fit each other."""
+        """Open the split `name` of a dataset's folder. CorruptError if its arrays do not match."""
         path = folder / f"{name}.tokens.npy"
         tokens = open_array(path)
         offsets_path = folder / f"{name}.offsets.npy"
@@ -286,9 +286,9 @@ class Split:
         if tokens.dtype not in _DTYPES:
             raise CorruptError(f"{path}: needs uint16 or uint32, got {tokens.dtype}")
         if len(offsets) != len(byte_counts) + 1 or offsets[0] != 0 or offsets[-1] != len(tokens):
-            raise CorruptError(f"{offsets_path}: belongs to other tokens or byte counts; delete {folder}")
+            raise CorruptError(f"{offsets_path}: does not match the tokens or byte counts; delete {folder}")
         if (np.diff(offsets) <= 0).any():
-            raise CorruptError(f"{offsets_path}: documents do not follow one another; delete {folder}")
+            raise CorruptError(f"{offsets_path}: offsets do not ascend; delete {folder}")
         return cls(path=path, tokens=tokens, offsets=offsets, byte_counts=byte_counts, vocab_size=vocab_size)
 
     @property
@@ -297,7 +297,7 @@ class Split:
 
     @property
     def n_tokens(self) -> int:
-        """Ids without specials; each document adds one position to learn, its end."""
+        """Ids without special tokens; each document has one more position to learn, its end."""
         return len(self.tokens)
 
     @property
@@ -315,23 +315,23 @@ class Split:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     def require_known(self, ids: np.ndarray, positions: np.ndarray) -> None:
-        """Raise CorruptError naming shard and offset if an id, read at these positions, is not of the vocabulary."""
+        """Raise CorruptError, naming shard and offset, if an id at these positions is outside of the vocabulary."""
         if len(ids) and ids.max() >= self.vocab_size:
             at = int(ids.argmax())
             raise CorruptError(
                 f"{self.path}: offset {positions[at]}: token id {ids[at]} is outside of the vocabulary "
-                f"(0 to {self.vocab_size - 1}); delete {self.path.parent} to have it made again"
+                f"(0 to {self.vocab_size - 1}); delete {self.path.parent} to prepare it again"
             )
 
     def verify(self) -> None:
-        """Scan all ids. CorruptError for one outside of the vocabulary."""
+        """Check all ids. CorruptError for one outside of the vocabulary."""
         for start in range(0, self.n_tokens, _SCANNED):
             ids = self.tokens[start : start + _SCANNED]
             self.require_known(ids, np.arange(start, start + len(ids)))
 
 
 def join_splits(splits: list[Split]) -> Split:
-    """The documents of all splits, one behind the other, in memory."""
+    """The concatenated documents of all splits, in memory."""
     begins = np.cumsum([0, *(split.n_tokens for split in splits)])
     offsets = [split.offsets[:-1] + begin for split, begin in zip(splits, begins[:-1], strict=True)]
     return Split(
@@ -341,28 +341,3 @@ def join_splits(splits: list[Split]) -> Split:
         byte_counts=np.concatenate([split.byte_counts for split in splits]),
         vocab_size=splits[0].vocab_size,
     )
-
-
-def documents_shared(tested: Split, trained: Split, tokenizer: Tokenizer) -> int:
-    """How many documents of `tested` are in `trained` too, line ends aside; both made with `tokenizer`."""
-    wanted = [_with_other_line_ends(tested.document(index), tokenizer) for index in range(tested.n_documents)]
-    lengths = sorted({len(ids) for alike in wanted for ids in alike})
-    possible = np.flatnonzero(np.isin(trained.lengths, lengths))  # others need not be read
-    known = {_digest(trained.document(int(index))) for index in possible}
-    return sum(any(_digest(ids) in known for ids in alike) for alike in wanted)
-
-
-def _with_other_line_ends(ids: np.ndarray, tokenizer: Tokenizer) -> list[np.ndarray]:
-    """A document as it is and, where it has lines, with the ends of Unix and of Windows."""
-    text = tokenizer.decode(ids.tolist())
-    unix = text.replace("\r\n", "\n").replace("\r", "\n")
-    others = {unix, unix.replace("\n", "\r\n")} - {text} if "\n" in unix else set()
-    found = [ids]
-    for other in sorted(others):
-        with suppress(DataError):  # of a vocabulary of characters that has no such line end
-            found.append(np.array(tokenizer.encode(other)))
-    return found
-
-
-def _digest(ids: np.ndarray) -> bytes:
-    return hashlib.blake2b(ids.astype(np.uint32).tobytes(), digest_size=16).digest()

@@ -1,8 +1,8 @@
-"""Where text comes from: a `Source` has entries, such as files, and reads documents from one of them.
+"""Sources of text: a `Source` lists entries, such as files, and reads the documents of an entry.
 
-The first word of `data.source` is the kind of a registered source ("stdlib", "hf:OWNER/NAME"); what names none is a
-path. A source is read in units: stretches of some 8 MB, whose bounds depend on the input alone. Neither the units
-nor what is encoded of them depends on the number of workers.
+`data.source` begins with the kind of a registered source ("stdlib", "hf:OWNER/NAME"), or is a path. A source is divided
+into units of about 8 MB of text. Their bounds depend on the input alone, so the encoded tokens do not depend on the
+number of workers.
 """
 
 import hashlib
@@ -22,21 +22,21 @@ from typing import Any, ClassVar, NamedTuple, Self, cast
 from swamla.data import hub
 from swamla.data.config import DataConfig
 from swamla.data.folders import walk
-from swamla.data.reading import COMPRESSED, SNIFFED, File, Notes, is_plain, naming_damage, not_text, open_bytes
+from swamla.data.reading import COMPRESSED, SNIFFED, Notes, is_plain, naming_damage, not_text, open_bytes
 from swamla.data.rows import READERS, NoRows, RowRules, Span, begins_with_row, jsonl_rows, parquet_spans, text_file
 from swamla.errors import DataError, require
 from swamla.registry import Registered, members_of, register
 
 UNIT_BYTES = 1 << 23
-_EXPANSION = 4  # text is about so much larger than what compression makes of it
+_EXPANSION = 4  # typical ratio of the size of text to its compressed size
 _NOT_LIBRARY = frozenset({"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__"})
 
 
 class Entry(NamedTuple):
-    """A file of a source, or what else it reads at once.
+    """A file of a source, or another piece that is read as a whole.
 
-    name: relative to the source, the same everywhere.  file: what is read; its text form names it in messages.  size:
-    in bytes.  state: JSON data that changes whenever the text does.
+    name: relative to the source, independent of the machine.  file: what `Source.read` opens; `str` of it is shown in
+    messages.  size: in bytes.  state: JSON data that changes whenever the text does.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Entry(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """Whole entries first … stop - 1 of a source, or a span of the one entry `first`."""
+    """The entries first … stop - 1 of a source, or one span of the entry `first`."""
 
     first: int
     stop: int
@@ -55,11 +55,11 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Source(Registered, home="swamla.data.sources"):
-    """Entries, and how to read documents from one of them. It is sent to other processes, and so can be pickled.
+    """The entries of a source, and how to read their documents. It is pickled, and sent to the worker processes.
 
-    alone: whether the kind by itself names a source, as "stdlib" does; else a colon and more has to follow.
-    name: of its folder in the cache.  entries: in the order in which their documents come.  origin: where it all is
-    from, for people; empty where `data.source` tells that.  left_out: what was not taken.
+    alone: whether the kind alone names a source, as "stdlib" does; otherwise it is followed by a colon and more.
+    name: of its folder in the cache.  entries: in the order of their documents.  origin: where the text is from, for
+    display, if `data.source` does not say it.  left_out: files that were left out.
     """
 
     alone: ClassVar[bool] = True
@@ -71,29 +71,29 @@ class Source(Registered, home="swamla.data.sources"):
     @classmethod
     @abstractmethod
     def open(cls, text: str, config: DataConfig, cache_dir: Path) -> Self:
-        """The source that `config.source` names. text: what follows the kind and a colon there.
+        """The source that `config.source` names. text: what follows the kind and the colon there.
 
-        Raises DataError if there is no such thing, or nothing in it, and ConfigError for a text that cannot be.
+        Raises DataError if the source is missing or empty, ConfigError for an invalid `text`.
         """
 
     @abstractmethod
     def read(self, entry: Entry, notes: Notes, span: Span | None = None) -> Iterator[str]:
-        """The texts of an entry, or of one of its spans; what is left out is counted in `notes`."""
+        """The documents of an entry, or of one of its spans; counts in `notes` what it leaves out."""
 
     def spans(self, entry: Entry) -> list[Span]:
-        """Stretches in which `read` can read a large entry; nothing for one that is read as a whole."""
+        """The spans into which a large entry is divided for `read`; empty for one that is read as a whole."""
         return []
 
     def last_span(self, entry: Entry, span: Span) -> Span:
-        """The last span of an entry that may have grown since it was divided: the same, or up to its new end."""
+        """The last span of an entry, extended to the entry's end if that has grown since it was divided."""
         return span
 
     def pinned(self, config: DataConfig) -> bool:
-        """Whether processes that begin at different times find the same text."""
+        """Whether processes that start at different times read the same text."""
         return True
 
     def units(self) -> list[Unit]:
-        """The source in units, in its order. DataError for a file that cannot be divided because it is damaged."""
+        """The source divided into units, in order. DataError for a damaged file that cannot be divided."""
         units: list[Unit] = []
         first, size = 0, 0
         for index, entry in enumerate(self.entries):
@@ -113,11 +113,11 @@ class Source(Registered, home="swamla.data.sources"):
         return units
 
     def documents(self, notes: Notes) -> Iterator[str]:
-        """All documents that hold text, in the order of the entries."""
+        """All nonempty documents, in the order of the entries; counts in `notes` what is left out."""
         return self.unit_documents(Unit(0, len(self.entries)), notes)
 
     def unit_documents(self, unit: Unit, notes: Notes) -> Iterator[str]:
-        """The documents of a unit that hold text; what was left out is counted in `notes`."""
+        """The nonempty documents of a unit; counts in `notes` what is left out."""
         for entry in self.entries[unit.first : unit.stop]:
             for text in self.read(entry, notes, unit.span):
                 if text:
@@ -133,7 +133,7 @@ class Source(Registered, home="swamla.data.sources"):
         return f"{entries[0].file}{more}{where}"
 
     def state(self) -> list[list[str | int]]:
-        """Every entry's name and what changes whenever it does: when this is unchanged, so is the text."""
+        """Name and state of every entry: if this is unchanged, so is the text."""
         return [[entry.name, *entry.state] for entry in self.entries]
 
     def digest(self) -> str:
@@ -147,12 +147,12 @@ def open_source(config: DataConfig, cache_dir: Path) -> Source:
 
 
 def is_path(source: str) -> bool:
-    """Whether a `data.source` is the path of something, as it names no kind."""
+    """Whether a `data.source` is a path, after "files:" or alone."""
     return class_of(source) is Files
 
 
 def class_of(source: str) -> type[Source]:
-    """The class that a `data.source` names; `Files`, where it names none."""
+    """The class that a `data.source` names; `Files` if it names none."""
     kind, colon, _ = source.partition(":")
     cls = cast("type[Source] | None", members_of(Source).get(kind))
     return cls if cls is not None and (colon or cls.alone) else Files
@@ -161,7 +161,7 @@ def class_of(source: str) -> type[Source]:
 @register
 @dataclass(frozen=True, kw_only=True)
 class StandardLibrary(Source):
-    """The running Python's own library: its .py files, without tests, idle, lib2to3 and installed packages."""
+    """Python's standard library: its .py files, without tests, idle, lib2to3 and installed packages."""
 
     kind: ClassVar[str] = "stdlib"
 
@@ -174,12 +174,12 @@ class StandardLibrary(Source):
             folders[:] = (name for name in folders if name not in _NOT_LIBRARY)
             found += [Path(folder, name) for name in files if name.endswith(".py")]
         if not found:
-            raise DataError(f"{root}: this Python came without its library's source files; give data.source a path")
+            raise DataError(f"{root}: has no source files of Python's standard library; give data.source a path")
         entries = sorted((path.relative_to(root).as_posix(), path) for path in found)
         return cls(name="stdlib", entries=tuple(_entry(*each) for each in entries))
 
     def read(self, entry: Entry, notes: Notes, span: Span | None = None) -> Iterator[str]:
-        """A Python file in the encoding that it declares (PEP 263)."""
+        """The text of a Python file, in the encoding that it declares (PEP 263)."""
         with naming_damage(entry.file), entry.file.open("rb") as stream:
             data = stream.read()
         try:
@@ -195,10 +195,10 @@ class StandardLibrary(Source):
 @register
 @dataclass(frozen=True, kw_only=True)
 class Files(Source):
-    """A file, or those of a folder.
+    """A file, or all files of a folder.
 
-    rules: what counts as a row, and what becomes of a bad one.  in_folder: what is no text, or has no rows with that
-    column, is left out; else it is an error.  sniff: look at what a file holds; on a hub, its name is to be relied on.
+    rules: for rows.  in_folder: leave out a file that is not text or lacks the text column, instead of raising.
+    sniff: detect a file's kind by its first bytes, not its name alone; on a hub that would be a request per file.
     """
 
     kind: ClassVar[str] = "files"
@@ -209,13 +209,13 @@ class Files(Source):
 
     @classmethod
     def open(cls, text: str, config: DataConfig, cache_dir: Path) -> Self:
-        path, rules = Path(config.source).expanduser(), RowRules.of(config)
+        path, rules = Path(config.source.removeprefix(f"{cls.kind}:")).expanduser(), RowRules.of(config)
         if path.is_dir():
             left_out = Notes()
             entries = tuple(_entry(*found) for found in walk(path, left_out))
             if not entries:
                 but = f" ({'; '.join(left_out.lines())})" if left_out.counts else ""
-                raise DataError(f"{path}: the folder holds no files{but}")
+                raise DataError(f"{path}: the folder has no files{but}")
             name = path.resolve().name or "root"
             return cls(name=name, entries=entries, left_out=left_out, rules=rules, in_folder=True)
         if not path.is_file():
@@ -229,13 +229,16 @@ class Files(Source):
         return cls(name=path.resolve().name, entries=(_entry(path.name, path),), rules=rules)
 
     def read(self, entry: Entry, notes: Notes, span: Span | None = None) -> Iterator[str]:
-        """The texts of a file's rows, or all of a file that has none."""
-        head = _head(entry.file) if self.sniff else b""
+        """The texts of a file's rows, or the whole file as one text."""
+        head = b""
+        if self.sniff:
+            with naming_damage(entry.file), open_bytes(entry.file) as stream:
+                head = stream.read(SNIFFED)
         suffix = ".parquet" if head.startswith(b"PAR1") else suffix_of(entry.name)
         if suffix != ".parquet" and (what := not_text(head)):
             if not self.in_folder:
                 raise DataError(f"{entry.file}: is {what}")
-            notes.add("files that are no text left out", f"{entry.file} is {re.split('[:(]', what)[0].strip()}")
+            notes.add("files that are not text left out", f"{entry.file} is {re.split('[:(]', what)[0].strip()}")
             return
         if suffix not in READERS and begins_with_row(head, self.rules.column):
             notes.add("files of JSON lines taken for one text each by their names (rows are of .jsonl)", entry.name)
@@ -249,7 +252,7 @@ class Files(Source):
         _take(entry, notes, span)
 
     def spans(self, entry: Entry) -> list[Span]:
-        """Where a large file of rows is divided."""
+        """Byte ranges of a large .jsonl file, row groups of a .parquet file; other files are not divided."""
         suffix = suffix_of(entry.name)
         divided = suffix == ".parquet" or READERS.get(suffix) is jsonl_rows
         if entry.size <= UNIT_BYTES or not divided or not is_plain(entry.file):
@@ -259,14 +262,14 @@ class Files(Source):
         return [(at, min(at + UNIT_BYTES, entry.size)) for at in range(0, entry.size, UNIT_BYTES)]
 
     def last_span(self, entry: Entry, span: Span) -> Span:
-        """Spans are bytes of lines, or row groups of a parquet file, which does not grow."""
+        """Extended to the end of a .jsonl file; a .parquet file does not grow."""
         return span if suffix_of(entry.name) == ".parquet" else (span[0], max(span[1], entry.size))
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
 class Hub(Files):
-    """A dataset of the Hugging Face hub: hf:OWNER/NAME."""
+    """A dataset on the Hugging Face hub: hf:OWNER/NAME."""
 
     kind: ClassVar[str] = "hf"
 
@@ -283,7 +286,7 @@ class Hub(Files):
         return cls(name=name, entries=entries, origin=origin, rules=RowRules.of(config), sniff=False)
 
     def pinned(self, config: DataConfig) -> bool:
-        """Only at a commit: a branch moves on."""
+        """True for a commit; a branch changes."""
         return hub.is_commit(config.hub_revision)
 
 
@@ -303,7 +306,7 @@ class Shakespeare(Files):
 
 
 def suffix_of(name: str) -> str:
-    """The suffix that tells a file's kind, those of compression aside: ".jsonl" of "a.jsonl.zst"."""
+    """The lower-case suffix of a file's kind, without that of its compression: ".jsonl" for "a.jsonl.zst"."""
     path = Path(name)
     return Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSED else path.suffix.lower()
 
@@ -321,13 +324,8 @@ def _suggestion(source: str) -> str:
     return f"; give a path, or one of: {', '.join(known)}{plugin}"
 
 
-def _head(file: File) -> bytes:
-    with naming_damage(file), open_bytes(file) as stream:
-        return stream.read(SNIFFED)
-
-
 def _take(entry: Entry, notes: Notes, span: Span | None = None) -> None:
-    """Count a file that was read, once however many spans it has."""
+    """Count a file that was read; one with several spans is counted once, with its first."""
     if span is None or span[0] == 0:
         path = Path(entry.name)
         packed = path.suffix if path.suffix.lower() in COMPRESSED else ""

@@ -1,9 +1,9 @@
-"""Training while the text is still being read: units are encoded ahead of the rows that need them, and then dropped.
+"""Streaming: units are encoded during training, ahead of the rows that need them, and deleted afterwards.
 
-The rows of a stream are a pure function of (seed, sample index), as those of prepared data are: in every epoch the
-units of the source are shuffled and taken a window at a time; the documents of a window are shuffled, packed one behind
-the other, and its rows shuffled again. So the position of a run is one integer. The number of rows
-of a window is kept beside its units; if it is lost, the units are encoded again, with the same result.
+The rows of a stream are a pure function of (seed, sample index), like those of prepared data. In every epoch the units
+of the source are shuffled and divided into windows; the documents of a window are shuffled and concatenated into rows,
+and the rows are shuffled. So the position of a run is one integer. The records of deleted units, which give the number
+of rows of a window, are kept; a lost one is restored by encoding its unit again, with the same result.
 """
 
 import hashlib
@@ -35,23 +35,18 @@ from swamla.files import read_json, write_text_atomically
 FILE = "stream.json"
 
 _UNITS, _DOCUMENTS, _ROWS = 2, 0, 1
-_KEPT = 2  # windows whose units stay, so that the ranks of a machine need not be quite in step
+_KEPT = 2  # windows whose units are kept, since the ranks of a machine may be a window apart
 
 
 class StreamDataset(PreparedDataset):
     """A source that is encoded during training; `train` and `held_out` are those of a sample prepared beforehand.
 
-    key: of the whole source, in the place of the fingerprint of shards that nobody has.
+    key: identifies the whole source, whose shards never exist at once and so have no fingerprint.
     """
 
     def __init__(self, sample: PreparedDataset, supply: "UnitSupply", window: int, key: str) -> None:
         super().__init__(
-            sample.path,
-            sample.meta,
-            sample.tokenizer,
-            throughput=sample.throughput,
-            raw=sample.raw,
-            plugin=sample.plugin,
+            sample.path, sample.meta, sample.tokenizer, throughput=sample.throughput, made_of=sample.made_of
         )
         self.supply, self._window = supply, window
         content = json.dumps(["stream", key, window, sample.tokenizer.fingerprint])
@@ -62,7 +57,7 @@ class StreamDataset(PreparedDataset):
         return StreamRows(self.supply, block_size, seed, tokenizer.eos_id, tokenizer.vocab_size, self._window)
 
     def epochs(self) -> dict[str, int]:
-        return {}  # how long the whole is shows only when it has been read
+        return {}  # the length is unknown until the whole source has been read
 
     def describe(self) -> list[tuple[str, str]]:
         units = len(self.supply.job.units)
@@ -71,10 +66,7 @@ class StreamDataset(PreparedDataset):
 
 
 class StreamRows(BlockRows):
-    """The endless training rows of a source whose units are encoded during training.
-
-    window: units that are shuffled together.
-    """
+    """The endless training rows of a stream. window: how many units are shuffled together."""
 
     def __init__(
         self, supply: "UnitSupply", block_size: int, seed: int, eos_id: int, vocab_size: int, window: int
@@ -103,7 +95,7 @@ class StreamRows(BlockRows):
         return pad(stream.rows(start_B, self.block_size), stream.epoch_length - start_B)
 
     def _open(self, block: int) -> tuple[DocumentStream, np.ndarray]:
-        """The documents of a window, shuffled, and the order of its rows. The next window is begun, old ones go."""
+        """The shuffled documents of a window and the order of its rows. Starts the next window, deletes old ones."""
         numbers = self.units(block)
         self._supply.want(numbers)
         split = join_splits([self._supply.split(number, self._vocab_size) for number in numbers])
@@ -117,7 +109,7 @@ class StreamRows(BlockRows):
 
 
 class UnitSupply:
-    """Encoded units of a job by their numbers, made when they are wanted; the processes start at the first of these."""
+    """Encodes the units of a job on request, in worker processes that start with the first request."""
 
     def __init__(self, job: Job, workers: int | None = None) -> None:
         self.job = job
@@ -127,15 +119,15 @@ class UnitSupply:
         self._notes, self._noted, self._told = Notes(), set[int](), Counter[str]()
 
     def want(self, numbers: list[int]) -> None:
-        """Begin to make those that are not there; returns at once."""
+        """Start to encode those that are missing, without waiting."""
         for number in numbers:
-            on_its_way = number in self._coming and not self._coming[number].done()
-            if not on_its_way and not self.job.path(number).exists():
+            is_coming = number in self._coming and not self._coming[number].done()
+            if not is_coming and not self.job.path(number).exists():
                 self._workers = self._workers or Workers(self.job, self._count)
                 self._coming[number] = self._workers.submit(number)
 
     def record(self, number: int) -> UnitRecord:
-        """What a unit came to; waits for one that is not known. Raises what reading its text raised."""
+        """The record of a unit; waits for one that is not encoded yet, and raises what its encoding raised."""
         if not self.job.known(number):
             self._wait_for(number)
         record = self.job.record(number)
@@ -145,7 +137,7 @@ class UnitSupply:
         return record
 
     def _tell(self, notes: dict[str, Any]) -> None:
-        """Warn of what a unit left out or changed: the first time, and whenever its count has doubled since."""
+        """Warn of what was left out or changed: at the first count, and whenever the count has doubled."""
         self._notes.include(notes)
         for what in notes["counts"]:
             count, places = self._notes.counts[what], notes["places"].get(what, ())
@@ -156,13 +148,13 @@ class UnitSupply:
                     warnings.warn(f"{count} {what} so far{where}", stacklevel=2)
 
     def split(self, number: int, vocab_size: int) -> Split:
-        """The training documents of a unit; waits for one that is not there. Raises what reading its text raised."""
+        """The training documents of a unit; waits for one that is missing, and raises what its encoding raised."""
         while True:
             path = self._wait_for(number)
             try:
                 return Split.open(path, "train", vocab_size)
             except CorruptError:
-                if path.exists():  # else another process has just dropped it: once more
+                if path.exists():  # else another process has just deleted it: encode it again
                     raise
 
     def _wait_for(self, number: int) -> Path:
@@ -172,7 +164,7 @@ class UnitSupply:
         return self.job.path(number)
 
     def drop(self, numbers: list[int]) -> None:
-        """Remove units but not what is known of them; a unit is there as a whole or not at all."""
+        """Delete units but not their records; each is renamed first, so that no process reads a part of it."""
         for number in numbers:
             with tempfile.TemporaryDirectory(prefix=".dropped-", dir=self.job.folder) as away, suppress(OSError):
                 self.job.path(number).rename(Path(away) / "unit")  # another process may be faster
@@ -185,9 +177,9 @@ class UnitSupply:
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """sample: the fingerprint of the prepared sample.  key: of the whole, as long as nobody changes it.
+    """The division of a stream into units, stored so that a resumed run has the same rows.
 
-    names: of the source's files.  units: of its text.
+    sample: the fingerprint of the prepared sample.  key: identifies the whole source.  names: of the source's files.
     """
 
     sample: str
@@ -197,18 +189,18 @@ class StreamPlan:
 
     @classmethod
     def of(cls, source: Source, units: list[Unit], sample: str) -> "StreamPlan":
-        """The plan of a stream that begins now."""
+        """The plan of a new stream."""
         key = json.dumps([sample, [entry.size for entry in source.entries], len(units)])
         return cls(sample, key, tuple(entry.name for entry in source.entries), tuple(units))
 
     def write(self, folder: Path) -> None:
-        """Keep the plan beside its units."""
+        """Store the plan in the folder of its units."""
         plain = {"sample": self.sample, "key": self.key, "names": self.names, "units": self.units}
         write_text_atomically(folder / FILE, json.dumps(plain))
 
     @classmethod
     def read(cls, folder: Path) -> "StreamPlan":
-        """The plan kept in `folder`. CorruptError if it cannot be read."""
+        """The plan stored in `folder`. CorruptError if it cannot be read."""
         plain = read_json(folder / FILE, inside=folder)
         try:
             units = (Unit(first, stop, span and (span[0], span[1])) for first, stop, span in plain["units"])
@@ -217,17 +209,18 @@ class StreamPlan:
             raise CorruptError(f"{folder / FILE}: damaged ({error!r}); delete {folder}") from error
 
     def units_of(self, source: Source) -> tuple[Unit, ...]:
-        """The units, whose last spans reach to the end of files that grew. DataError if there are other files now."""
+        """The units, the last one of a file extended if the file grew. DataError if files were added or removed."""
         names = tuple(entry.name for entry in source.entries)
         if names != self.names:
             other = sorted(set(names) ^ set(self.names))[:3]
             raise DataError(
-                f"{source.name}: files came or went since the run began ({', '.join(other)}): what is streamed needs "
+                f"{source.name}: files were added or removed since the run began ({', '.join(other)}): a stream needs "
                 "the same files; restore them, or start a new run"
             )
         last = {unit.first: unit for unit in self.units if unit.span}
-        return tuple(_to_the_end(unit, source) if last.get(unit.first) is unit else unit for unit in self.units)
-
-
-def _to_the_end(unit: Unit, source: Source) -> Unit:
-    return unit if unit.span is None else unit._replace(span=source.last_span(source.entries[unit.first], unit.span))
+        return tuple(
+            unit._replace(span=source.last_span(source.entries[unit.first], unit.span))
+            if unit.span and last[unit.first] is unit
+            else unit
+            for unit in self.units
+        )

@@ -1,4 +1,4 @@
-"""Text to token ids and back. Whatever the tokenizer, text that looks like a special token is plain text."""
+"""Tokenizers. Text that looks like a special token is encoded as plain text."""
 
 import hashlib
 import json
@@ -21,20 +21,21 @@ _OWN_KEY = "swamla_tokenizer"
 _NO_ENCODING = "the tokenizer cannot encode a text: it needs an unknown token, or all 256 bytes, in its vocabulary"
 _GPT2_HUB_NAME = "openai-community/gpt2"
 
-# What merges may not cross. Letters with the sign before them, up to three digits, and punctuation together with the
-# line's end and the next line's indentation, which saves 5 % of the tokens of Python source against GPT-2's pattern.
+# Pretokenization: merges stay within one match. A match is letters with one sign before them, up to three digits, or
+# punctuation with the line end and the next line's indentation. That gives 5 % fewer tokens on Python source than
+# GPT-2's pattern.
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:\s*[\r\n]+[ \t]*)?|\s*[\r\n]+[ \t]*|\s+(?!\S)|\s+"
-# Merges may span words of a line: a further 13 % fewer tokens, but "def f" is then often one of them.
+# Merges may span the words of a line: another 13 % fewer tokens, but then "def f" is often a single token.
 LINES = r"[^\n]*\n[ \t]*|[^\n]+"
-_RULES = "1"  # to be raised when `train_bpe` changes in what the patterns do not show
-_TRAINING_PIECE = 1 << 16  # the library needs some 50 bytes a character while it splits
+_RULES = "1"  # raise this when `train_bpe` changes in other ways than its patterns
+_TRAINING_PIECE = 1 << 16  # characters; the library needs some 50 bytes for each while it splits
 
 
 class Tokenizer(Protocol):
-    """What the rest of swamla knows of a tokenizer.
+    """The interface of all tokenizers.
 
-    `eos_id` begins every document as input and ends it as label; no text encodes to it. `fingerprint` is a SHA-256
-    of all that decides the ids.
+    `eos_id` is the first input and the last label of every document; no text encodes to it. `fingerprint` is a SHA-256
+    of everything that affects the ids.
     """
 
     @property
@@ -44,10 +45,10 @@ class Tokenizer(Protocol):
     @property
     def fingerprint(self) -> str: ...
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without specials. DataError for what is not Unicode or not in a character vocabulary."""
+        """The ids of `text`, without special tokens. DataError for a lone surrogate or an unknown character."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, on all cores where the tokenizer can."""
+        """The ids of each text, encoded in parallel if the tokenizer can."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; incomplete UTF-8 becomes U+FFFD. DataError for an id outside of the vocabulary."""
@@ -57,7 +58,7 @@ class Tokenizer(Protocol):
 
 
 class _Serialized:
-    """Identity, saving and checks that all tokenizers share: a tokenizer is its canonical JSON text."""
+    """The common part of all tokenizers: fingerprint, saving and checks. A tokenizer is stored as JSON text."""
 
     def __init__(self, serialized: str, vocab_size: int, eos_id: int) -> None:
         self.vocab_size = vocab_size
@@ -70,7 +71,7 @@ class _Serialized:
         Path(path).write_text(self._serialized, encoding="utf-8")
 
     def _known(self, ids: Sequence[int]) -> list[int]:
-        """The ids as plain numbers: a row of a tensor is a sequence of them, too."""
+        """The ids as Python integers, also of a tensor's row. DataError for one outside of the vocabulary."""
         try:
             numbers = [operator.index(i) for i in ids]
         except TypeError:
@@ -82,7 +83,7 @@ class _Serialized:
 
 
 class ByteTokenizer(_Serialized):
-    """Every UTF-8 byte is a token; nothing to train, nothing unknown."""
+    """Every UTF-8 byte is a token."""
 
     def __init__(self) -> None:
         super().__init__(json.dumps({_OWN_KEY: "byte"}), vocab_size=BYTES + 1, eos_id=BYTES)
@@ -101,7 +102,7 @@ class ByteTokenizer(_Serialized):
 
 
 class CharTokenizer(_Serialized):
-    """Every character of a given text is a token, in the order of code points."""
+    """Every character of a given text is a token; ids are in the order of code points."""
 
     def __init__(self, characters: str) -> None:
         self._characters = "".join(sorted(set(characters)))
@@ -128,7 +129,7 @@ class CharTokenizer(_Serialized):
 
 
 class HFTokenizer(_Serialized):
-    """Any tokenizer of the `tokenizers` library, given as the JSON text of its tokenizer.json."""
+    """A tokenizer of the `tokenizers` library, given as the text of its tokenizer.json."""
 
     def __init__(self, serialized: str) -> None:
         import tokenizers
@@ -167,7 +168,7 @@ class HFTokenizer(_Serialized):
 
 
 def utf8(text: str) -> bytes:
-    """The UTF-8 bytes of `text`; DataError for a lone surrogate, which has none."""
+    """The UTF-8 bytes of `text`. DataError for a lone surrogate."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -181,7 +182,7 @@ def _code_points(text: str) -> np.ndarray:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a file written by `save`, or in any tokenizer.json. DataError if there is none."""
+    """The tokenizer in a file written by `save`, or in any tokenizer.json. DataError if the file is missing."""
     path = Path(path)
     try:
         serialized = path.read_text(encoding="utf-8")
@@ -212,8 +213,8 @@ def _own_tokenizer(data: dict[str, Any], path: Path) -> Tokenizer:
 def make_tokenizer(spec: str, train_texts: Iterable[str] = (), all_texts: Iterable[str] = ()) -> Tokenizer:
     """The tokenizer that `DataConfig.tokenizer` asks for.
 
-    A BPE learns from `train_texts`; a character vocabulary, so that held-out text never fails, from `all_texts`.
-    Neither is touched for other kinds. Raises DataError, or MissingBackendError without the hub's library.
+    A BPE is trained on `train_texts`. A character vocabulary is taken from `all_texts`, so that held-out text has no
+    unknown character. Other kinds read neither. Raises DataError, or MissingBackendError without the hub's library.
     """
     if spec == "byte":
         return ByteTokenizer()
@@ -222,8 +223,9 @@ def make_tokenizer(spec: str, train_texts: Iterable[str] = (), all_texts: Iterab
         for text in all_texts:
             characters.update(text)
         return CharTokenizer("".join(characters))
-    if parsed := parse_bpe(spec):
-        return HFTokenizer(train_bpe(train_texts, *parsed))
+    if bpe := parse_bpe(spec):
+        vocab_size, lines = bpe
+        return HFTokenizer(train_bpe(train_texts, vocab_size, lines))
     if spec == "gpt2" or spec.startswith("hub:"):
         return _from_hub(_GPT2_HUB_NAME if spec == "gpt2" else spec.removeprefix("hub:"))
     if spec.startswith("gpt2:"):
@@ -236,7 +238,7 @@ def make_tokenizer(spec: str, train_texts: Iterable[str] = (), all_texts: Iterab
 
 
 def tokenizer_files(spec: str) -> list[Path]:
-    """The files that `spec` is made from, if any: when they change, the tokenizer does."""
+    """The local files of the tokenizer `spec`, if any: when they change, so does the tokenizer."""
     path = Path(spec.removeprefix("gpt2:")).expanduser()
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.suffix in (".json", ".bpe", ".txt"))
@@ -244,12 +246,15 @@ def tokenizer_files(spec: str) -> list[Path]:
 
 
 def bpe_version() -> list[str]:
-    """What decides which BPE `train_bpe` makes of texts and a size: its rules, and whose code follows them."""
+    """What the result of `train_bpe` depends on besides its arguments: the library's version, and our rules."""
     return [version("tokenizers"), _RULES, WORDS, LINES]
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, lines: bool = False) -> str:
-    """A BPE of at most `vocab_size` ids: the end of a document, 256 bytes, and merges. The same texts, the same BPE."""
+    """Train a BPE of at most `vocab_size` ids: end of document, 256 bytes, merges. Deterministic for equal texts.
+
+    lines: merges may span the words of a line.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -267,7 +272,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, lines: bool = False) -> str
 
 
 def _line_pieces(texts: Iterable[str]) -> Iterator[str]:
-    """The texts, long ones cut after line ends where there are any."""
+    """The texts, long ones cut into pieces, after a line end if possible."""
     for text in texts:
         start = 0
         while len(text) - start > _TRAINING_PIECE:
@@ -278,7 +283,7 @@ def _line_pieces(texts: Iterable[str]) -> Iterator[str]:
 
 
 def gpt2_bpe(folder: Path) -> str:
-    """GPT-2's BPE from encoder.json and vocab.bpe, or their newer names vocab.json and merges.txt."""
+    """GPT-2's BPE, read from encoder.json and vocab.bpe, or under their newer names vocab.json and merges.txt."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     encoder, merges = _gpt2_files(folder)
@@ -307,12 +312,12 @@ def _from_hub(name: str) -> Tokenizer:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
         raise MissingBackendError(f"tokenizer {name!r} is on the hub: pip install 'swamla[hub]'") from error
-    chatter = logging.getLogger("huggingface_hub")  # two lines for each of its attempts; ours says it in one
+    chatter = logging.getLogger("huggingface_hub")  # it logs two lines per attempt; our error is one line
     before = chatter.level
     chatter.setLevel(logging.ERROR)
     try:
         file = hf_hub_download(name, "tokenizer.json")
-    except Exception as error:  # which kinds there are depends on the library's version
+    except Exception as error:  # the classes depend on the library's version
         raise DataError(
             f"cannot fetch tokenizer {name!r} from the hub ({reason(error)}); offline, pass the path of its "
             "tokenizer.json"
@@ -323,19 +328,19 @@ def _from_hub(name: str) -> Tokenizer:
 
 
 class StreamDecoder:
-    """Text from ids that come one at a time; a character is held back until all its bytes are there.
+    """Decodes ids one at a time; a character is returned once all of its bytes are complete.
 
-    What `push` and `flush` return, joined, is what `decode` makes of all ids at once.
+    The concatenated results of `push` and `flush` equal `decode` of all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._context: list[int] = []  # ids whose text is out, kept because some decoders look one token back
+        self._context: list[int] = []  # ids already returned as text; some decoders depend on the token before
         self._pending: list[int] = []
-        self._sent = 0  # characters of the pending ids' text that are out already
+        self._sent = 0  # characters of the pending ids' text already returned
 
     def push(self, token: int) -> str:
-        """The text that is certain now that `token` has come; may be empty."""
+        """Add `token`, and return the new text that no later token can change; may be empty."""
         self._pending.append(token)
         text = self._pending_text()
         if text.endswith("\ufffd"):  # only the last character can still change
@@ -346,7 +351,7 @@ class StreamDecoder:
         return new
 
     def flush(self) -> str:
-        """What was held back, as U+FFFD."""
+        """Return the rest; an incomplete character becomes U+FFFD."""
         new = self._pending_text()[self._sent :]
         self._context, self._pending, self._sent = [], [], 0
         return new

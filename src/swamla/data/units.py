@@ -1,7 +1,6 @@
-"""Large sources: units, each encoded into a folder of its own by some process, and joined into one dataset.
+"""Large sources: units are encoded by several processes, each into a folder of its own, and joined into a dataset.
 
-A unit's folder appears whole or not at all, and is byte for byte the same whoever makes it; so is what they are joined
-to. A `Workers` encodes units by processes, one core each.
+A unit's folder is written atomically. Its content, and so the dataset's, is the same for any number of processes.
 """
 
 import json
@@ -37,11 +36,11 @@ _ONE_CORE = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_N
 
 @dataclass(frozen=True, kw_only=True)
 class UnitRecord:
-    """What a unit came to.
+    """The record of an encoded unit.
 
-    train, held_out: documents of each split.  train_tokens: of one.  tokens, bytes: of both.  lossless: the held-out
-    ones decode to exactly their text.  tokenizer: its fingerprint.  notes: of reading, as `Notes.plain`.  files: size
-    and SHA-256 of each.
+    train, held_out: numbers of documents.  train_tokens: of the training split.  tokens, bytes: of both splits.
+    lossless: the held-out tokens decode to exactly their text.  tokenizer: its fingerprint.  notes: of reading, as
+    `Notes.plain`.  files: size and SHA-256 of each.
     """
 
     train: int
@@ -57,10 +56,10 @@ class UnitRecord:
 
 @dataclass(frozen=True)
 class Job:
-    """Units to be encoded: where from, where to, and which documents are held out.
+    """The encoding of units: their source, the folder of the results, and the fraction of held-out documents.
 
-    The folder holds the tokenizer, and of each unit a folder with its shards. Its record lies beside that: a stream
-    drops units and keeps what is known of them.
+    The folder has the tokenizer, and for each unit a subfolder with its shards and a file with its record. A stream
+    deletes the shards of units and keeps the records.
     """
 
     source: Source
@@ -73,19 +72,19 @@ class Job:
         return self.folder / f"unit-{number:06d}"
 
     def known(self, number: int) -> bool:
-        """Whether it is on record what the unit came to, be it there or not."""
+        """Whether the unit has a record, even if its shards were deleted."""
         return self._record(number).exists()
 
     def present(self) -> list[int]:
-        """The units whose files are there."""
+        """The units whose shards exist."""
         return [int(path.name.removeprefix("unit-")) for path in self.folder.glob("unit-*") if not path.suffix]
 
     def missing(self) -> list[int]:
-        """The units that nobody has made yet."""
+        """The units whose shards do not exist."""
         return [number for number in range(len(self.units)) if not self.path(number).exists()]
 
     def record(self, number: int) -> UnitRecord:
-        """What a unit that was made came to. CorruptError if it cannot be read."""
+        """The record of an encoded unit. CorruptError if it cannot be read."""
         path = self._record(number)
         try:
             return UnitRecord(**read_json(path, inside=path.parent))
@@ -93,7 +92,7 @@ class Job:
             raise CorruptError(f"{path}: damaged ({error}); delete {path} and {self.path(number)}") from error
 
     def make(self, tokenizer: Tokenizer, number: int) -> UnitRecord:
-        """Encode a unit, unless it is there."""
+        """Encode a unit, unless its shards exist."""
         with _exclusive(self.folder / f"unit-{number:06d}.lock"):
             if self.path(number).exists() and self.known(number):
                 return self.record(number)
@@ -113,7 +112,9 @@ class Job:
         )
         for path in staging.iterdir():
             fsync(path)
-        write_text_atomically(self._record(number), json.dumps(asdict(record)))  # the unit is there once it is moved
+        write_text_atomically(
+            self._record(number), json.dumps(asdict(record))
+        )  # before the rename, after which the unit counts as encoded
         try:
             staging.rename(self.path(number))
         except OSError:
@@ -123,10 +124,9 @@ class Job:
         return record
 
     def join(self, folder: Path, config: DataConfig, tokenizer: Tokenizer) -> int:
-        """Write the dataset whose units have all been made into `folder`; returns its number of documents.
+        """Join all units to a dataset in `folder`; returns its number of documents.
 
-        Every byte of the units is checked. Where there is only one document, nothing is written: it has to be cut in
-        two.
+        Checks every byte of the units. For a single document nothing is written: it has to be cut in two.
         """
         paths = [self.path(number) for number in range(len(self.units))]
         records = [self.record(number) for number in range(len(self.units))]
@@ -138,7 +138,7 @@ class Job:
             notes.include(record.notes)
             _verify(path, record)
             if record.tokenizer != tokenizer.fingerprint:
-                raise CorruptError(f"{path}: was made with another tokenizer than its neighbours; delete {path.parent}")
+                raise CorruptError(f"{path}: encoded with another tokenizer than the other units; delete {path.parent}")
         with ExitStack() as stack:
             for name in ("train", "held_out"):
                 writer = SplitWriter(folder, name, tokenizer.vocab_size, stack)
@@ -166,7 +166,7 @@ class Job:
 
 @contextmanager
 def _exclusive(path: Path) -> Iterator[None]:
-    """An exclusive lock on this machine. File systems without locks let everyone in, which only costs time."""
+    """An exclusive lock. Without effect on file systems without locks, where a unit may be encoded twice."""
     with path.open("w") as file:
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -174,34 +174,34 @@ def _exclusive(path: Path) -> Iterator[None]:
 
 
 def _verify(path: Path, record: UnitRecord) -> None:
-    """Raise CorruptError naming the file that is not what was written."""
+    """Raise CorruptError, naming the file, if a file of a unit is missing or differs from the record."""
     for name, entry in record.files.items():
         file = path / name
         if not file.is_file() or os.path.getsize(file) != entry["size"] or sha256_of(file) != entry["sha256"]:
-            raise CorruptError(f"{file}: damaged or missing; delete {path} to have it made again")
+            raise CorruptError(f"{file}: damaged or missing; delete {path} to encode it again")
 
 
 def available_cores() -> int:
-    """The cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Workers:
-    """`count` processes for a job, each with a thread that talks to it over pipes; a context that ends them.
+    """`count` worker processes for a job, as a context manager; a thread per worker exchanges pickles with it by pipes.
 
-    They are started anew and never forked: the parent has threads, of tokenizers, torch or the caller. A worker ends
-    when its parent does, however that ended.
+    Workers are spawned, not forked, because the parent may have threads of tokenizers or torch. A worker ends when its
+    parent does, even if that is killed.
     """
 
-    # Not a ProcessPoolExecutor. Its new processes first run the user's script once more, so a script without a
-    # `__main__` guard breaks the pool; a worker that is killed fails every unit, and neither it nor its signal is
-    # named; workers outlive a parent that is killed; a program that ends waits for all units that it asked for.
+    # Not a ProcessPoolExecutor, for four reasons. Its spawned processes run the user's script again, so that a script
+    # without a `__main__` guard breaks the pool. A killed worker fails every unit, and the error names neither the
+    # worker nor the signal. Workers outlive a killed parent. A program that ends waits for all submitted units.
 
     def __init__(self, job: Job, count: int) -> None:
         cls = type(job.source)
         if cls.__module__ == "__main__":
             raise DataError(
-                f"{cls.__qualname__}: other processes cannot import it: put the source into a file of its own"
+                f"{cls.__qualname__}: workers cannot import it from a script: move the source to a file of its own"
             )
         self._job, packed = job, pickle.dumps(plugin_file(cls)) + pickle.dumps(job)
         self._tasks: queue.SimpleQueue[tuple[int, Future[UnitRecord]] | None] = queue.SimpleQueue()
@@ -218,7 +218,7 @@ class Workers:
         self.close()
 
     def close(self) -> None:
-        """End the processes; what they were at is lost, what they finished is not."""
+        """Kill the processes; finished units are kept."""
         with suppress(queue.Empty):
             while task := self._tasks.get_nowait():
                 task[1].cancel()
@@ -229,13 +229,13 @@ class Workers:
             thread.join()
 
     def submit(self, number: int) -> "Future[UnitRecord]":
-        """Have a unit made. The future raises as `Job.make` does, and DataError if the worker dies."""
+        """Encode a unit in a worker. The future raises as `Job.make` does, and DataError if the worker dies."""
         future: Future[UnitRecord] = Future()
         self._tasks.put((number, future))
         return future
 
     def make(self, numbers: list[int]) -> Iterator[UnitRecord]:
-        """Make units; their records come as they are finished."""
+        """Encode units; yields their records as they are finished."""
         for done in as_completed([self.submit(number) for number in numbers]):
             yield done.result()
 
@@ -245,7 +245,7 @@ class Workers:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(self._ask(process, number))
-                except Exception as error:  # for whoever waits for it
+                except Exception as error:  # raised by `result`
                     future.set_exception(error)
 
     def _ask(self, process: "subprocess.Popen[bytes]", number: int) -> UnitRecord:
@@ -259,8 +259,8 @@ class Workers:
             unit, status = self._job.source.describe_unit(self._job.units[number]), process.wait()
             ended = f"signal {-status}" if status < 0 else f"exit status {status}"
             raise DataError(
-                f"{unit}: the process that encoded it died ({ended}); run the same command again to go on, with fewer "
-                f"--workers if memory was short"
+                f"{unit}: the process that encoded it died ({ended}); run the same command again to continue, "
+                f"with fewer --workers if memory was short"
             ) from None
         if isinstance(answer, Exception):
             raise answer
@@ -274,10 +274,10 @@ def _start(packed_job: bytes) -> "subprocess.Popen[bytes]":
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,
-        start_new_session=True,  # Ctrl-C is for the parent, who ends its workers
+        start_new_session=True,  # Ctrl-C goes to the parent, which ends its workers
     )
     assert process.stdin is not None
-    with suppress(BrokenPipeError):  # a worker that died at once is noticed when it does not answer
+    with suppress(BrokenPipeError):  # a worker that died at once is reported by `_ask`
         process.stdin.write(packed_job)
         process.stdin.flush()
     return process
@@ -291,9 +291,9 @@ def _kill(processes: "list[subprocess.Popen[bytes]]") -> None:
 
 
 def serve() -> None:
-    """A worker: reads a job and then numbers of units from standard input, and answers each with a record or error."""
+    """The main loop of a worker: reads a job, then numbers of units from stdin, and answers with records or errors."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    os.dup2(2, 1)  # keeps libraries' output out of the answers
     with suppress(KeyboardInterrupt, BrokenPipeError, EOFError):
         if (plugin := pickle.load(requests)) is not None:  # from the parent's own pipe
             load_plugin(plugin)
@@ -305,7 +305,7 @@ def serve() -> None:
 
 
 def _answer(job: Job, tokenizer: Tokenizer, number: int) -> UnitRecord | Exception:
-    """The record, or an error of a kind that can be sent."""
+    """The record of a unit, or an error that can be pickled."""
     try:
         return job.make(tokenizer, number)
     except SwamlaError as error:

@@ -1,4 +1,4 @@
-"""The model card: exact counts of the model, its data, and the losses that the run measured."""
+"""The model card: exact counts, the data, and the measured losses."""
 
 from pathlib import Path
 from typing import Any
@@ -30,18 +30,18 @@ A language model of {depth} layers of width {width:,}, trained with swamla {vers
     hf download {repo_id} --local-dir {name}
     swamla generate {name} --prompt "Once"
 
-or, in Python after the download, `model, tokenizer = swamla.load("{name}")`. To continue training with the same data:
+or, in Python after the download, `model, tokenizer = swamla.load("{name}")`. To continue training on the same data:
 
     swamla train --hf_repo_id {repo_id} --resume_from_hf --output_dir {name} --data PATH
 
-`model.safetensors` has the weights with the lowest held-out loss. `checkpoints/` has everything to
-resume training: those weights and the newest, each with the optimizer's state, the random generators' and a manifest of
-SHA-256 sums. `config.json` is the run's whole configuration. No file is a pickle.
+`model.safetensors` has the weights with the lowest held-out loss. `checkpoints/` has what is needed to resume training:
+these weights and the newest ones, each with the states of the optimizer and of the random generators, and a manifest of
+SHA-256 sums. `config.json` is the run's complete configuration. No file is a pickle.
 """
 
 
 def model_card(run_dir: Path, state: dict[str, Any], repo_id: str) -> str:
-    """The README.md for a run whose weights come from the checkpoint with this state."""
+    """The README.md of a run, whose weights are from the checkpoint with this state."""
     plain = read_run_config(run_dir)
     model = from_plain(LanguageModelConfig, plain["model"], path="model", origin=str(run_dir / "config.json"))
     counted = count_parameters(model)

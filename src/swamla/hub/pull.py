@@ -33,9 +33,9 @@ class Pulled:
 def pull(repo_id: str, run_dir: Path, *, revision: str = "") -> Pulled:
     """Download the run in a repository, at a branch, tag or commit (default: the newest), to the new folder `run_dir`.
 
-    The commit is stored in resumed_from_hub.json. Downloads only configuration, metrics and the files in the
-    checkpoints' manifests, only safetensors and JSON. Raises `UsageError` if the repository is missing, unreachable or
-    has no run, `CorruptError` if a file does not match its manifest; no folder is left then.
+    The commit is stored in resumed_from_hub.json. Downloads only the configuration, the metrics and the files that the
+    checkpoints' manifests list, which must be safetensors or JSON. Raises `UsageError` if the repository is missing,
+    unreachable or has no run, `CorruptError` if a file does not match its manifest; `run_dir` does not exist then.
     """
     try:
         from huggingface_hub import HfApi
@@ -56,7 +56,7 @@ def pull(repo_id: str, run_dir: Path, *, revision: str = "") -> Pulled:
                 return Path(api.hf_hub_download(repo_id, name, revision=info.sha, local_dir=staging))
 
         step = _fetch_run(names, fetch, staging, f"{repo_id} at {info.sha}")
-        shutil.rmtree(staging / ".cache", ignore_errors=True)  # of the hub's client
+        shutil.rmtree(staging / ".cache", ignore_errors=True)  # of huggingface_hub
         pulled = Pulled(repo_id=repo_id, commit=str(info.sha), step=step)
         write_text_atomically(staging / RECORD, json.dumps(asdict(pulled)) + "\n")
         staging.rename(run_dir)
@@ -98,6 +98,6 @@ def _one_line(repo_id: str, revision: str) -> Iterator[None]:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise UsageError(f"{repo_id}: has no revision {revision!r}: give a branch, a tag or a commit") from error
-    except Exception as error:  # including its network library's, which differs between versions
+    except Exception as error:  # including those of its HTTP library, which depend on the version
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"{repo_id}: cannot be downloaded from the hub ({type(error).__name__}: {reason})") from error

@@ -1,4 +1,4 @@
-"""Push a run's checkpoints while it trains, isolated from training."""
+"""Push a run's checkpoints during training, in a separate process, so that failures do not affect the run."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ from swamla.hub.staging import stage
 
 PUSH_SECONDS = 3600.0  # for a push during training
 END_SECONDS = 900.0  # for the last push of a finished run
-STOP_SECONDS = 20.0  # for the last push of a run that was asked to stop, and should end soon
+STOP_SECONDS = 20.0  # for the last push of a run that was stopped
 _POLL_SECONDS = 0.05
 _STAGING = ".to-hub"
 
@@ -27,7 +27,7 @@ Say = Callable[[str], None]
 
 
 def require_hub(repo_id: str) -> None:
-    """Raise early if a push to `repo_id` cannot work: no client or no token. "" is no repository."""
+    """Raise early if a push to `repo_id` cannot work: no huggingface_hub, or no token. Nothing is checked for ""."""
     if not repo_id:
         return
     if importlib.util.find_spec("huggingface_hub") is None:
@@ -42,15 +42,14 @@ def require_hub(repo_id: str) -> None:
 class Pushes:
     """Pushes a run to the hub, as a context manager: one push at a time, each in a separate process.
 
-    A push takes the state of the run's folder when it starts; requests during a push are merged into one that follows
-    it. A push that fails or takes too long is reported once and does not prevent later ones. Leaving pushes a last
-    time.
+    A push has the state of the run's folder at its start; requests during a push are merged into one that follows it.
+    A push that fails or takes too long is reported once and does not prevent later ones. The exit pushes a last time.
     """
 
     def __init__(
         self, repo_id: str, run_dir: Path, *, private: bool, say: Say, stop_requested: Callable[[], bool]
     ) -> None:
-        """repo_id: USER/NAME, or "" to push nothing. stop_requested: True once the run should end soon."""
+        """repo_id: USER/NAME, or "" to push nothing. stop_requested: True once the run was asked to stop."""
         self._repo_id, self._run_dir, self._private, self._say = repo_id, run_dir, private, say
         self._stop_requested = stop_requested
         self._staging = run_dir / _STAGING
@@ -64,7 +63,7 @@ class Pushes:
         self.attend()
 
     def attend(self) -> None:
-        """Handle a finished push and start a requested one, without waiting."""
+        """Handle a finished push, and start a requested one, without waiting."""
         if self._process is not None:
             late = time.monotonic() > self._deadline
             if self._process.poll() is None and not late:
@@ -93,7 +92,7 @@ class Pushes:
             self._failed(f"{type(error).__name__}: {error}")
 
     def _finish(self, late: bool) -> None:
-        """Report the running push, which has ended or is killed here."""
+        """Report the push, which has ended or, if late, is killed here."""
         process, self._process = self._process, None
         assert process
         if late:
@@ -111,7 +110,7 @@ class Pushes:
             self._say(f"Hugging Face Hub: step {self._step} is in {answer['url']} (commit {answer['commit'][:12]})")
 
     def _failed(self, reason: str) -> None:
-        """Warn, once for consecutive failures."""
+        """Warn, but only of the first of consecutive failures."""
         if not self._warned:
             what = f"warning: Hugging Face Hub: nothing pushed to {self._repo_id} ({reason})"
             self._say(f"{what}; the run continues and retries at the next best and at the end")
@@ -122,7 +121,7 @@ class Pushes:
         shutil.rmtree(self._staging, ignore_errors=True)
 
     def _wait(self, end_seconds: float) -> None:
-        """Wait that long for the running push, less once a stop is requested."""
+        """Wait for the running push, at most `end_seconds`, or STOP_SECONDS once a stop is requested."""
         begin = time.monotonic()
         while self._process is not None and self._process.poll() is None:
             allowed = min(end_seconds, STOP_SECONDS) if self._stop_requested() else end_seconds
@@ -139,7 +138,7 @@ class Pushes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Push the last state of a run that finished or was stopped; not of one that failed."""
+        """Push the last state of a run that finished or was stopped, but not of one that failed."""
         if not self._repo_id:
             return
         seconds = END_SECONDS if error is None else STOP_SECONDS

@@ -1,11 +1,11 @@
-"""A separate process that sends one folder to the Hugging Face Hub as one commit; `push` starts it as a script.
+"""The process that pushes a folder to the Hugging Face Hub as one commit; `push.py` starts it as a script.
 
-It shares only a folder with training, which it only reads, so that a hanging or refusing server or a crashing client
-does not affect training. It ends by itself when its time is over. It imports nothing from swamla, which would import
-torch, unless weights have to be assembled first. The token is HF_TOKEN in the environment.
+It shares only this folder with training, and only reads it, so that a hanging server or a crashing client does not
+affect training. It ends itself after a time limit. It imports nothing from swamla, and so no torch, unless weights have
+to be assembled first. The token is HF_TOKEN in the environment.
 
-Arguments: the folder, the repository, "private" or "public" for a new repository, the commit message, the seconds it
-may take. Prints one line of JSON: {"commit": its hash, "url": the repository's} or {"error": the reason, in one line}.
+Arguments: the folder, the repository, "private" or "public" for a new repository, the commit message, the time limit in
+seconds. Prints one line of JSON: {"commit": its hash, "url": the repository's} or {"error": the reason, in one line}.
 """
 
 import json
@@ -40,16 +40,16 @@ def push(folder: Path, repo_id: str, private: bool, message: str) -> dict[str, s
 
 
 def _complete(folder: Path) -> None:
-    """Assemble the weights at the folder's root, if training left that to this process."""
+    """Assemble the weights at the folder's root, unless training has linked them."""
     if not (folder / "model.safetensors").exists():
-        sys.path.append(str(Path(__file__).resolve().parents[2]))  # in case swamla is not installed
+        sys.path.append(str(Path(__file__).resolve().parents[2]))  # swamla may not be installed
         from swamla.hub.staging import complete
 
         complete(folder)
 
 
 def _once(additions: list[Any]) -> list[Any]:
-    """Only the first of several hard links to one file."""
+    """The additions without further hard links to the same file."""
     seen: dict[tuple[int, int], Any] = {}
     for addition in additions:
         stat = os.stat(addition.path_or_fileobj)
@@ -58,7 +58,7 @@ def _once(additions: list[Any]) -> list[Any]:
 
 
 def _reach(endpoint: str) -> None:
-    """Raise if the server does not answer: the client itself would wait forever."""
+    """Raise if the server does not answer: huggingface_hub would wait forever."""
     try:
         urllib.request.urlopen(endpoint, timeout=REACHABLE_SECONDS).close()
     except urllib.error.HTTPError as error:
@@ -68,13 +68,13 @@ def _reach(endpoint: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Push; any failure is reported in one line."""
+    """Push, and print the result or the error as one line of JSON."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # meant for the trainer, which then decides
+        signal.signal(number, signal.SIG_IGN)  # the training process handles them
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # keeps the client's output out of the answer
     folder, repo_id, visibility, message, seconds = arguments
-    signal.alarm(int(float(seconds)) + 5)  # its default action ends the process even if it hangs
+    signal.alarm(int(float(seconds)) + 5)  # the default action ends even a hanging process
     os.nice(10)
     try:
         result = push(Path(folder), repo_id, visibility == "private", message)
@@ -87,4 +87,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main(sys.argv[1:]))  # the client's threads may hang, and nobody waits for them
+    os._exit(main(sys.argv[1:]))  # without waiting for threads of huggingface_hub, which may hang

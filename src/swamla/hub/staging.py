@@ -1,7 +1,7 @@
-"""The staging folder of a push: hard links to a run's files, so that training can continue meanwhile.
+"""The staging folder of a push: hard links to a run's files, so that training can continue.
 
-The training process calls `stage`. Weights that have to be assembled, averages or those of a sharded run, are left to
-`complete` in the pushing process.
+The training process calls `stage`. The pushing process calls `complete`, which assembles the weights if they are
+averaged or sharded.
 """
 
 import json
@@ -22,12 +22,12 @@ COPIED = (
     "metrics.jsonl",
     "loss.png",
     "wandb/run_id",
-)  # files that a run rewrites
+)  # not linked, because a run rewrites these files
 BEST, WEIGHTS = "checkpoints/best.json", "model.safetensors"
 
 
 def stage(run_dir: Path, folder: Path, repo_id: str) -> int:
-    """Fill the new `folder` with all files to push, except maybe `WEIGHTS`; returns the newest checkpoint's step.
+    """Fill the new `folder` with the files to push, except `WEIGHTS` to be assembled; returns the newest step.
 
     Raises `UsageError` for a run without a checkpoint, `CorruptError` and `OSError` for damaged or unreadable files.
     """
@@ -52,7 +52,7 @@ def stage(run_dir: Path, folder: Path, repo_id: str) -> int:
 
 
 def complete(folder: Path) -> None:
-    """Write the weights that `swamla.load` returns to a staged folder: averages if there are any, and buffers."""
+    """Write `WEIGHTS` to a staged folder, if missing: the weights that `swamla.load` returns, and buffers."""
     if not (folder / WEIGHTS).exists():
         checkpoint = _opened(_scored(folder))
         averages = checkpoint.tensors("ema") if checkpoint.has("ema") else {}
@@ -60,7 +60,7 @@ def complete(folder: Path) -> None:
 
 
 def _scored(run_dir: Path) -> Path:
-    """The best checkpoint, else the newest."""
+    """The best checkpoint, or the newest if none is marked."""
     newest = list_checkpoints(run_dir / "checkpoints")[-1]
     if not (run_dir / BEST).exists():
         return newest
@@ -70,12 +70,12 @@ def _scored(run_dir: Path) -> Path:
 
 
 def _opened(path: Path) -> Checkpoint:
-    listed = verify(path, hashes=False)  # which would make training wait
+    listed = verify(path, hashes=False)  # hashes would delay training
     return Checkpoint(path=path, step=listed["step"], state={}, files=tuple(listed["files"]))
 
 
 def _link(file: Path, to: Path) -> None:
-    """A hard link, or a copy if the file system has none."""
+    """A hard link, or a copy if the file system does not support them."""
     to.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(file, to)
