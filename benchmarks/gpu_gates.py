@@ -21,6 +21,7 @@ from swamla.ops import (
     gated_delta_rule,
     grouped_mm,
     l2_normalize,
+    short_conv,
     windowed_attention,
 )
 from swamla.ops.gated_delta.cuda import obstacle
@@ -83,6 +84,21 @@ def delta_rule_gate(place: Place, backend: str) -> Iterator[Figures]:
 def _delta_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, **options: Any) -> Tensor:
     v = v.chunk(2, dim=-1)[0]  # a view of a wider tensor, as in the mixer
     return gated_delta_rule(l2_normalize(q), l2_normalize(k), v, log_alpha, beta, **options)[0]
+
+
+def convolution_gate(place: Place, backend: str) -> Iterator[Figures]:
+    """The short convolution of four taps, its input a slice of a wider tensor."""
+    time, width = (48, 32) if place.quick else (2000, 3072)
+    cases: list[Case] = []
+    for rows, seq in zip(("whole rows", "documents"), _layouts(place, time), strict=True):
+        x = torch.randn(*seq.shape, width, 2, device=place.device, dtype=torch.bfloat16)
+        weight = torch.randn(width, 4, device=place.device)
+        cases.append((rows, partial(_convolution, seq=seq), [x, weight]))
+    return _verdicts(cases, backend)
+
+
+def _convolution(x: Tensor, weight: Tensor, **options: Any) -> Tensor:
+    return short_conv(x.flatten(2)[..., : len(weight)], weight, **options)[..., None]
 
 
 def loss_gate(place: Place) -> Iterator[Figures]:

@@ -103,6 +103,10 @@ ROWS: tuple[Row, ...] = (
         _gate(f"delta rule, {name}", partial(gates.delta_rule_gate, backend=name), f"delta rule/{name}")
         for name in ("torch", "fla")
     ],
+    *[
+        _gate(f"convolution, {name}", partial(gates.convolution_gate, backend=name), f"convolution/{name}")
+        for name in ("torch", "fla")
+    ],
     _training("small", "gdn"),
     _training("base", "swa", "fp8, compiled", precision="fp8"),
     _op("loss", "head and cross-entropy", ops.losses),

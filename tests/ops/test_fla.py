@@ -3,16 +3,22 @@
 import sys
 from functools import partial
 from importlib.machinery import ModuleSpec
+from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from swamla.errors import MissingBackendError, UsageError
 from swamla.model.mixers.gdn import GDNConfig
-from swamla.ops import l2_normalize
+from swamla.ops import fla, l2_normalize
 from swamla.ops.gated_delta import cpu, cuda, describe_backend, gated_delta_rule, prepare_rule, resolve_backend
 from swamla.ops.layout import Layout
+from swamla.ops.short_conv import cuda as conv_cuda
+from swamla.ops.short_conv import prepare_conv, short_conv
+from swamla.ops.short_conv import resolve_backend as resolve_conv
+from swamla.ops.short_conv.reference import reference_short_conv
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SIZES = {"heads": 2, "key": 8, "value": 12}
@@ -92,13 +98,45 @@ def library(monkeypatch):
         module.__spec__ = ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, module)
     sys.modules["fla.ops.gated_delta_rule"].chunk_gated_delta_rule = chunk_gated_delta_rule
-    monkeypatch.setattr(cuda, "has_kernels", lambda device: True)
-    monkeypatch.setattr(cuda, "is_hopper", lambda device: False)
-    monkeypatch.setattr(cuda, "_OBSTACLES", {})
-    monkeypatch.setattr(cuda, "_version", {"fla-core": "0.6.0", "triton": "3.8.0"}.get)
-    monkeypatch.setattr(cuda, "PROBE_ROWS", 2)
-    monkeypatch.setattr(cuda, "PROBE_LENGTH", 100)
+    conv = ModuleType("fla.modules.causal_conv1d")
+    conv.causal_conv1d_fwd, conv.causal_conv1d_bwd = conv_forward, conv_backward
+    monkeypatch.setitem(sys.modules, "fla.modules.causal_conv1d", conv)
+    monkeypatch.setattr(fla, "has_kernels", lambda device: True)
+    monkeypatch.setattr(fla, "is_hopper", lambda device: False)
+    monkeypatch.setattr(fla, "_OBSTACLES", {})
+    monkeypatch.setattr(fla, "version_of", {"fla-core": "0.6.0", "triton": "3.8.0"}.get)
+    monkeypatch.setattr(fla, "PROBE_ROWS", 2)
+    monkeypatch.setattr(fla, "PROBE_LENGTH", 100)
     return calls
+
+
+def conv_forward(x, weight, bias, residual, activation, cu_seqlens=None, cu_seqlens_cpu=None):
+    """The library's contract: contiguous rows, or one row and where its documents begin and end."""
+    assert (bias, residual, activation) == (None, None, "silu")
+    assert x.is_contiguous()
+    assert (cu_seqlens is None) == (cu_seqlens_cpu is None)
+    if cu_seqlens is None:
+        return reference_short_conv(x, weight, None), None
+    assert x.shape[0] == 1
+    bounds = cu_seqlens.tolist()
+    assert bounds == cu_seqlens_cpu.tolist()
+    parts = [reference_short_conv(x[:, a:b], weight, None) for a, b in pairwise(bounds)]
+    return torch.cat(parts, dim=1), None
+
+
+def conv_backward(x, dy, dht, weight, bias, residual, activation, cu_seqlens=None, cu_seqlens_cpu=None):
+    """By hand: inside an op, autograd records nothing."""
+    assert (dht, bias, residual, activation) == (None, None, None, "silu")
+    assert dy.is_contiguous()
+    taps, dx, dw = weight.shape[1], torch.zeros_like(x, dtype=torch.float32), torch.zeros_like(weight.float())
+    for row, part in sequences(x, cu_seqlens):
+        piece, d, w = x[row, part].float(), dy[row, part].float(), weight.float()
+        behind = [F.pad(piece, (0, 0, i, 0))[: len(piece)] for i in range(taps)]
+        d = torch.ops.aten.silu_backward(d, sum(behind[i] * w[:, taps - 1 - i] for i in range(taps)))
+        for i in range(taps):
+            dx[row, part] += F.pad(d, (0, 0, 0, i))[i:] * w[:, taps - 1 - i]
+            dw[:, taps - 1 - i] += (d * behind[i]).sum(0)
+    return dx.to(x.dtype), dw, None, None, None  # the library adds weights' gradients up in fp32
 
 
 def inputs(batch, time, initial):
@@ -169,7 +207,7 @@ def test_the_op_obeys_the_rules_of_ops_that_a_graph_may_hold(library):
         seq = layout(rows)
         for initial in (False, True):
             leaves = inputs(*seq.shape, initial)
-            packing = (None,) * 4 if seq.whole_rows else cuda.packing_of(seq)
+            packing = (None,) * 4 if seq.whole_rows else fla.packing_of(seq)
             arguments = (*leaves[:5], leaves[5] if initial else None, *packing, 0.3)
             checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
             torch.library.opcheck(
@@ -205,7 +243,7 @@ def test_without_the_library_asking_for_it_says_how_to_get_it_and_auto_is_torch(
 
 
 def test_without_a_device_for_it_it_is_refused(library, monkeypatch):
-    monkeypatch.setattr(cuda, "has_kernels", lambda device: False)
+    monkeypatch.setattr(fla, "has_kernels", lambda device: False)
     with pytest.raises(MissingBackendError, match='"fla" needs a CUDA device, these tensors are on cpu: use "torch"'):
         resolve_backend("fla", CPU, **SIZES)
     assert resolve_backend("auto", CPU, **SIZES) == "torch"
@@ -219,9 +257,10 @@ def test_without_a_device_for_it_it_is_refused(library, monkeypatch):
 def test_hopper_refuses_its_backward_at_64_under_a_triton_that_gets_it_wrong(
     library, monkeypatch, triton, key, refused
 ):
-    monkeypatch.setattr(cuda, "is_hopper", lambda device: True)
-    monkeypatch.setattr(cuda, "_version", {"fla-core": "0.6.0", "triton": triton}.get)
+    monkeypatch.setattr(fla, "is_hopper", lambda device: True)
+    monkeypatch.setattr(fla, "version_of", {"fla-core": "0.6.0", "triton": triton}.get)
     monkeypatch.setattr(cuda, "_probe", lambda *arguments: None)
+    monkeypatch.setattr(conv_cuda, "_probe", lambda *arguments, **sizes: None)
     chunk_o = sys.modules["fla.ops.common.chunk_o"]
     monkeypatch.setattr(chunk_o, "TRITON_ABOVE_3_7_1", triton >= "3.7.1", raising=False)
     sizes = {"heads": 2, "key": key, "value": 64}
@@ -244,7 +283,9 @@ def test_hopper_refuses_its_backward_at_64_under_a_triton_that_gets_it_wrong(
     ({"fla-core": "1.0"}, ""),
 ])  # fmt: skip
 def test_an_old_version_is_refused_before_it_is_imported(library, monkeypatch, packages, refused):
-    monkeypatch.setattr(cuda, "_version", lambda package: packages.get(package, "3.8.0" if package == "triton" else ""))
+    monkeypatch.setattr(
+        fla, "version_of", lambda package: packages.get(package, "3.8.0" if package == "triton" else "")
+    )
     if not refused:
         assert resolve_backend("fla", CPU, **SIZES) == "fla"
         return
@@ -286,7 +327,7 @@ def test_a_library_that_fails_or_computes_something_else_is_found_before_it_is_u
         (doubled, "is wrong on"),
     ):
         monkeypatch.setattr(module, "chunk_gated_delta_rule", wrong)
-        cuda._OBSTACLES.clear()
+        fla._OBSTACLES.clear()
         with pytest.raises(MissingBackendError, match=f'^backend = "fla" {reason}'):
             resolve_backend("fla", CPU, **SIZES)
 
@@ -321,7 +362,7 @@ def test_an_unknown_backend_is_refused_with_the_names_there_are():
         resolve_backend("fast", CPU, **SIZES)
 
 
-def test_a_mixer_asks_it_for_the_delta_rule_and_not_for_the_convolution(library):
+def test_a_mixer_asks_it_for_the_delta_rule_alone_where_the_convolution_has_a_path_of_its_own(library):
     torch.manual_seed(0)
     config = GDNConfig(n_heads=2, backend="fla")
     mixer = config.build(32)
@@ -349,3 +390,70 @@ def test_a_mixer_trains_by_it_as_by_the_reference(library):
             o_BTD = mixer(x_BTD, seq)
         found[backend] = [o_BTD, *torch.autograd.grad(o_BTD.float().square().sum(), [x_BTD, *mixer.parameters()])]
     assert_alike(found["fla"], found["reference"], tolerance=0.04)  # bf16 rounds the rest of the mixer, too
+
+
+# --- its convolution
+
+
+def conv_results(x, weight, seq, backend):
+    y = short_conv(x, weight, seq=seq, backend=backend)
+    return [y, *torch.autograd.grad((y.float() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum(), (x, weight))]
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4])
+@each_packing
+def test_its_convolution_equals_the_reference_wherever_documents_lie(library, rows, taps):
+    torch.manual_seed(0)
+    wide = torch.randn(2, 70, 12).bfloat16().requires_grad_()
+    weight = torch.randn(8, taps, requires_grad=True)
+    seq = layout(rows)
+    found, expected = (conv_results(wide[..., :8], weight, seq, backend) for backend in ("fla", "reference"))
+    real = (seq.document_BT >= 0)[..., None]
+    assert_alike([found[0] * real, *found[1:]], [expected[0] * real, *expected[1:]])
+
+
+def test_a_graph_holds_its_convolution_whole_and_serves_any_number_of_documents(library):
+    graphs = []
+
+    def counted(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch.manual_seed(0)
+    conv = torch.compile(partial(short_conv, backend="fla"), fullgraph=True, dynamic=False, backend=counted)
+    x, weight = torch.randn(1, 35, 8).bfloat16().requires_grad_(), torch.randn(8, 4, requires_grad=True)
+    for rows in ([[(0, 5), (1, 30)]], [[(0, 5), (1, 5), (2, 25)]], [[(n, 5) for n in range(7)]]):
+        seq = layout(rows)
+        prepare_conv(seq, "fla", taps=4)
+        y = conv(x, weight, seq=seq)
+        found = [y, *torch.autograd.grad(y.float().square().sum(), (x, weight))]
+        y = short_conv(x, weight, seq=seq, backend="reference")
+        assert_alike(found, [y, *torch.autograd.grad(y.float().square().sum(), (x, weight))])
+    assert len(graphs) == 1
+
+
+def test_its_convolution_is_tried_before_it_is_used_and_refused_in_fp32_and_where_it_is_wrong(library, monkeypatch):
+    assert resolve_conv("fla", CPU, taps=4, dtype=torch.bfloat16) == "fla"
+    assert resolve_conv("auto", CPU, taps=4, dtype=torch.bfloat16) == "torch"
+    assert resolve_conv("auto", CUDA, taps=4, dtype=torch.float32) == "torch"
+    with pytest.raises(MissingBackendError, match=r"takes bf16 or fp16, not torch\.float32"):
+        resolve_conv("fla", CPU, taps=4, dtype=torch.float32)
+    with pytest.raises(UsageError, match="'fast': short_conv has 'auto', 'reference', 'torch', 'fla'"):
+        resolve_conv("fast", CPU, taps=4, dtype=torch.bfloat16)
+    module = sys.modules["fla.modules.causal_conv1d"]
+    fla._OBSTACLES.clear()
+
+    def deaf_to_documents(x, weight, bias, residual, activation, cu_seqlens=None, cu_seqlens_cpu=None):
+        return conv_forward(x, weight, bias, residual, activation)
+
+    monkeypatch.setattr(module, "causal_conv1d_fwd", deaf_to_documents)
+    assert conv_cuda.obstacle(CPU, 4).startswith("is wrong on this device by")
+    with pytest.raises(MissingBackendError, match=r'^backend = "fla" is wrong on this device'):
+        resolve_conv("fla", CPU, taps=4, dtype=torch.bfloat16)
+
+
+def test_tokens_after_others_are_convolved_without_it(library):
+    torch.manual_seed(0)
+    x, weight, history = torch.randn(1, 9, 8).bfloat16(), torch.randn(8, 4), torch.randn(1, 3, 8).bfloat16()
+    found = short_conv(x, weight, history_BWD=history, backend="fla")
+    torch.testing.assert_close(found, short_conv(x, weight, history_BWD=history, backend="reference"))

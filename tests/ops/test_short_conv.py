@@ -153,8 +153,8 @@ def test_takes_a_slice_of_a_wider_projection() -> None:
 
 def test_an_unknown_backend_is_refused() -> None:
     x_BTD, weight_DW, _ = inputs(1, 4)
-    with pytest.raises(UsageError, match="fla"):
-        short_conv(x_BTD, weight_DW, backend="fla")
+    with pytest.raises(UsageError, match="'flash': short_conv has 'auto', 'reference', 'torch', 'fla'"):
+        short_conv(x_BTD, weight_DW, backend="flash")
 
 
 @pytest.mark.parametrize("taps", [1, 2, 4])

@@ -15,7 +15,8 @@ from swamla.ops.gated_delta import BACKENDS, describe_backend, gated_delta_rule,
 from swamla.ops.l2_normalize import l2_normalize
 from swamla.ops.layout import Layout
 from swamla.ops.rms_norm import rms_norm
-from swamla.ops.short_conv import short_conv
+from swamla.ops.short_conv import prepare_conv, short_conv
+from swamla.ops.short_conv import resolve_backend as resolve_conv
 from swamla.registry import register
 
 CHUNK = 64  # tokens per chunk in FLOP counts; the op chooses the fastest size for its device
@@ -95,7 +96,10 @@ class GDNConfig(MixerConfig):
         """Op → backend. Raises `MissingBackendError` for a backend that cannot compute these heads on `device`."""
         key, value = self.head_dims(width)
         sizes = {"heads": self.n_heads, "key": key, "value": value}
-        return {"delta rule": describe_backend(self.backend, device, **sizes, dtype=dtype)}
+        rule = {"delta rule": describe_backend(self.backend, device, **sizes, dtype=dtype)}
+        if device.type == "cpu":
+            return rule
+        return rule | {"convolution": resolve_conv(self.conv_backend, device, taps=self.conv, dtype=dtype)}
 
     def with_backend(self, backend: str) -> Self:
         """The same mixer with this backend if its own is "auto"."""
@@ -105,10 +109,11 @@ class GDNConfig(MixerConfig):
         """Build masks and tables eagerly, so that the compiled forward has no graph break."""
         key, value = self.head_dims(width)
         prepare_rule(seq, self.backend, heads=self.n_heads, key=key, value=value)
+        prepare_conv(seq, self.conv_backend, taps=self.conv)
 
     @property
     def conv_backend(self) -> str:
-        """Backend of the convolution, for which flash-linear-attention is not used."""
+        """Backend of the convolution; flash-linear-attention's is used where it is right, whatever the rule's."""
         return "auto" if self.backend == "fla" else self.backend
 
     def _projection_weights(self, width: int) -> int:

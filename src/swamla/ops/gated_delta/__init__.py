@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from swamla.errors import MissingBackendError, UsageError
+from swamla.ops.fla import installed, packing_of
 from swamla.ops.gated_delta.cpu import chunked_gated_delta_rule
-from swamla.ops.gated_delta.cuda import fla_gated_delta_rule, installed, obstacle, packing_of
+from swamla.ops.gated_delta.cuda import fla_gated_delta_rule, obstacle
 from swamla.ops.gated_delta.reference import RuleInputs, recurrent_gated_delta_rule
 from swamla.ops.gated_delta.reference import gated_delta_step as gated_delta_step
 from swamla.ops.layout import Layout

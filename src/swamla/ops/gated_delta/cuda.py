@@ -4,42 +4,22 @@ The ops call only flash-linear-attention's public function, which does not expos
 needs. So the backward op runs the forward kernels again. Not measured on GPU.
 """
 
-import re
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from swamla.errors import is_out_of_memory
+from swamla.ops import fla
+from swamla.ops.fla import packing_of
 from swamla.ops.gated_delta.cpu import chunked_gated_delta_rule
 from swamla.ops.gated_delta.reference import RuleInputs
-from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import PADDING, Layout
 
 WIDEST = 256  # the largest key width that its kernels support
-OLDEST = (0, 6)  # of flash-linear-attention: older versions refuse Hopper with Triton >= 3.4
 WRONG_FROM, RIGHT_FROM = (3, 4), (3, 7, 1)  # Triton versions with wrong gradients on Hopper for blocks of 64 keys
-# The size of a training step: Triton autotunes per head widths only, and keeps the choice made for the first shape.
-PROBE_ROWS, PROBE_LENGTH = 8, 2048
-PROBE_TOLERANCE = 0.05  # ‖found − expected‖ / ‖expected‖ in bf16; wrong kernels were off by 0.5
-
-
-class Packing(NamedTuple):
-    """Bounds of the N documents of B packed rows; padding counts as documents.
-
-    bounds_M: each document's first index in the flattened B·T tokens, then B·T: M = N + 1 numbers (`cu_seqlens`).
-    host_bounds_M: the same on the CPU.  first_B, last_B: each row's first document, and its last one without padding.
-    """
-
-    bounds_M: Tensor
-    host_bounds_M: Tensor
-    first_B: Tensor
-    last_B: Tensor
 
 
 def fla_gated_delta_rule(
@@ -60,77 +40,24 @@ def fla_gated_delta_rule(
     )
 
 
-def packing_of(seq: Layout) -> Packing:
-    """The layout's `Packing`, built at its first use. If it was built eagerly, a compiled graph does not break here."""
-    made = seq.made("fla")
-    return _build_packing(seq) if made is None else made
-
-
-@outside_graphs
-def _build_packing(seq: Layout) -> Packing:
-    return seq.table("fla", partial(_packing, seq))
-
-
-def _packing(seq: Layout) -> Packing:
-    # From `seq.runs`, which is on the host: no device synchronisation.
-    (batch, time), device = seq.shape, seq.document_BT.device
-    lengths = torch.tensor([length for count, length in seq.runs for _ in range(count)])
-    host_bounds_M = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    bounds_M = host_bounds_M.to(device, non_blocking=True)
-    first_B = torch.searchsorted(bounds_M, torch.arange(batch, device=device) * time)
-    begin_N = bounds_M[:-1]
-    row_N, index_N = begin_N // time, torch.arange(len(lengths), device=device)
-    real_N = torch.where(seq.document_BT.flatten()[begin_N] == PADDING, first_B[row_N], index_N)
-    last_B = first_B.scatter_reduce(0, row_N, real_N, "amax")
-    for bounds in (bounds_M, host_bounds_M):  # their length differs between batches: compile once for all lengths
-        torch._dynamo.maybe_mark_dynamic(bounds, 0)
-    return Packing(bounds_M, host_bounds_M, first_B, last_B)
-
-
 def obstacle(device: torch.device, heads: int, key: int, value: int) -> str | None:
     """Why "fla" cannot compute these heads on `device`, as the rest of a sentence that begins with "fla"; else None.
 
     Runs the kernels once at the size of a training step and compares outputs and gradients with the backend "torch".
-    The answer is cached, unless memory ran out. If it was asked eagerly, a compiled graph does not break here.
     """
-    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
-    asked = (str(device), heads, key, value)
-    return _OBSTACLES[asked] if asked in _OBSTACLES else _find_obstacle(*asked)
-
-
-_OBSTACLES: dict[tuple[str, int, int, int], str | None] = {}  # not `lru_cache`, through which the compiler traces
-
-
-@outside_graphs
-def _find_obstacle(device: str, heads: int, key: int, value: int) -> str | None:
-    try:
-        found = _obstacle(device, heads, key, value)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return 'finds no memory on this device to be tried in: free some, or use "torch"'
-    _OBSTACLES[device, heads, key, value] = found
-    return found
+    kernels = ("rule", str(heads), str(key), str(value))
+    return fla.obstacle(device, kernels, partial(_obstacle, heads=heads, key=key, value=value))
 
 
 def _obstacle(device: str, heads: int, key: int, value: int) -> str | None:
-    if not installed():
-        return "needs flash-linear-attention: pip install 'swamla[gpu]'"
-    said = _version("fla-core") or _version("flash-linear-attention")
-    if _numbers(said) < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
-        return f"needs flash-linear-attention >= {oldest}, {said} is installed: pip install --upgrade 'swamla[gpu]'"
-    if not has_kernels(device):
-        return f'needs a CUDA device, these tensors are on {device}: use "torch"'
     if key > WIDEST:
         return f'takes keys of width {WIDEST} at most, not {key}: use "torch"'
-    triton = _numbers(_version("triton"))
-    if is_hopper(device) and WRONG_FROM <= triton < RIGHT_FROM and 32 < key <= 64:
+    triton = fla.numbers(fla.version_of("triton"))
+    if fla.is_hopper(device) and WRONG_FROM <= triton < RIGHT_FROM and 32 < key <= 64:
         said = ".".join(map(str, triton))
         wrong = f"is wrong at keys of width {key} on Hopper under Triton {said} (mended in 3.7.1)"
         return f'{wrong}: use width 128, or "torch"'
-    if is_hopper(device) and WRONG_FROM <= triton < RIGHT_FROM:
+    if fla.is_hopper(device) and WRONG_FROM <= triton < RIGHT_FROM:
         _lift_version_check()
     return _probe(device, heads, key, value)
 
@@ -144,55 +71,19 @@ def _lift_version_check() -> None:
         vars(import_module("fla.ops.common.chunk_o"))["TRITON_ABOVE_3_7_1"] = True
 
 
-def installed() -> bool:
-    """Whether flash-linear-attention is installed."""
-    return find_spec("fla") is not None
-
-
-def has_kernels(device: str) -> bool:
-    """Whether Triton kernels run on this device."""
-    return torch.device(device).type == "cuda" and torch.cuda.is_available()
-
-
-def is_hopper(device: str) -> bool:
-    """Whether the device has compute capability 9.x: H100, H200 and the like."""
-    return torch.cuda.get_device_capability(device)[0] == 9
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-def _numbers(version_: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version_)[:3])
-
-
 @torch.inference_mode(False)  # generation, in inference mode, may be the first caller
 def _probe(device: str, heads: int, key: int, value: int) -> str | None:
     """What fails or is wrong on whole rows or on packed rows, else None."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(heads, key), (heads, key), (heads, 2 * value), (heads,), (heads,)]
-    drawn = (torch.randn(PROBE_ROWS, PROBE_LENGTH, *shape, generator=generator).to(device) for shape in shapes)
+    drawn = (torch.randn(fla.PROBE_ROWS, fla.PROBE_LENGTH, *shape, generator=generator).to(device) for shape in shapes)
     q, k, v, alpha, beta = drawn
     q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
     q, k, v = (x.bfloat16() for x in (q, k, v))
     # As in the mixer, values are a slice of a wider tensor.
     inputs = [q, k, v[..., :value], -alpha.exp(), beta.sigmoid()]
-    document_BT = (torch.arange(PROBE_LENGTH) * 5 // (2 * PROBE_LENGTH)).expand(PROBE_ROWS, -1)
-    packed = Layout.from_documents(document_BT).to(device)
-    try:
-        errors = [_probe_error(inputs, seq, key**-0.5) for seq in (None, packed)]
-    except Exception as error:  # any failure of the library becomes the reason that the user reads
-        if is_out_of_memory(error):
-            raise
-        first_line = (str(error).splitlines() or [""])[0]
-        return f'fails on this device: {type(error).__name__}: {first_line}: use "torch"'
-    if not max(errors) <= PROBE_TOLERANCE:
-        return f'is wrong on this device by {max(errors):.1e} of the expected: use "torch"'
-    return None
+    packed = fla.probe_layout(device)
+    return fla.judged(lambda: [_probe_error(inputs, seq, key**-0.5) for seq in (None, packed)])
 
 
 def _probe_error(inputs: list[Tensor], seq: Layout | None, scale: float) -> float:

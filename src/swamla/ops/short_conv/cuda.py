@@ -1,17 +1,24 @@
-"""The short convolution as plain tensor code for a GPU's compiler, which makes one kernel of each pass.
+"""The short convolution on CUDA: flash-linear-attention's kernels, or plain tensor code for the compiler.
 
 Left to the compiler, the derivative of `reference_short_conv` moves three times the bytes: every shift becomes a tensor
 of zeros that a slice is added to. Not measured on GPU.
 """
 
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swamla.ops import fla
 from swamla.ops.graphs import in_dtype_of
 from swamla.ops.layout import Layout
+from swamla.ops.short_conv.reference import reference_short_conv
+
+WIDTH = 256  # channels of the probe: Triton's tuning does not depend on how many there are
 
 
 def fused_short_conv(x_BTD: Tensor, weight_DW: Tensor, seq: Layout | None) -> Tensor:
@@ -68,3 +75,91 @@ class _FusedShortConv(torch.autograd.Function):
             shifted_BTD = x_BTD.roll(i, 1).where((age_BT >= i)[..., None], 0) if i else x_BTD
             columns.append((d_BTD.to(wide_DW.dtype) * shifted_BTD.to(wide_DW.dtype)).sum((0, 1)))
         return dx_BTD, torch.stack(columns, dim=1).to(weight_DW.dtype), None
+
+
+def obstacle(device: torch.device, taps: int) -> str | None:
+    """Why "fla" cannot convolve on `device`, to follow the word "fla"; None if it can.
+
+    Runs the kernels once at the size of a training step and compares outputs and gradients with the reference.
+    """
+    return fla.obstacle(device, ("short_conv", str(taps)), partial(_probe, taps=taps))
+
+
+@torch.inference_mode(False)  # generation, in inference mode, may be the first caller
+def _probe(device: str, taps: int) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    wide_BTD = torch.randn(fla.PROBE_ROWS, fla.PROBE_LENGTH, 2 * WIDTH, generator=generator).to(device).bfloat16()
+    weight_DW = torch.randn(WIDTH, taps, generator=generator).to(device)
+    inputs = [wide_BTD[..., :WIDTH], weight_DW]  # as in the mixer, the input is a slice of a wider tensor
+    packed = fla.probe_layout(device)
+    return fla.judged(lambda: [_probe_error(inputs, seq) for seq in (None, packed)])
+
+
+def _probe_error(inputs: list[Tensor], seq: Layout | None) -> float:
+    compared: list[tuple[Callable[..., Tensor], bool]] = [(fla_short_conv, False), (reference_short_conv, True)]
+    results = []
+    for compute, precise in compared:
+        leaves = [(x.float() if precise else x).detach().requires_grad_() for x in inputs]
+        with torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):
+            y = compute(*leaves, seq)
+            results.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
+    return max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(*results, strict=True))
+
+
+def fla_short_conv(x_BTD: Tensor, weight_DW: Tensor, seq: Layout | None) -> Tensor:
+    """`short_conv` without history, in 16 bits: (B, T, D)."""
+    packing = None if seq is None or seq.whole_rows else fla.packing_of(seq)
+    bounds = (None, None) if packing is None else (packing.bounds_M, packing.host_bounds_M)
+    return torch.ops.swamla.fla_short_conv(x_BTD, weight_DW.to(x_BTD.dtype), *bounds)
+
+
+@torch.library.custom_op("swamla::fla_short_conv", mutates_args=())
+def _forward(x_BTD: Tensor, weight_DW: Tensor, bounds_M: Tensor | None, host_bounds_M: Tensor | None) -> Tensor:
+    y, _ = import_module("fla.modules.causal_conv1d").causal_conv1d_fwd(
+        x=_line(x_BTD, bounds_M), weight=weight_DW, bias=None, residual=None, **_options(bounds_M, host_bounds_M)
+    )
+    return y.view(x_BTD.shape)
+
+
+@torch.library.custom_op("swamla::fla_short_conv_backward", mutates_args=())
+def _backward(
+    x_BTD: Tensor, weight_DW: Tensor, bounds_M: Tensor | None, host_bounds_M: Tensor | None, dy_BTD: Tensor
+) -> tuple[Tensor, Tensor]:
+    dx, dw, *_ = import_module("fla.modules.causal_conv1d").causal_conv1d_bwd(
+        x=_line(x_BTD, bounds_M),
+        dy=_line(dy_BTD.contiguous(), bounds_M),
+        dht=None,
+        weight=weight_DW,
+        bias=None,
+        residual=None,
+        **_options(bounds_M, host_bounds_M),
+    )
+    return dx.contiguous().view(x_BTD.shape), dw.to(weight_DW.dtype)
+
+
+def _line(x_BTD: Tensor, bounds_M: Tensor | None) -> Tensor:
+    """Packed rows as one row, which the bounds of documents refer to."""
+    return x_BTD.contiguous() if bounds_M is None else x_BTD.contiguous().flatten(0, 1)[None]
+
+
+def _options(bounds_M: Tensor | None, host_bounds_M: Tensor | None) -> dict[str, Any]:
+    documents = {} if bounds_M is None else {"cu_seqlens": bounds_M, "cu_seqlens_cpu": host_bounds_M}
+    return {"activation": "silu", **documents}
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, dy_BTD: Tensor) -> tuple[Tensor | None, ...]:
+    return (*torch.ops.swamla.fla_short_conv_backward(*ctx.saved_tensors, dy_BTD), None, None)
+
+
+_forward.register_fake(lambda x_BTD, *_: torch.empty_like(x_BTD, memory_format=torch.contiguous_format))
+_backward.register_fake(
+    lambda x_BTD, weight_DW, *_: (
+        torch.empty_like(x_BTD, memory_format=torch.contiguous_format),
+        torch.empty_like(weight_DW),
+    )
+)
+_forward.register_autograd(_gradients, setup_context=_keep)
