@@ -87,7 +87,7 @@ def test_weights_alone_are_what_load_gives_and_bf16_halves_them(home: Path, tmp_
 
 def test_weights_alone_are_not_resumed(home: Path, tmp_path: Path) -> None:
     convert_checkpoint(home / "run", tmp_path / "new", weights_only=True)
-    with pytest.raises(UsageError, match="holds weights alone"):
+    with pytest.raises(UsageError, match="holds converted weights only"):
         run(config_of(), tmp_path / "new", tiny_dataset(home / "data"), resume=True)
 
 

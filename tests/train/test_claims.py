@@ -138,7 +138,7 @@ def unsaved(tmp_path, dataset):
 
 def test_a_new_run_replaces_one_that_never_came_to_a_checkpoint_and_says_so(unsaved, dataset):
     assert is_unsaved(unsaved)
-    with pytest.warns(UserWarning, match="ended before its first checkpoint: replaced"):
+    with pytest.warns(UserWarning, match="replaced a run that ended before its first checkpoint"):
         run(tiny_config(batch_size=8, steps=3), unsaved, dataset)
     assert [step for step, _ in losses(unsaved)] == [1, 2, 3]
     assert not is_unsaved(unsaved)

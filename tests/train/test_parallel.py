@@ -361,8 +361,8 @@ def test_what_fails_on_the_main_rank_fails_on_all_with_its_words(two) -> None:
 def test_what_cannot_be_spread_is_refused_in_words(two) -> None:
     rows_, shards, moments = two["refused"]
     assert rows_ == (
-        "UsageError: train.batch_size = 6: must be a multiple of the 2 processes · accumulation = 2, it is the rows "
-        "of all of them together"
+        "UsageError: train.batch_size = 6: must be a multiple of 2 processes · accumulation = 2; it counts the rows of "
+        "all processes"
     )
     assert shards == "ConfigError: train.shards = 3: must divide the 2 processes"
     assert moments.startswith("ConfigError: moments = '8bit': needs every parameter whole")
