@@ -245,6 +245,21 @@ def test_a_rate_that_fell_to_nothing_is_not_offered_to_stay():
         check_horizon(before, now, step=6, seconds=1.0)
 
 
+def test_steps_after_a_schedule_that_ended_at_no_rate_are_refused_as_they_would_change_nothing():
+    before = tiny_config(min_lr_ratio=0.0).train
+    for now in (
+        tiny_config(min_lr_ratio=0.0, steps=12, schedule_steps=6),
+        tiny_config(min_lr_ratio=0.0, steps=None, max_minutes=9.0, schedule_minutes=1.0),
+    ):
+        with pytest.raises(
+            ConfigError, match=r"a rate of 0, so no further step .* choose --schedule constant --lr RATE"
+        ):
+            check_horizon(before, now.train, step=6, seconds=60.0)
+    last = tiny_config(min_lr_ratio=0.0).train  # of a run that was stopped before its last step, whose rate is 0
+    check_horizon(last, last, step=5, seconds=1.0)
+    check_horizon(last, replace(last, steps=12, schedule_steps=6, min_lr_ratio=0.1), step=6, seconds=1.0)
+
+
 def test_a_schedule_in_the_middle_is_offered_to_end_as_planned():
     before, now = tiny_config(steps=12).train, tiny_config(steps=60).train
     with pytest.raises(ConfigError, match=r"choose --schedule_steps 12 \(it falls to 1.00e-03, and stays\) or "):

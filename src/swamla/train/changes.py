@@ -60,9 +60,15 @@ def check_horizon(before: TrainConfig, now: TrainConfig, *, step: int, seconds: 
     """Raise `ConfigError` if the run's later end would raise the learning rate, and no setting of the rate was changed.
 
     A schedule spans the whole run: an annealed run that gets more steps or minutes is in the middle of its schedule
-    again. The user has to choose between that and the last rate.
+    again. The user has to choose between that and the last rate. Raises too if steps are left and the last rate is 0.
     """
     old, new = rates(before, now, step=step, seconds=seconds)
+    if new == 0 and now.horizon.progress(step, seconds) >= 1 and now.budget.progress(step + 0.5, seconds) < 1:
+        name = "schedule_steps" if now.schedule_steps is not None else "schedule_minutes"
+        allowed = (
+            "ends the schedule at a rate of 0, so no further step would change the model: choose --schedule constant"
+        )
+        raise ConfigError(f"train.{name}", getattr(now, name), f"{allowed} --lr RATE, or a later end")
     chosen = any(getattr(before, name) != getattr(now, name) for name in RATES)
     later = now.horizon.progress(step, seconds) < before.horizon.progress(step, seconds)
     if chosen or not later or new <= RISE * old:
