@@ -374,3 +374,26 @@ def test_a_recipe_and_flags_that_give_the_runs_own_model_go_on_with_it(home: Pat
     assert done.returncode == 0, done.stderr
     assert "resumed after step 8" in done.stdout
     assert "\nStep 9 | Loss: " in done.stdout  # the last step, though not one of every five
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "mine", "--max_new_tokens", "2"),
+        ("evaluate", "mine"),
+        ("info", "mine"),
+        ("checkpoint", "list", "mine"),
+        ("export", "mine", "out"),
+        ("train", "--resume", "mine"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_every_command_finds_a_run_by_its_name_as_runs_lists_it(home: Path, words: tuple[str, ...]) -> None:
+    if not (home / "runs/mine").exists():
+        shutil.copytree(home / "runs/quickstart", home / "runs/mine")
+    done = swamla(home, *words)
+    assert "mine: not a run folder" not in done.stderr
+    assert done.returncode == (2 if words[0] == "export" else 0), done.stderr  # of no GPT-2
+    nobody = swamla(home, *(word.replace("mine", "nobodys") for word in words))
+    assert nobody.returncode == 2
+    assert "nobodys" in nobody.stderr

@@ -87,7 +87,7 @@ def test_runs_of_the_same_name_are_told_apart_by_their_parents(home: Path, capsy
     ("line", "message"),
     [
         ("", "the following arguments are required: RUNS"),
-        ("third", "third: no run (it has no metrics.jsonl), nor is there one in runs/third"),
+        ("third", "third: no run (it has no metrics.jsonl), nor is there one in runs/"),
         ("first --y los", 'no run has it; did you mean "loss"?'),
         ("first second --y mfu", "first has none; leave that run out"),
         ("first -o curves.txt", "must end in .png, .pdf or .svg"),

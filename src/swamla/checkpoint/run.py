@@ -108,7 +108,12 @@ def read_run_config(run_dir: Path) -> dict[str, Any]:
             f"{run_dir}: is a file; give the run folder (pickles are never loaded, only safetensors and JSON)"
         )
     if not file.exists():
-        raise UsageError(f"{run_dir}: not a run folder (it has no config.json)")
+        why = (
+            "it has no config.json"
+            if run_dir.exists()
+            else "there is no such folder; swamla runs lists what is in runs/"
+        )
+        raise UsageError(f"{run_dir}: not a run folder ({why})")
     plain = read_json(file, inside=run_dir)
     require_format(plain, file)
     for part in ("model", "data", "train"):

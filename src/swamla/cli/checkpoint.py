@@ -16,7 +16,7 @@ from swamla.checkpoint.convert import WeightType
 from swamla.cli.console import Console, say
 from swamla.cli.flags import argument, parse
 from swamla.cli.info_tables import short
-from swamla.cli.running import checked
+from swamla.cli.running import checked, run_folder
 from swamla.cli.runs import age
 from swamla.config import did_you_mean
 from swamla.errors import CorruptError, SwamlaError, UsageError
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
 
 def _list(argv: list[str]) -> int:
     arguments, _ = parse(List, argv, command="swamla checkpoint list")
-    run = checked(arguments.run)
+    run = run_folder(arguments.run)
     rows = _rows(_of_run(run), hashes=arguments.verify)
     if arguments.json:
         print(json.dumps([_plain(row) for row in rows]))
@@ -143,7 +143,7 @@ def _convert(argv: list[str]) -> int:
     arguments, _ = parse(Convert, argv, command="swamla checkpoint convert")
     folder = checked(arguments.folder)
     convert_checkpoint(
-        checked(arguments.run),
+        run_folder(arguments.run),
         folder,
         which=arguments.checkpoint,
         shards=arguments.shards,

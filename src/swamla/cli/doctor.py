@@ -29,7 +29,7 @@ from swamla.registry import members_of
 from swamla.train.backends import available, describe, fastest_paths, resolve_backends
 from swamla.train.optim import OptimizerConfig
 from swamla.train.precision import has_bf16, measured_precision, resolve_device, resolve_precision
-from swamla.train.racing import Choice, forget_choices, kept_choices
+from swamla.train.racing import ENOUGH, Choice, forget_choices, kept_choices
 from swamla.version import __version__
 
 # Optional libraries, and the extra that installs them.
@@ -207,7 +207,9 @@ def _measured(choice: dict[str, Any]) -> str:
     """As text: "attention causal, 6 heads, width 64, documents of about 512, bfloat16: sdpa 12 ms, tiles 18 ms"."""
     first, *others = sorted(choice["seconds"], key=lambda path: path != choice["chosen"])
     times = ", ".join(f"{path} {1e3 * choice['seconds'][path]:.3g} ms" for path in (first, *others))
-    return f"{Choice(**choice).shape}: {times} ({choice['rounds']} rounds)"
+    rounds = choice["rounds"]
+    told = f"{rounds} rounds" if rounds >= ENOUGH else "the machine is too busy to tell: the default is kept"
+    return f"{Choice(**choice).shape}: {times} ({told})"
 
 
 def _available(backends: dict[str, str]) -> str:

@@ -17,7 +17,7 @@ from swamla.checkpoint import Checkpoint, find_checkpoint, load, read_run_config
 from swamla.cli.console import Console
 from swamla.cli.flags import Flag, argument, parse
 from swamla.cli.overrides import apply_flags, data_flags
-from swamla.cli.running import data_of_run, read_data, validation
+from swamla.cli.running import data_of_run, read_data, run_folder, validation
 from swamla.config import from_plain
 from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"--block_size {arguments.block_size}: must be > 0, e.g. 256")
     if not arguments.data and (alone := sorted(given.keys() & {*_OWN, "held_out"})):
         raise UsageError(f"--{alone[0]} needs --data; without it the run's own held-out text is scored")
-    run = Path(arguments.run)
+    run = run_folder(arguments.run)
     plain = read_run_config(run)
     plain.pop("format_version", None)
     config = from_plain(RunConfig, plain, origin=str(run / "config.json"))

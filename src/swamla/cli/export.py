@@ -6,7 +6,7 @@ from typing import Literal
 from swamla.checkpoint import load
 from swamla.cli.console import Console, say
 from swamla.cli.flags import argument, parse
-from swamla.cli.running import checked
+from swamla.cli.running import checked, run_folder
 from swamla.export import save_gpt2
 
 FORMATS = {"gpt2": save_gpt2}
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     """Load and write."""
     arguments, _ = parse(Arguments, argv, command="swamla export")
     folder = checked(arguments.folder)
-    model, tokenizer = load(checked(arguments.run), arguments.checkpoint)
+    model, tokenizer = load(run_folder(arguments.run), arguments.checkpoint)
     FORMATS[arguments.format](model, folder, tokenizer=tokenizer)
     files = ", ".join(sorted(path.name for path in folder.iterdir()))
     say(Console(), f"{folder} has {files}")

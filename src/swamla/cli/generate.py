@@ -7,6 +7,7 @@ from typing import Literal
 from swamla.checkpoint import load
 from swamla.cli.console import harmless
 from swamla.cli.flags import argument, parse
+from swamla.cli.running import run_folder
 from swamla.errors import UsageError
 from swamla.inference.sampling import Sampling
 from swamla.inference.text import Generation, encode_prompt, generate_text, room
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> int:
         seed=arguments.seed,
     )
     prompts = arguments.prompt or ("",)
-    model, tokenizer = load(arguments.run, arguments.checkpoint)
+    model, tokenizer = load(run_folder(arguments.run), arguments.checkpoint)
     fitting = room(model, [encode_prompt(tokenizer, prompt) for prompt in prompts])
     max_new_tokens = _limit(arguments.max_new_tokens, fitting, asked="max_new_tokens" in given)
     alone = len(prompts) == 1

@@ -17,6 +17,7 @@ from swamla.model.accounting import (
     training_flops_per_token,
 )
 from swamla.model.language_model import LanguageModelConfig
+from swamla.recipes import is_recipe
 from swamla.train.config import RunConfig
 from swamla.train.memory_advice import Place, training_bytes
 from swamla.train.precision import resolve_device, resolve_precision
@@ -69,8 +70,9 @@ def _both_behind_compare(argv: list[str]) -> list[str]:
 
 def _facts_of(recipe: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """All facts about a recipe or run, as plain data."""
-    run = Path(recipe) / "config.json"
-    config = read_recipe(str(run) if run.is_file() else recipe, given)
+    run, named = (folder / recipe / "config.json" for folder in (Path(), Path("runs")))
+    named_run = named.is_file() and not is_recipe(recipe)
+    config = read_recipe(str(run) if run.is_file() else str(named) if named_run else recipe, given)
     config = replace(config, model=with_vocabulary(config.model, config.data))
     data = {"source": config.data.source, "tokenizer": config.data.tokenizer}
     return {"name": recipe, "data": data, **_model(config.model), **_costs(config.model), "training": _training(config)}

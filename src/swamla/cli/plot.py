@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from swamla.cli.console import Console, say
 from swamla.cli.flags import argument, parse
-from swamla.cli.running import checked
+from swamla.cli.running import checked, run_folder
 from swamla.config import did_you_mean
 from swamla.errors import UsageError
 from swamla.train.plot import plot_runs, read_curve
@@ -57,14 +57,13 @@ def main(argv: list[str]) -> int:
 
 
 def _folder(name: str) -> Path:
-    """The folder of a run: a path, or a name under runs/."""
-    given = checked(name)
-    for folder in (given, Path("runs") / given):
-        if (folder / "metrics.jsonl").is_file():
-            return folder
-    raise UsageError(
-        f"{name}: no run (it has no metrics.jsonl), nor is there one in runs/{name}; swamla runs lists them"
-    )
+    """The folder of a run that has metrics."""
+    folder = run_folder(name)
+    if not (folder / "metrics.jsonl").is_file():
+        raise UsageError(
+            f"{folder}: no run (it has no metrics.jsonl), nor is there one in runs/; swamla runs lists them"
+        )
+    return folder
 
 
 def _names(folders: list[Path]) -> list[str]:

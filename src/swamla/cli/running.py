@@ -173,7 +173,7 @@ def resumed_folder(resume: str, output_dir: str, name: str) -> Path:
     """
     if resume and output_dir:
         raise UsageError("--resume RUN and --output_dir both name a folder: give one of them")
-    folder = checked(resume or output_dir) if resume or output_dir else _newest(Path("runs") / name)
+    folder = run_folder(resume) if resume else checked(output_dir) if output_dir else _newest(Path("runs") / name)
     if not (folder / "config.json").is_file():
         raise UsageError(f"--resume: {folder} holds no run to continue (it has no config.json)")
     return folder
@@ -193,6 +193,13 @@ def checked(folder: str) -> Path:
     if "\0" in folder:
         raise UsageError(f"{folder!r}: a path cannot hold NUL")
     return Path(folder)
+
+
+def run_folder(name: str) -> Path:
+    """The folder of a run that the user named: a path, or a name under runs/, as `swamla runs` lists them."""
+    given = checked(name)
+    named = Path("runs") / given
+    return named if not given.exists() and named.exists() else given
 
 
 def _newest(folder: Path) -> Path:

@@ -123,7 +123,7 @@ class Source(Registered, home="swamla.data.sources"):
                 if text:
                     yield text
                 else:
-                    notes.add("empty documents skipped", entry.file)
+                    notes.add("empty documents skipped", f"one in {entry.file}")
 
     def describe_unit(self, unit: Unit) -> str:
         """A unit's files, for messages."""
@@ -317,11 +317,13 @@ def _entry(name: str, path: Path) -> Entry:
 
 
 def _suggestion(source: str) -> str:
-    known = [kind for kind, cls in members_of(Source).items() if cast("type[Source]", cls).alone]
+    kinds = {kind: cast("type[Source]", cls) for kind, cls in members_of(Source).items()}
+    known = [kind for kind, cls in kinds.items() if cls.alone]
     if close := get_close_matches(source, known, n=1):
         return f"; did you mean {close[0]!r}?"
     plugin = "; or of a plugin: --plugin FILE" if source.partition(":")[0].isidentifier() else ""
-    return f"; give a path, or one of: {', '.join(known)}{plugin}"
+    more = [f"{kind}:…" for kind, cls in kinds.items() if not cls.alone and kind != "files"]
+    return f"; give a path, or one of: {', '.join([*known, *more])}{plugin}"
 
 
 def _take(entry: Entry, notes: Notes, span: Span | None = None) -> None:

@@ -74,7 +74,7 @@ class Choice:
         """As text: "attention causal, 6 heads, width 64, documents of about 512, bfloat16"."""
         if not self.dtype:
             return self.what
-        raced = "" if self.raced == self.length else f" (raced over {self.raced})"
+        raced = "" if self.raced == self.length else f" (timed on {self.raced})"
         return f"{self.what}, documents of about {self.length}{raced}, {self.dtype}"
 
     def __str__(self) -> str:
