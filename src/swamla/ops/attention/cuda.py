@@ -95,13 +95,14 @@ def _flex() -> Any:
 
 def block_mask_of(seq: Layout, window: Window) -> Any:
     """The layout's BlockMask for this window, built at its first use. If it was built eagerly, no graph breaks here."""
-    made = seq.made(("flex", window))
+    # A flat key: torch.compile would guard on all keys of the table for a key that holds a NamedTuple.
+    made = seq.made(("flex", window.size, window.sinks))
     return _build_block_mask(seq, window) if made is None else made
 
 
 @outside_graphs
 def _build_block_mask(seq: Layout, window: Window) -> Any:
-    return seq.table(("flex", window), lambda: block_mask(seq, window))
+    return seq.table(("flex", window.size, window.sinks), lambda: block_mask(seq, window))
 
 
 def block_mask(seq: Layout, window: Window) -> Any:
