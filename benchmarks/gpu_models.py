@@ -28,6 +28,7 @@ from swamla.recipes import recipe_path
 from swamla.train.backends import resolve_backends
 from swamla.train.compile import Compile, compile_blocks
 from swamla.train.config import TrainConfig
+from swamla.train.feed import pinned
 from swamla.train.fp8 import convert_to_fp8
 from swamla.train.optim import AdamWConfig
 from swamla.train.parallel.strategy import Strategy
@@ -131,7 +132,7 @@ class OurStep:
             compile_blocks(model, mode, device)
         self.n_tokens = rows * length
         self._settings = TrainConfig(steps=1, batch_size=rows, block_size=length, compile=mode)
-        self._batches = cycle(batches)
+        self._batches = cycle([pinned(batch) for batch in batches] if device.type == "cuda" else batches)
         self._state = TrainState(
             strategy=Strategy(model),
             optimizer=AdamWConfig().build(model, lr=1e-4, weight_decay=0.1),

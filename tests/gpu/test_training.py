@@ -13,7 +13,7 @@ from swamla.model.block import BlockConfig
 from swamla.ops.layout import Layout
 from swamla.train.compile import compile_blocks
 from swamla.train.optim import MuonConfig
-from tests.gpu.checks import poison, randn
+from tests.gpu.checks import no_waiting, poison, randn
 
 pytestmark = pytest.mark.gpu
 
@@ -48,6 +48,14 @@ def without_experts():
     config = tiny_model(torch.device("cpu")).config
     dense = {name: BlockConfig(mixer=block.mixer) for name, block in config.blocks.items()}
     return replace(config, blocks=dense).build(seed=0).to(CUDA).train()
+
+
+def test_the_layout_of_packed_rows_goes_to_the_gpu_without_waiting():
+    seq = Layout.from_documents(torch.arange(64).view(2, 32) // 5)
+    seq.to(CUDA)
+    with no_waiting():
+        found = seq.to(CUDA)
+    assert torch.equal(found.position_BT.cpu(), seq.position_BT)
 
 
 def test_a_model_computes_what_it_does_on_a_cpu():

@@ -36,6 +36,21 @@ def test_runs_cover_every_token_once_and_rebuild_the_positions(seed):
     assert all(a != b for (_, a), (_, b) in zip(seq.runs, seq.runs[1:], strict=False))
 
 
+def test_a_layout_goes_to_a_gpu_from_pinned_memory_and_without_waiting(monkeypatch):
+    """A copy from other memory would wait for all that the GPU has to do: here it stands in for a GPU."""
+    sent, pinned = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self.clone()) or pinned[-1])
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **options: sent.append((self, args, options)) or self)
+    from_rows([0, 0, 1], [2, 3, 3]).to("cuda:0")
+    assert len(sent) == 2
+    for tensor, args, options in sent:
+        assert any(tensor is each for each in pinned)
+        assert (args, options) == (("cuda:0",), {"non_blocking": True})
+    sent.clear()
+    from_rows([0, 0, 1], [2, 3, 3]).to("cpu")
+    assert [options for _, _, options in sent] == [{}, {}]
+
+
 def test_padding_is_a_run_like_any_other():
     seq = from_rows([0, 0, PADDING, PADDING], [PADDING] * 4)
     assert seq.runs == ((2, 2), (1, 4))

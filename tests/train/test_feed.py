@@ -59,6 +59,14 @@ def test_the_rows_of_the_next_step_are_read_while_this_one_runs(dataset):
         assert torch.equal(batch.tokens_BT, dataset.rows(32, 0).batch(sample, 4).tokens_BT)
 
 
+def test_rows_for_a_gpu_are_pinned_by_the_thread_that_reads_them(dataset, monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: threads.append(threading.current_thread()) or self)
+    Feed(dataset.rows(32, 0), 4, torch.device("cuda")).take(0, another=False)
+    assert len(threads) == 3
+    assert threading.current_thread() not in threads
+
+
 def test_other_rows_than_those_read_ahead_are_read_anew(dataset):
     rows = Rows(dataset.rows(32, 0))
     feed = Feed(rows, 4, CPU)

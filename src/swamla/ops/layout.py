@@ -144,7 +144,7 @@ class Layout:
 
     def to(self, device: torch.device | str) -> "Layout":
         """The same layout with its tensors on `device`."""
-        document_BT, position_BT = self.document_BT.to(device), self.position_BT.to(device)
+        document_BT, position_BT = _sent(self.document_BT, device), _sent(self.position_BT, device)
         return Layout(
             document_BT,
             position_BT,
@@ -154,3 +154,10 @@ class Layout:
             padded=self.padded,
             end=self._end,
         )
+
+
+def _sent(x: Tensor, device: torch.device | str) -> Tensor:
+    """x on `device`; to a GPU from pinned memory, since a copy from any other waits for all that the GPU has to do."""
+    if x.device.type != "cpu" or torch.device(device).type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)

@@ -50,7 +50,7 @@ class Feed:
         def read() -> None:
             try:
                 batch = self._rows.batch(sample + distributed.rank() * self._share, self._share)
-                future.set_result(_pinned(batch) if self._pinned else batch)
+                future.set_result(pinned(batch) if self._pinned else batch)
             except BaseException as error:
                 future.set_exception(error)
 
@@ -58,6 +58,6 @@ class Feed:
         return future
 
 
-def _pinned(batch: Batch) -> Batch:
+def pinned(batch: Batch) -> Batch:
     """The batch in pinned memory, from which a GPU copies while it computes."""
     return Batch(*(rows.pin_memory() for rows in (batch.tokens_BT, batch.labels_BT, batch.document_BT)))
