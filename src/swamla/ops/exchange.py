@@ -23,22 +23,27 @@ def at_owners(rows_ND: Tensor, load_E: Tensor, work: Work, group: Any) -> Tensor
     All processes of the group call this together, each with rows of its own, as many as it has: none is dropped, and
     one that gets no row works on none. Rows beyond those of the last expert stay at home and become 0. A process's rows
     come in the order of the senders, so that as for one process alone an expert's rows are in the order of the whole
-    batch. The backward pass travels as well. Waits for the device.
+    batch. The backward pass travels as well. Waits for the device once.
     """
-    processes = torch.distributed.get_world_size(group)
-    arriving_E = torch.empty_like(load_E)
-    torch.distributed.all_to_all_single(arriving_E, load_E.contiguous(), group=group)
-    arriving_PE = arriving_E.view(processes, -1)
-    there: list[int] = load_E.view(processes, -1).sum(1).tolist()
-    here: list[int] = arriving_PE.sum(1).tolist()
-
-    owned = arriving_PE.shape[1]
-    expert_N = torch.arange(owned, device=load_E.device).repeat(processes).repeat_interleave(arriving_E)
+    arriving_PE, there, here = _counts(load_E, group)
+    processes, owned = arriving_PE.shape
+    expert_N = torch.arange(owned, device=load_E.device).repeat(processes)
+    # Without output_size it would wait for the device to learn how many rows there are.
+    expert_N = expert_N.repeat_interleave(arriving_PE.flatten(), output_size=sum(here))
     sorting = Dispatch(expert_N.unsqueeze(1), owned)
     owned_rows, at_home = rows_ND.split((sum(there), len(rows_ND) - sum(there)))
     y_NF = work(sorting.scatter(_Travel.apply(owned_rows, there, here, group)), sorting.ends_E)
     y_NF = _Travel.apply(sorting.unsorted(y_NF), here, there, group)
     return F.pad(y_NF, (0, 0, 0, len(at_home))) if len(at_home) else y_NF
+
+
+def _counts(load_E: Tensor, group: Any) -> tuple[Tensor, list[int], list[int]]:
+    """Rows that come from each process for each expert that this one owns, and rows to and from each process."""
+    processes = torch.distributed.get_world_size(group)
+    arriving_E = torch.empty_like(load_E)
+    torch.distributed.all_to_all_single(arriving_E, load_E.contiguous(), group=group)
+    there, here = torch.stack([load_E, arriving_E]).view(2, processes, -1).sum(2).tolist()
+    return arriving_E.view(processes, -1), there, here
 
 
 class _Travel(torch.autograd.Function):
