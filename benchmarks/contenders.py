@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import libraries
+from benchmarks.nanochat import NanochatGPT
 from benchmarks.shape import QUICK, Shape, gpt2_twin
 from swamla.inference.decoding import Decoder
 from swamla.inference.sampling import Sampling
@@ -21,12 +22,14 @@ from swamla.model import LanguageModelConfig, count_parameters, training_flops_p
 __all__ = [
     "DEEPSEEK_V3",
     "GPT2",
+    "NANOCHAT",
     "NANOGPT",
     "QUICK",
     "QWEN3_NEXT",
     "TRANSFORMERS",
     "Contender",
     "NanoGPT",
+    "Nanochat",
     "Ours",
     "Shape",
     "Transformers",
@@ -36,6 +39,7 @@ __all__ = [
 
 TOLERANCE = 0.02  # largest relative difference in parameters
 GPT2, QWEN3_NEXT, DEEPSEEK_V3, NANOGPT = "GPT-2", "Qwen3-Next", "DeepSeek-V3", "nanoGPT"
+NANOCHAT = "nanochat"
 INT8 = ", int8"  # after a pattern: decodes with 8-bit weights
 TRANSFORMERS = (GPT2, QWEN3_NEXT, DEEPSEEK_V3)
 
@@ -114,6 +118,17 @@ class NanoGPT(Contender):
         return self.model(tokens_BT, labels_BT)[1]
 
 
+class Nanochat(Contender):
+    """A GPT of nanochat's shape; measured in training alone."""
+
+    def loss(self, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        return self.model(tokens_BT, labels_BT)
+
+    def flops_per_token(self, length: int) -> float:
+        """As of the others, without the embedding: its head is another matrix, and the embedding multiplies nothing."""
+        return super().flops_per_token(length) - 6 * self.twin.vocab_size * self.twin.width
+
+
 class _Streamer:
     """Receives tokens from `generate` of transformers: first the prompt, then every new token."""
 
@@ -163,5 +178,7 @@ def _made(name: str, shape: Shape, length: int, nanogpt: Path | None) -> Contend
     if name == NANOGPT:
         assert nanogpt is not None, "a contender only where its folder was named"
         return NanoGPT(name, libraries.nanogpt(shape, length, nanogpt), gpt2_twin(shape), positions)
+    if name == NANOCHAT:
+        return Nanochat(name, NanochatGPT(shape, length), gpt2_twin(shape))
     pattern = name.removesuffix(INT8)
     return Ours(pattern, shape.config(pattern), int8=name != pattern)

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import gpu_gates as gates
 from benchmarks import gpu_ops as ops
-from benchmarks.contenders import QWEN3_NEXT
+from benchmarks.contenders import NANOCHAT, QWEN3_NEXT
 from benchmarks.gpu_decoding import decoding_gate, generation
 from benchmarks.gpu_running import Figures, Place, Row
 from benchmarks.gpu_timing import ceilings
@@ -71,6 +71,11 @@ def _gpt2(name: str, title: str = "bf16, compiled", **options: Any) -> Row:
     return Row(name=f"GPT-2 as {name}, {title}", table="training", run=run, needs=25, limit=110)
 
 
+def _theirs(library: str, name: str, title: str, **options: Any) -> Row:
+    run = partial(their_training, library=library, name=name, **options)
+    return Row(name=f"{library} as {name}, {title}", table="training", run=run, needs=25, limit=110)
+
+
 def _generation(name: str, local: str) -> Row:
     run = partial(generation, name=name, local=local)
     return Row(name=f"{name} {local}", table="generation", run=run, needs=15, limit=60)
@@ -93,6 +98,7 @@ ROWS: tuple[Row, ...] = (
     _gpt2("small"),
     _training("base", "swa"),
     _training("moe-1b", "swa"),
+    _theirs(NANOCHAT, "small", "bf16, compiled", compiled=True),
     _gate("model, compiled", gates.model_gate, "model/compiled", needs=20, limit=90),
     *[
         _gate(f"decoding, {name}", partial(decoding_gate, decoding=name), f"decoding/{name}")
@@ -123,12 +129,7 @@ ROWS: tuple[Row, ...] = (
     _generation("base", "swa"),
     _training("base", "gdn"),
     _training("moe-1b", "gdn"),
-    Row(
-        name="Qwen3-Next as small, bf16, eager",
-        table="training",
-        run=partial(their_training, library=QWEN3_NEXT, name="small"),
-        needs=15,
-    ),
+    _theirs(QWEN3_NEXT, "small", "bf16, eager"),
     _gpt2("base"),
     _generation("small", "gdn"),
     _generation("moe-1b", "swa"),

@@ -54,10 +54,10 @@ def gpt2_training(place: Place, name: str, *, compiled: bool = True) -> Iterator
     )
 
 
-def their_training(place: Place, library: str, name: str) -> Iterator[Figures]:
-    """Uncompiled steps of another model of transformers, with a preset's width, depth and vocabulary."""
-    shape = shape_of(name, place)
-    yield _measured(TheirStep(library, shape, _batch(place, shape.vocabulary), place, compiled=False), place)
+def their_training(place: Place, library: str, name: str, *, compiled: bool = False) -> Iterator[Figures]:
+    """Steps of another contender, with a preset's width, depth and vocabulary."""
+    shape, compiled = shape_of(name, place), compiled and not place.quick
+    yield _measured(TheirStep(library, shape, _batch(place, shape.vocabulary), place, compiled=compiled), place)
 
 
 def _batch(place: Place, vocabulary: int, documents: float = 1.0, seed: int = 0) -> Batch:

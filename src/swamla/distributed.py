@@ -23,6 +23,9 @@ T = TypeVar("T")
 TIMEOUT = 600.0  # seconds that a rank waits for the others within a step
 PATIENCE = 7 * 86400.0  # seconds that a rank waits while the main rank prepares data
 
+RING = 32  # largest number of ranks for one all-gather: gloo's is a ring, whose latency grows with every rank
+CONNECTIONS = 6  # sockets and files that a process may need per rank: a gloo group connects every pair of ranks
+
 _patient: "ProcessGroup | None" = None
 
 
@@ -64,6 +67,7 @@ def started(*, timeout: float = TIMEOUT) -> Iterator[None]:
         return
     import torch
 
+    _allow_connections(int(os.environ["WORLD_SIZE"]))
     dist = _dist()
     local = int(os.environ.get("LOCAL_RANK", "0"))
     gpu = torch.cuda.is_available() and local < torch.cuda.device_count()
@@ -86,6 +90,18 @@ def started(*, timeout: float = TIMEOUT) -> Iterator[None]:
         _patient = None
         if not (failed and gpu):
             dist.destroy_process_group()
+
+
+def _allow_connections(count: int) -> None:
+    """Raise the soft limit of open files as far as `count` ranks need and the hard limit allows: many have 1,024."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = CONNECTIONS * count + 1024
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _attempt(store: Any, rank: int, count: int, timeout: float) -> str:
@@ -184,15 +200,22 @@ def all_reduce_sum(values: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
 
 
 def exchange(numbers: Sequence[float]) -> list[list[float]]:
-    """Every rank's numbers, in order of rank; each rank gives equally many."""
+    """Every rank's numbers, in order of rank; each rank gives equally many.
+
+    With more than `RING` ranks the main rank gathers them and broadcasts: a tree instead of a ring of all ranks.
+    """
     if world_size() == 1:
         return [list(numbers)]
     import torch
 
     own = torch.tensor(numbers, dtype=torch.float64)
-    every = [torch.empty_like(own) for _ in range(world_size())]
-    _dist().all_gather(every, own)
-    return [numbers.tolist() for numbers in every]
+    every = own.new_empty(world_size(), len(own))
+    if world_size() <= RING:
+        _dist().all_gather(list(every.unbind()), own)
+    else:
+        _dist().gather(own, list(every.unbind()) if rank() == 0 else None)
+        _dist().broadcast(every, src=0)
+    return every.tolist()
 
 
 def sum_of(number: float) -> float:

@@ -6,12 +6,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.contenders import DEEPSEEK_V3, GPT2, NANOGPT, QUICK, QWEN3_NEXT, TRANSFORMERS, Shape, contender
+from benchmarks.contenders import (
+    DEEPSEEK_V3,
+    GPT2,
+    NANOCHAT,
+    NANOGPT,
+    QUICK,
+    QWEN3_NEXT,
+    TRANSFORMERS,
+    Shape,
+    contender,
+)
+from benchmarks.nanochat import hidden_width
 from benchmarks.tables.training import FIVE_TO_ONE, OURS, training_step
 from swamla.errors import UsageError
 from swamla.model import count_parameters, training_flops_per_token
 
-EVERYONE = (*OURS, FIVE_TO_ONE, *TRANSFORMERS)
+EVERYONE = (*OURS, FIVE_TO_ONE, *TRANSFORMERS, NANOCHAT)
 STAND_IN = """
 import torch.nn.functional as F
 from dataclasses import dataclass
@@ -82,6 +93,37 @@ def test_arithmetic_is_6_a_parameter_and_mixing_as_our_accounting_counts_it(name
     theirs = [found.flops_per_token(length) for length in (64, 4096)]
     assert theirs[1] - theirs[0] == pytest.approx(ours[1] - ours[0])
     assert theirs[0] == pytest.approx(ours[0] + 6 * (found.n_parameters - count_parameters(config).total), rel=0.02)
+
+
+@pytest.mark.parametrize("shape", [QUICK, Shape(), Shape(width=1024, heads=16, depth=12, vocabulary=50304)])
+def test_nanochat_has_the_parameters_and_the_arithmetic_of_its_equations(shape: Shape) -> None:
+    with torch.device("meta"):
+        found = contender(NANOCHAT, shape, 256)
+    d, f, depth, length = shape.width, hidden_width(shape), shape.depth, 256
+    layer, vocabulary = d * 3 * d + d * d + d * f + f * d, shape.vocabulary * d
+    assert found.n_parameters == depth * layer + 2 * vocabulary
+    # Every weight but the embedding's multiplies and adds forward, and twice backward; each of T (T + 1) / 2 pairs of
+    # query and key is a product of D for the score and one for the value.
+    attention = 2 * 2 * d * (length * (length + 1) // 2) / length
+    assert found.flops_per_token(length) == pytest.approx(3 * (2 * depth * layer + 2 * vocabulary + depth * attention))
+
+
+def test_nanochat_sees_no_later_token_and_every_earlier_ones_place() -> None:
+    model = contender(NANOCHAT, QUICK, 8).model.double()
+    tokens = torch.randint(QUICK.vocabulary, (1, 8), generator=torch.Generator().manual_seed(0))
+
+    def nats_of(place: int, seen: torch.Tensor) -> float:
+        labels = torch.full_like(tokens, -100)
+        labels[0, place] = 7
+        return model(seen, labels).item()
+
+    later, swapped = tokens.clone(), tokens.clone()
+    later[0, 5:] += 1
+    later %= QUICK.vocabulary
+    assert nats_of(4, later) == nats_of(4, tokens)
+    assert nats_of(5, later) != nats_of(5, tokens)
+    swapped[0, [0, 1]] = tokens[0, [1, 0]]
+    assert nats_of(4, swapped) != pytest.approx(nats_of(4, tokens), rel=1e-9)
 
 
 @pytest.mark.parametrize("name", [*OURS, *TRANSFORMERS])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import threading
 import time
@@ -177,3 +178,26 @@ def exchange_numbers():
 def test_every_rank_is_told_every_ranks_numbers():
     assert distributed.exchange([1, 2.5]) == [[1, 2.5]]
     on_ranks(2, exchange_numbers)
+
+
+def exchange_numbers_without_a_ring():
+    with patch.object(distributed, "RING", 1), patch.object(torch.distributed, "all_gather", None):
+        exchange_numbers()
+        assert distributed.exchange([0.1]) == [[0.1], [0.1]]
+
+
+def test_many_ranks_are_told_by_the_main_one_without_a_ring():
+    on_ranks(2, exchange_numbers_without_a_ring)
+
+
+def allow_connections():
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    distributed._allow_connections(2)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (6 * 2 + 1024, hard)
+    distributed._allow_connections(1)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (6 * 2 + 1024, hard)  # never lowered
+
+
+def test_ranks_may_open_as_many_connections_as_there_are_ranks():
+    on_ranks(2, allow_connections)

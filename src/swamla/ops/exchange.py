@@ -23,22 +23,27 @@ def apply_at_owners(rows_ND: Tensor, load_E: Tensor, work: Work, group: Any) -> 
     A collective: all ranks of the group must call it, each with any number of rows. No row is dropped. Rows after
     those of the last expert are not sent and become 0. Received rows are in the order of the sending ranks, so an
     expert's rows are in the order of the whole batch, as on a single rank. The backward pass is an all-to-all as well.
-    Synchronises with the device.
+    Synchronises with the device once.
     """
-    ranks = torch.distributed.get_world_size(group)
-    received_E = torch.empty_like(load_E)
-    torch.distributed.all_to_all_single(received_E, load_E.contiguous(), group=group)
-    received_PE = received_E.view(ranks, -1)
-    sizes_out: list[int] = load_E.view(ranks, -1).sum(1).tolist()
-    sizes_in: list[int] = received_PE.sum(1).tolist()
-
-    owned = received_PE.shape[1]
-    expert_N = torch.arange(owned, device=load_E.device).repeat(ranks).repeat_interleave(received_E)
+    received_PE, sizes_out, sizes_in = _counts(load_E, group)
+    ranks, owned = received_PE.shape
+    expert_N = torch.arange(owned, device=load_E.device).repeat(ranks)
+    # Without output_size it would synchronise with the device to learn the number of rows.
+    expert_N = expert_N.repeat_interleave(received_PE.flatten(), output_size=sum(sizes_in))
     dispatch = Dispatch(expert_N.unsqueeze(1), owned)
     sent, surplus = rows_ND.split((sum(sizes_out), len(rows_ND) - sum(sizes_out)))
     y_NF = work(dispatch.scatter(_AllToAll.apply(sent, sizes_out, sizes_in, group)), dispatch.ends_E)
     y_NF = _AllToAll.apply(dispatch.unsorted(y_NF), sizes_in, sizes_out, group)
     return F.pad(y_NF, (0, 0, 0, len(surplus))) if len(surplus) else y_NF
+
+
+def _counts(load_E: Tensor, group: Any) -> tuple[Tensor, list[int], list[int]]:
+    """Rows received from each rank for each expert that this rank owns; rows sent to, and received from, each rank."""
+    ranks = torch.distributed.get_world_size(group)
+    received_E = torch.empty_like(load_E)
+    torch.distributed.all_to_all_single(received_E, load_E.contiguous(), group=group)
+    sizes_out, sizes_in = torch.stack([load_E, received_E]).view(2, ranks, -1).sum(2).tolist()
+    return received_E.view(ranks, -1), sizes_out, sizes_in
 
 
 class _AllToAll(torch.autograd.Function):

@@ -65,7 +65,7 @@ def raise_diverged(run: Run, reason: str) -> NoReturn:
     """End a run that diverged: raise `Diverged`, which names the checkpoint to resume from."""
     for saved in run.saver.saved(wait=True):
         _note(run, saved)
-    good = latest_checkpoint(run.checkpoints)
+    good = distributed.on_main(lambda: latest_checkpoint(run.checkpoints))  # which reads all of it
     where = f"the last good checkpoint is {good.path}" if good else "there is no checkpoint yet"
     if distributed.is_main():
         raise Diverged(f"{reason}; {where}; try a lower lr, now {run.settings.lr}")
