@@ -13,9 +13,9 @@ from swamla.model.mixers.mixer import filled_mask, without_padding, write_at
 from swamla.ops.attention import (
     WINDOWED_BACKENDS,
     cached_attention,
+    describe_backend,
     kept_keys,
     prepare_attention,
-    resolve_backend,
     windowed_attention,
 )
 from swamla.ops.attention.trial import AttentionTrial
@@ -33,7 +33,7 @@ class SWAConfig(MHAConfig):
     head_dim: width of a head, width / n_heads by default.
     rope: rotary positions, or none (the model may have learned ones).
     bias: whether projections have one.
-    backend: auto, reference, torch, tiles, sdpa, or on CUDA flex.
+    backend: auto, reference, torch, tiles, sdpa, or on CUDA flex or flash.
     window: how many of the last tokens a token sees, itself included.
     sinks: how many of its document's first tokens it sees as well.
     """
@@ -67,7 +67,8 @@ class SWAConfig(MHAConfig):
 
     def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
         """Op → backend that computes it on `device`. Raises `MissingBackendError` where it cannot."""
-        return {"attention": resolve_backend(self.backend, device, windowed=True)}
+        _, key, value = self.heads(width)
+        return {"attention": describe_backend(self.backend, device, dtype, key=key, value=value, windowed=True)}
 
     def trial(self, width: int) -> AttentionTrial | None:
         """The candidates to time when the backend is "auto"."""
@@ -76,7 +77,8 @@ class SWAConfig(MHAConfig):
 
     def prepare(self, seq: Layout, width: int) -> None:
         """Build masks and tables eagerly, so that the compiled forward has no graph break."""
-        prepare_attention(seq, self.backend, window=self.window, sinks=self.sinks)
+        _, key, value = self.heads(width)
+        prepare_attention(seq, self.backend, key=key, value=value, window=self.window, sinks=self.sinks)
 
     def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
         """Attention weights per token, over all heads, that are kept for the backward pass on a CPU."""

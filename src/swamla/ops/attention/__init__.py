@@ -7,6 +7,7 @@ from swamla.errors import MissingBackendError, UsageError, require
 from swamla.ops.attention.cached import attend_to_cache
 from swamla.ops.attention.cpu import attend_in_tiles, kept_keys
 from swamla.ops.attention.cuda import cudnn_attention, flex_attention, made_block_mask, too_wide_for_flex
+from swamla.ops.attention.flash import flash_attention, made_bounds, made_sinks, obstacle, preferred
 from swamla.ops.attention.reference import attend_by_mask
 from swamla.ops.attention.sdpa import attend_by_sdpa
 from swamla.ops.layout import Layout
@@ -21,16 +22,18 @@ __all__ = [
     "kept_keys",
     "prepare_attention",
     "resolve_backend",
+    "takes_flash",
     "windowed_attention",
 ]
 
-BACKENDS = ("auto", "reference", "torch", "tiles", "sdpa", "flex", "cudnn")
-WINDOWED_BACKENDS = ("auto", "reference", "torch", "tiles", "sdpa", "flex")
+BACKENDS = ("auto", "reference", "torch", "tiles", "sdpa", "flex", "flash", "cudnn")
+WINDOWED_BACKENDS = ("auto", "reference", "torch", "tiles", "sdpa", "flex", "flash")
 PATHS = {  # what computes it, once "auto" and "torch" are resolved
     "reference": attend_by_mask,
     "tiles": attend_in_tiles,
     "sdpa": attend_by_sdpa,
     "flex": flex_attention,
+    "flash": flash_attention,
     "cudnn": cudnn_attention,
 }
 
@@ -42,8 +45,9 @@ def resolve_backend(backend: str, device: torch.device | str, *, windowed: bool 
     that most CPUs are fastest with: "sdpa" for causal attention in fp32 with keys as wide as values, else "tiles".
     "auto" is "torch", but on CUDA "cudnn", and "flex" for windowed attention ("sdpa" for wide keys in fp32, which flex
     cannot take); a training run on a CPU instead takes the one that is measured to be faster (`swamla.train.paths`).
-    Raises UsageError for an unknown name and MissingBackendError for "cudnn" or "flex" without CUDA (FlexAttention has
-    no backward elsewhere).
+    "flash" is the library flash-attn, which "auto" takes on CUDA where `takes_flash` says so. Raises UsageError for an
+    unknown name and MissingBackendError for "cudnn" or "flex" without CUDA (FlexAttention has no backward elsewhere),
+    and for "flash" without its library.
     """
     backends = WINDOWED_BACKENDS if windowed else BACKENDS
     if backend not in backends:
@@ -55,14 +59,28 @@ def resolve_backend(backend: str, device: torch.device | str, *, windowed: bool 
     if backend in ("cudnn", "flex") and not cuda:
         needs = f'backend = "{backend}" needs a CUDA device, these tensors are on {device}: use "torch"'
         raise MissingBackendError(needs)
+    if backend == "flash" and (reason := obstacle(device)) is not None:
+        raise MissingBackendError(f'backend = "flash" {reason}')
     return backend
 
 
-def describe_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """`resolve_backend` of causal attention, for people: names the kernels that "cudnn" leaves to others."""
-    chosen = resolve_backend(backend, device)
+def takes_flash(backend: str, device: torch.device | str, dtype: torch.dtype, key: int, value: int) -> bool:
+    """Whether "auto" gives windowed attention and packed rows to flash-attn: it is there and flex would widen heads."""
+    if backend != "auto" or torch.device(device).type != "cuda" or not preferred(key, value, dtype):
+        return False
+    return obstacle(device, key) is None
+
+
+def describe_backend(
+    backend: str, device: torch.device, dtype: torch.dtype, *, key: int, value: int, windowed: bool = False
+) -> str:
+    """`resolve_backend` for people: names the kernels that "cudnn" leaves to others."""
+    chosen = resolve_backend(backend, device, windowed=windowed)
+    packed = "flash" if takes_flash(backend, device, dtype, key, value) else "flex"
+    if windowed:
+        return packed if chosen == "flex" else chosen
     fp32 = "fp32: memory-efficient, packed rows: flex, or sdpa for wide keys"
-    others = "packed rows: flex" if dtype.itemsize == 2 else fp32
+    others = f"packed rows: {packed}" if dtype.itemsize == 2 else fp32
     return f"cudnn ({others})" if chosen == "cudnn" else chosen
 
 
@@ -113,6 +131,9 @@ def _attention(
     _check(q_BTHK, k_BTGK, v_BTGV, seq)
     path = resolve_backend(backend, q_BTHK.device, windowed=window is not None)
     q, k, v = _autocast(q_BTHK, k_BTGK, v_BTGV)
+    masked = window is not None or not seq.whole_rows
+    if masked and path in ("flex", "cudnn") and takes_flash(backend, q.device, q.dtype, q.shape[-1], v.shape[-1]):
+        path = "flash"
     if (backend, path) == ("auto", "flex") and too_wide_for_flex(q):
         path = "sdpa"
     if path == "torch":
@@ -136,10 +157,20 @@ def kept_causal_keys(length: int, *, bf16: bool, key_width: int, value_width: in
     return kept_keys(length, length, 0) if tiled else 0.0
 
 
-def prepare_attention(seq: Layout, backend: str, *, window: int | None = None, sinks: int = 0) -> None:
+def prepare_attention(
+    seq: Layout, backend: str, *, key: int, value: int, window: int | None = None, sinks: int = 0
+) -> None:
     """Make the layout's masks for this attention eagerly, so that a graph that holds it need not end to make them."""
-    chosen = resolve_backend(backend, seq.position_BT.device, windowed=window is not None)
-    if chosen == "flex" or (chosen == "cudnn" and not seq.whole_rows):
+    device = seq.position_BT.device
+    chosen = resolve_backend(backend, device, windowed=window is not None)
+    masked = chosen == "flex" or (chosen == "cudnn" and not seq.whole_rows)
+    flash = chosen == "flash" or (masked and takes_flash(backend, device, torch.bfloat16, key, value))
+    if flash:
+        made_bounds(seq)
+        if window is not None and sinks:
+            made_sinks(seq, window, sinks)
+    # Without autocast the dtype of the heads is not known here, and flash takes 16 bits only: both tables.
+    if masked and not (flash and torch.is_autocast_enabled(device.type)):
         made_block_mask(seq, window, sinks)
 
 
