@@ -52,12 +52,13 @@ def test_every_backend_is_there_or_says_what_it_needs(
     for op, found in backends.items():
         assert found["reference"] == found["torch"] == "", op
     assert backends["causal attention"]["cudnn"].startswith("needs a CUDA device")
+    assert backends["causal attention"]["flash"].startswith(("needs a CUDA device", "needs flash-attn: pip install"))
     assert backends["delta rule"]["fla"].startswith(
         ("needs a CUDA device", "needs flash-linear-attention: pip install")
     )
     assert main(["doctor"]) == 0
     assert (
-        "windowed attention      reference, torch, tiles, sdpa; not flex (needs a CUDA device)\n"
+        "windowed attention      reference, torch, tiles, sdpa; not flex (needs a CUDA device), flash (needs "
         in capsys.readouterr().out
     )
 

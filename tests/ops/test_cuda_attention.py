@@ -153,11 +153,12 @@ def test_cudnn_is_refused_without_cuda_and_for_windows():
     with pytest.raises(MissingBackendError, match=r'"cudnn" needs a CUDA device.*use "torch"'):
         causal_attention(*random_inputs(seq), seq, backend="cudnn")
     with pytest.raises(
-        UsageError, match=r"'cudnn': windowed attention has 'auto', 'reference', 'torch', 'tiles', 'sdpa', 'flex'$"
+        UsageError,
+        match=r"'cudnn': windowed attention has 'auto', 'reference', 'torch', 'tiles', 'sdpa', 'flex', 'flash'$",
     ):
         resolve_backend("cudnn", "cuda", windowed=True)
     with pytest.raises(
-        ConfigError, match=r"backend = 'cudnn': must be one of auto, reference, torch, tiles, sdpa, flex$"
+        ConfigError, match=r"backend = 'cudnn': must be one of auto, reference, torch, tiles, sdpa, flex, flash$"
     ):
         SWAConfig(n_heads=2, backend="cudnn")
 

@@ -32,7 +32,7 @@ class LatentConfig(SoftmaxConfig):
     n_heads: heads.
     n_latent: width of the latent, and of all queries and of all keys together; half the model's width by default.
     bias: whether projections have one, as in GPT-2.
-    backend: auto, reference, torch, tiles, sdpa, or on CUDA flex or cudnn.
+    backend: auto, reference, torch, tiles, sdpa, or on CUDA flex, flash or cudnn.
     """
 
     kind: ClassVar[str] = "latent"

@@ -25,7 +25,7 @@ class MHAConfig(SoftmaxConfig):
     head_dim: width of a head, width / n_heads by default.
     rope: rotary positions, or none (the model may have learned ones).
     bias: whether projections have one, as in GPT-2.
-    backend: auto, reference, torch, tiles, sdpa, or on CUDA flex or cudnn.
+    backend: auto, reference, torch, tiles, sdpa, or on CUDA flex, flash or cudnn.
     """
 
     kind: ClassVar[str] = "mha"

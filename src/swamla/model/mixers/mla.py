@@ -38,7 +38,7 @@ class MLAConfig(SoftmaxConfig):
     qk_rope_head_dim: width of the rotary part; all heads share its key.
     v_head_dim: width of a value head.
     rope: rotary positions.
-    backend: auto, reference, torch, tiles, sdpa, or on CUDA flex or cudnn.
+    backend: auto, reference, torch, tiles, sdpa, or on CUDA flex, flash or cudnn.
     """
 
     kind: ClassVar[str] = "mla"

@@ -57,7 +57,8 @@ class SoftmaxConfig(MixerConfig):
 
     def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
         """Op → backend. Raises `MissingBackendError` for a backend that cannot compute on `device`."""
-        return {"attention": describe_backend(self.backend, device, dtype)}
+        _, key, value = self.heads(width)
+        return {"attention": describe_backend(self.backend, device, dtype, key=key, value=value)}
 
     def with_backend(self, backend: str) -> Self:
         """The same mixer with this backend if its own is "auto"."""
@@ -73,7 +74,8 @@ class SoftmaxConfig(MixerConfig):
 
     def prepare(self, seq: Layout, width: int) -> None:
         """Build masks and tables eagerly, so that the compiled forward has no graph break."""
-        prepare_attention(seq, self.backend)
+        _, key, value = self.heads(width)
+        prepare_attention(seq, self.backend, key=key, value=value)
 
     def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
         """Attention weights per token, over all heads, that are saved for the backward pass on a CPU."""

@@ -14,9 +14,9 @@ from swamla.ops.attention import (
     WINDOWED_BACKENDS,
     Window,
     cached_attention,
+    describe_backend,
     kept_keys,
     prepare_attention,
-    resolve_backend,
     windowed_attention,
 )
 from swamla.ops.attention.trial import AttentionTrial
@@ -29,7 +29,7 @@ from swamla.registry import register
 class SWAConfig(MHAConfig):
     """Sliding-window attention: multi-head attention within a window.
 
-    backend: auto, reference, torch, tiles, sdpa, or on CUDA flex.
+    backend: auto, reference, torch, tiles, sdpa, or on CUDA flex or flash.
     window: how many of the last tokens a token sees, itself included.
     sinks: how many of its document's first tokens it sees as well.
     """
@@ -63,7 +63,8 @@ class SWAConfig(MHAConfig):
 
     def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
         """Op → backend. Raises `MissingBackendError` for a backend that cannot compute on `device`."""
-        return {"attention": resolve_backend(self.backend, device, windowed=True)}
+        _, key, value = self.heads(width)
+        return {"attention": describe_backend(self.backend, device, dtype, key=key, value=value, windowed=True)}
 
     def trial(self, width: int) -> AttentionTrial | None:
         """The attention whose backends are timed when the backend is "auto"."""
@@ -72,7 +73,8 @@ class SWAConfig(MHAConfig):
 
     def prepare(self, seq: Layout, width: int) -> None:
         """Build masks and tables eagerly, so that the compiled forward has no graph break."""
-        prepare_attention(seq, self.backend, Window(self.window, self.sinks))
+        _, key, value = self.heads(width)
+        prepare_attention(seq, self.backend, Window(self.window, self.sinks), key=key, value=value)
 
     def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
         """Attention weights per token, over all heads, that are saved for the backward pass on a CPU."""

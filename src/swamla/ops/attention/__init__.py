@@ -8,17 +8,19 @@ from swamla.ops.attention.cached import attend_to_cache
 from swamla.ops.attention.cpu import attend_in_tiles
 from swamla.ops.attention.cpu import kept_keys as kept_keys
 from swamla.ops.attention.cuda import block_mask_of, cudnn_attention, flex_attention, too_wide_for_flex
+from swamla.ops.attention.flash import bounds_of, flash_attention, obstacle, preferred, sinks_of
 from swamla.ops.attention.reference import CAUSAL, Window, attend_by_mask
 from swamla.ops.attention.sdpa import attend_by_sdpa
 from swamla.ops.layout import Layout
 
-BACKENDS = ("auto", "reference", "torch", "tiles", "sdpa", "flex", "cudnn")
-WINDOWED_BACKENDS = ("auto", "reference", "torch", "tiles", "sdpa", "flex")
+BACKENDS = ("auto", "reference", "torch", "tiles", "sdpa", "flex", "flash", "cudnn")
+WINDOWED_BACKENDS = ("auto", "reference", "torch", "tiles", "sdpa", "flex", "flash")
 PATHS = {  # after "auto" and "torch" are resolved
     "reference": attend_by_mask,
     "tiles": attend_in_tiles,
     "sdpa": attend_by_sdpa,
     "flex": flex_attention,
+    "flash": flash_attention,
     "cudnn": cudnn_attention,
 }
 
@@ -29,9 +31,9 @@ def resolve_backend(backend: str, device: torch.device | str, *, windowed: bool 
     "tiles" is our own blockwise implementation, "sdpa" is PyTorch's `scaled_dot_product_attention`. "torch" is the one
     of the two that is faster on most CPUs: "sdpa" for causal attention in fp32 with equal key and value widths, else
     "tiles". "auto" is "torch" on a CPU. On CUDA it is "cudnn" for causal attention and "flex" for windowed attention
-    ("sdpa" for fp32 keys that are too wide for flex). Training on a CPU measures both and takes the faster one
-    (`swamla.train.backends`). Raises UsageError for an unknown name, MissingBackendError for "cudnn" or "flex" without
-    CUDA (FlexAttention has a backward pass on CUDA only).
+    ("sdpa" for fp32 keys that are too wide for flex, "flash" where `takes_flash`). Training on a CPU measures both and
+    takes the faster one (`swamla.train.backends`). Raises UsageError for an unknown name, MissingBackendError for
+    "cudnn" or "flex" without CUDA (FlexAttention has a backward pass on CUDA only), and for "flash" without flash-attn.
     """
     backends = WINDOWED_BACKENDS if windowed else BACKENDS
     if backend not in backends:
@@ -43,14 +45,28 @@ def resolve_backend(backend: str, device: torch.device | str, *, windowed: bool 
     if backend in ("cudnn", "flex") and not cuda:
         needs = f'backend = "{backend}" needs a CUDA device, these tensors are on {device}: use "torch"'
         raise MissingBackendError(needs)
+    if backend == "flash" and (reason := obstacle(device)) is not None:
+        raise MissingBackendError(f'backend = "flash" {reason}')
     return backend
 
 
-def describe_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """`resolve_backend` of causal attention as a text to print: names the kernels that "cudnn" falls back to."""
-    chosen = resolve_backend(backend, device)
+def takes_flash(backend: str, device: torch.device | str, dtype: torch.dtype, key: int, value: int) -> bool:
+    """Whether "auto" is flash-attn for windows and packed rows: it is installed, and flex would pad these heads."""
+    if backend != "auto" or torch.device(device).type != "cuda" or not preferred(key, value, dtype):
+        return False
+    return obstacle(device, key) is None
+
+
+def describe_backend(
+    backend: str, device: torch.device, dtype: torch.dtype, *, key: int, value: int, windowed: bool = False
+) -> str:
+    """`resolve_backend` as a text to print: names the kernels that "cudnn" falls back to."""
+    chosen = resolve_backend(backend, device, windowed=windowed)
+    packed = "flash" if takes_flash(backend, device, dtype, key, value) else "flex"
+    if windowed:
+        return packed if chosen == "flex" else chosen
     fp32 = "fp32: memory-efficient, packed rows: flex, or sdpa for wide keys"
-    others = "packed rows: flex" if dtype.itemsize == 2 else fp32
+    others = f"packed rows: {packed}" if dtype.itemsize == 2 else fp32
     return f"cudnn ({others})" if chosen == "cudnn" else chosen
 
 
@@ -102,6 +118,9 @@ def _attention(
         require(x.shape[:2] == seq.shape, f"{name}.shape", tuple(x.shape), f"must begin with the layout's {seq.shape}")
     path = resolve_backend(backend, q_BTHK.device, windowed=window != CAUSAL)
     q, k, v = _autocast(q_BTHK, k_BTGK, v_BTGV)
+    masked = window != CAUSAL or not seq.whole_rows
+    if masked and path in ("flex", "cudnn") and takes_flash(backend, q.device, q.dtype, q.shape[-1], v.shape[-1]):
+        path = "flash"
     if (backend, path) == ("auto", "flex") and too_wide_for_flex(q):
         path = "sdpa"
     if path == "torch":
@@ -125,10 +144,18 @@ def kept_causal_keys(length: int, *, bf16: bool, key_width: int, value_width: in
     return kept_keys(length, length, 0) if tiled else 0.0
 
 
-def prepare_attention(seq: Layout, backend: str, window: Window = CAUSAL) -> None:
-    """Build the layout's block mask eagerly, so that compiled attention has no graph break."""
-    chosen = resolve_backend(backend, seq.position_BT.device, windowed=window != CAUSAL)
-    if chosen == "flex" or (chosen == "cudnn" and not seq.whole_rows):
+def prepare_attention(seq: Layout, backend: str, window: Window = CAUSAL, *, key: int, value: int) -> None:
+    """Build the layout's masks and bounds eagerly, so that compiled attention has no graph break."""
+    device = seq.position_BT.device
+    chosen = resolve_backend(backend, device, windowed=window != CAUSAL)
+    masked = chosen == "flex" or (chosen == "cudnn" and not seq.whole_rows)
+    flash = chosen == "flash" or (masked and takes_flash(backend, device, torch.bfloat16, key, value))
+    if flash:
+        bounds_of(seq)
+        if window.size is not None and window.sinks:
+            sinks_of(seq, window)
+    # Without autocast the heads' dtype is not known here, and flash takes 16 bits only: both tables.
+    if masked and not (flash and torch.is_autocast_enabled(device.type)):
         block_mask_of(seq, window)
 
 
