@@ -350,8 +350,18 @@ def variants(names: Sequence[str]) -> Iterator[tuple[str, LanguageModelConfig]]:
                 yield f"{name} {local}, {said}", replace(plain, residual=residual)  # type: ignore[arg-type]
 
 
+def require_triton(module: str) -> None:
+    """End the program, with status 2 and the way on, where there is none."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        print(f"{module} needs triton: pip install triton", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
 def main(words: list[str]) -> int:
     """Print the table; with --kernels each kernel before it."""
+    require_triton("benchmarks.lowered")
     detailed, lines = "--kernels" in words, []
     for name, config in variants([word for word in words if not word.startswith("-")]):
         for block in config.blocks:
