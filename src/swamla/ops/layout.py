@@ -134,7 +134,9 @@ class Layout:
         """A mask or table derived from this layout, made at its first use and shared by all layers."""
         if key not in self._tables:
             # What is made in inference mode could not be saved for a backward pass, and may be asked for in one later.
-            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            # The compiler cannot ask for the mode, and a layout made in a graph ends with it.
+            leave = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+            with torch.inference_mode(False) if leave else nullcontext():
                 self._tables[key] = make()
         return self._tables[key]
 

@@ -20,7 +20,7 @@ def linear(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor
     what that itself uses for bf16. The maker decides, not a race: what is generated must not depend on one.
     """
     # The maker first: for a single row a few microseconds of questions are a fifth of the product.
-    if _made_by_intel() or torch.is_grad_enabled() or not _suits_onednn(x, weight_FD):
+    if torch.compiler.is_compiling() or _made_by_intel() or torch.is_grad_enabled() or not _suits_onednn(x, weight_FD):
         return F.linear(x, weight_FD, bias_F)
     return torch.ops.mkldnn._linear_pointwise(x, weight_FD, bias_F, "none", [], "")
 
