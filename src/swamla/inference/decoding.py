@@ -255,7 +255,7 @@ def compiled_step(backend: str = "inductor") -> Step:
     import torch.compiler.config as config  # loads the compiler
 
     config.recompile_limit = max(config.recompile_limit, SHAPES)
-    return torch.compile(one_step, backend=backend)  # type: ignore[return-value]
+    return torch.compile(one_step, backend=backend)
 
 
 def has_compiler() -> bool:
