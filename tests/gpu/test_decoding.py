@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from swamla.inference.decoding import CudaGraphs, Decoder, EagerSteps, GraphSteps, prefill
+from swamla.inference.decoding import CudaGraphs, Decoder, EagerSteps, GraphSteps, compiled_step, prefill
 from swamla.inference.sampling import Sampling
 from tests.model.helpers import FFNS, MIXERS, assert_close, build_model, hybrid_config, random_tokens
 
@@ -39,6 +39,19 @@ def test_graphs_give_the_logits_of_the_steps_they_record(kind: str, ffn: str) ->
     for step in range(100):
         chosen = random_tokens(len(PROMPTS), 1, seed=step)[:, 0].tolist()
         assert_close(graph(chosen).float(), unrecorded(chosen).float(), 1e-2, f"step {step}")
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+@torch.inference_mode()
+def test_graphs_of_compiled_steps_give_the_logits_of_eager_steps(kind: str) -> None:
+    model = build_model(hybrid_config(pattern=(kind, kind))).cuda().eval()
+    states = [model.init_state(len(PROMPTS), 300) for _ in range(2)]
+    for state in states:
+        prefill(model, PROMPTS, state)
+    eager, graph = EagerSteps(model, states[0]), GraphSteps(model, states[1], CudaGraphs(), compiled_step())
+    for step in range(100):
+        chosen = random_tokens(len(PROMPTS), 1, seed=step)[:, 0].tolist()
+        assert_close(graph(chosen), eager(chosen), 1e-3, f"step {step}")
 
 
 def test_generation_by_graphs_draws_the_tokens_of_eager_generation() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,8 +21,10 @@ from swamla.inference.decoding import (
     GraphSteps,
     Replay,
     check_recordable,
+    compiled_step,
     graph_size,
     inference_copy,
+    one_step,
     prefill,
 )
 from swamla.inference.sampling import Sampling
@@ -167,6 +170,33 @@ def test_replayed_steps_of_every_ffn_give_the_logits_of_ordinary_ones(ffn: str) 
         assert_close(graph(chosen), eager(chosen), 1e-5, f"step {step}")
 
 
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], LEVEL], ids=["one row", "level"])
+@every_mixer
+@torch.inference_mode()
+def test_compiled_steps_give_the_logits_of_ordinary_ones(
+    monkeypatch: pytest.MonkeyPatch, kind: str, prompts: list[list[int]]
+) -> None:
+    """One graph without a break, compiled for the first size, for others, and for a cache that is read whole.
+
+    The steps that would be recorded compile nothing.
+    """
+    monkeypatch.setattr(decoding, "SMALLEST_GRAPH", 8)
+    torch._dynamo.reset()
+    counters.clear()
+    model = of_one_mixer(kind)
+    (_, ordinary), (_, static) = (prepared(model, prompts, 70) for _ in range(2))
+    eager = EagerSteps(model, ordinary)
+    graph = GraphSteps(model, static, lambda step: step, compiled_step("aot_eager"))
+    for step in range(70):
+        chosen = random_tokens(len(prompts), 1, seed=step)[:, 0].tolist()
+        known, compiled = len(graph.replays), counters["stats"]["unique_graphs"]
+        assert_close(graph(chosen), eager(chosen), 1e-5, f"step {step}")
+        assert len(graph.replays) > known or counters["stats"]["unique_graphs"] == compiled
+    assert len(graph.replays) >= 3
+    assert not counters["graph_break"]
+    assert 1 <= counters["stats"]["unique_graphs"] <= 3
+
+
 @torch.inference_mode()
 def test_replayed_steps_take_learned_positions() -> None:
     model = build_model(replace(hybrid_config(), learned_positions=40)).eval()
@@ -283,6 +313,25 @@ def test_graphs_without_a_gpu_and_unknown_names_are_refused() -> None:
         Decoder(model, "graph").generate([[1]], 2)
     with pytest.raises(UsageError, match="decoding = 'grpah': must be one of 'eager', 'graph', 'int8'"):
         Decoder(model, "grpah").generate([[1]], 2)
+
+
+@pytest.mark.parametrize(
+    ("triton", "description"),
+    [(True, "graph, compiled"), (False, "graph, uncompiled: no triton for this GPU")],
+)
+def test_graphs_are_of_compiled_steps_where_there_is_a_compiler(
+    monkeypatch: pytest.MonkeyPatch, triton: bool, description: str
+) -> None:
+    monkeypatch.setattr(decoding, "decodings_on", lambda device: ("eager", "graph"))
+    monkeypatch.setattr(decoding, "has_compiler", lambda: triton)
+    monkeypatch.setattr(decoding, "CudaGraphs", lambda: None)
+    model = of_one_mixer("mha")
+    decoder = Decoder(model, "graph")
+    steps = decoder.steps(model.init_state(1, 4))
+    assert isinstance(steps, GraphSteps)
+    assert steps.step is (compiled_step() if triton else one_step)
+    assert decoder.description == description
+    assert Decoder(model).description == "eager"
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -19,7 +19,7 @@ from swamla.model.block import BlockConfig
 from swamla.model.ffns.moe import MoEConfig
 from swamla.ops.layout import PADDING, Layout
 from swamla.train import compile as compiling
-from swamla.train.compile import compile_blocks, resolve_compile
+from swamla.train.compile import compile_blocks, resolve_compile, vector_bits
 
 from .helpers import MIXERS, held_out, losses, model_of, run, tiny_config, weights
 from .test_resume import digests, stop_after
@@ -36,8 +36,6 @@ CPU = torch.device("cpu")
 
 def obstacle():
     """Why torch.compile cannot work on this CPU; "" where it can."""
-    if os.environ.get("ATEN_CPU_CAPABILITY") == "default":
-        return "for ATEN_CPU_CAPABILITY=default PyTorch writes C++ with vectors that it then does not declare"
     try:
         return "" if cpp_builder.get_cpp_compiler() else "torch.compile on a CPU needs a C++ compiler"
     except InvalidCxxCompiler:
@@ -233,3 +231,24 @@ def test_evaluation_runs_compiled_on_a_gpu_alone(monkeypatch, device):
     called.clear()
     model(tokens_BT)
     assert called == ["whole"] * len(model.blocks)
+
+
+SCRIPT = """
+import torch
+from swamla.train.compile import vector_bits
+x = torch.linspace(-4, 4, 37 * 1003).view(37, 1003)
+f = lambda x: torch.nn.functional.gelu(x) * x.sin() + 1
+found = torch.compile(f, options={"cpp.simdlen": vector_bits()})(x)
+print(vector_bits(), float((found - f(x)).abs().max()) < 1e-5)
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(vector_bits() not in (256, 512), reason="this CPU's vectors cannot be made narrower")
+def test_a_graph_that_is_kept_for_wide_vectors_is_not_taken_for_narrow_ones(tmp_path):
+    """Torch's own default does that: a maximal error of 2.8 on a CPU with AVX512."""
+    for limit, width in ((None, vector_bits()), ("avx2", 256), ("default", 1)):
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        environment |= {"ATEN_CPU_CAPABILITY": limit} if limit else {}
+        done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+        assert done.stdout == f"{width} True\n", done.stderr

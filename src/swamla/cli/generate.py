@@ -27,7 +27,8 @@ class Arguments:
     seed: the same seed gives the same text.
     greedy: always take the likeliest token.
     checkpoint: best, latest, or a step.
-    decoding: graph: CUDA graphs; int8: weights rounded to 8 bits, on a CPU, which is faster and changes the results.
+    decoding: graph: CUDA graphs, of compiled kernels if Triton is installed; int8: weights rounded to 8 bits, on a CPU,
+        which is faster and changes the results.
     stats: print tokens per second and the size of the state, on stderr.
     """
 
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> int:
         raise
     _emit("\n" if alone else "".join(f"--- {index}\n{c.prompt}{c.text}\n" for index, c in enumerate(done.completions)))
     if arguments.stats:
-        print(_statistics(done, arguments.decoding), file=sys.stderr)
+        print(_statistics(done), file=sys.stderr)
     return 0
 
 
@@ -96,11 +97,11 @@ def _limit(wanted: int, fitting: int | None, *, asked: bool) -> int:
     return fitting
 
 
-def _statistics(done: Generation, decoding: str) -> str:
+def _statistics(done: Generation) -> str:
     tokens = sum(len(completion.tokens) for completion in done.completions)
     return (
         f"{tokens} tokens, the first after {done.seconds_to_first:.3f} s, then {done.tokens_per_second:,.0f} tokens/s; "
-        f"fp32, {decoding}, state {done.state_bytes:,} bytes"
+        f"fp32, {done.decoding}, state {done.state_bytes:,} bytes"
     )
 
 

@@ -1,11 +1,12 @@
 """Generation: prefill of the prompts, then decoding of one token per row and step, with a preallocated state.
 
-A decoding step launches its kernels one by one, replays a recorded CUDA graph, or uses weights rounded to 8 bits.
+A decoding step launches its kernels one by one, replays a recorded CUDA graph (of compiled kernels if there is a
+compiler), or uses weights rounded to 8 bits.
 """
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from swamla.inference.sampling import Sampling
 from swamla.model.ffns.experts import Experts
 from swamla.model.language_model import LanguageModel
 from swamla.model.state import ModelState
+from swamla.ops.graphs import SHAPES
 from swamla.ops.int8 import Int8Matrix
 from swamla.ops.layout import Layout
 from swamla.ops.linear import linear
@@ -34,10 +36,11 @@ class Decoder:
 
     The model is not changed, so several decoders with different settings can use one model.
 
-    decoding: how the tokens after the first are computed. "eager"; on CUDA "graph", which replays CUDA graphs; on a CPU
-    "int8", for at most 16 prompts. There the decoder rounds the weights of linear layers to 8 bits when it is made,
-    which is faster but not the same function. Not rounded are routed experts, weights whose rows are not a multiple of
-    16 elements, and the weights that latent attention absorbs into queries and outputs.
+    decoding: how the tokens after the first are computed. "eager"; on CUDA "graph", which replays CUDA graphs of a step
+    that is compiled first if Triton supports the GPU (see `description`); on a CPU "int8", for at most 16 prompts.
+    There the decoder rounds the weights of linear layers to 8 bits when it is made, which is faster but not the same
+    function. Not rounded are routed experts, weights whose rows are not a multiple of 16 elements, and the weights that
+    latent attention absorbs into queries and outputs.
     Raises `UsageError` for an unknown decoding and for experts that a graph cannot record, `MissingBackendError` for a
     decoding that the model's device does not support.
     """
@@ -54,8 +57,16 @@ class Decoder:
         if decoding == "graph":
             check_recordable(model)
         self.decoding = decoding
+        self.compiled = decoding == "graph" and has_compiler()
         self.model = inference_copy(model)  # for prefill, without rounding
         self.stepping = inference_copy(model, int8=True) if decoding == "int8" else self.model
+
+    @property
+    def description(self) -> str:
+        """The decoding, for people; of "graph" also whether the step that is recorded is a compiled one."""
+        if self.decoding != "graph":
+            return self.decoding
+        return "graph, compiled" if self.compiled else "graph, uncompiled: no triton for this GPU"
 
     @torch.inference_mode()
     def generate(
@@ -111,7 +122,7 @@ class Decoder:
                 f'decoding = "int8" is for at most {INT8_MAX_ROWS} prompts at once, not {rows}: use "eager"'
             )
         if self.decoding == "graph":
-            return GraphSteps(self.stepping, state, CudaGraphs())
+            return GraphSteps(self.stepping, state, CudaGraphs(), compiled_step() if self.compiled else one_step)
         return EagerSteps(self.stepping, state)
 
 
@@ -172,6 +183,7 @@ def _checked(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tok
 
 M = TypeVar("M", bound=nn.Module)
 Replay = Callable[[], Tensor]
+Step = Callable[[LanguageModel, Tensor, ModelState, int], Tensor]
 Record = Callable[[Callable[[], Tensor]], Replay]
 """Records the kernels that a function launches. The returned function launches them again on the same tensors."""
 
@@ -192,12 +204,13 @@ class GraphSteps:
     """Decoding steps recorded as CUDA graphs, which removes the host's cost of launching each kernel.
 
     A graph has fixed shapes. It reads each row's position on the device, and a power of two of cache slots, of which
-    those after a row's end are masked: there is one graph per size. The first step of a size runs eagerly, because
-    libraries initialise themselves on first use; the second is recorded. Each step overwrites the last step's logits.
+    those after a row's end are masked: there is one graph per size. The first step of a size is not recorded, because
+    libraries initialise themselves on first use and the step is compiled then; the second is. Each step overwrites the
+    last step's logits.
     """
 
-    def __init__(self, model: LanguageModel, state: ModelState, record: Record) -> None:
-        self.model, self.state, self.record = model, state, record
+    def __init__(self, model: LanguageModel, state: ModelState, record: Record, step: Step | None = None) -> None:
+        self.model, self.state, self.record, self.step = model, state, record, step or one_step
         self.tokens_B1 = torch.zeros(len(state.length_B), 1, dtype=torch.int64, device=model.device)
         self.replays: dict[int, Replay | None] = {}
 
@@ -208,7 +221,7 @@ class GraphSteps:
             raise UsageError(f"{needed} tokens do not fit a state made for {self.state.max_len}")
         self.tokens_B1.copy_(torch.tensor(chosen)[:, None])
         size = graph_size(needed, self.state.max_len)
-        step = partial(self._step, size)
+        step = partial(self.step, self.model, self.tokens_B1, self.state, size)
         if size not in self.replays:
             self.replays[size] = None
             logits_BV = step()
@@ -219,12 +232,37 @@ class GraphSteps:
         self.state.count(1)
         return logits_BV
 
-    def _step(self, size: int) -> Tensor:
-        """One step without a device synchronisation and without host values that change between steps."""
-        seq = Layout.one_more(self.state.length_B, size)
-        x_B1D = self.model.step_hidden_at(self.tokens_B1, self.state, seq)
-        self.state.length_B += 1
-        return self.model.head(x_B1D)[:, -1]
+
+def one_step(model: LanguageModel, tokens_B1: Tensor, state: ModelState, size: int) -> Tensor:
+    """Logits (B, V) after one more token in each row, of states that hold fewer than `size`.
+
+    Without a device synchronisation and without numbers from the host that change, but for `size`. The host's copies of
+    the lengths are left to the caller.
+    """
+    seq = Layout.one_more(state.length_B, size)
+    x_B1D = model.step_hidden_at(tokens_B1, state, seq)
+    state.length_B += 1
+    return model.head(x_B1D)[:, -1]
+
+
+@cache
+def compiled_step(backend: str = "inductor") -> Step:
+    """`one_step` as one graph of the compiler, without CUDA graphs of its own.
+
+    It is compiled at its first call, again for the first other size, state or batch, and from then on serves all of
+    them, except that one row and several are compiled apart. Ops that the compiler cannot hold run between graphs.
+    """
+    import torch.compiler.config as config  # loads the compiler
+
+    config.recompile_limit = max(config.recompile_limit, SHAPES)
+    return torch.compile(one_step, backend=backend)
+
+
+def has_compiler() -> bool:
+    """Whether a step can be compiled for this GPU: by Triton, which has to be installed and to know it."""
+    from torch.utils._triton import has_triton  # loads the compiler
+
+    return bool(has_triton())
 
 
 def graph_size(needed: int, max_len: int) -> int:

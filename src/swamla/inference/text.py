@@ -27,13 +27,14 @@ class Generation:
     """All completions of a batch, and their cost.
 
     seconds_to_first: prefill and one token per row.  tokens_per_second: the rate after that, over all rows; 0 if no
-    further token was generated.
+    further token was generated.  decoding: as `Decoder.description`.
     """
 
     completions: list[Completion]
     seconds_to_first: float
     tokens_per_second: float
     state_bytes: int
+    decoding: str
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -84,17 +85,18 @@ def generate_text(
     if isinstance(prompts, str):
         raise UsageError(f"prompts = {prompts!r:.60}: must be a list of texts, e.g. [{prompts!r:.60}]")
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    decoders = [StreamDecoder(tokenizer) for _ in prompts]
+    streams = [StreamDecoder(tokenizer) for _ in prompts]
     times: list[float] = []
 
     def on_token(row: int, token: int) -> None:
         times.append(time.perf_counter())
-        piece = decoders[row].push(token)
+        piece = streams[row].push(token)
         if on_text and piece:
             on_text(row, piece)
 
     start = time.perf_counter()
-    produced = Decoder(model, decoding).generate(
+    decoder = Decoder(model, decoding)
+    produced = decoder.generate(
         ids,
         max_new_tokens,
         sampling=sampling,
@@ -103,8 +105,8 @@ def generate_text(
         on_token=on_token,
     )
     if on_text:
-        for row, decoder in enumerate(decoders):
-            if rest := decoder.flush():
+        for row, stream in enumerate(streams):
+            if rest := stream.flush():
                 on_text(row, rest)
     first_round = sum(1 for tokens in produced if tokens)
     later = times[first_round:]
@@ -120,4 +122,5 @@ def generate_text(
         state_bytes=state_bytes(
             model.config, longest, batch=len(prompts), element_bytes=model.embedding.weight.element_size()
         ),
+        decoding=decoder.description,
     )

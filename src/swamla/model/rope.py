@@ -121,6 +121,8 @@ class RopeConfig:
 
     def rotate(self, x_BTHK: Tensor, seq: Layout, width: int) -> Tensor:
         """Rotate the last `width` elements of each head by their positions."""
+        if torch.compiler.is_compiling() and seq.continues:  # a decoding step: its graph builds the tables once
+            return self._rotate_by_table(x_BTHK, seq, width)
         if not is_fused(seq.position_BT):
             return self._rotate_by_shared(x_BTHK, seq, width)
         dtype = torch.promote_types(x_BTHK.dtype, torch.float32)
@@ -128,9 +130,13 @@ class RopeConfig:
 
     @outside_graphs
     def _rotate_by_shared(self, x_BTHK: Tensor, seq: Layout, width: int) -> Tensor:
+        return self._rotate_by_table(x_BTHK, seq, width)
+
+    def _rotate_by_table(self, x_BTHK: Tensor, seq: Layout, width: int) -> Tensor:
         dtype = torch.promote_types(x_BTHK.dtype, torch.float32)
         key = ("rope, doubled", self, width, dtype)
-        tables = seq.table(key, lambda: doubled(self.tables(seq, width, dtype), self.layout))
+        plain = self._angles if torch.compiler.is_compiling() else self.tables
+        tables = seq.table(key, lambda: doubled(plain(seq, width, dtype), self.layout))
         return rotate_doubled(x_BTHK, tables, self.layout)
 
     @outside_graphs

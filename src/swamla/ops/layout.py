@@ -133,8 +133,10 @@ class Layout:
     def table(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """A mask or table derived from this layout, built at its first use and shared by all layers."""
         if key not in self._tables:
-            # A tensor made in inference mode cannot be saved for a backward pass, which may use this table later.
-            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            # A tensor made in inference mode cannot be saved for a backward pass, which may use this table later. The
+            # compiler cannot ask for the mode; a layout built within a graph does not outlive it.
+            leave = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+            with torch.inference_mode(False) if leave else nullcontext():
                 self._tables[key] = make()
         return self._tables[key]
 

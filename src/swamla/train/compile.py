@@ -39,7 +39,7 @@ def compile_blocks(model: LanguageModel, mode: Compile, device: torch.device) ->
     # Backward passes run outside autocast, as they do uncompiled. Otherwise products that are in fp32 on purpose, such
     # as those of routers and norms, would be traced in autocast's dtype.
     torch._functorch.config.backward_pass_autocast = "off"
-    options = {**torch._inductor.list_mode_options(mode), "fallback_random": True}
+    options = {**torch._inductor.list_mode_options(mode), "fallback_random": True, "cpp.simdlen": vector_bits()}
     for config, block in zip(model.config.layers, model.blocks, strict=True):
         prepare = partial(config.mixer.prepare, width=model.config.width)
         whole = _prepared(torch.compile(block.whole, dynamic=False, options=options), prepare)
@@ -50,6 +50,16 @@ def compile_blocks(model: LanguageModel, mode: Compile, device: torch.device) ->
             evaluated=block.whole if device.type == "cpu" else whole,
         )
     return f"compile: {mode}, block by block; the first steps wait for it"
+
+
+def vector_bits() -> int | None:
+    """The width of the vectors that CPU kernels compute with here; None where torch does not say.
+
+    It has to be named: the compiler's cache does not distinguish instruction sets, so that a graph made for one width
+    would be taken for another one, and compute something else (torch 2.13, with ATEN_CPU_CAPABILITY or a cache that
+    several machines share).
+    """
+    return {"DEFAULT": 1, "AVX2": 256, "AVX512": 512}.get(torch.backends.cpu.get_cpu_capability())
 
 
 def _prepared(compiled: Callable[[Tensor, Layout], T], prepare: Callable[[Layout], None]) -> Callable[..., T]:

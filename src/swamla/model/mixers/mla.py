@@ -138,13 +138,17 @@ class MLA(Mixer[MLAState]):
     def project(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q_nope (B, T, H, nope), q_rope (B, T, H, rope), latent (B, T, R), k_rope (B, T, 1, rope)."""
         widths = (self.config.qk_nope_head_dim, self.config.qk_rope_head_dim)
-        return *self.queries(x_BTD, seq).split(widths, dim=-1), *self.compress(x_BTD, seq)
+        q_nope, q_rope = self._unrotated(x_BTD).split(widths, dim=-1)
+        return q_nope, self.config.rope.rotate(q_rope, seq, widths[1]), *self.compress(x_BTD, seq)
 
     def queries(self, x_BTD: Tensor, seq: Layout) -> Tensor:
         """(B, T, H, nope + rope), the rotary part rotated."""
+        return self.config.rope.rotate(self._unrotated(x_BTD), seq, self.config.qk_rope_head_dim)
+
+    def _unrotated(self, x_BTD: Tensor) -> Tensor:
         config = self.config
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if config.q_lora_rank else self.q_proj(x_BTD)
-        return config.rope.rotate(q.unflatten(-1, (config.n_heads, -1)), seq, config.qk_rope_head_dim)
+        return q.unflatten(-1, (config.n_heads, -1))
 
     def compress(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Tensor]:
         """The normalised latent (B, T, R), and the rotated key (B, T, 1, rope) that all heads share."""
