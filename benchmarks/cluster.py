@@ -42,8 +42,8 @@ def seconds(sent: Sent) -> float:
     """Of a collective alone on the wires: bytes over bandwidth, and one hop after the other.
 
     A ring of whole nodes leaves a node by all its network cards at once. An all-reduce may go by a tree of nodes
-    instead, as NCCL's do where that has fewer hops. In an all-to-all each rank sends to every other by its own card, all
-    at the same time.
+    instead, as NCCL's do where that has fewer hops. In an all-to-all each rank sends to every other by its own card,
+    all at the same time.
     """
     nodes = sent.ranks // sent.near
     if sent.kind == "all-to-all":
