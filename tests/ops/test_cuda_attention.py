@@ -92,6 +92,25 @@ def test_kernels_are_compiled_for_a_length_then_for_all_and_windows_compile_noth
     assert len(graphs) == 2
 
 
+def test_kernel_options_are_those_that_do_not_spill_and_torch_knows_their_names(monkeypatch):
+    known = {*FlexKernelOptions.__annotations__}
+    known |= {f"{way}_{name}" for way in ("fwd", "bwd") for name in known}
+    for key in (16, 64, 96, 128, 192, 256):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            options = cuda.kernel_options(key, dtype)
+            assert options.keys() <= known
+            assert options["FORCE_USE_FLEX_ATTENTION"]
+            tuned = {64: {"fwd_num_warps": 8}, 192: {"bwd_num_warps": 8}}.get(key, {}) if dtype.itemsize == 2 else {}
+            assert options == cuda.KERNEL | tuned
+    given = []
+    monkeypatch.setattr(cuda, "_flex", lambda: lambda q, k, v, **options: given.append(options) or v)
+    seq = documents([5])
+    for key, dtype in ((64, torch.bfloat16), (64, torch.float32)):
+        q, k, v = random_inputs(seq, key=key, value=16, dtype=dtype)
+        cuda.flex_attention(q, k, v, seq, window=4, sinks=1, scale=0.1)
+        assert given[-1]["kernel_options"] == cuda.kernel_options(key, dtype)
+
+
 def test_layers_of_one_window_share_one_block_mask():
     seq = documents([100, 100])
     assert cuda.made_block_mask(seq, 64, 4) is cuda.made_block_mask(seq, 64, 4)

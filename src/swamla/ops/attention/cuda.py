@@ -20,6 +20,9 @@ BLOCK = 128  # tokens a block of the mask has on either side: FlexAttention's ow
 NARROWEST = 16  # heads FlexAttention's kernels take
 WIDEST_FP32 = 128  # keys in fp32 whose tiles fit into shared memory
 KERNEL = {"FORCE_USE_FLEX_ATTENTION": True}  # never the one for decoding, which short rows would get
+# By the width of 16-bit keys: with torch's own four warps these kernels spill two kilobytes by ptxas' count, with eight
+# next to nothing. Compiled for sm_90a, not run: `python -m benchmarks.flex_kernels`, docs/performance.md.
+KERNELS = {64: {"fwd_num_warps": 8}, 192: {"bwd_num_warps": 8}}
 FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]  # the second for fp32, one token, odd widths
 MULTIPLE = 8  # of which both want the widths of heads to be one
 
@@ -62,13 +65,19 @@ def flex_attention(
     mask = made_block_mask(seq, window, sinks)
     q, k, v = (at_least(NARROWEST, x.transpose(1, 2)) for x in (q_BTHK, k_BTGK, v_BTGV))
     grouped = q.shape[1] != k.shape[1]
-    o = _flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=KERNEL)
+    options = kernel_options(q.shape[-1], q.dtype)
+    o = _flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=options)
     return o[..., : v_BTGV.shape[-1]].transpose(1, 2)
 
 
 def too_wide_for_flex(q_BTHK: Tensor) -> bool:
     """Whether flex's tiles of these keys exceed the shared memory of a GPU's block: wide ones in fp32."""
     return q_BTHK.dtype == torch.float32 and q_BTHK.shape[-1] > WIDEST_FP32
+
+
+def kernel_options(key: int, dtype: torch.dtype) -> dict[str, Any]:
+    """FlexAttention's options for keys of this width; what they leave open torch chooses."""
+    return KERNEL | (KERNELS.get(key, {}) if dtype.itemsize == 2 else {})
 
 
 def refuse_doubles(backend: str, x: Tensor) -> None:
