@@ -4,13 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
+from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions
 from torch.nn.attention.flex_attention import flex_attention as uncompiled
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from swamla.errors import ConfigError, MissingBackendError, UsageError
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.ops import attention, causal_attention, windowed_attention
-from swamla.ops.attention import cuda, resolve_backend
+from swamla.ops.attention import cuda, flash, resolve_backend
 from swamla.ops.attention.reference import allowed_mask, reference_attention
 from swamla.ops.layout import Layout
 
@@ -56,6 +58,70 @@ def test_a_block_that_skips_the_rule_is_allowed_altogether(seq, window, sinks):
             for column in mask.full_kv_indices[row, 0, block, :count].tolist():
                 queries, keys = (slice(n * cuda.BLOCK, (n + 1) * cuda.BLOCK) for n in (block, column))
                 assert exact_BTS[row, queries, keys].all()
+
+
+@each_layout
+@each_window
+def test_the_backward_pass_reads_the_same_blocks_the_other_way_round(seq, window, sinks):
+    mask = cuda.block_mask(seq, window, sinks)
+    parts = (mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices)
+    theirs = BlockMask.from_kv_blocks(*parts, BLOCK_SIZE=cuda.BLOCK, seq_lengths=(seq.shape[1],) * 2)
+    for name in ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices"):
+        mine, expected = getattr(mask, name), getattr(theirs, name)
+        assert torch.equal(mine, expected)
+        assert (mine.dtype, mine.stride()) == (expected.dtype, expected.stride())
+    assert mask.seq_lengths == theirs.seq_lengths
+    assert mask.BLOCK_SIZE == theirs.BLOCK_SIZE
+
+
+VIEWS = {
+    "view",
+    "expand",
+    "permute",
+    "transpose",
+    "slice",
+    "select",
+    "unsqueeze",
+    "squeeze",
+    "unbind",
+    "alias",
+    "detach",
+}
+
+
+class Launches(TorchDispatchMode):
+    """Counts ops that a device computes; those that only look at a tensor otherwise cost it nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if (name := function.overloadpacket.__name__) not in VIEWS:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("window", "sinks", "most"), [(256, 4, 29), (256, 0, 25), (None, 0, 23)])
+@pytest.mark.parametrize("time", [2048, 2000])
+def test_a_block_mask_takes_few_launches_whatever_the_documents(window, sinks, most, time):
+    for rows in ([[time], [time]], [[time // 8] * 8, [1, time - 1]]):
+        seq = documents(*rows).to("meta")
+        with Launches() as launches:
+            cuda.block_mask(seq, window, sinks)
+        assert len(launches.names) <= most + bool(time % cuda.BLOCK), (
+            launches.names
+        )  # the last block, where it is short
+
+
+def test_a_batch_s_layout_is_two_copies_and_the_tables_of_flash_ten_launches():
+    seq = documents([1000, 1048], [2048])
+    with Launches() as launches:
+        moved = seq.to("meta")
+    assert launches.names == ["_to_copy"] * 2
+    with Launches() as launches:
+        flash.sinks_of(moved, 256, 4)
+    assert len(launches.names) <= 11, launches.names
 
 
 def test_the_middle_of_a_wide_window_skips_the_rule():
@@ -174,11 +240,12 @@ def test_cudnn_is_refused_without_cuda_and_for_windows():
     with pytest.raises(MissingBackendError, match=r'"cudnn" needs a CUDA device.*use "torch"'):
         causal_attention(*random_inputs(seq), seq, backend="cudnn")
     with pytest.raises(
-        UsageError, match=r"'cudnn': windowed attention has 'auto', 'reference', 'torch', 'tiles', 'sdpa', 'flex'$"
+        UsageError,
+        match=r"'cudnn': windowed attention has 'auto', 'reference', 'torch', 'tiles', 'sdpa', 'flex', 'flash'$",
     ):
         resolve_backend("cudnn", "cuda", windowed=True)
     with pytest.raises(
-        ConfigError, match=r"backend = 'cudnn': must be one of auto, reference, torch, tiles, sdpa, flex$"
+        ConfigError, match=r"backend = 'cudnn': must be one of auto, reference, torch, tiles, sdpa, flex, flash$"
     ):
         SWAConfig(n_heads=2, backend="cudnn")
 

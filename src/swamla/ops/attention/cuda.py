@@ -129,13 +129,18 @@ def block_mask(seq: Layout, window: int | None, sinks: int) -> Any:
     from torch.nn.attention.flex_attention import BlockMask
 
     time = seq.shape[1]
-    index_T = torch.arange(time, device=seq.position_BT.device)
+    index_T = torch.arange(time, device=seq.position_BT.device, dtype=torch.int32)
     begin_BT = (index_T - seq.position_BT).int()
-    low_BT = begin_BT if window is None else torch.maximum(begin_BT, (index_T - window + 1).int())
+    low_BT = begin_BT if window is None else torch.maximum(begin_BT, index_T - (window - 1))
     sinks_end_BT = None if window is None or not sinks else begin_BT + sinks
-    partial, full = (_ordered(x) for x in _blocks(begin_BT, low_BT, sinks_end_BT))
-    rule = _allowed(begin_BT, low_BT, sinks_end_BT)
-    return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=(time, time))
+    partial_BNM, full_BNM = _blocks(index_T, begin_BT, low_BT, sinks_end_BT)
+    # Keys by queries and queries by keys, which the backward pass reads: sorted as one, for few launches.
+    ways = [x for blocks in (partial_BNM, full_BNM) for x in (blocks, blocks.mT)]
+    (kv_count, kv), (q_count, q), (full_kv_count, full_kv), (full_q_count, full_q) = _ordered(ways)
+    return BlockMask(
+        (time, time), kv_count, kv, full_kv_count, full_kv, q_count, q, full_q_count, full_q,
+        BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=_allowed(begin_BT, low_BT, sinks_end_BT),
+    )  # fmt: skip
 
 
 def _allowed(begin_BT: Tensor, low_BT: Tensor, sinks_end_BT: Tensor | None) -> Any:
@@ -151,27 +156,31 @@ def _allowed(begin_BT: Tensor, low_BT: Tensor, sinks_end_BT: Tensor | None) -> A
     return band_and_sinks
 
 
-def _blocks(begin_BT: Tensor, low_BT: Tensor, sinks_end_BT: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(B, 1, N, N) bools: blocks of queries (rows) that see some, and all, of a block of keys.
+def _blocks(index_T: Tensor, begin_BT: Tensor, low_BT: Tensor, sinks_end_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(B, N, N) bools: blocks of queries (rows) that see some, and all, of a block of keys.
 
     Neither end of what a token sees moves back from one token to the next, so the first and the last of a block of
     queries decide. Blocks full of sinks count as partly seen, which costs little.
     """
-    time = low_BT.shape[1]
-    first_N = torch.arange(0, time, BLOCK, device=low_BT.device)
-    last_N = (first_N + BLOCK - 1).clamp(max=time - 1)
+    first_N, low_BN1 = index_T[::BLOCK], low_BT[:, ::BLOCK, None]
+    last_low_BN1 = low_BT[:, BLOCK - 1 :: BLOCK, None]
+    if low_BT.shape[1] % BLOCK:
+        last_low_BN1 = torch.cat((last_low_BN1, low_BT[:, -1:, None]), dim=1)
     earlier_NM = first_N[:, None] > first_N
     key_end_M = first_N + BLOCK  # one past the last key
-    seen_BNM = earlier_NM & (low_BT[:, first_N, None] < key_end_M)
-    full_BNM = earlier_NM & (low_BT[:, last_N, None] <= first_N)
+    reached_BNM = low_BN1 < key_end_M
     if sinks_end_BT is not None:
-        begin_BN1, end_BN1 = begin_BT[:, first_N, None], sinks_end_BT[:, first_N, None]
-        seen_BNM = seen_BNM | (earlier_NM & (begin_BN1 < key_end_M) & (end_BN1 > first_N))
+        begin_BN1, end_BN1 = begin_BT[:, ::BLOCK, None], sinks_end_BT[:, ::BLOCK, None]
+        reached_BNM = reached_BNM | ((begin_BN1 < key_end_M) & (end_BN1 > first_N))
+    full_BNM = earlier_NM & (last_low_BN1 <= first_N)
     own_NM = first_N[:, None] == first_N
-    return ((seen_BNM & ~full_BNM) | own_NM)[:, None], full_BNM[:, None]
+    return ((earlier_NM & reached_BNM) > full_BNM) | own_NM, full_BNM  # a > b: a and not b
 
 
-def _ordered(blocks_B1NM: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks each row has, and their columns in front of the others', both int32."""
-    columns = blocks_B1NM.int().argsort(dim=-1, descending=True, stable=True)
-    return blocks_B1NM.sum(dim=-1, dtype=torch.int32), columns.int()
+def _ordered(ways: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Of each (B, N, M): how many blocks each row has, and their columns in front of the others', both int32."""
+    blocks_XB1NM = torch.stack(ways).unsqueeze(2).view(torch.uint8)
+    columns_XB1NM = blocks_XB1NM.argsort(dim=-1, descending=True, stable=True)
+    # Each a tensor of its own: a graph has guards on where views begin, and would be compiled for other lengths anew.
+    pairs = zip(blocks_XB1NM.unbind(), columns_XB1NM.unbind(), strict=True)
+    return [(blocks.sum(dim=-1, dtype=torch.int32), columns.int()) for blocks, columns in pairs]
