@@ -92,6 +92,7 @@ ROWS: tuple[Row, ...] = (
     Row(name="ceilings", table=CEILINGS, run=ceilings, needs=5),
     *_attention("cudnn"),
     *_attention("flex"),
+    *_attention("flash"),
     _gate("loss", gates.loss_gate, "loss/chunked"),
     _gate("experts", gates.experts_gate, "experts/torch"),
     _training("small", "swa"),

@@ -4,13 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
+from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions
 from torch.nn.attention.flex_attention import flex_attention as uncompiled
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from swamla.errors import ConfigError, MissingBackendError, UsageError
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.ops import attention, causal_attention, windowed_attention
-from swamla.ops.attention import cuda, resolve_backend
+from swamla.ops.attention import cuda, flash, resolve_backend
 from swamla.ops.attention.reference import CAUSAL, Window, allowed_mask, reference_attention
 from swamla.ops.layout import Layout
 
@@ -57,6 +59,70 @@ def test_a_block_that_skips_the_rule_is_allowed_altogether(seq, window, sinks):
                 assert exact_BTS[row, queries, keys].all()
 
 
+@each_layout
+@each_window
+def test_the_backward_pass_reads_the_same_blocks_the_other_way_round(seq, window, sinks):
+    mask = cuda.block_mask(seq, Window(window, sinks))
+    parts = (mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices)
+    theirs = BlockMask.from_kv_blocks(*parts, BLOCK_SIZE=cuda.BLOCK, seq_lengths=(seq.shape[1],) * 2)
+    for name in ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices"):
+        mine, expected = getattr(mask, name), getattr(theirs, name)
+        assert torch.equal(mine, expected)
+        assert (mine.dtype, mine.stride()) == (expected.dtype, expected.stride())
+    assert mask.seq_lengths == theirs.seq_lengths
+    assert mask.BLOCK_SIZE == theirs.BLOCK_SIZE
+
+
+VIEWS = {
+    "view",
+    "expand",
+    "permute",
+    "transpose",
+    "slice",
+    "select",
+    "unsqueeze",
+    "squeeze",
+    "unbind",
+    "alias",
+    "detach",
+}
+
+
+class Launches(TorchDispatchMode):
+    """Counts ops that a device computes; those that only look at a tensor otherwise cost it nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if (name := function.overloadpacket.__name__) not in VIEWS:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("window", "sinks", "most"), [(256, 4, 29), (256, 0, 25), (None, 0, 23)])
+@pytest.mark.parametrize("time", [2048, 2000])
+def test_a_block_mask_takes_few_launches_whatever_the_documents(window, sinks, most, time):
+    for rows in ([[time], [time]], [[time // 8] * 8, [1, time - 1]]):
+        seq = documents(*rows).to("meta")
+        with Launches() as launches:
+            cuda.block_mask(seq, Window(window, sinks))
+        assert len(launches.names) <= most + bool(time % cuda.BLOCK), (
+            launches.names
+        )  # the last block, where it is short
+
+
+def test_a_batch_s_layout_is_two_copies_and_the_tables_of_flash_ten_launches():
+    seq = documents([1000, 1048], [2048])
+    with Launches() as launches:
+        moved = seq.to("meta")
+    assert launches.names == ["_to_copy"] * 2
+    with Launches() as launches:
+        flash.sinks_of(moved, Window(256, 4))
+    assert len(launches.names) <= 11, launches.names
+
+
 def test_the_middle_of_a_wide_window_skips_the_rule():
     counts = cuda.block_mask(documents([1024]), Window(512, 4)).full_kv_num_blocks[0, 0]
     assert counts.tolist() == [0, 1, 2, 3, 3, 3, 3, 3]
@@ -89,6 +155,25 @@ def test_kernels_are_compiled_for_a_length_then_for_all_and_windows_compile_noth
         expected = reference_attention(q, k, v, allowed_mask(seq, Window(window, 4)), scale=0.3)
         torch.testing.assert_close(o, expected, atol=1e-5, rtol=1e-5)
     assert len(graphs) == 2
+
+
+def test_kernel_options_are_those_that_do_not_spill_and_torch_knows_their_names(monkeypatch):
+    known = {*FlexKernelOptions.__annotations__}
+    known |= {f"{way}_{name}" for way in ("fwd", "bwd") for name in known}
+    for key in (16, 64, 96, 128, 192, 256):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            options = cuda.kernel_options(key, dtype)
+            assert options.keys() <= known
+            assert options["FORCE_USE_FLEX_ATTENTION"]
+            tuned = {64: {"fwd_num_warps": 8}, 192: {"bwd_num_warps": 8}}.get(key, {}) if dtype.itemsize == 2 else {}
+            assert options == cuda.KERNEL | tuned
+    given = []
+    monkeypatch.setattr(cuda, "_flex", lambda: lambda q, k, v, **options: given.append(options) or v)
+    seq = documents([5])
+    for key, dtype in ((64, torch.bfloat16), (64, torch.float32)):
+        q, k, v = random_inputs(seq, key=key, value=16, dtype=dtype)
+        cuda.flex_attention(q, k, v, seq, Window(4, 1), 0.1)
+        assert given[-1]["kernel_options"] == cuda.kernel_options(key, dtype)
 
 
 def test_layers_of_one_window_share_one_block_mask():

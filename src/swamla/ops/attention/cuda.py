@@ -20,6 +20,9 @@ BLOCK = 128  # queries and keys per block of the mask: FlexAttention's default, 
 NARROWEST = 16  # the smallest head width that FlexAttention's kernels support
 WIDEST_FP32 = 128  # the largest fp32 key width whose tiles fit into shared memory
 KERNEL = {"FORCE_USE_FLEX_ATTENTION": True}  # never the decoding kernel, which short rows would otherwise select
+# By the width of 16-bit keys: with torch's own four warps these kernels spill two kilobytes by ptxas' count, with eight
+# next to nothing. Compiled for sm_90a, not run: `python -m benchmarks.flex_kernels`, docs/performance.md.
+KERNELS = {64: {"fwd_num_warps": 8}, 192: {"bwd_num_warps": 8}}
 FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]  # the second for fp32, one token, odd widths
 MULTIPLE = 8  # both kernels need head widths that are multiples of it
 
@@ -60,13 +63,19 @@ def flex_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, 
     mask = block_mask_of(seq, window)
     q, k, v = (pad_width(x.transpose(1, 2), NARROWEST) for x in (q_BTHK, k_BTGK, v_BTGV))
     grouped = q.shape[1] != k.shape[1]
-    o = _flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=KERNEL)
+    options = kernel_options(q.shape[-1], q.dtype)
+    o = _flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=options)
     return o[..., : v_BTGV.shape[-1]].transpose(1, 2)
 
 
 def too_wide_for_flex(q_BTHK: Tensor) -> bool:
     """Whether FlexAttention's tiles of these keys exceed a thread block's shared memory: wide keys in fp32."""
     return q_BTHK.dtype == torch.float32 and q_BTHK.shape[-1] > WIDEST_FP32
+
+
+def kernel_options(key: int, dtype: torch.dtype) -> dict[str, Any]:
+    """FlexAttention's options for keys of this width; torch chooses the others."""
+    return KERNEL | (KERNELS.get(key, {}) if dtype.itemsize == 2 else {})
 
 
 def refuse_fp64(backend: str, x: Tensor) -> None:
@@ -114,13 +123,18 @@ def block_mask(seq: Layout, window: Window) -> Any:
     from torch.nn.attention.flex_attention import BlockMask
 
     time = seq.shape[1]
-    index_T = torch.arange(time, device=seq.position_BT.device)
+    index_T = torch.arange(time, device=seq.position_BT.device, dtype=torch.int32)
     begin_BT = (index_T - seq.position_BT).int()
-    low_BT = begin_BT if window.size is None else torch.maximum(begin_BT, (index_T - window.size + 1).int())
+    low_BT = begin_BT if window.size is None else torch.maximum(begin_BT, index_T - (window.size - 1))
     sinks_end_BT = None if window.size is None or not window.sinks else begin_BT + window.sinks
-    partial, full = (_ordered(x) for x in _blocks(begin_BT, low_BT, sinks_end_BT))
-    rule = _allowed(begin_BT, low_BT, sinks_end_BT)
-    return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=(time, time))
+    partial_BNM, full_BNM = _blocks(index_T, begin_BT, low_BT, sinks_end_BT)
+    # Keys by queries, and queries by keys, which the backward pass reads: sorted as one, in few launches.
+    ways = [x for blocks in (partial_BNM, full_BNM) for x in (blocks, blocks.mT)]
+    (kv_count, kv), (q_count, q), (full_kv_count, full_kv), (full_q_count, full_q) = _ordered(ways)
+    return BlockMask(
+        (time, time), kv_count, kv, full_kv_count, full_kv, q_count, q, full_q_count, full_q,
+        BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=_allowed(begin_BT, low_BT, sinks_end_BT),
+    )  # fmt: skip
 
 
 def _allowed(begin_BT: Tensor, low_BT: Tensor, sinks_end_BT: Tensor | None) -> Any:
@@ -136,27 +150,31 @@ def _allowed(begin_BT: Tensor, low_BT: Tensor, sinks_end_BT: Tensor | None) -> A
     return band_and_sinks
 
 
-def _blocks(begin_BT: Tensor, low_BT: Tensor, sinks_end_BT: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(B, 1, N, N) bools: query blocks (rows) that attend to some, and to all, of a key block (columns).
+def _blocks(index_T: Tensor, begin_BT: Tensor, low_BT: Tensor, sinks_end_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(B, N, N) bools: query blocks (rows) that attend to some, and to all, of a key block (columns).
 
     Both bounds of a token's band grow with the token's index, so a query block's first and last token decide. Blocks
     full of sinks count as partial, which costs little.
     """
-    time = low_BT.shape[1]
-    first_N = torch.arange(0, time, BLOCK, device=low_BT.device)
-    last_N = (first_N + BLOCK - 1).clamp(max=time - 1)
+    first_N, low_BN1 = index_T[::BLOCK], low_BT[:, ::BLOCK, None]
+    last_low_BN1 = low_BT[:, BLOCK - 1 :: BLOCK, None]
+    if low_BT.shape[1] % BLOCK:
+        last_low_BN1 = torch.cat((last_low_BN1, low_BT[:, -1:, None]), dim=1)
     earlier_NM = first_N[:, None] > first_N
     key_end_M = first_N + BLOCK  # one past the last key
-    seen_BNM = earlier_NM & (low_BT[:, first_N, None] < key_end_M)
-    full_BNM = earlier_NM & (low_BT[:, last_N, None] <= first_N)
+    reached_BNM = low_BN1 < key_end_M
     if sinks_end_BT is not None:
-        begin_BN1, end_BN1 = begin_BT[:, first_N, None], sinks_end_BT[:, first_N, None]
-        seen_BNM = seen_BNM | (earlier_NM & (begin_BN1 < key_end_M) & (end_BN1 > first_N))
+        begin_BN1, end_BN1 = begin_BT[:, ::BLOCK, None], sinks_end_BT[:, ::BLOCK, None]
+        reached_BNM = reached_BNM | ((begin_BN1 < key_end_M) & (end_BN1 > first_N))
+    full_BNM = earlier_NM & (last_low_BN1 <= first_N)
     own_NM = first_N[:, None] == first_N
-    return ((seen_BNM & ~full_BNM) | own_NM)[:, None], full_BNM[:, None]
+    return ((earlier_NM & reached_BNM) > full_BNM) | own_NM, full_BNM  # a > b: a and not b
 
 
-def _ordered(blocks_B1NM: Tensor) -> tuple[Tensor, Tensor]:
-    """The number of blocks in each row, and their column indices first, as BlockMask stores them; both int32."""
-    columns = blocks_B1NM.int().argsort(dim=-1, descending=True, stable=True)
-    return blocks_B1NM.sum(dim=-1, dtype=torch.int32), columns.int()
+def _ordered(ways: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Of each (B, N, M): the number of blocks in each row, and their column indices first, as BlockMask stores them."""
+    blocks_XB1NM = torch.stack(ways).unsqueeze(2).view(torch.uint8)
+    columns_XB1NM = blocks_XB1NM.argsort(dim=-1, descending=True, stable=True)
+    # Tensors of their own: a graph guards on where views begin, and would be compiled anew for other lengths.
+    pairs = zip(blocks_XB1NM.unbind(), columns_XB1NM.unbind(), strict=True)
+    return [(blocks.sum(dim=-1, dtype=torch.int32), columns.int()) for blocks, columns in pairs]
