@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, cast
 
 from swamla.data.config import DataConfig
-from swamla.errors import ConfigError, CorruptError, DataError, MissingBackendError
+from swamla.errors import ConfigError, CorruptError, DataError, HubDataError, MissingBackendError
 from swamla.files import read_json, write_text_atomically
 
 PREFIX = "hf:"
@@ -127,8 +127,8 @@ def is_commit(revision: str) -> bool:
 def list_dataset(config: DataConfig, cache_dir: Path) -> HubListing:
     """The files that `config` asks for, in the order of their names; of a commit, asked for once and then kept.
 
-    Raises DataError if the hub has no such dataset, or cannot be reached, and ConfigError, which lists what there is,
-    for a config or split that it has not.
+    Raises HubDataError if the hub has no such dataset, or cannot be reached, and ConfigError, which lists what there
+    is, for a config or split that it has not.
     """
     repo = config.source.removeprefix(PREFIX)
     key = json.dumps([repo, config.hub_config, config.hub_split, config.hub_revision])
@@ -159,7 +159,7 @@ def _ask(config: DataConfig, repo: str) -> HubListing:
         raise
     except Exception as error:  # which kinds there are depends on the library's version
         at = f" at revision {config.hub_revision!r}" if config.hub_revision else ""
-        raise DataError(f"cannot list the dataset {repo!r}{at} on the hub ({reason(error)})") from None
+        raise HubDataError(f"cannot list the dataset {repo!r}{at} on the hub ({reason(error)})") from None
     chosen = _chosen(config.hub_split, patterns, [item.path for item in found], by_card=bool(card.get("configs")))
     files = sorted(
         (item.path, item.size, item.lfs.sha256 if item.lfs else item.blob_id) for item in found if item.path in chosen
