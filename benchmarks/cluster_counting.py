@@ -33,8 +33,9 @@ from swamla.model.accounting import ParameterSpec, activation_bytes, parameter_s
 from swamla.model.ffns.moe import MoEConfig
 from swamla.ops import exchange
 from swamla.ops.layout import Layout
+from swamla.train.config import Parallel, TrainConfig
 from swamla.train.optim import AdamWConfig
-from swamla.train.parallel.build import Asked, build_model
+from swamla.train.parallel.build import build_model
 from swamla.train.parallel.strategy import Strategy
 
 PER_NODE = 8  # GPUs that NVLink joins
@@ -48,7 +49,7 @@ class Plan:
 
     name: str
     ranks: int
-    parallel: Asked
+    parallel: Parallel
     shards: int | None = None
     experts: int = 1
     rows: int = 8
@@ -69,6 +70,11 @@ class Plan:
     def config(self) -> LanguageModelConfig:
         """The preset's model."""
         return preset(self.name, "swa", Place(device="cpu", quick=self.quick))
+
+    @property
+    def settings(self) -> TrainConfig:
+        """How the project is asked for it."""
+        return TrainConfig(steps=1, seed=0, parallel=self.parallel, shards=self.shards, expert_parallel=self.experts)
 
     def __str__(self) -> str:
         shards = f" {self.shards}" if self.parallel == "hsdp" else ""
@@ -115,12 +121,9 @@ def counted(plan: Plan) -> Counted:
         patched.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         strategy = build_model(
             _MadeOutside(**vars(config.with_backends(dict.fromkeys(config.blocks, "reference")))),
-            parallel=plan.parallel,
-            shards=plan.shards,
-            seed=0,
+            train=plan.settings,
             device=CPU,
             prepare=lambda model: None,
-            expert_parallel=plan.experts,
         )
         sent = _step(strategy, plan)
         own = [tuple(distributed.local(p.detach()).shape) for p in strategy.model.parameters()]

@@ -1,4 +1,5 @@
 # What the launchers share; sourced by them. The caller has set `here` to this folder.
+# shellcheck shell=bash disable=SC2034  # functions set variables that the caller reads
 
 usage() {
     echo "usage: $1" >&2
@@ -22,14 +23,21 @@ is_number() {
     esac
 }
 
-# The interpreter: $PYTHON, else the checkout's environment, else what is on the path.
+# The interpreter: $PYTHON, else that of the environment $VENV, by default the checkout's, else what is on the path. A
+# python that has no torch is refused here: it would fail later, as a bug of swamla's.
 choose_python() {
+    local venv=${VENV:-$here/../.venv}
     if [ -n "${PYTHON:-}" ]; then
         python=$PYTHON
-    elif [ -x "$here/../.venv/bin/python" ]; then
-        python=$here/../.venv/bin/python
-    else
+    elif [ -x "$venv/bin/python" ]; then
+        python=$venv/bin/python
+    elif [ -n "${VENV:-}" ]; then
+        echo "VENV=$VENV: no bin/python in it" >&2 && exit 2
+    elif python3 -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' 2> /dev/null; then
         python=python3
+    else
+        echo "no environment $venv, and no torch for python3: pip install swamla there, or set VENV to another" >&2
+        exit 2
     fi
 }
 

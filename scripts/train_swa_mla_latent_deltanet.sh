@@ -18,21 +18,22 @@
 #   DELTANET_SHARE_QK=true   whether queries serve as keys
 #   MLA_Q_LORA_RANK=256      latent of the latent attention's queries, 0 for none
 #
-# What stands behind -- is handed to train.py as it is. PYTHON names the interpreter, GPUS how many
-# processes to start, by default one for each GPU.
+# What stands behind -- is handed to train.py as it is. VENV names the environment (default .venv of the checkout), or
+# PYTHON the interpreter; GPUS how many processes to start, by default one for each GPU.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=scripts/common.sh
 . "$here/common.sh"
 call='train_swa_mla_latent_deltanet.sh BATCH BLOCK [OUT RESUME OPTIMIZER HF_REPO] [-- FLAGS …]'
 
 split_arguments "$@"
-[ ${#arguments[@]} -ge 2 ] && [ ${#arguments[@]} -le 6 ] || usage "$call"
+{ [ ${#arguments[@]} -ge 2 ] && [ ${#arguments[@]} -le 6 ]; } || usage "$call"
 
 batch=${arguments[0]} block=${arguments[1]}
 out=${arguments[2]:-runs/latent-deltanet} resume=${arguments[3]:-false} optimizer=${arguments[4]:-adamw}
 repository=${arguments[5]:-}
-is_number "$batch" && is_number "$block" || usage "$call"
+{ is_number "$batch" && is_number "$block"; } || usage "$call"
 
 model=(
     --use_gated_deltanet

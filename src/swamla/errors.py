@@ -30,6 +30,10 @@ class DataError(SwamlaError, ValueError):
     """Unusable input data: names the file, the place in it, and how to fix it."""
 
 
+class HubDataError(DataError):
+    """A dataset or a tokenizer that could not be fetched from the hub: no network, or the hub has no such thing."""
+
+
 class MissingBackendError(SwamlaError):
     """A backend or an optional library that is not installed: says the install command."""
 

@@ -139,15 +139,7 @@ def test_rows_are_shared_out_evenly() -> None:
 def real_step(folder: Path) -> None:
     """The same step over gloo on real tensors: its collectives, as one rank saw them."""
     plan = Plan(name="moe-1b", ranks=2, parallel="fsdp", experts=2, **TINY)
-    strategy = build_model(
-        plan.config,
-        parallel="fsdp",
-        shards=None,
-        seed=0,
-        device=torch.device("cpu"),
-        prepare=lambda model: None,
-        expert_parallel=2,
-    )
+    strategy = build_model(plan.config, train=plan.settings, device=torch.device("cpu"), prepare=lambda model: None)
     sent = cluster_counting._step(strategy, plan)
     seen = [[one.kind, 0 if one.kind == "all-to-all" else one.n_bytes, one.ranks, one.near, one.after] for one in sent]
     (folder / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(seen))

@@ -11,10 +11,11 @@ from swamla import distributed
 from swamla.cli.console import Console, program, say
 from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset
+from swamla.data.hub import PREFIX
 from swamla.data.preparing import prepare
 from swamla.data.reopening import lacks_plugin, reopen
 from swamla.data.shards import Progress
-from swamla.errors import DataError, Interrupted, UsageError
+from swamla.errors import DataError, HubDataError, Interrupted, MissingBackendError, UsageError
 from swamla.evaluate import evaluate_split
 from swamla.hub.pull import pull
 from swamla.model.language_model import LanguageModel
@@ -93,11 +94,22 @@ def prepare_data(
 ) -> Dataset:
     """The data of a run, described on the console. resumed: the folder of a resumed run."""
     if resumed is None:
-        dataset = read_data(config, console, workers=workers)
+        try:
+            dataset = read_data(config, console, workers=workers)
+        except (HubDataError, MissingBackendError) as error:
+            raise type(error)(f"{error}{_without_the_hub(config)}") from error
     else:
         dataset = data_of_run(resumed, config, console, training=True, workers=workers)
     describe_data(dataset, console, block_size)
     return dataset
+
+
+def _without_the_hub(config: DataConfig) -> str:
+    """What to add to the line of an error of the hub: flags with which a new run needs nothing of it."""
+    flags = ["--data FILE"] if any(part.source.startswith(PREFIX) for part in config.sources) else []
+    if config.tokenizer == "gpt2" or config.tokenizer.startswith("hub:"):
+        flags.append("--tokenizer bpe:4096")
+    return f"; to train without the hub: {' '.join(flags)}" if flags else ""
 
 
 def describe_data(dataset: Dataset, console: Console, block_size: int = TrainConfig.block_size) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, cast
 
 from swamla.data.config import DataConfig
-from swamla.errors import ConfigError, CorruptError, DataError, MissingBackendError
+from swamla.errors import ConfigError, CorruptError, DataError, HubDataError, MissingBackendError
 from swamla.files import read_json, write_text_atomically
 
 PREFIX = "hf:"
@@ -126,7 +126,7 @@ def is_commit(revision: str) -> bool:
 def list_dataset(config: DataConfig, cache_dir: Path) -> HubListing:
     """The files that `config` asks for, in the order of their names. The listing of a commit is cached.
 
-    Raises DataError if the dataset is missing or the hub unreachable, and ConfigError, listing the choices, for an
+    Raises HubDataError if the dataset is missing or the hub unreachable, and ConfigError, listing the choices, for an
     unknown config or split.
     """
     repo = config.source.removeprefix(PREFIX)
@@ -158,7 +158,7 @@ def _ask(config: DataConfig, repo: str) -> HubListing:
         raise
     except Exception as error:  # the classes depend on the library's version
         at = f" at revision {config.hub_revision!r}" if config.hub_revision else ""
-        raise DataError(f"cannot list the dataset {repo!r}{at} on the hub ({reason(error)})") from None
+        raise HubDataError(f"cannot list the dataset {repo!r}{at} on the hub ({reason(error)})") from None
     chosen = _chosen(config.hub_split, patterns, [item.path for item in found], by_card=bool(card.get("configs")))
     files = sorted(
         (item.path, item.size, item.lfs.sha256 if item.lfs else item.blob_id) for item in found if item.path in chosen

@@ -13,7 +13,7 @@ import numpy as np
 
 from swamla.data.config import BYTES, parse_bpe
 from swamla.data.hub import reason
-from swamla.errors import CorruptError, DataError, MissingBackendError, foreign, without_stderr
+from swamla.errors import CorruptError, DataError, HubDataError, MissingBackendError, foreign, without_stderr
 
 EOS_TEXT = "<|endoftext|>"
 _OTHER_EOS = ("<|end_of_text|>", "</s>", "<eos>")
@@ -318,7 +318,7 @@ def _from_hub(name: str) -> Tokenizer:
     try:
         file = hf_hub_download(name, "tokenizer.json")
     except Exception as error:  # the classes depend on the library's version
-        raise DataError(
+        raise HubDataError(
             f"cannot fetch tokenizer {name!r} from the hub ({reason(error)}); offline, pass the path of its "
             "tokenizer.json"
         ) from error
