@@ -258,7 +258,7 @@ def test_ctrl_c_keeps_what_was_measured() -> None:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
-    assert errors == "swamla: error: interrupted; what was measured is in found.json\n"
+    assert errors == "swamla: interrupted; what was measured is in found.json\n"
     assert Results.load("found.json").rows["training"]
 
 

@@ -164,7 +164,7 @@ def test_what_is_said_of_an_interrupted_generation_begins_a_line_of_its_own(
 
     monkeypatch.setattr("swamla.cli.generate.generate_text", interrupted)
     assert main(["generate", str(home / "runs" / "quickstart"), "--prompt", "line"]) == 130
-    assert capsys.readouterr() == ("line is\n", "swamla: error: interrupted\n")
+    assert capsys.readouterr() == ("line is\n", "swamla: interrupted\n")
 
 
 def test_a_terminal_is_not_shown_control_characters(home: Path) -> None:
@@ -289,7 +289,7 @@ def test_a_quickstart_that_is_terminated_saves_and_is_finished_by_the_command_it
         process.send_signal(signal.SIGTERM)
         _, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75, error
-    assert error.startswith("swamla: error: stopped by SIGTERM after step ")
+    assert error.startswith("swamla: stopped by SIGTERM after step ")
     before = (run / "samples.txt").read_text()
     assert "after training" not in before
     go_on = error.rstrip().partition("; go on with: ")[2]

@@ -40,7 +40,7 @@ class Command:
         (UsageError("two\nlines"), 2, "swamla: error: two lines\n"),
         (CorruptError("shard-0: truncated"), 3, "swamla: error: shard-0: truncated\n"),
         (Interrupted("saved", 75), 75, "swamla: error: saved\n"),
-        (KeyboardInterrupt(), 130, "swamla: error: interrupted\n"),
+        (KeyboardInterrupt(), 130, "swamla: interrupted\n"),
         (PermissionError(13, "Permission denied", "/runs"), 2, "swamla: error: /runs: Permission denied\n"),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nmore"),

@@ -62,7 +62,10 @@ def _report(error: BaseException) -> int:
     try:
         if message and _is_reported_here(error):
             where = "" if is_main() else f"rank {os.environ['RANK']}: "
-            print(f"swamla: error: {where}{message}", file=sys.stderr)
+            kind = (
+                "" if isinstance(error, Interrupted | Ended | KeyboardInterrupt) else "error: "
+            )  # asked for: no error
+            print(f"swamla: {kind}{where}{message}", file=sys.stderr)
             for note in getattr(error, "__notes__", ()):
                 print(f"swamla: {note}", file=sys.stderr)
         flush_outputs()

@@ -98,6 +98,7 @@ def _train(config: RunConfig, claim: Claim, resume: bool) -> None:
     text = f"{before}{_AFTER}{_sample(model, tokenizer)}\n"
     samples.write_text(text, encoding="utf-8")
     say(console, f"\n{harmless(text)}")
+    say(console, "scoring all of the held-out text …")
     with autocast(without_fp8(state.precision), state.device):
         found = validation(dataset, config.train.block_size)(model)
     _compare(console, run_dir.name, found["bits_per_byte"], dataset.held_out_text())
