@@ -39,7 +39,7 @@ class Command:
         (UsageError("no such thing"), 2, "swamla: error: no such thing\n"),
         (UsageError("two\nlines"), 2, "swamla: error: two lines\n"),
         (CorruptError("shard-0: truncated"), 3, "swamla: error: shard-0: truncated\n"),
-        (Interrupted("saved", 75), 75, "swamla: error: saved\n"),
+        (Interrupted("saved", 75), 75, "swamla: saved\n"),
         (KeyboardInterrupt(), 130, "swamla: interrupted\n"),
         (PermissionError(13, "Permission denied", "/runs"), 2, "swamla: error: /runs: Permission denied\n"),
         (
