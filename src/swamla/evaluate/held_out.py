@@ -51,12 +51,14 @@ def evaluate(model: LanguageModel, batches: Iterable[Batch], *, bytes_per_label:
     """
     was_training, nats, labels = model.training, 0.0, 0
     model.eval()
-    for batch in _share(batches):
-        seq = Layout.from_documents(batch.document_BT).to(model.device)
-        total, _ = model.loss(batch.tokens_BT.to(model.device), batch.labels_BT.to(model.device), seq)
-        nats += total.item()
-        labels += batch.n_labels
-    model.train(was_training)
+    try:
+        for batch in _share(batches):
+            seq = Layout.from_documents(batch.document_BT).to(model.device)
+            total, _ = model.loss(batch.tokens_BT.to(model.device), batch.labels_BT.to(model.device), seq)
+            nats += total.item()
+            labels += batch.n_labels
+    finally:
+        model.train(was_training)
     nats, labels = distributed.sum_of(nats), round(distributed.sum_of(labels))
     if labels == 0:
         raise DataError("nothing to evaluate: the held-out split has no documents")

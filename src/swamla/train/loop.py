@@ -4,8 +4,10 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -95,6 +97,9 @@ def _train(run: Run) -> None:
     """
     state = run.state
     run.look_ahead()
+    if state.step and state.evaluated_step != state.step and _evaluation_is_due(run):
+        _evaluate(run)  # the one that a requested stop ended
+        run.look_ahead()
     while _goes_on(run):
         _step(run)
         finish_saves(run)
@@ -277,15 +282,21 @@ def _evaluation_is_due(run: Run) -> bool:
 
 
 def _evaluate(run: Run) -> None:
-    """Evaluate and log; save the state as the best if its held-out loss is the lowest so far."""
+    """Evaluate and log; save the state as the best if its held-out loss is the lowest so far.
+
+    On one process a requested stop ends it, and a resumed run does it again; several would have to agree.
+    """
     if run.evaluate is None:
         return
     state = run.state
     run.watch.begin(f"the evaluation after step {state.step}")
     try:
-        with state.evaluated_weights(), autocast(state.precision, state.device):
+        with state.evaluated_weights(), autocast(state.precision, state.device), _ended_by_stop(run):
             found = run.evaluate(state.model)
             state.strategy.reshard()
+    except _StopRequested:
+        run.watch.end()
+        return
     except Exception as error:  # e.g. the held-out text can no longer be read
         if distributed.world_size() == 1 and state.step:  # saving takes all ranks, and the others are evaluating
             run.watch.end()
@@ -303,6 +314,27 @@ def _evaluate(run: Run) -> None:
     elif state.best_loss is None or found["loss"] < state.best_loss:
         state.best_step, state.best_loss = state.step, found["loss"]
         save(run, best_loss=found["loss"])
+
+
+class _StopRequested(Exception):
+    """A stop was requested during an evaluation."""
+
+
+@contextmanager
+def _ended_by_stop(run: Run) -> Iterator[None]:
+    """On one process, raise `_StopRequested` at the first forward pass after a stop was requested."""
+
+    def check(*_: Any) -> None:
+        if run.stop.received:
+            raise _StopRequested
+
+    alone = distributed.world_size() == 1
+    hook = run.state.model.blocks[0].register_forward_pre_hook(check) if alone else None
+    try:
+        yield
+    finally:
+        if hook:
+            hook.remove()
 
 
 def _plot(run: Run) -> None:
