@@ -12,7 +12,7 @@ import zstandard
 from swamla.data.config import DataConfig, WeightedSource
 from swamla.data.dataset import Dataset
 from swamla.data.preparing import prepare
-from swamla.data.shards import divide, is_held_out
+from swamla.data.shards import divide, is_held_out, usable_fraction
 from swamla.errors import ConfigError, DataError
 
 TEXTS = [f"document {i}\n" + "été 漢字\n" * (i % 5 + 1) for i in range(60)]
@@ -149,3 +149,30 @@ def test_line_ends_of_any_kind_and_a_mark_at_the_beginning_do_not_decide(text: s
     for end in ("\r\n", "\r"):
         assert is_held_out(text.replace("\n", end), fraction) == expected
         assert is_held_out("\ufeff" + text.replace("\n", end), fraction) == expected
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.01, 0.05, 0.5, 0.99, 1 - 1e-9])
+@pytest.mark.parametrize("count", [2, 3, 10, 30])
+def test_however_few_documents_there_are_one_at_least_is_on_each_side(count: int, fraction: float) -> None:
+    for seed in range(50):
+        texts = [f"{seed}: text {i}" for i in range(count)]
+        usable = usable_fraction(texts, fraction)
+        held_out = [text for text in texts if is_held_out(text, usable)]
+        assert 0 < len(held_out) < count
+        asked = [text for text in texts if is_held_out(text, fraction)]
+        if 0 < len(asked) < count:
+            assert usable == fraction
+        else:
+            assert len(held_out) == (1 if not asked else count - 1)
+        assert usable_fraction(reversed([*texts, *texts]), fraction) == usable  # whatever order, and repeated
+
+
+def test_a_folder_of_few_files_is_prepared_and_its_tokenizer_has_not_seen_what_is_held_out(tmp_path: Path) -> None:
+    plain(tmp_path / "few", [f"file {i} " + chr(0x4E00 + i) * 9 for i in range(4)])
+    dataset = prepare(DataConfig(source=str(tmp_path / "few"), tokenizer="bpe:300", held_out_fraction=1e-6))
+    assert (dataset.train.n_documents, dataset.held_out.n_documents) == (3, 1)
+    (letter,) = {c for c in dataset.held_out_text().decode() if ord(c) >= 0x4E00}
+    merged = {dataset.tokenizer.decode([i]) for i in range(256, dataset.tokenizer.vocab_size - 1)}
+    assert not any(letter in text for text in merged)
+    again = prepare(DataConfig(source=str(tmp_path / "few"), tokenizer="bpe:300", held_out_fraction=1e-6))
+    assert again.fingerprint == dataset.fingerprint

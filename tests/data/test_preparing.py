@@ -139,7 +139,7 @@ def test_only_empty_documents_are_an_error(tmp_path: Path) -> None:
 
 def test_an_empty_split_is_an_error_that_says_which_way_to_go(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt", "c.txt"):
-        (tmp_path / name).write_text(name)
+        (tmp_path / name).write_text("one text is on one side")
     for fraction, split, advice in ((1e-9, "held-out", "raise"), (1 - 1e-9, "training", "lower")):
         with pytest.raises(DataError, match=f"the {split} split is empty: of 3 documents.*{advice} it"):
             prepare(DataConfig(source=str(tmp_path), tokenizer="byte", held_out_fraction=fraction))

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from swamla.data.config import MIXTURE, DataConfig, parse_bpe
 from swamla.data.dataset import FORMAT_VERSION, META, TOKENIZER, Dataset, PreparedDataset, Throughput, write_meta
 from swamla.data.reading import Notes
-from swamla.data.shards import Progress, divide, encode_documents, is_held_out
+from swamla.data.shards import Progress, divide, encode_documents, is_held_out, usable_fraction
 from swamla.data.sources import Source, Unit, open_source
 from swamla.data.tokenizer import Tokenizer, bpe_version, load_tokenizer, make_tokenizer, tokenizer_files
 from swamla.data.units import Job, Workers, available_cores
@@ -221,7 +221,8 @@ class Preparation:
             tokenizer.save(folder / TOKENIZER)
             begin = time.monotonic()
             notes = Notes(self.source.left_out.plain())
-            rule, divided = divide(self.source.documents(notes), self.config.held_out_fraction)
+            fraction = usable_fraction(self.source.documents(Notes()), self.config.held_out_fraction)
+            rule, divided = divide(self.source.documents(notes), fraction)
             encoded = encode_documents(divided, tokenizer, folder, self.progress)
             write_meta(folder, self.config, self.source.origin, tokenizer, rule, encoded, notes)
             _move(folder, self.target)
@@ -315,7 +316,8 @@ def training_texts(source: Source, units: list[Unit], held_out_fraction: float, 
     for place in range(count):
         documents = source.unit_documents(units[place * len(units) // count], Notes())
         if len(units) == 1:
-            divided = divide(documents, held_out_fraction)[1]
+            every = source.unit_documents(units[0], Notes())
+            divided = divide(documents, usable_fraction(every, held_out_fraction))[1]
         else:
             divided = ((text, is_held_out(text, held_out_fraction)) for text in documents)
         left = size // count
