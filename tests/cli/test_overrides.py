@@ -1,6 +1,6 @@
 """Flags are the configs' own fields, and each changes exactly what it says."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from swamla.cli.run_config import read_recipe
 from swamla.config import field_types, to_plain
 from swamla.data.config import DataConfig
 from swamla.errors import ConfigError, UsageError
+from swamla.model import count_parameters
+from swamla.recipes import recipe_names
 from swamla.train.config import RunConfig, TrainConfig
 
 
@@ -217,3 +219,22 @@ def test_what_cannot_be_meant_is_refused_in_one_line(line: str, message: str) ->
         resolve(line)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", [name for name in recipe_names() if "gpt2" not in name])
+@pytest.mark.parametrize("share", [1, 2, 4])
+def test_a_narrower_model_has_ranks_that_fit_unless_they_are_chosen(recipe: str, share: int) -> None:
+    whole = resolve("", recipe)
+    narrow = resolve(f"--width {whole.model.width // share}", recipe)
+    for name, block in whole.model.blocks.items():
+        for field in block.mixer.ranks:
+            rank, now = getattr(block.mixer, field), getattr(narrow.model.blocks[name].mixer, field)
+            assert now == (rank // share if rank else rank)
+    assert count_parameters(replace(narrow.model, vocab_size=64)).total > 0
+
+
+def test_a_rank_that_is_chosen_is_taken_or_refused_as_it_was_given() -> None:
+    assert resolve("--width 64 --mla_kv_lora_rank 48").model.blocks["mla"].mixer.kv_lora_rank == 48
+    with pytest.raises(ConfigError, match=r"kv_lora_rank = 96 \(--mla_kv_lora_rank\): a rank larger than the width 64"):
+        resolve("--width 64 --mla_kv_lora_rank 96")
+    assert resolve("--width 1024").model.blocks["mla"].mixer.kv_lora_rank == 128

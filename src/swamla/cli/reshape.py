@@ -62,6 +62,25 @@ def reshape(model: Plain, given: Mapping[str, Any], spare: Plain) -> dict[str, s
     return origins
 
 
+def fit_ranks(model: Plain, given: Mapping[str, Any]) -> dict[str, str]:
+    """Scale the mixers' ranks with a width that a flag makes smaller; returns dotted field -> flag.
+
+    A rank larger than the width would be refused, although nobody chose it. Ranks that have flags stay theirs.
+    """
+    before, now = model.get("width"), given.get("width")
+    if not isinstance(before, int) or not isinstance(now, int) or not 0 < now < before:
+        return {}
+    origins = {}
+    kinds: Mapping[str, Any] = BLOCK_PARTS["mixer"]
+    for name, block in model["blocks"].items():
+        mixer, kind = choice(block, "mixer"), mixer_kind(block)
+        for field in kinds[kind].ranks if kind in kinds else ():
+            if f"{kind}_{field}" not in given and isinstance(rank := mixer.get(field), int) and rank > 0:
+                mixer[field] = max(1, rank * now // before)
+                origins[f"model.blocks.{name}.mixer.{field}"] = "--width"
+    return origins
+
+
 def repeat(pattern: list[str], depth: int) -> list[str]:
     """The pattern repeated or cut to `depth` layers."""
     return [pattern[layer % len(pattern)] for layer in range(depth)]

@@ -12,7 +12,7 @@ from typing import Any
 from swamla import distributed
 from swamla.cli.flags import WIDEST, Flag
 from swamla.cli.overrides import apply_flags, flags
-from swamla.cli.reshape import reshape
+from swamla.cli.reshape import fit_ranks, reshape
 from swamla.config import from_plain, load_file, to_plain, within
 from swamla.data.config import MIXTURE, DataConfig, parse_bpe
 from swamla.data.sources import is_path
@@ -72,7 +72,9 @@ class Written:
         Raises `UsageError` for an unknown name in a pattern and for a flag of a kind that the model does not use.
         """
         tokenizer = self.plain.get("data", {}).get("tokenizer")
-        origins = reshape(self.plain["model"], given, self.spare) | apply_flags(self.plain, given, flags())
+        model = self.plain["model"]
+        origins = reshape(model, given, self.spare) | fit_ranks(model, given)
+        origins |= apply_flags(self.plain, given, flags())
         if "vocab_size" not in given and self.plain.get("data", {}).get("tokenizer") != tokenizer:
             self.plain["model"]["vocab_size"] = 0  # the recipe's size belongs to its own tokenizer
         return origins

@@ -39,6 +39,7 @@ class GDNConfig(MixerConfig):
 
     kind: ClassVar[str] = "gdn"
     sign: ClassVar[str] = "G"
+    ranks: ClassVar[tuple[str, ...]] = ("latent_dim",)
     style: ClassVar[str] = "black on green"
     is_local: ClassVar[bool] = True
     vectors: ClassVar[tuple[str, ...]] = ("conv_weight",)

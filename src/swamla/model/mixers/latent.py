@@ -37,6 +37,7 @@ class LatentConfig(SoftmaxConfig):
 
     kind: ClassVar[str] = "latent"
     sign: ClassVar[str] = "L"
+    ranks: ClassVar[tuple[str, ...]] = ("n_latent",)
     style: ClassVar[str] = "black on blue"
     n_heads: int
     n_latent: int | None = None

@@ -21,6 +21,7 @@ class MixerConfig(Registered, home="swamla.model.mixers"):
     sign, style: the letter that stands for the mixer in drawings, and that letter's rich style.
     is_local: whether a token's cost and the state do not grow with the distance to the document's start.
     outputs: the module's parameters that write to the residual stream; their initial weights are scaled by depth.
+    ranks: fields that may not exceed the model's width, which scale with it if a flag makes the model narrower.
     vectors: two-dimensional parameters that are a set of vectors and not the matrix of a linear map, such as the
         filters of a convolution. Muon leaves them to AdamW, and their layer is not converted to fp8.
     """
@@ -29,6 +30,7 @@ class MixerConfig(Registered, home="swamla.model.mixers"):
     style: ClassVar[str] = "reverse"
     is_local: ClassVar[bool] = False
     outputs: ClassVar[tuple[str, ...]] = ("o_proj.weight",)
+    ranks: ClassVar[tuple[str, ...]] = ()
     vectors: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

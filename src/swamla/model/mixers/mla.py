@@ -43,6 +43,7 @@ class MLAConfig(SoftmaxConfig):
 
     kind: ClassVar[str] = "mla"
     sign: ClassVar[str] = "M"
+    ranks: ClassVar[tuple[str, ...]] = ("kv_lora_rank", "q_lora_rank")
     style: ClassVar[str] = "black on magenta"
     n_heads: int
     kv_lora_rank: int = 256
