@@ -49,6 +49,13 @@ def test_no_id_without_a_text_is_generated_from_a_padded_vocabulary(loaded, temp
     assert max(everything) >= tokenizer.vocab_size, "or the test shows nothing"
 
 
+def test_a_run_is_loaded_to_a_device_and_in_a_dtype(padded, loaded):
+    model, _ = swamla.load(padded, device="cpu", dtype=torch.float64)
+    assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.float64, "cpu")}
+    tokens = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(model(tokens).float(), loaded[0](tokens), atol=1e-4, rtol=1e-4)
+
+
 def test_a_tokenizer_of_another_run_is_told(padded, tmp_path):
     small = run(tiny_config(steps=1), tmp_path / "small", tiny_dataset(tmp_path, "char"))
     assert small.model.config.vocab_size < 257
@@ -92,9 +99,14 @@ def test_a_number_of_tokens_that_cannot_be_is_refused(loaded, count):
         swamla.generate_text(*loaded, ["a"], count)
 
 
+def test_a_text_alone_is_continued_as_the_only_one_of_a_list(loaded):
+    alone, listed = (swamla.generate_text(*loaded, texts, 3).completions for texts in ("abc", ["abc"]))
+    assert alone == listed
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("abc", "must be a list of texts"), ([], "a prompt is empty"), (["a\0"], "NUL"), (["\ud800"], "lone surrogate")],
+    [([], r"prompts = \[\]: must have one text"), (["a\0"], "NUL"), ("a\0", "NUL"), (["\ud800"], "lone surrogate")],
 )
 def test_texts_that_cannot_be_are_refused(loaded, text, message):
     with pytest.raises(UsageError, match=message):

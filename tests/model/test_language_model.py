@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from swamla.errors import UsageError
+from swamla.errors import ConfigError, UsageError
 from swamla.model.block import BlockConfig
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.language_model import LanguageModelConfig
@@ -274,3 +274,23 @@ def test_with_a_rounded_residual_stream_steps_equal_the_whole_under_autocast() -
         state = model.init_state(2, 24)
         steps = torch.cat([model.step(tokens[:, i : i + 4], state) for i in range(0, 24, 4)], dim=1)
     assert (steps - whole).norm() < 0.02 * whole.norm()
+
+
+def test_with_labels_the_model_gives_their_mean_loss() -> None:
+    model = build_model(hybrid_config())
+    tokens, labels = random_tokens(2, 24), random_tokens(2, 24)
+    labels[:, ::3] = -100
+    expected = F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(model(tokens, labels=labels), expected)
+    assert model(tokens, labels=torch.full_like(labels, -100)) == 0
+    with pytest.raises(ConfigError, match=r"labels.shape = \(2, 23\): must be that of the tokens, \(2, 24\)"):
+        model(tokens, labels=labels[:, 1:])
+
+
+def test_a_printed_model_shows_what_its_mixers_and_ffns_are() -> None:
+    config = hybrid_config(pattern=("swa", "gdn"))
+    shown = str(build_model(config))
+    assert f"mixer: swa(n_heads={config.blocks['swa'].mixer.n_heads}, " in shown
+    assert f"window={config.blocks['swa'].mixer.window}, sinks={config.blocks['swa'].mixer.sinks})" in shown
+    assert "mixer: gdn(" in shown
+    assert "ffn: dense(" in shown

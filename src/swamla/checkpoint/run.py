@@ -4,6 +4,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from swamla.checkpoint.folder import (
@@ -58,9 +59,17 @@ def best_step(directory: Path) -> int | None:
     return entry(read_json(best, inside=directory), "step", int, file=best) if best.exists() else None
 
 
-def load(run_dir: str | Path, which: str = "best", *, raw: bool = False) -> "tuple[LanguageModel, Tokenizer]":
-    """Rebuild the model of a run, in evaluation mode and fp32, and its tokenizer. Exported as `swamla.load`.
+def load(
+    run_dir: str | Path,
+    which: str = "best",
+    *,
+    raw: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> "tuple[LanguageModel, Tokenizer]":
+    """Rebuild the model of a run, in evaluation mode, and its tokenizer. Exported as `swamla.load`.
 
+    device, dtype: where the model is put, and its weights' dtype; by default the CPU, and fp32.
     which: "best" (lowest held-out loss), "latest", or a step such as "500". raw: not the averaged weights of a run with
     `ema`, which its evaluations score. Only safetensors and JSON are read. The model generates only ids of the
     tokenizer, even if the vocabulary is padded. Raises `UsageError` for a folder that is not a run, `CorruptError` for
@@ -88,7 +97,7 @@ def load(run_dir: str | Path, which: str = "best", *, raw: bool = False) -> "tup
             "to another run"
         )
     model.known_ids = tokenizer.vocab_size
-    return model.eval(), tokenizer
+    return model.eval().to(device=device, dtype=dtype), tokenizer
 
 
 def weights_of(checkpoint: Checkpoint, *, raw: bool = False) -> dict[str, Tensor]:

@@ -70,20 +70,21 @@ def room(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> int | None:
 def generate_text(
     model: LanguageModel,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     max_new_tokens: int = 256,
     *,
     sampling: Sampling | None = None,
     on_text: Callable[[int, str], None] | None = None,
     decoding: str = "eager",
 ) -> Generation:
-    """Continue each prompt; an empty one starts a new document. on_text(row, piece) streams complete characters.
+    """Continue each prompt, or a single one; an empty one starts a new document.
 
-    decoding: see `Decoder`. Raises `UsageError` for a single text instead of a list, for invalid Unicode, and as
-    `Decoder.generate` does.
+    on_text(row, piece): streams complete characters.  decoding: see `Decoder`. Raises `UsageError` without a prompt,
+    for invalid Unicode, and as `Decoder.generate` does.
     """
-    if isinstance(prompts, str):
-        raise UsageError(f"prompts = {prompts!r:.60}: must be a list of texts, e.g. [{prompts!r:.60}]")
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not prompts:
+        raise UsageError("prompts = []: must have one text at least; an empty text starts a new document")
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     streams = [StreamDecoder(tokenizer) for _ in prompts]
     times: list[float] = []

@@ -1,7 +1,7 @@
 """One layer: a sequence mixer, then an FFN, each preceded by a norm and added to the residual stream."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -62,7 +62,12 @@ class Block(nn.Module):
         self.ffn: FFN = config.ffn.build(width)
         _require_outputs(config.mixer, self.mixer)
         _require_outputs(config.ffn, self.ffn)
+        self.description = f"mixer: {_described(config.mixer)}; ffn: {_described(config.ffn)}"
         self.functions = BlockFunctions(self.whole, self.mix, self.feed, evaluated=self.whole)
+
+    def extra_repr(self) -> str:
+        """The settings of mixer and FFN, for `print(model)`."""
+        return self.description
 
     def forward(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
         """(B, T, D) → (B, T, D) and the FFN's statistics."""
@@ -97,6 +102,13 @@ class Block(nn.Module):
 
     def _drop(self, x_BTD: Tensor) -> Tensor:
         return F.dropout(x_BTD, self.dropout, self.training) if self.dropout else x_BTD
+
+
+def _described(config: MixerConfig | FFNConfig) -> str:
+    """Such as "swa(n_heads=4, window=128, sinks=4)": kind and plain settings, but those that are left to be chosen."""
+    values = {field.name: vars(config)[field.name] for field in fields(config)}
+    plain = {name: value for name, value in values.items() if isinstance(value, (int, float, str)) and value != "auto"}
+    return f"{config.kind}({', '.join(f'{name}={value}' for name, value in plain.items())})"
 
 
 def _require_outputs(config: MixerConfig | FFNConfig, module: nn.Module) -> None:

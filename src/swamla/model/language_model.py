@@ -19,6 +19,8 @@ from swamla.ops import chunked_cross_entropy
 from swamla.ops.grouped_mm import product_dtype
 from swamla.ops.layout import Layout
 
+NO_LABEL = -100  # what `F.cross_entropy` ignores
+
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModelConfig:
@@ -180,9 +182,17 @@ class LanguageModel(nn.Module):
         for block in self.blocks:
             block.checkpointing = what
 
-    def forward(self, tokens_BT: Tensor, seq: Layout | None = None) -> Tensor:
-        """Next-token logits (B, T, vocabulary) of tokens (B, T). seq: the documents, by default one per row."""
-        return self.head(self.hidden(tokens_BT, seq)[0])
+    def forward(self, tokens_BT: Tensor, seq: Layout | None = None, *, labels: Tensor | None = None) -> Tensor:
+        """Next-token logits (B, T, vocabulary) of tokens (B, T).
+
+        seq: the documents, by default one a row.  labels: (B, T), each position's next token, -100 for none; with them
+        the result is their mean loss in nats, a scalar, computed without holding all logits.
+        """
+        if labels is None:
+            return self.head(self.hidden(tokens_BT, seq)[0])
+        fits = labels.shape == tokens_BT.shape
+        require(fits, "labels.shape", tuple(labels.shape), f"must be that of the tokens, {tuple(tokens_BT.shape)}")
+        return self.loss(tokens_BT, labels, seq)[0] / (labels != NO_LABEL).sum().clamp(min=1)
 
     def hidden(self, tokens_BT: Tensor, seq: Layout | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The head's input (B, T, D), and the FFNs' statistics as `name/layer`. Raises `UsageError` for bad tokens."""
