@@ -198,6 +198,25 @@ def test_no_document_sees_another_s_sinks_though_they_are_not_numbers(library):
     torch.testing.assert_close(found[:, 60:], o[:, 60:], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("window", "sinks"), [(16, 0), (16, 4), (16, 40), (2, 8)])
+def test_a_nan_stays_in_its_document_with_all_its_gradients(library, window, sinks):
+    """A chunk of queries has some of other documents, and more sinks than a short document has tokens."""
+    seq = documents([20, 20, 15, 5])
+    inputs = random_inputs(seq)
+    with torch.no_grad():
+        for x in inputs:
+            x[:, 20:40] = torch.nan
+    others = torch.tensor([*range(20), *range(40, 60)])
+    found, expected = (
+        with_gradients(lambda q, k, v, seq, path=path: path(q, k, v, seq)[:, others], inputs, seq)
+        for path in (attend("flash", window, sinks), attend("reference", window, sinks))
+    )
+    for mine, theirs in zip(found, expected, strict=True):
+        rows = others if mine.shape[1] > len(others) else slice(None)
+        assert mine[:, rows].isfinite().all()
+        torch.testing.assert_close(mine[:, rows], theirs[:, rows], atol=1e-5, rtol=1e-5)
+
+
 def test_a_graph_holds_it_whole_and_serves_any_number_of_documents(library):
     graphs = []
 

@@ -51,6 +51,23 @@ def test_a_layout_goes_to_a_gpu_from_pinned_memory_and_without_waiting(monkeypat
     assert [options for _, _, options in sent] == [{}, {}]
 
 
+def test_a_layout_of_equal_rows_goes_to_a_gpu(monkeypatch):
+    """Pinning, as torch does it: into memory of the same strides, to which a tensor made by `expand` is not copied."""
+
+    def pin_memory(self):
+        storage = torch.UntypedStorage(self.untyped_storage().nbytes())
+        return torch.empty(0, dtype=self.dtype).set_(storage, 0, self.size(), self.stride()).copy_(self)
+
+    sent = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **options: sent.append(self) or self)
+    for seq in (Layout.from_documents(torch.tensor([0, 0, 1]).expand(4, -1)), Layout.one_document_per_row(4, 3)):
+        sent.clear()
+        seq.to("cuda:0")
+        for there, here in zip(sent, (seq.document_BT, seq.position_BT), strict=True):
+            assert torch.equal(there, here)
+
+
 def test_padding_is_a_run_like_any_other():
     seq = from_rows([0, 0, PADDING, PADDING], [PADDING] * 4)
     assert seq.runs == ((2, 2), (1, 4))

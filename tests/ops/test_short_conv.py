@@ -186,3 +186,13 @@ def test_in_a_graph_on_a_gpu_a_nan_stays_in_its_document(monkeypatch: pytest.Mon
     (dx_BTD,) = torch.autograd.grad(got[:, [*range(4), *range(7, 12)]].sum(), x_BTD)
     for found in (got, dx_BTD):
         assert found[0, [*range(4), *range(7, 12)]].isfinite().all()
+
+
+@pytest.mark.parametrize("time", [1, 2, 3])
+def test_what_a_graph_on_a_gpu_holds_takes_rows_shorter_than_the_taps(
+    time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("swamla.ops.short_conv"), "is_fused", lambda x: True)
+    x_BTD, weight_DW, _ = inputs(2, time)
+    expected = short_conv(x_BTD, weight_DW, backend="reference")
+    assert_same_with_gradients(short_conv(x_BTD, weight_DW), expected, (x_BTD, weight_DW), 1e-12)

@@ -252,3 +252,11 @@ def test_a_graph_that_is_kept_for_wide_vectors_is_not_taken_for_narrow_ones(tmp_
         environment |= {"ATEN_CPU_CAPABILITY": limit} if limit else {}
         done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
         assert done.stdout == f"{width} True\n", done.stderr
+
+
+@pytest.mark.parametrize(("machine", "bits"), [("x86_64", 1), ("aarch64", None), ("arm64", None)])
+def test_vectors_that_torch_calls_default_are_switched_off_on_x86_only(machine, bits, monkeypatch):
+    """An ARM processor with NEON is "DEFAULT" too: with a width of 1 its graphs would have no vectors at all."""
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert vector_bits() == bits

@@ -162,4 +162,5 @@ def _sent(x: Tensor, device: torch.device | str) -> Tensor:
     """x on `device`; to a GPU from pinned memory, since a copy from any other waits for all that the GPU has to do."""
     if x.device.type != "cpu" or torch.device(device).type != "cuda":
         return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
+    # Dense first: pinning keeps the strides, and cannot write to a tensor that `expand` made.
+    return x.contiguous().pin_memory().to(device, non_blocking=True)

@@ -1,5 +1,6 @@
 """torch.compile, block by block: equal layers share their graphs, so compile time does not grow with depth."""
 
+import platform
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -53,12 +54,14 @@ def compile_blocks(model: LanguageModel, mode: Compile, device: torch.device) ->
 
 
 def vector_bits() -> int | None:
-    """The width of the vectors that CPU kernels compute with here; None where torch does not say.
+    """The width of the vectors that CPU kernels compute with here; None where torch does not say: it chooses.
 
     It has to be named: the compiler's cache does not distinguish instruction sets, so that a graph made for one width
     would be taken for another one, and compute something else (torch 2.13, with ATEN_CPU_CAPABILITY or a cache that
     several machines share).
     """
+    if platform.machine() not in ("x86_64", "AMD64"):  # elsewhere "DEFAULT" is what vectors of 128 bits are called
+        return None
     return {"DEFAULT": 1, "AVX2": 256, "AVX512": 512}.get(torch.backends.cpu.get_cpu_capability())
 
 

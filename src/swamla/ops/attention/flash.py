@@ -104,7 +104,9 @@ class _Attention(torch.autograd.Function):
             lse_NHC = torch.logaddexp(window_NHC, score_NHCS.logsumexp(-1))
             weight_NHCS = (score_NHCS - lse_NHC[..., None]).exp()
             rest_NCH1 = (window_NHC - lse_NHC).exp().transpose(1, 2)[..., None]
-            o_NCHK = _by_chunks(o_MHK, seen_NCS) * rest_NCH1 + _of_sinks(weight_NHCS, v_MGK[token_NS], seen_NCS)
+            o_NCHK = _by_chunks(o_MHK, seen_NCS) * rest_NCH1 + _of_sinks(
+                weight_NHCS, _at_sinks(v_MGK, token_NS, seen_NCS), seen_NCS
+            )
             o_MHK = o_NCHK.flatten(0, 1)[: len(q_MHK)].to(q_MHK.dtype)
             lse_HM = lse_NHC.transpose(0, 1).flatten(1)[:, : len(q_MHK)].contiguous()
         ctx.save_for_backward(q_MHK, k_MGK, v_MGK, o_MHK, lse_HM, bounds, host_bounds, token_NS, seen_NCS, first_N)
@@ -124,13 +126,14 @@ class _Attention(torch.autograd.Function):
         inner_NHC = _by_chunks((d_o_MHK.float() * o.float()).sum(-1), seen_NCS).transpose(1, 2)
         lse_NHC = _by_chunks(lse_HM.T, seen_NCS).transpose(1, 2)
         weight_NHCS = (_scores(q, k, token_NS, seen_NCS, ctx.scale) - lse_NHC[..., None]).exp()
-        d_weight_NHCS = _to_sinks(d_o_NCHK, v[token_NS])
+        weight_NHCS = weight_NHCS.masked_fill(~seen_NCS[:, None], 0)
+        d_weight_NHCS = _to_sinks(d_o_NCHK, _at_sinks(v, token_NS, seen_NCS))
         d_score_NHCS = ctx.scale * weight_NHCS * (d_weight_NHCS - inner_NHC[..., None])
         d_score_NHCS = d_score_NHCS.masked_fill(~seen_NCS[:, None], 0)
-        of_q = _of_sinks(d_score_NHCS, k[token_NS], seen_NCS).flatten(0, 1)[: len(q)]
+        of_q = _of_sinks(d_score_NHCS, _at_sinks(k, token_NS, seen_NCS), seen_NCS).flatten(0, 1)[: len(q)]
         for gradient, weights, outputs in ((dk, d_score_NHCS, q_NCHK), (dv, weight_NHCS, d_o_NCHK)):
             # A document's sinks get one sum over all its chunks, in fp32: at its first chunk, zeros at the others.
-            chunks_NSGK = _summed(weights, outputs, k.shape[1])
+            chunks_NSGK = _summed(weights, outputs, k.shape[1]).masked_fill(_unseen(seen_NCS), 0)
             sums_NSGK = torch.zeros_like(chunks_NSGK).index_add_(0, first_N, chunks_NSGK)
             gradient.index_add_(0, token_NS.flatten(), sums_NSGK.flatten(0, 1).to(gradient.dtype))
         return (dq + of_q).to(dq.dtype), dk, dv, *(None,) * 7
@@ -145,8 +148,18 @@ def _by_chunks(x_MX: Tensor, seen_NCS: Tensor) -> Tensor:
 
 
 def _scores(q_MHK: Tensor, k_MGK: Tensor, token_NS: Tensor, seen_NCS: Tensor, scale: float) -> Tensor:
-    score_NHCS = scale * _to_sinks(_by_chunks(q_MHK, seen_NCS).float(), k_MGK[token_NS])
+    score_NHCS = scale * _to_sinks(_by_chunks(q_MHK, seen_NCS).float(), _at_sinks(k_MGK, token_NS, seen_NCS))
     return score_NHCS.masked_fill(~seen_NCS[:, None], float("-inf"))
+
+
+def _at_sinks(x_MGK: Tensor, token_NS: Tensor, seen_NCS: Tensor) -> Tensor:
+    """(N, S, G, K): the sinks' vectors, zeros for those that no query sees: they may be another document's."""
+    return x_MGK[token_NS].masked_fill(_unseen(seen_NCS), 0)
+
+
+def _unseen(seen_NCS: Tensor) -> Tensor:
+    """(N, S, 1, 1): which sinks no query of the chunk sees."""
+    return ~seen_NCS.any(1)[..., None, None]
 
 
 def _to_sinks(x_NCHK: Tensor, y_NSGK: Tensor) -> Tensor:

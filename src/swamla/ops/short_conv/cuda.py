@@ -51,7 +51,7 @@ def _summed(x_BTD: Tensor, weight_DW: Tensor, age_BT: Tensor, *, back: bool) -> 
 
 def _shifted(age_BT: Tensor, shift: int) -> Tensor:
     """Ages of the tokens behind; beyond the row's end nobody sees anything."""
-    return F.pad(age_BT[:, -shift:], (0, -shift), value=0)
+    return F.pad(age_BT, (0, -shift), value=0)[:, -shift:]  # in this order also for rows shorter than the shift
 
 
 class _FusedShortConv(torch.autograd.Function):
