@@ -42,6 +42,7 @@ class GDNConfig(MixerConfig):
     style: ClassVar[str] = "black on green"
     is_local: ClassVar[bool] = True
     vectors: ClassVar[tuple[str, ...]] = ("conv_weight",)
+    BACKENDS: ClassVar[tuple[str, ...]] = BACKENDS
     n_heads: int
     n_key_heads: int | None = None
     head_k_dim: int | None = None
@@ -64,7 +65,7 @@ class GDNConfig(MixerConfig):
         require(self.head_v_dim is None or self.head_v_dim > 0, "head_v_dim", self.head_v_dim, "must be > 0, e.g. 128")
         require(self.conv > 0, "conv", self.conv, "must be > 0, e.g. 4")
         require(self.latent_dim >= 0, "latent_dim", self.latent_dim, "must be >= 0 (0: not compressed)")
-        require(self.backend in BACKENDS, "backend", self.backend, f"must be one of {', '.join(BACKENDS)}")
+        require(self.backend in self.BACKENDS, "backend", self.backend, f"must be one of {', '.join(self.BACKENDS)}")
 
     @property
     def key_heads(self) -> int:

@@ -23,6 +23,7 @@ class MixerConfig(Registered, home="swamla.model.mixers"):
     outputs: the module's parameters that write to the residual stream; their initial weights are scaled by depth.
     vectors: two-dimensional parameters that are a set of vectors and not the matrix of a linear map, such as the
         filters of a convolution. Muon leaves them to AdamW, and their layer is not converted to fp8.
+    BACKENDS: what the field `backend` may be, "auto" included; empty for a mixer without that field.
     """
 
     sign: ClassVar[str] = "?"
@@ -30,6 +31,7 @@ class MixerConfig(Registered, home="swamla.model.mixers"):
     is_local: ClassVar[bool] = False
     outputs: ClassVar[tuple[str, ...]] = ("o_proj.weight",)
     vectors: ClassVar[tuple[str, ...]] = ()
+    BACKENDS: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def build(self, width: int) -> "Mixer":
