@@ -1,6 +1,7 @@
 """The house stands: imports go strictly down, siblings on one floor do not know each other, start-up is light."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -84,6 +85,14 @@ def run_python(code: str) -> str:
 
 def test_every_file_has_a_floor() -> None:
     assert {unit_of(path) for path in sources()} <= FLOOR.keys()
+
+
+def test_the_tour_shows_the_same_floors() -> None:
+    tour = (Path(__file__).parents[1] / "docs/contributing.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| (.*) \|$", tour.partition("## The floors")[2].partition("\n## ")[0], re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(len(FLOORS)))
+    named = [set(re.findall(r"`(\w+)(?:/|\.py)?`", text)) & FLOOR.keys() for _, text in rows]
+    assert named == FLOORS
 
 
 def test_imports_go_strictly_down_and_siblings_do_not_import_each_other() -> None:
