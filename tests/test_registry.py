@@ -3,7 +3,7 @@
 import json
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -13,7 +13,7 @@ from swamla.config import choices_of, from_plain, to_plain
 from swamla.data.config import DataConfig
 from swamla.data.reading import Notes
 from swamla.data.sources import Entry, Files, Hub, Source
-from swamla.errors import ConfigError, UsageError
+from swamla.errors import ConfigError, MissingBackendError, UsageError
 from swamla.inference.decoding import check_recordable
 from swamla.model import (
     BlockConfig,
@@ -30,6 +30,7 @@ from swamla.model import (
 )
 from swamla.model.accounting import parameter_specs
 from swamla.registry import Registered, members_of, plugin_of, register
+from swamla.train.backends import available
 from swamla.train.changes import _leaves
 from swamla.train.config import TrainConfig
 from swamla.train.optim import AdamWConfig, OptimizerConfig
@@ -136,6 +137,35 @@ def test_a_backend_is_given_to_a_mixer_that_leaves_it_open_and_to_no_other(kind:
     else:
         assert chosen == replace(config, backend="reference")
         assert chosen.with_backend("torch") == chosen
+
+
+@pytest.mark.parametrize("family", [MixerConfig, FFNConfig], ids=lambda family: family.__name__)
+def test_the_backends_that_a_kind_names_are_those_that_its_field_takes(family: Any, toys: None) -> None:
+    for kind, cls in members_of(family).items():
+        named: tuple[str, ...] = cls.BACKENDS  # type: ignore[attr-defined]
+        example: Any = cls.example()
+        assert bool(named) == ("backend" in {field.name for field in fields(example)}), kind
+        if named:
+            assert [replace(example, backend=name).backend for name in named] == list(named)
+            assert example.backend == named[0] == "auto"
+            with pytest.raises(ConfigError, match=f"must be one of {', '.join(named)}"):
+                replace(example, backend="no such backend")
+
+
+def test_the_doctor_asks_every_kind_that_names_backends_for_each_of_them(as_before: None) -> None:
+    @register
+    @dataclass(frozen=True, kw_only=True)
+    class Chosen(TOYS["toy"]):  # type: ignore[misc]
+        kind: ClassVar[str] = "chosen"
+        BACKENDS: ClassVar[tuple[str, ...]] = ("auto", "slow", "fast")
+        backend: str = "auto"
+
+        def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
+            if self.backend == "fast":
+                raise MissingBackendError('backend = "fast" needs a faster machine')
+            return {"mean": self.backend}
+
+    assert available(torch.device("cpu"))["chosen"] == {"slow": "", "fast": "needs a faster machine"}
 
 
 def test_a_config_with_foreign_kinds_says_their_files_and_comes_back(toys: None) -> None:

@@ -48,19 +48,20 @@ def test_every_backend_is_there_or_says_what_it_needs(
     monkeypatch.setattr("swamla.cli.doctor.resolve_device", lambda asked: CPU)
     assert main(["doctor", "--json"]) == 0
     backends = json.loads(capsys.readouterr().out)["backends"]
-    assert set(backends) == {"causal attention", "windowed attention", "delta rule", "experts"}
-    for op, found in backends.items():
-        assert found["reference"] == found["torch"] == "", op
-    assert backends["causal attention"]["cudnn"].startswith("needs a CUDA device")
-    assert backends["causal attention"]["flash"].startswith(("needs a CUDA device", "needs flash-attn: pip install"))
-    assert backends["delta rule"]["fla"].startswith(
-        ("needs a CUDA device", "needs flash-linear-attention: pip install")
-    )
+    assert set(backends) == {"gdn", "latent", "mha", "mla", "swa", "moe", "latent_moe"}
+    for kind, found in backends.items():
+        assert found["reference"] == found["torch"] == "", kind
+    assert "cudnn" not in backends["swa"]
+    assert backends["mha"]["cudnn"].startswith("needs a CUDA device")
+    assert backends["mha"]["flash"].startswith(("needs a CUDA device", "needs flash-attn: pip install"))
+    assert backends["gdn"]["fla"].startswith(("needs a CUDA device", "needs flash-linear-attention: pip install"))
     assert main(["doctor"]) == 0
-    assert (
-        "windowed attention      reference, torch, tiles, sdpa; not flex (needs a CUDA device), flash (needs "
-        in capsys.readouterr().out
-    )
+    shown = [line.partition("backends ")[2].strip() for line in capsys.readouterr().out.splitlines()]
+    assert len([line for line in shown if line]) == 4  # kinds with the same backends share a line
+    assert "latent_moe, moe: reference, torch" in shown
+    windowed = "swa: reference, torch, tiles, sdpa; not flex (needs a CUDA device), flash (needs "
+    assert any(line.startswith(windowed) for line in shown)
+    assert any(line.startswith("latent, mha, mla: reference, torch, tiles, sdpa; not flex") for line in shown)
 
 
 def test_it_shows_what_was_raced_with_the_times_and_can_race_anew(

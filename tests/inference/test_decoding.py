@@ -36,7 +36,7 @@ from swamla.ops.linear import linear
 from tests.model.helpers import FFNS, MIXERS, assert_close, build_model, hybrid_config, random_tokens
 
 PROMPTS = [random_tokens(1, length, seed=length)[0].tolist() for length in (5, 23, 11)]
-LEVEL = [random_tokens(1, 21, seed=seed)[0].tolist() for seed in (1, 2)]
+UNIFORM = [random_tokens(1, 21, seed=seed)[0].tolist() for seed in (1, 2)]
 every_mixer = pytest.mark.parametrize("kind", MIXERS)
 every_ffn = pytest.mark.parametrize("ffn", FFNS)
 # What an operation needs the values of its inputs for, on the host, or whose result has a shape that depends on them.
@@ -135,7 +135,7 @@ def of_one_mixer(kind: str, ffn: str = "dense") -> LanguageModel:
     return build_model(hybrid_config(pattern=(kind, kind), ffn=ffn)).eval()
 
 
-@pytest.mark.parametrize("prompts", [PROMPTS, LEVEL], ids=["ragged", "level"])
+@pytest.mark.parametrize("prompts", [PROMPTS, UNIFORM], ids=["ragged", "uniform"])
 @every_mixer
 @torch.inference_mode()
 def test_replayed_steps_give_the_logits_of_ordinary_ones(
@@ -170,7 +170,7 @@ def test_replayed_steps_of_every_ffn_give_the_logits_of_ordinary_ones(ffn: str) 
         assert_close(graph(chosen), eager(chosen), 1e-5, f"step {step}")
 
 
-@pytest.mark.parametrize("prompts", [PROMPTS[:1], LEVEL], ids=["one row", "level"])
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], UNIFORM], ids=["one row", "uniform"])
 @every_mixer
 @torch.inference_mode()
 def test_compiled_steps_give_the_logits_of_ordinary_ones(
@@ -213,11 +213,11 @@ def test_a_step_of_one_token_asks_the_device_nothing(kind: str, ffn: str) -> Non
     """Neither the one that is recorded nor the ordinary one, which on a GPU would wait for it in every layer."""
     model = of_one_mixer(kind, ffn)
     _, state = prepared(model, PROMPTS, 4)
-    _, level = prepared(model, LEVEL, 4)
+    _, uniform = prepared(model, UNIFORM, 4)
     with NoQuestions():
         model.step_hidden_at(torch.ones(3, 1, dtype=torch.int64), state, Layout.one_more(state.length_B, 27))
         model.step(torch.ones(3, 1, dtype=torch.int64), state)
-        model.step(torch.ones(2, 1, dtype=torch.int64), level)
+        model.step(torch.ones(2, 1, dtype=torch.int64), uniform)
 
 
 @every_ffn
@@ -247,7 +247,7 @@ def test_what_a_graph_cannot_record_is_noticed() -> None:
 def test_a_number_of_the_host_that_changes_would_be_noticed() -> None:
     """The stand-in replays what was recorded: a position from the host would stay what it was."""
     model = of_one_mixer("mha")
-    (_, ordinary), (_, static) = (prepared(model, LEVEL, 5) for _ in range(2))
+    (_, ordinary), (_, static) = (prepared(model, UNIFORM, 5) for _ in range(2))
 
     def step() -> Tensor:
         return model.step(torch.full((2, 1), 3), static)[:, -1]
@@ -270,7 +270,7 @@ def test_a_graph_reads_the_next_power_of_two_or_all(needed: int, max_len: int, s
 @torch.inference_mode()
 def test_a_graphs_step_into_a_full_state_is_refused_and_leaves_it() -> None:
     model = of_one_mixer("mha")
-    _, state = prepared(model, LEVEL, 0)
+    _, state = prepared(model, UNIFORM, 0)
     with pytest.raises(UsageError, match="22 tokens do not fit a state made for 21"):
         GraphSteps(model, state, Recorder(state))([1, 2])
     assert state.length_B.tolist() == [21, 21]

@@ -53,8 +53,8 @@ def test_weights_start_normal_and_output_projections_are_scaled_by_depth(init_st
             continue
         is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
         expected = init_std / math.sqrt(2 * model.config.depth) if is_output else init_std
-        spread = 4 / math.sqrt(2 * parameter.numel())  # four standard errors of a measured standard deviation
-        assert parameter.std().item() == pytest.approx(expected, rel=spread), name
+        tolerance = 4 / math.sqrt(2 * parameter.numel())  # four standard errors of a measured standard deviation
+        assert parameter.std().item() == pytest.approx(expected, rel=tolerance), name
         assert abs(parameter.mean().item()) < 5 * expected / math.sqrt(parameter.numel()), name
         checked.add(is_output)
     assert checked == {True, False}
@@ -74,7 +74,7 @@ def test_the_delta_rules_gates_start_over_the_published_ranges() -> None:
     dt, rate = F.softplus(mixer.dt_bias), mixer.A_log.exp()
     assert 0.999e-3 <= dt.min() < 2e-3
     assert 0.05 < dt.max() <= 0.1001
-    assert dt.log().mean().item() == pytest.approx(math.log(1e-2), abs=0.3)  # spread evenly in the logarithm
+    assert dt.log().mean().item() == pytest.approx(math.log(1e-2), abs=0.3)  # uniform in the logarithm
     assert 1 <= rate.min() < 1.5
     assert 15 < rate.max() <= 16
     inside_a_model = wide_config().build().blocks[3].mixer

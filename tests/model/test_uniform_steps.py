@@ -35,7 +35,7 @@ CUTS = ([], [1], [1, 2, 3], [WINDOW, WINDOW + 1], [20, 60], [3, 90, 91], [60, 61
 every_mixer = pytest.mark.parametrize("kind", MIXERS)
 
 
-def in_level_pieces(mixer: Mixer, x_BTD: Tensor, cuts: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
+def in_uniform_pieces(mixer: Mixer, x_BTD: Tensor, cuts: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """The mixer's outputs when x arrives cut at `cuts`, each piece with the number of tokens before it."""
     batch, time, _ = x_BTD.shape
     state = mixer.init_state(batch, time, dtype=dtype, device="cpu")
@@ -49,31 +49,31 @@ def in_level_pieces(mixer: Mixer, x_BTD: Tensor, cuts: list[int], dtype: torch.d
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
 @every_mixer
 @torch.no_grad()
-def test_level_rows_in_any_split_are_forward(kind: str, cuts: list[int]) -> None:
+def test_uniform_rows_in_any_split_are_forward(kind: str, cuts: list[int]) -> None:
     mixer, x = build_mixer(MIXERS[kind]), random_input(2, LONG)
-    assert_close(in_level_pieces(mixer, x, cuts), mixer(x, whole(x)), 1e-5)
+    assert_close(in_uniform_pieces(mixer, x, cuts), mixer(x, whole(x)), 1e-5)
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(1, 0), (1, 5), (3, 0), (3, 30), (7, 2), (12, 12), (40, 4)])
 @torch.no_grad()
-def test_level_rows_fill_every_shape_of_ring(window: int, sinks: int) -> None:
+def test_uniform_rows_fill_every_shape_of_ring(window: int, sinks: int) -> None:
     mixer, x = build_mixer(SWAConfig(n_heads=4, window=window, sinks=sinks)), random_input(1, 100)
     expected = mixer(x, whole(x))
     for cuts in ([], [1], [2, 44], [44, 88], [45, 46, 47], [13, 26, 39, 52, 65], list(range(1, 100))):
-        assert_close(in_level_pieces(mixer, x, cuts), expected, 1e-5, f"cut at {cuts}")
+        assert_close(in_uniform_pieces(mixer, x, cuts), expected, 1e-5, f"cut at {cuts}")
 
 
 @every_mixer
 @torch.no_grad()
-def test_level_rows_leave_the_state_that_masks_leave(kind: str) -> None:
+def test_uniform_rows_leave_the_state_that_masks_leave(kind: str) -> None:
     """After pieces of all kinds, so that the one way of stepping can go on where the other stopped."""
     mixer, x = build_mixer(MIXERS[kind]), random_input(2, 60)
-    level, masked = (mixer.init_state(2, 60, dtype=torch.float32, device="cpu") for _ in range(2))
+    uniform, masked = (mixer.init_state(2, 60, dtype=torch.float32, device="cpu") for _ in range(2))
     for begin, end in pairwise([0, 25, 26, 27, 29, 60]):
         piece, valid = x[:, begin:end], torch.ones(2, end - begin, dtype=torch.bool)
-        mixer.step(piece, level, Layout.continuing_uniform(begin, 2, end - begin))
+        mixer.step(piece, uniform, Layout.continuing_uniform(begin, 2, end - begin))
         mixer.step(piece, masked, Layout.continuing(torch.full((2,), begin), valid))
-        for found, expected in zip(level.tensors(), masked.tensors(), strict=True):
+        for found, expected in zip(uniform.tensors(), masked.tensors(), strict=True):
             assert_close(found, expected, 1e-5, f"after {end}")
 
 
@@ -84,7 +84,7 @@ def test_expanded_latents_give_what_absorbed_ones_give(config: MLAConfig | Laten
     out = []
     for pays_from in (1, 1000):
         mixer.min_to_expand = pays_from
-        out.append(in_level_pieces(mixer, x, [10, 11, 30]))
+        out.append(in_uniform_pieces(mixer, x, [10, 11, 30]))
     assert_close(out[0], out[1], 1e-5)
     assert not torch.equal(out[0], out[1]), "both went the same way"
 

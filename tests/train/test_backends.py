@@ -33,9 +33,10 @@ def test_a_mixer_without_a_choice_says_nothing_of_backends():
 def test_auto_is_resolved_by_device_and_a_name_is_taken_as_it_is(name):
     op = "delta rule" if name.startswith("gdn") else "attention"
     on_cuda = {"delta rule": "torch", "attention": "flex" if name == "swa" else "cudnn (packed rows: flex)"}
+    also = ["convolution"] if op == "delta rule" else []  # told on a GPU only
     assert resolve_backends(model_of(name), CPU) == {op: "torch"}
-    assert resolve_backends(model_of(name), CUDA) == {op: on_cuda[op]}
-    assert resolve_backends(with_backend(name, "reference"), CUDA) == {op: "reference"}
+    assert resolve_backends(model_of(name), CUDA) == dict.fromkeys(also, "torch") | {op: on_cuda[op]}
+    assert resolve_backends(with_backend(name, "reference"), CUDA) == dict.fromkeys([*also, op], "reference")
     fp32 = resolve_backends(model_of(name), CUDA, "fp32")[op]
     assert fp32.startswith(on_cuda[op].partition(" ")[0])
     assert ("fp32: memory-efficient" in fp32) == fp32.startswith("cudnn")

@@ -74,14 +74,14 @@ def test_bf16_is_advised_where_the_machine_has_it_and_changes_that_keep_the_numb
 
 def test_of_several_processes_each_has_its_rows_and_may_hold_a_part_of_the_model():
     four = replace(HERE, ranks=4)
-    whole, spread = training_bytes(CONFIG, HERE), training_bytes(CONFIG, four)
-    assert spread["activations_estimate"] == whole["activations_estimate"] / 4
-    assert spread["weights"] == whole["weights"]
+    whole, ranks = training_bytes(CONFIG, HERE), training_bytes(CONFIG, four)
+    assert ranks["activations_estimate"] == whole["activations_estimate"] / 4
+    assert ranks["weights"] == whole["weights"]
     parts = training_bytes(CONFIG, replace(four, shards=4))
     for name in ("weights", "gradients", "optimizer_state"):
         assert parts[name] == whole[name] // 4
     (found,) = [entry for entry in advice(CONFIG, four) if entry.flags == "--parallel fsdp"]
-    assert found.saves == sum(spread.values()) - sum(parts.values())
+    assert found.saves == sum(ranks.values()) - sum(parts.values())
     flags = [entry.flags for entry in advice(CONFIG, replace(four, shards=4))]
     assert not [flag for flag in flags if flag.startswith(("--accumulation", "--parallel"))]  # one row each: no less
 

@@ -1,4 +1,4 @@
-"""A step is one step however it is spread: the same loss, norm and weights on one rank, on two and on four.
+"""A step is one step however many ranks take it: the same loss, norm and weights on one rank, on two and on four.
 
 Two ranks add up what one process adds up in two micro-batches, so there all is equal to the bit but for torch's fused
 AdamW, whose last bit depends on where a tensor is cut. With four ranks the order of sums is another one.

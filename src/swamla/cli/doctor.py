@@ -3,6 +3,7 @@
 import json
 import platform
 import shutil
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -192,7 +193,7 @@ def _show(console: Console, found: dict[str, Any]) -> None:
         *((name, found["optional"][name] or f"missing: pip install 'swamla[{OPTIONAL[name]}]'") for name in OPTIONAL),
         ("auto", f"{chosen['precision']} on {chosen['device']}; {describe(chosen['backends'])}"),
         *((family, ", ".join(kinds)) for family, kinds in found["kinds"].items()),
-        *((op, _available(backends)) for op, backends in found["backends"].items()),
+        *(("backends", text) for text in _available(found["backends"])),
         *(("fastest", _measured(choice)) for choice in found["paths"]),
         ("cache", f"{storage['cache']}, {short(storage['cache_bytes'], 'B')}"),
         ("disk", f"{free[0]} free there, {free[1]} here"),
@@ -212,8 +213,11 @@ def _measured(choice: dict[str, Any]) -> str:
     return f"{Choice(**choice).shape}: {times} ({told})"
 
 
-def _available(backends: dict[str, str]) -> str:
-    """As text: "reference, torch; not flex (needs a CUDA device)"."""
-    there = ", ".join(name for name, obstacle in backends.items() if not obstacle)
-    missing = ", ".join(f"{name} ({obstacle.partition(',')[0]})" for name, obstacle in backends.items() if obstacle)
-    return f"{there}; not {missing}" if missing else there
+def _available(backends: dict[str, dict[str, str]]) -> list[str]:
+    """As texts, kinds with the same backends in one: "swa: reference, torch; not flex (needs a CUDA device)"."""
+    kinds = defaultdict[str, list[str]](list)
+    for kind, obstacles in backends.items():
+        there = ", ".join(name for name, obstacle in obstacles.items() if not obstacle)
+        missing = [f"{name} ({obstacle.partition(',')[0]})" for name, obstacle in obstacles.items() if obstacle]
+        kinds[f"{there}; not {', '.join(missing)}" if missing else there].append(kind)
+    return [f"{', '.join(names)}: {text}" for text, names in kinds.items()]

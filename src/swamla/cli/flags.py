@@ -172,10 +172,8 @@ def _checked(argv: Sequence[str], table: Mapping[str, Flag], refusal: Callable[[
         given.add(flag.name)
         is_followed = bool(rest) and rest[0] != "--" and not _WORD.fullmatch(rest[0])
         if flag.takes_value and not equals and is_followed and flag.goes_with(rest[0]):
-            equals, value = (
-                "=",
-                rest.pop(0),
-            )  # joined, so that argparse does not take a value for a flag: -1e-3, "- item"
+            # Joined, so that argparse does not take a value for a flag: -1e-3, "- item".
+            equals, value = "=", rest.pop(0)
         elif flag.bare is not None and not equals:
             equals, value = "=", flag.bare
         words.append(f"--{name}{equals}{value}")

@@ -132,9 +132,8 @@ def _compare(console: Console, name: str, bits_per_byte: float, held_out: bytes)
     for compressor, size in compressed.items():
         table.add_row(compressor, f"{8 * size / len(held_out):.3f}")
     table.add_row(f"[bold]{name}", f"[bold]{bits_per_byte:.3f}")
-    say(
-        console, f"{len(held_out):,} bytes of held-out text"
-    )  # not a table title, which would wrap at the table's width
+    # Not a table title, which would wrap at the table's width.
+    say(console, f"{len(held_out):,} bytes of held-out text")
     console.print(table)
 
 

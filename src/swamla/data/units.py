@@ -112,9 +112,8 @@ class Job:
         )
         for path in staging.iterdir():
             fsync(path)
-        write_text_atomically(
-            self._record(number), json.dumps(asdict(record))
-        )  # before the rename, after which the unit counts as encoded
+        # Before the rename, after which the unit counts as encoded.
+        write_text_atomically(self._record(number), json.dumps(asdict(record)))
         try:
             staging.rename(self.path(number))
         except OSError:

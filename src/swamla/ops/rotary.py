@@ -72,7 +72,7 @@ def _rotated(x_BTHK: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
 
 
 def _rotated_whole(x_BTHK: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
-    """Whole heads by tables as wide, so that a compiler makes one pass of it: what does not turn has the angle 0."""
+    """Whole heads by tables as wide, so that a compiler makes one pass of it: what is not rotated has the angle 0."""
     still, wide = x_BTHK.shape[-1] - cos.shape[-1], x_BTHK.to(torch.promote_types(x_BTHK.dtype, cos.dtype))
     partners = _partners(wide[..., still:], layout)
     if still:

@@ -1,19 +1,22 @@
 """The backend of each op of a run: chosen once, when the model is placed on its device, then printed and stored."""
 
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from typing import Any, cast
 
 import torch
 
 from swamla.data.dataset import Dataset
 from swamla.errors import MissingBackendError
+from swamla.model.ffns.ffn import FFNConfig
 from swamla.model.language_model import LanguageModelConfig
-from swamla.ops import attention, gated_delta
-from swamla.ops.grouped_mm import BACKENDS as GROUPED_BACKENDS
-from swamla.ops.grouped_mm import resolve_backend as grouped_backend
+from swamla.model.mixers.mixer import MixerConfig
 from swamla.ops.layout import Layout
+from swamla.registry import members_of
 from swamla.train.precision import Chosen
 from swamla.train.racing import Choice, choose, races_on
+
+EXAMPLE_WIDTH = 64  # of a model that `Registered.example` fits
 
 
 def resolve_backends(model: LanguageModelConfig, device: torch.device, precision: Chosen = "bf16") -> dict[str, str]:
@@ -65,28 +68,22 @@ def usual_length(dataset: Dataset, block_size: int) -> int:
 
 
 def available(device: torch.device) -> dict[str, dict[str, str]]:
-    """Op → backend → why it cannot run on `device`, "" if it can. The delta rule is tried with keys of width 128."""
-    rule = partial(gated_delta.resolve_backend, device=device, heads=2, key=128, value=128)
-    asked: dict[str, tuple[tuple[str, ...], Callable[[str], str]]] = {
-        "causal attention": (attention.BACKENDS, lambda name: attention.resolve_backend(name, device)),
-        "windowed attention": (
-            attention.WINDOWED_BACKENDS,
-            lambda name: attention.resolve_backend(name, device, windowed=True),
-        ),
-        "delta rule": (gated_delta.BACKENDS, lambda name: rule(name)),
-        "experts": (GROUPED_BACKENDS, grouped_backend),
-    }
+    """Kind of mixer or FFN → backend → why it cannot compute the kind's example on `device` in bf16, "" if it can."""
+    families = (members_of(MixerConfig), members_of(FFNConfig))
+    kinds = {kind: cast("type[MixerConfig] | type[FFNConfig]", cls) for f in families for kind, cls in f.items()}
     return {
-        op: {name: _obstacle(resolve, name) for name in names if name != "auto"}
-        for op, (names, resolve) in asked.items()
+        kind: {name: _obstacle(cls.example(), name, device) for name in cls.BACKENDS if name != "auto"}
+        for kind, cls in kinds.items()
+        if cls.BACKENDS
     }
 
 
-def _obstacle(resolve: Callable[[str], str], name: str) -> str:
+def _obstacle(example: MixerConfig | FFNConfig, backend: str, device: torch.device) -> str:
+    chosen: dict[str, Any] = {"backend": backend}
     try:
-        resolve(name)
+        replace(example, **chosen).backends(device, EXAMPLE_WIDTH, torch.bfloat16)
     except MissingBackendError as error:
-        return str(error).removeprefix(f'backend = "{name}" ')
+        return str(error).removeprefix(f'backend = "{backend}" ')
     return ""
 
 

@@ -97,9 +97,8 @@ class RankWatch:
     def _where(self) -> str:
         """The line that every rank is at. Ranks that wait are in a collective; the rank that they wait for is not."""
         self._store.set(f"at {distributed.rank()}", _innermost(sys._current_frames().get(self._main)))
-        time.sleep(
-            2 * self._limit / BEATS
-        )  # until the other ranks, which began the step at about the same time, have reported too
+        # The other ranks, which began the step at about the same time, report in these seconds too.
+        time.sleep(2 * self._limit / BEATS)
         found: dict[str, list[str]] = {}
         for rank in range(distributed.world_size()):
             known = self._store.check([f"at {rank}"])

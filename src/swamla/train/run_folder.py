@@ -79,9 +79,8 @@ def open_run(
             resolved = resolve_vocabulary(config, dataset)
             if origin is not None:
                 origin.require_fit(resolved.model)
-            dataset.rows(
-                config.train.block_size, config.train.seed
-            )  # raises for too little text, before anything is written
+            # Raises for too little text, before anything is written.
+            dataset.rows(config.train.block_size, config.train.seed)
             if resume:
                 check_same_run(resolved, run_dir)
             return checkpoint

@@ -28,12 +28,14 @@ class FFNConfig(Registered, home="swamla.model.ffns"):
     outputs: the module's parameters that write to the residual stream; their initial weights are scaled by depth.
     vectors: two-dimensional parameters that are a set of vectors and not the matrix of a linear map, such as a
         router's, one per expert. Muon leaves them to AdamW, and their layer is not converted to fp8.
+    BACKENDS: what the field `backend` may be, "auto" included; empty for an FFN without that field.
     """
 
     sign: ClassVar[str] = "?"
     style: ClassVar[str] = "bold"
     outputs: ClassVar[tuple[str, ...]] = ("down_proj.weight",)
     vectors: ClassVar[tuple[str, ...]] = ()
+    BACKENDS: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def build(self, width: int) -> "FFN":

@@ -40,6 +40,7 @@ class MoEConfig(FFNConfig):
     sign: ClassVar[str] = "E"
     outputs: ClassVar[tuple[str, ...]] = ("experts.down", "shared.down_proj.weight")
     vectors: ClassVar[tuple[str, ...]] = ("router.weight",)
+    BACKENDS: ClassVar[tuple[str, ...]] = BACKENDS
     n_experts: int = 32
     n_activated: int = 3
     n_shared: int = 1
@@ -66,7 +67,7 @@ class MoEConfig(FFNConfig):
         for name in ("bias_rate", "aux_loss", "z_loss"):
             value = self.__dict__[name]
             require(0 <= value < float("inf"), name, value, "must be >= 0 (0: none)")
-        require(self.backend in BACKENDS, "backend", self.backend, f"must be one of {', '.join(BACKENDS)}")
+        require(self.backend in self.BACKENDS, "backend", self.backend, f"must be one of {', '.join(self.BACKENDS)}")
 
     def expert_dim(self, width: int) -> int:
         """`expert_hidden`, or 8/3 · width / (n_activated + n_shared), rounded up to a multiple of 64."""

@@ -1,7 +1,7 @@
 """Gated DeltaNet (arXiv 2412.06464): linear attention with a decaying, error-correcting state matrix per head."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
@@ -43,6 +43,7 @@ class GDNConfig(MixerConfig):
     style: ClassVar[str] = "black on green"
     is_local: ClassVar[bool] = True
     vectors: ClassVar[tuple[str, ...]] = ("conv_weight",)
+    BACKENDS: ClassVar[tuple[str, ...]] = BACKENDS
     n_heads: int
     n_key_heads: int | None = None
     head_k_dim: int | None = None
@@ -65,7 +66,7 @@ class GDNConfig(MixerConfig):
         require(self.head_v_dim is None or self.head_v_dim > 0, "head_v_dim", self.head_v_dim, "must be > 0, e.g. 128")
         require(self.conv > 0, "conv", self.conv, "must be > 0, e.g. 4")
         require(self.latent_dim >= 0, "latent_dim", self.latent_dim, "must be >= 0 (0: not compressed)")
-        require(self.backend in BACKENDS, "backend", self.backend, f"must be one of {', '.join(BACKENDS)}")
+        require(self.backend in self.BACKENDS, "backend", self.backend, f"must be one of {', '.join(self.BACKENDS)}")
 
     @property
     def key_heads(self) -> int:
@@ -101,10 +102,6 @@ class GDNConfig(MixerConfig):
         if device.type == "cpu":
             return rule
         return rule | {"convolution": resolve_conv(self.conv_backend, device, taps=self.conv, dtype=dtype)}
-
-    def with_backend(self, backend: str) -> Self:
-        """The same mixer with this backend if its own is "auto"."""
-        return replace(self, backend=backend) if self.backend == "auto" else self
 
     def prepare(self, seq: Layout, width: int) -> None:
         """Build masks and tables eagerly, so that the compiled forward has no graph break."""

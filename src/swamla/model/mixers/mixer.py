@@ -2,8 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
-from typing import ClassVar, Generic, Self, TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ class MixerConfig(Registered, home="swamla.model.mixers"):
     ranks: fields that may not exceed the model's width, which scale with it if a flag makes the model narrower.
     vectors: two-dimensional parameters that are a set of vectors and not the matrix of a linear map, such as the
         filters of a convolution. Muon leaves them to AdamW, and their layer is not converted to fp8.
+    BACKENDS: what the field `backend` may be, "auto" included; empty for a mixer without that field.
     """
 
     sign: ClassVar[str] = "?"
@@ -32,6 +33,7 @@ class MixerConfig(Registered, home="swamla.model.mixers"):
     outputs: ClassVar[tuple[str, ...]] = ("o_proj.weight",)
     ranks: ClassVar[tuple[str, ...]] = ()
     vectors: ClassVar[tuple[str, ...]] = ()
+    BACKENDS: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def build(self, width: int) -> "Mixer":
@@ -62,8 +64,9 @@ class MixerConfig(Registered, home="swamla.model.mixers"):
         return {}
 
     def with_backend(self, backend: str) -> Self:
-        """The same mixer with this backend if its own is "auto"."""
-        return self
+        """The same mixer with this backend if its own is "auto"; itself if it has no choice of backends."""
+        chosen: dict[str, Any] = {"backend": backend}
+        return replace(self, **chosen) if self.BACKENDS and self.__dict__["backend"] == "auto" else self
 
     def trial(self, width: int) -> AttentionTrial | None:
         """The attention whose backends are timed on a CPU when the backend is "auto"; None if there is no choice."""

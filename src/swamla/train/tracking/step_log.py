@@ -53,9 +53,8 @@ class StepLog:
     ) -> None:
         self.config, self.state, self.metrics, self.display = config, state, metrics, display
         self.bits_per_nat, self.epochs = bits_per_nat, epochs
-        self.peak = distributed.on_main(
-            lambda: peak_of(state.device, state.precision)
-        )  # on one rank, because it may be measured
+        # On one rank, because it may be measured.
+        self.peak = distributed.on_main(lambda: peak_of(state.device, state.precision))
         self.flops = TrainingFlops(config.model)
         self.router_health = RouterHealth()
         self.recent_tokens = self.recent_seconds = 0.0
