@@ -60,8 +60,8 @@ def check_horizon(before: TrainConfig, now: TrainConfig, *, step: int, seconds: 
     """Raise `ConfigError` if the run's later end would raise the learning rate, and no setting of the rate was changed.
 
     A schedule spans the whole run: an annealed run that gets more steps or minutes is in the middle of its schedule
-    again. The user has to choose between that and the last rate. Raises too if a change leaves steps at a rate of 0; a run
-    that was planned so is resumed.
+    again. The user has to choose between that and the last rate. Raises too if a change leaves steps at a rate of 0; a
+    run that was planned so is resumed.
     """
     old, new = rates(before, now, step=step, seconds=seconds)
     changed = any(getattr(before, name) != getattr(now, name) for name in ("steps", "max_minutes", *RATES))
