@@ -260,6 +260,12 @@ def test_steps_after_a_schedule_that_ended_at_no_rate_are_refused_as_they_would_
     check_horizon(last, replace(last, steps=12, schedule_steps=6, min_lr_ratio=0.1), step=6, seconds=1.0)
 
 
+def test_a_run_that_was_planned_to_end_at_no_rate_is_resumed_after_an_interruption():
+    planned = tiny_config(min_lr_ratio=0.0, steps=12, schedule_steps=6).train
+    check_horizon(planned, planned, step=8, seconds=1.0)
+    check_horizon(planned, replace(planned, log_interval=5), step=8, seconds=1.0)
+
+
 def test_a_schedule_in_the_middle_is_offered_to_end_as_planned():
     before, now = tiny_config(steps=12).train, tiny_config(steps=60).train
     with pytest.raises(ConfigError, match=r"choose --schedule_steps 12 \(it falls to 1.00e-03, and stays\) or "):

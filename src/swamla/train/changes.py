@@ -60,10 +60,17 @@ def check_horizon(before: TrainConfig, now: TrainConfig, *, step: int, seconds: 
     """Raise `ConfigError` if the run's later end would raise the learning rate, and no setting of the rate was changed.
 
     A schedule spans the whole run: an annealed run that gets more steps or minutes is in the middle of its schedule
-    again. The user has to choose between that and the last rate. Raises too if steps are left and the last rate is 0.
+    again. The user has to choose between that and the last rate. Raises too if a change leaves steps at a rate of 0; a
+    run that was planned so from its start is resumed.
     """
     old, new = rates(before, now, step=step, seconds=seconds)
-    if new == 0 and now.horizon.progress(step, seconds) >= 1 and now.budget.progress(step + 0.5, seconds) < 1:
+    changed = any(getattr(before, name) != getattr(now, name) for name in ("steps", "max_minutes", *RATES))
+    if (
+        changed
+        and new == 0
+        and now.horizon.progress(step, seconds) >= 1
+        and now.budget.progress(step + 0.5, seconds) < 1
+    ):
         name = "schedule_steps" if now.schedule_steps is not None else "schedule_minutes"
         allowed = (
             "ends the schedule at a rate of 0, so no further step would change the model: choose --schedule constant"
