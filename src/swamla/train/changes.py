@@ -61,7 +61,7 @@ def check_horizon(before: TrainConfig, now: TrainConfig, *, step: int, seconds: 
 
     A schedule spans the whole run: an annealed run that gets more steps or minutes is in the middle of its schedule
     again. The user has to choose between that and the last rate. Raises too if a change leaves steps at a rate of 0; a
-    run that was planned so is resumed.
+    run that was planned so from its start is resumed.
     """
     old, new = rates(before, now, step=step, seconds=seconds)
     changed = any(getattr(before, name) != getattr(now, name) for name in ("steps", "max_minutes", *RATES))
