@@ -1,7 +1,7 @@
 """Gated DeltaNet (arXiv 2412.06464): linear attention with a decaying, error-correcting state matrix per head."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
@@ -101,10 +101,6 @@ class GDNConfig(MixerConfig):
         if device.type == "cpu":
             return rule
         return rule | {"convolution": resolve_conv(self.conv_backend, device, taps=self.conv, dtype=dtype)}
-
-    def with_backend(self, backend: str) -> Self:
-        """The same mixer with this backend if its own is "auto"."""
-        return replace(self, backend=backend) if self.backend == "auto" else self
 
     def prepare(self, seq: Layout, width: int) -> None:
         """Build masks and tables eagerly, so that the compiled forward has no graph break."""

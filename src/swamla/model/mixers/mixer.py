@@ -2,8 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
-from typing import ClassVar, Generic, Self, TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +62,9 @@ class MixerConfig(Registered, home="swamla.model.mixers"):
         return {}
 
     def with_backend(self, backend: str) -> Self:
-        """The same mixer with this backend if its own is "auto"."""
-        return self
+        """The same mixer with this backend if its own is "auto"; itself if it has no choice of backends."""
+        chosen: dict[str, Any] = {"backend": backend}
+        return replace(self, **chosen) if self.BACKENDS and self.__dict__["backend"] == "auto" else self
 
     def trial(self, width: int) -> AttentionTrial | None:
         """The attention whose backends are timed on a CPU when the backend is "auto"; None if there is no choice."""

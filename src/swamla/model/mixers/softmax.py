@@ -1,7 +1,6 @@
 """The base of the configs of softmax attention: backends, the choice between them, and counts."""
 
 from abc import abstractmethod
-from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -59,11 +58,6 @@ class SoftmaxConfig(MixerConfig):
         """Op → backend. Raises `MissingBackendError` for a backend that cannot compute on `device`."""
         _, key, value = self.heads(width)
         return {"attention": describe_backend(self.backend, device, dtype, key=key, value=value)}
-
-    def with_backend(self, backend: str) -> Self:
-        """The same mixer with this backend if its own is "auto"."""
-        chosen: dict[str, Any] = {"backend": backend}
-        return replace(self, **chosen) if self.backend == "auto" else self
 
     def trial(self, width: int) -> AttentionTrial | None:
         """The attention whose backends are timed when the backend is "auto"."""
