@@ -83,13 +83,28 @@ def run_python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
+def tour() -> str:
+    return (Path(__file__).parents[1] / "docs/contributing.md").read_text(encoding="utf-8")
+
+
 def test_every_file_has_a_floor() -> None:
     assert {unit_of(path) for path in sources()} <= FLOOR.keys()
 
 
+def test_the_tour_names_files_that_exist() -> None:
+    root = Path(__file__).parents[1]
+    paths = [
+        f"/{path.relative_to(root).as_posix()}"
+        for folder in ("src", "tests")
+        for path in root.glob(f"{folder}/**/*.py")
+    ]
+    named = set(re.findall(r"`([\w/]+\.py)`", tour()))
+    assert len(named) > 40
+    assert [name for name in sorted(named) if not any(path.endswith(f"/{name}") for path in paths)] == []
+
+
 def test_the_tour_shows_the_same_floors() -> None:
-    tour = (Path(__file__).parents[1] / "docs/contributing.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d) \| (.*) \|$", tour.partition("## The floors")[2].partition("\n## ")[0], re.MULTILINE)
+    rows = re.findall(r"^\| (\d) \| (.*) \|$", tour().partition("## The floors")[2].partition("\n## ")[0], re.MULTILINE)
     assert [int(number) for number, _ in rows] == list(range(len(FLOORS)))
     named = [set(re.findall(r"`(\w+)(?:/|\.py)?`", text)) & FLOOR.keys() for _, text in rows]
     assert named == FLOORS
