@@ -154,7 +154,7 @@ def fetch_run(repo_id: str, run_dir: Path, revision: str, console: Console) -> N
 def validation(
     dataset: Dataset, block_size: int, max_tokens: int | None = None
 ) -> Callable[[LanguageModel], dict[str, float]]:
-    """A function that scores a model on the held-out split, or on its first `max_tokens`."""
+    """A function that scores a model on the held-out split, or on `max_tokens` of it in evenly spaced rows."""
     batch_size = max(1, EVALUATION_TOKENS // block_size)
 
     def evaluate(model: LanguageModel) -> dict[str, float]:

@@ -38,9 +38,8 @@ def build_model(
         model = config.skeleton()
         prepare(model)
         experts = _fill(model, seed, device, expert_parallel)
-        torch._dynamo.config.optimize_ddp = (
-            False  # graphs are single blocks, so splitting them for buckets gains nothing
-        )
+        # Graphs are single blocks, so splitting them for buckets gains nothing.
+        torch._dynamo.config.optimize_ddp = False
         # Without find_unused_parameters DDP rebuilds its buckets after a process's first step, and more than two ranks
         # then sum in another order: a resumed run would differ in the last bit from an uninterrupted one.
         with warnings.catch_warnings():
