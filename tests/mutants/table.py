@@ -240,9 +240,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a backend that was named is changed",
-        "src/swamla/model/mixers/softmax.py",
-        'return replace(self, **chosen) if self.backend == "auto" else self',
-        "return replace(self, **chosen)",
+        "src/swamla/model/mixers/mixer.py",
+        'return replace(self, **chosen) if self.BACKENDS and self.__dict__["backend"] == "auto" else self',
+        "return replace(self, **chosen) if self.BACKENDS else self",
         "tests/test_registry.py::test_a_backend_is_given_to_a_mixer_that_leaves_it_open_and_to_no_other",
     ),
     Mutation(
