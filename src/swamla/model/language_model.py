@@ -35,7 +35,7 @@ class LanguageModelConfig:
     learned_positions: number of learned position vectors, which limits the length of a document; 0 for none.
     dropout: on the embeddings and on the outputs of mixers and FFNs, in training.
     residual: dtype of the residual stream under autocast: weights (as the weights are, fp32) or autocast (its 16 bits,
-        half the memory traffic of norms and sums, at the price of rounding what every layer adds).
+        half the memory traffic of norms and sums; what every layer adds is rounded: docs/log.md).
     init_std: standard deviation of the initial weights; output projections get it / √(2 · depth).
     """
 
