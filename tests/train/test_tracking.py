@@ -101,8 +101,23 @@ def test_smoothing_keeps_constants_and_slopes_and_averages_noise():
 def test_a_picture_is_drawn_without_held_out_points_and_none_without_records(tmp_path):
     file = tmp_path / "m.jsonl"
     file.write_text("")
-    plot_losses(file, tmp_path / "none.png", title="t", bits_per_nat=0.4)
+    plot_losses(file, tmp_path / "none.png", title="t")
     assert not (tmp_path / "none.png").exists()
     file.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n')
-    plot_losses(file, tmp_path / "some.png", title="t", bits_per_nat=0.4)
+    plot_losses(file, tmp_path / "some.png", title="t")
     assert (tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("bits", [True, False])
+def test_a_picture_has_each_text_in_the_bits_of_its_own_bytes_or_all_in_nats(tmp_path, monkeypatch, bits):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, _: drawn.append(figure.axes))
+    held_out = {"held_out_loss": 2.5} | ({"held_out_bits_per_byte": 0.679} if bits else {})
+    records = [{"step": 1, "loss": 3.0, "bits_per_byte": 2.9}, {"step": 2, **held_out}]
+    file = tmp_path / "m.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    plot_losses(file, tmp_path / "some.png", title="t")
+    (axes,) = drawn[0]
+    training, _, evaluations = (list(line.get_ydata()) for line in axes.lines)
+    assert (training, evaluations) == (([2.9], [0.679]) if bits else ([3.0], [2.5]))
+    assert axes.get_ylabel() == ("bits per byte" if bits else "loss (nats per token)")

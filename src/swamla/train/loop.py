@@ -340,4 +340,4 @@ def _ended_by_stop(run: Run) -> Iterator[None]:
 def _plot(run: Run) -> None:
     """Draw loss.png from metrics.jsonl."""
     title = f"{run.folder.name}: training and held-out loss"
-    plot_losses(run.folder / "metrics.jsonl", run.folder / "loss.png", title=title, bits_per_nat=run.bits_per_nat)
+    plot_losses(run.folder / "metrics.jsonl", run.folder / "loss.png", title=title)

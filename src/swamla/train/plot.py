@@ -10,17 +10,22 @@ import numpy as np
 from swamla.train.tracking.metrics import read_metrics
 
 
-def plot_losses(metrics_file: Path, picture: Path, *, title: str, bits_per_nat: float) -> None:
+def plot_losses(metrics_file: Path, picture: Path, *, title: str) -> None:
     """Draw training loss (raw faint, smoothed bold) and held-out loss over steps.
 
-    bits_per_nat: factor from nats per token to bits per byte, for the axis on the right.
+    In bits per byte, each by the bytes of its own text; in nats per token where an evaluation does not give them.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     records = read_metrics(metrics_file)
-    training = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
-    held_out = [(r["step"], r["held_out_loss"]) for r in records if r.get("held_out_loss") is not None]
+    steps_taken = [record for record in records if record.get("loss") is not None]
+    evaluations = [record for record in records if record.get("held_out_loss") is not None]
+    in_bits = all(record.get("bits_per_byte") is not None for record in steps_taken)
+    in_bits = in_bits and all(record.get("held_out_bits_per_byte") is not None for record in evaluations)
+    key, label = ("bits_per_byte", "bits per byte") if in_bits else ("loss", "loss (nats per token)")
+    training = [(record["step"], record[key]) for record in steps_taken]
+    held_out = [(record["step"], record[f"held_out_{key}"]) for record in evaluations]
     if not training:
         return
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
@@ -31,10 +36,7 @@ def plot_losses(metrics_file: Path, picture: Path, *, title: str, bits_per_nat: 
     axes.plot(steps, smooth(losses), color="#4c72b0", linewidth=1.8, label="training (smoothed)")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="#dd8452", markersize=4, linewidth=1.2, label="held out")
-    axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
-    bits = (lambda nats: np.multiply(nats, bits_per_nat), lambda bits: np.divide(bits, bits_per_nat))
-    right = axes.secondary_yaxis("right", functions=bits)
-    right.set_ylabel("bits per byte")
+    axes.set(title=title, xlabel="step", ylabel=label)
     axes.grid(alpha=0.25)
     axes.spines[["top"]].set_visible(False)
     axes.legend(frameon=False)

@@ -59,7 +59,6 @@ class Run:
     """What the loop, saving and logging share.
 
     feed: reads the training rows.  epochs: passes over the training text.  log: reports steps.
-    bits_per_nat: bits per byte for a loss of one nat per token.
     started: `time.monotonic` at the start, moved by the time that earlier processes of the run took.
     length: the current sequence length.  next_step: what `look_ahead` found last.
     waiting_since: `time.monotonic` at the end of the last step.
@@ -73,7 +72,6 @@ class Run:
     evaluate: Evaluate | None
     feed: Feed
     epochs: Epochs
-    bits_per_nat: float
     stop: StopRequest
     display: Display
     records: Records
@@ -198,7 +196,6 @@ def in_progress(
             evaluate=evaluate,
             feed=Feed(dataset.rows(settings.block_size, settings.seed), settings.batch_size, state.device),
             epochs=epochs,
-            bits_per_nat=bits_per_nat,
             stop=stop,
             display=display,
             records=records,
