@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from swamla.checkpoint import Checkpoint, find_checkpoint, load, read_run_config
-from swamla.cli.console import Console
+from swamla.cli.console import Console, say
 from swamla.cli.flags import Flag, argument, parse
 from swamla.cli.overrides import apply_flags, data_flags
 from swamla.cli.running import data_of_run, read_data, run_folder, validation
@@ -78,6 +78,10 @@ def main(argv: list[str]) -> int:
     score = validation(dataset, arguments.block_size or config.train.block_size)
     trained = str(checkpoint.state.get("precision", ""))
     precision = resolve_as_trained(config.train.precision, trained, model.device)
+    text = dataset.held_out
+    if not arguments.json:
+        tokens = text.n_tokens + text.n_documents
+        say(Console(stderr=True), f"scoring {tokens:,} tokens, {text.n_bytes:,} bytes of text …")
     with autocast(precision, model.device):
         found = score(model)
     part = "all" if arguments.data and not arguments.held_out else "the held-out part"
