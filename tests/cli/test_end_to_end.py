@@ -204,7 +204,7 @@ def test_evaluation_scores_the_runs_own_held_out_text_and_other_text(home: Path,
     assert json.loads(elsewhere.stdout) == found
     (home / "other.txt").write_text("0123456789" * 300)
     other = swamla(home, "evaluate", "runs/quickstart", "--data", "other.txt")
-    assert (other.returncode, other.stderr) == (0, "")
+    assert (other.returncode, other.stderr) == (0, "scoring 3,001 tokens, 3,000 bytes of text …\n")
     assert "bits per byte" in other.stdout
     assert f"3,000 bytes: all of other.txt, in {found['precision']}" in other.stdout
 
