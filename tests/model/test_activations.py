@@ -1,5 +1,7 @@
 """The estimate of what a training step keeps, against what autograd is really given to keep."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -72,6 +74,17 @@ def test_checkpointing_everything_keeps_one_tensor_a_layer_and_the_layer_compute
     assert per_layer[1] - per_layer[0] == per_layer[2] - per_layer[1] == 4 * 256 * TOKENS
     kept = [kept_bytes(model_of("swa", "dense", depth), checkpointing="all") for depth in (2, 3)]
     assert kept[1] - kept[0] == 4 * 256 * TOKENS
+
+
+def test_a_residual_stream_in_bf16_is_kept_and_counted_by_half() -> None:
+    rounded = [replace(model_of("swa", "dense", depth), residual="autocast") for depth in (2, 3)]
+    kept = [kept_bytes(config, bf16=True, checkpointing="all") for config in rounded]
+    assert kept[1] - kept[0] == 2 * 256 * TOKENS
+    estimate = activation_bytes(rounded[0], TOKENS, element_bytes=2)
+    assert 0.9 * estimate <= kept_bytes(rounded[0], bf16=True) <= 1.4 * estimate
+    saved = activation_bytes(model_of("swa", "dense"), TOKENS, element_bytes=2) - estimate
+    assert saved == 2 * 2 * 2 * 256 * TOKENS  # bytes less, before two norms, in two layers
+    assert activation_bytes(rounded[0], TOKENS) == activation_bytes(model_of("swa", "dense"), TOKENS)
 
 
 @pytest.mark.parametrize("part", ["attention", "ffn"])

@@ -131,13 +131,13 @@ def activation_bytes(
     """An estimate of the activation bytes that a training step on `tokens` tokens saves for its backward pass.
 
     length: tokens of a document, by default all.  element_bytes: of the dtype of matrix products. Counts the input and
-    the output of every matrix; the residual stream before each norm, in fp32; with 2-byte elements the weights' copies
-    in that dtype; on a CPU the attention weights that the backward pass does not recompute. With `checkpointing`,
-    recomputed mixers and FFNs save their input only, and the largest of them counts once in full. Does not count other
-    tensors of elementwise operations, the loss's chunk of logits, and buffers inside operations: measured, a model
-    saves 0.9 to 1.4 times the estimate.
+    the output of every matrix; the residual stream before each norm, in its dtype; with 2-byte elements the weights'
+    copies in that dtype; on a CPU the attention weights that the backward pass does not recompute. With
+    `checkpointing`, recomputed mixers and FFNs save their input only, and the largest of them counts once in full. Does
+    not count other tensors of elementwise operations, the loss's chunk of logits, and buffers inside operations:
+    measured, a model saves 0.9 to 1.4 times the estimate.
     """
-    residual = 4 * config.width
+    residual = (min(4, element_bytes) if config.residual == "autocast" else 4) * config.width
     saved_by_block = {name: _saved_elements(block, config.width) for name, block in config.blocks.items()}
     if device == "cpu":
         for name, block in config.blocks.items():
