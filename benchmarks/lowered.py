@@ -299,6 +299,8 @@ def _pretended_gpu() -> Iterator[None]:
         for module in (torch.utils._triton, scheduler):
             stack.enter_context(patch.object(module, "has_triton", _answering(True)))
         stack.enter_context(patch.object(reinplace, "_inplace_generalized_scatter", in_place))
+        # A build with CUDA would look for a driver.
+        stack.enter_context(patch.object(torch._subclasses.fake_tensor, "init_gpu_context", _answering(None)))
         stack.enter_context(config.patch({"triton.autotune_at_compile_time": False, "compile_threads": 1}))
         for name in ("cuda", "cuda:0"):
             register_interface_for_device(name, CudaInterface)

@@ -17,7 +17,7 @@ from torch import Tensor
 from swamla.errors import UsageError, is_out_of_memory
 from swamla.ops.attention.cuda import MULTIPLE, pad_to_multiple, pad_width
 from swamla.ops.attention.reference import Window, attend_by_mask
-from swamla.ops.graphs import outside_graphs
+from swamla.ops.graphs import in_dtype_of, outside_graphs
 from swamla.ops.layout import Layout
 
 INSTALL = "pip install flash-attn --no-build-isolation"
@@ -107,7 +107,7 @@ class _Attention(torch.autograd.Function):
             o_NCHK = _by_chunks(o_MHK, seen_NCS) * rest_NCH1 + _of_sinks(
                 weight_NHCS, _at_sinks(v_MGK, token_NS, seen_NCS), seen_NCS
             )
-            o_MHK = o_NCHK.flatten(0, 1)[: len(q_MHK)].to(q_MHK.dtype)
+            o_MHK = in_dtype_of(q_MHK, o_NCHK.flatten(0, 1)[: len(q_MHK)])
             lse_HM = lse_NHC.transpose(0, 1).flatten(1)[:, : len(q_MHK)].contiguous()
         ctx.save_for_backward(q_MHK, k_MGK, v_MGK, o_MHK, lse_HM, bounds, host_bounds, token_NS, seen_NCS, first_N)
         ctx.left, ctx.scale = left, scale
