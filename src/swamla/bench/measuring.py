@@ -199,6 +199,7 @@ def peak_memory_of_child(run: Run) -> int:
 def _answer(run: Run, write: int) -> None:
     answer: int | Exception
     torch.set_num_threads(1)  # a forked process has no other threads
+    torch.ones(1024).sum()  # a forked process maps code again at its first use, up to 13 MB
     before = _high_water()
     try:
         run()
