@@ -142,7 +142,7 @@ def test_a_signal_before_anything_is_trained_ends_in_one_line_and_leaves_nothing
         process.send_signal(number)
         assert process.wait(PATIENCE) == 128 + number
         line = f"stopped by {number.name}; no run was under way, the same command starts again"
-        assert process.stderr.read() == f"swamla: error: {line}\n"
+        assert process.stderr.read() == f"swamla: {line}\n"
     assert not (tmp_path / "runs").exists()
 
 
