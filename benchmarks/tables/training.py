@@ -27,6 +27,7 @@ HYBRIDS = ("swa swa mla", "gdn gdn mla")
 OURS = (*HYBRIDS, "mha", "mla")
 FIVE_TO_ONE = "swa swa swa swa swa mla"
 MATMUL, SIDE, MATMULS = "bf16 matmul", 1024, 100
+QUICK_SIDE = 64  # of a dry run: without bf16 instructions the whole takes minutes
 STEP = 4096  # tokens of a step, at least one row
 
 
@@ -94,11 +95,12 @@ def measure_race(bench: Bench, race: Race, shape: Shape) -> None:
         return make
 
     makers: dict[str, Maker] = {name: maker(name) for name in race.names}
-    makers[MATMUL] = lambda: matmuls  # the machine's peak rate, in the same rounds
+    side = QUICK_SIDE if bench.quick else SIDE
+    makers[MATMUL] = lambda: partial(matmuls, side)  # the machine's peak rate, in the same rounds
     outcomes = bench.race(TABLE, what, makers, rounds=race.rounds, limit=race.limit, warmup=race.warmup)
     if MATMUL not in outcomes:
         return
-    reached = MATMULS * 2 * SIDE**3 / outcomes.pop(MATMUL).timing.median
+    reached = MATMULS * 2 * side**3 / outcomes.pop(MATMUL).timing.median
     baseline = outcomes.get(race.names[0])
     for name, outcome in outcomes.items():
         speed = rows * race.length / outcome.timing.median
@@ -118,9 +120,9 @@ def measure_race(bench: Bench, race: Race, shape: Shape) -> None:
     bench.leave_out(TABLE, what, race.left_out, "too slow at this length for the time there is")
 
 
-def matmuls() -> None:
+def matmuls(side: int = SIDE) -> None:
     """Products of square bf16 matrices, about a quarter of a second."""
-    a, b = (torch.randn(SIDE, SIDE).bfloat16() for _ in range(2))
+    a, b = (torch.randn(side, side).bfloat16() for _ in range(2))
     for _ in range(MATMULS):
         a @ b
 

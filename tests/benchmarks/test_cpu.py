@@ -152,9 +152,8 @@ def test_contenders_take_turns() -> None:
 
 
 def test_a_share_is_of_what_square_products_reach_in_the_same_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "SIDE", 64)  # a CPU without bf16 would take minutes for the whole
     with FlopCounterMode(display=False) as counted:
-        training.matmuls()
+        training.matmuls(training.QUICK_SIDE)
 
     def race(self: Bench, table: str, what: Any, makers: dict[str, Any], **_: Any) -> dict[str, Outcome]:
         for name, maker in makers.items():

@@ -38,9 +38,7 @@ def rotate_doubled(x_BTHK: Tensor, tables: Tables, layout: str) -> Tensor:
     few = x_BTHK.numel() <= FEW and not torch.is_grad_enabled()
     if x_BTHK.device.type == "cpu" and not few:
         return _in_blocks(x_BTHK, cos, sin, layout)
-    still, rotated = x_BTHK.split((x_BTHK.shape[-1] - cos.shape[-1], cos.shape[-1]), dim=-1)
-    rotated = _rotated(rotated, cos, sin, layout)
-    return torch.cat((still, rotated), dim=-1) if still.shape[-1] else rotated
+    return _rotated(x_BTHK, cos, sin, layout)
 
 
 def reference_rotate(x_BTHK: Tensor, tables: Tables, layout: str) -> Tensor:
@@ -67,11 +65,6 @@ def _partners(x: Tensor, layout: str, sign: int = 1) -> Tensor:
 
 
 def _rotated(x_BTHK: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
-    wide = x_BTHK.to(torch.promote_types(x_BTHK.dtype, cos.dtype))
-    return in_dtype_of(x_BTHK, torch.addcmul(wide * cos, _partners(wide, layout), sin))
-
-
-def _rotated_whole(x_BTHK: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     """Whole heads by tables as wide, so that a compiler makes one pass of it: what is not rotated has the angle 0."""
     still, wide = x_BTHK.shape[-1] - cos.shape[-1], x_BTHK.to(torch.promote_types(x_BTHK.dtype, cos.dtype))
     partners = _partners(wide[..., still:], layout)
@@ -88,13 +81,13 @@ class _RotateInGraph(torch.autograd.Function):
     def forward(ctx: Any, x_BTHK: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.layout = layout
-        return _rotated_whole(x_BTHK, cos, sin, layout)
+        return _rotated(x_BTHK, cos, sin, layout)
 
     @staticmethod
     def backward(ctx: Any, grad_BTHK: Tensor) -> tuple[Tensor | None, ...]:
         """The rotation the other way round."""
         cos, sin = ctx.saved_tensors
-        return _rotated_whole(grad_BTHK, cos, -sin, ctx.layout), None, None, None
+        return _rotated(grad_BTHK, cos, -sin, ctx.layout), None, None, None
 
 
 @outside_graphs
