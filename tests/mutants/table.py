@@ -58,8 +58,8 @@ MUTATIONS = [
     Mutation(
         "benchmarks' matrix products count half of their operations",
         "benchmarks/tables/training.py",
-        "reached = MATMULS * 2 * SIDE**3 /",
-        "reached = MATMULS * SIDE**3 /",
+        "reached = MATMULS * 2 * side**3 /",
+        "reached = MATMULS * side**3 /",
         "tests/benchmarks/test_cpu.py::test_a_share_is_of_what_square_products_reach_in_the_same_rounds",
     ),
     Mutation(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from swamla.errors import MissingBackendError, UsageError
 from swamla.model.mixers.gdn import GDNConfig
-from swamla.ops import fla, l2_normalize
+from swamla.ops import fla, l2_normalize, libraries
 from swamla.ops.gated_delta import cpu, cuda, describe_backend, gated_delta_rule, prepare_rule, resolve_backend
 from swamla.ops.layout import Layout
 from swamla.ops.short_conv import cuda as conv_cuda
@@ -103,7 +103,7 @@ def library(monkeypatch):
     monkeypatch.setitem(sys.modules, "fla.modules.causal_conv1d", conv)
     monkeypatch.setattr(fla, "has_kernels", lambda device: True)
     monkeypatch.setattr(fla, "is_hopper", lambda device: False)
-    monkeypatch.setattr(fla, "_OBSTACLES", {})
+    monkeypatch.setattr(libraries, "_OBSTACLES", {})
     monkeypatch.setattr(fla, "version_of", {"fla-core": "0.6.0", "triton": "3.8.0"}.get)
     monkeypatch.setattr(fla, "PROBE_ROWS", 2)
     monkeypatch.setattr(fla, "PROBE_LENGTH", 100)
@@ -327,9 +327,18 @@ def test_a_library_that_fails_or_computes_something_else_is_found_before_it_is_u
         (doubled, "is wrong on"),
     ):
         monkeypatch.setattr(module, "chunk_gated_delta_rule", wrong)
-        fla._OBSTACLES.clear()
+        libraries._OBSTACLES.clear()
         with pytest.raises(MissingBackendError, match=f'^backend = "fla" {reason}'):
             resolve_backend("fla", CPU, **SIZES)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_nan_is_wrong_wherever_it_is(place):
+    expected = [torch.ones(3) for _ in range(3)]
+    found = [torch.full((3,), torch.nan) if i == place else x for i, x in enumerate(expected)]
+    assert libraries.judged(lambda: (expected, expected), "torch") is None
+    said = libraries.judged(lambda: (found, expected), "torch")
+    assert said == 'is wrong on this device by nan of the expected: use "torch"'
 
 
 def test_it_is_tried_again_where_there_was_no_memory_to_try_it(library, monkeypatch):
@@ -441,7 +450,7 @@ def test_its_convolution_is_tried_before_it_is_used_and_refused_in_fp32_and_wher
     with pytest.raises(UsageError, match="'fast': short_conv has 'auto', 'reference', 'torch', 'fla'"):
         resolve_conv("fast", CPU, taps=4, dtype=torch.bfloat16)
     module = sys.modules["fla.modules.causal_conv1d"]
-    fla._OBSTACLES.clear()
+    libraries._OBSTACLES.clear()
 
     def deaf_to_documents(x, weight, bias, residual, activation, cu_seqlens=None, cu_seqlens_cpu=None):
         return conv_forward(x, weight, bias, residual, activation)

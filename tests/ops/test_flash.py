@@ -17,7 +17,7 @@ from swamla.errors import MissingBackendError, UsageError
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mla import MLAConfig
 from swamla.model.mixers.swa import SWAConfig
-from swamla.ops import attention, causal_attention, windowed_attention
+from swamla.ops import attention, causal_attention, libraries, windowed_attention
 from swamla.ops.attention import Window, flash, prepare_attention, resolve_backend, takes_flash
 from swamla.ops.attention.reference import attend_by_mask
 from swamla.ops.layout import Layout
@@ -118,8 +118,8 @@ def library(monkeypatch):
     interface._wrapped_flash_attn_varlen_forward = forward
     interface._wrapped_flash_attn_varlen_backward = backward
     monkeypatch.setattr(flash, "DTYPES", (torch.bfloat16, torch.float16, torch.float32))
-    monkeypatch.setattr(flash, "_version", lambda: "2.8.3")
-    monkeypatch.setattr(flash, "_OBSTACLES", {})
+    monkeypatch.setattr(flash, "version_of", lambda _: "2.8.3")
+    monkeypatch.setattr(libraries, "_OBSTACLES", {})
     return calls
 
 
@@ -271,7 +271,7 @@ def test_without_the_library_asking_for_it_says_how_to_get_it_and_auto_does_with
 
 @pytest.mark.parametrize("said", ["2.7.4.post1", "3.0.0b1", "", "1.0"])
 def test_another_version_is_refused_before_it_is_imported(library, monkeypatch, said):
-    monkeypatch.setattr(flash, "_version", lambda: said)
+    monkeypatch.setattr(flash, "version_of", lambda _: said)
     monkeypatch.setattr(flash, "import_module", lambda name: pytest.fail(f"imports {name}"))
     with pytest.raises(MissingBackendError, match=rf"needs flash-attn >= 2\.8, < 3, {said or 'another'} is installed"):
         resolve_backend("flash", CUDA)

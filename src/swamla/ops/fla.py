@@ -1,23 +1,22 @@
 """flash-linear-attention, as far as the ops that call it share it: whether it is there, and where documents lie."""
 
-import re
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from swamla.errors import is_out_of_memory
+from swamla.ops import libraries
 from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import PADDING, Layout
+from swamla.ops.libraries import numbers, version_of
 
 OLDEST = (0, 6)  # older versions refuse Hopper with Triton >= 3.4
 # The size of a training step: Triton autotunes per widths only, and keeps the choice made for the first shape.
 PROBE_ROWS, PROBE_LENGTH = 8, 2048
-PROBE_TOLERANCE = 0.05  # ‖found − expected‖ / ‖expected‖ in bf16; wrong kernels were off by 0.5
+INSTEAD = "torch"  # the backend to take where it cannot compute
 
 
 class Packing(NamedTuple):
@@ -61,31 +60,8 @@ def _packing(seq: Layout) -> Packing:
 
 
 def obstacle(device: torch.device, kernels: tuple[str, ...], try_them: Callable[[str], str | None]) -> str | None:
-    """Why the library cannot compute `kernels` on `device`, to follow the word "fla"; None if it can.
-
-    kernels: their name and sizes. try_them: says what is wrong with them on this device; not asked if the library is
-    missing or too old. The answer is cached, unless memory ran out. If it was asked eagerly, a compiled graph does not
-    break here.
-    """
-    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
-    asked = (str(device), *kernels)
-    return _OBSTACLES[asked] if asked in _OBSTACLES else _find_obstacle(asked, try_them)
-
-
-_OBSTACLES: dict[tuple[str, ...], str | None] = {}  # not `lru_cache`, through which the compiler traces
-
-
-@outside_graphs
-def _find_obstacle(asked: tuple[str, ...], try_them: Callable[[str], str | None]) -> str | None:
-    try:
-        found = _missing(asked[0]) or try_them(asked[0])
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return 'finds no memory on this device to be tried in: free some, or use "torch"'
-    _OBSTACLES[asked] = found
-    return found
+    """`libraries.obstacle` of these kernels, which are not tried if the library is missing or too old."""
+    return libraries.obstacle(device, ("fla", *kernels), lambda there: _missing(there) or try_them(there), INSTEAD)
 
 
 def _missing(device: str) -> str | None:
@@ -97,20 +73,6 @@ def _missing(device: str) -> str | None:
         return f"needs flash-linear-attention >= {oldest}, {said} is installed: pip install --upgrade 'swamla[gpu]'"
     if not has_kernels(device):
         return f'needs a CUDA device, these tensors are on {device}: use "torch"'
-    return None
-
-
-def judged(errors: Callable[[], list[float]]) -> str | None:
-    """What is wrong with kernels whose relative errors `errors` computes, or how they fail; None if nothing is."""
-    try:
-        largest = max(errors())
-    except Exception as error:  # any failure of the library becomes the reason that the user reads
-        if is_out_of_memory(error):
-            raise
-        first_line = (str(error).splitlines() or [""])[0]
-        return f'fails on this device: {type(error).__name__}: {first_line}: use "torch"'
-    if not largest <= PROBE_TOLERANCE:
-        return f'is wrong on this device by {largest:.1e} of the expected: use "torch"'
     return None
 
 
@@ -133,14 +95,3 @@ def has_kernels(device: str) -> bool:
 def is_hopper(device: str) -> bool:
     """Whether the device has compute capability 9.x: H100, H200 and the like."""
     return torch.cuda.get_device_capability(device)[0] == 9
-
-
-def version_of(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-def numbers(version_: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version_)[:3])

@@ -4,9 +4,8 @@ The library knows windows and documents, but no sinks: what queries owe to the s
 plain products and merged by log-sum-exp. Not run on a GPU: tested on a CPU with a stand-in of the library's contract.
 """
 
-import re
+from functools import partial
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -14,18 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swamla.errors import UsageError, is_out_of_memory
+from swamla.errors import UsageError
+from swamla.ops import libraries
 from swamla.ops.attention.cuda import MULTIPLE, pad_to_multiple, pad_width
 from swamla.ops.attention.reference import Window, attend_by_mask
 from swamla.ops.graphs import in_dtype_of, outside_graphs
 from swamla.ops.layout import Layout
+from swamla.ops.libraries import numbers, version_of
 
 INSTALL = "pip install flash-attn --no-build-isolation"
 OLDEST, NEWEST = (2, 8), (3,)  # of flash-attn, the newest excluded: 3 has another interface
 WIDEST = 256  # heads that its kernels take
 DTYPES = (torch.bfloat16, torch.float16)
 CHUNK = 128  # queries whose products with sinks are one batch entry, at most the window
-PROBE_TOLERANCE = 0.05  # ‖found − expected‖ / ‖expected‖ in bf16
+INSTEAD = "flex"  # the backend to take where it cannot compute
 
 
 class Bounds(NamedTuple):
@@ -309,51 +310,23 @@ def preferred(key: int, value: int, dtype: torch.dtype) -> bool:
 
 
 def obstacle(device: torch.device | str, width: int = 64) -> str | None:
-    """Why it cannot compute heads of this width on `device`, to follow the word "flash"; None where it can.
+    """Why it cannot compute heads of this width on `device`, to follow the word "flash"; None if it can.
 
-    Tries the kernels once, and compares outputs and gradients with the reference; again the next time where there was
-    no memory for it. Asked eagerly, it ends no graph.
+    Runs the kernels once on packed rows and compares outputs and gradients with the reference.
     """
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
-    asked = (str(device), width)
-    return _OBSTACLES[asked] if asked in _OBSTACLES else _find_obstacle(*asked)
-
-
-_OBSTACLES: dict[tuple[str, int], str | None] = {}  # no `lru_cache`: the compiler traces through one
-
-
-@outside_graphs
-def _find_obstacle(device: str, width: int) -> str | None:
-    try:
-        found = _obstacle(device, width)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return 'finds no memory on this device to be tried in: free some, or use "flex"'
-    _OBSTACLES[device, width] = found
-    return found
+    return libraries.obstacle(torch.device(device), ("flash", str(width)), partial(_obstacle, width=width), INSTEAD)
 
 
 def _obstacle(device: str, width: int) -> str | None:
     if find_spec("flash_attn") is None:
         return f"needs flash-attn: {INSTALL}"
-    said = _version()
-    numbers = tuple(int(number) for number in re.findall(r"\d+", said)[:3])
-    if not OLDEST <= numbers < NEWEST:
+    said = version_of("flash-attn")
+    if not OLDEST <= numbers(said) < NEWEST:
         wanted = f"flash-attn >= {'.'.join(map(str, OLDEST))}, < {NEWEST[0]}"
         return f"needs {wanted}, {said or 'another'} is installed: {INSTALL}"
     if torch.device(device).type != "cuda":
         return f'needs a CUDA device, these tensors are on {device}: use "torch"'
     return _probe(device, width) if torch.cuda.is_available() else None
-
-
-def _version() -> str:
-    try:
-        return version("flash-attn")
-    except PackageNotFoundError:
-        return ""
 
 
 @torch.inference_mode(False)  # a generation may be the first to ask
@@ -363,23 +336,16 @@ def _probe(device: str, width: int) -> str | None:
     document_BT = torch.tensor([[0] * 300 + [1] * 84, [0] * 384])
     seq = Layout.from_documents(document_BT).to(device)
     inputs = [torch.randn(*seq.shape, heads, width, generator=generator).to(device, DTYPES[0]) for heads in (4, 2, 2)]
-    try:
-        found, expected = (
-            _with_gradients(attend, inputs, seq, precise)
-            for attend, precise in ((flash_attention, False), (attend_by_mask, True))
-        )
-    except Exception as error:  # whatever it cannot do is what the user wants to know
-        if is_out_of_memory(error):
-            raise
-        first_line = (str(error).splitlines() or [""])[0]
-        return f'fails on this device: {type(error).__name__}: {first_line}: use "flex"'
-    errors = [((a.float() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
-    if not max(errors) <= PROBE_TOLERANCE:
-        return f'is wrong on this device by {max(errors):.1e} of the expected: use "flex"'
-    return None
+    return libraries.judged(
+        lambda: (
+            _with_gradients(flash_attention, inputs, seq, precise=False),
+            _with_gradients(attend_by_mask, inputs, seq, precise=True),
+        ),
+        INSTEAD,
+    )
 
 
-def _with_gradients(attend: Any, inputs: list[Tensor], seq: Layout, precise: bool) -> list[Tensor]:
+def _with_gradients(attend: Any, inputs: list[Tensor], seq: Layout, *, precise: bool) -> list[Tensor]:
     leaves = [(x.float() if precise else x).detach().requires_grad_() for x in inputs]
     with torch.enable_grad(), torch.autocast(leaves[0].device.type, enabled=False):
         o = attend(*leaves, seq, Window(100, 4), leaves[0].shape[-1] ** -0.5)

@@ -4,15 +4,17 @@ The ops call only flash-linear-attention's public function, which does not expos
 needs. So the backward op runs the forward kernels again. Not measured on GPU.
 """
 
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from swamla.ops import fla
+from swamla.ops import fla, libraries
 from swamla.ops.fla import packing_of
 from swamla.ops.gated_delta.cpu import chunked_gated_delta_rule
 from swamla.ops.gated_delta.reference import RuleInputs
@@ -83,18 +85,22 @@ def _probe(device: str, heads: int, key: int, value: int) -> str | None:
     # As in the mixer, values are a slice of a wider tensor.
     inputs = [q, k, v[..., :value], -alpha.exp(), beta.sigmoid()]
     packed = fla.probe_layout(device)
-    return fla.judged(lambda: [_probe_error(inputs, seq, key**-0.5) for seq in (None, packed)])
+    return libraries.judged(partial(_compared, inputs, (None, packed), key**-0.5), fla.INSTEAD)
 
 
-def _probe_error(inputs: list[Tensor], seq: Layout | None, scale: float) -> float:
-    """The largest relative error of outputs, final states and gradients, against the backend "torch" in fp32."""
-    results = []
-    for compute, precise in ((fla_gated_delta_rule, False), (partial(chunked_gated_delta_rule, chunk=64), True)):
+def _compared(
+    inputs: list[Tensor], layouts: Iterable[Layout | None], scale: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs, final states and gradients of these kernels, and those of the backend "torch" in fp32."""
+    results: tuple[list[Tensor], list[Tensor]] = [], []
+    for seq, precise in product(layouts, (False, True)):
         leaves = [(x.float() if precise else x).detach().requires_grad_() for x in inputs]
+        compute = partial(chunked_gated_delta_rule, chunk=64) if precise else fla_gated_delta_rule
         with torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):
             o, final = compute(RuleInputs(*leaves), None, seq, scale=scale)
-            results.append([o, final, *torch.autograd.grad(o.float().square().sum() + final.sum(), leaves)])
-    return max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(*results, strict=True))
+            gradients = torch.autograd.grad(o.float().square().sum() + final.sum(), leaves)
+        results[precise].extend([o, final, *gradients])
+    return results
 
 
 @torch.library.custom_op("swamla::fla_gated_delta_rule", mutates_args=())

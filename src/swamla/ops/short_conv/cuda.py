@@ -4,16 +4,17 @@ Left to the compiler, the derivative of `reference_short_conv` moves three times
 of zeros that a slice is added to. Not measured on GPU.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from functools import partial
 from importlib import import_module
+from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swamla.ops import fla
+from swamla.ops import fla, libraries
 from swamla.ops.graphs import in_dtype_of
 from swamla.ops.layout import Layout
 from swamla.ops.short_conv.reference import reference_short_conv
@@ -92,18 +93,19 @@ def _probe(device: str, taps: int) -> str | None:
     weight_DW = torch.randn(WIDTH, taps, generator=generator).to(device)
     inputs = [wide_BTD[..., :WIDTH], weight_DW]  # as in the mixer, the input is a slice of a wider tensor
     packed = fla.probe_layout(device)
-    return fla.judged(lambda: [_probe_error(inputs, seq) for seq in (None, packed)])
+    return libraries.judged(partial(_compared, inputs, (None, packed)), fla.INSTEAD)
 
 
-def _probe_error(inputs: list[Tensor], seq: Layout | None) -> float:
-    compared: list[tuple[Callable[..., Tensor], bool]] = [(fla_short_conv, False), (reference_short_conv, True)]
-    results = []
-    for compute, precise in compared:
+def _compared(inputs: list[Tensor], layouts: Iterable[Layout | None]) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs and gradients of these kernels, and those of the reference in fp32."""
+    results: tuple[list[Tensor], list[Tensor]] = [], []
+    for seq, precise in product(layouts, (False, True)):
         leaves = [(x.float() if precise else x).detach().requires_grad_() for x in inputs]
+        compute = reference_short_conv if precise else fla_short_conv
         with torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):
-            y = compute(*leaves, seq)
-            results.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
-    return max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(*results, strict=True))
+            y = compute(leaves[0], leaves[1], seq)
+            results[precise].extend([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
+    return results
 
 
 def fla_short_conv(x_BTD: Tensor, weight_DW: Tensor, seq: Layout | None) -> Tensor:
