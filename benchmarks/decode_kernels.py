@@ -15,7 +15,6 @@ import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -25,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.gpu_models import preset
 from benchmarks.gpu_running import Place
+from benchmarks.lowered import H100
 from swamla.inference.decoding import one_step
 from swamla.model.language_model import LanguageModelConfig
 from swamla.ops.attention import cached
@@ -36,22 +36,6 @@ GUARD = """
 static c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> guard;
 static c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, &guard);
 """
-H100 = SimpleNamespace(
-    name="NVIDIA H100 80GB HBM3",
-    major=9,
-    minor=0,
-    multi_processor_count=132,
-    total_memory=80 << 30,
-    warp_size=32,
-    regs_per_multiprocessor=65536,
-    max_threads_per_multi_processor=2048,
-    max_threads_per_block=1024,
-    shared_memory_per_block=49152,
-    shared_memory_per_block_optin=232448,
-    shared_memory_per_multiprocessor=233472,
-    L2_cache_size=50 << 20,
-    gcnArchName="",
-)
 NO_KERNEL = {"MultiOutput", "NopKernel", "NopKernelSchedulerNode"}
 
 
