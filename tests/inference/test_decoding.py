@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import pytest
@@ -110,7 +109,7 @@ class Recorder:
 
     def __call__(self, step: Callable[[], Tensor]) -> Replay:
         self.recorded += 1
-        live = [self.state.length_B, *chain.from_iterable(layer.tensors() for layer in self.state.layers)]
+        live = [self.state.length_B, *self.state.tensors()]
         before = [x.clone() for x in live]
         with NoQuestions(), Tape() as tape:
             result = step()

@@ -28,6 +28,8 @@ Named = dict[str, Tensor]
 MIXERS: dict[str, MixerConfig] = {
     "mha": MHAConfig(n_heads=4, n_kv_heads=2),
     "swa": SWAConfig(n_heads=4, n_kv_heads=2, window=WINDOW, sinks=3),
+    "mha_normed": MHAConfig(n_heads=4, n_kv_heads=2, qk_norm="head"),
+    "swa_normed": SWAConfig(n_heads=4, n_kv_heads=2, window=WINDOW, sinks=3, qk_norm="whole"),
     "mla": MLAConfig(n_heads=2, kv_lora_rank=12, q_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6),
     "gdn": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6),
     "gdn_latent": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, latent_dim=10, share_qk=True),
@@ -82,11 +84,13 @@ def build_mixer(config: MixerConfig, seed: int = 0) -> Mixer:
 def hybrid_config(
     backend: str = "auto", pattern: tuple[str, ...] = ("gdn", "swa", "mla", "mha"), ffn: str = "dense"
 ) -> LanguageModelConfig:
-    """A tiny model with every mixer."""
+    """A tiny model with every mixer, embeddings of pairs and triples of tokens, and bounded logits."""
     blocks = {
         name: BlockConfig(mixer=MIXERS[name].with_backend(backend), ffn=FFNS[ffn]) for name in dict.fromkeys(pattern)
     }
-    return LanguageModelConfig(vocab_size=31, width=WIDTH, blocks=blocks, pattern=pattern)
+    return LanguageModelConfig(
+        vocab_size=31, width=WIDTH, blocks=blocks, pattern=pattern, ngram_buckets=(17, 13), logit_cap=20.0
+    )
 
 
 def build_model(config: LanguageModelConfig, seed: int = 0) -> LanguageModel:

@@ -152,7 +152,7 @@ def test_a_tied_head_is_the_embedding_and_an_untied_one_is_not() -> None:
 
 
 def test_dropout_acts_in_training_keeps_the_mean_and_is_off_in_evaluation() -> None:
-    config = replace(hybrid_config(pattern=("mha",)), dropout=0.2)
+    config = replace(hybrid_config(pattern=("mha",)), ngram_buckets=(), dropout=0.2)
     model, tokens = build_model(config), random_tokens(1, 12)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -167,7 +167,7 @@ def test_dropout_acts_in_training_keeps_the_mean_and_is_off_in_evaluation() -> N
 @pytest.mark.parametrize("where", ["embedding", "mixer", "ffn"])
 def test_dropout_falls_on_the_embedding_and_on_both_branches(where: str) -> None:
     """With all other contributions zeroed, a fifth of what is left is dropped and the rest grows by 1/0.8."""
-    config = replace(hybrid_config(pattern=("mha",)), dropout=0.2)
+    config = replace(hybrid_config(pattern=("mha",)), ngram_buckets=(), dropout=0.2)
     model, tokens = build_model(config), random_tokens(8, 100)
     with torch.no_grad():
         if where != "mixer":

@@ -10,7 +10,7 @@ from swamla.model.mixers.mha import MHAConfig
 from swamla.model.norm import LayerNormConfig, RMSNormConfig
 from swamla.model.rope import RopeConfig
 
-from .helpers import Named, assert_equal_to_oracle, random_tokens
+from .helpers import Named, assert_equal_to_oracle, feed, random_input, random_tokens, whole
 
 BACKENDS = ["reference", "tiles", "sdpa"]
 DEPTH = 2
@@ -124,3 +124,80 @@ def test_a_model_with_grouped_queries_rope_rmsnorm_and_swiglu_is_llama(n_kv_head
     ).build()
     tokens = random_tokens(2, 24, 50)
     assert_equal_to_oracle(ours, theirs, from_llama, ours, lambda ids: theirs(ids).logits, tokens)
+
+
+def from_qwen3(theirs: Named) -> Named:
+    """Qwen3's names to ours: Llama's, and gains of the norms of queries and keys."""
+    norms = {
+        f"blocks.{layer}.mixer.{side}_norm.weight": theirs[f"model.layers.{layer}.self_attn.{side}_norm.weight"]
+        for layer in range(DEPTH)
+        for side in ("q", "k")
+    }
+    return from_llama(theirs) | norms
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_that_normalises_queries_and_keys_of_each_head_is_qwen3(backend: str) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    theirs = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=50,
+            hidden_size=32,
+            intermediate_size=40,
+            num_hidden_layers=DEPTH,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=12,
+            rms_norm_eps=1e-6,
+            attn_implementation="eager",
+        )
+    )
+    mixer = MHAConfig(n_heads=4, n_kv_heads=2, head_dim=12, qk_norm="head", backend=backend)
+    ours = LanguageModelConfig(
+        vocab_size=50,
+        width=32,
+        blocks={"qwen3": BlockConfig(mixer=mixer, ffn=DenseConfig(hidden=40))},
+        pattern=("qwen3",) * DEPTH,
+        tied_head=False,
+    ).build()
+    tokens = random_tokens(2, 24, 50)
+    assert_equal_to_oracle(ours, theirs, from_qwen3, ours, lambda ids: theirs(ids).logits, tokens)
+
+
+def test_normalising_all_heads_together_is_olmo2s_attention() -> None:
+    from transformers import Olmo2Config
+    from transformers.models.olmo2.modeling_olmo2 import Olmo2Attention, Olmo2RotaryEmbedding
+
+    config = Olmo2Config(
+        hidden_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        attn_implementation="eager",
+    )
+    theirs, ours = Olmo2Attention(config, layer_idx=0), MHAConfig(n_heads=4, n_kv_heads=2, qk_norm="whole").build(32)
+    x = random_input(2, 20)
+    tables = Olmo2RotaryEmbedding(config)(x, torch.arange(20)[None].expand(2, 20))
+    causal = torch.full((20, 20), float("-inf")).triu(1)[None, None]
+
+    def translate(named: Named) -> Named:
+        qkv = torch.cat([named[f"{side}_proj.weight"] for side in "qkv"])
+        others = ("o_proj.weight", "q_norm.weight", "k_norm.weight")
+        return {"qkv_proj.weight": qkv, **{name: named[name] for name in others}}
+
+    assert_equal_to_oracle(
+        ours, theirs, translate, lambda x: ours(x, whole(x)), lambda x: theirs(x, tables, attention_mask=causal)[0], x
+    )
+
+
+def test_an_ffn_of_squared_relus_is_nemotrons() -> None:
+    from transformers import NemotronConfig
+    from transformers.models.nemotron.modeling_nemotron import NemotronMLP
+
+    theirs = NemotronMLP(NemotronConfig(hidden_size=32, intermediate_size=48, hidden_act="relu2", mlp_bias=True))
+    ours = DenseConfig(hidden=48, activation="relu2", bias=True).build(32)
+    x = random_input(2, 7)
+    assert_equal_to_oracle(ours, theirs, lambda named: named, lambda x: feed(ours, x)[0], theirs, x)
+    assert DenseConfig(activation="relu2").hidden_dim(32) == 128

@@ -20,10 +20,9 @@ def inputs(rows=37, width=8, vocabulary=50, dtype=torch.float32):
     return x, weight, labels
 
 
-def full_cross_entropy(x, weight, labels):
-    return cross_entropy(
-        linear(x, weight).float() if x.dtype != torch.float64 else linear(x, weight), labels, reduction="sum"
-    )
+def full_cross_entropy(x, weight, labels, cap=0.0):
+    logits = linear(x, weight) if x.dtype == torch.float64 else linear(x, weight).float()
+    return cross_entropy(logits if cap == 0 else cap * torch.tanh(logits / cap), labels, reduction="sum")
 
 
 def with_gradients(loss, x, weight, upstream=1.0):
@@ -31,19 +30,34 @@ def with_gradients(loss, x, weight, upstream=1.0):
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 10, 36, 37, 38, 1000])
+@pytest.mark.parametrize("cap", [0.0, 1.5, 15.0])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
-def test_value_and_gradients_equal_the_whole_for_every_chunk(chunk, dtype, tolerance):
+def test_value_and_gradients_equal_the_whole_for_every_chunk(chunk, cap, dtype, tolerance):
     x, weight, labels = inputs(dtype=dtype)
-    got = with_gradients(chunked_cross_entropy(x, weight, labels, chunk=chunk), x, weight)
-    expected = with_gradients(full_cross_entropy(x, weight, labels), x, weight)
+    got = with_gradients(chunked_cross_entropy(x, weight, labels, cap=cap, chunk=chunk), x, weight)
+    expected = with_gradients(full_cross_entropy(x, weight, labels, cap), x, weight)
     assert got[0].dtype == dtype
     for mine, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, theirs, atol=tolerance, rtol=tolerance)
 
 
-def test_gradients_equal_finite_differences():
+@pytest.mark.parametrize("cap", [0.0, 2.0])
+def test_gradients_equal_finite_differences(cap):
     x, weight, labels = inputs(rows=5, width=3, vocabulary=4, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x, w: chunked_cross_entropy(x, w, labels, chunk=2), (x, weight))
+    assert torch.autograd.gradcheck(lambda x, w: chunked_cross_entropy(x, w, labels, cap=cap, chunk=2), (x, weight))
+
+
+def test_bounded_logits_of_any_size_have_a_finite_loss_and_gradients():
+    x, weight, labels = inputs()
+    for tensor in with_gradients(chunked_cross_entropy(1e6 * x, weight, labels, cap=15.0, chunk=7), x, weight):
+        assert torch.isfinite(tensor).all()
+
+
+@pytest.mark.parametrize("cap", [-1.0, float("nan"), float("inf")])
+def test_a_cap_that_bounds_nothing_is_refused(cap):
+    x, weight, labels = inputs()
+    with pytest.raises(ConfigError, match="must be > 0"):
+        chunked_cross_entropy(x, weight, labels, cap=cap)
 
 
 def test_the_upstream_gradient_scales_both_gradients():

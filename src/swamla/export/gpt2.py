@@ -164,6 +164,8 @@ def _as_gpt2(config: LanguageModelConfig) -> GPT2Config:
         raise _not_gpt2("norm.kind", config.norm.kind, "layernorm")
     _require_equal("norm.bias", config.norm.bias, True)
     _require_equal("tied_head", config.tied_head, True)
+    _require_equal("ngram_buckets", config.ngram_buckets, ())
+    _require_equal("logit_cap", config.logit_cap, 0.0)
     if not config.learned_positions:
         raise _not_gpt2("learned_positions", 0, "a number of them")
     return GPT2Config(
@@ -192,6 +194,7 @@ def _heads_and_hidden(block: BlockConfig, where: str, width: int) -> tuple[int, 
     if mixer.rope is not None:
         raise _not_gpt2(f"{where}.mixer.rope", "a table", "none")
     _require_equal(f"{where}.mixer.bias", mixer.bias, True)
+    _require_equal(f"{where}.mixer.qk_norm", mixer.qk_norm, "none")
     _require_equal(f"{where}.mixer.n_kv_heads", mixer.kv_heads, mixer.n_heads)
     if mixer.n_heads * mixer.key_dim(width) != width:
         raise _not_gpt2(f"{where}.mixer.head_dim", mixer.head_dim, f"the width {width} / n_heads")

@@ -144,7 +144,7 @@ def prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], state: Model
         ends_here_B = (index_B >= 0) & (index_B < x_BTD.shape[1])
         found_BD = x_BTD[torch.arange(len(prompts), device=device), index_B.clamp(0, x_BTD.shape[1] - 1)]
         last_BD = torch.where(ends_here_B[:, None], found_BD, last_BD)
-    return model.head(last_BD)
+    return model.logits(last_BD)
 
 
 def decodings_on(device: str) -> tuple[str, ...]:
@@ -242,7 +242,7 @@ def one_step(model: LanguageModel, tokens_B1: Tensor, state: ModelState, size: i
     seq = Layout.one_more(state.length_B, size)
     x_B1D = model.step_hidden_at(tokens_B1, state, seq)
     state.length_B += 1
-    return model.head(x_B1D)[:, -1]
+    return model.logits(x_B1D)[:, -1]
 
 
 @cache

@@ -12,6 +12,8 @@ from swamla.model.block import BlockConfig, Checkpointing
 from swamla.model.language_model import LanguageModelConfig
 from swamla.ops.layout import PADDING
 
+ID_BYTES = 8  # of an id in the state
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCount:
@@ -30,6 +32,7 @@ def count_parameters(config: LanguageModelConfig) -> ParameterCount:
     counts["embedding"] = config.vocab_size * width
     if config.learned_positions:
         counts["positions"] = config.learned_positions * width
+    counts["ngrams"] = sum(config.ngram_buckets) * width
     inactive = 0
     for block in config.layers:
         counts[block.mixer.kind] += block.mixer.n_parameters(width)
@@ -40,7 +43,7 @@ def count_parameters(config: LanguageModelConfig) -> ParameterCount:
     if not config.tied_head:
         counts["head"] = config.vocab_size * width
     total = sum(counts.values())
-    embeddings = counts["embedding"] + counts["positions"] + counts["head"]
+    embeddings = counts["embedding"] + counts["positions"] + counts["ngrams"] + counts["head"]
     return ParameterCount(
         total=total, active=total - inactive, non_embedding=total - embeddings, by_component=dict(+counts)
     )
@@ -94,7 +97,8 @@ def state_bytes(config: LanguageModelConfig, length: int, *, batch: int = 1, ele
 
     Equal to `LanguageModel.init_state(batch, length).nbytes`. The delta rule's state matrices are at least fp32.
     """
-    return batch * sum(block.mixer.state_bytes(config.width, length, element_bytes) for block in config.layers)
+    last_ids = len(config.ngram_buckets) * ID_BYTES
+    return batch * (last_ids + sum(b.mixer.state_bytes(config.width, length, element_bytes) for b in config.layers))
 
 
 def all_mha_state_bytes(config: LanguageModelConfig, length: int, *, batch: int = 1, element_bytes: int = 4) -> int:

@@ -1,5 +1,6 @@
 """The language model: embedding, a stack of blocks, final norm, head."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,9 +14,11 @@ from swamla.config import within
 from swamla.errors import UsageError, require
 from swamla.model.block import Block, BlockConfig, Checkpointing
 from swamla.model.initial import Initializer, SkippedInit, constant, initial_tensor, initializers_of, normal
+from swamla.model.ngrams import NgramEmbedding, NgramState
 from swamla.model.norm import NormConfig, RMSNormConfig
 from swamla.model.state import ModelState
 from swamla.ops import chunked_cross_entropy
+from swamla.ops.cross_entropy import soft_cap
 from swamla.ops.grouped_mm import product_dtype
 from swamla.ops.layout import Layout
 
@@ -33,9 +36,12 @@ class LanguageModelConfig:
     norm: before every mixer and FFN, and before the head.
     tied_head: whether the head shares the embedding's weights.
     learned_positions: number of learned position vectors, which limits the length of a document; 0 for none.
+    ngram_buckets: rows of hashed embeddings of the last 2, 3, … tokens, which are added to a token's own, e.g. [16384]
+        for pairs; 0 leaves one out.
     dropout: on the embeddings and on the outputs of mixers and FFNs, in training.
     residual: dtype of the residual stream under autocast: weights (as the weights are, fp32) or autocast (its 16 bits,
         half the memory traffic of norms and sums; what every layer adds is rounded: docs/log.md).
+    logit_cap: bounds the logits smoothly by ±logit_cap, e.g. 15 (Gemma 2, arXiv 2408.00118); 0 for no bound.
     init_std: standard deviation of the initial weights; output projections get it / √(2 · depth).
     """
 
@@ -46,8 +52,10 @@ class LanguageModelConfig:
     norm: NormConfig = field(default_factory=RMSNormConfig)
     tied_head: bool = True
     learned_positions: int = 0
+    ngram_buckets: tuple[int, ...] = ()
     dropout: float = 0.0
     residual: Literal["weights", "autocast"] = "weights"
+    logit_cap: float = 0.0
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
@@ -61,6 +69,10 @@ class LanguageModelConfig:
         for name in self.blocks:
             require(name in self.pattern, "blocks", name, f"is not used by the pattern: {' '.join(self.pattern)}")
         require(self.learned_positions >= 0, "learned_positions", self.learned_positions, "must be >= 0 (0: none)")
+        sizes = self.ngram_buckets
+        require(all(size >= 0 for size in sizes), "ngram_buckets", sizes, "must each be >= 0, e.g. [16384]")
+        require(not sizes or sizes[-1] > 0, "ngram_buckets", sizes, "must not end in 0, e.g. [16384]")
+        require(0 <= self.logit_cap < math.inf, "logit_cap", self.logit_cap, "must be > 0, e.g. 15, or 0 for none")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1), e.g. 0.1")
         require(self.init_std > 0, "init_std", self.init_std, "must be > 0, e.g. 0.02")
         for name, block in self.blocks.items():  # counting raises for settings that do not fit the width
@@ -130,6 +142,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.positions = nn.Embedding(config.learned_positions, config.width) if config.learned_positions else None
+        self.ngrams = NgramEmbedding(config.ngram_buckets, config.width) if config.ngram_buckets else None
         layers = [block.build(config.width, config.norm, config.dropout) for block in config.layers]
         self.blocks: Sequence[Block] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norm = config.norm.build(config.width)
@@ -189,7 +202,7 @@ class LanguageModel(nn.Module):
         the result is their mean loss in nats, a scalar, computed without holding all logits.
         """
         if labels is None:
-            return self.head(self.hidden(tokens_BT, seq)[0])
+            return self.logits(self.hidden(tokens_BT, seq)[0])
         fits = labels.shape == tokens_BT.shape
         require(fits, "labels.shape", tuple(labels.shape), f"must be that of the tokens, {tuple(tokens_BT.shape)}")
         return self.loss(tokens_BT, labels, seq)[0] / (labels != NO_LABEL).sum().clamp(min=1)
@@ -218,7 +231,12 @@ class LanguageModel(nn.Module):
         Training minimises the sum plus the statistics "loss/…". Logits are computed in chunks, never all at once.
         """
         x_BTD, statistics = self.hidden(tokens_BT, seq)
-        return chunked_cross_entropy(x_BTD.flatten(0, 1), self.head.weight, labels_BT.flatten()), statistics
+        x_ND, labels_N = x_BTD.flatten(0, 1), labels_BT.flatten()
+        return chunked_cross_entropy(x_ND, self.head.weight, labels_N, cap=self.config.logit_cap), statistics
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """Next-token logits (…, vocabulary) of the head's input (…, D)."""
+        return soft_cap(self.head(x_BTD), self.config.logit_cap)
 
     def rebalance(self, statistics: Mapping[str, Tensor]) -> None:
         """After an optimizer step: every FFN updates its router bias by the statistics of the whole batch."""
@@ -247,7 +265,8 @@ class LanguageModel(nn.Module):
             )
         dtype, device = dtype or self.embedding.weight.dtype, device or self.device
         layers = [block.mixer.init_state(batch, max_len, dtype=dtype, device=device) for block in self.blocks]
-        return ModelState(layers, torch.zeros(batch, dtype=torch.int64, device=device), max_len)
+        ngrams = self.ngrams.init_state(batch, device) if self.ngrams else None
+        return ModelState(layers, torch.zeros(batch, dtype=torch.int64, device=device), max_len, ngrams=ngrams)
 
     def step(self, tokens_BT: Tensor, state: ModelState, valid_BT: Tensor | None = None) -> Tensor:
         """Logits (B, T, vocabulary) of T >= 1 new tokens after those in `state`, which is updated.
@@ -255,7 +274,7 @@ class LanguageModel(nn.Module):
         valid_BT: False for padding (default: no padding), which is allowed only at the end of a row. Padding has
         undefined logits and needs room in the state like tokens. Raises `UsageError` when the state is full.
         """
-        return self.head(self.step_hidden(tokens_BT, state, valid_BT))
+        return self.logits(self.step_hidden(tokens_BT, state, valid_BT))
 
     def step_hidden(self, tokens_BT: Tensor, state: ModelState, valid_BT: Tensor | None = None) -> Tensor:
         """`step` up to the head's input (B, T, D): prefill needs the logits of the last token only."""
@@ -270,16 +289,19 @@ class LanguageModel(nn.Module):
 
     def step_hidden_at(self, tokens_BT: Tensor, state: ModelState, seq: Layout) -> Tensor:
         """`step_hidden` for a given layout: updates the layers' states but not the rows' lengths."""
-        x_BTD = self._embed(tokens_BT, seq)
+        x_BTD = self._embed(tokens_BT, seq, state.ngrams)
         for block, layer in zip(self.blocks, state.layers, strict=True):
             x_BTD = block.step(x_BTD, layer, seq)
         return self.norm(x_BTD)
 
-    def _embed(self, tokens_BT: Tensor, seq: Layout) -> Tensor:
+    def _embed(self, tokens_BT: Tensor, seq: Layout, state: NgramState | None = None) -> Tensor:
+        """The input of the first block (B, T, D); with a state for tokens after those in it."""
         try:
             x_BTD = self.embedding(tokens_BT)
         except (IndexError, RuntimeError) as error:  # on a CPU only; CUDA fails later and ends the process
             raise self._token_error(tokens_BT) or error from None
+        if self.ngrams is not None:
+            x_BTD = x_BTD + (self.ngrams(tokens_BT, seq) if state is None else self.ngrams.step(tokens_BT, state, seq))
         if self.config.residual == "autocast":
             x_BTD = x_BTD.to(product_dtype(x_BTD))
         if self.positions is None:

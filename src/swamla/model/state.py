@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from swamla.model.mixers.mixer import State
+from swamla.model.ngrams import NgramState
 from swamla.ops.layout import Layout
 
 
 @dataclass
 class ModelState:
-    """The state of a batch of sequences: one mixer state per layer, and each row's length in tokens.
+    """The state of a batch of sequences: one mixer state per layer, last ids for n-grams, each row's length in tokens.
 
     uniform_length: the length of all rows, None if rows differ.  longest: the largest length.
     Both are copies of `length_B` on the host, which avoid a device synchronisation. So only `advance`, and `GraphSteps`
@@ -23,11 +24,16 @@ class ModelState:
     max_len: int
     uniform_length: int | None = 0
     longest: int = 0
+    ngrams: NgramState | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers, equal to `accounting.state_bytes`."""
-        return sum(layer.nbytes for layer in self.layers)
+        """Bytes of the layers and of the last ids that n-gram embeddings need, equal to `accounting.state_bytes`."""
+        return sum(layer.nbytes for layer in self.layers) + (self.ngrams.nbytes if self.ngrams else 0)
+
+    def tensors(self) -> list[Tensor]:
+        """The live tensors of all layers and of the embedding."""
+        return [tensor for part in (*self.layers, self.ngrams) if part is not None for tensor in part.tensors()]
 
     def next_layout(self, tokens_BT: Tensor, valid_BT: Tensor | None) -> Layout:
         """The layout of new tokens after those in the state. valid_BT: False for padding, None for no padding."""

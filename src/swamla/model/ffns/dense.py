@@ -1,4 +1,4 @@
-"""The dense feed-forward network: SwiGLU (arXiv 2002.05202) or GELU (as in GPT-2)."""
+"""The dense feed-forward network: SwiGLU (arXiv 2002.05202), GELU (as in GPT-2) or ReLU² (arXiv 2109.08668)."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -17,8 +17,8 @@ from swamla.registry import register
 class DenseConfig(FFNConfig):
     """A dense feed-forward network.
 
-    hidden: hidden width; by default 8/3 of the width, rounded up to a multiple of 64 (SwiGLU), or 4 times it (GELU).
-    activation: swiglu, or gelu as in GPT-2.
+    hidden: hidden width; by default 8/3 of the width, rounded up to a multiple of 64 (SwiGLU), or 4 times it.
+    activation: swiglu, gelu as in GPT-2, or relu2, the square of ReLU (arXiv 2109.08668).
     bias: whether projections have one.
     """
 
@@ -26,7 +26,7 @@ class DenseConfig(FFNConfig):
     sign: ClassVar[str] = "d"
     style: ClassVar[str] = "dim"
     hidden: int | None = None
-    activation: Literal["swiglu", "gelu"] = "swiglu"
+    activation: Literal["swiglu", "gelu", "relu2"] = "swiglu"
     bias: bool = False
 
     def __post_init__(self) -> None:
@@ -36,11 +36,16 @@ class DenseConfig(FFNConfig):
         """Hidden width in a model of `width`."""
         if self.hidden is not None:
             return self.hidden
-        return 4 * width if self.activation == "gelu" else (8 * width + 191) // 192 * 64
+        return (8 * width + 191) // 192 * 64 if self.activation == "swiglu" else 4 * width
+
+    @property
+    def inputs(self) -> int:
+        """Input matrices: W_up, and W_gate of SwiGLU."""
+        return 2 if self.activation == "swiglu" else 1
 
     def build(self, width: int) -> FFN:
         """The module."""
-        return GELU(self, width) if self.activation == "gelu" else SwiGLU(self, width)
+        return SwiGLU(self, width) if self.activation == "swiglu" else Ungated(self, width)
 
     def widths(self, width: int) -> dict[str, int]:
         """The hidden width."""
@@ -48,13 +53,12 @@ class DenseConfig(FFNConfig):
 
     def n_parameters(self, width: int) -> int:
         """Parameters of the module."""
-        hidden, inputs = self.hidden_dim(width), 1 if self.activation == "gelu" else 2
-        return (inputs + 1) * width * hidden + self.bias * (inputs * hidden + width)
+        hidden = self.hidden_dim(width)
+        return (self.inputs + 1) * width * hidden + self.bias * (self.inputs * hidden + width)
 
     def forward_flops(self, width: int, length: int) -> int:
         """Floating-point operations of one forward pass over `length` tokens."""
-        inputs = 1 if self.activation == "gelu" else 2  # input matrices: W_up, and W_gate of SwiGLU
-        return 2 * (inputs + 1) * width * self.hidden_dim(width) * length
+        return 2 * (self.inputs + 1) * width * self.hidden_dim(width) * length
 
 
 class SwiGLU(FFN):
@@ -72,15 +76,26 @@ class SwiGLU(FFN):
         return self.down_proj(F.silu(gate) * up), {}
 
 
-class GELU(FFN):
-    """W_down GELU(W_up x), with the tanh approximation that GPT-2 uses."""
+def gelu(x: Tensor) -> Tensor:
+    """GELU with the tanh approximation that GPT-2 uses."""
+    return F.gelu(x, approximate="tanh")
+
+
+def relu2(x: Tensor) -> Tensor:
+    """max(x, 0)²."""
+    return F.relu(x).square()
+
+
+class Ungated(FFN):
+    """W_down f(W_up x), with f the GELU or the squared ReLU."""
 
     def __init__(self, config: DenseConfig, width: int) -> None:
         super().__init__()
         hidden = config.hidden_dim(width)
+        self.activation = {"gelu": gelu, "relu2": relu2}[config.activation]
         self.up_proj = nn.Linear(width, hidden, bias=config.bias)
         self.down_proj = nn.Linear(hidden, width, bias=config.bias)
 
     def forward(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
         """(B, T, D) → (B, T, D) and no statistics."""
-        return self.down_proj(F.gelu(self.up_proj(x_BTD), approximate="tanh")), {}
+        return self.down_proj(self.activation(self.up_proj(x_BTD))), {}

@@ -1,7 +1,7 @@
 """Multi-head (arXiv 1706.03762) and grouped-query attention (arXiv 2305.13245) over all earlier tokens."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +9,13 @@ from torch import Tensor, nn
 from swamla.errors import require
 from swamla.model.mixers.mixer import Mixer, State, append, cached_causal_attention, without_padding
 from swamla.model.mixers.softmax import Heads, SoftmaxConfig
+from swamla.model.norm import RMSNorm
 from swamla.model.rope import RopeConfig
 from swamla.ops.attention import causal_attention
 from swamla.ops.layout import Layout
 from swamla.registry import register
+
+QK_NORM_EPS = 1e-6
 
 
 @register
@@ -25,6 +28,8 @@ class MHAConfig(SoftmaxConfig):
     head_dim: width of a head, width / n_heads by default.
     rope: rotary positions, or none (the model may have learned ones).
     bias: whether projections have one, as in GPT-2.
+    qk_norm: RMSNorm of queries and keys before rotation: none, head (each by itself, as in Qwen3, arXiv 2505.09388) or
+        whole (all heads together, as in OLMo 2, arXiv 2501.00656).
     backend: auto, reference, torch, tiles, sdpa, or on CUDA flex, flash or cudnn.
     """
 
@@ -36,6 +41,7 @@ class MHAConfig(SoftmaxConfig):
     head_dim: int | None = None
     rope: RopeConfig | None = field(default_factory=RopeConfig)
     bias: bool = False
+    qk_norm: Literal["none", "head", "whole"] = "none"
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -78,6 +84,11 @@ class MHAConfig(SoftmaxConfig):
         key_dim = self.key_dim(width)
         return Heads(self.kv_heads, key_dim, key_dim)
 
+    def norm_gains(self, width: int) -> int:
+        """Parameters of the norms of queries and keys."""
+        heads = {"none": 0, "head": 2, "whole": self.n_heads + self.kv_heads}[self.qk_norm]
+        return heads * self.key_dim(width)
+
     def projection_weights(self, width: int) -> int:
         """Parameters of the projection matrices."""
         return width * (2 * self.n_heads + 2 * self.kv_heads) * self.key_dim(width)
@@ -85,7 +96,7 @@ class MHAConfig(SoftmaxConfig):
     def n_parameters(self, width: int) -> int:
         """Parameters of the module."""
         biases = (self.n_heads + 2 * self.kv_heads) * self.key_dim(width) + width
-        return self.projection_weights(width) + self.bias * biases
+        return self.projection_weights(width) + self.bias * biases + self.norm_gains(width)
 
     def state_bytes(self, width: int, length: int, element_bytes: int) -> int:
         """Bytes of the state of one sequence that may grow to `length` tokens."""
@@ -111,11 +122,21 @@ class MHA(Mixer[KVState]):
         heads = config.n_heads + 2 * config.kv_heads
         self.qkv_proj = nn.Linear(width, heads * self.key_dim, bias=config.bias)
         self.o_proj = nn.Linear(config.n_heads * self.key_dim, width, bias=config.bias)
+        if config.qk_norm != "none":
+            q_heads, k_heads = (1, 1) if config.qk_norm == "head" else (config.n_heads, config.kv_heads)
+            self.q_norm = RMSNorm(q_heads * self.key_dim, QK_NORM_EPS)
+            self.k_norm = RMSNorm(k_heads * self.key_dim, QK_NORM_EPS)
 
     def project(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, T, H, K), keys and values (B, T, G, K); queries and keys are rotated if the config has rope."""
         config = self.config
         qkv = self.qkv_proj(x_BTD).unflatten(-1, (-1, self.key_dim))
+        if config.qk_norm != "none":
+            q, k, v = qkv.split((config.n_heads, config.kv_heads, config.kv_heads), dim=2)
+            q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
+            if config.rope is not None:
+                q, k = (config.rope.rotate(x, seq, self.key_dim) for x in (q, k))
+            return q, k, v
         if config.rope is None:
             q, k, v = qkv.split((config.n_heads, config.kv_heads, config.kv_heads), dim=2)
             return q, k, v
@@ -123,6 +144,10 @@ class MHA(Mixer[KVState]):
         qk = config.rope.rotate(qk, seq, self.key_dim)
         q, k = qk.split((config.n_heads, config.kv_heads), dim=2)
         return q, k, v
+
+    def _normed(self, x_BTHK: Tensor, norm: RMSNorm) -> Tensor:
+        """Normalised by head, or all heads together if the norm is that wide."""
+        return norm(x_BTHK) if self.config.qk_norm == "head" else norm(x_BTHK.flatten(2)).view(x_BTHK.shape)
 
     def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
         q, k, v = self.project(x_BTD, seq)

@@ -16,10 +16,10 @@ from swamla.model.accounting import ParameterSpec
 from swamla.registry import register
 from swamla.train.optim.adamw import AdamWConfig, check_adam, fused_adamw
 from swamla.train.optim.named import (
-    EMBEDDINGS,
     NamedOptimizer,
     OptimizerConfig,
     StateTensor,
+    is_embedding,
     named_parameters,
 )
 from swamla.train.optim.sharing import orthogonalise_distributed
@@ -27,7 +27,6 @@ from swamla.train.precision import Chosen
 
 # The quintic x -> ax + bx³ + cx⁵ with the largest slope at 0; singular values end between 0.7 and 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-NOT_HIDDEN = EMBEDDINGS | {"head.weight"}
 STACK = 1 << 26  # numbers orthogonalised at a time: bounds the memory of a step, and fills any GPU
 
 
@@ -81,7 +80,13 @@ def is_hidden(parameter: ParameterSpec) -> bool:
     of 8 or less.
     """
     name, shape, vectors = parameter
-    return len(shape) in (2, 3) and min(shape[-2:]) > 8 and name not in NOT_HIDDEN and not vectors
+    return (
+        len(shape) in (2, 3)
+        and min(shape[-2:]) > 8
+        and name != "head.weight"
+        and not is_embedding(name)
+        and not vectors
+    )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,11 @@ from swamla.model.language_model import vectors_of
 from swamla.registry import Registered
 from swamla.train.precision import Chosen
 
-EMBEDDINGS = frozenset({"embedding.weight", "positions.weight"})
+
+def is_embedding(name: str) -> bool:
+    """True for a table of vectors that tokens, n-grams or positions look up; a tied head is one."""
+    return name in ("embedding.weight", "positions.weight") or name.startswith("ngrams.")
+
 
 Shape = tuple[int, ...]
 
@@ -118,7 +122,7 @@ def decays(name: str, shape: Sequence[int]) -> bool:
 
     It applies neither to embeddings, tied heads included, nor to vectors: gains, biases, A_log and dt_bias.
     """
-    return len(shape) >= 2 and name not in EMBEDDINGS
+    return len(shape) >= 2 and not is_embedding(name)
 
 
 def decay_groups(parameters: NamedParameters, weight_decay: float) -> list[dict[str, object]]:
