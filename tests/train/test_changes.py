@@ -13,7 +13,16 @@ from swamla.checkpoint import latest_checkpoint
 from swamla.cli.runs import summarize
 from swamla.errors import ConfigError, CorruptError
 from swamla.train import TrainConfig, train
-from swamla.train.changes import LEARNING, MAY_CHANGE, RATES, SAME_NUMBERS, SCORING, check_horizon, check_same_run
+from swamla.train.changes import (
+    LEARNING,
+    MAY_CHANGE,
+    RATES,
+    SAME_NUMBERS,
+    SCORING,
+    check_horizon,
+    check_same_run,
+    extension,
+)
 from swamla.train.optim import LionConfig
 from swamla.train.tracking.metrics import read_metrics
 
@@ -322,14 +331,28 @@ def test_a_longer_run_whose_rate_does_not_jump_needs_no_choice(tmp_path, dataset
 @pytest.mark.parametrize(
     ("bounds", "said"),
     [
-        ({}, "the run is finished: 6 of 6 steps; to continue it, give more steps or max_minutes"),
+        ({}, "6 of 6 steps; to extend it: --resume {} --steps 12 --schedule_steps 12\n"),
         (
-            {"steps": 6, "max_minutes": 60.0},
-            "the run is finished: 6 of 6 steps, 0.0 of 60 minutes; to continue it, give more steps or max_minutes",
+            {"steps": 6, "max_minutes": 60.0, "schedule_steps": 20},
+            "6 of 6 steps, 0.0 of 60 minutes; to extend it: --resume {} --steps 12 --schedule_steps 20\n",
         ),
+        ({"schedule": "constant"}, "6 of 6 steps; to extend it: --resume {} --steps 12\n"),
     ],
 )
-def test_a_finished_run_that_is_resumed_says_so(tmp_path, dataset, bounds, said):
+def test_a_finished_run_that_is_resumed_says_so_and_how_to_extend_it(tmp_path, dataset, bounds, said):
     run(tiny_config(**bounds), tmp_path / "run", dataset)
-    assert said in said_by(tiny_config(**bounds), tmp_path / "run", dataset)
+    told = said_by(tiny_config(**bounds), tmp_path / "run", dataset)
+    assert f"the run is finished: {said.format(tmp_path / 'run')}" in told
     assert len(losses(tmp_path / "run")) == 6
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
+@pytest.mark.parametrize(("bounds", "seconds"), [({"steps": 6}, 9.0), ({"steps": None, "max_minutes": 0.1}, 6.1)])
+def test_the_flags_that_extend_a_finished_run_are_not_refused_and_leave_steps_to_take(schedule, bounds, seconds):
+    before = tiny_config(schedule=schedule, min_lr_ratio=0.0, **bounds).train
+    words = extension(before, step=6, seconds=seconds).split()
+    given = {name.removeprefix("--"): float(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+    after = replace(before, **{name: int(v) if "steps" in name else v for name, v in given.items()})
+    check_horizon(before, after, step=6, seconds=seconds)
+    assert after.budget.progress(6.5, seconds) < 0.6
+    assert after.rate(6, seconds) > 0

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from swamla import distributed
 from swamla.checkpoint import load
-from swamla.cli.console import Console, harmless, program, say
+from swamla.cli.afterwards import opening, sample, say_next
+from swamla.cli.console import Console, harmless, say
 from swamla.cli.flags import argument, parse
 from swamla.cli.overrides import flags
 from swamla.cli.run_config import explain_recipe, read_recipe
@@ -21,16 +22,11 @@ from swamla.cli.running import (
     resumed_folder,
     validation,
 )
-from swamla.data.tokenizer import Tokenizer
 from swamla.errors import UsageError
-from swamla.inference.text import encode_prompt, generate_text, room
-from swamla.model.language_model import LanguageModel
 from swamla.train import RunConfig, TrainState, train
 from swamla.train.claims import Claim, claim_run
 from swamla.train.precision import autocast, without_fp8
 
-PROMPT = "def "
-SAMPLE_TOKENS = 120
 _AFTER = "\n\n=== after training ===\n"
 
 
@@ -73,11 +69,11 @@ def _train(config: RunConfig, claim: Claim, resume: bool) -> None:
     say(console, f"resuming {run_dir}" if resume else _announcement(config, run_dir))
     resumed = run_dir if resume else None
     dataset = prepare_data(config.data, console, block_size=config.train.block_size, resumed=resumed)
-    samples = run_dir / "samples.txt"
+    samples, prompt = run_dir / "samples.txt", opening(dataset)
 
     def first_sample(state: TrainState) -> None:
         if state.step == 0:  # written before training, so that a resumed run still has it
-            before = _sample(state.model, dataset.tokenizer)
+            before = sample(state.model, dataset.tokenizer, prompt)
             samples.write_text(f"=== before training ===\n{before}", encoding="utf-8")
 
     evaluate = validation(dataset, config.train.block_size, config.train.eval_tokens)
@@ -95,14 +91,21 @@ def _train(config: RunConfig, claim: Claim, resume: bool) -> None:
     model, tokenizer = load(run_dir)
     model = model.to(state.device)
     before = samples.read_text(encoding="utf-8").partition(_AFTER)[0] if samples.exists() else ""
-    text = f"{before}{_AFTER}{_sample(model, tokenizer)}\n"
+    text = f"{before}{_AFTER}{sample(model, tokenizer, prompt)}\n"
     samples.write_text(text, encoding="utf-8")
     say(console, f"\n{harmless(text)}")
     say(console, "scoring all of the held-out text …")
     with autocast(without_fp8(state.precision), state.device):
         found = validation(dataset, config.train.block_size)(model)
     _compare(console, run_dir.name, found["bits_per_byte"], dataset.held_out_text())
-    _say_where_and_next(console, run_dir)
+    run = shlex.quote(str(run_dir))
+    commands = [
+        f"generate {run} --prompt {shlex.quote(prompt)} --stats",
+        f"evaluate {run}",
+        'train quickstart --pattern "swa swa swa mla" --run_name swa-swa-swa-mla',
+    ]
+    has = f"{run_dir} has config.json, metrics.jsonl, loss.png, samples.txt and the checkpoints."
+    say_next(console, has, commands)
 
 
 def _announcement(config: RunConfig, run_dir: Path) -> str:
@@ -111,13 +114,6 @@ def _announcement(config: RunConfig, run_dir: Path) -> str:
     limits += [f"{minutes:g} minutes"] if minutes else []
     stack = " ".join(config.model.pattern)
     return f"training a model of layers {stack} on {config.data.source}, at most {' or '.join(limits)}, in {run_dir}"
-
-
-def _sample(model: LanguageModel, tokenizer: Tokenizer) -> str:
-    model.eval()
-    fitting = room(model, [encode_prompt(tokenizer, PROMPT)])
-    done = generate_text(model, tokenizer, [PROMPT], SAMPLE_TOKENS if fitting is None else min(SAMPLE_TOKENS, fitting))
-    return PROMPT + done.completions[0].text
 
 
 def _compare(console: Console, name: str, bits_per_byte: float, held_out: bytes) -> None:
@@ -135,11 +131,3 @@ def _compare(console: Console, name: str, bits_per_byte: float, held_out: bytes)
     # Not a table title, which would wrap at the table's width.
     say(console, f"{len(held_out):,} bytes of held-out text")
     console.print(table)
-
-
-def _say_where_and_next(console: Console, run_dir: Path) -> None:
-    run, swamla = shlex.quote(str(run_dir)), program()
-    say(console, f"\n{run_dir} has config.json, metrics.jsonl, loss.png, samples.txt and the checkpoints. Next:\n")
-    say(console, f'  {swamla} generate {run} --prompt "class " --stats')
-    say(console, f"  {swamla} evaluate {run}")
-    say(console, f'  {swamla} train quickstart --pattern "swa swa swa mla" --run_name swa-swa-swa-mla')

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from swamla import distributed
+from swamla.cli.afterwards import say_results
 from swamla.cli.console import Console, program, say
 from swamla.cli.flags import argument, parse
 from swamla.cli.overrides import flags
@@ -109,9 +110,21 @@ def _train(arguments: Arguments, given: Mapping[str, Any]) -> int:
         )
         claim = claims[-1] if claims else None
         evaluate = validation(dataset, config.train.block_size, config.train.eval_tokens)
+        first: list[int] = []
         with naming_resume_command("train", run_dir):
-            train(config, run_dir, dataset=dataset, evaluate=evaluate, resume=resume, console=console, claim=claim)
+            state = train(
+                config,
+                run_dir,
+                dataset=dataset,
+                evaluate=evaluate,
+                resume=resume,
+                console=console,
+                on_start=lambda begun: first.append(begun.step),
+                claim=claim,
+            )
     say(console, f"the run is in {run_dir}")
+    if state.step > first[0]:
+        say_results(console, run_dir, config, dataset, state)
     return 0
 
 

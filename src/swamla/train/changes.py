@@ -100,6 +100,19 @@ def check_horizon(before: TrainConfig, now: TrainConfig, *, step: int, seconds: 
     )
 
 
+def extension(train: TrainConfig, *, step: int, seconds: float) -> str:
+    """Flags with which a run that is finished runs twice as long: its rate rises, and falls again to the new end."""
+    flags = []
+    for name, horizon, spent in (("steps", "schedule_steps", step), ("max_minutes", "schedule_minutes", seconds / 60)):
+        planned, spanned = getattr(train, name), getattr(train, horizon)
+        if planned is None or spent < planned / 2:  # not what ended the run, nor what would end twice as long a one
+            continue
+        flags.append(f"--{name} {2 * planned:.12g}")
+        if train.schedule != "constant":
+            flags.append(f"--{horizon} {max(2 * planned, spanned or 0):.12g}")
+    return " ".join(flags)
+
+
 def rates(before: TrainConfig, now: TrainConfig, *, step: int, seconds: float) -> tuple[float, float]:
     """The learning rate of the step after `step`: by the old settings, and by the new ones."""
     old, new = (config.rate(step, seconds) for config in (before, now))

@@ -1,6 +1,7 @@
 """The training loop, top-down: `train` opens and closes the run, `_train` is its loop and decides when it is saved."""
 
 import math
+import shlex
 import signal
 import time
 import warnings
@@ -19,6 +20,7 @@ from swamla.errors import CorruptError, FailedElsewhere, Interrupted, SwamlaErro
 from swamla.faults import fault
 from swamla.hub.push import require_hub
 from swamla.train.backends import describe
+from swamla.train.changes import extension
 from swamla.train.claims import Claim
 from swamla.train.config import RunConfig
 from swamla.train.plot import plot_losses
@@ -86,7 +88,10 @@ def _announce(run: Run, *, resumed: bool) -> None:
     if resumed and run.progress(0.5) >= 1:
         spent = [f"{state.step} of {settings.steps} steps"] if settings.steps else [f"{state.step} steps"]
         spent += [f"{state.seconds / 60:.1f} of {settings.max_minutes:g} minutes"] if settings.max_minutes else []
-        run.say(f"the run is finished: {', '.join(spent)}; to continue it, give more steps or max_minutes")
+        longer = (
+            f"--resume {shlex.quote(str(run.folder))} {extension(settings, step=state.step, seconds=state.seconds)}"
+        )
+        run.say(f"the run is finished: {', '.join(spent)}; to extend it: {longer}")
 
 
 def _train(run: Run) -> None:

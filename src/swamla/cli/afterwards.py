@@ -1,0 +1,95 @@
+"""What a finished training ends with: a sample of the model's text, what its figures mean, the next commands."""
+
+import shlex
+from pathlib import Path
+
+from swamla import distributed
+from swamla.checkpoint import load
+from swamla.cli.console import Console, harmless, program, say
+from swamla.cli.runs import summarize
+from swamla.data.dataset import Dataset
+from swamla.data.tokenizer import Tokenizer
+from swamla.inference.text import encode_prompt, generate_text, room
+from swamla.model.language_model import LanguageModel
+from swamla.train import RunConfig, TrainState
+from swamla.train.changes import extension
+
+SAMPLE_TOKENS = 120
+_OPENING = 24  # characters of held-out text that a sample continues
+# A run bounded by time saw few tokens below both: 20 per parameter (arXiv 2203.15556), and 4 epochs, up to which
+# repeated text is worth nearly as much as new text (arXiv 2305.16264).
+_TOKENS_PER_PARAMETER, _EPOCHS = 20, 4
+
+
+def opening(dataset: Dataset) -> str:
+    """A prompt for samples: "def " for Python's library, else the first words of the held-out text."""
+    if dataset.source == "stdlib":
+        return "def "
+    text = dataset.tokenizer.decode(dataset.held_out.document(0)[: 8 * _OPENING].tolist())
+    lines = [line.strip("\N{REPLACEMENT CHARACTER}- \t") for line in text.splitlines()]
+    lines = [line for line in lines if line and line.isprintable()]
+    # The only document of a source is cut anywhere, so its first line may begin within a word.
+    line = next(iter(lines[1:2] if dataset.held_out.n_documents == 1 else lines[:1]), lines[0] if lines else "")
+    return line if len(line) <= _OPENING else line[:_OPENING].rpartition(" ")[0] or line[:_OPENING]
+
+
+def sample(model: LanguageModel, tokenizer: Tokenizer, prompt: str) -> str:
+    """The prompt, and how the model continues it."""
+    model.eval()
+    fitting = room(model, [encode_prompt(tokenizer, prompt)])
+    done = generate_text(model, tokenizer, [prompt], SAMPLE_TOKENS if fitting is None else min(SAMPLE_TOKENS, fitting))
+    return prompt + done.completions[0].text
+
+
+def say_next(console: Console, what: str, commands: list[str]) -> None:
+    """Print what there is, then commands of this program to type next, each on a line of its own."""
+    say(console, f"\n{what} Next:\n")
+    for command in commands:
+        say(console, f"  {program()} {command}")
+
+
+def say_results(console: Console, run_dir: Path, config: RunConfig, dataset: Dataset, state: TrainState) -> None:
+    """After `swamla train`: a sample (of a run on one process that has a best), its figures, the next commands."""
+    if not distributed.is_main():
+        return
+    prompt, run = opening(dataset), shlex.quote(str(run_dir))
+    if state.best is not None and distributed.world_size() == 1:  # the weights of several may fill a whole machine
+        model, tokenizer = load(run_dir)
+        text = sample(model.to(state.device), tokenizer, prompt)
+        say(console, f"\n=== a sample: {harmless(repr(prompt))} continued ===\n{harmless(text)}\n")
+    longer = f"train --resume {run} {extension(config.train, step=state.step, seconds=state.seconds)}"
+    for line in [_figures(run_dir, state), _few_tokens(config, dataset, state, longer)]:
+        if line:
+            say(console, line)
+    commands = [f"generate {run} --prompt {shlex.quote(prompt)} --stats", f"evaluate {run}", longer]
+    say_next(console, f"{run_dir} has config.json, metrics.jsonl, loss.png and the checkpoints.", commands)
+
+
+def _figures(run_dir: Path, state: TrainState) -> str:
+    """What the held-out figures mean, in one line; "" for a run without any."""
+    found = summarize(run_dir)
+    if found.held_out_loss is None or found.bits_per_byte is None:
+        return ""
+    which = ""
+    if state.best_step is not None and state.best_step != state.step:
+        which = f" in step {state.best_step}, which generate and evaluate use"
+    return (
+        f"Held out: {found.bits_per_byte:.3f} bits per byte{which}: the cost of text that the model was not trained "
+        "on. Less is better; guessing costs 8. It compares models of any tokenizer, which the loss "
+        f"({found.held_out_loss:.3f} nats per token) does not."
+    )
+
+
+def _few_tokens(config: RunConfig, dataset: Dataset, state: TrainState, longer: str) -> str:
+    """For a run that its minutes ended before it saw much text: how much that was, and how to go on; else ""."""
+    train = config.train
+    parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    by_time = train.max_minutes is not None and (train.steps is None or state.step < train.steps)
+    epochs = max((state.tokens / length for length in dataset.epochs().values()), default=0.0)
+    if not by_time or state.tokens >= _TOKENS_PER_PARAMETER * parameters or epochs >= _EPOCHS:
+        return ""
+    passes = f", {epochs:.2g} times its text" if epochs else ""
+    return (
+        f"In {train.max_minutes:g} minutes the model saw {state.tokens:,} tokens: {state.tokens / parameters:.2g} per "
+        f"parameter, where about {_TOKENS_PER_PARAMETER} are usual{passes}. It would learn more: {program()} {longer}"
+    )
