@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from swamla.cli import train as command
+from swamla.data.caching import remembered_runs
 from tests.cli.test_end_to_end import FLAGS, TEXT, Ended, records, swamla
 
 FEW = re.compile(r"the model saw ([\d,]+) tokens: ([\d.]+) per parameter, .*, ([\d.]+) times its text")
@@ -50,6 +51,7 @@ def test_training_says_in_one_line_what_its_held_out_figures_mean(home: tuple[Pa
     assert f"{best['held_out_bits_per_byte']:.3f} bits per byte{which}" in line
     assert f"the loss ({best['held_out_loss']:.3f} nats per token)" in line
     assert "minutes the model saw" not in shown, "its steps ended it"
+    assert remembered_runs(folder / "cache") == [folder / "two words"], "swamla cache knows that it needs its data"
 
 
 def test_the_commands_that_training_recommends_work_as_printed(home: tuple[Path, str]) -> None:

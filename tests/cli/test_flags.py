@@ -169,7 +169,8 @@ def test_help_all_tells_every_flag(
 
 
 @pytest.mark.parametrize(
-    "command", [*sorted(COMMANDS.keys() - {"checkpoint"}), "checkpoint list", "checkpoint convert"]
+    "command",
+    [*sorted(COMMANDS.keys() - {"checkpoint", "cache"}), "checkpoint list", "checkpoint convert", "cache list"],
 )
 def test_every_command_tells_what_each_of_its_usual_flags_is_for(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -22,6 +22,7 @@ from swamla.cli.running import (
     resumed_folder,
     validation,
 )
+from swamla.data.caching import remember_run
 from swamla.errors import UsageError
 from swamla.train import RunConfig, TrainState, train
 from swamla.train.claims import Claim, claim_run
@@ -69,6 +70,7 @@ def _train(config: RunConfig, claim: Claim, resume: bool) -> None:
     say(console, f"resuming {run_dir}" if resume else _announcement(config, run_dir))
     resumed = run_dir if resume else None
     dataset = prepare_data(config.data, console, block_size=config.train.block_size, resumed=resumed)
+    remember_run(config.data.cache, run_dir)
     samples, prompt = run_dir / "samples.txt", opening(dataset)
 
     def first_sample(state: TrainState) -> None:

@@ -1,7 +1,9 @@
-"""`swamla runs [FOLDER]`: the runs in a folder, their progress and losses."""
+"""`swamla runs [FOLDER]`: the runs in a folder, their data, progress, losses; `swamla runs rm NAME…` removes runs."""
 
 import json
+import os
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import pairwise
@@ -9,15 +11,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.table import Table
+from rich.text import Text
 
 from swamla.checkpoint import list_checkpoints, read_run_config
+from swamla.cli.asking import confirmed, remove, size_of
 from swamla.cli.console import Console, say
 from swamla.cli.flags import argument, parse
-from swamla.config import from_plain
+from swamla.cli.info_tables import short
+from swamla.cli.running import checked
+from swamla.config import did_you_mean, from_plain
+from swamla.data.caching import short_source
+from swamla.data.config import DataConfig
 from swamla.errors import SwamlaError, UsageError
 from swamla.model.accounting import count_parameters
 from swamla.train import RunConfig
-from swamla.train.claims import is_running
+from swamla.train.claims import RUN_FILES, claim_to_remove, is_running
 from swamla.train.tracking.metrics import read_metrics
 
 State = Literal["running", "done", "stopped", "no save"]
@@ -25,7 +33,7 @@ State = Literal["running", "done", "stopped", "no save"]
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """The runs in a folder, most recently modified first.
+    """The runs in a folder, most recently modified first. `swamla runs rm NAME …` removes runs (see its --help).
 
     folder: a folder of runs, or one run.
     json: print a JSON list.
@@ -36,12 +44,28 @@ class Arguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Remove:
+    """Remove runs, with their checkpoints, after asking. Prepared data stays in the cache (swamla cache list).
+
+    runs: names of runs, as `swamla runs` lists them.
+    folder: the folder of the runs; nothing outside it is removed, and no link is followed.
+    yes: do not ask.
+    """
+
+    runs: tuple[str, ...] = argument(annotation=str, positional=True, repeated=True)
+    folder: str = "runs"
+    yes: bool = argument(False, switch=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """A row. loss: the last one of training.  held_out_loss: the lowest, with its bits_per_byte.  "no save": a run
     without a checkpoint."""
 
     name: str
     path: str
+    data: str
+    tokenizer: str
     pattern: str
     parameters: int
     steps: int
@@ -54,7 +78,9 @@ class Run:
 
 
 def main(argv: list[str]) -> int:
-    """List runs."""
+    """List runs, or remove some."""
+    if argv[:1] == ["rm"]:
+        return _remove(argv[1:])
     arguments, _ = parse(Arguments, argv, command="swamla runs")
     runs, broken = _read(Path(arguments.folder))
     if arguments.json:
@@ -71,6 +97,68 @@ def main(argv: list[str]) -> int:
     if not runs and not broken:
         say(console, f"no runs in {arguments.folder}")
     return 0
+
+
+def _remove(argv: list[str]) -> int:
+    """Remove the named runs, all or, if one of them cannot be, none."""
+    arguments, _ = parse(Remove, argv, command="swamla runs rm")
+    if not arguments.runs:
+        raise UsageError("RUNS is missing: swamla runs rm NAME … removes them; swamla runs lists them")
+    folder, console = checked(arguments.folder), Console()
+    paths = list(dict.fromkeys(_named(name, folder) for name in arguments.runs))
+    with ExitStack() as locks:
+        for path in paths:
+            locks.enter_context(claim_to_remove(path))
+        told = [f"{path} ({short(size_of(path), 'B')}{_others(path)})" for path in paths]
+        if not confirmed(f"Remove {', '.join(told)}?", yes=arguments.yes):
+            say(console, "nothing was removed")
+            return 0
+        for path, what in zip(paths, told, strict=True):
+            remove(path)
+            say(console, f"removed {what}")
+    return 0
+
+
+def _named(name: str, folder: Path) -> Path:
+    """The folder of the run NAME, or folder/NAME, in `folder`. Raises `UsageError` for anything else."""
+    plain = os.path.normpath(checked(name))
+    if os.path.dirname(plain) == os.path.normpath(folder):
+        plain = os.path.basename(plain)
+    if os.path.basename(plain) != plain or plain in (".", ".."):
+        raise UsageError(f"{name}: not in {folder}; runs rm removes runs of one folder, named by --folder")
+    path = folder / plain
+    if path.is_symlink():
+        raise UsageError(f"{path}: is a link to {path.resolve()}, which runs rm does not follow; remove it yourself")
+    if not path.exists():
+        there = sorted(p.name for p in folder.iterdir() if _is_run(p)) if folder.is_dir() else []
+        known = did_you_mean(plain, there) if there else f"there is no run in {folder}"
+        raise UsageError(f"{path}: no such run; {known}")
+    if not _is_removable(path):
+        raise UsageError(f"{path}: not a run of swamla, so it is not removed")
+    return path
+
+
+def _is_removable(path: Path) -> bool:
+    """Whether a folder is a run by its config.json, which another program may write too, or by a run's other files."""
+    try:
+        read_run_config(path)
+    except SwamlaError:  # damaged, or another program's
+        return (path / "metrics.jsonl").is_file() and (path / "data.json").is_file()
+    except OSError:
+        return False
+    return True
+
+
+def _others(path: Path) -> str:
+    """Names of what training does not write, to be told before it is removed."""
+    names = sorted(entry.name for entry in path.iterdir() if entry.name not in RUN_FILES)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f", with {', '.join(names[:3])}{more}, not of its training" if names else ""
+
+
+def _data(config: DataConfig) -> str:
+    """The source of a run's data, or those of a mixture."""
+    return " + ".join(part.source for part in config.sources)
 
 
 def _read(folder: Path) -> tuple[list[Run], dict[str, str]]:
@@ -102,6 +190,8 @@ def summarize(path: Path) -> Run:
     return Run(
         name=path.resolve().name,
         path=str(path),
+        data=_data(config.data),
+        tokenizer=config.data.tokenizer,
         pattern=compress(config.model.pattern),
         parameters=count_parameters(config.model).total,
         steps=records[-1]["step"] if records else 0,
@@ -145,16 +235,23 @@ def compress(pattern: tuple[str, ...]) -> str:
 
 
 def _table(runs: list[Run], now: float) -> Table:
+    """Two lines a run, of at most 60 columns."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    table.add_column("run", overflow="fold", max_width=24)
-    table.add_column("pattern", overflow="fold", max_width=30)
-    for heading in ("params", "steps", "tokens", "loss", "held", "bits/B", "when"):
+    table.add_column("run\npattern", overflow="fold", min_width=15, max_width=30)
+    table.add_column("data\ntokenizer", overflow="fold", min_width=9, max_width=30)
+    for heading in ("params\nsteps", "loss\ntokens", "held\nbits/B"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("state", no_wrap=True)
+    table.add_column("state\nwhen", no_wrap=True)
     for run in runs:
-        sizes = (_short(run.parameters), _short(run.steps), _short(run.tokens))
-        losses = (_figure(run.loss), _figure(run.held_out_loss), _figure(run.bits_per_byte))
-        table.add_row(run.name, run.pattern, *sizes, *losses, age(now, run.modified), run.state)
+        data = " + ".join(short_source(part) for part in run.data.split(" + "))
+        table.add_row(
+            Text(f"{run.name}\n{run.pattern}"),
+            Text(f"{data}\n{short_source(run.tokenizer)}"),
+            f"{_short(run.parameters)}\n{_short(run.steps)}",
+            f"{_figure(run.loss)}\n{_short(run.tokens)}",
+            f"{_figure(run.held_out_loss)}\n{_figure(run.bits_per_byte)}",
+            f"{run.state}\n{age(now, run.modified)}",
+        )
     return table
 
 

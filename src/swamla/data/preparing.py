@@ -20,6 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from swamla.data.caching import mark_used
 from swamla.data.config import MIXTURE, DataConfig, parse_bpe
 from swamla.data.dataset import FORMAT_VERSION, META, TOKENIZER, Dataset, PreparedDataset, Throughput, write_meta
 from swamla.data.reading import Notes
@@ -208,6 +209,7 @@ class Preparation:
 
     def open(self, throughput: Throughput | None = None) -> PreparedDataset:
         """Open the finished dataset."""
+        mark_used(self.target)
         plugin = plugin_of(type(self.source))
         made_of = {"raw": self.source.digest()} | ({"plugin": plugin} if plugin else {})
         buffer_docs = self.config.buffer_docs

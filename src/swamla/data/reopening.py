@@ -4,6 +4,7 @@ import json
 import warnings
 from pathlib import Path
 
+from swamla.data.caching import mark_used
 from swamla.data.config import MIXTURE, DataConfig
 from swamla.data.dataset import META, TOKENIZER, Dataset, PreparedDataset
 from swamla.data.sources import Files, Source, class_of, open_source
@@ -29,6 +30,7 @@ def reopen(
     for single, each, folder in zip(singles, identity, folders, strict=True):
         if folder is None:
             return None
+        mark_used(folder)
         source = _raw(single, each, folder, needed=training and bool(config.stream))
         # Sources with equal texts share a folder of the cache, whose meta.json names the first one.
         told = (source.origin if source else "") or single.source

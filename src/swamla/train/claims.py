@@ -27,7 +27,8 @@ _BEFORE_A_CHECKPOINT = {
         "wandb",
     ),
 }
-_KEPT = "profile"  # traces, which may show why the run ended; never deleted
+_KEPT = "profile"  # traces, which may show why the run ended; never deleted with an unsaved run
+RUN_FILES = {*_BEFORE_A_CHECKPOINT, _KEPT, "loss.png", "resumed_from_hub.json"}  # all that a run's folder has
 
 
 class Claim:
@@ -98,6 +99,11 @@ def claim_run(folder: Path) -> Claim:
     """Lock the folder of a run to resume. Raises `UsageError` if it holds no run, or another process trains in it."""
     if not (folder / "config.json").exists():
         raise UsageError(f"{folder}: nothing to resume (it has no config.json)")
+    return _try(folder)
+
+
+def claim_to_remove(folder: Path) -> Claim:
+    """Lock the folder of a run that is to be deleted. Raises `UsageError` if another process trains in it."""
     return _try(folder)
 
 
