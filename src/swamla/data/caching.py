@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swamla.data.dataset import META
+from swamla.data.shards import HELD_OUT_TEXT
 from swamla.errors import SwamlaError
 from swamla.files import read_json, write_text_atomically
 
@@ -76,6 +77,16 @@ def entries(cache: Path) -> list[Cached]:
         for file in (cache / folder).glob("[!.]*"):
             found.append(Cached(name=file.name, paths=(file,), what=what, used=_newest(file)))
     return sorted(found, key=lambda one: (-one.used, one.name))
+
+
+def held_out_hash(cache: Path, fingerprint: str) -> str | None:
+    """The SHA-256 of the held-out text of the prepared data with this fingerprint; None if the cache has none."""
+    for meta in (cache / "data").glob(f"[!.]*/{META}"):
+        with suppress(SwamlaError, OSError, KeyError, TypeError):
+            plain = read_json(meta, inside=meta.parent)
+            if plain["fingerprint"] == fingerprint:
+                return str(plain["files"][HELD_OUT_TEXT]["sha256"])
+    return None
 
 
 def _dataset(folder: Path) -> Cached:
