@@ -1,6 +1,7 @@
 """Files of tensors: nothing that is no safetensors file is opened as one, and nothing in a file is ever run."""
 
 import json
+import os
 import pickle
 import struct
 from pathlib import Path
@@ -10,7 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from swamla import tensor_file
+from swamla.checkpoint import save_checkpoint, save_shards
+from swamla.checkpoint.shards import Shard
 from swamla.errors import CorruptError
+from swamla.files import new_folder
 
 
 @pytest.mark.parametrize("header", [2**63, 200_000_000, 4096])
@@ -52,3 +56,21 @@ def test_aliases_that_lead_nowhere_are_a_corrupt_artefact(tmp_path, aliases):
     save_file({"w": torch.zeros(2)}, file, metadata={"aliases": aliases})
     with pytest.raises(CorruptError, match=str(file)):
         tensor_file.read_tensors(file)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_weights_are_readable_as_any_new_file_is(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_checkpoint(tmp_path, 1, tensors={"model": {"w": torch.zeros(2)}}, state={})
+        save_shards(tmp_path / "shard", {"w": Shard(tensor=torch.zeros(2), shape=(4,), offset=(0,))})
+        staging = new_folder(tmp_path, ".staging-")
+        (tmp_path / "plain").touch()
+        (tmp_path / "folder").mkdir()
+    finally:
+        os.umask(before)
+    plain, folder = ((tmp_path / name).stat().st_mode for name in ("plain", "folder"))
+    files = [*(tmp_path / "step-00000001").iterdir(), tmp_path / "shard"]
+    assert {file.name for file in files} == {"manifest.json", "model.safetensors", "state.json", "shard"}
+    assert {file.stat().st_mode for file in files} == {plain}
+    assert staging.stat().st_mode == folder

@@ -3,6 +3,10 @@
 import hashlib
 import json
 import os
+import stat
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +42,25 @@ def write_text_atomically(file: Path, text: str) -> None:
     fsync(staging)
     staging.replace(file)
     fsync(file.parent)
+
+
+@contextmanager
+def as_new_file(file: Path) -> Iterator[None]:
+    """Give the file that is written in the context the mode of any new file, by the umask.
+
+    safetensors writes files that only their owner can read.
+    """
+    file.touch()
+    mode = stat.S_IMODE(file.stat().st_mode)
+    yield
+    file.chmod(mode)
+
+
+def new_folder(parent: Path, prefix: str) -> Path:
+    """A new folder in `parent`, of a name that no other has, with a mode by the umask: tempfile's is the owner's."""
+    folder = parent / f"{prefix}{uuid.uuid4().hex[:12]}"
+    folder.mkdir()
+    return folder
 
 
 def regular_file(file: Path, *, inside: Path) -> Path:

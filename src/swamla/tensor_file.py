@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from swamla.errors import CorruptError
+from swamla.files import as_new_file
 
 MAX_HEADER_BYTES = 100_000_000
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -19,7 +20,8 @@ def save_tensors(file: Path, named: Mapping[str, Tensor]) -> None:
     """Write tensors, each storage once: a tied name is recorded in the header as an alias of the first."""
     unique, aliases = without_aliases(named)
     # One key only: safetensors writes several keys in random order, and equal runs must give equal files.
-    save_file(unique, file, metadata={"aliases": json.dumps(aliases)})
+    with as_new_file(file):
+        save_file(unique, file, metadata={"aliases": json.dumps(aliases)})
 
 
 def without_aliases(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

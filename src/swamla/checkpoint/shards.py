@@ -22,6 +22,7 @@ from torch import Tensor
 
 from swamla.distributed import as_sharded, local, sharded
 from swamla.errors import CorruptError
+from swamla.files import as_new_file
 from swamla.tensor_file import read_header, without_aliases
 
 SHARDING = "DCP_SHARDING_INFO"  # DCP's names: the entry of the header, and a tensor's offset in it
@@ -74,7 +75,8 @@ def save_shards(file: Path, named: LocalTensors) -> None:
         whole = named[name]
         offset = whole.offset if isinstance(whole, Shard) else (0,) * tensor.ndim
         places[name] = {OFFSETS: list(offset), "shape": list(whole.shape if isinstance(whole, Shard) else tensor.shape)}
-    save_file(tensors, file, metadata={SHARDING: json.dumps(places)})
+    with as_new_file(file):
+        save_file(tensors, file, metadata={SHARDING: json.dumps(places)})
 
 
 def _is_surplus(one: Tensor | Shard) -> bool:

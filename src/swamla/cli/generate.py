@@ -21,6 +21,8 @@ class Arguments:
     prompt: the text to continue, once per prompt; without one, a new document begins.
     max_new_tokens: stop after this many tokens, or where the model ends the document; by default also at its last
         position.
+    crop: continue beyond a model's learned positions: read only as many of the last tokens as there are positions, anew
+        for every token, as nanoGPT does.
     temperature: below 1 more certain, above 1 more varied, 0 the same as --greedy.
     top_k: sample from the k likeliest tokens only; 0 for all.
     top_p: sample from the likeliest tokens that together have this probability.
@@ -35,6 +37,7 @@ class Arguments:
     run: str = argument(positional=True)
     prompt: tuple[str, ...] = argument((), annotation=str, repeated=True)
     max_new_tokens: int = 200
+    crop: bool = argument(False, switch=True)
     temperature: float = 0.8
     top_k: int = 0
     top_p: float = 1.0
@@ -60,7 +63,9 @@ def main(argv: list[str]) -> int:
     )
     prompts = arguments.prompt or ("",)
     model, tokenizer = load(run_folder(arguments.run), arguments.checkpoint)
-    fitting = room(model, [encode_prompt(tokenizer, prompt) for prompt in prompts])
+    if arguments.crop and not model.config.learned_positions:
+        raise UsageError("--crop is for learned positions; this model reads texts of any length: leave it out")
+    fitting = None if arguments.crop else room(model, [encode_prompt(tokenizer, prompt) for prompt in prompts])
     max_new_tokens = _limit(arguments.max_new_tokens, fitting, asked="max_new_tokens" in given)
     alone = len(prompts) == 1
     if alone:
@@ -74,6 +79,7 @@ def main(argv: list[str]) -> int:
             sampling=sampling,
             on_text=(lambda _, piece: _emit(piece)) if alone else None,
             decoding=arguments.decoding,
+            crop=arguments.crop,
         )
     except KeyboardInterrupt:
         _emit("\n")  # so that the statistics start on a new line
@@ -91,9 +97,9 @@ def _limit(wanted: int, fitting: int | None, *, asked: bool) -> int:
     if asked:
         raise UsageError(
             f"--max_new_tokens {wanted}: with this prompt the model's learned positions leave room for {fitting}: "
-            f"--max_new_tokens {fitting}, or a shorter prompt"
+            f"--max_new_tokens {fitting}, or a shorter prompt, or --crop, which reads the last tokens only"
         )
-    print(f"swamla: at most {fitting} tokens: the model has no more positions", file=sys.stderr)
+    print(f"swamla: at most {fitting} tokens: the model has no more positions (--crop goes on)", file=sys.stderr)
     return fitting
 
 

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from swamla.data.sources import Source, Unit, open_source
 from swamla.data.tokenizer import Tokenizer, bpe_version, load_tokenizer, make_tokenizer, tokenizer_files
 from swamla.data.units import Job, Workers, available_cores
 from swamla.errors import ConfigError, DataError, SwamlaError, require
-from swamla.files import fsync, sha256_of
+from swamla.files import fsync, new_folder, sha256_of
 from swamla.registry import plugin_of
 
 TOKENIZER_SAMPLE = 1 << 26  # characters; more text hardly changes the BPE and takes longer
@@ -354,7 +353,7 @@ def _staging(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target`, removed on exit."""
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(target.parent)
-    folder = Path(tempfile.mkdtemp(prefix=".staging-", dir=target.parent))
+    folder = new_folder(target.parent, ".staging-")
     try:
         yield folder
     finally:

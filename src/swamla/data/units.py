@@ -10,7 +10,6 @@ import queue
 import shutil
 import subprocess
 import sys
-import tempfile
 import traceback
 import weakref
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from swamla.data.shards import HELD_OUT_TEXT, Encoded, SplitWriter, encode_docum
 from swamla.data.sources import Source, Unit
 from swamla.data.tokenizer import Tokenizer, load_tokenizer
 from swamla.errors import CorruptError, DataError, MissingBackendError, SwamlaError
-from swamla.files import fcntl, fsync, read_json, sha256_of, write_text_atomically
+from swamla.files import fcntl, fsync, new_folder, read_json, sha256_of, write_text_atomically
 from swamla.plugins import load_plugin, plugin_file
 
 _ONE_CORE = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -96,7 +95,7 @@ class Job:
         with _exclusive(self.folder / f"unit-{number:06d}.lock"):
             if self.path(number).exists() and self.known(number):
                 return self.record(number)
-            staging = Path(tempfile.mkdtemp(prefix=".unit-", dir=self.folder))
+            staging = new_folder(self.folder, ".unit-")
             try:
                 return self._encode(tokenizer, number, staging)
             finally:

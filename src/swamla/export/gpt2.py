@@ -22,7 +22,7 @@ from torch import Tensor
 from swamla.config import from_plain, load_json, to_plain
 from swamla.data.tokenizer import Tokenizer
 from swamla.errors import CorruptError, SwamlaError, UsageError, require
-from swamla.files import fsync
+from swamla.files import as_new_file, fsync
 from swamla.model.block import BlockConfig
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
@@ -118,7 +118,8 @@ def save_gpt2(model: LanguageModel, folder: str | Path, *, tokenizer: Tokenizer 
         tensor = ours[own].detach().cpu()
         tensors[f"transformer.{name}"] = (tensor.T if transposed else tensor).contiguous()
     with _staged(folder) as staging:
-        save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
+        with as_new_file(staging / "model.safetensors"):
+            save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
             _save_tokenizer(tokenizer, staging, model.config.learned_positions)
         text = json.dumps(plain | {"bos_token_id": eos, "eos_token_id": eos}, indent=2)

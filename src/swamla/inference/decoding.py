@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from swamla.errors import MissingBackendError, UsageError
+from swamla.errors import MissingBackendError, UsageError, require
 from swamla.inference.sampling import Sampling
 from swamla.model.ffns.experts import Experts
 from swamla.model.language_model import LanguageModel
@@ -77,12 +77,15 @@ class Decoder:
         sampling: Sampling | None = None,
         stop_id: int | None = None,
         known_ids: int | None = None,
+        context: int | None = None,
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[list[int]]:
         """Continue each prompt (token ids, length >= 1) by at most `max_new_tokens`; returns the new tokens only.
 
         stop_id: ends a row and is not returned.  known_ids: this and larger ids are never sampled; by default
         `LanguageModel.known_ids`.  on_token(row, token): called as soon as a token is sampled.
+        context: as in nanoGPT, a row of more tokens is read from its last `context` ones alone, as a document of its
+        own. Once a row is longer, each further token costs a prefill, which is neither recorded nor rounded.
         A row's logits equal those of the prompt in a batch of its own up to rounding: the order of sums in fp32, about
         a percent with "int8", whose activations are bf16. Greedy text may differ where two tokens are that close.
         Raises `UsageError` for an empty prompt, an id outside the vocabulary, more tokens than learned positions, or
@@ -90,14 +93,18 @@ class Decoder:
         """
         sampling = sampling or Sampling()
         prompts = _checked(self.model, prompts, max_new_tokens)
+        require(context is None or context > 0, "context", context, "must be > 0, or None for all tokens")
         known_ids = self.model.known_ids if known_ids is None else known_ids
         produced: list[list[int]] = [[] for _ in prompts]
         done = [False] * len(prompts)
         generators = sampling.generators(len(prompts))
         longest = max(len(prompt) for prompt in prompts)
-        state = self.model.init_state(len(prompts), longest + max_new_tokens - 1)  # the last token is not fed back
+        size = longest + max_new_tokens - 1  # the last token is not fed back
+        size = size if context is None else min(size, context)
+        seen = [list(prompt) for prompt in prompts]
+        state = self.model.init_state(len(prompts), size)
         step = self.steps(state)
-        logits_BV = prefill(self.model, prompts, state)
+        logits_BV = prefill(self.model, [tokens[-size:] for tokens in seen], state)
         for count in range(1, max_new_tokens + 1):
             chosen = sampling.choose(logits_BV[:, :known_ids], generators)
             for row, token in enumerate(chosen):
@@ -108,8 +115,15 @@ class Decoder:
                         on_token(row, token)
             if all(done) or count == max_new_tokens:
                 break
-            logits_BV = step(chosen)
+            for tokens, token in zip(seen, chosen, strict=True):
+                tokens.append(token)
+            logits_BV = step(chosen) if longest + count <= size else self._read_anew(seen, size)
         return produced
+
+    def _read_anew(self, seen: Sequence[Sequence[int]], size: int) -> Tensor:
+        """Logits (B, V) after the last `size` tokens of each row, at new positions: keys hold their old ones."""
+        state = self.model.init_state(len(seen), size)
+        return prefill(self.model, [tokens[-size:] for tokens in seen], state)
 
     def steps(self, state: ModelState) -> "EagerSteps | GraphSteps":
         """A function that appends one token, given by its id, to each row of `state` and returns logits (B, V).

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from swamla.data.tokenizer import StreamDecoder, Tokenizer
-from swamla.errors import UsageError
+from swamla.errors import UsageError, require
 from swamla.inference.decoding import Decoder
 from swamla.inference.sampling import Sampling
 from swamla.model.accounting import state_bytes
@@ -62,7 +62,7 @@ def room(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> int | None:
     if longest > positions:
         raise UsageError(
             f"the prompt has {longest} tokens, the document's start included, and the model {positions} learned "
-            f"positions: shorten it by {longest - positions}"
+            f"positions: shorten it by {longest - positions}, or --crop, which reads its last {positions}"
         )
     return positions - longest + 1  # the last token is not fed back
 
@@ -76,12 +76,17 @@ def generate_text(
     sampling: Sampling | None = None,
     on_text: Callable[[int, str], None] | None = None,
     decoding: str = "eager",
+    crop: bool = False,
 ) -> Generation:
     """Continue each prompt, or a single one; an empty one starts a new document.
 
-    on_text(row, piece): streams complete characters.  decoding: see `Decoder`. Raises `UsageError` without a prompt,
-    for invalid Unicode, and as `Decoder.generate` does.
+    on_text(row, piece): streams complete characters.  decoding: see `Decoder`.  crop: for learned positions: a text
+    longer than they are is continued from as many of its last tokens as fit (`context` of `Decoder.generate`). Raises
+    `UsageError` without a prompt, for invalid Unicode, for `crop` without learned positions, and as `Decoder.generate`
+    does.
     """
+    positions = model.config.learned_positions
+    require(bool(positions) or not crop, "crop", crop, "is for learned positions; this model reads texts of any length")
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not prompts:
         raise UsageError("prompts = []: must have one text at least; an empty text starts a new document")
@@ -103,6 +108,7 @@ def generate_text(
         sampling=sampling,
         stop_id=tokenizer.eos_id,
         known_ids=tokenizer.vocab_size,
+        context=positions if crop else None,
         on_token=on_token,
     )
     if on_text:
@@ -113,6 +119,7 @@ def generate_text(
     later = times[first_round:]
     elapsed = later[-1] - times[first_round - 1] if later else 0.0
     longest = max(map(len, ids)) + max_new_tokens - 1
+    longest = min(longest, positions) if crop else longest
     return Generation(
         completions=[
             Completion(prompt=prompt, text=tokenizer.decode(tokens), tokens=tokens, ended=len(tokens) < max_new_tokens)
