@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from swamla.data.config import DataConfig
+from swamla.data.likeness import unseen_shares
 from swamla.data.reading import Notes
 from swamla.data.shards import HELD_OUT_TEXT, Encoded, Split
 from swamla.data.tokenizer import Tokenizer, load_tokenizer
@@ -256,6 +257,8 @@ def write_meta(
         "notes": notes.plain(),
         "files": files_of(folder, but=(TOKENIZER,)),  # it has a fingerprint of its own
     }
+    if (shares := unseen_shares(folder, tokenizer)) is not None:
+        meta["unseen"] = shares
     meta["fingerprint"] = fingerprint_of(meta)
     (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
 

@@ -22,6 +22,7 @@ from typing import NamedTuple
 from swamla.data.caching import mark_used
 from swamla.data.config import MIXTURE, DataConfig, parse_bpe
 from swamla.data.dataset import FORMAT_VERSION, META, TOKENIZER, Dataset, PreparedDataset, Throughput, write_meta
+from swamla.data.likeness import describe_unlike
 from swamla.data.reading import Notes
 from swamla.data.shards import Progress, divide, encode_documents, is_held_out, usable_fraction
 from swamla.data.sources import Source, Unit, open_source
@@ -52,7 +53,7 @@ def prepare(config: DataConfig, *, progress: Progress | None = None, workers: in
         return _prepare_mixture(config, progress, workers)
     work = Preparation.of(config, progress)
     dataset = _prepare_stream(work, workers) if config.stream else _prepare_whole(work, workers)
-    _warn_of_share(config, dataset)
+    _warn_of_split(config, dataset)
     return dataset
 
 
@@ -69,7 +70,7 @@ def _prepare_whole(work: "Preparation", workers: int | None) -> PreparedDataset:
     return work.open(throughput)
 
 
-def _prepare_stream(work: "Preparation", workers: int | None) -> Dataset:
+def _prepare_stream(work: "Preparation", workers: int | None) -> PreparedDataset:
     """A stream: a few units of the source are prepared for evaluation, the rest is encoded during training."""
     from swamla.data.stream import StreamDataset, StreamPlan, UnitSupply  # needs torch
 
@@ -110,8 +111,11 @@ def _prepare_mixture(config: DataConfig, progress: Progress, workers: int | None
     return MixtureDataset([prepare(single, progress=progress, workers=workers) for single in singles], weights)
 
 
-def _warn_of_share(config: DataConfig, dataset: Dataset) -> None:
-    """Warn if the held-out share of the text is far from `held_out_fraction`, which is a share of the documents."""
+def _warn_of_split(config: DataConfig, dataset: PreparedDataset) -> None:
+    """Warn if the held-out text is unlike the training text.
+
+    Or if its share is far from `held_out_fraction`, which is a share of the documents.
+    """
     held_out, train, asked = dataset.held_out.n_bytes, dataset.train.n_bytes, config.held_out_fraction
     share = held_out / (held_out + train)
     if not asked / _FAR <= share <= asked * _FAR:
@@ -121,6 +125,8 @@ def _warn_of_share(config: DataConfig, dataset: Dataset) -> None:
             "long documents",
             stacklevel=3,
         )
+    if unlike := describe_unlike(dataset.meta.get("unseen", {})):
+        warnings.warn(f"{config.source}: {unlike}; a larger held_out_fraction adds other documents", stacklevel=3)
 
 
 @dataclass(frozen=True)
@@ -180,7 +186,7 @@ def prepare_part(
             return PartDone(len(units), missing, throughput, None)
         work.join(units)
     dataset = work.open(throughput)
-    _warn_of_share(config, dataset)
+    _warn_of_split(config, dataset)
     return PartDone(len(units), 0, throughput, dataset)
 
 
