@@ -102,6 +102,19 @@ def test_a_run_that_a_signal_stopped_ends_with_the_command_that_resumes_it(
     assert "=== a sample" not in done.stdout
 
 
+def test_a_model_of_few_learned_positions_has_a_sample_and_a_command_that_goes_on_too(tmp_path: Path) -> None:
+    changed = {"pattern": "mha", "learned_positions": "16", "block_size": "16", "steps": "1", "output_dir": "few"}
+    (tmp_path / "text.txt").write_text(TEXT)
+    words = dict(zip(FLAGS[::2], FLAGS[1::2], strict=True)) | {f"--{name}": value for name, value in changed.items()}
+    words = {name: value for name, value in words.items() if not name.startswith(("--swa", "--mla"))}
+    done = swamla(tmp_path, "train", *(word for pair in words.items() for word in pair))
+    assert done.returncode == 0, done.stderr
+    assert "=== a sample: 'line " in done.stdout
+    generate = next(line for line in done.stdout.splitlines() if " generate few " in line)
+    assert swamla(tmp_path, *shlex.split(generate.partition(" -m swamla ")[2])).returncode == 0
+    assert "--crop" in generate
+
+
 def test_a_run_without_an_evaluation_that_counts_has_no_sample_and_all_the_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

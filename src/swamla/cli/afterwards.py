@@ -9,8 +9,8 @@ from swamla.cli.console import Console, harmless, program, say
 from swamla.cli.runs import summarize
 from swamla.data.dataset import Dataset
 from swamla.data.tokenizer import Tokenizer
-from swamla.inference.text import encode_prompt, generate_text, room
-from swamla.model.language_model import LanguageModel
+from swamla.inference.text import generate_text
+from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.train import RunConfig, TrainState
 from swamla.train.changes import extension
 
@@ -34,11 +34,17 @@ def opening(dataset: Dataset) -> str:
 
 
 def sample(model: LanguageModel, tokenizer: Tokenizer, prompt: str) -> str:
-    """The prompt, and how the model continues it."""
+    """The prompt, and how the model continues it, beyond its learned positions too."""
     model.eval()
-    fitting = room(model, [encode_prompt(tokenizer, prompt)])
-    done = generate_text(model, tokenizer, [prompt], SAMPLE_TOKENS if fitting is None else min(SAMPLE_TOKENS, fitting))
+    crop = model.config.learned_positions > 0
+    done = generate_text(model, tokenizer, [prompt], SAMPLE_TOKENS, crop=crop)
     return prompt + done.completions[0].text
+
+
+def generate_command(run_dir: Path, prompt: str, model: LanguageModelConfig) -> str:
+    """The command that continues the prompt, as `sample` does."""
+    crop = " --crop" if model.learned_positions else ""
+    return f"generate {shlex.quote(str(run_dir))} --prompt {shlex.quote(prompt)}{crop} --stats"
 
 
 def say_next(console: Console, what: str, commands: list[str]) -> None:
@@ -61,7 +67,7 @@ def say_results(console: Console, run_dir: Path, config: RunConfig, dataset: Dat
     for line in [_figures(run_dir, state), _few_tokens(config, dataset, state, longer)]:
         if line:
             say(console, line)
-    commands = [f"generate {run} --prompt {shlex.quote(prompt)} --stats", f"evaluate {run}", longer]
+    commands = [generate_command(run_dir, prompt, config.model), f"evaluate {run}", longer]
     say_next(console, f"{run_dir} has config.json, metrics.jsonl, loss.png and the checkpoints.", commands)
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from swamla import distributed
 from swamla.checkpoint import load
-from swamla.cli.afterwards import opening, sample, say_next
+from swamla.cli.afterwards import generate_command, opening, sample, say_next
 from swamla.cli.console import Console, harmless, say
 from swamla.cli.flags import argument, parse
 from swamla.cli.overrides import flags
@@ -102,7 +102,7 @@ def _train(config: RunConfig, claim: Claim, resume: bool) -> None:
     _compare(console, run_dir.name, found["bits_per_byte"], dataset.held_out_text())
     run = shlex.quote(str(run_dir))
     commands = [
-        f"generate {run} --prompt {shlex.quote(prompt)} --stats",
+        generate_command(run_dir, prompt, config.model),
         f"evaluate {run}",
         'train quickstart --pattern "swa swa swa mla" --run_name swa-swa-swa-mla',
     ]
