@@ -38,6 +38,9 @@ OTHER = {
     "curriculum": "16:1k,32:inf",
     "optimizer": LionConfig(),
     "lr": 2e-3,
+    "lr_embedding": 2.0,
+    "lr_head": 2.0,
+    "lr_scalars": 2.0,
     "min_lr_ratio": 0.5,
     "warmup": 0.5,
     "schedule": "linear",
@@ -45,6 +48,8 @@ OTHER = {
     "schedule_steps": 3,
     "schedule_minutes": 90.0,
     "weight_decay": 0.5,
+    "weight_decay_embedding": 0.5,
+    "weight_decay_head": 0.5,
     "grad_clip": 2.0,
     "ema": 0.9,
     "eval_interval": 2,
@@ -109,9 +114,11 @@ def test_every_setting_is_of_one_kind_and_has_another_value_here():
     assert all(getattr(tiny_config().train, name) != value for name, value in OTHER.items())
 
 
-def test_a_setting_may_change_or_is_refused_by_name(begun):
+def test_a_setting_may_change_or_is_refused_by_name(tmp_path, dataset):
+    model = replace(MODEL, tied_head=False)  # some settings are of a head of its own
+    run(tiny_config(model, steps=1), begun := tmp_path / "run", dataset)
     for name, value in OTHER.items():
-        changed = tiny_config(**(BESIDES.get(name, {}) | {name: value}))
+        changed = tiny_config(model, **({"steps": 1} | BESIDES.get(name, {}) | {name: value}))
         changed = replace(changed, model=replace(changed.model, vocab_size=0))
         if name in MAY_CHANGE:
             check_same_run(changed, begun)

@@ -5,16 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 
+from swamla.errors import ConfigError
 from swamla.model import ParameterSpec
 from swamla.model.accounting import parameter_specs
 from swamla.model.ffns.latent_moe import LatentMoEConfig
 from swamla.model.ffns.moe import MoEConfig
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
-from swamla.train.optim import AdamWConfig, LionConfig, MuonConfig
+from swamla.train import TrainConfig
+from swamla.train.optim import AdamWConfig, GroupRates, LionConfig, MuonConfig
 from swamla.train.optim.muon import is_hidden
 from tests.toys import TOYS
 
-from .helpers import model_of
+from .helpers import model_of, tiny_config
 
 CONFIGS = [
     MuonConfig(),
@@ -60,6 +62,87 @@ def test_weight_decay_pulls_on_what_multiplies_activations_and_on_nothing_else(c
     for name, p in model.named_parameters():
         factor = 1 - 1e-2 * 0.5 if expected_to_decay(name) else 1.0
         torch.testing.assert_close(p.detach(), before[name] * factor, msg=lambda text, name=name: f"{name}: {text}")
+
+
+ROLES = {
+    "embedding": ("embedding.weight", "positions.weight"),
+    "head": ("head.weight",),
+    "scalar": (*EXEMPT, "conv_weight", "router.weight"),
+}
+
+
+def expected_role(name):
+    """By the names alone."""
+    return next((role for role, ends in ROLES.items() if name.endswith(ends)), "matrix")
+
+
+# Rounding noise is drawn in the order of the groups: moments in bf16 are rounded otherwise in the run of the oracle.
+NOISELESS = [config for config in CONFIGS if "bf16" not in str(config)]
+
+
+def moved(config, lr, weight_decay, rates=None):
+    """Where two steps take the parameters."""
+    model, generator = every_kind(), torch.Generator().manual_seed(0)
+    model.reset_parameters(0)
+    optimizer = config.build(model, lr=9.0, weight_decay=weight_decay)
+    if rates is not None:
+        optimizer.set_rates(rates)
+    for _ in range(2):
+        optimizer.set_lr(lr)
+        step_with(model, optimizer, lambda p: torch.randn(p.shape, generator=generator))
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("config", NOISELESS, ids=str)
+def test_each_role_moves_as_if_the_whole_model_had_its_learning_rate_and_its_weight_decay(config):
+    multiples = {"embedding": 3.0, "head": 0.25, "scalar": 0.0}
+    found = moved(config, 1e-2, 0.5, GroupRates(lr=multiples, weight_decay={"head": 0.1, "embedding": 0.7}))
+    for role in (*multiples, "matrix"):
+        alone = moved(config, 1e-2 * multiples.get(role, 1.0), 0.1 if role == "head" else 0.5)
+        for name in (name for name in found if expected_role(name) == role and role != "embedding"):
+            torch.testing.assert_close(
+                found[name], alone[name], atol=1e-6, rtol=1e-6, msg=lambda t, n=name: f"{n}: {t}"
+            )
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_weight_decay_by_role_pulls_by_it_and_by_the_roles_learning_rate(config):
+    model = every_kind()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = config.build(model, lr=1e-2, weight_decay=0.5)
+    optimizer.set_rates(GroupRates(lr={"embedding": 2.0}, weight_decay={"embedding": 0.3, "head": 0.1}))
+    step_with(model, optimizer, torch.zeros_like)
+    for name, p in model.named_parameters():
+        factor = {"embedding": 1 - 2e-2 * 0.3, "head": 1 - 1e-2 * 0.1}.get(expected_role(name))
+        factor = factor or (1 - 1e-2 * 0.5 if expected_to_decay(name) else 1.0)
+        torch.testing.assert_close(p.detach(), before[name] * factor, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_rates_that_are_all_the_same_leave_the_groups_whole(config):
+    plain, set_to_one = (config.build(every_kind(), lr=1e-2, weight_decay=0.5) for _ in range(2))
+    set_to_one.set_rates(TrainConfig(steps=1).group_rates)
+    sizes = [
+        [len(group["params"]) for part in each.optimizers for group in part.param_groups]
+        for each in (plain, set_to_one)
+    ]
+    assert sizes[0] == sizes[1]
+
+
+def test_a_decay_that_an_optimizer_cannot_have_is_refused():
+    optimizer = AdamWConfig().build(every_kind(), lr=1e-2, weight_decay=0.5)
+    for group in optimizer.optimizers[0].param_groups:
+        del group["weight_decay"]
+    with pytest.raises(ConfigError, match=r"weight_decay_head = 0.3: this optimizer has no weight decay"):
+        optimizer.set_rates(GroupRates(lr={}, weight_decay={"head": 0.3}))
+
+
+@pytest.mark.parametrize(("name", "value"), [("lr_head", 2.0), ("weight_decay_head", 0.0)])
+def test_a_rate_of_a_head_that_is_tied_is_refused(name, value):
+    with pytest.raises(
+        ConfigError, match=rf"train\.{name} = {value}: the head is tied: give (lr|weight_decay)_embedding"
+    ):
+        tiny_config(**{name: value})
 
 
 def test_muon_takes_projections_and_experts_and_adamw_the_rest():

@@ -19,7 +19,10 @@ SAME_NUMBERS = (
 )
 # Settings that change the training from here on.
 RATES = ("lr", "min_lr_ratio", "schedule", "warmup", "decay", "schedule_steps", "schedule_minutes")
-LEARNING = ("steps", "max_minutes", *RATES, "weight_decay", "grad_clip", "max_skipped", "spike_factor")
+LEARNING = (
+    *("steps", "max_minutes", *RATES, "lr_embedding", "lr_head", "lr_scalars"),
+    *("weight_decay", "weight_decay_embedding", "weight_decay_head", "grad_clip", "max_skipped", "spike_factor"),
+)
 # Settings that define the held-out loss: if one changes, the best checkpoint is evaluated again.
 SCORING = ("eval_tokens",)
 

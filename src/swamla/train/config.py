@@ -11,7 +11,7 @@ from swamla.model.block import Checkpointing
 from swamla.model.language_model import LanguageModelConfig
 from swamla.train.compile import Compile
 from swamla.train.curriculum import Curriculum
-from swamla.train.optim import AdamWConfig, OptimizerConfig
+from swamla.train.optim import AdamWConfig, GroupRates, OptimizerConfig, Role
 from swamla.train.parallel.strategy import Parallel
 from swamla.train.precision import Precision
 from swamla.train.schedule import Budget, Schedule, ScheduleName
@@ -33,6 +33,9 @@ class TrainConfig:
         billion, then block_size. Rows are cut, so a step's tokens stay the same; evaluations use block_size.
     optimizer: the optimizer.
     lr: peak learning rate, at the end of the warm-up.
+    lr_embedding: learning rate of the embeddings, a tied head included, as a multiple of lr.
+    lr_head: that of a head of its own, as a multiple of lr.
+    lr_scalars: that of gains, biases, A_log, dt_bias, filters of convolutions and routers, as a multiple of lr.
     min_lr_ratio: the last learning rate as a fraction of the peak.
     warmup: below 1 a fraction of the run, from 1 on a number of steps.
     schedule: "cosine", "linear", "wsd" (stable, then decaying) or "constant", each after the warm-up.
@@ -41,6 +44,8 @@ class TrainConfig:
         steps. To extend a run beyond its plan, give this or schedule_minutes.
     schedule_minutes: the same in minutes.
     weight_decay: decoupled from the gradient; not on embeddings, biases and gains.
+    weight_decay_embedding: weight decay of the embeddings, a tied head included.
+    weight_decay_head: weight decay of a head of its own; none for weight_decay.
     grad_clip: largest norm of the gradient; none for no limit.
     ema: decay, e.g. 0.999, of an exponential moving average of the weights, which evaluations then score and
         `swamla.load` returns; none for no average.
@@ -97,6 +102,9 @@ class TrainConfig:
     curriculum: str = ""
     optimizer: OptimizerConfig = field(default_factory=AdamWConfig)
     lr: float = 1e-3
+    lr_embedding: float = 1.0
+    lr_head: float = 1.0
+    lr_scalars: float = 1.0
     min_lr_ratio: float = 0.1
     warmup: float = 0.02
     schedule: ScheduleName = "cosine"
@@ -104,6 +112,8 @@ class TrainConfig:
     schedule_steps: int | None = None
     schedule_minutes: float | None = None
     weight_decay: float = 0.1
+    weight_decay_embedding: float = 0.0
+    weight_decay_head: float | None = None
     grad_clip: float | None = 1.0
     ema: float | None = None
     eval_interval: int | None = 250
@@ -200,6 +210,9 @@ class TrainConfig:
 
     def _check_rates(self) -> None:
         require(0 < self.lr < float("inf"), "lr", self.lr, "must be > 0 and finite, e.g. 3e-4")
+        for name in ("lr_embedding", "lr_head", "lr_scalars"):
+            multiple = self.__dict__[name]
+            require(0 <= multiple < float("inf"), name, multiple, "must be >= 0 and finite: a multiple of lr, e.g. 2")
         require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "must be between 0 and 1")
         require(0 < self.decay <= 1, "decay", self.decay, "must be above 0, at most 1, e.g. 0.2")
         require(self.warmup >= 0, "warmup", self.warmup, "must be >= 0: a fraction of the run below 1, else steps")
@@ -207,7 +220,9 @@ class TrainConfig:
         require(steps is None or self.warmup <= steps, "warmup", self.warmup, f"must not exceed {of} = {steps}")
         begins = self.warmup_fraction + self.decay <= 1 or self.schedule != "wsd"
         require(begins, "decay", self.decay, "must not begin in the warm-up: lower decay or warmup")
-        require(0 <= self.weight_decay < float("inf"), "weight_decay", self.weight_decay, "must be >= 0, e.g. 0.1")
+        for name in ("weight_decay", "weight_decay_embedding", "weight_decay_head"):
+            decay = self.__dict__[name]
+            require(decay is None or 0 <= decay < float("inf"), name, decay, "must be >= 0, e.g. 0.1")
         require(
             self.ema is None or 0 < self.ema < 1, "ema", self.ema, "must be between 0 and 1, e.g. 0.999, or left out"
         )
@@ -238,6 +253,19 @@ class TrainConfig:
         return self.lr * self.learning_rate.factor(progress, step)
 
     @property
+    def group_rates(self) -> GroupRates:
+        """Learning rates and weight decay by the parameters' roles."""
+        decays: dict[Role, float] = {"embedding": self.weight_decay_embedding} if self.weight_decay_embedding else {}
+        if self.weight_decay_head is not None:
+            decays["head"] = self.weight_decay_head
+        multiples: dict[Role, float] = {
+            "embedding": self.lr_embedding,
+            "head": self.lr_head,
+            "scalar": self.lr_scalars,
+        }
+        return GroupRates(lr=multiples, weight_decay=decays)
+
+    @property
     def lengths(self) -> Curriculum:
         """The sequence length over the run."""
         return Curriculum.parse(self.curriculum, self.block_size)
@@ -255,3 +283,11 @@ class RunConfig:
     model: LanguageModelConfig
     data: DataConfig
     train: TrainConfig
+
+    def __post_init__(self) -> None:
+        for name, default in (("lr_head", 1.0), ("weight_decay_head", None)):
+            value = self.train.__dict__[name]
+            of_its_own = not self.model.tied_head or value == default
+            require(
+                of_its_own, f"train.{name}", value, f"the head is tied: give {name[:-4]}embedding, or --no_tied_head"
+            )

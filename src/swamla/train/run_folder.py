@@ -176,9 +176,11 @@ def fresh_state(
         notes.append(
             "fp8 without compile: each cast is a kernel of its own, which may cost more than fp8 products save"
         )
+    optimizer = train.optimizer.build(model, lr=train.lr, weight_decay=train.weight_decay, precision=precision)
+    optimizer.set_rates(train.group_rates)
     return TrainState(
         strategy=strategy,
-        optimizer=train.optimizer.build(model, lr=train.lr, weight_decay=train.weight_decay, precision=precision),
+        optimizer=optimizer,
         precision=precision,
         backends=backends,
         notes=tuple(notes),

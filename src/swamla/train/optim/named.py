@@ -4,13 +4,13 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from swamla import distributed
-from swamla.errors import CorruptError
+from swamla.errors import CorruptError, require
 from swamla.model.accounting import ParameterSpec
 from swamla.model.language_model import vectors_of
 from swamla.registry import Registered
@@ -21,6 +21,9 @@ def is_embedding(name: str) -> bool:
     """True for a table of vectors that tokens, n-grams or positions look up; a tied head is one."""
     return name in ("embedding.weight", "positions.weight") or name.startswith("ngrams.")
 
+
+Role = Literal["embedding", "head", "matrix", "scalar"]
+"""What a parameter is to the optimizer: an embedding (a tied head included), the head, a matrix, or anything else."""
 
 Shape = tuple[int, ...]
 
@@ -134,6 +137,27 @@ def decay_groups(parameters: NamedParameters, weight_decay: float) -> list[dict[
     return [group for group in groups if group["params"]]
 
 
+def role_of(parameter: ParameterSpec) -> Role:
+    """The role of a parameter. Scalars are gains, biases, A_log, dt_bias, filters of convolutions, and routers."""
+    if is_embedding(parameter.name):
+        return "embedding"
+    if parameter.name == "head.weight":
+        return "head"
+    return "matrix" if len(parameter.shape) >= 2 and not parameter.vectors else "scalar"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupRates:
+    """Learning rates by role, as multiples of the run's, and weight decays by role.
+
+    Weight decay follows the multiple: it pulls by lr · multiple · decay. A role that is left out has the run's rate,
+    and the decay that the optimizer chose.
+    """
+
+    lr: Mapping[Role, float]
+    weight_decay: Mapping[Role, float]
+
+
 class NamedOptimizer:
     """Several torch optimizers, each parameter in one of them, used as one.
 
@@ -146,11 +170,35 @@ class NamedOptimizer:
         self.optimizers = optimizers
         self._trained: dict[Tensor, Trained] = {trained.local: trained for trained in parameters}
         self._state_specs = state_specs
+        for group in self._groups():
+            group["lr_multiple"] = 1.0
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of all parameters."""
+        """Set the learning rate; each parameter has its multiple of it."""
         for group in self._groups():
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_multiple"]
+
+    def set_rates(self, rates: GroupRates) -> None:
+        """Give every role its learning rate and weight decay: splits the groups of the optimizers where they differ.
+
+        Raises `ConfigError` if an optimizer's groups have no weight decay to set.
+        """
+        for optimizer in self.optimizers:
+            split = [part for group in optimizer.param_groups for part in self._split(group, rates)]
+            optimizer.param_groups[:] = split
+
+    def _split(self, group: dict[str, Any], rates: GroupRates) -> Iterator[dict[str, Any]]:
+        """The group in parts of one learning rate and one weight decay each; whole if there is only one."""
+        parts: dict[tuple[float, float], list[Tensor]] = {}
+        for p in group["params"]:
+            role = role_of(self._trained[p].spec)
+            decay = rates.weight_decay.get(role, group.get("weight_decay", 0.0))
+            can_decay = role not in rates.weight_decay or "weight_decay" in group
+            require(can_decay, f"weight_decay_{role}", decay, "this optimizer has no weight decay: leave it out")
+            parts.setdefault((rates.lr.get(role, 1.0), decay), []).append(p)
+        for (multiple, decay), params in parts.items():
+            part = {**group, "params": params, "lr": group["lr"] * multiple, "lr_multiple": multiple}
+            yield part | ({"weight_decay": decay} if "weight_decay" in group else {})
 
     def step(self) -> None:
         """Update every parameter that has a gradient."""
@@ -209,7 +257,7 @@ class NamedOptimizer:
             more = f" … and {len(missing) - 5} more" if len(missing) > 5 else ""
             raise CorruptError(f"{origin}: no optimizer state for {', '.join(missing[:5])}{more}")
 
-    def _groups(self) -> list[dict[str, object]]:
+    def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 
