@@ -249,8 +249,11 @@ class TrainConfig:
 
     def rate(self, step: int, seconds: float) -> float:
         """The learning rate of step `step` (from 0), which will end after `seconds` of training time."""
-        progress = min(1.0, self.horizon.progress(step + 1, seconds))
-        return self.lr * self.learning_rate.factor(progress, step)
+        return self.lr * self.learning_rate.factor(self.progress(step, seconds), step)
+
+    def progress(self, step: int, seconds: float) -> float:
+        """The progress, 0 … 1 of the schedule, at the end of step `step` (from 0) and of `seconds` of training time."""
+        return min(1.0, self.horizon.progress(step + 1, seconds))
 
     @property
     def group_rates(self) -> GroupRates:

@@ -167,9 +167,10 @@ def _step(run: Run) -> None:
     run.watch.begin(f"step {state.step + 1}", limited=True)
     fault("begin", state.step + 1)
     this, batch = run.next_step, _rows(run)
-    lr = settings.rate(state.step, this.seconds + this.step_seconds)
+    ends = this.seconds + this.step_seconds
+    lr, progress = settings.rate(state.step, ends), settings.progress(state.step, ends)
     _tell_length(run, batch)
-    result = training_step(state, batch, settings, lr, this.labels)
+    result = training_step(state, batch, settings, lr, this.labels, progress)
     fault("update", state.step + 1)
     state.step += 1
     state.sample += settings.batch_size

@@ -11,6 +11,16 @@ ScheduleName = Literal["cosine", "linear", "wsd", "constant"]
 WARMUP_FLOOR = 0.01
 
 
+def warmed_up(warmup: float, progress: float, step: int) -> float:
+    """How much of a linear warm-up is over at the end of step `step` (from 0), with the run's progress there: 0 … 1.
+
+    warmup: below 1 a fraction of the run, from 1 on a number of steps.
+    """
+    if warmup == 0:
+        return 1.0
+    return min(1.0, (step + 1) / warmup if warmup >= 1 else progress / warmup)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """The learning rate as a factor of its peak: a linear warm-up, then one of four shapes over the rest of the run.
@@ -34,10 +44,7 @@ class Schedule:
         return self._warmup_factor(progress, step) * self._shape(min(progress, 1.0), self._start(progress, step))
 
     def _warmup_factor(self, progress: float, step: int) -> float:
-        if self.warmup == 0:
-            return 1.0
-        ramp = (step + 1) / self.warmup if self.warmup >= 1 else progress / self.warmup
-        return min(1.0, max(WARMUP_FLOOR, ramp))
+        return max(WARMUP_FLOOR, warmed_up(self.warmup, progress, step))
 
     def _start(self, progress: float, step: int) -> float:
         """The progress at the end of the warm-up, at least one step's; `progress` is that at the end of `step`."""

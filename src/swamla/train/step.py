@@ -37,11 +37,17 @@ class StepResult:
 
 
 def training_step(
-    state: TrainState, batch: Batch, config: TrainConfig, lr: float, n_labels: int | None = None
+    state: TrainState,
+    batch: Batch,
+    config: TrainConfig,
+    lr: float,
+    n_labels: int | None = None,
+    progress: float = 1.0,
 ) -> StepResult:
     """One optimizer step on the mean loss over all labels of all ranks, however micro-batches divide them.
 
     batch: this rank's rows.  n_labels: the labels of all ranks, if they are known already.
+    progress: of the run at the step's end, for what the optimizer changes with it.
     A step whose loss or gradient is not finite changes no weight.
     """
     model, strategy, ranks = state.model.train(), state.strategy, distributed.world_size()
@@ -73,6 +79,7 @@ def training_step(
         if config.grad_clip is not None:
             clip(strategy.gradients(), norm, config.grad_clip)
         state.optimizer.set_lr(lr)
+        state.optimizer.set_progress(progress, state.step)
         state.optimizer.step()
         model.rebalance(statistics)
         if state.average is not None:

@@ -24,9 +24,11 @@ from swamla.train.optim.named import (
 )
 from swamla.train.optim.sharing import orthogonalise_distributed
 from swamla.train.precision import Chosen
+from swamla.train.schedule import warmed_up
 
 # The quintic x -> ax + bx³ + cx⁵ with the largest slope at 0; singular values end between 0.7 and 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+FIRST_MOMENTUM = 0.85  # of a warm-up
 STACK = 1 << 26  # numbers orthogonalised at a time: bounds the memory of a step, and fills any GPU
 
 
@@ -37,17 +39,25 @@ class MuonConfig(OptimizerConfig):
 
     A matrix's update is scaled by 0.2·√(longer side) to the size of an AdamW update (arXiv 2502.16982,
     eq. 4), so learning rates and weight decay tuned for AdamW suit both.
-    momentum: of Muon.  iterations: of Newton–Schulz.  betas, eps: of AdamW.
+    momentum: of Muon.
+    momentum_warmup: over which the momentum rises from 0.85, or from a lower momentum, to its value: below 1 a
+        fraction of the run, from 1 on a number of steps (Keller Jordan, modded-nanogpt, 2024).
+    iterations: of Newton–Schulz.  betas, eps: of AdamW.
     """
 
     kind: ClassVar[str] = "muon"
     momentum: float = 0.95
+    momentum_warmup: float = 0.0
     iterations: int = 5
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
         require(0 <= self.momentum < 1, "momentum", self.momentum, "must be at least 0 and below 1, e.g. 0.95")
+        shortest = self.momentum_warmup >= 0
+        require(
+            shortest, "momentum_warmup", self.momentum_warmup, "must be >= 0: a fraction of the run below 1, else steps"
+        )
         require(1 <= self.iterations < 100, "iterations", self.iterations, "must be 1 … 99, e.g. 5")
         check_adam(self.betas, self.eps)
 
@@ -64,7 +74,12 @@ class MuonConfig(OptimizerConfig):
             settings: dict[str, Any] = {"momentum": self.momentum, "iterations": self.iterations, "wholes": wholes}
             dtype = torch.float32 if precision == "fp32" else torch.bfloat16
             optimizers.append(Muon(list(wholes), lr=lr, weight_decay=weight_decay, dtype=dtype, **settings))
-        return NamedOptimizer(optimizers, parameters, self.state_specs)
+        return NamedOptimizer(optimizers, parameters, self.state_specs, {"momentum": self.momentum_at})
+
+    def momentum_at(self, progress: float, step: int) -> float:
+        """The momentum of step `step` (from 0), after which the run's progress will be `progress`."""
+        first = min(FIRST_MOMENTUM, self.momentum)
+        return first + (self.momentum - first) * warmed_up(self.momentum_warmup, progress, step)
 
     def state_specs(self, parameter: ParameterSpec) -> Mapping[str, StateTensor]:
         """The momentum of hidden matrices, AdamW's state for the rest."""

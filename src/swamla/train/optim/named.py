@@ -82,6 +82,8 @@ class Trained:
 
 NamedParameters = list[Trained]
 StateSpecs = Callable[[ParameterSpec], Mapping[str, StateTensor]]
+Follows = Callable[[float, int], float]
+"""A setting by the run's progress (0 … 1) at the end of a step, and the step (from 0)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,13 +163,18 @@ class GroupRates:
 class NamedOptimizer:
     """Several torch optimizers, each parameter in one of them, used as one.
 
-    state_specs: the tensors of a parameter's state.
+    state_specs: the tensors of a parameter's state.  schedules: settings of groups that follow the run.
     """
 
     def __init__(
-        self, optimizers: Sequence[torch.optim.Optimizer], parameters: NamedParameters, state_specs: StateSpecs
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        parameters: NamedParameters,
+        state_specs: StateSpecs,
+        schedules: Mapping[str, Follows] | None = None,
     ) -> None:
         self.optimizers = optimizers
+        self._schedules = schedules or {}
         self._trained: dict[Tensor, Trained] = {trained.local: trained for trained in parameters}
         self._state_specs = state_specs
         for group in self._groups():
@@ -177,6 +184,13 @@ class NamedOptimizer:
         """Set the learning rate; each parameter has its multiple of it."""
         for group in self._groups():
             group["lr"] = lr * group["lr_multiple"]
+
+    def set_progress(self, progress: float, step: int) -> None:
+        """Set what follows the run for step `step` (from 0), after which its progress will be `progress` (0 … 1)."""
+        for name, follows in self._schedules.items():
+            for group in self._groups():
+                if name in group:
+                    group[name] = follows(progress, step)
 
     def set_rates(self, rates: GroupRates) -> None:
         """Give every role its learning rate and weight decay: splits the groups of the optimizers where they differ.
