@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from swamla.errors import ConfigError, Interrupted
-from swamla.train.optim import MuonConfig
+from swamla.train.optim import Muon, MuonConfig
 
 from .helpers import losses, model_of, run, tiny_config
-from .test_optim import take_steps, tiny_model
+from .test_optim import matrices, take_steps, tiny_model
 from .test_resume import digests, stop_after
 
 OPTIONS = {
     "momentum_warmup": MuonConfig(momentum_warmup=0.7),
+    "cautious": MuonConfig(decay="cautious"),
 }
 
 
@@ -61,3 +62,26 @@ def test_a_step_has_the_momentum_of_its_progress():
         take_steps(model, optimizer, 2)
         ends.append([p.detach() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))  # halfway from 0.85 to 0.95
+
+
+def test_cautious_weight_decay_is_that_of_the_paper():
+    """Algorithm 1 of arXiv 2510.12402: x ← x − η(u + λ·1[u·x ≥ 0]·x), u the update without weight decay."""
+    lr, strength, generator = 1e-2, 0.5, torch.Generator().manual_seed(1)
+    params, twins = matrices(0), matrices(0)
+    cautious = Muon(params, lr=lr, weight_decay=strength, decay="cautious")
+    bare = Muon(twins, lr=lr, weight_decay=0.0)
+    for _ in range(3):
+        before = [p.detach().clone() for p in params]
+        for p, twin in zip(params, twins, strict=True):
+            twin.data.copy_(p.detach())
+            p.grad = torch.randn(p.shape, generator=generator)
+            twin.grad = p.grad.clone()
+        cautious.step()
+        bare.step()
+        for x, p, twin in zip(before, params, twins, strict=True):
+            u = (x - twin.detach()) / lr
+            expected = torch.empty_like(x)
+            for place in range(x.numel()):  # written out
+                x_i, u_i = x.flatten()[place], u.flatten()[place]
+                expected.view(-1)[place] = x_i - lr * (u_i + (strength * x_i if u_i * x_i >= 0 else 0.0))
+            torch.testing.assert_close(p.detach(), expected, atol=1e-6, rtol=0)

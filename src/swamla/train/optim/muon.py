@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +42,15 @@ class MuonConfig(OptimizerConfig):
     momentum: of Muon.
     momentum_warmup: over which the momentum rises from 0.85, or from a lower momentum, to its value: below 1 a
         fraction of the run, from 1 on a number of steps (Keller Jordan, modded-nanogpt, 2024).
+    decay: weight decay of the matrices: "plain", of every weight; or "cautious", only of weights that the update
+        moves towards 0 too (arXiv 2510.12402).
     iterations: of Newton–Schulz.  betas, eps: of AdamW.
     """
 
     kind: ClassVar[str] = "muon"
     momentum: float = 0.95
     momentum_warmup: float = 0.0
+    decay: Literal["plain", "cautious"] = "plain"
     iterations: int = 5
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -71,9 +74,11 @@ class MuonConfig(OptimizerConfig):
             optimizers.append(fused_adamw(others, lr, weight_decay, self.betas, self.eps))
         if hidden:
             wholes = {trained.local: trained.parameter for trained in hidden}
-            settings: dict[str, Any] = {"momentum": self.momentum, "iterations": self.iterations, "wholes": wholes}
+            settings: dict[str, Any] = {"momentum": self.momentum, "iterations": self.iterations, "decay": self.decay}
             dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-            optimizers.append(Muon(list(wholes), lr=lr, weight_decay=weight_decay, dtype=dtype, **settings))
+            optimizers.append(
+                Muon(list(wholes), lr=lr, weight_decay=weight_decay, dtype=dtype, wholes=wholes, **settings)
+            )
         return NamedOptimizer(optimizers, parameters, self.state_specs, {"momentum": self.momentum_at})
 
     def momentum_at(self, progress: float, step: int) -> float:
@@ -128,6 +133,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         momentum: float = 0.95,
         iterations: int = 5,
+        decay: str = "plain",
         dtype: torch.dtype = torch.float32,
         wholes: Mapping[nn.Parameter, nn.Parameter] | None = None,
     ) -> None:
@@ -138,7 +144,7 @@ class Muon(torch.optim.Optimizer):
         self._wholes = wholes or {}
         self._dtype = dtype
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "iterations": iterations}
-        super().__init__(params, defaults)
+        super().__init__(params, defaults | {"decay": decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -163,8 +169,12 @@ class Muon(torch.optim.Optimizer):
         momentum, lr = group["momentum"], group["lr"]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, buffers, momentum)
-        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        if group["decay"] == "plain":
+            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
         for index, update in orthogonalised(list(updates)):
+            if group["decay"] == "cautious":
+                agrees = update * weights[index] >= 0
+                weights[index].addcmul_(weights[index], agrees, value=-lr * group["weight_decay"])
             weights[index].add_(update, alpha=-lr * 0.2 * math.sqrt(max(wholes[index].shape[-2:])))
 
     def _by_this_process(self, group: dict[str, Any], updates: list[Tensor]) -> Iterable[tuple[int, Tensor]]:
