@@ -8,7 +8,7 @@ from swamla.errors import CorruptError
 from swamla.model import ParameterSpec
 from swamla.train.optim import AdamWConfig, LionConfig, Muon, MuonConfig
 from swamla.train.optim import muon as muon_module
-from swamla.train.optim.muon import is_hidden, orthogonalise
+from swamla.train.optim.muon import is_hidden, orthogonalise, polynomials
 from tests.toys import TOYS
 
 from .helpers import MODEL
@@ -97,9 +97,9 @@ def test_muon_never_orthogonalises_more_numbers_at_a_time_than_a_stack_may_have(
     sizes = []
     real = muon_module.orthogonalise
 
-    def seen(stack, iterations):
+    def seen(stack, steps):
         sizes.append(stack.numel())
-        return real(stack, iterations)
+        return real(stack, steps)
 
     monkeypatch.setattr(muon_module, "orthogonalise", seen)
     params = [nn.Parameter(torch.ones(s)) for s in [(16, 24), (24, 16), (16, 24), (16, 16), (7, 16, 24)]]
@@ -113,7 +113,7 @@ def test_muon_never_orthogonalises_more_numbers_at_a_time_than_a_stack_may_have(
 def test_orthogonalised_matrices_have_singular_values_near_one():
     generator = torch.Generator().manual_seed(0)
     stack = torch.randn(3, 16, 40, generator=generator)
-    values = torch.linalg.svdvals(orthogonalise(stack, 5))
+    values = torch.linalg.svdvals(orthogonalise(stack, polynomials("jordan", 5)))
     assert 0.6 < values.min() <= values.max() < 1.3
 
 

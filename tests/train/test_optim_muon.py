@@ -1,12 +1,15 @@
 """Muon's options: each equal to its paper's algorithm, restored to the bit, and off by default."""
 
+import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from swamla.errors import ConfigError, Interrupted
 from swamla.train.optim import Muon, MuonConfig
+from swamla.train.optim.muon import POLAR_EXPRESS, orthogonalise, polynomials
 
 from .helpers import losses, model_of, run, tiny_config
 from .test_optim import matrices, take_steps, tiny_model
@@ -15,6 +18,7 @@ from .test_resume import digests, stop_after
 OPTIONS = {
     "momentum_warmup": MuonConfig(momentum_warmup=0.7),
     "cautious": MuonConfig(decay="cautious"),
+    "polar_express": MuonConfig(coefficients="polar_express"),
 }
 
 
@@ -85,3 +89,53 @@ def test_cautious_weight_decay_is_that_of_the_paper():
                 x_i, u_i = x.flatten()[place], u.flatten()[place]
                 expected.view(-1)[place] = x_i - lr * (u_i + (strength * x_i if u_i * x_i >= 0 else 0.0))
             torch.testing.assert_close(p.detach(), expected, atol=1e-6, rtol=0)
+
+
+def best_quintic(low, high):
+    """The odd quintic closest to 1 on [low, high] by Remez' exchange (arXiv 2505.16932, algorithm 2)."""
+    if low / high >= 1 - 5e-6:  # what it converges to
+        return 15 / 8 / high, -10 / 8 / high**3, 3 / 8 / high**5
+    inner, outer, error, last = (3 * low + high) / 4, (low + 3 * high) / 4, math.inf, None
+    while last is None or abs(last - error) > 1e-15:
+        last = error
+        points = np.array([low, inner, outer, high])
+        system = np.stack([points, points**3, points**5, [1, -1, 1, -1]], axis=1)
+        a, b, c, error = np.linalg.solve(system, np.ones(4))
+        inner, outer = np.sqrt((-3 * b + np.array([-1, 1]) * math.sqrt(9 * b * b - 20 * a * c)) / (10 * c))
+    return a, b, c
+
+
+def test_the_coefficients_of_polar_express_are_those_that_its_algorithm_finds():
+    """Algorithm 1 of the paper: the best quintic for the interval that the ones before leave, recentred around 1."""
+    low, high, cushion = 1e-3, 1.0, 0.02407327424182761
+    for known in POLAR_EXPRESS:
+        abc = np.array(best_quintic(max(low, cushion * high), high))
+        at = [np.dot(abc, [x, x**3, x**5]) for x in (low, high)]
+        abc *= 2 / sum(at)
+        assert abc == pytest.approx(known, rel=1e-5)
+        low = np.dot(abc, [low, low**3, low**5])
+        high = 2 - low
+
+
+def test_polar_express_is_that_of_the_papers_code():
+    """Listing 1 of the paper, in fp64."""
+    x = torch.randn(3, 16, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    table = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in POLAR_EXPRESS[:-1]] + [POLAR_EXPRESS[-1]]
+    for iterations in (1, 5, 8, 11):
+        expected = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
+        for a, b, c in table[:iterations] + [table[-1]] * (iterations - len(table)):
+            gram = expected @ expected.mT
+            expected = a * expected + (b * gram + c * gram @ gram) @ expected
+        found = orthogonalise(x, polynomials("polar_express", iterations))
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    torch.testing.assert_close(found, u @ vh, atol=1e-6, rtol=0)  # where Jordan's coefficients never arrive
+
+
+def test_polar_express_gets_closer_to_orthogonal_in_as_many_iterations():
+    x = torch.randn(8, 64, 64, generator=torch.Generator().manual_seed(0))
+    off = {
+        name: (torch.linalg.svdvals(orthogonalise(x, polynomials(name, 5))) - 1).square().mean().item()
+        for name in ("jordan", "polar_express")
+    }
+    assert off["polar_express"] < 0.5 * off["jordan"]

@@ -173,11 +173,11 @@ def train(case: Case) -> Outcome:
 def count_orthogonalised() -> list[int]:
     """A list that gets the matrices this process orthogonalises from now on."""
     counts: list[int] = []
-    real: Callable[[Tensor, int], Tensor] = ORTHOGONALISE
+    real: Callable[[Tensor, muon.Polynomials], Tensor] = ORTHOGONALISE
 
-    def counting(stack_NAB: Tensor, iterations: int) -> Tensor:
+    def counting(stack_NAB: Tensor, polynomials: muon.Polynomials) -> Tensor:
         counts.append(len(stack_NAB))
-        return real(stack_NAB, iterations)
+        return real(stack_NAB, polynomials)
 
     muon.orthogonalise = counting
     return counts

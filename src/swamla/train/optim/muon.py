@@ -26,10 +26,28 @@ from swamla.train.optim.sharing import orthogonalise_distributed
 from swamla.train.precision import Chosen
 from swamla.train.schedule import warmed_up
 
-# The quintic x -> ax + bx³ + cx⁵ with the largest slope at 0; singular values end between 0.7 and 1.2.
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+Polynomials = tuple[tuple[float, float, float], ...]
+"""(a, b, c) of the odd polynomial x -> ax + bx³ + cx⁵ of every iteration."""
+
+# The quintic with the largest slope at 0; singular values end between 0.7 and 1.2.
+JORDAN = (3.4445, -4.7750, 2.0315)
+# The best quintics one after the other for singular values from 1e-3, by algorithm 1 of Polar Express (arXiv
+# 2505.16932) with its cushion; the last is what they converge to.
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
+)
+SAFETY = 1.01  # room for the rounding of bf16 in Polar Express: every polynomial is stretched by it
 FIRST_MOMENTUM = 0.85  # of a warm-up
 STACK = 1 << 26  # numbers orthogonalised at a time: bounds the memory of a step, and fills any GPU
+
+Coefficients = Literal["jordan", "polar_express"]
 
 
 @register
@@ -44,6 +62,8 @@ class MuonConfig(OptimizerConfig):
         fraction of the run, from 1 on a number of steps (Keller Jordan, modded-nanogpt, 2024).
     decay: weight decay of the matrices: "plain", of every weight; or "cautious", only of weights that the update
         moves towards 0 too (arXiv 2510.12402).
+    coefficients: of Newton–Schulz: "jordan", the same in every iteration; or "polar_express", the best of each
+        (arXiv 2505.16932).
     iterations: of Newton–Schulz.  betas, eps: of AdamW.
     """
 
@@ -51,6 +71,7 @@ class MuonConfig(OptimizerConfig):
     momentum: float = 0.95
     momentum_warmup: float = 0.0
     decay: Literal["plain", "cautious"] = "plain"
+    coefficients: Coefficients = "jordan"
     iterations: int = 5
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -75,6 +96,7 @@ class MuonConfig(OptimizerConfig):
         if hidden:
             wholes = {trained.local: trained.parameter for trained in hidden}
             settings: dict[str, Any] = {"momentum": self.momentum, "iterations": self.iterations, "decay": self.decay}
+            settings["coefficients"] = self.coefficients
             dtype = torch.float32 if precision == "fp32" else torch.bfloat16
             optimizers.append(
                 Muon(list(wholes), lr=lr, weight_decay=weight_decay, dtype=dtype, wholes=wholes, **settings)
@@ -133,6 +155,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         momentum: float = 0.95,
         iterations: int = 5,
+        coefficients: Coefficients = "jordan",
         decay: str = "plain",
         dtype: torch.dtype = torch.float32,
         wholes: Mapping[nn.Parameter, nn.Parameter] | None = None,
@@ -143,8 +166,8 @@ class Muon(torch.optim.Optimizer):
         """
         self._wholes = wholes or {}
         self._dtype = dtype
-        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "iterations": iterations}
-        super().__init__(params, defaults | {"decay": decay})
+        self._polynomials = polynomials(coefficients, iterations)
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -156,10 +179,10 @@ class Muon(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if distributed.world_size() > 1:
                 wholes = [self._wholes.get(p, p) for p in params]
-                self._update([self._matrix(p) for p in params], wholes, group, partial(self._by_all, wholes, group))
+                self._update([self._matrix(p) for p in params], wholes, group, partial(self._by_all, wholes))
                 continue
             for equal in stacks(part for p in params for part in self._matrices(p)):
-                self._update(equal, [m.weights for m in equal], group, partial(self._by_this_process, group))
+                self._update(equal, [m.weights for m in equal], group, self._by_this_process)
 
     def _update(
         self, matrices: list[Matrices], wholes: Sequence[Tensor], group: dict[str, Any], orthogonalised: Orthogonalised
@@ -177,13 +200,11 @@ class Muon(torch.optim.Optimizer):
                 weights[index].addcmul_(weights[index], agrees, value=-lr * group["weight_decay"])
             weights[index].add_(update, alpha=-lr * 0.2 * math.sqrt(max(wholes[index].shape[-2:])))
 
-    def _by_this_process(self, group: dict[str, Any], updates: list[Tensor]) -> Iterable[tuple[int, Tensor]]:
-        return enumerate(orthogonalise_all(updates, group["iterations"], self._dtype))
+    def _by_this_process(self, updates: list[Tensor]) -> Iterable[tuple[int, Tensor]]:
+        return enumerate(orthogonalise_all(updates, self._polynomials, self._dtype))
 
-    def _by_all(
-        self, wholes: list[Tensor], group: dict[str, Any], updates: list[Tensor]
-    ) -> Iterable[tuple[int, Tensor]]:
-        orthogonalised = partial(in_stacks, iterations=group["iterations"], dtype=self._dtype)
+    def _by_all(self, wholes: list[Tensor], updates: list[Tensor]) -> Iterable[tuple[int, Tensor]]:
+        orthogonalised = partial(in_stacks, polynomials=self._polynomials, dtype=self._dtype)
         return orthogonalise_distributed(updates, wholes, orthogonalised, self._dtype)
 
     def _matrices(self, p: Tensor) -> Iterator[Matrices]:
@@ -207,7 +228,7 @@ class Muon(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
 
-def in_stacks(matrices: Sequence[Tensor], iterations: int, dtype: torch.dtype) -> list[Tensor]:
+def in_stacks(matrices: Sequence[Tensor], polynomials: Polynomials, dtype: torch.dtype) -> list[Tensor]:
     """`orthogonalise` matrices of any shapes; those with equal sides are stacked."""
     found: dict[int, list[Tensor]] = defaultdict(list)
     places: dict[int, int] = {}
@@ -218,7 +239,7 @@ def in_stacks(matrices: Sequence[Tensor], iterations: int, dtype: torch.dtype) -
             places[id(piece)] = index
             pieces.append(Matrices(piece, piece, piece))
     for equal in stacks(pieces):
-        for m, update in zip(equal, orthogonalise_all([m.weights for m in equal], iterations, dtype), strict=True):
+        for m, update in zip(equal, orthogonalise_all([m.weights for m in equal], polynomials, dtype), strict=True):
             found[places[id(m.weights)]].append(update)
     return [torch.cat(found[i]) if len(found[i]) > 1 else (found[i] or [m])[0] for i, m in enumerate(matrices)]
 
@@ -235,12 +256,12 @@ def stacks(matrices: Iterable[Matrices]) -> Iterator[list[Matrices]]:
     yield from open_stacks.values()
 
 
-def orthogonalise_all(equal: Sequence[Tensor], iterations: int, dtype: torch.dtype) -> list[Tensor]:
+def orthogonalise_all(equal: Sequence[Tensor], polynomials: Polynomials, dtype: torch.dtype) -> list[Tensor]:
     """`orthogonalise` matrices (A, B) and (B, A), and stacks of them, in one batch, in `dtype`."""
     stacked = [m if m.ndim == 3 else m[None] for m in equal]
     stacked = [m if is_wide(m) else m.mT for m in stacked]
     joined = torch.cat(stacked)
-    updates = orthogonalise(joined.to(dtype), iterations).split([len(m) for m in stacked])
+    updates = orthogonalise(joined.to(dtype), polynomials).split([len(m) for m in stacked])
     back = [update if is_wide(m) else update.mT for m, update in zip(equal, updates, strict=True)]
     return [update if m.ndim == 3 else update[0] for m, update in zip(equal, back, strict=True)]
 
@@ -250,11 +271,21 @@ def is_wide(matrix: Tensor) -> bool:
     return matrix.shape[-2] <= matrix.shape[-1]
 
 
-def orthogonalise(stack_NAB: Tensor, iterations: int) -> Tensor:
+def polynomials(coefficients: Coefficients, iterations: int) -> Polynomials:
+    """The polynomials of the iterations, for singular values of at most 1."""
+    if coefficients == "jordan":
+        return (JORDAN,) * iterations
+    *first, last = POLAR_EXPRESS
+    stretched = [(a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in first]
+    found = [*stretched, *[last] * iterations][:iterations]
+    a, b, c = found[0]  # the paper's code divides the matrix by 1.01 times its norm
+    return ((a / SAFETY, b / SAFETY**3, c / SAFETY**5), *found[1:])
+
+
+def orthogonalise(stack_NAB: Tensor, polynomials: Polynomials) -> Tensor:
     """Move the singular values of N matrices (A <= B) towards 1, by Newton–Schulz in the stack's dtype."""
-    a, b, c = COEFFICIENTS
     x_NAB = stack_NAB / torch.linalg.matrix_norm(stack_NAB, keepdim=True).clamp(min=1e-7)
-    for _ in range(iterations):
+    for a, b, c in polynomials:
         gram_NAA = x_NAB @ x_NAB.mT
         poly_NAA = torch.baddbmm(gram_NAA, gram_NAA, gram_NAA, beta=b, alpha=c)
         x_NAB = torch.baddbmm(x_NAB, poly_NAA, x_NAB, beta=a)
