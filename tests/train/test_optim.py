@@ -15,6 +15,7 @@ from .helpers import MODEL
 
 CONFIGS = [
     MuonConfig(),
+    MuonConfig(normuon=0.9),
     TOYS["toy_sgd"](),
     *(make(moments=moments) for make in (AdamWConfig, LionConfig) for moments in ("fp32", "bf16", "8bit")),
 ]

@@ -20,6 +20,7 @@ from .helpers import model_of, tiny_config
 
 CONFIGS = [
     MuonConfig(),
+    MuonConfig(normuon=0.9),
     TOYS["toy_sgd"](),
     *(make(moments=moments) for make in (AdamWConfig, LionConfig) for moments in ("fp32", "bf16", "8bit")),
 ]

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from swamla.errors import ConfigError, Interrupted
 from swamla.train.optim import Muon, MuonConfig
@@ -19,6 +20,8 @@ OPTIONS = {
     "momentum_warmup": MuonConfig(momentum_warmup=0.7),
     "cautious": MuonConfig(decay="cautious"),
     "polar_express": MuonConfig(coefficients="polar_express"),
+    "normuon": MuonConfig(normuon=0.9),
+    "all": MuonConfig(momentum_warmup=0.7, decay="cautious", coefficients="polar_express", normuon=0.9),
 }
 
 
@@ -139,3 +142,49 @@ def test_polar_express_gets_closer_to_orthogonal_in_as_many_iterations():
         for name in ("jordan", "polar_express")
     }
     assert off["polar_express"] < 0.5 * off["jordan"]
+
+
+def normuon_by_the_book(w, gradients, *, lr, weight_decay, beta1, beta2):
+    """Algorithm 1 of arXiv 2510.05491, with Muon's Nesterov momentum, for a matrix (outputs, inputs)."""
+    m, v = torch.zeros_like(w), torch.zeros(len(w))
+    for g in gradients:
+        m = beta1 * m + (1 - beta1) * g
+        nesterov = (1 - beta1) * g + beta1 * m
+        wide = nesterov if w.shape[0] <= w.shape[1] else nesterov.T
+        o = orthogonalise(wide[None], polynomials("jordan", 5))[0]
+        o = o if w.shape[0] <= w.shape[1] else o.T
+        v = beta2 * v + (1 - beta2) * (o * o).mean(dim=1)
+        o = o / (v[:, None].expand_as(o).sqrt() + 1e-10)
+        step = 0.2 * lr * math.sqrt(w.numel()) / o.norm()
+        w = w - lr * weight_decay * w - step * o
+    return w
+
+
+def test_normuon_is_that_of_the_paper_for_matrices_and_for_every_expert():
+    settings, generator = {"lr": 1e-2, "weight_decay": 0.5}, torch.Generator().manual_seed(1)
+    params = [*matrices(0), nn.Parameter(torch.randn(3, 24, 16, generator=generator))]
+    before = [p.detach().clone() for p in params]
+    gradients = [[torch.randn(p.shape, generator=generator) for p in params] for _ in range(4)]
+    normuon = Muon(params, normuon=0.9, **settings)
+    for given in gradients:
+        for p, g in zip(params, given, strict=True):
+            p.grad = g.clone()
+        normuon.step()
+    *linear, experts = range(len(params))
+    for i in linear:
+        expected = normuon_by_the_book(before[i], [g[i] for g in gradients], beta1=0.95, beta2=0.9, **settings)
+        torch.testing.assert_close(params[i].detach(), expected, atol=2e-6, rtol=0)
+    for e in range(3):  # stored (inputs, outputs)
+        given = [g[experts][e].T for g in gradients]
+        expected = normuon_by_the_book(before[experts][e].T, given, beta1=0.95, beta2=0.9, **settings).T
+        torch.testing.assert_close(params[experts][e].detach(), expected, atol=2e-6, rtol=0)
+
+
+def test_normuon_moves_all_neurons_equally_far_and_a_gradient_of_zero_moves_none():
+    p, still = nn.Parameter(torch.zeros(16, 24)), nn.Parameter(torch.ones(16, 24))
+    gradient = torch.randn(16, 24, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 0, 16)[:, None]
+    optimizer = Muon([p, still], lr=1e-2, weight_decay=0.0, normuon=0.95)
+    p.grad, still.grad = gradient, torch.zeros(16, 24)
+    optimizer.step()
+    torch.testing.assert_close(p.detach().square().mean(1).sqrt(), torch.full((16,), 2e-3))
+    assert torch.equal(still.detach(), torch.ones(16, 24))

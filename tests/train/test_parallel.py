@@ -63,6 +63,10 @@ MODELS["moe"] = replace(
     },
 )
 OPTIMIZERS = {"adamw": AdamWConfig(), "lion": LionConfig(), "muon": MuonConfig()}
+MUONS = {
+    "normuon": MuonConfig(normuon=0.9),
+    "cautious muon": MuonConfig(decay="cautious", coefficients="polar_express"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +93,9 @@ class Case:
             name: value for name, value in vars(self).items() if name not in ("experts", "optimizer", "poisoned")
         }
         lengths = {"batch_size": ROWS, "block_size": TIME}
-        return TrainConfig(steps=9, grad_clip=0.5, optimizer=OPTIMIZERS[self.optimizer], **lengths, **settings)
+        return TrainConfig(
+            steps=9, grad_clip=0.5, optimizer=(OPTIMIZERS | MUONS)[self.optimizer], **lengths, **settings
+        )
 
 
 LAYOUTS = ("ddp", "fsdp")
@@ -97,8 +103,10 @@ ON_TWO = [
     *(Case(optimizer=name, parallel=layout) for name in OPTIMIZERS for layout in LAYOUTS),
     *(Case(optimizer="lion", parallel=layout, checkpointing="all", precision="bf16") for layout in LAYOUTS),
     *(Case(optimizer="lion", parallel=layout, poisoned=True) for layout in LAYOUTS),
+    *(Case(optimizer="cautious muon", parallel=layout) for layout in LAYOUTS),
 ]
 ACCUMULATING = [Case(optimizer="lion", parallel=layout, accumulation=2) for layout in LAYOUTS]
+ACCUMULATING.append(Case(optimizer="normuon", parallel="ddp", accumulation=2))  # it sums rows, in the order of memory
 ON_FOUR = [
     *(Case(optimizer=name, parallel=layout) for name in OPTIMIZERS for layout in LAYOUTS),
     *(Case(optimizer=name, parallel="hsdp", shards=2) for name in OPTIMIZERS),
@@ -213,6 +221,7 @@ def work(folder: Path, cases: list[Case]) -> None:
     refused = [refusal(lambda: distributed.require_rows(6, 2)), refusal(lambda: fresh(Case(parallel="hsdp", shards=3)))]
     eight_bit = AdamWConfig(moments="8bit")
     refused.append(refusal(lambda: eight_bit.build(state.model, lr=1.0, weight_decay=0.0)))
+    refused.append(refusal(lambda: MuonConfig(normuon=0.9).build(state.model, lr=1.0, weight_decay=0.0)))
     seed_ranks(0, 5)
     drawn = torch.rand(4)
     every = [torch.empty(4) for _ in range(distributed.world_size())]
@@ -359,10 +368,11 @@ def test_what_fails_on_the_main_rank_fails_on_all_with_its_words(two) -> None:
 
 
 def test_what_cannot_be_spread_is_refused_in_words(two) -> None:
-    rows_, shards, moments = two["refused"]
+    rows_, shards, moments, normuon = two["refused"]
     assert rows_ == (
         "UsageError: train.batch_size = 6: must be a multiple of 2 processes · accumulation = 2; it counts the rows of "
         "all processes"
     )
     assert shards == "ConfigError: train.shards = 3: must divide the 2 processes"
     assert moments.startswith("ConfigError: moments = '8bit': needs every parameter whole")
+    assert normuon.startswith("ConfigError: normuon = 0.9: needs every matrix whole")

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -44,6 +45,7 @@ POLAR_EXPRESS = (
     (1.875, -1.25, 0.375),
 )
 SAFETY = 1.01  # room for the rounding of bf16 in Polar Express: every polynomial is stretched by it
+SECOND = "neuron_second_moment"  # of NorMuon
 FIRST_MOMENTUM = 0.85  # of a warm-up
 STACK = 1 << 26  # numbers orthogonalised at a time: bounds the memory of a step, and fills any GPU
 
@@ -64,6 +66,8 @@ class MuonConfig(OptimizerConfig):
         moves towards 0 too (arXiv 2510.12402).
     coefficients: of Newton–Schulz: "jordan", the same in every iteration; or "polar_express", the best of each
         (arXiv 2505.16932).
+    normuon: decay of the second moment of each neuron's orthogonalised updates, by whose root they are divided, so that
+        all neurons move equally far (NorMuon, arXiv 2510.05491, e.g. 0.95); none for plain Muon.
     iterations: of Newton–Schulz.  betas, eps: of AdamW.
     """
 
@@ -72,6 +76,7 @@ class MuonConfig(OptimizerConfig):
     momentum_warmup: float = 0.0
     decay: Literal["plain", "cautious"] = "plain"
     coefficients: Coefficients = "jordan"
+    normuon: float | None = None
     iterations: int = 5
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -82,6 +87,8 @@ class MuonConfig(OptimizerConfig):
         require(
             shortest, "momentum_warmup", self.momentum_warmup, "must be >= 0: a fraction of the run below 1, else steps"
         )
+        decays = self.normuon is None or 0 <= self.normuon < 1
+        require(decays, "normuon", self.normuon, "must be at least 0 and below 1, e.g. 0.95, or left out")
         require(1 <= self.iterations < 100, "iterations", self.iterations, "must be 1 … 99, e.g. 5")
         check_adam(self.betas, self.eps)
 
@@ -94,9 +101,11 @@ class MuonConfig(OptimizerConfig):
         if others:
             optimizers.append(fused_adamw(others, lr, weight_decay, self.betas, self.eps))
         if hidden:
+            whole = self.normuon is None or all(trained.local is trained.parameter for trained in hidden)
+            require(whole, "normuon", self.normuon, "needs every matrix whole: not for fsdp, hsdp and expert_parallel")
             wholes = {trained.local: trained.parameter for trained in hidden}
             settings: dict[str, Any] = {"momentum": self.momentum, "iterations": self.iterations, "decay": self.decay}
-            settings["coefficients"] = self.coefficients
+            settings |= {"coefficients": self.coefficients, "normuon": self.normuon}
             dtype = torch.float32 if precision == "fp32" else torch.bfloat16
             optimizers.append(
                 Muon(list(wholes), lr=lr, weight_decay=weight_decay, dtype=dtype, wholes=wholes, **settings)
@@ -111,7 +120,8 @@ class MuonConfig(OptimizerConfig):
     def state_specs(self, parameter: ParameterSpec) -> Mapping[str, StateTensor]:
         """The momentum of hidden matrices, AdamW's state for the rest."""
         if is_hidden(parameter):
-            return {"momentum_buffer": StateTensor(parameter.shape)}
+            momentum = {"momentum_buffer": StateTensor(parameter.shape)}
+            return momentum if self.normuon is None else momentum | {SECOND: StateTensor(neurons(parameter.shape))}
         return AdamWConfig().state_specs(parameter)
 
 
@@ -133,11 +143,12 @@ def is_hidden(parameter: ParameterSpec) -> bool:
 
 @dataclass(frozen=True)
 class Matrices:
-    """A matrix, or several matrices of a stacked parameter, with gradients and momentum."""
+    """A matrix, or several of a stacked parameter, with gradients, momentum and, for NorMuon, second moment."""
 
     weights: Tensor
     gradients: Tensor
     momentum: Tensor
+    second: Tensor | None = None
 
 
 Orthogonalised = Callable[[list[Tensor]], Iterable[tuple[int, Tensor]]]
@@ -157,6 +168,7 @@ class Muon(torch.optim.Optimizer):
         iterations: int = 5,
         coefficients: Coefficients = "jordan",
         decay: str = "plain",
+        normuon: float | None = None,
         dtype: torch.dtype = torch.float32,
         wholes: Mapping[nn.Parameter, nn.Parameter] | None = None,
     ) -> None:
@@ -167,6 +179,7 @@ class Muon(torch.optim.Optimizer):
         self._wholes = wholes or {}
         self._dtype = dtype
         self._polynomials = polynomials(coefficients, iterations)
+        self._normuon = normuon
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()
@@ -188,7 +201,9 @@ class Muon(torch.optim.Optimizer):
         self, matrices: list[Matrices], wholes: Sequence[Tensor], group: dict[str, Any], orthogonalised: Orthogonalised
     ) -> None:
         """Update all `matrices` at once. wholes: the full matrices of these shards."""
-        weights, gradients, buffers = ([getattr(m, name) for m in matrices] for name in Matrices.__dataclass_fields__)
+        weights, gradients, buffers = (
+            [getattr(m, name) for m in matrices] for name in ("weights", "gradients", "momentum")
+        )
         momentum, lr = group["momentum"], group["lr"]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, buffers, momentum)
@@ -198,7 +213,12 @@ class Muon(torch.optim.Optimizer):
             if group["decay"] == "cautious":
                 agrees = update * weights[index] >= 0
                 weights[index].addcmul_(weights[index], agrees, value=-lr * group["weight_decay"])
-            weights[index].add_(update, alpha=-lr * 0.2 * math.sqrt(max(wholes[index].shape[-2:])))
+            second = matrices[index].second
+            if second is None or self._normuon is None:
+                weights[index].add_(update, alpha=-lr * 0.2 * math.sqrt(max(wholes[index].shape[-2:])))
+            else:
+                scale = neuron_scale(update, second, self._normuon)
+                weights[index].addcmul_(update, scale.unsqueeze(inputs_of(update)), value=-lr * 0.2)
 
     def _by_this_process(self, updates: list[Tensor]) -> Iterable[tuple[int, Tensor]]:
         return enumerate(orthogonalise_all(updates, self._polynomials, self._dtype))
@@ -214,18 +234,41 @@ class Muon(torch.optim.Optimizer):
             yield whole
             return
         experts = max(1, STACK // p[0].numel())
-        for part in zip(*(t.split(experts) for t in (whole.weights, whole.gradients, whole.momentum)), strict=True):
-            yield Matrices(*part)
+        pieces = (t.split(experts) for t in (whole.weights, whole.gradients, whole.momentum))
+        second = repeat(None) if whole.second is None else whole.second.split(experts)
+        for weights, gradients, momentum, of_neurons in zip(*pieces, second, strict=False):
+            yield Matrices(weights, gradients, momentum, of_neurons)
 
     def _matrix(self, p: Tensor) -> Matrices:
         assert p.grad is not None
-        return Matrices(p.detach(), p.grad, self._momentum(p))
-
-    def _momentum(self, p: Tensor) -> Tensor:
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
-        return state["momentum_buffer"]
+            if self._normuon is not None:
+                state[SECOND] = p.new_zeros(neurons(p.shape))
+        return Matrices(p.detach(), p.grad, state["momentum_buffer"], state.get(SECOND))
+
+
+def inputs_of(matrices: Tensor) -> int:
+    """The dimension of a neuron's inputs: experts' matrices are stored as (inputs, outputs), unlike linear layers'."""
+    return -1 if matrices.ndim == 2 else -2
+
+
+def neurons(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of one number per neuron of a matrix or of a stack of experts."""
+    return (shape[0],) if len(shape) == 2 else (shape[0], shape[2])
+
+
+def neuron_scale(update: Tensor, second: Tensor, beta: float) -> Tensor:
+    """The factor of each neuron's update in NorMuon (arXiv 2510.05491, algorithm 1); the scaled update has an RMS of 1.
+
+    update: orthogonalised, a matrix or a stack of experts'.  second: the neurons' second moment, which is updated.
+    """
+    squares = torch.linalg.vector_norm(update, dim=inputs_of(update), dtype=torch.float32).square_()
+    second.lerp_(squares / update.shape[inputs_of(update)], 1 - beta)
+    scale = 1 / (second.sqrt() + 1e-10)
+    norm = (squares * scale.square()).sum(-1, keepdim=True).sqrt_().clamp_(min=1e-10)
+    return scale * (math.sqrt(math.prod(update.shape[-2:])) / norm)
 
 
 def in_stacks(matrices: Sequence[Tensor], polynomials: Polynomials, dtype: torch.dtype) -> list[Tensor]:
