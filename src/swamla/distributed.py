@@ -266,12 +266,12 @@ def as_sharded(part: "Tensor", like: "Tensor") -> "Tensor":
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
-def require_rows(batch_size: int, accumulation: int) -> None:
+def require_rows(batch_size: int, accumulation: int, setting: str = "batch_size") -> None:
     """Raise `UsageError` unless the batch divides evenly into the micro-batches of all ranks."""
     ranks = world_size()
     if batch_size % (ranks * accumulation):
         raise UsageError(
-            f"train.batch_size = {batch_size}: must be a multiple of {ranks} processes · accumulation = "
+            f"train.{setting} = {batch_size}: must be a multiple of {ranks} processes · accumulation = "
             f"{accumulation}; it counts the rows of all processes"
         )
 

@@ -119,7 +119,7 @@ def candidates(flag: Flag) -> list[str]:
         elif option is float:
             found += ["0.125", "0.5", "3e-3", "3"]
         elif option is str:
-            found += ["reference", "byte", "512:1M,1024:inf", "me/mine", "latest"]
+            found += ["reference", "byte", "512:1M,1024:inf", "2:0.5,8:inf", "me/mine", "latest"]
     return found
 
 

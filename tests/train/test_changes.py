@@ -36,6 +36,8 @@ OTHER = {
     "accumulation": 2,
     "block_size": 16,
     "curriculum": "16:1k,32:inf",
+    "batch_ramp": "2:0.5,4:inf",
+    "batch_rule": "sqrt",
     "optimizer": LionConfig(),
     "lr": 2e-3,
     "lr_embedding": 2.0,

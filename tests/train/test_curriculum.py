@@ -11,7 +11,7 @@ from swamla.data.packing import Batch, PackedRows
 from swamla.errors import ConfigError, Interrupted
 from swamla.train import TrainConfig, train
 from swamla.train import loop as loop_module
-from swamla.train.curriculum import Curriculum, cut
+from swamla.train.curriculum import Stages, cut
 
 from .helpers import losses, model_of, run, tiny_config, weights
 from .test_resume import digests, stop_after
@@ -28,13 +28,13 @@ STAGES = "8:130,16:0.2K,32:inf"
 
 
 def test_a_stage_holds_for_its_tokens_and_the_last_for_ever():
-    curriculum = Curriculum.parse("512:500M, 1024:2B,2048:inf", 2048)
+    curriculum = Stages.lengths("512:500M, 1024:2B,2048:inf", 2048)
     million = 10**6
-    seen = [curriculum.length(n) for n in (0, 500 * million - 1, 500 * million, 2500 * million - 1, 2500 * million)]
+    seen = [curriculum.at(n, 0.5) for n in (0, 500 * million - 1, 500 * million, 2500 * million - 1, 2500 * million)]
     assert seen == [512, 512, 1024, 1024, 2048]
-    assert curriculum.length(10**15) == 2048
-    assert Curriculum.parse("8:1.5k,16:10,32:inf", 32).ends == (1500, 1510)
-    assert Curriculum.parse("", 32).length(0) == 32
+    assert curriculum.at(10**15, 0.5) == 2048
+    assert Stages.lengths("8:1.5k,16:10,32:inf", 32).ends == (1500, 1510)
+    assert Stages.lengths("", 32).at(0, 0.0) == 32
 
 
 @pytest.mark.parametrize(

@@ -55,9 +55,8 @@ class Shape:
 
     def settings(self, train: TrainConfig) -> TrainConfig:
         """The recipe's training config with steps of this shape."""
-        return replace(
-            train, batch_size=self.rows, block_size=self.length, accumulation=self.accumulation, curriculum=""
-        )
+        steady = replace(train, block_size=self.length, curriculum="", batch_ramp="")
+        return replace(steady, batch_size=self.rows, accumulation=self.accumulation)
 
     def smaller(self) -> "Shape | None":
         """The next cheaper shape: fewer rows, no larger micro-batches; None for a single row."""

@@ -100,7 +100,7 @@ def _train(arguments: Arguments, given: Mapping[str, Any]) -> int:
         if resume:
             distributed.on_main(lambda: _check_resumed(resolved, run_dir, arguments, given))
         require_hub(config.train.hf_repo_id)
-        distributed.require_rows(config.train.batch_size, config.train.accumulation)
+        config.train.require_rows()
         say(console, f"{'resuming' if resume else 'training'} {recipe} in {run_dir}")
         dataset = prepare_data(
             config.data,

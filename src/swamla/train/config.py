@@ -1,16 +1,18 @@
 """The config of a training run."""
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from swamla import distributed
 from swamla.data.config import DataConfig
 from swamla.distributed import TIMEOUT
 from swamla.errors import require
 from swamla.model.block import Checkpointing
 from swamla.model.language_model import LanguageModelConfig
 from swamla.train.compile import Compile
-from swamla.train.curriculum import Curriculum
+from swamla.train.curriculum import Stages
 from swamla.train.optim import AdamWConfig, GroupRates, OptimizerConfig, Role
 from swamla.train.parallel.strategy import Parallel
 from swamla.train.precision import Precision
@@ -30,7 +32,12 @@ class TrainConfig:
     accumulation: micro-batches that a process splits its rows of a step into; this changes memory only.
     block_size: tokens in a row.
     curriculum: shorter rows first, as in "512:500M,1024:2B,2048:inf": 512 tokens for 500 million, then 1024 for two
-        billion, then block_size. Rows are cut, so a step's tokens stay the same; evaluations use block_size.
+        billion, then block_size. Rows are cut, so a step's tokens stay the same; evaluations use block_size. Instead of
+        tokens a stage may have a share of the run, as in "128:0.3,512:inf".
+    batch_ramp: fewer rows per step first, as in "2:0.1,4:0.3,8:inf": 2 rows for a tenth of the run, then 4 for three
+        tenths, then batch_size; or with tokens, as in curriculum.
+    batch_rule: how the learning rate follows the rows of a step in batch_ramp: "none", or "sqrt", the root of their
+        share of batch_size (arXiv 2006.09092, 2205.10287).
     optimizer: the optimizer.
     lr: peak learning rate, at the end of the warm-up.
     lr_embedding: learning rate of the embeddings, a tied head included, as a multiple of lr.
@@ -100,6 +107,8 @@ class TrainConfig:
     accumulation: int = 1
     block_size: int = 256
     curriculum: str = ""
+    batch_ramp: str = ""
+    batch_rule: Literal["none", "sqrt"] = "none"
     optimizer: OptimizerConfig = field(default_factory=AdamWConfig)
     lr: float = 1e-3
     lr_embedding: float = 1.0
@@ -194,7 +203,8 @@ class TrainConfig:
         named = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)?", self.hf_repo_id, re.ASCII) is not None
         require(named, "hf_repo_id", self.hf_repo_id, "must be USER/NAME, e.g. me/first-try")
         require(self.seed >= 0, "seed", self.seed, "must be >= 0")
-        Curriculum.parse(self.curriculum, self.block_size)
+        Stages.lengths(self.curriculum, self.block_size)
+        Stages.rows(self.batch_ramp, self.batch_size)
         legal = not set(self.wandb_project) & set("/\\#?%:")
         require(legal, "wandb_project", self.wandb_project, "must not contain / \\ # ? % or :, e.g. swamla")
         named = not self.wandb_run_name or bool(self.wandb_project)
@@ -269,9 +279,28 @@ class TrainConfig:
         return GroupRates(lr=multiples, weight_decay=decays)
 
     @property
-    def lengths(self) -> Curriculum:
+    def lengths(self) -> Stages:
         """The sequence length over the run."""
-        return Curriculum.parse(self.curriculum, self.block_size)
+        return Stages.lengths(self.curriculum, self.block_size)
+
+    @property
+    def batches(self) -> Stages:
+        """The rows of a step over the run."""
+        return Stages.rows(self.batch_ramp, self.batch_size)
+
+    def batch_factor(self, rows: int) -> float:
+        """The factor of the learning rate of a step of `rows` rows."""
+        return math.sqrt(rows / self.batch_size) if self.batch_rule == "sqrt" else 1.0
+
+    def micro_batches(self, rows: int) -> int:
+        """The number of micro-batches of a step of `rows` rows: none has more rows than one of a full batch."""
+        return -(-rows * self.accumulation // self.batch_size)
+
+    def require_rows(self) -> None:
+        """Raise `UsageError` unless every batch divides evenly among all ranks."""
+        distributed.require_rows(self.batch_size, self.accumulation)
+        for rows in self.batches.values[:-1]:
+            distributed.require_rows(rows, 1, setting="batch_ramp")
 
     @property
     def learning_rate(self) -> Schedule:

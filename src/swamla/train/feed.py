@@ -15,41 +15,49 @@ _POLL_SECONDS = 0.1
 
 
 class Feed:
-    """Reads rows one step ahead in a daemon thread, for which no exit waits. A step is named by its first sample."""
+    """Reads rows one step ahead in a daemon thread, for which no exit waits. A step is known by its first sample.
+
+    batch_size: rows of the steps that are asked for from now on; rows read ahead for another size are read anew.
+    """
 
     def __init__(self, rows: Rows, batch_size: int, device: torch.device) -> None:
-        self._rows, self._batch_size, self._pinned = rows, batch_size, device.type == "cuda"
-        self._share = batch_size // distributed.world_size()
-        self._coming: dict[int, Future[Batch]] = {}
+        self._rows, self.batch_size, self._pinned = rows, batch_size, device.type == "cuda"
+        self._coming: dict[tuple[int, int], Future[Batch]] = {}
 
     def wait(self, sample: int, interrupted: Callable[[], bool]) -> bool:
         """Wait for the rows of the step that begins at `sample` until `interrupted`; True if they are read."""
-        self._begin(sample)
-        while not self._coming[sample].done() and not interrupted():
-            futures.wait([self._coming[sample]], timeout=_POLL_SECONDS)
-        return self._coming[sample].done()
+        coming = self._begin(sample)
+        while not coming.done() and not interrupted():
+            futures.wait([coming], timeout=_POLL_SECONDS)
+        return coming.done()
 
     def take(self, sample: int, *, another: bool) -> Batch:
         """This rank's rows of the step that begins at `sample`. Raises what reading them raised.
 
         another: start to read the rows of the step after it.
         """
-        self._begin(sample)
-        batch = self._coming.pop(sample).result()
+        coming = self._begin(sample)
+        self._coming.clear()
+        batch = coming.result()
         if another:
-            self._begin(sample + self._batch_size)
+            self._begin(sample + self.batch_size)
         return batch
 
-    def _begin(self, sample: int) -> None:
-        if sample not in self._coming:
-            self._coming = {sample: self._read(sample)}
+    def _begin(self, sample: int) -> "Future[Batch]":
+        step = (sample, self.batch_size)
+        if step not in self._coming:
+            self._coming = {step: self._read(*step, after=list(self._coming.values()))}
+        return self._coming[step]
 
-    def _read(self, sample: int) -> "Future[Batch]":
+    def _read(self, sample: int, batch_size: int, after: "list[Future[Batch]]") -> "Future[Batch]":
+        """after: what is still being read, but no longer wanted; a source is read by one thread at a time."""
         future: Future[Batch] = Future()
+        share = batch_size // distributed.world_size()
 
         def read() -> None:
+            futures.wait(after)
             try:
-                batch = self._rows.batch(sample + distributed.rank() * self._share, self._share)
+                batch = self._rows.batch(sample + distributed.rank() * share, share)
                 future.set_result(pinned(batch) if self._pinned else batch)
             except BaseException as error:
                 future.set_exception(error)

@@ -83,7 +83,7 @@ def _announce(run: Run, *, resumed: bool) -> None:
         run.say(note)
     run.say(f"mfu is relative to {run.log.peak.name}")
     planned = (settings.steps or 0) * settings.batch_size * settings.block_size
-    if planned and not settings.curriculum and (described := run.epochs.describe(planned)):
+    if planned and not settings.curriculum and not settings.batch_ramp and (described := run.epochs.describe(planned)):
         run.say(f"{settings.steps} steps are {described}")
     if resumed and run.progress(0.5) >= 1:
         spent = [f"{state.step} of {settings.steps} steps"] if settings.steps else [f"{state.step} steps"]
@@ -168,12 +168,13 @@ def _step(run: Run) -> None:
     fault("begin", state.step + 1)
     this, batch = run.next_step, _rows(run)
     ends = this.seconds + this.step_seconds
-    lr, progress = settings.rate(state.step, ends), settings.progress(state.step, ends)
-    _tell_length(run, batch)
+    lr = settings.rate(state.step, ends) * settings.batch_factor(this.rows)
+    progress = settings.progress(state.step, ends)
+    _tell_ramps(run, batch)
     result = training_step(state, batch, settings, lr, this.labels, progress)
     fault("update", state.step + 1)
     state.step += 1
-    state.sample += settings.batch_size
+    state.sample += this.rows
     before, state.tokens = state.tokens, state.tokens + (result.tokens if result.finite else 0)
     run.look_ahead(step_begun=begin)
     state.seconds = run.next_step.seconds
@@ -204,12 +205,15 @@ def _rows(run: Run) -> Batch:
     raise run.own_error or FailedElsewhere("another rank could not read its rows", SwamlaError.exit_status)
 
 
-def _tell_length(run: Run, batch: Batch) -> None:
-    """Report a change of the sequence length by the curriculum."""
-    length = batch.tokens_BT.shape[1]
+def _tell_ramps(run: Run, batch: Batch) -> None:
+    """Report a change of the sequence length by the curriculum, and of the rows of a step."""
+    length, rows = batch.tokens_BT.shape[1], run.next_step.rows
+    where = f"from step {run.state.step + 1}, {run.state.tokens:,} tokens"
     if length != run.length:
-        run.say(f"sequence length {length} from step {run.state.step + 1}, {run.state.tokens:,} tokens")
-        run.length = length
+        run.say(f"sequence length {length} {where}")
+    if rows != run.rows:
+        run.say(f"{rows} row{'s' * (rows > 1)} a step {where}")
+    run.length, run.rows = length, rows
 
 
 def _skip(run: Run, result: StepResult) -> None:

@@ -40,13 +40,14 @@ class NextStep:
     """The next step, as all ranks know it; only `batch` differs between ranks.
 
     batch: this rank's rows at the curriculum's length; None if any rank failed to read its rows, or is still reading
-    (missing).  labels, flops: of all ranks' rows.  stop: the signal that requested a stop, 0 for none.
+    (missing).  rows, labels, flops: of all ranks.  stop: the signal that requested a stop, 0 for none.
     seconds: training time of the run so far, over all its processes.  step_seconds: of the last step, 0 before the
     first. Both by the main rank's clock.
     """
 
     batch: Batch | None = None
     missing: bool = True
+    rows: int = 0
     labels: int = 0
     flops: float = 0.0
     stop: int = 0
@@ -60,9 +61,10 @@ class Run:
 
     feed: reads the training rows.  epochs: passes over the training text.  log: reports steps.
     started: `time.monotonic` at the start, moved by the time that earlier processes of the run took.
-    length: the current sequence length.  next_step: what `look_ahead` found last.
+    length, rows: the current sequence length and rows of a step.  next_step: what `look_ahead` found last.
     waiting_since: `time.monotonic` at the end of the last step.
-    own_rows: this rank's rows of the step that begins at `own_sample`; own_error: why they could not be read.
+    own_rows: this rank's rows of the step `own_step` (its first sample and its rows on all ranks); own_error: why they
+    could not be read.
     saved_step: the step of the newest checkpoint.  unsaved: the error of the newest save, if it failed.
     """
 
@@ -82,11 +84,12 @@ class Run:
     watch: RankWatch
     started: float
     length: int
+    rows: int
     saved_step: int | None
     unsaved: Exception | None = None
     next_step: NextStep = NextStep()
     waiting_since: float = 0.0
-    own_sample: int = -1
+    own_step: tuple[int, int] = (-1, 0)
     own_rows: Batch | None = None
     own_error: Exception | None = None
 
@@ -118,16 +121,20 @@ class Run:
         state = self.state
         last = self.next_step.step_seconds if step_begun is None else time.monotonic() - step_begun
         left = math.inf if self.settings.steps is None else self.settings.steps - state.step
-        if self.own_sample != state.sample and left > 0:
+        # Known to all ranks alike: the clock of the last exchange, and not this rank's.
+        begins = min(1.0, self.settings.horizon.progress(state.step, state.seconds))
+        rows = self.feed.batch_size = self.settings.batches.at(state.tokens, begins)
+        step = (state.sample, rows)
+        if self.own_step != step and left > 0:
             interrupted = (lambda: bool(self.stop.received)) if wait else (lambda: True)
             if self.feed.wait(state.sample, interrupted):
-                self.own_sample, self.own_rows, self.own_error = state.sample, None, None
+                self.own_step, self.own_rows, self.own_error = step, None, None
                 try:
                     self.own_rows = self.feed.take(state.sample, another=left > 1)
                 except Exception as error:  # e.g. a damaged file of a stream, which is first read now
                     self.own_error = error
-        mine = self.own_sample == state.sample
-        length = self.settings.lengths.length(state.tokens)
+        mine = self.own_step == step
+        length = self.settings.lengths.at(state.tokens, begins)
         batch = cut(self.own_rows, length) if mine and self.own_rows is not None else None
         flops = 0 if batch is None else self.log.flops.of(batch.document_BT)
         own = (0 if batch is None else batch.n_labels, flops, not mine, mine and self.own_error is not None)
@@ -138,6 +145,7 @@ class Run:
         self.next_step = NextStep(
             batch=None if any(missing) or any(failed) else batch,
             missing=any(missing),
+            rows=rows,
             labels=round(sum(labels)),
             flops=sum(all_flops),
             stop=round(max(stops)),
@@ -206,6 +214,7 @@ def in_progress(
             watch=watch,
             started=time.monotonic() - state.seconds,
             length=settings.block_size,
+            rows=settings.batch_size,
             saved_step=state.step if state.step and list_checkpoints(folder / "checkpoints") else None,
         )
 

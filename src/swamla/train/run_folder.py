@@ -65,7 +65,7 @@ def open_run(
     with it; `ConfigError` or `DataError` if a resumed run would continue with another model, other data, another order
     of the data, or a higher learning rate that was not asked for.
     """
-    distributed.require_rows(config.train.batch_size, config.train.accumulation)
+    config.train.require_rows()
     launch = this_launch()
     with ExitStack() as locks:
 

@@ -52,14 +52,16 @@ def training_step(
     """
     model, strategy, ranks = state.model.train(), state.strategy, distributed.world_size()
     n_labels = round(distributed.sum_of(batch.n_labels)) if n_labels is None else n_labels
+    rows = ranks * batch.tokens_BT.numel() // config.block_size
     if n_labels == 0:
-        raise DataError(f"rows {state.sample} to {state.sample + config.batch_size - 1}: no label carries loss")
+        raise DataError(f"rows {state.sample} to {state.sample + rows - 1}: no label carries loss")
     state.optimizer.zero_grad()
     begin_step(config.compile)
     seed_ranks(config.seed, state.step)
     sums: Statistics = {}
-    for number, (tokens_BT, labels_BT, document_BT) in enumerate(_micro_batches(batch, config.accumulation), 1):
-        with strategy.micro_batch(last=number == config.accumulation):
+    micro_batches = list(_micro_batches(batch, config.micro_batches(rows)))
+    for number, (tokens_BT, labels_BT, document_BT) in enumerate(micro_batches, 1):
+        with strategy.micro_batch(last=number == len(micro_batches)):
             seq = Layout.from_documents(document_BT).to(state.device)
             with autocast(state.precision, state.device):
                 tokens_BT, labels_BT = (rows.to(state.device, non_blocking=True) for rows in (tokens_BT, labels_BT))
@@ -69,7 +71,7 @@ def training_step(
         for name, value in [("nats", total), *found.items()]:
             exact = value.detach().double() if value.is_floating_point() else value.detach()
             sums[name] = sums[name] + exact if name in sums else exact
-        fault("accumulation" if number < config.accumulation else "step", state.step + 1)
+        fault("accumulation" if number < len(micro_batches) else "step", state.step + 1)
 
     statistics = distributed.all_reduce_sum(sums)
     # The only wait for the device. The step is skipped, if need be, before any weight or state is changed.
