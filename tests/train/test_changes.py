@@ -54,6 +54,7 @@ OTHER = {
     "weight_decay_head": 0.5,
     "grad_clip": 2.0,
     "ema": 0.9,
+    "ema_width": 0.1,
     "eval_interval": 2,
     "eval_seconds": 9e9,
     "eval_tokens": 64,

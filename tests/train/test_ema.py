@@ -1,15 +1,18 @@
 """The averaged weights are what is judged and loaded; training itself never sees them."""
 
+import io
 import json
 
+import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import swamla
 from swamla.checkpoint import latest_checkpoint
 from swamla.errors import ConfigError, CorruptError, Interrupted
-from swamla.train import TrainConfig
+from swamla.train import TrainConfig, train
 from swamla.train.ema import WeightAverage
 from swamla.train.parallel.strategy import Strategy
 
@@ -34,6 +37,28 @@ def test_the_average_is_the_weighted_mean_of_the_weights_after_every_step():
         powers = 0.9 ** torch.arange(count - 1, -1, -1, dtype=torch.float64)
         expected = (torch.stack(history) * (powers / powers.sum())[:, None, None]).sum(0)
         torch.testing.assert_close(average.tensors()["weight"].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [0.05, 0.1, 0.25])
+def test_an_average_fitted_to_the_run_has_its_width_however_long_the_run_is(width):
+    """The weight of every step is read off by averaging one-hot weights; the oracle is i^γ and its deviation."""
+    for steps in (400, 1600):
+        model = nn.Linear(steps, 1, bias=False)
+        average = WeightAverage(model, width=width)
+        for step in range(steps):
+            with torch.no_grad():
+                model.weight.zero_()
+                model.weight[0, step] = 1
+            average.update(step + 1)
+        share = average.tensors()["weight"][0].double()
+        at = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
+        mean = (share * at).sum()
+        assert share.sum() == pytest.approx(1, abs=1e-5)
+        assert (share * (at - mean) ** 2).sum().sqrt() == pytest.approx(width, rel=0.03)
+        # numpy's roots of the paper's cubic: γ³ + 7γ² + (16 − σ⁻²)γ + (12 − σ⁻²)
+        gamma = np.roots([1, 7, 16 - width**-2, 12 - width**-2]).real.max()
+        expected = at**gamma / (at**gamma).sum()
+        assert (share - expected).abs().sum() < 0.03
 
 
 def test_the_models_own_weights_come_back_to_the_bit_whatever_happens_meanwhile():
@@ -98,9 +123,20 @@ def test_a_failed_evaluation_leaves_the_raw_weights(tmp_path, dataset):
     assert all(torch.equal(p, weights(plain)[name]) for name, p in weights(states[0]).items())
 
 
-@pytest.mark.parametrize("step", [1, 3, 5])
-def test_a_resumed_run_has_the_uninterrupted_ones_average_to_the_bit(tmp_path, monkeypatch, dataset, step):
-    config = tiny_config(model_of("gdn", "mla"), ema=0.7, eval_interval=2)
+def test_an_evaluation_says_that_it_scored_averages(tmp_path, dataset):
+    for number, settings in enumerate(({"ema_width": 0.1}, {"ema": 0.5}, {})):
+        printed, folder = io.StringIO(), tmp_path / str(number)
+        console = Console(file=printed, width=200)
+        train(tiny_config(steps=1, **settings), folder, dataset=dataset, evaluate=held_out(dataset), console=console)
+        line = next(line for line in printed.getvalue().splitlines() if "Held-out loss" in line)
+        assert line.endswith(" | averaged weights") == bool(settings)
+
+
+@pytest.mark.parametrize(
+    ("step", "ema"), [(1, {"ema": 0.7}), (3, {"ema": 0.7}), (5, {"ema": 0.7}), (3, {"ema_width": 0.1})]
+)
+def test_a_resumed_run_has_the_uninterrupted_ones_average_to_the_bit(tmp_path, monkeypatch, dataset, step, ema):
+    config = tiny_config(model_of("gdn", "mla"), eval_interval=2, **ema)
     run(config, tmp_path / "whole", dataset, evaluate=held_out(dataset))
     with monkeypatch.context() as patch:
         stop_after(patch, step)
@@ -153,3 +189,9 @@ def test_a_checkpoint_that_lost_its_average_is_refused(tmp_path, dataset):
 def test_a_decay_that_is_none_is_refused(decay):
     with pytest.raises(ConfigError, match=r"ema = .*must be between 0 and 1, e.g. 0.999"):
         TrainConfig(steps=1, ema=decay)
+
+
+@pytest.mark.parametrize("settings", [{"ema_width": 0.0}, {"ema_width": 0.3}, {"ema_width": 0.1, "ema": 0.9}])
+def test_a_width_that_is_none_or_one_beside_a_decay_is_refused(settings):
+    with pytest.raises(ConfigError, match=r"ema_width = .*: (must be above 0|is instead of ema)"):
+        TrainConfig(steps=1, **settings)

@@ -56,6 +56,8 @@ class TrainConfig:
     grad_clip: largest norm of the gradient; none for no limit.
     ema: decay, e.g. 0.999, of an exponential moving average of the weights, which evaluations then score and
         `swamla.load` returns; none for no average.
+    ema_width: instead of ema, an average that is fitted to the run's length: its width as a fraction of the run, e.g.
+        0.05 (arXiv 2312.02696).
     eval_interval: steps between evaluations; none for one at the end only.
     eval_seconds: seconds between evaluations, besides or instead of steps.
     eval_tokens: most held-out tokens that an evaluation during the run reads; none for all.
@@ -125,6 +127,7 @@ class TrainConfig:
     weight_decay_head: float | None = None
     grad_clip: float | None = 1.0
     ema: float | None = None
+    ema_width: float | None = None
     eval_interval: int | None = 250
     eval_seconds: float | None = None
     eval_tokens: int | None = None
@@ -236,7 +239,16 @@ class TrainConfig:
         require(
             self.ema is None or 0 < self.ema < 1, "ema", self.ema, "must be between 0 and 1, e.g. 0.999, or left out"
         )
+        fits = self.ema_width is None or 0 < self.ema_width <= 0.25
+        require(fits, "ema_width", self.ema_width, "must be above 0, at most 0.25, e.g. 0.05, or left out")
+        one = self.ema is None or self.ema_width is None
+        require(one, "ema_width", self.ema_width, "is instead of ema: leave one out, e.g. --ema none")
         require(self.grad_clip is None or self.grad_clip > 0, "grad_clip", self.grad_clip, "must be > 0, or left out")
+
+    @property
+    def averages_weights(self) -> bool:
+        """True if evaluations score averages of the weights."""
+        return self.ema is not None or self.ema_width is not None
 
     @property
     def warmup_fraction(self) -> float:

@@ -317,7 +317,8 @@ def _evaluate(run: Run) -> None:
     state.evaluated_step = state.step
     run.records.write(state.step, {f"held_out_{k}": v for k, v in found.items()} | {"elapsed": state.seconds})
     bits = f" | Bits/byte: {found['bits_per_byte']:.4f}" if "bits_per_byte" in found else ""
-    run.say(f"Step {state.step} | Held-out loss: {found['loss']:.4f}{bits}")
+    averaged = " | averaged weights" if state.average is not None else ""
+    run.say(f"Step {state.step} | Held-out loss: {found['loss']:.4f}{bits}{averaged}")
     finish_saves(run)  # first, because a best whose save failed no longer counts
     if not math.isfinite(found["loss"]):
         run.say(f"warning: the held-out loss after step {state.step} is not finite, so it cannot be the best")

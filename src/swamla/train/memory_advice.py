@@ -45,7 +45,7 @@ def training_bytes(config: RunConfig, place: Place) -> dict[str, int]:
         "weights": weights // shards,
         "gradients": gradients,
         "optimizer_state": train.optimizer.state_bytes(parameter_specs(config.model)) // shards,
-        "averaged_weights": weights // shards if train.ema is not None else 0,
+        "averaged_weights": weights // shards if train.averages_weights else 0,
         "activations_estimate": activation_bytes(
             config.model,
             train.batch_size // place.ranks // train.accumulation * train.block_size,
@@ -99,8 +99,9 @@ def _changes(config: RunConfig, place: Place) -> Iterator[_Change]:
         yield 1, "--precision bf16", "bf16 products", _with(config, precision="bf16"), replace(place, precision="bf16")
     for flag, coarser in train.optimizer.coarser():
         yield 1, flag, "optimizer moments in fewer bits", _with(config, optimizer=coarser), place
-    if train.ema is not None:
-        yield 1, "--ema none", "no averaged weights", _with(config, ema=None), place
+    if train.averages_weights:
+        flag = "--ema none" if train.ema is not None else "--ema_width none"
+        yield 1, flag, "no averaged weights", _with(config, ema=None, ema_width=None), place
     if rows == 1 and train.block_size > 1:  # only shorter rows make a micro-batch of one row smaller
         half = train.block_size // 2
         shorter = _with(config, block_size=half, curriculum="")

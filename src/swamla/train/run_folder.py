@@ -189,7 +189,7 @@ def fresh_state(
         device=device,
         machine=describe_machine(device),
         paths=paths,
-        average=None if train.ema is None else WeightAverage(model, train.ema),
+        average=WeightAverage(model, train.ema or 0.0, width=train.ema_width) if train.averages_weights else None,
     )
 
 
