@@ -164,6 +164,7 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
             "residual": "autocast",
             "logit_cap": 5.0,
             "init_std": 0.03,
+            "mup_base_width": 64,
         },
     ),
 ]

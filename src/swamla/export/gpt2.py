@@ -167,6 +167,8 @@ def _as_gpt2(config: LanguageModelConfig) -> GPT2Config:
     _require_equal("tied_head", config.tied_head, True)
     _require_equal("ngram_buckets", config.ngram_buckets, ())
     _require_equal("logit_cap", config.logit_cap, 0.0)
+    if config.mup_base_width not in (None, config.width):
+        raise _not_gpt2("mup_base_width", config.mup_base_width, f"none, or the width {config.width}")
     if not config.learned_positions:
         raise _not_gpt2("learned_positions", 0, "a number of them")
     return GPT2Config(

@@ -14,6 +14,7 @@ from swamla.config import within
 from swamla.errors import UsageError, require
 from swamla.model.block import Block, BlockConfig, Checkpointing
 from swamla.model.initial import Initializer, SkippedInit, constant, initial_tensor, initializers_of, normal
+from swamla.model.mup import initial_scale
 from swamla.model.ngrams import NgramEmbedding, NgramState
 from swamla.model.norm import NormConfig, RMSNormConfig
 from swamla.model.state import ModelState
@@ -43,6 +44,9 @@ class LanguageModelConfig:
         half the memory traffic of norms and sums; what every layer adds is rounded: docs/log.md).
     logit_cap: bounds the logits smoothly by ±logit_cap, e.g. 15 (Gemma 2, arXiv 2408.00118); 0 for no bound.
     init_std: standard deviation of the initial weights; output projections get it / √(2 · depth).
+    mup_base_width: train by µP (arXiv 2203.03466, table 8; 2310.17813): init_std and the learning rate are those of a
+        model of this width, and initial weights, learning rates, logits and attention's scale follow the width from
+        there; none for the standard parametrization.
     """
 
     vocab_size: int = 0
@@ -57,6 +61,7 @@ class LanguageModelConfig:
     residual: Literal["weights", "autocast"] = "weights"
     logit_cap: float = 0.0
     init_std: float = 0.02
+    mup_base_width: int | None = None
 
     def __post_init__(self) -> None:
         require(self.vocab_size >= 0, "vocab_size", self.vocab_size, "must be > 0, or 0 for the tokenizer's")
@@ -80,6 +85,10 @@ class LanguageModelConfig:
                 block.mixer.n_parameters(self.width)
             with within(f"blocks.{name}.ffn"):
                 block.ffn.n_parameters(self.width)
+        if self.mup_base_width is not None:
+            require(self.mup_base_width > 0, "mup_base_width", self.mup_base_width, "must be > 0, e.g. 256")
+            with within("mup_base_width"):
+                replace(self, width=self.mup_base_width, mup_base_width=None)
 
     @property
     def depth(self) -> int:
@@ -95,6 +104,13 @@ class LanguageModelConfig:
     def vectors(self) -> frozenset[str]:
         """Names of the parameters that are sets of vectors (see `MixerConfig.vectors`)."""
         return frozenset(f"blocks.{n}.{name}" for n, block in enumerate(self.layers) for name in block.vectors)
+
+    def base_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the parameters at the base width of µP, by name; none under the standard parametrization."""
+        if self.mup_base_width is None:
+            return {}
+        base = replace(self, width=self.mup_base_width, mup_base_width=None, vocab_size=self.vocab_size or 1)
+        return {name: tuple(p.shape) for name, p in base.skeleton().named_parameters()}
 
     def with_backends(self, paths: Mapping[str, str]) -> "LanguageModelConfig":
         """The same model where mixers with the backend "auto" get that of `paths` (block → backend)."""
@@ -148,6 +164,10 @@ class LanguageModel(nn.Module):
         self.norm = config.norm.build(config.width)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.tie()
+        self.output_multiplier = 1.0 if config.mup_base_width is None else config.mup_base_width / config.width
+        if config.mup_base_width is not None:
+            for block in self.blocks:
+                block.mixer.scale_from(config.mup_base_width)
 
     def tie(self) -> None:
         """Share the embedding's weights with the head if the config says so."""
@@ -161,10 +181,13 @@ class LanguageModel(nn.Module):
         Weights are normal, output projections are scaled by depth (GPT-2), biases are 0, gains 1; modules'
         `initializers` take precedence. A parameter's values depend on the seed, its name and its shape only.
         """
-        own, outputs = initializers_of(self), self._outputs()
+        own, outputs, base = initializers_of(self), self._outputs(), self.config.base_shapes()
         for name, parameter in self.named_parameters():
             if name.startswith(within):
-                initializer = own.get(name) or self._default_initializer(name, parameter.ndim, name in outputs)
+                scale = (2 * self.config.depth) ** -0.5 if name in outputs else 1.0
+                if name in base and name.startswith("blocks."):
+                    scale *= initial_scale(parameter.shape, base[name])
+                initializer = own.get(name) or self._default_initializer(name, parameter.ndim, scale)
                 parameter.copy_(initial_tensor(initializer, parameter.shape, seed, name))
         for name, buffer in self.named_buffers():
             if name.startswith(within):
@@ -179,11 +202,10 @@ class LanguageModel(nn.Module):
             for name in outputs
         }
 
-    def _default_initializer(self, name: str, ndim: int, is_output: bool) -> Initializer:
+    def _default_initializer(self, name: str, ndim: int, scale: float) -> Initializer:
         if ndim < 2:
             return constant(0.0 if name.endswith("bias") else 1.0)
-        depth_scale = (2 * self.config.depth) ** -0.5 if is_output else 1.0
-        return normal(self.config.init_std * depth_scale)
+        return normal(self.config.init_std * scale)
 
     @property
     def device(self) -> torch.device:
@@ -223,7 +245,7 @@ class LanguageModel(nn.Module):
         for index, block in enumerate(self.blocks):
             x_BTD, found = block(x_BTD, seq)
             statistics.update({f"{name}/{index}": value for name, value in found.items()})
-        return self.norm(x_BTD), statistics
+        return self._head_input(x_BTD), statistics
 
     def loss(self, tokens_BT: Tensor, labels_BT: Tensor, seq: Layout | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Σ −log p(label), in nats, over labels other than -100, and the FFNs' statistics as `name/layer`.
@@ -292,7 +314,11 @@ class LanguageModel(nn.Module):
         x_BTD = self._embed(tokens_BT, seq, state.ngrams)
         for block, layer in zip(self.blocks, state.layers, strict=True):
             x_BTD = block.step(x_BTD, layer, seq)
-        return self.norm(x_BTD)
+        return self._head_input(x_BTD)
+
+    def _head_input(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = self.norm(x_BTD)
+        return x_BTD if self.output_multiplier == 1 else x_BTD * self.output_multiplier
 
     def _embed(self, tokens_BT: Tensor, seq: Layout, state: NgramState | None = None) -> Tensor:
         """The input of the first block (B, T, D); with a state for tokens after those in it."""

@@ -27,6 +27,7 @@ from swamla.data.dataset import Dataset
 from swamla.data.tokenizer import load_tokenizer
 from swamla.errors import ConfigError, CorruptError, DataError, Interrupted
 from swamla.files import entry, read_json, write_text_atomically
+from swamla.model.accounting import parameter_specs
 from swamla.model.language_model import LanguageModel
 from swamla.train.backends import fastest_paths, resolve_backends, usual_length
 from swamla.train.changes import (
@@ -177,7 +178,12 @@ def fresh_state(
             "fp8 without compile: each cast is a kernel of its own, which may cost more than fp8 products save"
         )
     optimizer = train.optimizer.build(model, lr=train.lr, weight_decay=train.weight_decay, precision=precision)
-    optimizer.set_rates(train.group_rates)
+    base = model_config.base_shapes()
+    multiples = {
+        spec.name: train.optimizer.width_multiple(spec, base[spec.name])
+        for spec in (parameter_specs(model_config) if base else ())
+    }
+    optimizer.set_rates(train.group_rates, multiples)
     return TrainState(
         strategy=strategy,
         optimizer=optimizer,

@@ -108,10 +108,14 @@ class LatentAttention(Mixer[LatentState]):
         self.config = config
         self.latent_dim, self.width = config.latent_dim(width), width
         self.key_dim = self.latent_dim // config.n_heads
+        self.scale = self.key_dim**-0.5
         self.qc_proj = nn.Linear(width, 2 * self.latent_dim, bias=config.bias)
         self.kv_proj = nn.Linear(self.latent_dim, self.latent_dim + width, bias=config.bias)
         self.o_proj = nn.Linear(width, width, bias=config.bias)
         self.min_to_expand = min_tokens_to_expand(self.latent_dim, self.key_dim + width // config.n_heads)
+
+    def scale_from(self, base_width: int) -> None:
+        self.scale *= (self.config.heads(base_width).key / self.key_dim) ** 0.5
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (B, T, H, K) and the latent (B, T, R)."""
@@ -126,7 +130,7 @@ class LatentAttention(Mixer[LatentState]):
     def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
         q, latent = self.project(x_BTD)
         k, v = self.expand(latent)
-        return self.o_proj(causal_attention(q, k, v, seq, backend=self.config.backend).flatten(2))
+        return self.o_proj(causal_attention(q, k, v, seq, scale=self.scale, backend=self.config.backend).flatten(2))
 
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> LatentState:
         return LatentState(torch.zeros(batch, max_len, self.latent_dim, dtype=dtype, device=device))
@@ -136,13 +140,14 @@ class LatentAttention(Mixer[LatentState]):
         append(state.latent_BSR, latent, seq)
         if seq.past is not None and x_BTD.shape[1] >= self.min_to_expand:
             k, v = self.expand(state.latent_BSR[:, : seq.end].to(q.dtype))
-            return self.o_proj(cached_causal_attention(q, k, v, seq, backend=self.config.backend).flatten(2))
+            return self.o_proj(
+                cached_causal_attention(q, k, v, seq, scale=self.scale, backend=self.config.backend).flatten(2)
+            )
         # W_k and W_v, (H, K, R) and (H, V, R): scores = (W_kᵀ q) · c and outputs = W_v (Σ p c) + b_v.
         w_k, w_v = (
             weight.unflatten(0, (self.config.n_heads, -1)).to(q.dtype)
             for weight in self.kv_proj.weight.split((self.latent_dim, self.width))
         )
-        q, scale = absorb(q, w_k), self.key_dim**-0.5
-        o = attend_to_latents(q, state.latent_BSR, seq.end, causal_mask(seq), scale=scale)
+        o = attend_to_latents(absorb(q, w_k), state.latent_BSR, seq.end, causal_mask(seq), scale=self.scale)
         o_BTD = absorb(o, w_v.mT).flatten(2)
         return self.o_proj(o_BTD if self.kv_proj.bias is None else o_BTD + self.kv_proj.bias[self.latent_dim :])

@@ -127,6 +127,9 @@ class MHA(Mixer[KVState]):
             self.q_norm = RMSNorm(q_heads * self.key_dim, QK_NORM_EPS)
             self.k_norm = RMSNorm(k_heads * self.key_dim, QK_NORM_EPS)
 
+    def scale_from(self, base_width: int) -> None:
+        self.scale *= (self.config.key_dim(base_width) / self.key_dim) ** 0.5
+
     def project(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, T, H, K), keys and values (B, T, G, K); queries and keys are rotated if the config has rope."""
         config = self.config

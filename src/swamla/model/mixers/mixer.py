@@ -105,6 +105,13 @@ class Mixer(nn.Module, ABC, Generic[S]):
     def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
         """Mix whole sequences, from the start of each document: (B, T, D) → (B, T, D)."""
 
+    def scale_from(self, base_width: int) -> None:
+        """µP: divide scores by the heads' width instead of its root, equal to the root at `base_width`.
+
+        Nothing is to be done where no product of two vectors grows with the width.
+        """
+        return
+
     @abstractmethod
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> S:
         """The empty state of `batch` sequences that may grow to `max_len` tokens."""

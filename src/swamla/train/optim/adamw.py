@@ -17,7 +17,9 @@ from swamla.train.optim.named import (
     NamedOptimizer,
     NamedParameters,
     OptimizerConfig,
+    Shape,
     StateTensor,
+    adam_width_multiple,
     decay_groups,
     named_parameters,
 )
@@ -57,6 +59,10 @@ class AdamWConfig(OptimizerConfig):
     def state_specs(self, parameter: ParameterSpec) -> Mapping[str, StateTensor]:
         """Both moments and the number of updates."""
         return AdamW.state_specs(parameter.shape, self.moments)
+
+    def width_multiple(self, parameter: ParameterSpec, base: Shape) -> float:
+        """µP's rule for Adam."""
+        return adam_width_multiple(parameter, base)
 
     def coarser(self) -> Iterator[tuple[str, Self]]:
         """Both moments in fewer bits."""

@@ -12,7 +12,15 @@ from swamla.registry import register
 from swamla.train.optim.adamw import check_betas
 from swamla.train.optim.elementwise import Chunk, Elementwise, coarser_moments, require_whole
 from swamla.train.optim.moments import Moments
-from swamla.train.optim.named import NamedOptimizer, OptimizerConfig, StateTensor, decay_groups, named_parameters
+from swamla.train.optim.named import (
+    NamedOptimizer,
+    OptimizerConfig,
+    Shape,
+    StateTensor,
+    adam_width_multiple,
+    decay_groups,
+    named_parameters,
+)
 from swamla.train.precision import Chosen
 
 
@@ -43,6 +51,10 @@ class LionConfig(OptimizerConfig):
     def state_specs(self, parameter: ParameterSpec) -> Mapping[str, StateTensor]:
         """The moment, and for stochastic rounding the number of updates."""
         return Lion.state_specs(parameter.shape, self.moments)
+
+    def width_multiple(self, parameter: ParameterSpec, base: Shape) -> float:
+        """µP's rule for Adam."""
+        return adam_width_multiple(parameter, base)
 
     def coarser(self) -> Iterator[tuple[str, Self]]:
         """The moment in fewer bits."""

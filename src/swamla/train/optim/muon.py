@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from swamla import distributed
 from swamla.errors import require
 from swamla.model.accounting import ParameterSpec
+from swamla.model.mup import muon_multiple
 from swamla.registry import register
 from swamla.train.optim.adamw import AdamWConfig, check_adam, fused_adamw
 from swamla.train.optim.named import (
     NamedOptimizer,
     OptimizerConfig,
+    Shape,
     StateTensor,
+    adam_width_multiple,
     is_embedding,
     named_parameters,
 )
@@ -111,6 +114,10 @@ class MuonConfig(OptimizerConfig):
                 Muon(list(wholes), lr=lr, weight_decay=weight_decay, dtype=dtype, wholes=wholes, **settings)
             )
         return NamedOptimizer(optimizers, parameters, self.state_specs, {"momentum": self.momentum_at})
+
+    def width_multiple(self, parameter: ParameterSpec, base: Shape) -> float:
+        """µP's rule: the spectral condition for hidden matrices, Adam's for the rest."""
+        return muon_multiple(parameter.shape, base) if is_hidden(parameter) else adam_width_multiple(parameter, base)
 
     def momentum_at(self, progress: float, step: int) -> float:
         """The momentum of step `step` (from 0), after which the run's progress will be `progress`."""

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from swamla import distributed
-from swamla.errors import CorruptError, require
+from swamla.errors import ConfigError, CorruptError, require
 from swamla.model.accounting import ParameterSpec
 from swamla.model.language_model import vectors_of
+from swamla.model.mup import adam_multiple
 from swamla.registry import Registered
 from swamla.train.precision import Chosen
 
@@ -103,6 +104,13 @@ class OptimizerConfig(Registered, home="swamla.train.optim"):
     def state_specs(self, parameter: ParameterSpec) -> Mapping[str, StateTensor]:
         """The optimizer state of a parameter, after its first update."""
 
+    def width_multiple(self, parameter: ParameterSpec, base: Shape) -> float:
+        """µP: the learning rate of a parameter, relative to that at the base width, where its shape is `base`.
+
+        Raises `ConfigError` for an optimizer without a rule.
+        """
+        raise ConfigError("optimizer", self.kind, "has no rule for µP: leave mup_base_width out")
+
     def coarser(self) -> Iterator[tuple[str, Self]]:
         """Flags that reduce the optimizer state, each with the resulting config; none by default."""
         return iter(())
@@ -160,6 +168,12 @@ class GroupRates:
     weight_decay: Mapping[Role, float]
 
 
+def adam_width_multiple(parameter: ParameterSpec, base: Shape) -> float:
+    """`width_multiple` of optimizers that move every weight equally far: Adam's of table 8 of arXiv 2203.03466."""
+    inside = parameter.name.startswith("blocks.") and len(parameter.shape) >= 2
+    return adam_multiple(parameter.shape, base) if inside else 1.0
+
+
 class NamedOptimizer:
     """Several torch optimizers, each parameter in one of them, used as one.
 
@@ -192,16 +206,19 @@ class NamedOptimizer:
                 if name in group:
                     group[name] = follows(progress, step)
 
-    def set_rates(self, rates: GroupRates) -> None:
+    def set_rates(self, rates: GroupRates, multiples: Mapping[str, float] | None = None) -> None:
         """Give every role its learning rate and weight decay: splits the groups of the optimizers where they differ.
 
+        multiples: factors of the learning rates of single parameters, by name.
         Raises `ConfigError` if an optimizer's groups have no weight decay to set.
         """
         for optimizer in self.optimizers:
-            split = [part for group in optimizer.param_groups for part in self._split(group, rates)]
+            split = [part for group in optimizer.param_groups for part in self._split(group, rates, multiples or {})]
             optimizer.param_groups[:] = split
 
-    def _split(self, group: dict[str, Any], rates: GroupRates) -> Iterator[dict[str, Any]]:
+    def _split(
+        self, group: dict[str, Any], rates: GroupRates, multiples: Mapping[str, float]
+    ) -> Iterator[dict[str, Any]]:
         """The group in parts of one learning rate and one weight decay each; whole if there is only one."""
         parts: dict[tuple[float, float], list[Tensor]] = {}
         for p in group["params"]:
@@ -209,7 +226,8 @@ class NamedOptimizer:
             decay = rates.weight_decay.get(role, group.get("weight_decay", 0.0))
             can_decay = role not in rates.weight_decay or "weight_decay" in group
             require(can_decay, f"weight_decay_{role}", decay, "this optimizer has no weight decay: leave it out")
-            parts.setdefault((rates.lr.get(role, 1.0), decay), []).append(p)
+            multiple = rates.lr.get(role, 1.0) * multiples.get(self._trained[p].name, 1.0)
+            parts.setdefault((multiple, decay), []).append(p)
         for (multiple, decay), params in parts.items():
             part = {**group, "params": params, "lr": group["lr"] * multiple, "lr_multiple": multiple}
             yield part | ({"weight_decay": decay} if "weight_decay" in group else {})
