@@ -33,6 +33,7 @@ from benchmarks.quality_page import write_page
 from benchmarks.shape import Shape
 from swamla.bench.measuring import ceilings, machine
 from swamla.bench.results import Results
+from swamla.cli.fitting import fitted
 from swamla.cli.run_config import resolve
 from swamla.data.dataset import Dataset
 from swamla.data.packing import NO_LABEL
@@ -235,6 +236,8 @@ def main(argv: Sequence[str]) -> int:
     minutes: dict[str, Any] = {"max_minutes": options.minutes}
     config = resolve(options.recipe, minutes).config
     dataset, budget = prepare(config.data), 60 * options.minutes
+    if options.recipe == "quickstart":  # as `swamla quickstart` does
+        config = fitted(config, options.recipe, minutes, dataset, print)
     config = resolve_vocabulary(config, dataset)
     file = options.output or RESULTS / f"quality-{datetime.now(UTC):%Y-%m-%d}.json"
     command = f"python -m benchmarks.quality --seeds {options.seeds} --minutes {options.minutes:g}"

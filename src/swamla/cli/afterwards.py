@@ -64,7 +64,7 @@ def say_results(console: Console, run_dir: Path, config: RunConfig, dataset: Dat
         text = sample(model.to(state.device), tokenizer, prompt)
         say(console, f"\n=== a sample: {harmless(repr(prompt))} continued ===\n{harmless(text)}\n")
     longer = f"train --resume {run} {extension(config.train, step=state.step, seconds=state.seconds)}"
-    for line in [_figures(run_dir, state), _few_tokens(config, dataset, state, longer)]:
+    for line in [_figures(run_dir, state), few_tokens(config, dataset, state, longer)]:
         if line:
             say(console, line)
     commands = [generate_command(run_dir, prompt, config.model), f"evaluate {run}", longer]
@@ -86,7 +86,7 @@ def _figures(run_dir: Path, state: TrainState) -> str:
     )
 
 
-def _few_tokens(config: RunConfig, dataset: Dataset, state: TrainState, longer: str) -> str:
+def few_tokens(config: RunConfig, dataset: Dataset, state: TrainState, longer: str) -> str:
     """For a run that its minutes ended before it saw much text: how much that was, and how to go on; else ""."""
     train = config.train
     parameters = sum(parameter.numel() for parameter in state.model.parameters())

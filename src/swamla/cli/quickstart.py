@@ -3,15 +3,19 @@
 import gzip
 import lzma
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from swamla import distributed
 from swamla.checkpoint import load
-from swamla.cli.afterwards import generate_command, opening, sample, say_next
+from swamla.cli.afterwards import few_tokens, generate_command, opening, sample, say_next
 from swamla.cli.console import Console, harmless, say
+from swamla.cli.fitting import fitted
 from swamla.cli.flags import argument, parse
 from swamla.cli.overrides import flags
 from swamla.cli.run_config import explain_recipe, read_recipe
@@ -25,6 +29,7 @@ from swamla.cli.running import (
 from swamla.data.caching import remember_run
 from swamla.errors import UsageError
 from swamla.train import RunConfig, TrainState, train
+from swamla.train.changes import extension
 from swamla.train.claims import Claim, claim_run
 from swamla.train.precision import autocast, without_fp8
 
@@ -52,7 +57,7 @@ def main(argv: list[str]) -> int:
     with _claimed(arguments, resume) as claim:
         run_dir = claim.path
         config = read_recipe(str(run_dir / "config.json") if resume else "quickstart", given, new=not resume)
-        _train(config, claim, resume)
+        _train(config, given, claim, resume)
     return 0
 
 
@@ -64,13 +69,15 @@ def _claimed(arguments: Arguments, resume: bool) -> Claim:
     return claim_run(resumed_folder(arguments.resume, named, "quickstart"))
 
 
-def _train(config: RunConfig, claim: Claim, resume: bool) -> None:
-    """Train, sample, compare, and suggest the next commands."""
+def _train(config: RunConfig, given: Mapping[str, Any], claim: Claim, resume: bool) -> None:
+    """Fit a new run to the machine, train, sample, compare, and suggest the next commands."""
     console, run_dir = Console(), claim.path
     say(console, f"resuming {run_dir}" if resume else _announcement(config, run_dir))
     resumed = run_dir if resume else None
     dataset = prepare_data(config.data, console, block_size=config.train.block_size, resumed=resumed)
     remember_run(config.data.cache, run_dir)
+    if not resume:
+        config = fitted(config, "quickstart", given, dataset, partial(say, console))
     samples, prompt = run_dir / "samples.txt", opening(dataset)
 
     def first_sample(state: TrainState) -> None:
@@ -101,6 +108,9 @@ def _train(config: RunConfig, claim: Claim, resume: bool) -> None:
         found = validation(dataset, config.train.block_size)(model)
     _compare(console, run_dir.name, found["bits_per_byte"], dataset.held_out_text())
     run = shlex.quote(str(run_dir))
+    longer = f"quickstart --resume {run} {extension(config.train, step=state.step, seconds=state.seconds)}"
+    if line := few_tokens(config, dataset, state, longer):
+        say(console, line)
     commands = [
         generate_command(run_dir, prompt, config.model),
         f"evaluate {run}",

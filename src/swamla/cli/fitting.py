@@ -1,0 +1,79 @@
+"""A time-boxed recipe fitted to the machine: the faster it trains the recipe's own model, the larger model and batch.
+
+Which size is best for how many tokens was measured: docs/log.md, "How large a model for three minutes".
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from swamla.cli.run_config import resolve
+from swamla.data.dataset import Dataset
+from swamla.train.config import RunConfig
+from swamla.train.run_folder import fresh_state, resolve_vocabulary
+from swamla.train.step import training_step
+
+WARM_UP, STEPS, SECONDS = 1, 3, 6.0  # steps that are not timed, and that are, unless they take longer in all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Flags of a size, for machines that would show the recipe's own model at least `tokens` in the time of the run."""
+
+    tokens: int
+    flags: Mapping[str, Any]
+
+
+SIZES = (
+    Size(tokens=0, flags={"width": 128, "n_heads": 2, "batch_size": 4}),
+    Size(tokens=600_000, flags={"width": 192, "n_heads": 3, "batch_size": 4}),
+    Size(tokens=1_200_000, flags={}),
+    Size(tokens=4_000_000, flags={"width": 384, "n_heads": 6, "batch_size": 8}),
+)
+FITTED = frozenset(name for size in SIZES for name in size.flags)
+# Who gives one of these has chosen the size, or a run whose time is not the recipe's.
+CHOSEN = FITTED | {"pattern", "n_layers", "local_mixer", "block_size", "accumulation", "steps", "init_from"}
+
+
+def fitted(
+    config: RunConfig, recipe: str, given: Mapping[str, Any], dataset: Dataset, say: Callable[[str], None]
+) -> RunConfig:
+    """`config`, the recipe's with the flags `given`, in the size that suits the machine's speed; says what was chosen.
+
+    Unchanged if a flag chooses the size already.
+    """
+    minutes = config.train.max_minutes
+    if CHOSEN & given.keys() or minutes is None:
+        return config
+    speed = tokens_per_second(config, dataset)
+    tokens = round(60 * minutes * speed)
+    size = size_for(tokens)
+    seen = f"this machine trains the recipe's model by {speed:,.0f} tokens a second, {tokens / 1e6:.2g} M in its time"
+    if not size.flags:
+        say(f"{seen}: its size suits that")
+        return config
+    say(f"{seen}: {' '.join(f'--{name} {value}' for name, value in size.flags.items())} suits that better")
+    return resolve(recipe, {**given, **size.flags}, new=True).config
+
+
+def size_for(tokens: int) -> Size:
+    """The size for a machine that would show the recipe's own model this many tokens."""
+    return max((size for size in SIZES if size.tokens <= tokens), key=lambda size: size.tokens)
+
+
+def tokens_per_second(config: RunConfig, dataset: Dataset) -> float:
+    """Tokens a second of the config's training steps, by the shortest of a few; its weights are thrown away."""
+    generators = torch.random.get_rng_state()
+    state = fresh_state(resolve_vocabulary(config, dataset), dataset)
+    batch = dataset.rows(config.train.block_size, config.train.seed).batch(0, config.train.batch_size)
+    seconds: list[float] = []
+    begin = time.monotonic()
+    while len(seconds) < WARM_UP + STEPS and (len(seconds) <= WARM_UP or time.monotonic() - begin < SECONDS):
+        started = time.monotonic()
+        training_step(state, batch, config.train, lr=0.0)
+        seconds.append(time.monotonic() - started)
+    torch.random.set_rng_state(generators)
+    return batch.n_labels / min(seconds[WARM_UP:])
