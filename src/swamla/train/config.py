@@ -72,7 +72,7 @@ class TrainConfig:
         go back to the last checkpoint, and the rows since are not trained on again; none for never.
     rank_timeout_minutes: a rank that sends no heartbeat for so long, or whose step takes longer, is named and ends the
         run.
-    log_interval: steps between lines if the output is no terminal with a progress bar; metrics.jsonl has every step.
+    log_interval: steps between lines where no progress bar is shown; metrics.jsonl has every step.
     tensorboard: also write TensorBoard event files, to RUN/tensorboard.
     wandb_project: also send the run to this project of Weights & Biases; offline without a key or a network.
     wandb_run_name: the run's name there; by default Weights & Biases draws one.
