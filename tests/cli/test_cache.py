@@ -57,12 +57,15 @@ def test_the_list_has_sizes_last_use_and_the_runs_that_need_it(home: Path, capsy
     assert one["runs"] == [str(home / "runs/first")]
     assert one["what"] == "text.txt, byte"
     assert main(["cache", "list"]) == 0
-    table = capsys.readouterr().out.splitlines()
-    assert max(map(len, table[:-1])) <= 60  # the last has the cache's path
-    assert table[-1].endswith(f" in {home / 'cache'}")
-    assert table[2].split()[0] == folder.name
-    assert table[2].split()[-1] == "runs/first"
-    assert table[3].strip() == "text.txt, byte"
+    *lines, total = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60
+    assert lines[0] == folder.name
+    size = f"{one['bytes'] / 1000:.1f} kB"  # type: ignore[operator]
+    assert " ".join(line.strip() for line in lines[1:]) == f"text.txt, byte; {size}, used now; needed by runs/first"
+    assert total == f"{size} in {home / 'cache'}"
+    shutil.rmtree(home / "runs/first")
+    assert main(["cache", "list"]) == 0
+    assert "needed by no run that is known" in " ".join(capsys.readouterr().out.split())
 
 
 def test_last_use_is_when_a_command_opened_it_last(home: Path, capsys) -> None:

@@ -1,14 +1,12 @@
 """`swamla cache`: list the prepared data that runs were trained from, and remove some."""
 
 import json
+import textwrap
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-
-from rich.table import Table
-from rich.text import Text
 
 from swamla.cli.asking import confirmed, remove, size_of
 from swamla.cli.console import Console, say
@@ -88,7 +86,8 @@ def _list(argv: list[str]) -> int:
     if not found:
         say(console, f"nothing in {cache}")
         return 0
-    console.print(_table(found, needs, time.time()))
+    for one in found:
+        say(console, _described(one, needs.get(one.fingerprint, []), time.time(), console.width))
     say(console, f"{short(sum(map(_size, found)), 'B')} in {cache}")
     return 0
 
@@ -199,13 +198,11 @@ def _plain(one: Cached, runs: list[Path]) -> dict[str, object]:
     return {"name": one.name, "paths": paths, "what": one.what, "bytes": _size(one), "used": used, "runs": needed_by}
 
 
-def _table(found: list[Cached], needs: dict[str, list[Path]], now: float) -> Table:
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    table.add_column("name\nwhat", overflow="fold")
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("used", justify="right", no_wrap=True)
-    table.add_column("runs that need it", overflow="fold", max_width=40)
-    for one in found:
-        runs = _names(needs.get(one.fingerprint, [])) if one.fingerprint else ""
-        table.add_row(Text(f"{one.name}\n{one.what}"), short(_size(one), "B"), age(now, one.used), Text(runs or "–"))
-    return table
+def _described(one: Cached, runs: list[Path], now: float, width: int) -> str:
+    """An entry, its name on a line of its own, so that it is whole on a narrow terminal too."""
+    used = age(now, one.used)
+    what = f"{one.what}; {short(_size(one), 'B')}, used {used if used == 'now' else f'{used} ago'}"
+    if one.fingerprint:
+        what += f"; needed by {_names(runs)}" if runs else "; needed by no run that is known"
+    indented = textwrap.fill(what, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    return f"{one.name}\n{indented}"
