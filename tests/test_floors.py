@@ -13,8 +13,9 @@ PACKAGE = Path(swamla.__file__).parent
 FLOORS = [
     {"errors", "exports", "faults", "process", "registry", "version"},
     {"config", "files", "ops", "distributed", "plugins"},
-    {"model", "data", "recipes", "tensor_file"},
-    {"checkpoint", "inference", "export"},
+    {"inference", "data", "recipes", "tensor_file"},
+    {"model"},
+    {"checkpoint", "text", "export"},
     {"hub"},
     {"train", "evaluate"},
     {"bench"},

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import swamla
-from swamla.errors import CorruptError, DataError, UsageError
+from swamla.errors import ConfigError, CorruptError, DataError, UsageError
 from swamla.inference.decoding import Decoder
 from swamla.inference.sampling import Sampling
 from swamla.model.language_model import LanguageModel
+from swamla.ops.layout import Layout
 from tests.train.helpers import model_of, run, tiny_config, tiny_dataset
 
 
@@ -122,6 +123,57 @@ def test_what_is_no_token_id_is_refused_by_every_way_into_the_model(loaded, toke
             enter(tokens)
     with pytest.raises(UsageError, match=message):
         model.loss(tokens, torch.tensor([[0]]))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([[1, 2]], r"tokens are a list: must be a tensor of ids, \(batch, time\): torch.tensor"),
+        (None, "tokens are a NoneType: must be a tensor"),
+        (torch.tensor([1, 2]), r"tokens have the shape \(2,\): must be \(batch, time\), one token at least"),
+        (torch.zeros(1, 2, 3, dtype=torch.int64), r"tokens have the shape \(1, 2, 3\)"),
+        (torch.zeros(2, 0, dtype=torch.int64), r"tokens have the shape \(2, 0\)"),
+        (torch.zeros(1, 2, dtype=torch.uint8), "tokens are of torch.uint8: must be of torch.int64"),
+        (torch.tensor([[4096]]), r"token 4096 is outside the vocabulary of 4096: must be in \[0, 4096\)"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_tokens_of_another_kind_or_shape_are_refused_in_a_line(loaded, tokens, message):
+    model: LanguageModel = loaded[0]
+    for enter in (model, model.hidden, lambda tokens: model.step(tokens, model.init_state(1, 4))):
+        with pytest.raises(UsageError, match=message) as caught:
+            enter(tokens)
+        assert "\n" not in str(caught.value)
+
+
+def test_labels_and_layouts_of_another_kind_are_refused_in_a_line(loaded):
+    model, tokens = loaded[0], torch.tensor([[1, 2]])
+    for labels, message in (
+        (tokens.tolist(), "labels are a list: must be a tensor of torch.int64"),
+        (tokens.float(), "labels are torch.float32: must be a tensor of torch.int64"),
+        (tokens[:, 1:], r"labels.shape = \(1, 1\): must be that of the tokens, \(1, 2\)"),
+        (tokens + 4096, r"label 4097 at row 0: must be in \[0, 4096\), or -100"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(tokens, labels=labels)
+    with pytest.raises(UsageError, match=r"seq is a Tensor: must be a swamla.ops.Layout .*labels go by name"):
+        model(tokens, tokens)
+    with pytest.raises(UsageError, match=r"seq is of \(1, 3\): must be a swamla.ops.Layout of \(1, 2\)"):
+        model(tokens, Layout.one_document_per_row(1, 3))
+
+
+def test_under_anomaly_detection_ids_are_checked_before_any_kernel_sees_them(loaded, monkeypatch):
+    """On a GPU the kernel's own assertion would end the process."""
+    monkeypatch.setattr(LanguageModel, "_embed", lambda *_: pytest.fail("reached the embedding"))
+    checked = torch.autograd.set_detect_anomaly(True, check_nan=False)
+    with checked, pytest.raises(UsageError, match="token 4096 is outside"):
+        loaded[0](torch.tensor([[4096]]))
+
+
+@pytest.mark.parametrize("what", ["some", True, ""])
+def test_activation_checkpointing_of_an_unknown_name_is_refused(loaded, what):
+    with pytest.raises(ConfigError, match=r"checkpointing = .*: must be one of none, attention, ffn, all"):
+        loaded[0].checkpoint_activations(what)
 
 
 @pytest.mark.parametrize("ids", [[257], [-1], ["a"], "text", [0.5], 3], ids=str)

@@ -14,7 +14,6 @@ from swamla.data.config import DataConfig
 from swamla.data.reading import Notes
 from swamla.data.sources import Entry, Files, Hub, Source
 from swamla.errors import ConfigError, MissingBackendError, UsageError
-from swamla.inference.decoding import check_recordable
 from swamla.model import (
     BlockConfig,
     DenseConfig,
@@ -29,6 +28,7 @@ from swamla.model import (
     SWAConfig,
 )
 from swamla.model.accounting import parameter_specs
+from swamla.model.ffns.experts import check_recordable
 from swamla.registry import Registered, members_of, plugin_of, register
 from swamla.train.backends import available
 from swamla.train.changes import _leaves

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from swamla.errors import SwamlaError as SwamlaError
     from swamla.inference.decoding import Decoder as Decoder
     from swamla.inference.sampling import Sampling as Sampling
-    from swamla.inference.text import generate_text as generate_text
     from swamla.model.language_model import LanguageModel as LanguageModel
     from swamla.model.language_model import LanguageModelConfig as LanguageModelConfig
     from swamla.plugins import load_plugin as load_plugin
     from swamla.registry import register as register
+    from swamla.text import generate_text as generate_text
     from swamla.train.config import RunConfig as RunConfig
     from swamla.train.config import TrainConfig as TrainConfig
     from swamla.version import __version__ as __version__

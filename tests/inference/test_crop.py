@@ -9,9 +9,9 @@ from swamla.data.tokenizer import ByteTokenizer
 from swamla.errors import ConfigError, UsageError
 from swamla.inference.decoding import Decoder
 from swamla.inference.sampling import Sampling
-from swamla.inference.text import encode_prompt, generate_text
 from swamla.model.block import BlockConfig
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
+from swamla.text import encode_prompt, generate_text
 from tests.model.helpers import MIXERS, WIDTH, build_model, random_tokens
 
 POSITIONS = 12

@@ -19,7 +19,6 @@ from swamla.inference.decoding import (
     EagerSteps,
     GraphSteps,
     Replay,
-    check_recordable,
     compiled_step,
     graph_size,
     inference_copy,
@@ -27,6 +26,7 @@ from swamla.inference.decoding import (
     prefill,
 )
 from swamla.inference.sampling import Sampling
+from swamla.model.ffns.experts import check_recordable
 from swamla.model.language_model import LanguageModel
 from swamla.model.state import ModelState
 from swamla.ops.int8 import Int8Matrix

@@ -9,8 +9,8 @@ from swamla.cli.console import Console, harmless, program, say
 from swamla.cli.runs import summarize
 from swamla.data.dataset import Dataset
 from swamla.data.tokenizer import Tokenizer
-from swamla.inference.text import generate_text
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
+from swamla.text import generate_text
 from swamla.train import RunConfig, TrainState
 from swamla.train.changes import extension
 

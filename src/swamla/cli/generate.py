@@ -10,7 +10,7 @@ from swamla.cli.flags import argument, parse
 from swamla.cli.running import run_folder
 from swamla.errors import UsageError
 from swamla.inference.sampling import Sampling
-from swamla.inference.text import Generation, encode_prompt, generate_text, room
+from swamla.text import Generation, encode_prompt, generate_text, room
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""Generation: sampling, decoding, continuation of texts."""
+"""Generation: sampling and decoding."""

@@ -5,18 +5,16 @@ compiler), or uses weights rounded to 8 bits.
 """
 
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from typing import Any, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from swamla.errors import MissingBackendError, UsageError, require
 from swamla.inference.sampling import Sampling
-from swamla.model.ffns.experts import Experts
-from swamla.model.language_model import LanguageModel
-from swamla.model.state import ModelState
 from swamla.ops.graphs import SHAPES
 from swamla.ops.int8 import Int8Matrix
 from swamla.ops.layout import Layout
@@ -29,6 +27,116 @@ SMALLEST_GRAPH = 256  # cache slots that the first graph reads; each further gra
 PREFILL_CHUNK = 4096  # prompt tokens of one prefill step, which bounds the memory of activations
 ACCELERATOR_FACTOR = 16  # times PREFILL_CHUNK on a GPU
 MASKED_CHUNK = 512  # tokens per row of a prefill step after the first row's end: bounds the mask to 512 × prompt length
+
+
+class DecodingState(Protocol):
+    """What a decoder needs of a model's state, see `swamla.model.ModelState`."""
+
+    length_B: Tensor
+    max_len: int
+    longest: int
+
+    def count(self, time: int) -> None:
+        """Add `time` to the host's copies of the lengths."""
+
+
+S = TypeVar("S", bound=DecodingState)
+
+
+class Decodable(nn.Module, ABC, Generic[S]):
+    """A model that a `Decoder` can run, and that generates by one. `swamla.model.LanguageModel` describes the members.
+
+    It stands below the models, so that they inherit `generate` and decoding knows no model.
+    """
+
+    embedding: nn.Embedding
+    known_ids: int | None = None
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """The device of the weights."""
+
+    @abstractmethod
+    def init_state(
+        self,
+        batch: int,
+        max_len: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> S:
+        """An empty state for `batch` sequences of at most `max_len` tokens."""
+
+    @abstractmethod
+    def step(self, tokens_BT: Tensor, state: S, valid_BT: Tensor | None = None) -> Tensor:
+        """Logits (B, T, vocabulary) of T >= 1 new tokens after those in `state`, which is updated."""
+
+    @abstractmethod
+    def step_hidden(self, tokens_BT: Tensor, state: S, valid_BT: Tensor | None = None) -> Tensor:
+        """`step` up to the head's input (B, T, D)."""
+
+    @abstractmethod
+    def step_hidden_at(self, tokens_BT: Tensor, state: S, seq: Layout) -> Tensor:
+        """`step_hidden` for a given layout: updates the layers' states but not the rows' lengths."""
+
+    @abstractmethod
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """Logits (…, vocabulary) of what `step_hidden` returns."""
+
+    @abstractmethod
+    def check_recordable(self) -> None:
+        """Raise `UsageError` if a CUDA graph cannot record a step."""
+
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int = 256,
+        *,
+        temperature: float = Sampling.temperature,
+        top_k: int = Sampling.top_k,
+        top_p: float = Sampling.top_p,
+        seed: int = Sampling.seed,
+        stop_id: int | None = None,
+    ) -> Tensor:
+        """The ids that continue tokens (T,) or (B, T), without them: (N,) or (B, N), on the device of `tokens`.
+
+            new = model.generate(tokens, 32, temperature=0.8)
+            whole = torch.cat((tokens, new), dim=-1)
+
+        N is `max_new_tokens`, or less if every row has ended: stop_id ends a row and fills the rest of it.
+        temperature, top_k, top_p, seed: as in `Sampling`. The same seed gives the same ids. Decodes eagerly by a
+        `Decoder`, which also takes rows of different lengths, CUDA graphs and 8-bit weights. Raises `UsageError` for
+        anything but a tensor of ids, an id outside the vocabulary, or more tokens than learned positions.
+        """
+        require_ids(tokens, dims=(1, 2))
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        prompts = tokens.reshape(-1, tokens.shape[-1]).tolist()
+        rows = Decoder(self).generate(prompts, max_new_tokens, sampling=sampling, stop_id=stop_id)
+        longest = max(len(row) for row in rows)  # without a stop_id all rows are
+        filled = [row + [stop_id or 0] * (longest - len(row)) for row in rows]
+        new = torch.tensor(filled, dtype=torch.int64, device=tokens.device).view(len(rows), longest)
+        return new[0] if tokens.ndim == 1 else new
+
+
+SHAPES_OF_IDS = {1: "(time,)", 2: "(batch, time)"}
+
+
+def require_ids(tokens: object, *, dims: tuple[int, ...]) -> None:
+    """Raise `UsageError` unless `tokens` is an integer tensor with one of these numbers of dimensions, and not empty.
+
+    Reads no id, so that it costs a GPU no synchronisation.
+    """
+    shapes = " or ".join(SHAPES_OF_IDS[n] for n in dims)
+    if not isinstance(tokens, Tensor):
+        raise UsageError(
+            f"tokens are a {type(tokens).__name__}: must be a tensor of ids, {shapes}: torch.tensor(tokens); "
+            "swamla.generate_text takes texts"
+        )
+    if tokens.ndim not in dims or not tokens.numel():
+        raise UsageError(f"tokens have the shape {tuple(tokens.shape)}: must be {shapes}, one token at least")
+    if tokens.dtype not in (torch.int32, torch.int64):
+        raise UsageError(f"tokens are of {tokens.dtype}: must be of torch.int64")
 
 
 class Decoder:
@@ -45,7 +153,7 @@ class Decoder:
     decoding that the model's device does not support.
     """
 
-    def __init__(self, model: LanguageModel, decoding: str = "eager") -> None:
+    def __init__(self, model: Decodable[Any], decoding: str = "eager") -> None:
         device = model.device.type
         if decoding not in DECODINGS:
             raise UsageError(f"decoding = {decoding!r}: must be one of {', '.join(map(repr, DECODINGS))}")
@@ -55,7 +163,7 @@ class Decoder:
                 'use "eager"'
             )
         if decoding == "graph":
-            check_recordable(model)
+            model.check_recordable()
         self.decoding = decoding
         self.compiled = decoding == "graph" and has_compiler()
         self.model = inference_copy(model)  # for prefill, without rounding
@@ -83,7 +191,7 @@ class Decoder:
         """Continue each prompt (token ids, length >= 1) by at most `max_new_tokens`; returns the new tokens only.
 
         stop_id: ends a row and is not returned.  known_ids: this and larger ids are never sampled; by default
-        `LanguageModel.known_ids`.  on_token(row, token): called as soon as a token is sampled.
+        the model's `known_ids`.  on_token(row, token): called as soon as a token is sampled.
         context: as in nanoGPT, a row of more tokens is read from its last `context` ones alone, as a document of its
         own. Once a row is longer, each further token costs a prefill, which is neither recorded nor rounded.
         A row's logits equal those of the prompt in a batch of its own up to rounding: the order of sums in fp32, about
@@ -125,7 +233,7 @@ class Decoder:
         state = self.model.init_state(len(seen), size)
         return prefill(self.model, [tokens[-size:] for tokens in seen], state)
 
-    def steps(self, state: ModelState) -> "EagerSteps | GraphSteps":
+    def steps(self, state: DecodingState) -> "EagerSteps | GraphSteps":
         """A function that appends one token, given by its id, to each row of `state` and returns logits (B, V).
 
         Raises `UsageError` for more rows than "int8" supports.
@@ -140,7 +248,7 @@ class Decoder:
         return EagerSteps(self.stepping, state)
 
 
-def prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], state: ModelState) -> Tensor:
+def prefill(model: Decodable[Any], prompts: Sequence[Sequence[int]], state: DecodingState) -> Tensor:
     """Prefill an empty state with prompts of any lengths; returns the logits (B, V) of each prompt's last token."""
     device = model.device
     lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -150,7 +258,9 @@ def prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], state: Model
         tokens_BT[row, : len(prompt)] = torch.tensor(prompt)
     tokens_BT = tokens_BT.to(device)
     valid_BT = torch.arange(longest, device=device) < lengths_B[:, None]
-    last_BD = torch.zeros(len(prompts), model.config.width, dtype=model.embedding.weight.dtype, device=device)
+    last_BD = torch.zeros(
+        len(prompts), model.embedding.embedding_dim, dtype=model.embedding.weight.dtype, device=device
+    )
     at_once = PREFILL_CHUNK * (1 if device.type == "cpu" else ACCELERATOR_FACTOR)
     for begin, end in _prompt_chunks(int(lengths_B.min()), longest, max(1, at_once // len(prompts))):
         x_BTD = model.step_hidden(tokens_BT[:, begin:end], state, valid_BT[:, begin:end])
@@ -175,13 +285,15 @@ def _prompt_chunks(shortest: int, longest: int, large: int) -> Iterator[tuple[in
         yield begin, min(begin + small, longest)
 
 
-def _checked(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Sequence[Sequence[int]]:
+def _checked(model: Decodable[Any], prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Sequence[Sequence[int]]:
     """The prompts as lists of ints, from any sequence and integer types. Raises `UsageError` as `generate` does."""
+    if not all(hasattr(prompt, "__len__") for prompt in prompts) or (isinstance(prompts, Tensor) and prompts.ndim != 2):
+        raise UsageError(f"prompts are {prompts!r:.60}: must be a sequence of prompts, each a sequence of token ids")
     if len(prompts) == 0 or not all(len(prompt) for prompt in prompts):
         raise UsageError("a prompt is empty: give at least one token (the document start token stands for nothing)")
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens = {max_new_tokens}: must be >= 1")
-    vocabulary, found = model.config.vocab_size, []
+    vocabulary, found = model.embedding.num_embeddings, []
     for row, prompt in enumerate(prompts):
         try:
             found.append([operator.index(token) for token in prompt])
@@ -197,7 +309,7 @@ def _checked(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tok
 
 M = TypeVar("M", bound=nn.Module)
 Replay = Callable[[], Tensor]
-Step = Callable[[LanguageModel, Tensor, ModelState, int], Tensor]
+Step = Callable[[Decodable[Any], Tensor, DecodingState, int], Tensor]
 Record = Callable[[Callable[[], Tensor]], Replay]
 """Records the kernels that a function launches. The returned function launches them again on the same tensors."""
 
@@ -205,7 +317,7 @@ Record = Callable[[Callable[[], Tensor]], Replay]
 class EagerSteps:
     """Decoding steps that launch kernels one by one, on any device."""
 
-    def __init__(self, model: LanguageModel, state: ModelState) -> None:
+    def __init__(self, model: Decodable[Any], state: DecodingState) -> None:
         self.model, self.state = model, state
 
     def __call__(self, chosen: Sequence[int]) -> Tensor:
@@ -223,7 +335,7 @@ class GraphSteps:
     last step's logits.
     """
 
-    def __init__(self, model: LanguageModel, state: ModelState, record: Record, step: Step | None = None) -> None:
+    def __init__(self, model: Decodable[Any], state: DecodingState, record: Record, step: Step | None = None) -> None:
         self.model, self.state, self.record, self.step = model, state, record, step or one_step
         self.tokens_B1 = torch.zeros(len(state.length_B), 1, dtype=torch.int64, device=model.device)
         self.replays: dict[int, Replay | None] = {}
@@ -247,7 +359,7 @@ class GraphSteps:
         return logits_BV
 
 
-def one_step(model: LanguageModel, tokens_B1: Tensor, state: ModelState, size: int) -> Tensor:
+def one_step(model: Decodable[Any], tokens_B1: Tensor, state: DecodingState, size: int) -> Tensor:
     """Logits (B, V) after one more token in each row, of states that hold fewer than `size`.
 
     Without a device synchronisation and without numbers from the host that change, but for `size`. The host's copies of
@@ -304,16 +416,6 @@ class CudaGraphs:
             return result
 
         return replay
-
-
-def check_recordable(model: nn.Module) -> None:
-    """Raise `UsageError` for experts whose products need a loop, which synchronises with the device."""
-    for name, module in model.named_modules():
-        if isinstance(module, Experts) and module.down.dtype != torch.bfloat16:
-            raise UsageError(
-                f'decoding = "graph": {name} are in {module.down.dtype}, which CUDA multiplies without a graph '
-                'only: use "eager", or the model in bfloat16'
-            )
 
 
 def inference_copy(module: M, *, int8: bool = False, made: dict[int, Any] | None = None) -> M:

@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from swamla.config import within
 from swamla.errors import UsageError, require
+from swamla.inference.decoding import Decodable, require_ids
 from swamla.model.block import Block, BlockConfig, Checkpointing
+from swamla.model.ffns.experts import check_recordable
 from swamla.model.initial import Initializer, SkippedInit, constant, initial_tensor, initializers_of, normal
 from swamla.model.mup import initial_scale
 from swamla.model.ngrams import NgramEmbedding, NgramState
@@ -144,14 +146,13 @@ def vectors_of(module: nn.Module) -> frozenset[str]:
     return module.config.vectors if isinstance(module, LanguageModel) else frozenset()
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Decodable[ModelState]):
     """Next-token logits from tokens. `step` over any split of a sequence equals `forward` on the whole sequence.
+    `generate`, inherited, continues tokens.
 
     Weights are uninitialised before `reset_parameters`, which `LanguageModelConfig.build` calls. known_ids: the
     tokenizer's number of ids; larger ids only pad the vocabulary and are never generated. None allows all ids.
     """
-
-    known_ids: int | None = None
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
@@ -213,31 +214,45 @@ class LanguageModel(nn.Module):
         return self.embedding.weight.device
 
     def checkpoint_activations(self, what: Checkpointing) -> None:
-        """Set what every block recomputes in the backward pass, see `Block`."""
+        """Set what every block recomputes in the backward pass, see `Block`. Raises `ConfigError` for another name."""
+        allowed = get_args(Checkpointing)
+        require(what in allowed, "checkpointing", what, f"must be one of {', '.join(allowed)}")
         for block in self.blocks:
             block.checkpointing = what
 
     def forward(self, tokens_BT: Tensor, seq: Layout | None = None, *, labels: Tensor | None = None) -> Tensor:
-        """Next-token logits (B, T, vocabulary) of tokens (B, T).
+        """Next-token logits (B, T, vocabulary) of tokens (B, T), in the weights' dtype or autocast's.
 
         seq: the documents, by default one a row.  labels: (B, T), each position's next token, -100 for none; with them
         the result is their mean loss in nats, a scalar, computed without holding all logits.
+        Raises `UsageError` for tokens that are no tensor of ids (B, T) or lie outside the vocabulary, and `DataError`
+        for such labels. On a GPU ids are not read, because that would wait for the device: there an id outside the
+        vocabulary ends the process, except under `torch.autograd.detect_anomaly()`, which checks them.
         """
         if labels is None:
             return self.logits(self.hidden(tokens_BT, seq)[0])
+        if not isinstance(labels, Tensor) or labels.dtype not in (torch.int32, torch.int64):
+            given = labels.dtype if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
+            raise UsageError(f"labels are {given}: must be a tensor of torch.int64, shaped as the tokens")
+        require_ids(tokens_BT, dims=(2,))
         fits = labels.shape == tokens_BT.shape
         require(fits, "labels.shape", tuple(labels.shape), f"must be that of the tokens, {tuple(tokens_BT.shape)}")
         return self.loss(tokens_BT, labels, seq)[0] / (labels != NO_LABEL).sum().clamp(min=1)
 
     def hidden(self, tokens_BT: Tensor, seq: Layout | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The head's input (B, T, D), and the FFNs' statistics as `name/layer`. Raises `UsageError` for bad tokens."""
-        if tokens_BT.ndim != 2 or not tokens_BT.numel():
-            raise UsageError(
-                f"tokens have the shape {tuple(tokens_BT.shape)}: must be (batch, time), one token at least"
-            )
+        require_ids(tokens_BT, dims=(2,))
+        batch, time = tokens_BT.shape
         if seq is None:
-            batch, time = tokens_BT.shape
             seq = Layout.one_document_per_row(batch, time, device=tokens_BT.device)
+        elif not isinstance(seq, Layout) or seq.shape != (batch, time):
+            given = f"of {seq.shape}" if isinstance(seq, Layout) else f"a {type(seq).__name__}"
+            raise UsageError(
+                f"seq is {given}: must be a swamla.ops.Layout of {(batch, time)}; labels go by name, "
+                "model(tokens, labels=labels)"
+            )
+        if torch.is_anomaly_enabled() and (error := self._token_error(tokens_BT)):
+            raise error
         x_BTD = self._embed(tokens_BT, seq)
         if self.config.dropout:
             x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
@@ -300,6 +315,7 @@ class LanguageModel(nn.Module):
 
     def step_hidden(self, tokens_BT: Tensor, state: ModelState, valid_BT: Tensor | None = None) -> Tensor:
         """`step` up to the head's input (B, T, D): prefill needs the logits of the last token only."""
+        require_ids(tokens_BT, dims=(2,))
         if valid_BT is not None and bool(valid_BT.all()):
             valid_BT = None
         seq = state.next_layout(tokens_BT, valid_BT)
@@ -319,6 +335,10 @@ class LanguageModel(nn.Module):
     def _head_input(self, x_BTD: Tensor) -> Tensor:
         x_BTD = self.norm(x_BTD)
         return x_BTD if self.output_multiplier == 1 else x_BTD * self.output_multiplier
+
+    def check_recordable(self) -> None:
+        """Raise `UsageError` for experts of a dtype that CUDA multiplies without a graph only."""
+        check_recordable(self)
 
     def _embed(self, tokens_BT: Tensor, seq: Layout, state: NgramState | None = None) -> Tensor:
         """The input of the first block (B, T, D); with a state for tokens after those in it."""
@@ -340,10 +360,11 @@ class LanguageModel(nn.Module):
         return x_BTD + self.positions(seq.position_BT).to(x_BTD.dtype)
 
     def _token_error(self, tokens_BT: Tensor) -> UsageError | None:
-        """Why the embedding refused the tokens; None if the tokens are not the reason."""
-        if tokens_BT.dtype not in (torch.int32, torch.int64):
-            return UsageError(f"tokens are of {tokens_BT.dtype}: must be of torch.int64")
+        """Why the embedding refuses the tokens; None if the tokens are not the reason."""
         outside = tokens_BT[(tokens_BT < 0) | (tokens_BT >= self.config.vocab_size)]
         if not len(outside):
             return None
-        return UsageError(f"token {outside[0]} is outside the vocabulary of {self.config.vocab_size}")
+        return UsageError(
+            f"token {outside[0]} is outside the vocabulary of {self.config.vocab_size}: must be in "
+            f"[0, {self.config.vocab_size})"
+        )

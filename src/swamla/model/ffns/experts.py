@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swamla.distributed import local
-from swamla.errors import require
+from swamla.errors import UsageError, require
 from swamla.ops.dispatch import Dispatch
 from swamla.ops.exchange import apply_at_owners
 from swamla.ops.grouped_mm import grouped_mm, product_dtype
@@ -60,3 +60,13 @@ class Experts(nn.Module):
         """The experts' outputs for rows sorted by expert."""
         gate, up = grouped_mm(rows, gate_up, ends_E, backend=self.backend, surplus=surplus).chunk(2, dim=-1)
         return grouped_mm(F.silu(gate) * up, down, ends_E, backend=self.backend, surplus=surplus)
+
+
+def check_recordable(model: nn.Module) -> None:
+    """Raise `UsageError` for experts whose products need a loop, which synchronises with the device."""
+    for name, module in model.named_modules():
+        if isinstance(module, Experts) and module.down.dtype != torch.bfloat16:
+            raise UsageError(
+                f'decoding = "graph": {name} are in {module.down.dtype}, which CUDA multiplies without a graph '
+                'only: use "eager", or the model in bfloat16'
+            )

@@ -8,11 +8,11 @@ import torch
 from swamla.data.tokenizer import ByteTokenizer
 from swamla.errors import UsageError
 from swamla.inference.sampling import Sampling
-from swamla.inference.text import Generation, encode_prompt, generate_text
 from swamla.model.block import BlockConfig
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.model.mixers.swa import SWAConfig
+from swamla.text import Generation, encode_prompt, generate_text
 
 TOKENIZER = ByteTokenizer()
 PROMPTS = ["def f(x):", "", "é€𝄞 and more", "a"]
