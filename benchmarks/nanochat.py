@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.shape import Shape
-from swamla.ops.grouped_mm import product_dtype
+from swamla.ops.autocast import product_dtype
 
 BASE = 10_000.0  # of the rotation's wavelengths
 CAP = 15.0  # logits stay within ±

@@ -21,8 +21,8 @@ from swamla.model.ngrams import NgramEmbedding, NgramState
 from swamla.model.norm import NormConfig, RMSNormConfig
 from swamla.model.state import ModelState
 from swamla.ops import chunked_cross_entropy
+from swamla.ops.autocast import product_dtype
 from swamla.ops.cross_entropy import soft_cap
-from swamla.ops.grouped_mm import product_dtype
 from swamla.ops.layout import Layout
 
 NO_LABEL = -100  # what `F.cross_entropy` ignores

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swamla.errors import DataError, require
+from swamla.ops.autocast import product_dtype, without_autocast
 from swamla.ops.graphs import compiled
-from swamla.ops.grouped_mm import product_dtype
 
 LOGITS = 20_000_000  # elements of a chunk: enough rows to amortise the addition into dW
 CUDA_LOGITS = 256_000_000  # more on a GPU, whose ratio of FLOP/s to memory bandwidth is higher; not measured on GPU
@@ -79,9 +79,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         need_x, need_weight = (gradients and needed for needed in ctx.needs_input_grad[:2])
         dx_ND = torch.empty_like(x_ND) if need_x else None
         dw_VD = torch.zeros_like(weight_VD, dtype=sums) if need_weight else None
-        chunk_loss = compiled(_fused_losses_and_gradients) if x_ND.is_cuda else _losses_and_gradients
+        fused = compiled(_fused_losses_and_gradients) if x_ND.is_cuda else _fused_losses_and_gradients
+        chunk_loss = fused if x_ND.is_cuda or x_ND.is_meta else _losses_and_gradients  # which reads the labels
         space_CV = x_ND.new_empty(min(rows, x_ND.shape[0]), weight_VD.shape[0], dtype=dtype)
-        with torch.autocast(x_ND.device.type, enabled=False):
+        with without_autocast(x_ND.device.type):
             for start in range(0, x_ND.shape[0], rows):
                 chunk = slice(start, start + rows)
                 # A row without a label may hold a NaN, and its zero gradient times NaN would be NaN in dW.

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swamla.errors import UsageError
+from swamla.ops.autocast import product_dtype, without_autocast
 from swamla.ops.graphs import outside_graphs
 
 BACKENDS = ("auto", "reference", "torch")
@@ -35,6 +36,8 @@ def grouped_mm(
     ("reference" for fp64, else "torch": on a CPU as fast as the loop, and twice as fast as padding all experts to one
     batch of equal sizes). Raises UsageError for inputs that the backend cannot compute.
     """
+    if x_ND.is_meta:  # shapes only; torch's kernel knows those of bf16 alone
+        return x_ND.to(product_dtype(x_ND)) @ weight_EDF[0].to(product_dtype(x_ND))
     if x_ND.device.type == "cpu" or backend == "reference" or product_dtype(x_ND) != torch.bfloat16:
         return _outside(x_ND, weight_EDF, ends_E, backend, surplus)  # the compiler has a kernel for bf16 only
     return _grouped_mm(x_ND, weight_EDF, ends_E, backend, surplus)
@@ -43,7 +46,7 @@ def grouped_mm(
 def reference_grouped_mm(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
     """y (N, F): rows ends[e − 1] … ends[e] − 1 of x times the matrix of expert e; rows without an expert become 0."""
     begins, ends = [0, *ends_E.tolist()[:-1]], ends_E.tolist()
-    with torch.autocast(x_ND.device.type, enabled=False):
+    with without_autocast(x_ND.device.type):
         products = [x_ND[b:e] @ weight for b, e, weight in zip(begins, ends, weight_EDF.unbind(), strict=True)]
     return torch.cat([*products, products[0].new_zeros(len(x_ND) - ends[-1], weight_EDF.shape[2])])
 
@@ -65,14 +68,6 @@ def _grouped_mm(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, backend: str, 
 
 
 _outside = outside_graphs(_grouped_mm)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a matrix product with x: autocast's, or x's own without autocast and for fp64."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device)
 
 
 def _clear_surplus(y: Tensor, ends_E: Tensor) -> None:

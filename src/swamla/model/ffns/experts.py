@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from swamla.distributed import local
 from swamla.errors import UsageError, require
+from swamla.ops.autocast import product_dtype
 from swamla.ops.dispatch import Dispatch
 from swamla.ops.exchange import apply_at_owners
-from swamla.ops.grouped_mm import grouped_mm, product_dtype
+from swamla.ops.grouped_mm import grouped_mm
 
 
 class Experts(nn.Module):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swamla.model.ffns.ffn import Statistics
+from swamla.ops.autocast import without_autocast
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Router(nn.Module):
     def forward(self, x_ND: Tensor) -> Routing:
         """Route tokens (N, D)."""
         dtype = torch.promote_types(x_ND.dtype, torch.float32)
-        with torch.autocast(x_ND.device.type, enabled=False):
+        with without_autocast(x_ND.device.type):
             logits_NE = F.linear(x_ND.to(dtype), self.weight.to(dtype))
         chosen_NK = self.choose(logits_NE.detach().sigmoid() + self.bias)
         # σᵢ / Σ σⱼ over the chosen experts, as softmax of log σ: no division by zero when all scores underflow.

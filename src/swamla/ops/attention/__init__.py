@@ -11,6 +11,7 @@ from swamla.ops.attention.cuda import block_mask_of, cudnn_attention, flex_atten
 from swamla.ops.attention.flash import bounds_of, flash_attention, obstacle, preferred, sinks_of
 from swamla.ops.attention.reference import CAUSAL, Window, attend_by_mask
 from swamla.ops.attention.sdpa import attend_by_sdpa
+from swamla.ops.autocast import autocast_dtype
 from swamla.ops.layout import Layout
 
 BACKENDS = ("auto", "reference", "torch", "tiles", "sdpa", "flex", "flash", "cudnn")
@@ -193,8 +194,8 @@ def _check_heads(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor) -> None:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """As autocast does for PyTorch's own attention: fp32 inputs are cast to its dtype, fp64 inputs are not."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(device)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     # No cast to the same dtype: on a CPU, torch.compile would make a graph of these casts and nothing else.
     return tuple(x if x.dtype in (dtype, torch.float64) else x.to(dtype) for x in tensors)

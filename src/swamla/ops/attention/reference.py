@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from swamla.ops.autocast import without_autocast
 from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import Layout
 
@@ -50,7 +51,7 @@ def reference_attention(
     dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
     shared = q_BTHK.shape[2] // k_BSGK.shape[2]
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
-    with torch.autocast(q_BTHK.device.type, enabled=False):
+    with without_autocast(q_BTHK.device.type):
         k_BSHK = k_BSGK.to(dtype).repeat_interleave(shared, dim=2)
         v_BSHV = v_BSGV.to(dtype).repeat_interleave(shared, dim=2)
         score_BHTS = scale * torch.einsum("bthk,bshk->bhts", q_BTHK.to(dtype), k_BSHK)

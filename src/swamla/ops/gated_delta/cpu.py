@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from swamla.ops.autocast import without_autocast
 from swamla.ops.gated_delta.chunks import ChunkMasks, gradients, outputs, prepare, run_states, run_states_backward
 from swamla.ops.gated_delta.reference import RuleInputs
 from swamla.ops.graphs import outside_graphs
@@ -156,7 +157,7 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         inputs = (q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH[..., None], beta_BTH[..., None])
         ctx.rule = rule
-        with torch.autocast(q_BTHK.device.type, enabled=False):
+        with without_autocast(q_BTHK.device.type):
             o_BTHV, final_BHKV, states = _forward(inputs, initial_BHKV, rule)
             if rule.documents.would_mix(o_BTHV):
                 o_BTHV, final_BHKV = _forward_by_document(inputs, initial_BHKV, rule)
@@ -168,7 +169,7 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
     def backward(ctx: Any, do_BTHV: Tensor, d_final_BHKV: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, initial_BHKV, states_SXKV = ctx.saved_tensors
         rule: Rule = ctx.rule
-        with torch.autocast(do_BTHV.device.type, enabled=False):
+        with without_autocast(do_BTHV.device.type):
             found = _backward(inputs, states_SXKV, do_BTHV, d_final_BHKV, rule)
             if rule.documents.would_mix(found[1]):
                 found = _backward_by_document(inputs, initial_BHKV, do_BTHV, d_final_BHKV, rule)

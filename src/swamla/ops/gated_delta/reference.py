@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from swamla.ops.autocast import without_autocast
 from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import PADDING, Layout
 
@@ -42,7 +43,7 @@ def recurrent_gated_delta_rule(
     if initial_state_BHKV is not None:
         state_BHKV = initial_state_BHKV.to(dtype)
     outputs_BHV = []
-    with torch.autocast(q_BTHK.device.type, enabled=False):
+    with without_autocast(q_BTHK.device.type):
         for t in range(time):
             before_BHKV = state_BHKV
             if seq is not None and t > 0:
@@ -77,7 +78,7 @@ def gated_delta_step(
     """
     scale = q_BHK.shape[-1] ** -0.5 if scale is None else scale
     dtype = state_BHKV.dtype
-    with torch.autocast(q_BHK.device.type, enabled=False):
+    with without_autocast(q_BHK.device.type):
         state_BHKV.mul_(log_alpha_BH.to(dtype).exp()[..., None, None])
         k_BHK = k_BHK.to(dtype)
         error_BHV = v_BHV.to(dtype) - _read(k_BHK, state_BHKV)
