@@ -18,10 +18,10 @@ process.prepare()  # as the command line does
 
 from rich.console import Console
 
-from swamla.cli.running import validation
 from swamla.data import prepare
 from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset
+from swamla.evaluate import validation
 from swamla.model import BlockConfig, DenseConfig, LanguageModelConfig, LatentMoEConfig, MLAConfig, SWAConfig
 from swamla.model.accounting import count_parameters
 from swamla.model.block import FFNConfig

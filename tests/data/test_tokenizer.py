@@ -31,6 +31,35 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return make(request.param)
 
 
+def test_plain_ids_are_the_text_of_their_numbers() -> None:
+    plain = make("ids:50")
+    assert (plain.vocab_size, plain.eos_id) == (51, 50)
+    assert plain.encode(" 3 49\n0") == [3, 49, 0]
+    assert plain.decode([3, 49, 0]) == " 3 49 0"
+    assert plain.encode(plain.decode(range(50))) == list(range(50))
+    assert plain.decode([1, 50, 2]) == " 1<|endoftext|> 2"
+
+
+@pytest.mark.parametrize(("text", "first"), [("3 50", "50"), ("3 x 4", "x"), ("-1", "-1"), ("1.5", "1.5"), ("²", "²")])
+def test_what_is_no_plain_id_is_refused(text: str, first: str) -> None:
+    with pytest.raises(DataError, match=f"'{first}' is no id: must be numbers from 0 to 49"):
+        make("ids:50").encode(text)
+
+
+def test_plain_ids_are_saved_and_streamed(tmp_path: Path) -> None:
+    plain = make("ids:50")
+    plain.save(tmp_path / "tokenizer.json")
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    assert (loaded.fingerprint, loaded.vocab_size) == (plain.fingerprint, 51)
+    assert make("ids:51").fingerprint != plain.fingerprint
+    stream = StreamDecoder(plain)
+    assert "".join(stream.push(i) for i in (3, 4, 49)) + stream.flush() == " 3 4 49"
+    for count in ("0", "true", '"5"', "null"):
+        (tmp_path / "damaged.json").write_text(f'{{"swamla_tokenizer": "ids", "count": {count}}}')
+        with pytest.raises(CorruptError, match="complete"):
+            load_tokenizer(tmp_path / "damaged.json")
+
+
 @pytest.mark.parametrize("text", STRANGE)
 def test_ids_turn_back_into_exactly_the_text(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)

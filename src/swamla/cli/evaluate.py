@@ -17,7 +17,7 @@ from swamla.checkpoint import Checkpoint, find_checkpoint, load, read_run_config
 from swamla.cli.console import Console, say
 from swamla.cli.flags import Flag, argument, parse
 from swamla.cli.overrides import apply_flags, data_flags
-from swamla.cli.running import data_of_run, read_data, run_folder, validation
+from swamla.cli.running import data_of_run, read_data, run_folder
 from swamla.config import from_plain
 from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset
@@ -25,7 +25,7 @@ from swamla.data.reopening import reopen
 from swamla.data.shards import Split
 from swamla.data.tokenizer import Tokenizer
 from swamla.errors import DataError, SwamlaError, UsageError
-from swamla.evaluate import bytes_apart
+from swamla.evaluate import bytes_apart, validation
 from swamla.train import RunConfig
 from swamla.train.changes import config_of
 from swamla.train.init_from import lineage

@@ -24,10 +24,10 @@ from swamla.cli.running import (
     naming_resume_command,
     prepare_data,
     resumed_folder,
-    validation,
 )
 from swamla.data.caching import remember_run
 from swamla.errors import UsageError
+from swamla.evaluate import validation
 from swamla.train import RunConfig, TrainState, train
 from swamla.train.changes import extension
 from swamla.train.claims import Claim, claim_run

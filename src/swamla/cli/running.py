@@ -1,8 +1,8 @@
-"""Shared by the commands that train: the run's folder, its data, its validation function."""
+"""Shared by the commands that train: the run's folder, and its data."""
 
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,16 +16,13 @@ from swamla.data.preparing import prepare
 from swamla.data.reopening import lacks_plugin, reopen
 from swamla.data.shards import Progress
 from swamla.errors import DataError, HubDataError, Interrupted, MissingBackendError, UsageError
-from swamla.evaluate import evaluate_split
 from swamla.hub.pull import pull
-from swamla.model.language_model import LanguageModel
 from swamla.train import TrainConfig
 from swamla.train.changes import config_of
 from swamla.train.claims import Claim, claim_new, claim_numbered
 from swamla.train.launch import begun_by
 from swamla.train.run_folder import identity_of_run
 
-EVALUATION_TOKENS = 16384  # per forward pass: more would only cost memory
 UTILISATION_TOKENS = 1 << 18  # read to estimate the share of positions that carry loss
 
 
@@ -149,25 +146,6 @@ def fetch_run(repo_id: str, run_dir: Path, revision: str, console: Console) -> N
     with console.status(f"fetching {repo_id} …"):
         pulled = pull(repo_id, run_dir, revision=revision)
     say(console, f"{repo_id} at commit {pulled.commit}, step {pulled.step}, is in {run_dir}")
-
-
-def validation(
-    dataset: Dataset, block_size: int, max_tokens: int | None = None
-) -> Callable[[LanguageModel], dict[str, float]]:
-    """A function that scores a model on the held-out split, or on `max_tokens` of it in evenly spaced rows."""
-    batch_size = max(1, EVALUATION_TOKENS // block_size)
-
-    def evaluate(model: LanguageModel) -> dict[str, float]:
-        return evaluate_split(
-            model,
-            dataset.held_out,
-            eos_id=dataset.tokenizer.eos_id,
-            block_size=block_size,
-            batch_size=batch_size,
-            max_tokens=max_tokens,
-        ).as_dict()
-
-    return evaluate
 
 
 def claim_folder(output_dir: str, name: str) -> Claim:

@@ -20,11 +20,11 @@ from swamla.cli.running import (
     naming_resume_command,
     prepare_data,
     resumed_folder,
-    validation,
 )
 from swamla.config import within
 from swamla.data.caching import remember_run
 from swamla.errors import UsageError
+from swamla.evaluate import validation
 from swamla.hub.push import require_hub
 from swamla.train import train
 from swamla.train.changes import check_same_run

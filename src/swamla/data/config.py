@@ -10,7 +10,9 @@ from swamla.errors import require
 
 BYTES = 256
 MIXTURE = "mixture"
+TOKEN_IDS = "token_ids"
 _BPE = re.compile(r"bpe(?P<lines>-lines)?:(?P<size>\d{1,9})")
+_IDS = re.compile(r"ids:(?P<count>[1-9]\d{0,8})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,8 @@ class WeightedSource:
 
     def __post_init__(self) -> None:
         _check_source(self)
-        require(self.source != MIXTURE, "source", self.source, "a mixture cannot contain another")
+        whole = self.source in (MIXTURE, TOKEN_IDS)
+        require(not whole, "source", self.source, "a mixture cannot contain another, nor ids given from Python")
         require(self.weight > 0, "weight", self.weight, "must be > 0, e.g. 0.3")
 
 
@@ -41,13 +44,14 @@ class DataConfig:
     source: "stdlib" (this Python's own library), "shakespeare" (downloaded once), "hf:OWNER/NAME" (a dataset on the
         hub), "mixture", or the path of a text file, of rows, or of a folder of them; rows are .jsonl, .ndjson, .json,
         .csv, .tsv or .parquet. All may be compressed (.gz, .zst, .xz, .bz2). "files:PATH" is a path even if it reads
-        like another kind.
+        like another kind. "token_ids" are documents of ids, given from Python: `prepare(config, token_ids=…)`.
     text_column: the column of rows that holds the text.
     hub_config: the config of a hub dataset, e.g. CC-MAIN-2024-10; empty for its default.
     hub_split: the split of a hub dataset.
     hub_revision: the commit, branch or tag to read; empty for the newest.
     tokenizer: "byte", "char", "bpe:N" or "bpe-lines:N" (trained here, vocabulary N), "gpt2" or "hub:NAME" (fetched),
-        "gpt2:FOLDER" (encoder.json and vocab.bpe), or the path of a tokenizer.json.
+        "gpt2:FOLDER" (encoder.json and vocab.bpe), or the path of a tokenizer.json. "ids:N" for ids 0 … N - 1 without
+        a tokenizer: their text is the numbers themselves, as in " 17 5 23".
     held_out_fraction: the share of documents never trained on; they are chosen by a hash of their text. A single
         document is cut instead, and its last characters are held out. 1 holds out everything, for a test set, which
         needs a tokenizer that exists already.
@@ -89,12 +93,18 @@ class DataConfig:
         learned = fraction == 1 and self.tokenizer.startswith(("bpe:", "bpe-lines:"))
         require(not learned, "tokenizer", self.tokenizer, "cannot be trained where all text is held out")
         require(fraction < 1 or not self.stream, "stream", self.stream, "must be 0 where all text is held out")
+        if self.source == TOKEN_IDS:
+            trained = self.tokenizer == "char" or self.tokenizer.startswith(("bpe:", "bpe-lines:"))
+            known = 'made the ids already: name what made them, e.g. ids:N for none, "gpt2", or the path of a file'
+            require(not trained, "tokenizer", self.tokenizer, known)
+            require(not self.stream, "stream", self.stream, "must be 0 where ids are given from Python")
         policies = ("error", "replace")
         require(self.on_bad_row in ("stop", "skip"), "on_bad_row", self.on_bad_row, "must be stop or skip")
         require(self.invalid_utf8 in policies, "invalid_utf8", self.invalid_utf8, "must be error or replace")
         require(bool(self.tokenizer), "tokenizer", self.tokenizer, "needs e.g. byte, char, bpe:4096 or a path")
         if self.tokenizer.startswith(("bpe:", "bpe-lines:")):
             parse_bpe(self.tokenizer)
+        parse_ids(self.tokenizer)
 
     @property
     def cache(self) -> Path:
@@ -135,6 +145,13 @@ def parse_bpe(spec: str) -> tuple[int, bool] | None:
     size = int(match["size"])
     require(BYTES < size <= 1_000_000, "tokenizer", spec, "vocabulary must be from 257 to 1000000, e.g. bpe:4096")
     return size, match["lines"] is not None
+
+
+def parse_ids(spec: str) -> int | None:
+    """N of "ids:N"; None for other tokenizers. Raises ConfigError for N below 1 or from 10⁹ on."""
+    match = _IDS.fullmatch(spec)
+    require(match is not None or not spec.startswith("ids:"), "tokenizer", spec, "must be like ids:50, N ids from 0")
+    return None if match is None else int(match["count"])
 
 
 def default_cache_dir() -> Path:

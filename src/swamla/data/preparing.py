@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from swamla.data.caching import mark_used
-from swamla.data.config import MIXTURE, DataConfig, parse_bpe
+from swamla.data.config import MIXTURE, TOKEN_IDS, DataConfig, parse_bpe
 from swamla.data.dataset import FORMAT_VERSION, META, TOKENIZER, Dataset, PreparedDataset, Throughput, write_meta
 from swamla.data.likeness import describe_unlike
 from swamla.data.reading import Notes
 from swamla.data.shards import Progress, divide, encode_documents, is_held_out, usable_fraction
 from swamla.data.sources import Source, Unit, open_source
+from swamla.data.token_ids import Ids, write_ids
 from swamla.data.tokenizer import Tokenizer, bpe_version, load_tokenizer, make_tokenizer, tokenizer_files
 from swamla.data.units import Job, Workers, available_cores
 from swamla.errors import ConfigError, DataError, SwamlaError, require
@@ -41,14 +42,29 @@ _STALE_SECONDS = {".staging-*": 24 * 3600, ".units-*": 14 * 24 * 3600, ".stream-
 _RULES = 3  # raise this when the rule for held-out documents changes
 
 
-def prepare(config: DataConfig, *, progress: Progress | None = None, workers: int | None = None) -> Dataset:
+def prepare(
+    config: DataConfig,
+    *,
+    token_ids: Ids | None = None,
+    held_out: Ids | None = None,
+    progress: Progress | None = None,
+    workers: int | None = None,
+) -> Dataset:
     """The dataset that `config` describes, from the cache if source, tokenizer and settings are unchanged.
 
+    token_ids: for the source "token_ids", the documents as ids of the tokenizer: a tensor or array, (T,) or one
+    document a row, or an iterable of sequences of ids, one document each. Its end-of-document id, `eos_id`, also
+    separates documents. They are written to the cache, so a run on them resumes and is evaluated without them.
+    held_out: documents of the same kind that are never trained on; by default `held_out_fraction` of all.
     `progress(stage, documents, bytes)` is called repeatedly. workers: processes for a large source, by default one per
     core. Raises DataError for unusable input and CorruptError for a damaged cache. A killed or failed preparation
     leaves no partial dataset.
     """
     progress = progress or _silent
+    given = config.source == TOKEN_IDS
+    require(given or (token_ids is None and held_out is None), "data.source", config.source, f'with ids: "{TOKEN_IDS}"')
+    if given:
+        return _prepare_ids(config, token_ids, held_out, progress)
     if config.source == MIXTURE:
         return _prepare_mixture(config, progress, workers)
     work = Preparation.of(config, progress)
@@ -68,6 +84,23 @@ def _prepare_whole(work: "Preparation", workers: int | None) -> PreparedDataset:
         throughput = work.encode_units(units, Part(1, 1), workers)
         work.join(units)
     return work.open(throughput)
+
+
+def _prepare_ids(config: DataConfig, train: Ids | None, held_out: Ids | None, progress: Progress) -> PreparedDataset:
+    """The dataset of ids given from Python; equal ones share a folder of the cache."""
+    if train is None:
+        needed = "its ids are given from Python: swamla.data.prepare(config, token_ids=…), and train(…, resume=True)"
+        raise DataError(f'data.source = "{TOKEN_IDS}": {needed}')
+    tokenizer, data = make_tokenizer(config.tokenizer), config.cache / "data"
+    with _staging(data / TOKEN_IDS) as folder:
+        tokenizer.save(folder / TOKENIZER)
+        rule, encoded = write_ids(train, held_out, config.held_out_fraction, tokenizer, folder, progress)
+        write_meta(folder, config, "", tokenizer, rule, encoded, Notes())
+        fingerprint = json.loads((folder / META).read_text(encoding="utf-8"))["fingerprint"]
+        target = data / f"{TOKEN_IDS}-{fingerprint[:16]}"
+        _move(folder, target)
+    mark_used(target)
+    return PreparedDataset.read(target, buffer_docs=config.buffer_docs)
 
 
 def _prepare_stream(work: "Preparation", workers: int | None) -> PreparedDataset:

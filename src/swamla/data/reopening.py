@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 
 from swamla.data.caching import mark_used
-from swamla.data.config import MIXTURE, DataConfig
+from swamla.data.config import MIXTURE, TOKEN_IDS, DataConfig
 from swamla.data.dataset import META, TOKENIZER, Dataset, PreparedDataset
 from swamla.data.sources import Files, Source, class_of, open_source
 from swamla.data.units import Job
@@ -79,6 +79,8 @@ def lacks_plugin(config: DataConfig, identity: Identity) -> str:
 
 def _raw(config: DataConfig, identity: dict[str, str], folder: Path, *, needed: bool) -> Source | None:
     """The raw files, or None if they are missing; warns if they are missing or changed."""
+    if config.source == TOKEN_IDS:
+        return None  # there are no raw files
     went_on = f"using its prepared tokens in {folder}"
     try:
         source = open_source(config, config.cache)

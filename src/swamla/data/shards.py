@@ -7,7 +7,7 @@ begin of each document, and the end; `NAME.bytes.npy`, the UTF-8 bytes of each. 
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -30,7 +30,7 @@ _CONTEXT = 256  # characters on each side of a cut that are encoded to check it
 _CANDIDATES = 16  # possible cuts that are tried
 _CUT = re.compile(r"(?<=\n)(?=\S)|(?<=\w)(?=[\n ])")
 _DTYPES = (np.dtype(np.uint16), np.dtype(np.uint32))
-_PLACES = 2**64
+PLACES = 2**64
 _SCANNED = _COPIED = 1 << 24  # ids read at a time
 
 
@@ -40,10 +40,10 @@ def is_held_out(text: str, fraction: float) -> bool:
     Equal texts are on the same side, whatever their file, row, name or compression. A byte-order mark and the kind of
     line ends are ignored.
     """
-    return _place(text) < fraction * _PLACES
+    return place_of(text) < fraction * PLACES
 
 
-def _place(text: str) -> int:
+def place_of(text: str) -> int:
     """The place of a text among all possible ones, 0 … 2⁶⁴ − 1."""
     identity = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     digest = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).digest()
@@ -57,11 +57,15 @@ def usable_fraction(documents: Iterable[str], fraction: float) -> float:
     """
     if fraction == 1:
         return fraction
-    places = sorted({_place(text) for text in documents})
-    if len(places) < 2:
+    return usable_fraction_of({place_of(text) for text in documents}, fraction)
+
+
+def usable_fraction_of(places: Collection[int], fraction: float) -> float:
+    """`usable_fraction` of documents at these places."""
+    if fraction == 1 or len(places) < 2:
         return fraction
-    least, most = math.nextafter(float(places[0]), math.inf), math.nextafter(float(places[-1]), 0.0)
-    return min(max(fraction * _PLACES, least), most) / _PLACES
+    least, most = math.nextafter(float(min(places)), math.inf), math.nextafter(float(max(places)), 0.0)
+    return min(max(fraction * PLACES, least), most) / PLACES
 
 
 def divide(documents: Iterable[str], fraction: float) -> tuple[str, Iterator[tuple[str, bool]]]:
@@ -190,7 +194,7 @@ class SplitWriter:
         self._offsets.append([0])
         self._document_bytes = 0
 
-    def append(self, ids: list[int], n_bytes: int, last: bool) -> None:
+    def append(self, ids: list[int] | np.ndarray, n_bytes: int, last: bool) -> None:
         """Append a piece of a document. last: it is the document's last piece."""
         self._tokens.append(ids)
         self._document_bytes += n_bytes

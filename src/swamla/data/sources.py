@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
 from swamla.data import hub
-from swamla.data.config import DataConfig
+from swamla.data.config import TOKEN_IDS, DataConfig
 from swamla.data.folders import walk
 from swamla.data.reading import COMPRESSED, SNIFFED, Notes, is_plain, naming_damage, not_text, open_bytes
 from swamla.data.rows import READERS, NoRows, RowRules, Span, begins_with_row, jsonl_rows, parquet_spans, text_file
@@ -148,7 +148,7 @@ def open_source(config: DataConfig, cache_dir: Path) -> Source:
 
 def is_path(source: str) -> bool:
     """Whether a `data.source` is a path, after "files:" or alone."""
-    return class_of(source) is Files
+    return source != TOKEN_IDS and class_of(source) is Files
 
 
 def class_of(source: str) -> type[Source]:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from swamla.data.config import BYTES, parse_bpe
+from swamla.data.config import BYTES, parse_bpe, parse_ids
 from swamla.data.hub import reason
 from swamla.errors import CorruptError, DataError, HubDataError, MissingBackendError, foreign, without_stderr
 
@@ -167,6 +167,27 @@ class HFTokenizer(_Serialized):
             return self._library.decode(numbers, skip_special_tokens=False)
 
 
+class IdTokenizer(_Serialized):
+    """Ids without a tokenizer: their text is the numbers, a space before each. The id after the last ends documents."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(json.dumps({_OWN_KEY: "ids", "count": count}), vocab_size=count + 1, eos_id=count)
+
+    def encode(self, text: str) -> list[int]:
+        words = text.split()
+        wrong = next((word for word in words if not (word.isascii() and word.isdecimal())), None)
+        if wrong is not None or any(int(word) >= self.eos_id for word in words):
+            first = wrong or next(word for word in words if int(word) >= self.eos_id)
+            raise DataError(f"{first!r:.40} is no id: must be numbers from 0 to {self.eos_id - 1}, spaces between them")
+        return [int(word) for word in words]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(EOS_TEXT if i == self.eos_id else f" {i}" for i in self._known(ids))
+
+
 def utf8(text: str) -> bytes:
     """The UTF-8 bytes of `text`. DataError for a lone surrogate."""
     try:
@@ -203,9 +224,12 @@ def _own_tokenizer(data: dict[str, Any], path: Path) -> Tokenizer:
     makers: dict[str, Callable[[], Tokenizer]] = {
         "byte": ByteTokenizer,
         "char": lambda: CharTokenizer(data["characters"]),
+        "ids": lambda: IdTokenizer(data["count"]),
     }
-    kind = data[_OWN_KEY]
-    if kind not in makers or (kind == "char" and not isinstance(data.get("characters"), str)):
+    kind, count = data[_OWN_KEY], data.get("count")
+    incomplete = kind == "char" and not isinstance(data.get("characters"), str)
+    incomplete = incomplete or (kind == "ids" and (type(count) is not int or count < 1))
+    if kind not in makers or incomplete:
         raise CorruptError(f"{path}: not a tokenizer: kind {kind!r} needs to be one of {', '.join(makers)}, complete")
     return makers[kind]()
 
@@ -223,6 +247,8 @@ def make_tokenizer(spec: str, train_texts: Iterable[str] = (), all_texts: Iterab
         for text in all_texts:
             characters.update(text)
         return CharTokenizer("".join(characters))
+    if count := parse_ids(spec):
+        return IdTokenizer(count)
     if bpe := parse_bpe(spec):
         vocab_size, lines = bpe
         return HFTokenizer(train_bpe(train_texts, vocab_size, lines))
@@ -232,7 +258,7 @@ def make_tokenizer(spec: str, train_texts: Iterable[str] = (), all_texts: Iterab
         return HFTokenizer(gpt2_bpe(Path(spec.removeprefix("gpt2:")).expanduser()))
     path = Path(spec).expanduser()
     if not path.exists():
-        kinds = "byte, char, bpe:4096, bpe-lines:4096, gpt2, gpt2:FOLDER, hub:NAME"
+        kinds = "byte, char, bpe:4096, bpe-lines:4096, ids:50, gpt2, gpt2:FOLDER, hub:NAME"
         raise DataError(f"data.tokenizer = {spec!r}: no such file; give the path of a tokenizer.json, or {kinds}")
     return load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
 

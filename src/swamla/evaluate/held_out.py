@@ -8,11 +8,14 @@ from itertools import islice
 import torch
 
 from swamla import distributed
+from swamla.data.dataset import Dataset
 from swamla.data.packing import NO_LABEL, Batch, HeldOutRows
 from swamla.data.shards import Split
 from swamla.errors import DataError
 from swamla.model.language_model import LanguageModel
 from swamla.ops.layout import PADDING, Layout
+
+EVALUATION_TOKENS = 16384  # per forward pass: more would only cost memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,3 +109,25 @@ def evaluate_split(
     found = evaluate(model, batches, bytes_per_label=split.n_bytes / labels)
     exact = split.n_bytes if found.tokens == labels else found.bytes
     return Evaluation(loss=found.loss, tokens=found.tokens, bytes=exact)
+
+
+def validation(
+    dataset: Dataset, block_size: int, max_tokens: int | None = None
+) -> Callable[[LanguageModel], dict[str, float]]:
+    """A function that scores a model on the held-out split, or on `max_tokens` of it in evenly spaced rows.
+
+    It is what `swamla.train.train` takes as `evaluate`. The figures are those of `Evaluation.as_dict`.
+    """
+    batch_size = max(1, EVALUATION_TOKENS // block_size)
+
+    def evaluate(model: LanguageModel) -> dict[str, float]:
+        return evaluate_split(
+            model,
+            dataset.held_out,
+            eos_id=dataset.tokenizer.eos_id,
+            block_size=block_size,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+        ).as_dict()
+
+    return evaluate
