@@ -14,6 +14,7 @@ from benchmarks.gpu_models import batch_of, every_mixer, filled
 from benchmarks.gpu_running import Figures, Place
 from swamla.errors import MissingBackendError
 from swamla.model import BlockConfig, DenseConfig, LanguageModelConfig
+from swamla.model.compiling import compile_blocks
 from swamla.model.language_model import LanguageModel
 from swamla.ops import (
     causal_attention,
@@ -26,7 +27,6 @@ from swamla.ops import (
 )
 from swamla.ops.gated_delta.cuda import obstacle
 from swamla.ops.layout import Layout
-from swamla.train.compile import compile_blocks
 from swamla.train.precision import autocast
 
 OUTPUT, GRADIENT = 1e-2, 2e-2  # largest ‖fast − reference‖ / ‖reference‖ in bf16

@@ -22,11 +22,11 @@ from swamla.model import (
     count_parameters,
 )
 from swamla.model.accounting import TrainingFlops
+from swamla.model.compiling import Compile, compile_blocks
 from swamla.model.initial import initializers_of
 from swamla.model.language_model import LanguageModel
 from swamla.recipes import recipe_path
 from swamla.train.backends import resolve_backends
-from swamla.train.compile import Compile, compile_blocks
 from swamla.train.config import TrainConfig
 from swamla.train.feed import pinned
 from swamla.train.fp8 import convert_to_fp8

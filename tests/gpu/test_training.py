@@ -10,8 +10,8 @@ from torch._dynamo.utils import counters
 
 from swamla.cli.self_check import tiny_model
 from swamla.model.block import BlockConfig
+from swamla.model.compiling import compile_blocks
 from swamla.ops.layout import Layout
-from swamla.train.compile import compile_blocks
 from swamla.train.optim import MuonConfig
 from tests.gpu.checks import no_waiting, poison, randn
 

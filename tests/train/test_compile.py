@@ -1,6 +1,8 @@
 """Compiled training computes what uncompiled training does, and is compiled once."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,13 +15,13 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 import swamla
 from swamla.data.packing import NO_LABEL
-from swamla.errors import Interrupted, MissingBackendError
+from swamla.errors import ConfigError, Interrupted, MissingBackendError, UsageError
 from swamla.inference.decoding import Decoder
+from swamla.model import compiling
 from swamla.model.block import BlockConfig
+from swamla.model.compiling import compile_blocks, resolve_compile, vector_bits
 from swamla.model.ffns.moe import MoEConfig
 from swamla.ops.layout import PADDING, Layout
-from swamla.train import compile as compiling
-from swamla.train.compile import compile_blocks, resolve_compile, vector_bits
 
 from .helpers import MIXERS, held_out, losses, model_of, run, tiny_config, weights
 from .test_resume import digests, stop_after
@@ -189,6 +191,61 @@ def test_a_run_is_compiled_exactly_if_it_is_asked_to_be(tmp_path, monkeypatch, d
     assert called == ["mix", "feed", "feed"]
 
 
+def test_compiling_the_whole_model_is_refused_in_a_line_that_names_the_way(recwarn):
+    model, tokens = hybrid().build(), torch.randint(64, (2, 16))
+    whole, its_loss = torch.compile(model, backend="eager"), torch.compile(model.loss, backend="eager")
+    for call in (lambda: whole(tokens), lambda: whole(tokens, labels=tokens), lambda: its_loss(tokens, tokens)):
+        with pytest.raises(UsageError, match=r"torch.compile\(model\) .*: call model.compile\(\)") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    assert not recwarn.list
+    assert model(tokens).shape == (2, 16, 64)
+
+
+def fake_compile(monkeypatch, called):
+    """Instead of torch.compile: notes what is compiled, and computes with it."""
+
+    def compiled(function, **options):
+        return lambda *inputs: [called.append(function.__name__), function(*inputs)][1]
+
+    monkeypatch.setattr(compiling, "_require_compiler", lambda *_: None)
+    monkeypatch.setattr(torch, "compile", compiled)
+
+
+def test_a_model_compiles_itself_by_blocks(monkeypatch):
+    called = []
+    fake_compile(monkeypatch, called)
+    model, tokens = hybrid().build(), torch.randint(64, (2, 16))
+    model.compile("auto")  # nothing on a CPU
+    model(tokens)
+    assert called == []
+    model.compile()
+    model.compile(mode="default")  # again changes nothing
+    model(tokens)
+    assert called == ["whole"] * len(model.blocks)
+    with pytest.raises(ConfigError, match="mode = 'fast': must be one of auto, none, default"):
+        model.compile("fast")
+
+
+def test_a_copy_of_a_compiled_model_is_not_compiled_and_has_its_own_weights(monkeypatch):
+    called = []
+    fake_compile(monkeypatch, called)
+    model, tokens = hybrid().build().eval(), torch.randint(64, (2, 16))
+    model.compile()
+    expected = model(tokens)
+    called.clear()
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(tokens), expected)
+        assert called == []
+        with torch.no_grad():
+            for parameter in copied.blocks.parameters():
+                parameter.zero_()
+        assert not torch.equal(copied(tokens), expected)
+        assert torch.equal(model(tokens), expected)
+        assert called
+        called.clear()
+
+
 def test_without_a_compiler_the_error_says_what_to_install(monkeypatch):
     def none_found():
         raise InvalidCxxCompiler
@@ -216,12 +273,7 @@ def test_auto_compiles_on_a_gpu_with_triton_and_nowhere_else(monkeypatch):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_evaluation_runs_compiled_on_a_gpu_alone(monkeypatch, device):
     called = []
-
-    def compiled(function, **options):
-        return lambda *inputs: [called.append(function.__name__), function(*inputs)][1]
-
-    monkeypatch.setattr(compiling, "_require_compiler", lambda *_: None)
-    monkeypatch.setattr(torch, "compile", compiled)
+    fake_compile(monkeypatch, called)
     model = hybrid().build().train()
     compile_blocks(model, "default", torch.device(device))
     tokens_BT = torch.randint(model.config.vocab_size, (2, 16))
@@ -235,7 +287,7 @@ def test_evaluation_runs_compiled_on_a_gpu_alone(monkeypatch, device):
 
 SCRIPT = """
 import torch
-from swamla.train.compile import vector_bits
+from swamla.model.compiling import vector_bits
 x = torch.linspace(-4, 4, 37 * 1003).view(37, 1003)
 f = lambda x: torch.nn.functional.gelu(x) * x.sin() + 1
 found = torch.compile(f, options={"cpp.simdlen": vector_bits()})(x)

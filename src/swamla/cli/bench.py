@@ -22,8 +22,8 @@ from swamla.cli.overrides import flags
 from swamla.cli.run_config import explain_recipe, read_recipe, with_vocabulary
 from swamla.errors import Interrupted, SwamlaError, UsageError
 from swamla.model.accounting import count_parameters
+from swamla.model.compiling import resolve_compile
 from swamla.train.backends import describe, fastest_paths, resolve_backends
-from swamla.train.compile import resolve_compile
 from swamla.train.precision import measured_precision, resolve_device, resolve_precision
 
 CTRL_C = 130

@@ -17,9 +17,9 @@ from swamla.cli.reshape import SHAPE
 from swamla.config import choices_of, field_types, join, options_of
 from swamla.data.config import DataConfig
 from swamla.errors import UsageError
+from swamla.model.compiling import Compile
 from swamla.model.language_model import LanguageModelConfig
 from swamla.recipes import is_recipe
-from swamla.train.compile import Compile
 from swamla.train.config import TrainConfig
 
 _RENAMED = {"data.source": "data"}  # `--data FILE` reads better than `--source FILE`

@@ -63,7 +63,19 @@ class Block(nn.Module):
         _require_outputs(config.mixer, self.mixer)
         _require_outputs(config.ffn, self.ffn)
         self.description = f"mixer: {_described(config.mixer)}; ffn: {_described(config.ffn)}"
-        self.functions = BlockFunctions(self.whole, self.mix, self.feed, evaluated=self.whole)
+        self.functions = self._uncompiled()
+
+    def _uncompiled(self) -> BlockFunctions:
+        return BlockFunctions(self.whole, self.mix, self.feed, evaluated=self.whole)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without compiled functions, which would compute with the weights of the block that they were made for."""
+        return {name: value for name, value in self.__dict__.items() if name != "functions"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy (`copy.deepcopy`) or a pickled block is not compiled."""
+        super().__setstate__(state)
+        self.functions = self._uncompiled()
 
     def extra_repr(self) -> str:
         """The settings of mixer and FFN, for `print(model)`."""

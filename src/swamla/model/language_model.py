@@ -14,6 +14,7 @@ from swamla.config import within
 from swamla.errors import UsageError, require
 from swamla.inference.decoding import Decodable, require_ids
 from swamla.model.block import Block, BlockConfig, Checkpointing
+from swamla.model.compiling import Compile, compile_blocks, refuse_whole, resolve_compile
 from swamla.model.ffns.experts import check_recordable
 from swamla.model.initial import Initializer, SkippedInit, constant, initial_tensor, initializers_of, normal
 from swamla.model.mup import initial_scale
@@ -220,6 +221,18 @@ class LanguageModel(Decodable[ModelState]):
         for block in self.blocks:
             block.checkpointing = what
 
+    def compile(self, mode: Compile = "default") -> None:
+        """Compile block by block what training calls, and on a GPU evaluations, at their first use; once only.
+
+        Instead of `torch.compile(model)`, which is refused. mode: as for `swamla train --compile`, which calls this
+        too; "auto" and "none" may compile nothing. On a CPU the first steps wait a minute or more for what they save
+        later. Raises `MissingBackendError` if the machine cannot compile.
+        """
+        allowed = get_args(Compile)
+        require(mode in allowed, "mode", mode, f"must be one of {', '.join(allowed)}")
+        if (resolved := resolve_compile(mode, self.device)) != "none":
+            compile_blocks(self, resolved, self.device)
+
     def forward(self, tokens_BT: Tensor, seq: Layout | None = None, *, labels: Tensor | None = None) -> Tensor:
         """Next-token logits (B, T, vocabulary) of tokens (B, T), in the weights' dtype or autocast's.
 
@@ -241,6 +254,8 @@ class LanguageModel(Decodable[ModelState]):
 
     def hidden(self, tokens_BT: Tensor, seq: Layout | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The head's input (B, T, D), and the FFNs' statistics as `name/layer`. Raises `UsageError` for bad tokens."""
+        if torch.compiler.is_dynamo_compiling():
+            refuse_whole()
         require_ids(tokens_BT, dims=(2,))
         batch, time = tokens_BT.shape
         if seq is None:

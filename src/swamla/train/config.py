@@ -10,8 +10,8 @@ from swamla.data.config import DataConfig
 from swamla.distributed import TIMEOUT
 from swamla.errors import require
 from swamla.model.block import Checkpointing
+from swamla.model.compiling import Compile
 from swamla.model.language_model import LanguageModelConfig
-from swamla.train.compile import Compile
 from swamla.train.curriculum import Stages
 from swamla.train.optim import AdamWConfig, GroupRates, OptimizerConfig, Role
 from swamla.train.parallel.strategy import Parallel

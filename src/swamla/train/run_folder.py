@@ -28,6 +28,7 @@ from swamla.data.tokenizer import load_tokenizer
 from swamla.errors import ConfigError, CorruptError, DataError, Interrupted
 from swamla.files import entry, read_json, write_text_atomically
 from swamla.model.accounting import parameter_specs
+from swamla.model.compiling import compile_blocks, resolve_compile
 from swamla.model.language_model import LanguageModel
 from swamla.train.backends import fastest_paths, resolve_backends, usual_length
 from swamla.train.changes import (
@@ -39,7 +40,6 @@ from swamla.train.changes import (
     settings_to_store,
 )
 from swamla.train.claims import Claim, claim_new, claim_run, is_unsaved, remove_unsaved
-from swamla.train.compile import compile_blocks, resolve_compile
 from swamla.train.config import RunConfig, TrainConfig
 from swamla.train.ema import WeightAverage
 from swamla.train.fp8 import convert_to_fp8

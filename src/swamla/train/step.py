@@ -9,9 +9,9 @@ from swamla import distributed
 from swamla.data.packing import Batch
 from swamla.errors import DataError
 from swamla.faults import fault
+from swamla.model.compiling import begin_step
 from swamla.model.ffns.ffn import Statistics
 from swamla.ops.layout import Layout
-from swamla.train.compile import begin_step
 from swamla.train.config import TrainConfig
 from swamla.train.parallel.strategy import clip, seed_ranks
 from swamla.train.precision import autocast

@@ -1,17 +1,17 @@
 """torch.compile, block by block: equal layers share their graphs, so compile time does not grow with depth."""
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
-from typing import Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from swamla.errors import MissingBackendError
-from swamla.model.block import BlockFunctions
-from swamla.model.language_model import LanguageModel
+from swamla.errors import MissingBackendError, UsageError
+from swamla.model.block import Block, BlockFunctions
+from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import Layout
 
 T = TypeVar("T")
@@ -25,7 +25,14 @@ def resolve_compile(mode: Compile, device: torch.device) -> Compile:
     return "default" if device.type == "cuda" and find_spec("triton") else "none"
 
 
-def compile_blocks(model: LanguageModel, mode: Compile, device: torch.device) -> str:
+class OfBlocks(Protocol):
+    """What is compiled here of a `LanguageModel`, which imports this module."""
+
+    config: Any
+    blocks: Sequence[Block]
+
+
+def compile_blocks(model: OfBlocks, mode: Compile, device: torch.device) -> str:
     """Compile the functions of every block that training calls; returns a line about it. Parameters stay as they are.
 
     Graphs break around the ops that are `outside_graphs`: on a CPU a mixer and a mixture of experts have two breaks
@@ -51,6 +58,15 @@ def compile_blocks(model: LanguageModel, mode: Compile, device: torch.device) ->
             evaluated=block.whole if device.type == "cpu" else whole,
         )
     return f"compile: {mode}, block by block; the first steps wait for it"
+
+
+@outside_graphs
+def refuse_whole() -> None:
+    """Raise `UsageError` while a compiler traces a whole model: for a model of two tiny layers that takes minutes."""
+    raise UsageError(
+        "torch.compile(model) would trace all layers at once, for minutes, and again for other documents: call "
+        "model.compile(), which compiles block by block, and use the model as it is"
+    )
 
 
 def vector_bits() -> int | None:
