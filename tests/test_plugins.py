@@ -39,6 +39,7 @@ def test_a_plugin_is_imported_once_however_it_is_named(
     for again in (Path("point.py"), Path("link.py"), tmp_path / ".." / tmp_path.name / "point.py"):
         load_plugin(again)
     assert len(sys.loaded) == 1  # type: ignore[attr-defined]
+    assert load_plugin(str(tmp_path / "point.py")).Point(x=3).x == 3
     assert {file.name for file in tmp_path.iterdir()} == {"point.py", "link.py"}  # and leaves nothing behind
 
 

@@ -1,5 +1,9 @@
-"""The toys of tests/plugins, each a file as a user would write it: registered for as long as a test needs them."""
+"""The toys of tests/plugins, each a file as a user would write it: registered for as long as a test needs them.
 
+Files in $SWAMLA_TEST_PLUGINS are registered for good, and the tests of the contract try them: docs/own-parts.md.
+"""
+
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,3 +49,11 @@ def registered() -> Iterator[dict[str, type[Registered]]]:
 
 with registered() as _toys:
     TOYS: dict[str, Any] = {**_toys}
+
+for _file in filter(None, os.environ.get("SWAMLA_TEST_PLUGINS", "").split(os.pathsep)):
+    load_plugin(Path(_file))
+
+
+def plugged(family: type[Registered]) -> dict[str, Any]:
+    """The examples of a family's members from $SWAMLA_TEST_PLUGINS, by kind."""
+    return {kind: cls.example() for kind, cls in members_of(family).items() if not cls.__module__.startswith("swamla.")}

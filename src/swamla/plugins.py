@@ -5,14 +5,15 @@ import sys
 import traceback
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 from swamla.errors import UsageError
 
 _PREFIX = "swamla_plugin_"
 
 
-def load_plugin(path: Path) -> None:
-    """Import a Python file, at most once per process, whichever path names it.
+def load_plugin(path: str | Path) -> ModuleType:
+    """The module of a Python file, imported at most once per process, whichever path names it.
 
     The file runs with all permissions of this process: load only files that you would run. Raises `UsageError`, with
     file and line, for a file that is missing, is not Python, or raises.
@@ -26,7 +27,7 @@ def load_plugin(path: Path) -> None:
         raise UsageError(f"plugin {path}: must be a Python file, e.g. toy_mixer.py")
     name = f"{_PREFIX}{hashlib.sha256(str(resolved).encode()).hexdigest()[:12]}"
     if name in sys.modules:
-        return
+        return sys.modules[name]
     try:
         code = compile(source, str(resolved), "exec", dont_inherit=True)
     except (SyntaxError, ValueError) as error:
@@ -48,6 +49,7 @@ def load_plugin(path: Path) -> None:
     except BaseException:
         del sys.modules[name]
         raise
+    return module
 
 
 def plugin_file(cls: type) -> Path | None:

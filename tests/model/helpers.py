@@ -19,7 +19,7 @@ from swamla.model.mixers.mla import MLAConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.model.norm import DynamicTanhConfig, LayerNormConfig, NormConfig, RMSNormConfig
 from swamla.ops.layout import Layout
-from tests.toys import TOYS
+from tests.toys import TOYS, plugged
 
 WIDTH = 32
 WINDOW = 8
@@ -35,6 +35,7 @@ MIXERS: dict[str, MixerConfig] = {
     "gdn_latent": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, latent_dim=10, share_qk=True),
     "latent": LatentConfig(n_heads=4, n_latent=12, bias=True),
     "toy": TOYS["toy"](inner=24),
+    **plugged(MixerConfig),
 }
 
 
@@ -43,6 +44,7 @@ FFNS: dict[str, FFNConfig] = {
     "moe": MoEConfig(n_experts=8, n_activated=3, expert_hidden=16, shared_hidden=24),
     "latent_moe": LatentMoEConfig(n_experts=8, n_activated=3, ratio=4, expert_hidden=16, shared_hidden=24),
     "toy_ffn": TOYS["toy_ffn"](hidden=24),
+    **plugged(FFNConfig),
 }
 
 
@@ -51,6 +53,7 @@ NORMS: dict[str, NormConfig] = {
     "layernorm": LayerNormConfig(),
     "dyt": DynamicTanhConfig(),
     "toy_norm": TOYS["toy_norm"](),
+    **plugged(NormConfig),
 }
 
 

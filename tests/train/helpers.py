@@ -12,7 +12,7 @@ from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset
 from swamla.data.preparing import prepare
 from swamla.evaluate import evaluate_split
-from swamla.model.block import BlockConfig
+from swamla.model.block import BlockConfig, MixerConfig
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
@@ -23,7 +23,7 @@ from swamla.model.mixers.swa import SWAConfig
 from swamla.train import RunConfig, TrainConfig, TrainState, train
 from swamla.train.optim import AdamWConfig, LionConfig, MuonConfig, OptimizerConfig
 from swamla.train.tracking.metrics import read_metrics
-from tests.toys import TOYS
+from tests.toys import TOYS, plugged
 
 MIXERS = {
     "mha": MHAConfig(n_heads=2),
@@ -33,6 +33,7 @@ MIXERS = {
     "gdn_latent": GDNConfig(n_heads=2, latent_dim=6, share_qk=True),
     "latent": LatentConfig(n_heads=2, bias=True),
     "toy": TOYS["toy"](inner=12),
+    **plugged(MixerConfig),
 }
 
 
@@ -41,6 +42,7 @@ OPTIMIZERS: dict[str, OptimizerConfig] = {
     "lion": LionConfig(),
     "muon": MuonConfig(),
     "toy_sgd": TOYS["toy_sgd"](),
+    **plugged(OptimizerConfig),
 }
 
 
