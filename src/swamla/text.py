@@ -78,8 +78,11 @@ def generate_text(
     decoding: str = "eager",
     crop: bool = False,
 ) -> Generation:
-    """Continue each prompt, or a single one; an empty one starts a new document.
+    """Continue each prompt, or a single one, by at most `max_new_tokens`; an empty one starts a new document.
 
+        print(generate_text(model, tokenizer, "import os", 32).completions[0].text)
+
+    A row ends where the model ends its document. sampling: by default `Sampling()`, at temperature 0.8.
     on_text(row, piece): streams complete characters.  decoding: see `Decoder`.  crop: for learned positions: a text
     longer than they are is continued from as many of its last tokens as fit (`context` of `Decoder.generate`). Raises
     `UsageError` without a prompt, for invalid Unicode, for `crop` without learned positions, and as `Decoder.generate`

@@ -15,7 +15,7 @@ from swamla.cli.overrides import apply_flags, flags
 from swamla.cli.reshape import fit_ranks, reshape
 from swamla.config import from_plain, load_file, to_plain, within
 from swamla.data.config import MIXTURE, DataConfig, parse_bpe
-from swamla.data.sources import is_path
+from swamla.data.sources import TOKENIZERS, is_path, located, split_kind
 from swamla.errors import ConfigError, UsageError, require
 from swamla.model.block import BlockConfig
 from swamla.model.language_model import LanguageModelConfig
@@ -24,7 +24,6 @@ from swamla.train.config import RunConfig
 from swamla.train.init_from import Origin, origin_of
 
 # Names of tokenizers, which win over files of the same name; and (tokenizer, source) → vocabulary size.
-_TOKENIZERS = ("byte", "char", "gpt2")
 _VOCABULARIES = {("byte", ""): 257, ("gpt2", ""): 50257, ("char", "shakespeare"): 66}
 
 
@@ -117,7 +116,7 @@ def resolve(recipe: str, given: Mapping[str, Any], *, new: bool = False, unnamed
     train = config.train
     if train.init_from:
         train = replace(train, init_from=str(Path(train.init_from).expanduser().resolve()))
-    config = replace(config, data=_located(config.data), train=train)
+    config = replace(config, data=located(config.data), train=train)
     return Resolved(config=config, origin=origin, notes=tuple(notes))
 
 
@@ -244,11 +243,11 @@ def locate_beside(
     tables = [] if "data" in given or "source" in given else [(table, "source") for table in (data, *parts)]
     for table, name in (*tables, *((data, name) for name in ("tokenizer", "cache_dir") if name not in given)):
         value = table.get(name)
-        if not isinstance(value, str) or "\0" in value or value in ("", MIXTURE, *_TOKENIZERS):
+        if not isinstance(value, str) or "\0" in value or value in ("", MIXTURE, *TOKENIZERS):
             continue
         if name == "source" and not is_path(value):
             continue
-        kind, path = _split(value, "gpt2:" if name == "tokenizer" else "files:")
+        kind, path = split_kind(value, "gpt2:" if name == "tokenizer" else "files:")
         beside = recipe.resolve().parent / Path(path).expanduser()
         if beside.exists() or name == "cache_dir":
             table[name] = kind + str(beside.resolve())
@@ -258,33 +257,6 @@ def locate_beside(
                 f"{field} = {value!r} ({place(field) or recipe}): paths in a recipe are relative to it, and there is "
                 f"no {beside}: write the path relative to the recipe"
             )
-
-
-def _located(data: DataConfig) -> DataConfig:
-    """Make the data's paths absolute, so that a run can be resumed and evaluated from any folder."""
-
-    def located(source: str) -> str:
-        return _absolute(source, "files:") if is_path(source) else source
-
-    return replace(
-        data,
-        source=located(data.source),
-        mixture=tuple(replace(part, source=located(part.source)) for part in data.mixture),
-        tokenizer=data.tokenizer if data.tokenizer in _TOKENIZERS else _absolute(data.tokenizer, "gpt2:"),
-        cache_dir=data.cache_dir and str(Path(data.cache_dir).expanduser().resolve()),
-    )
-
-
-def _split(path: str, prefix: str) -> tuple[str, str]:
-    """The prefix, or "" if the path does not begin with it, and the rest."""
-    return (prefix, path.removeprefix(prefix)) if path.startswith(prefix) else ("", path)
-
-
-def _absolute(path: str, prefix: str) -> str:
-    """The absolute path, behind `prefix` if it had that; unchanged if it does not exist, for the error message."""
-    kind, rest = _split(path, prefix)
-    found = Path(rest).expanduser()
-    return kind + str(found.resolve()) if found.exists() else path
 
 
 def _check_together(config: RunConfig) -> None:

@@ -14,7 +14,7 @@ import sysconfig
 import tokenize
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, cast
@@ -29,6 +29,7 @@ from swamla.registry import Registered, members_of, register
 
 UNIT_BYTES = 1 << 23
 _EXPANSION = 4  # typical ratio of the size of text to its compressed size
+TOKENIZERS = ("byte", "char", "gpt2")  # that are no paths, whatever files there are
 _NOT_LIBRARY = frozenset({"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__"})
 
 
@@ -303,6 +304,33 @@ class Shakespeare(Files):
         require(not text, "data.source", config.source, "must be shakespeare")
         path = hub.shakespeare(cache_dir)
         return cls(name="shakespeare", entries=(_entry(path.name, path),), rules=RowRules.of(config))
+
+
+def located(data: DataConfig) -> DataConfig:
+    """Make the data's paths absolute, so that a run can be resumed and evaluated from any folder."""
+
+    def of(source: str) -> str:
+        return _absolute(source, "files:") if is_path(source) else source
+
+    return replace(
+        data,
+        source=of(data.source),
+        mixture=tuple(replace(part, source=of(part.source)) for part in data.mixture),
+        tokenizer=data.tokenizer if data.tokenizer in TOKENIZERS else _absolute(data.tokenizer, "gpt2:"),
+        cache_dir=data.cache_dir and str(Path(data.cache_dir).expanduser().resolve()),
+    )
+
+
+def split_kind(path: str, prefix: str) -> tuple[str, str]:
+    """The prefix, or "" if the path does not begin with it, and the rest."""
+    return (prefix, path.removeprefix(prefix)) if path.startswith(prefix) else ("", path)
+
+
+def _absolute(path: str, prefix: str) -> str:
+    """The absolute path, behind `prefix` if it had that; unchanged if it does not exist, for the error message."""
+    kind, rest = split_kind(path, prefix)
+    found = Path(rest).expanduser()
+    return kind + str(found.resolve()) if found.exists() else path
 
 
 def suffix_of(name: str) -> str:

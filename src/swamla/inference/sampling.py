@@ -17,6 +17,7 @@ class Sampling:
 
     Row i of a batch draws from its own generator with the seed `seed + i`, so that a prompt's continuation does not
     depend on the other prompts of the batch. Source of top_p: nucleus sampling, arXiv 1904.09751.
+    Raises `ConfigError` for a setting out of range.
     """
 
     temperature: float = 0.8

@@ -26,7 +26,10 @@ class ParameterCount:
 
 
 def count_parameters(config: LanguageModelConfig) -> ParameterCount:
-    """Parameters of the model: the same numbers as of the built module."""
+    """Parameters of the model, before a weight exists: the same numbers as of the built module.
+
+    total, active (one token uses), non_embedding, and by_component: component → parameters.
+    """
     width = config.width
     counts: Counter[str] = Counter()
     counts["embedding"] = config.vocab_size * width

@@ -124,7 +124,11 @@ class LanguageModelConfig:
         return replace(self, blocks=blocks)
 
     def build(self, seed: int | None = None) -> "LanguageModel":
-        """The model with the initial weights of `seed`, by default drawn from torch's global generator."""
+        """The model with the initial weights of `seed`, by default drawn from torch's global generator.
+
+        In fp32 and in training mode, on torch's default device; on the meta device it has shapes only. Raises
+        `ConfigError` for a vocabulary of 0, which stands for the tokenizer's.
+        """
         model, device = self.skeleton(), torch.get_default_device()
         if device.type == "meta":
             return model

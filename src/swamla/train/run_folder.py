@@ -24,6 +24,7 @@ from swamla.checkpoint import (
 )
 from swamla.config import to_plain
 from swamla.data.dataset import Dataset
+from swamla.data.sources import located
 from swamla.data.tokenizer import load_tokenizer
 from swamla.errors import ConfigError, CorruptError, DataError, Interrupted
 from swamla.files import entry, read_json, write_text_atomically
@@ -91,7 +92,8 @@ def open_run(
                 warnings.warn(f"{run_dir}: replaced a run that ended before its first checkpoint", stacklevel=2)
                 remove_unsaved(run_dir)
             drop_records_after(run_dir / "metrics.jsonl", state.step)
-            stored = replace(config, train=settings_to_store(before, config.train, step=step, seconds=seconds))
+            settings = settings_to_store(before, config.train, step=step, seconds=seconds)
+            stored = replace(config, data=located(config.data), train=settings)  # for a command in another folder
             plain = {"format_version": FORMAT_VERSION, **to_plain(stored)}
             write_text_atomically(run_dir / "config.json", json.dumps(plain, indent=2) + "\n")
             dataset.tokenizer.save(run_dir / "tokenizer.json")

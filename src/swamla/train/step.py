@@ -46,9 +46,9 @@ def training_step(
 ) -> StepResult:
     """One optimizer step on the mean loss over all labels of all ranks, however micro-batches divide them.
 
-    batch: this rank's rows.  n_labels: the labels of all ranks, if they are known already.
+    batch: this rank's rows.  lr: of this step.  n_labels: the labels of all ranks, if they are known already.
     progress: of the run at the step's end, for what the optimizer changes with it.
-    A step whose loss or gradient is not finite changes no weight.
+    A step whose loss or gradient is not finite changes no weight. Raises `DataError` if no label carries loss.
     """
     model, strategy, ranks = state.model.train(), state.strategy, distributed.world_size()
     n_labels = round(distributed.sum_of(batch.n_labels)) if n_labels is None else n_labels
