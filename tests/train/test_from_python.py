@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from swamla.cli import main
+from swamla.data.caching import remembered_runs
 from swamla.data.config import DataConfig
 from swamla.data.preparing import prepare
 from swamla.evaluate import validation
@@ -25,6 +26,7 @@ def test_relative_paths_in_its_config_are_written_as_they_were_meant(
     run(config, Path("run"), dataset, evaluate=validation(dataset, 32))
     stored = json.loads((tmp_path / "run/config.json").read_text())["data"]
     assert (stored["source"], stored["cache_dir"]) == (str(tmp_path / "text.txt"), str(tmp_path / "cache"))
+    assert remembered_runs(tmp_path / "cache") == [tmp_path / "run"]
     run(replace(config, train=replace(config.train, schedule="constant", steps=3)), Path("run"), dataset, resume=True)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

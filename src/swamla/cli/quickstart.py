@@ -25,7 +25,6 @@ from swamla.cli.running import (
     prepare_data,
     resumed_folder,
 )
-from swamla.data.caching import remember_run
 from swamla.errors import UsageError
 from swamla.evaluate import validation
 from swamla.train import RunConfig, TrainState, train
@@ -75,7 +74,6 @@ def _train(config: RunConfig, given: Mapping[str, Any], claim: Claim, resume: bo
     say(console, f"resuming {run_dir}" if resume else _announcement(config, run_dir))
     resumed = run_dir if resume else None
     dataset = prepare_data(config.data, console, block_size=config.train.block_size, resumed=resumed)
-    remember_run(config.data.cache, run_dir)
     if not resume:
         config = fitted(config, "quickstart", given, dataset, partial(say, console))
     samples, prompt = run_dir / "samples.txt", opening(dataset)

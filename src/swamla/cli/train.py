@@ -22,7 +22,6 @@ from swamla.cli.running import (
     resumed_folder,
 )
 from swamla.config import within
-from swamla.data.caching import remember_run
 from swamla.errors import UsageError
 from swamla.evaluate import validation
 from swamla.hub.push import require_hub
@@ -109,7 +108,6 @@ def _train(arguments: Arguments, given: Mapping[str, Any]) -> int:
             workers=arguments.workers or None,
             resumed=run_dir if resume else None,
         )
-        distributed.on_main(lambda: remember_run(config.data.cache, run_dir))
         claim = claims[-1] if claims else None
         evaluate = validation(dataset, config.train.block_size, config.train.eval_tokens)
         first: list[int] = []

@@ -23,6 +23,7 @@ from swamla.checkpoint import (
     stored_paths,
 )
 from swamla.config import to_plain
+from swamla.data.caching import remember_run
 from swamla.data.dataset import Dataset
 from swamla.data.sources import located
 from swamla.data.tokenizer import load_tokenizer
@@ -101,6 +102,7 @@ def open_run(
                 write_text_atomically(run_dir / RECORD, json.dumps(state.initialized_from) + "\n")
             write_text_atomically(run_dir / DATA, json.dumps(dataset.identity(), indent=2) + "\n")
             Launch(names=launch).write(run_dir)
+            remember_run(config.data.cache, run_dir)  # so that `swamla cache` knows whose data it holds
 
         checkpoint = distributed.on_main(check)
         before = distributed.on_main(lambda: config_of(run_dir).train if resume else config.train)
