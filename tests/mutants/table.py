@@ -248,8 +248,8 @@ MUTATIONS = [
     Mutation(
         "outputs do not start smaller",
         "src/swamla/model/language_model.py",
-        "depth_scale = (2 * self.config.depth) ** -0.5 if is_output else 1.0",
-        "depth_scale = 1.0",
+        "scale = (2 * self.config.depth) ** -0.5 if name in outputs else 1.0",
+        "scale = 1.0",
         "tests/model/test_initial.py",
     ),
     Mutation(
@@ -362,8 +362,8 @@ MUTATIONS = [
     Mutation(
         "warm-up by steps begins at 0",
         "src/swamla/train/schedule.py",
-        "ramp = (step + 1) / self.warmup if",
-        "ramp = step / self.warmup if",
+        "(step + 1) / warmup if",
+        "step / warmup if",
         _RATES,
     ),
     Mutation(
@@ -483,7 +483,7 @@ MUTATIONS = [
     Mutation(
         "a run reads the same rows in every step",
         "src/swamla/train/loop.py",
-        "state.sample += settings.batch_size",
+        "state.sample += this.rows",
         "state.sample += 0",
         "tests/train/test_trackers.py::test_mfu_is_the_models_flops_over_the_named_peak",
     ),
@@ -493,5 +493,40 @@ MUTATIONS = [
         "newest = (1 - self.decay) / (1 - self.decay**count)",
         "newest = 1 - self.decay",
         "tests/train/test_ema.py::test_the_average_is_the_weighted_mean_of_the_weights_after_every_step",
+    ),
+    Mutation(
+        "n-grams reach into the document before",
+        "src/swamla/model/ngrams.py",
+        ".where(seq.position_BT >= back, 0)",
+        ".where(seq.position_BT >= 0, 0)",
+        "tests/model/test_ngrams.py",
+    ),
+    Mutation(
+        "bounded logits have the gradient of unbounded ones",
+        "src/swamla/ops/cross_entropy.py",
+        "slope_CV = 1 - tanh_CV.square() if need_gradients else None",
+        "slope_CV = None",
+        "tests/ops/test_cross_entropy.py",
+    ),
+    Mutation(
+        "queries and keys are normalised without their gain",
+        "src/swamla/model/mixers/mha.py",
+        'return norm(x_BTHK) if self.config.qk_norm == "head"',
+        'return x_BTHK if self.config.qk_norm == "head"',
+        "tests/model/test_mha.py",
+    ),
+    Mutation(
+        "the time to a score is that of the first point below it",
+        "benchmarks/quality.py",
+        "share = (before[1] - target) / (before[1] - bits)",
+        "share = 1.0",
+        "tests/benchmarks/test_quality.py",
+    ),
+    Mutation(
+        "intervals of the speedrun are of 90 %",
+        "benchmarks/quality_page.py",
+        "t.ppf(0.975,",
+        "t.ppf(0.95,",
+        "tests/benchmarks/test_quality.py",
     ),
 ]
