@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from torch.distributed.run import get_args_parser
 
-from tests.waiting import PATIENCE, running, until
+from tests.waiting import PATIENCE, after_start, running, until
 
 ROOT = Path(__file__).parents[1]
 SHELL = sorted([*(ROOT / "scripts").glob("*.sh"), *(ROOT / "scripts/slurm").glob("*.sbatch")])
@@ -127,7 +127,7 @@ def listening(port: int) -> Iterator[None]:
 
 def test_a_slurm_job_starts_one_torchrun_a_machine_which_meet_at_the_first(cluster: Cluster) -> None:
     done = cluster.submit("small", "a run", "--parallel", "fsdp")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, after_start(done.stderr)) == (0, "")
     launches = cluster.launches()
     assert [launch.node_rank for launch in launches] == [0, 1]
     for launch in launches:
@@ -168,7 +168,7 @@ def test_a_slurm_job_without_an_environment_is_refused_in_one_line(venv: str, cl
     cluster.python.unlink()
     done = cluster.submit("small", "run", **({"VENV": venv} if venv else {}))
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
+    assert after_start(done.stderr).count("\n") == 1
     assert "set VENV to the environment" in done.stderr
     assert cluster.calls() == []
     assert not cluster.asked_file.exists()
@@ -216,7 +216,7 @@ def test_the_scripts_use_the_environment_of_the_checkout_or_the_one_that_venv_na
     other = executable(cluster.folder / "other/bin/python", PYTHON)
     for named, expected in (({}, cluster.python), ({"VENV": str(cluster.folder / "other")}, other)):
         done = launched(cluster, **named)
-        assert (done.returncode, done.stderr) == (0, "")
+        assert (done.returncode, after_start(done.stderr)) == (0, "")
         assert Path(cluster.calls()[-1][0]).resolve() == expected
 
 
@@ -229,7 +229,7 @@ def test_an_environment_that_is_not_there_is_refused_in_one_line(cluster: Cluste
 def test_the_scripts_take_the_python_on_the_path_only_if_it_has_torch(cluster: Cluster) -> None:
     cluster.python.unlink()
     done = launched(cluster)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, after_start(done.stderr)) == (0, "")
     question, work = cluster.calls()
     assert question[1] == "-c"
     assert "torch" in question[2]
@@ -239,7 +239,7 @@ def test_the_scripts_take_the_python_on_the_path_only_if_it_has_torch(cluster: C
     executable(cluster.elsewhere, PYTHON + "exit 1\n")
     done = launched(cluster)
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
+    assert after_start(done.stderr).count("\n") == 1
     assert "no torch for python3" in done.stderr
     assert "set VENV" in done.stderr
     assert len(cluster.calls()) == 1

@@ -1,5 +1,6 @@
 """How tests wait for other processes: as long as a slow machine may need, and never leaving one behind."""
 
+import re
 import signal
 import subprocess
 import time
@@ -21,6 +22,11 @@ def until(happened: Callable[[], Any], *, seconds: float = PATIENCE, every: floa
             pass  # not begun yet
         time.sleep(every)
     raise AssertionError(f"did not happen within {seconds:.0f} s: {happened}")
+
+
+def after_start(stderr: str) -> str:
+    """What a command wrote to stderr after the line that it prints before it imports torch."""
+    return re.sub(r"^swamla \w+: starting, loading torch (…|\.\.\.)\n", "", stderr)
 
 
 @contextmanager

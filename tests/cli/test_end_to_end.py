@@ -18,7 +18,7 @@ import pytest
 
 from swamla.cli import main
 from swamla.data import hub
-from tests.waiting import PATIENCE, running, until
+from tests.waiting import PATIENCE, after_start, running, until
 
 TEXT = "".join(f"line {i}: the square of {i} is {i * i}, its half is {i // 2}\n" for i in range(400))
 FLAGS = shlex.split(
@@ -63,7 +63,7 @@ def shell(folder: Path, command: str) -> Ended:
     done = subprocess.run(
         command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
-    return Ended(done.returncode, done.stdout, done.stderr)
+    return Ended(done.returncode, done.stdout, after_start(done.stderr))
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import pytest
 from swamla import cli
 from swamla.cli import CLOSED_PIPE, main
 from swamla.errors import CorruptError, Interrupted, UsageError
+from tests.waiting import after_start
 
 
 @pytest.fixture
@@ -178,7 +179,7 @@ def test_the_reader_of_our_output_may_leave_early(command: list[str]) -> None:
         [sys.executable, "-m", "swamla", *command], stdout=write_end, stderr=subprocess.PIPE, text=True, check=False
     )
     os.close(write_end)
-    assert (done.returncode, done.stderr) == (CLOSED_PIPE, "")
+    assert (done.returncode, after_start(done.stderr)) == (CLOSED_PIPE, "")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from swamla.cli.overrides import flags
 from swamla.cli.run_config import read_recipe
 from swamla.cli.train import Arguments
 from swamla.train.config import RunConfig
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, after_start
 
 ROOT = Path(__file__).parents[2]
 TEXT = "".join(f"line {i}: the square of {i} is {i * i}, its half is {i // 2}\n" for i in range(400))
@@ -205,17 +205,17 @@ def test_the_second_script_trains_latent_experts_over_compressed_deltanet_in_two
 def test_wrong_arguments_end_with_the_usage_and_status_2(arguments: tuple[str, ...], message: str, home: Path) -> None:
     done = script(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(message)
+    assert after_start(done.stderr).startswith(message)
 
 
 def test_a_repository_of_the_hub_without_a_token_is_refused_in_one_line(home: Path) -> None:
     done = script("train_swa_mla_latent_deltanet.sh", "8", "64", "out", "false", "adamw", "me/mine", HF_TOKEN="")
     assert done.returncode == 2
     assert "train.hf_repo_id: pushing needs HF_TOKEN in the environment" in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert after_start(done.stderr).count("\n") == 1
     assert not (home / "out").exists()
 
 
 def test_a_switch_that_is_neither_true_nor_false_is_refused(home: Path) -> None:
     done = script("train_swa_mla_latent_deltanet.sh", "8", "64", DELTANET_SHARE_QK="perhaps")
-    assert (done.returncode, done.stderr) == (2, "DELTANET_SHARE_QK=perhaps: must be true or false\n")
+    assert (done.returncode, after_start(done.stderr)) == (2, "DELTANET_SHARE_QK=perhaps: must be true or false\n")

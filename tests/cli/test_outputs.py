@@ -10,7 +10,7 @@ import pytest
 
 from swamla.cli import CLOSED_PIPE, main
 from swamla.config import load_file
-from tests.waiting import PATIENCE, running
+from tests.waiting import PATIENCE, after_start, running
 
 SWAMLA = [sys.executable, "-m", "swamla"]
 RECIPE = """[train]
@@ -24,9 +24,11 @@ pattern = ["a"]
 
 
 def shell(line: str, folder: Path, **environment: str) -> "subprocess.CompletedProcess[bytes]":
-    """What a shell makes of `line`, in which $SWAMLA is the program."""
+    """What a shell makes of `line`, in which $SWAMLA is the program; its stderr begins after the starting line."""
     known = os.environ | {"SWAMLA": f"{sys.executable} -m swamla"} | environment
-    return subprocess.run(["bash", "-c", line], cwd=folder, env=known, capture_output=True, check=False)
+    done = subprocess.run(["bash", "-c", line], cwd=folder, env=known, capture_output=True, check=False)
+    done.stderr = after_start(done.stderr.decode()).encode()
+    return done
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_a_signal_before_anything_is_trained_ends_in_one_line_and_leaves_nothing
         process.send_signal(number)
         assert process.wait(PATIENCE) == 128 + number
         line = f"stopped by {number.name}; no run was under way, the same command starts again"
-        assert process.stderr.read() == f"swamla: {line}\n"
+        assert after_start(process.stderr.read()) == f"swamla: {line}\n"
     assert not (tmp_path / "runs").exists()
 
 
@@ -192,10 +194,10 @@ def test_where_the_system_is_windows_every_command_says_so_in_one_line(command, 
     code = f"{WINDOWS}\nfrom swamla.cli import main\nsys.exit(main({command.split()!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith(
+    assert after_start(done.stderr).startswith(
         "swamla: error: swamla runs on Linux and macOS: this Python has no fcntl, as on Windows"
     )
-    assert done.stderr.count("\n") == 1
+    assert after_start(done.stderr).count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

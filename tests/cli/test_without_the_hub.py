@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from swamla.cli import main
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, after_start
 
 ROOT = Path(__file__).parents[2]
 BOTH = "; to train without the hub: --data FILE --tokenizer bpe:4096\n"
@@ -95,7 +95,7 @@ def test_the_old_scripts_are_refused_in_one_line_that_names_the_flags(words: tup
         timeout=PATIENCE,
     )
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
+    assert after_start(done.stderr).count("\n") == 1
     assert done.stderr.endswith(BOTH)
 
 

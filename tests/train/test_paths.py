@@ -332,7 +332,8 @@ def test_the_length_of_documents_is_that_which_a_token_meets(dataset):
 
 def test_a_run_tells_stores_and_computes_by_what_was_chosen(races, tmp_path, dataset):
     out = io.StringIO()
-    state = train(tiny_config(MODEL, steps=1), tmp_path / "run", dataset=dataset, console=Console(file=out, width=300))
+    config, console = tiny_config(MODEL, steps=1), Console(file=out, width=300)
+    state = train(config, tmp_path / "run", dataset=dataset, console=console, verbose=True)
     assert state.paths == {"mha": "sdpa", "swa": "sdpa"}
     assert "attention: sdpa, delta rule: torch\n" in out.getvalue()
     assert "attention window 8 + 2, 2 heads, width 8" in out.getvalue()

@@ -378,7 +378,7 @@ def test_a_failing_tensorboard_costs_one_warning_and_no_bit_of_the_run(
 def test_mfu_is_the_models_flops_over_the_named_peak(dataset, tmp_path):
     out = io.StringIO()
     config = tiny_config(steps=2, block_size=300)
-    state = train(config, tmp_path / "run", dataset=dataset, console=Console(file=out, width=200))
+    state = train(config, tmp_path / "run", dataset=dataset, console=Console(file=out, width=200), verbose=True)
     peak = peak_of(state.device, state.precision)
     assert f"mfu is relative to {peak.name}" in out.getvalue()
     assert "float32" in peak.name

@@ -8,11 +8,12 @@ further lines; --debug, anywhere on the line, shows the traceback instead.
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
 from swamla.cli.outputs import Ended, ended_by_signals, flush_outputs, open_outputs
+from swamla.cli.starting import announced
 from swamla.distributed import is_main, lost_a_rank
 from swamla.errors import ConfigError, FailedElsewhere, Interrupted, SwamlaError, UsageError, is_out_of_memory
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None, command: str = "") -> int:
     try:
         with ended_by_signals():
             others = _load_plugins(arguments)
-            run = import_module(f"swamla.cli.{command}").main if command else _dispatch
+            run = _main_of(command) if command else _dispatch
             status = run(others)
         flush_outputs()  # raises on a closed pipe here rather than when the interpreter exits
         return status
@@ -94,10 +95,11 @@ def _load_plugins(arguments: list[str]) -> list[str]:
         file = file or ("" if equals else next(words, ""))
         if not file or file.startswith("--"):
             raise UsageError("--plugin needs a Python file, e.g. --plugin my_mixer.py")
-        from swamla.cli.console import PLUGINS
-        from swamla.plugins import load_plugin
+        with announced(next((word for word in arguments if word in COMMANDS), "train")):
+            from swamla.cli.console import PLUGINS
+            from swamla.plugins import load_plugin
 
-        load_plugin(Path(file))
+            load_plugin(Path(file))
         PLUGINS.append(file)
     return others
 
@@ -116,7 +118,13 @@ def _dispatch(arguments: list[str]) -> int:
         from swamla.config import did_you_mean
 
         raise UsageError(f"no command {command!r}; {did_you_mean(command, list(COMMANDS))}")
-    return import_module(f"swamla.cli.{command}").main(arguments[1:])
+    return _main_of(command)(arguments[1:])
+
+
+def _main_of(command: str) -> Callable[[list[str]], int]:
+    """The function of a command, whose module is imported."""
+    with announced(command):
+        return import_module(f"swamla.cli.{command}").main
 
 
 def _overview() -> str:

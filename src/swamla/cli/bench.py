@@ -39,7 +39,7 @@ class Arguments:
     minutes: the approximate time limit. Measurements that would exceed it are named and left out.
     lengths: also train on single rows of these lengths; or none.
     prompts: generate after prompts of these lengths; or none.
-    output_dir, run_name, workers: no effect; accepted so that a training's command line can be used as it is.
+    output_dir, run_name, workers, verbose: no effect; accepted so that a training's command line can be used as it is.
     """
 
     recipe: str = argument("", positional=True, default="quickstart")
@@ -50,6 +50,7 @@ class Arguments:
     output_dir: str = argument("", usual=False)
     run_name: str = argument("", usual=False)
     workers: int = argument(0, usual=False)
+    verbose: bool = argument(False, switch=True, usual=False)
 
 
 @dataclass(kw_only=True)

@@ -4,30 +4,39 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import rich.console
 
+from swamla.cli.outputs import is_terminal
 from swamla.distributed import is_main
+from swamla.train.tracking.display import fill, say
 
 
 class Console(rich.console.Console):
     """rich's console, but leaves a closed pipe to `main`.
 
-    Only the main rank prints.
+    Only the main rank prints. `is_interactive` is true for terminals that can erase a line, whatever FORCE_COLOR says.
     """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(quiet=not is_main(), **settings)
+        if "force_terminal" not in settings and "force_interactive" not in settings:
+            self.is_interactive = is_terminal(self.file)
+        if self.is_dumb_terminal and "width" not in settings:
+            self.size = rich.console.ConsoleDimensions(*shutil.get_terminal_size())  # rich takes 80 columns
 
     def on_broken_pipe(self) -> None:
         """Called while a `BrokenPipeError` is handled: re-raise it."""
         raise
 
 
-def say(console: rich.console.Console, text: str) -> None:
-    """Print plain text: no markup, no wrapping, no highlighting."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+def say_rows(console: rich.console.Console, rows: Sequence[tuple[str, str]]) -> None:
+    """Print labels and their texts in two columns, the texts wrapped at words to a terminal's width."""
+    width = max((len(label) for label, _ in rows), default=0)
+    for label, text in rows:
+        say(console, fill(console, text, label=f"{label:<{width}}  ", indent=width + 2))
 
 
 def harmless(text: str) -> str:

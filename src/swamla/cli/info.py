@@ -32,7 +32,7 @@ class Arguments:
     recipe: a shipped recipe, a .toml or .json file, or a run's folder; flags change it.
     compare: another recipe or run to compare with.
     json: print one JSON object, or a list of two with --compare.
-    output_dir, run_name, workers: no effect; accepted so that a training's command line can be used as it is.
+    output_dir, run_name, workers, verbose: no effect; accepted so that a training's command line can be used as it is.
     """
 
     recipe: str = argument("", positional=True, default="quickstart")
@@ -41,6 +41,7 @@ class Arguments:
     output_dir: str = argument("", usual=False)
     run_name: str = argument("", usual=False)
     workers: int = argument(0, usual=False)
+    verbose: bool = argument(False, switch=True, usual=False)
 
 
 def main(argv: list[str]) -> int:

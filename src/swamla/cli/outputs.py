@@ -1,13 +1,23 @@
-"""The program's output streams, which may be closed, and the signals that end it."""
+"""The program's output streams, which may be closed or lack characters, and the signals that end it."""
 
+import codecs
 import os
 import signal
 import sys
 import threading
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from types import FrameType
+from typing import IO, Any
+
+# Readable substitutes for characters that an output's encoding lacks.
+SUBSTITUTES = {
+    "…": "...", "–": "-", "—": "-", "−": "-", "·": "*", "•": "*", "×": "x", "±": "+/-", "→": "->", "←": "<-",
+    "✓": "ok", "✗": "FAILED", "≤": "<=", "≥": ">=", "≈": "~", "µ": "u", "°": " degrees", "∞": "inf",
+    "‘": "'", "’": "'", "“": '"', "”": '"', "\N{REPLACEMENT CHARACTER}": "?", "\N{NO-BREAK SPACE}": " ",
+}  # fmt: skip
 
 
 class Ended(BaseException):
@@ -40,7 +50,7 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def open_outputs() -> None:
-    """Make stdout and stderr writable: a closed one goes to /dev/null, and unencodable characters are escaped.
+    """Make stdout and stderr writable: a closed one goes to /dev/null, unencodable characters get substitutes.
 
     Otherwise a file opened later would get the closed stream's descriptor, and the printed text with it.
     """
@@ -51,8 +61,38 @@ def open_outputs() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, which is this one
     sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8")
     sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8")
-    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as for stderr in Python
+    codecs.register_error("swamla", _readable)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors in ("strict", "surrogateescape", "backslashreplace"):
+            stream.reconfigure(errors="swamla")
+
+
+def substitute(character: str) -> str:
+    """A readable form of one character in ASCII: a substitute, the letter without its accents, or its number."""
+    if character in SUBSTITUTES:
+        return SUBSTITUTES[character]
+    if "\N{BOX DRAWINGS LIGHT HORIZONTAL}" <= character <= "\N{LOWER HALF BLOCK}":
+        name = unicodedata.name(character)
+        return "-" if name.endswith("HORIZONTAL") else "|" if name.endswith("VERTICAL") else "+"
+    if "\N{BRAILLE PATTERN BLANK}" <= character <= "\N{BRAILLE PATTERN DOTS-12345678}":  # of spinners
+        return "*"
+    plain = unicodedata.normalize("NFKD", character)
+    if unicodedata.name(character, "").startswith("SUPERSCRIPT"):
+        return f"^{plain}" if plain.isascii() else ascii(character)[1:-1]
+    letters = "".join(c for c in plain if not unicodedata.combining(c))
+    return letters if letters and letters.isascii() else ascii(character)[1:-1]
+
+
+def _readable(error: UnicodeError) -> tuple[str, int]:
+    """Encoding errors: substitutes for what cannot be encoded."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(substitute, error.object[error.start : error.end])), error.end
+
+
+def is_terminal(stream: IO[Any]) -> bool:
+    """True for a terminal that can erase a line, which a file, a pipe and TERM=dumb cannot."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown", "")
 
 
 def flush_outputs() -> None:

@@ -9,8 +9,9 @@ from typing import Any
 from swamla.cli.console import Console, say
 from swamla.cli.flags import argument, parse
 from swamla.cli.overrides import apply_flags, data_flags
+from swamla.cli.progress import shown_progress
 from swamla.cli.run_config import locate_beside
-from swamla.cli.running import describe_data, read_data, shown_progress
+from swamla.cli.running import describe_data, read_data
 from swamla.config import did_you_mean, from_plain, load_file
 from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset

@@ -41,10 +41,12 @@ class Arguments:
 
     output_dir: the run's folder; by default runs/quickstart, numbered if that exists.
     resume: continue the run in this folder, in output_dir, or the newest runs/quickstart.
+    verbose: print more at the start: details of the data, and what was measured to choose precision and kernels.
     """
 
     output_dir: str = argument("", metavar="FOLDER")
     resume: str = argument("", metavar="RUN", bare="")
+    verbose: bool = argument(False, switch=True)
 
 
 def main(argv: list[str]) -> int:
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> int:
     with _claimed(arguments, resume) as claim:
         run_dir = claim.path
         config = read_recipe(str(run_dir / "config.json") if resume else "quickstart", given, new=not resume)
-        _train(config, given, claim, resume)
+        _train(config, given, claim, resume, arguments.verbose)
     return 0
 
 
@@ -68,12 +70,12 @@ def _claimed(arguments: Arguments, resume: bool) -> Claim:
     return claim_run(resumed_folder(arguments.resume, named, "quickstart"))
 
 
-def _train(config: RunConfig, given: Mapping[str, Any], claim: Claim, resume: bool) -> None:
+def _train(config: RunConfig, given: Mapping[str, Any], claim: Claim, resume: bool, verbose: bool) -> None:
     """Fit a new run to the machine, train, sample, compare, and suggest the next commands."""
     console, run_dir = Console(), claim.path
     say(console, f"resuming {run_dir}" if resume else _announcement(config, run_dir))
     resumed = run_dir if resume else None
-    dataset = prepare_data(config.data, console, block_size=config.train.block_size, resumed=resumed)
+    dataset = prepare_data(config.data, console, block_size=config.train.block_size, resumed=resumed, verbose=verbose)
     if not resume:
         config = fitted(config, "quickstart", given, dataset, partial(say, console))
     samples, prompt = run_dir / "samples.txt", opening(dataset)
@@ -94,6 +96,7 @@ def _train(config: RunConfig, given: Mapping[str, Any], claim: Claim, resume: bo
             console=console,
             on_start=first_sample,
             claim=claim,
+            verbose=verbose,
         )
     model, tokenizer = load(run_dir)
     model = model.to(state.device)
@@ -122,8 +125,7 @@ def _announcement(config: RunConfig, run_dir: Path) -> str:
     steps, minutes = config.train.steps, config.train.max_minutes
     limits = [f"{steps} steps"] if steps else []
     limits += [f"{minutes:g} minutes"] if minutes else []
-    stack = " ".join(config.model.pattern)
-    return f"training a model of layers {stack} on {config.data.source}, at most {' or '.join(limits)}, in {run_dir}"
+    return f"training a small hybrid model on {config.data.source}, at most {' or '.join(limits)}, in {run_dir}"
 
 
 def _compare(console: Console, name: str, bits_per_byte: float, held_out: bytes) -> None:

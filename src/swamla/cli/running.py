@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from swamla import distributed
-from swamla.cli.console import Console, program, say
+from swamla.cli.console import Console, program, say, say_rows
+from swamla.cli.progress import shown_progress
 from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset
 from swamla.data.hub import PREFIX
 from swamla.data.preparing import prepare
 from swamla.data.reopening import lacks_plugin, reopen
-from swamla.data.shards import Progress
 from swamla.errors import DataError, HubDataError, Interrupted, MissingBackendError, UsageError
 from swamla.hub.pull import pull
 from swamla.train import TrainConfig
@@ -23,18 +23,9 @@ from swamla.train.claims import Claim, claim_new, claim_numbered
 from swamla.train.launch import begun_by
 from swamla.train.run_folder import identity_of_run
 
+BRIEF = ("mixture", "stream", "source", "tokenizer", "train", "held out", "note")  # rows of a dataset's description
+_COUNTED = re.compile(r"^(\d+ [^:]*): .*$", re.DOTALL)  # a note with places: "3 empty documents skipped: one in …"
 UTILISATION_TOKENS = 1 << 18  # read to estimate the share of positions that carry loss
-
-
-@contextmanager
-def shown_progress(console: Console) -> Iterator[Progress]:
-    """A function that shows the progress of reading, on terminals only."""
-    with console.status("reading …") as status:
-
-        def progress(stage: str, documents: int, n_bytes: int) -> None:
-            status.update(f"{stage}: {documents:,} documents, {n_bytes:,} bytes")
-
-        yield progress
 
 
 def read_data(config: DataConfig, console: Console, *, workers: int | None = None) -> Dataset:
@@ -88,8 +79,9 @@ def prepare_data(
     block_size: int = TrainConfig.block_size,
     workers: int | None = None,
     resumed: Path | None = None,
+    verbose: bool = False,
 ) -> Dataset:
-    """The data of a run, described on the console. resumed: the folder of a resumed run."""
+    """The data of a run, described on the console. resumed: the folder of a resumed run.  verbose: all about it."""
     if resumed is None:
         try:
             dataset = read_data(config, console, workers=workers)
@@ -97,7 +89,7 @@ def prepare_data(
             raise type(error)(f"{error}{_without_the_hub(config)}") from error
     else:
         dataset = data_of_run(resumed, config, console, training=True, workers=workers)
-    describe_data(dataset, console, block_size)
+    describe_data(dataset, console, block_size, brief=not verbose)
     return dataset
 
 
@@ -109,16 +101,21 @@ def _without_the_hub(config: DataConfig) -> str:
     return f"; to train without the hub: {' '.join(flags)}" if flags else ""
 
 
-def describe_data(dataset: Dataset, console: Console, block_size: int = TrainConfig.block_size) -> None:
-    """Print a description of the data, and how well it fills rows of `block_size`; on the main rank only."""
+def describe_data(
+    dataset: Dataset, console: Console, block_size: int = TrainConfig.block_size, *, brief: bool = False
+) -> None:
+    """Print a description of the data, and how well it fills rows of `block_size`; on the main rank only.
+
+    brief: only what the data is, its size, how much is held out, and what was left out, without places.
+    """
     if not distributed.is_main():
         return
     described = dataset.describe()
-    if dataset.train.n_documents:
+    if brief:
+        described = [(label, _COUNTED.sub(r"\1", text)) for label, text in described if label in BRIEF]
+    elif dataset.train.n_documents:
         described.append(("utilisation", _utilisation(dataset, block_size)))
-    width = max(len(label) for label, _ in described)
-    for label, value in described:
-        say(console, f"{label:<{width}}  {value}")
+    say_rows(console, described)
 
 
 def _utilisation(dataset: Dataset, block_size: int) -> str:

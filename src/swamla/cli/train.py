@@ -42,6 +42,7 @@ class Arguments:
     resume_from_hf: continue the run in --hf_repo_id, in a new folder.
     hf_revision: of the repository: a branch, a tag or a commit; by default the newest.
     workers: processes that tokenize large data; 0 for one per core.
+    verbose: print more at the start: details of the data, and what was measured to choose precision and kernels.
     """
 
     recipe: str = argument("", positional=True, default="quickstart")
@@ -51,6 +52,7 @@ class Arguments:
     resume_from_hf: bool = argument(False, switch=True, usual=False)
     hf_revision: str = argument("", usual=False)
     workers: int = argument(0, usual=False)
+    verbose: bool = argument(False, switch=True)
 
 
 def main(argv: list[str]) -> int:
@@ -107,6 +109,7 @@ def _train(arguments: Arguments, given: Mapping[str, Any]) -> int:
             block_size=config.train.block_size,
             workers=arguments.workers or None,
             resumed=run_dir if resume else None,
+            verbose=arguments.verbose,
         )
         claim = claims[-1] if claims else None
         evaluate = validation(dataset, config.train.block_size, config.train.eval_tokens)
@@ -121,6 +124,7 @@ def _train(arguments: Arguments, given: Mapping[str, Any]) -> int:
                 console=console,
                 on_start=lambda begun: first.append(begun.step),
                 claim=claim,
+                verbose=arguments.verbose,
             )
     say(console, f"the run is in {run_dir}")
     if state.step > first[0]:

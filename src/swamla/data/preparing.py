@@ -23,6 +23,7 @@ from swamla.data.caching import mark_used
 from swamla.data.config import MIXTURE, TOKEN_IDS, DataConfig, parse_bpe
 from swamla.data.dataset import FORMAT_VERSION, META, TOKENIZER, Dataset, PreparedDataset, Throughput, write_meta
 from swamla.data.likeness import describe_unlike
+from swamla.data.progress import Reading, expected_text
 from swamla.data.reading import Notes
 from swamla.data.shards import Progress, divide, encode_documents, is_held_out, usable_fraction
 from swamla.data.sources import Source, Unit, open_source
@@ -56,9 +57,9 @@ def prepare(
     document a row, or an iterable of sequences of ids, one document each. Its end-of-document id, `eos_id`, also
     separates documents. They are written to the cache, so a run on them resumes and is evaluated without them.
     held_out: documents of the same kind that are never trained on; by default `held_out_fraction` of all.
-    `progress(stage, documents, bytes)` is called repeatedly. workers: processes for a large source, by default one per
-    core. Raises DataError for unusable input and CorruptError for a damaged cache. A killed or failed preparation
-    leaves no partial dataset.
+    `progress(stage, documents, bytes, share)` is called repeatedly; share: about how much of the stage is done, 0 … 1,
+    or None if that is unknown. workers: processes for a large source, by default one per core. Raises DataError for
+    unusable input and CorruptError for a damaged cache. A killed or failed preparation leaves no partial dataset.
     """
     progress = progress or _silent
     given = config.source == TOKEN_IDS
@@ -262,8 +263,14 @@ class Preparation:
             begin = time.monotonic()
             notes = Notes(self.source.left_out.plain())
             fraction = usable_fraction(self.source.documents(Notes()), self.config.held_out_fraction)
-            rule, divided = divide(self.source.documents(notes), fraction)
-            encoded = encode_documents(divided, tokenizer, folder, self.progress)
+            reading = Reading(self.source)
+            rule, divided = divide(reading.documents(notes), fraction)
+            encoded = encode_documents(
+                divided,
+                tokenizer,
+                folder,
+                lambda documents, n_bytes: self.progress("encoding", documents, n_bytes, reading.share),
+            )
             write_meta(folder, self.config, self.source.origin, tokenizer, rule, encoded, notes)
             _move(folder, self.target)
         return Throughput(encoded.tokens, encoded.bytes, time.monotonic() - begin, 1)
@@ -281,10 +288,11 @@ class Preparation:
         workers = min(workers or available_cores(), len(numbers))
         documents = n_bytes = tokens = 0
         with Workers(job, workers) as pool:
+            self.progress(f"encoding, unit 0 of {len(numbers)}", 0, 0, 0.0)
             for done, record in enumerate(pool.make(numbers), 1):
                 documents, n_bytes = documents + record.train + record.held_out, n_bytes + record.bytes
                 tokens += record.tokens
-                self.progress(f"encoding, unit {done} of {len(numbers)}", documents, n_bytes)
+                self.progress(f"encoding, unit {done} of {len(numbers)}", documents, n_bytes, done / len(numbers))
         return Throughput(tokens, n_bytes, time.monotonic() - begin, workers)
 
     def tokenizer(self, job: Job) -> Tokenizer:
@@ -297,6 +305,7 @@ class Preparation:
     def join(self, units: list[Unit]) -> None:
         """Join all units to the dataset, and remove them."""
         job = self.job(units)
+        self.progress("joining the units", 0, 0, None)
         try:
             with _staging(self.target) as staging:
                 if job.join(staging, self.config, self.tokenizer(job)) == 1:
@@ -334,12 +343,16 @@ def learn_tokenizer(config: DataConfig, parts: list[Share], progress: Progress) 
     Its training sample is deterministic and has no held-out document.
     """
 
-    def counted(texts: Iterator[str]) -> Iterator[str]:
+    expected = sum(expected_text(entry) for part in parts for entry in part.source.entries)
+
+    def counted(texts: Iterator[str], most: int) -> Iterator[str]:
         n_documents = n_characters = 0
         for text in texts:
             yield text
             n_documents, n_characters = n_documents + 1, n_characters + len(text)
-            progress("reading for the tokenizer", n_documents, n_characters)
+            share = n_characters / max(1, n_characters, min(most, expected))
+            progress("reading for the tokenizer", n_documents, n_characters, share)
+        progress("training the tokenizer", n_documents, n_characters, None)
 
     total = sum(part.weight for part in parts)
     every = (text for part in parts for text in part.source.documents(Notes()))
@@ -347,7 +360,9 @@ def learn_tokenizer(config: DataConfig, parts: list[Share], progress: Progress) 
         training_texts(part.source, part.units, config.held_out_fraction, int(TOKENIZER_SAMPLE * part.weight / total))
         for part in parts
     )
-    return make_tokenizer(config.tokenizer, counted(chain.from_iterable(some)), counted(every))
+    return make_tokenizer(
+        config.tokenizer, counted(chain.from_iterable(some), TOKENIZER_SAMPLE), counted(every, expected)
+    )
 
 
 def training_texts(source: Source, units: list[Unit], held_out_fraction: float, size: int) -> Iterator[str]:
@@ -421,5 +436,5 @@ def _move(folder: Path, target: Path) -> None:
     fsync(target.parent)
 
 
-def _silent(stage: str, documents: int, n_bytes: int) -> None:
+def _silent(stage: str, documents: int, n_bytes: int, share: float | None) -> None:
     pass

@@ -21,7 +21,8 @@ from numpy.lib import format as npy
 from swamla.data.tokenizer import Tokenizer, utf8
 from swamla.errors import CorruptError, DataError
 
-Progress = Callable[[str, int, int], None]  # stage, documents done, bytes done
+# stage, documents done, bytes done, and about which share of the stage is done: 0 … 1, None if unknown
+Progress = Callable[[str, int, int, float | None], None]
 
 HELD_OUT_TEXT = "held_out.txt"
 PIECE = 1 << 18  # characters encoded at once; the library needs some hundred bytes for each
@@ -106,9 +107,15 @@ class Encoded(NamedTuple):
 
 
 def encode_documents(
-    documents: Iterable[tuple[str, bool]], tokenizer: Tokenizer, folder: Path, progress: Progress
+    documents: Iterable[tuple[str, bool]],
+    tokenizer: Tokenizer,
+    folder: Path,
+    progress: Callable[[int, int], None],
 ) -> Encoded:
-    """Write the shards and the held-out text of (text, held out?) pairs into `folder`."""
+    """Write the shards and the held-out text of (text, held out?) pairs into `folder`.
+
+    `progress(documents, bytes)` is called repeatedly.
+    """
     lossless, done = True, 0
     with ExitStack() as stack:
         train, held_out = (SplitWriter(folder, name, tokenizer.vocab_size, stack) for name in ("train", "held_out"))
@@ -121,7 +128,7 @@ def encode_documents(
                 if piece.held_out:
                     text_file.write(raw)
                     lossless = lossless and tokenizer.decode(ids) == piece.text
-            progress("encoding", train.n_documents + held_out.n_documents, done)
+            progress(train.n_documents + held_out.n_documents, done)
     n_tokens = train.n_tokens + held_out.n_tokens
     return Encoded(train.n_documents, held_out.n_documents, train.n_tokens, n_tokens, done, lossless)
 

@@ -28,7 +28,7 @@ from swamla.errors import DataError, require
 from swamla.registry import Registered, members_of, register
 
 UNIT_BYTES = 1 << 23
-_EXPANSION = 4  # typical ratio of the size of text to its compressed size
+EXPANSION = 4  # typical ratio of the size of text to its compressed size
 TOKENIZERS = ("byte", "char", "gpt2")  # that are no paths, whatever files there are
 _NOT_LIBRARY = frozenset({"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__"})
 
@@ -105,7 +105,7 @@ class Source(Registered, home="swamla.data.sources"):
                 units += [Unit(index, index + 1, span) for span in spans]
                 first, size = index + 1, 0
                 continue
-            size += entry.size * (_EXPANSION if entry.name.lower().endswith(COMPRESSED) else 1)
+            size += entry.size * (EXPANSION if entry.name.lower().endswith(COMPRESSED) else 1)
             if size >= UNIT_BYTES:
                 units.append(Unit(first, index + 1))
                 first, size = index + 1, 0

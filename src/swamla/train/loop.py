@@ -30,7 +30,10 @@ from swamla.train.run_folder import open_run
 from swamla.train.saving import Diverged, finish_saves, raise_diverged, rescore_best, save
 from swamla.train.state import TrainState, generator_states, set_generator_states
 from swamla.train.step import StepResult, training_step
+from swamla.train.tracking.display import fill, say
 from swamla.train.tracking.trackers import require_trackers
+
+MANY = 12  # layers: a deeper model is announced without its pattern
 
 __all__ = ["Diverged", "Evaluate", "train"]
 
@@ -45,11 +48,13 @@ def train(
     console: Console | None = None,
     on_start: Callable[[TrainState], None] | None = None,
     claim: Claim | None = None,
+    verbose: bool = False,
 ) -> TrainState:
     """Train `config.model` on `dataset` in the folder `run_dir`, from the first step or the last checkpoint (`resume`).
 
     evaluate: called with the model, in the run's precision; returns at least "loss", the held-out loss in nats per
     token. on_start: called once before the first step. claim: the lock on the folder, if the caller has taken it.
+    verbose: print measurements too that were made to choose precision and kernels.
     Returns the final state, with the weights of the last step.
     Raises `Interrupted`, after saving, on SIGTERM or SIGHUP (exit 75), Ctrl-C (130) or a closed output (141);
     `Diverged` when `max_skipped` steps in a row had no finite gradient; `OutOfMemory`; and what `require_trackers`,
@@ -58,11 +63,13 @@ def train(
     run_dir, console = Path(run_dir), console or Console()
     require_trackers(config.train)
     require_hub(config.train.hf_repo_id)
+    if distributed.is_main():
+        say(console, "building the model, choosing kernels …")  # which may be measured, for seconds
     with (
         open_run(config, run_dir, dataset=dataset, resume=resume, claim=claim) as (config, state),
         in_progress(config, run_dir, state, dataset, evaluate, console) as run,
     ):
-        _announce(run, resumed=resume)
+        _announce(run, console, resumed=resume, verbose=verbose)
         rescore_best(run)
         if on_start is not None:
             generators = generator_states()
@@ -72,19 +79,24 @@ def train(
     return state
 
 
-def _announce(run: Run, *, resumed: bool) -> None:
-    """Print every choice made for this run: precision, backends, FLOP/s peak, epochs."""
+def _announce(run: Run, console: Console, *, resumed: bool, verbose: bool) -> None:
+    """Print the model's size, the plan, and the choices made for this run; verbose: also what was measured for them."""
+
+    def say(text: str) -> None:
+        run.say(fill(console, text, indent=2))
+
     state, settings = run.state, run.settings
     parameters = sum(p.numel() for p in state.model.parameters())
     where = f", resumed after step {state.step}" if resumed else ""
-    run.say(f"{parameters:,} parameters, {state.precision} on {state.device}{where}")
-    run.say(f"backends: {describe(state.backends)}")
-    for note in state.notes:
-        run.say(note)
-    run.say(f"mfu is relative to {run.log.peak.name}")
-    planned = (settings.steps or 0) * settings.batch_size * settings.block_size
-    if planned and not settings.curriculum and not settings.batch_ramp and (described := run.epochs.describe(planned)):
-        run.say(f"{settings.steps} steps are {described}")
+    pattern = run.config.model.pattern
+    layers = f"layers {' '.join(pattern)}" if len(pattern) <= MANY else f"{len(pattern)} layers"
+    say(f"model: {parameters:,} parameters, {layers}, {state.precision} on {state.device}{where}")
+    say(f"backends: {describe(state.backends)}")
+    for note in (*state.notes, *(state.measured if verbose else ())):
+        say(note)
+    if verbose:
+        say(f"mfu is relative to {run.log.peak.name}")
+    say(f"plan: {_plan(run)}")
     if resumed and run.progress(0.5) >= 1:
         spent = [f"{state.step} of {settings.steps} steps"] if settings.steps else [f"{state.step} steps"]
         spent += [f"{state.seconds / 60:.1f} of {settings.max_minutes:g} minutes"] if settings.max_minutes else []
@@ -92,6 +104,18 @@ def _announce(run: Run, *, resumed: bool) -> None:
             f"--resume {shlex.quote(str(run.folder))} {extension(settings, step=state.step, seconds=state.seconds)}"
         )
         run.say(f"the run is finished: {', '.join(spent)}; to extend it: {longer}")
+
+
+def _plan(run: Run) -> str:
+    """The length of the run, with its passes over the data where they are known."""
+    settings = run.settings
+    steps, minutes = settings.steps, settings.max_minutes
+    limits = [f"at most {minutes:g} minutes"] if minutes else []
+    if steps:
+        planned = steps * settings.batch_size * settings.block_size
+        epochs = "" if settings.curriculum or settings.batch_ramp else run.epochs.describe(planned)
+        limits.insert(0, f"{steps} steps are {epochs}" if epochs else f"{steps} steps")
+    return "; ".join(limits)
 
 
 def _train(run: Run) -> None:

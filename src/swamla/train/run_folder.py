@@ -153,9 +153,9 @@ def fresh_state(
     if train.threads is not None:
         torch.set_num_threads(train.threads)
     device = resolve_device(train.device)
-    precision, notes = _precision(train, device, before)
+    notes: list[str] = []
+    precision, measured = _precision(train, device, before)
     paths, raced = _paths(config, dataset, device, precision, before)
-    notes += raced
     model_config = config.model.with_backends(paths)
     backends = resolve_backends(model_config, device, precision)
     seed_generators(train.seed)
@@ -194,6 +194,7 @@ def fresh_state(
         precision=precision,
         backends=backends,
         notes=tuple(notes),
+        measured=(*measured, *raced),
         data_fingerprint=dataset.fingerprint,
         initialized_from=initialized_from,
         device=device,
@@ -222,7 +223,7 @@ def identity_of_run(run_dir: Path) -> list[dict[str, str]] | None:
 
 
 def _precision(train: TrainConfig, device: torch.device, before: Checkpoint | None) -> tuple[Chosen, list[str]]:
-    """The precision, the same on every rank, and notes on it. "auto" keeps the precision of a resumed run."""
+    """The precision, the same on every rank, and what was measured. "auto" keeps the precision of a resumed run."""
     if before is not None and train.precision == "auto":
         return cast(Chosen, entry(before.state, "precision", str, file=before.path / "state.json")), []
 
@@ -238,7 +239,7 @@ def _precision(train: TrainConfig, device: torch.device, before: Checkpoint | No
 def _paths(
     config: RunConfig, dataset: Dataset, device: torch.device, precision: Chosen, before: Checkpoint | None
 ) -> tuple[dict[str, str], list[str]]:
-    """Block → the backend of its mixer, the same on every rank, and notes on the choice."""
+    """Block → the backend of its mixer, the same on every rank, and what was measured."""
     if before is not None and _machine_of(before).get("device", device.type) == device.type == "cpu":
         return stored_paths(before), []
 

@@ -76,7 +76,8 @@ class TrainState:
     """The state of a training run. A checkpoint holds all of it, and the states of the random generators.
 
     backends: op → the backend that computes it.  paths: block → the backend that was chosen by measurement.
-    machine: hardware and versions, see `describe_machine`.  notes: other choices, a line each, to be printed.
+    machine: hardware and versions, see `describe_machine`.  notes, measured: other choices and
+    the measurements that were made for them, a line each, to be printed.
     initialized_from: the run or folder that a new run took its weights from.
     average: the moving average of the weights, if the run has one; evaluations score it.
     step: optimizer steps taken, skipped ones included.  sample: index of the next row, the position in the data.
@@ -96,6 +97,7 @@ class TrainState:
     machine: dict[str, Any] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    measured: tuple[str, ...] = ()
     initialized_from: dict[str, Any] | None = None
     average: WeightAverage | None = None
     step: int = 0

@@ -1,12 +1,14 @@
 """Console output of a run: a progress bar or plain lines."""
 
 import errno
+import os
+import textwrap
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Protocol, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 
 from swamla import distributed
 
@@ -25,6 +27,28 @@ class Display(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+def say(console: Console, text: str) -> None:
+    """Print plain text as it is: no markup, no wrapping, no highlighting."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def fill(console: Console, text: str, *, label: str = "", indent: int = 0) -> str:
+    """`text` behind `label`, wrapped at words to the width of a terminal, or to COLUMNS; in files it stays one line.
+
+    indent: of all lines but the first.
+    """
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        return label + text
+    return textwrap.fill(
+        text,
+        max(20, console.width),
+        initial_indent=label,
+        subsequent_indent=" " * indent,
+        break_long_words=False,  # of a path or a command, which are copied
+        break_on_hyphens=False,
+    )
 
 
 def time_left(progress: float, seconds: float) -> str:
@@ -62,7 +86,7 @@ class PlainLines:
 
     def say(self, text: str) -> None:
         """Print a line."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self._console, text)
 
     def __enter__(self) -> Self:
         return self
@@ -74,19 +98,19 @@ class PlainLines:
 
 
 class ProgressBar:
-    """One live line on a terminal: progress, step, loss, bits per byte, speed and time left."""
+    """One live line on a terminal: progress, step, loss, bits per byte, speed and time left; less on a narrow one."""
 
-    _TEXT = (
-        "step {task.fields[step]}  loss {task.fields[loss]}  {task.fields[bits]} bits/byte  {task.fields[speed]} tok/s"
-    )
+    _TEXT = "step {task.fields[step]}  loss {task.fields[loss]}  {task.fields[bits]} bits/byte"
+    _SPEED = "  {task.fields[speed]} tok/s"
+    _WIDE, _MEDIUM = 105, 76  # columns for the bar and for the speed
 
     def __init__(self, console: Console) -> None:
+        columns: list[ProgressColumn] = [TextColumn("[bold]{task.percentage:>3.0f}%")]
+        if console.width >= self._WIDE:
+            columns.append(BarColumn(bar_width=24))
+        text = self._TEXT + (self._SPEED if console.width >= self._MEDIUM else "")
         self._progress = Progress(
-            TextColumn("[bold]{task.percentage:>3.0f}%"),
-            BarColumn(bar_width=24),
-            TextColumn(self._TEXT, markup=False),
-            TextColumn("[dim]{task.fields[eta]}"),
-            console=console,
+            *columns, TextColumn(text, markup=False), TextColumn("[dim]{task.fields[eta]}"), console=console
         )
         self._task = self._progress.add_task("", total=1.0, step="0", loss="–", bits="–", speed="–", eta="")
 
@@ -104,7 +128,7 @@ class ProgressBar:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self._progress.console, text)
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -170,7 +194,7 @@ class WhileRead:
 
 
 def make_display(console: Console, interval: int) -> Display:
-    """A progress bar on a terminal, else plain lines every `interval` steps; nothing on other ranks."""
+    """A progress bar on a terminal that can erase lines, else a line every `interval` steps; nothing on other ranks."""
     if not distributed.is_main():
         return Silence()
-    return ProgressBar(console) if console.is_terminal else PlainLines(console, interval)
+    return ProgressBar(console) if console.is_interactive else PlainLines(console, interval)
