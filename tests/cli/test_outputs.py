@@ -61,10 +61,11 @@ OLD_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 @pytest.mark.parametrize(
     "line", ["$SWAMLA --help", "$SWAMLA info quickstart", "$SWAMLA train --help", "$SWAMLA doctor --help"]
 )
-def test_an_output_that_has_no_place_for_a_character_is_given_its_number(line, tmp_path):
+def test_an_output_that_has_no_place_for_a_character_is_given_a_readable_one(line, tmp_path):
     done = shell(line, tmp_path, **OLD_LOCALE)
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.isascii()
+    assert b"\\u" not in done.stdout
 
 
 @pytest.mark.parametrize("environment", [{}, OLD_LOCALE], ids=["utf-8", "C"])

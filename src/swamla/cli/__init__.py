@@ -6,7 +6,9 @@ further lines; --debug, anywhere on the line, shows the traceback instead.
 """
 
 import os
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -128,19 +130,19 @@ def _main_of(command: str) -> Callable[[list[str]], int]:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<11} {about}" for name, about in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: swamla COMMAND …",
-            "",
-            "Design, train, run and compare hybrid-attention language models.",
-            "",
-            *lines,
-            "",
-            "swamla COMMAND --help shows a command's flags; swamla --version. Every command also takes --plugin FILE,",
-            "which imports a Python file with mixers or sources of your own, and --debug, which shows tracebacks.",
-        ]
+    from swamla.cli.flags import WIDEST
+
+    width = max(40, min(WIDEST, shutil.get_terminal_size().columns - 1))
+    more = (
+        "swamla COMMAND --help shows a command's flags; swamla --version. Every command also takes --plugin FILE, "
+        "which imports a Python file with mixers or sources of your own, and --debug, which shows tracebacks."
     )
+    commands = [
+        textwrap.fill(about, width, initial_indent=f"  {name:<11} ", subsequent_indent=" " * 14)
+        for name, about in COMMANDS.items()
+    ]
+    what = textwrap.fill("Design, train, run and compare hybrid-attention language models.", width)
+    return "\n".join(["usage: swamla COMMAND …", "", what, "", *commands, "", textwrap.fill(more, width)])
 
 
 def _explain(error: BaseException) -> tuple[str, int]:

@@ -16,7 +16,7 @@ from swamla.bench.measuring import ceilings, machine
 from swamla.bench.recipe import Allowance, RecipeBench, Wanted
 from swamla.bench.results import Results, Row, in_bytes
 from swamla.cli.bench_tables import Screen
-from swamla.cli.console import Console, say
+from swamla.cli.console import Console, say, say_wrapped
 from swamla.cli.flags import argument, parse
 from swamla.cli.overrides import flags
 from swamla.cli.run_config import explain_recipe, read_recipe, with_vocabulary
@@ -82,9 +82,10 @@ def main(argv: list[str]) -> int:
         except KeyboardInterrupt:
             kept = f"; what was measured is in {file}" if file and results.rows else ""
             raise Interrupted(f"interrupted{kept}", CTRL_C) from None
-    say(console, f"\n{results.seconds:.0f} s; {_LEGEND}")
+    say(console, "")
+    say_wrapped(console, f"{results.seconds:.0f} s; {_LEGEND}")
     if file:
-        say(console, f"the figures are in {file}")
+        say_wrapped(console, f"the figures are in {file}")
     return 0
 
 
@@ -103,15 +104,15 @@ def _measure(recipe: str, wanted: Wanted, results: _Shown, seconds: float, conso
     backends = describe(resolve_backends(config.model, wanted.device, wanted.precision))
     parameters = count_parameters(config.model).total
     results.machine = machine()
-    say(console, f"{recipe}: {parameters:,} parameters, {wanted.precision} on {wanted.device.type}; {backends}")
+    say_wrapped(console, f"{recipe}: {parameters:,} parameters, {wanted.precision} on {wanted.device.type}; {backends}")
     precision = measured_precision(wanted.device) if config.train.precision == "auto" else None
     for choice in ([precision] if precision else []) + choices:
-        say(console, str(choice))
-    say(console, _machine(results.machine))
-    say(console, f"{_about(seconds)} (--minutes); on random tokens, nothing is downloaded")
+        say_wrapped(console, str(choice))
+    say_wrapped(console, _machine(results.machine))
+    say_wrapped(console, f"{_about(seconds)} (--minutes); on random tokens, nothing is downloaded")
     results.screen.stage("the machine's peak rates")
     results.ceilings = ceilings(wanted.device, seconds=min(1.0, 0.01 * seconds))
-    say(console, _ceilings(results.ceilings))
+    say_wrapped(console, _ceilings(results.ceilings))
     results.rows["model"] = [
         {
             "name": recipe,

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from swamla.bench.results import Row, in_bytes, in_rate, in_seconds
-from swamla.cli.console import say
+from swamla.cli.console import say, say_wrapped
 from swamla.cli.info_tables import short
 
 Cell = Callable[[Any], str]  # of a row
@@ -105,7 +105,7 @@ class Screen:
     def row(self, table: str, row: Row) -> None:
         """Show a row, or collect it for its table."""
         if not self._console.is_terminal:
-            say(self._console, line(table, row))
+            say_wrapped(self._console, line(table, row), indent=2)
             return
         if table != self._table:
             self._show()
@@ -123,10 +123,15 @@ class Screen:
                 name, *figures = (cell(row) for cell in columns.values())
                 drawn.add_row(name.replace(" packed", "*"), *figures)
             say(self._console, f"\n{TITLES[self._table]}")
-            self._console.print(drawn)
+            unlimited = self._console.options.update(width=1000)
+            if self._console.measure(drawn, options=unlimited).minimum <= self._console.width:
+                self._console.print(drawn)
+            else:  # each row as a line, wrapped
+                for row in measured:
+                    say_wrapped(self._console, line(self._table, row), indent=2)
         for row in self._rows:
             if "error" in row:
-                say(self._console, line(self._table, row))
+                say_wrapped(self._console, line(self._table, row), indent=2)
         self._rows = []
 
     def __exit__(

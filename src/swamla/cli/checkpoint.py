@@ -25,9 +25,11 @@ HELP = """usage: swamla checkpoint list RUN
        swamla checkpoint verify RUN|CHECKPOINT
        swamla checkpoint convert RUN FOLDER
 
-list      list the checkpoints of a run: step, size, age, best, latest
-verify    check every file against its manifest; exit status 3 and the file's name if one is damaged
-convert   write one checkpoint with another number of shards, or its weights alone, as a new run folder
+list      the checkpoints of a run: step, size, age
+verify    check every file against its manifest; exit
+          status 3 and the file's name if one is damaged
+convert   write one checkpoint with another number of
+          shards, or its weights alone, as a new run folder
 
 Each takes --json and --help."""
 

@@ -32,11 +32,16 @@ class Console(rich.console.Console):
         raise
 
 
+def say_wrapped(console: rich.console.Console, text: str, *, label: str = "", indent: int = 0) -> None:
+    """Print plain text behind `label`, wrapped at words to a terminal's width, with later lines indented."""
+    say(console, fill(console, text, label=label, indent=indent))
+
+
 def say_rows(console: rich.console.Console, rows: Sequence[tuple[str, str]]) -> None:
     """Print labels and their texts in two columns, the texts wrapped at words to a terminal's width."""
     width = max((len(label) for label, _ in rows), default=0)
     for label, text in rows:
-        say(console, fill(console, text, label=f"{label:<{width}}  ", indent=width + 2))
+        say_wrapped(console, text, label=f"{label:<{width}}  ", indent=width + 2)
 
 
 def harmless(text: str) -> str:

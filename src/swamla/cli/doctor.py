@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from swamla.bench.measuring import memory_bytes
-from swamla.cli.console import Console, say
+from swamla.cli.console import Console, say, say_rows, say_wrapped
 from swamla.cli.flags import parse
 from swamla.cli.info_tables import short
 from swamla.cli.self_check import run_checks, tiny_model
@@ -80,7 +80,8 @@ def main(argv: list[str]) -> int:
     for outcome in run_checks(device):
         outcomes.append(outcome)
         if not arguments.json:
-            say(console, f"{'✓' if outcome.ok else '✗'} {outcome.name:<18}  {outcome.detail}")
+            mark = "✓" if outcome.ok else "✗"
+            say_wrapped(console, outcome.detail, label=f"{mark} {outcome.name:<18}  ", indent=22)
     ok = all(outcome.ok for outcome in outcomes)
     if arguments.json:
         print(json.dumps(found | {"checks": [asdict(outcome) for outcome in outcomes], "ok": ok}))
@@ -198,9 +199,7 @@ def _show(console: Console, found: dict[str, Any]) -> None:
         ("cache", f"{storage['cache']}, {short(storage['cache_bytes'], 'B')}"),
         ("disk", f"{free[0]} free there, {free[1]} here"),
     ]
-    width = max(len(label) for label, _ in rows)
-    for label, text in rows:
-        say(console, f"{label:<{width}}  {text}")
+    say_rows(console, rows)
     say(console, "")
 
 

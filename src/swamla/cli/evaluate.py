@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from swamla.checkpoint import Checkpoint, find_checkpoint, load, read_run_config
-from swamla.cli.console import Console, say
+from swamla.cli.console import Console, say, say_wrapped
 from swamla.cli.flags import Flag, argument, parse
 from swamla.cli.overrides import apply_flags, data_flags
 from swamla.cli.running import data_of_run, read_data, run_folder
@@ -92,9 +92,11 @@ def main(argv: list[str]) -> int:
     else:
         print(f"loss          {found['loss']:.4f} nats per token")
         print(f"perplexity    {found['perplexity']:.2f}")
-        print(f"bits per byte {found['bits_per_byte']:.4f}")
-        print(f"over {found['tokens']:,} tokens, {found['bytes']:,.0f} bytes: {part} of {source}, in {precision}")
-        print(f"bytes counted minus bytes of the decoded tokens: {apart:,}")
+        print(f"bits per byte {found['bits_per_byte']:.4f}", flush=True)
+        console = Console()
+        scored = f"over {found['tokens']:,} tokens, {found['bytes']:,.0f} bytes: {part} of {source}, in {precision}"
+        say_wrapped(console, scored)
+        say(console, f"bytes counted minus bytes of the decoded tokens: {apart:,}")
     return 0
 
 

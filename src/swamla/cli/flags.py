@@ -210,7 +210,7 @@ def _parser(
     words = [_shown_as(flag) + " …" * flag.repeated for flag in table.values() if flag.positional]
     required = [flag.default is MISSING for flag in table.values() if flag.positional]
     usage = [word if needed else f"[{word}]" for word, needed in zip(words, required, strict=True)]
-    always = "Every command also takes --plugin FILE and --debug, see swamla --help."
+    always = textwrap.fill("Every command also takes --plugin FILE and --debug, see swamla --help.", width)
     parser = _Parser(
         prog=command,
         usage=" ".join([command, *usage, "[FLAGS]"]),

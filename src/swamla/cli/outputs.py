@@ -15,7 +15,7 @@ from typing import IO, Any
 # Readable substitutes for characters that an output's encoding lacks.
 SUBSTITUTES = {
     "…": "...", "–": "-", "—": "-", "−": "-", "·": "*", "•": "*", "×": "x", "±": "+/-", "→": "->", "←": "<-",
-    "✓": "ok", "✗": "FAILED", "≤": "<=", "≥": ">=", "≈": "~", "µ": "u", "°": " degrees", "∞": "inf",
+    "✓": "ok", "✗": "FAILED", "≤": "<=", "≥": ">=", "≈": "~", "µ": "u", "°": " degrees", "∞": "inf", "√": "sqrt", "⊙": "*",
     "‘": "'", "’": "'", "“": '"', "”": '"', "\N{REPLACEMENT CHARACTER}": "?", "\N{NO-BREAK SPACE}": " ",
 }  # fmt: skip
 
@@ -71,13 +71,15 @@ def substitute(character: str) -> str:
     """A readable form of one character in ASCII: a substitute, the letter without its accents, or its number."""
     if character in SUBSTITUTES:
         return SUBSTITUTES[character]
-    if "\N{BOX DRAWINGS LIGHT HORIZONTAL}" <= character <= "\N{LOWER HALF BLOCK}":
-        name = unicodedata.name(character)
-        return "-" if name.endswith("HORIZONTAL") else "|" if name.endswith("VERTICAL") else "+"
+    name = unicodedata.name(character, "")
+    if name.startswith("GREEK"):
+        return name.split()[-1].lower()
+    if "\u2500" <= character <= "\u259f":  # lines and blocks of tables and bars
+        return "-" if name.endswith(" HORIZONTAL") else "|" if name.endswith(" VERTICAL") else "+"
     if "\N{BRAILLE PATTERN BLANK}" <= character <= "\N{BRAILLE PATTERN DOTS-12345678}":  # of spinners
         return "*"
     plain = unicodedata.normalize("NFKD", character)
-    if unicodedata.name(character, "").startswith("SUPERSCRIPT"):
+    if name.startswith("SUPERSCRIPT"):
         return f"^{plain}" if plain.isascii() else ascii(character)[1:-1]
     letters = "".join(c for c in plain if not unicodedata.combining(c))
     return letters if letters and letters.isascii() else ascii(character)[1:-1]
