@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
-    prompts = arguments.prompt or ("",)
+    prompts = [_typed(prompt) for prompt in arguments.prompt] or [""]
     model, tokenizer = load(run_folder(arguments.run), arguments.checkpoint)
     if arguments.crop and not model.config.learned_positions:
         raise UsageError("--crop is for learned positions; this model reads texts of any length: leave it out")
@@ -88,6 +88,14 @@ def main(argv: list[str]) -> int:
     if arguments.stats:
         print(_statistics(done), file=sys.stderr)
     return 0
+
+
+def _typed(prompt: str) -> str:
+    """A prompt as the text that was typed: in the locale C Python gives every byte beyond ASCII as a surrogate."""
+    try:
+        return prompt.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        return prompt  # no text, which is reported later
 
 
 def _limit(wanted: int, fitting: int | None, *, asked: bool) -> int:

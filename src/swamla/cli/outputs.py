@@ -15,8 +15,9 @@ from typing import IO, Any
 # Readable substitutes for characters that an output's encoding lacks.
 SUBSTITUTES = {
     "…": "...", "–": "-", "—": "-", "−": "-", "·": "*", "•": "*", "×": "x", "±": "+/-", "→": "->", "←": "<-",
-    "✓": "ok", "✗": "FAILED", "≤": "<=", "≥": ">=", "≈": "~", "µ": "u", "°": " degrees", "∞": "inf", "√": "sqrt", "⊙": "*",
-    "‘": "'", "’": "'", "“": '"', "”": '"', "\N{REPLACEMENT CHARACTER}": "?", "\N{NO-BREAK SPACE}": " ",
+    "✓": "ok", "✗": "FAILED", "≤": "<=", "≥": ">=", "≈": "~", "µ": "u", "°": " degrees", "∞": "inf",
+    "√": "sqrt", "⊙": "*", "‘": "'", "’": "'", "“": '"', "”": '"', "\N{REPLACEMENT CHARACTER}": "?",
+    "\N{NO-BREAK SPACE}": " ",
 }  # fmt: skip
 
 

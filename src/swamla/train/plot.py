@@ -38,12 +38,17 @@ def plot_losses(metrics_file: Path, picture: Path, *, title: str) -> None:
     axes.plot(steps, smooth(losses), _dots(steps), color="#4c72b0", linewidth=1.8, label="training (smoothed)")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="#dd8452", markersize=4, linewidth=1.2, label="held out")
-    axes.set(title=title, xlabel="step", ylabel=label)
+    axes.set(title=as_text(title), xlabel="step", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(picture)
+
+
+def as_text(name: str) -> str:
+    """A file's name as text to draw: surrogates, as in the locale C, cannot be drawn."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 X_AXES = {
@@ -130,7 +135,7 @@ def plot_runs(curves: Sequence[Curve], picture: Path, *, x: str, y: str, note: s
 def _draw(axes: Any, curve: Curve, index: int) -> list[float]:
     """Draw one run; returns the values that the y-axis has to cover."""
     colour, line = _COLOURS[index % len(_COLOURS)], _LINES[index // len(_COLOURS) % len(_LINES)]
-    label: str | None = curve.name
+    label: str | None = as_text(curve.name)
     seen: list[float] = []
     if curve.training:
         places, values = zip(*curve.training, strict=True)
