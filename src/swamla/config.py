@@ -135,13 +135,14 @@ def _dotted(data: Mapping[str, Any], path: str = "") -> Iterator[str]:
 
 
 @contextmanager
-def within(path: str, origin: Origin = "") -> Iterator[None]:
-    """Context that adds the prefix `path`, and the place in `origin`, to the field of any `ConfigError`."""
+def within(path: str, origin: Origin = "", kind: str = "") -> Iterator[None]:
+    """Context that adds the prefix `path`, the place in `origin` and the `kind` to the field of any `ConfigError`."""
     try:
         yield
     except ConfigError as error:
         field = join(path, error.field)
-        raise ConfigError(field, error.got, error.allowed, error.origin or _place(origin, field)) from error
+        place = error.origin or _place(origin, field)
+        raise ConfigError(field, error.got, error.allowed, place, error.kind or kind) from error
 
 
 def join(path: str, name: str) -> str:
@@ -192,6 +193,10 @@ class _Reader:
         return ConfigError(path or "config", got, allowed, _place(self.origin, path))
 
     def dataclass(self, cls: type[T], data: Any, path: str) -> T:
+        with within("", kind=kind_of(cls)):
+            return self._dataclass(cls, data, path)
+
+    def _dataclass(self, cls: type[T], data: Any, path: str) -> T:
         if not isinstance(data, Mapping):
             raise self.fail(path, data, f"must be a table of {', '.join(field_types(cls))}")
         types = field_types(cls)

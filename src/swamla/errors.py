@@ -14,10 +14,15 @@ class SwamlaError(Exception):
 
 
 class ConfigError(SwamlaError, ValueError):
-    """An invalid setting: `train.lr = -1 (run.toml:12): must be > 0, e.g. 3e-4`."""
+    """An invalid setting: `train.lr = -1 (run.toml:12): must be > 0, e.g. 3e-4`.
 
-    def __init__(self, field: str, got: Any, allowed: str, origin: str = "") -> None:
-        self.field, self.got, self.allowed, self.origin = field, got, allowed, origin
+    kind: of the config that has the field, "" if it has none. `allowed` names other settings of that config by their
+    names alone, and of others with the section. Any message names a setting `name = value`, or `name` in backquotes:
+    the command line puts its flags there (`swamla.cli.spelling`).
+    """
+
+    def __init__(self, field: str, got: Any, allowed: str, origin: str = "", kind: str = "") -> None:
+        self.field, self.got, self.allowed, self.origin, self.kind = field, got, allowed, origin, kind
         where = f" ({origin})" if origin else ""
         super().__init__(f"{field} = {got!r}{where}: {allowed}")
 

@@ -36,9 +36,9 @@ def convert_checkpoint(
     rates need the precision. Raises `UsageError` for a folder that is not empty.
     """
     if shards < 1:
-        raise UsageError(f"--shards {shards}: must be >= 1")
+        raise UsageError(f"shards = {shards}: must be >= 1")
     if dtype != "fp32" and not weights_only:
-        raise UsageError(f"--dtype {dtype} needs --weights_only: a run cannot resume from rounded weights")
+        raise UsageError(f"dtype = {dtype} needs `weights_only`: a run cannot resume from rounded weights")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder}: exists and is not empty: choose another folder")
     read_run_config(source)

@@ -71,7 +71,7 @@ def _report(error: BaseException) -> int:
             )  # asked for: no error
             print(f"swamla: {kind}{where}{message}", file=sys.stderr)
             for note in getattr(error, "__notes__", ()):
-                print(f"swamla: {note}", file=sys.stderr)
+                print(f"swamla: {_as_typed(note)}", file=sys.stderr)
         flush_outputs()
     except OSError:  # the output is closed
         pass
@@ -148,8 +148,12 @@ def _overview() -> str:
 def _explain(error: BaseException) -> tuple[str, int]:
     """(one line for the user, exit status)."""
     match error:
+        case ConfigError():
+            from swamla.cli.spelling import error_as_typed
+
+            return " ".join(error_as_typed(error).splitlines()), error.exit_status
         case SwamlaError() | Ended():
-            return " ".join(str(error).splitlines()), error.exit_status
+            return " ".join(_as_typed(str(error)).splitlines()), error.exit_status
         case KeyboardInterrupt():
             return "interrupted", INTERRUPTED
         case BrokenPipeError():  # the reader closed the pipe, as in `swamla info … | head -1`
@@ -164,12 +168,19 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if lost_a_rank(error):
         return f"another process of this run is gone, or did not answer in time: {first_line}", 1
     if is_out_of_memory(error):
-        mend = "a smaller batch_size, more accumulation or a smaller block_size needs less"
+        mend = _as_typed("a smaller `batch_size`, more `accumulation` or a smaller `block_size` needs less")
         what = f"out of memory: {first_line}" if first_line else "out of memory"
         return f"{what}; {mend}", SwamlaError.exit_status
     return f"a bug in swamla: {type(error).__name__}: {first_line} (--debug shows the traceback)", 1
 
 
+def _as_typed(message: str) -> str:
+    """A message with the flags of the command for the settings that it names, see `swamla.cli.spelling`."""
+    from swamla.cli.spelling import as_typed
+
+    return as_typed(message)
+
+
 def _one_line_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
     if is_main():
-        print(f"swamla: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        print(f"swamla: warning: {' '.join(_as_typed(str(message)).split())}", file=sys.stderr)

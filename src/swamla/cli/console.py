@@ -10,6 +10,7 @@ from typing import Any
 import rich.console
 
 from swamla.cli.outputs import is_terminal
+from swamla.cli.spelling import as_typed
 from swamla.distributed import is_main
 from swamla.train.tracking.display import fill, say
 
@@ -26,6 +27,13 @@ class Console(rich.console.Console):
             self.is_interactive = is_terminal(self.file)
         if self.is_dumb_terminal and "width" not in settings:
             self.size = rich.console.ConsoleDimensions(*shutil.get_terminal_size())  # rich takes 80 columns
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        """Print; warnings and notes name settings by their flags."""
+        first = objects[0] if objects else None
+        if isinstance(first, str) and first.startswith(("warning: ", "note: ")):
+            objects = (as_typed(first), *objects[1:])
+        super().print(*objects, **settings)
 
     def on_broken_pipe(self) -> None:
         """Called while a `BrokenPipeError` is handled: re-raise it."""

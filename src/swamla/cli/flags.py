@@ -8,7 +8,7 @@ import argparse
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from types import MappingProxyType, NoneType
@@ -79,6 +79,15 @@ class Flag:
         return self.annotation is not bool
 
 
+_parsed: dict[str, Flag] = {}  # the flags of the current command
+_given: set[str] = set()  # those on its command line
+
+
+def parsed() -> tuple[Mapping[str, Flag], Collection[str]]:
+    """The flags of the command line that was parsed last, and the names of those that it has."""
+    return _parsed, _given
+
+
 def argument(default: Any = MISSING, /, **settings: Any) -> Any:
     """A field of a command's dataclass, with settings of `Flag`."""
     return field(default=default, metadata=settings)
@@ -100,6 +109,8 @@ def parse(
     given twice, a missing or invalid value; `ConfigError` for a value that a config refuses.
     """
     table = {flag.name: flag for flag in _arguments_of(cls)} | dict(more)
+    _parsed.clear()
+    _parsed.update(table)
     help_kind, argv = _asks_for_help(argv)
     if help_kind:
         defaults, epilog = explain(_first_word(argv, table))
@@ -150,7 +161,8 @@ def _checked(argv: Sequence[str], table: Mapping[str, Flag], refusal: Callable[[
     """
     known = {name: name for name, flag in table.items() if not flag.positional}
     known |= {f"no_{name}": name for name in known if _has_negation(table[name])}
-    given: set[str] = set()
+    given = _given
+    given.clear()
     words: list[str] = []
     rest = list(argv)
     while rest:

@@ -37,7 +37,7 @@ class Arguments:
     executor_options: its further arguments: "time=04:00:00 partition=cpu".
     """
 
-    data: str = argument(positional=True)
+    data: str = argument(positional=True, field="data.source")
     workers: int = 0
     part: str = argument("", metavar="i/N")
     executor: str = ""

@@ -13,6 +13,7 @@ from swamla import distributed
 from swamla.cli.flags import WIDEST, Flag
 from swamla.cli.overrides import apply_flags, flags
 from swamla.cli.reshape import fit_ranks, reshape
+from swamla.cli.spelling import as_typed
 from swamla.config import from_plain, load_file, to_plain, within
 from swamla.data.config import MIXTURE, DataConfig, parse_bpe
 from swamla.data.sources import TOKENIZERS, is_path, located, split_kind
@@ -194,7 +195,7 @@ def _begin_from(plain: dict[str, Any], recipe: Path, given: Mapping[str, Any], u
 def say_notes(resolved: Resolved) -> None:
     """Print the notes, one line each, on the main rank's stderr."""
     for note in resolved.notes if distributed.is_main() else ():
-        print(f"swamla: {note}", file=sys.stderr)
+        print(f"swamla: {as_typed(note)}", file=sys.stderr)
 
 
 def _sees_order(config: RunConfig) -> bool:

@@ -27,7 +27,7 @@ def executor(kind: str, config: DataConfig, parts: int, settings: Mapping[str, A
     try:
         cls = getattr(import_module(f"datatrove.executor.{kind}"), EXECUTORS[kind])
     except ImportError as error:
-        raise MissingBackendError(f"--executor {kind} needs datatrove: pip install 'swamla[data]' ({error})") from error
+        raise MissingBackendError(f"executor = {kind} needs datatrove: pip install 'swamla[data]' ({error})") from error
     ours = {
         "pipeline": [partial(_make_part, config, plugin_file(class_of(config.source)))],
         "tasks": parts,
@@ -37,7 +37,7 @@ def executor(kind: str, config: DataConfig, parts: int, settings: Mapping[str, A
     try:
         return cls(**{**ours, **(settings or {})})
     except TypeError as error:
-        raise UsageError(f"--executor_options: {error}") from error
+        raise UsageError(f"`executor_options`: {error}") from error
 
 
 def _make_part(config: DataConfig, plugin: Path | None, data: Any, rank: int = 0, world_size: int = 1) -> Any:

@@ -155,8 +155,8 @@ def _warn_of_split(config: DataConfig, dataset: PreparedDataset) -> None:
     if not asked / _FAR <= share <= asked * _FAR:
         warnings.warn(
             f"{config.source}: {train:,} bytes are for training and {held_out:,} are held out, {share:.1%} of the "
-            f"text; held_out_fraction = {asked:g} is a share of the documents, chosen at random: change it, or split "
-            "long documents",
+            f"text; data.held_out_fraction = {asked:g} is a share of the documents, chosen at random: change it, or "
+            "split long documents",
             stacklevel=3,
         )
     if unlike := describe_unlike(dataset.meta.get("unseen", {})):

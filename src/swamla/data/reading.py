@@ -216,7 +216,7 @@ def decode_utf8(data: bytes, where: object, invalid: str, notes: Notes, offset: 
             raise BadRow(
                 where,
                 f"byte {at} (0x{byte:02x}) is not valid UTF-8; convert a file in another encoding (iconv -f latin1 -t "
-                f"UTF-8), or replace such bytes with U+FFFD by --invalid_utf8 replace",
+                f'UTF-8), or replace such bytes with U+FFFD by invalid_utf8 = "replace"',
             ) from error
     text = data.decode("utf-8", errors="replace")
     notes.add("invalid UTF-8 sequences replaced", where, text.count("\ufffd") - data.count(b"\xef\xbf\xbd"))
@@ -239,7 +239,7 @@ def mend_surrogates(text: str, where: object, invalid: str, notes: Notes) -> str
             raise BadRow(
                 where,
                 f"{what} at character {error.start} of the text; mend it, or replace such characters with U+FFFD by "
-                f"--invalid_utf8 replace",
+                f'invalid_utf8 = "replace"',
             ) from error
     try:
         return decode_utf8(text.encode("utf-8", "surrogateescape"), where, invalid, notes)

@@ -50,7 +50,7 @@ class RowRules:
     def judge(self, bad: BadRow, notes: Notes) -> None:
         """Handle a bad row: count and skip it, or raise DataError, as configured."""
         if self.on_bad_row == "stop":
-            raise DataError(f"{bad} (or leave such rows out: --on_bad_row skip)") from bad.__cause__
+            raise DataError(f'{bad} (or leave such rows out: on_bad_row = "skip")') from bad.__cause__
         notes.add("bad rows skipped", bad)
 
 
@@ -133,7 +133,7 @@ def no_column(column: str, columns: list[str]) -> str:
     """The error message for a missing column: lists the columns, and the flag that chooses one."""
     names = [repr(name.encode("utf-8", "replace").decode())[:40] for name in columns[:20]]
     some = ", ".join(names) + (f" … ({len(columns)} in all)" if len(columns) > 20 else "")
-    return f"no column {column!r}; it has {some or 'none'} (choose by --text_column)"
+    return f"no column {column!r}; it has {some or 'none'} (choose by `text_column`)"
 
 
 def parquet_rows(path: File, rules: RowRules, notes: Notes, span: Span | None = None) -> Iterator[str]:

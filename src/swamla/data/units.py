@@ -258,7 +258,7 @@ class Workers:
             ended = f"signal {-status}" if status < 0 else f"exit status {status}"
             raise DataError(
                 f"{unit}: the process that encoded it died ({ended}); run the same command again to continue, "
-                f"with fewer --workers if memory was short"
+                f"with fewer `workers` if memory was short"
             ) from None
         if isinstance(answer, Exception):
             raise answer

@@ -76,9 +76,9 @@ def check_horizon(before: TrainConfig, now: TrainConfig, *, step: int, seconds: 
     ):
         name = "schedule_steps" if now.schedule_steps is not None else "schedule_minutes"
         allowed = (
-            "ends the schedule at a rate of 0, so no further step would change the model: choose --schedule constant"
+            "ends the schedule at a rate of 0, so no further step would change the model: choose schedule = constant"
         )
-        raise ConfigError(f"train.{name}", getattr(now, name), f"{allowed} --lr RATE, or a later end")
+        raise ConfigError(f"train.{name}", getattr(now, name), f"{allowed} lr = RATE, or a later end")
     chosen = any(getattr(before, name) != getattr(now, name) for name in RATES)
     later = now.horizon.progress(step, seconds) < before.horizon.progress(step, seconds)
     if chosen or not later or new <= RISE * old:
@@ -88,12 +88,12 @@ def check_horizon(before: TrainConfig, now: TrainConfig, *, step: int, seconds: 
         for name in ("steps", "max_minutes")
         if getattr(before, name) != getattr(now, name)
     ]
-    stay = " ".join(f"--{flag} {getattr(before, n):g}" for n, flag in moved if getattr(before, n) is not None)
-    stretch = " ".join(f"--{flag} {getattr(now, n):g}" for n, flag in moved if getattr(now, n) is not None)
+    stay = " ".join(f"{flag} = {getattr(before, n):g}" for n, flag in moved if getattr(before, n) is not None)
+    stretch = " ".join(f"{flag} = {getattr(now, n):g}" for n, flag in moved if getattr(now, n) is not None)
     last = before.lr * (1.0 if before.schedule == "constant" else before.min_lr_ratio)
     as_planned = f"it falls to {last:.2e}, and stays" if old > RISE * last else f"it stays at {old:.2e}"
     # After a schedule that ends at 0, training on at the last rate would change nothing.
-    keep = f"{stay} ({as_planned})" if last else "--schedule constant --lr RATE"
+    keep = f"{stay} ({as_planned})" if last else "schedule = constant lr = RATE"
     name = moved[0][0]
     raise ConfigError(
         f"train.{name}",

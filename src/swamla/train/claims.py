@@ -119,7 +119,7 @@ def is_running(run_dir: Path) -> bool:
 def require_free(folder: Path) -> None:
     """Raise `UsageError` if a file, or a folder with anything but an unsaved run, is in the way of a new run."""
     if folder.exists() and not (_is_empty(folder) or is_unsaved(folder)):
-        raise UsageError(f"{folder}: exists and is not empty: choose another folder, or continue it with --resume")
+        raise UsageError(f"{folder}: exists and is not empty: choose another folder, or continue it with `resume`")
 
 
 def is_unsaved(folder: Path) -> bool:

@@ -160,7 +160,7 @@ class TrainConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.steps is not None or self.max_minutes is not None, "steps", None, "give steps or max_minutes")
+        require(self.steps is not None or self.max_minutes is not None, "steps", None, "give `steps` or `max_minutes`")
         for name in (
             "steps",
             "max_minutes",

@@ -35,7 +35,7 @@ class Origin:
     def require_fit(self, model: LanguageModelConfig) -> None:
         """Raise `UsageError` naming the first five weights that are missing or shaped differently in `model`."""
         if wrong := misfits(_shapes(self.model), _shapes(model)):
-            raise UsageError(f"init_from {self.folder}: its weights do not fit this model: {wrong}")
+            raise UsageError(f"init_from = {self.folder}: its weights do not fit this model: {wrong}")
 
     def require_same_vocabulary(self, tokenizer: Tokenizer) -> None:
         """Raise `UsageError` unless the weights were trained with `tokenizer`."""
@@ -44,8 +44,8 @@ class Origin:
         theirs = load_tokenizer(self.tokenizer)
         if theirs.fingerprint != tokenizer.fingerprint:
             raise UsageError(
-                f"init_from {self.folder}: its weights were trained with another vocabulary ({theirs.vocab_size} ids, "
-                f"fingerprint {theirs.fingerprint[:12]}) than the data's ({tokenizer.vocab_size} ids, "
+                f"init_from = {self.folder}: its weights were trained with another vocabulary ({theirs.vocab_size} "
+                f"ids, fingerprint {theirs.fingerprint[:12]}) than the data's ({tokenizer.vocab_size} ids, "
                 f"{tokenizer.fingerprint[:12]}): use tokenizer = {str(self.tokenizer)!r}"
             )
 
@@ -82,7 +82,7 @@ def origin_of(where: str, which: str = "best") -> Origin:
         raise UsageError(f"init_checkpoint = {which!r}: chooses one of a run's checkpoints, and {folder} is none")
     if not folder.is_dir():
         raise UsageError(
-            f"init_from {where}: no such folder; give a run, one of its checkpoints, or an exported folder"
+            f"init_from = {where}: no such folder; give a run, one of its checkpoints, or an exported folder"
         )
     if exported:
         model, tokenizer = load_gpt2(folder).config, folder / "tokenizer.json"

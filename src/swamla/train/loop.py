@@ -169,7 +169,7 @@ def _save_last(run: Run, error: Exception | None = None) -> None:
         raise run.unsaved
     if error is not None:
         error.add_note(
-            f"all is saved after step {run.state.step}: fix the error, then continue with --resume {run.folder}"
+            f"all is saved after step {run.state.step}: fix the error, then continue with `resume`: {run.folder}"
         )
 
 

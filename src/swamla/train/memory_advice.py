@@ -59,9 +59,9 @@ def training_bytes(config: RunConfig, place: Place) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """A change of settings that saves memory: its flags, the bytes it saves, and its effect."""
+    """A change of settings that saves memory: its settings, the bytes it saves, and its effect."""
 
-    flags: str
+    settings: str
     saves: int
     effect: str
 
@@ -70,10 +70,10 @@ def advice(config: RunConfig, place: Place) -> list[Advice]:
     """Every single change that saves memory: first those that keep the step the same; within a rank, by bytes saved."""
     before = sum(training_bytes(config, place).values())
     found = []
-    for rank, flags, effect, changed, there in _changes(config, place):
+    for rank, settings, effect, changed, there in _changes(config, place):
         saves = before - sum(training_bytes(changed, there).values())
         if saves > 0:
-            found.append((rank, -saves, Advice(flags=flags, saves=saves, effect=effect)))
+            found.append((rank, -saves, Advice(settings=settings, saves=saves, effect=effect)))
     return [entry for _, _, entry in sorted(found, key=lambda item: item[:2])]
 
 
@@ -81,31 +81,31 @@ _Change = tuple[int, str, str, RunConfig, Place]
 
 
 def _changes(config: RunConfig, place: Place) -> Iterator[_Change]:
-    """Rank (0 keeps the step the same), flags, effect, and the resulting config and place."""
+    """Rank (0 keeps the step the same), settings, effect, and the resulting config and place."""
     train = config.train
     own = train.batch_size // place.ranks
     rows = own // train.accumulation
     for count in dict.fromkeys((2 * train.accumulation, own)):
         if count > train.accumulation and own % count == 0:
             effect = f"micro-batches of {own // count} row{'s' * (own > count)} instead of {rows}; the same step"
-            yield 0, f"--accumulation {count}", effect, _with(config, accumulation=count), place
+            yield 0, f"accumulation = {count}", effect, _with(config, accumulation=count), place
     if train.checkpointing != "all":
         effect = "recomputes blocks in the backward pass; the same numbers"
-        yield 0, "--checkpointing all", effect, _with(config, checkpointing="all"), place
+        yield 0, "checkpointing = all", effect, _with(config, checkpointing="all"), place
     if place.ranks > 1 and place.shards == 1:
         effect = "each process holds a shard of the model; the same step"
-        yield 0, "--parallel fsdp", effect, _with(config, parallel="fsdp"), replace(place, shards=place.ranks)
+        yield 0, "parallel = fsdp", effect, _with(config, parallel="fsdp"), replace(place, shards=place.ranks)
     if place.precision == "fp32" and has_bf16(place.device):
-        yield 1, "--precision bf16", "bf16 products", _with(config, precision="bf16"), replace(place, precision="bf16")
+        yield 1, "precision = bf16", "bf16 products", _with(config, precision="bf16"), replace(place, precision="bf16")
     for flag, coarser in train.optimizer.coarser():
         yield 1, flag, "optimizer moments in fewer bits", _with(config, optimizer=coarser), place
     if train.averages_weights:
-        flag = "--ema none" if train.ema is not None else "--ema_width none"
+        flag = "ema = none" if train.ema is not None else "ema_width = none"
         yield 1, flag, "no averaged weights", _with(config, ema=None, ema_width=None), place
     if rows == 1 and train.block_size > 1:  # only shorter rows make a micro-batch of one row smaller
         half = train.block_size // 2
         shorter = _with(config, block_size=half, curriculum="")
-        yield 2, f"--block_size {half}", "shorter rows: another run", shorter, place
+        yield 2, f"block_size = {half}", "shorter rows: another run", shorter, place
 
 
 def _with(config: RunConfig, **changes: object) -> RunConfig:
@@ -150,9 +150,9 @@ def _notes(config: RunConfig, place: Place) -> Iterator[str]:
     kinds = [f"{labels.get(name, name.replace('_', ' '))} {_size(n)}" for name, n in needs.items() if n]
     yield f"a training step needs about {_size(sum(needs.values()))}: {', '.join(kinds)}"
     found = advice(config, place)
-    width = max((len(entry.flags) for entry in found), default=0)
+    width = max((len(entry.settings) for entry in found), default=0)
     for entry in found:
-        yield f"{entry.flags:<{width}}  saves about {_size(entry.saves)} ({entry.effect})"
+        yield f"{entry.settings:<{width}}  saves about {_size(entry.saves)} ({entry.effect})"
 
 
 def _size(n_bytes: float) -> str:

@@ -82,7 +82,7 @@ class Profiling:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._profile is not None and error is None and self._left >= self._config.profile_steps:
-            self._say("warning: no profile: the run ended before its warm-up did; lower profile_warmup")
+            self._say("warning: no profile: the run ended before its warm-up did; lower `profile_warmup`")
         self._stop()
 
 

@@ -48,6 +48,6 @@ class RouterHealth:
             if died:
                 warnings.append(
                     f"warning: layer {layer}: {died} of {len(load_E)} experts died, no token for {self.dead_after} "
-                    f"steps ({values['dead_experts']} are dead now); a higher bias_rate may bring them back"
+                    f"steps ({values['dead_experts']} are dead now); a higher `bias_rate` may bring them back"
                 )
         return figures, warnings

@@ -47,7 +47,7 @@ class LatentMoEConfig(MoEConfig):
         require(width % self.ratio == 0, "ratio", self.ratio, f"must divide the width {width}")
         hidden = self.expert_dim(width)
         if not self.preserve_expert_dim:
-            allowed = f"must divide expert_hidden = {hidden} unless preserve_expert_dim"
+            allowed = f"must divide expert_hidden = {hidden} unless `preserve_expert_dim`"
             require(hidden % self.ratio == 0, "ratio", self.ratio, allowed)
             hidden //= self.ratio
         return self._aligned(width // self.ratio, hidden)

@@ -76,7 +76,7 @@ class GDNConfig(MixerConfig):
     def head_dims(self, width: int) -> tuple[int, int]:
         """Key and value width of a head in a model of `width`. Raises `ConfigError` if the heads do not divide it."""
         if self.head_k_dim is None or self.head_v_dim is None:
-            allowed = f"must divide the width {width}, or give head_k_dim and head_v_dim"
+            allowed = f"must divide the width {width}, or give `head_k_dim` and `head_v_dim`"
             require(width % self.n_heads == 0, "n_heads", self.n_heads, allowed)
         return self.head_k_dim or width // self.n_heads, self.head_v_dim or width // self.n_heads
 

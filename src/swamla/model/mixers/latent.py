@@ -54,7 +54,7 @@ class LatentConfig(SoftmaxConfig):
         require(width % self.n_heads == 0, "n_heads", self.n_heads, f"must divide the width {width}")
         if self.n_latent is None:
             half = width // 2
-            allowed = f"must divide half the width, {half}, or give n_latent"
+            allowed = f"must divide half the width, {half}, or give `n_latent`"
             require(half > 0 and half % self.n_heads == 0, "n_heads", self.n_heads, allowed)
             return half
         allowed = f"a latent larger than the width {width} compresses nothing"

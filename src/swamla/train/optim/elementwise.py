@@ -37,7 +37,7 @@ def coarser_moments(config: Any, moments: Moments) -> Iterator[tuple[str, Any]]:
     """Flags that store moments in fewer bits, each with the resulting config."""
     for fewer in ("bf16", "8bit"):
         if fewer != moments:
-            yield f"--{config.kind}_moments {fewer}", replace(config, moments=fewer)
+            yield f"{config.kind}_moments = {fewer}", replace(config, moments=fewer)
 
 
 class Elementwise(torch.optim.Optimizer):
