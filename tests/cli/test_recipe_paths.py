@@ -101,4 +101,4 @@ def test_what_is_here_but_not_beside_the_recipe_is_not_taken_for_it(here, capsys
 def test_a_name_that_leads_nowhere_is_refused_as_it_was_written(here, capsys):
     (here / "recipes/run.toml").write_text("[data]\nsource = 'stdlb'\ntokenizer = 'byte'\n" + MODEL)
     assert main(["train", "../recipes/run.toml"]) == 2
-    assert "data.source = 'stdlb': no such file or folder; did you mean 'stdlib'?" in capsys.readouterr().err
+    assert "--data stdlb: no such file or folder; did you mean 'stdlib'?" in capsys.readouterr().err

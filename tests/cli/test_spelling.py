@@ -105,6 +105,20 @@ def test_what_an_error_names_can_be_typed(
     assert again == []
 
 
+def test_advice_of_an_error_has_flags_of_the_command_or_is_left_out(
+    train_flags: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli._report(MemoryError()) == 2
+    assert cli._report(MemoryError()) == 2
+    said = (
+        "swamla: error: out of memory; a smaller --batch_size, more --accumulation or a smaller --block_size needs less"
+    )
+    assert capsys.readouterr().err.splitlines() == [said, said]
+    monkeypatch.setattr("swamla.cli.flags._parsed", {})
+    assert cli._report(MemoryError()) == 2
+    assert capsys.readouterr().err == "swamla: error: out of memory\n"
+
+
 def test_in_python_the_same_message_is_in_pythons_terms(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 99)
     with pytest.raises(DataError, match=r'by invalid_utf8 = "replace"'):

@@ -268,7 +268,7 @@ def test_a_bad_row_stops_with_its_place_or_is_skipped_and_counted_with_it(tmp_pa
         read(path)
     assert str(stopped.value).startswith(f"{path}: {place}")
     assert complaint in str(stopped.value)
-    assert "--on_bad_row skip" in str(stopped.value)
+    assert 'on_bad_row = "skip"' in str(stopped.value)
     notes = Notes()
     assert read(path, notes, on_bad_row="skip") == ([] if name == "not.json" else ["good"])
     assert notes.counts == {"bad rows skipped": 1}

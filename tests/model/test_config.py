@@ -282,7 +282,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: with_mixer(LatentConfig(n_heads=5)), "blocks.a.mixer.n_heads = 5: must divide the width 32"),
     (
         lambda: with_mixer(LatentConfig(n_heads=32)),
-        "blocks.a.mixer.n_heads = 32: must divide half the width, 16, or give n_latent",
+        "blocks.a.mixer.n_heads = 32: must divide half the width, 16, or give `n_latent`",
     ),
     (
         lambda: with_mixer(LatentConfig(n_heads=4, n_latent=36)),
@@ -294,7 +294,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: GDNConfig(n_heads=4, conv=0), "conv = 0: must be > 0"),
     (
         lambda: with_mixer(GDNConfig(n_heads=5)),
-        "blocks.a.mixer.n_heads = 5: must divide the width 32, or give head_k_dim and",
+        "blocks.a.mixer.n_heads = 5: must divide the width 32, or give `head_k_dim` and",
     ),
     (lambda: DenseConfig(hidden=0), "hidden = 0: must be > 0"),
     (lambda: MoEConfig(n_experts=0), "n_experts = 0: must be > 0"),
@@ -320,7 +320,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
         lambda: with_block(
             BlockConfig(mixer=MHA, ffn=LatentMoEConfig(ratio=4, expert_hidden=30, preserve_expert_dim=False))
         ),
-        "blocks.a.ffn.ratio = 4: must divide expert_hidden = 30 unless preserve_expert_dim",
+        "blocks.a.ffn.ratio = 4: must divide expert_hidden = 30 unless `preserve_expert_dim`",
     ),
     (lambda: RMSNormConfig(eps=0.0), "eps = 0.0: must be > 0"),
     (lambda: LayerNormConfig(eps=-1.0), "eps = -1.0: must be > 0"),

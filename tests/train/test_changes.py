@@ -191,7 +191,7 @@ def test_an_evaluation_that_fails_leaves_all_saved_and_says_where_it_goes_on(tmp
     with pytest.raises(CorruptError, match="truncated") as caught:
         run(config, tmp_path / "run", dataset, evaluate=evaluate)
     assert caught.value.__notes__ == [
-        f"all is saved after step 3: fix the error, then continue with --resume {tmp_path / 'run'}"
+        f"all is saved after step 3: fix the error, then continue with `resume`: {tmp_path / 'run'}"
     ]
     assert latest_checkpoint(tmp_path / "run" / "checkpoints").step == 3
     run(config, tmp_path / "run", dataset, evaluate=held_out(dataset), resume=True)
@@ -255,12 +255,12 @@ def test_a_finished_run_does_not_get_more_to_do_at_another_rate_unless_that_is_a
     rate = "1.00e-03" if bound == "steps" else re.search(r"rate, (\S+) now", said)[1]
     assert 1e-3 <= float(rate) < 5e-3
     stays = f"it stays at {rate}" if float(rate) <= 1.1e-3 else "it falls to 1.00e-03, and stays"
-    assert f"--{flag} {budget[bound]:g} ({stays}) or --{flag} {longer[bound]:g} (it rises" in said
+    assert f"{flag} = {budget[bound]:g} ({stays}) or {flag} = {longer[bound]:g} (it rises" in said
 
 
 def test_a_rate_that_fell_to_nothing_is_not_offered_to_stay():
     before, now = tiny_config(min_lr_ratio=0.0).train, tiny_config(min_lr_ratio=0.0, steps=12).train
-    with pytest.raises(ConfigError, match=r"choose --schedule constant --lr RATE or --schedule_steps 12 \(it rises"):
+    with pytest.raises(ConfigError, match=r"choose schedule = constant lr = RATE or schedule_steps = 12 \(it rises"):
         check_horizon(before, now, step=6, seconds=1.0)
 
 
@@ -271,7 +271,7 @@ def test_steps_after_a_schedule_that_ended_at_no_rate_are_refused_as_they_would_
         tiny_config(min_lr_ratio=0.0, steps=None, max_minutes=9.0, schedule_minutes=1.0),
     ):
         with pytest.raises(
-            ConfigError, match=r"a rate of 0, so no further step .* choose --schedule constant --lr RATE"
+            ConfigError, match=r"a rate of 0, so no further step .* choose schedule = constant lr = RATE"
         ):
             check_horizon(before, now.train, step=6, seconds=60.0)
     last = tiny_config(min_lr_ratio=0.0).train  # of a run that was stopped before its last step, whose rate is 0
@@ -287,7 +287,7 @@ def test_a_run_that_was_planned_to_end_at_no_rate_is_resumed_after_an_interrupti
 
 def test_a_schedule_in_the_middle_is_offered_to_end_as_planned():
     before, now = tiny_config(steps=12).train, tiny_config(steps=60).train
-    with pytest.raises(ConfigError, match=r"choose --schedule_steps 12 \(it falls to 1.00e-03, and stays\) or "):
+    with pytest.raises(ConfigError, match=r"choose schedule_steps = 12 \(it falls to 1.00e-03, and stays\) or "):
         check_horizon(before, now, step=9, seconds=1.0)
 
 

@@ -11,7 +11,7 @@ from swamla.train.optim import AdamWConfig, MuonConfig
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": None}, "steps = None: give steps or max_minutes"),
+        ({"steps": None}, "steps = None: give `steps` or `max_minutes`"),
         ({"steps": 0}, "steps = 0: must be > 0"),
         ({"max_minutes": 0.0}, "max_minutes = 0.0: must be > 0"),
         ({"lr": 0.0}, "lr = 0.0: must be > 0 and finite, e.g. 3e-4"),

@@ -26,8 +26,8 @@ CPU_WORDS = (
 ERRORS = [torch.OutOfMemoryError(CUDA_WORDS), RuntimeError(CPU_WORDS), MemoryError()]
 
 
-def saves(config, flags: str) -> int:
-    (found,) = [entry.saves for entry in advice(config, HERE) if entry.flags == flags]
+def saves(config, settings: str) -> int:
+    (found,) = [entry.saves for entry in advice(config, HERE) if entry.settings == settings]
     return found
 
 
@@ -45,30 +45,30 @@ def changed(**settings):
 
 
 @pytest.mark.parametrize(
-    ("before", "flags", "after"),
+    ("before", "settings", "after"),
     [
-        ({}, "--accumulation 2", {"accumulation": 2}),
-        ({}, "--accumulation 4", {"accumulation": 4}),
-        ({}, "--checkpointing all", {"checkpointing": "all"}),
-        ({"checkpointing": "attention"}, "--checkpointing all", {"checkpointing": "all"}),
-        ({}, "--adamw_moments bf16", {"optimizer": AdamWConfig(moments="bf16")}),
-        ({}, "--adamw_moments 8bit", {"optimizer": AdamWConfig(moments="8bit")}),
-        ({"optimizer": LionConfig()}, "--lion_moments bf16", {"optimizer": LionConfig(moments="bf16")}),
-        ({"ema": 0.9}, "--ema none", {"ema": None}),
-        ({"accumulation": 4}, "--block_size 16", {"block_size": 16}),
+        ({}, "accumulation = 2", {"accumulation": 2}),
+        ({}, "accumulation = 4", {"accumulation": 4}),
+        ({}, "checkpointing = all", {"checkpointing": "all"}),
+        ({"checkpointing": "attention"}, "checkpointing = all", {"checkpointing": "all"}),
+        ({}, "adamw_moments = bf16", {"optimizer": AdamWConfig(moments="bf16")}),
+        ({}, "adamw_moments = 8bit", {"optimizer": AdamWConfig(moments="8bit")}),
+        ({"optimizer": LionConfig()}, "lion_moments = bf16", {"optimizer": LionConfig(moments="bf16")}),
+        ({"ema": 0.9}, "ema = none", {"ema": None}),
+        ({"accumulation": 4}, "block_size = 16", {"block_size": 16}),
     ],
 )
-def test_a_change_saves_what_the_accounting_says_it_does(before, flags, after):
+def test_a_change_saves_what_the_accounting_says_it_does(before, settings, after):
     first, second = (sum(training_bytes(changed(**kw), HERE).values()) for kw in (before, before | after))
-    assert saves(changed(**before), flags) == first - second > 0
+    assert saves(changed(**before), settings) == first - second > 0
 
 
 def test_bf16_is_advised_where_the_machine_has_it_and_changes_that_keep_the_numbers_come_first(monkeypatch):
     for has, expected in ((True, True), (False, False)):
         monkeypatch.setattr(memory_advice, "has_bf16", lambda device, has=has: has)
-        assert ("--precision bf16" in [entry.flags for entry in advice(CONFIG, HERE)]) == expected
+        assert ("precision = bf16" in [entry.settings for entry in advice(CONFIG, HERE)]) == expected
     found = advice(CONFIG, HERE)
-    exact = [entry.flags.startswith(("--accumulation", "--checkpointing")) for entry in found]
+    exact = [entry.settings.startswith(("accumulation", "checkpointing")) for entry in found]
     assert exact == sorted(exact, reverse=True)
 
 
@@ -80,10 +80,10 @@ def test_of_several_processes_each_has_its_rows_and_may_hold_a_part_of_the_model
     parts = training_bytes(CONFIG, replace(four, shards=4))
     for name in ("weights", "gradients", "optimizer_state"):
         assert parts[name] == whole[name] // 4
-    (found,) = [entry for entry in advice(CONFIG, four) if entry.flags == "--parallel fsdp"]
+    (found,) = [entry for entry in advice(CONFIG, four) if entry.settings == "parallel = fsdp"]
     assert found.saves == sum(ranks.values()) - sum(parts.values())
-    flags = [entry.flags for entry in advice(CONFIG, replace(four, shards=4))]
-    assert not [flag for flag in flags if flag.startswith(("--accumulation", "--parallel"))]  # one row each: no less
+    flags = [entry.settings for entry in advice(CONFIG, replace(four, shards=4))]
+    assert not [flag for flag in flags if flag.startswith(("accumulation", "parallel"))]  # one row each: no less
 
 
 def test_copies_that_accumulate_hold_the_gradient_twice_and_those_that_do_not_hold_it_once():
@@ -115,7 +115,7 @@ def test_a_step_that_runs_out_of_memory_ends_with_the_advice(error, dataset, tmp
     assert caught.value.__cause__ is error
     need, *found = caught.value.__notes__
     assert need.startswith("a training step needs about ")
-    assert {"--accumulation", "--checkpointing"} <= {line.split()[0] for line in found}
+    assert {"accumulation", "checkpointing"} <= {line.split()[0] for line in found}
     assert all("saves about" in line for line in found)
 
 

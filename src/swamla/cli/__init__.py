@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from swamla.cli.flags import WIDEST, forget_parsed
 from swamla.cli.outputs import Ended, ended_by_signals, flush_outputs, open_outputs
 from swamla.cli.starting import announced
 from swamla.distributed import is_main, lost_a_rank
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None, command: str = "") -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     warnings.showwarning = _one_line_warning  # type: ignore[assignment]
     open_outputs()
+    forget_parsed()
     try:
         with ended_by_signals():
             others = _load_plugins(arguments)
@@ -130,8 +132,6 @@ def _main_of(command: str) -> Callable[[list[str]], int]:
 
 
 def _overview() -> str:
-    from swamla.cli.flags import WIDEST
-
     width = max(40, min(WIDEST, shutil.get_terminal_size().columns - 1))
     more = (
         "swamla COMMAND --help shows a command's flags; swamla --version. Every command also takes --plugin FILE, "
@@ -168,9 +168,11 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if lost_a_rank(error):
         return f"another process of this run is gone, or did not answer in time: {first_line}", 1
     if is_out_of_memory(error):
-        mend = _as_typed("a smaller `batch_size`, more `accumulation` or a smaller `block_size` needs less")
+        mend = _as_typed("; a smaller `batch_size`, more `accumulation` or a smaller `block_size` needs less")
         what = f"out of memory: {first_line}" if first_line else "out of memory"
-        return f"{what}; {mend}", SwamlaError.exit_status
+        return what + (
+            "" if "`" in mend else mend
+        ), SwamlaError.exit_status  # a command that does not train has no flags
     return f"a bug in swamla: {type(error).__name__}: {first_line} (--debug shows the traceback)", 1
 
 

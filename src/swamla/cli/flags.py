@@ -83,6 +83,12 @@ _parsed: dict[str, Flag] = {}  # the flags of the current command
 _given: set[str] = set()  # those on its command line
 
 
+def forget_parsed() -> None:
+    """Forget the command line that was parsed last in this process."""
+    _parsed.clear()
+    _given.clear()
+
+
 def parsed() -> tuple[Mapping[str, Flag], Collection[str]]:
     """The flags of the command line that was parsed last, and the names of those that it has."""
     return _parsed, _given

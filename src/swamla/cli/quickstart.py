@@ -41,7 +41,7 @@ class Arguments:
 
     output_dir: the run's folder; by default runs/quickstart, numbered if that exists.
     resume: continue the run in this folder, in output_dir, or the newest runs/quickstart.
-    verbose: print more at the start: details of the data, and what was measured to choose precision and kernels.
+    verbose: print details of the data and measurements too.
     """
 
     output_dir: str = argument("", metavar="FOLDER")

@@ -42,7 +42,7 @@ class Arguments:
     resume_from_hf: continue the run in --hf_repo_id, in a new folder.
     hf_revision: of the repository: a branch, a tag or a commit; by default the newest.
     workers: processes that tokenize large data; 0 for one per core.
-    verbose: print more at the start: details of the data, and what was measured to choose precision and kernels.
+    verbose: print details of the data and measurements too.
     """
 
     recipe: str = argument("", positional=True, default="quickstart")
