@@ -13,7 +13,7 @@ PACKAGE = Path(swamla.__file__).parent
 FLOORS = [
     {"errors", "exports", "faults", "process", "registry", "version"},
     {"config", "files", "ops", "distributed", "plugins"},
-    {"inference", "data", "recipes", "tensor_file"},
+    {"inference", "data", "recipes", "signal_notice", "tensor_file"},
     {"model"},
     {"checkpoint", "text", "export"},
     {"hub"},

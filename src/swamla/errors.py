@@ -61,6 +61,14 @@ class Interrupted(SwamlaError):
         self.exit_status = exit_status
 
 
+class LeftAtOnce(KeyboardInterrupt):
+    """A second SIGTERM ended the run without waiting for its save."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__("left at once, nothing more was saved")
+        self.exit_status = 128 + number
+
+
 def require(condition: bool, field: str, got: Any, allowed: str) -> None:
     """Raise `ConfigError` unless `condition` holds; `allowed` says what would be accepted, with an example."""
     if not condition:

@@ -18,7 +18,15 @@ from swamla.cli.flags import WIDEST, forget_parsed
 from swamla.cli.outputs import Ended, ended_by_signals, flush_outputs, open_outputs
 from swamla.cli.starting import announced
 from swamla.distributed import is_main, lost_a_rank
-from swamla.errors import ConfigError, FailedElsewhere, Interrupted, SwamlaError, UsageError, is_out_of_memory
+from swamla.errors import (
+    ConfigError,
+    FailedElsewhere,
+    Interrupted,
+    LeftAtOnce,
+    SwamlaError,
+    UsageError,
+    is_out_of_memory,
+)
 
 COMMANDS = {
     "quickstart": "train a small hybrid model on this Python's own source files (about 3 minutes)",
@@ -154,6 +162,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
             return " ".join(error_as_typed(error).splitlines()), error.exit_status
         case SwamlaError() | Ended():
             return " ".join(_as_typed(str(error)).splitlines()), error.exit_status
+        case LeftAtOnce():
+            return str(error), error.exit_status
         case KeyboardInterrupt():
             return "interrupted", INTERRUPTED
         case BrokenPipeError():  # the reader closed the pipe, as in `swamla info … | head -1`

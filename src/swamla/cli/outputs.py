@@ -12,6 +12,10 @@ from io import TextIOWrapper
 from types import FrameType
 from typing import IO, Any
 
+from swamla.signal_notice import say_now, told_at_once
+
+PATIENCE = 0.3  # seconds in which a command ends by itself after a signal, so that there is nothing to say
+
 # Readable substitutes for characters that an output's encoding lacks.
 SUBSTITUTES = {
     "…": "...", "–": "-", "—": "-", "−": "-", "·": "*", "•": "*", "×": "x", "±": "+/-", "→": "->", "←": "<-",
@@ -44,10 +48,19 @@ def ended_by_signals() -> Iterator[None]:
     handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # under nohup
     before = {number: signal.signal(number, _end) for number in handled}
     try:
-        yield
+        with told_at_once(_tell, patience=PATIENCE):
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _tell(number: signal.Signals, count: int) -> str:
+    """What to say of a signal that has not ended the command within `PATIENCE`; the second one ends it here."""
+    if count == 1:
+        return f"stopping ({number.name}), when the library's call that runs now returns; again to leave now"
+    say_now("left at once")
+    os._exit(128 + number)
 
 
 def open_outputs() -> None:

@@ -28,6 +28,7 @@ from swamla.train.precision import autocast
 from swamla.train.run import Evaluate, Run, in_progress
 from swamla.train.run_folder import open_run
 from swamla.train.saving import Diverged, finish_saves, raise_diverged, rescore_best, save
+from swamla.train.signals import EVALUATION, FINISHING, STEP
 from swamla.train.state import TrainState, generator_states, set_generator_states
 from swamla.train.step import StepResult, training_step
 from swamla.train.tracking.display import fill, say
@@ -364,12 +365,14 @@ def _ended_by_stop(run: Run) -> Iterator[None]:
             raise _StopRequested
 
     alone = distributed.world_size() == 1
+    run.stop.doing = EVALUATION if alone else FINISHING
     hook = run.state.model.blocks[0].register_forward_pre_hook(check) if alone else None
     try:
         yield
     finally:
         if hook:
             hook.remove()
+        run.stop.doing = STEP
 
 
 def _plot(run: Run) -> None:

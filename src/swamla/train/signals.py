@@ -1,32 +1,40 @@
-"""Stop requests by signal: the run finishes its step and saves before it ends, unless Ctrl-C comes twice."""
+"""Stop requests by signal: the run finishes its step and saves before it ends, unless a second one comes."""
 
 import os
 import signal
 import stat
 import threading
 import time
+from contextlib import ExitStack
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from swamla.distributed import launched
-
-FORWARDED = 2.0  # seconds in which torchrun passes on the Ctrl-C that the terminal already sent to every process
+from swamla.distributed import is_main, launched
+from swamla.errors import LeftAtOnce
+from swamla.signal_notice import APART, told_at_once
 
 _HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+_LEAVING = (signal.SIGTERM, signal.SIGINT)  # of which a second one does not wait for the save
+STEP, EVALUATION, FINISHING = "finishing this step", "ending the evaluation", "finishing the evaluation"
 _EXIT_STATUS = {signal.SIGINT: 130, signal.SIGPIPE: 141}  # 75, preempted, for all others
 
 
 class StopRequest:
     """Context in which SIGTERM, SIGUSR1 (Slurm's warning), SIGHUP and Ctrl-C request a stop of the run.
 
-    A second Ctrl-C raises `KeyboardInterrupt` at once. A signal that the process ignores from its start, as SIGHUP
-    under nohup, stays ignored. Outside the main thread, where Python allows no handlers, nothing is changed.
+    What happens is said at once. A second Ctrl-C raises `KeyboardInterrupt`, a second SIGTERM `LeftAtOnce`; SIGTERM
+    after Slurm's warning does not. A signal that the process ignores from its start, as SIGHUP under nohup, stays
+    ignored. Outside the main thread, where Python allows no handlers, nothing is changed.
+
+    doing: what goes on before the run is saved, for the line that is said.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._since = 0.0
         self._previous: dict[signal.Signals, Any] = {}
+        self._open = ExitStack()
+        self.doing = STEP
 
     @property
     def exit_status(self) -> int:
@@ -41,20 +49,32 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             handled = [number for number in _HANDLED if signal.getsignal(number) is not signal.SIG_IGN]
             self._previous = {number: signal.signal(number, self._note) for number in handled}
+        self._open.enter_context(told_at_once(self._tell))
         return self
+
+    def _tell(self, number: signal.Signals, count: int) -> str:
+        """The line for a signal."""
+        if not is_main():
+            return ""
+        if count > 1:
+            return "leaving at once" if number in _LEAVING else ""
+        more = "; again to leave now" if number in _LEAVING else ""
+        return f"stop requested ({number.name}): {self.doing}, then saving{more}"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._open.close()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
             drop_dead_terminal()
-        again = number == signal.SIGINT and self.received == signal.SIGINT
-        if again and time.monotonic() - self._since > (FORWARDED if launched() else 0):
-            raise KeyboardInterrupt
+        again = number in _LEAVING and self.received is not None and number in (self.received, signal.SIGINT)
+        apart = 0.0 if number == signal.SIGINT and not launched() else APART
+        if again and time.monotonic() - self._since > apart:
+            raise KeyboardInterrupt if number == signal.SIGINT else LeftAtOnce(number)
         if not again:
             self.received, self._since = signal.Signals(number), time.monotonic()
 
