@@ -116,7 +116,10 @@ def test_a_run_whose_terminal_is_gone_saves_and_says_so_where_anybody_reads(tmp_
     assert os.waitstatus_to_exitcode(ended) == 75, said.read_text()
     found = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert found is not None
-    assert said.read_text() == f"stopped by SIGHUP after step {found.step}; all is saved in {tmp_path / 'run'}\n"
+    assert said.read_text().splitlines() == [
+        "swamla: stop requested (SIGHUP): finishing this step, then saving",
+        f"stopped by SIGHUP after step {found.step}; all is saved in {tmp_path / 'run'}",
+    ]
 
 
 class Reader(io.StringIO):

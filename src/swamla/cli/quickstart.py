@@ -14,7 +14,7 @@ from rich.table import Table
 from swamla import distributed
 from swamla.checkpoint import load
 from swamla.cli.afterwards import few_tokens, generate_command, opening, sample, say_next
-from swamla.cli.console import Console, harmless, say
+from swamla.cli.console import Console, harmless, say, say_wrapped
 from swamla.cli.fitting import fitted
 from swamla.cli.flags import argument, parse
 from swamla.cli.overrides import flags
@@ -73,7 +73,7 @@ def _claimed(arguments: Arguments, resume: bool) -> Claim:
 def _train(config: RunConfig, given: Mapping[str, Any], claim: Claim, resume: bool, verbose: bool) -> None:
     """Fit a new run to the machine, train, sample, compare, and suggest the next commands."""
     console, run_dir = Console(), claim.path
-    say(console, f"resuming {run_dir}" if resume else _announcement(config, run_dir))
+    say_wrapped(console, f"resuming {run_dir}" if resume else _announcement(config, run_dir))
     resumed = run_dir if resume else None
     dataset = prepare_data(config.data, console, block_size=config.train.block_size, resumed=resumed, verbose=verbose)
     if not resume:

@@ -9,7 +9,7 @@ from typing import Any
 
 from swamla import distributed
 from swamla.cli.afterwards import say_results
-from swamla.cli.console import Console, program, say
+from swamla.cli.console import Console, program, say, say_wrapped
 from swamla.cli.flags import argument, parse
 from swamla.cli.overrides import flags
 from swamla.cli.run_config import Resolved, begun_recipe, explain_recipe, resolve, say_notes
@@ -102,7 +102,7 @@ def _train(arguments: Arguments, given: Mapping[str, Any]) -> int:
             distributed.on_main(lambda: _check_resumed(resolved, run_dir, arguments, given))
         require_hub(config.train.hf_repo_id)
         config.train.require_rows()
-        say(console, f"{'resuming' if resume else 'training'} {recipe} in {run_dir}")
+        say_wrapped(console, f"{'resuming' if resume else 'training'} {recipe} in {run_dir}")
         dataset = prepare_data(
             config.data,
             console,

@@ -69,7 +69,7 @@ def _write_all(
                 n_bytes += len(utf8(text))
                 writer.append(ids, len(utf8(text)), last=True)
                 if len(places) % _TOLD == 0:
-                    progress("reading ids", len(places), n_bytes)
+                    progress("reading ids", len(places), n_bytes, None)
             n_train = n_train if name == "held_out" else len(places)
     return places, n_train
 

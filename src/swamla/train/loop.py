@@ -6,7 +6,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,9 @@ def train(
     run_dir, console = Path(run_dir), console or Console()
     require_trackers(config.train)
     require_hub(config.train.hf_repo_id)
-    if distributed.is_main():
-        say(console, "building the model, choosing kernels …")  # which may be measured, for seconds
+    with suppress(OSError):  # a closed output is noticed by the run, which ends as at a signal
+        if distributed.is_main():
+            say(console, "building the model, choosing kernels …")  # which may be measured, for seconds
     with (
         open_run(config, run_dir, dataset=dataset, resume=resume, claim=claim) as (config, state),
         in_progress(config, run_dir, state, dataset, evaluate, console) as run,
