@@ -62,7 +62,7 @@ def test_the_only_file_in_another_language_is_told_if_it_is_held_out(tokenizer: 
     (line,) = told(folder, tokenizer)
     assert line.startswith(f"{folder}: the held-out text is unlike the training text: ")
     assert line.endswith(
-        "so held-out losses say little about the rest; a larger held_out_fraction adds other documents"
+        "so held-out losses say little about the rest; a larger `held_out_fraction` adds other documents"
     )
     assert told(written(tmp_path / "trained", held_out=[english(98), english(99)], train=[HINDI * 30, *texts])) == []
 

@@ -46,7 +46,7 @@ class Arguments:
 
     output_dir: str = argument("", metavar="FOLDER")
     resume: str = argument("", metavar="RUN", bare="")
-    verbose: bool = argument(False, switch=True)
+    verbose: bool = argument(False, switch=True, usual=False)
 
 
 def main(argv: list[str]) -> int:

@@ -52,7 +52,7 @@ class Arguments:
     resume_from_hf: bool = argument(False, switch=True, usual=False)
     hf_revision: str = argument("", usual=False)
     workers: int = argument(0, usual=False)
-    verbose: bool = argument(False, switch=True)
+    verbose: bool = argument(False, switch=True, usual=False)
 
 
 def main(argv: list[str]) -> int:

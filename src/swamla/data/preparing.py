@@ -160,7 +160,7 @@ def _warn_of_split(config: DataConfig, dataset: PreparedDataset) -> None:
             stacklevel=3,
         )
     if unlike := describe_unlike(dataset.meta.get("unseen", {})):
-        warnings.warn(f"{config.source}: {unlike}; a larger held_out_fraction adds other documents", stacklevel=3)
+        warnings.warn(f"{config.source}: {unlike}; a larger `held_out_fraction` adds other documents", stacklevel=3)
 
 
 @dataclass(frozen=True)

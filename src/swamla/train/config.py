@@ -242,7 +242,7 @@ class TrainConfig:
         fits = self.ema_width is None or 0 < self.ema_width <= 0.25
         require(fits, "ema_width", self.ema_width, "must be above 0, at most 0.25, e.g. 0.05, or left out")
         one = self.ema is None or self.ema_width is None
-        require(one, "ema_width", self.ema_width, "is instead of ema: leave one out, e.g. --ema none")
+        require(one, "ema_width", self.ema_width, "is instead of ema: leave one out, e.g. ema = none")
         require(self.grad_clip is None or self.grad_clip > 0, "grad_clip", self.grad_clip, "must be > 0, or left out")
 
     @property
