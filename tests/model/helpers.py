@@ -87,12 +87,18 @@ def build_mixer(config: MixerConfig, seed: int = 0) -> Mixer:
 def hybrid_config(
     backend: str = "auto", pattern: tuple[str, ...] = ("gdn", "swa", "mla", "mha"), ffn: str = "dense"
 ) -> LanguageModelConfig:
-    """A tiny model with every mixer, embeddings of pairs and triples of tokens, and bounded logits."""
+    """A tiny model with every mixer, embeddings of tokens and triples before its second layer, bounded logits."""
     blocks = {
         name: BlockConfig(mixer=MIXERS[name].with_backend(backend), ffn=FFNS[ffn]) for name in dict.fromkeys(pattern)
     }
     return LanguageModelConfig(
-        vocab_size=31, width=WIDTH, blocks=blocks, pattern=pattern, ngram_buckets=(17, 13), logit_cap=20.0
+        vocab_size=31,
+        width=WIDTH,
+        blocks=blocks,
+        pattern=pattern,
+        ngram_buckets=(31, 0, 13),
+        ngram_layer=1 % len(pattern),
+        logit_cap=20.0,
     )
 
 

@@ -11,7 +11,7 @@ from swamla.model.ngrams import NgramEmbedding, bucket_of
 from swamla.ops.layout import PADDING, Layout
 from swamla.train.optim import MuonConfig
 
-from .helpers import WIDTH, assert_close, build_model, hybrid_config, random_tokens
+from .helpers import WIDTH, assert_close, build_model, hybrid_config, random_tokens, scramble
 
 DOCUMENTS = [[5, 0, 7, 7, 30], [12], [5, 0, 7], [1, 2]]
 
@@ -35,8 +35,9 @@ def by_hand(embedding: NgramEmbedding, document: list[int]) -> torch.Tensor:
 
 
 def embedding_of(*buckets: int) -> NgramEmbedding:
-    torch.manual_seed(0)
-    return NgramEmbedding(buckets, WIDTH)
+    embedding = NgramEmbedding(buckets, WIDTH)
+    scramble(embedding)
+    return embedding
 
 
 def row(documents: list[list[int]], padding: int = 0) -> tuple[torch.Tensor, Layout]:
@@ -62,7 +63,7 @@ def test_buckets_are_filled_evenly_by_pairs_of_small_ids() -> None:
     assert counts.max() < 100  # 40 each on average
 
 
-@pytest.mark.parametrize("buckets", [(40,), (40, 23), (0, 23), (40, 0, 11)], ids=str)
+@pytest.mark.parametrize("buckets", [(31,), (31, 40), (31, 40, 23), (0, 0, 23), (31, 0, 0, 11)], ids=str)
 @pytest.mark.parametrize("padding", [0, 4])
 def test_packed_documents_have_the_vectors_of_their_own_ngrams(buckets: tuple[int, ...], padding: int) -> None:
     embedding = embedding_of(*buckets)
@@ -76,7 +77,7 @@ def test_packed_documents_have_the_vectors_of_their_own_ngrams(buckets: tuple[in
 @pytest.mark.parametrize("cuts", [[], [1], [2, 3], [1, 2, 3, 4, 5, 6, 7], [7]], ids=str)
 @torch.no_grad()
 def test_steps_of_any_split_are_the_whole(cuts: list[int]) -> None:
-    embedding = embedding_of(40, 23, 9)
+    embedding = embedding_of(31, 40, 23, 9)
     tokens = random_tokens(2, 8)
     state, found = embedding.init_state(2, "cpu"), []
     for begin, end in zip([0, *cuts], [*cuts, 8], strict=True):
@@ -87,7 +88,7 @@ def test_steps_of_any_split_are_the_whole(cuts: list[int]) -> None:
 
 @torch.no_grad()
 def test_padding_at_row_ends_leaves_no_trace_in_the_state() -> None:
-    embedding = embedding_of(40, 23)
+    embedding = embedding_of(31, 40, 23)
     documents = random_tokens(3, 12).tolist()
     given = [0, 0, 0]
     state, found = embedding.init_state(3, "cpu"), [[], [], []]
@@ -104,18 +105,39 @@ def test_padding_at_row_ends_leaves_no_trace_in_the_state() -> None:
         assert_close(torch.cat(pieces_of_row), by_hand(embedding, documents[index][: given[index]]), 1e-6)
 
 
-def test_a_model_tells_repeated_tokens_apart_by_what_precedes_them() -> None:
-    config = replace(hybrid_config(), ngram_buckets=(50,))
-    model = build_model(config)
-    with_pairs, without = model, build_model(replace(config, ngram_buckets=()))
+@torch.no_grad()
+def test_steps_with_tokens_alone_keep_no_state() -> None:
+    embedding = embedding_of(31)
+    state = embedding.init_state(2, "cpu")
+    tokens = random_tokens(2, 1)
+    found = embedding.step(tokens, state, Layout.continuing_uniform(5, 2, 1))
+    assert state.nbytes == 0
+    assert_close(found, embedding.tables["1"](tokens + 1), 1e-6)
+
+
+def test_every_id_has_a_row_of_its_own_in_a_table_of_the_vocabularys_size() -> None:
+    assert len(set(bucket_of([torch.arange(1, 4097)], 4096).tolist())) == 4096
+
+
+@pytest.mark.parametrize("layer", [0, 1, -1])
+def test_a_new_model_is_the_one_without_and_vectors_enter_before_the_named_layer(layer: int) -> None:
+    config = replace(hybrid_config(), ngram_buckets=(31, 50), ngram_layer=layer)
+    model, without = config.build(seed=3), replace(config, ngram_buckets=()).build(seed=3)
     tokens = torch.tensor([[1, 2, 3, 2]])
-    seq = Layout.one_document_per_row(1, 4)
-    inputs = with_pairs._embed(tokens, seq)[0]
-    assert not torch.equal(inputs[1], inputs[3])
-    assert torch.equal(without._embed(tokens, seq)[0, 1], without._embed(tokens, seq)[0, 3])
+    assert torch.equal(model(tokens), without(tokens))
+    with torch.no_grad():
+        model.ngrams.tables["2"].weight.normal_()
+    inputs: list[list[torch.Tensor]] = [[], []]
+    for found, each in zip(inputs, (model, without), strict=True):
+        for block in each.blocks:
+            block.register_forward_pre_hook(lambda _, given, found=found: found.append(given[0]))
+        each(tokens)
+    first = layer % config.depth
+    assert [torch.equal(a, b) for a, b in zip(*inputs, strict=True)] == [index < first for index in range(config.depth)]
+    assert_close(inputs[0][first] - inputs[1][first], model.ngrams(tokens, Layout.one_document_per_row(1, 4)), 1e-5)
 
 
-@pytest.mark.parametrize("buckets", [(), (40,), (40, 23), (0, 23)], ids=str)
+@pytest.mark.parametrize("buckets", [(), (31,), (31, 40), (0, 0, 23)], ids=str)
 def test_parameters_and_state_are_counted_exactly(buckets: tuple[int, ...]) -> None:
     config = replace(hybrid_config(), ngram_buckets=buckets)
     model, counted = config.build(), count_parameters(config)
@@ -129,7 +151,7 @@ def test_parameters_and_state_are_counted_exactly(buckets: tuple[int, ...]) -> N
 
 
 def test_tables_learn_by_adamw_at_their_rows_only_and_without_decay() -> None:
-    model = build_model(replace(hybrid_config(), ngram_buckets=(50,)))
+    model = build_model(replace(hybrid_config(), ngram_buckets=(0, 50)))
     table = model.ngrams.tables["2"].weight
     before = table.detach().clone()
     optimizer = MuonConfig().build(model, lr=0.01, weight_decay=0.5)

@@ -100,7 +100,7 @@ def state_bytes(config: LanguageModelConfig, length: int, *, batch: int = 1, ele
 
     Equal to `LanguageModel.init_state(batch, length).nbytes`. The delta rule's state matrices are at least fp32.
     """
-    last_ids = len(config.ngram_buckets) * ID_BYTES
+    last_ids = max(0, len(config.ngram_buckets) - 1) * ID_BYTES
     return batch * (last_ids + sum(b.mixer.state_bytes(config.width, length, element_bytes) for b in config.layers))
 
 

@@ -18,7 +18,7 @@ from swamla.model.compiling import Compile, compile_blocks, refuse_whole, resolv
 from swamla.model.ffns.experts import check_recordable
 from swamla.model.initial import Initializer, SkippedInit, constant, initial_tensor, initializers_of, normal
 from swamla.model.mup import initial_scale
-from swamla.model.ngrams import NgramEmbedding, NgramState
+from swamla.model.ngrams import NgramEmbedding
 from swamla.model.norm import NormConfig, RMSNormConfig
 from swamla.model.state import ModelState
 from swamla.ops import chunked_cross_entropy
@@ -40,8 +40,9 @@ class LanguageModelConfig:
     norm: before every mixer and FFN, and before the head.
     tied_head: whether the head shares the embedding's weights.
     learned_positions: number of learned position vectors, which limits the length of a document; 0 for none.
-    ngram_buckets: rows of hashed embeddings of the last 2, 3, … tokens, which are added to a token's own, e.g. [16384]
-        for pairs; 0 leaves one out.
+    ngram_buckets: rows of hashed embeddings of the last 1, 2, 3, … tokens, which are added to the input of the layer
+        ngram_layer, e.g. [4096, 16384] for tokens and pairs; 0 leaves one out.
+    ngram_layer: counted from 0; -1 is the last layer, where they gained most (docs/log.md).
     dropout: on the embeddings and on the outputs of mixers and FFNs, in training.
     residual: dtype of the residual stream under autocast: weights (as the weights are, fp32) or autocast (its 16 bits,
         half the memory traffic of norms and sums; what every layer adds is rounded: docs/log.md).
@@ -60,6 +61,7 @@ class LanguageModelConfig:
     tied_head: bool = True
     learned_positions: int = 0
     ngram_buckets: tuple[int, ...] = ()
+    ngram_layer: int = -1
     dropout: float = 0.0
     residual: Literal["weights", "autocast"] = "weights"
     logit_cap: float = 0.0
@@ -78,8 +80,12 @@ class LanguageModelConfig:
             require(name in self.pattern, "blocks", name, f"is not used by the pattern: {' '.join(self.pattern)}")
         require(self.learned_positions >= 0, "learned_positions", self.learned_positions, "must be >= 0 (0: none)")
         sizes = self.ngram_buckets
-        require(all(size >= 0 for size in sizes), "ngram_buckets", sizes, "must each be >= 0, e.g. [16384]")
-        require(not sizes or sizes[-1] > 0, "ngram_buckets", sizes, "must not end in 0, e.g. [16384]")
+        require(all(size >= 0 for size in sizes), "ngram_buckets", sizes, "must each be >= 0, e.g. [4096, 16384]")
+        require(not sizes or sizes[-1] > 0, "ngram_buckets", sizes, "must not end in 0, e.g. [4096, 16384]")
+        there = -self.depth <= self.ngram_layer < self.depth
+        require(
+            there, "ngram_layer", self.ngram_layer, f"must be a layer from 0 to {self.depth - 1}, or -1 for the last"
+        )
         require(0 <= self.logit_cap < math.inf, "logit_cap", self.logit_cap, "must be > 0, e.g. 15, or 0 for none")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1), e.g. 0.1")
         require(self.init_std > 0, "init_std", self.init_std, "must be > 0, e.g. 0.02")
@@ -165,6 +171,7 @@ class LanguageModel(Decodable[ModelState]):
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.positions = nn.Embedding(config.learned_positions, config.width) if config.learned_positions else None
         self.ngrams = NgramEmbedding(config.ngram_buckets, config.width) if config.ngram_buckets else None
+        self.ngram_layer = config.ngram_layer % config.depth
         layers = [block.build(config.width, config.norm, config.dropout) for block in config.layers]
         self.blocks: Sequence[Block] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norm = config.norm.build(config.width)
@@ -277,6 +284,8 @@ class LanguageModel(Decodable[ModelState]):
             x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
         statistics = {}
         for index, block in enumerate(self.blocks):
+            if self.ngrams is not None and index == self.ngram_layer:
+                x_BTD = x_BTD + self.ngrams(tokens_BT, seq).to(x_BTD.dtype)
             x_BTD, found = block(x_BTD, seq)
             statistics.update({f"{name}/{index}": value for name, value in found.items()})
         return self._head_input(x_BTD), statistics
@@ -346,8 +355,10 @@ class LanguageModel(Decodable[ModelState]):
 
     def step_hidden_at(self, tokens_BT: Tensor, state: ModelState, seq: Layout) -> Tensor:
         """`step_hidden` for a given layout: updates the layers' states but not the rows' lengths."""
-        x_BTD = self._embed(tokens_BT, seq, state.ngrams)
-        for block, layer in zip(self.blocks, state.layers, strict=True):
+        x_BTD = self._embed(tokens_BT, seq)
+        for index, (block, layer) in enumerate(zip(self.blocks, state.layers, strict=True)):
+            if self.ngrams is not None and state.ngrams is not None and index == self.ngram_layer:
+                x_BTD = x_BTD + self.ngrams.step(tokens_BT, state.ngrams, seq).to(x_BTD.dtype)
             x_BTD = block.step(x_BTD, layer, seq)
         return self._head_input(x_BTD)
 
@@ -359,14 +370,11 @@ class LanguageModel(Decodable[ModelState]):
         """Raise `UsageError` for experts of a dtype that CUDA multiplies without a graph only."""
         check_recordable(self)
 
-    def _embed(self, tokens_BT: Tensor, seq: Layout, state: NgramState | None = None) -> Tensor:
-        """The input of the first block (B, T, D); with a state for tokens after those in it."""
+    def _embed(self, tokens_BT: Tensor, seq: Layout) -> Tensor:
         try:
             x_BTD = self.embedding(tokens_BT)
         except (IndexError, RuntimeError) as error:  # on a CPU only; CUDA fails later and ends the process
             raise self._token_error(tokens_BT) or error from None
-        if self.ngrams is not None:
-            x_BTD = x_BTD + (self.ngrams(tokens_BT, seq) if state is None else self.ngrams.step(tokens_BT, state, seq))
         if self.config.residual == "autocast":
             x_BTD = x_BTD.to(product_dtype(x_BTD))
         if self.positions is None:

@@ -1,4 +1,4 @@
-"""Hashed n-gram embeddings: a token's input also tells which tokens precede it (arXiv 2412.09871, section 3.2.1)."""
+"""Hashed embeddings of the last tokens: what an n-gram model knows, as vectors (arXiv 2412.09871, section 3.2.1)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swamla.model.initial import Initializer, constant
 from swamla.model.mixers.mixer import State
 from swamla.ops.layout import Layout
 
@@ -25,21 +26,26 @@ def bucket_of(ids: Sequence[Tensor], buckets: int) -> Tensor:
 
 @dataclass
 class NgramState(State):
-    """The last ids of each sequence plus 1, oldest first, (B, N − 1) for N-grams; 0 where there was no token yet."""
+    """The last ids of each sequence plus 1, oldest first, (B, N − 1) for n up to N; 0 where there was no token yet."""
 
     id_BN: Tensor
 
 
 class NgramEmbedding(nn.Module):
-    """Σ_n E_n[hash(the last n tokens)] for n = 2, 3, …; the place before a document counts as an id of its own.
+    """Σ_n E_n[hash(the last n tokens)] for n = 1, 2, …; the place before a document counts as an id of its own.
 
-    buckets: rows of E_2, E_3, …; 0 leaves one out. N-grams that share a bucket share its vector.
+    buckets: rows of E_1, E_2, …; 0 leaves one out. N-grams that share a bucket share its vector. All begin at 0, so
+    that a new model is the one without them.
     """
 
     def __init__(self, buckets: Sequence[int], width: int) -> None:
         super().__init__()
-        self.past = len(buckets)
-        self.tables = nn.ModuleDict({f"{n}": nn.Embedding(size, width) for n, size in enumerate(buckets, 2) if size})
+        self.past = len(buckets) - 1
+        self.tables = nn.ModuleDict({f"{n}": nn.Embedding(size, width) for n, size in enumerate(buckets, 1) if size})
+
+    def initializers(self) -> dict[str, Initializer]:
+        """Initializers by the parameters' names."""
+        return {f"tables.{n}.weight": constant(0.0) for n in self.tables}
 
     def forward(self, tokens_BT: Tensor, seq: Layout) -> Tensor:
         """The embeddings' sum (B, T, D) for whole documents."""
@@ -57,7 +63,7 @@ class NgramEmbedding(nn.Module):
             last_BN = seq.real_BT.sum(dim=1, keepdim=True) + torch.arange(self.past, device=id_BT.device)
             state.id_BN.copy_(id_BT.gather(1, last_BN))
         else:
-            state.id_BN.copy_(id_BT[:, -self.past :])
+            state.id_BN.copy_(id_BT[:, id_BT.shape[1] - self.past :])
         return sum_BTD
 
     def _sum(self, id_BT: Tensor, seq: Layout) -> Tensor:
