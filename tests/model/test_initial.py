@@ -49,7 +49,7 @@ def test_other_layers_and_other_modules_change_no_parameter_that_stays() -> None
             torch.testing.assert_close(extended[name], parameter * scaled)
         else:
             assert torch.equal(extended[name], parameter), name
-    drawn = [p.flatten()[:8] for p in extended.values() if p.ndim >= 2]
+    drawn = [p.flatten()[:8] for p in extended.values() if p.ndim >= 2 and p.any()]  # tables of n-grams begin at zero
     assert len({tuple(row.tolist()) for row in drawn}) == len(drawn)  # no two parameters start alike
 
 
