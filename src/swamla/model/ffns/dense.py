@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from swamla.errors import require
 from swamla.model.ffns.ffn import FFN, FFNConfig, Statistics
 from swamla.ops.layout import Layout
+from swamla.ops.swiglu import swiglu
 from swamla.registry import register
 
 
@@ -25,6 +26,7 @@ class DenseConfig(FFNConfig):
     kind: ClassVar[str] = "dense"
     sign: ClassVar[str] = "d"
     style: ClassVar[str] = "dim"
+    only_projects: ClassVar[bool] = True
     hidden: int | None = None
     activation: Literal["swiglu", "gelu", "relu2"] = "swiglu"
     bias: bool = False
@@ -72,8 +74,7 @@ class SwiGLU(FFN):
 
     def forward(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
         """(B, T, D) → (B, T, D) and no statistics."""
-        gate, up = self.gate_up_proj(x_BTD).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up), {}
+        return self.down_proj(swiglu(self.gate_up_proj(x_BTD))), {}
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swamla.distributed import local
@@ -12,6 +11,7 @@ from swamla.ops.autocast import product_dtype
 from swamla.ops.dispatch import Dispatch
 from swamla.ops.exchange import apply_at_owners
 from swamla.ops.grouped_mm import grouped_mm
+from swamla.ops.swiglu import swiglu
 
 
 class Experts(nn.Module):
@@ -59,8 +59,8 @@ class Experts(nn.Module):
 
     def _swiglus(self, rows: Tensor, ends_E: Tensor, gate_up: Tensor, down: Tensor, *, surplus: bool = False) -> Tensor:
         """The experts' outputs for rows sorted by expert."""
-        gate, up = grouped_mm(rows, gate_up, ends_E, backend=self.backend, surplus=surplus).chunk(2, dim=-1)
-        return grouped_mm(F.silu(gate) * up, down, ends_E, backend=self.backend, surplus=surplus)
+        hidden = swiglu(grouped_mm(rows, gate_up, ends_E, backend=self.backend, surplus=surplus))
+        return grouped_mm(hidden, down, ends_E, backend=self.backend, surplus=surplus)
 
 
 def check_recordable(model: nn.Module) -> None:

@@ -28,6 +28,8 @@ class FFNConfig(Registered, home="swamla.model.ffns"):
     outputs: the module's parameters that write to the residual stream; their initial weights are scaled by depth.
     vectors: two-dimensional parameters that are a set of vectors and not the matrix of a linear map, such as a
         router's, one per expert. Muon leaves them to AdamW, and their layer is not converted to fp8.
+    only_projects: whether the module does nothing with its input but multiply it by matrices. Autocast rounds it for
+        these products, so the block may round it before.
     BACKENDS: what the field `backend` may be, "auto" included; empty for an FFN without that field.
     """
 
@@ -35,6 +37,7 @@ class FFNConfig(Registered, home="swamla.model.ffns"):
     style: ClassVar[str] = "bold"
     outputs: ClassVar[tuple[str, ...]] = ("down_proj.weight",)
     vectors: ClassVar[tuple[str, ...]] = ()
+    only_projects: ClassVar[bool] = False
     BACKENDS: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
