@@ -14,6 +14,7 @@ from swamla.model.ffns.dense import DenseConfig
 from swamla.model.ffns.ffn import FFN, FFNConfig, Statistics
 from swamla.model.mixers.mixer import Mixer, MixerConfig, State
 from swamla.model.norm import NormConfig
+from swamla.ops.autocast import product_dtype
 from swamla.ops.layout import Layout
 
 Checkpointing = Literal["none", "attention", "ffn", "all"]
@@ -60,6 +61,7 @@ class Block(nn.Module):
         self.mixer: Mixer = config.mixer.build(width)
         self.ffn_norm = norm.build(width)
         self.ffn: FFN = config.ffn.build(width)
+        self.rounds = config.mixer.only_projects, config.ffn.only_projects
         _require_outputs(config.mixer, self.mixer)
         _require_outputs(config.ffn, self.ffn)
         self.description = f"mixer: {_described(config.mixer)}; ffn: {_described(config.ffn)}"
@@ -100,11 +102,13 @@ class Block(nn.Module):
 
     def mix(self, x_BTD: Tensor, seq: Layout) -> Tensor:
         """x + mixer(norm(x))."""
-        return x_BTD + self._drop(self.mixer(self.mixer_norm(x_BTD), seq))
+        rounds, _ = self.rounds
+        return x_BTD + self._drop(self.mixer(_rounded(self.mixer_norm(x_BTD), rounds), seq))
 
     def feed(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
         """x + ffn(norm(x)), and the FFN's statistics."""
-        y_BTD, statistics = self.ffn(self.ffn_norm(x_BTD), seq)
+        _, rounds = self.rounds
+        y_BTD, statistics = self.ffn(_rounded(self.ffn_norm(x_BTD), rounds), seq)
         return x_BTD + self._drop(y_BTD), statistics
 
     def step(self, x_BTD: Tensor, state: State, seq: Layout) -> Tensor:
@@ -114,6 +118,11 @@ class Block(nn.Module):
 
     def _drop(self, x_BTD: Tensor) -> Tensor:
         return F.dropout(x_BTD, self.dropout, self.training) if self.dropout else x_BTD
+
+
+def _rounded(x_BTD: Tensor, rounds: bool) -> Tensor:
+    """The input of projections in their dtype: cast once under autocast, not by each of them in both passes."""
+    return x_BTD.to(product_dtype(x_BTD)) if rounds else x_BTD
 
 
 def _described(config: MixerConfig | FFNConfig) -> str:

@@ -43,6 +43,7 @@ class GDNConfig(MixerConfig):
     style: ClassVar[str] = "black on green"
     is_local: ClassVar[bool] = True
     vectors: ClassVar[tuple[str, ...]] = ("conv_weight",)
+    only_projects: ClassVar[bool] = True
     BACKENDS: ClassVar[tuple[str, ...]] = BACKENDS
     n_heads: int
     n_key_heads: int | None = None

@@ -24,6 +24,8 @@ class MixerConfig(Registered, home="swamla.model.mixers"):
     ranks: fields that may not exceed the model's width, which scale with it if a flag makes the model narrower.
     vectors: two-dimensional parameters that are a set of vectors and not the matrix of a linear map, such as the
         filters of a convolution. Muon leaves them to AdamW, and their layer is not converted to fp8.
+    only_projects: whether the module does nothing with its input but multiply it by matrices. Autocast rounds it for
+        these products, so the block may round it before.
     BACKENDS: what the field `backend` may be, "auto" included; empty for a mixer without that field.
     """
 
@@ -33,6 +35,7 @@ class MixerConfig(Registered, home="swamla.model.mixers"):
     outputs: ClassVar[tuple[str, ...]] = ("o_proj.weight",)
     ranks: ClassVar[tuple[str, ...]] = ()
     vectors: ClassVar[tuple[str, ...]] = ()
+    only_projects: ClassVar[bool] = False
     BACKENDS: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

@@ -23,6 +23,7 @@ class Heads(NamedTuple):
 class SoftmaxConfig(MixerConfig):
     """Causal softmax attention. Not a dataclass, so that each mixer orders its own fields."""
 
+    only_projects: ClassVar[bool] = True
     BACKENDS: ClassVar[tuple[str, ...]] = BACKENDS
     n_heads: int
     backend: str
