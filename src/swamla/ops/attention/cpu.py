@@ -94,16 +94,22 @@ class Tile:
         return torch.cat([sinks_NMSK, band_NMSK], dim=2).flatten(0, 1)
 
     def add_to_keys(self, total_NTK: Tensor, x_MSK: Tensor) -> None:
-        """The transpose of `keys`: add each key's gradient to that of its token."""
+        """The transpose of `keys`: add each key's gradient to that of its token.
+
+        Called with the tiles in order. The tiles' own tokens are new to the total: they are written, not added.
+        """
         x_NMSK = x_MSK.unflatten(0, (-1, self.count))
+        own_NMCK = total_NTK[:, self.first : self.first + self.count * self.rows].unflatten(1, (self.count, -1))
+        own_NMCK.copy_(x_NMSK[:, :, -self.rows :])
         if self.sinks:
-            total_NTK[:, : self.sinks] += x_NMSK[:, :, : self.sinks].sum(dim=1, dtype=total_NTK.dtype)
+            total_NTK[:, : self.sinks].add_(x_NMSK[:, :, : self.sinks].sum(dim=1, dtype=total_NTK.dtype))
         # Bands overlap: add them `rows` keys at a time, for all tiles at once. A single tile is added at once.
-        width = self.rows if self.count > 1 else self.band
-        for offset in range(0, self.band, width):
-            piece_NTK = x_NMSK[:, :, self.sinks + offset : self.sinks + offset + width].flatten(1, 2)
+        earlier = self.band - self.rows
+        width = self.rows if self.count > 1 else earlier
+        for offset in range(0, earlier, max(1, width)):
+            piece_NMCK = x_NMSK[:, :, self.sinks + offset : self.sinks + offset + width]
             start = self.low + offset
-            total_NTK[:, start : start + self.count * width] += piece_NTK
+            total_NTK[:, start : start + self.count * width].unflatten(1, (self.count, -1)).add_(piece_NMCK)
 
 
 @dataclass(frozen=True)
@@ -209,7 +215,7 @@ class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, band: Band, gradients: bool) -> Tensor:
         """gradients: whether autograd records, which `ctx.needs_input_grad` does not say."""
-        q_NRTK, k_NTK, v_NTV = _heads_first(q_BTHK, k_BTGK), *_heads_of_keys(k_BTGK, v_BTGV)
+        q_NRTK, k_NTK, v_NTV = _heads_first(q_BTHK, k_BTGK.shape[2]), *_heads_of_keys(k_BTGK, v_BTGV)
         o_NRTV = q_NRTK.new_empty(*q_NRTK.shape[:3], v_NTV.shape[-1])
         kept: list[Tensor] = []
         keep = gradients and any(ctx.needs_input_grad) and bool(kept_keys(q_NRTK.shape[2], band.window, band.sinks))
@@ -219,22 +225,21 @@ class _TiledAttention(torch.autograd.Function):
                 kept.append(weight)
             _attention_weights(score, weight, tile.queries(q_NRTK[part]), tile.keys(k_NTK[part]), tile, band)
             _write(tile.queries(o_NRTV[part]), torch.bmm(weight.flatten(1, 2), tile.keys(v_NTV[part])))
-        ctx.save_for_backward(q_BTHK, k_BTGK, v_BTGV, *kept)
-        ctx.band = band
+        ctx.save_for_backward(q_NRTK, k_NTK, v_NTV, *kept)
+        ctx.band, ctx.batch = band, q_BTHK.shape[0]
         return _heads_last(o_NRTV, q_BTHK.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTHV: Tensor) -> tuple[Tensor | None, ...]:
         """With weights P: dV = Pᵀ dO, dP = dO Vᵀ, dS = P ⊙ (dP − rowsum(dP ⊙ P)), dQ = dS K, dK = dSᵀ Q (× scale)."""
-        q_BTHK, k_BTGK, v_BTGV, *kept = ctx.saved_tensors
+        q_NRTK, k_NTK, v_NTV, *kept = ctx.saved_tensors
         band: Band = ctx.band
-        q_NRTK, k_NTK, v_NTV = _heads_first(q_BTHK, k_BTGK), *_heads_of_keys(k_BTGK, v_BTGV)
-        grad_NRTV = _heads_first(grad_BTHV, v_BTGV)
+        grad_NRTV = _heads_first(grad_BTHV, groups=len(k_NTK) // ctx.batch)
         # A key's gradient is a sum over many tiles: in fp32, so that its error does not grow with their number.
-        sums = torch.promote_types(q_BTHK.dtype, torch.float32)
+        sums = torch.promote_types(q_NRTK.dtype, torch.float32)
         dq_NRTK = torch.empty_like(q_NRTK, memory_format=torch.contiguous_format)
-        dk_NTK, dv_NTV = (x.new_zeros(x.shape, dtype=sums) for x in (k_NTK, v_NTV))
+        dk_NTK, dv_NTV = (x.new_empty(x.shape, dtype=sums) for x in (k_NTK, v_NTV))
         for part, tile, (score, dweight, *spare) in _walk(q_NRTK, band, buffers=2 if kept else 3):
             q_MRCK, k_MSK = tile.queries(q_NRTK[part]), tile.keys(k_NTK[part])
             if kept:
@@ -245,13 +250,12 @@ class _TiledAttention(torch.autograd.Function):
             grad_MCV = _rows(tile.queries(grad_NRTV[part]))
             torch.bmm(grad_MCV, tile.keys(v_NTV[part]).mT, out=dweight.flatten(1, 2))
             torch._softmax_backward_data(dweight, weight, -1, weight.dtype, grad_input=score)
-            _write(tile.queries(dq_NRTK[part]), torch.bmm(score.flatten(1, 2), k_MSK))
-            tile.add_to_keys(dk_NTK[part], torch.bmm(score.flatten(1, 2).mT, _rows(q_MRCK)))
+            _write(tile.queries(dq_NRTK[part]), _scaled_bmm(score.flatten(1, 2), k_MSK, band.scale))
+            tile.add_to_keys(dk_NTK[part], _scaled_bmm(score.flatten(1, 2).mT, _rows(q_MRCK), band.scale))
             tile.add_to_keys(dv_NTV[part], torch.bmm(weight.flatten(1, 2).mT, grad_MCV))
-        batch = q_BTHK.shape[0]
-        dq_BTHK = _heads_last(dq_NRTK.mul_(band.scale), batch)
-        dk_BTGK = _heads_last(dk_NTK.mul_(band.scale).to(k_BTGK.dtype)[:, None], batch)
-        return dq_BTHK, dk_BTGK, _heads_last(dv_NTV.to(v_BTGV.dtype)[:, None], batch), None, None
+        dk_NTK, dv_NTV = dk_NTK.to(k_NTK.dtype), dv_NTV.to(v_NTV.dtype)
+        found = (_heads_last(x_NRTK, ctx.batch) for x_NRTK in (dq_NRTK, dk_NTK[:, None], dv_NTV[:, None]))
+        return *found, None, None
 
 
 def _walk(q_NRTK: Tensor, band: Band, buffers: int) -> Iterator[tuple[slice, Tile, tuple[Tensor, ...]]]:
@@ -285,9 +289,15 @@ def _write(target_NMRCK: Tensor, rows: Tensor) -> None:
     target_NMRCK.copy_(rows.view(target_NMRCK.shape))
 
 
-def _heads_first(x_BTHK: Tensor, keys_BTGK: Tensor) -> Tensor:
+def _scaled_bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """a b · scale, without a pass for the factor."""
+    product = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    return torch.baddbmm(product, a, b, beta=0, alpha=scale, out=product)
+
+
+def _heads_first(x_BTHK: Tensor, groups: int) -> Tensor:
     """(B, T, H, K) to (B·G, R, T, K), a view where strides allow it."""
-    return x_BTHK.unflatten(2, (keys_BTGK.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
+    return x_BTHK.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
 
 
 def _heads_last(x_NRTK: Tensor, batch: int) -> Tensor:
