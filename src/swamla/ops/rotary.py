@@ -118,6 +118,15 @@ def _rotate_blocks(x_BTHK: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Ten
     for start in range(0, time, size):
         block = slice(start, start + size)
         wide = x_BTHK[:, block, :, unrotated:].to(torch.promote_types(x_BTHK.dtype, cos.dtype))
-        partners = _partners(wide, layout)
-        y_BTHK[:, block, :, unrotated:] = (wide * cos[:, block]).addcmul_(partners, sin[:, block])
+        rotated = wide * cos[:, block]
+        for own, partner in _pairs(layout, cos.shape[-1]):
+            rotated[..., own].addcmul_(wide[..., partner], sin[:, block, :, own])
+        y_BTHK[:, block, :, unrotated:] = rotated
     return y_BTHK
+
+
+def _pairs(layout: str, width: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """The first elements of all pairs and the second, in both orders."""
+    half = width // 2
+    first, second = (slice(half), slice(half, None)) if layout == "half" else (slice(0, None, 2), slice(1, None, 2))
+    return (first, second), (second, first)
