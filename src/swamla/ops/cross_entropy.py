@@ -13,6 +13,7 @@ from swamla.ops.graphs import compiled
 
 LOGITS = 20_000_000  # elements of a chunk: enough rows to amortise the addition into dW
 CUDA_LOGITS = 256_000_000  # more on a GPU, whose ratio of FLOP/s to memory bandwidth is higher; not measured on GPU
+UNDERFLOW = 1e-30  # smaller probabilities have too few bits for their logarithm
 CHUNKS, CUDA_CHUNKS = 8, 4  # at least: each reads and writes dW, which costs a GPU more
 SLAB = 1_000_000  # fp32 logits at a time: their softmax fits the cache
 WEIGHTS = 500_000  # elements of dW at a time on a CPU: the addition of a chunk's gradient fits the cache
@@ -136,10 +137,12 @@ def _losses_and_gradients(logits_CV: Tensor, labels_C: Tensor, ignore: int, cap:
             tanh_CV = wide_CV.div_(cap).tanh_()
             slope_CV = 1 - tanh_CV.square() if need_gradients else None
             wide_CV = tanh_CV.mul_(cap)
-        label_C, largest_C = wide_CV.gather(1, target_C1[rows])[:, 0], wide_CV.amax(dim=1)
         p_CV = torch.softmax(wide_CV, dim=1, out=wide_CV)
-        # max p = e^max / Σ e^z gives log Σ e^z: softmax costs half as much as log_softmax.
-        loss_C = (largest_C - label_C) - p_CV.amax(dim=1).log()
+        p_C = p_CV.gather(1, target_C1[rows])[:, 0]  # softmax costs half as much as log_softmax
+        loss_C = -p_C.log()
+        if (far_C := p_C < UNDERFLOW).any():
+            far_FV = soft_cap(logits_CV[rows][far_C].to(dtype), cap)
+            loss_C[far_C] = -far_FV.log_softmax(dim=1).gather(1, target_C1[rows][far_C])[:, 0]
         total += loss_C.where(counts_C[rows], 0).sum()
         if need_gradients:
             p_CV.scatter_add_(1, target_C1[rows], p_CV.new_full((len(p_CV), 1), -1.0))
