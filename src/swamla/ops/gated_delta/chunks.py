@@ -38,6 +38,8 @@ class Chunks:
     kk_NXCC: Tensor  # K K'
     attend_NXCC: Tensor  # Q K' . D
     solve_NXCC: Tensor  # (I + diag(beta) tril(K K' . D, -1))^-1
+    lost_NXCK: Tensor  # W: u = U - W S
+    written_NXCK: Tensor  # S' = e^{G_C} S + (written keys)' u
     masks: ChunkMasks | None
 
     @property
@@ -56,6 +58,7 @@ def prepare(inputs_NXCD: list[Tensor], masks: ChunkMasks | None, chunk: int) -> 
     solve_NXCC = torch.linalg.solve_triangular(
         system_NXCC, identity_CC.expand_as(system_NXCC), upper=False, unitriangular=True
     )
+    solve_read_NXCC = solve_NXCC * (beta_NXC1 * read_NXC1).mT
     return Chunks(
         q_NXCK,
         k_NXCK,
@@ -69,6 +72,8 @@ def prepare(inputs_NXCD: list[Tensor], masks: ChunkMasks | None, chunk: int) -> 
         kk_NXCC,
         (qk_NXCC * decay_NXCC).to(q_NXCK.dtype),
         solve_NXCC,
+        _matmul(solve_read_NXCC, k_NXCK, k_NXCK.dtype).to(solve_NXCC.dtype),
+        k_NXCK * write_NXC1,
         masks,
     )
 
@@ -102,39 +107,30 @@ def run_states(chunks: Chunks, initial_XKV: Tensor) -> tuple[Tensor, Tensor]:
     """u of every chunk (N, X, C, V), and the states (N + 1, X, K, V) before each chunk and after the last."""
     solve_beta_NXCC = chunks.solve_NXCC * chunks.beta_NXC1.mT
     u_NXCV = _matmul(solve_beta_NXCC, chunks.v_NXCV, chunks.dtype).to(initial_XKV.dtype)
-    lost_NXCK, written_NXCK = _state_operators(chunks)
     state_NXKV = initial_XKV.new_empty(u_NXCV.shape[0] + 1, *initial_XKV.shape)
     state_NXKV[0] = initial_XKV
     for n, u_XCV in enumerate(u_NXCV):
-        u_XCV.baddbmm_(lost_NXCK[n], state_NXKV[n], alpha=-1)
+        u_XCV.baddbmm_(chunks.lost_NXCK[n], state_NXKV[n], alpha=-1)
         torch.mul(state_NXKV[n], chunks.keep_NX11[n], out=state_NXKV[n + 1])
-        state_NXKV[n + 1].baddbmm_(written_NXCK[n].mT, u_XCV)
+        state_NXKV[n + 1].baddbmm_(chunks.written_NXCK[n].mT, u_XCV)
     return u_NXCV, state_NXKV
 
 
-def _state_operators(chunks: Chunks) -> tuple[Tensor, Tensor]:
-    """W and the written keys, both (N, X, C, K): u = U - W S, and S' = e^{G_C} S + (written keys)' u."""
-    solve_read_NXCC = chunks.solve_NXCC * (chunks.beta_NXC1 * chunks.read_NXC1).mT
-    lost_NXCK = _matmul(solve_read_NXCC, chunks.k_NXCK, chunks.dtype)
-    return lost_NXCK.to(solve_read_NXCC.dtype), chunks.k_NXCK * chunks.write_NXC1
-
-
-def outputs(chunks: Chunks, u_NXCV: Tensor, state_NXKV: Tensor) -> Tensor:
-    """Outputs (N, X, C, V) before the factor `scale`."""
-    from_state_NXCV = _matmul(chunks.q_NXCK, state_NXKV[:-1], chunks.dtype) * chunks.read_NXC1
-    return from_state_NXCV.add_(_matmul(chunks.attend_NXCC, u_NXCV, chunks.dtype))
+def outputs(chunks: Chunks, u_NXCV: Tensor, state_NXKV: Tensor, scale: float) -> Tensor:
+    """Outputs (N, X, C, V)."""
+    from_state_NXCV = _matmul(chunks.q_NXCK, state_NXKV[:-1], chunks.dtype) * (chunks.read_NXC1 * scale)
+    return from_state_NXCV.add_(_matmul(chunks.attend_NXCC, u_NXCV, chunks.dtype), alpha=scale)
 
 
 def run_states_backward(chunks: Chunks, do_NXCV: Tensor, d_final_XKV: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of u (N, X, C, V) and of the states (N + 1, X, K, V), given those of outputs and final state."""
-    lost_NXCK, written_NXCK = _state_operators(chunks)
     d_u_NXCV = _matmul(chunks.attend_NXCC.mT, do_NXCV, chunks.dtype).to(d_final_XKV.dtype)
     d_state_NXKV = d_final_XKV.new_empty(d_u_NXCV.shape[0] + 1, *d_final_XKV.shape)
     d_state_NXKV[:-1] = _matmul(chunks.q_NXCK.mT, do_NXCV * chunks.read_NXC1, chunks.dtype)
     d_state_NXKV[-1] = d_final_XKV
     for n in range(d_u_NXCV.shape[0] - 1, -1, -1):
-        d_u_NXCV[n].baddbmm_(written_NXCK[n], d_state_NXKV[n + 1])
-        d_state_NXKV[n].baddbmm_(lost_NXCK[n].mT, d_u_NXCV[n], alpha=-1)
+        d_u_NXCV[n].baddbmm_(chunks.written_NXCK[n], d_state_NXKV[n + 1])
+        d_state_NXKV[n].baddbmm_(chunks.lost_NXCK[n].mT, d_u_NXCV[n], alpha=-1)
         d_state_NXKV[n].addcmul_(d_state_NXKV[n + 1], chunks.keep_NX11[n])
     return d_u_NXCV, d_state_NXKV
 
@@ -146,6 +142,7 @@ def gradients(
     dtype, q_NXCK, k_NXCK = chunks.dtype, chunks.q_NXCK, chunks.k_NXCK
     d_error_NXCV = _matmul(chunks.solve_NXCC.mT, d_u_NXCV, dtype)
     low_u, low_state = u_NXCV.to(dtype), state_NXKV[:-1].to(dtype)
+    wide_k = k_NXCK.to(u_NXCV.dtype)  # once, not at each of its elementwise products
 
     def d_reader(d_read_NXCV: Tensor, diagonal: int) -> tuple[Tensor, Tensor]:
         """From the gradient of what queries or keys read: gradients of their scores, and of them through the state."""
@@ -155,15 +152,15 @@ def gradients(
 
     d_attend_NXCC, d_q_NXCK = d_reader(do_NXCV, 0)
     d_predict_NXCC, d_key_NXCK = d_reader(-d_error_NXCV, -1)
-    read_NXC = (d_q_NXCK * q_NXCK).sum(-1).addcmul_((d_key_NXCK * k_NXCK).sum(-1), chunks.beta_NXC1[..., 0])
+    read_NXC = (d_q_NXCK * q_NXCK).sum(-1).addcmul_((d_key_NXCK * wide_k).sum(-1), chunks.beta_NXC1[..., 0])
     d_q_NXCK += _matmul(d_attend_NXCC, k_NXCK, dtype)
     d_key_NXCK += _matmul(d_predict_NXCC, k_NXCK, dtype)
-    d_beta_NXC = (d_error_NXCV * chunks.v_NXCV).sum(-1) + (d_key_NXCK * k_NXCK).sum(-1)
+    d_beta_NXC = (d_error_NXCV * chunks.v_NXCV).sum(-1) + (d_key_NXCK * wide_k).sum(-1)
     d_predict_NXCC.mul_(chunks.beta_NXC1)
     d_key_NXCK.mul_(chunks.beta_NXC1)
 
     d_written_NXCK = _matmul(u_NXCV, d_state_NXKV[1:].mT, dtype) * chunks.write_NXC1
-    written_NXC = (d_written_NXCK * k_NXCK).sum(-1)
+    written_NXC = (d_written_NXCK * wide_k).sum(-1)
     d_written_NXCK += _matmul(d_attend_NXCC.mT, q_NXCK, dtype)
     d_written_NXCK += _matmul(d_predict_NXCC.mT, k_NXCK, dtype)
 

@@ -186,7 +186,7 @@ def _forward(inputs: Sequence[Tensor], initial_BHKV: Tensor, rule: Rule) -> tupl
         states.append(carried_XKV)
         chunks = prepare(_to_chunks(inputs, segment, rule.chunk), _masks_of(rule, segment), rule.chunk)
         u_NXCV, state_NXKV = run_states(chunks, carried_XKV)
-        _from_chunks(outputs(chunks, u_NXCV, state_NXKV) * rule.scale, o_BTHV, segment)
+        _from_chunks(outputs(chunks, u_NXCV, state_NXKV, rule.scale), o_BTHV, segment)
         carried_XKV = state_NXKV[-1]
     return o_BTHV, carried_XKV.unflatten(0, initial_BHKV.shape[:2]).clone(), states
 
@@ -255,7 +255,8 @@ def _to_chunks(inputs: Sequence[Tensor], segment: slice, chunk: int) -> list[Ten
     chunked = []
     for x_BTHD in inputs:
         x_BTHD = x_BTHD[:, segment.start * chunk : segment.stop * chunk]
-        x_BTHD = F.pad(x_BTHD, (0, 0, 0, 0, 0, -x_BTHD.shape[1] % chunk))
+        if missing := -x_BTHD.shape[1] % chunk:  # F.pad copies even for 0 tokens
+            x_BTHD = F.pad(x_BTHD, (0, 0, 0, 0, 0, missing))
         chunked.append(x_BTHD.unflatten(1, (-1, chunk)).permute(1, 0, 3, 2, 4).flatten(1, 2).contiguous())
     return chunked
 
@@ -270,4 +271,7 @@ def _from_chunks(x_NXCD: Tensor, target_BTHD: Tensor, segment: slice) -> None:
     batch, chunk = target_BTHD.shape[0], x_NXCD.shape[2]
     target_BTHD = target_BTHD[:, segment.start * chunk : segment.stop * chunk]
     x_BNCHD = x_NXCD.unflatten(1, (batch, -1)).permute(1, 0, 3, 2, 4)
-    target_BTHD.copy_(x_BNCHD.flatten(1, 2)[:, : target_BTHD.shape[1]])
+    whole, rest = divmod(target_BTHD.shape[1], chunk)
+    target_BTHD[:, : whole * chunk].unflatten(1, (whole, chunk)).copy_(x_BNCHD[:, :whole])
+    if rest:
+        target_BTHD[:, whole * chunk :].copy_(x_BNCHD[:, whole, :rest])

@@ -43,7 +43,12 @@ class _Edges(NamedTuple):
     input_row_I: Tensor
     history_slot_J: Tensor
     history_row_J: Tensor
-    edge_N1: Tensor  # whether each of the N = B*T tokens is an edge token
+
+    def within(self, start: int, stop: int, n: int) -> Tensor:
+        """The edge tokens in [start, stop) of N tokens, counted from `start`."""
+        if stop - start == n:  # all of them: no synchronisation with an accelerator
+            return self.token_M
+        return self.token_M[(self.token_M >= start) & (self.token_M < stop)] - start
 
 
 def _edges(seq: Layout, taps: int, device: torch.device) -> _Edges:
@@ -70,7 +75,6 @@ def _edges_of(age_BT: Tensor, taps: int) -> _Edges:
         input_row_MW.flatten()[input_slot_I],
         history_slot_J,
         history_row_MW.flatten()[history_slot_J],
-        edge_BT.flatten()[:, None],
     )
 
 
@@ -82,7 +86,11 @@ class _ShortConv(torch.autograd.Function):
         x_ND, weight_WD = x_BTD.flatten(0, 1), _taps_first(weight_DW, x_BTD)
         y_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
         for start, stop in _blocks(x_ND, len(weight_WD)):
-            y_ND[start:stop] = F.silu(_convolve(_with_past(x_ND, start, stop, weight_WD), weight_WD))
+            if _suits_onednn(x_ND[start:stop], weight_WD):
+                y_CD = _rows(_convolve_images(_images(x_ND, start, stop, weight_WD), weight_WD))[: stop - start]
+            else:
+                y_CD = _convolve(_with_past(x_ND, start, stop, weight_WD), weight_WD)
+            y_ND[start:stop] = F.silu(y_CD)
         window_MWD = _edge_windows(x_ND, history_BWD, weight_WD, edges)
         y_ND[edges.token_M] = F.silu((window_MWD * weight_WD).sum(1)).to(y_ND.dtype)
         return y_ND.view(x_BTD.shape)
@@ -98,12 +106,19 @@ class _ShortConv(torch.autograd.Function):
         d_weight_WD = torch.zeros_like(weight_WD)
         after_WD = weight_WD.new_zeros(taps - 1, x_ND.shape[-1])  # the next block's gradients of this block's last rows
         for start, stop in reversed(_blocks(x_ND, taps)):
-            past_SD = _with_past(x_ND, start, stop, weight_WD)
-            d_past_SD, d_taps_WD = _backward(dy_ND[start:stop], edges.edge_N1[start:stop], past_SD, weight_WD)
+            edge_M = edges.within(start, stop, len(x_ND))
+            if _suits_onednn(x_ND[start:stop], weight_WD):
+                line = _images(x_ND, start, stop, weight_WD)
+                after_WD, d_taps_WD = _backward_of_images(
+                    dy_ND[start:stop], edge_M, line, weight_WD, after_WD, dx_ND[start:stop]
+                )
+            else:
+                line = _with_past(x_ND, start, stop, weight_WD)
+                d_past_SD, d_taps_WD = _backward(dy_ND[start:stop], edge_M, line, weight_WD)
+                d_past_SD[stop - start :].add_(after_WD)
+                dx_ND[start:stop] = d_past_SD[taps - 1 :]
+                after_WD = d_past_SD[: taps - 1]
             d_weight_WD += d_taps_WD
-            d_past_SD[stop - start :] += after_WD
-            dx_ND[start:stop] = d_past_SD[taps - 1 :]
-            after_WD = d_past_SD[: taps - 1]
 
         window_MWD = _edge_windows(x_ND, history_BWD, weight_WD, edges)
         d_edge_MD = _silu_backward(dy_ND[edges.token_M], (window_MWD * weight_WD).sum(1))
@@ -131,68 +146,79 @@ def _with_past(x_ND: Tensor, start: int, stop: int, weight_WD: Tensor) -> Tensor
     """Rows [start - (W - 1), stop) in the weight's dtype, zeros before the first row."""
     reach = weight_WD.shape[0] - 1
     rows_SD = x_ND[max(0, start - reach) : stop].to(weight_WD.dtype)
-    return F.pad(rows_SD, (0, 0, max(0, reach - start), 0))
+    return rows_SD if start >= reach else F.pad(rows_SD, (0, 0, reach - start, 0))  # F.pad copies even for 0 rows
 
 
 def _convolve(line_SD: Tensor, weight_WD: Tensor) -> Tensor:
     """Σ_i weight[i] line[n + i]: W − 1 rows fewer than the line."""
     taps, length = weight_WD.shape[0], line_SD.shape[0] - weight_WD.shape[0] + 1
-    if _suits_onednn(line_SD):
-        return _rows(_convolve_images(_images(line_SD, taps), weight_WD))[:length]
     y_CD = line_SD[:length] * weight_WD[0]
     for tap in range(1, taps):
         y_CD.addcmul_(line_SD[tap : tap + length], weight_WD[tap])
     return y_CD
 
 
-def _backward(dy_CD: Tensor, edge_C1: Tensor, line_SD: Tensor, weight_WD: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(dy_CD: Tensor, edge_M: Tensor, line_SD: Tensor, weight_WD: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of line (S, D) and weight (W, D), given those of silu(_convolve(line, weight)), without edge tokens."""
     taps, length = weight_WD.shape[0], dy_CD.shape[0]
-    if _suits_onednn(line_SD):
-        return _backward_of_images(dy_CD, edge_C1, line_SD, weight_WD)
-    # masked_fill, because 0 · NaN would carry a neighbouring document's NaN.
-    d_CD = _silu_backward(dy_CD, _convolve(line_SD, weight_WD)).masked_fill_(edge_C1, 0)
+    # index_fill, because 0 · NaN would carry a neighbouring document's NaN.
+    d_CD = _silu_backward(dy_CD, _convolve(line_SD, weight_WD)).index_fill_(0, edge_M, 0)
     d_weight_WD = torch.stack([(d_CD * line_SD[tap : tap + length]).sum(0) for tap in range(taps)])
     return _convolve(F.pad(d_CD, (0, 0, taps - 1, taps - 1)), weight_WD.flip(0)), d_weight_WD
 
 
-def _backward_of_images(dy_CD: Tensor, edge_C1: Tensor, line_SD: Tensor, weight_WD: Tensor) -> tuple[Tensor, Tensor]:
-    taps, (length, width) = weight_WD.shape[0], dy_CD.shape
-    line_PD1S = _images(line_SD, taps)
+def _backward_of_images(
+    dy_CD: Tensor, edge_M: Tensor, line_PD1S: Tensor, weight_WD: Tensor, after_WD: Tensor, dx_CD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `_backward`, for the line as images: writes the gradient of the block's own rows into `dx_CD`.
+
+    after_WD: the next block's gradients of the block's last rows. Returns the gradients of the W − 1 rows before the
+    block, and of the weight.
+    """
+    reach, (length, width) = weight_WD.shape[0] - 1, dy_CD.shape
     y_PD1C = _convolve_images(line_PD1S, weight_WD)
-    pieces, piece = y_PD1C.shape[0], y_PD1C.shape[3]
-    missing = pieces * piece - length
-    dy_PD1C = _lengthened(dy_CD, missing).view(pieces, 1, piece, width).permute(0, 3, 1, 2)
-    edge_P11C = _lengthened(edge_C1, missing).view(pieces, 1, 1, piece)
-    d_PD1C = _silu_backward(dy_PD1C, y_PD1C).masked_fill_(edge_P11C, 0)
+    pieces, _, _, piece = y_PD1C.shape
+    d_CD = line_PD1S.new_empty(pieces * piece, width)
+    d_CD[:length].copy_(dy_CD)
+    d_CD[length:].zero_()
+    d_PD1C = d_CD.view(pieces, 1, piece, width).permute(0, 3, 1, 2)
+    torch.ops.aten.silu_backward.grad_input(d_PD1C, y_PD1C, grad_input=d_PD1C)
+    d_CD.index_fill_(0, edge_M, 0)
     d_line_PD1S, d_weight_D11W, _ = torch.ops.aten.convolution_backward(
         d_PD1C, line_PD1S, _kernels(weight_WD), None, [1, 1], [0, 0], [1, 1], False, [0, 0], width, [True, True, False]
     )
-    d_weight_WD = d_weight_D11W.reshape(width, taps).T
-    if pieces == 1:
-        return _rows(d_line_PD1S)[: line_SD.shape[0]], d_weight_WD
+    d_line_PSD = d_line_PD1S.permute(0, 2, 3, 1).squeeze(1)
+    last = length - (pieces - 1) * piece
+    d_line_PSD[-1, last : last + reach].add_(after_WD)
     # The first W − 1 rows of an image are the last rows of the image before it.
-    d_pieces_PSD = d_line_PD1S.permute(0, 2, 3, 1).squeeze(1)
-    d_pieces_PSD[:-1, piece:] += d_pieces_PSD[1:, : taps - 1]
-    d_line_SD = torch.cat([d_pieces_PSD[0, : taps - 1], d_pieces_PSD[:, taps - 1 :].flatten(0, 1)])
-    return d_line_SD[: line_SD.shape[0]], d_weight_WD
+    d_line_PSD[:-1, piece:].add_(d_line_PSD[1:, :reach])
+    for index in range(pieces):
+        rows_CD = dx_CD[index * piece : (index + 1) * piece]
+        rows_CD.copy_(d_line_PSD[index, reach : reach + len(rows_CD)])
+    return d_line_PSD[0, :reach], d_weight_D11W.reshape(width, reach + 1).T
 
 
-def _suits_onednn(line_SD: Tensor) -> bool:
+def _suits_onednn(x_CD: Tensor, weight_WD: Tensor) -> bool:
     """Whether oneDNN has a kernel (without one PyTorch loops over channels) and there is work for several threads."""
-    worthwhile = line_SD.numel() > BLOCK and torch.get_num_threads() > 1
-    on_cpu = line_SD.device.type == "cpu" and line_SD.dtype == torch.float32
+    worthwhile = x_CD.numel() > BLOCK and torch.get_num_threads() > 1
+    on_cpu = x_CD.device.type == "cpu" and weight_WD.dtype == torch.float32
     return worthwhile and on_cpu and torch.backends.mkldnn.is_available()
 
 
-def _images(line_SD: Tensor, taps: int) -> Tensor:
-    """The line as P images that overlap by W − 1 rows: (P, D, 1, S), channels last."""
-    length, width = line_SD.shape[0] - taps + 1, line_SD.shape[1]
-    piece = max(taps, min(PIECE, length))
-    pieces = -(-length // piece)
-    line_SD = _lengthened(line_SD, pieces * piece - length).contiguous()  # as_strided needs these strides
-    line_PSD = line_SD.as_strided((pieces, piece + taps - 1, width), (piece * width, width, 1))
-    line_PSD = line_PSD.contiguous() if pieces > 1 else line_SD[None]  # channels last in both cases
+def _images(x_ND: Tensor, start: int, stop: int, weight_WD: Tensor) -> Tensor:
+    """Rows [start - (W - 1), stop) as P images that overlap by W − 1 rows: (P, D, 1, S), channels last.
+
+    In the weight's dtype; zeros before the first row and after the last.
+    """
+    reach, length = weight_WD.shape[0] - 1, stop - start
+    piece = max(reach + 1, min(PIECE, length))
+    line_PSD = weight_WD.new_empty(-(-length // piece), piece + reach, x_ND.shape[1])
+    for index, image_SD in enumerate(line_PSD):
+        first = start + index * piece - reach
+        begin, end = max(0, first), min(first + piece + reach, stop)
+        image_SD[: begin - first].zero_()
+        image_SD[begin - first : end - first].copy_(x_ND[begin:end])
+        image_SD[end - first :].zero_()
     return line_PSD[:, None].permute(0, 3, 1, 2)
 
 
@@ -207,10 +233,6 @@ def _kernels(weight_WD: Tensor) -> Tensor:
 
 def _rows(y_PD1C: Tensor) -> Tensor:
     return y_PD1C.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def _lengthened(x_SD: Tensor, rows: int) -> Tensor:
-    return F.pad(x_SD, (0, 0, 0, rows)) if rows else x_SD  # F.pad copies even for 0 rows
 
 
 def _silu_backward(dy: Tensor, x: Tensor) -> Tensor:
