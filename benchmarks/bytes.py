@@ -32,6 +32,7 @@ from swamla.cli.run_config import resolve
 from swamla.model import LanguageModelConfig
 from swamla.ops.layout import Layout
 from swamla.train.optim import AdamWConfig, OptimizerConfig
+from swamla.train.precision import autocast
 
 PASSES = ("forward", "backward", "optimizer")
 STEPS = 5
@@ -44,6 +45,7 @@ OVERWRITES = {"copy_", "fill_", "zero_"}  # do not read what they write
 PICKS = {"index", "index_select", "gather", "embedding"}  # read as much of the first tensor as they return
 PUTS = {"index_put_", "scatter_"}  # write as much into the first tensor as they are given
 ADDS = {"index_add_", "scatter_add_"}  # the same, and read it first
+CLEARS = {"index_fill_"}  # write rows of the first tensor
 READ_ONLY = {"_fused_adamw_": "grads"}  # mutable by the schema, but written only under a gradient scaler
 
 # The profile table of `make bench` sees the kernels that these call.
@@ -84,6 +86,8 @@ def moved(op: Any, args: Sequence[Any], options: dict[str, Any], result: Any) ->
         return nbytes(*new)
     if name in PICKS:
         return nbytes(*reads[1:]) + 2 * nbytes(*new)
+    if name in CLEARS:
+        return nbytes(args[2]) + nbytes(writes[0]) // writes[0].shape[args[1]] * len(args[2])
     if name in PUTS | ADDS:
         return nbytes(*reads[1:]) + nbytes(reads[-1]) * (2 if name in ADDS else 1)
     return nbytes(*reads, *writes, *new) + _cast_copies(op, reads, writes)
@@ -195,12 +199,13 @@ class Step:
     def __call__(self, entering: Callable[[str], None] = lambda _: None) -> None:
         """Take a step. entering: called with the name of each pass before it."""
         n_labels = self.subject.rows * self.subject.length
-        for _ in range(self.subject.accumulation):
-            entering("forward")
-            with torch.autocast("cpu", torch.bfloat16):
+        with autocast("bf16", self.model.device):
+            for _ in range(self.subject.accumulation):
+                entering("forward")
                 loss = self.model.loss(self.tokens, self.labels, self.subject.layout())[0] / n_labels
-            entering("backward")
-            loss.backward()
+                entering("backward")
+                with autocast("fp32", self.model.device):
+                    loss.backward()
         entering("optimizer")
         self.optimizer.step()
         self.optimizer.zero_grad()

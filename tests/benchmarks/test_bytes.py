@@ -37,6 +37,7 @@ def bytes_of(run: Callable[[], object]) -> int:
         (lambda: torch.baddbmm(X[None], X[None], torch.ones(1, B, B), beta=0, alpha=2), (2 * B * B + 2 * A * B) * 4),
         (lambda: X.sum(dim=1), (A * B + A) * 4),
         (lambda: X[INDEX], len(INDEX) * (8 + 2 * B * 4)),
+        (lambda: torch.empty(A, B).index_fill_(0, INDEX, 0), len(INDEX) * (8 + B * 4)),
         (lambda: torch.cat([X, Y]), 4 * A * B * 4),
         (lambda: F.silu(LOW), 2 * A * B * 2),
     ],

@@ -1,9 +1,11 @@
 """The training loop: what a step is, what ends a run, what it leaves behind."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from swamla import load
 from swamla.data.packing import PackedRows
@@ -302,3 +304,31 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path, dataset):
     with pytest.raises(ConfigError, match=r"model\.vocab_size = 100: must be >= the tokenizer's 257"):
         run(small, tmp_path / "run", dataset)
     assert not (tmp_path / "run").exists()
+
+
+class WeightCasts(TorchDispatchMode):
+    """Counts casts by the shape and the dtype of what is cast."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op is torch.ops.aten._to_copy.default:
+            self.found[tuple(args[0].shape), kwargs["dtype"]] += 1
+        return op(*args, **(kwargs or {}))
+
+
+def test_a_weight_is_cast_once_a_step_however_many_micro_batches_it_has(dataset):
+    found, gradients = {}, {}
+    for accumulation in (1, 4):
+        config = tiny_config(accumulation=accumulation, precision="bf16", grad_clip=None)
+        state, batch = start(config, dataset)
+        with WeightCasts() as casts:
+            training_step(state, batch, config.train, lr=0.0)
+        weights_down = [p for n, p in state.model.named_parameters() if n.endswith("down_proj.weight")]
+        weight = weights_down[0]
+        found[accumulation] = casts.found[tuple(weight.shape), torch.bfloat16] / len(weights_down)
+        gradients[accumulation] = weight.grad.clone()
+    assert found == {1: 1, 4: 1}
+    torch.testing.assert_close(gradients[4], gradients[1], atol=1e-5, rtol=2e-2)

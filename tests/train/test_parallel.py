@@ -106,6 +106,8 @@ ON_TWO = [
     *(Case(optimizer="cautious muon", parallel=layout) for layout in LAYOUTS),
 ]
 ACCUMULATING = [Case(optimizer="lion", parallel=layout, accumulation=2) for layout in LAYOUTS]
+# In bf16, where micro-batches share the casts of weights.
+ACCUMULATING += [replace(case, checkpointing="all", precision="bf16") for case in ACCUMULATING]
 ACCUMULATING.append(Case(optimizer="normuon", parallel="ddp", accumulation=2))  # it sums rows, in the order of memory
 ON_FOUR = [
     *(Case(optimizer=name, parallel=layout) for name in OPTIMIZERS for layout in LAYOUTS),

@@ -1,6 +1,7 @@
 """One optimizer step, as an algorithm box."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -60,18 +61,23 @@ def training_step(
     seed_ranks(config.seed, state.step)
     sums: Statistics = {}
     micro_batches = list(_micro_batches(batch, config.micro_batches(rows)))
-    for number, (tokens_BT, labels_BT, document_BT) in enumerate(micro_batches, 1):
-        with strategy.micro_batch(last=number == len(micro_batches)):
-            seq = Layout.from_documents(document_BT).to(state.device)
-            with autocast(state.precision, state.device):
-                tokens_BT, labels_BT = (rows.to(state.device, non_blocking=True) for rows in (tokens_BT, labels_BT))
-                total, found = strategy.loss(tokens_BT, labels_BT, seq)
-            extra = sum(value for name, value in found.items() if name.startswith("loss/"))
-            ((total + extra) / n_labels * ranks).backward()  # times ranks, because gradients are averaged over them
-        for name, value in [("nats", total), *found.items()]:
-            exact = value.detach().double() if value.is_floating_point() else value.detach()
-            sums[name] = sums[name] + exact if name in sums else exact
-        fault("accumulation" if number < len(micro_batches) else "step", state.step + 1)
+    # Autocast keeps its casts of weights until the outermost context ends: one for all micro-batches.
+    shares_casts = strategy.keeps_weights
+    with autocast(state.precision, state.device) if shares_casts else nullcontext():
+        for number, (tokens_BT, labels_BT, document_BT) in enumerate(micro_batches, 1):
+            with strategy.micro_batch(last=number == len(micro_batches)):
+                seq = Layout.from_documents(document_BT).to(state.device)
+                with autocast(state.precision, state.device):
+                    tokens_BT, labels_BT = (rows.to(state.device, non_blocking=True) for rows in (tokens_BT, labels_BT))
+                    total, found = strategy.loss(tokens_BT, labels_BT, seq)
+                extra = sum(value for name, value in found.items() if name.startswith("loss/"))
+                loss = (total + extra) / n_labels * ranks  # times ranks, because gradients are averaged over them
+                with autocast("fp32", state.device) if shares_casts else nullcontext():
+                    loss.backward()
+            for name, value in [("nats", total), *found.items()]:
+                exact = value.detach().double() if value.is_floating_point() else value.detach()
+                sums[name] = sums[name] + exact if name in sums else exact
+            fault("accumulation" if number < len(micro_batches) else "step", state.step + 1)
 
     statistics = distributed.all_reduce_sum(sums)
     # The only wait for the device. The step is skipped, if need be, before any weight or state is changed.

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +56,10 @@ class Strategy:
 
     model: with all parameters' names and full shapes, even if only shards are on this rank.
     experts: expert parallelism, if there is any; independent of the strategy for other parameters.
+    keeps_weights: whether a weight is the same tensor in all micro-batches of a step.
     """
 
+    keeps_weights: ClassVar[bool] = True
     model: LanguageModel
     experts: ExpertParallel | None = field(default=None, kw_only=True)
 
@@ -127,6 +129,8 @@ class FSDPStrategy(Strategy):
     Accumulation keeps the full gradient on every rank until the step's last micro-batch.
     """
 
+    # Weights are gathered anew: with casts shared by micro-batches gradients were wrong.
+    keeps_weights: ClassVar[bool] = False
     mesh: Any
 
     def describe(self) -> str:
