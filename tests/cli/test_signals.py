@@ -5,6 +5,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,10 +31,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @contextmanager
 def process(command: list[str], until: str) -> Iterator["subprocess.Popen[str]"]:
-    """A process that has printed `until`."""
+    """A process that has printed `until`, within `PATIENCE`."""
     with running(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as found:
         assert found.stdout is not None
+        too_late = threading.Timer(PATIENCE, found.kill)
+        too_late.start()
         assert any(until in line for line in found.stdout)
+        too_late.cancel()
         yield found
 
 
@@ -57,15 +61,16 @@ def test_training_says_what_it_does_and_then_saves(number: signal.Signals, statu
     ("patch", "doing"),
     [
         ("real, loop.training_step = loop.training_step, blocked", "finishing this step"),
-        ("running.evaluate_split = blocked; real = lambda *_, **__: {}['ended']", "ending the evaluation"),
+        ("held_out.evaluate_split = blocked; real = lambda *_, **__: {}['ended']", "ending the evaluation"),
     ],
     ids=["step", "evaluation"],
 )
 def test_it_is_said_while_the_main_thread_runs_no_python(patch: str, doing: str, folder: Path) -> None:
     code = f"""
 import sys, ctypes
+from swamla.evaluate import held_out
 from swamla.train import loop
-from swamla.cli import main, running
+from swamla.cli import main
 def blocked(*arguments, **settings):
     print("at work", flush=True)
     everything = (ctypes.c_ulong * 16)(*[2**64 - 1] * 16)  # no signal ends the call, as none ends a product
@@ -147,7 +152,7 @@ sys.exit(main(sys.argv[1:]))
 def test_in_a_librarys_long_call_it_is_said_that_it_stops_and_a_second_signal_leaves(folder: Path) -> None:
     code = """
 import sys, ctypes
-from swamla.cli import main, running
+from swamla.cli import main
 def slow(*_, **__):
     print("at work", flush=True)
     blocked = (ctypes.c_ulong * 16)(*[2**64 - 1] * 16)  # no signal ends the call, as none ends a library's loop
