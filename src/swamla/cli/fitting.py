@@ -28,14 +28,21 @@ class Size:
 
 
 SIZES = (
-    Size(tokens=0, flags={"width": 128, "n_heads": 2, "batch_size": 4}),
-    Size(tokens=600_000, flags={"width": 192, "n_heads": 3, "batch_size": 4}),
-    Size(tokens=1_200_000, flags={}),
-    Size(tokens=4_000_000, flags={"width": 384, "n_heads": 6, "batch_size": 8}),
+    Size(tokens=0, flags={"width": 128, "n_heads": 2}),
+    Size(tokens=3_000_000, flags={}),
 )
 FITTED = frozenset(name for size in SIZES for name in size.flags)
 # Who gives one of these has chosen the size, or a run whose time is not the recipe's.
-CHOSEN = FITTED | {"pattern", "n_layers", "local_mixer", "block_size", "accumulation", "steps", "init_from"}
+CHOSEN = FITTED | {
+    "batch_size",
+    "pattern",
+    "n_layers",
+    "local_mixer",
+    "block_size",
+    "accumulation",
+    "steps",
+    "init_from",
+}
 
 
 def fitted(
