@@ -86,7 +86,7 @@ def test_another_time_is_predicted_from_the_same_speed(monkeypatch: pytest.Monke
         for given in ({"max_minutes": 0.1}, {"max_minutes": 30.0})
     )
     assert slow.model.width == SIZES[0].flags["width"]
-    assert fast.model.width == SIZES[-1].flags["width"]
+    assert fast.model == resolve("quickstart", {"max_minutes": 30.0, **SIZES[-1].flags}).config.model
     assert fast.train.max_minutes == 30.0
 
 

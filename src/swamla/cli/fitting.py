@@ -1,6 +1,6 @@
 """A time-boxed recipe fitted to the machine: the faster it trains the recipe's own model, the larger model and batch.
 
-Which size is best for how many tokens was measured: docs/log.md, "How large a model for three minutes".
+docs/log.md, "How large a model for three minutes", has what was measured and what was not.
 """
 
 import time
