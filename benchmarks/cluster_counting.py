@@ -32,6 +32,7 @@ from swamla.model import language_model as lm
 from swamla.model.accounting import ParameterSpec, activation_bytes, parameter_specs
 from swamla.model.ffns.moe import MoEConfig
 from swamla.ops import exchange
+from swamla.ops.cross_entropy import soft_cap
 from swamla.ops.layout import Layout
 from swamla.train.config import Parallel, TrainConfig
 from swamla.train.optim import AdamWConfig
@@ -223,8 +224,8 @@ def _substitutes(plan: Plan) -> Iterator[Any]:
         rows = balanced(plan.tokens * activated, processes)
         return arriving_E.view(processes, -1), rows, [rows[0]] * processes
 
-    def loss(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(x_ND, weight_VD).float(), labels_N, reduction="sum")
+    def loss(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, cap: float) -> Tensor:
+        return F.cross_entropy(soft_cap(F.linear(x_ND, weight_VD).float(), cap), labels_N, reduction="sum")
 
     yield patch.object(device_mesh, "init_device_mesh", mesh)
     yield patch.object(exchange, "_counts", counts)
