@@ -10,6 +10,7 @@ import swamla
 os.environ["PYTHONPATH"] = str(Path(swamla.__file__).parents[1])  # subprocesses test this checkout, installed or not
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.pop("COLUMNS", None)  # readline, which pytest imports, sets it for xdist's workers: output would be wrapped
 os.environ["SWAMLA_MEASURE"] = "0"  # what a test computes by is not for a race to decide
 
 
