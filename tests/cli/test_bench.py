@@ -26,7 +26,7 @@ from swamla.cli.run_config import with_vocabulary
 from swamla.data.tokenizer import make_tokenizer
 from swamla.model.accounting import count_parameters, state_bytes, training_flops_per_token
 from swamla.model.language_model import LanguageModelConfig
-from tests.waiting import PATIENCE, running
+from tests.waiting import PATIENCE, after_start, running
 
 from .test_overrides import resolve
 
@@ -226,7 +226,7 @@ def test_a_run_is_measured_with_its_own_tokenizer() -> None:
         (["tiny.toml", "--minutes", "nan"], "--minutes nan: must be > 0"),
         (["tiny.toml", "--lengths", "256,x"], "--lengths 256,x: must be numbers above 0"),
         (["tiny.toml", "--prompts", "0"], "--prompts 0: must be numbers above 0"),
-        (["tiny.toml", "--lengths", "16", "--learned_positions", "8"], "learned_positions = 8"),
+        (["tiny.toml", "--lengths", "16", "--learned_positions", "8"], "must not exceed --learned_positions 8"),
         (["gpt2", "--prompts", "1000"], "--prompts 1000: the model's learned positions leave room for 992"),
         (["tiny.toml", "--out", "found.txt"], "must be the name of a .json file"),
         (["tiny.toml", "--out", "no/found.json"], "there is no folder no"),
@@ -258,7 +258,7 @@ def test_ctrl_c_keeps_what_was_measured() -> None:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
-    assert errors == "swamla: interrupted; what was measured is in found.json\n"
+    assert after_start(errors) == "swamla: interrupted; what was measured is in found.json\n"
     assert Results.load("found.json").rows["training"]
 
 

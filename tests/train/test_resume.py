@@ -241,7 +241,7 @@ def test_a_checkpoint_without_optimizer_state_is_refused(tmp_path, dataset):
 
 def test_a_folder_that_is_not_empty_is_refused_without_resume_and_left_as_it_is(tmp_path, dataset):
     (tmp_path / "mine.txt").write_text("precious")
-    with pytest.raises(UsageError, match="is not empty: choose another folder, or continue it with --resume"):
+    with pytest.raises(UsageError, match="is not empty: choose another folder, or continue it with `resume`"):
         run(tiny_config(), tmp_path, dataset)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
