@@ -48,6 +48,7 @@ def test_servable_has_nothing_that_qwen3_next_has_not() -> None:
     assert {name: getattr(config.model, name) for name in plain} == plain
     assert [block.mixer.kind for block in config.model.layers] == ["gdn", "gdn", "gdn", "mha"]
     assert {type(block.ffn).__name__ for block in config.model.layers} == {"DenseConfig"}
+    assert count_parameters(config.model).total == 4_474_456
     assert config.train.max_minutes == read("quickstart", vocab_size=4096).train.max_minutes
 
 
