@@ -113,7 +113,7 @@ def candidates(flag: Flag) -> list[str]:
         if get_origin(option) is Literal:
             found += [str(value) for value in get_args(option)]
         elif get_origin(option) is tuple:
-            found += ["0.7,0.8"]
+            found += ["64,128"] if get_args(option)[0] is int else ["0.7,0.8"]
         elif option is int:
             found += ["2", "1", "16", "64", "512", "2048"]
         elif option is float:
