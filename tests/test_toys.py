@@ -213,11 +213,15 @@ def test_a_run_on_a_toys_text_needs_no_plugin_while_the_cache_has_it(
     assert "toy_text:200 is gone or unreadable: using its prepared tokens" in shown.err
     assert "the held-out part of toy_text:200" in shown.out
     monkeypatch.setenv("SWAMLA_CACHE", str(tmp_path / "none"))
-    for command in ("evaluate on_toy_text", "train --resume on_toy_text"):
+    commands = {
+        "evaluate on_toy_text": "data.source = 'toy_text:200'",
+        "train --resume on_toy_text": "--data toy_text:200",
+    }
+    for command, source in commands.items():
         assert main(command.split()) == 2
         told = capsys.readouterr().err
         assert told.count("\n") == 1
-        assert told.endswith("data.source = 'toy_text:200': needs its plugin: --plugin toy_source.py\n")
+        assert told.endswith(f"{source}: needs its plugin: --plugin toy_source.py\n")
     with registered():
         assert main(["evaluate", "on_toy_text"]) == 0  # made anew, it is the same
 

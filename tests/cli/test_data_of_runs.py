@@ -128,10 +128,11 @@ def test_with_neither_files_nor_cache_one_line_says_so(home: Path, capsys: pytes
     (home / "rows.jsonl").unlink()
     shutil.rmtree(home / "cache")
     way = {"train": "train --resume r --data PATH", "evaluate": "evaluate r --data PATH --held_out"}
+    source = {"train": "--data ", "evaluate": "data.source = "}  # evaluate's --data is other text
     for command in (("train", "--resume", "r"), ("evaluate", "r")):
         said = run(capsys, *command, status=2)
         assert said.count("\n") == 1
-        assert f"r: its data is no longer in {home / 'cache'}, and data.source = " in said
+        assert f"r: its data is no longer in {home / 'cache'}, and {source[command[0]]}" in said
         assert f"{way[command[0]]}\n" in said
     rows = "".join(row(i) for i in range(300))  # and that is the way
     (home / "elsewhere.jsonl").write_text(rows)

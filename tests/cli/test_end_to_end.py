@@ -240,10 +240,12 @@ def test_prepared_text_is_what_a_training_with_the_same_flags_reads(home: Path) 
     assert "100.00% of the positions in 1,024 rows of 256 carry loss" in done.stdout
     assert len(list((home / "own-cache/data").iterdir())) == 1
     (home / "recipe.json").write_text((home / "runs/quickstart/config.json").read_text())
+    known = set((home / "cache/data").iterdir())
     as_trained = swamla(home, "prepare", "recipe.json")
     assert as_trained.returncode == 0, as_trained.stderr
-    trained = next(line for line in (home / "shown.txt").read_text().splitlines() if line.startswith("folder"))
-    assert trained in as_trained.stdout
+    (trained,) = json.loads((home / "runs/quickstart/data.json").read_text())
+    assert trained["fingerprint"][:16] in as_trained.stdout
+    assert set((home / "cache/data").iterdir()) == known
 
 
 def test_a_text_given_to_prepare_is_kept_in_the_place_of_the_download(
@@ -289,10 +291,12 @@ def test_a_quickstart_that_is_terminated_saves_and_is_finished_by_the_command_it
         process.send_signal(signal.SIGTERM)
         _, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75, error
-    assert error.startswith("swamla: stopped by SIGTERM after step ")
+    requested, stopped = after_start(error).splitlines()
+    assert requested.startswith("swamla: stop requested (SIGTERM): ")
+    assert stopped.startswith("swamla: stopped by SIGTERM after step ")
     before = (run / "samples.txt").read_text()
     assert "after training" not in before
-    go_on = error.rstrip().partition("; go on with: ")[2]
+    go_on = stopped.partition("; go on with: ")[2]
     assert go_on.endswith("-m swamla quickstart --resume 'stopped run'")
     done = swamla(home, *shlex.split(go_on)[3:], "--steps", str(int(records(run)[-1]["step"]) + 2))
     assert done.returncode == 0, done.stderr

@@ -142,8 +142,8 @@ def test_the_help_of_train_fits_two_screens_and_has_the_recipes_own_flags(
     assert len(told.splitlines()) <= 100
     assert max(map(len, told.splitlines())) <= 100
     assert f"[…] is the value in {recipe}" in told
-    mla = "mla" in recipe or recipe not in ("gpt2", "gpt2-latent", "shakespeare-char", "shakespeare-char-latent")
-    assert ("--mla_kv_lora_rank" in told) == mla
+    without = {"gpt2", "gpt2-latent", "servable", "shakespeare-char", "shakespeare-char-latent"}
+    assert ("--mla_kv_lora_rank" in told) == (recipe not in without)
     assert "--learning_rate" not in told
 
 

@@ -40,6 +40,7 @@ def shell(line: str, folder: Path, **environment: str) -> "subprocess.CompletedP
         ("$SWAMLA info quickstart > /dev/full", 2, "swamla: error: the system refuses to read or write: No space left"),
         ("set -o pipefail; $SWAMLA info quickstart | true", CLOSED_PIPE, ""),
         ("set -o pipefail; $SWAMLA info nosuch 2>&1 | true", 2, ""),
+        ("set -o pipefail; $SWAMLA info quickstart 2>&1 >/dev/null | true", 0, ""),
     ],
 )
 def test_outputs_that_are_closed_full_or_left_end_without_a_traceback(line, status, said, tmp_path):

@@ -67,13 +67,13 @@ def test_prepare_tells_its_throughput_once(home: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--part", "3/2"), "part = '3/2': must be \"i/N\""),
-        (("--workers", "-1"), "workers = -1: must be >= 0"),
-        (("--executor", "local"), "parts = 0: must be > 0"),
-        (("--executor", "local", "--parts", "2", "--executor_options", "x"), "executor_options = 'x': must be like"),
+        (("--part", "3/2"), '--part 3/2: must be "i/N"'),
+        (("--workers", "-1"), "--workers -1: must be >= 0"),
+        (("--executor", "local"), "--parts 0: must be > 0"),
+        (("--executor", "local", "--parts", "2", "--executor_options", "x"), "--executor_options x: must be like"),
         (("--hub_config", "x"), "data.hub_config = 'x' (--hub_config): is for sources of the hub"),
         (("--stream", "1", "--buffer_docs", "5"), "data.buffer_docs = 5"),
-        (("--stream", "1", "--part", "1/2"), "data.stream = 1: cannot be prepared in parts"),
+        (("--stream", "1", "--part", "1/2"), "--stream 1: cannot be prepared in parts"),
     ],
 )
 def test_what_cannot_be_asked_for_is_one_line(

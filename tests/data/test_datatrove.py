@@ -49,7 +49,7 @@ def test_an_executor_that_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="parts = 0"):
         executor("local", config, 0)
     pytest.importorskip("datatrove")
-    with pytest.raises(UsageError, match=r"--executor_options: .*nodez"):
+    with pytest.raises(UsageError, match=r"`executor_options`: .*nodez"):
         executor("local", config, 2, {"nodez": 1})
 
 

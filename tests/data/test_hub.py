@@ -158,7 +158,7 @@ def test_a_file_that_the_hub_withholds_is_one_line_that_names_it(hub: Hub, tmp_p
         ({"hub_revision": "v9"}, f"DataError cannot list the dataset '{REPO}' at revision 'v9' on the hub ("),
         ({"hub_config": "CC-MAIN-1999"}, "ConfigError data.hub_config = 'CC-MAIN-1999': must be one of default, CC-"),
         ({"hub_split": "test"}, "ConfigError data.hub_split = 'test': must be one of train"),
-        ({"text_column": "body"}, "no column 'body'; it has 'id', 'text', 'url' (choose by --text_column)"),
+        ({"text_column": "body"}, "no column 'body'; it has 'id', 'text', 'url' (choose by `text_column`)"),
     ],
 )
 def test_what_the_hub_has_not_is_one_line(hub: Hub, tmp_path: Path, settings: dict[str, str], said: str) -> None:

@@ -105,7 +105,10 @@ def test_a_share_of_the_text_far_from_that_of_documents_is_warned_of_with_both(t
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     train, held_out = (sum(len(t) for t in texts if is_held_out(t, 0.2) is side) for side in (False, True))
     config = DataConfig(source=str(tmp_path / "a.jsonl"), tokenizer="byte", held_out_fraction=0.2)
-    both = rf"{train:,} bytes are for training and {held_out:,} are held out, 99\.\d% of the text; held"
+    both = (
+        rf"{train:,} bytes are for training and {held_out:,} are held out, 99\.\d% of the text; "
+        r"data\.held_out_fraction = 0\.2 is a share of the documents"
+    )
     with pytest.warns(UserWarning, match=both):
         described = dict(prepare(config).describe())
     assert f"({held_out / (train + held_out):.2%} of the text; 20 % of documents" in described["held out"]

@@ -95,8 +95,8 @@ def test_what_cannot_be_shared_out_is_said_once_and_ends_all_ranks(folder: Path)
     assert "SIGKILL" not in done.stderr  # as torchrun ends a process that does not end by itself
     said = [line for line in done.stderr.splitlines() if line.startswith("swamla:")]
     assert said == [
-        "swamla: error: train.batch_size = 3: must be a multiple of 2 processes · accumulation = 1; it counts the rows "
-        "of all processes"
+        "swamla: error: --batch_size 3: must be a multiple of 2 processes · --accumulation 1; it counts the rows of "
+        "all processes"
     ]
     assert "exitcode  : 2" in done.stderr
     assert not (folder / "refused").exists()

@@ -89,7 +89,7 @@ def test_other_shapes_are_named_five_of_them_and_nothing_is_written(base, tmp_pa
         run(tiny_config(wider, init_from=str(base)), tmp_path / "run", dataset)
     said = str(caught.value)
     assert (
-        f"init_from {base}: its weights do not fit this model: embedding.weight: got (300, 16), expected (300, 32)"
+        f"init_from = {base}: its weights do not fit this model: embedding.weight: got (300, 16), expected (300, 32)"
         in said
     )
     assert said.count("got ") == 5

@@ -57,7 +57,7 @@ def test_a_run_that_ends_amid_its_profile_keeps_the_steps_there_were(dataset, tm
 
 def test_a_run_that_ends_before_its_profile_begins_says_so(dataset, tmp_path):
     lines, _ = profiled(tmp_path / "run", dataset, profile_warmup=6)
-    assert lines[-1] == "warning: no profile: the run ended before its warm-up did; lower profile_warmup"
+    assert lines[-1] == "warning: no profile: the run ended before its warm-up did; lower `profile_warmup`"
     assert not (tmp_path / "run/profile").exists()
 
 

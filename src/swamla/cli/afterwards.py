@@ -5,7 +5,7 @@ from pathlib import Path
 
 from swamla import distributed
 from swamla.checkpoint import load
-from swamla.cli.console import Console, harmless, program, say
+from swamla.cli.console import Console, harmless, program, say, say_wrapped
 from swamla.cli.runs import summarize
 from swamla.data.dataset import Dataset
 from swamla.data.tokenizer import Tokenizer
@@ -49,7 +49,9 @@ def generate_command(run_dir: Path, prompt: str, model: LanguageModelConfig) -> 
 
 def say_next(console: Console, what: str, commands: list[str]) -> None:
     """Print what there is, then commands of this program to type next, each on a line of its own."""
-    say(console, f"\n{what} Next:\n")
+    say(console, "")
+    say_wrapped(console, f"{what} Next:")
+    say(console, "")
     for command in commands:
         say(console, f"  {program()} {command}")
 
@@ -66,7 +68,7 @@ def say_results(console: Console, run_dir: Path, config: RunConfig, dataset: Dat
     longer = f"train --resume {run} {extension(config.train, step=state.step, seconds=state.seconds)}"
     for line in [_figures(run_dir, state), few_tokens(config, dataset, state, longer)]:
         if line:
-            say(console, line)
+            say_wrapped(console, line)
     commands = [generate_command(run_dir, prompt, config.model), f"evaluate {run}", longer]
     say_next(console, f"{run_dir} has config.json, metrics.jsonl, loss.png and the checkpoints.", commands)
 

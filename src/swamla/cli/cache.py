@@ -26,8 +26,10 @@ from swamla.train.run_folder import identity_of_run
 HELP = """usage: swamla cache list
        swamla cache rm NAME …
 
-list      what the cache of prepared data holds: size, last use, the runs that need it
-rm        remove some of it, after asking; data that a run needs only with --force
+list      what the cache of prepared data holds:
+          size, last use, the runs that need it
+rm        remove some of it, after asking; data that
+          a run needs only with --force
 
 Each takes --cache_dir and --help."""
 _AT_WORK = 600  # seconds after its last write in which an unfinished preparation may still be at work

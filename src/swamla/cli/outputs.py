@@ -117,8 +117,13 @@ def flush_outputs() -> None:
         try:
             stream.flush()
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), number)  # else the interpreter tries again at exit
+            discard(number)  # else the interpreter tries again at exit
             raise
+
+
+def discard(number: int) -> None:
+    """What is written to this descriptor from now on, or waits in a buffer, goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -111,7 +111,7 @@ def _train(config: RunConfig, given: Mapping[str, Any], claim: Claim, resume: bo
     run = shlex.quote(str(run_dir))
     longer = f"quickstart --resume {run} {extension(config.train, step=state.step, seconds=state.seconds)}"
     if line := few_tokens(config, dataset, state, longer):
-        say(console, line)
+        say_wrapped(console, line)
     commands = [
         generate_command(run_dir, prompt, config.model),
         f"evaluate {run}",

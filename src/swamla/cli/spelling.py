@@ -12,8 +12,9 @@ from swamla.cli.flags import Flag, parsed
 from swamla.errors import ConfigError
 
 _VALUE = r"\"[^\"]*\"|'[^']*'|[^\s,;:`()]*[^\s,;:.`()]"
-# In the text of an error that has another's, `lr = -1 (--lr)` says already where it was given.
-_GIVEN = re.compile(rf"(?<![\w./-])`?((?:[a-z_*]+\.)*[a-z][a-z0-9_]*) = ((?>{_VALUE}))(?! \()`?")
+_PLACE = r"\((?:--[^()]+|[^()]+\.(?:toml|json)(?::\d+)?)\)"
+# In the text of an error that has another's, `lr = -1 (--lr)` says already where it was given, a file's line too.
+_GIVEN = re.compile(rf"(?<![\w./-])`?((?:[a-z_*]+\.)*[a-z][a-z0-9_]*) = ((?>{_VALUE}))(?! {_PLACE})`?")
 _QUOTED = re.compile(r"`((?:[a-z_*]+\.)*[a-z][a-z0-9_]*)`")
 _BARE = re.compile(r"(?<![\w./`=-])((?:[a-z_*]+\.)*[a-z]+(?:_[a-z0-9]+)+)(?![\w(/.])")
 _MOST = 3  # flags that are named where several have a setting of that name

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from typing import Any
 
-from swamla.cli.outputs import is_terminal
+from swamla.cli.outputs import discard, is_terminal
 from swamla.distributed import is_main
 
 ERASE = "\r\x1b[K"  # back to the line's start, and erase it
@@ -22,7 +22,10 @@ class _Announcer(MetaPathFinder):
         """Called by Python for every module that is not imported yet."""
         if name == "torch" and not self.shown:
             self.shown = True
-            print(self.line, end="" if self.transient else "\n", file=sys.stderr, flush=True)
+            try:
+                print(self.line, end="" if self.transient else "\n", file=sys.stderr, flush=True)
+            except OSError:  # nobody reads stderr any more: the command ends as it would without this line
+                discard(2)
 
 
 @contextmanager
