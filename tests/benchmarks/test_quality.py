@@ -202,9 +202,9 @@ def test_a_whole_race_writes_results_page_and_picture(tmp_path, monkeypatch):
     best = min(results.rows["outcome"][1:4], key=lambda row: row["bits_per_byte"])
     assert [row["name"] for row in results.rows["outcome"]] == [
         "swamla, seed 0",
+        "nanoGPT, lr 0.0003, seed 0",
         "nanoGPT, lr 0.001, seed 0",
         "nanoGPT, lr 0.003, seed 0",
-        "nanoGPT, lr 0.01, seed 0",
         "swamla, seed 1",
         best["name"].replace("seed 0", "seed 1"),
     ]
