@@ -147,3 +147,14 @@ def test_a_run_is_told_from_its_folder(tmp_path: Path, capsys: pytest.CaptureFix
 )
 def test_short_numbers_have_four_digits_at_most(number: int, text: str) -> None:
     assert short(number) == text
+
+
+def test_choices_other_than_the_default_and_tables_of_ngrams_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["info", "quickstart"])
+    told = capsys.readouterr().out
+    assert "4,096 and 16,384 rows of n-grams" in " ".join(told.split())
+    assert "qk_norm head" in told
+    main(["info", "quickstart", "--swa_qk_norm", "none", "--ngram_buckets", "9"])
+    told = capsys.readouterr().out
+    assert "9 rows of n-grams" in " ".join(told.split())
+    assert "qk_norm" not in told

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +87,16 @@ def _model(model: LanguageModelConfig) -> dict[str, Any]:
         block = model.blocks[name]
         layers[name] = {
             "count": model.pattern.count(name),
-            "mixer": {"kind": block.mixer.kind, **_numbers(block.mixer)},
-            "ffn": {"kind": block.ffn.kind, **_numbers(block.ffn), **block.ffn.widths(model.width)},
+            "mixer": {"kind": block.mixer.kind, **_settings(block.mixer)},
+            "ffn": {"kind": block.ffn.kind, **_settings(block.ffn), **block.ffn.widths(model.width)},
         }
     return {
         "width": model.width,
         "vocab_size": model.vocab_size,
         "learned_positions": model.learned_positions,
+        "ngram_buckets": list(model.ngram_buckets),
         "tied_head": model.tied_head,
-        "norm": {"kind": model.norm.kind, **_numbers(model.norm)},
+        "norm": {"kind": model.norm.kind, **_settings(model.norm)},
         "pattern": list(model.pattern),
         "blocks": layers,
         "parameters": {
@@ -107,9 +108,14 @@ def _model(model: LanguageModelConfig) -> dict[str, Any]:
     }
 
 
-def _numbers(config: Any) -> dict[str, Any]:
-    """The numbers and switches of a config."""
-    return {name: value for name, value in config.__dict__.items() if isinstance(value, int | float)}
+def _settings(config: Any) -> dict[str, Any]:
+    """The numbers and switches of a config, and names that are chosen otherwise than by default; without backends."""
+    default = {field.name: field.default for field in fields(config)}
+    return {
+        name: value
+        for name, value in config.__dict__.items()
+        if isinstance(value, int | float) or (isinstance(value, str) and name != "backend" and value != default[name])
+    }
 
 
 def _costs(model: LanguageModelConfig) -> dict[str, Any]:

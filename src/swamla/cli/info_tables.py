@@ -72,7 +72,9 @@ def _headline(facts: dict[str, Any]) -> str:
     shape = f"{len(facts['pattern'])} layers of width {facts['width']:,}, vocabulary {facts['vocab_size']:,}"
     head = "tied head" if facts["tied_head"] else "head of its own"
     positions = f", {facts['learned_positions']:,} learned positions" if facts["learned_positions"] else ""
-    return f"{facts['name']}: {shape}, {head}{positions}; on {facts['data']['source']}"
+    rows = " and ".join(f"{size:,}" for size in facts["ngram_buckets"])
+    ngrams = f", {rows} rows of n-grams" if rows else ""
+    return f"{facts['name']}: {shape}, {head}{positions}{ngrams}; on {facts['data']['source']}"
 
 
 def _draw(console: Console, facts: dict[str, Any]) -> None:
