@@ -37,8 +37,8 @@ def told_at_once(tell: Callable[[signal.Signals, int], str], *, patience: float 
     finally:
         signal.set_wakeup_fd(before, warn_on_full_buffer=False)
         over.set()
-        with suppress(BlockingIOError):  # the thread has enough to read
-            os.write(sent, b"\0")
+        os.set_blocking(sent, True)  # for the end there is room once the thread has read
+        os.write(sent, b"\0")
         thread.join()
         os.close(arrived)
         os.close(sent)
@@ -46,13 +46,14 @@ def told_at_once(tell: Callable[[signal.Signals, int], str], *, patience: float 
 
 def _watch(arrived: int, tell: Callable[[signal.Signals, int], str], patience: float, over: threading.Event) -> None:
     count, last = 0, -math.inf
-    while not over.is_set():
-        number = os.read(arrived, 1)[0]
+    while number := os.read(arrived, 1)[0]:  # 0: the context is over, and all signals before are told
         apart = 0.0 if number == signal.SIGINT and not launched() else APART
-        if not number or time.monotonic() - last < apart:
+        if time.monotonic() - last < apart:
             continue
         count, last = count + 1, time.monotonic()
-        if not over.wait(patience) and (line := tell(signal.Signals(number), count)):
+        if patience and over.wait(patience):
+            continue
+        if line := tell(signal.Signals(number), count):
             say_now(line)
 
 

@@ -152,7 +152,7 @@ sys.exit(main(sys.argv[1:]))
 def test_in_a_librarys_long_call_it_is_said_that_it_stops_and_a_second_signal_leaves(folder: Path) -> None:
     code = """
 import sys, ctypes
-from swamla.cli import main
+from swamla.cli import main, running
 def slow(*_, **__):
     print("at work", flush=True)
     blocked = (ctypes.c_ulong * 16)(*[2**64 - 1] * 16)  # no signal ends the call, as none ends a library's loop
