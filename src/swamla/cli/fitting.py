@@ -32,7 +32,7 @@ SIZES = (
     Size(tokens=0, flags={"width": 128, "n_heads": 2, **NORMUON}),
     Size(tokens=3_000_000, flags=NORMUON),
 )
-FITTED = frozenset(name for size in SIZES for name in size.flags)
+FITTED = frozenset(name for size in SIZES for name in size.flags) - NORMUON.keys()
 # Who gives one of these has chosen the size, or a run whose time is not the recipe's.
 CHOSEN = FITTED | {
     "batch_size",
@@ -60,8 +60,11 @@ def fitted(
     tokens = round(60 * minutes * speed)
     size = size_for(tokens)
     seen = f"this machine trains the recipe's model by {speed:,.0f} tokens a second, {tokens / 1e6:.2g} M in its time"
-    say(f"{seen}: {' '.join(f'--{name} {value}' for name, value in size.flags.items())} suits that better")
-    return resolve(recipe, {**given, **size.flags}, new=True).config
+    chosen = {name: value for name, value in size.flags.items() if name not in given}
+    if not chosen:
+        return config
+    say(f"{seen}: {' '.join(f'--{name} {value}' for name, value in chosen.items())} suits that")
+    return resolve(recipe, {**chosen, **given}, new=True).config
 
 
 def size_for(tokens: int) -> Size:
