@@ -53,10 +53,10 @@ def test_a_machine_of_a_speed_gets_its_size_and_is_told(
     monkeypatch.setattr(fitting, "tokens_per_second", lambda *_: tokens / 180)
     said: list[str] = []
     config = fitted(RECIPE, "quickstart", {}, None, said.append)  # type: ignore[arg-type]
-    assert config == resolve("quickstart", dict(size.flags)).config
+    assert config == resolve("quickstart", {**size.flags, **fitting.NORMUON}).config
     assert len(said) == 1
     assert f"{tokens / 180:,.0f} tokens a second" in said[0]
-    for name, value in size.flags.items():
+    for name, value in {**size.flags, **fitting.NORMUON}.items():
         assert f"--{name} {value}" in said[0]
 
 
@@ -76,6 +76,17 @@ def test_a_size_that_was_chosen_stays(flag: str, monkeypatch: pytest.MonkeyPatch
     given = {flag: given.get(flag, 2)}
     config = RECIPE if flag == "init_from" else resolve("quickstart", given).config  # there is no run to begin from
     assert fitted(config, "quickstart", given, None, pytest.fail) is config  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [{"optimizer": "adamw"}, {"muon_normuon": None}], ids=str)
+def test_what_the_user_said_of_the_optimizer_stays(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "tokens_per_second", lambda *_: 1000.0)
+    config = resolve("quickstart", given).config
+    said: list[str] = []
+    found = fitted(config, "quickstart", given, None, said.append)  # type: ignore[arg-type]
+    assert found.train == config.train
+    assert found.model.width == SIZES[0].flags["width"]
+    assert "normuon" not in said[0]
 
 
 def test_another_time_is_predicted_from_the_same_speed(monkeypatch: pytest.MonkeyPatch) -> None:

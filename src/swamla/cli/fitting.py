@@ -1,4 +1,4 @@
-"""A time-boxed recipe fitted to the machine: the faster it trains the recipe's own model, the larger model and batch.
+"""A time-boxed recipe fitted to the machine: the faster it trains the recipe's own model, the larger the model.
 
 docs/log.md, "How large a model for three minutes", has what was measured and what was not.
 """
@@ -13,6 +13,7 @@ import torch
 from swamla.cli.run_config import resolve
 from swamla.data.dataset import Dataset
 from swamla.train.config import RunConfig
+from swamla.train.optim import MuonConfig
 from swamla.train.run_folder import fresh_state, resolve_vocabulary
 from swamla.train.step import training_step
 
@@ -27,12 +28,12 @@ class Size:
     flags: Mapping[str, Any]
 
 
-NORMUON: dict[str, Any] = {"muon_normuon": 0.95}  # not in the recipe, which several processes train too
 SIZES = (
-    Size(tokens=0, flags={"width": 128, "n_heads": 2, **NORMUON}),
-    Size(tokens=3_000_000, flags=NORMUON),
+    Size(tokens=0, flags={"width": 128, "n_heads": 2}),
+    Size(tokens=3_000_000, flags={}),
 )
-FITTED = frozenset(name for size in SIZES for name in size.flags) - NORMUON.keys()
+NORMUON = {"muon_normuon": 0.95}  # not in the recipe, which several processes train too
+FITTED = frozenset(name for size in SIZES for name in size.flags)
 # Who gives one of these has chosen the size, or a run whose time is not the recipe's.
 CHOSEN = FITTED | {
     "batch_size",
@@ -60,7 +61,8 @@ def fitted(
     tokens = round(60 * minutes * speed)
     size = size_for(tokens)
     seen = f"this machine trains the recipe's model by {speed:,.0f} tokens a second, {tokens / 1e6:.2g} M in its time"
-    chosen = {name: value for name, value in size.flags.items() if name not in given}
+    added = size.flags if config.train.optimizer.kind != MuonConfig.kind else {**size.flags, **NORMUON}
+    chosen = {name: value for name, value in added.items() if name not in given}
     if not chosen:
         return config
     say(f"{seen}: {' '.join(f'--{name} {value}' for name, value in chosen.items())} suits that")
