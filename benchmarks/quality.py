@@ -111,6 +111,9 @@ class Ours(Learner):
     """A recipe, trained by the steps of `swamla.train`."""
 
     def __init__(self, config: RunConfig, dataset: Dataset, seed: int, budget: float) -> None:
+        for name in ("batch_ramp", "curriculum"):
+            if getattr(config.train, name):
+                raise UsageError(f"{name}: the speedrun trains steps of one shape; take a recipe without it")
         self.settings = config.train
         self.state = fresh_state(config, dataset)
         super().__init__(f"swamla, seed {seed}", self.state.model, budget, self.state.precision)
@@ -119,8 +122,9 @@ class Ours(Learner):
     def step(self) -> int:
         state, settings = self.state, self.settings
         batch = self.rows.batch(state.sample, settings.batch_size)
-        lr = settings.rate(state.step, self.seconds + self.last)
-        result = training_step(state, batch, settings, lr)
+        ends = self.seconds + self.last
+        lr, progress = settings.rate(state.step, ends), settings.progress(state.step, ends)
+        result = training_step(state, batch, settings, lr, progress=progress)
         state.step += 1
         state.sample += settings.batch_size
         return result.tokens

@@ -160,7 +160,8 @@ def tiny(tmp_path: Path):
 
 def test_our_learner_takes_the_steps_of_a_training_run(tmp_path, monkeypatch):
     config = tiny(tmp_path)
-    config = replace(config, train=replace(config.train, steps=5, max_minutes=None, eval_seconds=None))
+    muon = replace(config.train.optimizer, momentum_warmup=4.0)
+    config = replace(config, train=replace(config.train, steps=5, max_minutes=None, eval_seconds=None, optimizer=muon))
     dataset = prepare(config.data)
     train(config, tmp_path / "run", dataset=dataset)
     told = [
@@ -168,11 +169,25 @@ def test_our_learner_takes_the_steps_of_a_training_run(tmp_path, monkeypatch):
     ]
     losses = []
     step = quality.training_step
-    monkeypatch.setattr(quality, "training_step", lambda *a: (result := step(*a), losses.append(result.loss))[0])
+
+    def kept(*given, **named):
+        result = step(*given, **named)
+        losses.append(result.loss)
+        return result
+
+    monkeypatch.setattr(quality, "training_step", kept)
     ours = Ours(resolve_vocabulary(config, dataset), dataset, config.train.seed, math.inf)
     for _ in range(5):
         ours.tokens += ours.step()
     assert losses == pytest.approx(told, rel=1e-6)
+
+
+@pytest.mark.parametrize("ramp", [{"batch_ramp": "1:0.5,2:inf"}, {"curriculum": "32:0.5,64:inf"}], ids=str)
+def test_recipes_whose_steps_change_shape_are_refused(ramp, tmp_path):
+    config = tiny(tmp_path)
+    config = replace(config, train=replace(config.train, **ramp))
+    with pytest.raises(UsageError, match=f"{next(iter(ramp))}: the speedrun trains steps of one shape"):
+        Ours(config, None, 0, 1.0)
 
 
 def test_a_whole_race_writes_results_page_and_picture(tmp_path, monkeypatch):
@@ -197,7 +212,7 @@ def test_a_whole_race_writes_results_page_and_picture(tmp_path, monkeypatch):
 
     monkeypatch.setattr(quality, "nanogpt", lambda *_: WithOptimizer(257))
     file = tmp_path / "q.json"
-    assert quality.main(["--minutes", "0.02", "--seeds", "2", "--output", str(file)]) == 0
+    assert quality.main(["--recipe", "tiny", "--minutes", "0.02", "--seeds", "2", "--output", str(file)]) == 0
     results = Results.load(file)
     best = min(results.rows["outcome"][1:4], key=lambda row: row["bits_per_byte"])
     assert [row["name"] for row in results.rows["outcome"]] == [
