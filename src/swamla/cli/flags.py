@@ -300,7 +300,8 @@ def _metavar_of(option: Any) -> str:
     if get_origin(option) is Literal:
         return "|".join(map(str, get_args(option)))
     if get_origin(option) is tuple:
-        return ",".join("…" if item is Ellipsis else _metavar_of(item) for item in get_args(option))
+        shown = ",".join("…" if item is Ellipsis else _metavar_of(item) for item in get_args(option))
+        return f"{shown}|none" if Ellipsis in get_args(option) else shown
     return {int: "N", float: "X", str: "TEXT", bool: "true|false"}[option]
 
 
@@ -338,6 +339,8 @@ def _value(text: str, option: Any) -> Any:
     if get_origin(option) is Literal:
         return get_args(option)[[str(value) for value in get_args(option)].index(text)]
     if get_origin(option) is tuple:
+        if Ellipsis in get_args(option) and text.lower() == "none":
+            return []
         return [_value(item, get_args(option)[0]) for item in re.split(r"[,\s]+", text.strip())]
     return ("false", "true").index(text.lower()) == 1 if option is bool else option(text)
 
@@ -346,7 +349,8 @@ def _allowed(option: Any) -> str:
     if get_origin(option) is Literal:
         return f"one of {', '.join(map(str, get_args(option)))}"
     if get_origin(option) is tuple:
-        return f"like {','.join(_EXAMPLES[item] for item in get_args(option) if item is not Ellipsis)}"
+        example = ",".join(_EXAMPLES[item] for item in get_args(option) if item is not Ellipsis)
+        return f"like {example}{', or none' if Ellipsis in get_args(option) else ''}"
     return {int: "a whole number", float: "a number", bool: "true or false"}[option]
 
 
