@@ -1,4 +1,4 @@
-# make quickstart | make test | make bench | make speedrun | make faults | make mutants | make test-machines | make clean | make help
+# make quickstart | make test | make bench | make speedrun | make interop | make faults | make mutants | make test-machines | make clean | make help
 #
 # Needs Python >= 3.11 and make; everything else goes into .venv. To use another interpreter: make PYTHON=python3.12 …
 # On Linux PyPI's torch carries CUDA (several GB). The CPU build, a tenth of that, comes from PyTorch's CPU index, whose
@@ -21,7 +21,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARA
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-machines bench speedrun faults mutants lint clean
+.PHONY: help quickstart test test-machines bench speedrun interop faults mutants lint clean
 
 help:
 	@echo 'make quickstart   install into $(VENV), then train the small model of the recipe "quickstart" (about 3 minutes)'
@@ -32,6 +32,7 @@ help:
 	@echo 'make mutants      change one line after the other, and see a test fail for each (about 10 minutes)'
 	@echo 'make bench        measure everything on this machine, others beside us (about 13 minutes); arguments in BENCH_ARGS'
 	@echo 'make speedrun     quickstart against nanoGPT by time (about 15 minutes; docs/speedrun.md); arguments in SPEEDRUN_ARGS'
+	@echo 'make interop      every architecture of transformers in and out, and the table of docs/interop.md (a minute)'
 	@echo 'make lint         only ruff and mypy'
 	@echo 'make clean        remove $(VENV) and caches; trained models under runs/ are kept'
 	@echo
@@ -63,6 +64,9 @@ lint: $(VENV)/.installed-dev
 
 speedrun: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.quality $(SPEEDRUN_ARGS)
+
+interop: $(VENV)/.installed-dev
+	$(TEST_ENV) $(BIN)/python -m tests.interop $(INTEROP_ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-machines .pytest_cache .mypy_cache .ruff_cache build dist

@@ -15,7 +15,7 @@ FLOORS = [
     {"config", "files", "ops", "distributed", "plugins"},
     {"inference", "data", "recipes", "signal_notice", "tensor_file"},
     {"model"},
-    {"checkpoint", "text", "export"},
+    {"checkpoint", "text", "interop"},
     {"hub"},
     {"train", "evaluate"},
     {"bench"},

@@ -8,7 +8,8 @@ import torch
 
 import swamla
 from swamla.errors import ConfigError, UsageError
-from swamla.export.gpt2 import GPT2Config, gpt2_config
+from swamla.interop import equal_architecture
+from swamla.interop.architectures.gpt2 import GPT2
 from swamla.model.accounting import parameter_specs
 from swamla.model.block import BlockConfig
 from swamla.model.ffns.dense import DenseConfig
@@ -186,6 +187,6 @@ def test_what_has_no_rule_is_refused(tmp_path, dataset):
         replace(MODEL, mup_base_width=0)
     with pytest.raises(ConfigError, match=r"mup_base_width\.blocks\.\w+\.mixer\.n_heads"):
         replace(MODEL, mup_base_width=63)
-    gpt2 = GPT2Config(model_type="gpt2", vocab_size=50, n_positions=16, n_embd=64, n_layer=1, n_head=2)
-    with pytest.raises(UsageError, match="mup_base_width = 32: GPT-2 does not have it"):
-        gpt2_config(replace(gpt2.language_model(), mup_base_width=32).build(0))
+    gpt2 = GPT2(vocab_size=50, n_positions=16, n_embd=64, n_layer=1, n_head=2)
+    with pytest.raises(UsageError, match="mup_base_width = 32: gpt2 does not have it"):
+        equal_architecture(replace(gpt2.language_model(), mup_base_width=32), "gpt2")

@@ -34,6 +34,7 @@ COMMANDS = {
     "generate": "continue prompts with a trained model",
     "evaluate": "held-out loss, perplexity and bits per byte of a trained model",
     "export": "a trained model as a folder that other programs load",
+    "import": "a model of transformers as a run",
     "runs": "the runs in a folder: data, progress, losses; runs rm removes some",
     "checkpoint": "the checkpoints of a run: list, verify, convert",
     "plot": "curves of several runs in one picture",
@@ -43,6 +44,7 @@ COMMANDS = {
     "bench": "the speed of training, generation and data loading on this machine (about 2 minutes)",
     "doctor": "hardware and libraries of this machine, and a self-check of about ten seconds",
 }
+MODULES = {"import": "importing"}  # of commands whose name cannot be a module's
 INTERRUPTED = 130
 CLOSED_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
@@ -136,7 +138,7 @@ def _dispatch(arguments: list[str]) -> int:
 def _main_of(command: str) -> Callable[[list[str]], int]:
     """The function of a command, whose module is imported."""
     with announced(command):
-        return import_module(f"swamla.cli.{command}").main
+        return import_module(f"swamla.cli.{MODULES.get(command, command)}").main
 
 
 def _overview() -> str:

@@ -1,15 +1,12 @@
 """`swamla export RUN FOLDER`: a trained model in a form that other programs load."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from swamla.checkpoint import load
 from swamla.cli.console import Console, say
 from swamla.cli.flags import argument, parse
 from swamla.cli.running import checked, run_folder
-from swamla.export import save_gpt2
-
-FORMATS = {"gpt2": save_gpt2}
+from swamla.interop import save_pretrained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,13 +15,13 @@ class Arguments:
 
     run: the run's folder.
     folder: where to write: a missing or empty folder.
-    format: gpt2: for GPT2LMHeadModel.from_pretrained of transformers; the model must be a GPT-2.
+    to: an architecture of transformers that equals the model, e.g. llama or mistral; auto for the first that does.
     checkpoint: best, latest, or a step.
     """
 
     run: str = argument(positional=True)
     folder: str = argument(positional=True)
-    format: Literal["gpt2"] = "gpt2"
+    to: str = "auto"
     checkpoint: str = "best"
 
 
@@ -33,7 +30,7 @@ def main(argv: list[str]) -> int:
     arguments, _ = parse(Arguments, argv, command="swamla export")
     folder = checked(arguments.folder)
     model, tokenizer = load(run_folder(arguments.run), arguments.checkpoint)
-    FORMATS[arguments.format](model, folder, tokenizer=tokenizer)
+    architecture = save_pretrained(model, folder, to=arguments.to, tokenizer=tokenizer)
     files = ", ".join(sorted(path.name for path in folder.iterdir()))
-    say(Console(), f"{folder} has {files}")
+    say(Console(), f"{folder} is {architecture.kind} ({architecture.class_name}) of transformers: {files}")
     return 0

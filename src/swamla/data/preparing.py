@@ -90,7 +90,10 @@ def _prepare_whole(work: "Preparation", workers: int | None) -> PreparedDataset:
 def _prepare_ids(config: DataConfig, train: Ids | None, held_out: Ids | None, progress: Progress) -> PreparedDataset:
     """The dataset of ids given from Python; equal ones share a folder of the cache."""
     if train is None:
-        needed = "its ids are given from Python: swamla.data.prepare(config, token_ids=…), and train(…, resume=True)"
+        needed = (
+            "its ids are given from Python: swamla.data.prepare(config, token_ids=…), and train(…, resume=True); an "
+            "imported model has no data: name some, --data FILE"
+        )
         raise DataError(f'data.source = "{TOKEN_IDS}": {needed}')
     tokenizer, data = make_tokenizer(config.tokenizer), config.cache / "data"
     with _staging(data / TOKEN_IDS) as folder:

@@ -11,8 +11,8 @@ from swamla.checkpoint import find_checkpoint, load_into, read_run_config
 from swamla.config import from_plain
 from swamla.data.tokenizer import Tokenizer, load_tokenizer
 from swamla.errors import UsageError
-from swamla.export import load_gpt2
 from swamla.files import entry, read_json
+from swamla.interop import load_pretrained, read_architecture
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.tensor_file import misfits
 
@@ -21,7 +21,7 @@ RECORD = "initialized_from.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """The source of initial weights: a run, one of its checkpoints, or a folder that `swamla export` wrote.
+    """The source of initial weights: a run, one of its checkpoints, or a folder of transformers (`swamla export`).
 
     which: the checkpoint of the run.  model: the config of the weights.  tokenizer: its file, None if there is none.
     """
@@ -53,7 +53,7 @@ class Origin:
         """Load the weights into `model`, which may be sharded; returns a record of their source."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
         if not self.is_run:
-            load_into(model, load_gpt2(self.folder).state_dict(), origin=str(self.folder))
+            load_into(model, load_pretrained(self.folder).state_dict(), origin=str(self.folder))
             return {"folder": str(self.folder), "weights": "exported"}
         checkpoint = find_checkpoint(self.folder, self.which)
         averaged = checkpoint.has("ema")
@@ -77,7 +77,7 @@ def origin_of(where: str, which: str = "best") -> Origin:
     folder = Path(where).expanduser().resolve()
     checkpoint = folder.parent.name == "checkpoints" and (folder / "manifest.json").is_file()
     run = folder.parents[1] if checkpoint else folder
-    exported = (folder / "model.safetensors").is_file() and not (folder / "checkpoints").is_dir() and not checkpoint
+    exported = any(folder.glob("*.safetensors")) and not (folder / "checkpoints").is_dir() and not checkpoint
     if which != "best" and (checkpoint or exported):
         raise UsageError(f"init_checkpoint = {which!r}: chooses one of a run's checkpoints, and {folder} is none")
     if not folder.is_dir():
@@ -85,7 +85,7 @@ def origin_of(where: str, which: str = "best") -> Origin:
             f"init_from = {where}: no such folder; give a run, one of its checkpoints, or an exported folder"
         )
     if exported:
-        model, tokenizer = load_gpt2(folder).config, folder / "tokenizer.json"
+        model, tokenizer = read_architecture(folder).language_model(), folder / "tokenizer.json"
         return Origin(
             folder=folder, which="", is_run=False, model=model, tokenizer=tokenizer if tokenizer.exists() else None
         )

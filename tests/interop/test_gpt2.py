@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from swamla.cli import main
 from swamla.data.tokenizer import ByteTokenizer, load_tokenizer
 from swamla.errors import CorruptError, SwamlaError, UsageError
-from swamla.export import gpt2_config, load_gpt2, save_gpt2
 from swamla.inference.decoding import Decoder
 from swamla.inference.sampling import Sampling
+from swamla.interop import equal_architecture, load_pretrained, save_pretrained
 from swamla.model.block import BlockConfig
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.ffns.moe import MoEConfig
@@ -109,7 +109,7 @@ def assert_same_function(ours: LanguageModel, theirs: Any) -> None:
 def test_what_is_saved_is_the_same_function_in_transformers(hidden: int | None, tmp_path: Path) -> None:
     block = BlockConfig(mixer=MIXER, ffn=replace(FFN, hidden=hidden))
     ours = model_of(replace(CONFIG, blocks={"gpt2": block}))
-    save_gpt2(ours, tmp_path / "out")
+    save_pretrained(ours, tmp_path / "out", to="gpt2")
     theirs = reload(tmp_path / "out")
     assert_same_function(ours, theirs.eval())
     assert (theirs.config.resid_pdrop, theirs.config.embd_pdrop, theirs.config.attn_pdrop) == (0.2, 0.2, 0.0)
@@ -120,7 +120,7 @@ def test_what_is_saved_is_the_same_function_in_transformers(hidden: int | None, 
 def test_what_transformers_saved_is_the_same_function_here(settings: dict[str, Any], tmp_path: Path) -> None:
     theirs = theirs_of(**settings)
     theirs.save_pretrained(tmp_path)
-    ours = load_gpt2(tmp_path)
+    ours = load_pretrained(tmp_path)
     assert_same_function(ours, theirs)
     assert not ours.training
     assert (ours.config.dropout, ours.config.init_std) == (0.1, 0.3)
@@ -128,14 +128,14 @@ def test_what_transformers_saved_is_the_same_function_here(settings: dict[str, A
 
 def test_out_and_in_again_is_the_same_model_to_the_bit(tmp_path: Path) -> None:
     ours = model_of()
-    save_gpt2(ours, tmp_path / "out")
-    again = load_gpt2(tmp_path / "out")
+    save_pretrained(ours, tmp_path / "out", to="gpt2")
+    again = load_pretrained(tmp_path / "out")
     assert again.config == replace(CONFIG, blocks={"mha": CONFIG.blocks["gpt2"]}, pattern=("mha",) * DEPTH)
     assert again.head.weight is again.embedding.weight
     assert again.state_dict().keys() == ours.state_dict().keys()
     for name, tensor in ours.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
-    save_gpt2(again, tmp_path / "again")
+    save_pretrained(again, tmp_path / "again", to="gpt2")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
@@ -143,7 +143,7 @@ def test_out_and_in_again_is_the_same_model_to_the_bit(tmp_path: Path) -> None:
 def test_transformers_own_weights_come_back_to_it_to_the_bit(tmp_path: Path) -> None:
     theirs = theirs_of()
     theirs.save_pretrained(tmp_path / "in")
-    save_gpt2(load_gpt2_quietly(tmp_path / "in"), tmp_path / "out")
+    save_pretrained(load_gpt2_quietly(tmp_path / "in"), tmp_path / "out", to="gpt2")
     back = reload(tmp_path / "out").state_dict()
     assert all(torch.equal(back[name], tensor) for name, tensor in theirs.state_dict().items())
 
@@ -154,12 +154,12 @@ def load_gpt2_quietly(folder: Path) -> LanguageModel:
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return load_gpt2(folder)
+        return load_pretrained(folder)
 
 
 def test_greedy_text_is_the_same_in_both(tmp_path: Path) -> None:
     ours = model_of()
-    save_gpt2(ours, tmp_path / "out")
+    save_pretrained(ours, tmp_path / "out", to="gpt2")
     theirs = reload(tmp_path / "out").eval()
     for prompt in tokens(3, 7).tolist():
         found = Decoder(ours).generate([prompt], 30, sampling=Sampling(temperature=0.0))[0]
@@ -172,9 +172,9 @@ def test_greedy_text_is_the_same_in_both(tmp_path: Path) -> None:
 
 def test_a_model_is_saved_in_its_own_dtype_and_loaded_in_fp32(tmp_path: Path) -> None:
     ours = model_of().to(torch.bfloat16)
-    save_gpt2(ours, tmp_path / "out")
+    save_pretrained(ours, tmp_path / "out", to="gpt2")
     assert reload(tmp_path / "out").dtype == torch.bfloat16
-    again = load_gpt2(tmp_path / "out")
+    again = load_pretrained(tmp_path / "out")
     assert again.embedding.weight.dtype == torch.float32
     assert torch.equal(again.embedding.weight, ours.embedding.weight.float())
 
@@ -189,7 +189,7 @@ def test_a_folder_of_the_published_form_without_prefix_with_masks_and_a_head_is_
     plain = json.loads((tmp_path / "config.json").read_text())
     dropped = ("tie_word_embeddings", "scale_attn_weights", "add_cross_attention", "n_inner")
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in plain.items() if k not in dropped}))
-    assert_same_function(load_gpt2(tmp_path), theirs)
+    assert_same_function(load_pretrained(tmp_path), theirs)
 
 
 @pytest.mark.parametrize(("name", "rate", "becomes"), [("attn_pdrop", 0.1, "0.0"), ("embd_pdrop", 0.3, "0.1")])
@@ -198,14 +198,14 @@ def test_dropout_that_we_have_not_is_left_out_with_a_warning(
 ) -> None:
     theirs_of(**{name: rate}).save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match=rf"{name} = {rate} becomes {becomes}, which matters in training only"):
-        load_gpt2(tmp_path)
+        load_pretrained(tmp_path)
 
 
 IN_THE_WAY: list[tuple[dict[str, Any], str]] = [
-    ({"norm": RMSNormConfig()}, "norm.kind = 'rmsnorm': GPT-2 does not have it, it must be layernorm"),
-    ({"norm": LayerNormConfig(bias=False)}, "norm.bias = False: GPT-2 does not have it, it must be True"),
+    ({"norm": RMSNormConfig()}, "norm.kind = 'rmsnorm': gpt2 does not have it, it must be layernorm"),
+    ({"norm": LayerNormConfig(bias=False)}, "norm.bias = False: gpt2 does not have it, it must be True"),
     ({"tied_head": False}, "tied_head = False"),
-    ({"learned_positions": 0}, "learned_positions = 0: GPT-2 does not have it, it must be a number of them"),
+    ({"learned_positions": 0}, "learned_positions = 0: gpt2 does not have it, it must be a number of them"),
     ({"ngram_buckets": (9,)}, "ngram_buckets = (9,)"),
     ({"logit_cap": 15.0}, "logit_cap = 15.0"),
     ({"mixer": replace(MIXER, qk_norm="head")}, "blocks.a.mixer.qk_norm = 'head'"),
@@ -213,7 +213,7 @@ IN_THE_WAY: list[tuple[dict[str, Any], str]] = [
     ({"mixer": LatentConfig(n_heads=4, bias=True)}, "blocks.a.mixer.kind = 'latent'"),
     ({"mixer": replace(MIXER, rope=RopeConfig())}, "blocks.a.mixer.rope = 'a table'"),
     ({"mixer": replace(MIXER, bias=False)}, "blocks.a.mixer.bias = False"),
-    ({"mixer": replace(MIXER, n_kv_heads=2)}, "blocks.a.mixer.n_kv_heads = 2: GPT-2 does not have it, it must be 4"),
+    ({"mixer": replace(MIXER, n_kv_heads=2)}, "blocks.a.mixer.n_kv_heads = 2: gpt2 does not have it, it must be 4"),
     ({"mixer": replace(MIXER, head_dim=16)}, "blocks.a.mixer.head_dim = 16"),
     ({"ffn": MoEConfig(n_experts=4, n_activated=2)}, "blocks.a.ffn.kind = 'moe'"),
     ({"ffn": replace(FFN, activation="swiglu")}, "blocks.a.ffn.activation = 'swiglu'"),
@@ -231,16 +231,16 @@ def test_what_gpt2_has_no_place_for_is_named_and_nothing_is_written(
     blocks = {"a": first, "b": change.pop("second", first)}
     model = replace(CONFIG, blocks=blocks, pattern=("a", "b", "a"), **change).build()
     with pytest.raises(UsageError, match="^" + re.escape(message)):
-        gpt2_config(model)
+        equal_architecture(model.config, "gpt2")
     with pytest.raises(UsageError, match="^" + re.escape(message)):
-        save_gpt2(model, tmp_path / "out")
+        save_pretrained(model, tmp_path / "out", to="gpt2")
     assert not list(tmp_path.iterdir())
 
 
 def test_blocks_of_two_names_that_are_alike_are_a_gpt2(tmp_path: Path) -> None:
     blocks = {"a": CONFIG.blocks["gpt2"], "b": BlockConfig(mixer=replace(MIXER, backend="reference"), ffn=FFN)}
     ours = model_of(replace(CONFIG, blocks=blocks, pattern=("a", "b", "b")))
-    save_gpt2(ours, tmp_path / "out")
+    save_pretrained(ours, tmp_path / "out", to="gpt2")
     assert_same_function(ours, reload(tmp_path / "out").eval())
 
 
@@ -251,8 +251,8 @@ def test_a_folder_with_something_in_it_is_left_alone_and_an_empty_one_is_taken(t
     (tmp_path / "empty").mkdir()
     for taken in ("mine", "file"):
         with pytest.raises(UsageError, match=f"{taken}: exists and is not empty: choose another folder"):
-            save_gpt2(model_of(), tmp_path / taken)
-    save_gpt2(model_of(), tmp_path / "empty")
+            save_pretrained(model_of(), tmp_path / taken, to="gpt2")
+    save_pretrained(model_of(), tmp_path / "empty", to="gpt2")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "mine"]
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
@@ -266,11 +266,11 @@ def test_a_save_that_fails_leaves_nothing_behind(
         file.write_text("half")
         raise error
 
-    monkeypatch.setattr("swamla.export.gpt2.save_file", full)
+    monkeypatch.setattr("swamla.interop.folder.save_file", full)
     if there:
         (tmp_path / "out").mkdir()
     with pytest.raises((OSError, SwamlaError), match="No space left"):
-        save_gpt2(model_of(), tmp_path / "out")
+        save_pretrained(model_of(), tmp_path / "out", to="gpt2")
     assert [path.name for path in tmp_path.rglob("*")] == (["out"] if there else [])
 
 
@@ -279,11 +279,11 @@ def test_the_folder_may_be_the_one_we_are_in_or_below_ones_not_yet_made(
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    save_gpt2(model_of(), ".")
-    save_gpt2(model_of(), "../a/b/c")
+    save_pretrained(model_of(), ".", to="gpt2")
+    save_pretrained(model_of(), "../a/b/c", to="gpt2")
     for folder in (tmp_path / "here", tmp_path / "a/b/c"):
         assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
-        load_gpt2(folder)
+        load_pretrained(folder)
 
 
 def rewritten(**settings: Any) -> Callable[[Path], None]:
@@ -313,8 +313,8 @@ def as_pickle(folder: Path) -> None:
 
 
 REFUSED: list[tuple[str, Callable[[Path], Any], str, int]] = [
-    ("another family", rewritten(model_type="llama"), "model_type = 'llama' .*: must be one of gpt2", 2),
-    ("no family", rewritten(model_type=None), r"model_type = None .*: must be given", 2),
+    ("another family", rewritten(model_type="bert"), "config.json: model_type = 'bert': must be one of .*gpt2", 2),
+    ("no family", rewritten(model_type=None), r"config.json: model_type = 'None': must be one of", 2),
     ("relu", rewritten(activation_function="relu"), "activation_function = 'relu' .*: must be one of gelu_new", 2),
     ("exact gelu", rewritten(activation_function="gelu"), "activation_function = 'gelu' .*: must be one of", 2),
     ("untied", rewritten(tie_word_embeddings=False), "tie_word_embeddings = False .*: must be true", 2),
@@ -328,7 +328,7 @@ REFUSED: list[tuple[str, Callable[[Path], Any], str, int]] = [
     (
         "another n_inner",
         rewritten(n_inner=64),
-        r"h.0.mlp.c_fc.weight: got \(32, 128\), expected \(32, 64\); h.0.mlp.c_fc.bias: got \(128,\), expected \(64,\)",
+        r"transformer.h.0.mlp.c_fc.weight: got \(32, 128\), expected \(32, 64\);",
         3,
     ),
     (
@@ -341,7 +341,7 @@ REFUSED: list[tuple[str, Callable[[Path], Any], str, int]] = [
     (
         "missing",
         retensored(lambda t: t.pop("transformer.wpe.weight")),
-        r"model.safetensors: .*: wpe.weight: got nothing, expected \(40, 32\)$",
+        r": transformer.wpe.weight: got nothing, expected \(40, 32\)$",
         3,
     ),
     (
@@ -353,11 +353,11 @@ REFUSED: list[tuple[str, Callable[[Path], Any], str, int]] = [
     (
         "a head of its own",
         retensored(lambda t: t.update({"lm_head.weight": torch.zeros(50, 32)})),
-        "lm_head.weight is not wte.weight: only a tied head is supported",
+        "lm_head.weight is not transformer.wte.weight: the config says that they are tied",
         2,
     ),
-    ("pickle", as_pickle, "model.safetensors: no such file .pytorch_model.bin is a pickle, which is never loaded", 2),
-    ("no weights", lambda f: (f / "model.safetensors").unlink(), "model.safetensors: no such file", 2),
+    ("pickle", as_pickle, "has no .*safetensors .pytorch_model.bin is a pickle, which is never loaded", 2),
+    ("no weights", lambda f: (f / "model.safetensors").unlink(), "has no .*safetensors: save the model", 2),
     (
         "pickle under another name",
         lambda f: (as_pickle(f), (f / "pytorch_model.bin").rename(f / "model.safetensors")),
@@ -374,24 +374,24 @@ REFUSED: list[tuple[str, Callable[[Path], Any], str, int]] = [
 def test_what_is_no_such_model_is_refused_in_one_line(
     spoil: Callable[[Path], Any], message: str, status: int, tmp_path: Path
 ) -> None:
-    save_gpt2(model_of(), tmp_path / "out")
+    save_pretrained(model_of(), tmp_path / "out", to="gpt2")
     spoil(tmp_path / "out")
     with pytest.raises(SwamlaError, match=message) as caught:
-        load_gpt2(tmp_path / "out")
+        load_pretrained(tmp_path / "out")
     assert caught.value.exit_status == status
     assert "\n" not in str(caught.value)
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"gone/config\.json: No such file"):
-        load_gpt2(tmp_path / "gone")
+        load_pretrained(tmp_path / "gone")
 
 
 def test_of_many_tensors_that_do_not_fit_five_are_listed(tmp_path: Path) -> None:
-    save_gpt2(model_of(), tmp_path / "out")
+    save_pretrained(model_of(), tmp_path / "out", to="gpt2")
     rewritten(n_embd=16)(tmp_path / "out")
     with pytest.raises(CorruptError) as caught:
-        load_gpt2(tmp_path / "out")
+        load_pretrained(tmp_path / "out")
     assert str(caught.value).count("expected") == 5
 
 
@@ -438,18 +438,16 @@ def test_which_checkpoint_is_exported_can_be_chosen(home: Path, tmp_path: Path) 
     import swamla
 
     for which in ("1", "latest"):
-        assert (
-            main(["export", str(home / "gpt2"), str(tmp_path / which), "--checkpoint", which, "--format", "gpt2"]) == 0
-        )
+        assert main(["export", str(home / "gpt2"), str(tmp_path / which), "--checkpoint", which, "--to", "gpt2"]) == 0
         expected = swamla.load(home / "gpt2", which)[0].state_dict()
-        found = load_gpt2(tmp_path / which).state_dict()
+        found = load_pretrained(tmp_path / which).state_dict()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    first, latest = (load_gpt2(tmp_path / which).state_dict()["embedding.weight"] for which in ("1", "latest"))
+    first, latest = (load_pretrained(tmp_path / which).state_dict()["embedding.weight"] for which in ("1", "latest"))
     assert not torch.equal(first, latest)
 
 
 def test_a_tokenizer_of_our_own_is_copied_too(tmp_path: Path) -> None:
-    save_gpt2(model_of(replace(CONFIG, vocab_size=257)), tmp_path / "out", tokenizer=ByteTokenizer())
+    save_pretrained(model_of(replace(CONFIG, vocab_size=257)), tmp_path / "out", tokenizer=ByteTokenizer(), to="gpt2")
     assert load_tokenizer(tmp_path / "out/tokenizer.json").fingerprint == ByteTokenizer().fingerprint
     assert not (tmp_path / "out/tokenizer_config.json").exists()
     assert reload(tmp_path / "out").config.eos_token_id == 256
@@ -459,12 +457,12 @@ def test_a_tokenizer_of_our_own_is_copied_too(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ("{home}/gpt2 {home}/plain", "plain: exists and is not empty: choose another folder"),
-        ("{home}/plain {out}", "blocks.mha.mixer.bias = False: GPT-2 does not have it"),
+        ("{home}/plain {out} --to gpt2", "norm.bias = False: gpt2 does not have it"),
         ("{home}/cache {out}", "cache: not a run folder"),
         ("{home}/gone {out}", "gone: not a run folder"),
         ("{home}/gpt2 {out} --checkpoint 77", "no checkpoint of step 77; there are: 1, 2"),
         ("{home}/gpt2 {out} --checkpoint worst", "checkpoint 'worst': must be"),
-        ("{home}/gpt2 {out} --format onnx", "onnx"),
+        ("{home}/gpt2 {out} --to onnx", "--to onnx: must be one of auto, gpt2, llama"),
         ("{home}/gpt2", "FOLDER"),
         ("{home}/gpt2 {out} --chekpoint best", "unknown flag --chekpoint; did you mean --checkpoint?"),
     ],

@@ -1,0 +1,14 @@
+"""Models in other programs' formats: transformers' architectures, in and out."""
+
+from typing import TYPE_CHECKING
+
+from swamla.exports import lazy_exports
+
+if TYPE_CHECKING:
+    from swamla.interop.architecture import Architecture as Architecture
+    from swamla.interop.folder import equal_architecture as equal_architecture
+    from swamla.interop.folder import load_pretrained as load_pretrained
+    from swamla.interop.folder import read_architecture as read_architecture
+    from swamla.interop.folder import save_pretrained as save_pretrained
+else:
+    __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -1,0 +1,200 @@
+"""Folders as transformers saves them: config.json, *.safetensors, tokenizer.json."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from swamla.config import load_json
+from swamla.data.tokenizer import Tokenizer
+from swamla.errors import CorruptError, SwamlaError, UsageError
+from swamla.files import as_new_file, fsync, regular_file
+from swamla.interop.architecture import Architecture, Lacks, architecture_of
+from swamla.model.language_model import LanguageModel, LanguageModelConfig
+from swamla.registry import members_of
+from swamla.tensor_file import misfits, read_header
+
+HEAD = "lm_head.weight"
+# Tables and masks that older files store beside the weights.
+_BUFFERS = re.compile(r".*\.(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
+
+
+def read_architecture(folder: str | Path) -> Architecture:
+    """What a folder's config.json describes. Raises `UsageError` or `ConfigError` for what is not mapped."""
+    file = Path(folder) / "config.json"
+    plain, _ = load_json(file)
+    return architecture_of(plain, str(file))
+
+
+def load_pretrained(folder: str | Path, *, dtype: torch.dtype | None = None) -> LanguageModel:
+    """The model of a folder that transformers (or `save_pretrained`) wrote, in evaluation mode.
+
+    dtype: of the weights, fp32 by default. Weights are read one at a time; no pickle is read. Raises as
+    `read_architecture` does, and `CorruptError` listing the first five weights that are missing, unexpected or of
+    another shape.
+    """
+    folder = Path(folder)
+    architecture = read_architecture(folder)
+    model = architecture.language_model().skeleton()
+    model.to_empty(device="cpu")
+    model.tie()
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    for buffer in model.buffers():
+        buffer.zero_()
+    with torch.no_grad():
+        for name, tensor in read_weights(folder, architecture):
+            own[name].copy_(tensor)
+    return model.eval().to(dtype=dtype or torch.float32)
+
+
+def read_weights(folder: Path, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
+    """Our weights by name, one at a time, in the dtype of the file. Raises as `load_pretrained` does."""
+    config, rules = architecture.language_model(), list(architecture.rules())
+    own = config.skeleton().state_dict()
+    # What `split` makes of weights without storage are the shapes that theirs must have.
+    expected = {
+        name: tuple(their.shape)
+        for rule in rules
+        for name, their in zip(rule.theirs, rule.split(own[rule.ours]), strict=True)
+    }
+    theirs = Weights(folder, architecture.prefix)
+    theirs.require(expected, tied=config.tied_head)
+    for rule in rules:
+        yield rule.ours, rule.join([theirs[name] for name in rule.theirs])
+
+
+class Weights(Mapping[str, Tensor]):
+    """The tensors of a folder's safetensors files by name, each read from its memory-mapped file when asked for.
+
+    prefix: of the names of all weights but a head's; where a file lacks it, it is added.
+    """
+
+    def __init__(self, folder: Path, prefix: str) -> None:
+        self.folder = folder
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            pickles = sorted(path.name for path in folder.glob("*.bin"))
+            why = f" ({pickles[0]} is a pickle, which is never loaded)" if pickles else ""
+            raise UsageError(f"{folder}: has no *.safetensors{why}: save the model with transformers' save_pretrained")
+        self._at: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
+        for file in files:
+            for name, entry in read_header(regular_file(file, inside=folder)).items():
+                if name != "__metadata__" and not _BUFFERS.fullmatch(name):
+                    self._at[name] = file, name, tuple(entry["shape"])
+        if not any(name.startswith(prefix) for name in self._at):
+            self._at = {name if name == HEAD else prefix + name: place for name, place in self._at.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, stored, _ = self._at[name]
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return opened.get_tensor(stored)
+        except SafetensorError as error:
+            raise CorruptError(f"{file}: {error}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._at)
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def require(self, expected: Mapping[str, tuple[int, ...]], *, tied: bool) -> None:
+        """Raise `CorruptError` unless these names and shapes are there. A tied head may be stored, if it is tied."""
+        got = {name: shape for name, (_, _, shape) in self._at.items()}
+        if tied and HEAD in got:
+            del got[HEAD]
+            embedding = next(iter(expected))
+            if embedding in got and not torch.equal(self[HEAD], self[embedding]):
+                raise UsageError(f"{self.folder}: {HEAD} is not {embedding}: the config says that they are tied")
+        if wrong := misfits(got, expected):
+            raise CorruptError(f"{self.folder}: not the weights that config.json describes: {wrong}")
+
+
+def equal_architecture(config: LanguageModelConfig, to: str = "auto") -> Architecture:
+    """The architecture (of that name, or the first) that equals a model of ours.
+
+    Raises `UsageError` that says why there is none.
+    """
+    known = members_of(Architecture)
+    if to != "auto":
+        if to not in known:
+            raise UsageError(f"--to {to}: must be one of auto, {', '.join(sorted(known))}")
+        return known[to].equal(config)  # type: ignore[attr-defined]
+    reasons = []
+    for architecture in known.values():
+        try:
+            return architecture.equal(config)  # type: ignore[attr-defined]
+        except Lacks as reason:
+            reasons.append(str(reason))
+    raise UsageError(f"no architecture of transformers equals `{' '.join(config.pattern)}`: {'; '.join(reasons)}")
+
+
+def save_pretrained(
+    model: LanguageModel, folder: str | Path, *, to: str = "auto", tokenizer: Tokenizer | None = None
+) -> Architecture:
+    """Write a model, in its dtype, as transformers' `from_pretrained` loads it; returns the architecture.
+
+    With a tokenizer, also writes tokenizer.json, and its end-of-text id becomes the model's. config.json is written
+    last, so that an incomplete folder is not a model. Raises `UsageError` for a folder that is not empty, and for a
+    model that no architecture (or not `to`) equals.
+    """
+    folder, architecture = Path(folder), equal_architecture(model.config, to)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder}: exists and is not empty: choose another folder")
+    own = model.state_dict()
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for rule in architecture.rules()
+        for name, tensor in zip(rule.theirs, rule.split(own[rule.ours]), strict=True)
+    }
+    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+    eos = None if tokenizer is None else tokenizer.eos_id
+    plain = architecture.plain() | {"dtype": dtype, "bos_token_id": eos, "eos_token_id": eos}
+    with staged(folder) as staging:
+        with as_new_file(staging / "model.safetensors"):
+            save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, staging)
+        (staging / "config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+    return architecture
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A staging folder whose files are moved to `folder` at the end, config.json last.
+
+    A failed write leaves nothing behind. Raises `SwamlaError` if safetensors cannot write.
+    """
+    made = not folder.exists()
+    staging = folder / ".saving"
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
+            fsync(file)
+            file.rename(folder / file.name)
+        fsync(folder)
+    except SafetensorError as error:
+        raise SwamlaError(f"{folder}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write tokenizer.json and, for tokenizers that transformers can read, its config."""
+    file = folder / "tokenizer.json"
+    tokenizer.save(file)
+    if "model" not in json.loads(file.read_text(encoding="utf-8")):
+        return  # transformers cannot read our byte and character tokenizers
+    eos = tokenizer.decode([tokenizer.eos_id])
+    plain = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eos, "eos_token": eos}
+    (folder / "tokenizer_config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,89 @@
+"""How one weight of ours is made of weights of another program, and back: `Rule`, and the kinds that occur."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One of our weights, and those of theirs that it is made of.
+
+    ours: its name.  theirs: their names, none for a constant that they do not store.
+    join: theirs → ours.  split: ours → theirs. Each undoes the other.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    join: Callable[[Sequence[Tensor]], Tensor]
+    split: Callable[[Tensor], Sequence[Tensor]]
+
+
+def same(ours: str, theirs: str) -> Rule:
+    """The same tensor under another name."""
+    return Rule(ours=ours, theirs=(theirs,), join=lambda found: found[0], split=lambda own: (own,))
+
+
+def transposed(ours: str, theirs: str) -> Rule:
+    """A matrix that they store transposed."""
+    return Rule(ours=ours, theirs=(theirs,), join=lambda found: found[0].T, split=lambda own: (own.T,))
+
+
+def shifted(ours: str, theirs: str) -> Rule:
+    """A gain that they store less 1. Ours is in fp32 at least, because 1 + w in 16 bits loses what w holds."""
+    return Rule(
+        ours=ours,
+        theirs=(theirs,),
+        join=lambda found: found[0].to(torch.promote_types(found[0].dtype, torch.float32)) + 1,
+        split=lambda own: (own - 1,),
+    )
+
+
+def rows(ours: str, theirs: Mapping[str, int]) -> Rule:
+    """A fused matrix (or bias): the rows of theirs, one after the other. theirs: name → number of rows."""
+    sizes = list(theirs.values())
+    return Rule(
+        ours=ours,
+        theirs=tuple(theirs),
+        join=lambda found: torch.cat(tuple(found)),
+        split=lambda own: own.split(sizes),
+    )
+
+
+def reordered(ours: str, theirs: str, index: Sequence[int]) -> Rule:
+    """Rows in another order: row i of ours is row index[i] of theirs."""
+    order = torch.as_tensor(index)
+    return Rule(
+        ours=ours,
+        theirs=(theirs,),
+        join=lambda found: found[0][order],
+        split=lambda own: (own[order.argsort()],),
+    )
+
+
+def reshaped(ours: str, theirs: str, own: Sequence[int], their: Sequence[int]) -> Rule:
+    """The same numbers in another shape."""
+    return Rule(
+        ours=ours, theirs=(theirs,), join=lambda found: found[0].reshape(*own), split=lambda o: (o.reshape(*their),)
+    )
+
+
+def constant(ours: str, value: Tensor) -> Rule:
+    """A weight that they do not store, because it is always `value`."""
+    return Rule(ours=ours, theirs=(), join=lambda found: value.clone(), split=lambda own: ())
+
+
+def stacked(ours: str, theirs: Sequence[Sequence[str]]) -> Rule:
+    """Experts (E, inputs, outputs): for each expert the matrices (outputs, inputs) that stand side by side in ours."""
+    beside = len(theirs[0])
+
+    def join(found: Sequence[Tensor]) -> Tensor:
+        experts = [found[first : first + beside] for first in range(0, len(found), beside)]
+        return torch.stack([torch.cat(tuple(parts)).T for parts in experts])
+
+    def split(own: Tensor) -> list[Tensor]:
+        return [part for expert in own.mT for part in expert.chunk(beside)]
+
+    return Rule(ours=ours, theirs=tuple(name for expert in theirs for name in expert), join=join, split=split)

@@ -1,0 +1,165 @@
+"""Random models of transformers, one for each way in which a mapping can differ. A table: `python -m tests.interop`."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swamla.interop import Architecture, read_architecture
+from swamla.model.language_model import LanguageModel
+
+VOCABULARY = 96
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+GROUPED = {**SHAPE, "num_key_value_heads": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model of transformers.
+
+    config: the class of its config; "Config" becomes "ForCausalLM" for that of the model.  settings: of the config.
+    to: the architecture that it is written as again, None for its own.
+    """
+
+    config: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    to: str | None = None
+
+    def model(self) -> Any:
+        """With random weights and gains, in evaluation mode."""
+        import transformers
+
+        config = getattr(transformers, self.config)(**self.settings, attn_implementation="eager")
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config).float()
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.15 * torch.randn(parameter.shape, generator=generator))
+        return model.eval()
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+CASES = {
+    "gpt2": Case(
+        config="GPT2Config",
+        settings={
+            "vocab_size": VOCABULARY,
+            "n_positions": 256,
+            "n_embd": 32,
+            "n_layer": 3,
+            "n_head": 4,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "attn_pdrop": 0.0,
+        },
+    ),
+    "llama": Case(config="LlamaConfig", settings=GROUPED),
+    "llama, all biases, tied, wide heads": Case(
+        config="LlamaConfig",
+        settings={**GROUPED, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "head_dim": 16},
+    ),
+    "llama, YaRN": Case(config="LlamaConfig", settings={**GROUPED, "rope_parameters": YARN}),
+    "llama, linear positions": Case(
+        config="LlamaConfig",
+        settings={**SHAPE, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    ),
+    "mistral": Case(config="MistralConfig", settings={**GROUPED, "sliding_window": 7}),
+    "mistral without a window": Case(config="MistralConfig", settings={**GROUPED, "sliding_window": None}),
+    "ministral": Case(
+        config="MinistralConfig",
+        settings={
+            **GROUPED,
+            "head_dim": 8,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "qwen2": Case(config="Qwen2Config", settings=GROUPED, to="llama"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Differences:
+    """The largest ones, relative to the largest value of theirs. text: generated ids until the first that differs."""
+
+    logits: float
+    gradients: float
+    text: int
+
+
+def tokens(batch: int = 2, time: int = 48) -> Tensor:
+    """Random ids, none of them the end of a text."""
+    return torch.randint(1, VOCABULARY, (batch, time), generator=torch.Generator().manual_seed(2))
+
+
+def compare(ours: LanguageModel, theirs: Any, architecture: Architecture, n_text: int) -> Differences:
+    """Logits, the loss's gradients by every weight, and `n_text` ids of greedy text."""
+    ids, names = tokens(), dict(theirs.named_parameters())
+    labels = torch.cat((ids[:, 1:], torch.full((2, 1), -100)), dim=1)
+    theirs.zero_grad()
+    ours.zero_grad()
+    found, expected = ours(ids), theirs(ids, labels=ids)
+    expected.loss.backward()
+    ours(ids, labels=labels).backward()
+    return Differences(
+        logits=relative(found, expected.logits),
+        gradients=max(relative(own, their) for own, their in _gradients(ours, stored(theirs, names), architecture)),
+        text=_equal_text(ours, theirs, n_text),
+    )
+
+
+def stored(theirs: Any, parameters: dict[str, Any]) -> dict[str, Tensor]:
+    """Their gradients under the names of the file, where experts are apart."""
+    return {name: parameter.grad for name, parameter in parameters.items()}
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, in units of the largest value."""
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-3)).item()
+
+
+def _gradients(
+    ours: LanguageModel, theirs: dict[str, Tensor], architecture: Architecture
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of gradients of the same weight: a rule is linear but for a constant, which `join` of zeros shows."""
+    own = dict(ours.named_parameters())
+    for rule in architecture.rules():
+        if rule.theirs and rule.ours in own:
+            gradients = [theirs[name] for name in rule.theirs]
+            constant = rule.join([torch.zeros_like(gradient) for gradient in gradients])
+            yield own[rule.ours].grad, rule.join(gradients) - constant
+
+
+def _equal_text(ours: LanguageModel, theirs: Any, n_text: int) -> int:
+    prompt = tokens(1, 5)
+    settings = {"max_new_tokens": n_text, "do_sample": False}
+    theirs.generation_config.eos_token_id = None  # so that no text ends early
+    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)[0, 5:].tolist()
+    found = ours.generate(prompt, max_new_tokens=n_text, temperature=0.0)[0].tolist()
+    return next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(expected))
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder's one file."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def architecture_in(folder: Path) -> Architecture:
+    """What the folder's config.json describes."""
+    return read_architecture(folder)

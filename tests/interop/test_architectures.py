@@ -1,0 +1,78 @@
+"""Every architecture of transformers that is mapped: the same function, gradients and text, in and out."""
+
+import pytest
+import torch
+
+from swamla.errors import UsageError
+from swamla.interop import Architecture, equal_architecture, load_pretrained, read_architecture, save_pretrained
+from swamla.registry import members_of
+from tests.interop.cases import CASES, compare, weights_of
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    """A case, its model of transformers, and the folder it was saved to."""
+    found, folder = CASES[request.param], tmp_path_factory.mktemp("theirs")
+    model = found.model()
+    model.save_pretrained(folder)
+    return found, model, folder
+
+
+def test_every_architecture_has_a_case() -> None:
+    import transformers
+
+    kinds = {getattr(transformers, case.config).model_type for case in CASES.values()}
+    assert kinds == set(members_of(Architecture))
+
+
+def test_what_transformers_saved_is_the_same_function_here(case) -> None:
+    _, theirs, folder = case
+    found = compare(load_pretrained(folder), theirs, read_architecture(folder), 20)
+    assert found.logits <= TOLERANCE
+    assert found.gradients <= 10 * TOLERANCE
+    assert found.text == 20
+
+
+def test_what_is_written_again_is_the_same_model_in_transformers(case, tmp_path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    found, _, folder = case
+    ours = load_pretrained(folder)
+    kind = found.to or read_architecture(folder).kind
+    written = save_pretrained(ours, tmp_path / "out", to=kind)
+    assert written.kind == kind
+    again, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values()), report
+    compared = compare(ours, again.eval(), written, 5)
+    assert compared.logits <= TOLERANCE
+    assert compared.gradients <= 10 * TOLERANCE
+    if found.to is None:
+        first, second = weights_of(folder), weights_of(tmp_path / "out")
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", members_of(Architecture))
+def test_each_rule_undoes_itself_and_together_they_fill_every_weight(kind: str) -> None:
+    architecture = members_of(Architecture)[kind].example()
+    config = architecture.language_model()
+    own = config.build(seed=0).state_dict()
+    rules = list(architecture.rules())
+    named = [rule.ours for rule in rules]
+    assert len(named) == len(set(named))
+    assert {*named, *(["head.weight"] if config.tied_head else [])} == set(own)
+    for rule in rules:
+        torch.testing.assert_close(rule.join(rule.split(own[rule.ours])), own[rule.ours], msg=rule.ours)
+
+
+@pytest.mark.parametrize("kind", members_of(Architecture))
+def test_the_example_is_the_architecture_of_its_own_model(kind: str) -> None:
+    architecture = members_of(Architecture)[kind].example()
+    if kind == "qwen2":
+        with pytest.raises(UsageError, match="queries, keys and values only"):
+            equal_architecture(architecture.language_model(), kind)
+        return
+    found = equal_architecture(architecture.language_model(), kind)
+    assert found.language_model() == architecture.language_model()
