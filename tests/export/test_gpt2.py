@@ -212,6 +212,10 @@ IN_THE_WAY: list[tuple[dict[str, Any], str]] = [
     ({"mixer": SWAConfig(n_heads=4, rope=None, bias=True)}, "blocks.a.mixer.kind = 'swa'"),
     ({"mixer": LatentConfig(n_heads=4, bias=True)}, "blocks.a.mixer.kind = 'latent'"),
     ({"mixer": replace(MIXER, rope=RopeConfig())}, "blocks.a.mixer.rope = 'a table'"),
+    (
+        {"mixer": replace(MIXER, softmax_scale=0.5)},
+        "blocks.a.mixer.softmax_scale = 0.5: GPT-2 does not have it, it must be none",
+    ),
     ({"mixer": replace(MIXER, bias=False)}, "blocks.a.mixer.bias = False"),
     ({"mixer": replace(MIXER, n_kv_heads=2)}, "blocks.a.mixer.n_kv_heads = 2: GPT-2 does not have it, it must be 4"),
     ({"mixer": replace(MIXER, head_dim=16)}, "blocks.a.mixer.head_dim = 16"),

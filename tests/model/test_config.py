@@ -74,7 +74,7 @@ OF_EXPERTS: dict[str, Any] = {
 }
 CASES: list[tuple[Any, dict[str, Any]]] = [
     (
-        MHAConfig(n_heads=4),
+        MHAConfig(n_heads=4, qk_norm="whole"),
         {
             "n_heads": 2,
             "n_kv_heads": 2,
@@ -82,11 +82,13 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
             "rope": None,
             "bias": True,
             "qk_norm": "head",
+            "norm_eps": 1e-2,
+            "softmax_scale": 0.1,
             "backend": "reference",
         },
     ),
     (
-        SWAConfig(n_heads=4, window=8),
+        SWAConfig(n_heads=4, window=8, qk_norm="head"),
         {
             "n_heads": 2,
             "n_kv_heads": 2,
@@ -94,6 +96,8 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
             "rope": None,
             "bias": True,
             "qk_norm": "whole",
+            "norm_eps": 1e-2,
+            "softmax_scale": 0.1,
             "backend": "reference",
             "window": 7,
             "sinks": 3,
@@ -109,6 +113,7 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
             "qk_rope_head_dim": 6,
             "v_head_dim": 5,
             "rope": RopeConfig(layout="interleaved"),
+            "norm_eps": 1e-2,
             "backend": "reference",
         },
     ),
@@ -251,6 +256,9 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
         lambda: with_mixer(MHAConfig(n_heads=32)),
         "blocks.a.mixer.n_heads = 32: gives heads of odd width 1, rope needs even",
     ),
+    (lambda: MHAConfig(n_heads=4, norm_eps=0.0), "norm_eps = 0.0: must be > 0, e.g. 1e-6"),
+    (lambda: MHAConfig(n_heads=4, softmax_scale=0.0), "softmax_scale = 0.0: must be > 0, e.g. 0.125, or none"),
+    (lambda: MLAConfig(n_heads=2, norm_eps=-1.0), "norm_eps = -1.0: must be > 0, e.g. 1e-6"),
     (lambda: SWAConfig(n_heads=4, window=0), "window = 0: must be > 0"),
     (lambda: SWAConfig(n_heads=4, window=-8), "window = -8: must be > 0"),
     (lambda: SWAConfig(n_heads=4, sinks=-1), "sinks = -1: must be >= 0"),

@@ -1,7 +1,10 @@
 """Multi-head and grouped-query attention, and the models around them, against transformers' GPT-2 and Llama."""
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 from swamla.model.block import BlockConfig
 from swamla.model.ffns.dense import DenseConfig
@@ -14,6 +17,7 @@ from .helpers import Named, assert_equal_to_oracle, feed, random_input, random_t
 
 BACKENDS = ["reference", "tiles", "sdpa"]
 DEPTH = 2
+TIME = 20
 
 
 def from_gpt2(theirs: Named) -> Named:
@@ -136,8 +140,9 @@ def from_qwen3(theirs: Named) -> Named:
     return from_llama(theirs) | norms
 
 
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_model_that_normalises_queries_and_keys_of_each_head_is_qwen3(backend: str) -> None:
+def test_a_model_that_normalises_queries_and_keys_of_each_head_is_qwen3(backend: str, eps: float) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     theirs = Qwen3ForCausalLM(
@@ -149,20 +154,70 @@ def test_a_model_that_normalises_queries_and_keys_of_each_head_is_qwen3(backend:
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=12,
-            rms_norm_eps=1e-6,
+            rms_norm_eps=eps,
             attn_implementation="eager",
         )
     )
-    mixer = MHAConfig(n_heads=4, n_kv_heads=2, head_dim=12, qk_norm="head", backend=backend)
+    mixer = MHAConfig(n_heads=4, n_kv_heads=2, head_dim=12, qk_norm="head", norm_eps=eps, backend=backend)
     ours = LanguageModelConfig(
         vocab_size=50,
         width=32,
         blocks={"qwen3": BlockConfig(mixer=mixer, ffn=DenseConfig(hidden=40))},
         pattern=("qwen3",) * DEPTH,
+        norm=RMSNormConfig(eps=eps),
         tied_head=False,
     ).build()
     tokens = random_tokens(2, 24, 50)
     assert_equal_to_oracle(ours, theirs, from_qwen3, ours, lambda ids: theirs(ids).logits, tokens)
+
+
+@dataclass
+class Oracle:
+    """transformers' attention: its module, its rotary tables, and our names of its tensors."""
+
+    attention: nn.Module
+    tables: tuple[Tensor, Tensor]
+    renamed: dict[str, str] = field(default_factory=dict)
+
+    def translate(self, named: Named) -> Named:
+        """q, k and v are fused."""
+        fused = {
+            f"qkv_proj.{kind}": torch.cat([named.pop(f"{side}_proj.{kind}") for side in "qkv"])
+            for kind in ("weight", "bias")
+            if f"q_proj.{kind}" in named
+        }
+        return fused | {self.renamed.get(name, name): tensor for name, tensor in named.items()}
+
+    def assert_is(self, ours: nn.Module, time: int = TIME, window: int = TIME) -> None:
+        """Values and gradients under a causal mask, perhaps of a window."""
+        t, s = torch.arange(time)[:, None], torch.arange(time)
+        hidden = (s > t) | (t - s >= window)
+        mask = torch.zeros(time, time).masked_fill(hidden, float("-inf"))[None, None]
+        assert_equal_to_oracle(
+            ours,
+            self.attention,
+            self.translate,
+            lambda x: ours(x, whole(x)),
+            lambda x: self.attention(x, self.tables, attention_mask=mask)[0],
+            random_input(2, time),
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_softmax_scale_of_its_own_is_granites_attention_multiplier(backend: str) -> None:
+    from transformers import GraniteConfig
+    from transformers.models.granite.modeling_granite import GraniteAttention, GraniteRotaryEmbedding
+
+    config = GraniteConfig(
+        hidden_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_multiplier=0.7,
+        attn_implementation="eager",
+    )
+    tables = GraniteRotaryEmbedding(config)(torch.zeros(1), torch.arange(TIME)[None])
+    ours = MHAConfig(n_heads=4, n_kv_heads=2, softmax_scale=0.7, backend=backend)
+    Oracle(GraniteAttention(config, layer_idx=0), tables).assert_is(ours.build(32))
 
 
 def test_normalising_all_heads_together_is_olmo2s_attention() -> None:

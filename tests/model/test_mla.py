@@ -1,5 +1,6 @@
 """Multi-head latent attention against transformers' DeepSeek-V2 and DeepSeek-V3, weights mapped one to one by name."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -103,6 +104,18 @@ def test_mla_is_deepseek_v3s_attention(
     tables = deepseek.DeepseekV3RotaryEmbedding(config)(torch.zeros(1), torch.arange(TIME)[None])
     attention = deepseek.DeepseekV3Attention(config, layer_idx=0)
     assert_is_deepseek(our_config(q_lora_rank, layout, scaling, backend), attention, tables)
+
+
+@pytest.mark.parametrize("q_lora_rank", [0, 24])
+def test_the_norms_of_the_latents_have_the_eps_that_is_given(q_lora_rank: int) -> None:
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
+
+    config = their_config("v3", q_lora_rank, None)
+    tables = deepseek.DeepseekV3RotaryEmbedding(config)(torch.zeros(1), torch.arange(TIME)[None])
+    attention: Any = deepseek.DeepseekV3Attention(config, layer_idx=0)
+    for norm in (attention.kv_a_layernorm, *([attention.q_a_layernorm] if q_lora_rank else [])):
+        norm.variance_epsilon = 0.1
+    assert_is_deepseek(replace(our_config(q_lora_rank, "interleaved", None, "auto"), norm_eps=0.1), attention, tables)
 
 
 @pytest.mark.parametrize("scaling", YARN.values(), ids=YARN)

@@ -198,6 +198,7 @@ def _heads_and_hidden(block: BlockConfig, where: str, width: int) -> tuple[int, 
         raise _not_gpt2(f"{where}.mixer.rope", "a table", "none")
     _require_equal(f"{where}.mixer.bias", mixer.bias, True)
     _require_equal(f"{where}.mixer.qk_norm", mixer.qk_norm, "none")
+    _require_equal(f"{where}.mixer.softmax_scale", mixer.softmax_scale, None, "none")
     _require_equal(f"{where}.mixer.n_kv_heads", mixer.kv_heads, mixer.n_heads)
     if mixer.n_heads * mixer.key_dim(width) != width:
         raise _not_gpt2(f"{where}.mixer.head_dim", mixer.head_dim, f"the width {width} / n_heads")

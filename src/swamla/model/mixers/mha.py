@@ -7,15 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from swamla.errors import require
-from swamla.model.mixers.mixer import Mixer, State, append, cached_causal_attention, without_padding
-from swamla.model.mixers.softmax import Heads, SoftmaxConfig
+from swamla.model.mixers.mixer import State, append, cached_causal_attention, without_padding
+from swamla.model.mixers.softmax import Heads, SoftmaxConfig, SoftmaxMixer
 from swamla.model.norm import RMSNorm
 from swamla.model.rope import RopeConfig
 from swamla.ops.attention import causal_attention
 from swamla.ops.layout import Layout
 from swamla.registry import register
-
-QK_NORM_EPS = 1e-6
 
 
 @register
@@ -30,6 +28,9 @@ class MHAConfig(SoftmaxConfig):
     bias: whether projections have one, as in GPT-2.
     qk_norm: RMSNorm of queries and keys before rotation: none, head (each by itself, as in Qwen3, arXiv 2505.09388) or
         whole (all heads together, as in OLMo 2, arXiv 2501.00656).
+    norm_eps: added to the mean square by these norms.
+    softmax_scale: factor of the scores before the softmax, one over the root of head_dim by default; YaRN's factor
+        comes on top. Granite's attention_multiplier.
     backend: auto, reference, torch, tiles, sdpa, or on CUDA flex, flash or cudnn.
     """
 
@@ -42,6 +43,8 @@ class MHAConfig(SoftmaxConfig):
     rope: RopeConfig | None = field(default_factory=RopeConfig)
     bias: bool = False
     qk_norm: Literal["none", "head", "whole"] = "none"
+    norm_eps: float = 1e-6
+    softmax_scale: float | None = None
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -55,11 +58,7 @@ class MHAConfig(SoftmaxConfig):
         require(self.head_dim is None or self.head_dim > 0, "head_dim", self.head_dim, "must be > 0, e.g. 64")
         odd = self.rope is not None and self.head_dim is not None and self.head_dim % 2 == 1
         require(not odd, "head_dim", self.head_dim, "must be even with rotary positions, e.g. 64")
-
-    @property
-    def sees_order(self) -> bool:
-        """True with rotary positions."""
-        return self.rope is not None
+        require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be > 0, e.g. 1e-6")
 
     @property
     def kv_heads(self) -> int:
@@ -111,24 +110,21 @@ class KVState(State):
     v_BSGK: Tensor
 
 
-class MHA(Mixer[KVState]):
+class MHA(SoftmaxMixer[KVState]):
     """softmax(q kᵀ / √K) v over all earlier tokens of the document."""
 
+    config: MHAConfig
+
     def __init__(self, config: MHAConfig, width: int) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, width)
         self.key_dim = config.key_dim(width)
-        self.scale = self.key_dim**-0.5 * (config.rope.softmax_factor if config.rope else 1.0)
         heads = config.n_heads + 2 * config.kv_heads
         self.qkv_proj = nn.Linear(width, heads * self.key_dim, bias=config.bias)
         self.o_proj = nn.Linear(config.n_heads * self.key_dim, width, bias=config.bias)
         if config.qk_norm != "none":
             q_heads, k_heads = (1, 1) if config.qk_norm == "head" else (config.n_heads, config.kv_heads)
-            self.q_norm = RMSNorm(q_heads * self.key_dim, QK_NORM_EPS)
-            self.k_norm = RMSNorm(k_heads * self.key_dim, QK_NORM_EPS)
-
-    def scale_from(self, base_width: int) -> None:
-        self.scale *= (self.config.key_dim(base_width) / self.key_dim) ** 0.5
+            self.q_norm = RMSNorm(q_heads * self.key_dim, config.norm_eps)
+            self.k_norm = RMSNorm(k_heads * self.key_dim, config.norm_eps)
 
     def project(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, T, H, K), keys and values (B, T, G, K); queries and keys are rotated if the config has rope."""

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from swamla.errors import require
 from swamla.model.mixers.mixer import (
-    Mixer,
     State,
     absorb,
     append,
@@ -17,7 +16,7 @@ from swamla.model.mixers.mixer import (
     min_tokens_to_expand,
     without_padding,
 )
-from swamla.model.mixers.softmax import Heads, SoftmaxConfig
+from swamla.model.mixers.softmax import Heads, SoftmaxConfig, SoftmaxMixer
 from swamla.model.norm import RMSNorm
 from swamla.model.rope import RopeConfig
 from swamla.ops.attention import causal_attention
@@ -38,6 +37,7 @@ class MLAConfig(SoftmaxConfig):
     qk_rope_head_dim: width of the rotary part; all heads share its key.
     v_head_dim: width of a value head.
     rope: rotary positions.
+    norm_eps: added to the mean square by the latents' norms.
     backend: auto, reference, torch, tiles, sdpa, or on CUDA flex, flash or cudnn.
     """
 
@@ -52,6 +52,7 @@ class MLAConfig(SoftmaxConfig):
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
     rope: RopeConfig = field(default_factory=RopeConfig)
+    norm_eps: float = 1e-6
     backend: str = "auto"
 
     @classmethod
@@ -66,16 +67,12 @@ class MLAConfig(SoftmaxConfig):
         require(self.q_lora_rank >= 0, "q_lora_rank", self.q_lora_rank, "must be >= 0 (0: queries not compressed)")
         rope_dim = self.qk_rope_head_dim
         require(rope_dim > 0 and rope_dim % 2 == 0, "qk_rope_head_dim", rope_dim, "must be even and > 0, e.g. 64")
+        require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be > 0, e.g. 1e-6")
 
     @property
     def qk_head_dim(self) -> int:
         """Width of a query and key head: the part without positions and the rotary part."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
-
-    @property
-    def scale(self) -> float:
-        """Factor of the scores before the softmax."""
-        return self.qk_head_dim**-0.5 * self.rope.softmax_factor
 
     def build(self, width: int) -> "MLA":
         """The module."""
@@ -112,25 +109,26 @@ class MLAState(State):
     latent_BSR: Tensor
 
 
-class MLA(Mixer[MLAState]):
+class MLA(SoftmaxMixer[MLAState]):
     """Attention whose keys and values are expanded from a latent of width `kv_lora_rank`.
 
     `forward` expands keys and values. `step` absorbs the expansion into queries and outputs and attends to the cached
     latents directly. Both are the same function.
     """
 
+    config: MLAConfig
+
     def __init__(self, config: MLAConfig, width: int) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, width)
         queries = config.n_heads * config.qk_head_dim
         if config.q_lora_rank:
             self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=False)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, 1e-6)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.norm_eps)
             self.q_b_proj = nn.Linear(config.q_lora_rank, queries, bias=False)
         else:
             self.q_proj = nn.Linear(width, queries, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(width, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, 1e-6)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.norm_eps)
         expanded = config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, expanded, bias=False)
         self.o_proj = nn.Linear(config.n_heads * config.v_head_dim, width, bias=False)
@@ -167,7 +165,7 @@ class MLA(Mixer[MLAState]):
     def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
         q = self.queries(x_BTD, seq)
         k, v = self.expand(*self.compress(x_BTD, seq))
-        o = causal_attention(q, k, v, seq, scale=self.config.scale, backend=self.config.backend)
+        o = causal_attention(q, k, v, seq, scale=self.scale, backend=self.config.backend)
         return self.o_proj(o.flatten(2))
 
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> MLAState:
@@ -182,11 +180,11 @@ class MLA(Mixer[MLAState]):
             cached = state.latent_BSR[:, : seq.end].to(q_nope.dtype)
             k, v = self.expand(cached[..., : config.kv_lora_rank], cached[..., None, config.kv_lora_rank :])
             q = torch.cat((q_nope, q_rope), dim=-1)
-            o = cached_causal_attention(q, k, v, seq, scale=config.scale, backend=config.backend)
+            o = cached_causal_attention(q, k, v, seq, scale=self.scale, backend=config.backend)
             return self.o_proj(o.flatten(2))
         # W_kb and W_vb, (H, nope, R) and (H, V, R): scores = (W_kbᵀ q) · c and outputs = W_vb (Σ p c).
         w_HXR = self.kv_b_proj.weight.unflatten(0, (config.n_heads, -1)).to(q_nope.dtype)
         w_kb, w_vb = w_HXR.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
         q = torch.cat((absorb(q_nope, w_kb), q_rope), dim=-1)
-        o = attend_to_latents(q, state.latent_BSR, seq.end, causal_mask(seq), scale=config.scale)
+        o = attend_to_latents(q, state.latent_BSR, seq.end, causal_mask(seq), scale=self.scale)
         return self.o_proj(absorb(o[..., : config.kv_lora_rank], w_vb.mT).flatten(2))
