@@ -197,6 +197,7 @@ def _heads_and_hidden(block: BlockConfig, where: str, width: int) -> tuple[int, 
     if mixer.rope is not None:
         raise _not_gpt2(f"{where}.mixer.rope", "a table", "none")
     _require_equal(f"{where}.mixer.bias", mixer.bias, True)
+    _require_equal(f"{where}.mixer.gate", mixer.gate, "none")
     _require_equal(f"{where}.mixer.qk_norm", mixer.qk_norm, "none")
     _require_equal(f"{where}.mixer.softmax_scale", mixer.softmax_scale, None, "none")
     _require_equal(f"{where}.mixer.n_kv_heads", mixer.kv_heads, mixer.n_heads)
