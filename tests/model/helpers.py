@@ -35,6 +35,9 @@ MIXERS: dict[str, MixerConfig] = {
     ),
     "swa_gated": SWAConfig(n_heads=4, n_kv_heads=2, window=WINDOW, sinks=3, rope_dim=2, gate="sigmoid"),
     "mla": MLAConfig(n_heads=2, kv_lora_rank=12, q_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6),
+    "mla_unrotated": MLAConfig(
+        n_heads=2, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=3, v_head_dim=6, rope=None
+    ),
     "gdn": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6),
     "gdn_latent": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, latent_dim=10, share_qk=True),
     "latent": LatentConfig(n_heads=4, n_latent=12, bias=True),

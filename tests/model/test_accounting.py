@@ -175,6 +175,7 @@ def masked_flops(mixer: MixerConfig, length: int) -> int:
             "mla",
             "mha with a gate",
             "mha_gated",
+            "mla_unrotated",
             "swa_gated",
             "mqa with wide heads",
             "mla with plain queries",

@@ -116,7 +116,7 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
             "qk_nope_head_dim": 6,
             "qk_rope_head_dim": 6,
             "v_head_dim": 5,
-            "rope": RopeConfig(layout="interleaved"),
+            "rope": None,
             "norm_eps": 1e-2,
             "backend": "reference",
         },
@@ -280,6 +280,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: MLAConfig(n_heads=2, q_lora_rank=-1), "q_lora_rank = -1: must be >= 0"),
     (lambda: MLAConfig(n_heads=2, qk_nope_head_dim=0), "qk_nope_head_dim = 0: must be > 0"),
     (lambda: MLAConfig(n_heads=2, qk_rope_head_dim=7), "qk_rope_head_dim = 7: must be even and > 0"),
+    (lambda: MLAConfig(n_heads=2, qk_rope_head_dim=0, rope=None), "qk_rope_head_dim = 0: must be > 0, e.g. 64"),
     (lambda: MLAConfig(n_heads=2, v_head_dim=0), "v_head_dim = 0: must be > 0"),
     (
         lambda: with_mixer(MLAConfig(n_heads=2, kv_lora_rank=33)),

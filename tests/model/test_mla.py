@@ -106,6 +106,40 @@ def test_mla_is_deepseek_v3s_attention(
     assert_is_deepseek(our_config(q_lora_rank, layout, scaling, backend), attention, tables)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("q_lora_rank", [0, 24])
+def test_mla_without_rope_is_kimi_linears_attention(q_lora_rank: int, backend: str) -> None:
+    from transformers import KimiLinearConfig
+    from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearAttention
+
+    config = KimiLinearConfig(
+        hidden_size=WIDTH,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        kv_lora_rank=20,
+        q_lora_rank=q_lora_rank or None,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=16,
+        v_head_dim=12,
+        attn_implementation="eager",
+    )
+    ours = replace(our_config(q_lora_rank, "half", None, backend), rope=None).build(WIDTH)
+    theirs = KimiLinearAttention(config, layer_idx=0)
+    x, mask = random_input(2, TIME), causal_bias(TIME)
+    assert_equal_to_oracle(
+        ours, theirs, same_names, lambda x: ours(x, whole(x)), lambda x: theirs(x, attention_mask=mask)[0], x
+    )
+
+
+def test_mla_without_rope_does_not_see_the_order_of_earlier_tokens() -> None:
+    mixer = build_mixer(replace(our_config(0, "half", None, "auto"), rope=None))
+    x = random_input(1, TIME)
+    shuffled = torch.cat((x[:, :-1].flip(1), x[:, -1:]), dim=1)
+    assert_close(mixer(shuffled, whole(x))[:, -1], mixer(x, whole(x))[:, -1], 1e-5)
+    turning = build_mixer(our_config(0, "half", None, "auto"))
+    assert (turning(shuffled, whole(x)) - turning(x, whole(x)))[:, -1].abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("q_lora_rank", [0, 24])
 def test_the_norms_of_the_latents_have_the_eps_that_is_given(q_lora_rank: int) -> None:
     from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek

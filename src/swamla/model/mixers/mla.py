@@ -36,7 +36,8 @@ class MLAConfig(SoftmaxConfig):
     qk_nope_head_dim: width of the part of a query or key head without positions.
     qk_rope_head_dim: width of the rotary part; all heads share its key.
     v_head_dim: width of a value head.
-    rope: rotary positions.
+    rope: rotary positions, or none: the rotary part is then a shared part of the keys that is not rotated, as in Kimi
+        Linear (arXiv 2510.26692), whose other layers see the order of tokens.
     norm_eps: added to the mean square by the latents' norms.
     backend: auto, reference, torch, tiles, sdpa, or on CUDA flex, flash or cudnn.
     """
@@ -51,7 +52,7 @@ class MLAConfig(SoftmaxConfig):
     qk_nope_head_dim: int = 128
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
-    rope: RopeConfig = field(default_factory=RopeConfig)
+    rope: RopeConfig | None = field(default_factory=RopeConfig)
     norm_eps: float = 1e-6
     backend: str = "auto"
 
@@ -65,8 +66,9 @@ class MLAConfig(SoftmaxConfig):
         for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
         require(self.q_lora_rank >= 0, "q_lora_rank", self.q_lora_rank, "must be >= 0 (0: queries not compressed)")
-        rope_dim = self.qk_rope_head_dim
-        require(rope_dim > 0 and rope_dim % 2 == 0, "qk_rope_head_dim", rope_dim, "must be even and > 0, e.g. 64")
+        rope_dim, wanted = self.qk_rope_head_dim, "must be > 0" if self.rope is None else "must be even and > 0"
+        fits = rope_dim > 0 and (rope_dim % 2 == 0 or self.rope is None)
+        require(fits, "qk_rope_head_dim", rope_dim, f"{wanted}, e.g. 64")
         require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be > 0, e.g. 1e-6")
 
     @property
@@ -138,11 +140,16 @@ class MLA(SoftmaxMixer[MLAState]):
         """q_nope (B, T, H, nope), q_rope (B, T, H, rope), latent (B, T, R), k_rope (B, T, 1, rope)."""
         widths = (self.config.qk_nope_head_dim, self.config.qk_rope_head_dim)
         q_nope, q_rope = self._unrotated(x_BTD).split(widths, dim=-1)
-        return q_nope, self.config.rope.rotate(q_rope, seq, widths[1]), *self.compress(x_BTD, seq)
+        return q_nope, self._rotated(q_rope, seq), *self.compress(x_BTD, seq)
 
     def queries(self, x_BTD: Tensor, seq: Layout) -> Tensor:
         """(B, T, H, nope + rope), the rotary part rotated."""
-        return self.config.rope.rotate(self._unrotated(x_BTD), seq, self.config.qk_rope_head_dim)
+        return self._rotated(self._unrotated(x_BTD), seq)
+
+    def _rotated(self, x_BTHK: Tensor, seq: Layout) -> Tensor:
+        """x with the rotary part of its heads, their last elements, rotated if the config has rope."""
+        rope = self.config.rope
+        return x_BTHK if rope is None else rope.rotate(x_BTHK, seq, self.config.qk_rope_head_dim)
 
     def _unrotated(self, x_BTD: Tensor) -> Tensor:
         config = self.config
@@ -153,7 +160,7 @@ class MLA(SoftmaxMixer[MLAState]):
         """The normalised latent (B, T, R), and the rotated key (B, T, 1, rope) that all heads share."""
         config = self.config
         latent, k_rope = self.kv_a_proj_with_mqa(x_BTD).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        return self.kv_a_layernorm(latent), config.rope.rotate(k_rope.unsqueeze(2), seq, config.qk_rope_head_dim)
+        return self.kv_a_layernorm(latent), self._rotated(k_rope.unsqueeze(2), seq)
 
     def expand(self, latent_BTR: Tensor, k_rope_BT1K: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (B, T, H, nope + rope) and values (B, T, H, V) of every head."""
