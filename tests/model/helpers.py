@@ -1,6 +1,6 @@
 """What the tests of the model share: small configs, weights that matter, and one way to compare with an oracle."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,14 @@ MIXERS: dict[str, MixerConfig] = {
     "swa": SWAConfig(n_heads=4, n_kv_heads=2, window=WINDOW, sinks=3),
     "mha_normed": MHAConfig(n_heads=4, n_kv_heads=2, qk_norm="head"),
     "swa_normed": SWAConfig(n_heads=4, n_kv_heads=2, window=WINDOW, sinks=3, qk_norm="whole"),
+    "mha_gated": MHAConfig(
+        n_heads=4, n_kv_heads=2, head_dim=10, rope_dim=6, bias=True, gate="sigmoid", qk_norm="head", softmax_scale=0.4
+    ),
+    "swa_gated": SWAConfig(n_heads=4, n_kv_heads=2, window=WINDOW, sinks=3, rope_dim=2, gate="sigmoid"),
     "mla": MLAConfig(n_heads=2, kv_lora_rank=12, q_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6),
+    "mla_unrotated": MLAConfig(
+        n_heads=2, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=3, v_head_dim=6, rope=None
+    ),
     "gdn": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6),
     "gdn_latent": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, latent_dim=10, share_qk=True),
     "latent": LatentConfig(n_heads=4, n_latent=12, bias=True),
@@ -166,10 +173,12 @@ def assert_equal_to_oracle(
     *,
     tolerance: float = 1e-5,
     gradient_tolerance: float = 1e-4,
+    zero_centred: Collection[str] = (),
 ) -> None:
     """Same weights, same input: same output, and same gradients of every weight and (if it can have one) of the input.
 
     `translate` takes the other implementation's named tensors to ours. It is linear, so it serves gradients too.
+    zero_centred: our gains that are theirs plus one.
     """
     scramble(theirs)
     translated = translate(parameters_of(theirs))
@@ -178,7 +187,7 @@ def assert_equal_to_oracle(
     with torch.no_grad():
         for name, parameter in mine.items():
             assert parameter.shape == translated[name].shape, name
-            parameter.copy_(translated[name])
+            parameter.copy_(translated[name] + (name in zero_centred))
 
     inputs = [x.clone().requires_grad_(x.is_floating_point()) for _ in range(2)]
     found, expected = run_ours(inputs[0]), run_theirs(inputs[1])

@@ -28,6 +28,7 @@ MORE_MIXERS: dict[str, MixerConfig] = {
     **MIXERS,
     "mha with biases": MHAConfig(n_heads=4, bias=True),
     "mqa with wide heads": MHAConfig(n_heads=4, n_kv_heads=1, head_dim=24, bias=True),
+    "mha with a gate": MHAConfig(n_heads=4, n_kv_heads=2, gate="sigmoid", qk_norm="whole"),
     "swa of 1 head": SWAConfig(n_heads=1, bias=True),
     "mla with plain queries": MLAConfig(n_heads=3, kv_lora_rank=8),
     "gdn with default heads": GDNConfig(n_heads=2),
@@ -168,7 +169,18 @@ def masked_flops(mixer: MixerConfig, length: int) -> int:
 @pytest.mark.parametrize(
     "name",
     [
-        *("mha", "swa", "mla", "mqa with wide heads", "mla with plain queries", "swa of 1 head"),
+        *(
+            "mha",
+            "swa",
+            "mla",
+            "mha with a gate",
+            "mha_gated",
+            "mla_unrotated",
+            "swa_gated",
+            "mqa with wide heads",
+            "mla with plain queries",
+            "swa of 1 head",
+        ),
         *("latent", "latent of half the width"),
         *("toy", "toy of the model's width"),
     ],

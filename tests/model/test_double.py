@@ -37,7 +37,7 @@ class OnlyDouble(TorchDispatchMode):
 
 def with_scaling(kind: str, scaling: Any) -> Any:
     config: Any = MIXERS[kind]
-    return replace(config, rope=RopeConfig(scaling=scaling)) if hasattr(config, "rope") else config
+    return replace(config, rope=RopeConfig(scaling=scaling)) if getattr(config, "rope", None) else config
 
 
 def test_the_guard_sees_a_detour_through_fp32() -> None:

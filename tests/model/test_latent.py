@@ -155,7 +155,7 @@ def test_the_state_holds_the_latent_and_nothing_else() -> None:
     state = mixer.init_state(1, 5, dtype=torch.float32, device="cpu")
     seq = Layout.continuing(torch.zeros(1, dtype=torch.int64), torch.ones(1, 5, dtype=torch.bool))
     mixer.step(x, state, seq)
-    assert_close(state.latent_BSR, mixer.project(x)[1], 1e-6)
+    assert_close(state.latent_BSR, mixer.project(x, whole(x))[1], 1e-6)
     assert state.nbytes == 5 * 12 * 4
     assert state.tensors() == [state.latent_BSR]
 

@@ -1,5 +1,6 @@
 """Multi-head latent attention against transformers' DeepSeek-V2 and DeepSeek-V3, weights mapped one to one by name."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -103,6 +104,52 @@ def test_mla_is_deepseek_v3s_attention(
     tables = deepseek.DeepseekV3RotaryEmbedding(config)(torch.zeros(1), torch.arange(TIME)[None])
     attention = deepseek.DeepseekV3Attention(config, layer_idx=0)
     assert_is_deepseek(our_config(q_lora_rank, layout, scaling, backend), attention, tables)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("q_lora_rank", [0, 24])
+def test_mla_without_rope_is_kimi_linears_attention(q_lora_rank: int, backend: str) -> None:
+    from transformers import KimiLinearConfig
+    from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearAttention
+
+    config = KimiLinearConfig(
+        hidden_size=WIDTH,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        kv_lora_rank=20,
+        q_lora_rank=q_lora_rank or None,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=16,
+        v_head_dim=12,
+        attn_implementation="eager",
+    )
+    ours = replace(our_config(q_lora_rank, "half", None, backend), rope=None).build(WIDTH)
+    theirs = KimiLinearAttention(config, layer_idx=0)
+    x, mask = random_input(2, TIME), causal_bias(TIME)
+    assert_equal_to_oracle(
+        ours, theirs, same_names, lambda x: ours(x, whole(x)), lambda x: theirs(x, attention_mask=mask)[0], x
+    )
+
+
+def test_mla_without_rope_does_not_see_the_order_of_earlier_tokens() -> None:
+    mixer = build_mixer(replace(our_config(0, "half", None, "auto"), rope=None))
+    x = random_input(1, TIME)
+    shuffled = torch.cat((x[:, :-1].flip(1), x[:, -1:]), dim=1)
+    assert_close(mixer(shuffled, whole(x))[:, -1], mixer(x, whole(x))[:, -1], 1e-5)
+    turning = build_mixer(our_config(0, "half", None, "auto"))
+    assert (turning(shuffled, whole(x)) - turning(x, whole(x)))[:, -1].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("q_lora_rank", [0, 24])
+def test_the_norms_of_the_latents_have_the_eps_that_is_given(q_lora_rank: int) -> None:
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
+
+    config = their_config("v3", q_lora_rank, None)
+    tables = deepseek.DeepseekV3RotaryEmbedding(config)(torch.zeros(1), torch.arange(TIME)[None])
+    attention: Any = deepseek.DeepseekV3Attention(config, layer_idx=0)
+    for norm in (attention.kv_a_layernorm, *([attention.q_a_layernorm] if q_lora_rank else [])):
+        norm.variance_epsilon = 0.1
+    assert_is_deepseek(replace(our_config(q_lora_rank, "interleaved", None, "auto"), norm_eps=0.1), attention, tables)
 
 
 @pytest.mark.parametrize("scaling", YARN.values(), ids=YARN)

@@ -81,7 +81,7 @@ def test_windows_sinks_and_documents_are_the_dense_mask(
     seq = packed(*lengths)
     inputs = [random_input(1, 50).requires_grad_() for _ in range(2)]
     found = mixer(inputs[0], seq)
-    q, k, v = mixer.project(inputs[1], seq)
+    q, k, v, _ = mixer.project(inputs[1], seq)
     expected = mixer.o_proj(dense_attention(q, k, v, allowed(seq, window, sinks)).flatten(2))
     assert_close(found, expected, 1e-5, "output")
     upstream = random_input(1, 50, seed=3)

@@ -149,7 +149,13 @@ def test_learning_rates_and_initial_weights_follow_table_8():
     assert wide.build(0).output_multiplier == 0.5
 
 
-@pytest.mark.parametrize("mixer", [MHAConfig(n_heads=2), SWAConfig(n_heads=2, window=4), LatentConfig(n_heads=2)])
+MUP_MIXERS = [
+    *(MHAConfig(n_heads=2), SWAConfig(n_heads=2, window=4), LatentConfig(n_heads=2)),
+    MHAConfig(n_heads=2, softmax_scale=0.3),
+]
+
+
+@pytest.mark.parametrize("mixer", MUP_MIXERS)
 def test_scores_are_divided_by_the_heads_width_and_steps_equal_the_whole(mixer):
     config = LanguageModelConfig(
         vocab_size=50, width=128, blocks={"a": BlockConfig(mixer=mixer, ffn=DenseConfig(hidden=32))}, pattern=("a",)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from swamla.errors import require
 from swamla.model.mixers.mixer import (
-    Mixer,
     State,
     absorb,
     append,
@@ -17,7 +16,7 @@ from swamla.model.mixers.mixer import (
     min_tokens_to_expand,
     without_padding,
 )
-from swamla.model.mixers.softmax import Heads, SoftmaxConfig
+from swamla.model.mixers.softmax import Heads, SoftmaxConfig, SoftmaxMixer
 from swamla.ops.attention import causal_attention
 from swamla.ops.attention.cached import attend_to_latents
 from swamla.ops.layout import Layout
@@ -65,11 +64,6 @@ class LatentConfig(SoftmaxConfig):
         """The module."""
         return LatentAttention(self, width)
 
-    @property
-    def sees_order(self) -> bool:
-        """False: it has no positions of its own."""
-        return False
-
     def heads(self, width: int) -> Heads:
         """The heads in a model of `width`. Raises `ConfigError` where they do not fit it."""
         return Heads(self.n_heads, self.latent_dim(width) // self.n_heads, width // self.n_heads)
@@ -95,7 +89,7 @@ class LatentState(State):
     latent_BSR: Tensor
 
 
-class LatentAttention(Mixer[LatentState]):
+class LatentAttention(SoftmaxMixer[LatentState]):
     """c = W_c x, q = W_q x, k = W_k c, v = W_v c, with heads of R / H for queries and keys and D / H for values.
 
     `forward` expands keys and values. `step` absorbs the expansion into queries and outputs and attends to the cached
@@ -103,21 +97,18 @@ class LatentAttention(Mixer[LatentState]):
     query, to which softmax is invariant, and the values' bias is averaged with weights that sum to 1.
     """
 
+    config: LatentConfig
+
     def __init__(self, config: LatentConfig, width: int) -> None:
-        super().__init__()
-        self.config = config
-        self.latent_dim, self.width = config.latent_dim(width), width
+        super().__init__(config, width)
+        self.latent_dim = config.latent_dim(width)
         self.key_dim = self.latent_dim // config.n_heads
-        self.scale = self.key_dim**-0.5
         self.qc_proj = nn.Linear(width, 2 * self.latent_dim, bias=config.bias)
         self.kv_proj = nn.Linear(self.latent_dim, self.latent_dim + width, bias=config.bias)
         self.o_proj = nn.Linear(width, width, bias=config.bias)
         self.min_to_expand = min_tokens_to_expand(self.latent_dim, self.key_dim + width // config.n_heads)
 
-    def scale_from(self, base_width: int) -> None:
-        self.scale *= (self.config.heads(base_width).key / self.key_dim) ** 0.5
-
-    def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Tensor]:
         """Queries (B, T, H, K) and the latent (B, T, R)."""
         q, latent = self.qc_proj(x_BTD).chunk(2, dim=-1)
         return q.unflatten(-1, (-1, self.key_dim)), latent
@@ -128,7 +119,7 @@ class LatentAttention(Mixer[LatentState]):
         return k.unflatten(-1, (-1, self.key_dim)), v.unflatten(-1, (self.config.n_heads, -1))
 
     def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
-        q, latent = self.project(x_BTD)
+        q, latent = self.project(x_BTD, seq)
         k, v = self.expand(latent)
         return self.o_proj(causal_attention(q, k, v, seq, scale=self.scale, backend=self.config.backend).flatten(2))
 
@@ -136,7 +127,7 @@ class LatentAttention(Mixer[LatentState]):
         return LatentState(torch.zeros(batch, max_len, self.latent_dim, dtype=dtype, device=device))
 
     def step(self, x_BTD: Tensor, state: LatentState, seq: Layout) -> Tensor:
-        q, latent = self.project(without_padding(x_BTD, seq))
+        q, latent = self.project(without_padding(x_BTD, seq), seq)
         append(state.latent_BSR, latent, seq)
         if seq.past is not None and x_BTD.shape[1] >= self.min_to_expand:
             k, v = self.expand(state.latent_BSR[:, : seq.end].to(q.dtype))

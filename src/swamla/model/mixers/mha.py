@@ -7,15 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from swamla.errors import require
-from swamla.model.mixers.mixer import Mixer, State, append, cached_causal_attention, without_padding
-from swamla.model.mixers.softmax import Heads, SoftmaxConfig
+from swamla.model.mixers.mixer import State, append, cached_causal_attention, without_padding
+from swamla.model.mixers.softmax import Heads, SoftmaxConfig, SoftmaxMixer
 from swamla.model.norm import RMSNorm
 from swamla.model.rope import RopeConfig
 from swamla.ops.attention import causal_attention
 from swamla.ops.layout import Layout
 from swamla.registry import register
-
-QK_NORM_EPS = 1e-6
 
 
 @register
@@ -27,9 +25,16 @@ class MHAConfig(SoftmaxConfig):
     n_kv_heads: heads of keys and values, each shared by a group of query heads; as many as n_heads by default.
     head_dim: width of a head, width / n_heads by default.
     rope: rotary positions, or none (the model may have learned ones).
+    rope_dim: how many elements of a head are rotated, its last ones as in `mla`; all by default. GPT-NeoX and
+        Qwen3-Next rotate the first ones: the same function once each head's rows of queries and keys are permuted.
     bias: whether projections have one, as in GPT-2.
+    gate: of each element of the heads' outputs, before the output projection, by a projection of the mixer's input:
+        none, or sigmoid (arXiv 2505.06708, G1; as in Qwen3-Next).
     qk_norm: RMSNorm of queries and keys before rotation: none, head (each by itself, as in Qwen3, arXiv 2505.09388) or
         whole (all heads together, as in OLMo 2, arXiv 2501.00656).
+    norm_eps: added to the mean square by these norms.
+    softmax_scale: factor of the scores before the softmax, one over the root of head_dim by default; YaRN's factor
+        comes on top. Granite's attention_multiplier.
     backend: auto, reference, torch, tiles, sdpa, or on CUDA flex, flash or cudnn.
     """
 
@@ -40,8 +45,12 @@ class MHAConfig(SoftmaxConfig):
     n_kv_heads: int | None = None
     head_dim: int | None = None
     rope: RopeConfig | None = field(default_factory=RopeConfig)
+    rope_dim: int | None = None
     bias: bool = False
+    gate: Literal["none", "sigmoid"] = "none"
     qk_norm: Literal["none", "head", "whole"] = "none"
+    norm_eps: float = 1e-6
+    softmax_scale: float | None = None
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -53,13 +62,23 @@ class MHAConfig(SoftmaxConfig):
             f"must divide n_heads = {self.n_heads}",
         )
         require(self.head_dim is None or self.head_dim > 0, "head_dim", self.head_dim, "must be > 0, e.g. 64")
-        odd = self.rope is not None and self.head_dim is not None and self.head_dim % 2 == 1
+        odd = self.turns_whole_heads and self.head_dim is not None and self.head_dim % 2 == 1
         require(not odd, "head_dim", self.head_dim, "must be even with rotary positions, e.g. 64")
+        if self.rope_dim is not None:
+            even = self.rope_dim > 0 and self.rope_dim % 2 == 0
+            require(even, "rope_dim", self.rope_dim, "must be even and > 0, e.g. 32, or none: the whole head")
+            require(self.rope is not None, "rope_dim", self.rope_dim, "must be none without rotary positions")
+            self._require_rope_fits(self.head_dim)
+        require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be > 0, e.g. 1e-6")
+
+    def _require_rope_fits(self, key_dim: int | None) -> None:
+        fits = self.rope_dim is None or key_dim is None or self.rope_dim <= key_dim
+        require(fits, "rope_dim", self.rope_dim, f"must be at most the width of a head, {key_dim}")
 
     @property
-    def sees_order(self) -> bool:
-        """True with rotary positions."""
-        return self.rope is not None
+    def turns_whole_heads(self) -> bool:
+        """Whether every element of a head is rotated."""
+        return self.rope is not None and self.rope_dim is None
 
     @property
     def kv_heads(self) -> int:
@@ -71,8 +90,9 @@ class MHAConfig(SoftmaxConfig):
         if self.head_dim is not None:
             return self.head_dim
         require(width % self.n_heads == 0, "n_heads", self.n_heads, f"must divide the width {width}, or give head_dim")
-        even = self.rope is None or width // self.n_heads % 2 == 0
+        even = not self.turns_whole_heads or width // self.n_heads % 2 == 0
         require(even, "n_heads", self.n_heads, f"gives heads of odd width {width // self.n_heads}, rope needs even")
+        self._require_rope_fits(width // self.n_heads)
         return width // self.n_heads
 
     def build(self, width: int) -> "MHA":
@@ -89,13 +109,23 @@ class MHAConfig(SoftmaxConfig):
         heads = {"none": 0, "head": 2, "whole": self.n_heads + self.kv_heads}[self.qk_norm]
         return heads * self.key_dim(width)
 
+    @property
+    def gate_heads(self) -> int:
+        """Heads of the gate."""
+        return 0 if self.gate == "none" else self.n_heads
+
+    @property
+    def projected_heads(self) -> tuple[int, int, int, int]:
+        """Heads of queries, keys, values and the gate, in the order of the rows of `qkv_proj`."""
+        return self.n_heads, self.kv_heads, self.kv_heads, self.gate_heads
+
     def projection_weights(self, width: int) -> int:
         """Parameters of the projection matrices."""
-        return width * (2 * self.n_heads + 2 * self.kv_heads) * self.key_dim(width)
+        return width * (2 * self.n_heads + 2 * self.kv_heads + self.gate_heads) * self.key_dim(width)
 
     def n_parameters(self, width: int) -> int:
         """Parameters of the module."""
-        biases = (self.n_heads + 2 * self.kv_heads) * self.key_dim(width) + width
+        biases = (self.n_heads + 2 * self.kv_heads + self.gate_heads) * self.key_dim(width) + width
         return self.projection_weights(width) + self.bias * biases + self.norm_gains(width)
 
     def state_bytes(self, width: int, length: int, element_bytes: int) -> int:
@@ -111,50 +141,53 @@ class KVState(State):
     v_BSGK: Tensor
 
 
-class MHA(Mixer[KVState]):
-    """softmax(q kᵀ / √K) v over all earlier tokens of the document."""
+class MHA(SoftmaxMixer[KVState]):
+    """softmax(q kᵀ / √K) v over all earlier tokens of the document, gated by σ(W x) if the config has a gate."""
+
+    config: MHAConfig
 
     def __init__(self, config: MHAConfig, width: int) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, width)
         self.key_dim = config.key_dim(width)
-        self.scale = self.key_dim**-0.5 * (config.rope.softmax_factor if config.rope else 1.0)
-        heads = config.n_heads + 2 * config.kv_heads
-        self.qkv_proj = nn.Linear(width, heads * self.key_dim, bias=config.bias)
+        self.rope_dim = self.key_dim if config.rope_dim is None else config.rope_dim
+        self.qkv_proj = nn.Linear(width, sum(config.projected_heads) * self.key_dim, bias=config.bias)
         self.o_proj = nn.Linear(config.n_heads * self.key_dim, width, bias=config.bias)
         if config.qk_norm != "none":
             q_heads, k_heads = (1, 1) if config.qk_norm == "head" else (config.n_heads, config.kv_heads)
-            self.q_norm = RMSNorm(q_heads * self.key_dim, QK_NORM_EPS)
-            self.k_norm = RMSNorm(k_heads * self.key_dim, QK_NORM_EPS)
+            self.q_norm = RMSNorm(q_heads * self.key_dim, config.norm_eps)
+            self.k_norm = RMSNorm(k_heads * self.key_dim, config.norm_eps)
 
-    def scale_from(self, base_width: int) -> None:
-        self.scale *= (self.config.key_dim(base_width) / self.key_dim) ** 0.5
+    def project(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries (B, T, H, K), keys and values (B, T, G, K), and the gate before its sigmoid, (B, T, H, K) or empty.
 
-    def project(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, T, H, K), keys and values (B, T, G, K); queries and keys are rotated if the config has rope."""
+        Queries and keys are rotated if the config has rope.
+        """
         config = self.config
-        qkv = self.qkv_proj(x_BTD).unflatten(-1, (-1, self.key_dim))
-        if config.qk_norm != "none":
-            q, k, v = qkv.split((config.n_heads, config.kv_heads, config.kv_heads), dim=2)
-            q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
+        heads = self.qkv_proj(x_BTD).unflatten(-1, (-1, self.key_dim))
+        if config.qk_norm != "none" or config.rope is None:
+            q, k, v, gate = heads.split(config.projected_heads, dim=2)
+            if config.qk_norm != "none":
+                q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
             if config.rope is not None:
-                q, k = (config.rope.rotate(x, seq, self.key_dim) for x in (q, k))
-            return q, k, v
-        if config.rope is None:
-            q, k, v = qkv.split((config.n_heads, config.kv_heads, config.kv_heads), dim=2)
-            return q, k, v
-        qk, v = qkv.split((config.n_heads + config.kv_heads, config.kv_heads), dim=2)
-        qk = config.rope.rotate(qk, seq, self.key_dim)
-        q, k = qk.split((config.n_heads, config.kv_heads), dim=2)
-        return q, k, v
+                q, k = (config.rope.rotate(x, seq, self.rope_dim) for x in (q, k))
+            return q, k, v, gate
+        qk, v, gate = heads.split((config.n_heads + config.kv_heads, config.kv_heads, config.gate_heads), dim=2)
+        q, k = config.rope.rotate(qk, seq, self.rope_dim).split((config.n_heads, config.kv_heads), dim=2)
+        return q, k, v, gate
 
     def _normed(self, x_BTHK: Tensor, norm: RMSNorm) -> Tensor:
         """Normalised by head, or all heads together if the norm is that wide."""
         return norm(x_BTHK) if self.config.qk_norm == "head" else norm(x_BTHK.flatten(2)).view(x_BTHK.shape)
 
+    def output(self, o_BTHK: Tensor, gate_BTHK: Tensor) -> Tensor:
+        """The output projection of the heads' gated outputs."""
+        if self.config.gate == "sigmoid":
+            o_BTHK = o_BTHK * gate_BTHK.sigmoid()
+        return self.o_proj(o_BTHK.flatten(2))
+
     def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
-        q, k, v = self.project(x_BTD, seq)
-        return self.o_proj(causal_attention(q, k, v, seq, scale=self.scale, backend=self.config.backend).flatten(2))
+        q, k, v, gate = self.project(x_BTD, seq)
+        return self.output(causal_attention(q, k, v, seq, scale=self.scale, backend=self.config.backend), gate)
 
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> KVState:
         shape = (batch, max_len, self.config.kv_heads, self.key_dim)
@@ -162,9 +195,9 @@ class MHA(Mixer[KVState]):
         return KVState(k, v)
 
     def step(self, x_BTD: Tensor, state: KVState, seq: Layout) -> Tensor:
-        q, k, v = self.project(without_padding(x_BTD, seq), seq)
+        q, k, v, gate = self.project(without_padding(x_BTD, seq), seq)
         append(state.k_BSGK, k, seq)
         append(state.v_BSGK, v, seq)
         cached_k, cached_v = state.k_BSGK[:, : seq.end].to(q.dtype), state.v_BSGK[:, : seq.end].to(q.dtype)
         o = cached_causal_attention(q, cached_k, cached_v, seq, scale=self.scale, backend=self.config.backend)
-        return self.o_proj(o.flatten(2))
+        return self.output(o, gate)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from swamla.errors import require
 from swamla.model.mixers.mixer import (
-    Mixer,
     State,
     absorb,
     append,
@@ -17,7 +16,7 @@ from swamla.model.mixers.mixer import (
     min_tokens_to_expand,
     without_padding,
 )
-from swamla.model.mixers.softmax import Heads, SoftmaxConfig
+from swamla.model.mixers.softmax import Heads, SoftmaxConfig, SoftmaxMixer
 from swamla.model.norm import RMSNorm
 from swamla.model.rope import RopeConfig
 from swamla.ops.attention import causal_attention
@@ -37,7 +36,9 @@ class MLAConfig(SoftmaxConfig):
     qk_nope_head_dim: width of the part of a query or key head without positions.
     qk_rope_head_dim: width of the rotary part; all heads share its key.
     v_head_dim: width of a value head.
-    rope: rotary positions.
+    rope: rotary positions, or none: the rotary part is then a shared part of the keys that is not rotated, as in Kimi
+        Linear (arXiv 2510.26692), whose other layers see the order of tokens.
+    norm_eps: added to the mean square by the latents' norms.
     backend: auto, reference, torch, tiles, sdpa, or on CUDA flex, flash or cudnn.
     """
 
@@ -51,7 +52,8 @@ class MLAConfig(SoftmaxConfig):
     qk_nope_head_dim: int = 128
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
-    rope: RopeConfig = field(default_factory=RopeConfig)
+    rope: RopeConfig | None = field(default_factory=RopeConfig)
+    norm_eps: float = 1e-6
     backend: str = "auto"
 
     @classmethod
@@ -64,18 +66,15 @@ class MLAConfig(SoftmaxConfig):
         for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
         require(self.q_lora_rank >= 0, "q_lora_rank", self.q_lora_rank, "must be >= 0 (0: queries not compressed)")
-        rope_dim = self.qk_rope_head_dim
-        require(rope_dim > 0 and rope_dim % 2 == 0, "qk_rope_head_dim", rope_dim, "must be even and > 0, e.g. 64")
+        rope_dim, wanted = self.qk_rope_head_dim, "must be > 0" if self.rope is None else "must be even and > 0"
+        fits = rope_dim > 0 and (rope_dim % 2 == 0 or self.rope is None)
+        require(fits, "qk_rope_head_dim", rope_dim, f"{wanted}, e.g. 64")
+        require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be > 0, e.g. 1e-6")
 
     @property
     def qk_head_dim(self) -> int:
         """Width of a query and key head: the part without positions and the rotary part."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
-
-    @property
-    def scale(self) -> float:
-        """Factor of the scores before the softmax."""
-        return self.qk_head_dim**-0.5 * self.rope.softmax_factor
 
     def build(self, width: int) -> "MLA":
         """The module."""
@@ -112,25 +111,26 @@ class MLAState(State):
     latent_BSR: Tensor
 
 
-class MLA(Mixer[MLAState]):
+class MLA(SoftmaxMixer[MLAState]):
     """Attention whose keys and values are expanded from a latent of width `kv_lora_rank`.
 
     `forward` expands keys and values. `step` absorbs the expansion into queries and outputs and attends to the cached
     latents directly. Both are the same function.
     """
 
+    config: MLAConfig
+
     def __init__(self, config: MLAConfig, width: int) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, width)
         queries = config.n_heads * config.qk_head_dim
         if config.q_lora_rank:
             self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=False)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, 1e-6)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.norm_eps)
             self.q_b_proj = nn.Linear(config.q_lora_rank, queries, bias=False)
         else:
             self.q_proj = nn.Linear(width, queries, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(width, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, 1e-6)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.norm_eps)
         expanded = config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, expanded, bias=False)
         self.o_proj = nn.Linear(config.n_heads * config.v_head_dim, width, bias=False)
@@ -140,11 +140,16 @@ class MLA(Mixer[MLAState]):
         """q_nope (B, T, H, nope), q_rope (B, T, H, rope), latent (B, T, R), k_rope (B, T, 1, rope)."""
         widths = (self.config.qk_nope_head_dim, self.config.qk_rope_head_dim)
         q_nope, q_rope = self._unrotated(x_BTD).split(widths, dim=-1)
-        return q_nope, self.config.rope.rotate(q_rope, seq, widths[1]), *self.compress(x_BTD, seq)
+        return q_nope, self._rotated(q_rope, seq), *self.compress(x_BTD, seq)
 
     def queries(self, x_BTD: Tensor, seq: Layout) -> Tensor:
         """(B, T, H, nope + rope), the rotary part rotated."""
-        return self.config.rope.rotate(self._unrotated(x_BTD), seq, self.config.qk_rope_head_dim)
+        return self._rotated(self._unrotated(x_BTD), seq)
+
+    def _rotated(self, x_BTHK: Tensor, seq: Layout) -> Tensor:
+        """x with the rotary part of its heads, their last elements, rotated if the config has rope."""
+        rope = self.config.rope
+        return x_BTHK if rope is None else rope.rotate(x_BTHK, seq, self.config.qk_rope_head_dim)
 
     def _unrotated(self, x_BTD: Tensor) -> Tensor:
         config = self.config
@@ -155,7 +160,7 @@ class MLA(Mixer[MLAState]):
         """The normalised latent (B, T, R), and the rotated key (B, T, 1, rope) that all heads share."""
         config = self.config
         latent, k_rope = self.kv_a_proj_with_mqa(x_BTD).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        return self.kv_a_layernorm(latent), config.rope.rotate(k_rope.unsqueeze(2), seq, config.qk_rope_head_dim)
+        return self.kv_a_layernorm(latent), self._rotated(k_rope.unsqueeze(2), seq)
 
     def expand(self, latent_BTR: Tensor, k_rope_BT1K: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (B, T, H, nope + rope) and values (B, T, H, V) of every head."""
@@ -167,7 +172,7 @@ class MLA(Mixer[MLAState]):
     def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
         q = self.queries(x_BTD, seq)
         k, v = self.expand(*self.compress(x_BTD, seq))
-        o = causal_attention(q, k, v, seq, scale=self.config.scale, backend=self.config.backend)
+        o = causal_attention(q, k, v, seq, scale=self.scale, backend=self.config.backend)
         return self.o_proj(o.flatten(2))
 
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> MLAState:
@@ -182,11 +187,11 @@ class MLA(Mixer[MLAState]):
             cached = state.latent_BSR[:, : seq.end].to(q_nope.dtype)
             k, v = self.expand(cached[..., : config.kv_lora_rank], cached[..., None, config.kv_lora_rank :])
             q = torch.cat((q_nope, q_rope), dim=-1)
-            o = cached_causal_attention(q, k, v, seq, scale=config.scale, backend=config.backend)
+            o = cached_causal_attention(q, k, v, seq, scale=self.scale, backend=config.backend)
             return self.o_proj(o.flatten(2))
         # W_kb and W_vb, (H, nope, R) and (H, V, R): scores = (W_kbᵀ q) · c and outputs = W_vb (Σ p c).
         w_HXR = self.kv_b_proj.weight.unflatten(0, (config.n_heads, -1)).to(q_nope.dtype)
         w_kb, w_vb = w_HXR.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
         q = torch.cat((absorb(q_nope, w_kb), q_rope), dim=-1)
-        o = attend_to_latents(q, state.latent_BSR, seq.end, causal_mask(seq), scale=config.scale)
+        o = attend_to_latents(q, state.latent_BSR, seq.end, causal_mask(seq), scale=self.scale)
         return self.o_proj(absorb(o[..., : config.kv_lora_rank], w_vb.mT).flatten(2))

@@ -1,12 +1,14 @@
-"""The base of the configs of softmax attention: backends, the choice between them, and counts."""
+"""The base of the mixers of softmax attention: backends, the choice between them, the scores' scale, and counts."""
 
+import math
 from abc import abstractmethod
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 
 from swamla.errors import require
-from swamla.model.mixers.mixer import MixerConfig
+from swamla.model.mixers.mixer import Mixer, MixerConfig, S
+from swamla.model.rope import RopeConfig
 from swamla.ops.attention import BACKENDS, describe_backend, kept_causal_keys, prepare_attention
 from swamla.ops.attention.trial import AttentionTrial
 from swamla.ops.layout import Layout
@@ -21,16 +23,25 @@ class Heads(NamedTuple):
 
 
 class SoftmaxConfig(MixerConfig):
-    """Causal softmax attention. Not a dataclass, so that each mixer orders its own fields."""
+    """Causal softmax attention. Not a dataclass, so that each mixer orders its own fields.
+
+    rope: rotary positions, or none.
+    softmax_scale: factor of the scores before the softmax; by default one over the root of a key head's width.
+    """
 
     only_projects: ClassVar[bool] = True
     BACKENDS: ClassVar[tuple[str, ...]] = BACKENDS
     n_heads: int
+    rope: RopeConfig | None = None
+    softmax_scale: float | None = None
     backend: str
 
     def __post_init__(self) -> None:
         require(self.n_heads > 0, "n_heads", self.n_heads, "must be > 0")
         require(self.backend in self.BACKENDS, "backend", self.backend, f"must be one of {', '.join(self.BACKENDS)}")
+        scale = self.softmax_scale
+        fits = scale is None or 0 < scale < math.inf
+        require(fits, "softmax_scale", scale, "must be > 0, e.g. 0.125, or none: one over the root of the key width")
 
     @classmethod
     def example(cls) -> Self:
@@ -45,6 +56,20 @@ class SoftmaxConfig(MixerConfig):
     @abstractmethod
     def projection_weights(self, width: int) -> int:
         """Parameters of the projection matrices."""
+
+    @property
+    def sees_order(self) -> bool:
+        """True with rotary positions."""
+        return self.rope is not None
+
+    def scale(self, width: int, base_width: int | None = None) -> float:
+        """Factor of the scores before the softmax in a model of `width`, YaRN's included.
+
+        base_width: µP's. There the factor is the same; elsewhere it falls as one over the width of the key heads.
+        """
+        base = self.heads(base_width or width).key
+        plain = base**-0.5 if self.softmax_scale is None else self.softmax_scale
+        return plain * base / self.heads(width).key * (self.rope.softmax_factor if self.rope else 1.0)
 
     def pairs(self, length: int) -> int:
         """Pairs of query and key that the mask allows in a document of `length` tokens."""
@@ -77,3 +102,18 @@ class SoftmaxConfig(MixerConfig):
         _, key, value = self.heads(width)
         kept = kept_causal_keys(length, bf16=bf16, key_width=key, value_width=value, backend=self.backend)
         return self.n_heads * kept
+
+
+class SoftmaxMixer(Mixer[S]):
+    """Softmax attention. scale: factor of the scores before the softmax."""
+
+    config: SoftmaxConfig
+
+    def __init__(self, config: SoftmaxConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.width = width
+        self.scale = config.scale(width)
+
+    def scale_from(self, base_width: int) -> None:
+        self.scale = self.config.scale(self.width, base_width)

@@ -100,11 +100,11 @@ class SWA(MHA):
     config: SWAConfig
 
     def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
-        q, k, v = self.project(x_BTD, seq)
+        q, k, v, gate = self.project(x_BTD, seq)
         config = self.config
         band = {"window": config.window, "sinks": config.sinks}
         o = windowed_attention(q, k, v, seq, **band, scale=self.scale, backend=config.backend)
-        return self.o_proj(o.flatten(2))
+        return self.output(o, gate)
 
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> KVState:
         # Slots 0 … sinks − 1 are the sinks', the others are a ring buffer of the last `window` later tokens.
@@ -113,18 +113,18 @@ class SWA(MHA):
         return KVState(k, v)
 
     def step(self, x_BTD: Tensor, state: KVState, seq: Layout) -> Tensor:
-        q, k, v = self.project(without_padding(x_BTD, seq), seq)
+        q, k, v, gate = self.project(without_padding(x_BTD, seq), seq)
         time = x_BTD.shape[1]
         if time == 1 and not seq.padded:
-            return self.o_proj(self._step_one(q, k, v, state, seq).flatten(2))
+            return self.output(self._step_one(q, k, v, state, seq), gate)
         if seq.past is not None and (seq.past == 0 or time >= self.config.window):
-            return self.o_proj(self._step_many(q, k, v, state, seq.past, seq).flatten(2))
+            return self.output(self._step_many(q, k, v, state, seq.past, seq), gate)
         outputs, valid_BT = [], seq.document_BT >= 0
         for begin in range(0, time, self.config.window):  # tokens of one chunk have different slots of the ring
             chunk = slice(begin, begin + self.config.window)
             new = q[:, chunk], k[:, chunk], v[:, chunk]
             outputs.append(self._step_chunk(*new, state, seq.position_BT[:, chunk], valid_BT[:, chunk]))
-        return self.o_proj(torch.cat(outputs, dim=1).flatten(2))
+        return self.output(torch.cat(outputs, dim=1), gate)
 
     def _step_one(self, q: Tensor, k: Tensor, v: Tensor, state: KVState, seq: Layout) -> Tensor:
         """One new token overwrites the one that has just left the window, then attends to the whole ring."""
