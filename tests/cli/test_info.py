@@ -87,6 +87,23 @@ def test_widths_that_follow_from_the_models_are_told(capsys: pytest.CaptureFixtu
     assert "latent 256" in shown
 
 
+def test_a_model_without_ffns_is_drawn_and_counted_as_its_mixers_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    whole, bare = facts(capsys, "small"), facts(capsys, "small", "--ffn", "none")
+    assert {block["ffn"]["kind"] for block in bare["blocks"].values()} == {"none"}
+    counted = dict(whole["parameters"]["by_component"])
+    ffns = counted.pop("dense")
+    counted["norms"] -= 12 * 1024
+    assert bare["parameters"]["by_component"] == counted
+    assert bare["parameters"]["total"] == whole["parameters"]["total"] - ffns - 12 * 1024
+    saved = [a - b for a, b in zip(*(x["training_flops_per_token"] for x in (whole, bare)), strict=True)]
+    assert saved == pytest.approx([6 * ffns] * len(saved))
+    assert bare["state_bytes"] == whole["state_bytes"]
+    shown = told(capsys, "small", "--ffn", "none")
+    assert re.search(r"^FFNs +(- ){12}", shown, re.MULTILINE)
+    mixed = facts(capsys, "small", "--ffn", "none", "--mla_ffn", "moe")["blocks"]
+    assert {name: block["ffn"]["kind"] for name, block in mixed.items()} == {"swa": "none", "mla": "moe"}
+
+
 def test_training_memory_follows_the_training_section(capsys: pytest.CaptureFixture[str]) -> None:
     def memory(*flags: str) -> dict[str, int]:
         return facts(capsys, "small", "--precision", "bf16", *flags)["training"]["bytes"]

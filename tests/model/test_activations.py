@@ -10,6 +10,7 @@ from swamla.model.block import BlockConfig, Checkpointing, FFNConfig, MixerConfi
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.ffns.latent_moe import LatentMoEConfig
 from swamla.model.ffns.moe import MoEConfig
+from swamla.model.ffns.none import NoFFNConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.model.mixers.latent import LatentConfig
@@ -33,6 +34,7 @@ FFNS: dict[str, FFNConfig] = {
     "gelu": DenseConfig(activation="gelu"),
     "moe": MoEConfig(n_experts=8, n_activated=2),
     "latent_moe": LatentMoEConfig(n_experts=16, n_activated=4),
+    "none": NoFFNConfig(),
     "toy_ffn": TOYS["toy_ffn"](hidden=700),
 }
 

@@ -13,6 +13,7 @@ from swamla.model.block import BlockConfig, MixerConfig
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.ffns.latent_moe import LatentMoEConfig
 from swamla.model.ffns.moe import MoEConfig
+from swamla.model.ffns.none import NoFFNConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.model.mixers.latent import LatentConfig
@@ -52,6 +53,7 @@ PLACES: dict[type, Callable[[Any], LanguageModelConfig]] = {
     DenseConfig: lambda ffn: with_block(BlockConfig(mixer=MHA, ffn=ffn)),
     MoEConfig: lambda ffn: with_block(BlockConfig(mixer=MHA, ffn=ffn)),
     LatentMoEConfig: lambda ffn: with_block(BlockConfig(mixer=MHA, ffn=ffn)),
+    NoFFNConfig: lambda ffn: with_block(BlockConfig(mixer=MHA, ffn=ffn)),
     BlockConfig: with_block,
     RMSNormConfig: with_norm,
     LayerNormConfig: with_norm,
@@ -132,6 +134,7 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
     (DenseConfig(), {"hidden": 64, "activation": "gelu", "bias": True}),
     (MoEConfig(n_experts=8), OF_EXPERTS),
     (LatentMoEConfig(n_experts=8, n_activated=3), {**OF_EXPERTS, "ratio": 2, "preserve_expert_dim": False}),
+    (NoFFNConfig(), {}),
     (BlockConfig(mixer=MHA), {"mixer": SWA, "ffn": DenseConfig(hidden=5)}),
     (RMSNormConfig(), {"eps": 1e-2}),
     (LayerNormConfig(), {"eps": 1e-2, "bias": False}),

@@ -113,6 +113,14 @@ def _section_flags(section: str, cls: type, *, with_model: bool = True) -> Itera
 
 
 def _block_flags() -> Iterator[Flag]:
+    yield Flag(
+        name="ffn",
+        field="model.blocks.*.ffn.kind",
+        annotation=Literal[tuple(BLOCK_PARTS["ffn"])],
+        help="the FFN of every layer, none for mixers alone; a kind other than the recipe's has its default settings",
+        group="model",
+        apply=_apply_ffn(),
+    )
     for kind in BLOCK_PARTS["mixer"]:
         yield Flag(
             name=f"{kind}_ffn",
@@ -201,9 +209,11 @@ def _apply_in_blocks(part: str, kind: str) -> Callable[[str], Apply]:
     return of_field
 
 
-def _apply_ffn(mixer: str) -> Apply:
+def _apply_ffn(mixer: str = "") -> Apply:
+    """Set the FFN of the blocks with this mixer, by default of all."""
+
     def apply(plain: Plain, kind: Any) -> None:
-        users = [block for block in plain["model"]["blocks"].values() if mixer_kind(block) == mixer]
+        users = [block for block in plain["model"]["blocks"].values() if mixer_kind(block) == mixer or not mixer]
         if not users:
             raise UsageError(f"no block of the model has the mixer {mixer}")
         for block in users:

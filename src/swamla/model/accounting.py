@@ -40,7 +40,7 @@ def count_parameters(config: LanguageModelConfig) -> ParameterCount:
     for block in config.layers:
         counts[block.mixer.kind] += block.mixer.n_parameters(width)
         counts.update(block.ffn.components(width))
-        counts["norms"] += 2 * config.norm.n_parameters(width)
+        counts["norms"] += block.n_norms * config.norm.n_parameters(width)
         inactive += block.ffn.n_parameters(width) - block.ffn.n_active_parameters(width)
     counts["norms"] += config.norm.n_parameters(width)
     if not config.tied_head:
@@ -151,10 +151,12 @@ def activation_bytes(
             mixer, ffn = saved_by_block[name]
             mixer += block.mixer.kept_weights(config.width, length or tokens, bf16=element_bytes == 2)
             saved_by_block[name] = mixer, ffn
-    is_recomputed = (checkpointing in ("attention", "all"), checkpointing in ("ffn", "all"))  # mixer, FFN
+    recomputes = (checkpointing in ("attention", "all"), checkpointing in ("ffn", "all"))  # mixer, FFN
     saved = largest = 0.0
     for name in config.pattern:
-        halves = [elements * element_bytes + residual for elements in saved_by_block[name]]
+        n_halves = config.blocks[name].n_norms  # without an FFN the mixer alone
+        is_recomputed = recomputes[:n_halves]
+        halves = [elements * element_bytes + residual for elements in saved_by_block[name][:n_halves]]
         recomputed = sum(half for half, yes in zip(halves, is_recomputed, strict=True) if yes)
         saved += sum(halves) - recomputed + residual * any(is_recomputed)
         largest = max(largest, recomputed)

@@ -1,4 +1,4 @@
-"""One layer: a sequence mixer, then an FFN, each preceded by a norm and added to the residual stream."""
+"""One layer: a sequence mixer, then perhaps an FFN, each preceded by a norm and added to the residual stream."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -32,6 +32,11 @@ class BlockConfig:
         return Block(self, width, norm, dropout)
 
     @property
+    def n_norms(self) -> int:
+        """Norms of the block: the mixer's, and the FFN's unless there is no FFN."""
+        return 1 if self.ffn.is_absent else 2
+
+    @property
     def vectors(self) -> tuple[str, ...]:
         """Names of the parameters that the mixer or the FFN lists in `vectors`, e.g. "ffn.router.weight"."""
         return (*(f"mixer.{name}" for name in self.mixer.vectors), *(f"ffn.{name}" for name in self.ffn.vectors))
@@ -47,7 +52,7 @@ class BlockFunctions(NamedTuple):
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + ffn(norm(x)).
+    """x + mixer(norm(x)), then x + ffn(norm(x)) unless there is no FFN.
 
     checkpointing: what the backward pass recomputes from its saved input: "attention" the mixer, "ffn" the FFN, "all"
     the whole block, which then saves a single tensor.
@@ -59,7 +64,7 @@ class Block(nn.Module):
         self.checkpointing: Checkpointing = "none"
         self.mixer_norm = norm.build(width)
         self.mixer: Mixer = config.mixer.build(width)
-        self.ffn_norm = norm.build(width)
+        self.ffn_norm = None if config.ffn.is_absent else norm.build(width)
         self.ffn: FFN = config.ffn.build(width)
         self.rounds = config.mixer.only_projects, config.ffn.only_projects
         _require_outputs(config.mixer, self.mixer)
@@ -106,7 +111,9 @@ class Block(nn.Module):
         return x_BTD + self._drop(self.mixer(_rounded(self.mixer_norm(x_BTD), rounds), seq))
 
     def feed(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
-        """x + ffn(norm(x)), and the FFN's statistics."""
+        """x + ffn(norm(x)), and the FFN's statistics; x where there is no FFN."""
+        if self.ffn_norm is None:
+            return x_BTD, {}
         _, rounds = self.rounds
         y_BTD, statistics = self.ffn(_rounded(self.ffn_norm(x_BTD), rounds), seq)
         return x_BTD + self._drop(y_BTD), statistics
@@ -114,7 +121,7 @@ class Block(nn.Module):
     def step(self, x_BTD: Tensor, state: State, seq: Layout) -> Tensor:
         """New tokens (B, T, D) after those in `state`, which is updated; without dropout."""
         x_BTD = x_BTD + self.mixer.step(self.mixer_norm(x_BTD), state, seq)
-        return x_BTD + self.ffn(self.ffn_norm(x_BTD), seq)[0]
+        return x_BTD if self.ffn_norm is None else x_BTD + self.ffn(self.ffn_norm(x_BTD), seq)[0]
 
     def _drop(self, x_BTD: Tensor) -> Tensor:
         return F.dropout(x_BTD, self.dropout, self.training) if self.dropout else x_BTD
