@@ -2,7 +2,7 @@
 
 A field of a config is a flag of its own name. A field that is a choice takes a kind (`--optimizer muon`), and the
 choice's own fields are flags prefixed by the kind (`--muon_momentum`); for mixers and FFNs such a flag changes every
-block of that kind (`--swa_window 128`).
+block of that kind (`--swa_window 128`). Other fields of a block are flags that change every block (`--conv 4`).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,11 +12,12 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from swamla.cli.flags import Apply, Flag, field_docs
-from swamla.cli.plain import BLOCK_PARTS, Plain, choice, mixer_kind
+from swamla.cli.plain import BLOCK_PARTS, BLOCK_SETTINGS, Plain, choice, mixer_kind
 from swamla.cli.reshape import SHAPE
 from swamla.config import choices_of, field_types, join, options_of
 from swamla.data.config import DataConfig
 from swamla.errors import UsageError
+from swamla.model.block import BlockConfig
 from swamla.model.compiling import Compile
 from swamla.model.language_model import LanguageModelConfig
 from swamla.recipes import is_recipe
@@ -121,6 +122,17 @@ def _block_flags() -> Iterator[Flag]:
         group="model",
         apply=_apply_ffn(),
     )
+    docs, defaults = field_docs(BlockConfig), {f.name: f.default for f in fields(BlockConfig)}
+    for name, annotation in BLOCK_SETTINGS.items():
+        yield Flag(
+            name=name,
+            field=f"model.blocks.*.{name}",
+            annotation=annotation,
+            help=f"of every layer: {docs[name]}",
+            default=defaults[name],
+            group="model",
+            apply=_apply_to_blocks(name),
+        )
     for kind in BLOCK_PARTS["mixer"]:
         yield Flag(
             name=f"{kind}_ffn",
@@ -192,6 +204,14 @@ def _apply_in_choice(section: str, name: str, kind: str) -> Callable[[str], Appl
         return apply
 
     return of_field
+
+
+def _apply_to_blocks(name: str) -> Apply:
+    def apply(plain: Plain, value: Any) -> None:
+        for block in plain["model"]["blocks"].values():
+            block[name] = value
+
+    return apply
 
 
 def _apply_in_blocks(part: str, kind: str) -> Callable[[str], Apply]:
