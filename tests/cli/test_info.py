@@ -110,6 +110,7 @@ def test_what_stands_around_every_mixer_is_told_and_counted(capsys: pytest.Captu
     assert found["parameters"]["by_component"]["convolution"] == 12 * 4 * 1024
     assert found["state_bytes"] == [size + 12 * 3 * 1024 * 4 for size in plain["state_bytes"]]
     assert "block: conv 4" in " ".join(told(capsys, "small", "--conv", "4").split())
+    assert "block: norm_place post" in " ".join(told(capsys, "small", "--norm_place", "post").split())
     assert "block:" not in told(capsys, "small")
 
 

@@ -62,7 +62,7 @@ def kept_bytes(config: LanguageModelConfig, *, bf16: bool = False, checkpointing
     return sum(size for address, size in storages.items() if address not in weights)
 
 
-AROUND: dict[str, dict[str, Any]] = {"conv": {"conv": 4}}
+AROUND: dict[str, dict[str, Any]] = {"conv": {"conv": 4}, "post": {"norm_place": "post"}}
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])

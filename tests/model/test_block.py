@@ -10,15 +10,21 @@ from torch import Tensor
 
 from swamla.model.accounting import count_parameters, forward_flops, parameter_specs, state_bytes
 from swamla.model.block import Block, BlockConfig
+from swamla.model.ffns.dense import DenseConfig
 from swamla.model.ffns.none import NoFFNConfig
 from swamla.model.language_model import LanguageModelConfig
+from swamla.model.mixers.gdn import GDNConfig
+from swamla.model.mixers.mha import MHAConfig
 from swamla.model.norm import RMSNormConfig
 from swamla.ops.layout import Layout
 
 from .helpers import (
+    FFNS,
     MIXERS,
     WIDTH,
+    Named,
     assert_close,
+    assert_equal_to_oracle,
     build_model,
     gradients_of,
     packed,
@@ -75,17 +81,25 @@ def convolved(h_BTD: Tensor, weight_DW: Tensor, seq: Layout) -> Tensor:
 
 def by_its_equation(block: Block, config: BlockConfig, x_BTD: Tensor, seq: Layout) -> Tensor:
     """The block from its mixer, its FFN and its norms."""
-    h_BTD = block.mixer_norm(x_BTD)
+    post = config.norm_place == "post"
+    h_BTD = x_BTD if post else block.mixer_norm(x_BTD)
     if block.conv is not None:
         h_BTD = convolved(h_BTD, block.conv.weight, seq)
-    x_BTD = x_BTD + block.mixer(h_BTD, seq)
-    return x_BTD if block.ffn_norm is None else x_BTD + block.ffn(block.ffn_norm(x_BTD), seq)[0]
+    y_BTD = block.mixer(h_BTD, seq)
+    x_BTD = x_BTD + (block.mixer_norm(y_BTD) if post else y_BTD)
+    if block.ffn_norm is None:
+        return x_BTD
+    if post:
+        return x_BTD + block.ffn_norm(block.ffn(x_BTD, seq)[0])
+    return x_BTD + block.ffn(block.ffn_norm(x_BTD), seq)[0]
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "conv": {"conv": 3},
     "conv of one tap": {"conv": 1},
     "conv, no ffn": {"conv": 4, "ffn": NoFFNConfig()},
+    "post": {"norm_place": "post"},
+    "post, conv, experts": {"norm_place": "post", "conv": 2, "ffn": FFNS["moe"]},
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -164,7 +178,7 @@ def test_the_blocks_state_is_mutated_in_place_and_weighs_what_accounting_says(ki
     block = build_block(config)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         state = block.init_state(3, 29, dtype=dtype, device="cpu")
-        inputs = 3 * (config.conv - 1) * WIDTH * dtype.itemsize
+        inputs = 3 * max(0, config.conv - 1) * WIDTH * dtype.itemsize
         mixers = 3 * config.mixer.state_bytes(WIDTH, 29, dtype.itemsize)
         assert state.nbytes == inputs + mixers == 3 * config.state_bytes(WIDTH, 29, dtype.itemsize)
         before = [(tensor.data_ptr(), tensor.clone()) for tensor in state.tensors()]
@@ -215,3 +229,139 @@ def test_a_convolution_sees_the_order_of_tokens_where_its_mixer_does_not() -> No
     assert not BlockConfig(mixer=mixer).sees_order
     assert not BlockConfig(mixer=mixer, conv=1).sees_order
     assert BlockConfig(mixer=mixer, conv=2).sees_order
+
+
+def fused(named: Named, *names: str) -> Tensor:
+    return torch.cat([named[name] for name in names])
+
+
+def attention_layer(named: Named, theirs: str, ours: str) -> Named:
+    """An OLMo 2 layer's weights by our names."""
+    found = {
+        "mixer.qkv_proj.weight": fused(named, *(f"{theirs}.self_attn.{side}_proj.weight" for side in "qkv")),
+        "mixer.o_proj.weight": named[f"{theirs}.self_attn.o_proj.weight"],
+        "mixer.q_norm.weight": named[f"{theirs}.self_attn.q_norm.weight"],
+        "mixer.k_norm.weight": named[f"{theirs}.self_attn.k_norm.weight"],
+        "mixer_norm.weight": named[f"{theirs}.post_attention_layernorm.weight"],
+        "ffn_norm.weight": named[f"{theirs}.post_feedforward_layernorm.weight"],
+        **swiglu(named, theirs),
+    }
+    return {f"{ours}.{name}": weight for name, weight in found.items()}
+
+
+def swiglu(named: Named, theirs: str) -> Named:
+    return {
+        "ffn.gate_up_proj.weight": fused(named, f"{theirs}.mlp.gate_proj.weight", f"{theirs}.mlp.up_proj.weight"),
+        "ffn.down_proj.weight": named[f"{theirs}.mlp.down_proj.weight"],
+    }
+
+
+def linear_layer(named: Named, theirs: str, ours: str) -> Named:
+    """A gated DeltaNet layer of OLMo Hybrid, which has its norms before mixer and FFN, by our names."""
+    inner = f"{theirs}.linear_attn"
+    found = {
+        "mixer.qkvz_proj.weight": fused(named, *(f"{inner}.{side}_proj.weight" for side in "qkvg")),
+        "mixer.ba_proj.weight": fused(named, f"{inner}.b_proj.weight", f"{inner}.a_proj.weight"),
+        "mixer.conv_weight": named[f"{inner}.conv1d.weight"].squeeze(1),
+        "mixer.A_log": named[f"{inner}.A_log"],
+        "mixer.dt_bias": named[f"{inner}.dt_bias"],
+        "mixer.norm_weight": named[f"{inner}.o_norm.weight"],
+        "mixer.o_proj.weight": named[f"{inner}.o_proj.weight"],
+        "mixer_norm.weight": named[f"{theirs}.input_layernorm.weight"],
+        "ffn_norm.weight": named[f"{theirs}.post_attention_layernorm.weight"],
+        **swiglu(named, theirs),
+    }
+    return {f"{ours}.{name}": weight for name, weight in found.items()}
+
+
+def around_the_layers(named: Named) -> Named:
+    return {
+        "embedding.weight": named["model.embed_tokens.weight"],
+        "norm.weight": named["model.norm.weight"],
+        "head.weight": named["lm_head.weight"],
+    }
+
+
+def test_a_model_with_its_norms_behind_mixers_and_ffns_is_olmo_2() -> None:
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    theirs = Olmo2ForCausalLM(
+        Olmo2Config(
+            vocab_size=50,
+            hidden_size=32,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rms_norm_eps=1e-6,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            attn_implementation="eager",
+            pad_token_id=None,
+        )
+    )
+    mixer = MHAConfig(n_heads=4, n_kv_heads=2, qk_norm="whole")
+    block = BlockConfig(mixer=mixer, ffn=DenseConfig(hidden=40), norm_place="post")
+    config = LanguageModelConfig(vocab_size=50, width=32, blocks={"a": block}, pattern=("a", "a"), tied_head=False)
+
+    def translate(named: Named) -> Named:
+        layers = [attention_layer(named, f"model.layers.{n}", f"blocks.{n}") for n in range(2)]
+        return around_the_layers(named) | layers[0] | layers[1]
+
+    ours = config.build()
+    assert_equal_to_oracle(ours, theirs, translate, ours, lambda ids: theirs(ids).logits, random_tokens(2, 24, 50))
+
+
+def test_each_block_has_its_own_place_for_norms_as_in_olmo_hybrid() -> None:
+    """Its gated DeltaNet layers have them before, its attention layers behind. Eigenvalues are not negative here."""
+    from transformers import OlmoHybridConfig, OlmoHybridForCausalLM
+
+    theirs = OlmoHybridForCausalLM(
+        OlmoHybridConfig(
+            vocab_size=50,
+            hidden_size=32,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            layer_types=["linear_attention", "full_attention"],
+            linear_num_key_heads=2,
+            linear_num_value_heads=2,
+            linear_key_head_dim=12,
+            linear_value_head_dim=10,
+            linear_allow_neg_eigval=False,
+            rms_norm_eps=1e-6,
+            rope_parameters={"rope_type": "default", "rope_theta": None},
+            attn_implementation="eager",
+            pad_token_id=None,
+            eos_token_id=None,
+        )
+    )
+    theirs.model.layers[0].linear_attn.o_norm.variance_epsilon = 1e-6
+    ffn = DenseConfig(hidden=40)
+    blocks = {
+        "gdn": BlockConfig(mixer=GDNConfig(n_heads=2, head_k_dim=12, head_v_dim=10), ffn=ffn),
+        "mha": BlockConfig(
+            mixer=MHAConfig(n_heads=4, n_kv_heads=2, rope=None, qk_norm="whole"), ffn=ffn, norm_place="post"
+        ),
+    }
+    config = LanguageModelConfig(
+        vocab_size=50, width=32, blocks=blocks, pattern=("gdn", "mha"), norm=NORM, tied_head=False
+    )
+
+    def translate(named: Named) -> Named:
+        layers = linear_layer(named, "model.layers.0", "blocks.0"), attention_layer(named, "model.layers.1", "blocks.1")
+        return around_the_layers(named) | layers[0] | layers[1]
+
+    ours = config.build()
+    assert_equal_to_oracle(ours, theirs, translate, ours, lambda ids: theirs(ids).logits, random_tokens(2, 70, 50))
+
+
+@torch.no_grad()
+def test_what_is_added_to_the_stream_is_normed_or_comes_from_what_is_normed() -> None:
+    """Of a mixer whose output is scaled up: what a block adds stays as it is behind a norm, and grows before one."""
+    for place, factor in (("pre", 100.0), ("post", 1.0)):
+        block = build_block(BlockConfig(mixer=MIXERS["mha"], ffn=NoFFNConfig(), norm_place=place))
+        x = random_input(1, 9)
+        added = block(x, whole(x))[0] - x
+        block.mixer.o_proj.weight.mul_(100)
+        assert_close(block(x, whole(x))[0] - x, factor * added, 1e-4, place)

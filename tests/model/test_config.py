@@ -135,7 +135,7 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
     (MoEConfig(n_experts=8), OF_EXPERTS),
     (LatentMoEConfig(n_experts=8, n_activated=3), {**OF_EXPERTS, "ratio": 2, "preserve_expert_dim": False}),
     (NoFFNConfig(), {}),
-    (BlockConfig(mixer=MHA), {"mixer": SWA, "ffn": DenseConfig(hidden=5), "conv": 3}),
+    (BlockConfig(mixer=MHA), {"mixer": SWA, "ffn": DenseConfig(hidden=5), "conv": 3, "norm_place": "post"}),
     (RMSNormConfig(), {"eps": 1e-2}),
     (LayerNormConfig(), {"eps": 1e-2, "bias": False}),
     (DynamicTanhConfig(), {"alpha": 0.6}),

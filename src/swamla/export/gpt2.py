@@ -191,6 +191,7 @@ def _heads_and_hidden(block: BlockConfig, where: str, width: int) -> tuple[int, 
     """The two free settings of a GPT-2 block. Raises `UsageError` naming a setting that GPT-2 lacks."""
     mixer, ffn = block.mixer, block.ffn
     _require_equal(f"{where}.conv", block.conv, 0)
+    _require_equal(f"{where}.norm_place", block.norm_place, "pre")
     if type(mixer) is not MHAConfig:  # not its subclass SWAConfig either
         raise _not_gpt2(f"{where}.mixer.kind", mixer.kind, MHAConfig.kind)
     if not isinstance(ffn, DenseConfig):

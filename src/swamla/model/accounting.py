@@ -154,7 +154,9 @@ def activation_bytes(
     for name in config.pattern:
         n_halves = config.blocks[name].n_norms  # without an FFN the mixer alone
         is_recomputed = recomputes[:n_halves]
-        halves = [elements * element_bytes + residual for elements in saved_by_block[name][:n_halves]]
+        # A norm saves its input: the residual stream, or an output that is counted with its matrix.
+        before_norm = residual if config.blocks[name].norm_place == "pre" else 0
+        halves = [elements * element_bytes + before_norm for elements in saved_by_block[name][:n_halves]]
         recomputed = sum(half for half, yes in zip(halves, is_recomputed, strict=True) if yes)
         saved += sum(halves) - recomputed + residual * any(is_recomputed)
         largest = max(largest, recomputed)

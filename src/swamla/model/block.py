@@ -30,11 +30,13 @@ class BlockConfig:
     ffn: works on every token by itself; none leaves it out.
     conv: width of a causal depthwise convolution before the mixer, x_t + Σ_i w_i ⊙ x_{t−i} on its normed input (a Canon
         layer, arXiv 2512.17351); 0 for none.
+    norm_place: pre, x + f(norm(x)), or post, x + norm(f(x)), as in OLMo 2 (arXiv 2501.00656); f is mixer or FFN.
     """
 
     mixer: MixerConfig
     ffn: FFNConfig = field(default_factory=DenseConfig)
     conv: int = 0
+    norm_place: Literal["pre", "post"] = "pre"
 
     def __post_init__(self) -> None:
         require(self.conv >= 0, "conv", self.conv, "must be >= 0, e.g. 4 (0: none)")
@@ -110,13 +112,15 @@ class BlockState(State):
 class Block(nn.Module):
     """x + mixer(conv(norm(x))), then x + ffn(norm(x)); without convolution conv(x) = x, without FFN the mixer alone.
 
+    With norm_place = "post" x + norm(mixer(conv(x))), then x + norm(ffn(x)).
+
     checkpointing: what the backward pass recomputes from its saved input: "attention" the mixer, "ffn" the FFN, "all"
     the whole block, which then saves a single tensor.
     """
 
     def __init__(self, config: BlockConfig, width: int, norm: NormConfig, dropout: float) -> None:
         super().__init__()
-        self.dropout = dropout
+        self.dropout, self.norms_outputs = dropout, config.norm_place == "post"
         self.checkpointing: Checkpointing = "none"
         self.mixer_norm = norm.build(width)
         self.conv = Convolution(width, config.conv) if config.conv else None
@@ -163,20 +167,20 @@ class Block(nn.Module):
         return self.feed(self.mix(x_BTD, seq), seq)
 
     def mix(self, x_BTD: Tensor, seq: Layout) -> Tensor:
-        """x + mixer(conv(norm(x)))."""
+        """x + mixer(conv(norm(x))), or x + norm(mixer(conv(x)))."""
         rounds, _ = self.rounds
-        h_BTD = _rounded(self.mixer_norm(x_BTD), rounds)
+        h_BTD = _rounded(self._before(x_BTD, self.mixer_norm), rounds)
         if self.conv is not None:
             h_BTD = self.conv(h_BTD, seq)
-        return x_BTD + self._drop(self.mixer(h_BTD, seq))
+        return x_BTD + self._drop(self._after(self.mixer(h_BTD, seq), self.mixer_norm))
 
     def feed(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
-        """x + ffn(norm(x)), and the FFN's statistics; x where there is no FFN."""
+        """x + ffn(norm(x)) or x + norm(ffn(x)), and the FFN's statistics; x where there is no FFN."""
         if self.ffn_norm is None:
             return x_BTD, {}
         _, rounds = self.rounds
-        y_BTD, statistics = self.ffn(_rounded(self.ffn_norm(x_BTD), rounds), seq)
-        return x_BTD + self._drop(y_BTD), statistics
+        y_BTD, statistics = self.ffn(_rounded(self._before(x_BTD, self.ffn_norm), rounds), seq)
+        return x_BTD + self._drop(self._after(y_BTD, self.ffn_norm)), statistics
 
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> State:
         """The empty state of `batch` sequences that may grow to `max_len` tokens: the mixer's if there is no `conv`."""
@@ -187,12 +191,21 @@ class Block(nn.Module):
 
     def step(self, x_BTD: Tensor, state: State, seq: Layout) -> Tensor:
         """New tokens (B, T, D) after those in `state`, which is updated; without dropout."""
-        h_BTD = self.mixer_norm(x_BTD)
+        h_BTD = self._before(x_BTD, self.mixer_norm)
         if self.conv is not None:
             assert isinstance(state, BlockState)
             h_BTD, state = self.conv.step(h_BTD, state.conv_BWD, seq), state.mixer
-        x_BTD = x_BTD + self.mixer.step(h_BTD, state, seq)
-        return x_BTD if self.ffn_norm is None else x_BTD + self.ffn(self.ffn_norm(x_BTD), seq)[0]
+        x_BTD = x_BTD + self._after(self.mixer.step(h_BTD, state, seq), self.mixer_norm)
+        if self.ffn_norm is None:
+            return x_BTD
+        y_BTD, _ = self.ffn(self._before(x_BTD, self.ffn_norm), seq)
+        return x_BTD + self._after(y_BTD, self.ffn_norm)
+
+    def _before(self, x_BTD: Tensor, norm: nn.Module) -> Tensor:
+        return x_BTD if self.norms_outputs else norm(x_BTD)
+
+    def _after(self, y_BTD: Tensor, norm: nn.Module) -> Tensor:
+        return norm(y_BTD) if self.norms_outputs else y_BTD
 
     def _drop(self, x_BTD: Tensor) -> Tensor:
         return F.dropout(x_BTD, self.dropout, self.training) if self.dropout else x_BTD
