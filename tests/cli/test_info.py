@@ -87,6 +87,47 @@ def test_widths_that_follow_from_the_models_are_told(capsys: pytest.CaptureFixtu
     assert "latent 256" in shown
 
 
+def test_a_model_without_ffns_is_drawn_and_counted_as_its_mixers_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    whole, bare = facts(capsys, "small"), facts(capsys, "small", "--ffn", "none")
+    assert {block["ffn"]["kind"] for block in bare["blocks"].values()} == {"none"}
+    counted = dict(whole["parameters"]["by_component"])
+    ffns = counted.pop("dense")
+    counted["norms"] -= 12 * 1024
+    assert bare["parameters"]["by_component"] == counted
+    assert bare["parameters"]["total"] == whole["parameters"]["total"] - ffns - 12 * 1024
+    saved = [a - b for a, b in zip(*(x["training_flops_per_token"] for x in (whole, bare)), strict=True)]
+    assert saved == pytest.approx([6 * ffns] * len(saved))
+    assert bare["state_bytes"] == whole["state_bytes"]
+    shown = told(capsys, "small", "--ffn", "none")
+    assert re.search(r"^FFNs +(- ){12}", shown, re.MULTILINE)
+    mixed = facts(capsys, "small", "--ffn", "none", "--mla_ffn", "moe")["blocks"]
+    assert {name: block["ffn"]["kind"] for name, block in mixed.items()} == {"swa": "none", "mla": "moe"}
+
+
+def test_what_stands_around_every_mixer_is_told_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    plain, found = facts(capsys, "small"), facts(capsys, "small", "--conv", "4")
+    assert {block["conv"] for block in found["blocks"].values()} == {4}
+    assert found["parameters"]["by_component"]["convolution"] == 12 * 4 * 1024
+    assert found["state_bytes"] == [size + 12 * 3 * 1024 * 4 for size in plain["state_bytes"]]
+    assert "block: conv 4" in " ".join(told(capsys, "small", "--conv", "4").split())
+    assert "block: norm_place post" in " ".join(told(capsys, "small", "--norm_place", "post").split())
+    assert "block:" not in told(capsys, "small")
+
+
+def test_a_mixer_that_a_flag_brings_has_the_surroundings_of_the_recipes_blocks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "convolved.toml"
+    recipe.write_text(
+        "[model]\nwidth = 64\nvocab_size = 300\npattern = ['swa']\n"
+        "[model.blocks.swa]\nconv = 3\nffn = 'none'\nmixer = { kind = 'swa', n_heads = 2 }\n"
+        "[data]\nsource = 'stdlib'\n[train]\nsteps = 5\n"
+    )
+    blocks = facts(capsys, str(recipe), "--pattern", "swa gdn mha")["blocks"]
+    assert list(blocks) == ["swa", "gdn", "mha"]
+    assert {(block["conv"], block["ffn"]["kind"]) for block in blocks.values()} == {(3, "none")}
+
+
 def test_training_memory_follows_the_training_section(capsys: pytest.CaptureFixture[str]) -> None:
     def memory(*flags: str) -> dict[str, int]:
         return facts(capsys, "small", "--precision", "bf16", *flags)["training"]["bytes"]

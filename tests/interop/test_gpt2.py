@@ -224,6 +224,8 @@ IN_THE_WAY: list[tuple[dict[str, Any], str]] = [
     ({"ffn": replace(FFN, activation="swiglu")}, "blocks.a.ffn.activation = 'swiglu'"),
     ({"ffn": replace(FFN, bias=False)}, "blocks.a.ffn.bias = False"),
     ({"second": BlockConfig(mixer=replace(MIXER, n_heads=2), ffn=FFN)}, "blocks.b.mixer.n_heads = 2"),
+    ({"second": BlockConfig(mixer=MIXER, ffn=FFN, conv=4)}, "blocks.b.conv = 4"),
+    ({"second": BlockConfig(mixer=MIXER, ffn=FFN, norm_place="post")}, "blocks.b.norm_place = 'post'"),
     ({"second": BlockConfig(mixer=MIXER, ffn=replace(FFN, hidden=5))}, "blocks.b.ffn.hidden = 5"),
 ]
 

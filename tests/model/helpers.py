@@ -10,6 +10,7 @@ from swamla.model.ffns.dense import DenseConfig
 from swamla.model.ffns.ffn import FFN, Statistics
 from swamla.model.ffns.latent_moe import LatentMoEConfig
 from swamla.model.ffns.moe import MoEConfig
+from swamla.model.ffns.none import NoFFNConfig
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.model.mixers.latent import LatentConfig
@@ -50,6 +51,7 @@ FFNS: dict[str, FFNConfig] = {
     "dense": DenseConfig(hidden=24),
     "moe": MoEConfig(n_experts=8, n_activated=3, expert_hidden=16, shared_hidden=24),
     "latent_moe": LatentMoEConfig(n_experts=8, n_activated=3, ratio=4, expert_hidden=16, shared_hidden=24),
+    "none": NoFFNConfig(),
     "toy_ffn": TOYS["toy_ffn"](hidden=24),
     **plugged(FFNConfig),
 }

@@ -12,6 +12,7 @@ from swamla.model.block import BlockConfig, FFNConfig, MixerConfig
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.ffns.latent_moe import LatentMoEConfig
 from swamla.model.ffns.moe import MoEConfig
+from swamla.model.ffns.none import NoFFNConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.gdn import CHUNK, GDNConfig
 from swamla.model.mixers.latent import LatentConfig
@@ -49,6 +50,7 @@ FFNS: list[FFNConfig] = [
     DenseConfig(hidden=10, bias=True),
     DenseConfig(activation="gelu"),
     DenseConfig(activation="gelu", bias=True, hidden=17),
+    NoFFNConfig(),
     TOYS["toy_ffn"](),
     *ROUTED,
 ]

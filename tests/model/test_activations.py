@@ -1,6 +1,7 @@
 """The estimate of what a training step keeps, against what autograd is really given to keep."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from swamla.model.block import BlockConfig, Checkpointing, FFNConfig, MixerConfi
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.ffns.latent_moe import LatentMoEConfig
 from swamla.model.ffns.moe import MoEConfig
+from swamla.model.ffns.none import NoFFNConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.model.mixers.latent import LatentConfig
@@ -33,6 +35,7 @@ FFNS: dict[str, FFNConfig] = {
     "gelu": DenseConfig(activation="gelu"),
     "moe": MoEConfig(n_experts=8, n_activated=2),
     "latent_moe": LatentMoEConfig(n_experts=16, n_activated=4),
+    "none": NoFFNConfig(),
     "toy_ffn": TOYS["toy_ffn"](hidden=700),
 }
 
@@ -57,6 +60,19 @@ def kept_bytes(config: LanguageModelConfig, *, bf16: bool = False, checkpointing
         model.loss(tokens, tokens, Layout.one_document_per_row(1, TOKENS))
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     return sum(size for address, size in storages.items() if address not in weights)
+
+
+AROUND: dict[str, dict[str, Any]] = {"conv": {"conv": 4}, "post": {"norm_place": "post"}}
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_so_does_a_step_through_blocks_with_more_around_their_mixers(mixer: str, around: str, bf16: bool) -> None:
+    config = model_of(mixer, "dense")
+    config = replace(config, blocks={"a": replace(config.blocks["a"], **AROUND[around])})
+    estimate = activation_bytes(config, TOKENS, element_bytes=2 if bf16 else 4)
+    assert 0.9 * estimate <= kept_bytes(config, bf16=bf16) <= 1.4 * estimate
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])

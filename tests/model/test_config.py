@@ -13,6 +13,7 @@ from swamla.model.block import BlockConfig, MixerConfig
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.ffns.latent_moe import LatentMoEConfig
 from swamla.model.ffns.moe import MoEConfig
+from swamla.model.ffns.none import NoFFNConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.model.mixers.latent import LatentConfig
@@ -52,6 +53,7 @@ PLACES: dict[type, Callable[[Any], LanguageModelConfig]] = {
     DenseConfig: lambda ffn: with_block(BlockConfig(mixer=MHA, ffn=ffn)),
     MoEConfig: lambda ffn: with_block(BlockConfig(mixer=MHA, ffn=ffn)),
     LatentMoEConfig: lambda ffn: with_block(BlockConfig(mixer=MHA, ffn=ffn)),
+    NoFFNConfig: lambda ffn: with_block(BlockConfig(mixer=MHA, ffn=ffn)),
     BlockConfig: with_block,
     RMSNormConfig: with_norm,
     LayerNormConfig: with_norm,
@@ -141,7 +143,8 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
     (DenseConfig(), {"hidden": 64, "activation": "gelu", "bias": True}),
     (MoEConfig(n_experts=8), OF_EXPERTS),
     (LatentMoEConfig(n_experts=8, n_activated=3), {**OF_EXPERTS, "ratio": 2, "preserve_expert_dim": False}),
-    (BlockConfig(mixer=MHA), {"mixer": SWA, "ffn": DenseConfig(hidden=5)}),
+    (NoFFNConfig(), {}),
+    (BlockConfig(mixer=MHA), {"mixer": SWA, "ffn": DenseConfig(hidden=5), "conv": 3, "norm_place": "post"}),
     (RMSNormConfig(), {"eps": 1e-2}),
     (LayerNormConfig(), {"eps": 1e-2, "bias": False}),
     (DynamicTanhConfig(), {"alpha": 0.6}),
@@ -346,6 +349,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
         ),
         "blocks.a.ffn.ratio = 4: must divide expert_hidden = 30 unless `preserve_expert_dim`",
     ),
+    (lambda: BlockConfig(mixer=MHA, conv=-1), "conv = -1: must be >= 0, e.g. 4 (0: none)"),
     (lambda: RMSNormConfig(eps=0.0), "eps = 0.0: must be > 0"),
     (lambda: LayerNormConfig(eps=-1.0), "eps = -1.0: must be > 0"),
     (lambda: DynamicTanhConfig(alpha=0.0), "alpha = 0.0: must be > 0"),

@@ -12,6 +12,7 @@ from swamla.model.block import BlockConfig, FFNConfig
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.ffns.latent_moe import LatentMoEConfig
 from swamla.model.ffns.moe import MoEConfig
+from swamla.model.ffns.none import NoFFNConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.model.norm import DynamicTanhConfig, LayerNormConfig, RMSNormConfig
@@ -97,6 +98,7 @@ def swiglu(tokens: int, width: int, hidden: int) -> int:
             + product(7, 3, WIDTH // 4)
             + swiglu(7, WIDTH, 24),
         ),
+        (NoFFNConfig(), 0),
         (TOYS["toy_ffn"](hidden=10), product(7, WIDTH, 10) + product(7, 10, WIDTH)),
     ],
     ids=lambda value: getattr(value, "kind", ""),

@@ -112,27 +112,30 @@ def library(monkeypatch):
 
 def conv_forward(x, weight, bias, residual, activation, cu_seqlens=None, cu_seqlens_cpu=None):
     """The library's contract: contiguous rows, or one row and where its documents begin and end."""
-    assert (bias, residual, activation) == (None, None, "silu")
+    assert (bias, residual) == (None, None)
+    named = {"silu": "silu", None: "none"}[activation]
     assert x.is_contiguous()
     assert (cu_seqlens is None) == (cu_seqlens_cpu is None)
     if cu_seqlens is None:
-        return reference_short_conv(x, weight, None), None
+        return reference_short_conv(x, weight, None, activation=named), None
     assert x.shape[0] == 1
     bounds = cu_seqlens.tolist()
     assert bounds == cu_seqlens_cpu.tolist()
-    parts = [reference_short_conv(x[:, a:b], weight, None) for a, b in pairwise(bounds)]
+    parts = [reference_short_conv(x[:, a:b], weight, None, activation=named) for a, b in pairwise(bounds)]
     return torch.cat(parts, dim=1), None
 
 
 def conv_backward(x, dy, dht, weight, bias, residual, activation, cu_seqlens=None, cu_seqlens_cpu=None):
     """By hand: inside an op, autograd records nothing."""
-    assert (dht, bias, residual, activation) == (None, None, None, "silu")
+    assert (dht, bias, residual) == (None, None, None)
+    assert activation in ("silu", None)
     assert dy.is_contiguous()
     taps, dx, dw = weight.shape[1], torch.zeros_like(x, dtype=torch.float32), torch.zeros_like(weight.float())
     for row, part in sequences(x, cu_seqlens):
         piece, d, w = x[row, part].float(), dy[row, part].float(), weight.float()
         behind = [F.pad(piece, (0, 0, i, 0))[: len(piece)] for i in range(taps)]
-        d = torch.ops.aten.silu_backward(d, sum(behind[i] * w[:, taps - 1 - i] for i in range(taps)))
+        if activation == "silu":
+            d = torch.ops.aten.silu_backward(d, sum(behind[i] * w[:, taps - 1 - i] for i in range(taps)))
         for i in range(taps):
             dx[row, part] += F.pad(d, (0, 0, 0, i))[i:] * w[:, taps - 1 - i]
             dw[:, taps - 1 - i] += (d * behind[i]).sum(0)
@@ -404,19 +407,22 @@ def test_a_mixer_trains_by_it_as_by_the_reference(library):
 # --- its convolution
 
 
-def conv_results(x, weight, seq, backend):
-    y = short_conv(x, weight, seq=seq, backend=backend)
+def conv_results(x, weight, seq, backend, activation):
+    y = short_conv(x, weight, seq=seq, activation=activation, backend=backend)
     return [y, *torch.autograd.grad((y.float() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum(), (x, weight))]
 
 
 @pytest.mark.parametrize("taps", [1, 2, 4])
+@pytest.mark.parametrize("activation", ["silu", "none"])
 @each_packing
-def test_its_convolution_equals_the_reference_wherever_documents_lie(library, rows, taps):
+def test_its_convolution_equals_the_reference_wherever_documents_lie(library, rows, taps, activation):
     torch.manual_seed(0)
     wide = torch.randn(2, 70, 12).bfloat16().requires_grad_()
     weight = torch.randn(8, taps, requires_grad=True)
     seq = layout(rows)
-    found, expected = (conv_results(wide[..., :8], weight, seq, backend) for backend in ("fla", "reference"))
+    found, expected = (
+        conv_results(wide[..., :8], weight, seq, backend, activation) for backend in ("fla", "reference")
+    )
     real = (seq.document_BT >= 0)[..., None]
     assert_alike([found[0] * real, *found[1:]], [expected[0] * real, *expected[1:]])
 

@@ -1,6 +1,7 @@
 """The short convolution against torch's own and against documents computed one at a time."""
 
 import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 
 from swamla.errors import UsageError
 from swamla.ops.layout import Layout
-from swamla.ops.short_conv import short_conv
+from swamla.ops.short_conv import short_conv, short_conv_step
 
 MODULE = importlib.import_module("swamla.ops.short_conv.cpu")  # `swamla.ops.short_conv` is the function
 BACKENDS = ["reference", "torch"]
+both_activations = pytest.mark.parametrize("activation", ["silu", "none"])
 
 
 @pytest.fixture(autouse=True)
@@ -22,9 +24,10 @@ def _several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODULE, "THREADS_BLOCK", 40)
 
 
-def torch_conv(x_BTD: Tensor, weight_DW: Tensor, history_BWD: Tensor) -> Tensor:
+def torch_conv(x_BTD: Tensor, weight_DW: Tensor, history_BWD: Tensor, activation: str = "silu") -> Tensor:
     line_BDS = torch.cat([history_BWD, x_BTD], dim=1).mT
-    return F.silu(F.conv1d(line_BDS, weight_DW[:, None], groups=weight_DW.shape[0])).mT
+    y_BDT = F.conv1d(line_BDS, weight_DW[:, None], groups=weight_DW.shape[0])
+    return (F.silu(y_BDT) if activation == "silu" else y_BDT).mT
 
 
 def inputs(batch: int, time: int, dtype: torch.dtype = torch.float64, taps: int = 4) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,17 +47,19 @@ def assert_same_with_gradients(got: Tensor, expected: Tensor, leaves: tuple[Tens
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("time", "taps"), [(1, 4), (2, 4), (23, 4), (23, 2), (9, 1)])
-def test_equals_torch_conv1d_with_gradients(backend: str, time: int, taps: int) -> None:
+@both_activations
+def test_equals_torch_conv1d_with_gradients(backend: str, time: int, taps: int, activation: Any) -> None:
     x_BTD, weight_DW, history_BWD = leaves = inputs(3, time, taps=taps)
-    got = short_conv(x_BTD, weight_DW, history_BWD=history_BWD, backend=backend)
-    assert_same_with_gradients(got, torch_conv(x_BTD, weight_DW, history_BWD), leaves, 1e-12)
+    got = short_conv(x_BTD, weight_DW, history_BWD=history_BWD, activation=activation, backend=backend)
+    assert_same_with_gradients(got, torch_conv(x_BTD, weight_DW, history_BWD, activation), leaves, 1e-12)
 
 
 @pytest.mark.parametrize("piece", [4, 5, 512])
 @pytest.mark.parametrize("block", [1, 100, 1000])
 @pytest.mark.parametrize("taps", [1, 2, 4])
+@both_activations
 def test_what_onednn_computes_for_several_threads_equals_the_reference(
-    block: int, piece: int, taps: int, monkeypatch: pytest.MonkeyPatch
+    block: int, piece: int, taps: int, activation: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MODULE, "BLOCK", 0)  # nothing is too small
     monkeypatch.setattr(MODULE, "THREADS_BLOCK", block)
@@ -64,7 +69,7 @@ def test_what_onednn_computes_for_several_threads_equals_the_reference(
     leaves = x_BTD, weight_DW, history_BWD = inputs(2, 23, torch.float32, taps)
     seq = Layout.from_documents(document_BT)
     got, expected = (
-        short_conv(x_BTD, weight_DW, seq=seq, history_BWD=history_BWD, backend=backend)
+        short_conv(x_BTD, weight_DW, seq=seq, history_BWD=history_BWD, activation=activation, backend=backend)
         for backend in ("torch", "reference")
     )
     assert_same_with_gradients(got, expected, leaves, 1e-5)
@@ -87,16 +92,18 @@ def test_inputs_whose_channels_lie_apart_are_read_as_they_are(threads: int, monk
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_packed_documents_equal_each_computed_alone(backend: str) -> None:
+@both_activations
+def test_packed_documents_equal_each_computed_alone(backend: str, activation: Any) -> None:
     lengths = [[1, 1, 2, 3, 9, 4], [7, 5, 1, 4, 3]]
     document_BT = torch.tensor([[i for i, n in enumerate(row) for _ in range(n)] for row in lengths])
     x_BTD, weight_DW, history_BWD = leaves = inputs(2, 20)
-    got = short_conv(x_BTD, weight_DW, seq=Layout.from_documents(document_BT), history_BWD=history_BWD, backend=backend)
+    options: Any = {"history_BWD": history_BWD, "activation": activation, "backend": backend}
+    got = short_conv(x_BTD, weight_DW, seq=Layout.from_documents(document_BT), **options)
     rows = []
     for row, row_lengths in enumerate(lengths):
         pasts = [history_BWD[row : row + 1]] + [torch.zeros(1, 3, 8, dtype=torch.float64)] * (len(row_lengths) - 1)
         parts = zip(x_BTD[row : row + 1].split(row_lengths, dim=1), pasts, strict=True)
-        rows.append(torch.cat([torch_conv(part, weight_DW, past) for part, past in parts], dim=1))
+        rows.append(torch.cat([torch_conv(part, weight_DW, past, activation) for part, past in parts], dim=1))
     assert_same_with_gradients(got, torch.cat(rows), leaves, 1e-12)
 
 
@@ -129,6 +136,20 @@ def test_a_row_continued_from_its_history_equals_the_whole_row(backend: str, spl
     torch.testing.assert_close(second_BTD, whole_BTD[:, split:], atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("taps", [1, 2, 4])
+@both_activations
+def test_steps_of_any_lengths_keep_the_last_inputs_and_equal_the_whole_row(taps: int, activation: Any) -> None:
+    x_BTD, weight_DW, history_BWD = (tensor.detach() for tensor in inputs(2, 20, torch.float32, taps))
+    whole_BTD = torch_conv(x_BTD, weight_DW, history_BWD, activation)
+    line_BSD, begin = torch.cat([history_BWD, x_BTD], dim=1), 0
+    for length in (1, 3, 1, 1, 9, 5):
+        seq = Layout.continuing_uniform(begin, 2, length)
+        piece_BTD, begin = x_BTD[:, begin : begin + length], begin + length
+        got = short_conv_step(piece_BTD, weight_DW, history_BWD, seq, activation=activation)
+        torch.testing.assert_close(got, whole_BTD[:, begin - length : begin], atol=1e-6, rtol=1e-6)
+        assert torch.equal(history_BWD, line_BSD[:, begin : begin + taps - 1])
+
+
 def test_bf16_stays_close_to_fp32() -> None:
     x_BTD, weight_DW, _ = inputs(2, 30, torch.float32)
     low_BTD = x_BTD.detach().bfloat16().requires_grad_()
@@ -151,8 +172,10 @@ def test_takes_a_slice_of_a_wider_projection() -> None:
     assert torch.equal(whole, sliced)
 
 
-def test_an_unknown_backend_is_refused() -> None:
+def test_an_unknown_backend_or_activation_is_refused() -> None:
     x_BTD, weight_DW, _ = inputs(1, 4)
+    with pytest.raises(UsageError, match="activation = 'gelu': short_conv has 'silu', 'none'"):
+        short_conv(x_BTD, weight_DW, activation="gelu")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="'flash': short_conv has 'auto', 'reference', 'torch', 'fla'"):
         short_conv(x_BTD, weight_DW, backend="flash")
 
@@ -160,8 +183,9 @@ def test_an_unknown_backend_is_refused() -> None:
 @pytest.mark.parametrize("taps", [1, 2, 4])
 @pytest.mark.parametrize("packed", [False, True], ids=["whole rows", "packed rows"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@both_activations
 def test_what_a_graph_on_a_gpu_holds_equals_the_reference(
-    taps: int, packed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    taps: int, packed: bool, dtype: torch.dtype, activation: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.import_module("swamla.ops.short_conv"), "is_fused", lambda x: True)
     x_BTD, weight_DW, _ = inputs(2, 23, dtype, taps)
@@ -170,8 +194,8 @@ def test_what_a_graph_on_a_gpu_holds_equals_the_reference(
     torch._dynamo.reset()
     compiled = torch.compile(short_conv, backend="aot_eager", fullgraph=True)
     for compute in (short_conv, compiled):
-        expected = short_conv(x_BTD, weight_DW, seq=seq, backend="reference")
-        got = compute(x_BTD, weight_DW, seq=seq)
+        expected = short_conv(x_BTD, weight_DW, seq=seq, activation=activation, backend="reference")
+        got = compute(x_BTD, weight_DW, seq=seq, activation=activation)
         tolerance = 1e-12 if dtype == torch.float64 else 1e-5
         assert_same_with_gradients(got, expected, (x_BTD, weight_DW), tolerance)
 

@@ -88,6 +88,7 @@ def _model(model: LanguageModelConfig) -> dict[str, Any]:
         layers[name] = {
             "count": model.pattern.count(name),
             "mixer": {"kind": block.mixer.kind, **_settings(block.mixer)},
+            **_settings(block),
             "ffn": {"kind": block.ffn.kind, **_settings(block.ffn), **block.ffn.widths(model.width)},
         }
     return {

@@ -88,11 +88,12 @@ def _draw(console: Console, facts: dict[str, Any]) -> None:
             console.print(_cells([layer["ffn"]["kind"] for layer in layers], "ffn"))
     legend = Table.grid(padding=(0, 1), pad_edge=True)
     for block in blocks.values():
-        for part in ("mixer", "ffn"):
+        around = _told({name: value for name, value in block.items() if name not in ("count", *BLOCK_PARTS)})
+        for part in BLOCK_PARTS:
             kind = block[part]["kind"]
-            settings = ", ".join(
-                f"{k} {_plain(v)}" for k, v in block[part].items() if k != "kind" and v not in (0, False)
-            )
+            settings = _told({name: value for name, value in block[part].items() if name != "kind"})
+            if part == "mixer" and around:
+                settings += f"; block: {around}"
             legend.add_row(BLOCK_PARTS[part][kind].sign, kind, f"×{block['count']}", settings)
     console.print(legend, highlight=False)
 
@@ -103,6 +104,10 @@ def _cells(kinds: list[str], part: str) -> Text:
         config = BLOCK_PARTS[part][kind]
         row.append(config.sign, style=config.style).append(" ")
     return row
+
+
+def _told(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {_plain(value)}" for name, value in settings.items() if value not in (0, False))
 
 
 def _plain(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 A field of a config is a flag of its own name. A field that is a choice takes a kind (`--optimizer muon`), and the
 choice's own fields are flags prefixed by the kind (`--muon_momentum`); for mixers and FFNs such a flag changes every
-block of that kind (`--swa_window 128`).
+block of that kind (`--swa_window 128`). Other fields of a block are flags that change every block (`--conv 4`).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,11 +12,12 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from swamla.cli.flags import Apply, Flag, field_docs
-from swamla.cli.plain import BLOCK_PARTS, Plain, choice, mixer_kind
+from swamla.cli.plain import BLOCK_PARTS, BLOCK_SETTINGS, Plain, choice, mixer_kind
 from swamla.cli.reshape import SHAPE
 from swamla.config import choices_of, field_types, join, options_of
 from swamla.data.config import DataConfig
 from swamla.errors import UsageError
+from swamla.model.block import BlockConfig
 from swamla.model.compiling import Compile
 from swamla.model.language_model import LanguageModelConfig
 from swamla.recipes import is_recipe
@@ -113,6 +114,25 @@ def _section_flags(section: str, cls: type, *, with_model: bool = True) -> Itera
 
 
 def _block_flags() -> Iterator[Flag]:
+    yield Flag(
+        name="ffn",
+        field="model.blocks.*.ffn.kind",
+        annotation=Literal[tuple(BLOCK_PARTS["ffn"])],
+        help="the FFN of every layer, none for mixers alone; a kind other than the recipe's has its default settings",
+        group="model",
+        apply=_apply_ffn(),
+    )
+    docs, defaults = field_docs(BlockConfig), {f.name: f.default for f in fields(BlockConfig)}
+    for name, annotation in BLOCK_SETTINGS.items():
+        yield Flag(
+            name=name,
+            field=f"model.blocks.*.{name}",
+            annotation=annotation,
+            help=f"of every layer: {docs[name]}",
+            default=defaults[name],
+            group="model",
+            apply=_apply_to_blocks(name),
+        )
     for kind in BLOCK_PARTS["mixer"]:
         yield Flag(
             name=f"{kind}_ffn",
@@ -186,6 +206,14 @@ def _apply_in_choice(section: str, name: str, kind: str) -> Callable[[str], Appl
     return of_field
 
 
+def _apply_to_blocks(name: str) -> Apply:
+    def apply(plain: Plain, value: Any) -> None:
+        for block in plain["model"]["blocks"].values():
+            block[name] = value
+
+    return apply
+
+
 def _apply_in_blocks(part: str, kind: str) -> Callable[[str], Apply]:
     def of_field(field: str) -> Apply:
         def apply(plain: Plain, value: Any) -> None:
@@ -201,9 +229,11 @@ def _apply_in_blocks(part: str, kind: str) -> Callable[[str], Apply]:
     return of_field
 
 
-def _apply_ffn(mixer: str) -> Apply:
+def _apply_ffn(mixer: str = "") -> Apply:
+    """Set the FFN of the blocks with this mixer, by default of all."""
+
     def apply(plain: Plain, kind: Any) -> None:
-        users = [block for block in plain["model"]["blocks"].values() if mixer_kind(block) == mixer]
+        users = [block for block in plain["model"]["blocks"].values() if mixer_kind(block) == mixer or not mixer]
         if not users:
             raise UsageError(f"no block of the model has the mixer {mixer}")
         for block in users:

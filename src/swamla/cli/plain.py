@@ -6,9 +6,13 @@ from typing import Any
 
 from swamla.config import choices_of, field_types, kind_of
 from swamla.model.block import BlockConfig
+from swamla.registry import is_family
 
 Plain = dict[str, Any]
-BLOCK_PARTS = {part: choices_of(annotation) for part, annotation in field_types(BlockConfig).items()}
+BLOCK_PARTS = {
+    part: choices_of(annotation) for part, annotation in field_types(BlockConfig).items() if is_family(annotation)
+}
+BLOCK_SETTINGS = {name: annotation for name, annotation in field_types(BlockConfig).items() if name not in BLOCK_PARTS}
 
 DEFAULT_KINDS = {
     f.name: kind_of(type(f.default_factory())) for f in fields(BlockConfig) if f.default_factory is not MISSING

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from swamla.cli.flags import Flag
-from swamla.cli.plain import BLOCK_PARTS, Plain, choice, is_local, mixer_kind
+from swamla.cli.plain import BLOCK_PARTS, BLOCK_SETTINGS, Plain, choice, is_local, mixer_kind
 from swamla.config import did_you_mean, field_types
 from swamla.errors import UsageError
 
@@ -111,8 +111,9 @@ def _provide(name: str, blocks: Plain, spare: Plain, flag: str, like: str = "") 
         raise UsageError(f"{flag}: no block or mixer is called {name!r}; there are: {known}")
     model_block = blocks[like] if like else next(iter(blocks.values()))
     ffn = {"ffn": dict(choice(model_block, "ffn"))} if "ffn" in model_block else {}
+    around = {name: model_block[name] for name in BLOCK_SETTINGS if name in model_block}
     neighbour = choice(model_block, "mixer")
     fitting, taken = field_types(kinds[name]), {"n_heads": 4} | neighbour
     alike = {field: taken[field] for field in ("n_heads", "bias") if field in taken and field in fitting}
     mixer: Plain = {"kind": name} | alike
-    blocks[name] = {"mixer": mixer, **ffn}
+    blocks[name] = {"mixer": mixer, **ffn, **around}

@@ -200,7 +200,7 @@ def say_notes(resolved: Resolved) -> None:
 
 def _sees_order(config: RunConfig) -> bool:
     """False for a model of order-blind attention alone, without learned positions."""
-    return config.model.learned_positions > 0 or any(block.mixer.sees_order for block in config.model.blocks.values())
+    return config.model.learned_positions > 0 or any(block.sees_order for block in config.model.blocks.values())
 
 
 def with_vocabulary(model: LanguageModelConfig, data: DataConfig, otherwise: int = 0) -> LanguageModelConfig:

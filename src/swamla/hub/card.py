@@ -45,7 +45,8 @@ def model_card(run_dir: Path, state: dict[str, Any], repo_id: str) -> str:
     plain = read_run_config(run_dir)
     model = from_plain(LanguageModelConfig, plain["model"], path="model", origin=str(run_dir / "config.json"))
     counted = count_parameters(model)
-    kinds = sorted({part.kind for block in model.blocks.values() for part in (block.mixer, block.ffn)})
+    kinds = {block.mixer.kind for block in model.blocks.values()}
+    kinds |= {block.ffn.kind for block in model.blocks.values() if not block.ffn.is_absent}
     rows = {
         "parameters": f"{counted.total:,}",
         "active per token": f"{counted.active:,}",
@@ -60,7 +61,7 @@ def model_card(run_dir: Path, state: dict[str, Any], repo_id: str) -> str:
     if state["best_loss"] is not None:
         rows["held-out loss"] = f"{state['best_loss']:.4f} nats per token, after step {state['best_step']:,}"
     return _CARD.format(
-        tags=", ".join(["swamla", "hybrid-attention", *kinds]),
+        tags=", ".join(["swamla", "hybrid-attention", *sorted(kinds)]),
         name=repo_id.partition("/")[2],
         repo_id=repo_id,
         depth=model.depth,

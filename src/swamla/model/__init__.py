@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from swamla.model.ffns.latent_moe import LatentMoEConfig as LatentMoEConfig
     from swamla.model.ffns.moe import MoE as MoE
     from swamla.model.ffns.moe import MoEConfig as MoEConfig
+    from swamla.model.ffns.none import NoFFNConfig as NoFFNConfig
     from swamla.model.language_model import LanguageModel as LanguageModel
     from swamla.model.language_model import LanguageModelConfig as LanguageModelConfig
     from swamla.model.mixers.gdn import GDN as GDN

@@ -40,7 +40,8 @@ def count_parameters(config: LanguageModelConfig) -> ParameterCount:
     for block in config.layers:
         counts[block.mixer.kind] += block.mixer.n_parameters(width)
         counts.update(block.ffn.components(width))
-        counts["norms"] += 2 * config.norm.n_parameters(width)
+        counts["convolution"] += block.conv_parameters(width)
+        counts["norms"] += block.n_norms * config.norm.n_parameters(width)
         inactive += block.ffn.n_parameters(width) - block.ffn.n_active_parameters(width)
     counts["norms"] += config.norm.n_parameters(width)
     if not config.tied_head:
@@ -58,10 +59,7 @@ def forward_flops(config: LanguageModelConfig, length: int) -> int:
     Counts multiplications and additions of matrix products: attention by the query-key pairs that its mask allows, the
     delta rule by its chunked form. Norms, activations and softmax are not counted.
     """
-    layers = sum(
-        block.mixer.forward_flops(config.width, length) + block.ffn.forward_flops(config.width, length)
-        for block in config.layers
-    )
+    layers = sum(block.forward_flops(config.width, length) for block in config.layers)
     return layers + 2 * config.width * config.vocab_size * length
 
 
@@ -101,7 +99,7 @@ def state_bytes(config: LanguageModelConfig, length: int, *, batch: int = 1, ele
     Equal to `LanguageModel.init_state(batch, length).nbytes`. The delta rule's state matrices are at least fp32.
     """
     last_ids = max(0, len(config.ngram_buckets) - 1) * ID_BYTES
-    return batch * (last_ids + sum(b.mixer.state_bytes(config.width, length, element_bytes) for b in config.layers))
+    return batch * (last_ids + sum(b.state_bytes(config.width, length, element_bytes) for b in config.layers))
 
 
 def all_mha_state_bytes(config: LanguageModelConfig, length: int, *, batch: int = 1, element_bytes: int = 4) -> int:
@@ -151,10 +149,14 @@ def activation_bytes(
             mixer, ffn = saved_by_block[name]
             mixer += block.mixer.kept_weights(config.width, length or tokens, bf16=element_bytes == 2)
             saved_by_block[name] = mixer, ffn
-    is_recomputed = (checkpointing in ("attention", "all"), checkpointing in ("ffn", "all"))  # mixer, FFN
+    recomputes = (checkpointing in ("attention", "all"), checkpointing in ("ffn", "all"))  # mixer, FFN
     saved = largest = 0.0
     for name in config.pattern:
-        halves = [elements * element_bytes + residual for elements in saved_by_block[name]]
+        n_halves = config.blocks[name].n_norms  # without an FFN the mixer alone
+        is_recomputed = recomputes[:n_halves]
+        # A norm saves its input: the residual stream, or an output that is counted with its matrix.
+        before_norm = residual if config.blocks[name].norm_place == "pre" else 0
+        halves = [elements * element_bytes + before_norm for elements in saved_by_block[name][:n_halves]]
         recomputed = sum(half for half, yes in zip(halves, is_recomputed, strict=True) if yes)
         saved += sum(halves) - recomputed + residual * any(is_recomputed)
         largest = max(largest, recomputed)
@@ -163,7 +165,7 @@ def activation_bytes(
 
 
 def _saved_elements(block: BlockConfig, width: int) -> tuple[float, float]:
-    """Elements per token that the matrices of the mixer and of the FFN read and write."""
+    """Elements per token that the matrices of the mixer and of the FFN, and the convolution, read and write."""
     import torch
 
     from swamla.model.ffns.experts import Experts
@@ -176,7 +178,7 @@ def _saved_elements(block: BlockConfig, width: int) -> tuple[float, float]:
         unused = block.ffn.n_parameters(width) - block.ffn.n_active_parameters(width)
         used = stacked[0].shape[0] * (1 - unused / sum(p.numel() for p in stacked))
     return (
-        sum(sum(p.shape) for p in mixer.parameters() if p.ndim == 2),
+        sum(sum(p.shape) for p in mixer.parameters() if p.ndim == 2) + (width if block.conv else 0),
         sum(sum(p.shape) for p in ffn.parameters() if p.ndim == 2) + used * sum(sum(p.shape[1:]) for p in stacked),
     )
 

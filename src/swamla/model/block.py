@@ -1,4 +1,4 @@
-"""One layer: a sequence mixer, then an FFN, each preceded by a norm and added to the residual stream."""
+"""One layer: a sequence mixer, then perhaps an FFN, each with a norm and added to the residual stream."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -9,32 +9,83 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from swamla.errors import UsageError
+from swamla.errors import UsageError, require
+from swamla.model.convolution import Convolution
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.ffns.ffn import FFN, FFNConfig, Statistics
 from swamla.model.mixers.mixer import Mixer, MixerConfig, State
 from swamla.model.norm import NormConfig
 from swamla.ops.autocast import product_dtype
 from swamla.ops.layout import Layout
+from swamla.ops.short_conv import prepare_conv, resolve_backend
 
 Checkpointing = Literal["none", "attention", "ffn", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """The mixer and the FFN of one layer."""
+    """The mixer and the FFN of one layer.
+
+    mixer: moves information along time.
+    ffn: works on every token by itself; none leaves it out.
+    conv: width of a causal depthwise convolution before the mixer, x_t + Σ_i w_i ⊙ x_{t−i} on its normed input (a Canon
+        layer, arXiv 2512.17351); 0 for none.
+    norm_place: pre, x + f(norm(x)), or post, x + norm(f(x)), as in OLMo 2 (arXiv 2501.00656); f is mixer or FFN.
+    """
 
     mixer: MixerConfig
     ffn: FFNConfig = field(default_factory=DenseConfig)
+    conv: int = 0
+    norm_place: Literal["pre", "post"] = "pre"
+
+    def __post_init__(self) -> None:
+        require(self.conv >= 0, "conv", self.conv, "must be >= 0, e.g. 4 (0: none)")
 
     def build(self, width: int, norm: NormConfig, dropout: float) -> "Block":
         """The module."""
         return Block(self, width, norm, dropout)
 
     @property
+    def n_norms(self) -> int:
+        """Norms of the block: the mixer's, and the FFN's unless there is no FFN."""
+        return 1 if self.ffn.is_absent else 2
+
+    @property
+    def sees_order(self) -> bool:
+        """Whether the output depends on the order of earlier tokens without positions in the embeddings."""
+        return self.mixer.sees_order or self.conv > 1
+
+    def conv_parameters(self, width: int) -> int:
+        """Parameters of the convolution before the mixer."""
+        return self.conv * width
+
+    def forward_flops(self, width: int, length: int) -> int:
+        """Floating-point operations of mixer, FFN and convolution over one document of `length` tokens."""
+        halves = self.mixer.forward_flops(width, length) + self.ffn.forward_flops(width, length)
+        return halves + 2 * self.conv_parameters(width) * length
+
+    def state_bytes(self, width: int, length: int, element_bytes: int) -> int:
+        """Bytes of the state of one sequence: the mixer's, and the last conv − 1 inputs of the convolution."""
+        return self.mixer.state_bytes(width, length, element_bytes) + max(0, self.conv - 1) * width * element_bytes
+
+    def conv_backends(self, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+        """Op → backend of the convolution; empty without one, and on a CPU, where there is one path."""
+        if not self.conv or device.type == "cpu":
+            return {}
+        return {"convolution": resolve_backend("auto", device, taps=self.conv, dtype=dtype, activation="none")}
+
+    def prepare(self, seq: Layout, width: int) -> None:
+        """Build masks and tables eagerly, so that the compiled forward has no graph break."""
+        if self.conv:
+            prepare_conv(seq, "auto", taps=self.conv, activation="none")
+        self.mixer.prepare(seq, width)
+
+    @property
     def vectors(self) -> tuple[str, ...]:
-        """Names of the parameters that the mixer or the FFN lists in `vectors`, e.g. "ffn.router.weight"."""
-        return (*(f"mixer.{name}" for name in self.mixer.vectors), *(f"ffn.{name}" for name in self.ffn.vectors))
+        """Names of the parameters that are sets of vectors: the filters of `conv`, what mixer and FFN list as such."""
+        filters = ("conv.weight",) if self.conv else ()
+        mixer, ffn = (f"mixer.{name}" for name in self.mixer.vectors), (f"ffn.{name}" for name in self.ffn.vectors)
+        return (*filters, *mixer, *ffn)
 
 
 class BlockFunctions(NamedTuple):
@@ -46,8 +97,22 @@ class BlockFunctions(NamedTuple):
     evaluated: Callable[[Tensor, Layout], tuple[Tensor, Statistics]]
 
 
+@dataclass
+class BlockState(State):
+    """The mixer's state, and the last inputs of the convolution before it, (B, conv − 1, D)."""
+
+    mixer: State
+    conv_BWD: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """The live tensors."""
+        return [*self.mixer.tensors(), self.conv_BWD]
+
+
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + ffn(norm(x)).
+    """x + mixer(conv(norm(x))), then x + ffn(norm(x)); without convolution conv(x) = x, without FFN the mixer alone.
+
+    With norm_place = "post" x + norm(mixer(conv(x))), then x + norm(ffn(x)).
 
     checkpointing: what the backward pass recomputes from its saved input: "attention" the mixer, "ffn" the FFN, "all"
     the whole block, which then saves a single tensor.
@@ -55,11 +120,12 @@ class Block(nn.Module):
 
     def __init__(self, config: BlockConfig, width: int, norm: NormConfig, dropout: float) -> None:
         super().__init__()
-        self.dropout = dropout
+        self.dropout, self.norms_outputs = dropout, config.norm_place == "post"
         self.checkpointing: Checkpointing = "none"
         self.mixer_norm = norm.build(width)
+        self.conv = Convolution(width, config.conv) if config.conv else None
         self.mixer: Mixer = config.mixer.build(width)
-        self.ffn_norm = norm.build(width)
+        self.ffn_norm = None if config.ffn.is_absent else norm.build(width)
         self.ffn: FFN = config.ffn.build(width)
         self.rounds = config.mixer.only_projects, config.ffn.only_projects
         _require_outputs(config.mixer, self.mixer)
@@ -101,20 +167,45 @@ class Block(nn.Module):
         return self.feed(self.mix(x_BTD, seq), seq)
 
     def mix(self, x_BTD: Tensor, seq: Layout) -> Tensor:
-        """x + mixer(norm(x))."""
+        """x + mixer(conv(norm(x))), or x + norm(mixer(conv(x)))."""
         rounds, _ = self.rounds
-        return x_BTD + self._drop(self.mixer(_rounded(self.mixer_norm(x_BTD), rounds), seq))
+        h_BTD = _rounded(self._before(x_BTD, self.mixer_norm), rounds)
+        if self.conv is not None:
+            h_BTD = self.conv(h_BTD, seq)
+        return x_BTD + self._drop(self._after(self.mixer(h_BTD, seq), self.mixer_norm))
 
     def feed(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
-        """x + ffn(norm(x)), and the FFN's statistics."""
+        """x + ffn(norm(x)) or x + norm(ffn(x)), and the FFN's statistics; x where there is no FFN."""
+        if self.ffn_norm is None:
+            return x_BTD, {}
         _, rounds = self.rounds
-        y_BTD, statistics = self.ffn(_rounded(self.ffn_norm(x_BTD), rounds), seq)
-        return x_BTD + self._drop(y_BTD), statistics
+        y_BTD, statistics = self.ffn(_rounded(self._before(x_BTD, self.ffn_norm), rounds), seq)
+        return x_BTD + self._drop(self._after(y_BTD, self.ffn_norm)), statistics
+
+    def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> State:
+        """The empty state of `batch` sequences that may grow to `max_len` tokens: the mixer's if there is no `conv`."""
+        state: State = self.mixer.init_state(batch, max_len, dtype=dtype, device=device)
+        if self.conv is None:
+            return state
+        return BlockState(state, self.conv.init_history(batch, dtype=dtype, device=device))
 
     def step(self, x_BTD: Tensor, state: State, seq: Layout) -> Tensor:
         """New tokens (B, T, D) after those in `state`, which is updated; without dropout."""
-        x_BTD = x_BTD + self.mixer.step(self.mixer_norm(x_BTD), state, seq)
-        return x_BTD + self.ffn(self.ffn_norm(x_BTD), seq)[0]
+        h_BTD = self._before(x_BTD, self.mixer_norm)
+        if self.conv is not None:
+            assert isinstance(state, BlockState)
+            h_BTD, state = self.conv.step(h_BTD, state.conv_BWD, seq), state.mixer
+        x_BTD = x_BTD + self._after(self.mixer.step(h_BTD, state, seq), self.mixer_norm)
+        if self.ffn_norm is None:
+            return x_BTD
+        y_BTD, _ = self.ffn(self._before(x_BTD, self.ffn_norm), seq)
+        return x_BTD + self._after(y_BTD, self.ffn_norm)
+
+    def _before(self, x_BTD: Tensor, norm: nn.Module) -> Tensor:
+        return x_BTD if self.norms_outputs else norm(x_BTD)
+
+    def _after(self, y_BTD: Tensor, norm: nn.Module) -> Tensor:
+        return norm(y_BTD) if self.norms_outputs else y_BTD
 
     def _drop(self, x_BTD: Tensor) -> Tensor:
         return F.dropout(x_BTD, self.dropout, self.training) if self.dropout else x_BTD

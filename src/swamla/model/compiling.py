@@ -49,7 +49,7 @@ def compile_blocks(model: OfBlocks, mode: Compile, device: torch.device) -> str:
     torch._functorch.config.backward_pass_autocast = "off"
     options = {**torch._inductor.list_mode_options(mode), "fallback_random": True, "cpp.simdlen": vector_bits()}
     for config, block in zip(model.config.layers, model.blocks, strict=True):
-        prepare = partial(config.mixer.prepare, width=model.config.width)
+        prepare = partial(config.prepare, width=model.config.width)
         whole = _prepared(torch.compile(block.whole, dynamic=False, options=options), prepare)
         block.functions = BlockFunctions(
             whole=whole,

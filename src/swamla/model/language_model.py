@@ -329,7 +329,7 @@ class LanguageModel(Decodable[ModelState]):
                 f"{max_len} tokens are more than the model's {self.config.learned_positions} learned positions"
             )
         dtype, device = dtype or self.embedding.weight.dtype, device or self.device
-        layers = [block.mixer.init_state(batch, max_len, dtype=dtype, device=device) for block in self.blocks]
+        layers = [block.init_state(batch, max_len, dtype=dtype, device=device) for block in self.blocks]
         ngrams = self.ngrams.init_state(batch, device) if self.ngrams else None
         return ModelState(layers, torch.zeros(batch, dtype=torch.int64, device=device), max_len, ngrams=ngrams)
 

@@ -14,7 +14,7 @@ from swamla.ops.grouped_mm import grouped_mm
 from swamla.ops.l2_normalize import l2_normalize
 from swamla.ops.layout import Layout
 from swamla.ops.rms_norm import rms_norm
-from swamla.ops.short_conv import short_conv
+from swamla.ops.short_conv import short_conv, short_conv_step
 
 __all__ = [
     "Layout",
@@ -28,5 +28,6 @@ __all__ = [
     "resolve_backend",
     "rms_norm",
     "short_conv",
+    "short_conv_step",
     "windowed_attention",
 ]

@@ -30,6 +30,7 @@ def resolve_backends(model: LanguageModelConfig, device: torch.device, precision
     for name, block in model.blocks.items():
         asked = {
             "mixer": partial(block.mixer.backends, device, model.width, dtype),
+            "conv": partial(block.conv_backends, device, dtype),
             "ffn": partial(block.ffn.backends, device, model.width, dtype),
         }
         for half, ask in asked.items():

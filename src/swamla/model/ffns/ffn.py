@@ -30,6 +30,7 @@ class FFNConfig(Registered, home="swamla.model.ffns"):
         router's, one per expert. Muon leaves them to AdamW, and their layer is not converted to fp8.
     only_projects: whether the module does nothing with its input but multiply it by matrices. Autocast rounds it for
         these products, so the block may round it before.
+    is_absent: whether there is no FFN: the block then neither calls the module nor has a norm for it.
     BACKENDS: what the field `backend` may be, "auto" included; empty for an FFN without that field.
     """
 
@@ -38,6 +39,7 @@ class FFNConfig(Registered, home="swamla.model.ffns"):
     outputs: ClassVar[tuple[str, ...]] = ("down_proj.weight",)
     vectors: ClassVar[tuple[str, ...]] = ()
     only_projects: ClassVar[bool] = False
+    is_absent: ClassVar[bool] = False
     BACKENDS: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import Layout
-from swamla.ops.short_conv.reference import visible_inputs
+from swamla.ops.short_conv.reference import Activation, visible_inputs
 
 # Elements of a block on a CPU. With one thread a block fits the cache. Several threads would synchronise at every pass
 # over such a block, so they give larger blocks to oneDNN, as images of PIECE tokens each (on one long image oneDNN is
@@ -19,7 +19,9 @@ PIECE = 512
 
 
 @outside_graphs
-def convolve_line(x_BTD: Tensor, weight_DW: Tensor, seq: Layout | None, history_BWD: Tensor | None) -> Tensor:
+def convolve_line(
+    x_BTD: Tensor, weight_DW: Tensor, seq: Layout | None, history_BWD: Tensor | None, activation: Activation
+) -> Tensor:
     """`short_conv` of the batch as one sequence of B*T rows; tokens at document edges are then computed separately."""
     batch, time, width = x_BTD.shape
     taps = weight_DW.shape[-1]
@@ -29,7 +31,7 @@ def convolve_line(x_BTD: Tensor, weight_DW: Tensor, seq: Layout | None, history_
         edges = _edges(Layout.one_document_per_row(batch, time), taps, x_BTD.device)
     else:
         edges = seq.table(("short_conv", taps), lambda: _edges(seq, taps, x_BTD.device))
-    return _ShortConv.apply(x_BTD, weight_DW, history_BWD, edges)
+    return _ShortConv.apply(x_BTD, weight_DW, history_BWD, edges, activation == "silu")
 
 
 class _Edges(NamedTuple):
@@ -80,9 +82,9 @@ def _edges_of(age_BT: Tensor, taps: int) -> _Edges:
 
 class _ShortConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BTD: Tensor, weight_DW: Tensor, history_BWD: Tensor, edges: _Edges) -> Tensor:
+    def forward(ctx: Any, x_BTD: Tensor, weight_DW: Tensor, history_BWD: Tensor, edges: _Edges, silu: bool) -> Tensor:
         ctx.save_for_backward(x_BTD, weight_DW, history_BWD)
-        ctx.edges = edges
+        ctx.edges, ctx.silu = edges, silu
         x_ND, weight_WD = x_BTD.flatten(0, 1), _taps_first(weight_DW, x_BTD)
         y_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
         for start, stop in _blocks(x_ND, len(weight_WD)):
@@ -90,9 +92,10 @@ class _ShortConv(torch.autograd.Function):
                 y_CD = _rows(_convolve_images(_images(x_ND, start, stop, weight_WD), weight_WD))[: stop - start]
             else:
                 y_CD = _convolve(_with_past(x_ND, start, stop, weight_WD), weight_WD)
-            y_ND[start:stop] = F.silu(y_CD)
+            y_ND[start:stop] = F.silu(y_CD) if silu else y_CD
         window_MWD = _edge_windows(x_ND, history_BWD, weight_WD, edges)
-        y_ND[edges.token_M] = F.silu((window_MWD * weight_WD).sum(1)).to(y_ND.dtype)
+        y_MD = (window_MWD * weight_WD).sum(1)
+        y_ND[edges.token_M] = (F.silu(y_MD) if silu else y_MD).to(y_ND.dtype)
         return y_ND.view(x_BTD.shape)
 
     @staticmethod
@@ -100,6 +103,7 @@ class _ShortConv(torch.autograd.Function):
     def backward(ctx: Any, dy_BTD: Tensor) -> tuple[Tensor | None, ...]:
         x_BTD, weight_DW, history_BWD = ctx.saved_tensors
         edges: _Edges = ctx.edges
+        silu: bool = ctx.silu
         x_ND, dy_ND, weight_WD = x_BTD.flatten(0, 1), dy_BTD.flatten(0, 1), _taps_first(weight_DW, x_BTD)
         dx_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
         taps = weight_WD.shape[0]
@@ -110,25 +114,27 @@ class _ShortConv(torch.autograd.Function):
             if _suits_onednn(x_ND[start:stop], weight_WD):
                 line = _images(x_ND, start, stop, weight_WD)
                 after_WD, d_taps_WD = _backward_of_images(
-                    dy_ND[start:stop], edge_M, line, weight_WD, after_WD, dx_ND[start:stop]
+                    dy_ND[start:stop], edge_M, line, weight_WD, after_WD, dx_ND[start:stop], silu=silu
                 )
             else:
                 line = _with_past(x_ND, start, stop, weight_WD)
-                d_past_SD, d_taps_WD = _backward(dy_ND[start:stop], edge_M, line, weight_WD)
+                d_past_SD, d_taps_WD = _backward(dy_ND[start:stop], edge_M, line, weight_WD, silu=silu)
                 d_past_SD[stop - start :].add_(after_WD)
                 dx_ND[start:stop] = d_past_SD[taps - 1 :]
                 after_WD = d_past_SD[: taps - 1]
             d_weight_WD += d_taps_WD
 
         window_MWD = _edge_windows(x_ND, history_BWD, weight_WD, edges)
-        d_edge_MD = _silu_backward(dy_ND[edges.token_M], (window_MWD * weight_WD).sum(1))
+        d_edge_MD = dy_ND[edges.token_M].to(weight_WD.dtype)
+        if silu:
+            d_edge_MD = _silu_backward(d_edge_MD, (window_MWD * weight_WD).sum(1))
         d_weight_WD += (d_edge_MD[:, None] * window_MWD).sum(0)
         d_slot_SD = (d_edge_MD[:, None] * weight_WD).flatten(0, 1)
         dx_ND.index_add_(0, edges.input_row_I, d_slot_SD[edges.input_slot_I].to(dx_ND.dtype))
         d_history_BWD = torch.zeros_like(history_BWD, memory_format=torch.contiguous_format)
         d_past_SD = d_slot_SD[edges.history_slot_J].to(d_history_BWD.dtype)
         d_history_BWD.flatten(0, 1).index_add_(0, edges.history_row_J, d_past_SD)
-        return dx_ND.view(x_BTD.shape), d_weight_WD.T.to(weight_DW.dtype), d_history_BWD, None
+        return dx_ND.view(x_BTD.shape), d_weight_WD.T.to(weight_DW.dtype), d_history_BWD, None, None
 
 
 def _taps_first(weight_DW: Tensor, x: Tensor) -> Tensor:
@@ -158,17 +164,26 @@ def _convolve(line_SD: Tensor, weight_WD: Tensor) -> Tensor:
     return y_CD
 
 
-def _backward(dy_CD: Tensor, edge_M: Tensor, line_SD: Tensor, weight_WD: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of line (S, D) and weight (W, D), given those of silu(_convolve(line, weight)), without edge tokens."""
+def _backward(
+    dy_CD: Tensor, edge_M: Tensor, line_SD: Tensor, weight_WD: Tensor, *, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of line (S, D) and weight (W, D), given those of f(_convolve(line, weight)), without edge tokens."""
     taps, length = weight_WD.shape[0], dy_CD.shape[0]
-    # index_fill, because 0 · NaN would carry a neighbouring document's NaN.
-    d_CD = _silu_backward(dy_CD, _convolve(line_SD, weight_WD)).index_fill_(0, edge_M, 0)
+    d_CD = _silu_backward(dy_CD, _convolve(line_SD, weight_WD)) if silu else dy_CD.to(weight_WD.dtype, copy=True)
+    d_CD.index_fill_(0, edge_M, 0)  # 0 · NaN would carry a neighbouring document's NaN
     d_weight_WD = torch.stack([(d_CD * line_SD[tap : tap + length]).sum(0) for tap in range(taps)])
     return _convolve(F.pad(d_CD, (0, 0, taps - 1, taps - 1)), weight_WD.flip(0)), d_weight_WD
 
 
 def _backward_of_images(
-    dy_CD: Tensor, edge_M: Tensor, line_PD1S: Tensor, weight_WD: Tensor, after_WD: Tensor, dx_CD: Tensor
+    dy_CD: Tensor,
+    edge_M: Tensor,
+    line_PD1S: Tensor,
+    weight_WD: Tensor,
+    after_WD: Tensor,
+    dx_CD: Tensor,
+    *,
+    silu: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `_backward`, for the line as images: writes the gradient of the block's own rows into `dx_CD`.
 
@@ -176,13 +191,14 @@ def _backward_of_images(
     block, and of the weight.
     """
     reach, (length, width) = weight_WD.shape[0] - 1, dy_CD.shape
-    y_PD1C = _convolve_images(line_PD1S, weight_WD)
-    pieces, _, _, piece = y_PD1C.shape
+    pieces, piece = line_PD1S.shape[0], line_PD1S.shape[-1] - reach
     d_CD = line_PD1S.new_empty(pieces * piece, width)
     d_CD[:length].copy_(dy_CD)
     d_CD[length:].zero_()
     d_PD1C = d_CD.view(pieces, 1, piece, width).permute(0, 3, 1, 2)
-    torch.ops.aten.silu_backward.grad_input(d_PD1C, y_PD1C, grad_input=d_PD1C)
+    if silu:
+        y_PD1C = _convolve_images(line_PD1S, weight_WD)
+        torch.ops.aten.silu_backward.grad_input(d_PD1C, y_PD1C, grad_input=d_PD1C)
     d_CD.index_fill_(0, edge_M, 0)
     d_line_PD1S, d_weight_D11W, _ = torch.ops.aten.convolution_backward(
         d_PD1C, line_PD1S, _kernels(weight_WD), None, [1, 1], [0, 0], [1, 1], False, [0, 0], width, [True, True, False]

@@ -17,15 +17,15 @@ from torch import Tensor
 from swamla.ops import fla, libraries
 from swamla.ops.graphs import in_dtype_of
 from swamla.ops.layout import Layout
-from swamla.ops.short_conv.reference import reference_short_conv
+from swamla.ops.short_conv.reference import Activation, reference_short_conv
 
 WIDTH = 256  # channels of the probe: Triton's tuning does not depend on how many there are
 
 
-def fused_short_conv(x_BTD: Tensor, weight_DW: Tensor, seq: Layout | None) -> Tensor:
+def fused_short_conv(x_BTD: Tensor, weight_DW: Tensor, seq: Layout | None, activation: Activation) -> Tensor:
     """`short_conv` without history: (B, T, D)."""
     position_BT = None if seq is None else seq.position_BT
-    return _FusedShortConv.apply(x_BTD, weight_DW, _ages(x_BTD, position_BT))
+    return _FusedShortConv.apply(x_BTD, weight_DW, _ages(x_BTD, position_BT), activation == "silu")
 
 
 def _ages(x_BTD: Tensor, position_BT: Tensor | None) -> Tensor:
@@ -57,75 +57,94 @@ def _shifted(age_BT: Tensor, shift: int) -> Tensor:
 
 class _FusedShortConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BTD: Tensor, weight_DW: Tensor, age_BT: Tensor) -> Tensor:
+    def forward(ctx: Any, x_BTD: Tensor, weight_DW: Tensor, age_BT: Tensor, silu: bool) -> Tensor:
         ctx.save_for_backward(x_BTD, weight_DW, age_BT)
+        ctx.silu = silu
         wide_DW = weight_DW.to(torch.promote_types(x_BTD.dtype, torch.float32))
-        return in_dtype_of(x_BTD, F.silu(_summed(x_BTD, wide_DW, age_BT, back=False)))
+        y_BTD = _summed(x_BTD, wide_DW, age_BT, back=False)
+        return in_dtype_of(x_BTD, F.silu(y_BTD) if silu else y_BTD)
 
     @staticmethod
     def backward(ctx: Any, dy_BTD: Tensor) -> tuple[Tensor | None, ...]:
-        """d = dy · silu'(y) in x's dtype, dx its convolution backwards, dw its products."""
+        """d = dy · f'(y) in x's dtype, dx its convolution backwards, dw its products."""
         x_BTD, weight_DW, age_BT = ctx.saved_tensors
         wide_DW = weight_DW.to(torch.promote_types(x_BTD.dtype, torch.float32))
-        y_BTD = _summed(x_BTD, wide_DW, age_BT, back=False)
-        gate_BTD = y_BTD.sigmoid()
-        d_BTD = (dy_BTD * gate_BTD * (1 + y_BTD * (1 - gate_BTD))).to(x_BTD.dtype)
+        d_BTD = dy_BTD
+        if ctx.silu:
+            y_BTD = _summed(x_BTD, wide_DW, age_BT, back=False)
+            gate_BTD = y_BTD.sigmoid()
+            d_BTD = dy_BTD * gate_BTD * (1 + y_BTD * (1 - gate_BTD))
+        d_BTD = d_BTD.to(x_BTD.dtype)
         dx_BTD = _summed(d_BTD, wide_DW, age_BT, back=True).to(x_BTD.dtype)
         taps, columns = weight_DW.shape[1], []
         for i in reversed(range(taps)):
             shifted_BTD = x_BTD.roll(i, 1).where((age_BT >= i)[..., None], 0) if i else x_BTD
             columns.append((d_BTD.to(wide_DW.dtype) * shifted_BTD.to(wide_DW.dtype)).sum((0, 1)))
-        return dx_BTD, torch.stack(columns, dim=1).to(weight_DW.dtype), None
+        return dx_BTD, torch.stack(columns, dim=1).to(weight_DW.dtype), None, None
 
 
-def obstacle(device: torch.device, taps: int) -> str | None:
+def obstacle(device: torch.device, taps: int, activation: Activation = "silu") -> str | None:
     """Why "fla" cannot convolve on `device`, to follow the word "fla"; None if it can.
 
     Runs the kernels once at the size of a training step and compares outputs and gradients with the reference.
     """
-    return fla.obstacle(device, ("short_conv", str(taps)), partial(_probe, taps=taps))
+    kernels = ("short_conv", str(taps), activation)
+    return fla.obstacle(device, kernels, partial(_probe, taps=taps, activation=activation))
 
 
 @torch.inference_mode(False)  # generation, in inference mode, may be the first caller
-def _probe(device: str, taps: int) -> str | None:
+def _probe(device: str, taps: int, activation: Activation) -> str | None:
     generator = torch.Generator().manual_seed(0)
     wide_BTD = torch.randn(fla.PROBE_ROWS, fla.PROBE_LENGTH, 2 * WIDTH, generator=generator).to(device).bfloat16()
     weight_DW = torch.randn(WIDTH, taps, generator=generator).to(device)
     inputs = [wide_BTD[..., :WIDTH], weight_DW]  # as in the mixer, the input is a slice of a wider tensor
     packed = fla.probe_layout(device)
-    return libraries.judged(partial(_compared, inputs, (None, packed)), fla.INSTEAD)
+    return libraries.judged(partial(_compared, inputs, (None, packed), activation), fla.INSTEAD)
 
 
-def _compared(inputs: list[Tensor], layouts: Iterable[Layout | None]) -> tuple[list[Tensor], list[Tensor]]:
+def _compared(
+    inputs: list[Tensor], layouts: Iterable[Layout | None], activation: Activation
+) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs and gradients of these kernels, and those of the reference in fp32."""
     results: tuple[list[Tensor], list[Tensor]] = [], []
     for seq, precise in product(layouts, (False, True)):
         leaves = [(x.float() if precise else x).detach().requires_grad_() for x in inputs]
         compute = reference_short_conv if precise else fla_short_conv
         with torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):
-            y = compute(leaves[0], leaves[1], seq)
+            y = compute(leaves[0], leaves[1], seq, activation=activation)
             results[precise].extend([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
     return results
 
 
-def fla_short_conv(x_BTD: Tensor, weight_DW: Tensor, seq: Layout | None) -> Tensor:
+def fla_short_conv(x_BTD: Tensor, weight_DW: Tensor, seq: Layout | None, activation: Activation) -> Tensor:
     """`short_conv` without history, in 16 bits: (B, T, D)."""
     packing = None if seq is None or seq.whole_rows else fla.packing_of(seq)
     bounds = (None, None) if packing is None else (packing.bounds_M, packing.host_bounds_M)
-    return torch.ops.swamla.fla_short_conv(x_BTD, weight_DW.to(x_BTD.dtype), *bounds)
+    return torch.ops.swamla.fla_short_conv(x_BTD, weight_DW.to(x_BTD.dtype), *bounds, activation)
 
 
 @torch.library.custom_op("swamla::fla_short_conv", mutates_args=())
-def _forward(x_BTD: Tensor, weight_DW: Tensor, bounds_M: Tensor | None, host_bounds_M: Tensor | None) -> Tensor:
+def _forward(
+    x_BTD: Tensor, weight_DW: Tensor, bounds_M: Tensor | None, host_bounds_M: Tensor | None, activation: str
+) -> Tensor:
     y, _ = import_module("fla.modules.causal_conv1d").causal_conv1d_fwd(
-        x=_line(x_BTD, bounds_M), weight=weight_DW, bias=None, residual=None, **_options(bounds_M, host_bounds_M)
+        x=_line(x_BTD, bounds_M),
+        weight=weight_DW,
+        bias=None,
+        residual=None,
+        **_options(bounds_M, host_bounds_M, activation),
     )
     return y.view(x_BTD.shape)
 
 
 @torch.library.custom_op("swamla::fla_short_conv_backward", mutates_args=())
 def _backward(
-    x_BTD: Tensor, weight_DW: Tensor, bounds_M: Tensor | None, host_bounds_M: Tensor | None, dy_BTD: Tensor
+    x_BTD: Tensor,
+    weight_DW: Tensor,
+    bounds_M: Tensor | None,
+    host_bounds_M: Tensor | None,
+    activation: str,
+    dy_BTD: Tensor,
 ) -> tuple[Tensor, Tensor]:
     dx, dw, *_ = import_module("fla.modules.causal_conv1d").causal_conv1d_bwd(
         x=_line(x_BTD, bounds_M),
@@ -134,7 +153,7 @@ def _backward(
         weight=weight_DW,
         bias=None,
         residual=None,
-        **_options(bounds_M, host_bounds_M),
+        **_options(bounds_M, host_bounds_M, activation),
     )
     return dx.contiguous().view(x_BTD.shape), dw.to(weight_DW.dtype)
 
@@ -144,17 +163,19 @@ def _line(x_BTD: Tensor, bounds_M: Tensor | None) -> Tensor:
     return x_BTD.contiguous() if bounds_M is None else x_BTD.contiguous().flatten(0, 1)[None]
 
 
-def _options(bounds_M: Tensor | None, host_bounds_M: Tensor | None) -> dict[str, Any]:
+def _options(bounds_M: Tensor | None, host_bounds_M: Tensor | None, activation: str) -> dict[str, Any]:
     documents = {} if bounds_M is None else {"cu_seqlens": bounds_M, "cu_seqlens_cpu": host_bounds_M}
-    return {"activation": "silu", **documents}
+    return {"activation": activation if activation == "silu" else None, **documents}
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _gradients(ctx: Any, dy_BTD: Tensor) -> tuple[Tensor | None, ...]:
-    return (*torch.ops.swamla.fla_short_conv_backward(*ctx.saved_tensors, dy_BTD), None, None)
+    gradients = torch.ops.swamla.fla_short_conv_backward(*ctx.saved_tensors, ctx.activation, dy_BTD)
+    return (*gradients, None, None, None)
 
 
 _forward.register_fake(lambda x_BTD, *_: torch.empty_like(x_BTD, memory_format=torch.contiguous_format))
