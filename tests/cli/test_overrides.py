@@ -12,8 +12,9 @@ from swamla.cli.run_config import read_recipe
 from swamla.config import field_types, to_plain
 from swamla.data.config import DataConfig
 from swamla.errors import ConfigError, UsageError
-from swamla.model import count_parameters
+from swamla.model import MixerConfig, count_parameters
 from swamla.recipes import recipe_names
+from swamla.registry import members_of
 from swamla.train.config import RunConfig, TrainConfig
 
 
@@ -241,3 +242,29 @@ def test_a_rank_that_is_chosen_is_taken_or_refused_as_it_was_given() -> None:
     with pytest.raises(ConfigError, match=r"kv_lora_rank = 96 \(--mla_kv_lora_rank\): a rank larger than the width 64"):
         resolve("--width 64 --mla_kv_lora_rank 96")
     assert resolve("--width 1024").model.blocks["mla"].mixer.kv_lora_rank == 128
+
+
+@pytest.mark.parametrize("kind", sorted(set(members_of(MixerConfig)) - {"own"}))
+@pytest.mark.parametrize(("line", "recipe"), [("", "shakespeare-char"), ("--width 64", "quickstart")])
+def test_a_mixer_that_a_flag_adds_fits_the_width_of_the_model(line: str, recipe: str, kind: str) -> None:
+    model = resolve(f"{line} --pattern {kind}", recipe).model
+    block = next(iter(model.blocks.values())).mixer
+    assert block.kind == kind
+    assert all((getattr(block, field) or 0) <= model.width for field in block.ranks)
+    assert count_parameters(replace(model, vocab_size=64)).total > 0
+
+
+def test_an_added_mla_has_the_sizes_that_the_recipes_chose_for_these_widths() -> None:
+    added = resolve("--pattern swa,swa,mla", "shakespeare-char").model.blocks["mla"].mixer
+    chosen = resolve("", "shakespeare-char-mla").model.blocks["mla"].mixer
+    sizes = ("n_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    assert [getattr(added, name) for name in sizes] == [getattr(chosen, name) for name in sizes]
+
+
+def test_a_size_that_does_not_fit_the_base_model_of_mup_names_that_model() -> None:
+    with pytest.raises(
+        ConfigError, match=r"kv_lora_rank = 128 .*larger than the width 64 .*mup_base_width = 64"
+    ) as said:
+        resolve("--mup_base_width 64")
+    assert said.value.field == "model.blocks.mla.mixer.kv_lora_rank"
+    assert resolve("--width 128 --n_heads 2 --mup_base_width 64").model.mup_base_width == 64

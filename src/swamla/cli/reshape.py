@@ -41,10 +41,10 @@ def reshape(model: Plain, given: Mapping[str, Any], spare: Plain) -> dict[str, s
         said.append("--pattern")
         pattern = given["pattern"].replace(",", " ").split()
         for name in pattern:
-            _provide(name, blocks, spare, "--pattern")
+            _provide(name, model, given, spare, "--pattern")
     if "local_mixer" in given:
         said.append(f"--local_mixer {given['local_mixer']}")
-        pattern = _with_local(given["local_mixer"], said[-1], pattern, blocks, spare)
+        pattern = _with_local(said[-1], pattern, model, given, spare)
     if "n_layers" in given:
         said.append("--n_layers")
         depth = given["n_layers"]
@@ -62,17 +62,18 @@ def reshape(model: Plain, given: Mapping[str, Any], spare: Plain) -> dict[str, s
     return origins
 
 
-def fit_ranks(model: Plain, given: Mapping[str, Any]) -> dict[str, str]:
+def fit_ranks(model: Plain, given: Mapping[str, Any], spare: Plain) -> dict[str, str]:
     """Scale the mixers' ranks with a width that a flag makes smaller; returns dotted field -> flag.
 
-    A rank larger than the width would be refused, although nobody chose it. Ranks that have flags stay theirs.
+    A rank larger than the width would be refused, although nobody chose it. Ranks that have flags stay theirs. Spare
+    blocks are scaled too, before `reshape` uses them.
     """
     before, now = model.get("width"), given.get("width")
     if not isinstance(before, int) or not isinstance(now, int) or not 0 < now < before:
         return {}
     origins = {}
     kinds: Mapping[str, Any] = BLOCK_PARTS["mixer"]
-    for name, block in model["blocks"].items():
+    for name, block in (spare | model["blocks"]).items():
         mixer, kind = choice(block, "mixer"), mixer_kind(block)
         for field in kinds[kind].ranks if kind in kinds else ():
             if f"{kind}_{field}" not in given and isinstance(rank := mixer.get(field), int) and rank > 0:
@@ -86,23 +87,25 @@ def repeat(pattern: list[str], depth: int) -> list[str]:
     return [pattern[layer % len(pattern)] for layer in range(depth)]
 
 
-def _with_local(kind: str, flag: str, pattern: list[str], blocks: Plain, spare: Plain) -> list[str]:
-    """The pattern with every local layer replaced by the block `kind`."""
+def _with_local(flag: str, pattern: list[str], model: Plain, given: Mapping[str, Any], spare: Plain) -> list[str]:
+    """The pattern with every local layer replaced by the block that the flag `local_mixer` names."""
+    kind, blocks = given["local_mixer"], model["blocks"]
     known = [name for name in BLOCK_PARTS["mixer"] if is_local(name)]
     if kind not in known:
         raise UsageError(f"{flag}: is no local kind of mixer; {did_you_mean(kind, known)}")
     local = {name for name in pattern if name in blocks and is_local(mixer_kind(blocks[name]))}
     if not local:
         raise UsageError(f"{flag}: no layer of the pattern is local: {' '.join(dict.fromkeys(pattern))}")
-    _provide(kind, blocks, spare, flag, like=next(name for name in pattern if name in local))
+    _provide(kind, model, given, spare, flag, like=next(name for name in pattern if name in local))
     return [kind if name in local else name for name in pattern]
 
 
-def _provide(name: str, blocks: Plain, spare: Plain, flag: str, like: str = "") -> None:
-    """Add the block `name` to `blocks`: a spare one, or one with that kind of mixer and the settings of `like`."""
+def _provide(name: str, model: Plain, given: Mapping[str, Any], spare: Plain, flag: str, like: str = "") -> None:
+    """Add the block `name` to the model: a spare one, or one with that kind of mixer and the settings of `like`."""
+    blocks = model["blocks"]
     if name in blocks:
         return
-    kinds = BLOCK_PARTS["mixer"]
+    kinds: Mapping[str, Any] = BLOCK_PARTS["mixer"]
     if name in spare:
         blocks[name] = spare[name]
         return
@@ -115,5 +118,7 @@ def _provide(name: str, blocks: Plain, spare: Plain, flag: str, like: str = "") 
     neighbour = choice(model_block, "mixer")
     fitting, taken = field_types(kinds[name]), {"n_heads": 4} | neighbour
     alike = {field: taken[field] for field in ("n_heads", "bias") if field in taken and field in fitting}
-    mixer: Plain = {"kind": name} | alike
+    width, heads = given.get("width", model.get("width")), given.get("n_heads", taken["n_heads"])
+    known = all(isinstance(number, int) and number > 0 for number in (width, heads))  # else it is refused later
+    mixer: Plain = {"kind": name} | (kinds[name].fitting(width, heads) if known else {}) | alike
     blocks[name] = {"mixer": mixer, **ffn, **around}

@@ -73,7 +73,7 @@ class Written:
         """
         tokenizer = self.plain.get("data", {}).get("tokenizer")
         model = self.plain["model"]
-        origins = reshape(model, given, self.spare) | fit_ranks(model, given)
+        origins = fit_ranks(model, given, self.spare) | reshape(model, given, self.spare)
         origins |= apply_flags(self.plain, given, flags())
         if "vocab_size" not in given and self.plain.get("data", {}).get("tokenizer") != tokenizer:
             self.plain["model"]["vocab_size"] = 0  # the recipe's size belongs to its own tokenizer

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swamla.config import within
-from swamla.errors import UsageError, require
+from swamla.errors import ConfigError, UsageError, require
 from swamla.inference.decoding import Decodable, require_ids
 from swamla.model.block import Block, BlockConfig, Checkpointing
 from swamla.model.compiling import Compile, compile_blocks, refuse_whole, resolve_compile
@@ -96,8 +96,16 @@ class LanguageModelConfig:
                 block.ffn.n_parameters(self.width)
         if self.mup_base_width is not None:
             require(self.mup_base_width > 0, "mup_base_width", self.mup_base_width, "must be > 0, e.g. 256")
-            with within("mup_base_width"):
-                replace(self, width=self.mup_base_width, mup_base_width=None)
+            self._require_base()
+
+    def _require_base(self) -> None:
+        """Raise `ConfigError` if the settings do not fit a model of the base width of µP."""
+        try:
+            replace(self, width=self.mup_base_width, mup_base_width=None)
+        except ConfigError as error:
+            base = f"the base model of µP is this one at the width of mup_base_width = {self.mup_base_width}"
+            allowed = f"{error.allowed} ({base})"
+            raise ConfigError(error.field, error.got, allowed, error.origin, error.kind) from error
 
     @property
     def depth(self) -> int:

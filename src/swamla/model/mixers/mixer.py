@@ -54,6 +54,11 @@ class MixerConfig(Registered, home="swamla.model.mixers"):
     def state_bytes(self, width: int, length: int, element_bytes: int) -> int:
         """Bytes of the state of one sequence that may grow to `length` tokens, `element_bytes` a number."""
 
+    @classmethod
+    def fitting(cls, width: int, n_heads: int) -> dict[str, Any]:
+        """Settings of a mixer that a flag adds to a model of `width`, for fields whose defaults would not suit it."""
+        return {}
+
     @property
     def sees_order(self) -> bool:
         """Whether the output depends on the order of earlier tokens without positions in the embeddings."""

@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values from one latent."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,18 @@ class MLAConfig(SoftmaxConfig):
     def example(cls) -> Self:
         """Two heads and a latent of 32, for a model of width 64."""
         return cls(n_heads=2, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32)
+
+    @classmethod
+    def fitting(cls, width: int, n_heads: int) -> dict[str, Any]:
+        """Heads that together are as wide as the model and a latent of half its width; no more than the defaults."""
+        head = width // n_heads
+        rope = max(2, min(cls.qk_rope_head_dim, head // 4 * 2))
+        return {
+            "kv_lora_rank": max(1, min(cls.kv_lora_rank, width // 2)),
+            "qk_nope_head_dim": max(1, min(cls.qk_nope_head_dim, head - rope)),
+            "qk_rope_head_dim": rope,
+            "v_head_dim": max(1, min(cls.v_head_dim, head)),
+        }
 
     def __post_init__(self) -> None:
         super().__post_init__()
