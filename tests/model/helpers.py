@@ -41,6 +41,9 @@ MIXERS: dict[str, MixerConfig] = {
     ),
     "gdn": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6),
     "gdn_latent": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, latent_dim=10, share_qk=True),
+    "gdn_bounded": GDNConfig(
+        n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, beta_max=2.0, gate="lowrank", decay="safe"
+    ),
     "latent": LatentConfig(n_heads=4, n_latent=12, bias=True),
     "toy": TOYS["toy"](inner=24),
     **plugged(MixerConfig),

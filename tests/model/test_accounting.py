@@ -36,6 +36,7 @@ MORE_MIXERS: dict[str, MixerConfig] = {
     "gdn with wide values": GDNConfig(n_heads=6, n_key_heads=3, head_k_dim=4, head_v_dim=20, conv=2),
     "gdn with shared keys": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, share_qk=True),
     "gdn with latents": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, latent_dim=5),
+    "gdn with a narrow gate": GDNConfig(n_heads=4, head_k_dim=8, head_v_dim=6, gate="lowrank"),
     "latent of half the width": LatentConfig(n_heads=2),
     "toy of the model's width": TOYS["toy"](),
 }

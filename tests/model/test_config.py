@@ -133,6 +133,10 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
             "conv": 3,
             "latent_dim": 5,
             "share_qk": True,
+            "beta_max": 2.0,
+            "gate": "sigmoid",
+            "decay": "safe",
+            "norm_eps": 1e-2,
             "backend": "reference",
         },
     ),
@@ -319,6 +323,11 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: GDNConfig(n_heads=4, head_k_dim=0), "head_k_dim = 0: must be > 0"),
     (lambda: GDNConfig(n_heads=4, head_v_dim=-2), "head_v_dim = -2: must be > 0"),
     (lambda: GDNConfig(n_heads=4, conv=0), "conv = 0: must be > 0"),
+    (lambda: GDNConfig(n_heads=4, beta_max=0.0), "beta_max = 0.0: must be > 0 and <= 2"),
+    (lambda: GDNConfig(n_heads=4, beta_max=2.5), "beta_max = 2.5: must be > 0 and <= 2"),
+    (lambda: GDNConfig(n_heads=4, gate="tanh"), "gate = 'tanh': must be one of silu, sigmoid, lowrank"),  # type: ignore[arg-type]
+    (lambda: GDNConfig(n_heads=4, decay="none"), "decay = 'none': must be one of softplus, safe"),  # type: ignore[arg-type]
+    (lambda: GDNConfig(n_heads=4, norm_eps=0.0), "norm_eps = 0.0: must be > 0"),
     (
         lambda: with_mixer(GDNConfig(n_heads=5)),
         "blocks.a.mixer.n_heads = 5: must divide the width 32, or give `head_k_dim` and",

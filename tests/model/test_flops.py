@@ -58,6 +58,8 @@ RULES = [
     (GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, share_qk=True), (4, 2, 8, 6)),
     (GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, latent_dim=5), (4, 2, 8, 6)),
     (GDNConfig(n_heads=4, head_k_dim=8, head_v_dim=6, latent_dim=10, share_qk=True), (4, 4, 8, 6)),
+    (GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, gate="lowrank"), (4, 2, 8, 6)),
+    (GDNConfig(n_heads=2, gate="sigmoid", decay="safe", beta_max=2.0), (2, 2, 12, 12)),
 ]
 
 
@@ -71,7 +73,10 @@ def test_gated_deltanet(config: GDNConfig, dims: tuple[int, int, int, int], leng
     for into, out in [*((width, channels) for channels in convolved), (values, width)]:
         inner = config.latent_dim
         expected += product(length, into, inner) + product(length, inner, out) if inner else product(length, into, out)
-    expected += product(length, width, values)  # the gate z
+    if config.gate == "lowrank":  # the gate z
+        expected += product(length, width, value) + product(length, value, values)
+    else:
+        expected += product(length, width, values)
     expected += 2 * product(length, width, heads)  # α and β
     expected += heads * delta_rule(length, key, value)
     assert config.forward_flops(width, length) == expected

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from swamla.ops.short_conv import resolve_backend as resolve_conv
 from swamla.registry import register
 
 CHUNK = 64  # tokens per chunk in FLOP counts; the op chooses the fastest size for its device
+GATES = ("silu", "sigmoid", "lowrank")
+DECAYS = ("softplus", "safe")
+SAFE_DECAY = -5.0  # the least log α of decay = "safe", as in Ling 3.0 and GLM-5
 
 
 @register
@@ -34,6 +37,12 @@ class GDNConfig(MixerConfig):
     conv: width of the short causal convolution on queries, keys and values.
     latent_dim: inner width of low-rank projections of queries, keys, values and output (not the gate); 0 for full rank.
     share_qk: whether keys equal the normalised queries.
+    beta_max: β = beta_max · sigmoid(b); 2 lets the state's transition have negative eigenvalues (arXiv 2411.12537).
+    gate: what the normalised output is multiplied by: silu, SiLU(z); sigmoid, σ(z); or lowrank, σ(z) with z from a
+        projection of inner width head_v_dim, without biases, as in Kimi Linear (arXiv 2510.26692).
+    decay: softplus, log α = −exp(A_log) · softplus(a + dt_bias); or safe, log α = −5 · σ(exp(A_log) · (a + dt_bias)),
+        which is never below −5, as in Ling 3.0.
+    norm_eps: epsilon of the norm of outputs.
     backend: auto, reference, torch, or on CUDA fla: flash-linear-attention.
     """
 
@@ -52,6 +61,10 @@ class GDNConfig(MixerConfig):
     conv: int = 4
     latent_dim: int = 0
     share_qk: bool = False
+    beta_max: float = 1.0
+    gate: Literal["silu", "sigmoid", "lowrank"] = "silu"
+    decay: Literal["softplus", "safe"] = "softplus"
+    norm_eps: float = 1e-6
     backend: str = "auto"
 
     @classmethod
@@ -67,6 +80,10 @@ class GDNConfig(MixerConfig):
         require(self.head_v_dim is None or self.head_v_dim > 0, "head_v_dim", self.head_v_dim, "must be > 0, e.g. 128")
         require(self.conv > 0, "conv", self.conv, "must be > 0, e.g. 4")
         require(self.latent_dim >= 0, "latent_dim", self.latent_dim, "must be >= 0 (0: not compressed)")
+        require(0 < self.beta_max <= 2, "beta_max", self.beta_max, "must be > 0 and <= 2: above, the state may grow")
+        require(self.gate in GATES, "gate", self.gate, f"must be one of {', '.join(GATES)}")
+        require(self.decay in DECAYS, "decay", self.decay, f"must be one of {', '.join(DECAYS)}")
+        require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be > 0, e.g. 1e-6")
         require(self.backend in self.BACKENDS, "backend", self.backend, f"must be one of {', '.join(self.BACKENDS)}")
 
     @property
@@ -117,11 +134,16 @@ class GDNConfig(MixerConfig):
 
     def _projection_weights(self, width: int) -> int:
         channels, values = self.channels(width), self.key_value_dims(width)[1]
-        gates = width * (values + 2 * self.n_heads)
+        gates = width * 2 * self.n_heads + self._gate_weights(width)
         shapes = [(width, out) for out in channels.values()] + [(values, width)]
         if self.latent_dim:
             return gates + sum(self.latent_dim * (rows + columns) for rows, columns in shapes)
         return gates + sum(rows * columns for rows, columns in shapes)
+
+    def _gate_weights(self, width: int) -> int:
+        """Parameters of the projection of z."""
+        values, rank = self.key_value_dims(width)[1], self.head_dims(width)[1]
+        return rank * (width + values) if self.gate == "lowrank" else width * values
 
     def n_parameters(self, width: int) -> int:
         """Parameters of the module. Raises `ConfigError` for a `latent_dim` larger than `width`."""
@@ -165,8 +187,8 @@ class GDN(Mixer[GDNState]):
     """Short convolution, gated delta rule, gated RMSNorm: the layer of Qwen3-Next with fused projections.
 
     With `latent_dim` every projection of queries, keys, values and output is a product of two matrices of that rank.
-    The projection of the gate z stays full-rank, because z scales every element of the output independently. With
-    `share_qk` keys have neither a projection nor a convolution.
+    The projection of the gate z does not follow `latent_dim`, because z scales every element of the output
+    independently (`gate` decides its rank). With `share_qk` keys have neither a projection nor a convolution.
     """
 
     def __init__(self, config: GDNConfig, width: int) -> None:
@@ -176,8 +198,11 @@ class GDN(Mixer[GDNState]):
         channels, rank = config.channels(width), config.latent_dim
         self.channels, values = tuple(channels.values()), channels["v"]
         self.inner = (rank,) * len(channels) if rank else self.channels  # widths before expansion
-        self.qkvz_proj = nn.Linear(width, sum(self.inner) + values, bias=False)
+        self.inner_z = self.head_v if config.gate == "lowrank" else values
+        self.qkvz_proj = nn.Linear(width, sum(self.inner) + self.inner_z, bias=False)
         self.ba_proj = nn.Linear(width, 2 * config.n_heads, bias=False)
+        if config.gate == "lowrank":
+            self.expand_z = nn.Linear(self.head_v, values, bias=False)
         if rank:
             self.expand = nn.ModuleDict({name: nn.Linear(rank, out, bias=False) for name, out in channels.items()})
         self.conv_weight = nn.Parameter(torch.empty(sum(self.channels), config.conv))
@@ -189,8 +214,12 @@ class GDN(Mixer[GDNState]):
         reset_parameters(self)
 
     def initializers(self) -> dict[str, Initializer]:
-        """Decay rates uniform in [1, 16], time steps log-uniform in [1e-3, 1e-1], as in Mamba-2 (arXiv 2405.21060)."""
-        gates: dict[str, Initializer] = {"A_log": _draw_decay_rates, "dt_bias": _draw_time_steps}
+        """Decay rates uniform in [1, 16], time steps log-uniform in [1e-3, 1e-1], as in Mamba-2 (arXiv 2405.21060).
+
+        With decay = "safe" all rates are 1: a larger one would multiply a time step's logit until σ has no gradient.
+        """
+        rates = constant(0.0) if self.config.decay == "safe" else _draw_decay_rates
+        gates: dict[str, Initializer] = {"A_log": rates, "dt_bias": _draw_time_steps}
         return {**gates, "conv_weight": uniform(self.config.conv**-0.5), "norm_weight": constant(1.0)}
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -198,15 +227,27 @@ class GDN(Mixer[GDNState]):
 
         log α and β are in fp32 (fp64 in an fp64 model).
         """
-        qkv, z = self.qkvz_proj(x_BTD).split((sum(self.inner), self.channels[-1]), dim=-1)
+        qkv, z = self.qkvz_proj(x_BTD).split((sum(self.inner), self.inner_z), dim=-1)
         if self.config.latent_dim:
             latents = qkv.split(self.inner, dim=-1)
             expanded = [expand(latent) for expand, latent in zip(self.expand.values(), latents, strict=True)]
             qkv = torch.cat(expanded, dim=-1)
+        if self.config.gate == "lowrank":
+            z = self.expand_z(z)
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
         b, a = self.ba_proj(x_BTD).to(dtype).chunk(2, dim=-1)
-        log_alpha = -self.A_log.to(dtype).exp() * F.softplus(a + self.dt_bias.to(dtype))
-        return qkv, z.unflatten(-1, (-1, self.head_v)), log_alpha, b.sigmoid()
+        log_alpha = self.log_decay(a + self.dt_bias.to(dtype), self.A_log.to(dtype).exp())
+        return qkv, z.unflatten(-1, (-1, self.head_v)), log_alpha, self.write_strength(b)
+
+    def log_decay(self, time_step: Tensor, rate: Tensor) -> Tensor:
+        """log α <= 0 of a + dt_bias and exp(A_log), which broadcast."""
+        if self.config.decay == "safe":
+            return SAFE_DECAY * torch.sigmoid(rate * time_step)
+        return -rate * F.softplus(time_step)
+
+    def write_strength(self, b: Tensor) -> Tensor:
+        """β in [0, beta_max]."""
+        return b.sigmoid() if self.config.beta_max == 1 else self.config.beta_max * b.sigmoid()
 
     def heads(self, qkv_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised queries and keys (B, T, H, K) and values (B, T, H, V) from the convolution's output."""
@@ -218,8 +259,9 @@ class GDN(Mixer[GDNState]):
         return qk[0], qk[-1], v.unflatten(-1, (-1, self.head_v))
 
     def output(self, o_BTHV: Tensor, z_BTHV: Tensor) -> Tensor:
-        """Per-head RMSNorm gated by SiLU(z), then the output projection."""
-        gated_BTHV = rms_norm(o_BTHV, self.norm_weight, 1e-6) * F.silu(z_BTHV)
+        """Per-head RMSNorm gated by SiLU(z) or σ(z), then the output projection."""
+        gate_BTHV = F.silu(z_BTHV) if self.config.gate == "silu" else z_BTHV.sigmoid()
+        gated_BTHV = rms_norm(o_BTHV, self.norm_weight, self.config.norm_eps) * gate_BTHV
         return self.o_proj(self.compress_o(gated_BTHV.flatten(2)))
 
     def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
