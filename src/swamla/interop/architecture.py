@@ -92,10 +92,13 @@ class Architecture(Registered, home="swamla.interop.architectures"):
     (a `Literal`) or by `language_model`.
     kind: the config's `model_type`.  class_name: of the model in transformers.  prefix: of its weights' names, which
     files of a model without head lack.  fixed: keys of the config.json that may have one value only.
+    unwritten: fields that config.json does not have.  surplus: pattern of the names of weights that are not read.
     """
 
     class_name: ClassVar[str]
     fixed: ClassVar[Mapping[str, Any]] = {}
+    unwritten: ClassVar[frozenset[str]] = frozenset()
+    surplus: ClassVar[str] = r".*\.(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)"  # tables in older files
     prefix: ClassVar[str] = "model."
 
     @classmethod
@@ -129,8 +132,8 @@ class Architecture(Registered, home="swamla.interop.architectures"):
     @classmethod
     def read(cls, plain: Mapping[str, Any], origin: str) -> Self:
         """From a config.json. Raises `ConfigError` for what ours cannot express; warns of keys that are not known."""
-        known = {field.name for field in fields(cls)}
-        given = {key: value for key, value in rope_in_one_place(plain).items() if key in known}
+        known = {field.name for field in fields(cls)} - cls.unwritten
+        given = {key: value for key, value in cls.modern(plain).items() if key in known}
         for key, only in cls.fixed.items():
             if plain.get(key, only) != only:
                 raise ConfigError(key, plain[key], f"must be {only!r}: nothing else is supported", origin)
@@ -141,10 +144,16 @@ class Architecture(Registered, home="swamla.interop.architectures"):
             warnings.warn(f"{origin}: {each}", stacklevel=2)
         return from_plain(cls, given, origin=origin)
 
+    @classmethod
+    def modern(cls, plain: Mapping[str, Any]) -> dict[str, Any]:
+        """A config.json with the keys of the newest transformers."""
+        return rope_in_one_place(plain)
+
     def plain(self) -> dict[str, Any]:
         """The config.json, without what transformers adds: names of files, ids of special tokens."""
         found = {"architectures": [self.class_name], "model_type": self.kind, **to_plain(self)}
-        found.pop("kind", None)
+        for name in ("kind", *self.unwritten, *(name for name, value in found.items() if value == [])):
+            found.pop(name, None)
         if "rope_parameters" in found:
             rope = found["rope_parameters"]
             found["rope_parameters"] = {key: value for key, value in rope.items() if value is not None}
@@ -232,14 +241,18 @@ class RopeParameters:
         )
 
 
-def rope_in_one_place(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json with `rope_parameters`, which older files write as `rope_theta` and `rope_scaling`."""
+def rope_in_one_place(plain: Mapping[str, Any], partial: float = 1.0) -> dict[str, Any]:
+    """The config.json with `rope_parameters`, which older files write as `rope_theta` and `rope_scaling`.
+
+    partial: partial_rotary_factor where there is none.
+    """
     found = dict(plain.get("rope_parameters") or plain.get("rope_scaling") or {})
     if "type" in found:
         found["rope_type"] = found.pop("type")
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in plain:
             found.setdefault(key, plain[key])
+    found.setdefault("partial_rotary_factor", partial)
     known = {field.name for field in fields(RopeParameters)}
     # Sections of images' coordinates: for text all three coordinates are the position.
     images = ("mrope_section", "mrope_interleaved")

@@ -22,8 +22,6 @@ from swamla.registry import members_of
 from swamla.tensor_file import misfits, read_header
 
 HEAD = "lm_head.weight"
-# Tables and masks that older files store beside the weights.
-_BUFFERS = re.compile(r".*\.(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
 
 
 def read_architecture(folder: str | Path) -> Architecture:
@@ -64,7 +62,7 @@ def read_weights(folder: Path, architecture: Architecture) -> Iterator[tuple[str
         for rule in rules
         for name, their in zip(rule.theirs, rule.split(own[rule.ours]), strict=True)
     }
-    theirs = Weights(folder, architecture.prefix)
+    theirs = Weights(folder, architecture)
     theirs.require(expected, tied=config.tied_head)
     for rule in rules:
         yield rule.ours, rule.join([theirs[name] for name in rule.theirs])
@@ -73,11 +71,11 @@ def read_weights(folder: Path, architecture: Architecture) -> Iterator[tuple[str
 class Weights(Mapping[str, Tensor]):
     """The tensors of a folder's safetensors files by name, each read from its memory-mapped file when asked for.
 
-    prefix: of the names of all weights but a head's; where a file lacks it, it is added.
+    Where a file lacks the architecture's prefix, it is added.
     """
 
-    def __init__(self, folder: Path, prefix: str) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, architecture: Architecture) -> None:
+        self.folder, prefix = folder, architecture.prefix
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             pickles = sorted(path.name for path in folder.glob("*.bin"))
@@ -86,7 +84,7 @@ class Weights(Mapping[str, Tensor]):
         self._at: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
         for file in files:
             for name, entry in read_header(regular_file(file, inside=folder)).items():
-                if name != "__metadata__" and not _BUFFERS.fullmatch(name):
+                if name != "__metadata__" and not re.fullmatch(architecture.surplus, name):
                     self._at[name] = file, name, tuple(entry["shape"])
         if not any(name.startswith(prefix) for name in self._at):
             self._at = {name if name == HEAD else prefix + name: place for name, place in self._at.items()}

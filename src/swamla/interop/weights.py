@@ -31,14 +31,24 @@ def transposed(ours: str, theirs: str) -> Rule:
     return Rule(ours=ours, theirs=(theirs,), join=lambda found: found[0].T, split=lambda own: (own.T,))
 
 
-def shifted(ours: str, theirs: str) -> Rule:
-    """A gain that they store less 1. Ours is in fp32 at least, because 1 + w in 16 bits loses what w holds."""
+def shifted(ours: str, theirs: str, index: Sequence[int] | None = None) -> Rule:
+    """A gain that they store less 1; element i of ours is element index[i] of theirs.
+
+    Ours is in fp32 at least, because 1 + w in 16 bits loses what w holds.
+    """
+    order = slice(None) if index is None else torch.as_tensor(index)
+    back = order if isinstance(order, slice) else order.argsort()
     return Rule(
         ours=ours,
         theirs=(theirs,),
-        join=lambda found: found[0].to(torch.promote_types(found[0].dtype, torch.float32)) + 1,
-        split=lambda own: (own - 1,),
+        join=lambda found: found[0][order].to(torch.promote_types(found[0].dtype, torch.float32)) + 1,
+        split=lambda own: ((own - 1)[back],),
     )
+
+
+def scaled(ours: str, theirs: str, factor: float) -> Rule:
+    """Theirs is ours times a power of two, so that both ways are exact."""
+    return Rule(ours=ours, theirs=(theirs,), join=lambda found: found[0] / factor, split=lambda own: (own * factor,))
 
 
 def rows(ours: str, theirs: Mapping[str, int]) -> Rule:
@@ -52,15 +62,18 @@ def rows(ours: str, theirs: Mapping[str, int]) -> Rule:
     )
 
 
-def reordered(ours: str, theirs: str, index: Sequence[int]) -> Rule:
-    """Rows in another order: row i of ours is row index[i] of theirs."""
-    order = torch.as_tensor(index)
-    return Rule(
-        ours=ours,
-        theirs=(theirs,),
-        join=lambda found: found[0][order],
-        split=lambda own: (own[order.argsort()],),
-    )
+def gathered(ours: str, theirs: Mapping[str, int], index: Sequence[int]) -> Rule:
+    """Row i of ours is row index[i] of theirs, one after the other; rows that ours has not are 0 in theirs.
+
+    theirs: name → number of rows.
+    """
+    sizes, order = list(theirs.values()), torch.as_tensor(index)
+
+    def split(own: Tensor) -> Sequence[Tensor]:
+        whole = own.new_zeros(sum(sizes), *own.shape[1:])
+        return whole.index_copy(0, order.to(own.device), own).split(sizes)
+
+    return Rule(ours=ours, theirs=tuple(theirs), join=lambda found: torch.cat(tuple(found))[order], split=split)
 
 
 def reshaped(ours: str, theirs: str, own: Sequence[int], their: Sequence[int]) -> Rule:

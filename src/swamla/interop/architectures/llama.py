@@ -1,6 +1,6 @@
-"""Llama and those that differ from it in a detail: Mistral, Ministral, Qwen2."""
+"""Llama and those that differ from it in a detail: Mistral, Ministral, Qwen2, Qwen3."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
@@ -13,6 +13,7 @@ from swamla.model.block import BlockConfig
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.mha import MHAConfig
+from swamla.model.mixers.mixer import MixerConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.model.norm import RMSNormConfig
 from swamla.registry import register
@@ -56,10 +57,9 @@ class LlamaLike(Architecture):
             require(self.__dict__[name] > 0, name, self.__dict__[name], "must be > 0")
 
     @property
-    def layer_kinds(self) -> tuple[LayerType, ...]:
-        """Of every layer, whether it sees all tokens or a window."""
-        kinds: tuple[LayerType, ...] = ("full_attention",)
-        return kinds * self.num_hidden_layers
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kind of every layer."""
+        return ("full_attention",) * self.num_hidden_layers
 
     @property
     def window(self) -> int:
@@ -90,12 +90,16 @@ class LlamaLike(Architecture):
         """The FFN of every layer."""
         return DenseConfig(hidden=self.intermediate_size)
 
-    def language_model(self) -> LanguageModelConfig:
-        """The equal model of ours."""
-        mixers = {
+    def mixers(self) -> dict[str, tuple[str, Callable[[], MixerConfig]]]:
+        """Kind of layer → name of the block, and its mixer."""
+        return {
             "full_attention": ("mha", lambda: MHAConfig(**self.attention())),
             "sliding_attention": ("swa", lambda: SWAConfig(**self.attention(), window=self.window, sinks=0)),
         }
+
+    def language_model(self) -> LanguageModelConfig:
+        """The equal model of ours."""
+        mixers = self.mixers()
         used = {kind: mixers[kind] for kind in dict.fromkeys(self.layer_kinds)}
         return LanguageModelConfig(
             vocab_size=self.vocab_size,
@@ -134,22 +138,25 @@ class LlamaLike(Architecture):
     def rules(self) -> Iterator[Rule]:
         """How our weights are made of theirs."""
         yield same("embedding.weight", "model.embed_tokens.weight")
-        yield same("norm.weight", "model.norm.weight")
+        yield self.gain("norm.weight", "model.norm.weight")
         if not self.tie_word_embeddings:
             yield same("head.weight", "lm_head.weight")
-        for index in range(self.num_hidden_layers):
+        for index, kind in enumerate(self.layer_kinds):
             ours, theirs = f"blocks.{index}", f"model.layers.{index}"
-            yield same(f"{ours}.mixer_norm.weight", f"{theirs}.input_layernorm.weight")
-            yield same(f"{ours}.ffn_norm.weight", f"{theirs}.post_attention_layernorm.weight")
-            yield from self.mixer_rules(f"{ours}.mixer", f"{theirs}.self_attn")
+            yield self.gain(f"{ours}.mixer_norm.weight", f"{theirs}.input_layernorm.weight")
+            yield self.gain(f"{ours}.ffn_norm.weight", f"{theirs}.post_attention_layernorm.weight")
+            yield from self.mixer_rules(kind, f"{ours}.mixer", theirs)
             yield from self.ffn_rules(f"{ours}.ffn", f"{theirs}.mlp")
 
-    def mixer_rules(self, ours: str, theirs: str) -> Iterator[Rule]:
-        """The weights of one mixer."""
+    gain = staticmethod(same)  # the rule of a norm's gain
+
+    def mixer_rules(self, kind: str, ours: str, theirs: str) -> Iterator[Rule]:
+        """The weights of the mixer of a layer of that kind, whose names begin with `theirs`."""
+        theirs = f"{theirs}.self_attn"
         sizes = {"q": self.num_attention_heads, "k": self.kv_heads, "v": self.kv_heads}
-        for kind in ("weight", "bias") if self.qkv_bias else ("weight",):
-            named = {f"{theirs}.{x}_proj.{kind}": heads * self.head_width for x, heads in sizes.items()}
-            yield rows(f"{ours}.qkv_proj.{kind}", named)
+        for what in ("weight", "bias") if self.qkv_bias else ("weight",):
+            named = {f"{theirs}.{x}_proj.{what}": heads * self.head_width for x, heads in sizes.items()}
+            yield rows(f"{ours}.qkv_proj.{what}", named)
         yield same(f"{ours}.o_proj.weight", f"{theirs}.o_proj.weight")
         if self.o_bias:
             yield same(f"{ours}.o_proj.bias", f"{theirs}.o_proj.bias")
@@ -209,9 +216,9 @@ class Mistral(LlamaLike):
     sliding_window: int | None = 4096
 
     @property
-    def layer_kinds(self) -> tuple[LayerType, ...]:
+    def layer_kinds(self) -> tuple[str, ...]:
         """One kind for all layers."""
-        kind: LayerType = "full_attention" if self.sliding_window is None else "sliding_attention"
+        kind = "full_attention" if self.sliding_window is None else "sliding_attention"
         return (kind,) * self.num_hidden_layers
 
     @property
@@ -237,9 +244,9 @@ class Ministral(LlamaLike):
     layer_types: tuple[LayerType, ...] = ()
 
     @property
-    def layer_kinds(self) -> tuple[LayerType, ...]:
+    def layer_kinds(self) -> tuple[str, ...]:
         """As the config says; by default as the window says."""
-        kind: LayerType = "full_attention" if self.sliding_window is None else "sliding_attention"
+        kind = "full_attention" if self.sliding_window is None else "sliding_attention"
         return self.layer_types or (kind,) * self.num_hidden_layers
 
     @property
@@ -273,3 +280,25 @@ class Qwen2(LlamaLike):
     def of(cls, config: LanguageModelConfig) -> Self:
         """Never: a bias of ours is on the output projection too. Such a model is a Llama."""
         raise Lacks(cls.kind, f"blocks.{config.pattern[0]}.mixer.bias", True, "of queries, keys and values only")
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Qwen3(LlamaLike):
+    """Qwen3 (arXiv 2505.09388): queries and keys are normalised head by head."""
+
+    kind: ClassVar[str] = "qwen3"
+    class_name: ClassVar[str] = "Qwen3ForCausalLM"
+    fixed: ClassVar[Mapping[str, Any]] = {"use_sliding_window": False, "attention_bias": False}
+    layer_types: tuple[Literal["full_attention"], ...] = ()
+    head_dim: int | None = 128
+
+    def attention(self) -> dict[str, Any]:
+        """With norms of queries and keys."""
+        return {**super().attention(), "qk_norm": "head", "norm_eps": self.rms_norm_eps}
+
+    def mixer_rules(self, kind: str, ours: str, theirs: str) -> Iterator[Rule]:
+        """Those of Llama, and the two gains."""
+        yield from super().mixer_rules(kind, ours, theirs)
+        for norm in ("q_norm", "k_norm"):
+            yield same(f"{ours}.{norm}.weight", f"{theirs}.self_attn.{norm}.weight")
