@@ -1,6 +1,8 @@
 """Random models of transformers, one for each way in which a mapping can differ. A table: `python -m tests.interop`."""
 
-from collections.abc import Iterator
+import copy
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swamla.interop import Architecture, read_architecture
+from swamla.interop import Architecture
+from swamla.interop.folder import Weights
 from swamla.model.language_model import LanguageModel
 
 VOCABULARY = 96
@@ -109,6 +112,11 @@ CASES = {
             "tie_word_embeddings": True,
         },
     ),
+    "olmo2": Case(config="Olmo2Config", settings=GROUPED),
+    "olmo_hybrid": Case(config="OlmoHybridConfig", settings={**SHAPE, **GDN, "linear_num_key_heads": 4}),
+    "olmo_hybrid, β up to 1": Case(
+        config="OlmoHybridConfig", settings={**GROUPED, **GDN, "linear_allow_neg_eigval": False}
+    ),
 }
 
 
@@ -128,7 +136,7 @@ def tokens(batch: int = 2, time: int = 48) -> Tensor:
 
 def compare(ours: LanguageModel, theirs: Any, architecture: Architecture, n_text: int) -> Differences:
     """Logits, the loss's gradients by every weight, and `n_text` ids of greedy text."""
-    ids, names = tokens(), dict(theirs.named_parameters())
+    ids = tokens()
     labels = torch.cat((ids[:, 1:], torch.full((2, 1), -100)), dim=1)
     theirs.zero_grad()
     ours.zero_grad()
@@ -137,14 +145,22 @@ def compare(ours: LanguageModel, theirs: Any, architecture: Architecture, n_text
     ours(ids, labels=labels).backward()
     return Differences(
         logits=relative(found, expected.logits),
-        gradients=max(relative(own, their) for own, their in _gradients(ours, stored(theirs, names), architecture)),
+        gradients=max(
+            relative(own, their) for own, their in _gradients(ours, stored(theirs, architecture), architecture)
+        ),
         text=_equal_text(ours, theirs, n_text),
     )
 
 
-def stored(theirs: Any, parameters: dict[str, Any]) -> dict[str, Tensor]:
-    """Their gradients under the names of the file, where experts are apart."""
-    return {name: parameter.grad for name, parameter in parameters.items()}
+def stored(theirs: Any, architecture: Architecture) -> Mapping[str, Tensor]:
+    """Their gradients as their files have weights: saved as if they were some, since saving renames and cuts."""
+    gradients = copy.deepcopy(theirs)
+    with torch.no_grad():
+        for parameter, own in zip(gradients.parameters(), theirs.parameters(), strict=True):
+            parameter.copy_(torch.zeros_like(own) if own.grad is None else own.grad)
+    with tempfile.TemporaryDirectory() as folder:
+        gradients.save_pretrained(folder)
+        return dict(Weights(Path(folder), architecture))
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -156,7 +172,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def _gradients(
-    ours: LanguageModel, theirs: dict[str, Tensor], architecture: Architecture
+    ours: LanguageModel, theirs: Mapping[str, Tensor], architecture: Architecture
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs of gradients of the same weight: a rule is linear but for a constant, which `join` of zeros shows."""
     own = dict(ours.named_parameters())
@@ -181,8 +197,3 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(folder / "model.safetensors")
-
-
-def architecture_in(folder: Path) -> Architecture:
-    """What the folder's config.json describes."""
-    return read_architecture(folder)

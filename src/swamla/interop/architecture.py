@@ -1,5 +1,6 @@
 """Other programs' architectures: the contract of one, and what all of them share."""
 
+import re
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -93,6 +94,7 @@ class Architecture(Registered, home="swamla.interop.architectures"):
     kind: the config's `model_type`.  class_name: of the model in transformers.  prefix: of its weights' names, which
     files of a model without head lack.  fixed: keys of the config.json that may have one value only.
     unwritten: fields that config.json does not have.  surplus: pattern of the names of weights that are not read.
+    renamed: older name → newer name, as patterns of `re.sub`, of weights.
     """
 
     class_name: ClassVar[str]
@@ -100,6 +102,8 @@ class Architecture(Registered, home="swamla.interop.architectures"):
     unwritten: ClassVar[frozenset[str]] = frozenset()
     surplus: ClassVar[str] = r".*\.(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)"  # tables in older files
     prefix: ClassVar[str] = "model."
+
+    renamed: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     @abstractmethod
@@ -123,6 +127,13 @@ class Architecture(Registered, home="swamla.interop.architectures"):
     @abstractmethod
     def rules(self) -> Iterator[Rule]:
         """How every weight of ours, but a tied head, is made of theirs; the embedding first."""
+
+    @classmethod
+    def newer(cls, name: str) -> str:
+        """The newest name of a weight."""
+        for old, new in cls.renamed.items():
+            name = re.sub(old, new, name)
+        return name
 
     @classmethod
     def differences(cls, plain: Mapping[str, Any]) -> Iterator[str]:

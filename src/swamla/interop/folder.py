@@ -63,6 +63,9 @@ def read_weights(folder: Path, architecture: Architecture) -> Iterator[tuple[str
         for name, their in zip(rule.theirs, rule.split(own[rule.ours]), strict=True)
     }
     theirs = Weights(folder, architecture)
+    for rule in rules:
+        if rule.cut_anywhere:
+            expected |= theirs.cut_elsewhere({name: expected[name] for name in rule.theirs})
     theirs.require(expected, tied=config.tied_head)
     for rule in rules:
         yield rule.ours, rule.join([theirs[name] for name in rule.theirs])
@@ -85,7 +88,7 @@ class Weights(Mapping[str, Tensor]):
         for file in files:
             for name, entry in read_header(regular_file(file, inside=folder)).items():
                 if name != "__metadata__" and not re.fullmatch(architecture.surplus, name):
-                    self._at[name] = file, name, tuple(entry["shape"])
+                    self._at[architecture.newer(name)] = file, name, tuple(entry["shape"])
         if not any(name.startswith(prefix) for name in self._at):
             self._at = {name if name == HEAD else prefix + name: place for name, place in self._at.items()}
 
@@ -102,6 +105,12 @@ class Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._at)
+
+    def cut_elsewhere(self, expected: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of these tensors, if they have as many rows together as expected."""
+        got = {name: self._at[name][2] for name in expected if name in self._at}
+        rows = [sum(shape[0] for shape in shapes.values()) for shapes in (got, expected)]
+        return got if rows[0] == rows[1] and len(got) == len(expected) else expected
 
     def require(self, expected: Mapping[str, tuple[int, ...]], *, tied: bool) -> None:
         """Raise `CorruptError` unless these names and shapes are there. A tied head may be stored, if it is tied."""
@@ -154,7 +163,7 @@ def save_pretrained(
     }
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     eos = None if tokenizer is None else tokenizer.eos_id
-    plain = architecture.plain() | {"dtype": dtype, "bos_token_id": eos, "eos_token_id": eos}
+    plain = architecture.plain() | {"dtype": dtype, "bos_token_id": eos, "eos_token_id": eos, "pad_token_id": None}
     with staged(folder) as staging:
         with as_new_file(staging / "model.safetensors"):
             save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})

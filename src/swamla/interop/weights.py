@@ -13,12 +13,14 @@ class Rule:
 
     ours: its name.  theirs: their names, none for a constant that they do not store.
     join: theirs → ours.  split: ours → theirs. Each undoes the other.
+    cut_anywhere: their files cut the rows elsewhere, too, than `split` does; `join` puts them together all the same.
     """
 
     ours: str
     theirs: tuple[str, ...]
     join: Callable[[Sequence[Tensor]], Tensor]
     split: Callable[[Tensor], Sequence[Tensor]]
+    cut_anywhere: bool = False
 
 
 def same(ours: str, theirs: str) -> Rule:
@@ -76,10 +78,18 @@ def gathered(ours: str, theirs: Mapping[str, int], index: Sequence[int]) -> Rule
     return Rule(ours=ours, theirs=tuple(theirs), join=lambda found: torch.cat(tuple(found))[order], split=split)
 
 
-def reshaped(ours: str, theirs: str, own: Sequence[int], their: Sequence[int]) -> Rule:
-    """The same numbers in another shape."""
+def convolution(ours: str, theirs: Mapping[str, int], taps: int) -> Rule:
+    """The filters of a depthwise convolution, (channels, taps) here, (channels, 1, taps) there. theirs: as for `rows`.
+
+    transformers saves them in equal parts, whatever the numbers of channels.
+    """
+    sizes = list(theirs.values())
     return Rule(
-        ours=ours, theirs=(theirs,), join=lambda found: found[0].reshape(*own), split=lambda o: (o.reshape(*their),)
+        ours=ours,
+        theirs=tuple(theirs),
+        join=lambda found: torch.cat(tuple(found)).reshape(-1, taps),
+        split=lambda own: own[:, None].split(sizes),
+        cut_anywhere=True,
     )
 
 

@@ -97,6 +97,10 @@ class LlamaLike(Architecture):
             "sliding_attention": ("swa", lambda: SWAConfig(**self.attention(), window=self.window, sinks=0)),
         }
 
+    def block(self, kind: str, mixer: MixerConfig) -> BlockConfig:
+        """The block of a kind of layer."""
+        return BlockConfig(mixer=mixer, ffn=self.ffn())
+
     def language_model(self) -> LanguageModelConfig:
         """The equal model of ours."""
         mixers = self.mixers()
@@ -104,7 +108,7 @@ class LlamaLike(Architecture):
         return LanguageModelConfig(
             vocab_size=self.vocab_size,
             width=self.hidden_size,
-            blocks={name: BlockConfig(mixer=make(), ffn=self.ffn()) for name, make in used.values()},
+            blocks={name: self.block(kind, make()) for kind, (name, make) in used.items()},
             pattern=tuple(used[kind][0] for kind in self.layer_kinds),
             norm=RMSNormConfig(eps=self.rms_norm_eps),
             tied_head=self.tie_word_embeddings,
@@ -143,12 +147,16 @@ class LlamaLike(Architecture):
             yield same("head.weight", "lm_head.weight")
         for index, kind in enumerate(self.layer_kinds):
             ours, theirs = f"blocks.{index}", f"model.layers.{index}"
-            yield self.gain(f"{ours}.mixer_norm.weight", f"{theirs}.input_layernorm.weight")
-            yield self.gain(f"{ours}.ffn_norm.weight", f"{theirs}.post_attention_layernorm.weight")
+            for norm, their_norm in zip(("mixer_norm", "ffn_norm"), self.norms(kind), strict=True):
+                yield self.gain(f"{ours}.{norm}.weight", f"{theirs}.{their_norm}.weight")
             yield from self.mixer_rules(kind, f"{ours}.mixer", theirs)
             yield from self.ffn_rules(f"{ours}.ffn", f"{theirs}.mlp")
 
     gain = staticmethod(same)  # the rule of a norm's gain
+
+    def norms(self, kind: str) -> tuple[str, str]:
+        """Their names of the norms of mixer and FFN in a layer of that kind."""
+        return "input_layernorm", "post_attention_layernorm"
 
     def mixer_rules(self, kind: str, ours: str, theirs: str) -> Iterator[Rule]:
         """The weights of the mixer of a layer of that kind, whose names begin with `theirs`."""

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from swamla.interop.architecture import RopeParameters, ffn_of, mixer_of, norm_of, rope_in_one_place
 from swamla.interop.architectures.llama import LlamaLike
-from swamla.interop.weights import Rule, gathered, reshaped, rows, same, scaled, shifted
+from swamla.interop.weights import Rule, convolution, gathered, rows, same, scaled, shifted
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
@@ -142,8 +142,7 @@ class QwenHybrid(LlamaLike):
         values = self.linear_num_value_heads * self.linear_value_head_dim
         channels, taps = 2 * keys + values, self.linear_conv_kernel_dim
         yield from self.gdn_projections(ours, theirs)
-        convolution = f"{ours}.conv_weight", f"{theirs}.conv1d.weight"
-        yield reshaped(*convolution, own=(channels, taps), their=(channels, 1, taps))
+        yield convolution(f"{ours}.conv_weight", {f"{theirs}.conv1d.weight": channels}, taps)
         for name in ("A_log", "dt_bias"):
             yield same(f"{ours}.{name}", f"{theirs}.{name}")
         yield same(f"{ours}.norm_weight", f"{theirs}.norm.weight")
