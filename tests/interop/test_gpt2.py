@@ -209,6 +209,7 @@ IN_THE_WAY: list[tuple[dict[str, Any], str]] = [
     ({"ngram_buckets": (9,)}, "ngram_buckets = (9,)"),
     ({"logit_cap": 15.0}, "logit_cap = 15.0"),
     ({"mixer": replace(MIXER, gate="sigmoid")}, "blocks.a.mixer.gate = 'sigmoid'"),
+    ({"mixer": replace(MIXER, sink_logit=True)}, "blocks.a.mixer.sink_logit = True"),
     ({"mixer": replace(MIXER, qk_norm="head")}, "blocks.a.mixer.qk_norm = 'head'"),
     ({"mixer": SWAConfig(n_heads=4, rope=None, bias=True)}, "blocks.a.mixer.kind = 'swa'"),
     ({"mixer": LatentConfig(n_heads=4, bias=True)}, "blocks.a.mixer.kind = 'latent'"),

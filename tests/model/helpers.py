@@ -35,6 +35,8 @@ MIXERS: dict[str, MixerConfig] = {
         n_heads=4, n_kv_heads=2, head_dim=10, rope_dim=6, bias=True, gate="sigmoid", qk_norm="head", softmax_scale=0.4
     ),
     "swa_gated": SWAConfig(n_heads=4, n_kv_heads=2, window=WINDOW, sinks=3, rope_dim=2, gate="sigmoid"),
+    "mha_sink": MHAConfig(n_heads=4, n_kv_heads=2, sink_logit=True),
+    "swa_sink": SWAConfig(n_heads=4, n_kv_heads=2, window=WINDOW, sinks=0, sink_logit=True, gate="sigmoid"),
     "mla": MLAConfig(n_heads=2, kv_lora_rank=12, q_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6),
     "mla_unrotated": MLAConfig(
         n_heads=2, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=3, v_head_dim=6, rope=None

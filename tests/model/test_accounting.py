@@ -180,6 +180,8 @@ def masked_flops(mixer: MixerConfig, length: int) -> int:
             "mha_gated",
             "mla_unrotated",
             "swa_gated",
+            "mha_sink",
+            "swa_sink",
             "mqa with wide heads",
             "mla with plain queries",
             "swa of 1 head",
