@@ -208,6 +208,7 @@ IN_THE_WAY: list[tuple[dict[str, Any], str]] = [
     ({"learned_positions": 0}, "learned_positions = 0: gpt2 does not have it, it must be a number of them"),
     ({"ngram_buckets": (9,)}, "ngram_buckets = (9,)"),
     ({"logit_cap": 15.0}, "logit_cap = 15.0"),
+    ({"mixer": replace(MIXER, sink_logit=True)}, "blocks.a.mixer.sink_logit = True"),
     ({"mixer": replace(MIXER, gate="sigmoid")}, "blocks.a.mixer.gate = 'sigmoid'"),
     ({"mixer": replace(MIXER, sink_logit=True)}, "blocks.a.mixer.sink_logit = True"),
     ({"mixer": replace(MIXER, qk_norm="head")}, "blocks.a.mixer.qk_norm = 'head'"),
