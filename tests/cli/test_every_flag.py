@@ -100,6 +100,7 @@ MEANT_OF = {  # what these say more about, which has to be there
     "hub_config": "--data hf:owner/name",
     "hub_revision": "--data hf:owner/name",
     "hub_split": "--data hf:owner/name",
+    "swa_sink_logit": "--swa_sinks 0",
     "lr_head": "--no_tied_head",
     "weight_decay_head": "--no_tied_head",
     "tokenizer": "--vocab_size 5000",  # else another takes its own

@@ -32,9 +32,19 @@ MIXERS: dict[str, MixerConfig] = {
     "mha_normed": MHAConfig(n_heads=4, n_kv_heads=2, qk_norm="head"),
     "swa_normed": SWAConfig(n_heads=4, n_kv_heads=2, window=WINDOW, sinks=3, qk_norm="whole"),
     "mha_gated": MHAConfig(
-        n_heads=4, n_kv_heads=2, head_dim=10, rope_dim=6, bias=True, gate="sigmoid", qk_norm="head", softmax_scale=0.4
+        n_heads=4,
+        n_kv_heads=2,
+        head_dim=10,
+        rope_dim=6,
+        bias=True,
+        gate="sigmoid",
+        qk_norm="head",
+        softmax_scale=0.4,
+        sink_logit=True,
     ),
-    "swa_gated": SWAConfig(n_heads=4, n_kv_heads=2, window=WINDOW, sinks=3, rope_dim=2, gate="sigmoid"),
+    "swa_gated": SWAConfig(
+        n_heads=4, n_kv_heads=2, window=WINDOW, sinks=0, rope_dim=2, gate="sigmoid", sink_logit=True
+    ),
     "mla": MLAConfig(n_heads=2, kv_lora_rank=12, q_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6),
     "mla_unrotated": MLAConfig(
         n_heads=2, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=3, v_head_dim=6, rope=None

@@ -1,6 +1,7 @@
 """Multi-head and grouped-query attention, and the models around them, against transformers' GPT-2 and Llama."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from swamla.model.block import BlockConfig
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.mha import MHAConfig
+from swamla.model.mixers.swa import SWAConfig
 from swamla.model.norm import LayerNormConfig, RMSNormConfig
 from swamla.model.rope import RopeConfig
 
@@ -223,6 +225,33 @@ def test_a_softmax_scale_of_its_own_is_granites_attention_multiplier(backend: st
     tables = GraniteRotaryEmbedding(config)(torch.zeros(1), torch.arange(TIME)[None])
     ours = MHAConfig(n_heads=4, n_kv_heads=2, softmax_scale=0.7, backend=backend)
     Oracle(GraniteAttention(config, layer_idx=0), tables).assert_is(ours.build(32))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [None, 1, 7])
+def test_a_learned_sink_is_gpt_osss_attention(window: int | None, backend: str) -> None:
+    from transformers import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssRotaryEmbedding
+
+    config = GptOssConfig(
+        hidden_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=10,
+        attention_bias=True,
+        sliding_window=window,
+        num_hidden_layers=1,
+        layer_types=["full_attention" if window is None else "sliding_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        attn_implementation="eager",
+    )
+    heads: dict[str, Any] = {"n_heads": 4, "n_kv_heads": 2, "head_dim": 10, "bias": True, "backend": backend}
+    ours = MHAConfig(**heads, sink_logit=True)
+    if window is not None:
+        ours = SWAConfig(**heads, window=window, sinks=0, sink_logit=True)
+    tables = GptOssRotaryEmbedding(config)(torch.zeros(1), torch.arange(TIME)[None])
+    theirs = Oracle(GptOssAttention(config, layer_idx=0), tables, renamed={"sinks": "sink_logit"})
+    theirs.assert_is(ours.build(32), window=window or TIME)
 
 
 class Qwen3Next(Oracle):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,20 @@ TOLERANCE = {torch.float64: (1e-11, 1e-10), torch.float32: (1e-5, 1e-4)}  # outp
 def attention(window: int | None = None, sinks: int = 0) -> Attention:
     """Causal attention, or windowed when there is a window."""
     return causal_attention if window is None else partial(windowed_attention, window=window, sinks=sinks)
+
+
+def with_sink_logit(attend: Attention) -> Attention:
+    """The same of queries, keys, values and sink logits."""
+
+    def attend_besides(q: Tensor, k: Tensor, v: Tensor, sink_logit_H: Tensor, seq: Layout, **settings: Any) -> Tensor:
+        return attend(q, k, v, seq, sink_logit_H=sink_logit_H, **settings)
+
+    return attend_besides
+
+
+def random_logits(heads: int, dtype=torch.float32) -> Tensor:
+    """(H,), as large as scores may be."""
+    return (3 * torch.randn(heads, generator=torch.Generator().manual_seed(3), dtype=dtype)).requires_grad_()
 
 
 def random_inputs(seq: Layout, *, heads: int = 2, groups: int = 2, key: int = 8, value: int = 8, dtype=torch.float32):
@@ -51,7 +66,8 @@ def assert_equals_reference(attend: Attention, inputs: list[Tensor], seq: Layout
     outputs, gradients = TOLERANCE[inputs[0].dtype]
     for backend in ("torch", "tiles", "sdpa"):
         got = with_gradients(partial(attend, backend=backend), inputs, seq)
-        for tolerance, mine, theirs in zip([outputs, gradients, gradients, gradients], got, expected, strict=True):
+        tolerances = [outputs, *[gradients] * len(inputs)]
+        for tolerance, mine, theirs in zip(tolerances, got, expected, strict=True):
             torch.testing.assert_close(mine, theirs, atol=tolerance, rtol=tolerance)
 
 

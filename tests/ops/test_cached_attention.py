@@ -38,6 +38,21 @@ def watch(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[Any, ...]]:
     return calls
 
 
+@pytest.mark.parametrize("time", [1, 16])
+@pytest.mark.parametrize(("groups", "value"), [(4, 8), (2, 8), (1, 5)])
+@torch.no_grad()
+def test_sink_logits_are_those_of_the_reference_with_a_mask_and_without(groups: int, value: int, time: int) -> None:
+    q, k, v = inputs(2, time, 60, 4, groups, value)
+    logit = torch.tensor([-1.0, 0.0, 2.0, 5.0])
+    allowed = all_but_later(2, time, 60)
+    expected = reference_attention(q, k, v, allowed, sink_logit_H=logit)
+    for given in (allowed, None):
+        found = cached_attention(q, k, v, given, sink_logit_H=logit)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    nothing = cached_attention(q, k, v, torch.zeros_like(allowed), sink_logit_H=logit)
+    assert not nothing.any()
+
+
 @pytest.mark.parametrize("size", [16, 60])
 @pytest.mark.parametrize(("groups", "value"), [(4, 8), (2, 8), (4, 5), (1, 5)])
 @torch.no_grad()

@@ -16,7 +16,7 @@ from swamla.ops.attention import cuda, flash, resolve_backend
 from swamla.ops.attention.reference import CAUSAL, Window, allowed_mask, reference_attention
 from swamla.ops.layout import Layout
 
-from .attention_checks import documents, random_inputs, random_layout, with_gradients
+from .attention_checks import documents, random_inputs, random_layout, random_logits, with_gradients
 
 WINDOWS = [(None, 0), (64, 0), (64, 4), (200, 130), (1, 1)]
 LAYOUTS = {
@@ -139,6 +139,19 @@ def test_flex_attention_under_the_block_mask_is_the_reference(monkeypatch, key, 
         torch.testing.assert_close(o, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("key", [8, 24])
+def test_flex_attention_with_a_sink_logit_is_the_reference(monkeypatch, key):
+    """Outputs: on a CPU FlexAttention has no backward pass."""
+    monkeypatch.setattr(cuda, "_flex", lambda: uncompiled)
+    seq, logit = random_layout(3, time=300), random_logits(4).detach()
+    q, k, v = (x.detach() for x in random_inputs(seq, heads=4, groups=2, key=key))
+    for window in (CAUSAL, Window(64, 0)):
+        expected = reference_attention(q, k, v, allowed_mask(seq, window), scale=0.3, sink_logit_H=logit)
+        for attend in (cuda.flex_attention, cuda.cudnn_attention):
+            o = attend(q, k, v, seq, window, 0.3, logit)
+            torch.testing.assert_close(o, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_kernels_are_compiled_for_a_length_then_for_all_and_windows_compile_nothing(monkeypatch):
     graphs = []
 
@@ -221,7 +234,16 @@ def test_whole_rows_go_to_cudnn_or_the_efficient_kernel_and_to_no_other(monkeypa
 def test_packed_rows_go_to_flex(monkeypatch):
     monkeypatch.setattr(cuda, "flex_attention", lambda q, k, v, seq, *options: options)
     seq = documents([5, 4])
-    assert cuda.cudnn_attention(*random_inputs(seq), seq, CAUSAL, 0.5) == (CAUSAL, 0.5)
+    assert cuda.cudnn_attention(*random_inputs(seq), seq, CAUSAL, 0.5) == (CAUSAL, 0.5, None)
+
+
+def test_rows_with_a_sink_logit_go_to_flex_whether_packed_or_not_and_it_is_said(monkeypatch):
+    monkeypatch.setattr(cuda, "flex_attention", lambda q, k, v, seq, *options: options)
+    logit = torch.zeros(2)
+    for seq in (documents([9]), documents([5, 4])):
+        assert cuda.cudnn_attention(*random_inputs(seq), seq, CAUSAL, 0.5, logit) == (CAUSAL, 0.5, logit)
+    told = MHAConfig(n_heads=2, sink_logit=True).backends(torch.device("cuda"), 64, torch.bfloat16)
+    assert told == {"attention": "flex"}
 
 
 def test_auto_on_cuda_is_cudnn_for_causal_and_flex_for_windowed_attention():

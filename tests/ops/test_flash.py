@@ -18,11 +18,11 @@ from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mla import MLAConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.ops import attention, causal_attention, libraries, windowed_attention
-from swamla.ops.attention import Window, flash, prepare_attention, resolve_backend, takes_flash
+from swamla.ops.attention import PATHS, Window, flash, prepare_attention, resolve_backend, takes_flash
 from swamla.ops.attention.reference import attend_by_mask
 from swamla.ops.layout import Layout
 
-from .attention_checks import documents, random_inputs, random_layout, with_gradients
+from .attention_checks import documents, random_inputs, random_layout, random_logits, with_gradients
 
 CUDA = torch.device("cuda")
 WINDOWS = [(None, 0), (1, 0), (1, 4), (16, 0), (16, 4), (16, 40), (100, 4), (130, 4), (1000, 4)]
@@ -144,6 +144,19 @@ def assert_equals_the_reference(inputs, seq, window, sinks, tolerance=1e-5):
 def test_outputs_and_gradients_are_the_reference_s_with_sinks_merged(library, seq, window, sinks):
     assert_equals_the_reference(random_inputs(seq, heads=4, groups=2, key=8, value=8), seq, window, sinks)
     assert library == [-1 if window is None else window - 1]
+
+
+@each_layout
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (16, 0), (16, 4)])
+def test_a_learned_sink_logit_is_merged_too(library, seq, window, sinks):
+    inputs = [*random_inputs(seq, heads=4, groups=2), random_logits(4)]
+
+    def run(name):
+        return lambda q, k, v, logit, seq: PATHS[name](q, k, v, seq, Window(window, sinks), 0.3, logit)
+
+    found, expected = (with_gradients(run(name), inputs, seq) for name in ("flash", "reference"))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("key", "value"), [(96, 96), (24, 16), (12, 20), (5, 3)])

@@ -21,7 +21,9 @@ from .attention_checks import (
     documents,
     random_inputs,
     random_layout,
+    random_logits,
     with_gradients,
+    with_sink_logit,
 )
 
 WINDOWS = [(1, 0), (1, 3), (2, 0), (7, 3), (3, 7), (63, 4), (64, 4), (65, 64), (128, 0), (129, 1), (100, 300), (500, 4)]
@@ -37,6 +39,57 @@ def test_every_window_and_number_of_sinks_equals_the_reference(window, sinks):
 def test_in_double_it_equals_the_reference_to_eleven_digits(window, sinks):
     seq = documents([330, 20], [64, 150, 136])
     assert_equals_reference(attention(window, sinks), random_inputs(seq, dtype=torch.float64), seq)
+
+
+SINK_LOGITS = [(None, 0), (1, 0), (7, 0), (64, 0), (65, 64), (128, 0), (500, 0), (7, 3)]
+with_layouts = pytest.mark.parametrize(
+    "rows", [([330, 20], [64, 150, 136]), ([350], [350]), ([1, 349], [2, 348])], ids=str
+)
+
+
+@with_layouts
+@pytest.mark.parametrize(("window", "sinks"), SINK_LOGITS)
+def test_a_learned_sink_logit_equals_the_reference_whatever_the_window_and_the_documents(window, sinks, rows):
+    seq = documents(*rows)
+    inputs = [*random_inputs(seq, heads=4, groups=2, value=6), random_logits(4)]
+    assert_equals_reference(with_sink_logit(attention(window, sinks)), inputs, seq)
+
+
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("scores", [1, 60_000])
+def test_however_tiles_with_a_sink_logit_are_batched_and_kept_the_result_is_that_of_the_reference(
+    window, scores, monkeypatch
+):
+    monkeypatch.setattr("swamla.ops.attention.cpu.SCORES", scores)
+    seq = documents([700], [700])
+    inputs = [*random_inputs(seq, heads=4, groups=2), random_logits(4)]
+    attend = with_sink_logit(attention(window))
+    kept = with_gradients(partial(attend, backend="tiles"), inputs, seq)
+    monkeypatch.setattr("swamla.ops.attention.cpu.KEPT", 0)
+    again = with_gradients(partial(attend, backend="tiles"), inputs, seq)
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+    assert_equals_reference(attend, inputs, seq)
+
+
+def test_a_sink_logit_in_double_and_in_bf16_is_near_the_reference():
+    seq = documents([330, 20], [64, 150, 136])
+    attend = with_sink_logit(attention(70))
+    exact = [*random_inputs(seq, dtype=torch.float64), random_logits(2, torch.float64)]
+    assert_equals_reference(attend, exact, seq)
+    rounded = [*random_inputs(seq, heads=4, groups=2, key=32, value=32, dtype=torch.bfloat16)]
+    for backend in ("tiles", "sdpa"):
+        inputs = [*rounded, random_logits(4).detach().bfloat16().requires_grad_()]
+        assert_close_in_bf16(partial(attend, backend=backend), inputs, seq)
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiles", "sdpa"])
+def test_a_sink_logit_takes_the_share_that_its_score_has_of_the_softmax(backend):
+    """Without keys that differ, n + exp(logit) equal scores: the output is n / (n + exp(logit)) of the values' mean."""
+    seq, logit = documents([40]), torch.tensor([-100.0, 0.0, 2.0, 100.0])
+    q, k, v = (torch.ones(1, 40, heads, 8) for heads in (4, 2, 2))
+    o = windowed_attention(q, k * 0, v, seq, window=16, sinks=0, sink_logit_H=logit, backend=backend)
+    count = torch.arange(1.0, 41).clamp(max=16)[:, None]
+    torch.testing.assert_close(o[0, ..., 0], count / (count + logit.exp()))
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 63, 64, 65, 68, 69, 96, 97, 127, 128, 129, 132, 133, 192, 193, 260])
@@ -188,6 +241,12 @@ def test_windows_below_one_and_negative_sinks_are_refused():
         windowed_attention(*random_inputs(seq), seq, window=0, sinks=0)
     with pytest.raises(ConfigError, match="sinks = -1: must be >= 0"):
         windowed_attention(*random_inputs(seq), seq, window=1, sinks=-1)
+
+
+def test_sink_logits_of_another_number_of_heads_are_refused():
+    seq = documents([3])
+    with pytest.raises(ConfigError, match=r"sink_logit.shape = \(3,\): must be \(2,\): one for each query head"):
+        windowed_attention(*random_inputs(seq), seq, window=1, sinks=0, sink_logit_H=torch.zeros(3))
 
 
 @pytest.mark.gpu

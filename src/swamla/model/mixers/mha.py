@@ -1,12 +1,13 @@
 """Multi-head (arXiv 1706.03762) and grouped-query attention (arXiv 2305.13245) over all earlier tokens."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from swamla.errors import require
+from swamla.model.initial import Initializer, constant
 from swamla.model.mixers.mixer import State, append, cached_causal_attention, without_padding
 from swamla.model.mixers.softmax import Heads, SoftmaxConfig, SoftmaxMixer
 from swamla.model.norm import RMSNorm
@@ -35,6 +36,8 @@ class MHAConfig(SoftmaxConfig):
     norm_eps: added to the mean square by these norms.
     softmax_scale: factor of the scores before the softmax, one over the root of head_dim by default; YaRN's factor
         comes on top. Granite's attention_multiplier.
+    sink_logit: whether each head has a learned logit in the softmax's denominator, as if one more token with a value of
+        zeros had this score (arXiv 2508.10925, gpt-oss). In `swa` it takes the place of kept tokens: needs sinks = 0.
     backend: auto, reference, torch, tiles, sdpa, or on CUDA flex, flash or cudnn.
     """
 
@@ -51,6 +54,7 @@ class MHAConfig(SoftmaxConfig):
     qk_norm: Literal["none", "head", "whole"] = "none"
     norm_eps: float = 1e-6
     softmax_scale: float | None = None
+    sink_logit: bool = False
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -126,7 +130,12 @@ class MHAConfig(SoftmaxConfig):
     def n_parameters(self, width: int) -> int:
         """Parameters of the module."""
         biases = (self.n_heads + 2 * self.kv_heads + self.gate_heads) * self.key_dim(width) + width
-        return self.projection_weights(width) + self.bias * biases + self.norm_gains(width)
+        return (
+            self.projection_weights(width)
+            + self.bias * biases
+            + self.norm_gains(width)
+            + self.sink_logit * self.n_heads
+        )
 
     def state_bytes(self, width: int, length: int, element_bytes: int) -> int:
         """Bytes of the state of one sequence that may grow to `length` tokens."""
@@ -142,7 +151,10 @@ class KVState(State):
 
 
 class MHA(SoftmaxMixer[KVState]):
-    """softmax(q kᵀ / √K) v over all earlier tokens of the document, gated by σ(W x) if the config has a gate."""
+    """softmax(q kᵀ / √K) v over all earlier tokens of the document, gated by σ(W x) if the config has a gate.
+
+    sink_logit: (H,) or None.
+    """
 
     config: MHAConfig
 
@@ -156,6 +168,11 @@ class MHA(SoftmaxMixer[KVState]):
             q_heads, k_heads = (1, 1) if config.qk_norm == "head" else (config.n_heads, config.kv_heads)
             self.q_norm = RMSNorm(q_heads * self.key_dim, config.norm_eps)
             self.k_norm = RMSNorm(k_heads * self.key_dim, config.norm_eps)
+        self.sink_logit = nn.Parameter(torch.zeros(config.n_heads)) if config.sink_logit else None
+
+    def initializers(self) -> dict[str, Initializer]:
+        """A sink logit is 0 at first: the score of a key that is orthogonal to the query."""
+        return {} if self.sink_logit is None else {"sink_logit": constant(0.0)}
 
     def project(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries (B, T, H, K), keys and values (B, T, G, K), and the gate before its sigmoid, (B, T, H, K) or empty.
@@ -179,6 +196,11 @@ class MHA(SoftmaxMixer[KVState]):
         """Normalised by head, or all heads together if the norm is that wide."""
         return norm(x_BTHK) if self.config.qk_norm == "head" else norm(x_BTHK.flatten(2)).view(x_BTHK.shape)
 
+    @property
+    def softmax(self) -> dict[str, Any]:
+        """Arguments of every attention op."""
+        return {"scale": self.scale, "sink_logit_H": self.sink_logit}
+
     def output(self, o_BTHK: Tensor, gate_BTHK: Tensor) -> Tensor:
         """The output projection of the heads' gated outputs."""
         if self.config.gate == "sigmoid":
@@ -187,7 +209,7 @@ class MHA(SoftmaxMixer[KVState]):
 
     def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
         q, k, v, gate = self.project(x_BTD, seq)
-        return self.output(causal_attention(q, k, v, seq, scale=self.scale, backend=self.config.backend), gate)
+        return self.output(causal_attention(q, k, v, seq, **self.softmax, backend=self.config.backend), gate)
 
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> KVState:
         shape = (batch, max_len, self.config.kv_heads, self.key_dim)
@@ -199,5 +221,5 @@ class MHA(SoftmaxMixer[KVState]):
         append(state.k_BSGK, k, seq)
         append(state.v_BSGK, v, seq)
         cached_k, cached_v = state.k_BSGK[:, : seq.end].to(q.dtype), state.v_BSGK[:, : seq.end].to(q.dtype)
-        o = cached_causal_attention(q, cached_k, cached_v, seq, scale=self.scale, backend=self.config.backend)
+        o = cached_causal_attention(q, cached_k, cached_v, seq, **self.softmax, backend=self.config.backend)
         return self.output(o, gate)

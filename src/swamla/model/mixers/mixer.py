@@ -155,12 +155,20 @@ def write_at(cache_BSX: Tensor, index_BT: Tensor, new_BTX: Tensor) -> None:
 
 
 def cached_causal_attention(
-    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, seq: Layout, *, scale: float | None = None, backend: str
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    seq: Layout,
+    *,
+    scale: float | None = None,
+    sink_logit_H: Tensor | None = None,
+    backend: str,
 ) -> Tensor:
     """o (B, T, H, V): new tokens attend to the first `seq.end` tokens of a cache, their own included."""
-    if seq.past == 0 and q_BTHK.shape[1] > 1 and q_BTHK.device.type != "cpu":  # a prompt: fused kernels are faster
-        return causal_attention(q_BTHK, k_BSGK, v_BSGV, seq, scale=scale, backend=backend)
-    return cached_attention(q_BTHK, k_BSGK, v_BSGV, causal_mask(seq), scale=scale)
+    faster = q_BTHK.device.type != "cpu" or sink_logit_H is not None  # fused kernels, tiles: for a prompt
+    if seq.past == 0 and q_BTHK.shape[1] > 1 and faster:
+        return causal_attention(q_BTHK, k_BSGK, v_BSGV, seq, scale=scale, sink_logit_H=sink_logit_H, backend=backend)
+    return cached_attention(q_BTHK, k_BSGK, v_BSGV, causal_mask(seq), scale=scale, sink_logit_H=sink_logit_H)
 
 
 def causal_mask(seq: Layout) -> Tensor | None:

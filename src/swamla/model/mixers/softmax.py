@@ -27,6 +27,7 @@ class SoftmaxConfig(MixerConfig):
 
     rope: rotary positions, or none.
     softmax_scale: factor of the scores before the softmax; by default one over the root of a key head's width.
+    sink_logit: whether each head has a learned score of a token with a value of zeros.
     """
 
     only_projects: ClassVar[bool] = True
@@ -34,6 +35,7 @@ class SoftmaxConfig(MixerConfig):
     n_heads: int
     rope: RopeConfig | None = None
     softmax_scale: float | None = None
+    sink_logit: bool = False
     backend: str
 
     def __post_init__(self) -> None:
@@ -83,24 +85,28 @@ class SoftmaxConfig(MixerConfig):
     def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
         """Op → backend. Raises `MissingBackendError` for a backend that cannot compute on `device`."""
         _, key, value = self.heads(width)
-        return {"attention": describe_backend(self.backend, device, dtype, key=key, value=value)}
+        return {
+            "attention": describe_backend(self.backend, device, dtype, key=key, value=value, sink_logit=self.sink_logit)
+        }
 
     def trial(self, width: int) -> AttentionTrial | None:
         """The attention whose backends are timed when the backend is "auto"."""
         if self.backend != "auto":
             return None
         key_heads, key, value = self.heads(width)
-        return AttentionTrial(heads=self.n_heads, key_heads=key_heads, key=key, value=value)
+        return AttentionTrial(heads=self.n_heads, key_heads=key_heads, key=key, value=value, sink_logit=self.sink_logit)
 
     def prepare(self, seq: Layout, width: int) -> None:
         """Build masks and tables eagerly, so that the compiled forward has no graph break."""
         _, key, value = self.heads(width)
-        prepare_attention(seq, self.backend, key=key, value=value)
+        prepare_attention(seq, self.backend, key=key, value=value, sink_logit=self.sink_logit)
 
     def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
         """Attention weights per token, over all heads, that are saved for the backward pass on a CPU."""
         _, key, value = self.heads(width)
-        kept = kept_causal_keys(length, bf16=bf16, key_width=key, value_width=value, backend=self.backend)
+        kept = kept_causal_keys(
+            length, bf16=bf16, key_width=key, value_width=value, backend=self.backend, sink_logit=self.sink_logit
+        )
         return self.n_heads * kept
 
 

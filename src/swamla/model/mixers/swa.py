@@ -1,7 +1,7 @@
 """Sliding-window attention (arXiv 2004.05150, 2310.06825) with attention sinks (arXiv 2309.17453)."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,8 @@ class SWAConfig(MHAConfig):
         super().__post_init__()
         require(self.window > 0, "window", self.window, "must be > 0, e.g. 256")
         require(self.sinks >= 0, "sinks", self.sinks, "must be >= 0, e.g. 4")
+        instead = not self.sink_logit or self.sinks == 0
+        require(instead, "sinks", self.sinks, "must be 0 with sink_logit, which takes the place of kept tokens")
 
     def build(self, width: int) -> "SWA":
         """The module."""
@@ -80,7 +82,7 @@ class SWAConfig(MHAConfig):
         """Attention weights per token, over all heads, that are saved for the backward pass on a CPU."""
         if self.backend == "sdpa":  # it saves no weights, but the bands' keys and values: each token's are in two
             return 4.0 * self.kv_heads * self.key_dim(width)
-        return self.n_heads * kept_keys(length, self.window, self.sinks)
+        return self.n_heads * kept_keys(length, self.window, self.sinks, int(self.sink_logit))
 
     def pairs(self, length: int) -> int:
         """Pairs of query and key that the mask allows: those in the window, and sinks before it."""
@@ -102,8 +104,8 @@ class SWA(MHA):
     def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
         q, k, v, gate = self.project(x_BTD, seq)
         config = self.config
-        band = {"window": config.window, "sinks": config.sinks}
-        o = windowed_attention(q, k, v, seq, **band, scale=self.scale, backend=config.backend)
+        band: dict[str, Any] = {"window": config.window, "sinks": config.sinks, **self.softmax}
+        o = windowed_attention(q, k, v, seq, **band, backend=config.backend)
         return self.output(o, gate)
 
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> KVState:
@@ -135,14 +137,14 @@ class SWA(MHA):
             write_at(state.v_BSGK, slot_B1, v)
             allowed = seq.table(("ring", size), lambda: filled_mask(seq, size))
             cached_k, cached_v = state.k_BSGK.to(q.dtype), state.v_BSGK.to(q.dtype)
-            return cached_attention(q, cached_k, cached_v, allowed, scale=self.scale)
+            return cached_attention(q, cached_k, cached_v, allowed, **self.softmax)
         sinks, window = self.config.sinks, self.config.window
         slot = seq.past if seq.past < sinks else sinks + (seq.past - sinks) % window
         state.k_BSGK[:, slot : slot + 1] = k
         state.v_BSGK[:, slot : slot + 1] = v
         filled = min(seq.end, size)
         cached_k, cached_v = state.k_BSGK[:, :filled].to(q.dtype), state.v_BSGK[:, :filled].to(q.dtype)
-        return cached_attention(q, cached_k, cached_v, None, scale=self.scale)
+        return cached_attention(q, cached_k, cached_v, None, **self.softmax)
 
     def _step_many(self, q: Tensor, k: Tensor, v: Tensor, state: KVState, length: int, seq: Layout) -> Tensor:
         """Windowed attention over the ring's tokens, in order, and the new tokens; the last new tokens enter the ring.
@@ -156,8 +158,8 @@ class SWA(MHA):
         cached = k_line.shape[1] - k.shape[1]  # cached tokens get zero queries, and their outputs are dropped
         line = seq.table(("line", cached), lambda: Layout.one_document_per_row(batch, k_line.shape[1], device=k.device))
         q_line = F.pad(q, (0, 0, 0, 0, cached, 0))
-        band = {"window": config.window, "sinks": config.sinks}
-        o = windowed_attention(q_line, k_line, v_line, line, **band, scale=self.scale, backend=config.backend)
+        band: dict[str, Any] = {"window": config.window, "sinks": config.sinks, **self.softmax}
+        o = windowed_attention(q_line, k_line, v_line, line, **band, backend=config.backend)
         for ring, new in ((state.k_BSGK, k), (state.v_BSGK, v)):
             self._write(ring, new, length)
         return o[:, cached:]
@@ -200,7 +202,7 @@ class SWA(MHA):
         for ring, new in ((state.k_BSGK, k), (state.v_BSGK, v)):
             old = ring.gather(1, slot_BT[..., None, None].expand_as(new))
             write_at(ring, slot_BT, torch.where(valid_BT[..., None, None], new.to(ring.dtype), old))
-        return cached_attention(q, k_all, v_all, allowed_BTS, scale=self.scale)
+        return cached_attention(q, k_all, v_all, allowed_BTS, **self.softmax)
 
     def _slot(self, position: Tensor) -> Tensor:
         """The slot of the token at `position`."""

@@ -59,29 +59,45 @@ def takes_flash(backend: str, device: torch.device | str, dtype: torch.dtype, ke
 
 
 def describe_backend(
-    backend: str, device: torch.device, dtype: torch.dtype, *, key: int, value: int, windowed: bool = False
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    key: int,
+    value: int,
+    windowed: bool = False,
+    sink_logit: bool = False,
 ) -> str:
     """`resolve_backend` as a text to print: names the kernels that "cudnn" falls back to."""
     chosen = resolve_backend(backend, device, windowed=windowed)
     packed = "flash" if takes_flash(backend, device, dtype, key, value) else "flex"
-    if windowed:
-        return packed if chosen == "flex" else chosen
+    if windowed or sink_logit:
+        return packed if chosen in ("flex", "cudnn") else chosen
     fp32 = "fp32: memory-efficient, packed rows: flex, or sdpa for wide keys"
     others = f"packed rows: {packed}" if dtype.itemsize == 2 else fp32
     return f"cudnn ({others})" if chosen == "cudnn" else chosen
 
 
 def causal_attention(
-    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, *, scale: float | None = None, backend: str = "auto"
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGV: Tensor,
+    seq: Layout,
+    *,
+    scale: float | None = None,
+    sink_logit_H: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """o (B, T, H, V): each token attends to the tokens of its document up to itself.
 
     H query heads share G key heads (G divides H). The value width V may differ from K. scale: K^-½ unless given.
+    sink_logit: of each query head, the score of a token with a value of zeros that every token attends to besides.
     Outputs of padding are finite and undefined. Backends: see `resolve_backend`; "reference" uses an explicit mask,
     "cudnn" uses FlexAttention for packed rows. Under autocast the inputs are cast to its dtype. Raises ConfigError for
-    shapes that do not fit, and as `resolve_backend` does. Source: arXiv 1706.03762; shared heads: 2305.13245.
+    shapes that do not fit, and as `resolve_backend` does. Source: arXiv 1706.03762; shared heads: 2305.13245; sink
+    logits: 2508.10925.
     """
-    return _attention(q_BTHK, k_BTGK, v_BTGV, seq, CAUSAL, scale, backend)
+    return _attention(q_BTHK, k_BTGK, v_BTGV, seq, CAUSAL, scale, sink_logit_H, backend)
 
 
 def windowed_attention(
@@ -93,6 +109,7 @@ def windowed_attention(
     window: int,
     sinks: int,
     scale: float | None = None,
+    sink_logit_H: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """o (B, T, H, V): each token attends to its document's last `window` tokens, itself included, and first `sinks`.
@@ -102,7 +119,7 @@ def windowed_attention(
     """
     require(window >= 1, "window", window, "must be >= 1, e.g. 256")
     require(sinks >= 0, "sinks", sinks, "must be >= 0, e.g. 4")
-    return _attention(q_BTHK, k_BTGK, v_BTGV, seq, Window(window, sinks), scale, backend)
+    return _attention(q_BTHK, k_BTGK, v_BTGV, seq, Window(window, sinks), scale, sink_logit_H, backend)
 
 
 def _attention(
@@ -112,14 +129,15 @@ def _attention(
     seq: Layout,
     window: Window,
     scale: float | None,
+    sink_logit_H: Tensor | None,
     backend: str,
 ) -> Tensor:
-    _check_heads(q_BTHK, k_BTGK, v_BTGV)
+    _check_heads(q_BTHK, k_BTGK, v_BTGV, sink_logit_H)
     for name, x in (("q", q_BTHK), ("k", k_BTGK), ("v", v_BTGV)):
         require(x.shape[:2] == seq.shape, f"{name}.shape", tuple(x.shape), f"must begin with the layout's {seq.shape}")
     path = resolve_backend(backend, q_BTHK.device, windowed=window != CAUSAL)
     q, k, v = _autocast(q_BTHK, k_BTGK, v_BTGV)
-    masked = window != CAUSAL or not seq.whole_rows
+    masked = window != CAUSAL or not seq.whole_rows or sink_logit_H is not None
     if masked and path in ("flex", "cudnn") and takes_flash(backend, q.device, q.dtype, q.shape[-1], v.shape[-1]):
         path = "flash"
     if (backend, path) == ("auto", "flex") and too_wide_for_flex(q):
@@ -128,7 +146,7 @@ def _attention(
         bf16, widths = q.dtype == torch.bfloat16, (q.shape[-1], v.shape[-1])
         tiled = window != CAUSAL or (q.device.type == "cpu" and in_tiles(bf16, *widths))
         path = "tiles" if tiled else "sdpa"
-    return PATHS[path](q, k, v, seq, window, q.shape[-1] ** -0.5 if scale is None else scale)
+    return PATHS[path](q, k, v, seq, window, q.shape[-1] ** -0.5 if scale is None else scale, sink_logit_H)
 
 
 def in_tiles(bf16: bool, key_width: int, value_width: int) -> bool:
@@ -139,17 +157,21 @@ def in_tiles(bf16: bool, key_width: int, value_width: int) -> bool:
     return bf16 or key_width != value_width
 
 
-def kept_causal_keys(length: int, *, bf16: bool, key_width: int, value_width: int, backend: str) -> float:
+def kept_causal_keys(
+    length: int, *, bf16: bool, key_width: int, value_width: int, backend: str, sink_logit: bool = False
+) -> float:
     """Attention weights per query that causal attention on a CPU saves for the backward pass, on average."""
     tiled = backend == "tiles" or (backend in ("auto", "torch") and in_tiles(bf16, key_width, value_width))
-    return kept_keys(length, length, 0) if tiled else 0.0
+    return kept_keys(length, length, 0, int(sink_logit)) if tiled else 0.0
 
 
-def prepare_attention(seq: Layout, backend: str, window: Window = CAUSAL, *, key: int, value: int) -> None:
+def prepare_attention(
+    seq: Layout, backend: str, window: Window = CAUSAL, *, key: int, value: int, sink_logit: bool = False
+) -> None:
     """Build the layout's masks and bounds eagerly, so that compiled attention has no graph break."""
     device = seq.position_BT.device
     chosen = resolve_backend(backend, device, windowed=window != CAUSAL)
-    masked = chosen == "flex" or (chosen == "cudnn" and not seq.whole_rows)
+    masked = chosen == "flex" or (chosen == "cudnn" and (sink_logit or not seq.whole_rows))
     flash = chosen == "flash" or (masked and takes_flash(backend, device, torch.bfloat16, key, value))
     if flash:
         bounds_of(seq)
@@ -161,7 +183,13 @@ def prepare_attention(seq: Layout, backend: str, window: Window = CAUSAL, *, key
 
 
 def cached_attention(
-    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, allowed_BTS: Tensor | None, *, scale: float | None = None
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    allowed_BTS: Tensor | None,
+    *,
+    scale: float | None = None,
+    sink_logit_H: Tensor | None = None,
 ) -> Tensor:
     """o (B, T, H, V): T new tokens attend to those of S cached tokens that the bool mask allows.
 
@@ -169,7 +197,7 @@ def cached_attention(
     query without an allowed key gives zeros. Keys that no query may attend to must be finite. scale: K^-½ unless given.
     Under autocast the inputs are cast to its dtype. Raises ConfigError for shapes that do not fit.
     """
-    _check_heads(q_BTHK, k_BSGK, v_BSGV)
+    _check_heads(q_BTHK, k_BSGK, v_BSGV, sink_logit_H)
     if allowed_BTS is None:
         time, cached = q_BTHK.shape[1], k_BSGK.shape[1]
         require(time <= cached, "q.shape", tuple(q_BTHK.shape), f"must have no more tokens than the cache, {cached}")
@@ -177,10 +205,11 @@ def cached_attention(
         expected = (*q_BTHK.shape[:2], k_BSGK.shape[1])
         require(allowed_BTS.shape == expected, "allowed_BTS.shape", tuple(allowed_BTS.shape), f"must be {expected}")
     q, k, v = _autocast(q_BTHK, k_BSGK, v_BSGV)
-    return attend_to_cache(q, k, v, allowed_BTS, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return attend_to_cache(q, k, v, allowed_BTS, scale=scale, sink_logit_H=sink_logit_H)
 
 
-def _check_heads(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor) -> None:
+def _check_heads(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, sink_logit_H: Tensor | None) -> None:
     heads, groups = q_BTHK.shape[2], k_BSGK.shape[2]
     require(heads % groups == 0, "key heads", groups, f"must divide the {heads} query heads")
     require(
@@ -189,6 +218,8 @@ def _check_heads(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor) -> None:
     require(
         q_BTHK.shape[3] == k_BSGK.shape[3], "q.shape", tuple(q_BTHK.shape), f"must end as k's {tuple(k_BSGK.shape)}"
     )
+    logits = (heads,) if sink_logit_H is None else tuple(sink_logit_H.shape)
+    require(logits == (heads,), "sink_logit.shape", logits, f"must be {(heads,)}: one for each query head")
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -15,31 +15,40 @@ LENGTHS = 256  # decoding reads the latent cache in multiples of it, because one
 
 
 def attend_to_cache(
-    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, allowed_BTS: Tensor | None, *, scale: float
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    allowed_BTS: Tensor | None,
+    *,
+    scale: float,
+    sink_logit_H: Tensor | None = None,
 ) -> Tensor:
     """o (B, T, H, V): attention under a mask, where a query without an allowed key gives zeros; or causal (None).
 
     Causal: the T queries are those of the last T of the S cached tokens. Query heads that share a key head are stacked
     as rows of one matrix, so that the cache is not copied per head. Queries are processed in blocks, which bounds the
-    memory of masks and scores.
+    memory of masks and scores. Sink logits, which no fused kernel takes, are one more column of plain scores.
     """
     batch, time, heads, _ = q_BTHK.shape
     size, groups = k_BSGK.shape[1:3]
-    fused = k_BSGK.shape[-1] == v_BSGV.shape[-1]  # for other widths PyTorch would cast the whole cache to fp32
+    plain = sink_logit_H is None
+    fused = plain and k_BSGK.shape[-1] == v_BSGV.shape[-1]  # for other widths PyTorch would cast the cache to fp32
     if allowed_BTS is None and time == 1 and fused:
         q_BGRK = q_BTHK.squeeze(1).unflatten(1, (groups, -1))
         k_BGSK, v_BGSV = k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2)
         return scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSV, scale=scale).flatten(1, 2).unsqueeze(1)
     # Not fp64, which no fused kernel supports: PyTorch would materialise the whole mask and all scores.
-    if allowed_BTS is None and time > 1 and q_BTHK.device.type != "cpu" and q_BTHK.dtype != torch.float64:
+    if plain and allowed_BTS is None and time > 1 and q_BTHK.device.type != "cpu" and q_BTHK.dtype != torch.float64:
         return attend_lower_right(q_BTHK, k_BSGK, v_BSGV, scale)
     q_BGRTK = q_BTHK.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
     shared = q_BGRTK.shape[2]
-    if allowed_BTS is None and q_BTHK.device.type == "cpu" and min(ROWS, shared * time) * size >= FEW:
+    if plain and allowed_BTS is None and q_BTHK.device.type == "cpu" and min(ROWS, shared * time) * size >= FEW:
         return _in_blocks(q_BGRTK, k_BSGK, v_BSGV, scale)
     masks = shared if allowed_BTS is None else batch * shared
     blocks = [
-        _block(q_BGRTK[:, :, :, part], k_BSGK, v_BSGV, _mask(allowed_BTS, part, time, k_BSGK), scale, fused)
+        _block(
+            q_BGRTK[:, :, :, part], k_BSGK, v_BSGV, _mask(allowed_BTS, part, time, k_BSGK), scale, fused, sink_logit_H
+        )
         for part in _query_blocks(time, size * (masks if fused else batch * heads), q_BTHK.device)
     ]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
@@ -73,7 +82,15 @@ def _mask(allowed_BTS: Tensor | None, part: slice, time: int, keys_BSX: Tensor) 
     return ones_1TS.tril(size - time + part.start)
 
 
-def _block(q_BGRTK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, allowed_BTS: Tensor, scale: float, fused: bool) -> Tensor:
+def _block(
+    q_BGRTK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    allowed_BTS: Tensor,
+    scale: float,
+    fused: bool,
+    sink_logit_H: Tensor | None = None,
+) -> Tensor:
     """Attention of a block of queries, all heads at once: (B, T, H, V)."""
     shared, time = q_BGRTK.shape[2:4]
     q_BGMK = q_BGRTK.flatten(2, 3)
@@ -82,13 +99,22 @@ def _block(q_BGRTK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, allowed_BTS: Tensor,
         k_BGSK, v_BGSV = k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2)
         o_BGMV = scaled_dot_product_attention(q_BGMK, k_BGSK, v_BGSV, attn_mask=allowed_B1MS, scale=scale)
     else:
-        o_BGMV = _matmuls(q_BGMK, k_BSGK, v_BSGV, allowed_B1MS, scale)
+        sink_GM = None if sink_logit_H is None else sink_logit_H.view(-1, shared).repeat_interleave(time, dim=1)
+        o_BGMV = _matmuls(q_BGMK, k_BSGK, v_BSGV, allowed_B1MS, scale, sink_GM)
     return o_BGMV.unflatten(2, (shared, time)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def _matmuls(q_BGMK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, allowed_B1MS: Tensor, scale: float) -> Tensor:
+def _matmuls(
+    q_BGMK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, allowed_B1MS: Tensor, scale: float, sink_GM: Tensor | None
+) -> Tensor:
     score_BGMS = torch.matmul(q_BGMK * scale, k_BSGK.permute(0, 2, 3, 1))
-    weight_BGMS = _masked(score_BGMS.to(torch.promote_types(q_BGMK.dtype, torch.float32)), allowed_B1MS)
+    score_BGMS = score_BGMS.to(torch.promote_types(q_BGMK.dtype, torch.float32))
+    if sink_GM is None:
+        weight_BGMS = _masked(score_BGMS, allowed_B1MS)
+    else:
+        sink_BGM1 = sink_GM.to(score_BGMS.dtype)[..., None].expand(*score_BGMS.shape[:3], 1)
+        score_BGMS = score_BGMS.masked_fill(~allowed_B1MS, -torch.inf)
+        weight_BGMS = torch.cat((score_BGMS, sink_BGM1), dim=-1).softmax(dim=-1)[..., :-1]
     return torch.matmul(weight_BGMS.to(v_BSGV.dtype), v_BSGV.transpose(1, 2))
 
 

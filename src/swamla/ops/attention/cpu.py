@@ -6,7 +6,8 @@ Where queries attend to few keys, attention weights are saved for the backward p
 Elsewhere they are recomputed, so that no quadratic memory is needed. In bf16 this runs at the rate of the CPU's matmul.
 Unlike in `sdpa.py`, scores are rounded to bf16 (as in every eager attention under autocast) and written to memory.
 Which backend is faster depends on the machine and the documents' lengths. Causal attention is the case of a window as
-long as the document.
+long as the document. A learned sink logit is the score of a virtual key before the document's first token: its key and
+value are zeros, and the logit is written in place of its scores.
 
 Shapes in this file: N (documents × key heads), R query heads that share a key head, C queries and S keys of a tile,
 M (documents × key heads × tiles).
@@ -18,6 +19,7 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -31,10 +33,16 @@ KEPT = 768  # weights are saved for the backward pass up to so many keys per que
 
 @outside_graphs
 def attend_in_tiles(
-    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, window: Window, scale: float
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGV: Tensor,
+    seq: Layout,
+    window: Window,
+    scale: float,
+    sink_logit_H: Tensor | None = None,
 ) -> Tensor:
     """o (B, T, H, V): attention within each document, under its window."""
-    attend = partial(tiled_attention, window=window, scale=scale)
+    attend = partial(tiled_attention, window=window, scale=scale, sink_logit_H=sink_logit_H)
     return each_document(attend, q_BTHK, k_BTGK, v_BTGV, seq)
 
 
@@ -59,15 +67,21 @@ def each_document(
 class Tile:
     """`count` consecutive tiles of C = `rows` queries each, the first one's at [first, first + rows).
 
-    The first tile's keys are the document's first `sinks` tokens and the band [low, first + rows). The band of each
-    following tile begins `rows` later.
+    The first tile's keys are the virtual ones, the document's first `sinks` tokens and the band [low, first + rows).
+    The band of each following tile begins `rows` later. Keys and values of a document begin with the `virtual` ones.
     """
 
     first: int
     rows: int
     low: int
     sinks: int
+    virtual: int = 0
     count: int = 1
+
+    @property
+    def apart(self) -> int:
+        """Keys before the band: virtual ones and sinks."""
+        return self.virtual + self.sinks
 
     @property
     def band(self) -> int:
@@ -77,7 +91,7 @@ class Tile:
     @property
     def size(self) -> int:
         """Scores of all `count` tiles, for one query head."""
-        return self.count * self.rows * (self.sinks + self.band)
+        return self.count * self.rows * (self.apart + self.band)
 
     def queries(self, x_NRTK: Tensor) -> Tensor:
         """(N, count, R, C, K), a view."""
@@ -85,20 +99,23 @@ class Tile:
         return x_NRTK[:, :, self.first : stop].unflatten(2, (self.count, self.rows)).transpose(1, 2)
 
     def keys(self, x_NTK: Tensor) -> Tensor:
-        """(M, S, K): the sinks, then the band."""
-        if self.count == 1 and not self.sinks:
-            return x_NTK[:, self.low : self.low + self.band]
-        stop = self.low + self.band + (self.count - 1) * self.rows
-        band_NMSK = x_NTK[:, self.low : stop].unfold(1, self.band, self.rows).transpose(2, 3)
-        sinks_NMSK = x_NTK[:, None, : self.sinks].expand(-1, self.count, -1, -1)
-        return torch.cat([sinks_NMSK, band_NMSK], dim=2).flatten(0, 1)
+        """(M, S, K): virtual keys and sinks, then the band."""
+        if self.count == 1 and (
+            not self.apart or not self.low
+        ):  # a band from the first token on has no sinks before it
+            return x_NTK[:, self.low : self.apart + self.low + self.band]
+        low = self.virtual + self.low
+        stop = low + self.band + (self.count - 1) * self.rows
+        band_NMSK = x_NTK[:, low:stop].unfold(1, self.band, self.rows).transpose(2, 3)
+        apart_NMSK = x_NTK[:, None, : self.apart].expand(-1, self.count, -1, -1)
+        return torch.cat([apart_NMSK, band_NMSK], dim=2).flatten(0, 1)
 
     def add_to_keys(self, total_NTK: Tensor, x_MSK: Tensor) -> None:
-        """The transpose of `keys`: add each key's gradient to that of its token.
+        """The transpose of `keys`: add each key's gradient to that of its token. Virtual keys have none.
 
         Called with the tiles in order. The tiles' own tokens are new to the total: they are written, not added.
         """
-        x_NMSK = x_MSK.unflatten(0, (-1, self.count))
+        x_NMSK, total_NTK = x_MSK.unflatten(0, (-1, self.count))[:, :, self.virtual :], total_NTK[:, self.virtual :]
         own_NMCK = total_NTK[:, self.first : self.first + self.count * self.rows].unflatten(1, (self.count, -1))
         own_NMCK.copy_(x_NMSK[:, :, -self.rows :])
         if self.sinks:
@@ -114,12 +131,16 @@ class Tile:
 
 @dataclass(frozen=True)
 class Band:
-    """What a query attends to (its last `window` tokens and the first `sinks`), the scores' scale, queries per tile."""
+    """What a query attends to (its last `window` tokens and the first `sinks`), the scores' scale, queries per tile.
+
+    virtual: 1 if there is a sink logit, whose key comes before all others.
+    """
 
     window: int
     sinks: int
     scale: float
     rows: int
+    virtual: int = 0
 
     def tiles(self, length: int) -> list[Tile]:
         """The tiles of a document, one by one."""
@@ -130,7 +151,8 @@ class Band:
             rows = min(self.rows, length - first)
             # Sinks that touch the band belong to it, so that no key counts twice.
             far = first - behind > self.sinks
-            tiles.append(Tile(first, rows, first - behind, self.sinks) if far else Tile(first, rows, 0, 0))
+            low, sinks = (first - behind, self.sinks) if far else (0, 0)
+            tiles.append(Tile(first, rows, low, sinks, self.virtual))
         return tiles
 
     def batches(self, length: int, most: int) -> list[Tile]:
@@ -156,7 +178,7 @@ class Band:
             score_MRCS = score_MRCS[..., -tile.rows :]
         else:
             near = 0 if tile.low else self.sinks
-            shape = MaskShape(self.rows, self.window, tile.first - tile.low, tile.sinks, near_sinks=near)
+            shape = MaskShape(self.rows, self.window, tile.first - tile.low, tile.apart, near_sinks=near)
         mask_CS = additive_mask(shape, score_MRCS.dtype, score_MRCS.device)
         score_MRCS += mask_CS[: tile.rows, : score_MRCS.shape[-1]]
 
@@ -186,23 +208,30 @@ def additive_mask(shape: MaskShape, dtype: torch.dtype, device: torch.device) ->
         return torch.zeros(seen_CS.shape, dtype=dtype, device=device).masked_fill_(hidden_CS, -torch.inf)
 
 
-def tiled_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, window: Window, scale: float) -> Tensor:
+def tiled_attention(
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGV: Tensor,
+    window: Window,
+    scale: float,
+    sink_logit_H: Tensor | None = None,
+) -> Tensor:
     """o (B, T, H, V) of rows that are one document each.
 
     Time and memory are linear in T for a given window, forward and backward. First derivatives only.
     """
     size = q_BTHK.shape[1] if window.size is None else window.size
-    band = Band(size, window.sinks, scale, _rows_of_a_tile(size))
-    return _TiledAttention.apply(q_BTHK, k_BTGK, v_BTGV, band, torch.is_grad_enabled())
+    band = Band(size, window.sinks, scale, _rows_of_a_tile(size), virtual=int(sink_logit_H is not None))
+    return _TiledAttention.apply(q_BTHK, k_BTGK, v_BTGV, sink_logit_H, band, torch.is_grad_enabled())
 
 
-def kept_keys(length: int, window: int, sinks: int) -> float:
+def kept_keys(length: int, window: int, sinks: int, virtual: int = 0) -> float:
     """Attention weights per query that are saved for the backward pass, averaged over a document; 0 if none are."""
     if min(length, window) > 2 * KEPT:  # then the average exceeds KEPT
         return 0.0
     rows = _rows_of_a_tile(window)
     length = max(1, min(length, 64 * (window + rows)))  # the average of a longer document is the same
-    keys = Band(window, sinks, 1.0, rows).scores(length) / length
+    keys = Band(window, sinks, 1.0, rows, virtual).scores(length) / length
     return keys if keys <= KEPT else 0.0
 
 
@@ -213,49 +242,70 @@ def _rows_of_a_tile(window: int) -> int:
 
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, band: Band, gradients: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        q_BTHK: Tensor,
+        k_BTGK: Tensor,
+        v_BTGV: Tensor,
+        sink_logit_H: Tensor | None,
+        band: Band,
+        gradients: bool,
+    ) -> Tensor:
         """gradients: whether autograd records, which `ctx.needs_input_grad` does not say."""
-        q_NRTK, k_NTK, v_NTV = _heads_first(q_BTHK, k_BTGK.shape[2]), *_heads_of_keys(k_BTGK, v_BTGV)
+        q_NRTK, k_NTK, v_NTV = _heads_first(q_BTHK, k_BTGK.shape[2]), *_heads_of_keys(k_BTGK, v_BTGV, band.virtual)
         o_NRTV = q_NRTK.new_empty(*q_NRTK.shape[:3], v_NTV.shape[-1])
+        sink_NR = None
+        if sink_logit_H is not None:
+            sink_NR = sink_logit_H.to(q_NRTK.dtype).view(-1, q_NRTK.shape[1]).repeat(q_BTHK.shape[0], 1)
         kept: list[Tensor] = []
-        keep = gradients and any(ctx.needs_input_grad) and bool(kept_keys(q_NRTK.shape[2], band.window, band.sinks))
+        few = bool(kept_keys(q_NRTK.shape[2], band.window, band.sinks, band.virtual))
+        keep = few and gradients and any(ctx.needs_input_grad)
         for part, tile, (score, weight) in _walk(q_NRTK, band, buffers=2):
             if keep:
                 weight = torch.empty_like(score)
                 kept.append(weight)
-            _attention_weights(score, weight, tile.queries(q_NRTK[part]), tile.keys(k_NTK[part]), tile, band)
+            sink_MR = _of_tiles(sink_NR, part, tile)
+            _attention_weights(score, weight, tile.queries(q_NRTK[part]), tile.keys(k_NTK[part]), sink_MR, tile, band)
             _write(tile.queries(o_NRTV[part]), torch.bmm(weight.flatten(1, 2), tile.keys(v_NTV[part])))
-        ctx.save_for_backward(q_NRTK, k_NTK, v_NTV, *kept)
+        ctx.save_for_backward(q_NRTK, k_NTK, v_NTV, sink_NR, *kept)
         ctx.band, ctx.batch = band, q_BTHK.shape[0]
+        ctx.sink_dtype = None if sink_logit_H is None else sink_logit_H.dtype
         return _heads_last(o_NRTV, q_BTHK.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTHV: Tensor) -> tuple[Tensor | None, ...]:
-        """With weights P: dV = Pᵀ dO, dP = dO Vᵀ, dS = P ⊙ (dP − rowsum(dP ⊙ P)), dQ = dS K, dK = dSᵀ Q (× scale)."""
-        q_NRTK, k_NTK, v_NTV, *kept = ctx.saved_tensors
+        """With weights P: dV = Pᵀ dO, dP = dO Vᵀ, dS = P ⊙ (dP − rowsum(dP ⊙ P)), dQ = dS K, dK = dSᵀ Q (× scale).
+
+        The gradient of a sink logit is the sum over the queries of dS at the virtual key.
+        """
+        q_NRTK, k_NTK, v_NTV, sink_NR, *kept = ctx.saved_tensors
         band: Band = ctx.band
         grad_NRTV = _heads_first(grad_BTHV, groups=len(k_NTK) // ctx.batch)
         # A key's gradient is a sum over many tiles: in fp32, so that its error does not grow with their number.
         sums = torch.promote_types(q_NRTK.dtype, torch.float32)
         dq_NRTK = torch.empty_like(q_NRTK, memory_format=torch.contiguous_format)
         dk_NTK, dv_NTV = (x.new_empty(x.shape, dtype=sums) for x in (k_NTK, v_NTV))
+        d_sink_NR = None if sink_NR is None else torch.zeros_like(sink_NR, dtype=sums)
         for part, tile, (score, dweight, *spare) in _walk(q_NRTK, band, buffers=2 if kept else 3):
             q_MRCK, k_MSK = tile.queries(q_NRTK[part]), tile.keys(k_NTK[part])
             if kept:
                 weight = kept.pop(0)
             else:
                 weight = spare[0]
-                _attention_weights(score, weight, q_MRCK, k_MSK, tile, band)
+                _attention_weights(score, weight, q_MRCK, k_MSK, _of_tiles(sink_NR, part, tile), tile, band)
             grad_MCV = _rows(tile.queries(grad_NRTV[part]))
             torch.bmm(grad_MCV, tile.keys(v_NTV[part]).mT, out=dweight.flatten(1, 2))
             torch._softmax_backward_data(dweight, weight, -1, weight.dtype, grad_input=score)
+            if d_sink_NR is not None:
+                d_sink_NR[part] += score[..., 0].unflatten(0, (-1, tile.count)).sum(dim=(1, 3), dtype=sums)
             _write(tile.queries(dq_NRTK[part]), _scaled_bmm(score.flatten(1, 2), k_MSK, band.scale))
             tile.add_to_keys(dk_NTK[part], _scaled_bmm(score.flatten(1, 2).mT, _rows(q_MRCK), band.scale))
             tile.add_to_keys(dv_NTV[part], torch.bmm(weight.flatten(1, 2).mT, grad_MCV))
-        dk_NTK, dv_NTV = dk_NTK.to(k_NTK.dtype), dv_NTV.to(v_NTV.dtype)
+        dk_NTK, dv_NTV = (x[:, band.virtual :].to(k_NTK.dtype) for x in (dk_NTK, dv_NTV))
+        d_sink_H = None if d_sink_NR is None else d_sink_NR.unflatten(0, (ctx.batch, -1)).sum(0).flatten()
         found = (_heads_last(x_NRTK, ctx.batch) for x_NRTK in (dq_NRTK, dk_NTK[:, None], dv_NTV[:, None]))
-        return *found, None, None
+        return *found, d_sink_H if d_sink_H is None else d_sink_H.to(ctx.sink_dtype), None, None
 
 
 def _walk(q_NRTK: Tensor, band: Band, buffers: int) -> Iterator[tuple[slice, Tile, tuple[Tensor, ...]]]:
@@ -273,11 +323,20 @@ def _walk(q_NRTK: Tensor, band: Band, buffers: int) -> Iterator[tuple[slice, Til
             yield part, tile, tuple(buffer[:size].view(shape) for buffer in space)
 
 
-def _attention_weights(score: Tensor, weight: Tensor, q: Tensor, keys: Tensor, tile: Tile, band: Band) -> None:
+def _of_tiles(sink_NR: Tensor | None, part: slice, tile: Tile) -> Tensor | None:
+    """(M, R): the sink logits of each tile's query heads."""
+    return None if sink_NR is None else sink_NR[part].repeat_interleave(tile.count, dim=0)
+
+
+def _attention_weights(
+    score: Tensor, weight: Tensor, q: Tensor, keys: Tensor, sink_MR: Tensor | None, tile: Tile, band: Band
+) -> None:
     """Write the scores into `score` and their softmax into `weight` (M, R, C, S); bitwise equal in both passes."""
     flat = score.flatten(1, 2)
     torch.baddbmm(flat, _rows(q), keys.mT, beta=0, alpha=band.scale, out=flat)
     band.mask(score, tile)
+    if sink_MR is not None:
+        score[..., 0] = sink_MR[..., None]
     torch.softmax(score, dim=-1, out=weight)
 
 
@@ -305,5 +364,7 @@ def _heads_last(x_NRTK: Tensor, batch: int) -> Tensor:
     return x_NRTK.unflatten(0, (batch, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def _heads_of_keys(*xs_BTGK: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x.transpose(1, 2).flatten(0, 1) for x in xs_BTGK)
+def _heads_of_keys(k_BTGK: Tensor, v_BTGV: Tensor, virtual: int) -> tuple[Tensor, Tensor]:
+    """(N, T, K) and (N, T, V), after `virtual` keys and values of zeros."""
+    k_NTK, v_NTV = (x.transpose(1, 2).flatten(0, 1) for x in (k_BTGK, v_BTGV))
+    return (F.pad(k_NTK, (0, 0, 1, 0)), F.pad(v_NTV, (0, 0, 1, 0))) if virtual else (k_NTK, v_NTV)

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from swamla.errors import UsageError
 from swamla.ops.attention.reference import Window
 from swamla.ops.attention.sdpa import attend_by_sdpa, pad_width
-from swamla.ops.graphs import compiled, outside_graphs
+from swamla.ops.graphs import compiled, in_dtype_of, outside_graphs
 from swamla.ops.layout import Layout
 
 BLOCK = 128  # queries and keys per block of the mask: FlexAttention's default, a multiple of every kernel's tile
@@ -28,17 +28,23 @@ MULTIPLE = 8  # both kernels need head widths that are multiples of it
 
 
 def cudnn_attention(
-    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, window: Window, scale: float
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGV: Tensor,
+    seq: Layout,
+    window: Window,
+    scale: float,
+    sink_logit_H: Tensor | None = None,
 ) -> Tensor:
     """o (B, T, H, V): causal attention within each document; key and value widths may differ.
 
     Packed rows use FlexAttention: one kernel under a block mask costs less than one call per document length. fp32
-    heads that are too wide for it use `attend_by_sdpa`. cuDNN supports no sliding window: `window` is CAUSAL.
+    heads that are too wide for it use `attend_by_sdpa`. So do rows with a sink logit, for which the log-sum-exp has to
+    be differentiated. cuDNN supports no sliding window: `window` is CAUSAL.
     """
-    if not seq.whole_rows and too_wide_for_flex(q_BTHK):
-        return attend_by_sdpa(q_BTHK, k_BTGK, v_BTGV, seq, window, scale)
-    if not seq.whole_rows:
-        return flex_attention(q_BTHK, k_BTGK, v_BTGV, seq, window, scale)
+    if not seq.whole_rows or sink_logit_H is not None:
+        attend = attend_by_sdpa if too_wide_for_flex(q_BTHK) else flex_attention
+        return attend(q_BTHK, k_BTGK, v_BTGV, seq, window, scale, sink_logit_H)
     return fused_attention(q_BTHK, k_BTGK, v_BTGV, scale=scale)
 
 
@@ -52,8 +58,19 @@ def fused_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *, scale: fl
     return o[..., : v_BTGV.shape[-1]].transpose(1, 2)
 
 
-def flex_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, window: Window, scale: float) -> Tensor:
-    """o (B, T, H, V) under the mask of `reference.allowed_mask`; fully masked blocks are skipped."""
+def flex_attention(
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGV: Tensor,
+    seq: Layout,
+    window: Window,
+    scale: float,
+    sink_logit_H: Tensor | None = None,
+) -> Tensor:
+    """o (B, T, H, V) under the mask of `reference.allowed_mask`; fully masked blocks are skipped.
+
+    A sink logit multiplies the outputs by σ(ℓ − logit), where ℓ is the log-sum-exp of a query's scores.
+    """
     refuse_fp64("flex", q_BTHK)
     if too_wide_for_flex(q_BTHK):
         raise UsageError(
@@ -64,8 +81,22 @@ def flex_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, 
     q, k, v = (pad_width(x.transpose(1, 2), NARROWEST) for x in (q_BTHK, k_BTGK, v_BTGV))
     grouped = q.shape[1] != k.shape[1]
     options = kernel_options(q.shape[-1], q.dtype)
-    o = _flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=options)
+    settings = {"block_mask": mask, "scale": scale, "enable_gqa": grouped, "kernel_options": options}
+    if sink_logit_H is None:
+        o = _flex()(q, k, v, **settings)
+    else:
+        o, lse_BHT = _with_lse(q, k, v, settings)
+        share_BHT1 = (lse_BHT - sink_logit_H[:, None]).sigmoid()[..., None]
+        o = in_dtype_of(o, o * share_BHT1)
     return o[..., : v_BTGV.shape[-1]].transpose(1, 2)
+
+
+def _with_lse(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Outputs, and log-sum-exps (B, H, T) in fp32, through which gradients flow."""
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    o_BHTV, aux = _flex()(q_BHTK, k_BGTK, v_BGTV, **settings, return_aux=AuxRequest(lse=True))
+    return o_BHTV, aux.lse
 
 
 def too_wide_for_flex(q_BTHK: Tensor) -> bool:

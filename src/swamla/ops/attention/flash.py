@@ -54,7 +54,13 @@ class Sinks(NamedTuple):
 
 
 def flash_attention(
-    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, window: Window, scale: float
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGV: Tensor,
+    seq: Layout,
+    window: Window,
+    scale: float,
+    sink_logit_H: Tensor | None = None,
 ) -> Tensor:
     """(B, T, H, V) under the mask of `reference.allowed_mask`. Raises UsageError for other than 16 bits, wide heads."""
     widest = max(q_BTHK.shape[-1], v_BTGV.shape[-1])
@@ -66,7 +72,7 @@ def flash_attention(
     tables = sinks_of(seq, window) if window.size is not None and window.sinks else (None, None, None)
     q, k, v = (pad_to_multiple(pad_width(x, widest)).flatten(0, 1) for x in (q_BTHK, k_BTGK, v_BTGV))
     left = -1 if window.size is None else window.size - 1
-    o_NHV = _Attention.apply(q, k, v, *bounds, *tables, left, scale)
+    o_NHV = _Attention.apply(q, k, v, sink_logit_H, *bounds, *tables, left, scale)
     return o_NHV[..., : v_BTGV.shape[-1]].unflatten(0, q_BTHK.shape[:2])
 
 
@@ -82,6 +88,8 @@ class _Attention(torch.autograd.Function):
     whole softmax; no gradient of ℓ_w, which the library has not, is needed. The sinks' part is the same formula:
 
         ds_j = p_j (do·v_j − D)        dq += scale Σ_j ds_j k_j,    dk_j += scale Σ_queries ds_j q,    dv_j += Σ p_j do
+
+    A learned sink logit is such a score without a value: merged last, its gradient is Σ_queries −exp(logit − ℓ) D.
     """
 
     @staticmethod
@@ -90,6 +98,7 @@ class _Attention(torch.autograd.Function):
         q_MHK: Tensor,
         k_MGK: Tensor,
         v_MGK: Tensor,
+        sink_logit_H: Tensor | None,
         bounds: Tensor,
         host_bounds: Tensor,
         token_NS: Tensor | None,
@@ -110,21 +119,31 @@ class _Attention(torch.autograd.Function):
             )
             o_MHK = in_dtype_of(q_MHK, o_NCHK.flatten(0, 1)[: len(q_MHK)])
             lse_HM = lse_NHC.transpose(0, 1).flatten(1)[:, : len(q_MHK)].contiguous()
-        ctx.save_for_backward(q_MHK, k_MGK, v_MGK, o_MHK, lse_HM, bounds, host_bounds, token_NS, seen_NCS, first_N)
+        if sink_logit_H is not None:
+            alone_HM, lse_HM = lse_HM, torch.logaddexp(lse_HM, sink_logit_H.to(lse_HM.dtype)[:, None])
+            o_MHK = in_dtype_of(q_MHK, o_MHK * (alone_HM - lse_HM).exp().T[..., None])
+        tables = bounds, host_bounds, token_NS, seen_NCS, first_N
+        ctx.save_for_backward(q_MHK, k_MGK, v_MGK, o_MHK, lse_HM, sink_logit_H, *tables)
         ctx.left, ctx.scale = left, scale
         return o_MHK
 
     @staticmethod
     def backward(ctx: Any, d_o_MHK: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, o, lse_HM, bounds, host_bounds, token_NS, seen_NCS, first_N = ctx.saved_tensors
+        q, k, v, o, lse_HM, sink_logit_H, bounds, host_bounds, token_NS, seen_NCS, first_N = ctx.saved_tensors
         found = torch.ops.swamla.flash_window_backward(
             d_o_MHK, q, k, v, o, lse_HM, bounds, host_bounds, ctx.left, ctx.scale
         )
+        if token_NS is None and sink_logit_H is None:
+            return *found, *(None,) * 8
+        inner_MH = (d_o_MHK.float() * o.float()).sum(-1)
+        d_sink_H = None
+        if sink_logit_H is not None:
+            d_sink_H = -((sink_logit_H[:, None] - lse_HM).exp() * inner_MH.T).sum(-1).to(sink_logit_H.dtype)
         if token_NS is None:
-            return *found, *(None,) * 7
+            return *found, d_sink_H, *(None,) * 7
         dq, dk, dv = found
         d_o_NCHK, q_NCHK = (_seeing(_by_chunks(x, seen_NCS).float(), seen_NCS) for x in (d_o_MHK, q))
-        inner_NHC = _by_chunks((d_o_MHK.float() * o.float()).sum(-1), seen_NCS).transpose(1, 2)
+        inner_NHC = _by_chunks(inner_MH, seen_NCS).transpose(1, 2)
         lse_NHC = _by_chunks(lse_HM.T, seen_NCS).transpose(1, 2)
         weight_NHCS = (_scores(q, k, token_NS, seen_NCS, ctx.scale) - lse_NHC[..., None]).exp()
         weight_NHCS = weight_NHCS.masked_fill(~seen_NCS[:, None], 0)
@@ -137,7 +156,7 @@ class _Attention(torch.autograd.Function):
             chunks_NSGK = _summed(weights, outputs, k.shape[1]).masked_fill(_unseen(seen_NCS), 0)
             sums_NSGK = torch.zeros_like(chunks_NSGK).index_add_(0, first_N, chunks_NSGK)
             gradient.index_add_(0, token_NS.flatten(), sums_NSGK.flatten(0, 1).to(gradient.dtype))
-        return (dq + of_q).to(dq.dtype), dk, dv, *(None,) * 7
+        return (dq + of_q).to(dq.dtype), dk, dv, d_sink_H, *(None,) * 7
 
 
 def _by_chunks(x_MX: Tensor, seen_NCS: Tensor) -> Tensor:

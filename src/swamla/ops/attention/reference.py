@@ -41,12 +41,19 @@ def allowed_mask(seq: Layout, window: Window = CAUSAL) -> Tensor:
 
 
 def reference_attention(
-    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, allowed_BTS: Tensor, *, scale: float | None = None
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    allowed_BTS: Tensor,
+    *,
+    scale: float | None = None,
+    sink_logit_H: Tensor | None = None,
 ) -> Tensor:
     """o (B, T, H, V) = softmax(scale · q kᵀ) v over the allowed keys, computed in fp32 (fp64 for fp64), in q's dtype.
 
     Each query must have at least one allowed key. Query heads g·H/G … (g + 1)·H/G − 1 share key head g. scale: K^-½
-    unless given. Source: arXiv 1706.03762, eq. 1; shared heads: 2305.13245.
+    unless given. A sink logit adds exp(sink_logit) to the softmax's denominator, and nothing to its numerator.
+    Source: arXiv 1706.03762, eq. 1; shared heads: 2305.13245; sink logits: 2508.10925.
     """
     dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
     shared = q_BTHK.shape[2] // k_BSGK.shape[2]
@@ -55,16 +62,29 @@ def reference_attention(
         k_BSHK = k_BSGK.to(dtype).repeat_interleave(shared, dim=2)
         v_BSHV = v_BSGV.to(dtype).repeat_interleave(shared, dim=2)
         score_BHTS = scale * torch.einsum("bthk,bshk->bhts", q_BTHK.to(dtype), k_BSHK)
-        weight_BHTS = score_BHTS.masked_fill(~allowed_BTS[:, None], float("-inf")).softmax(dim=-1)
+        score_BHTS = score_BHTS.masked_fill(~allowed_BTS[:, None], float("-inf"))
+        if sink_logit_H is None:
+            weight_BHTS = score_BHTS.softmax(dim=-1)
+        else:
+            sink_BHT1 = sink_logit_H.to(dtype)[:, None, None].expand(*score_BHTS.shape[:3], 1)
+            weight_BHTS = torch.cat((sink_BHT1, score_BHTS), dim=-1).softmax(dim=-1)[..., 1:]
         return torch.einsum("bhts,bshv->bthv", weight_BHTS, v_BSHV).to(q_BTHK.dtype)
 
 
 @outside_graphs
-def attend_by_mask(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, window: Window, scale: float) -> Tensor:
+def attend_by_mask(
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGV: Tensor,
+    seq: Layout,
+    window: Window,
+    scale: float,
+    sink_logit_H: Tensor | None = None,
+) -> Tensor:
     """`reference_attention` of each document separately: under a mask alone, 0 · NaN would reach other documents."""
     mask_BTT = seq.table(("mask", window), lambda: allowed_mask(seq, window))
     if seq.whole_rows:
-        return reference_attention(q_BTHK, k_BTGK, v_BTGV, mask_BTT, scale=scale)
+        return reference_attention(q_BTHK, k_BTGK, v_BTGV, mask_BTT, scale=scale, sink_logit_H=sink_logit_H)
     rows = []
     for row, position_T in enumerate(seq.position_BT.tolist()):
         begins = [t for t, position in enumerate(position_T) if position == 0]
@@ -72,6 +92,6 @@ def attend_by_mask(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, 
         for begin, end in pairwise([*begins, len(position_T)]):
             q, k, v = (x[row : row + 1, begin:end] for x in (q_BTHK, k_BTGK, v_BTGV))
             allowed = mask_BTT[row : row + 1, begin:end, begin:end]
-            documents.append(reference_attention(q, k, v, allowed, scale=scale))
+            documents.append(reference_attention(q, k, v, allowed, scale=scale, sink_logit_H=sink_logit_H))
         rows.append(torch.cat(documents, dim=1))
     return torch.cat(rows)

@@ -12,13 +12,52 @@ from swamla.ops.layout import Layout
 
 
 @outside_graphs
-def attend_by_sdpa(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, seq: Layout, window: Window, scale: float) -> Tensor:
+def attend_by_sdpa(
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGV: Tensor,
+    seq: Layout,
+    window: Window,
+    scale: float,
+    sink_logit_H: Tensor | None = None,
+) -> Tensor:
     """o (B, T, H, V): attention within each document, under its window."""
+    if sink_logit_H is not None:
+        return _with_sink_logit(q_BTHK, k_BTGK, v_BTGV, seq, window, scale, sink_logit_H)
 
     def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor) -> Tensor:
         if window.size is None:
             return _fused(q_BTHK, k_BTGK, v_BTGV, None, scale)
         return _in_bands(q_BTHK, k_BTGK, v_BTGV, window.size, window.sinks, scale)
+
+    return each_document(attend, q_BTHK, k_BTGK, v_BTGV, seq)
+
+
+def _with_sink_logit(
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGV: Tensor,
+    seq: Layout,
+    window: Window,
+    scale: float,
+    sink_logit_H: Tensor,
+) -> Tensor:
+    """As with one more sink, a virtual token before each document, whose score is the logit and whose value is zero.
+
+    PyTorch's kernels return no log-sum-exp that could be differentiated. One more element of a head holds the logit in
+    queries, 1 in the virtual key, and 0 in all others.
+    """
+    one_more = window if window.size is None else Window(window.size, window.sinks + 1)
+
+    def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor) -> Tensor:
+        batch, time = q_BTHK.shape[:2]
+        logit_BTH1 = (sink_logit_H / scale).to(q_BTHK.dtype)[:, None].expand(batch, time, -1, 1)
+        q_BTHK = F.pad(torch.cat((q_BTHK, logit_BTH1), dim=-1), (0, 0, 0, 0, 1, 0))
+        virtual_B1GK = F.pad(k_BTGK.new_zeros(batch, 1, *k_BTGK.shape[2:]), (0, 1), value=1.0)
+        k_BTGK = torch.cat((virtual_B1GK, F.pad(k_BTGK, (0, 1))), dim=1)
+        v_BTGV = F.pad(v_BTGV, (0, 0, 0, 0, 1, 0))
+        line = Layout.one_document_per_row(batch, time + 1, device=q_BTHK.device)
+        return attend_by_sdpa(q_BTHK, k_BTGK, v_BTGV, line, one_more, scale)[:, 1:]
 
     return each_document(attend, q_BTHK, k_BTGK, v_BTGV, seq)
 

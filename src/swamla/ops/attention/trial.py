@@ -20,7 +20,7 @@ class AttentionTrial:
     """The shape of a mixer's attention; mixers with equal trials are measured once.
 
     heads: query heads.  key_heads: heads of keys and values.  key, value: widths of a key and a value head.
-    window: None for causal attention.
+    window: None for causal attention.  sink_logit: whether each head has a learned one.
     """
 
     heads: int
@@ -29,12 +29,14 @@ class AttentionTrial:
     value: int
     window: int | None = None
     sinks: int = 0
+    sink_logit: bool = False
 
     def __str__(self) -> str:
         shared = "" if self.heads == self.key_heads else f", {self.key_heads} of keys"
         widths = f"{self.key}" if self.key == self.value else f"{self.key} and {self.value}"
         seen = "causal" if self.window is None else f"window {self.window} + {self.sinks}"
-        return f"attention {seen}, {self.heads} heads{shared}, width {widths}"
+        sink = ", a learned sink" if self.sink_logit else ""
+        return f"attention {seen}{sink}, {self.heads} heads{shared}, width {widths}"
 
     def paths(self, dtype: torch.dtype) -> tuple[str, ...]:
         """The backends to compare, first the one that "auto" means without a measurement."""
@@ -71,12 +73,16 @@ class AttentionTrial:
         upstream = random(shared * groups, self.value)
 
         attend: Callable[..., torch.Tensor] = causal_attention
+        leaves = inputs
+        if self.sink_logit:
+            sink_logit_H = torch.zeros(shared * groups, requires_grad=True)
+            attend, leaves = partial(attend, sink_logit_H=sink_logit_H), [*inputs, sink_logit_H]
         if self.window is not None:
             attend = partial(windowed_attention, window=self.window, sinks=self.sinks)
         seq = Layout.one_document_per_row(batch, length)
 
         def step() -> object:
             with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-                return gradients(attend(*inputs, seq, backend=path), inputs, upstream)
+                return gradients(attend(*inputs, seq, backend=path), leaves, upstream)
 
         return step
