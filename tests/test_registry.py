@@ -40,7 +40,7 @@ from tests.train.helpers import MIXERS as TRAINED_MIXERS
 from tests.train.helpers import OPTIMIZERS
 
 KINDS = {
-    MixerConfig: {"gdn", "latent", "mha", "mla", "swa"},
+    MixerConfig: {"gdn", "kda", "latent", "mha", "mla", "swa"},
     FFNConfig: {"dense", "latent_moe", "moe", "none"},
     NormConfig: {"rmsnorm", "layernorm", "dyt"},
     OptimizerConfig: {"adamw", "lion", "muon"},
@@ -122,7 +122,7 @@ def test_members_can_be_told_apart_in_drawings_and_their_outputs_are_there(name:
 
 
 def test_which_mixers_see_the_order_of_tokens_and_which_are_local() -> None:
-    local = {"swa", "swa_normed", "swa_gated", "gdn", "gdn_latent", "gdn_bounded", "toy"}
+    local = {"swa", "swa_normed", "swa_gated", "gdn", "gdn_latent", "gdn_bounded", "kda", "kda_bounded", "toy"}
     assert {kind for kind, config in MIXERS.items() if config.is_local} == local
     assert {kind for kind, config in MIXERS.items() if not config.sees_order} == {"mla_unrotated", "latent", "toy"}
     assert not MHAConfig(n_heads=2, rope=None).sees_order

@@ -33,10 +33,10 @@ def told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 def test_it_describes_this_machine_and_every_check_passes(told: dict) -> None:
     assert told["environment"]["torch"] == torch.__version__
     assert told["auto"]["precision"] in ("fp32", "bf16")
-    assert set(told["auto"]["backends"]) == {"attention", "delta rule", "experts"}
+    assert set(told["auto"]["backends"]) == {"attention", "channelwise delta rule", "delta rule", "experts"}
     assert told["storage"]["here_free_bytes"] > 0
     assert [check["name"] for check in told["checks"] if not check["ok"]] == []
-    assert len(told["checks"]) == 11
+    assert len(told["checks"]) == 12
     assert told["ok"] is True
 
 
@@ -48,7 +48,7 @@ def test_every_backend_is_there_or_says_what_it_needs(
     monkeypatch.setattr("swamla.cli.doctor.resolve_device", lambda asked: CPU)
     assert main(["doctor", "--json"]) == 0
     backends = json.loads(capsys.readouterr().out)["backends"]
-    assert set(backends) == {"gdn", "latent", "mha", "mla", "swa", "moe", "latent_moe"}
+    assert set(backends) == {"gdn", "kda", "latent", "mha", "mla", "swa", "moe", "latent_moe"}
     for kind, found in backends.items():
         assert found["reference"] == found["torch"] == "", kind
     assert "cudnn" not in backends["swa"]
@@ -58,7 +58,7 @@ def test_every_backend_is_there_or_says_what_it_needs(
     assert main(["doctor"]) == 0
     shown = [line.partition("backends ")[2].strip() for line in capsys.readouterr().out.splitlines()]
     assert len([line for line in shown if line]) == 4  # kinds with the same backends share a line
-    assert "latent_moe, moe: reference, torch" in shown
+    assert "kda, latent_moe, moe: reference, torch" in shown
     windowed = "swa: reference, torch, tiles, sdpa; not flex (needs a CUDA device), flash (needs "
     assert any(line.startswith(windowed) for line in shown)
     assert any(line.startswith("latent, mha, mla: reference, torch, tiles, sdpa; not flex") for line in shown)

@@ -25,7 +25,7 @@ EVERYTHING = """
 [model]
 vocab_size = 300
 width = 64
-pattern = ["mha", "swa", "mla", "gdn", "latent"]
+pattern = ["mha", "swa", "mla", "gdn", "kda", "latent"]
 
 [model.blocks.mha]
 mixer = { kind = "mha", n_heads = 4 }
@@ -37,6 +37,8 @@ mixer = { kind = "mla", n_heads = 4, kv_lora_rank = 32 }
 ffn = { kind = "latent_moe", n_experts = 16, n_activated = 4, ratio = 2 }
 [model.blocks.gdn]
 mixer = { kind = "gdn", n_heads = 4 }
+[model.blocks.kda]
+mixer = { kind = "kda", n_heads = 4 }
 [model.blocks.latent]
 mixer = { kind = "latent", n_heads = 4 }
 
@@ -420,7 +422,7 @@ def test_tokenizer_names_are_ours_or_the_hubs(name: str, tokenizer: str) -> None
         ("--pattern mha --use_gated_deltanet", "--local_mixer gdn: no layer of the pattern is local: mha"),
         ("--pattern mla --swa_window 64", "--swa_window 64: no block of the model has the mixer swa"),
         ("--pattern mla --swa_sink_size 4", "--swa_sinks 4: no block of the model has the mixer swa"),
-        ("--local_mixer mha", "--local_mixer mha: is no local kind of mixer; there are: gdn, swa"),
+        ("--local_mixer mha", "--local_mixer mha: is no local kind of mixer; there are: gdn, kda, swa"),
         ("--pattern mha --local_mixer gdn", "--local_mixer gdn: no layer of the pattern is local: mha"),
         ("--hf_repo_id mine", "train.hf_repo_id = 'mine' (--hf_repo_id): must be USER/NAME, e.g. me/first-try"),
         ("--hf_repo_id hf_A1B2C3D4E5F6", "looks like a secret: keep it out of configs"),

@@ -204,7 +204,7 @@ def test_a_bad_value_is_refused_with_its_field_and_flag(line: str, message: str)
         ("--mla_kv_lora_rank 300", "a rank larger than the width 256 compresses nothing"),
         ("--n_layers 0", "--n_layers 0: must be a whole number > 0"),
         ("--n_layers two", "--n_layers two: must be a whole number"),
-        ("--pattern gdm", "--pattern: no block or mixer is called 'gdm'; there are: gdn, swa, mla, latent, mha"),
+        ("--pattern gdm", "--pattern: no block or mixer is called 'gdm'; there are: gdn, swa, mla, kda, latent, mha"),
         ("--mha_bias", "--mha_bias: no block of the model has the mixer mha"),
         (f"{ADAMW} --muon_momentum 0.5", "--muon_momentum 0.5: train.optimizer is adamw; add --optimizer muon"),
         ("--swa_windw 3", "unknown flag --swa_windw; did you mean --swa_window?"),

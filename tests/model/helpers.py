@@ -13,6 +13,7 @@ from swamla.model.ffns.moe import MoEConfig
 from swamla.model.ffns.none import NoFFNConfig
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
+from swamla.model.mixers.kda import KDAConfig
 from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mixer import Mixer
@@ -53,6 +54,10 @@ MIXERS: dict[str, MixerConfig] = {
     "gdn_latent": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, latent_dim=10, share_qk=True),
     "gdn_bounded": GDNConfig(
         n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, beta_max=2.0, gate="lowrank", decay="safe"
+    ),
+    "kda": KDAConfig(n_heads=4, head_k_dim=8, head_v_dim=6),
+    "kda_bounded": KDAConfig(
+        n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, beta_max=2.0, gate="sigmoid", decay="safe", decay_rank=0
     ),
     "latent": LatentConfig(n_heads=4, n_latent=12, bias=True),
     "toy": TOYS["toy"](inner=24),

@@ -15,12 +15,12 @@ from swamla.model.ffns.moe import MoEConfig
 from swamla.model.ffns.none import NoFFNConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.gdn import CHUNK, GDNConfig
+from swamla.model.mixers.kda import KDAConfig
 from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mla import MLAConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.model.norm import DynamicTanhConfig, LayerNormConfig, NormConfig, RMSNormConfig
-from swamla.ops import gated_delta_rule
 from tests.toys import TOYS
 
 from .helpers import MIXERS, WIDTH, feed, hybrid_config, random_input, whole
@@ -38,6 +38,9 @@ MORE_MIXERS: dict[str, MixerConfig] = {
     "gdn with shared keys": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, share_qk=True),
     "gdn with latents": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, latent_dim=5),
     "gdn with a narrow gate": GDNConfig(n_heads=4, head_k_dim=8, head_v_dim=6, gate="lowrank"),
+    "kda with decays of full rank": KDAConfig(n_heads=4, head_k_dim=8, head_v_dim=6, decay_rank=0, gate="silu"),
+    "kda with shared heads": KDAConfig(n_heads=6, n_key_heads=3, head_k_dim=4, head_v_dim=20, conv=2, decay_rank=5),
+    "kda with latents": KDAConfig(n_heads=2, head_k_dim=8, head_v_dim=6, latent_dim=5, share_qk=True),
     "latent of half the width": LatentConfig(n_heads=2),
     "toy of the model's width": TOYS["toy"](),
 }
@@ -198,7 +201,7 @@ def test_flops_of_attention_are_the_counters_less_the_masked_pairs(name: str, le
     assert mixer.forward_flops(WIDTH, length) == counter.get_total_flops() - masked_flops(mixer, length)
 
 
-@pytest.mark.parametrize("name", [name for name in MORE_MIXERS if name.startswith("gdn")])
+@pytest.mark.parametrize("name", [name for name in MORE_MIXERS if name.startswith(("gdn", "kda"))])
 def test_flops_of_the_delta_rule_are_near_the_counters(name: str) -> None:
     """Projections are exact. Of the chunks the counter sees no triangular solve but its use, a dense product."""
     config, length = MORE_MIXERS[name], 256
@@ -208,9 +211,10 @@ def test_flops_of_the_delta_rule_are_near_the_counters(name: str) -> None:
     projections = counter.get_total_flops()
     convolution = 2 * length * mixer.conv_weight.numel()
     q, k, v = mixer.heads(mixer.project(x)[0])
-    gates = torch.zeros(1, length, config.n_heads)
+    beta = torch.zeros(1, length, config.n_heads)
+    log_alpha = torch.zeros_like(mixer.project(x)[2])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        gated_delta_rule(q, k, v, gates, gates, chunk=CHUNK)
+        mixer.rule(q, k, v, log_alpha, beta, chunk=CHUNK)
     rule = config.forward_flops(WIDTH, length) - projections - convolution
     assert 0.7 * rule <= counter.get_total_flops() <= 1.5 * rule
 

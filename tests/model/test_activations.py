@@ -14,6 +14,7 @@ from swamla.model.ffns.moe import MoEConfig
 from swamla.model.ffns.none import NoFFNConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
+from swamla.model.mixers.kda import KDAConfig
 from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mla import MLAConfig
@@ -27,6 +28,7 @@ MIXERS: dict[str, MixerConfig] = {
     "swa": SWAConfig(n_heads=4, window=128),
     "mla": MLAConfig(n_heads=4, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=48),
     "gdn": GDNConfig(n_heads=4),
+    "kda": KDAConfig(n_heads=4),
     "latent": LatentConfig(n_heads=4),
     "toy": TOYS["toy"](),
 }

@@ -16,6 +16,7 @@ from swamla.model.ffns.moe import MoEConfig
 from swamla.model.ffns.none import NoFFNConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
+from swamla.model.mixers.kda import KDAConfig
 from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mla import MLAConfig
@@ -49,6 +50,7 @@ PLACES: dict[type, Callable[[Any], LanguageModelConfig]] = {
     SWAConfig: with_mixer,
     MLAConfig: with_mixer,
     GDNConfig: with_mixer,
+    KDAConfig: with_mixer,
     LatentConfig: with_mixer,
     DenseConfig: lambda ffn: with_block(BlockConfig(mixer=MHA, ffn=ffn)),
     MoEConfig: lambda ffn: with_block(BlockConfig(mixer=MHA, ffn=ffn)),
@@ -139,6 +141,24 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
             "gate": "sigmoid",
             "decay": "safe",
             "norm_eps": 1e-2,
+            "backend": "reference",
+        },
+    ),
+    (
+        MIXERS["kda"],
+        {
+            "n_heads": 2,
+            "n_key_heads": 2,
+            "head_k_dim": 7,
+            "head_v_dim": 7,
+            "conv": 3,
+            "latent_dim": 5,
+            "share_qk": True,
+            "beta_max": 2.0,
+            "gate": "silu",
+            "decay": "safe",
+            "norm_eps": 1e-2,
+            "decay_rank": 5,
             "backend": "reference",
         },
     ),
@@ -326,6 +346,8 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: GDNConfig(n_heads=4, head_k_dim=0), "head_k_dim = 0: must be > 0"),
     (lambda: GDNConfig(n_heads=4, head_v_dim=-2), "head_v_dim = -2: must be > 0"),
     (lambda: GDNConfig(n_heads=4, conv=0), "conv = 0: must be > 0"),
+    (lambda: KDAConfig(n_heads=4, decay_rank=-1), "decay_rank = -1: must be >= 0 (0: full rank)"),
+    (lambda: KDAConfig(n_heads=4, backend="fla"), "backend = 'fla': must be one of auto, reference, torch"),
     (lambda: GDNConfig(n_heads=4, beta_max=0.0), "beta_max = 0.0: must be > 0 and <= 2"),
     (lambda: GDNConfig(n_heads=4, beta_max=2.5), "beta_max = 2.5: must be > 0 and <= 2"),
     (lambda: GDNConfig(n_heads=4, gate="tanh"), "gate = 'tanh': must be one of silu, sigmoid, lowrank"),  # type: ignore[arg-type]

@@ -49,7 +49,7 @@ def test_perturbing_one_document_leaves_the_others_unchanged(pattern: tuple[str,
     model, tokens = tiny(pattern, backend), random_tokens(1, TIME)
     boundaries = (
         BOUNDARIES
-        if backend == "auto" or not any(name.startswith("gdn") for name in pattern)
+        if backend == "auto" or not any(name.startswith(("gdn", "kda")) for name in pattern)
         else [WINDOW, CHUNK - 1, CHUNK, CHUNK + 1]
     )
     for boundary in boundaries:
@@ -191,6 +191,8 @@ def test_fast_backends_are_the_reference_over_many_tiles_and_chunks(kind: str, l
         ("gdn", 1.5e-2),
         ("gdn_latent", 1.5e-2),
         ("gdn_bounded", 1.5e-2),
+        ("kda", 1.5e-2),
+        ("kda_bounded", 1.5e-2),
     ],
 )
 @torch.no_grad()

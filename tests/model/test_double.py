@@ -71,7 +71,7 @@ def test_a_mixer_in_double_makes_only_doubles(kind: str, backend: str, scaling: 
 @pytest.mark.parametrize("norm", NORMS.values(), ids=lambda norm: norm.kind)
 @pytest.mark.parametrize("ffn", FFNS)
 def test_a_model_in_double_makes_only_doubles_down_to_its_loss_and_gradients(ffn: str, norm: NormConfig) -> None:
-    config = hybrid_config("auto", ("gdn", "swa", "mla", "mha", "latent"), ffn)
+    config = hybrid_config("auto", ("gdn", "kda", "swa", "mla", "mha", "latent"), ffn)
     model = build_model(replace(config, norm=norm)).double()
     tokens, labels = random_tokens(2, 20), random_tokens(2, 20, seed=2)
     with OnlyDouble():

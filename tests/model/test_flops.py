@@ -15,6 +15,7 @@ from swamla.model.ffns.moe import MoEConfig
 from swamla.model.ffns.none import NoFFNConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
+from swamla.model.mixers.kda import KDAConfig
 from swamla.model.norm import DynamicTanhConfig, LayerNormConfig, RMSNormConfig
 from swamla.ops.layout import PADDING
 from tests.toys import TOYS
@@ -80,6 +81,34 @@ def test_gated_deltanet(config: GDNConfig, dims: tuple[int, int, int, int], leng
     expected += 2 * product(length, width, heads)  # α and β
     expected += heads * delta_rule(length, key, value)
     assert config.forward_flops(width, length) == expected
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 200])
+@pytest.mark.parametrize(
+    ("config", "decays", "gate"),
+    [
+        (KDAConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6), [(24, 6), (6, 32)], [(24, 6), (6, 24)]),
+        (
+            KDAConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, decay_rank=5, gate="sigmoid"),
+            [(24, 5), (5, 32)],
+            [(24, 24)],
+        ),
+        (
+            KDAConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, decay_rank=0, gate="silu"),
+            [(24, 32)],
+            [(24, 24)],
+        ),
+    ],
+    ids=["low ranks", "another rank", "full rank"],
+)
+def test_kimi_delta_attention(
+    config: KDAConfig, decays: list[tuple[int, int]], gate: list[tuple[int, int]], length: int
+) -> None:
+    """The rule costs what a gated delta rule's chunks cost: decays of scores are no products of matrices."""
+    expected = (16 + 16 + 24) * length * product(1, 4, 1) + 4 * delta_rule(length, 8, 6)
+    for into, out in [(24, 16), (24, 16), (24, 24), (24, 24), (24, 4), *decays, *gate]:  # q, k, v, o, β
+        expected += product(length, into, out)
+    assert config.forward_flops(24, length) == expected
 
 
 def swiglu(tokens: int, width: int, hidden: int) -> int:

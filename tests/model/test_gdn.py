@@ -207,13 +207,18 @@ def channelwise(ours: Any, config: GDNConfig, theirs: nn.Module) -> Named:
     return found | {"forget_gate.f_proj.weight": wide_a, "g_proj.weight": z}
 
 
-def kimi() -> Any:
-    """A layer of Kimi Linear, four heads of 8."""
+def kimi_config() -> Any:
+    """Of one layer of Kimi Linear, four heads of 8."""
     from transformers import KimiLinearConfig
+
+    return KimiLinearConfig(hidden_size=WIDTH, linear_num_heads=4, linear_head_dim=8, num_hidden_layers=1)
+
+
+def kimi() -> Any:
+    """That layer."""
     from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
 
-    shape = KimiLinearConfig(hidden_size=WIDTH, linear_num_heads=4, linear_head_dim=8, num_hidden_layers=1)
-    return KimiLinearDeltaAttention(shape, layer_idx=0)
+    return KimiLinearDeltaAttention(kimi_config(), layer_idx=0)
 
 
 def ling(*, safe: bool) -> Any:

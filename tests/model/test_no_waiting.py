@@ -11,6 +11,7 @@ from swamla.model.ffns.dense import DenseConfig
 from swamla.model.ffns.latent_moe import LatentMoEConfig
 from swamla.model.ffns.moe import MoEConfig
 from swamla.model.mixers.gdn import GDNConfig
+from swamla.model.mixers.kda import KDAConfig
 from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mla import MLAConfig
@@ -68,6 +69,7 @@ MIXERS = {
     "mla": MLAConfig(n_heads=2, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16),
     "latent": LatentConfig(n_heads=2),
     "gdn": GDNConfig(n_heads=2),
+    "kda": KDAConfig(n_heads=2),
     "toy": TOYS["toy"](),
 }
 FFNS = {

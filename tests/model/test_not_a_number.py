@@ -96,7 +96,7 @@ def test_a_bad_gradient_reaches_no_other_document(kind: str, backend: str) -> No
 @pytest.mark.parametrize("ffn", FFNS)
 @torch.no_grad()
 def test_through_a_whole_model_a_bad_token_changes_the_logits_of_its_document_alone(ffn: str, backend: str) -> None:
-    model = build_model(hybrid_config(backend, ("gdn", "swa", "mla", "mha", "latent"), ffn)).eval()
+    model = build_model(hybrid_config(backend, ("gdn", "kda", "swa", "mla", "mha", "latent"), ffn)).eval()
     tokens = random_tokens(1, TIME, vocab_size=30)
     expected = model(tokens, layout())
     model.embedding.weight[30] = float("nan")  # which is the head's weight too: the logit of this token is left out

@@ -16,6 +16,7 @@ from swamla.model.block import BlockConfig, MixerConfig
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
+from swamla.model.mixers.kda import KDAConfig
 from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mla import MLAConfig
@@ -31,6 +32,7 @@ MIXERS = {
     "mla": MLAConfig(n_heads=2, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=8),
     "gdn": GDNConfig(n_heads=2),
     "gdn_latent": GDNConfig(n_heads=2, latent_dim=6, share_qk=True),
+    "kda": KDAConfig(n_heads=2),
     "latent": LatentConfig(n_heads=2, bias=True),
     "toy": TOYS["toy"](inner=12),
     **plugged(MixerConfig),

@@ -31,9 +31,13 @@ def test_a_mixer_without_a_choice_says_nothing_of_backends():
 
 @pytest.mark.parametrize("name", [name for name in MIXERS if name != "toy"])
 def test_auto_is_resolved_by_device_and_a_name_is_taken_as_it_is(name):
-    op = "delta rule" if name.startswith("gdn") else "attention"
-    on_cuda = {"delta rule": "torch", "attention": "flex" if name == "swa" else "cudnn (packed rows: flex)"}
-    also = ["convolution"] if op == "delta rule" else []  # told on a GPU only
+    op = {"gdn": "delta rule", "kda": "channelwise delta rule"}.get(name.partition("_")[0], "attention")
+    on_cuda = {
+        "delta rule": "torch",
+        "channelwise delta rule": "torch",
+        "attention": "flex" if name == "swa" else "cudnn (packed rows: flex)",
+    }
+    also = ["convolution"] if op != "attention" else []  # told on a GPU only
     assert resolve_backends(model_of(name), CPU) == {op: "torch"}
     assert resolve_backends(model_of(name), CUDA) == dict.fromkeys(also, "torch") | {op: on_cuda[op]}
     assert resolve_backends(with_backend(name, "reference"), CUDA) == dict.fromkeys([*also, op], "reference")

@@ -24,6 +24,7 @@ from swamla.ops import (
     causal_attention,
     chunked_cross_entropy,
     gated_delta_rule,
+    kimi_delta_attention,
     l2_normalize,
     rms_norm,
     short_conv,
@@ -72,6 +73,7 @@ def _checks() -> list[tuple[str, Callable[[torch.device], str]]]:
         ("causal attention", _causal),
         ("windowed attention", _windowed),
         ("gated delta rule", _delta_rule),
+        ("Kimi delta attention", _kimi_delta_attention),
         ("short convolution", _convolution),
         ("grouped products", _grouped),
         ("cross-entropy", _cross_entropy),
@@ -154,6 +156,17 @@ def _delta_rule(device: torch.device) -> str:
 
     def op(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, backend: str) -> Tensor:
         return gated_delta_rule(l2_normalize(q), l2_normalize(k), v, log_alpha, beta, seq=seq, backend=backend)[0]
+
+    return _compare_backends(op, [q, k, v, *gates], device)
+
+
+def _kimi_delta_attention(device: torch.device) -> str:
+    seq, (q, k, v) = _documents(device, 150), [_random(device, 1, 150, 2, 32) for _ in range(3)]
+    gates = [-_random(device, 1, 150, 2, 32).exp(), _random(device, 1, 150, 2).sigmoid()]
+
+    def op(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, backend: str) -> Tensor:
+        q, k = l2_normalize(q), l2_normalize(k)
+        return kimi_delta_attention(q, k, v, log_alpha, beta, seq=seq, backend=backend)[0]
 
     return _compare_backends(op, [q, k, v, *gates], device)
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from swamla.model.language_model import LanguageModelConfig as LanguageModelConfig
     from swamla.model.mixers.gdn import GDN as GDN
     from swamla.model.mixers.gdn import GDNConfig as GDNConfig
+    from swamla.model.mixers.kda import KDA as KDA
+    from swamla.model.mixers.kda import KDAConfig as KDAConfig
     from swamla.model.mixers.latent import LatentAttention as LatentAttention
     from swamla.model.mixers.latent import LatentConfig as LatentConfig
     from swamla.model.mixers.mha import MHA as MHA

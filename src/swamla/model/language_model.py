@@ -90,9 +90,9 @@ class LanguageModelConfig:
         require(0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1), e.g. 0.1")
         require(self.init_std > 0, "init_std", self.init_std, "must be > 0, e.g. 0.02")
         for name, block in self.blocks.items():  # counting raises for settings that do not fit the width
-            with within(f"blocks.{name}.mixer"):
+            with within(f"blocks.{name}.mixer", kind=block.mixer.kind):
                 block.mixer.n_parameters(self.width)
-            with within(f"blocks.{name}.ffn"):
+            with within(f"blocks.{name}.ffn", kind=block.ffn.kind):
                 block.ffn.n_parameters(self.width)
         if self.mup_base_width is not None:
             require(self.mup_base_width > 0, "mup_base_width", self.mup_base_width, "must be > 0, e.g. 256")

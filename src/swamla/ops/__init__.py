@@ -11,6 +11,7 @@ from swamla.ops.attention import cached_attention, causal_attention, resolve_bac
 from swamla.ops.cross_entropy import chunked_cross_entropy
 from swamla.ops.gated_delta import gated_delta_rule, gated_delta_step
 from swamla.ops.grouped_mm import grouped_mm
+from swamla.ops.kda import kimi_delta_attention, kimi_delta_step
 from swamla.ops.l2_normalize import l2_normalize
 from swamla.ops.layout import Layout
 from swamla.ops.rms_norm import rms_norm
@@ -24,6 +25,8 @@ __all__ = [
     "gated_delta_rule",
     "gated_delta_step",
     "grouped_mm",
+    "kimi_delta_attention",
+    "kimi_delta_step",
     "l2_normalize",
     "resolve_backend",
     "rms_norm",

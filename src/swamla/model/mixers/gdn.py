@@ -1,6 +1,7 @@
 """Gated DeltaNet (arXiv 2412.06464): linear attention with a decaying, error-correcting state matrix per head."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
@@ -133,24 +134,24 @@ class GDNConfig(MixerConfig):
         return "auto" if self.backend == "fla" else self.backend
 
     def _projection_weights(self, width: int) -> int:
-        channels, values = self.channels(width), self.key_value_dims(width)[1]
-        gates = width * 2 * self.n_heads + self._gate_weights(width)
-        shapes = [(width, out) for out in channels.values()] + [(values, width)]
-        if self.latent_dim:
-            return gates + sum(self.latent_dim * (rows + columns) for rows, columns in shapes)
-        return gates + sum(rows * columns for rows, columns in shapes)
+        values, head_v = self.key_value_dims(width)[1], self.head_dims(width)[1]
+        decay_rank, decays = self.decay_dims(width)
+        gate = _weights(width, values, head_v if self.gate == "lowrank" else 0)
+        gates = width * self.n_heads + _weights(width, decays, decay_rank) + gate
+        shapes = [(width, out) for out in self.channels(width).values()] + [(values, width)]
+        return gates + sum(_weights(*shape, self.latent_dim) for shape in shapes)
 
-    def _gate_weights(self, width: int) -> int:
-        """Parameters of the projection of z."""
-        values, rank = self.key_value_dims(width)[1], self.head_dims(width)[1]
-        return rank * (width + values) if self.gate == "lowrank" else width * values
+    def decay_dims(self, width: int) -> tuple[int, int]:
+        """Inner width of the projection of a (0: full rank), and how many decays a token has: one for each head."""
+        return 0, self.n_heads
 
     def n_parameters(self, width: int) -> int:
         """Parameters of the module. Raises `ConfigError` for a `latent_dim` larger than `width`."""
         allowed = f"a rank larger than the width {width} compresses nothing"
         require(self.latent_dim <= width, "latent_dim", self.latent_dim, allowed)
         convolution = self.conv * sum(self.channels(width).values())
-        return self._projection_weights(width) + convolution + 2 * self.n_heads + self.head_dims(width)[1]
+        gains = self.n_heads + self.decay_dims(width)[1] + self.head_dims(width)[1]
+        return self._projection_weights(width) + convolution + gains
 
     def forward_flops(self, width: int, length: int) -> int:
         """Floating-point operations of one forward pass over one sequence of `length` tokens, in chunks of 64.
@@ -191,6 +192,9 @@ class GDN(Mixer[GDNState]):
     independently (`gate` decides its rank). With `share_qk` keys have neither a projection nor a convolution.
     """
 
+    rule: ClassVar[Callable[..., tuple[Tensor, Tensor]]] = staticmethod(gated_delta_rule)
+    rule_step: ClassVar[Callable[..., Tensor]] = staticmethod(gated_delta_step)
+
     def __init__(self, config: GDNConfig, width: int) -> None:
         super().__init__()
         self.config = config
@@ -200,14 +204,15 @@ class GDN(Mixer[GDNState]):
         self.inner = (rank,) * len(channels) if rank else self.channels  # widths before expansion
         self.inner_z = self.head_v if config.gate == "lowrank" else values
         self.qkvz_proj = nn.Linear(width, sum(self.inner) + self.inner_z, bias=False)
-        self.ba_proj = nn.Linear(width, 2 * config.n_heads, bias=False)
+        decay_rank, decays = config.decay_dims(width)
+        self.ba_proj = nn.Linear(width, config.n_heads + (decay_rank or decays), bias=False)
         if config.gate == "lowrank":
             self.expand_z = nn.Linear(self.head_v, values, bias=False)
         if rank:
             self.expand = nn.ModuleDict({name: nn.Linear(rank, out, bias=False) for name, out in channels.items()})
         self.conv_weight = nn.Parameter(torch.empty(sum(self.channels), config.conv))
         self.A_log = nn.Parameter(torch.empty(config.n_heads))
-        self.dt_bias = nn.Parameter(torch.empty(config.n_heads))
+        self.dt_bias = nn.Parameter(torch.empty(decays))
         self.norm_weight = nn.Parameter(torch.empty(self.head_v))
         self.compress_o = nn.Linear(values, rank, bias=False) if rank else nn.Identity()
         self.o_proj = nn.Linear(rank or values, width, bias=False)
@@ -223,10 +228,7 @@ class GDN(Mixer[GDNState]):
         return {**gates, "conv_weight": uniform(self.config.conv**-0.5), "norm_weight": constant(1.0)}
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Inputs of the convolution (B, T, channels), gate z (B, T, H, V), and log α and β (B, T, H).
-
-        log α and β are in fp32 (fp64 in an fp64 model).
-        """
+        """Inputs of the convolution (B, T, channels), gate z (B, T, H, V), and the `gates` log α and β."""
         qkv, z = self.qkvz_proj(x_BTD).split((sum(self.inner), self.inner_z), dim=-1)
         if self.config.latent_dim:
             latents = qkv.split(self.inner, dim=-1)
@@ -234,10 +236,13 @@ class GDN(Mixer[GDNState]):
             qkv = torch.cat(expanded, dim=-1)
         if self.config.gate == "lowrank":
             z = self.expand_z(z)
+        return qkv, z.unflatten(-1, (-1, self.head_v)), *self.gates(x_BTD)
+
+    def gates(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """log α and β (B, T, H), in fp32 (fp64 in an fp64 model)."""
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
         b, a = self.ba_proj(x_BTD).to(dtype).chunk(2, dim=-1)
-        log_alpha = self.log_decay(a + self.dt_bias.to(dtype), self.A_log.to(dtype).exp())
-        return qkv, z.unflatten(-1, (-1, self.head_v)), log_alpha, self.write_strength(b)
+        return self.log_decay(a + self.dt_bias.to(dtype), self.A_log.to(dtype).exp()), self.write_strength(b)
 
     def log_decay(self, time_step: Tensor, rate: Tensor) -> Tensor:
         """log α <= 0 of a + dt_bias and exp(A_log), which broadcast."""
@@ -267,7 +272,7 @@ class GDN(Mixer[GDNState]):
     def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
         qkv, z, log_alpha, beta = self.project(x_BTD)
         q, k, v = self.heads(short_conv(qkv, self.conv_weight, seq=seq, backend=self.config.conv_backend))
-        o, _ = gated_delta_rule(q, k, v, log_alpha, beta, seq=seq, backend=self.config.backend)
+        o, _ = self.rule(q, k, v, log_alpha, beta, seq=seq, backend=self.config.backend)
         return self.output(o, z)
 
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> GDNState:
@@ -280,22 +285,21 @@ class GDN(Mixer[GDNState]):
         qkv, z, log_alpha, beta = self.project(without_padding(x_BTD, seq))
         if x_BTD.shape[1] == 1 and not seq.padded:
             q, k, v = self.heads(self._convolve_one(state, qkv))
-            gates = log_alpha[:, 0], beta[:, 0]
-            o = gated_delta_step(q[:, 0], k[:, 0], v[:, 0], *gates, state.state_BHKV).unsqueeze(1)
+            o = self.rule_step(*(x[:, 0] for x in (q, k, v, log_alpha, beta)), state.state_BHKV).unsqueeze(1)
             return self.output(o.to(z.dtype), z)
         valid_BT1 = (seq.document_BT >= 0).unsqueeze(-1)
         if seq.padded:
             # log α = β = 0: padding neither decays the state nor writes to it.
-            log_alpha, beta = log_alpha.where(valid_BT1, 0), beta.where(valid_BT1, 0)
+            decays = valid_BT1 if log_alpha.ndim == 3 else valid_BT1.unsqueeze(-1)
+            log_alpha, beta = log_alpha.where(decays, 0), beta.where(valid_BT1, 0)
         history, config = state.conv_BWD.to(qkv.dtype), self.config
         q, k, v = self.heads(short_conv(qkv, self.conv_weight, history_BWD=history, backend=config.conv_backend))
         self._store_inputs(state, qkv, valid_BT1)
         if x_BTD.shape[1] == 1:
-            gates = log_alpha[:, 0], beta[:, 0]
-            o = gated_delta_step(q[:, 0], k[:, 0], v[:, 0], *gates, state.state_BHKV).unsqueeze(1)
+            o = self.rule_step(*(x[:, 0] for x in (q, k, v, log_alpha, beta)), state.state_BHKV).unsqueeze(1)
         else:
             initial = state.state_BHKV
-            o, final = gated_delta_rule(q, k, v, log_alpha, beta, initial_state_BHKV=initial, backend=config.backend)
+            o, final = self.rule(q, k, v, log_alpha, beta, initial_state_BHKV=initial, backend=config.backend)
             initial.copy_(final)
         return self.output(o.to(z.dtype), z)
 
@@ -314,6 +318,11 @@ class GDN(Mixer[GDNState]):
         index_BW = n_valid_B1 + torch.arange(self.config.conv - 1, device=qkv_BTD.device)
         row_B1 = torch.arange(qkv_BTD.shape[0], device=qkv_BTD.device)[:, None]
         state.conv_BWD.copy_(seen_BSD[row_B1, index_BW])
+
+
+def _weights(into: int, out: int, rank: int) -> int:
+    """Parameters of a projection, of two with `rank` numbers between them unless that is 0."""
+    return rank * (into + out) if rank else into * out
 
 
 def _draw_decay_rates(A_log: Tensor, generator: torch.Generator | None) -> None:

@@ -48,16 +48,37 @@ class Chunks:
         return self.q_NXCK.dtype
 
 
-def prepare(inputs_NXCD: list[Tensor], masks: ChunkMasks | None, chunk: int) -> Chunks:
+def forward(
+    inputs_NXCD: list[Tensor], masks: ChunkMasks | None, initial_XKV: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Outputs (N, X, C, V) and the state after the last chunk (X, K, V)."""
+    chunks = prepare(inputs_NXCD, masks)
+    u_NXCV, state_NXKV = run_states(chunks, initial_XKV)
+    return outputs(chunks, u_NXCV, state_NXKV, scale), state_NXKV[-1]
+
+
+def backward(
+    inputs_NXCD: list[Tensor],
+    masks: ChunkMasks | None,
+    initial_XKV: Tensor,
+    do_NXCV: Tensor,
+    d_final_XKV: Tensor,
+    scale: float,
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Gradients of the inputs and of the state before the first chunk, given those of what `forward` returns."""
+    chunks = prepare(inputs_NXCD, masks)
+    u_NXCV, state_NXKV = run_states(chunks, initial_XKV)
+    do_NXCV = do_NXCV * scale
+    d_u_NXCV, d_state_NXKV = run_states_backward(chunks, do_NXCV, d_final_XKV)
+    return gradients(chunks, u_NXCV, state_NXKV, do_NXCV, d_u_NXCV, d_state_NXKV), d_state_NXKV[0]
+
+
+def prepare(inputs_NXCD: list[Tensor], masks: ChunkMasks | None) -> Chunks:
     """The `Chunks` of q, k, v, log alpha and beta (in this order), each (N, X, C, D)."""
     q_NXCK, k_NXCK, v_NXCV, log_alpha_NXC1, beta_NXC1 = inputs_NXCD
     decay_NXCC, read_NXC1, write_NXC1, keep_NX11 = _decays(log_alpha_NXC1, masks)
     qk_NXCC, kk_NXCC = q_NXCK @ k_NXCK.mT, k_NXCK @ k_NXCK.mT
-    system_NXCC = (kk_NXCC * decay_NXCC).mul_(beta_NXC1)
-    identity_CC = torch.eye(chunk, dtype=system_NXCC.dtype, device=system_NXCC.device)
-    solve_NXCC = torch.linalg.solve_triangular(
-        system_NXCC, identity_CC.expand_as(system_NXCC), upper=False, unitriangular=True
-    )
+    solve_NXCC = inverse((kk_NXCC * decay_NXCC).mul_(beta_NXC1))
     solve_read_NXCC = solve_NXCC * (beta_NXC1 * read_NXC1).mT
     return Chunks(
         q_NXCK,
@@ -72,9 +93,17 @@ def prepare(inputs_NXCD: list[Tensor], masks: ChunkMasks | None, chunk: int) -> 
         kk_NXCC,
         (qk_NXCC * decay_NXCC).to(q_NXCK.dtype),
         solve_NXCC,
-        _matmul(solve_read_NXCC, k_NXCK, k_NXCK.dtype).to(solve_NXCC.dtype),
+        matmul(solve_read_NXCC, k_NXCK, k_NXCK.dtype).to(solve_NXCC.dtype),
         k_NXCK * write_NXC1,
         masks,
+    )
+
+
+def inverse(system_NXCC: Tensor) -> Tensor:
+    """(I + the strictly lower triangle of `system`)^-1."""
+    identity_CC = torch.eye(system_NXCC.shape[-1], dtype=system_NXCC.dtype, device=system_NXCC.device)
+    return torch.linalg.solve_triangular(
+        system_NXCC, identity_CC.expand_as(system_NXCC), upper=False, unitriangular=True
     )
 
 
@@ -91,14 +120,14 @@ def _decays(log_alpha_NXC1: Tensor, masks: ChunkMasks | None) -> tuple[Tensor, T
         return decay_NXCC, read_NXC1, write_NXC1, keep_NX11
 
     return (
-        _within_document(decay_NXCC, masks.same_NB1CC),
-        _within_document(read_NXC1, masks.reads_NB1C1),
-        _within_document(write_NXC1, masks.writes_NB1C1),
-        _within_document(keep_NX11, masks.keeps_NB111),
+        within_document(decay_NXCC, masks.same_NB1CC),
+        within_document(read_NXC1, masks.reads_NB1C1),
+        within_document(write_NXC1, masks.writes_NB1C1),
+        within_document(keep_NX11, masks.keeps_NB111),
     )
 
 
-def _within_document(weight: Tensor, same: Tensor) -> Tensor:
+def within_document(weight: Tensor, same: Tensor) -> Tensor:
     """Factors (N, X, …) times a mask (N, B, 1, …)."""
     return (weight.unflatten(1, (same.shape[1], -1)) * same).flatten(1, 2)
 
@@ -106,33 +135,45 @@ def _within_document(weight: Tensor, same: Tensor) -> Tensor:
 def run_states(chunks: Chunks, initial_XKV: Tensor) -> tuple[Tensor, Tensor]:
     """u of every chunk (N, X, C, V), and the states (N + 1, X, K, V) before each chunk and after the last."""
     solve_beta_NXCC = chunks.solve_NXCC * chunks.beta_NXC1.mT
-    u_NXCV = _matmul(solve_beta_NXCC, chunks.v_NXCV, chunks.dtype).to(initial_XKV.dtype)
+    u_NXCV = matmul(solve_beta_NXCC, chunks.v_NXCV, chunks.dtype).to(initial_XKV.dtype)
+    return u_NXCV, carry(u_NXCV, chunks.lost_NXCK, chunks.written_NXCK, chunks.keep_NX11, initial_XKV)
+
+
+def carry(u_NXCV: Tensor, lost_NXCK: Tensor, written_NXCK: Tensor, keep_NXK1: Tensor, initial_XKV: Tensor) -> Tensor:
+    """States (N + 1, X, K, V) before each chunk and after the last; completes u = U - W S of each chunk in place."""
     state_NXKV = initial_XKV.new_empty(u_NXCV.shape[0] + 1, *initial_XKV.shape)
     state_NXKV[0] = initial_XKV
     for n, u_XCV in enumerate(u_NXCV):
-        u_XCV.baddbmm_(chunks.lost_NXCK[n], state_NXKV[n], alpha=-1)
-        torch.mul(state_NXKV[n], chunks.keep_NX11[n], out=state_NXKV[n + 1])
-        state_NXKV[n + 1].baddbmm_(chunks.written_NXCK[n].mT, u_XCV)
-    return u_NXCV, state_NXKV
+        u_XCV.baddbmm_(lost_NXCK[n], state_NXKV[n], alpha=-1)
+        torch.mul(state_NXKV[n], keep_NXK1[n], out=state_NXKV[n + 1])
+        state_NXKV[n + 1].baddbmm_(written_NXCK[n].mT, u_XCV)
+    return state_NXKV
 
 
 def outputs(chunks: Chunks, u_NXCV: Tensor, state_NXKV: Tensor, scale: float) -> Tensor:
     """Outputs (N, X, C, V)."""
-    from_state_NXCV = _matmul(chunks.q_NXCK, state_NXKV[:-1], chunks.dtype) * (chunks.read_NXC1 * scale)
-    return from_state_NXCV.add_(_matmul(chunks.attend_NXCC, u_NXCV, chunks.dtype), alpha=scale)
+    from_state_NXCV = matmul(chunks.q_NXCK, state_NXKV[:-1], chunks.dtype) * (chunks.read_NXC1 * scale)
+    return from_state_NXCV.add_(matmul(chunks.attend_NXCC, u_NXCV, chunks.dtype), alpha=scale)
 
 
 def run_states_backward(chunks: Chunks, do_NXCV: Tensor, d_final_XKV: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of u (N, X, C, V) and of the states (N + 1, X, K, V), given those of outputs and final state."""
-    d_u_NXCV = _matmul(chunks.attend_NXCC.mT, do_NXCV, chunks.dtype).to(d_final_XKV.dtype)
+    d_u_NXCV = matmul(chunks.attend_NXCC.mT, do_NXCV, chunks.dtype).to(d_final_XKV.dtype)
     d_state_NXKV = d_final_XKV.new_empty(d_u_NXCV.shape[0] + 1, *d_final_XKV.shape)
-    d_state_NXKV[:-1] = _matmul(chunks.q_NXCK.mT, do_NXCV * chunks.read_NXC1, chunks.dtype)
+    d_state_NXKV[:-1] = matmul(chunks.q_NXCK.mT, do_NXCV * chunks.read_NXC1, chunks.dtype)
     d_state_NXKV[-1] = d_final_XKV
-    for n in range(d_u_NXCV.shape[0] - 1, -1, -1):
-        d_u_NXCV[n].baddbmm_(chunks.written_NXCK[n], d_state_NXKV[n + 1])
-        d_state_NXKV[n].baddbmm_(chunks.lost_NXCK[n].mT, d_u_NXCV[n], alpha=-1)
-        d_state_NXKV[n].addcmul_(d_state_NXKV[n + 1], chunks.keep_NX11[n])
+    carry_backward(d_u_NXCV, d_state_NXKV, chunks.lost_NXCK, chunks.written_NXCK, chunks.keep_NX11)
     return d_u_NXCV, d_state_NXKV
+
+
+def carry_backward(
+    d_u_NXCV: Tensor, d_state_NXKV: Tensor, lost_NXCK: Tensor, written_NXCK: Tensor, keep_NXK1: Tensor
+) -> None:
+    """Add to the gradients of u and of the states, in place, what reaches them through later states."""
+    for n in range(d_u_NXCV.shape[0] - 1, -1, -1):
+        d_u_NXCV[n].baddbmm_(written_NXCK[n], d_state_NXKV[n + 1])
+        d_state_NXKV[n].baddbmm_(lost_NXCK[n].mT, d_u_NXCV[n], alpha=-1)
+        d_state_NXKV[n].addcmul_(d_state_NXKV[n + 1], keep_NXK1[n])
 
 
 def gradients(
@@ -140,7 +181,7 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k (N, X, C, K), v (N, X, C, V), log alpha and beta (N, X, C, 1), for all chunks at once."""
     dtype, q_NXCK, k_NXCK = chunks.dtype, chunks.q_NXCK, chunks.k_NXCK
-    d_error_NXCV = _matmul(chunks.solve_NXCC.mT, d_u_NXCV, dtype)
+    d_error_NXCV = matmul(chunks.solve_NXCC.mT, d_u_NXCV, dtype)
     low_u, low_state = u_NXCV.to(dtype), state_NXKV[:-1].to(dtype)
     wide_k = k_NXCK.to(u_NXCV.dtype)  # once, not at each of its elementwise products
 
@@ -153,16 +194,16 @@ def gradients(
     d_attend_NXCC, d_q_NXCK = d_reader(do_NXCV, 0)
     d_predict_NXCC, d_key_NXCK = d_reader(-d_error_NXCV, -1)
     read_NXC = (d_q_NXCK * q_NXCK).sum(-1).addcmul_((d_key_NXCK * wide_k).sum(-1), chunks.beta_NXC1[..., 0])
-    d_q_NXCK += _matmul(d_attend_NXCC, k_NXCK, dtype)
-    d_key_NXCK += _matmul(d_predict_NXCC, k_NXCK, dtype)
+    d_q_NXCK += matmul(d_attend_NXCC, k_NXCK, dtype)
+    d_key_NXCK += matmul(d_predict_NXCC, k_NXCK, dtype)
     d_beta_NXC = (d_error_NXCV * chunks.v_NXCV).sum(-1) + (d_key_NXCK * wide_k).sum(-1)
     d_predict_NXCC.mul_(chunks.beta_NXC1)
     d_key_NXCK.mul_(chunks.beta_NXC1)
 
-    d_written_NXCK = _matmul(u_NXCV, d_state_NXKV[1:].mT, dtype) * chunks.write_NXC1
+    d_written_NXCK = matmul(u_NXCV, d_state_NXKV[1:].mT, dtype) * chunks.write_NXC1
     written_NXC = (d_written_NXCK * wide_k).sum(-1)
-    d_written_NXCK += _matmul(d_attend_NXCC.mT, q_NXCK, dtype)
-    d_written_NXCK += _matmul(d_predict_NXCC.mT, k_NXCK, dtype)
+    d_written_NXCK += matmul(d_attend_NXCC.mT, q_NXCK, dtype)
+    d_written_NXCK += matmul(d_predict_NXCC.mT, k_NXCK, dtype)
 
     # e^{G_t} is a factor of what token t reads, e^{-G_s} of what token s writes, so dG = reads - writes. A score D_ts
     # contributes to both; both contributions are sums of one matrix, because two separately rounded products would
@@ -186,6 +227,6 @@ def _sum_of_later(x_NXC: Tensor, masks: ChunkMasks | None) -> Tensor:
     return (x_NBHC @ masks.same_NB1CC[:, :, 0].to(x_NXC.dtype)).flatten(1, 2)
 
 
-def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a b, computed and returned in `dtype`."""
     return a.to(dtype) @ b.to(dtype)

@@ -16,7 +16,7 @@ synchronisation, so there a NaN reaches the other documents of its row.
 Shapes: N chunks, X = B*H, C tokens per chunk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swamla.ops.autocast import without_autocast
-from swamla.ops.gated_delta.chunks import ChunkMasks, gradients, outputs, prepare, run_states, run_states_backward
+from swamla.ops.gated_delta.chunks import ChunkMasks, backward, forward
 from swamla.ops.gated_delta.reference import RuleInputs
 from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import PADDING, Layout
@@ -46,23 +46,32 @@ def chunked_gated_delta_rule(
     State, gates and the triangular solve are in the state's dtype. With bf16 q, k, v the large batched matmuls are in
     bf16.
     """
-    documents = documents_of(seq, chunk)
-    dtype = torch.promote_types(inputs.q_BTHK.dtype, torch.float32)
     q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH = inputs
-    log_alpha_BTH, beta_BTH = log_alpha_BTH.to(dtype), beta_BTH.to(dtype)
+    rule = Rule(documents_of(seq, chunk), scale, chunk, forward, backward)
+    return run_in_chunks(
+        (q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH[..., None], beta_BTH[..., None]), initial_state_BHKV, rule
+    )
+
+
+def run_in_chunks(inputs: Sequence[Tensor], initial_state_BHKV: Tensor | None, rule: "Rule") -> tuple[Tensor, Tensor]:
+    """Outputs (B, T, H, V) and the final state (B, H, K, V) of a delta rule.
+
+    inputs: q and k (B, T, H, K), v (B, T, H, V), log α (B, T, H, 1 or K) and β (B, T, H, 1).
+    """
+    documents, (q_BTHK, k_BTHK, v_BTHV, log_alpha_BTHK, beta_BTH1) = rule.documents, inputs
+    dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
+    log_alpha_BTHK, beta_BTH1 = log_alpha_BTHK.to(dtype), beta_BTH1.to(dtype)
     if documents.padding_BT is not None:
-        padding_BT1 = documents.padding_BT[..., None]
-        q_BTHK = q_BTHK.masked_fill(padding_BT1[..., None], 0)
-        log_alpha_BTH, beta_BTH = log_alpha_BTH.masked_fill(padding_BT1, 0), beta_BTH.masked_fill(padding_BT1, 0)
+        padding_BT11 = documents.padding_BT[..., None, None]
+        q_BTHK, log_alpha_BTHK, beta_BTH1 = (
+            x.masked_fill(padding_BT11, 0) for x in (q_BTHK, log_alpha_BTHK, beta_BTH1)
+        )
     if documents.restart_BT is not None:
-        log_alpha_BTH = log_alpha_BTH.masked_fill(documents.restart_BT[..., None], 0)
+        log_alpha_BTHK = log_alpha_BTHK.masked_fill(documents.restart_BT[..., None, None], 0)
     if initial_state_BHKV is None:
         batch, _, heads, key_width = q_BTHK.shape
-        initial_state_BHKV = beta_BTH.new_zeros(batch, heads, key_width, v_BTHV.shape[-1])
-    rule = Rule(documents, scale, chunk)
-    return _ChunkedGatedDeltaRule.apply(
-        q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH, initial_state_BHKV.to(dtype), rule
-    )
+        initial_state_BHKV = beta_BTH1.new_zeros(batch, heads, key_width, v_BTHV.shape[-1])
+    return _ChunkedRule.apply(q_BTHK, k_BTHK, v_BTHV, log_alpha_BTHK, beta_BTH1, initial_state_BHKV.to(dtype), rule)
 
 
 @dataclass(frozen=True)
@@ -98,11 +107,20 @@ class Documents:
 
 @dataclass(frozen=True)
 class Rule:
-    """The settings of a call: document tables, the factor of the outputs, tokens per chunk."""
+    """The settings of a call: document tables, the factor of the outputs, tokens per chunk; and a chunk's computation.
+
+    forward: (inputs, each (N, X, C, D); masks; the state before (X, K, V); scale) -> outputs (N, X, C, V), state after.
+    backward: (inputs; masks; the state before; gradients of outputs and of the state after; scale) -> gradients of the
+        inputs, and of the state before.
+    """
 
     documents: Documents
     scale: float
     chunk: int
+    forward: Callable[[list[Tensor], ChunkMasks | None, Tensor, float], tuple[Tensor, Tensor]]
+    backward: Callable[
+        [list[Tensor], ChunkMasks | None, Tensor, Tensor, Tensor, float], tuple[tuple[Tensor, ...], Tensor]
+    ]
 
 
 NO_DOCUMENTS = Documents(None, None, None, None)
@@ -141,7 +159,7 @@ def _masks(ordinal_BT: Tensor, chunk: int) -> ChunkMasks:
     )
 
 
-class _ChunkedGatedDeltaRule(torch.autograd.Function):
+class _ChunkedRule(torch.autograd.Function):
     """Saves the inputs and the states between segments. The backward pass recomputes everything else per segment."""
 
     @staticmethod
@@ -150,12 +168,12 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
         q_BTHK: Tensor,
         k_BTHK: Tensor,
         v_BTHV: Tensor,
-        log_alpha_BTH: Tensor,
-        beta_BTH: Tensor,
+        log_alpha_BTHK: Tensor,
+        beta_BTH1: Tensor,
         initial_BHKV: Tensor,
         rule: Rule,
     ) -> tuple[Tensor, Tensor]:
-        inputs = (q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH[..., None], beta_BTH[..., None])
+        inputs = (q_BTHK, k_BTHK, v_BTHV, log_alpha_BTHK, beta_BTH1)
         ctx.rule = rule
         with without_autocast(q_BTHK.device.type):
             o_BTHV, final_BHKV, states = _forward(inputs, initial_BHKV, rule)
@@ -173,8 +191,7 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
             found = _backward(inputs, states_SXKV, do_BTHV, d_final_BHKV, rule)
             if rule.documents.would_mix(found[1]):
                 found = _backward_by_document(inputs, initial_BHKV, do_BTHV, d_final_BHKV, rule)
-        d_q, d_k, d_v, d_log_alpha, d_beta, d_initial = found
-        return d_q, d_k, d_v, d_log_alpha[..., 0], d_beta[..., 0], d_initial, None
+        return *found, None
 
 
 def _forward(inputs: Sequence[Tensor], initial_BHKV: Tensor, rule: Rule) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -184,10 +201,9 @@ def _forward(inputs: Sequence[Tensor], initial_BHKV: Tensor, rule: Rule) -> tupl
     carried_XKV, states = initial_BHKV.flatten(0, 1), []
     for segment in _segments(q_BTHK, rule.chunk):
         states.append(carried_XKV)
-        chunks = prepare(_to_chunks(inputs, segment, rule.chunk), _masks_of(rule, segment), rule.chunk)
-        u_NXCV, state_NXKV = run_states(chunks, carried_XKV)
-        _from_chunks(outputs(chunks, u_NXCV, state_NXKV, rule.scale), o_BTHV, segment)
-        carried_XKV = state_NXKV[-1]
+        chunked = _to_chunks(inputs, segment, rule.chunk)
+        o_NXCV, carried_XKV = rule.forward(chunked, _masks_of(rule, segment), carried_XKV, rule.scale)
+        _from_chunks(o_NXCV, o_BTHV, segment)
     return o_BTHV, carried_XKV.unflatten(0, initial_BHKV.shape[:2]).clone(), states
 
 
@@ -199,14 +215,12 @@ def _backward(
     d_carried_XKV = d_final_BHKV.flatten(0, 1)
     segments = _segments(inputs[0], rule.chunk)
     for segment, carried_XKV in zip(reversed(segments), reversed([*states]), strict=True):
-        chunks = prepare(_to_chunks(inputs, segment, rule.chunk), _masks_of(rule, segment), rule.chunk)
-        u_NXCV, state_NXKV = run_states(chunks, carried_XKV)
-        do_NXCV = _to_chunks([do_BTHV], segment, rule.chunk)[0] * rule.scale
-        d_u_NXCV, d_state_NXKV = run_states_backward(chunks, do_NXCV, d_carried_XKV)
-        chunk_gradients = gradients(chunks, u_NXCV, state_NXKV, do_NXCV, d_u_NXCV, d_state_NXKV)
+        chunked, (do_NXCV,) = (_to_chunks(x, segment, rule.chunk) for x in (inputs, [do_BTHV]))
+        chunk_gradients, d_carried_XKV = rule.backward(
+            chunked, _masks_of(rule, segment), carried_XKV, do_NXCV, d_carried_XKV, rule.scale
+        )
         for gradient, of_chunks in zip(found, chunk_gradients, strict=True):
             _from_chunks(of_chunks, gradient, segment)
-        d_carried_XKV = d_state_NXKV[0]
     return [*found, d_carried_XKV.unflatten(0, d_final_BHKV.shape[:2])]
 
 

@@ -81,14 +81,14 @@ def gated_delta_step(
     with without_autocast(q_BHK.device.type):
         state_BHKV.mul_(log_alpha_BH.to(dtype).exp()[..., None, None])
         k_BHK = k_BHK.to(dtype)
-        error_BHV = v_BHV.to(dtype) - _read(k_BHK, state_BHKV)
+        error_BHV = v_BHV.to(dtype) - read(k_BHK, state_BHKV)
         write_BHV = beta_BH.to(dtype)[..., None] * error_BHV
         state_BHKV.addcmul_(k_BHK[..., None], write_BHV[..., None, :])
-        o_BHV = _read(q_BHK.to(dtype) * scale, state_BHKV)
+        o_BHV = read(q_BHK.to(dtype) * scale, state_BHKV)
     return o_BHV.to(q_BHK.dtype)
 
 
-def _read(key_BHK: Tensor, state_BHKV: Tensor) -> Tensor:
+def read(key_BHK: Tensor, state_BHKV: Tensor) -> Tensor:
     """(B, H, V): Sᵀ k of every head."""
     if torch.compiler.is_compiling():  # a sum, which the compiler joins with what is before and behind it
         return (key_BHK[..., None] * state_BHKV).sum(dim=-2)
