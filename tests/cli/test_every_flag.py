@@ -105,6 +105,8 @@ MEANT_OF = {  # what these say more about, which has to be there
     "swa_sink_logit": "--swa_sinks 0",
     "lr_head": "--no_tied_head",
     "weight_decay_head": "--no_tied_head",
+    "moe_groups_used": "--moe_groups 4",
+    "latent_moe_groups_used": "--latent_moe_groups 4",
     "tokenizer": "--vocab_size 5000",  # else another takes its own
 }
 

@@ -69,6 +69,21 @@ FFNS: dict[str, FFNConfig] = {
     "dense": DenseConfig(hidden=24),
     "moe": MoEConfig(n_experts=8, n_activated=3, expert_hidden=16, shared_hidden=24),
     "latent_moe": LatentMoEConfig(n_experts=8, n_activated=3, ratio=4, expert_hidden=16, shared_hidden=24),
+    "moe_softmax": MoEConfig(
+        n_experts=8,
+        n_activated=3,
+        expert_hidden=16,
+        shared_gate="sigmoid",
+        score="softmax",
+        normalise=False,
+        scale=3.0,
+        groups=4,
+        groups_used=2,
+        group_score="max",
+    ),
+    "latent_moe_groups": LatentMoEConfig(
+        n_experts=8, n_activated=2, ratio=4, expert_hidden=16, scale=2.5, groups=2, shared_gate="sigmoid"
+    ),
     "none": NoFFNConfig(),
     "toy_ffn": TOYS["toy_ffn"](hidden=24),
     **plugged(FFNConfig),

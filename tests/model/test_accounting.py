@@ -48,6 +48,7 @@ ROUTED: list[FFNConfig] = [
     MoEConfig(n_experts=6, backend="reference"),
     MoEConfig(n_experts=6, n_activated=2, n_shared=0, expert_hidden=8, backend="reference"),
     LatentMoEConfig(n_experts=10, n_activated=5, n_shared=2, shared_hidden=7, backend="reference"),
+    MoEConfig(n_experts=6, shared_gate="sigmoid", groups=2, groups_used=2, backend="reference"),
     LatentMoEConfig(n_experts=12, ratio=2, expert_hidden=32, preserve_expert_dim=False, backend="reference"),
 ]
 FFNS: list[FFNConfig] = [
@@ -138,6 +139,7 @@ def test_experts_router_shared_experts_and_latent_projections_are_told_apart(ffn
         ("experts", "experts."),
         ("router", "router."),
         ("shared experts", "shared."),
+        ("shared gate", "shared_gate"),
         ("latent projections", "latent_"),
     ]:
         assert counted.get(component, 0) == 2 * sum(p.numel() for n, p in named.items() if n.startswith(prefix))

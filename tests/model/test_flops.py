@@ -132,6 +132,14 @@ def swiglu(tokens: int, width: int, hidden: int) -> int:
             + product(7, 3, WIDTH // 4)
             + swiglu(7, WIDTH, 24),
         ),
+        (
+            MoEConfig(n_experts=8, n_activated=3, expert_hidden=16, shared_gate="sigmoid", groups=2),
+            product(7, WIDTH, 8)
+            + 3 * swiglu(7, WIDTH, 16)
+            + product(7, 3, WIDTH)
+            + swiglu(7, WIDTH, 16)
+            + product(7, WIDTH, 1),
+        ),
         (NoFFNConfig(), 0),
         (TOYS["toy_ffn"](hidden=10), product(7, WIDTH, 10) + product(7, 10, WIDTH)),
     ],

@@ -43,18 +43,36 @@ def build_moe(config: MoEConfig, seed: int = 0) -> MoE:
     return moe
 
 
+def choice_of(config: MoEConfig, biased: list[float]) -> list[int]:
+    """The experts of highest biased score in the groups of highest score, one comparison at a time."""
+    size = config.n_experts // config.groups
+
+    def worth(group: int) -> float:
+        best = sorted(biased[group * size : (group + 1) * size])
+        return best[-1] if config.group_score == "max" else sum(best[-2:])
+
+    used = sorted(range(config.groups), key=worth)[-config.groups_used :]
+    return sorted((e for e in range(config.n_experts) if e // size in used), key=lambda e: biased[e])[
+        -config.n_activated :
+    ]
+
+
 def token_by_token(moe: MoE, x_D: Tensor) -> Tensor:
     """NUMERICS' equation for one token, an expert at a time."""
-    scores_E = (moe.router.weight @ x_D).sigmoid()
-    chosen = sorted(range(len(scores_E)), key=lambda e: float(scores_E[e].detach() + moe.router.bias[e]))
-    chosen = chosen[-moe.config.n_activated :]
+    config, logits_E = moe.config, moe.router.weight @ x_D
+    scores_E = logits_E.exp() / logits_E.exp().sum() if config.score == "softmax" else logits_E.sigmoid()
+    chosen = choice_of(config, (scores_E.detach() + moe.router.bias).tolist())
+    total = scores_E[chosen].sum() if config.normalise else 1.0
     latent = moe.latent_down_proj(x_D) if isinstance(moe, LatentMoE) else x_D
     routed = torch.zeros_like(latent)
     for e in chosen:
         gate, up = (latent @ moe.experts.gate_up[e]).chunk(2)
-        routed = routed + scores_E[e] / scores_E[chosen].sum() * ((F.silu(gate) * up) @ moe.experts.down[e])
+        routed = routed + config.scale * scores_E[e] / total * ((F.silu(gate) * up) @ moe.experts.down[e])
     routed = moe.latent_up_proj(routed) if isinstance(moe, LatentMoE) else routed
-    return routed if moe.shared is None else routed + feed(moe.shared, x_D[None, None])[0][0, 0]
+    if moe.shared is None:
+        return routed
+    shared = feed(moe.shared, x_D[None, None])[0][0, 0]
+    return routed + (shared if moe.shared_gate is None else (moe.shared_gate @ x_D).sigmoid() * shared)
 
 
 @every_backend
@@ -69,6 +87,11 @@ def token_by_token(moe: MoE, x_D: Tensor) -> Tensor:
         replace(MOE, n_activated=1, n_experts=1),
         replace(LATENT, ratio=2, preserve_expert_dim=False),
         replace(LATENT, n_experts=40, n_activated=2),  # many experts without a token
+        replace(MOE, score="softmax"),
+        replace(MOE, score="softmax", normalise=False, scale=3.0, shared_gate="sigmoid"),
+        replace(MOE, normalise=False, groups=4, groups_used=2),
+        replace(LATENT, n_activated=2, scale=2.5, groups=2, shared_gate="sigmoid"),
+        replace(LATENT, score="softmax", groups=8, groups_used=5, group_score="max"),
     ],
     ids=str,
 )

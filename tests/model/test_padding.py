@@ -25,6 +25,19 @@ ROUTED = {
     "moe": MoEConfig(n_experts=8, n_activated=3, expert_hidden=16, shared_hidden=24, **LOSSES),
     "latent_moe": LatentMoEConfig(n_experts=8, n_activated=3, ratio=4, expert_hidden=16, shared_hidden=24, **LOSSES),
     "without shared experts": MoEConfig(n_experts=8, n_activated=2, n_shared=0, expert_hidden=16, **LOSSES),
+    "softmax in groups": MoEConfig(
+        n_experts=8,
+        n_activated=3,
+        expert_hidden=16,
+        shared_gate="sigmoid",
+        score="softmax",
+        normalise=False,
+        scale=3.0,
+        groups=4,
+        groups_used=2,
+        group_score="max",
+        **LOSSES,
+    ),
     "crowded": MoEConfig(n_experts=8, n_activated=8, expert_hidden=16, **LOSSES),
 }
 ROWS, TIME = 3, 14

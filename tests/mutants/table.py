@@ -294,6 +294,41 @@ MUTATIONS = [
         "return self.n_parameters(width)",
         _ACCOUNTING,
     ),
+    Mutation(
+        "a block's convolution costs nothing in FLOPs",
+        "src/swamla/model/block.py",
+        "return halves + 2 * self.conv_parameters(width) * length",
+        "return halves",
+        "tests/model/test_block.py",
+    ),
+    Mutation(
+        "a block's convolution keeps an input too many in bytes",
+        "src/swamla/model/block.py",
+        "max(0, self.conv - 1) * width * element_bytes",
+        "max(0, self.conv) * width * element_bytes",
+        "tests/model/test_block.py",
+    ),
+    Mutation(
+        "a layer without an FFN has a norm for it",
+        "src/swamla/model/block.py",
+        "return 1 if self.ffn.is_absent else 2",
+        "return 2",
+        _ACCOUNTING,
+    ),
+    Mutation(
+        "the gate of shared experts has no parameters",
+        "src/swamla/model/ffns/moe.py",
+        '"shared gate": 0 if self.shared_gate == "none" else width,',
+        '"shared gate": 0,',
+        _ACCOUNTING,
+    ),
+    Mutation(
+        "a group of experts counts as much as its best one",
+        _ROUTER,
+        "best = by_group.topk(2, dim=-1).values.sum(-1)",
+        "best = by_group.topk(1, dim=-1).values.sum(-1)",
+        "tests/model/test_router.py",
+    ),
     # padding and masks
     Mutation(
         "padding is routed",

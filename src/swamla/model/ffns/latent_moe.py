@@ -78,11 +78,12 @@ class LatentMoE(MoE):
     def initializers(self) -> dict[str, Initializer]:
         """The down-projection preserves scale; the up-projection's standard deviation has the factor n_activated.
 
-        The router's weights sum to 1, so the experts' outputs are averaged. The factor makes the average a sum, which
-        has the scale of a dense FFN's output.
+        The router's weights usually sum to 1, so the experts' outputs are averaged. The factor makes the average a sum,
+        which has the scale of a dense FFN's output.
         """
         width, latent = self.latent_down_proj.in_features, self.latent_up_proj.in_features
         return {
+            **super().initializers(),
             "latent_down_proj.weight": normal(width**-0.5),
             "latent_up_proj.weight": normal(self.config.n_activated * latent**-0.5),
         }
