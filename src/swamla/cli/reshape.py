@@ -118,6 +118,6 @@ def _provide(name: str, model: Plain, given: Mapping[str, Any], spare: Plain, fl
     fitting, taken = field_types(kinds[name]), {"n_heads": 4} | neighbour
     alike = {field: taken[field] for field in ("n_heads", "bias") if field in taken and field in fitting}
     width, heads = given.get("width", model.get("width")), given.get("n_heads", taken["n_heads"])
-    known = all(isinstance(number, int) and number > 0 for number in (width, heads))  # else it is refused later
-    mixer: Plain = {"kind": name} | (kinds[name].fitting(width, heads) if known else {}) | alike
+    sized = all(isinstance(number, int) and number > 0 for number in (width, heads))  # else it is refused later
+    mixer: Plain = {"kind": name} | (kinds[name].fitting(width, heads) if sized else {}) | alike
     blocks[name] = {"mixer": mixer, **ffn}

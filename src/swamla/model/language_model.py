@@ -96,14 +96,14 @@ class LanguageModelConfig:
                 block.ffn.n_parameters(self.width)
         if self.mup_base_width is not None:
             require(self.mup_base_width > 0, "mup_base_width", self.mup_base_width, "must be > 0, e.g. 256")
-            self._require_base()
+            self._require_base(self.mup_base_width)
 
-    def _require_base(self) -> None:
+    def _require_base(self, width: int) -> None:
         """Raise `ConfigError` if the settings do not fit a model of the base width of µP."""
         try:
-            replace(self, width=self.mup_base_width, mup_base_width=None)
+            replace(self, width=width, mup_base_width=None)
         except ConfigError as error:
-            base = f"the base model of µP is this one at the width of mup_base_width = {self.mup_base_width}"
+            base = f"the base model of µP is this one at the width of mup_base_width = {width}"
             allowed = f"{error.allowed} ({base})"
             raise ConfigError(error.field, error.got, allowed, error.origin, error.kind) from error
 

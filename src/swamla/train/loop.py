@@ -124,8 +124,8 @@ def _train(run: Run) -> None:
     """Step until the budget is spent or a stop is requested; evaluate and save on the way and at the end.
 
     A checkpoint is written every `save_interval` steps and before the last evaluation (here), at a new best held-out
-    loss (`_evaluate`), after going back from a loss spike (`_roll_back`), and at the end, a requested stop or an error in
-    the data (`_save_last`).
+    loss (`_evaluate`), after going back from a loss spike (`_roll_back`), and at the end, a requested stop or an error
+    in the data (`_save_last`).
     """
     state = run.state
     run.look_ahead()
