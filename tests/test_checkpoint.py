@@ -203,6 +203,11 @@ def test_a_damaged_best_gives_the_latest_with_a_warning(tmp_path):
         assert ckpt.find_checkpoint(tmp_path).step == 2
 
 
+def test_a_dtype_that_is_a_word_is_refused_in_one_line(tmp_path):
+    with pytest.raises(UsageError, match=r"^dtype is 'bfloat16': must be a dtype of torch, e.g. torch.bfloat16$"):
+        ckpt.load(tmp_path, dtype="bfloat16")
+
+
 def test_what_is_no_run_folder_is_said(tmp_path):
     with pytest.raises(UsageError, match="not a run folder"):
         ckpt.load(tmp_path)

@@ -262,9 +262,8 @@ def test_an_added_mla_has_the_sizes_that_the_recipes_chose_for_these_widths() ->
 
 
 def test_a_size_that_does_not_fit_the_base_model_of_mup_names_that_model() -> None:
-    with pytest.raises(
-        ConfigError, match=r"kv_lora_rank = 128 .*larger than the width 64 .*mup_base_width = 64"
-    ) as said:
+    said = r"kv_lora_rank = 128 .*larger than the width 64 .*mup_base_width = 64"
+    with pytest.raises(ConfigError, match=said) as caught:
         resolve("--mup_base_width 64")
-    assert said.value.field == "model.blocks.mla.mixer.kv_lora_rank"
+    assert caught.value.field == "model.blocks.mla.mixer.kv_lora_rank"
     assert resolve("--width 128 --n_heads 2 --mup_base_width 64").model.mup_base_width == 64

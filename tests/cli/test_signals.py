@@ -168,3 +168,40 @@ sys.exit(main(sys.argv[1:]))
         found.send_signal(signal.SIGTERM)
         assert next_line(found) == "swamla: left at once\n"
         assert found.wait(PATIENCE) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGTERM, "stopped by SIGTERM; "), (signal.SIGINT, "")])
+def test_after_training_a_signal_says_that_the_run_is_saved(number: signal.Signals, said: str, folder: Path) -> None:
+    code = """
+import sys, time
+from swamla.cli import main, train
+def slow(*_, **__):
+    print("at work", flush=True)
+    time.sleep(600)
+train.say_results = slow
+sys.exit(main(sys.argv[1:]))
+"""
+    command = [word if word != "100000" else "2" for word in TRAIN]
+    with process([sys.executable, "-c", code, *command], "at work") as found:
+        found.send_signal(number)
+        first = next_line(found)
+        last = first if said else next_line(found)
+        assert last == f"swamla: {said}the run is finished, all is saved in runs/quickstart\n"
+        assert found.wait(PATIENCE) == 128 + number
+
+
+def test_once_all_is_saved_a_signal_says_so(folder: Path) -> None:
+    code = """
+import sys, time
+from swamla.train import loop
+from swamla.cli import main
+def slow(*_, **__):
+    print("drawing", flush=True)
+    time.sleep(1)
+loop._plot = slow
+sys.exit(main(sys.argv[1:]))
+"""
+    command = [word if word != "100000" else "2" for word in TRAIN]
+    with process([sys.executable, "-c", code, *command], "drawing") as found:
+        found.send_signal(signal.SIGTERM)
+        assert next_line(found) == "swamla: stop requested (SIGTERM): all is saved, ending; again to leave now\n"

@@ -36,6 +36,13 @@ def test_forward_step_and_backward_give_shapes(mixer: str, ffn: str) -> None:
     assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_the_device_may_be_the_default_in_forward_too(mixer: str) -> None:
+    model = on_meta(mixer, "dense")
+    with torch.device("meta"):
+        assert model(TOKENS).shape == (2, 40, 31)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_norm_gives_shapes(norm: str) -> None:
     assert on_meta("swa", "dense", norm)(TOKENS).shape == (2, 40, 31)

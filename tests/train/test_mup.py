@@ -191,7 +191,7 @@ def test_what_has_no_rule_is_refused(tmp_path, dataset):
         )
     with pytest.raises(ConfigError, match=r"mup_base_width = 0"):
         replace(MODEL, mup_base_width=0)
-    with pytest.raises(ConfigError, match=r"mup_base_width\.blocks\.\w+\.mixer\.n_heads"):
+    with pytest.raises(ConfigError, match=r"blocks\.\w+\.mixer\.n_heads = 2: .*base model of µP .*mup_base_width = 63"):
         replace(MODEL, mup_base_width=63)
     gpt2 = GPT2(vocab_size=50, n_positions=16, n_embd=64, n_layer=1, n_head=2)
     with pytest.raises(UsageError, match="mup_base_width = 32: gpt2 does not have it"):

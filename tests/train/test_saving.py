@@ -213,3 +213,19 @@ def test_a_run_resumed_from_background_saves_is_the_uninterrupted_one(tmp_path, 
     state = run(config, tmp_path / "run", dataset, resume=True)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert all(torch.equal(p, weights(expected)[name]) for name, p in weights(state).items())
+
+
+def test_the_last_step_is_saved_before_its_evaluation_and_again_with_what_that_found(tmp_path, dataset):
+    folder, found = tmp_path / "run" / "checkpoints", []
+
+    def evaluate(model):
+        last = latest_checkpoint(folder)
+        found.append(None if last is None else (last.step, last.state["best_loss"]))
+        return {"loss": 3.0}
+
+    config = tiny_config(save_interval=None, eval_interval=None)
+    state = run(config, tmp_path / "run", dataset, evaluate=evaluate)
+    assert found == [(config.train.steps, None)]
+    saved = latest_checkpoint(folder)
+    assert saved is not None
+    assert (saved.step, saved.state["best_loss"], best_step(folder)) == (state.step, 3.0, state.step)

@@ -34,7 +34,12 @@ def test_the_last_step_of_a_run_that_ends_by_time_is_said_at_its_end():
         display.update(0.98, 60, VALUES | {"step": 100})
         display.update(0.99, 60, VALUES | {"step": 101})
         display.say("Step 101 | Held-out loss: 3.1")
-    assert [text.split(" | ")[0] for text in out.getvalue().splitlines()] == ["Step 100", "Step 101", "Step 101"]
+    begun = [text.split(":")[0].rpartition(" | ") for text in out.getvalue().splitlines()]
+    assert [(step, what) for step, _, what in begun] == [
+        ("Step 100", "Loss"),
+        ("Step 101", "Loss"),
+        ("Step 101", "Held-out loss"),
+    ]
 
 
 @pytest.mark.parametrize(

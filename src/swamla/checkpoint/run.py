@@ -75,6 +75,8 @@ def load(
     tokenizer, even if the vocabulary is padded. Raises `UsageError` for a folder that is not a run, `CorruptError` for
     a damaged one.
     """
+    if not isinstance(dtype, torch.dtype | None):
+        raise UsageError(f"dtype is {dtype!r}: must be a dtype of torch, e.g. torch.bfloat16")
     run_dir = Path(run_dir)
     plain = read_run_config(run_dir)
     checkpoint = find_checkpoint(run_dir, str(which))

@@ -182,6 +182,8 @@ def _checked(argv: Sequence[str], table: Mapping[str, Flag], refusal: Callable[[
         name = written.removeprefix("--").replace("-", "_")
         if name not in known:
             next_word = value or (rest[0] if rest else "RECIPE")
+            if name in table:  # a positional one
+                raise UsageError(f"unknown flag {written}; {name.upper()} stands without a flag: {next_word}")
             reason = refusal(name) or _NO_FLAG.get(name, "").format(value=next_word) or _suggest(name, list(known))
             raise UsageError(f"unknown flag {written}; {reason}")
         flag = table[known[name]]

@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
+from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
@@ -26,16 +27,28 @@ SUBSTITUTES = {
 
 
 class Ended(BaseException):
-    """A signal asked the program to end outside training, with nothing to save."""
+    """A signal asked the program to end outside training, with nothing to save. left: what it leaves behind."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, left: str = "no run was under way, the same command starts again") -> None:
         self.number = signal.Signals(number)
-        super().__init__(f"stopped by {self.number.name}; no run was under way, the same command starts again")
+        super().__init__(f"stopped by {self.number.name}; {left}")
 
     @property
     def exit_status(self) -> int:
         """The status that a shell reports for a program ended by this signal."""
         return 128 + self.number
+
+
+@contextmanager
+def after_training(run_dir: Path) -> Iterator[None]:
+    """What follows a finished run: a signal here ends the program, which says that the run is saved."""
+    try:
+        yield
+    except Ended as ended:
+        raise Ended(ended.number, f"the run is finished, all is saved in {run_dir}") from None
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(f"the run is finished, all is saved in {run_dir}")
+        raise
 
 
 @contextmanager

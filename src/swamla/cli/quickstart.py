@@ -17,6 +17,7 @@ from swamla.cli.afterwards import few_tokens, generate_command, opening, sample,
 from swamla.cli.console import Console, harmless, say, say_wrapped
 from swamla.cli.fitting import fitted
 from swamla.cli.flags import argument, parse
+from swamla.cli.outputs import after_training
 from swamla.cli.overrides import flags
 from swamla.cli.run_config import explain_recipe, read_recipe
 from swamla.cli.running import (
@@ -25,6 +26,7 @@ from swamla.cli.running import (
     prepare_data,
     resumed_folder,
 )
+from swamla.data.dataset import Dataset
 from swamla.errors import UsageError
 from swamla.evaluate import validation
 from swamla.train import RunConfig, TrainState, train
@@ -98,6 +100,15 @@ def _train(config: RunConfig, given: Mapping[str, Any], claim: Claim, resume: bo
             claim=claim,
             verbose=verbose,
         )
+    with after_training(run_dir):
+        _results(console, config, dataset, state, run_dir, prompt)
+
+
+def _results(
+    console: Console, config: RunConfig, dataset: Dataset, state: TrainState, run_dir: Path, prompt: str
+) -> None:
+    """Print a sample, the comparison with compressors, and the next commands."""
+    samples = run_dir / "samples.txt"
     model, tokenizer = load(run_dir)
     model = model.to(state.device)
     before = samples.read_text(encoding="utf-8").partition(_AFTER)[0] if samples.exists() else ""

@@ -11,6 +11,7 @@ from swamla import distributed
 from swamla.cli.afterwards import say_results
 from swamla.cli.console import Console, program, say, say_wrapped
 from swamla.cli.flags import argument, parse
+from swamla.cli.outputs import after_training
 from swamla.cli.overrides import flags
 from swamla.cli.run_config import Resolved, begun_recipe, explain_recipe, resolve, say_notes
 from swamla.cli.running import (
@@ -126,9 +127,10 @@ def _train(arguments: Arguments, given: Mapping[str, Any]) -> int:
                 claim=claim,
                 verbose=arguments.verbose,
             )
-    say(console, f"the run is in {run_dir}")
-    if state.step > first[0]:
-        say_results(console, run_dir, config, dataset, state)
+    with after_training(run_dir):
+        say(console, f"the run is in {run_dir}")
+        if state.step > first[0]:
+            say_results(console, run_dir, config, dataset, state)
     return 0
 
 

@@ -269,6 +269,8 @@ def _require_documents(config: DataConfig, encoded: Encoded, notes: Notes) -> No
         left_out = "; ".join(notes.lines()) or "no rows"
         raise DataError(f"{config.source}: no text to learn from ({left_out})")
     fraction = config.held_out_fraction
+    if total == 1 and fraction < 1:
+        raise DataError(f"{config.source}: its only document is too short to hold a part of it out")
     for split, count, advice in (("held-out", encoded.held_out, "raise"), ("training", encoded.train, "lower")):
         if not count and fraction < 1:
             raise DataError(
@@ -317,7 +319,8 @@ def _require_size(path: Path, size: int) -> None:
 
 
 def _describe_split(split: Split) -> str:
-    return f"{split.n_documents:,} documents, {split.n_tokens:,} tokens, {split.n_bytes:,} bytes"
+    documents = f"{split.n_documents:,} document{'s' * (split.n_documents != 1)}"
+    return f"{documents}, {split.n_tokens:,} tokens, {split.n_bytes:,} bytes"
 
 
 def _describe_lengths(lengths: np.ndarray) -> str:

@@ -127,7 +127,7 @@ class Layout:
         """position_BT on the CPU, from `runs`: no device synchronisation; not for a layout that continues."""
         if self.position_BT.device.type == "cpu":
             return self.position_BT
-        positions = [torch.arange(length).repeat(count) for count, length in self.runs]
+        positions = [torch.arange(length, device="cpu").repeat(count) for count, length in self.runs]
         return torch.cat(positions).view(self.shape)
 
     def table(self, key: Hashable, make: Callable[[], Any]) -> Any:

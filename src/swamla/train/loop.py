@@ -28,7 +28,7 @@ from swamla.train.precision import autocast
 from swamla.train.run import Evaluate, Run, in_progress
 from swamla.train.run_folder import open_run
 from swamla.train.saving import Diverged, finish_saves, raise_diverged, rescore_best, save
-from swamla.train.signals import EVALUATION, FINISHING, STEP
+from swamla.train.signals import EVALUATION, FINISHING, SAVED, SAVING, STEP
 from swamla.train.state import TrainState, generator_states, set_generator_states
 from swamla.train.step import StepResult, training_step
 from swamla.train.tracking.display import fill, say
@@ -123,8 +123,9 @@ def _plan(run: Run) -> str:
 def _train(run: Run) -> None:
     """Step until the budget is spent or a stop is requested; evaluate and save on the way and at the end.
 
-    A checkpoint is written every `save_interval` steps (here), at a new best held-out loss (`_evaluate`), after going
-    back from a loss spike (`_roll_back`), and at the end, a requested stop or an error in the data (`_save_last`).
+    A checkpoint is written every `save_interval` steps and before the last evaluation (here), at a new best held-out
+    loss (`_evaluate`), after going back from a loss spike (`_roll_back`), and at the end, a requested stop or an error
+    in the data (`_save_last`).
     """
     state = run.state
     run.look_ahead()
@@ -142,7 +143,9 @@ def _train(run: Run) -> None:
             save(run)
         if evaluate or save_now:
             run.look_ahead()  # a stop may have been requested meanwhile
-    if not run.next_step.stop and state.evaluated_step != state.step:
+    if run.evaluate is not None and not run.next_step.stop and state.evaluated_step != state.step:
+        save(run)  # first, as an evaluation may take minutes, in which the machine may be lost
+        run.saved_step = None  # the state that is saved below has been evaluated
         _evaluate(run)
     _save_last(run)
     if described := run.epochs.describe(state.tokens):
@@ -165,10 +168,12 @@ def _save_last(run: Run, error: Exception | None = None) -> None:
 
     error: what ends the run early, if anything does; it gets a note that says how to resume.
     """
+    run.stop.doing = SAVING
     save(run)
     finish_saves(run, wait=True)
     if run.unsaved is not None:
         raise run.unsaved
+    run.stop.doing = SAVED
     if error is not None:
         error.add_note(
             f"all is saved after step {run.state.step}: fix the error, then continue with `resume`: {run.folder}"

@@ -15,7 +15,9 @@ from swamla.signal_notice import APART, told_at_once
 
 _HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 _LEAVING = (signal.SIGTERM, signal.SIGINT)  # of which a second one does not wait for the save
-STEP, EVALUATION, FINISHING = "finishing this step", "ending the evaluation", "finishing the evaluation"
+STEP = "finishing this step, then saving"
+EVALUATION, FINISHING = "ending the evaluation, then saving", "finishing the evaluation, then saving"
+SAVING, SAVED = "saving", "all is saved, ending"
 _EXIT_STATUS = {signal.SIGINT: 130, signal.SIGPIPE: 141}  # 75, preempted, for all others
 
 
@@ -26,7 +28,7 @@ class StopRequest:
     after Slurm's warning does not. A signal that the process ignores from its start, as SIGHUP under nohup, stays
     ignored. Outside the main thread, where Python allows no handlers, nothing is changed.
 
-    doing: what goes on before the run is saved, for the line that is said.
+    doing: what goes on before the run ends, for the line that is said.
     """
 
     def __init__(self) -> None:
@@ -59,7 +61,7 @@ class StopRequest:
         if count > 1:
             return "leaving at once" if number in _LEAVING else ""
         more = "; again to leave now" if number in _LEAVING else ""
-        return f"stop requested ({number.name}): {self.doing}, then saving{more}"
+        return f"stop requested ({number.name}): {self.doing}{more}"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

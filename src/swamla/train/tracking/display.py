@@ -81,11 +81,12 @@ class PlainLines:
 
     def _say_step(self) -> None:
         if self._pending:
-            self.say(self._pending)
+            say(self._console, self._pending)
             self._pending = ""
 
     def say(self, text: str) -> None:
-        """Print a line."""
+        """Print a line, after that of the step it follows."""
+        self._say_step()
         say(self._console, text)
 
     def __enter__(self) -> Self:
