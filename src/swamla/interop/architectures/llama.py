@@ -1,40 +1,33 @@
 """Llama and those that differ from it in a detail: Mistral, Ministral, Qwen2, Qwen3."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 
 from swamla.errors import require
-from swamla.interop.architecture import Architecture, Lacks, RopeParameters, ffn_of, mixer_of, norm_of
+from swamla.interop.architecture import Lacks, RopeParameters, ffn_of, mixer_of
+from swamla.interop.stack import Stack, swiglu_rules
 from swamla.interop.weights import Rule, constant, rows, same
 from swamla.model.block import BlockConfig
 from swamla.model.ffns.dense import DenseConfig
+from swamla.model.ffns.ffn import FFNConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.mha import MHAConfig
-from swamla.model.mixers.mixer import MixerConfig
 from swamla.model.mixers.swa import SWAConfig
-from swamla.model.norm import RMSNormConfig
 from swamla.registry import register
 
 LayerType = Literal["full_attention", "sliding_attention"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlamaLike(Architecture):
+class LlamaLike(Stack):
     """What Llama and its relatives share: `mha` or `swa` with rotary positions, SwiGLU, RMSNorm before both."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int | None = None
     head_dim: int | None = None
-    hidden_act: Literal["silu"] = "silu"
-    rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
     rope_parameters: RopeParameters = field(default_factory=RopeParameters)
     qkv_bias: ClassVar[bool] = False
@@ -53,11 +46,11 @@ class LlamaLike(Architecture):
         )
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            require(self.__dict__[name] > 0, name, self.__dict__[name], "must be > 0")
+        super().__post_init__()
+        require(self.num_attention_heads > 0, "num_attention_heads", self.num_attention_heads, "must be > 0")
 
     @property
-    def layer_kinds(self) -> tuple[str, ...]:
+    def layer_kinds(self) -> Sequence[str]:
         """The kind of every layer."""
         return ("full_attention",) * self.num_hidden_layers
 
@@ -86,80 +79,42 @@ class LlamaLike(Architecture):
             "bias": self.qkv_bias,
         }
 
-    def ffn(self) -> DenseConfig:
+    def ffn(self) -> FFNConfig:
         """The FFN of every layer."""
         return DenseConfig(hidden=self.intermediate_size)
 
-    def mixers(self) -> dict[str, tuple[str, Callable[[], MixerConfig]]]:
-        """Kind of layer → name of the block, and its mixer."""
-        return {
-            "full_attention": ("mha", lambda: MHAConfig(**self.attention())),
-            "sliding_attention": ("swa", lambda: SWAConfig(**self.attention(), window=self.window, sinks=0)),
-        }
-
-    def block(self, kind: str, mixer: MixerConfig) -> BlockConfig:
-        """The block of a kind of layer."""
-        return BlockConfig(mixer=mixer, ffn=self.ffn())
-
-    def language_model(self) -> LanguageModelConfig:
-        """The equal model of ours."""
-        mixers = self.mixers()
-        used = {kind: mixers[kind] for kind in dict.fromkeys(self.layer_kinds)}
-        return LanguageModelConfig(
-            vocab_size=self.vocab_size,
-            width=self.hidden_size,
-            blocks={name: self.block(kind, make()) for kind, (name, make) in used.items()},
-            pattern=tuple(used[kind][0] for kind in self.layer_kinds),
-            norm=RMSNormConfig(eps=self.rms_norm_eps),
-            tied_head=self.tie_word_embeddings,
-        )
+    def block(self, kind: str) -> tuple[str, BlockConfig]:
+        """A layer that sees a window, or all tokens."""
+        if kind == "sliding_attention":
+            return "swa", BlockConfig(mixer=SWAConfig(**self.attention(), window=self.window, sinks=0), ffn=self.ffn())
+        return "mha", BlockConfig(mixer=MHAConfig(**self.attention()), ffn=self.ffn())
 
     @classmethod
     def of(cls, config: LanguageModelConfig) -> Self:
         """The one that has the settings of a model of ours, as far as it has them."""
-        mixer, ffn = config.layers[0].mixer, ffn_of(cls.kind, config, DenseConfig)
-        if not isinstance(mixer, MHAConfig):
-            raise Lacks(cls.kind, f"blocks.{config.pattern[0]}.mixer.kind", mixer.kind, "mha or swa")
+        mixer = next((block.mixer for block in config.layers if isinstance(block.mixer, MHAConfig)), None)
+        if mixer is None:
+            raise Lacks(cls.kind, f"blocks.{config.pattern[0]}.mixer.kind", config.layers[0].mixer.kind, "mha or swa")
+        head = mixer.key_dim(config.width)
+        rope = RopeParameters()
+        if mixer.rope is not None:
+            rope = RopeParameters.of(mixer.rope, partial=(mixer.rope_dim or head) / head)
         return cls(
-            vocab_size=config.vocab_size,
-            hidden_size=config.width,
-            intermediate_size=ffn.hidden_dim(config.width),
-            num_hidden_layers=config.depth,
+            **cls.size_of(config),
             num_attention_heads=mixer.n_heads,
             num_key_value_heads=mixer.kv_heads,
-            head_dim=mixer.key_dim(config.width),
-            rms_norm_eps=norm_of(cls.kind, config, RMSNormConfig).eps,
-            tie_word_embeddings=config.tied_head,
-            rope_parameters=RopeParameters() if mixer.rope is None else RopeParameters.of(mixer.rope),
+            head_dim=head,
+            rope_parameters=rope,
             **cls.details(config),
         )
 
     @classmethod
     def details(cls, config: LanguageModelConfig) -> dict[str, Any]:
-        """The fields that only this architecture has."""
-        return {}
-
-    def rules(self) -> Iterator[Rule]:
-        """How our weights are made of theirs."""
-        yield same("embedding.weight", "model.embed_tokens.weight")
-        yield self.gain("norm.weight", "model.norm.weight")
-        if not self.tie_word_embeddings:
-            yield same("head.weight", "lm_head.weight")
-        for index, kind in enumerate(self.layer_kinds):
-            ours, theirs = f"blocks.{index}", f"model.layers.{index}"
-            for norm, their_norm in zip(("mixer_norm", "ffn_norm"), self.norms(kind), strict=True):
-                yield self.gain(f"{ours}.{norm}.weight", f"{theirs}.{their_norm}.weight")
-            yield from self.mixer_rules(kind, f"{ours}.mixer", theirs)
-            yield from self.ffn_rules(f"{ours}.ffn", f"{theirs}.mlp")
-
-    gain = staticmethod(same)  # the rule of a norm's gain
-
-    def norms(self, kind: str) -> tuple[str, str]:
-        """Their names of the norms of mixer and FFN in a layer of that kind."""
-        return "input_layernorm", "post_attention_layernorm"
+        """The fields that only this architecture has, and the FFN's."""
+        return {"intermediate_size": ffn_of(cls.kind, config, DenseConfig).hidden_dim(config.width)}
 
     def mixer_rules(self, kind: str, ours: str, theirs: str) -> Iterator[Rule]:
-        """The weights of the mixer of a layer of that kind, whose names begin with `theirs`."""
+        """The weights of the mixer."""
         theirs = f"{theirs}.self_attn"
         sizes = {"q": self.num_attention_heads, "k": self.kv_heads, "v": self.kv_heads}
         for what in ("weight", "bias") if self.qkv_bias else ("weight",):
@@ -170,13 +125,6 @@ class LlamaLike(Architecture):
             yield same(f"{ours}.o_proj.bias", f"{theirs}.o_proj.bias")
         elif self.qkv_bias:
             yield constant(f"{ours}.o_proj.bias", torch.zeros(self.hidden_size))
-
-    def ffn_rules(self, ours: str, theirs: str, bias: bool = False) -> Iterator[Rule]:
-        """The weights of one FFN."""
-        for kind in ("weight", "bias") if bias else ("weight",):
-            named = {f"{theirs}.{x}_proj.{kind}": self.intermediate_size for x in ("gate", "up")}
-            yield rows(f"{ours}.gate_up_proj.{kind}", named)
-            yield same(f"{ours}.down_proj.{kind}", f"{theirs}.down_proj.{kind}")
 
 
 @register
@@ -199,19 +147,19 @@ class Llama(LlamaLike):
         """The same."""
         return self.attention_bias
 
-    def ffn(self) -> DenseConfig:
+    def ffn(self) -> FFNConfig:
         """SwiGLU, perhaps with biases."""
         return DenseConfig(hidden=self.intermediate_size, bias=self.mlp_bias)
 
-    def ffn_rules(self, ours: str, theirs: str, bias: bool = False) -> Iterator[Rule]:
-        """The weights of one FFN."""
-        return super().ffn_rules(ours, theirs, self.mlp_bias)
+    def ffn_rules(self, kind: str, ours: str, theirs: str) -> Iterator[Rule]:
+        """SwiGLU, perhaps with biases."""
+        return swiglu_rules(ours, f"{theirs}.mlp", self.intermediate_size, bias=self.mlp_bias)
 
     @classmethod
     def details(cls, config: LanguageModelConfig) -> dict[str, Any]:
         """Biases."""
         mixer, ffn = mixer_of(cls.kind, config, MHAConfig), ffn_of(cls.kind, config, DenseConfig)
-        return {"attention_bias": mixer.bias, "mlp_bias": ffn.bias}
+        return {**super().details(config), "attention_bias": mixer.bias, "mlp_bias": ffn.bias}
 
 
 @register
@@ -224,7 +172,7 @@ class Mistral(LlamaLike):
     sliding_window: int | None = 4096
 
     @property
-    def layer_kinds(self) -> tuple[str, ...]:
+    def layer_kinds(self) -> Sequence[str]:
         """One kind for all layers."""
         kind = "full_attention" if self.sliding_window is None else "sliding_attention"
         return (kind,) * self.num_hidden_layers
@@ -238,7 +186,8 @@ class Mistral(LlamaLike):
     def details(cls, config: LanguageModelConfig) -> dict[str, Any]:
         """The window."""
         mixer = config.layers[0].mixer
-        return {"sliding_window": mixer.window if isinstance(mixer, SWAConfig) else None}
+        window = mixer.window if isinstance(mixer, SWAConfig) else None
+        return {**super().details(config), "sliding_window": window}
 
 
 @register
@@ -252,7 +201,7 @@ class Ministral(LlamaLike):
     layer_types: tuple[LayerType, ...] = ()
 
     @property
-    def layer_kinds(self) -> tuple[str, ...]:
+    def layer_kinds(self) -> Sequence[str]:
         """As the config says; by default as the window says."""
         kind = "full_attention" if self.sliding_window is None else "sliding_attention"
         return self.layer_types or (kind,) * self.num_hidden_layers
@@ -268,6 +217,7 @@ class Ministral(LlamaLike):
         local = [isinstance(block.mixer, SWAConfig) for block in config.layers]
         window = mixer_of(cls.kind, config, SWAConfig).window if any(local) else None
         return {
+            **super().details(config),
             "sliding_window": window,
             "layer_types": tuple("sliding_attention" if each else "full_attention" for each in local),
         }

@@ -1,19 +1,16 @@
 """OLMo 2 and OLMo Hybrid: norms behind attention and FFN, queries and keys normalised over all heads together."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
-from swamla.interop.architecture import RopeParameters, ffn_of, mixer_of, norm_of
+from swamla.interop.architecture import mixer_of
 from swamla.interop.architectures.llama import LlamaLike
-from swamla.interop.weights import Rule, convolution, rows, same
+from swamla.interop.stack import delta_rules
+from swamla.interop.weights import Rule, rows, same
 from swamla.model.block import BlockConfig
-from swamla.model.ffns.dense import DenseConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
-from swamla.model.mixers.mha import MHAConfig
-from swamla.model.mixers.mixer import MixerConfig
-from swamla.model.norm import RMSNormConfig
 from swamla.registry import register
 
 Kind = Literal["linear_attention", "full_attention"]
@@ -33,9 +30,10 @@ class Olmo2(LlamaLike):
         """With norms of queries and keys."""
         return {**super().attention(), "qk_norm": "whole", "norm_eps": self.rms_norm_eps}
 
-    def block(self, kind: str, mixer: MixerConfig) -> BlockConfig:
+    def block(self, kind: str) -> tuple[str, BlockConfig]:
         """Norms behind mixer and FFN."""
-        return BlockConfig(mixer=mixer, ffn=self.ffn(), norm_place="post")
+        name, block = super().block(kind)
+        return name, replace(block, norm_place="post")
 
     def norms(self, kind: str) -> tuple[str, str]:
         """Their names of the norms."""
@@ -86,7 +84,7 @@ class OlmoHybrid(Olmo2):
         )
 
     @property
-    def layer_kinds(self) -> tuple[str, ...]:
+    def layer_kinds(self) -> Sequence[str]:
         """As the config says."""
         return self.layer_types
 
@@ -102,44 +100,34 @@ class OlmoHybrid(Olmo2):
             norm_eps=1e-5,
         )
 
-    def mixers(self) -> dict[str, tuple[str, Callable[[], MixerConfig]]]:
-        """Kind of layer → name of the block, and its mixer."""
-        return {**super().mixers(), "linear_attention": ("gdn", self.gdn)}
-
-    def block(self, kind: str, mixer: MixerConfig) -> BlockConfig:
+    def block(self, kind: str) -> tuple[str, BlockConfig]:
         """Norms behind attention, before linear attention."""
-        place: Literal["pre", "post"] = "pre" if kind == "linear_attention" else "post"
-        return BlockConfig(mixer=mixer, ffn=self.ffn(), norm_place=place)
+        return (
+            ("gdn", BlockConfig(mixer=self.gdn(), ffn=self.ffn()))
+            if kind == "linear_attention"
+            else super().block(kind)
+        )
 
     def norms(self, kind: str) -> tuple[str, str]:
         """Their names of the norms."""
         return ("input_layernorm", "post_attention_layernorm") if kind == "linear_attention" else super().norms(kind)
 
     @classmethod
-    def of(cls, config: LanguageModelConfig) -> Self:
-        """The one that has the settings of a model of ours, as far as it has them."""
-        mha, gdn = mixer_of(cls.kind, config, MHAConfig), mixer_of(cls.kind, config, GDNConfig)
+    def details(cls, config: LanguageModelConfig) -> dict[str, Any]:
+        """The settings of linear attention, and which layers are it."""
+        gdn = mixer_of(cls.kind, config, GDNConfig)
         key, value = gdn.head_dims(config.width)
-        kinds: dict[bool, Kind] = {True: "linear_attention", False: "full_attention"}
-        return cls(
-            vocab_size=config.vocab_size,
-            hidden_size=config.width,
-            intermediate_size=ffn_of(cls.kind, config, DenseConfig).hidden_dim(config.width),
-            num_hidden_layers=config.depth,
-            num_attention_heads=mha.n_heads,
-            num_key_value_heads=mha.kv_heads,
-            head_dim=mha.key_dim(config.width),
-            rms_norm_eps=norm_of(cls.kind, config, RMSNormConfig).eps,
-            tie_word_embeddings=config.tied_head,
-            rope_parameters=RopeParameters() if mha.rope is None else RopeParameters.of(mha.rope),
-            linear_conv_kernel_dim=gdn.conv,
-            linear_key_head_dim=key,
-            linear_value_head_dim=value,
-            linear_num_key_heads=gdn.key_heads,
-            linear_num_value_heads=gdn.n_heads,
-            linear_allow_neg_eigval=gdn.beta_max == 2,
-            layer_types=tuple(kinds[isinstance(block.mixer, GDNConfig)] for block in config.layers),
-        )
+        local = [isinstance(block.mixer, GDNConfig) for block in config.layers]
+        return {
+            **super().details(config),
+            "linear_conv_kernel_dim": gdn.conv,
+            "linear_key_head_dim": key,
+            "linear_value_head_dim": value,
+            "linear_num_key_heads": gdn.key_heads,
+            "linear_num_value_heads": gdn.n_heads,
+            "linear_allow_neg_eigval": gdn.beta_max == 2,
+            "layer_types": tuple("linear_attention" if each else "full_attention" for each in local),
+        }
 
     def mixer_rules(self, kind: str, ours: str, theirs: str) -> Iterator[Rule]:
         """The weights of one mixer."""
@@ -154,8 +142,7 @@ class OlmoHybrid(Olmo2):
             f"{ours}.qkvz_proj.weight", {f"{theirs}.{x}_proj.weight": n for x, n in {**sizes, "g": values}.items()}
         )
         yield rows(f"{ours}.ba_proj.weight", {f"{theirs}.{x}_proj.weight": self.linear_num_value_heads for x in "ba"})
-        filters = {f"{theirs}.{x}_conv1d.weight": n for x, n in sizes.items()}
-        yield convolution(f"{ours}.conv_weight", filters, self.linear_conv_kernel_dim)
+        yield from delta_rules(ours, theirs, sizes, self.linear_conv_kernel_dim)
         for name in ("A_log", "dt_bias"):
             yield same(f"{ours}.{name}", f"{theirs}.{name}")
         yield same(f"{ours}.norm_weight", f"{theirs}.o_norm.weight")

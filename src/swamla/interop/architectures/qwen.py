@@ -1,18 +1,16 @@
 """Qwen's hybrids of gated DeltaNet and gated attention: Qwen3.5 (text) and Qwen3-Next."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from swamla.interop.architecture import RopeParameters, ffn_of, mixer_of, norm_of, rope_in_one_place
+from swamla.interop.architecture import RopeParameters, mixer_of, rope_in_one_place
 from swamla.interop.architectures.llama import LlamaLike
 from swamla.interop.weights import Rule, convolution, gathered, rows, same, scaled, shifted
-from swamla.model.ffns.dense import DenseConfig
+from swamla.model.block import BlockConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.model.mixers.mha import MHAConfig
-from swamla.model.mixers.mixer import MixerConfig
-from swamla.model.norm import RMSNormConfig
 from swamla.registry import register
 
 Kind = Literal["linear_attention", "full_attention"]
@@ -47,7 +45,7 @@ class QwenHybrid(LlamaLike):
         return {"layer_types": kinds, **rope_in_one_place(plain, PARTIAL)}
 
     @property
-    def layer_kinds(self) -> tuple[str, ...]:
+    def layer_kinds(self) -> Sequence[str]:
         """As the config says."""
         return self.layer_types
 
@@ -77,42 +75,35 @@ class QwenHybrid(LlamaLike):
             norm_eps=self.rms_norm_eps,
         )
 
-    def mixers(self) -> dict[str, tuple[str, Callable[[], MixerConfig]]]:
-        """Kind of layer → name of the block, and its mixer."""
+    def block(self, kind: str) -> tuple[str, BlockConfig]:
+        """Linear or gated attention."""
+        return (
+            ("gdn", BlockConfig(mixer=self.gdn(), ffn=self.ffn()))
+            if kind == "linear_attention"
+            else super().block(kind)
+        )
+
+    @classmethod
+    def details(cls, config: LanguageModelConfig) -> dict[str, Any]:
+        """The settings of linear attention, which layers are it, and whether the others have a gate."""
+        mha, gdn = mixer_of(cls.kind, config, MHAConfig), mixer_of(cls.kind, config, GDNConfig)
+        key, value = gdn.head_dims(config.width)
+        local = [isinstance(block.mixer, GDNConfig) for block in config.layers]
         return {
-            "linear_attention": ("gdn", self.gdn),
-            "full_attention": ("mha", lambda: MHAConfig(**self.attention())),
+            **cls.ffn_details(config),
+            "linear_conv_kernel_dim": gdn.conv,
+            "linear_key_head_dim": key,
+            "linear_value_head_dim": value,
+            "linear_num_key_heads": gdn.key_heads,
+            "linear_num_value_heads": gdn.n_heads,
+            "layer_types": tuple("linear_attention" if each else "full_attention" for each in local),
+            "ungated": mha.gate == "none",
         }
 
     @classmethod
-    def of(cls, config: LanguageModelConfig) -> Self:
-        """The one that has the settings of a model of ours, as far as it has them."""
-        mha, gdn = mixer_of(cls.kind, config, MHAConfig), mixer_of(cls.kind, config, GDNConfig)
-        key, value = gdn.head_dims(config.width)
-        head = mha.key_dim(config.width)
-        rope = RopeParameters()
-        if mha.rope is not None:
-            rope = RopeParameters.of(mha.rope, partial=(mha.rope_dim or head) / head)
-        kinds: dict[bool, Kind] = {True: "linear_attention", False: "full_attention"}
-        return cls(
-            vocab_size=config.vocab_size,
-            hidden_size=config.width,
-            num_hidden_layers=config.depth,
-            num_attention_heads=mha.n_heads,
-            num_key_value_heads=mha.kv_heads,
-            head_dim=head,
-            rms_norm_eps=norm_of(cls.kind, config, RMSNormConfig).eps,
-            tie_word_embeddings=config.tied_head,
-            rope_parameters=rope,
-            linear_conv_kernel_dim=gdn.conv,
-            linear_key_head_dim=key,
-            linear_value_head_dim=value,
-            linear_num_key_heads=gdn.key_heads,
-            linear_num_value_heads=gdn.n_heads,
-            layer_types=tuple(kinds[isinstance(block.mixer, GDNConfig)] for block in config.layers),
-            ungated=mha.gate == "none",
-            **cls.details(config),
-        )
+    def ffn_details(cls, config: LanguageModelConfig) -> dict[str, Any]:
+        """The FFN's settings."""
+        return super().details(config)
 
     def mixer_rules(self, kind: str, ours: str, theirs: str) -> Iterator[Rule]:
         """The weights of one mixer."""
@@ -184,8 +175,3 @@ class Qwen3_5(QwenHybrid):
             layer_types=("linear_attention", "full_attention"),
             rope_parameters=RopeParameters(partial_rotary_factor=PARTIAL),
         )
-
-    @classmethod
-    def details(cls, config: LanguageModelConfig) -> dict[str, Any]:
-        """The FFN's width."""
-        return {"intermediate_size": ffn_of(cls.kind, config, DenseConfig).hidden_dim(config.width)}
