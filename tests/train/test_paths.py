@@ -134,6 +134,16 @@ def test_a_part_of_a_trial_has_as_many_scores_as_it_says_and_two_heads_at_least(
     assert heads >= 2
 
 
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_trial_with_a_learned_sink_computes_its_gradient_too_and_is_a_choice_of_its_own(window):
+    trial = AttentionTrial(heads=4, key_heads=2, key=8, value=8, window=window, sink_logit=True)
+    assert str(trial) != str(replace(trial, sink_logit=False))
+    by_path = [trial.step(path, 150, torch.float32)() for path in trial.paths(torch.float32)]
+    assert [gradient.shape for gradient in by_path[0]][-1] == (4,)
+    for mine, theirs in zip(*by_path, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["mha", "swa", "mla", "latent"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_default_is_what_auto_computes_unmeasured(name, dtype):

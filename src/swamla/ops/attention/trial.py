@@ -74,11 +74,11 @@ class AttentionTrial:
 
         attend: Callable[..., torch.Tensor] = causal_attention
         leaves = inputs
+        if self.window is not None:
+            attend = partial(windowed_attention, window=self.window, sinks=self.sinks)
         if self.sink_logit:
             sink_logit_H = torch.zeros(shared * groups, requires_grad=True)
             attend, leaves = partial(attend, sink_logit_H=sink_logit_H), [*inputs, sink_logit_H]
-        if self.window is not None:
-            attend = partial(windowed_attention, window=self.window, sinks=self.sinks)
         seq = Layout.one_document_per_row(batch, length)
 
         def step() -> object:
