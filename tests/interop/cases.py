@@ -48,9 +48,12 @@ class Case:
         config = getattr(transformers, self.config)(**self.settings, attn_implementation="eager")
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config).float()
+        if hasattr(config, "num_experts_per_tok"):
+            model.set_experts_implementation("eager")  # the only one in fp64
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
-            for parameter in model.parameters():
+            balances = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+            for parameter in (*model.parameters(), *balances):
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         return model.eval()
 
@@ -62,6 +65,21 @@ GDN = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+EXPERTS = {
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
 }
 CASES = {
     "gpt2": Case(
@@ -110,6 +128,74 @@ CASES = {
             "linear_num_key_heads": 4,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
             "tie_word_embeddings": True,
+        },
+    ),
+    "deepseek_v3": Case(
+        config="DeepseekV3Config", settings={**SHAPE, **LATENT, **EXPERTS, "n_group": 2, "topk_group": 1}
+    ),
+    "deepseek_v3, full-rank queries, halves, YaRN": Case(
+        config="DeepseekV3Config",
+        settings={
+            **SHAPE,
+            **LATENT,
+            **EXPERTS,
+            "q_lora_rank": None,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+            "n_shared_experts": 2,
+            "rope_interleave": False,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
+        },
+    ),
+    "deepseek_v2": Case(
+        config="DeepseekV2Config",
+        settings={**SHAPE, **LATENT, **EXPERTS, "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
+    ),
+    "deepseek_v2, greedy": Case(
+        config="DeepseekV2Config",
+        settings={**SHAPE, **LATENT, **EXPERTS, "topk_method": "greedy", "routed_scaling_factor": 2.0},
+    ),
+    "qwen3_next": Case(
+        config="Qwen3NextConfig",
+        settings={
+            **GROUPED,
+            **GDN,
+            "head_dim": 16,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 24,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "qwen3_next, weights not normalised": Case(
+        config="Qwen3NextConfig",
+        settings={
+            **GROUPED,
+            **GDN,
+            "head_dim": 16,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "norm_topk_prob": False,
+        },
+    ),
+    "kimi_linear": Case(
+        config="KimiLinearConfig",
+        settings={
+            **SHAPE,
+            **LATENT,
+            **{name: value for name, value in EXPERTS.items() if name != "n_routed_experts"},
+            "num_local_experts": 8,
+            "n_group": 2,
+            "topk_group": 1,
+            "q_lora_rank": None,
+            "linear_head_dim": 12,
+            "linear_num_heads": 3,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
         },
     ),
     "olmo2": Case(config="Olmo2Config", settings=GROUPED),

@@ -94,7 +94,8 @@ class Architecture(Registered, home="swamla.interop.architectures"):
     kind: the config's `model_type`.  class_name: of the model in transformers.  prefix: of its weights' names, which
     files of a model without head lack.  fixed: keys of the config.json that may have one value only.
     unwritten: fields that config.json does not have.  surplus: pattern of the names of weights that are not read.
-    renamed: older name → newer name, as patterns of `re.sub`, of weights.
+    renamed: older name → newer name, as patterns of `re.sub`, of weights.  harmless: keys of the config.json that do
+    not change the function, beside those of `HARMLESS`.
     """
 
     class_name: ClassVar[str]
@@ -104,6 +105,7 @@ class Architecture(Registered, home="swamla.interop.architectures"):
     prefix: ClassVar[str] = "model."
 
     renamed: ClassVar[Mapping[str, str]] = {}
+    harmless: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     @abstractmethod
@@ -148,7 +150,7 @@ class Architecture(Registered, home="swamla.interop.architectures"):
         for key, only in cls.fixed.items():
             if plain.get(key, only) != only:
                 raise ConfigError(key, plain[key], f"must be {only!r}: nothing else is supported", origin)
-        known |= cls.fixed.keys() | HARMLESS
+        known |= cls.fixed.keys() | cls.harmless | HARMLESS
         unknown = sorted(key for key, value in plain.items() if key not in known and value not in NOTHING)
         left_out = [f"{', '.join(unknown)}: not known to swamla, and left out"] if unknown else []
         for each in [*left_out, *cls.differences(plain)]:

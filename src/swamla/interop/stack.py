@@ -124,7 +124,7 @@ def routed(ffn: MoEConfig) -> dict[str, Any]:
     }
 
 
-def dense_hidden(name: str, config: LanguageModelConfig) -> int | None:
+def dense_hidden(config: LanguageModelConfig) -> int | None:
     """The hidden width of the dense layers, None without any."""
     found = [block.ffn.hidden_dim(config.width) for block in config.layers if isinstance(block.ffn, DenseConfig)]
     return found[0] if found else None

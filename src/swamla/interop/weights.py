@@ -78,6 +78,13 @@ def gathered(ours: str, theirs: Mapping[str, int], index: Sequence[int]) -> Rule
     return Rule(ours=ours, theirs=tuple(theirs), join=lambda found: torch.cat(tuple(found))[order], split=split)
 
 
+def reshaped(ours: str, theirs: str, own: Sequence[int], their: Sequence[int]) -> Rule:
+    """The same numbers in another shape."""
+    return Rule(
+        ours=ours, theirs=(theirs,), join=lambda found: found[0].reshape(*own), split=lambda o: (o.reshape(*their),)
+    )
+
+
 def convolution(ours: str, theirs: Mapping[str, int], taps: int) -> Rule:
     """The filters of a depthwise convolution, (channels, taps) here, (channels, 1, taps) there. theirs: as for `rows`.
 

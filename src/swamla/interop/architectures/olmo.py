@@ -58,6 +58,9 @@ class OlmoHybrid(Olmo2):
         r"\.attention_layer_norm\.": ".input_layernorm.",
         r"\.feedforward_layer_norm\.": ".post_attention_layernorm.",
     }
+    harmless: ClassVar[frozenset[str]] = frozenset(
+        {"linear_a_log_min", "linear_a_log_max", "linear_dt_min", "linear_dt_max", "linear_dt_init_floor"}
+    )
     rms_norm_eps: float = 1e-6
     linear_conv_kernel_dim: int = 4
     linear_key_head_dim: int
