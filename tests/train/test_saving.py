@@ -215,17 +215,20 @@ def test_a_run_resumed_from_background_saves_is_the_uninterrupted_one(tmp_path, 
     assert all(torch.equal(p, weights(expected)[name]) for name, p in weights(state).items())
 
 
-def test_the_last_step_is_saved_before_its_evaluation_and_again_with_what_that_found(tmp_path, dataset):
-    folder, found = tmp_path / "run" / "checkpoints", []
+@pytest.mark.parametrize("losses_found", [[3.0], [3.0, 4.0]], ids=["best", "worse"])
+def test_the_last_step_is_saved_before_its_evaluation_which_a_resumed_run_does_not_repeat(
+    tmp_path, dataset, losses_found
+):
+    folder, seen = tmp_path / "run" / "checkpoints", []
 
     def evaluate(model):
         last = latest_checkpoint(folder)
-        found.append(None if last is None else (last.step, last.state["best_loss"]))
-        return {"loss": 3.0}
+        seen.append(None if last is None else last.step)
+        return {"loss": losses_found[len(seen) - 1]}
 
-    config = tiny_config(save_interval=None, eval_interval=None)
-    state = run(config, tmp_path / "run", dataset, evaluate=evaluate)
-    assert found == [(config.train.steps, None)]
-    saved = latest_checkpoint(folder)
-    assert saved is not None
-    assert (saved.step, saved.state["best_loss"], best_step(folder)) == (state.step, 3.0, state.step)
+    config = tiny_config(steps=3, save_interval=None, eval_interval=2 if len(losses_found) > 1 else None)
+    best = run(config, tmp_path / "run", dataset, evaluate=evaluate).best
+    assert (seen[-1], len(seen)) == (3, len(losses_found))
+    resumed = run(config, tmp_path / "run", dataset, evaluate=evaluate, resume=True)
+    assert (resumed.best, resumed.evaluated_step, len(seen)) == (best, 3, len(losses_found))
+    assert best_step(folder) == (2 if len(losses_found) > 1 else 3)

@@ -145,8 +145,9 @@ def _train(run: Run) -> None:
             run.look_ahead()  # a stop may have been requested meanwhile
     if run.evaluate is not None and not run.next_step.stop and state.evaluated_step != state.step:
         save(run)  # first, as an evaluation may take minutes, in which the machine may be lost
-        run.saved_step = None  # the state that is saved below has been evaluated
         _evaluate(run)
+        if state.best_step != state.step:  # best.json tells a resumed run that the best step was evaluated
+            run.saved_step = None
     _save_last(run)
     if described := run.epochs.describe(state.tokens):
         run.say(f"after step {state.step}: {described}")
