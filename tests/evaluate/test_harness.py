@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'swamla[eval]'")
@@ -17,11 +18,10 @@ from tokenizers.processors import TemplateProcessing
 from swamla.data.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer, train_bpe
 from swamla.errors import ConfigError, UsageError
 from swamla.evaluate.harness import Generation, HarnessModel, fork
-from swamla.export import load_gpt2, save_gpt2
 from swamla.inference.decoding import prefill
+from swamla.interop import load_pretrained
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
-from tests.export.test_gpt2 import CONFIG as GPT2
-from tests.export.test_gpt2 import model_of
+from tests.interop.cases import CASES
 from tests.model.helpers import MIXERS, build_model, hybrid_config
 
 TEXT = "the cat sat on the mat, and the dog sat on the log; then both of them ran home to eat.\n"
@@ -298,29 +298,33 @@ def test_a_copied_state_holds_the_rows_asked_for_and_leaves_its_source_alone() -
     assert all(map(torch.equal, state.tensors(), before))
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_it_answers_as_lm_evals_own_class_does_on_an_exported_gpt2(tmp_path: Path) -> None:
-    """Long texts, too: both cut them from the left."""
+def hf(model: Any, tokenizer: Tokenizer, *, starts: bool) -> LM:
+    """lm-eval's class for transformers. starts: whether encoding a text puts the document's start first."""
     huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval's hf needs accelerate")
     transformers = pytest.importorskip("transformers")
-    bpe = TOKENIZERS["bpe"]
-    model = model_of(replace(GPT2, vocab_size=bpe.vocab_size, learned_positions=POSITIONS))
-    save_gpt2(model, tmp_path / "gpt2", tokenizer=bpe)
-    ours = HarnessModel(load_gpt2(tmp_path / "gpt2"), bpe, batch_size=3)
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")
-    with_ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "gpt2")
-    start = with_ids.eos_token
-    with_ids.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{start} $A", special_tokens=[(start, bpe.eos_id)]
-    )
+    first = tokenizer.decode([tokenizer.eos_id])
+    library = tokenizers.Tokenizer.from_str(tokenizer._serialized)  # type: ignore[attr-defined]
+    library.post_processor = TemplateProcessing(single=f"{first} $A", special_tokens=[(first, tokenizer.eos_id)])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=library, bos_token=first, eos_token=first)
+    return huggingface.HFLM(pretrained=model, tokenizer=fast, add_bos_token=starts, batch_size=1, device="cpu")
 
-    def hf(first: bool) -> LM:
-        return huggingface.HFLM(pretrained=theirs, tokenizer=with_ids, add_bos_token=first, batch_size=2, device="cpu")
 
-    assert_same(scored(ours), scored(hf(first=True)))
-    assert rolled(ours) == pytest.approx(rolled(hf(first=False)), rel=1e-5, abs=1e-4)  # it puts the start first itself
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "changes"), [("gpt2", {"n_positions": POSITIONS}), ("llama", {}), ("qwen3_5", {})])
+def test_it_answers_as_lm_evals_own_class_does_on_the_same_model(
+    tmp_path: Path, name: str, changes: dict[str, Any]
+) -> None:
+    """Long texts, too: both cut them from the left."""
+    tokenizer, case = TOKENIZERS["bpe"], CASES[name]
+    changes |= {"vocab_size": tokenizer.vocab_size} | dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_id)
+    theirs = replace(case, settings=case.settings | changes).model()
+    theirs.save_pretrained(tmp_path / name)
+    ours = HarnessModel(load_pretrained(tmp_path / name), tokenizer, batch_size=3)
+    assert_same(scored(ours), scored(hf(theirs, tokenizer, starts=True)))
+    alone = hf(theirs, tokenizer, starts=False)  # it puts the start before whole documents itself
+    assert rolled(ours) == pytest.approx(rolled(alone), rel=1e-5, abs=1e-4)
     prompts = [(text, LONG) for text, _ in PROMPTS if text]
-    assert generated(ours, prompts) == generated(hf(first=True), prompts)
+    assert generated(ours, prompts) == generated(hf(theirs, tokenizer, starts=True), prompts)
 
 
 def test_what_does_not_fit_is_refused_in_a_line_and_what_is_cut_is_told() -> None:
