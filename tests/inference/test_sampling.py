@@ -145,6 +145,19 @@ def test_a_row_ends_at_the_stop_token_and_the_others_go_on(model: LanguageModel)
     assert any(len(tokens) == NEW for tokens in stopped)
 
 
+def test_a_row_ends_after_the_token_at_which_the_caller_ends_it(model: LanguageModel) -> None:
+    free = Decoder(model).generate(PROMPTS, 5)
+    heard: list[int] = []
+
+    def at_the_second(row: int, token: int) -> bool:
+        heard.append(row)
+        return row == 1 and heard.count(1) == 2
+
+    assert Decoder(model).generate(PROMPTS, 5, on_token=at_the_second) == [
+        tokens[: 2 if row == 1 else 5] for row, tokens in enumerate(free)
+    ]
+
+
 def test_tokens_are_announced_in_order_as_they_are_known(model: LanguageModel) -> None:
     heard: list[tuple[int, int]] = []
     produced = Decoder(model).generate(PROMPTS, 5, stop_id=3, on_token=lambda row, token: heard.append((row, token)))

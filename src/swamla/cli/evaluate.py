@@ -1,4 +1,7 @@
-"""`swamla evaluate RUN [--data …]`: the loss of a trained model on its run's held-out text, or on other text."""
+"""`swamla evaluate RUN [--data …]`: the loss of a trained model on its run's held-out text, or on other text.
+
+With --tasks: `evaluate_tasks.py`.
+"""
 
 import hashlib
 import json
@@ -15,6 +18,7 @@ import numpy as np
 
 from swamla.checkpoint import Checkpoint, find_checkpoint, load, read_run_config
 from swamla.cli.console import Console, say, say_wrapped
+from swamla.cli.evaluate_tasks import evaluate_tasks
 from swamla.cli.flags import Flag, argument, parse
 from swamla.cli.overrides import apply_flags, data_flags
 from swamla.cli.running import data_of_run, read_data, run_folder
@@ -43,7 +47,7 @@ _FEW, _ALIKE, _AT_THE_CUT = 10_000, 16, 16
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Loss, perplexity and bits per byte of a trained model on held-out text.
+    """Loss, perplexity and bits per byte of a trained model on held-out text, or its scores in tasks of lm-eval.
 
     run: the run's folder.
     data: score all of this data, with the run's tokenizer, instead of the run's held-out text.
@@ -51,6 +55,13 @@ class Arguments:
     block_size: length of a row; 0 for the run's.
     checkpoint: best, latest, or a step.
     json: print one JSON object.
+    tasks: run these tasks of lm-eval instead, by name or pattern, e.g. hellaswag,arc_*; "list" shows the tasks.
+    num_fewshot: examples before each question, by default the task's own number.
+    limit: only this many documents of each task; 0 for all.
+    batch_size: rows of a forward pass of --tasks.
+    include_path: a folder of task files (YAML) of your own.
+    out: write the results of --tasks to this file, as JSON.
+    samples: write every document and answer, too.
     """
 
     run: str = argument(positional=True)
@@ -59,6 +70,16 @@ class Arguments:
     block_size: int = 0
     checkpoint: str = "best"
     json: bool = False
+    tasks: str = argument("", group="tasks")
+    num_fewshot: int | None = argument(None, group="tasks")
+    limit: int = argument(0, group="tasks")
+    batch_size: int = argument(8, group="tasks")
+    include_path: str = argument("", group="tasks")
+    out: str = argument("", group="tasks")
+    samples: bool = argument(False, group="tasks", switch=True)
+
+
+_OF_TASKS = ("num_fewshot", "limit", "batch_size", "include_path", "out", "samples")
 
 
 def main(argv: list[str]) -> int:
@@ -68,6 +89,14 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"--block_size {arguments.block_size}: must be > 0, e.g. 256")
     if not arguments.data and (alone := sorted(given.keys() & {*_OWN, "held_out"})):
         raise UsageError(f"--{alone[0]} needs --data; without it the run's own held-out text is scored")
+    if not arguments.tasks and (alone := sorted(given.keys() & set(_OF_TASKS))):
+        raise UsageError(f"--{alone[0]} needs --tasks, e.g. --tasks hellaswag")
+    if arguments.tasks:
+        if others := sorted(given.keys() & {*_OWN, "data", "held_out", "block_size"}):
+            raise UsageError(f"--{others[0]} and --tasks exclude each other: tasks bring their own texts")
+        settings = {name: getattr(arguments, name) for name in _OF_TASKS}
+        evaluate_tasks(arguments.run, arguments.checkpoint, arguments.tasks, as_json=arguments.json, **settings)
+        return 0
     run = run_folder(arguments.run)
     plain = read_run_config(run)
     plain.pop("format_version", None)

@@ -20,6 +20,7 @@ PATIENCE = 0.3  # seconds in which a command ends by itself after a signal, so t
 # Readable substitutes for characters that an output's encoding lacks.
 SUBSTITUTES = {
     "…": "...", "–": "-", "—": "-", "−": "-", "·": "*", "•": "*", "×": "x", "±": "+/-", "→": "->", "←": "<-",
+    "↑": "^", "↓": "v",
     "✓": "ok", "✗": "FAILED", "≤": "<=", "≥": ">=", "≈": "~", "µ": "u", "°": " degrees", "∞": "inf",
     "√": "sqrt", "⊙": "*", "‘": "'", "’": "'", "“": '"', "”": '"', "\N{REPLACEMENT CHARACTER}": "?",
     "\N{NO-BREAK SPACE}": " ",

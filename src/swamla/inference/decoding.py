@@ -186,12 +186,13 @@ class Decoder:
         stop_id: int | None = None,
         known_ids: int | None = None,
         context: int | None = None,
-        on_token: Callable[[int, int], None] | None = None,
+        on_token: Callable[[int, int], object] | None = None,
     ) -> list[list[int]]:
         """Continue each prompt (token ids, length >= 1) by at most `max_new_tokens`; returns the new tokens only.
 
         stop_id: ends a row and is not returned.  known_ids: this and larger ids are never sampled; by default
-        the model's `known_ids`.  on_token(row, token): called as soon as a token is sampled.
+        the model's `known_ids`.  on_token(row, token): called as soon as a token is sampled; if it returns True, the
+        row ends after it.
         context: as in nanoGPT, a row of more tokens is read from its last `context` ones alone, as a document of its
         own. Once a row is longer, each further token costs a prefill, which is neither recorded nor rounded.
         A row's logits equal those of the prompt in a batch of its own up to rounding: the order of sums in fp32, about
@@ -220,7 +221,7 @@ class Decoder:
                 if not done[row]:
                     produced[row].append(token)
                     if on_token:
-                        on_token(row, token)
+                        done[row] = on_token(row, token) is True
             if all(done) or count == max_new_tokens:
                 break
             for tokens, token in zip(seen, chosen, strict=True):
@@ -262,7 +263,7 @@ def prefill(model: Decodable[Any], prompts: Sequence[Sequence[int]], state: Deco
         len(prompts), model.embedding.embedding_dim, dtype=model.embedding.weight.dtype, device=device
     )
     at_once = PREFILL_CHUNK * (1 if device.type == "cpu" else ACCELERATOR_FACTOR)
-    for begin, end in _prompt_chunks(int(lengths_B.min()), longest, max(1, at_once // len(prompts))):
+    for begin, end in prompt_chunks(int(lengths_B.min()), longest, max(1, at_once // len(prompts))):
         x_BTD = model.step_hidden(tokens_BT[:, begin:end], state, valid_BT[:, begin:end])
         index_B = lengths_B - 1 - begin
         ends_here_B = (index_B >= 0) & (index_B < x_BTD.shape[1])
@@ -276,7 +277,7 @@ def decodings_on(device: str) -> tuple[str, ...]:
     return tuple(name for name in DECODINGS if REQUIRED_DEVICE.get(name, device) == device)
 
 
-def _prompt_chunks(shortest: int, longest: int, large: int) -> Iterator[tuple[int, int]]:
+def prompt_chunks(shortest: int, longest: int, large: int) -> Iterator[tuple[int, int]]:
     """Chunks (begin, end) of prefill: large until the shortest prompt ends, then small, because they need masks."""
     for begin in range(0, shortest, large):
         yield begin, min(begin + large, shortest)
