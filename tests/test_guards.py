@@ -164,7 +164,7 @@ def test_labels_and_layouts_of_another_kind_are_refused_in_a_line(loaded):
 
 def test_under_anomaly_detection_ids_are_checked_before_any_kernel_sees_them(loaded, monkeypatch):
     """On a GPU the kernel's own assertion would end the process."""
-    monkeypatch.setattr(LanguageModel, "_embed", lambda *_: pytest.fail("reached the embedding"))
+    monkeypatch.setattr(LanguageModel, "embed", lambda *_: pytest.fail("reached the embedding"))
     checked = torch.autograd.set_detect_anomaly(True, check_nan=False)
     with checked, pytest.raises(UsageError, match="token 4096 is outside"):
         loaded[0](torch.tensor([[4096]]))

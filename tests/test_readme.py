@@ -22,29 +22,36 @@ PYTHON = [(page.name, code) for page in PAGES for code in blocks(page, "python")
 LINES = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines() if "swamla " in line]
 
 
+TINY = "--pattern swa --width 16 --n_heads 2 --steps 1 --max_minutes none --batch_size 1 --block_size 16"
+
+
 @pytest.fixture(scope="module", params=["", "--vocab_size 4096"], ids=["exact", "padded"])
 def home(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny run where the README has its quickstart's; also of a vocabulary that text fills in part."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "text.txt").write_text("import os\n" * 200)
     run = folder / "runs" / "quickstart"
-    flags = "--pattern swa --width 16 --n_heads 2 --steps 1 --max_minutes none --batch_size 1 --block_size 16 "
-    flags += request.param
+    flags = f"{TINY} {request.param}"
     where = f"--data {folder}/text.txt --tokenizer byte --cache_dir {folder}/cache --output_dir {run}"
     assert main(["train", "quickstart", *shlex.split(f"{flags} {where}")]) == 0
     return folder
+
+
+HALF_A_MINUTE = '"--max_minutes", "0.5"'
+ONE_STEP = f"{TINY} --data text.txt --tokenizer byte --cache_dir cache"
 
 
 @pytest.mark.parametrize(("page", "code"), PYTHON, ids=[page for page, _ in PYTHON])
 def test_the_python_shown_runs(page: str, code: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)
     names: dict[str, object] = {}
-    exec(compile(code, page, "exec"), names)
+    exec(compile(code.replace(HALF_A_MINUTE, f"*{shlex.split(ONE_STEP)}"), page, "exec"), names)
     assert names.keys() - {"__builtins__"}, "the example does nothing"
 
 
 def test_there_is_python_to_run_and_there_are_commands_to_check() -> None:
     assert len(PYTHON) >= 3
+    assert sum(HALF_A_MINUTE in code for _, code in PYTHON) == 1
     assert len(LINES) >= 10
 
 

@@ -29,7 +29,8 @@ def test_every_architecture_has_a_case() -> None:
     import transformers
 
     kinds = {getattr(transformers, case.config).model_type for case in CASES.values()}
-    assert kinds == set(members_of(Architecture))
+    theirs = {kind for kind, each in members_of(Architecture).items() if not each.has_every_model}
+    assert kinds == theirs  # our own is compared in test_transformers.py
 
 
 def test_what_transformers_saved_is_the_same_function_here(case) -> None:

@@ -291,7 +291,11 @@ def test_the_folder_may_be_the_one_we_are_in_or_below_ones_not_yet_made(
     save_pretrained(model_of(), ".", to="gpt2")
     save_pretrained(model_of(), "../a/b/c", to="gpt2")
     for folder in (tmp_path / "here", tmp_path / "a/b/c"):
-        assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+        ]
         load_pretrained(folder)
 
 
@@ -432,9 +436,9 @@ def test_an_exported_run_writes_the_same_text_in_transformers(
     assert all(name in shown for name in ("config.json", "model.safetensors", "tokenizer.json"))
     ours, tokenizer = swamla.load(home / "gpt2", "latest")
     theirs, their_tokenizer = reload(tmp_path / "out").eval(), AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert load_tokenizer(tmp_path / "out/tokenizer.json").fingerprint == tokenizer.fingerprint
+    assert load_tokenizer(tmp_path / "out/swamla_tokenizer.json").fingerprint == tokenizer.fingerprint
     ids = their_tokenizer("the square of")["input_ids"]
-    assert ids == tokenizer.encode("the square of")
+    assert ids == [tokenizer.eos_id, *tokenizer.encode("the square of")]
     assert their_tokenizer.eos_token_id == theirs.config.eos_token_id == tokenizer.eos_id
     found = Decoder(ours).generate([ids], 20, sampling=Sampling(temperature=0.0))[0]
     text = theirs.generate(
@@ -455,10 +459,13 @@ def test_which_checkpoint_is_exported_can_be_chosen(home: Path, tmp_path: Path) 
     assert not torch.equal(first, latest)
 
 
-def test_a_tokenizer_of_our_own_is_copied_too(tmp_path: Path) -> None:
+def test_a_tokenizer_of_our_own_is_loaded_there_too(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
     save_pretrained(model_of(replace(CONFIG, vocab_size=257)), tmp_path / "out", tokenizer=ByteTokenizer(), to="gpt2")
-    assert load_tokenizer(tmp_path / "out/tokenizer.json").fingerprint == ByteTokenizer().fingerprint
-    assert not (tmp_path / "out/tokenizer_config.json").exists()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("é")["input_ids"] == [256, *"é".encode()]
+    assert tokenizer.model_max_length == POSITIONS
     assert reload(tmp_path / "out").config.eos_token_id == 256
 
 
@@ -488,3 +495,24 @@ def test_mistakes_are_one_line_and_write_nothing(
     assert error.count("\n") == 1
     assert sorted(home.rglob("*")) == before
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_is_no_gpt2_is_exported_in_our_own_form(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    import swamla
+    from swamla.interop.transformers import SwamlaForCausalLM
+
+    for name, chosen in (("plain", "auto"), ("gpt2", "swamla")):
+        out = tmp_path / name
+        assert main(["export", str(home / name), str(out), "--to", chosen]) == 0
+        assert "trust_remote_code=True" in " ".join(capsys.readouterr().out.split())
+        ours, tokenizer = swamla.load(home / name)
+        theirs, their_tokenizer = SwamlaForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+        ids = their_tokenizer("the square of", return_tensors="pt")["input_ids"]
+        assert ids.tolist() == [[tokenizer.eos_id, *tokenizer.encode("the square of")]]
+        expected = ours.generate(ids, 20, temperature=0.0, stop_id=tokenizer.eos_id)
+        assert theirs.generate(ids, max_new_tokens=20, do_sample=False)[:, ids.shape[1] :].tolist() == expected.tolist()
+        assert theirs.config.max_position_embeddings == 64

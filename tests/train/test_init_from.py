@@ -186,28 +186,22 @@ def test_a_tokenizer_of_ones_own_must_be_the_runs(here, capsys):
     assert train(*flags, "byte") == 0
 
 
-def test_an_exported_folder_gives_its_weights_and_its_tokenizer(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("to", "recipe"), [("gpt2", "gpt2"), ("swamla", "quickstart")])
+@pytest.mark.parametrize("tokenizer", ["bpe:300", "byte"])
+def test_an_exported_folder_gives_its_weights_and_its_tokenizer(tmp_path, monkeypatch, capsys, to, recipe, tokenizer):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("to be or not to be\n" * 100)
-    model = [
-        "--width",
-        "16",
-        "--n_heads",
-        "2",
-        "--n_layers",
-        "1",
-        "--learned_positions",
-        "32",
-        "--batch_size",
-        "1",
-        "--block_size",
-        "16",
-    ]
+    model = ["--width", "16", "--n_heads", "2", "--n_layers", "1", "--batch_size", "1", "--block_size", "16"]
+    model += ["--learned_positions", "32"] if to == "gpt2" else ["--pattern", "swa"]
     small = [*model, "--data", "text.txt", "--steps", "1", "--max_minutes", "none"]
-    assert train("gpt2", *small, "--tokenizer", "bpe:300", "--output_dir", "a") == 0
-    assert main(["export", "a", "exported"]) == 0
+    assert train(recipe, *small, "--tokenizer", tokenizer, "--output_dir", "a") == 0, capsys.readouterr().err
+    assert main(["export", "a", "exported", "--to", "auto"]) == 0
+    plain = json.loads((tmp_path / "exported/config.json").read_text())
+    assert (plain["model_type"], plain.get("max_position_embeddings", 16)) == (to, 16)
     flags = ["--batch_size", "1", "--block_size", "16", "--steps", "1", "--max_minutes", "none"]
     assert train("--init_from", "exported", "--data", "text.txt", *flags, "--output_dir", "b") == 0, (
         capsys.readouterr().err
     )
     assert f"weights from {tmp_path}/exported, as exported" in capsys.readouterr().out
+    named = ["--tokenizer", "byte" if tokenizer == "byte" else "exported/swamla_tokenizer.json", "--output_dir", "c"]
+    assert train("--init_from", "exported", "--data", "text.txt", *flags, *named) == 0, capsys.readouterr().err

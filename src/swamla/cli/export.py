@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from swamla.checkpoint import load
+from swamla.checkpoint.run import read_run_config
 from swamla.cli.console import Console, say
 from swamla.cli.flags import argument, parse
 from swamla.cli.running import checked, run_folder
@@ -15,7 +16,8 @@ class Arguments:
 
     run: the run's folder.
     folder: where to write: a missing or empty folder.
-    to: an architecture of transformers that equals the model, e.g. llama or mistral; auto for the first that does.
+    to: an architecture of transformers that equals the model, e.g. llama or mistral; swamla: our own, which has every
+        model and needs swamla where it is loaded; auto for the first that equals it, else swamla.
     checkpoint: best, latest, or a step.
     """
 
@@ -29,8 +31,12 @@ def main(argv: list[str]) -> int:
     """Load and write."""
     arguments, _ = parse(Arguments, argv, command="swamla export")
     folder = checked(arguments.folder)
-    model, tokenizer = load(run_folder(arguments.run), arguments.checkpoint)
-    architecture = save_pretrained(model, folder, to=arguments.to, tokenizer=tokenizer)
+    run = run_folder(arguments.run)
+    model, tokenizer = load(run, arguments.checkpoint)
+    length = read_run_config(run)["train"]["block_size"]
+    written = save_pretrained(model, folder, to=arguments.to, tokenizer=tokenizer, trained_length=length)
     files = ", ".join(sorted(path.name for path in folder.iterdir()))
-    say(Console(), f"{folder} is {architecture.kind} ({architecture.class_name}) of transformers: {files}")
+    say(Console(), f"{folder} is {written.kind} ({written.class_name}) of transformers: {files}")
+    if written.has_every_model:
+        say(Console(), "Load it after `import swamla.interop.transformers`, or with trust_remote_code=True.")
     return 0

@@ -16,6 +16,7 @@ from swamla.errors import UsageError
 from swamla.files import write_text_atomically
 from swamla.interop import Architecture, read_architecture
 from swamla.interop.folder import read_weights
+from swamla.interop.tokenizer import OWN_FILE
 from swamla.model.accounting import count_parameters
 from swamla.train.config import RunConfig, TrainConfig
 
@@ -75,8 +76,9 @@ def import_folder(source: Path, run: Path) -> tuple[Architecture, Tokenizer]:
 
 def tokenizer_of(folder: Path, vocab_size: int) -> Tokenizer:
     """The folder's tokenizer; ids where it has none. Raises `UsageError` for one that is a SentencePiece file only."""
-    if (folder / "tokenizer.json").is_file():
-        return load_tokenizer(folder / "tokenizer.json")
+    for name in (OWN_FILE, "tokenizer.json"):
+        if (folder / name).is_file():
+            return load_tokenizer(folder / name)
     if (folder / "tokenizer.model").is_file():
         raise UsageError(
             f"{folder}: has tokenizer.model, which is not read, and no tokenizer.json: save it once by transformers' "

@@ -1,6 +1,7 @@
 """Tokenizers. Text that looks like a special token is encoded as plain text."""
 
 import hashlib
+import itertools
 import json
 import logging
 import operator
@@ -56,6 +57,9 @@ class Tokenizer(Protocol):
     def save(self, path: str | Path) -> None:
         """Write the file that `load_tokenizer` reads."""
 
+    def library_json(self) -> str:
+        """The tokenizer.json with which the `tokenizers` library encodes and decodes the same ids."""
+
 
 class _Serialized:
     """The common part of all tokenizers: fingerprint, saving and checks. A tokenizer is stored as JSON text."""
@@ -100,6 +104,14 @@ class ByteTokenizer(_Serialized):
             "utf-8", errors="replace"
         )
 
+    def library_json(self) -> str:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        library = Tokenizer(models.BPE(vocab={sign: byte for byte, sign in enumerate(byte_signs())}, merges=[]))
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        library.decoder = decoders.ByteLevel()
+        return _with_eos(library)
+
 
 class CharTokenizer(_Serialized):
     """Every character of a given text is a token; ids are in the order of code points."""
@@ -126,6 +138,12 @@ class CharTokenizer(_Serialized):
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(EOS_TEXT if i == self.eos_id else self._characters[i] for i in self._known(ids))
+
+    def library_json(self) -> str:
+        from tokenizers import Regex, pre_tokenizers
+
+        each = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        return _words({character: i for i, character in enumerate(self._characters)}, each)
 
 
 class HFTokenizer(_Serialized):
@@ -166,6 +184,9 @@ class HFTokenizer(_Serialized):
         with foreign(DataError, "the tokenizer cannot decode its own ids"):
             return self._library.decode(numbers, skip_special_tokens=False)
 
+    def library_json(self) -> str:
+        return self._serialized
+
 
 class IdTokenizer(_Serialized):
     """Ids without a tokenizer: their text is the numbers, a space before each. The id after the last ends documents."""
@@ -186,6 +207,40 @@ class IdTokenizer(_Serialized):
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(EOS_TEXT if i == self.eos_id else f" {i}" for i in self._known(ids))
+
+    def library_json(self) -> str:
+        from tokenizers import Regex, normalizers, pre_tokenizers
+
+        spaces = [normalizers.Strip(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Prepend(" ")]
+        each = pre_tokenizers.Split(" ", "merged_with_next")
+        return _words({f" {i}": i for i in range(self.eos_id)}, each, normalizers.Sequence(spaces))
+
+
+def byte_signs() -> list[str]:
+    """The character that stands for each byte in a byte-level vocabulary: itself if it can be seen, or one from U+0100.
+
+    As in GPT-2 (encoder.py), which every byte-level tokenizer follows.
+    """
+    seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = itertools.count(BYTES)
+    return [chr(byte) if byte in seen else chr(next(others)) for byte in range(BYTES)]
+
+
+def _words(vocabulary: dict[str, int], split: Any, normalizer: Any = None) -> str:
+    """The tokenizer.json of a vocabulary without subwords; a word outside it is an error."""
+    from tokenizers import Tokenizer, decoders, models
+
+    library = Tokenizer(models.WordLevel(vocabulary))
+    library.pre_tokenizer, library.decoder = split, decoders.Fuse()
+    if normalizer is not None:
+        library.normalizer = normalizer
+    return _with_eos(library)
+
+
+def _with_eos(library: Any) -> str:
+    """The tokenizer.json with `EOS_TEXT` as the id after the last."""
+    library.add_special_tokens([EOS_TEXT])
+    return str(library.to_str())
 
 
 def utf8(text: str) -> bytes:

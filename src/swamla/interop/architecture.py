@@ -96,6 +96,7 @@ class Architecture(Registered, home="swamla.interop.architectures"):
     unwritten: fields that config.json does not have.  surplus: pattern of the names of weights that are not read.
     renamed: older name → newer name, as patterns of `re.sub`, of weights.  harmless: keys of the config.json that do
     not change the function, beside those of `HARMLESS`.
+    has_every_model: whether there is no model of ours that it lacks; it is chosen where no other is equal.
     """
 
     class_name: ClassVar[str]
@@ -103,7 +104,7 @@ class Architecture(Registered, home="swamla.interop.architectures"):
     unwritten: ClassVar[frozenset[str]] = frozenset()
     surplus: ClassVar[str] = r".*\.(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)"  # tables in older files
     prefix: ClassVar[str] = "model."
-
+    has_every_model: ClassVar[bool] = False
     renamed: ClassVar[Mapping[str, str]] = {}
     harmless: ClassVar[frozenset[str]] = frozenset()
 
@@ -161,6 +162,14 @@ class Architecture(Registered, home="swamla.interop.architectures"):
     def modern(cls, plain: Mapping[str, Any]) -> dict[str, Any]:
         """A config.json with the keys of the newest transformers."""
         return rope_in_one_place(plain)
+
+    def trained_on(self, length: int) -> Self:
+        """The same with the length of a text in training, for one whose config.json has a place for it."""
+        return self
+
+    def files(self) -> dict[str, str]:
+        """Further text files that stand beside config.json, by name."""
+        return {}
 
     def plain(self) -> dict[str, Any]:
         """The config.json, without what transformers adds: names of files, ids of special tokens."""

@@ -17,6 +17,7 @@ from swamla.data.tokenizer import Tokenizer
 from swamla.errors import CorruptError, SwamlaError, UsageError
 from swamla.files import as_new_file, fsync, regular_file
 from swamla.interop.architecture import Architecture, Lacks, architecture_of
+from swamla.interop.tokenizer import save_tokenizer
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.registry import members_of
 from swamla.tensor_file import misfits, read_header
@@ -125,34 +126,41 @@ class Weights(Mapping[str, Tensor]):
 
 
 def equal_architecture(config: LanguageModelConfig, to: str = "auto") -> Architecture:
-    """The architecture (of that name, or the first) that equals a model of ours.
+    """The architecture that equals a model of ours: of that name, or the first of transformers, or else our own.
 
-    Raises `UsageError` that says why there is none.
+    Raises `UsageError` that says why the one of that name does not.
     """
     known = members_of(Architecture)
     if to != "auto":
         if to not in known:
             raise UsageError(f"--to {to}: must be one of auto, {', '.join(sorted(known))}")
         return known[to].equal(config)  # type: ignore[attr-defined]
-    reasons = []
-    for architecture in known.values():
+    for architecture in sorted(known.values(), key=lambda each: each.has_every_model):  # type: ignore[attr-defined]
         try:
             return architecture.equal(config)  # type: ignore[attr-defined]
-        except Lacks as reason:
-            reasons.append(str(reason))
-    raise UsageError(f"no architecture of transformers equals `{' '.join(config.pattern)}`: {'; '.join(reasons)}")
+        except Lacks:
+            continue
+    raise AssertionError("the last has every model")
 
 
 def save_pretrained(
-    model: LanguageModel, folder: str | Path, *, to: str = "auto", tokenizer: Tokenizer | None = None
+    model: LanguageModel,
+    folder: str | Path,
+    *,
+    to: str = "auto",
+    tokenizer: Tokenizer | None = None,
+    trained_length: int | None = None,
 ) -> Architecture:
     """Write a model, in its dtype, as transformers' `from_pretrained` loads it; returns the architecture.
 
-    With a tokenizer, also writes tokenizer.json, and its end-of-text id becomes the model's. config.json is written
-    last, so that an incomplete folder is not a model. Raises `UsageError` for a folder that is not empty, and for a
-    model that no architecture (or not `to`) equals.
+    to: as for `equal_architecture`.  trained_length: tokens of a text in training, for programs that ask.
+    With a tokenizer, also writes it (see `save_tokenizer`); the id that ends its texts becomes the model's, and ids
+    that only pad the model's vocabulary are never generated. config.json is written last, so that an incomplete folder
+    is not a model. Raises `UsageError` for a folder that is not empty, and for a model that `to` does not equal.
     """
     folder, architecture = Path(folder), equal_architecture(model.config, to)
+    if trained_length is not None:
+        architecture = architecture.trained_on(trained_length)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder}: exists and is not empty: choose another folder")
     own = model.state_dict()
@@ -163,13 +171,20 @@ def save_pretrained(
     }
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     eos = None if tokenizer is None else tokenizer.eos_id
-    plain = architecture.plain() | {"dtype": dtype, "bos_token_id": eos, "eos_token_id": eos, "pad_token_id": None}
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eos)
+    # Embeddings of transformers never learn what config.json calls padding, and this id begins every text.
+    plain = architecture.plain() | {"dtype": dtype} | ids | {"pad_token_id": None}
+    padding = [] if tokenizer is None else list(range(tokenizer.vocab_size, model.config.vocab_size))
+    generation = ids | ({"suppress_tokens": padding} if padding else {})
     with staged(folder) as staging:
         with as_new_file(staging / "model.safetensors"):
             save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
-            save_tokenizer(tokenizer, staging)
-        (staging / "config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+            save_tokenizer(tokenizer, staging, max_length=model.config.learned_positions or None)
+        for name, text in architecture.files().items():
+            (staging / name).write_text(text, encoding="utf-8")
+        for name, settings in (("generation_config.json", generation), ("config.json", plain)):
+            (staging / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return architecture
 
 
@@ -194,14 +209,3 @@ def staged(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
         if made and not any(folder.iterdir()):
             folder.rmdir()
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write tokenizer.json and, for tokenizers that transformers can read, its config."""
-    file = folder / "tokenizer.json"
-    tokenizer.save(file)
-    if "model" not in json.loads(file.read_text(encoding="utf-8")):
-        return  # transformers cannot read our byte and character tokenizers
-    eos = tokenizer.decode([tokenizer.eos_id])
-    plain = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eos, "eos_token": eos}
-    (folder / "tokenizer_config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")

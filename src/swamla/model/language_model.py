@@ -202,17 +202,24 @@ class LanguageModel(Decodable[ModelState]):
         Weights are normal, output projections are scaled by depth (GPT-2), biases are 0, gains 1; modules'
         `initializers` take precedence. A parameter's values depend on the seed, its name and its shape only.
         """
-        own, outputs, base = initializers_of(self), self._outputs(), self.config.base_shapes()
-        for name, parameter in self.named_parameters():
+        for name, initializer in self.all_initializers().items():
             if name.startswith(within):
-                scale = (2 * self.config.depth) ** -0.5 if name in outputs else 1.0
-                if name in base and name.startswith("blocks."):
-                    scale *= initial_scale(parameter.shape, base[name])
-                initializer = own.get(name) or self._default_initializer(name, parameter.ndim, scale)
+                parameter = self.get_parameter(name)
                 parameter.copy_(initial_tensor(initializer, parameter.shape, seed, name))
         for name, buffer in self.named_buffers():
             if name.startswith(within):
                 buffer.zero_()
+
+    def all_initializers(self) -> dict[str, Initializer]:
+        """The initializer of every parameter; buffers begin at 0."""
+        own, outputs, base = initializers_of(self), self._outputs(), self.config.base_shapes()
+        found = {}
+        for name, parameter in self.named_parameters():
+            scale = (2 * self.config.depth) ** -0.5 if name in outputs else 1.0
+            if name in base and name.startswith("blocks."):
+                scale *= initial_scale(parameter.shape, base[name])
+            found[name] = own.get(name) or self._default_initializer(name, parameter.ndim, scale)
+        return found
 
     def _outputs(self) -> set[str]:
         """Names of the parameters that write to the residual stream."""
@@ -287,13 +294,32 @@ class LanguageModel(Decodable[ModelState]):
             )
         if torch.is_anomaly_enabled() and (error := self._token_error(tokens_BT)):
             raise error
-        x_BTD = self._embed(tokens_BT, seq)
+        return self.body(self.embed(tokens_BT), seq, tokens_BT)
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """The tokens' embeddings (B, T, D), which `body` takes. Raises `UsageError` for ids outside the vocabulary."""
+        try:
+            return self.embedding(tokens_BT)
+        except (IndexError, RuntimeError) as error:  # on a CPU only; CUDA fails later and ends the process
+            raise self._token_error(tokens_BT) or error from None
+
+    def body(
+        self, x_BTD: Tensor, seq: Layout, tokens_BT: Tensor | None = None, *, inputs: list[Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The head's input (B, T, D) of embeddings (B, T, D), and the FFNs' statistics as `name/layer`.
+
+        tokens_BT: the ids, which embeddings of n-grams need, as nothing else does.  inputs: every layer's input is
+        appended to it. Raises `UsageError` for a document longer than the learned positions, and for missing ids.
+        """
+        x_BTD = self._at_positions(x_BTD, seq)
         if self.config.dropout:
             x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
         statistics = {}
         for index, block in enumerate(self.blocks):
             if self.ngrams is not None and index == self.ngram_layer:
-                x_BTD = x_BTD + self.ngrams(tokens_BT, seq).to(x_BTD.dtype)
+                x_BTD = x_BTD + self.ngrams(_needed(tokens_BT), seq).to(x_BTD.dtype)
+            if inputs is not None:
+                inputs.append(x_BTD)
             x_BTD, found = block(x_BTD, seq)
             statistics.update({f"{name}/{index}": value for name, value in found.items()})
         return self._head_input(x_BTD), statistics
@@ -341,6 +367,14 @@ class LanguageModel(Decodable[ModelState]):
         ngrams = self.ngrams.init_state(batch, device) if self.ngrams else None
         return ModelState(layers, torch.zeros(batch, dtype=torch.int64, device=device), max_len, ngrams=ngrams)
 
+    def grow(self, state: ModelState, max_len: int) -> None:
+        """Give `state` room for sequences of `max_len` tokens, unless it has it; what it holds stays.
+
+        Raises `UsageError` if `max_len` exceeds the learned positions.
+        """
+        if max_len > state.max_len:
+            state.grow(self.init_state(len(state.length_B), max_len, device="meta"))
+
     def step(self, tokens_BT: Tensor, state: ModelState, valid_BT: Tensor | None = None) -> Tensor:
         """Logits (B, T, vocabulary) of T >= 1 new tokens after those in `state`, which is updated.
 
@@ -352,21 +386,40 @@ class LanguageModel(Decodable[ModelState]):
     def step_hidden(self, tokens_BT: Tensor, state: ModelState, valid_BT: Tensor | None = None) -> Tensor:
         """`step` up to the head's input (B, T, D): prefill needs the logits of the last token only."""
         require_ids(tokens_BT, dims=(2,))
+        return self.step_body(self.embed(tokens_BT), state, valid_BT, tokens_BT)
+
+    def step_body(
+        self,
+        x_BTD: Tensor,
+        state: ModelState,
+        valid_BT: Tensor | None = None,
+        tokens_BT: Tensor | None = None,
+        *,
+        inputs: list[Tensor] | None = None,
+    ) -> Tensor:
+        """`body` of new tokens after those in `state`, which is updated; valid_BT as for `step`."""
         if valid_BT is not None and bool(valid_BT.all()):
             valid_BT = None
-        seq = state.next_layout(tokens_BT, valid_BT)
+        seq = state.next_layout(x_BTD[..., 0], valid_BT)
         if seq.end > state.max_len:
             raise UsageError(f"{seq.end} tokens do not fit a state made for {state.max_len}")
-        x_BTD = self.step_hidden_at(tokens_BT, state, seq)
-        state.advance(tokens_BT.shape[1], valid_BT)
+        x_BTD = self._step_body_at(x_BTD, state, seq, tokens_BT, inputs)
+        state.advance(x_BTD.shape[1], valid_BT)
         return x_BTD
 
     def step_hidden_at(self, tokens_BT: Tensor, state: ModelState, seq: Layout) -> Tensor:
         """`step_hidden` for a given layout: updates the layers' states but not the rows' lengths."""
-        x_BTD = self._embed(tokens_BT, seq)
+        return self._step_body_at(self.embed(tokens_BT), state, seq, tokens_BT, None)
+
+    def _step_body_at(
+        self, x_BTD: Tensor, state: ModelState, seq: Layout, tokens_BT: Tensor | None, inputs: list[Tensor] | None
+    ) -> Tensor:
+        x_BTD = self._at_positions(x_BTD, seq)
         for index, (block, layer) in enumerate(zip(self.blocks, state.layers, strict=True)):
             if self.ngrams is not None and state.ngrams is not None and index == self.ngram_layer:
-                x_BTD = x_BTD + self.ngrams.step(tokens_BT, state.ngrams, seq).to(x_BTD.dtype)
+                x_BTD = x_BTD + self.ngrams.step(_needed(tokens_BT), state.ngrams, seq).to(x_BTD.dtype)
+            if inputs is not None:
+                inputs.append(x_BTD)
             x_BTD = block.step(x_BTD, layer, seq)
         return self._head_input(x_BTD)
 
@@ -378,11 +431,8 @@ class LanguageModel(Decodable[ModelState]):
         """Raise `UsageError` for experts of a dtype that CUDA multiplies without a graph only."""
         check_recordable(self)
 
-    def _embed(self, tokens_BT: Tensor, seq: Layout) -> Tensor:
-        try:
-            x_BTD = self.embedding(tokens_BT)
-        except (IndexError, RuntimeError) as error:  # on a CPU only; CUDA fails later and ends the process
-            raise self._token_error(tokens_BT) or error from None
+    def _at_positions(self, x_BTD: Tensor, seq: Layout) -> Tensor:
+        """The first layer's input: embeddings in the residual stream's dtype, with those of positions added."""
         if self.config.residual == "autocast":
             x_BTD = x_BTD.to(product_dtype(x_BTD))
         if self.positions is None:
@@ -403,3 +453,9 @@ class LanguageModel(Decodable[ModelState]):
             f"token {outside[0]} is outside the vocabulary of {self.config.vocab_size}: must be in "
             f"[0, {self.config.vocab_size})"
         )
+
+
+def _needed(tokens_BT: Tensor | None) -> Tensor:
+    if tokens_BT is None:
+        raise UsageError("embeddings are given without ids, which this model needs for its embeddings of n-grams")
+    return tokens_BT

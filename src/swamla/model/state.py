@@ -1,6 +1,7 @@
 """The decoding state of a model: one mixer state per layer, and the lengths of the sequences."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +36,35 @@ class ModelState:
         """The live tensors of all layers and of the embedding."""
         return [tensor for part in (*self.layers, self.ngrams) if part is not None for tensor in part.tensors()]
 
+    def snapshot(self) -> "ModelState":
+        """A copy that later steps do not change."""
+        return self._map(Tensor.clone)
+
+    def select(self, rows_N: Tensor) -> "ModelState":
+        """A copy of the rows of these indices, in their order and as often as they are named: beams, or a batch cut."""
+        return self._map(lambda tensor: tensor.index_select(0, rows_N))._with_counted_lengths(self.uniform_length)
+
+    def grow(self, larger: "ModelState") -> None:
+        """Take the room of a state for more tokens, as `LanguageModel.grow` does; its tensors are not read."""
+        for layer, room in zip(self.layers, larger.layers, strict=True):
+            layer.grow(room)
+        self.max_len = larger.max_len
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "ModelState":
+        return replace(
+            self,
+            layers=[layer.map(function) for layer in self.layers],
+            length_B=function(self.length_B),
+            ngrams=self.ngrams and self.ngrams.map(function),
+        )
+
+    def _with_counted_lengths(self, uniform_length: int | None) -> "ModelState":
+        """Itself, with the host's copies of its lengths. uniform_length: that of all rows if it is known already."""
+        lengths = self.length_B.tolist() if uniform_length is None else [uniform_length]
+        self.longest = max(lengths, default=0)
+        self.uniform_length = self.longest if min(lengths, default=0) == self.longest else None
+        return self
+
     def next_layout(self, tokens_BT: Tensor, valid_BT: Tensor | None) -> Layout:
         """The layout of new tokens after those in the state. valid_BT: False for padding, None for no padding."""
         batch, time = tokens_BT.shape
@@ -53,9 +83,7 @@ class ModelState:
             self.count(time)
         else:
             self.length_B += valid_BT.sum(dim=1)
-            lengths = self.length_B.tolist()
-            self.longest = max(lengths)
-            self.uniform_length = self.longest if min(lengths) == self.longest else None
+            self._with_counted_lengths(None)
 
     def count(self, time: int) -> None:
         """Add `time` to the host's copies of the lengths, where `length_B` has been updated already."""

@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from swamla.process import processor
 
@@ -38,3 +38,15 @@ def _suits_onednn(x: Tensor, weight_FD: Tensor) -> bool:
     worthwhile = weight_FD.numel() >= WEIGHTS or x.numel() >= ROWS * x.shape[-1]
     dense = weight_FD.is_contiguous() or weight_FD.mT.is_contiguous()  # other strides take oneDNN seconds
     return worthwhile and dense and torch.backends.mkldnn.is_available()
+
+
+def matrix_of(layer: nn.Module) -> Tensor:
+    """The matrix (out, in) of a linear layer, or of a module in its place, such as one with an adapter.
+
+    The latter has to have `in_features` and `weight`; its matrix is what it does to unit vectors.
+    """
+    if isinstance(layer, nn.Linear):
+        return layer.weight
+    width, weight = getattr(layer, "in_features"), getattr(layer, "weight")  # noqa: B009 - nn.Module declares neither
+    unit = torch.eye(width, dtype=weight.dtype, device=weight.device)
+    return (layer(unit) - layer(torch.zeros_like(unit[:1]))).T

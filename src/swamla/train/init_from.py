@@ -13,6 +13,7 @@ from swamla.data.tokenizer import Tokenizer, load_tokenizer
 from swamla.errors import UsageError
 from swamla.files import entry, read_json
 from swamla.interop import load_pretrained, read_architecture
+from swamla.interop.tokenizer import OWN_FILE
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.tensor_file import misfits
 
@@ -85,10 +86,9 @@ def origin_of(where: str, which: str = "best") -> Origin:
             f"init_from = {where}: no such folder; give a run, one of its checkpoints, or an exported folder"
         )
     if exported:
-        model, tokenizer = read_architecture(folder).language_model(), folder / "tokenizer.json"
-        return Origin(
-            folder=folder, which="", is_run=False, model=model, tokenizer=tokenizer if tokenizer.exists() else None
-        )
+        tokenizers = [file for name in (OWN_FILE, "tokenizer.json") if (file := folder / name).exists()]
+        model, tokenizer = read_architecture(folder).language_model(), next(iter(tokenizers), None)
+        return Origin(folder=folder, which="", is_run=False, model=model, tokenizer=tokenizer)
     plain = read_run_config(run)["model"]
     model = from_plain(LanguageModelConfig, plain, path="model", origin=str(run / "config.json"))
     which = folder.name.removeprefix("step-").lstrip("0") or "0" if checkpoint else which

@@ -20,6 +20,7 @@ from swamla.model.mixers.softmax import Heads, SoftmaxConfig, SoftmaxMixer
 from swamla.ops.attention import causal_attention
 from swamla.ops.attention.cached import attend_to_latents
 from swamla.ops.layout import Layout
+from swamla.ops.linear import matrix_of
 from swamla.registry import register
 
 
@@ -137,7 +138,7 @@ class LatentAttention(SoftmaxMixer[LatentState]):
         # W_k and W_v, (H, K, R) and (H, V, R): scores = (W_kᵀ q) · c and outputs = W_v (Σ p c) + b_v.
         w_k, w_v = (
             weight.unflatten(0, (self.config.n_heads, -1)).to(q.dtype)
-            for weight in self.kv_proj.weight.split((self.latent_dim, self.width))
+            for weight in matrix_of(self.kv_proj).split((self.latent_dim, self.width))
         )
         o = attend_to_latents(absorb(q, w_k), state.latent_BSR, seq.end, causal_mask(seq), scale=self.scale)
         o_BTD = absorb(o, w_v.mT).flatten(2)

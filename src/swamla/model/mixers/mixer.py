@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -91,7 +92,10 @@ class MixerConfig(Registered, home="swamla.model.mixers"):
 
 @dataclass
 class State:
-    """Tensors that a mixer preallocates and updates in place, one row per sequence."""
+    """Tensors that a mixer preallocates and updates in place, one row per sequence, which is the first dimension.
+
+    A state that is made for more tokens has the same values at the same indices, and room after them.
+    """
 
     @property
     def nbytes(self) -> int:
@@ -101,6 +105,23 @@ class State:
     def tensors(self) -> list[Tensor]:
         """The live tensors."""
         return [getattr(self, field.name) for field in fields(self)]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """A state of what `function` makes of every tensor, also of those of a state within it."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        made = {name: part.map(function) if isinstance(part, State) else function(part) for name, part in parts.items()}
+        return type(self)(**made)
+
+    def grow(self, larger: Self) -> None:
+        """Take the shapes of a state for more tokens, whose tensors are not read and may be on the meta device."""
+        for name in (field.name for field in fields(self)):
+            old, room = getattr(self, name), getattr(larger, name)
+            if isinstance(old, State):
+                old.grow(room)
+            elif old.shape != room.shape:
+                new = old.new_zeros(room.shape)
+                new[tuple(map(slice, old.shape))] = old
+                setattr(self, name, new)
 
 
 S = TypeVar("S", bound=State)

@@ -22,6 +22,7 @@ from swamla.model.rope import RopeConfig
 from swamla.ops.attention import causal_attention
 from swamla.ops.attention.cached import attend_to_latents
 from swamla.ops.layout import Layout
+from swamla.ops.linear import matrix_of
 from swamla.registry import register
 
 
@@ -202,7 +203,7 @@ class MLA(SoftmaxMixer[MLAState]):
             o = cached_causal_attention(q, k, v, seq, scale=self.scale, backend=config.backend)
             return self.o_proj(o.flatten(2))
         # W_kb and W_vb, (H, nope, R) and (H, V, R): scores = (W_kbᵀ q) · c and outputs = W_vb (Σ p c).
-        w_HXR = self.kv_b_proj.weight.unflatten(0, (config.n_heads, -1)).to(q_nope.dtype)
+        w_HXR = matrix_of(self.kv_b_proj).unflatten(0, (config.n_heads, -1)).to(q_nope.dtype)
         w_kb, w_vb = w_HXR.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
         q = torch.cat((absorb(q_nope, w_kb), q_rope), dim=-1)
         o = attend_to_latents(q, state.latent_BSR, seq.end, causal_mask(seq), scale=self.scale)
