@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from swamla.errors import MissingBackendError, UsageError
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.ops import fla, l2_normalize, libraries
-from swamla.ops.gated_delta import cpu, cuda, describe_backend, gated_delta_rule, prepare_rule, resolve_backend
+from swamla.ops.gated_delta import chunks, cpu, cuda, describe_backend, gated_delta_rule, prepare_rule, resolve_backend
 from swamla.ops.layout import Layout
 from swamla.ops.short_conv import cuda as conv_cuda
 from swamla.ops.short_conv import prepare_conv, short_conv
@@ -49,7 +49,9 @@ class StandIn(torch.autograd.Function):
             start = start if initial is None else initial[n : n + 1]
             inner = SimpleNamespace(needs_input_grad=(True,) * 9)
             inner.save_for_backward = lambda *saved, inner=inner: setattr(inner, "saved_tensors", saved)
-            o, final = cpu._ChunkedGatedDeltaRule.forward(inner, *piece, start, cpu.Rule(cpu.NO_DOCUMENTS, scale, 16))
+            rule = cpu.Rule(cpu.NO_DOCUMENTS, scale, 16, chunks.forward, chunks.backward)
+            gates = (gate[..., None] for gate in piece[3:])
+            o, final = cpu._ChunkedRule.forward(inner, *piece[:3], *gates, start, rule)
             ctx.parts.append((row, part, inner))
             outputs.append(o)
             finals.append(final)
@@ -62,8 +64,8 @@ class StandIn(torch.autograd.Function):
         d_initial = []
         for n, (row, part, inner) in enumerate(ctx.parts):
             d_piece = d_o[row : row + 1, part].contiguous()
-            *found, start, _ = cpu._ChunkedGatedDeltaRule.backward(inner, d_piece, d_finals[n : n + 1])
-            rows.setdefault(row, []).append(found)
+            *d_qkv, d_g, d_beta, start, _ = cpu._ChunkedRule.backward(inner, d_piece, d_finals[n : n + 1])
+            rows.setdefault(row, []).append([*d_qkv, d_g[..., 0], d_beta[..., 0]])
             d_initial.append(start)
         joined = [[torch.cat(parts, dim=1) for parts in zip(*found, strict=True)] for found in rows.values()]
         gradients = [torch.cat(x) for x in zip(*joined, strict=True)]

@@ -53,6 +53,10 @@ class KDAConfig(GDNConfig):
         """Build masks and tables eagerly, so that the compiled forward has no graph break."""
         prepare_conv(seq, self.conv_backend, taps=self.conv)
 
+    def kept_weights(self, width: int, length: int, *, bf16: bool) -> float:
+        """Numbers per token that the steps from a to log α save for the backward pass, in fp32 also beside bf16."""
+        return 3 * (2 if bf16 else 1) * self.decay_dims(width)[1]
+
     def decay_dims(self, width: int) -> tuple[int, int]:
         """Inner width of the projection of a, and how many decays a token has: one for each channel of each head."""
         head_k, head_v = self.head_dims(width)
