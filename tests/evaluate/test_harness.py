@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,8 @@ from tokenizers.processors import TemplateProcessing
 
 from swamla.data.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer, train_bpe
 from swamla.errors import ConfigError, UsageError
-from swamla.evaluate.harness import Generation, HarnessModel, fork
-from swamla.inference.decoding import prefill
-from swamla.interop import load_pretrained
+from swamla.evaluate.harness import Generation, HarnessModel
+from swamla.interop import load_pretrained, save_pretrained
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from tests.interop.cases import CASES
 from tests.model.helpers import MIXERS, build_model, hybrid_config
@@ -283,21 +283,6 @@ def test_generation_settings_mean_what_they_mean_in_lm_eval() -> None:
         of(num_beams=4)
 
 
-def test_a_copied_state_holds_the_rows_asked_for_and_leaves_its_source_alone() -> None:
-    tokenizer = TOKENIZERS["byte"]
-    model = model_for(tokenizer)
-    state = model.init_state(2, 9)
-    with torch.no_grad():
-        prefill(model, [[1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3]], state)
-        before = [tensor.clone() for tensor in state.tensors()]
-        new = fork(model, state, [1, 1, 1], 4)
-        assert (new.length_B.tolist(), new.uniform_length, new.longest, new.max_len) == ([3] * 3, 3, 3, 7)
-        found = model.step(torch.tensor([[7, 8], [7, 9], [5, 5]]), new)
-        expected = model(torch.tensor([[1, 2, 3, *ids] for ids in ([7, 8], [7, 9], [5, 5])]))[:, 3:]
-    assert torch.allclose(found, expected, atol=1e-4)
-    assert all(map(torch.equal, state.tensors(), before))
-
-
 def hf(model: Any, tokenizer: Tokenizer, *, starts: bool) -> LM:
     """lm-eval's class for transformers. starts: whether encoding a text puts the document's start first."""
     huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval's hf needs accelerate")
@@ -325,6 +310,25 @@ def test_it_answers_as_lm_evals_own_class_does_on_the_same_model(
     assert rolled(ours) == pytest.approx(rolled(alone), rel=1e-5, abs=1e-4)
     prompts = [(text, LONG) for text, _ in PROMPTS if text]
     assert generated(ours, prompts) == generated(hf(theirs, tokenizer, starts=True), prompts)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_it_answers_as_lm_evals_own_class_does_on_an_exported_hybrid_with_its_exported_tokenizer(
+    tmp_path: Path,
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    import_module("swamla.interop.transformers")  # registers our class
+    tokenizer = TOKENIZERS["bpe"]
+    model = model_for(tokenizer)
+    save_pretrained(model, tmp_path / "out", to="swamla", tokenizer=tokenizer)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval's hf needs accelerate")
+    other = huggingface.HFLM(pretrained=theirs, tokenizer=fast, add_bos_token=True, batch_size=1, device="cpu")
+    ours = HarnessModel(model, tokenizer, batch_size=3)
+    assert_same(scored(ours), scored(other))
+    prompts = [(text, LONG) for text, _ in PROMPTS if text]
+    assert generated(ours, prompts) == generated(other, prompts)
 
 
 def test_what_does_not_fit_is_refused_in_a_line_and_what_is_cut_is_told() -> None:

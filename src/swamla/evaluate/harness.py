@@ -216,7 +216,8 @@ class HarnessModel(TemplateLM):
             tokens_BT[row, : len(tokens)] = torch.tensor(tokens)
         valid_BT = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(device)
         tokens_BT = tokens_BT.to(device)
-        copies = fork(self.model, state, rows, max(lengths))
+        copies = state.select(torch.tensor(rows))
+        self.model.grow(copies, copies.longest + max(lengths))
         nats_B = torch.zeros(len(rows), dtype=torch.float64, device=device)
         misses_B = torch.zeros(len(rows), dtype=torch.int64, device=device)
         at_once = PREFILL_CHUNK * (1 if device.type == "cpu" else ACCELERATOR_FACTOR)
@@ -294,17 +295,3 @@ class HarnessModel(TemplateLM):
 def log_softmax(logits: Tensor) -> Tensor:
     """log p in fp32 at least."""
     return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-
-def fork(model: LanguageModel, state: ModelState, rows: Sequence[int], more: int) -> ModelState:
-    """A new state of these rows of `state`, which may repeat, with room for `more` tokens after the longest of them."""
-    row_B = torch.tensor(rows, device=state.length_B.device)
-    lengths = state.length_B[row_B].tolist()
-    new = model.init_state(len(rows), max(lengths) + more)
-    for target, source in zip(new.tensors(), state.tensors(), strict=True):
-        slots = tuple(slice(min(sizes)) for sizes in zip(target.shape[1:], source.shape[1:], strict=True))
-        target[:, *slots] = source[row_B][:, *slots]  # only caches of tokens have another number of slots
-    new.length_B.copy_(state.length_B[row_B])
-    new.longest = max(lengths)
-    new.uniform_length = new.longest if min(lengths) == new.longest else None
-    return new
