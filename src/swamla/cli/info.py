@@ -110,12 +110,12 @@ def _model(model: LanguageModelConfig) -> dict[str, Any]:
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """The numbers and switches of a config, and names that are chosen otherwise than by default; without backends."""
+    """The whole numbers of a config, and what else is chosen otherwise than by default; without backends."""
     default = {field.name: field.default for field in fields(config)}
     return {
         name: value
         for name, value in config.__dict__.items()
-        if isinstance(value, int | float) or (isinstance(value, str) and name != "backend" and value != default[name])
+        if isinstance(value, int) or (isinstance(value, float | str) and name != "backend" and value != default[name])
     }
 
 

@@ -217,10 +217,14 @@ def _rounded(x_BTD: Tensor, rounds: bool) -> Tensor:
 
 
 def _described(config: MixerConfig | FFNConfig) -> str:
-    """Such as "swa(n_heads=4, window=128, sinks=4)": kind and plain settings, but those that are left to be chosen."""
-    values = {field.name: vars(config)[field.name] for field in fields(config)}
-    plain = {name: value for name, value in values.items() if isinstance(value, (int, float, str)) and value != "auto"}
-    return f"{config.kind}({', '.join(f'{name}={value}' for name, value in plain.items())})"
+    """Such as "swa(n_heads=4, window=128, sinks=4)": kind, whole numbers, and what else is not at its default."""
+    values = [(field.name, vars(config)[field.name], field.default) for field in fields(config)]
+    told = {
+        name: value
+        for name, value, default in values
+        if isinstance(value, int) or (isinstance(value, float | str) and value != default)
+    }
+    return f"{config.kind}({', '.join(f'{name}={value}' for name, value in told.items())})"
 
 
 def _require_outputs(config: MixerConfig | FFNConfig, module: nn.Module) -> None:
