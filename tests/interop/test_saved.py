@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from swamla.data.tokenizer import ByteTokenizer
+import swamla
+from swamla.cli import main
+from swamla.data.tokenizer import ByteTokenizer, HFTokenizer
 from swamla.errors import ConfigError, CorruptError, UsageError
 from swamla.inference.sampling import Sampling
 from swamla.interop import load_pretrained, save_pretrained
@@ -196,6 +198,29 @@ def test_a_program_that_does_not_import_swamla_loads_it_by_the_folders_code(tmp_
     assert names == {"config.json", "generation_config.json", "model.safetensors", "modeling_swamla.py"}
 
 
+WITHOUT = """
+import sys
+sys.modules["transformers"] = None
+from swamla.data.tokenizer import IdTokenizer
+from swamla.errors import MissingBackendError
+from swamla.interop import load_pretrained, save_pretrained
+from swamla.interop.architectures.swamla import Swamla
+model = Swamla.example().language_model().build(0)
+save_pretrained(model, sys.argv[1], to="swamla", tokenizer=IdTokenizer(95))
+load_pretrained(sys.argv[1])
+try:
+    import swamla.interop.transformers
+except MissingBackendError as error:
+    print(error)
+"""
+
+
+def test_writing_and_reading_need_no_transformers_and_the_class_says_how_to_get_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "transformers is not installed: pip install 'swamla[transformers]'\n"
+
+
 def test_the_pipeline_writes_batched_what_it_writes_alone_and_what_swamla_writes(tmp_path: Path) -> None:
     ours, texts = byte_model(), ["import os", "def f(x):\n    return", "a", ""]
     save_pretrained(ours, tmp_path / "out", to="swamla", tokenizer=ByteTokenizer(), trained_length=128)
@@ -247,6 +272,20 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="exists and is not empty"):
         save_pretrained(byte_model(), tmp_path, to="swamla")
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_what_transformers_saved_becomes_a_run_again(tmp_path: Path) -> None:
+    ours = byte_model()
+    save_pretrained(ours, tmp_path / "out", to="swamla", tokenizer=ByteTokenizer())
+    for auto in (AutoModelForCausalLM, AutoTokenizer):
+        auto.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    for folder, kind in (("out", ByteTokenizer), ("again", HFTokenizer)):
+        assert main(["import", str(tmp_path / folder), str(tmp_path / f"run-{folder}")]) == 0
+        model, tokenizer = swamla.load(tmp_path / f"run-{folder}")
+        assert model.config == ours.config
+        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in ours.state_dict().items())
+        assert type(tokenizer) is kind
+        assert tokenizer.encode("é <|endoftext|>") == ByteTokenizer().encode("é <|endoftext|>")
 
 
 def test_trainer_trains_evaluates_and_saves_it(tmp_path: Path) -> None:
