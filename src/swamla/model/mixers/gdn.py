@@ -16,7 +16,7 @@ from swamla.ops.gated_delta import BACKENDS, describe_backend, gated_delta_rule,
 from swamla.ops.l2_normalize import l2_normalize
 from swamla.ops.layout import Layout
 from swamla.ops.rms_norm import rms_norm
-from swamla.ops.short_conv import prepare_conv, short_conv
+from swamla.ops.short_conv import prepare_conv, short_conv, short_conv_step
 from swamla.ops.short_conv import resolve_backend as resolve_conv
 from swamla.registry import register
 
@@ -283,41 +283,20 @@ class GDN(Mixer[GDNState]):
 
     def step(self, x_BTD: Tensor, state: GDNState, seq: Layout) -> Tensor:
         qkv, z, log_alpha, beta = self.project(without_padding(x_BTD, seq))
-        if x_BTD.shape[1] == 1 and not seq.padded:
-            q, k, v = self.heads(self._convolve_one(state, qkv))
-            o = self.rule_step(*(x[:, 0] for x in (q, k, v, log_alpha, beta)), state.state_BHKV).unsqueeze(1)
-            return self.output(o.to(z.dtype), z)
-        valid_BT1 = (seq.document_BT >= 0).unsqueeze(-1)
         if seq.padded:
             # log α = β = 0: padding neither decays the state nor writes to it.
-            decays = valid_BT1 if log_alpha.ndim == 3 else valid_BT1.unsqueeze(-1)
-            log_alpha, beta = log_alpha.where(decays, 0), beta.where(valid_BT1, 0)
-        history, config = state.conv_BWD.to(qkv.dtype), self.config
-        q, k, v = self.heads(short_conv(qkv, self.conv_weight, history_BWD=history, backend=config.conv_backend))
-        self._store_inputs(state, qkv, valid_BT1)
+            real_BT1 = seq.real_BT.unsqueeze(-1)
+            decays = real_BT1 if log_alpha.ndim == 3 else real_BT1.unsqueeze(-1)
+            log_alpha, beta = log_alpha.where(decays, 0), beta.where(real_BT1, 0)
+        backend = self.config.conv_backend
+        q, k, v = self.heads(short_conv_step(qkv, self.conv_weight, state.conv_BWD, seq, backend=backend))
         if x_BTD.shape[1] == 1:
             o = self.rule_step(*(x[:, 0] for x in (q, k, v, log_alpha, beta)), state.state_BHKV).unsqueeze(1)
         else:
             initial = state.state_BHKV
-            o, final = self.rule(q, k, v, log_alpha, beta, initial_state_BHKV=initial, backend=config.backend)
+            o, final = self.rule(q, k, v, log_alpha, beta, initial_state_BHKV=initial, backend=self.config.backend)
             initial.copy_(final)
         return self.output(o.to(z.dtype), z)
-
-    def _convolve_one(self, state: GDNState, qkv_B1D: Tensor) -> Tensor:
-        """`short_conv` of one token after those in the state, where it replaces the oldest."""
-        dtype = torch.promote_types(qkv_B1D.dtype, torch.float32)
-        line_BWD = torch.cat((state.conv_BWD.to(dtype), qkv_B1D.to(dtype)), dim=1)
-        state.conv_BWD.copy_(line_BWD[:, 1:])
-        summed_B1D = (line_BWD * self.conv_weight.T.to(dtype)).sum(dim=1, keepdim=True)
-        return F.silu(summed_B1D).to(qkv_B1D.dtype)
-
-    def _store_inputs(self, state: GDNState, qkv_BTD: Tensor, valid_BT1: Tensor) -> None:
-        """Store the last conv − 1 valid inputs of each row."""
-        seen_BSD = torch.cat((state.conv_BWD.to(qkv_BTD.dtype), qkv_BTD), dim=1)
-        n_valid_B1 = valid_BT1.sum(dim=1)
-        index_BW = n_valid_B1 + torch.arange(self.config.conv - 1, device=qkv_BTD.device)
-        row_B1 = torch.arange(qkv_BTD.shape[0], device=qkv_BTD.device)[:, None]
-        state.conv_BWD.copy_(seen_BSD[row_B1, index_BW])
 
 
 def _weights(into: int, out: int, rank: int) -> int:
