@@ -214,12 +214,12 @@ def test_whichever_of_steps_and_time_comes_first_ends_the_run(tmp_path, monkeypa
 
 def test_time_spent_before_an_interruption_counts(tmp_path, monkeypatch, dataset):
     clock = Clock(monkeypatch)
-    constant = {"schedule": "constant"}  # of which more steps change no rate
+    constant = {"schedule": "constant", "eval_interval": 2}  # more steps of a constant rate change no rate
     run(tiny_config(steps=3, **constant), tmp_path / "run", dataset, evaluate=lambda m: tick(clock, 7.0))
     clock.now += 1e6  # a long night
     longer = tiny_config(steps=5, **constant)
     state = run(longer, tmp_path / "run", dataset, resume=True, evaluate=lambda m: tick(clock, 7.0))
-    assert state.seconds == 14
+    assert state.seconds == 28  # after steps 2, 3, 4 and 5
 
 
 def tick(clock, seconds):

@@ -5,7 +5,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import MISSING, dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +137,11 @@ def explain_recipe(recipe: str) -> tuple[dict[str, Flag], str]:
     known = flags()
     shown: dict[str, str] = {}
     for part in (*parts, config.train.optimizer):
-        values = {f"{part.kind}_{name}": value for name, value in part.__dict__.items()}
-        shown |= {name: _as_typed(value) for name, value in values.items() if name in known}
+        for field in fields(part):  # type: ignore[arg-type]
+            name, value = f"{part.kind}_{field.name}", getattr(part, field.name)
+            chosen = value != field.default or isinstance(value, int)  # the rest is at its default
+            if name in known and (chosen or field.name == "backend"):
+                shown[name] = _as_typed(value)
     width = min(WIDEST, shutil.get_terminal_size().columns - 2)
     lines = textwrap.wrap(
         "  ".join(f"--{name}\N{NO-BREAK SPACE}{value}" for name, value in shown.items()),

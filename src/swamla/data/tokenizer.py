@@ -221,7 +221,7 @@ def byte_signs() -> list[str]:
 
     As in GPT-2 (encoder.py), which every byte-level tokenizer follows.
     """
-    seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}  # printable in Latin-1
     others = itertools.count(BYTES)
     return [chr(byte) if byte in seen else chr(next(others)) for byte in range(BYTES)]
 

@@ -27,7 +27,7 @@ PARTIAL = 0.25  # share of a head that is rotated, where the config.json does no
 class QwenHybrid(LlamaLike):
     """`gdn` and `mha` with gate, normalised queries and keys, and positions in a part of each head. Gains are less 1.
 
-    ungated: the attention layers of ours have no gate: theirs is made ½ everywhere, and the output projection doubled.
+    ungated: the attention layers of ours have no gate: theirs is made .5 everywhere, and the output projection doubled.
     """
 
     fixed: ClassVar[Mapping[str, Any]] = {"attention_bias": False, "attn_output_gate": True}

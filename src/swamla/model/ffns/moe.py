@@ -184,7 +184,7 @@ class MoE(FFN):
         self.shared_gate = None if config.shared_gate == "none" else nn.Parameter(torch.zeros(width))
 
     def initializers(self) -> dict[str, Initializer]:
-        """A gate begins at σ(0) = ½ for every token."""
+        """A gate begins at σ(0) = .5 for every token."""
         return {} if self.shared_gate is None else {"shared_gate": constant(0.0)}
 
     def forward(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
