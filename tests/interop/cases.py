@@ -81,6 +81,13 @@ EXPERTS = {
     "num_experts_per_tok": 2,
     "n_shared_experts": 1,
 }
+LING = {
+    "q_lora_rank": None,
+    "head_dim": 12,
+    "moe_intermediate_size": 16,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
 CASES = {
     "gpt2": Case(
         config="GPT2Config",
@@ -196,6 +203,34 @@ CASES = {
             "linear_num_heads": 3,
             "layer_types": ["linear_attention", "linear_attention", "full_attention"],
             "mlp_layer_types": ["dense", "sparse", "sparse"],
+        },
+    ),
+    "bailing_hybrid": Case(
+        config="BailingHybridConfig",
+        settings={
+            **SHAPE,
+            **LATENT,
+            **LING,
+            "first_k_dense_replace": 1,
+            "layer_group_size": 3,
+            "n_group": 2,
+            "topk_group": 1,
+        },
+    ),
+    "bailing_hybrid, unbounded decays, YaRN": Case(
+        config="BailingHybridConfig",
+        settings={
+            **SHAPE,
+            **LATENT,
+            **LING,
+            "kda_safe_gate": False,
+            "layer_types": ["full_attention", "linear_attention", "full_attention"],
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+            "n_shared_experts": 2,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
         },
     ),
     "olmo2": Case(config="Olmo2Config", settings=GROUPED),

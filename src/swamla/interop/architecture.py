@@ -138,6 +138,10 @@ class Architecture(Registered, home="swamla.interop.architectures"):
             name = re.sub(old, new, name)
         return name
 
+    def leaves_out(self, name: str) -> bool:
+        """Whether a weight of this name is not read, as `surplus` says."""
+        return re.fullmatch(self.surplus, name) is not None
+
     @classmethod
     def differences(cls, plain: Mapping[str, Any]) -> Iterator[str]:
         """What of a config.json is left out on purpose, to be warned of."""

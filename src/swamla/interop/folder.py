@@ -1,7 +1,6 @@
 """Folders as transformers saves them: config.json, *.safetensors, tokenizer.json."""
 
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -88,7 +87,7 @@ class Weights(Mapping[str, Tensor]):
         self._at: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
         for file in files:
             for name, entry in read_header(regular_file(file, inside=folder)).items():
-                if name != "__metadata__" and not re.fullmatch(architecture.surplus, name):
+                if name != "__metadata__" and not architecture.leaves_out(name):
                     self._at[architecture.newer(name)] = file, name, tuple(entry["shape"])
         if not any(name.startswith(prefix) for name in self._at):
             self._at = {name if name == HEAD else prefix + name: place for name, place in self._at.items()}

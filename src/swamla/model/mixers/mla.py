@@ -39,8 +39,8 @@ class MLAConfig(SoftmaxConfig):
     v_head_dim: width of a value head.
     rope: rotary positions, or none: the rotary part is then a shared part of the keys that is not rotated, as in Kimi
         Linear (arXiv 2510.26692), whose other layers see the order of tokens.
-    gate: of each head's output, before the output projection, by a projection of the mixer's input to a number per head:
-        none, or head, its sigmoid, as in Ling 3.0.
+    gate: of each head's output, before the output projection: none; or head, the sigmoid of one number for each head,
+        a projection of the mixer's input, as in Ling 3.0.
     norm_eps: added to the mean square by the latents' norms.
     backend: auto, reference, torch, tiles, sdpa, or on CUDA flex, flash or cudnn.
     """

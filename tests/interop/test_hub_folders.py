@@ -1,0 +1,82 @@
+"""Folders as the hub has them: older names of settings, files cut in pieces, weights beside the language model's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from swamla.errors import ConfigError, SwamlaError
+from swamla.interop import load_pretrained, read_architecture, save_pretrained
+from swamla.interop.architecture import architecture_of
+from swamla.registry import members_of
+
+from .cases import weights_of
+
+
+def architecture(kind: str) -> Any:
+    from swamla.interop import Architecture
+
+    return members_of(Architecture)[kind].example()
+
+
+def saved(kind: str, folder: Path) -> Path:
+    """A folder with the example of an architecture, with random weights."""
+    save_pretrained(architecture(kind).language_model().build(seed=0), folder, to=kind)
+    return folder
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes), encoding="utf-8")
+
+
+def assert_same_weights(found: torch.nn.Module, expected: torch.nn.Module) -> None:
+    first, second = found.state_dict(), expected.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "bailing_hybrid"])
+def test_layers_that_predict_further_tokens_are_left_out_if_the_config_names_them(kind: str, tmp_path: Path) -> None:
+    folder = saved(kind, tmp_path / "model")
+    expected, weights = load_pretrained(folder), weights_of(folder)
+    depth = expected.config.depth
+    further = {f"model.layers.{depth}.{name}.weight": torch.ones(2, 2) for name in ("eh_proj", "mlp.up_proj")}
+    save_file(weights | further, folder / "model.safetensors")
+    with pytest.raises(SwamlaError, match="eh_proj"):
+        load_pretrained(folder)
+    change_config(folder, num_nextn_predict_layers=1)
+    assert_same_weights(load_pretrained(folder), expected)
+
+
+def test_ling_is_read_under_the_names_of_the_hub() -> None:
+    plain = architecture("bailing_hybrid").plain()
+    hub = {
+        "moe_renormalize": "norm_topk_prob",
+        "num_expert_group": "n_group",
+        "num_experts_per_token": "num_experts_per_tok",
+    }
+    older = {hub.get(name, name): value for name, value in plain.items()}
+    for name in ("layer_types", "mlp_layer_types", "linear_head_dim", "linear_conv_kernel_dim", "rope_parameters"):
+        del older[name]
+    older |= {"layer_group_size": 3, "first_k_dense_replace": 1, "kda_lower_bound": -5}
+    assert architecture_of(older, "config.json") == architecture_of(plain, "config.json")
+    assert architecture_of(older | {"rope_theta": 1e4}, "config.json").rope_parameters.rope_theta == 1e4  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kda_lower_bound": -3.0}, r"kda_lower_bound = -3.0 \(.*\): must be -5.0"),
+        ({"tie_word_embeddings": True}, r"tie_word_embeddings = True \(.*\): must be False"),
+        ({"q_lora_rank": 24}, r"q_lora_rank = 24 \(.*\): must be None"),
+    ],
+)
+def test_a_ling_that_ours_cannot_be_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = saved("bailing_hybrid", tmp_path / "model")
+    change_config(folder, **change)
+    with pytest.raises(ConfigError, match=message):
+        read_architecture(folder)
