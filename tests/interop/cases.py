@@ -112,6 +112,21 @@ CASES = {
         config="LlamaConfig",
         settings={**SHAPE, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
     ),
+    "llama 3.2": Case(
+        config="LlamaConfig",
+        settings={
+            **GROUPED,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 32.0,
+                "original_max_position_embeddings": 64,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            },
+        },
+    ),
     "mistral": Case(config="MistralConfig", settings={**GROUPED, "sliding_window": 7}),
     "mistral without a window": Case(config="MistralConfig", settings={**GROUPED, "sliding_window": None}),
     "ministral": Case(

@@ -14,7 +14,7 @@ from swamla.model.ffns.ffn import FFNConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.mixer import MixerConfig
 from swamla.model.norm import NormConfig
-from swamla.model.rope import LinearScaling, RopeConfig, YarnScaling
+from swamla.model.rope import LinearScaling, Llama3Scaling, RopeConfig, Scaling, YarnScaling
 from swamla.registry import Registered, members_of
 
 M = TypeVar("M", bound=MixerConfig)
@@ -209,7 +209,7 @@ class RopeParameters:
     """
 
     rope_theta: float = 10000.0
-    rope_type: Literal["default", "linear", "yarn"] = "default"
+    rope_type: Literal["default", "linear", "yarn", "llama3"] = "default"
     partial_rotary_factor: float = 1.0
     factor: float | None = None
     original_max_position_embeddings: int | None = None
@@ -218,10 +218,12 @@ class RopeParameters:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     attention_factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
 
     def rope(self, layout: Literal["half", "interleaved"], *, sharpens_softmax: bool = False) -> RopeConfig:
         """Ours. sharpens_softmax: mscale_all_dim scales the softmax too, as in models with latent attention."""
-        scaling: LinearScaling | YarnScaling | None = None
+        scaling: Scaling | None = None
         if self.rope_type == "linear":
             scaling = LinearScaling(factor=self._factor())
         elif self.rope_type == "yarn":
@@ -241,6 +243,13 @@ class RopeParameters:
                     f"rope_parameters.attention_factor = {self.attention_factor}: must be {scaling.attention_factor}, "
                     "which follows from the factor"
                 )
+        elif self.rope_type == "llama3":
+            scaling = Llama3Scaling(
+                factor=self._factor(),
+                original_length=self.original_max_position_embeddings or 0,
+                low_freq_factor=self.low_freq_factor or 0.0,
+                high_freq_factor=self.high_freq_factor or 0.0,
+            )
         return RopeConfig(base=self.rope_theta, layout=layout, scaling=scaling)
 
     def _factor(self) -> float:
@@ -254,6 +263,15 @@ class RopeParameters:
             return plain
         if isinstance(scaling, LinearScaling):
             return replace(plain, rope_type="linear", factor=scaling.factor)
+        if isinstance(scaling, Llama3Scaling):
+            return replace(
+                plain,
+                rope_type="llama3",
+                factor=scaling.factor,
+                original_max_position_embeddings=scaling.original_length,
+                low_freq_factor=scaling.low_freq_factor,
+                high_freq_factor=scaling.high_freq_factor,
+            )
         return replace(
             plain,
             rope_type="yarn",
