@@ -81,6 +81,12 @@ EXPERTS = {
     "num_experts_per_tok": 2,
     "n_shared_experts": 1,
 }
+FACTORS = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 8.0,
+    "attention_multiplier": 0.1,
+}
 LING = {
     "q_lora_rank": None,
     "head_dim": 12,
@@ -125,6 +131,26 @@ CASES = {
                 "low_freq_factor": 1.0,
                 "high_freq_factor": 4.0,
             },
+        },
+    ),
+    "granite": Case(config="GraniteConfig", settings={**GROUPED, **FACTORS, "tie_word_embeddings": True}, to="granite"),
+    "granite, biases": Case(
+        config="GraniteConfig",
+        settings={**GROUPED, **FACTORS, "attention_bias": True, "mlp_bias": True, "logits_scaling": 1.0},
+        to="granite",
+    ),
+    "granite_swa": Case(
+        config="GraniteSWAConfig", settings={**GROUPED, **FACTORS, "sliding_window": 7}, to="granite_swa"
+    ),
+    "granite_swa, positions by layer": Case(
+        config="GraniteSWAConfig",
+        settings={
+            **GROUPED,
+            "attention_multiplier": 0.25,
+            "sliding_window": 7,
+            "tie_word_embeddings": False,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "layer_rope_theta": [1e4, 0.0, 3e5],
         },
     ),
     "mistral": Case(config="MistralConfig", settings={**GROUPED, "sliding_window": 7}),
@@ -310,13 +336,15 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def _gradients(
     ours: LanguageModel, theirs: Mapping[str, Tensor], architecture: Architecture
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of gradients of the same weight: a rule is linear but for a constant, which `join` of zeros shows."""
+    """For each rule the gradients by their weights, flat: ours follow from those by our weight through `join`."""
     own = dict(ours.named_parameters())
     for rule in architecture.rules():
         if rule.theirs and rule.ours in own:
-            gradients = [theirs[name] for name in rule.theirs]
-            constant = rule.join([torch.zeros_like(gradient) for gradient in gradients])
-            yield own[rule.ours].grad, rule.join(gradients) - constant
+            expected = [theirs[name] for name in rule.theirs]
+            leaves = [torch.zeros_like(gradient, requires_grad=True) for gradient in expected]
+            rule.join(leaves).backward(own[rule.ours].grad)
+            found = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+            yield torch.cat([each.flatten() for each in found]), torch.cat([each.flatten() for each in expected])
 
 
 def _equal_text(ours: LanguageModel, theirs: Any, n_text: int) -> int:

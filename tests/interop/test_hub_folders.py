@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from swamla.errors import ConfigError, SwamlaError
-from swamla.interop import load_pretrained, read_architecture, save_pretrained
+from swamla.interop import equal_architecture, load_pretrained, read_architecture, save_pretrained
 from swamla.interop.architecture import architecture_of
+from swamla.interop.folder import read_weights
 from swamla.registry import members_of
 
 from .cases import weights_of
@@ -80,3 +81,28 @@ def test_a_ling_that_ours_cannot_be_is_refused(change: dict[str, Any], message: 
     change_config(folder, **change)
     with pytest.raises(ConfigError, match=message):
         read_architecture(folder)
+
+
+@pytest.mark.parametrize("factor", [8.0, 12.0])
+def test_granites_factors_lose_no_more_than_fp32_does_of_weights_in_16_bits(factor: float, tmp_path: Path) -> None:
+    folder = saved("granite", tmp_path / "model")
+    halves = {name: tensor.bfloat16() for name, tensor in weights_of(folder).items()}
+    save_file(halves, folder / "model.safetensors")
+    change_config(folder, embedding_multiplier=factor, logits_scaling=factor)
+    found = read_weights(folder, read_architecture(folder))
+    dtype = torch.bfloat16 if factor == 8 else torch.float32
+    for name, tensor in found:
+        scaled = name.endswith(("o_proj.weight", "down_proj.weight")) or name == "norm.weight"
+        assert tensor.dtype == (dtype if scaled else torch.bfloat16), name
+        if name == "blocks.1.ffn.down_proj.weight":
+            expected = halves["model.layers.1.mlp.down_proj.weight"].double() / factor
+            torch.testing.assert_close(tensor.double(), expected, rtol=2**-23, atol=0)
+
+
+def test_a_llama_is_written_as_one_and_not_as_a_granite_which_equals_it_too() -> None:
+    model = architecture("llama").language_model()
+    assert equal_architecture(model).kind == "llama"
+    granite = equal_architecture(model, "granite")
+    assert granite.plain()["attention_multiplier"] == 8**-0.5
+    assert granite.plain()["embedding_multiplier"] == 1
+    assert equal_architecture(architecture("granite").language_model()).kind == "granite"

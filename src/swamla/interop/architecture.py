@@ -96,6 +96,7 @@ class Architecture(Registered, home="swamla.interop.architectures"):
     unwritten: fields that config.json does not have.  surplus: pattern of the names of weights that are not read.
     renamed: older name → newer name, as patterns of `re.sub`, of weights.  harmless: keys of the config.json that do
     not change the function, beside those of `HARMLESS`.
+    tried_late: whether others that are equal, too, are chosen before it.
     has_every_model: whether there is no model of ours that it lacks; it is chosen where no other is equal.
     """
 
@@ -104,6 +105,7 @@ class Architecture(Registered, home="swamla.interop.architectures"):
     unwritten: ClassVar[frozenset[str]] = frozenset()
     surplus: ClassVar[str] = r".*\.(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)"  # tables in older files
     prefix: ClassVar[str] = "model."
+    tried_late: ClassVar[bool] = False
     has_every_model: ClassVar[bool] = False
     renamed: ClassVar[Mapping[str, str]] = {}
     harmless: ClassVar[frozenset[str]] = frozenset()
@@ -317,6 +319,7 @@ RESOLVED: Mapping[str, Callable[[Any, int], Any]] = {
     "head_v_dim": lambda mixer, width: mixer.head_dims(width)[1],
     "hidden": lambda ffn, width: ffn.hidden_dim(width),
     "expert_hidden": lambda ffn, width: ffn.expert_dim(width),
+    "softmax_scale": lambda mixer, width: mixer.softmax_scale or mixer.heads(width).key ** -0.5,
     "shared_hidden": lambda ffn, width: ffn.shared_hidden or ffn.expert_dim(width),
 }
 

@@ -134,7 +134,7 @@ def equal_architecture(config: LanguageModelConfig, to: str = "auto") -> Archite
         if to not in known:
             raise UsageError(f"--to {to}: must be one of auto, {', '.join(sorted(known))}")
         return known[to].equal(config)  # type: ignore[attr-defined]
-    for architecture in sorted(known.values(), key=lambda each: each.has_every_model):  # type: ignore[attr-defined]
+    for architecture in sorted(known.values(), key=lambda each: (each.has_every_model, each.tried_late)):  # type: ignore[attr-defined]
         try:
             return architecture.equal(config)  # type: ignore[attr-defined]
         except Lacks:
