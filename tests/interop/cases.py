@@ -204,6 +204,22 @@ CASES = {
         config="DeepseekV2Config",
         settings={**SHAPE, **LATENT, **EXPERTS, "topk_method": "greedy", "routed_scaling_factor": 2.0},
     ),
+    "qwen3_moe": Case(
+        config="Qwen3MoeConfig",
+        settings={**GROUPED, "moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2},
+    ),
+    "qwen3_moe, some layers dense, weights normalised": Case(
+        config="Qwen3MoeConfig",
+        settings={
+            **GROUPED,
+            "head_dim": 12,
+            "moe_intermediate_size": 16,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "decoder_sparse_step": 2,
+            "norm_topk_prob": True,
+        },
+    ),
     "qwen3_next": Case(
         config="Qwen3NextConfig",
         settings={

@@ -93,6 +93,7 @@ class Architecture(Registered, home="swamla.interop.architectures"):
     (a `Literal`) or by `language_model`.
     kind: the config's `model_type`.  class_name: of the model in transformers.  prefix: of its weights' names, which
     files of a model without head lack.  fixed: keys of the config.json that may have one value only.
+    also_named: another name of a key of the config.json → its name.
     unwritten: fields that config.json does not have.  surplus: pattern of the names of weights that are not read.
     renamed: older name → newer name, as patterns of `re.sub`, of weights.  harmless: keys of the config.json that do
     not change the function, beside those of `HARMLESS`.
@@ -102,6 +103,7 @@ class Architecture(Registered, home="swamla.interop.architectures"):
 
     class_name: ClassVar[str]
     fixed: ClassVar[Mapping[str, Any]] = {}
+    also_named: ClassVar[Mapping[str, str]] = {}
     unwritten: ClassVar[frozenset[str]] = frozenset()
     surplus: ClassVar[str] = r".*\.(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)"  # tables in older files
     prefix: ClassVar[str] = "model."
@@ -152,6 +154,7 @@ class Architecture(Registered, home="swamla.interop.architectures"):
     @classmethod
     def read(cls, plain: Mapping[str, Any], origin: str) -> Self:
         """From a config.json. Raises `ConfigError` for what ours cannot express; warns of keys that are not known."""
+        plain = {cls.also_named.get(key, key): value for key, value in plain.items()}
         known = {field.name for field in fields(cls)} - cls.unwritten
         given = {key: value for key, value in cls.modern(plain).items() if key in known}
         for key, only in cls.fixed.items():

@@ -14,17 +14,6 @@ from swamla.model.mixers.kda import KDAConfig
 from swamla.model.mixers.mla import MLAConfig
 from swamla.registry import register
 
-# Names that transformers takes, too → those that it writes.
-OTHER_NAMES = {
-    "norm_topk_prob": "moe_renormalize",
-    "n_group": "num_expert_group",
-    "num_local_experts": "num_experts",
-    "num_experts_per_tok": "num_experts_per_token",
-    "n_shared_experts": "num_shared_experts",
-    "num_mtp_layers": "num_nextn_predict_layers",
-    "short_conv_kernel_size": "linear_conv_kernel_dim",
-}
-
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +32,17 @@ class BailingHybrid(KimiLinear):
         "q_lora_rank": None,
         "tie_word_embeddings": False,  # transformers never ties them
     }
+    also_named: ClassVar[Mapping[str, str]] = {
+        "norm_topk_prob": "moe_renormalize",
+        "n_group": "num_expert_group",
+        "num_local_experts": "num_experts",
+        "num_experts_per_tok": "num_experts_per_token",
+        "n_shared_experts": "num_shared_experts",
+        "num_mtp_layers": "num_nextn_predict_layers",
+        "short_conv_kernel_size": "linear_conv_kernel_dim",
+    }
     harmless: ClassVar[frozenset[str]] = frozenset(
         {
-            *OTHER_NAMES,
             "first_k_dense_replace",
             "head_dim",
             "layer_group_size",
@@ -75,8 +72,8 @@ class BailingHybrid(KimiLinear):
 
     @classmethod
     def modern(cls, plain: Mapping[str, Any]) -> dict[str, Any]:
-        """With one name for each setting, and the kinds of layers, which files of the hub give by two numbers."""
-        plain = {OTHER_NAMES.get(key, key): value for key, value in plain.items() if value is not None}
+        """With the kinds of layers, which files of the hub give by two numbers."""
+        plain = {key: value for key, value in plain.items() if value is not None}
         depth, every = int(plain.get("num_hidden_layers", 0)), plain.get("layer_group_size", 6)
         dense = plain.get("first_k_dense_replace", 2)
         missing = {

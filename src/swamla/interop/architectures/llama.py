@@ -232,6 +232,7 @@ class Qwen2(LlamaLike):
     class_name: ClassVar[str] = "Qwen2ForCausalLM"
     qkv_bias: ClassVar[bool] = True
     fixed: ClassVar[Mapping[str, Any]] = {"use_sliding_window": False}
+    harmless: ClassVar[frozenset[str]] = frozenset({"sliding_window"})  # of no layer
     layer_types: tuple[Literal["full_attention"], ...] = ()
 
     @classmethod
@@ -248,6 +249,7 @@ class Qwen3(LlamaLike):
     kind: ClassVar[str] = "qwen3"
     class_name: ClassVar[str] = "Qwen3ForCausalLM"
     fixed: ClassVar[Mapping[str, Any]] = {"use_sliding_window": False, "attention_bias": False}
+    harmless: ClassVar[frozenset[str]] = frozenset({"sliding_window"})  # of no layer
     layer_types: tuple[Literal["full_attention"], ...] = ()
     head_dim: int | None = 128
 
