@@ -291,6 +291,18 @@ CASES = {
         },
     ),
     "olmo2": Case(config="Olmo2Config", settings=GROUPED),
+    "olmo3": Case(
+        config="Olmo3Config",
+        settings={
+            **GROUPED,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": YARN,
+            },
+        },
+    ),
     "olmo_hybrid": Case(config="OlmoHybridConfig", settings={**SHAPE, **GDN, "linear_num_key_heads": 4}),
     "olmo_hybrid, β up to 1": Case(
         config="OlmoHybridConfig", settings={**GROUPED, **GDN, "linear_allow_neg_eigval": False}

@@ -106,3 +106,15 @@ def test_a_llama_is_written_as_one_and_not_as_a_granite_which_equals_it_too() ->
     assert granite.plain()["attention_multiplier"] == 8**-0.5
     assert granite.plain()["embedding_multiplier"] == 1
     assert equal_architecture(architecture("granite").language_model()).kind == "granite"
+
+
+def test_an_olmo_3_of_older_files_scales_positions_where_there_is_no_window() -> None:
+    plain = architecture("olmo3").plain() | {"num_hidden_layers": 4}
+    del plain["rope_parameters"], plain["layer_types"]
+    yarn = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 512}
+    mixers = [block.mixer for block in architecture_of(plain | {"rope_scaling": yarn}, "").language_model().layers]
+    assert [mixer.kind for mixer in mixers] == ["swa", "swa", "swa", "mha"]
+    assert [mixer.rope.scaling is None for mixer in mixers] == [True, True, True, False]  # type: ignore[attr-defined]
+    assert {mixer.rope.base for mixer in mixers} == {5e5}  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="must be a table of full_attention and sliding_attention"):
+        architecture_of(plain | {"rope_parameters": yarn}, "")

@@ -186,8 +186,7 @@ class Architecture(Registered, home="swamla.interop.architectures"):
         for name in ("kind", *self.unwritten, *(name for name, value in found.items() if value == [])):
             found.pop(name, None)
         if "rope_parameters" in found:
-            rope = found["rope_parameters"]
-            found["rope_parameters"] = {key: value for key, value in rope.items() if value is not None}
+            found["rope_parameters"] = {k: v for k, v in found["rope_parameters"].items() if v is not None}
         return found
 
 
@@ -256,6 +255,10 @@ class RopeParameters:
                 high_freq_factor=self.high_freq_factor or 0.0,
             )
         return RopeConfig(base=self.rope_theta, layout=layout, scaling=scaling)
+
+    def plain(self) -> dict[str, Any]:
+        """As it stands in a config.json."""
+        return {key: value for key, value in to_plain(self).items() if value is not None}
 
     def _factor(self) -> float:
         return 1.0 if self.factor is None else self.factor

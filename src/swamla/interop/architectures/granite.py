@@ -6,12 +6,11 @@ from typing import Any, ClassVar, Self
 
 from swamla.errors import require
 from swamla.interop.architecture import RopeParameters
-from swamla.interop.architectures.llama import LayerType, Llama
+from swamla.interop.architectures.llama import LayerType, Llama, windows_of
 from swamla.interop.weights import Rule, same, scaled
 from swamla.model.block import BlockConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.mha import MHAConfig
-from swamla.model.mixers.swa import SWAConfig
 from swamla.model.norm import RMSNormConfig
 from swamla.model.rope import RopeConfig
 from swamla.registry import register
@@ -122,13 +121,8 @@ class GraniteSWA(Granite):
     @classmethod
     def details(cls, config: LanguageModelConfig) -> dict[str, Any]:
         """Windows, which layers have them, and the base of each layer's positions."""
-        windows = [block.mixer.window if isinstance(block.mixer, SWAConfig) else None for block in config.layers]
-        return {
-            **super().details(config),
-            "sliding_window": next((window for window in windows if window), None),
-            "layer_types": tuple("sliding_attention" if window else "full_attention" for window in windows),
-            "layer_rope_theta": tuple(rope.base if rope else 0.0 for rope in ropes_of(config)),
-        }
+        bases = tuple(rope.base if rope else 0.0 for rope in ropes_of(config))
+        return {**super().details(config), **windows_of(config), "layer_rope_theta": bases}
 
     @classmethod
     def of(cls, config: LanguageModelConfig) -> Self:
