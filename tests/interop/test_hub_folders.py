@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from swamla.errors import ConfigError, SwamlaError
+from swamla.errors import ConfigError, CorruptError, SwamlaError
 from swamla.interop import equal_architecture, load_pretrained, read_architecture, save_pretrained
 from swamla.interop.architecture import architecture_of
 from swamla.interop.folder import read_weights
 from swamla.registry import members_of
 
-from .cases import weights_of
+from .cases import CASES, relative, tokens, weights_of
 
 
 def architecture(kind: str) -> Any:
@@ -118,3 +118,45 @@ def test_an_olmo_3_of_older_files_scales_positions_where_there_is_no_window() ->
     assert {mixer.rope.base for mixer in mixers} == {5e5}  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="must be a table of full_attention and sliding_attention"):
         architecture_of(plain | {"rope_parameters": yarn}, "")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_language_model_of_a_qwen_that_sees_images_is_read(tied: bool, tmp_path: Path) -> None:
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    text = CASES["qwen3_5"].settings | {"tie_word_embeddings": tied}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    config = Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    torch.manual_seed(0)
+    theirs = Qwen3_5ForConditionalGeneration(config).eval()
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="the part that sees images is left out"):
+        ours = load_pretrained(tmp_path)
+    ids = tokens()
+    assert ours.config.tied_head == tied
+    with torch.no_grad():
+        assert relative(ours(ids), theirs(ids).logits) < 1e-5
+
+
+def test_weights_in_several_files_with_an_index_are_read(tmp_path: Path) -> None:
+    model = CASES["llama"].model()
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert (tmp_path / "shards/model.safetensors.index.json").is_file()
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    assert_same_weights(load_pretrained(tmp_path / "shards"), load_pretrained(tmp_path / "whole"))
+    save_file({"layers.0.attention.wq.weight": torch.ones(2, 2)}, tmp_path / "shards/consolidated.safetensors")
+    assert_same_weights(load_pretrained(tmp_path / "shards"), load_pretrained(tmp_path / "whole"))
+    next((tmp_path / "shards").glob("model-*.safetensors")).unlink()
+    with pytest.raises(CorruptError, match="got nothing"):
+        load_pretrained(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_quantized_weights_are_refused(key: str, tmp_path: Path) -> None:
+    folder = saved("llama", tmp_path / "model")
+    change_config(folder, **{key: {"quant_method": "fp8", "weight_block_size": [128, 128]}})
+    with pytest.raises(ConfigError, match=f"{key} = 'fp8' .*: quantized weights are not read"):
+        load_pretrained(folder)
+    change_config(folder, **{key: None})
+    load_pretrained(folder)

@@ -77,11 +77,11 @@ HARMLESS = frozenset(
         "aux_loss_alpha",
         "chunk_size_feed_forward",
         "num_nextn_predict_layers",
-        "quantization_config",
         "tokenizer_class",
     ]
 )
 
+QUANTIZED = ("quantization_config", "compression_config")  # keys of files whose weights are not plain numbers
 NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})  # values that switch nothing on
 
 
@@ -98,6 +98,7 @@ class Architecture(Registered, home="swamla.interop.architectures"):
     renamed: older name → newer name, as patterns of `re.sub`, of weights.  harmless: keys of the config.json that do
     not change the function, beside those of `HARMLESS`.
     tried_late: whether others that are equal, too, are chosen before it.
+    inside: kinds of models with a part that sees images, of which it is the language model.
     has_every_model: whether there is no model of ours that it lacks; it is chosen where no other is equal.
     """
 
@@ -110,6 +111,7 @@ class Architecture(Registered, home="swamla.interop.architectures"):
     tried_late: ClassVar[bool] = False
     has_every_model: ClassVar[bool] = False
     renamed: ClassVar[Mapping[str, str]] = {}
+    inside: ClassVar[tuple[str, ...]] = ()
     harmless: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
@@ -197,12 +199,31 @@ class Lacks(UsageError):
         super().__init__(f"{field} = {got!r}: {architecture} does not have it, it must be {wanted}")
 
 
+Known = Mapping[str, type[Architecture]]
+
+
 def architecture_of(plain: Mapping[str, Any], origin: str) -> Architecture:
     """The architecture that a config.json describes. Raises `UsageError` for one that is not mapped."""
-    kind, known = str(plain.get("model_type")), members_of(Architecture)
-    if kind not in known:
-        raise UsageError(f"{origin}: model_type = {kind!r}: must be one of {', '.join(sorted(known))}")
-    return known[kind].read(plain, origin)  # type: ignore[attr-defined]
+    known: Known = members_of(Architecture)  # type: ignore[assignment]
+    plain, kind = _language_model(plain, known, origin), str(plain.get("model_type"))
+    kinds = {**known, **{outer: each for each in known.values() for outer in each.inside}}
+    if kind not in kinds:
+        raise UsageError(f"{origin}: model_type = {kind!r}: must be one of {', '.join(sorted(kinds))}")
+    for key in QUANTIZED:
+        if plain.get(key):
+            method = plain[key].get("quant_method") if isinstance(plain[key], Mapping) else plain[key]
+            raise ConfigError(key, method, "quantized weights are not read: take the model in bf16 or fp32", origin)
+    return kinds[kind].read(plain, origin)
+
+
+def _language_model(plain: Mapping[str, Any], known: Known, origin: str) -> Mapping[str, Any]:
+    """The settings of the language model in one that sees images. Whether its head is tied is said outside."""
+    text = plain.get("text_config")
+    if not isinstance(text, Mapping) or not any(plain.get("model_type") in each.inside for each in known.values()):
+        return plain
+    warnings.warn(f"{origin}: read as its language model: the part that sees images is left out", stacklevel=3)
+    outside = ("tie_word_embeddings", *QUANTIZED)
+    return {**text, **{key: plain[key] for key in outside if key in plain}}
 
 
 @dataclass(frozen=True, kw_only=True)

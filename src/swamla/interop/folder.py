@@ -79,7 +79,8 @@ class Weights(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path, architecture: Architecture) -> None:
         self.folder, prefix = folder, architecture.prefix
-        files = sorted(folder.glob("*.safetensors"))
+        # Other names are other programs' copies, e.g. Mistral's consolidated.safetensors.
+        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
         if not files:
             pickles = sorted(path.name for path in folder.glob("*.bin"))
             why = f" ({pickles[0]} is a pickle, which is never loaded)" if pickles else ""

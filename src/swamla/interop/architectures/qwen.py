@@ -176,3 +176,5 @@ class Qwen3_5(QwenHybrid):
 
     kind: ClassVar[str] = "qwen3_5_text"
     class_name: ClassVar[str] = "Qwen3_5ForCausalLM"
+    inside: ClassVar[tuple[str, ...]] = ("qwen3_5",)
+    renamed: ClassVar[Mapping[str, str]] = {r"^model\.language_model\.": "model."}
