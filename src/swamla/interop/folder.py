@@ -85,9 +85,11 @@ class Weights(Mapping[str, Tensor]):
             pickles = sorted(path.name for path in folder.glob("*.bin"))
             why = f" ({pickles[0]} is a pickle, which is never loaded)" if pickles else ""
             raise UsageError(f"{folder}: has no *.safetensors{why}: save the model with transformers' save_pretrained")
+        # A snapshot of the hub's cache is links to the blobs beside it.
+        inside = folder.resolve().parents[1] if folder.resolve().parent.name == "snapshots" else folder
         self._at: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
         for file in files:
-            for name, entry in read_header(regular_file(file, inside=folder)).items():
+            for name, entry in read_header(regular_file(file, inside=inside)).items():
                 if name != "__metadata__" and not architecture.leaves_out(name):
                     self._at[architecture.newer(name)] = file, name, tuple(entry["shape"])
         if not any(name.startswith(prefix) for name in self._at):
