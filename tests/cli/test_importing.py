@@ -81,3 +81,39 @@ def test_an_imported_run_without_data_says_how_to_name_some(folder, tmp_path, ca
     assert main(["import", str(folder), str(tmp_path / "run")]) == 0
     assert main(["evaluate", str(tmp_path / "run")]) == 2
     assert "an imported model has no data: name some" in capsys.readouterr().err
+
+
+def test_a_tokenizer_whose_end_has_no_usual_name_keeps_the_models_ids(folder, tmp_path, capsys) -> None:
+    from tokenizers import Tokenizer, decoders, models
+
+    shutil.copytree(folder, tmp_path / "copy")
+    end = "<｜end▁of▁sentence｜>"
+    vocabulary = {chr(32 + i): i for i in range(95)} | {end: 95}
+    library = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    library.decoder = decoders.Fuse()
+    library.add_special_tokens([end])
+    library.save(str(tmp_path / "copy/tokenizer.json"))
+    assert main(["import", str(tmp_path / "copy"), str(tmp_path / "run")]) == 2
+    assert "has 97 ids, the model 96" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "copy/tokenizer_config.json").write_text(json.dumps({"eos_token": end}), encoding="utf-8")
+    assert main(["import", str(tmp_path / "copy"), str(tmp_path / "run")]) == 0
+    _, tokenizer = swamla.load(tmp_path / "run")
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (96, 95)
+    assert main(["generate", str(tmp_path / "run"), "--prompt", "ab", "--max_new_tokens", "3"]) == 0
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "again")]) == 0
+    assert json.loads((tmp_path / "again/config.json").read_text(encoding="utf-8"))["eos_token_id"] == 95
+    assert main(["import", str(tmp_path / "again"), str(tmp_path / "second")]) == 0
+    assert swamla.load(tmp_path / "second")[1].fingerprint == tokenizer.fingerprint
+
+
+def test_a_snapshot_in_the_hubs_cache_which_is_links_is_read(folder, tmp_path) -> None:
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/0123", tmp_path / "models--a--b/blobs"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(folder, blobs)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    assert main(["import", str(snapshot), str(tmp_path / "run")]) == 0
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(folder / "model.safetensors")
+    assert main(["import", str(snapshot), str(tmp_path / "other")]) == 3  # links that leave the model's folder

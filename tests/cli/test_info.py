@@ -199,3 +199,36 @@ def test_choices_other_than_the_default_and_tables_of_ngrams_are_told(capsys: py
     told = capsys.readouterr().out
     assert "9 rows of n-grams" in " ".join(told.split())
     assert "qk_norm" not in told
+
+
+def test_a_model_of_transformers_is_told_from_its_config_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    config = LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2)
+    config.save_pretrained(tmp_path / "llama")
+    found = facts(capsys, str(tmp_path / "llama"))
+    n_parameters = sum(p.numel() for p in LlamaForCausalLM(config).parameters())
+    assert found["parameters"]["total"] == n_parameters
+    assert found["pattern"] == ["mha"] * 3
+    assert (
+        found["state_bytes"][0] == 3 * 2 * found["lengths"][0] * 2 * 8 * 4
+    )  # layers · (k, v) · T · heads · width · fp32
+    assert f"{n_parameters:,}" in told(capsys, str(tmp_path / "llama"))
+    assert "parameters, total" in told(capsys, str(tmp_path / "llama"), "--compare", "quickstart")
+    assert (
+        facts(capsys, str(tmp_path / "llama"), "--mha_n_kv_heads", "1")["state_bytes"][0] * 2 == found["state_bytes"][0]
+    )
+
+
+@pytest.mark.parametrize("command", ["generate {folder}", "evaluate {folder} --data x", "train {folder}/config.json"])
+def test_commands_that_need_a_run_say_what_makes_one_of_a_model_of_transformers(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    assert main(command.format(folder=tmp_path).split()) == 2
+    message = capsys.readouterr().err
+    assert "a model of transformers" in message
+    assert f"swamla import {tmp_path} RUN" in message or f"--init_from {tmp_path} " in message

@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from swamla.data.tokenizer import (
     Tokenizer,
     load_tokenizer,
     make_tokenizer,
+    tokenizer_files,
 )
 from swamla.errors import CorruptError, DataError, foreign
 
@@ -287,3 +289,66 @@ def test_a_foreign_error_is_ours_with_its_first_line_but_an_interrupt_stays_one(
     for own in (KeyboardInterrupt, SystemExit, MemoryError):
         with pytest.raises(own), foreign(DataError, "what"):
             raise own
+
+
+END = "<｜end▁of▁sentence｜>"  # DeepSeek's
+
+
+def foreign_folder(folder: Path, **files: Any) -> Path:
+    """A byte-level tokenizer.json whose last two ids are a user's turn and DeepSeek's end, with files beside it."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers
+
+    signs = sorted(pre_tokenizers.ByteLevel.alphabet())
+    library = Library(models.BPE(vocab={sign: i for i, sign in enumerate([*signs, "<user>", END])}, merges=[]))
+    library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    library.add_special_tokens([END])
+    folder.mkdir()
+    library.save(str(folder / "tokenizer.json"))
+    for name, plain in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(plain), encoding="utf-8")
+    return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize(
+    ("files", "eos_id"),
+    [
+        ({"tokenizer_config": {"eos_token": END}}, 257),
+        ({"tokenizer_config": {"eos_token": {"content": END, "special": True}}}, 257),
+        ({"config": {"eos_token_id": 257}}, 257),
+        ({"config": {"text_config": {"eos_token_id": 257}}}, 257),
+        ({"config": {"eos_token_id": None}, "generation_config": {"eos_token_id": [256, 257]}}, 256),
+        ({"config": {"eos_token_id": [9000, 257]}}, 257),
+        ({"tokenizer_config": {"eos_token": END}, "config": {"eos_token_id": 256}}, 257),
+        ({"tokenizer_config": {"eos_token": "<no such token>"}}, 258),
+    ],
+)
+def test_the_token_that_ends_texts_is_told_by_the_files_beside_and_remembered(
+    files: dict[str, Any], eos_id: int, tmp_path: Path
+) -> None:
+    path = foreign_folder(tmp_path / "theirs", **files)
+    tokenizer = load_tokenizer(path)
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (max(258, eos_id + 1), eos_id)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    again = load_tokenizer(tmp_path / "tokenizer.json")
+    assert (again.eos_id, again.fingerprint) == (tokenizer.eos_id, tokenizer.fingerprint)
+    for text in (END, "<user>", "é x"):
+        assert again.eos_id not in again.encode(text)
+        assert again.decode(again.encode(text)) == text
+    assert json.loads(again.library_json()).keys() == json.loads(path.read_text(encoding="utf-8")).keys()
+    assert make_tokenizer(str(path.parent)).fingerprint == tokenizer.fingerprint
+    named = {file.name for file in tokenizer_files(str(path))} - {"tokenizer.json"}
+    assert named == {f"{name}.json" for name, plain in files.items() if plain != {"eos_token_id": None}}
+
+
+def test_a_usual_name_goes_before_what_the_files_beside_say(tmp_path: Path) -> None:
+    make("bpe:300").save(tmp_path / "tokenizer.json")
+    (tmp_path / "config.json").write_text('{"eos_token_id": 7}', encoding="utf-8")
+    assert load_tokenizer(tmp_path / "tokenizer.json").eos_id == make("bpe:300").eos_id
+
+
+def test_a_remembered_end_that_the_vocabulary_lacks_is_damage(tmp_path: Path) -> None:
+    plain = json.loads(foreign_folder(tmp_path / "theirs").read_text(encoding="utf-8"))
+    (tmp_path / "t.json").write_text(json.dumps(plain | {"swamla_eos": "<gone>"}), encoding="utf-8")
+    with pytest.raises(CorruptError, match="<gone>"):
+        load_tokenizer(tmp_path / "t.json")

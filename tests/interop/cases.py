@@ -81,6 +81,19 @@ EXPERTS = {
     "num_experts_per_tok": 2,
     "n_shared_experts": 1,
 }
+FACTORS = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 8.0,
+    "attention_multiplier": 0.1,
+}
+LING = {
+    "q_lora_rank": None,
+    "head_dim": 12,
+    "moe_intermediate_size": 16,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
 CASES = {
     "gpt2": Case(
         config="GPT2Config",
@@ -104,6 +117,41 @@ CASES = {
     "llama, linear positions": Case(
         config="LlamaConfig",
         settings={**SHAPE, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    ),
+    "llama 3.2": Case(
+        config="LlamaConfig",
+        settings={
+            **GROUPED,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 32.0,
+                "original_max_position_embeddings": 64,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            },
+        },
+    ),
+    "granite": Case(config="GraniteConfig", settings={**GROUPED, **FACTORS, "tie_word_embeddings": True}, to="granite"),
+    "granite, biases": Case(
+        config="GraniteConfig",
+        settings={**GROUPED, **FACTORS, "attention_bias": True, "mlp_bias": True, "logits_scaling": 1.0},
+        to="granite",
+    ),
+    "granite_swa": Case(
+        config="GraniteSWAConfig", settings={**GROUPED, **FACTORS, "sliding_window": 7}, to="granite_swa"
+    ),
+    "granite_swa, positions by layer": Case(
+        config="GraniteSWAConfig",
+        settings={
+            **GROUPED,
+            "attention_multiplier": 0.25,
+            "sliding_window": 7,
+            "tie_word_embeddings": False,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "layer_rope_theta": [1e4, 0.0, 3e5],
+        },
     ),
     "mistral": Case(config="MistralConfig", settings={**GROUPED, "sliding_window": 7}),
     "mistral without a window": Case(config="MistralConfig", settings={**GROUPED, "sliding_window": None}),
@@ -156,6 +204,22 @@ CASES = {
         config="DeepseekV2Config",
         settings={**SHAPE, **LATENT, **EXPERTS, "topk_method": "greedy", "routed_scaling_factor": 2.0},
     ),
+    "qwen3_moe": Case(
+        config="Qwen3MoeConfig",
+        settings={**GROUPED, "moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2},
+    ),
+    "qwen3_moe, some layers dense, weights normalised": Case(
+        config="Qwen3MoeConfig",
+        settings={
+            **GROUPED,
+            "head_dim": 12,
+            "moe_intermediate_size": 16,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "decoder_sparse_step": 2,
+            "norm_topk_prob": True,
+        },
+    ),
     "qwen3_next": Case(
         config="Qwen3NextConfig",
         settings={
@@ -198,7 +262,47 @@ CASES = {
             "mlp_layer_types": ["dense", "sparse", "sparse"],
         },
     ),
+    "bailing_hybrid": Case(
+        config="BailingHybridConfig",
+        settings={
+            **SHAPE,
+            **LATENT,
+            **LING,
+            "first_k_dense_replace": 1,
+            "layer_group_size": 3,
+            "n_group": 2,
+            "topk_group": 1,
+        },
+    ),
+    "bailing_hybrid, unbounded decays, YaRN": Case(
+        config="BailingHybridConfig",
+        settings={
+            **SHAPE,
+            **LATENT,
+            **LING,
+            "kda_safe_gate": False,
+            "layer_types": ["full_attention", "linear_attention", "full_attention"],
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+            "n_shared_experts": 2,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
+        },
+    ),
     "olmo2": Case(config="Olmo2Config", settings=GROUPED),
+    "olmo3": Case(
+        config="Olmo3Config",
+        settings={
+            **GROUPED,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": YARN,
+            },
+        },
+    ),
     "olmo_hybrid": Case(config="OlmoHybridConfig", settings={**SHAPE, **GDN, "linear_num_key_heads": 4}),
     "olmo_hybrid, β up to 1": Case(
         config="OlmoHybridConfig", settings={**GROUPED, **GDN, "linear_allow_neg_eigval": False}
@@ -260,13 +364,15 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def _gradients(
     ours: LanguageModel, theirs: Mapping[str, Tensor], architecture: Architecture
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of gradients of the same weight: a rule is linear but for a constant, which `join` of zeros shows."""
+    """For each rule the gradients by their weights, flat: ours follow from those by our weight through `join`."""
     own = dict(ours.named_parameters())
     for rule in architecture.rules():
         if rule.theirs and rule.ours in own:
-            gradients = [theirs[name] for name in rule.theirs]
-            constant = rule.join([torch.zeros_like(gradient) for gradient in gradients])
-            yield own[rule.ours].grad, rule.join(gradients) - constant
+            expected = [theirs[name] for name in rule.theirs]
+            leaves = [torch.zeros_like(gradient, requires_grad=True) for gradient in expected]
+            rule.join(leaves).backward(own[rule.ours].grad)
+            found = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+            yield torch.cat([each.flatten() for each in found]), torch.cat([each.flatten() for each in expected])
 
 
 def _equal_text(ours: LanguageModel, theirs: Any, n_text: int) -> int:

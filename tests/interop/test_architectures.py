@@ -10,6 +10,7 @@ import torch
 from swamla.errors import UsageError
 from swamla.interop import Architecture, equal_architecture, load_pretrained, read_architecture, save_pretrained
 from swamla.interop.folder import Weights
+from swamla.model.accounting import count_parameters
 from swamla.registry import members_of
 from tests.interop.cases import CASES, compare
 
@@ -64,6 +65,13 @@ def test_what_is_written_again_is_the_same_model_in_transformers(case, tmp_path)
             if "_conv1d" in name:  # transformers cuts these into equal parts
                 continue
             torch.testing.assert_close(second[name], tensor, rtol=0, atol=one_ulp, msg=name)
+
+
+def test_it_has_as_many_parameters_as_in_transformers(case) -> None:
+    found, theirs, folder = case
+    config = read_architecture(folder).language_model()
+    zeros = config.depth * config.width if found.config == "Qwen2Config" else 0  # ours has biases of the output, too
+    assert count_parameters(config).total == sum(p.numel() for p in theirs.parameters()) + zeros
 
 
 @pytest.mark.parametrize("kind", members_of(Architecture))

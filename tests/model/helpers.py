@@ -50,6 +50,9 @@ MIXERS: dict[str, MixerConfig] = {
     "mla_unrotated": MLAConfig(
         n_heads=2, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=3, v_head_dim=6, rope=None
     ),
+    "mla_gated": MLAConfig(
+        n_heads=2, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6, gate="head"
+    ),
     "gdn": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6),
     "gdn_latent": GDNConfig(n_heads=4, n_key_heads=2, head_k_dim=8, head_v_dim=6, latent_dim=10, share_qk=True),
     "gdn_bounded": GDNConfig(

@@ -185,6 +185,7 @@ def masked_flops(mixer: MixerConfig, length: int) -> int:
             "mha with a gate",
             "mha_gated",
             "mla_unrotated",
+            "mla_gated",
             "swa_gated",
             "swa with a learned sink",
             "mqa with wide heads",

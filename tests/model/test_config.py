@@ -22,7 +22,7 @@ from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mla import MLAConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.model.norm import DynamicTanhConfig, LayerNormConfig, RMSNormConfig
-from swamla.model.rope import LinearScaling, RopeConfig, YarnScaling
+from swamla.model.rope import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
 
 from .helpers import MIXERS, WIDTH, random_tokens
 
@@ -63,6 +63,7 @@ PLACES: dict[type, Callable[[Any], LanguageModelConfig]] = {
     RopeConfig: with_rope,
     LinearScaling: lambda scaling: with_rope(RopeConfig(scaling=scaling)),
     YarnScaling: lambda scaling: with_rope(RopeConfig(scaling=scaling)),
+    Llama3Scaling: lambda scaling: with_rope(RopeConfig(scaling=scaling)),
     LanguageModelConfig: lambda model: model,
 }
 OF_EXPERTS: dict[str, Any] = {
@@ -130,6 +131,7 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
             "qk_rope_head_dim": 6,
             "v_head_dim": 5,
             "rope": None,
+            "gate": "head",
             "norm_eps": 1e-2,
             "backend": "reference",
         },
@@ -186,6 +188,10 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
     (DynamicTanhConfig(), {"alpha": 0.6}),
     (RopeConfig(), {"base": 100.0, "layout": "interleaved", "scaling": LinearScaling(factor=2.0)}),
     (LinearScaling(factor=2.0), {"factor": 3.0}),
+    (
+        Llama3Scaling(factor=8.0, original_length=64),
+        {"factor": 3.0, "original_length": 1024, "low_freq_factor": 2.0, "high_freq_factor": 8.0},
+    ),
     (
         YarnScaling(factor=4.0, original_length=4096, mscale_all_dim=1.0),
         {
@@ -352,6 +358,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
         lambda: with_mixer(LatentConfig(n_heads=4, n_latent=36)),
         "blocks.a.mixer.n_latent = 36: a latent larger than the width 32 compresses nothing",
     ),
+    (lambda: replace(MLA, gate="sigmoid"), "gate = 'sigmoid': must be one of none, head"),
     (lambda: GDNConfig(n_heads=4, n_key_heads=3), "n_key_heads = 3: must divide n_heads = 4"),
     (lambda: GDNConfig(n_heads=4, head_k_dim=0), "head_k_dim = 0: must be > 0"),
     (lambda: GDNConfig(n_heads=4, head_v_dim=-2), "head_v_dim = -2: must be > 0"),
@@ -417,6 +424,12 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: RopeConfig(base=1.0), "base = 1.0: must be > 1"),
     (lambda: LinearScaling(factor=0.5), "factor = 0.5: must be >= 1"),
     (lambda: YarnScaling(factor=0.5, original_length=64), "factor = 0.5: must be >= 1"),
+    (lambda: Llama3Scaling(factor=0.5, original_length=64), "factor = 0.5: must be >= 1"),
+    (lambda: Llama3Scaling(factor=8.0, original_length=0), "original_length = 0: must be > 0"),
+    (
+        lambda: Llama3Scaling(factor=8.0, original_length=64, low_freq_factor=4.0),
+        "high_freq_factor = 4.0: must be > low_freq_factor > 0",
+    ),
     (lambda: YarnScaling(factor=2.0, original_length=0), "original_length = 0: must be > 0"),
     (lambda: YarnScaling(factor=2.0, original_length=64, mscale=-1.0), "mscale = -1.0: must be >= 0"),
     (

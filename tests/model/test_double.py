@@ -13,12 +13,17 @@ from torch.utils._pytree import tree_leaves
 
 from swamla.model.accounting import state_bytes
 from swamla.model.norm import NormConfig
-from swamla.model.rope import LinearScaling, RopeConfig, YarnScaling
+from swamla.model.rope import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
 from swamla.ops.layout import Layout
 
 from .helpers import FFNS, MIXERS, NORMS, build_mixer, build_model, hybrid_config, packed, random_input, random_tokens
 
-SCALINGS = [None, LinearScaling(factor=3.0), YarnScaling(factor=7.0, original_length=64)]
+SCALINGS = [
+    None,
+    LinearScaling(factor=3.0),
+    YarnScaling(factor=7.0, original_length=64),
+    Llama3Scaling(factor=8.0, original_length=512),
+]
 BACKENDS = ["reference", "torch"]
 
 
@@ -48,7 +53,7 @@ def test_the_guard_sees_a_detour_through_fp32() -> None:
         x.mul(2)
 
 
-@pytest.mark.parametrize("scaling", SCALINGS, ids=["none", "linear", "yarn"])
+@pytest.mark.parametrize("scaling", SCALINGS, ids=["none", "linear", "yarn", "llama3"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", MIXERS)
 def test_a_mixer_in_double_makes_only_doubles(kind: str, backend: str, scaling: Any) -> None:
@@ -90,7 +95,7 @@ def test_a_state_in_double_has_the_bytes_that_were_counted(kind: str) -> None:
     assert state.nbytes == state_bytes(config, 50, element_bytes=8)
 
 
-@pytest.mark.parametrize("scaling", SCALINGS, ids=["none", "linear", "yarn"])
+@pytest.mark.parametrize("scaling", SCALINGS, ids=["none", "linear", "yarn", "llama3"])
 def test_tables_in_double_are_sines_and_cosines_of_angles_computed_by_hand(scaling: Any) -> None:
     base, width, positions = 10000.0, 16, [0, 1, 77, 4095, 131071]
     seq = Layout(torch.zeros(1, 5, dtype=torch.int64), torch.tensor([positions]), ((1, 5),), continues=True)
@@ -106,6 +111,9 @@ def test_tables_in_double_are_sines_and_cosines_of_angles_computed_by_hand(scali
                 low, high = max(math.floor(low), 0), min(math.ceil(high), width - 1)
                 ramp = min(max((pair - low) / (high - low), 0.0), 1.0)
                 frequency = frequency / 7.0 * ramp + frequency * (1 - ramp)
+            elif isinstance(scaling, Llama3Scaling):
+                kept = min(max((512 * frequency / (2 * math.pi) - 1) / 3, 0.0), 1.0)
+                frequency = frequency / 8.0 * (1 - kept) + frequency * kept
             angle = position * frequency
             assert cos[0, place, 0, pair].item() == pytest.approx(sharpened * math.cos(angle), abs=1e-10)
             assert sin[0, place, 0, pair].item() == pytest.approx(sharpened * math.sin(angle), abs=1e-10)

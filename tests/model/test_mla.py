@@ -131,6 +131,28 @@ def test_mla_without_rope_is_kimi_linears_attention(q_lora_rank: int, backend: s
     )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scaling", [YARN["none"], YARN["mscale_all_dim"]], ids=["plain", "YaRN"])
+def test_mla_with_a_gate_for_each_head_is_ling_3s_attention(scaling: YarnScaling | None, backend: str) -> None:
+    from transformers import BailingHybridConfig
+    from transformers.models.bailing_hybrid import modeling_bailing_hybrid as bailing
+
+    config = BailingHybridConfig(
+        hidden_size=WIDTH,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        kv_lora_rank=20,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=16,
+        v_head_dim=12,
+        rope_parameters=their_rope(scaling),
+        attn_implementation="eager",
+    )
+    tables = bailing.BailingHybridRotaryEmbedding(config)(torch.zeros(1), torch.arange(TIME)[None])
+    attention = bailing.BailingHybridAttention(config, layer_idx=0)
+    assert_is_deepseek(replace(our_config(0, "interleaved", scaling, backend), gate="head"), attention, tables)
+
+
 def test_mla_without_rope_does_not_see_the_order_of_earlier_tokens() -> None:
     mixer = build_mixer(replace(our_config(0, "half", None, "auto"), rope=None))
     x = random_input(1, TIME)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from swamla.model.rope import LinearScaling, RopeConfig, YarnScaling
+from swamla.model.rope import LinearScaling, Llama3Scaling, RopeConfig, Scaling, YarnScaling
 from swamla.ops.layout import Layout
 from swamla.ops.rotary import rotate
 
@@ -40,6 +40,26 @@ SCALINGS = {
             "mscale_all_dim": 0.5,
         },
     ),
+    "llama3": (
+        Llama3Scaling(factor=8.0, original_length=128),
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "original_max_position_embeddings": 128,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        },
+    ),
+    "llama3 with other factors": (
+        Llama3Scaling(factor=32.0, original_length=512, low_freq_factor=0.5, high_freq_factor=20.0),
+        {
+            "rope_type": "llama3",
+            "factor": 32.0,
+            "original_max_position_embeddings": 512,
+            "low_freq_factor": 0.5,
+            "high_freq_factor": 20.0,
+        },
+    ),
 }
 
 
@@ -54,7 +74,7 @@ def turned(x: Tensor, rope: RopeConfig, position: int) -> Tensor:
 
 @layouts
 @pytest.mark.parametrize("scaling", [scaling for scaling, _ in SCALINGS.values()], ids=SCALINGS)
-def test_scores_depend_on_the_distance_only(layout: str, scaling: LinearScaling | YarnScaling | None) -> None:
+def test_scores_depend_on_the_distance_only(layout: str, scaling: Scaling | None) -> None:
     rope = RopeConfig(layout=layout, scaling=scaling)
     q, k = torch.randn(2, HEAD, generator=torch.Generator().manual_seed(0))
     for distance in (0, 1, 9, 50):
@@ -83,7 +103,7 @@ def test_both_layouts_are_the_same_rotation_of_different_pairs() -> None:
 
 @pytest.mark.parametrize("base", [10000.0, 500.0])
 @pytest.mark.parametrize(("scaling", "theirs"), SCALINGS.values(), ids=SCALINGS)
-def test_tables_are_transformers(scaling: LinearScaling | YarnScaling | None, theirs: dict, base: float) -> None:
+def test_tables_are_transformers(scaling: Scaling | None, theirs: dict, base: float) -> None:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 

@@ -47,6 +47,8 @@ def multiply_queries(mixer: Any, kind: str, factor: float) -> None:
     with torch.no_grad():
         if kind == "mla":
             mixer.q_b_proj.weight *= factor
+        elif kind == "mla_gated":
+            mixer.q_proj.weight *= factor
         elif config.qk_norm != "none":  # the norm undoes a factor of the projection, its gain does not
             mixer.q_norm.weight *= factor
         else:

@@ -126,6 +126,8 @@ def read_run_config(run_dir: Path) -> dict[str, Any]:
         )
         raise UsageError(f"{run_dir}: not a run folder ({why})")
     plain = read_json(file, inside=run_dir)
+    if "model_type" in plain:
+        raise UsageError(f"{run_dir}: a model of transformers, not a run: swamla import {run_dir} RUN makes one of it")
     require_format(plain, file)
     for part in ("model", "data", "train"):
         entry(plain, part, dict, file=file)

@@ -75,10 +75,16 @@ def import_folder(source: Path, run: Path) -> tuple[Architecture, Tokenizer]:
 
 
 def tokenizer_of(folder: Path, vocab_size: int) -> Tokenizer:
-    """The folder's tokenizer; ids where it has none. Raises `UsageError` for one that is a SentencePiece file only."""
+    """The folder's tokenizer; ids where it has none.
+
+    Raises `UsageError` for one that is a SentencePiece file only, or has more ids than the model.
+    """
     for name in (OWN_FILE, "tokenizer.json"):
         if (folder / name).is_file():
-            return load_tokenizer(folder / name)
+            tokenizer = load_tokenizer(folder / name)
+            if tokenizer.vocab_size > vocab_size:
+                raise UsageError(f"{folder / name}: has {tokenizer.vocab_size} ids, the model {vocab_size}")
+            return tokenizer
     if (folder / "tokenizer.model").is_file():
         raise UsageError(
             f"{folder}: has tokenizer.model, which is not read, and no tokenizer.json: save it once by transformers' "

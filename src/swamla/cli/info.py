@@ -29,7 +29,7 @@ LENGTHS = (256, 1024, 4096, 16384, 65536)
 class Arguments:
     """Exact parameters, training FLOPs, state and training memory of a model, from its config alone.
 
-    recipe: a shipped recipe, a .toml or .json file, or a run's folder; flags change it.
+    recipe: a shipped recipe, a .toml or .json file, a run's folder, or one of transformers; flags change it.
     compare: another recipe or run to compare with.
     json: print one JSON object, or a list of two with --compare.
     output_dir, run_name, workers, verbose: no effect; accepted so that a training's command line can be used as it is.

@@ -15,9 +15,10 @@ from swamla.cli.overrides import apply_flags, flags
 from swamla.cli.reshape import fit_ranks, reshape
 from swamla.cli.spelling import as_typed
 from swamla.config import from_plain, load_file, to_plain, within
-from swamla.data.config import MIXTURE, DataConfig, parse_bpe
+from swamla.data.config import MIXTURE, TOKEN_IDS, DataConfig, parse_bpe
 from swamla.data.sources import TOKENIZERS, is_path, located, split_kind
 from swamla.errors import ConfigError, UsageError, require
+from swamla.interop.architecture import architecture_of
 from swamla.model.block import BlockConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.recipes import recipe_names, recipe_path
@@ -84,11 +85,24 @@ def written(recipe: str, given: Mapping[str, Any], *, new: bool = False, unnamed
     """Read a recipe as plain data. Of the flags, only those that replace its paths or its `init_from` apply here."""
     path = recipe_path(recipe)
     plain, place = load_file(path)
+    if "model_type" in plain:
+        return _of_transformers(plain, path, new)
     plain = copy.deepcopy(plain)
     plain.pop("format_version", None)  # a run's own config.json is a recipe too
     locate_beside(plain, path, place, given)
     begun = _begin_from(plain, path, given, unnamed) if new else None
     return Written(plain=plain, place=place, spare=_spare_blocks(plain, place), begun=begun)
+
+
+def _of_transformers(plain: Mapping[str, Any], path: Path, new: bool) -> Written:
+    """The model of a config.json of transformers as a recipe of token ids, to be looked at: a run has its weights."""
+    if new:
+        raise UsageError(f"{path}: a model of transformers: --init_from {path.parent} trains its weights on")
+    model = architecture_of(plain, str(path)).language_model()
+    train = {"steps": 1} | ({"block_size": model.learned_positions} if model.learned_positions else {})
+    data = {"source": TOKEN_IDS, "tokenizer": f"ids:{model.vocab_size - 1}"}
+    recipe = {"model": to_plain(model), "data": data, "train": train}
+    return Written(plain=recipe, place=lambda field: str(path), spare={}, begun=None)
 
 
 def resolve(recipe: str, given: Mapping[str, Any], *, new: bool = False, unnamed: bool = False) -> Resolved:

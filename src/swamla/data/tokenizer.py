@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from swamla.config import load_json
 from swamla.data.config import BYTES, parse_bpe, parse_ids
 from swamla.data.hub import reason
 from swamla.errors import CorruptError, DataError, HubDataError, MissingBackendError, foreign, without_stderr
@@ -19,6 +20,13 @@ from swamla.errors import CorruptError, DataError, HubDataError, MissingBackendE
 EOS_TEXT = "<|endoftext|>"
 _OTHER_EOS = ("<|end_of_text|>", "</s>", "<eos>")
 _OWN_KEY = "swamla_tokenizer"
+_EOS_KEY = "swamla_eos"  # in a saved tokenizer.json: the token that ends documents, where the library's does not tell
+# Files of transformers beside a tokenizer.json, in the order in which they are asked for that token.
+_EOS_FILES = {
+    "tokenizer_config.json": "eos_token",
+    "config.json": "eos_token_id",
+    "generation_config.json": "eos_token_id",
+}
 _NO_ENCODING = "the tokenizer cannot encode a text: it needs an unknown token, or all 256 bytes, in its vocabulary"
 _GPT2_HUB_NAME = "openai-community/gpt2"
 
@@ -147,26 +155,45 @@ class CharTokenizer(_Serialized):
 
 
 class HFTokenizer(_Serialized):
-    """A tokenizer of the `tokenizers` library, given as the text of its tokenizer.json."""
+    """A tokenizer of the `tokenizers` library, given as the text of its tokenizer.json.
 
-    def __init__(self, serialized: str) -> None:
+    ends: tokens, or their ids, that end texts. Where no special token has a usual name, the first that the vocabulary
+    has ends documents, and a saved tokenizer remembers it; without one, `EOS_TEXT` is added as a new id.
+    """
+
+    def __init__(self, serialized: str, ends: Sequence[str | int] = ()) -> None:
         import tokenizers
 
-        self._library = tokenizers.Tokenizer.from_str(serialized)
-        if self._find_eos() is None:
-            self._library.add_special_tokens([EOS_TEXT])
+        plain = json.loads(serialized)
+        eos = plain.pop(_EOS_KEY, None)
+        self._library = tokenizers.Tokenizer.from_str(serialized if eos is None else json.dumps(plain))
+        eos = eos or self._usual_eos()
+        if eos is None:
+            named = next(self._known_tokens(ends), None)
+            eos = named or EOS_TEXT
+            self._library.add_special_tokens([eos])
             serialized = self._library.to_str()
-        eos_id = self._find_eos()
-        assert eos_id is not None
+            if named is not None:
+                serialized = json.dumps({**json.loads(serialized), _EOS_KEY: named}, ensure_ascii=False)
+        eos_id = self._library.token_to_id(eos)
+        if eos_id is None:
+            raise CorruptError(f"{_EOS_KEY} = {eos!r}: not in its vocabulary")
         self._library.encode_special_tokens = True  # "<|endoftext|>" in a text is thirteen characters
         self._library.no_truncation()
         self._library.no_padding()
         highest = max(self._library.get_vocab(with_added_tokens=True).values())
         super().__init__(serialized, vocab_size=highest + 1, eos_id=eos_id)
 
-    def _find_eos(self) -> int | None:
-        special = {token.content: i for i, token in self._library.get_added_tokens_decoder().items() if token.special}
-        return next((special[text] for text in (EOS_TEXT, *_OTHER_EOS) if text in special), None)
+    def _known_tokens(self, tokens: Sequence[str | int]) -> Iterator[str]:
+        """Those of the tokens, or ids, that are in the vocabulary, as text."""
+        for token in tokens:
+            text = self._library.id_to_token(token) if isinstance(token, int) else token
+            if text is not None and self._library.token_to_id(text) is not None:
+                yield text
+
+    def _usual_eos(self) -> str | None:
+        special = {token.content for token in self._library.get_added_tokens_decoder().values() if token.special}
+        return next((text for text in (EOS_TEXT, *_OTHER_EOS) if text in special), None)
 
     def encode(self, text: str) -> list[int]:
         utf8(text)
@@ -185,7 +212,8 @@ class HFTokenizer(_Serialized):
             return self._library.decode(numbers, skip_special_tokens=False)
 
     def library_json(self) -> str:
-        return self._serialized
+        plain = json.loads(self._serialized)
+        return self._serialized if plain.pop(_EOS_KEY, None) is None else json.dumps(plain, ensure_ascii=False)
 
 
 class IdTokenizer(_Serialized):
@@ -258,7 +286,10 @@ def _code_points(text: str) -> np.ndarray:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a file written by `save`, or in any tokenizer.json. DataError if the file is missing."""
+    """The tokenizer in a file written by `save`, or in any tokenizer.json. DataError if the file is missing.
+
+    Files of transformers beside it tell the token that ends texts where that has no usual name.
+    """
     path = Path(path)
     try:
         serialized = path.read_text(encoding="utf-8")
@@ -271,8 +302,27 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise CorruptError(f"{path}: not a tokenizer: needs a JSON object")
     if _OWN_KEY in data:
         return _own_tokenizer(data, path)
+    ends = [token for tokens in _ends_beside(path).values() for token in tokens]
     with foreign(CorruptError, f"{path}: not a tokenizer.json that `tokenizers` can read"), without_stderr():
-        return HFTokenizer(serialized)
+        return HFTokenizer(serialized, ends)
+
+
+def _ends_beside(path: Path) -> dict[Path, list[str | int]]:
+    """The tokens that end texts, or their ids, by the file of transformers beside a tokenizer.json that names them."""
+    found = {}
+    for name, key in _EOS_FILES.items():
+        file = path.with_name(name)
+        if path.name == "tokenizer.json" and file.is_file():
+            plain, _ = load_json(file)
+            value = plain.get(key, (plain.get("text_config") or {}).get(key))
+            values = [each.get("content") if isinstance(each, dict) else each for each in _as_list(value)]
+            if tokens := [each for each in values if isinstance(each, str | int)]:
+                found[file] = tokens
+    return found
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _own_tokenizer(data: dict[str, Any], path: Path) -> Tokenizer:
@@ -323,7 +373,7 @@ def tokenizer_files(spec: str) -> list[Path]:
     path = Path(spec.removeprefix("gpt2:")).expanduser()
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.suffix in (".json", ".bpe", ".txt"))
-    return [path] if path.is_file() else []
+    return [path, *_ends_beside(path)] if path.is_file() else []
 
 
 def bpe_version() -> list[str]:

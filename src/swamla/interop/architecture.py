@@ -14,7 +14,7 @@ from swamla.model.ffns.ffn import FFNConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.mixer import MixerConfig
 from swamla.model.norm import NormConfig
-from swamla.model.rope import LinearScaling, RopeConfig, YarnScaling
+from swamla.model.rope import LinearScaling, Llama3Scaling, RopeConfig, Scaling, YarnScaling
 from swamla.registry import Registered, members_of
 
 M = TypeVar("M", bound=MixerConfig)
@@ -77,11 +77,11 @@ HARMLESS = frozenset(
         "aux_loss_alpha",
         "chunk_size_feed_forward",
         "num_nextn_predict_layers",
-        "quantization_config",
         "tokenizer_class",
     ]
 )
 
+QUANTIZED = ("quantization_config", "compression_config")  # keys of files whose weights are not plain numbers
 NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})  # values that switch nothing on
 
 
@@ -93,19 +93,25 @@ class Architecture(Registered, home="swamla.interop.architectures"):
     (a `Literal`) or by `language_model`.
     kind: the config's `model_type`.  class_name: of the model in transformers.  prefix: of its weights' names, which
     files of a model without head lack.  fixed: keys of the config.json that may have one value only.
+    also_named: another name of a key of the config.json → its name.
     unwritten: fields that config.json does not have.  surplus: pattern of the names of weights that are not read.
     renamed: older name → newer name, as patterns of `re.sub`, of weights.  harmless: keys of the config.json that do
     not change the function, beside those of `HARMLESS`.
+    tried_late: whether others that are equal, too, are chosen before it.
+    inside: kinds of models with a part that sees images, of which it is the language model.
     has_every_model: whether there is no model of ours that it lacks; it is chosen where no other is equal.
     """
 
     class_name: ClassVar[str]
     fixed: ClassVar[Mapping[str, Any]] = {}
+    also_named: ClassVar[Mapping[str, str]] = {}
     unwritten: ClassVar[frozenset[str]] = frozenset()
     surplus: ClassVar[str] = r".*\.(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)"  # tables in older files
     prefix: ClassVar[str] = "model."
+    tried_late: ClassVar[bool] = False
     has_every_model: ClassVar[bool] = False
     renamed: ClassVar[Mapping[str, str]] = {}
+    inside: ClassVar[tuple[str, ...]] = ()
     harmless: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
@@ -138,6 +144,10 @@ class Architecture(Registered, home="swamla.interop.architectures"):
             name = re.sub(old, new, name)
         return name
 
+    def leaves_out(self, name: str) -> bool:
+        """Whether a weight of this name is not read, as `surplus` says."""
+        return re.fullmatch(self.surplus, name) is not None
+
     @classmethod
     def differences(cls, plain: Mapping[str, Any]) -> Iterator[str]:
         """What of a config.json is left out on purpose, to be warned of."""
@@ -146,6 +156,7 @@ class Architecture(Registered, home="swamla.interop.architectures"):
     @classmethod
     def read(cls, plain: Mapping[str, Any], origin: str) -> Self:
         """From a config.json. Raises `ConfigError` for what ours cannot express; warns of keys that are not known."""
+        plain = {cls.also_named.get(key, key): value for key, value in plain.items()}
         known = {field.name for field in fields(cls)} - cls.unwritten
         given = {key: value for key, value in cls.modern(plain).items() if key in known}
         for key, only in cls.fixed.items():
@@ -177,8 +188,7 @@ class Architecture(Registered, home="swamla.interop.architectures"):
         for name in ("kind", *self.unwritten, *(name for name, value in found.items() if value == [])):
             found.pop(name, None)
         if "rope_parameters" in found:
-            rope = found["rope_parameters"]
-            found["rope_parameters"] = {key: value for key, value in rope.items() if value is not None}
+            found["rope_parameters"] = {k: v for k, v in found["rope_parameters"].items() if v is not None}
         return found
 
 
@@ -189,12 +199,31 @@ class Lacks(UsageError):
         super().__init__(f"{field} = {got!r}: {architecture} does not have it, it must be {wanted}")
 
 
+Known = Mapping[str, type[Architecture]]
+
+
 def architecture_of(plain: Mapping[str, Any], origin: str) -> Architecture:
     """The architecture that a config.json describes. Raises `UsageError` for one that is not mapped."""
-    kind, known = str(plain.get("model_type")), members_of(Architecture)
-    if kind not in known:
-        raise UsageError(f"{origin}: model_type = {kind!r}: must be one of {', '.join(sorted(known))}")
-    return known[kind].read(plain, origin)  # type: ignore[attr-defined]
+    known: Known = members_of(Architecture)  # type: ignore[assignment]
+    plain, kind = _language_model(plain, known, origin), str(plain.get("model_type"))
+    kinds = {**known, **{outer: each for each in known.values() for outer in each.inside}}
+    if kind not in kinds:
+        raise UsageError(f"{origin}: model_type = {kind!r}: must be one of {', '.join(sorted(kinds))}")
+    for key in QUANTIZED:
+        if plain.get(key):
+            method = plain[key].get("quant_method") if isinstance(plain[key], Mapping) else plain[key]
+            raise ConfigError(key, method, "quantized weights are not read: take the model in bf16 or fp32", origin)
+    return kinds[kind].read(plain, origin)
+
+
+def _language_model(plain: Mapping[str, Any], known: Known, origin: str) -> Mapping[str, Any]:
+    """The settings of the language model in one that sees images. Whether its head is tied is said outside."""
+    text = plain.get("text_config")
+    if not isinstance(text, Mapping) or not any(plain.get("model_type") in each.inside for each in known.values()):
+        return plain
+    warnings.warn(f"{origin}: read as its language model: the part that sees images is left out", stacklevel=3)
+    outside = ("tie_word_embeddings", *QUANTIZED)
+    return {**text, **{key: plain[key] for key in outside if key in plain}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +234,7 @@ class RopeParameters:
     """
 
     rope_theta: float = 10000.0
-    rope_type: Literal["default", "linear", "yarn"] = "default"
+    rope_type: Literal["default", "linear", "yarn", "llama3"] = "default"
     partial_rotary_factor: float = 1.0
     factor: float | None = None
     original_max_position_embeddings: int | None = None
@@ -214,10 +243,12 @@ class RopeParameters:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     attention_factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
 
     def rope(self, layout: Literal["half", "interleaved"], *, sharpens_softmax: bool = False) -> RopeConfig:
         """Ours. sharpens_softmax: mscale_all_dim scales the softmax too, as in models with latent attention."""
-        scaling: LinearScaling | YarnScaling | None = None
+        scaling: Scaling | None = None
         if self.rope_type == "linear":
             scaling = LinearScaling(factor=self._factor())
         elif self.rope_type == "yarn":
@@ -237,7 +268,18 @@ class RopeParameters:
                     f"rope_parameters.attention_factor = {self.attention_factor}: must be {scaling.attention_factor}, "
                     "which follows from the factor"
                 )
+        elif self.rope_type == "llama3":
+            scaling = Llama3Scaling(
+                factor=self._factor(),
+                original_length=self.original_max_position_embeddings or 0,
+                low_freq_factor=self.low_freq_factor or 0.0,
+                high_freq_factor=self.high_freq_factor or 0.0,
+            )
         return RopeConfig(base=self.rope_theta, layout=layout, scaling=scaling)
+
+    def plain(self) -> dict[str, Any]:
+        """As it stands in a config.json."""
+        return {key: value for key, value in to_plain(self).items() if value is not None}
 
     def _factor(self) -> float:
         return 1.0 if self.factor is None else self.factor
@@ -250,6 +292,15 @@ class RopeParameters:
             return plain
         if isinstance(scaling, LinearScaling):
             return replace(plain, rope_type="linear", factor=scaling.factor)
+        if isinstance(scaling, Llama3Scaling):
+            return replace(
+                plain,
+                rope_type="llama3",
+                factor=scaling.factor,
+                original_max_position_embeddings=scaling.original_length,
+                low_freq_factor=scaling.low_freq_factor,
+                high_freq_factor=scaling.high_freq_factor,
+            )
         return replace(
             plain,
             rope_type="yarn",
@@ -295,6 +346,7 @@ RESOLVED: Mapping[str, Callable[[Any, int], Any]] = {
     "head_v_dim": lambda mixer, width: mixer.head_dims(width)[1],
     "hidden": lambda ffn, width: ffn.hidden_dim(width),
     "expert_hidden": lambda ffn, width: ffn.expert_dim(width),
+    "softmax_scale": lambda mixer, width: mixer.softmax_scale or mixer.heads(width).key ** -0.5,
     "shared_hidden": lambda ffn, width: ffn.shared_hidden or ffn.expert_dim(width),
 }
 

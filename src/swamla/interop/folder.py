@@ -1,7 +1,6 @@
 """Folders as transformers saves them: config.json, *.safetensors, tokenizer.json."""
 
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -80,15 +79,18 @@ class Weights(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path, architecture: Architecture) -> None:
         self.folder, prefix = folder, architecture.prefix
-        files = sorted(folder.glob("*.safetensors"))
+        # Other names are other programs' copies, e.g. Mistral's consolidated.safetensors.
+        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
         if not files:
             pickles = sorted(path.name for path in folder.glob("*.bin"))
             why = f" ({pickles[0]} is a pickle, which is never loaded)" if pickles else ""
             raise UsageError(f"{folder}: has no *.safetensors{why}: save the model with transformers' save_pretrained")
+        # A snapshot of the hub's cache is links to the blobs beside it.
+        inside = folder.resolve().parents[1] if folder.resolve().parent.name == "snapshots" else folder
         self._at: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
         for file in files:
-            for name, entry in read_header(regular_file(file, inside=folder)).items():
-                if name != "__metadata__" and not re.fullmatch(architecture.surplus, name):
+            for name, entry in read_header(regular_file(file, inside=inside)).items():
+                if name != "__metadata__" and not architecture.leaves_out(name):
                     self._at[architecture.newer(name)] = file, name, tuple(entry["shape"])
         if not any(name.startswith(prefix) for name in self._at):
             self._at = {name if name == HEAD else prefix + name: place for name, place in self._at.items()}
@@ -135,7 +137,7 @@ def equal_architecture(config: LanguageModelConfig, to: str = "auto") -> Archite
         if to not in known:
             raise UsageError(f"--to {to}: must be one of auto, {', '.join(sorted(known))}")
         return known[to].equal(config)  # type: ignore[attr-defined]
-    for architecture in sorted(known.values(), key=lambda each: each.has_every_model):  # type: ignore[attr-defined]
+    for architecture in sorted(known.values(), key=lambda each: (each.has_every_model, each.tried_late)):  # type: ignore[attr-defined]
         try:
             return architecture.equal(config)  # type: ignore[attr-defined]
         except Lacks:

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from swamla.errors import require
 from swamla.interop.architecture import Architecture, norm_of
@@ -27,6 +27,7 @@ class Stack(Architecture):
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     gain = staticmethod(same)  # the rule of a norm's gain
+    embedding: ClassVar[str] = "model.embed_tokens.weight"
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
@@ -80,7 +81,7 @@ class Stack(Architecture):
 
     def rules(self) -> Iterator[Rule]:
         """How our weights are made of theirs."""
-        yield same("embedding.weight", "model.embed_tokens.weight")
+        yield same("embedding.weight", self.embedding)
         yield self.gain("norm.weight", "model.norm.weight")
         if not self.tie_word_embeddings:
             yield same("head.weight", "lm_head.weight")

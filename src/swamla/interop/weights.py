@@ -1,5 +1,6 @@
 """How one weight of ours is made of weights of another program, and back: `Rule`, and the kinds that occur."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -49,8 +50,14 @@ def shifted(ours: str, theirs: str, index: Sequence[int] | None = None) -> Rule:
 
 
 def scaled(ours: str, theirs: str, factor: float) -> Rule:
-    """Theirs is ours times a power of two, so that both ways are exact."""
-    return Rule(ours=ours, theirs=(theirs,), join=lambda found: found[0] / factor, split=lambda own: (own * factor,))
+    """Theirs is ours times a factor. Ours is in fp32 at least unless that is exact: by a power of two."""
+    exact = math.frexp(factor)[0] == 0.5
+
+    def join(found: Sequence[Tensor]) -> Tensor:
+        dtype = found[0].dtype
+        return found[0].to(dtype if exact else torch.promote_types(dtype, torch.float32)) / factor
+
+    return Rule(ours=ours, theirs=(theirs,), join=join, split=lambda own: (own * factor,))
 
 
 def rows(ours: str, theirs: Mapping[str, int]) -> Rule:

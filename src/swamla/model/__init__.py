@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from swamla.model.norm import NormConfig as NormConfig
     from swamla.model.norm import RMSNormConfig as RMSNormConfig
     from swamla.model.rope import LinearScaling as LinearScaling
+    from swamla.model.rope import Llama3Scaling as Llama3Scaling
     from swamla.model.rope import RopeConfig as RopeConfig
     from swamla.model.rope import YarnScaling as YarnScaling
     from swamla.model.state import ModelState as ModelState

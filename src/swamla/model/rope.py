@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv 2104.09864) with linear and YaRN (arXiv 2309.00071) context extension."""
+"""Rotary position embedding (arXiv 2104.09864) with context extension: linear, YaRN (arXiv 2309.00071), Llama 3's."""
 
 import math
 from dataclasses import dataclass
@@ -93,6 +93,46 @@ class YarnScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Llama 3.1's: pairs that turn often within the original length are kept, those that turn rarely interpolated.
+
+    Between `low_freq_factor` and `high_freq_factor` rotations the share that is kept rises linearly from 0 to 1.
+    """
+
+    kind: ClassVar[str] = "llama3"
+    factor: float
+    original_length: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        require(self.factor >= 1, "factor", self.factor, "must be >= 1, e.g. 8.0")
+        require(self.original_length > 0, "original_length", self.original_length, "must be > 0, e.g. 8192")
+        ordered = self.high_freq_factor > self.low_freq_factor > 0
+        require(ordered, "high_freq_factor", self.high_freq_factor, "must be > low_freq_factor > 0, e.g. 4")
+
+    @property
+    def attention_factor(self) -> float:
+        """Factor of the cos and sin tables: 1."""
+        return 1.0
+
+    @property
+    def softmax_factor(self) -> float:
+        """Factor of attention's softmax scale: 1."""
+        return 1.0
+
+    def frequencies(self, plain: Tensor, base: float) -> Tensor:
+        """The frequency of each rotated pair, from the unscaled ones."""
+        rotations = self.original_length * plain / (2 * math.pi)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        kept = ((rotations - low) / (high - low)).clamp(0, 1)
+        return plain / self.factor * (1 - kept) + plain * kept
+
+
+Scaling = LinearScaling | YarnScaling | Llama3Scaling
+
+
+@dataclass(frozen=True, kw_only=True)
 class RopeConfig:
     """Which pairs of a head are rotated, and by which angles.
 
@@ -101,7 +141,7 @@ class RopeConfig:
 
     base: float = 10000.0
     layout: Literal["half", "interleaved"] = "half"
-    scaling: LinearScaling | YarnScaling | None = None
+    scaling: Scaling | None = None
 
     def __post_init__(self) -> None:
         require(self.base > 1, "base", self.base, "must be > 1, e.g. 10000")

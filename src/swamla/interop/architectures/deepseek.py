@@ -1,5 +1,6 @@
 """DeepSeek-V3 (arXiv 2412.19437) and V2 (arXiv 2405.04434): latent attention, and experts behind a few dense layers."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
@@ -168,6 +169,12 @@ class LatentStack(Stack):
         yield same(f"{ours}.bias", f"{theirs}.e_score_correction_bias")
 
 
+def predicts_further(name: str, depth: int, further: int) -> bool:
+    """Whether a weight is one of the `further` layers behind `depth` others, which predict tokens after the next."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return layer is not None and depth <= int(layer[1]) < depth + further
+
+
 def latent_rules(ours: str, theirs: str, q_lora_rank: int | None) -> Iterator[Rule]:
     """The weights of `mla`, whose names are DeepSeek's."""
     queries = ("q_a_proj", "q_a_layernorm", "q_b_proj") if q_lora_rank else ("q_proj",)
@@ -178,7 +185,10 @@ def latent_rules(ours: str, theirs: str, q_lora_rank: int | None) -> Iterator[Ru
 @register
 @dataclass(frozen=True, kw_only=True)
 class DeepseekV3(LatentStack):
-    """DeepSeek-V3: sigmoid scores, groups by the sum of their two best experts, a balancing bias."""
+    """DeepSeek-V3: sigmoid scores, groups by the sum of their two best experts, a balancing bias.
+
+    num_nextn_predict_layers: layers behind the others that predict further tokens; they are not read.
+    """
 
     kind: ClassVar[str] = "deepseek_v3"
     class_name: ClassVar[str] = "DeepseekV3ForCausalLM"
@@ -187,18 +197,22 @@ class DeepseekV3(LatentStack):
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
     }
-    surplus: ClassVar[str] = rf"{LatentStack.surplus}|model\.layers\.\d+\.(eh_proj|enorm|hnorm|shared_head)\..*"
     q_lora_rank: int | None = 1536
     n_group: int | None = 8
     topk_group: int | None = 4
     routed_scaling_factor: float = 2.5
     first_k_dense_replace: int = 3
     rope_interleave: bool = True
+    num_nextn_predict_layers: int = 0
 
     @property
     def interleaved(self) -> bool:
         """As the config says."""
         return self.rope_interleave
+
+    def leaves_out(self, name: str) -> bool:
+        """Also layers that predict further tokens."""
+        return super().leaves_out(name) or predicts_further(name, self.num_hidden_layers, self.num_nextn_predict_layers)
 
     @classmethod
     def details(cls, mla: MLAConfig) -> dict[str, Any]:

@@ -197,10 +197,15 @@ class KimiLinear(Stack):
 
     def mixer_rules(self, kind: str, ours: str, theirs: str) -> Iterator[Rule]:
         """The weights of one mixer."""
-        theirs = f"{theirs}.self_attn"
-        if kind.startswith("full_attention"):
-            yield from latent_rules(ours, theirs, self.q_lora_rank)
-            return
+        rules = self.mla_rules if kind.startswith("full_attention") else self.kda_rules
+        return rules(ours, f"{theirs}.self_attn")
+
+    def mla_rules(self, ours: str, theirs: str) -> Iterator[Rule]:
+        """The weights of `mla`."""
+        return latent_rules(ours, theirs, self.q_lora_rank)
+
+    def kda_rules(self, ours: str, theirs: str) -> Iterator[Rule]:
+        """The weights of `kda`."""
         head, heads = self.linear_head_dim, self.linear_num_heads
         sizes = dict.fromkeys(("q", "k", "v"), head * heads)
         yield rows(

@@ -214,13 +214,16 @@ class Ministral(LlamaLike):
     @classmethod
     def details(cls, config: LanguageModelConfig) -> dict[str, Any]:
         """The window, and which layers have it."""
-        local = [isinstance(block.mixer, SWAConfig) for block in config.layers]
-        window = mixer_of(cls.kind, config, SWAConfig).window if any(local) else None
-        return {
-            **super().details(config),
-            "sliding_window": window,
-            "layer_types": tuple("sliding_attention" if each else "full_attention" for each in local),
-        }
+        return {**super().details(config), **windows_of(config)}
+
+
+def windows_of(config: LanguageModelConfig) -> dict[str, Any]:
+    """The window of a model of ours, None without one, and which layers have it."""
+    windows = [block.mixer.window if isinstance(block.mixer, SWAConfig) else None for block in config.layers]
+    return {
+        "sliding_window": next((window for window in windows if window), None),
+        "layer_types": tuple("sliding_attention" if window else "full_attention" for window in windows),
+    }
 
 
 @register
@@ -232,6 +235,7 @@ class Qwen2(LlamaLike):
     class_name: ClassVar[str] = "Qwen2ForCausalLM"
     qkv_bias: ClassVar[bool] = True
     fixed: ClassVar[Mapping[str, Any]] = {"use_sliding_window": False}
+    harmless: ClassVar[frozenset[str]] = frozenset({"sliding_window"})  # of no layer
     layer_types: tuple[Literal["full_attention"], ...] = ()
 
     @classmethod
@@ -248,6 +252,7 @@ class Qwen3(LlamaLike):
     kind: ClassVar[str] = "qwen3"
     class_name: ClassVar[str] = "Qwen3ForCausalLM"
     fixed: ClassVar[Mapping[str, Any]] = {"use_sliding_window": False, "attention_bias": False}
+    harmless: ClassVar[frozenset[str]] = frozenset({"sliding_window"})  # of no layer
     layer_types: tuple[Literal["full_attention"], ...] = ()
     head_dim: int | None = 128
 

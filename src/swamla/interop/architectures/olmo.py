@@ -1,19 +1,23 @@
-"""OLMo 2 and OLMo Hybrid: norms behind attention and FFN, queries and keys normalised over all heads together."""
+"""OLMo 2, 3 and Hybrid: norms behind attention and FFN, queries and keys normalised over all heads together."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
-from swamla.interop.architecture import mixer_of
-from swamla.interop.architectures.llama import LlamaLike
+from swamla.errors import ConfigError
+from swamla.interop.architecture import RopeParameters, mixer_of, rope_in_one_place
+from swamla.interop.architectures.llama import LayerType, LlamaLike, windows_of
 from swamla.interop.stack import delta_rules
 from swamla.interop.weights import Rule, rows, same
 from swamla.model.block import BlockConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
+from swamla.model.mixers.mha import MHAConfig
+from swamla.model.mixers.swa import SWAConfig
 from swamla.registry import register
 
 Kind = Literal["linear_attention", "full_attention"]
+OLMO3_BASE = 500000.0  # of positions, where the config.json does not say
 
 
 @register
@@ -44,6 +48,94 @@ class Olmo2(LlamaLike):
         yield from super().mixer_rules(kind, ours, theirs)
         for norm in ("q_norm", "k_norm"):
             yield same(f"{ours}.{norm}.weight", f"{theirs}.self_attn.{norm}.weight")
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Olmo3(Olmo2):
+    """OLMo 3: layers that see a window and layers that see all tokens, each kind with positions of its own.
+
+    rope_parameters: of layers that see all tokens; the config.json has both under this name.
+    sliding_rope_parameters: of layers with a window.
+    """
+
+    kind: ClassVar[str] = "olmo3"
+    class_name: ClassVar[str] = "Olmo3ForCausalLM"
+    sliding_window: int | None = 4096
+    layer_types: tuple[LayerType, ...]
+    rope_parameters: RopeParameters = field(default_factory=lambda: RopeParameters(rope_theta=OLMO3_BASE))
+    sliding_rope_parameters: RopeParameters = field(default_factory=lambda: RopeParameters(rope_theta=OLMO3_BASE))
+
+    @classmethod
+    def example(cls) -> Self:
+        """One layer of each kind."""
+        return cls(
+            vocab_size=96,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            sliding_window=7,
+            layer_types=("sliding_attention", "full_attention"),
+            sliding_rope_parameters=RopeParameters(rope_theta=1e4),
+        )
+
+    @classmethod
+    def modern(cls, plain: Mapping[str, Any]) -> dict[str, Any]:
+        """With the kinds of layers. Older files have one base for both, and scale positions only without a window."""
+        depth, given = int(plain.get("num_hidden_layers") or 0), plain.get("rope_parameters") or {}
+        if given.keys() - {"full_attention", "sliding_attention"}:
+            raise ConfigError("rope_parameters", given, "must be a table of full_attention and sliding_attention")
+        types = [f"{'full' if (i + 1) % 4 == 0 else 'sliding'}_attention" for i in range(depth)]
+        plain = {"rope_theta": OLMO3_BASE, "layer_types": types, **{k: v for k, v in plain.items() if v is not None}}
+        full = given.get("full_attention") or plain.get("rope_scaling") or {}
+        ropes = [
+            rope_in_one_place({**plain, "rope_scaling": None, "rope_parameters": rope})["rope_parameters"]
+            for rope in (full, given.get("sliding_attention") or {})
+        ]
+        return {**plain, "rope_parameters": ropes[0], "sliding_rope_parameters": ropes[1]}
+
+    def plain(self) -> dict[str, Any]:
+        """The config.json, with the positions of both kinds in one place."""
+        found = super().plain()
+        del found["sliding_rope_parameters"]
+        ropes = {"full_attention": self.rope_parameters, "sliding_attention": self.sliding_rope_parameters}
+        return {**found, "rope_parameters": {kind: rope.plain() for kind, rope in ropes.items()}}
+
+    @property
+    def layer_kinds(self) -> Sequence[str]:
+        """As the config says."""
+        return self.layer_types
+
+    @property
+    def window(self) -> int:
+        """Tokens that a layer of sliding attention sees."""
+        return self.sliding_window or 0
+
+    def block(self, kind: str) -> tuple[str, BlockConfig]:
+        """A layer with the positions of its kind."""
+        name, block = super().block(kind)
+        if kind == "full_attention":
+            return name, block
+        assert isinstance(block.mixer, SWAConfig)
+        return name, replace(block, mixer=replace(block.mixer, rope=self.sliding_rope_parameters.rope("half")))
+
+    @classmethod
+    def of(cls, config: LanguageModelConfig) -> Self:
+        """The one that has the settings of a model of ours, as far as it has them."""
+        found = super().of(config)
+        mixers = [block.mixer for block in config.layers]
+        ropes = {type(mixer): mixer.rope for mixer in mixers if isinstance(mixer, MHAConfig) and mixer.rope}
+        full, sliding = (
+            RopeParameters.of(ropes[kind]) if kind in ropes else found.rope_parameters
+            for kind in (MHAConfig, SWAConfig)
+        )
+        return replace(found, rope_parameters=full, sliding_rope_parameters=sliding)
+
+    @classmethod
+    def details(cls, config: LanguageModelConfig) -> dict[str, Any]:
+        """The window, and which layers have it."""
+        return {**super().details(config), **windows_of(config)}
 
 
 @register

@@ -1,18 +1,13 @@
-"""Qwen's hybrids of gated DeltaNet and gated attention: Qwen3.5 (text) and Qwen3-Next."""
+"""Qwen's hybrids of gated DeltaNet and gated attention; Qwen3.5 (text). Qwen3-Next, with experts: qwen_moe.py."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-import torch
-
-from swamla.interop.architecture import RopeParameters, ffn_of, mixer_of, rope_in_one_place
+from swamla.interop.architecture import RopeParameters, mixer_of, rope_in_one_place
 from swamla.interop.architectures.llama import LlamaLike
-from swamla.interop.stack import dense_hidden, expert_rules, swiglu_rules
-from swamla.interop.weights import Rule, constant, convolution, gathered, reshaped, rows, same, scaled, shifted
+from swamla.interop.weights import Rule, convolution, gathered, rows, same, scaled, shifted
 from swamla.model.block import BlockConfig
-from swamla.model.ffns.dense import DenseConfig
-from swamla.model.ffns.moe import MoEConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.model.mixers.mha import MHAConfig
@@ -181,102 +176,5 @@ class Qwen3_5(QwenHybrid):
 
     kind: ClassVar[str] = "qwen3_5_text"
     class_name: ClassVar[str] = "Qwen3_5ForCausalLM"
-
-
-@register
-@dataclass(frozen=True, kw_only=True)
-class Qwen3Next(QwenHybrid):
-    """Qwen3-Next: softmax-routed experts and a gated shared one, but in mlp_only_layers."""
-
-    kind: ClassVar[str] = "qwen3_next"
-    class_name: ClassVar[str] = "Qwen3NextForCausalLM"
-    moe_intermediate_size: int = 512
-    shared_expert_intermediate_size: int = 512
-    num_experts_per_tok: int = 10
-    num_experts: int = 512
-    norm_topk_prob: bool = True
-    decoder_sparse_step: int = 1
-    mlp_only_layers: tuple[int, ...] = ()
-
-    @classmethod
-    def example(cls) -> Self:
-        """One layer of each kind, the second with a dense FFN."""
-        return replace(
-            super().example(),
-            moe_intermediate_size=16,
-            shared_expert_intermediate_size=24,
-            num_experts_per_tok=2,
-            num_experts=4,
-            mlp_only_layers=(1,),
-        )
-
-    @property
-    def layer_kinds(self) -> Sequence[str]:
-        """The kind of every layer: of its mixer, and of its FFN."""
-        return [f"{kind} {self._ffn_kind(index)}" for index, kind in enumerate(self.layer_types)]
-
-    def _ffn_kind(self, index: int) -> Sparse:
-        dense = index in self.mlp_only_layers or (index + 1) % self.decoder_sparse_step
-        return "dense" if dense or not self.num_experts else "sparse"
-
-    def experts(self) -> MoEConfig:
-        """The FFN of the layers that are not dense."""
-        return MoEConfig(
-            n_experts=self.num_experts,
-            n_activated=self.num_experts_per_tok,
-            expert_hidden=self.moe_intermediate_size,
-            shared_hidden=self.shared_expert_intermediate_size,
-            shared_gate="sigmoid",
-            score="softmax",
-            normalise=self.norm_topk_prob,
-        )
-
-    def block(self, kind: str) -> tuple[str, BlockConfig]:
-        """A mixer with a dense FFN or with experts."""
-        mixer, ffn = kind.split()
-        name, block = super().block(mixer)
-        return (f"{name}_dense", block) if ffn == "dense" else (name, replace(block, ffn=self.experts()))
-
-    @classmethod
-    def ffn_details(cls, config: LanguageModelConfig) -> dict[str, Any]:
-        """The settings of dense FFNs and of experts."""
-        moe = ffn_of(cls.kind, config, MoEConfig)
-        width, shared = config.width, moe.shared_config(config.width)
-        return {
-            "intermediate_size": dense_hidden(config) or 1,
-            "moe_intermediate_size": moe.expert_dim(width),
-            "shared_expert_intermediate_size": shared.hidden_dim(width) if shared else 1,
-            "num_experts_per_tok": moe.n_activated,
-            "num_experts": moe.n_experts,
-            "norm_topk_prob": moe.normalise,
-            "mlp_only_layers": tuple(i for i, block in enumerate(config.layers) if isinstance(block.ffn, DenseConfig)),
-        }
-
-    def mixer_rules(self, kind: str, ours: str, theirs: str) -> Iterator[Rule]:
-        """The weights of one mixer."""
-        return super().mixer_rules(kind.split()[0], ours, theirs)
-
-    def gdn_projections(self, ours: str, theirs: str) -> Iterator[Rule]:
-        """Theirs have, for each key head in turn, query, key, its values and gates; and its β and α."""
-        key, value, groups = self.linear_key_head_dim, self.linear_value_head_dim, self.linear_num_key_heads
-        heads = self.linear_num_value_heads // groups
-        sizes = [key, key, heads * value, heads * value]
-        whole = sum(sizes)
-        starts = [sum(sizes[:part]) for part in range(4)]
-        index = [g * whole + starts[part] + i for part in range(4) for g in range(groups) for i in range(sizes[part])]
-        yield gathered(f"{ours}.qkvz_proj.weight", {f"{theirs}.in_proj_qkvz.weight": whole * groups}, index)
-        index = [g * 2 * heads + part * heads + i for part in range(2) for g in range(groups) for i in range(heads)]
-        yield gathered(f"{ours}.ba_proj.weight", {f"{theirs}.in_proj_ba.weight": 2 * heads * groups}, index)
-
-    def ffn_rules(self, kind: str, ours: str, theirs: str) -> Iterator[Rule]:
-        """The weights of one FFN; the router has no bias."""
-        if kind.endswith(" dense"):
-            yield from super().ffn_rules(kind, ours, theirs)
-            return
-        theirs = f"{theirs}.mlp"
-        yield same(f"{ours}.router.weight", f"{theirs}.gate.weight")
-        yield constant(f"{ours}.router.bias", torch.zeros(self.num_experts))
-        yield from expert_rules(f"{ours}.experts", f"{theirs}.experts", self.num_experts)
-        yield from swiglu_rules(f"{ours}.shared", f"{theirs}.shared_expert", self.shared_expert_intermediate_size)
-        gate, width = f"{theirs}.shared_expert_gate.weight", self.hidden_size
-        yield reshaped(f"{ours}.shared_gate", gate, own=(width,), their=(1, width))
+    inside: ClassVar[tuple[str, ...]] = ("qwen3_5",)
+    renamed: ClassVar[Mapping[str, str]] = {r"^model\.language_model\.": "model."}

@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values from one latent."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ class MLAConfig(SoftmaxConfig):
     v_head_dim: width of a value head.
     rope: rotary positions, or none: the rotary part is then a shared part of the keys that is not rotated, as in Kimi
         Linear (arXiv 2510.26692), whose other layers see the order of tokens.
+    gate: of each head's output, before the output projection: none; or head, the sigmoid of one number for each head,
+        a projection of the mixer's input, as in Ling 3.0.
     norm_eps: added to the mean square by the latents' norms.
     backend: auto, reference, torch, tiles, sdpa, or on CUDA flex, flash or cudnn.
     """
@@ -54,6 +56,7 @@ class MLAConfig(SoftmaxConfig):
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
     rope: RopeConfig | None = field(default_factory=RopeConfig)
+    gate: Literal["none", "head"] = "none"
     norm_eps: float = 1e-6
     backend: str = "auto"
 
@@ -82,6 +85,7 @@ class MLAConfig(SoftmaxConfig):
         rope_dim, wanted = self.qk_rope_head_dim, "must be > 0" if self.rope is None else "must be even and > 0"
         fits = rope_dim > 0 and (rope_dim % 2 == 0 or self.rope is None)
         require(fits, "qk_rope_head_dim", rope_dim, f"{wanted}, e.g. 64")
+        require(self.gate in ("none", "head"), "gate", self.gate, "must be one of none, head")
         require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be > 0, e.g. 1e-6")
 
     @property
@@ -103,7 +107,8 @@ class MLAConfig(SoftmaxConfig):
         queries = self.q_lora_rank * (width + q_dim) if self.q_lora_rank else width * q_dim
         latent = width * (self.kv_lora_rank + self.qk_rope_head_dim)
         expansion = self.kv_lora_rank * self.n_heads * (self.qk_nope_head_dim + self.v_head_dim)
-        return queries + latent + expansion + self.n_heads * self.v_head_dim * width
+        gate = self.n_heads * width if self.gate == "head" else 0
+        return queries + latent + expansion + gate + self.n_heads * self.v_head_dim * width
 
     def n_parameters(self, width: int) -> int:
         """Parameters of the module; ConfigError where a rank is larger than the width it compresses."""
@@ -146,6 +151,8 @@ class MLA(SoftmaxMixer[MLAState]):
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.norm_eps)
         expanded = config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, expanded, bias=False)
+        if config.gate == "head":
+            self.g_proj = nn.Linear(width, config.n_heads, bias=False)
         self.o_proj = nn.Linear(config.n_heads * config.v_head_dim, width, bias=False)
         self.min_to_expand = min_tokens_to_expand(config.kv_lora_rank, config.qk_nope_head_dim + config.v_head_dim)
 
@@ -182,11 +189,16 @@ class MLA(SoftmaxMixer[MLAState]):
         k_nope, v = kv.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
         return torch.cat((k_nope, k_rope_BT1K.expand(-1, -1, config.n_heads, -1).to(k_nope.dtype)), dim=-1), v
 
+    def output(self, o_BTHV: Tensor, x_BTD: Tensor) -> Tensor:
+        """The output projection of the heads' outputs, gated by σ(W x) if the config has a gate."""
+        if self.config.gate == "head":
+            o_BTHV = o_BTHV * self.g_proj(x_BTD).sigmoid().unsqueeze(-1)
+        return self.o_proj(o_BTHV.flatten(2))
+
     def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
         q = self.queries(x_BTD, seq)
         k, v = self.expand(*self.compress(x_BTD, seq))
-        o = causal_attention(q, k, v, seq, scale=self.scale, backend=self.config.backend)
-        return self.o_proj(o.flatten(2))
+        return self.output(causal_attention(q, k, v, seq, scale=self.scale, backend=self.config.backend), x_BTD)
 
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> MLAState:
         per_token = self.config.kv_lora_rank + self.config.qk_rope_head_dim
@@ -194,17 +206,18 @@ class MLA(SoftmaxMixer[MLAState]):
 
     def step(self, x_BTD: Tensor, state: MLAState, seq: Layout) -> Tensor:
         config = self.config
-        q_nope, q_rope, latent, k_rope = self.project(without_padding(x_BTD, seq), seq)
+        x_BTD = without_padding(x_BTD, seq)
+        q_nope, q_rope, latent, k_rope = self.project(x_BTD, seq)
         append(state.latent_BSR, torch.cat((latent, k_rope.squeeze(2).to(latent.dtype)), dim=-1), seq)
         if seq.past is not None and x_BTD.shape[1] >= self.min_to_expand:
             cached = state.latent_BSR[:, : seq.end].to(q_nope.dtype)
             k, v = self.expand(cached[..., : config.kv_lora_rank], cached[..., None, config.kv_lora_rank :])
             q = torch.cat((q_nope, q_rope), dim=-1)
             o = cached_causal_attention(q, k, v, seq, scale=self.scale, backend=config.backend)
-            return self.o_proj(o.flatten(2))
+            return self.output(o, x_BTD)
         # W_kb and W_vb, (H, nope, R) and (H, V, R): scores = (W_kbᵀ q) · c and outputs = W_vb (Σ p c).
         w_HXR = matrix_of(self.kv_b_proj).unflatten(0, (config.n_heads, -1)).to(q_nope.dtype)
         w_kb, w_vb = w_HXR.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
         q = torch.cat((absorb(q_nope, w_kb), q_rope), dim=-1)
         o = attend_to_latents(q, state.latent_BSR, seq.end, causal_mask(seq), scale=self.scale)
-        return self.o_proj(absorb(o[..., : config.kv_lora_rank], w_vb.mT).flatten(2))
+        return self.output(absorb(o[..., : config.kv_lora_rank], w_vb.mT), x_BTD)
