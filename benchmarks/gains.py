@@ -2,6 +2,7 @@
 
     python -m benchmarks.gains gains            # about two hours of two cores; interrupted, the same command goes on
     python -m benchmarks.gains mup --jobs 1
+    python -m benchmarks.gains gains --arms rows momentum    # those arms, and the first
     python -m benchmarks.gains gains --table    # only print what was measured
 
 Every run is a `swamla train` of one thread, whose flags are in its row. Differences are paired by seed, which decides
@@ -172,6 +173,9 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gains", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument(
+        "--arms", nargs="+", default=[""], help="only those whose name has one of these words, and the first"
+    )
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--output", type=Path, help="JSON lines; by default benchmarks/results/NAME-DATE.jsonl")
     options = parser.parse_args(argv)
@@ -179,7 +183,10 @@ def main(argv: Sequence[str]) -> int:
     file = options.output or RESULTS / f"{options.experiment}-{datetime.now(UTC):%Y-%m-%d}.jsonl"
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
     have = {(row["arm"], row["width"], row["seed"]) for row in rows}
-    missing = [] if options.table else [job for job in jobs_of(experiment) if job.key not in have]
+    first = next(iter(experiment.arms))
+    wanted = {arm for arm in experiment.arms if arm == first or any(word in arm for word in options.arms)}
+    jobs = [job for job in jobs_of(experiment) if job.arm in wanted and job.key not in have]
+    missing = [] if options.table else jobs
     with ThreadPoolExecutor(options.jobs) as pool, file.open("a", encoding="utf-8") as out:
         for row in pool.map(lambda job: run(job, experiment.recipe), missing):
             rows.append(row | {"processor": processor()})
