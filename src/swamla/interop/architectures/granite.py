@@ -114,8 +114,9 @@ class GraniteSWA(Granite):
         name, block = super().block(sees)
         rope = replace(self.rope_parameters, rope_theta=float(base)).rope("half") if float(base) else None
         assert isinstance(block.mixer, MHAConfig)
-        first = next(each.split()[1] for each in self.layer_kinds if each.split()[0] == sees)
-        name = name if base == first else f"{name}_{base}" if float(base) else f"{name}_nope"
+        alike = [each for each in dict.fromkeys(self.layer_kinds) if each.split()[0] == sees]
+        number = alike.index(kind) + 1
+        name = name if number == 1 else f"{name}_{number}"
         return name, replace(block, mixer=replace(block.mixer, rope=rope, sink_logit=True))
 
     @classmethod
