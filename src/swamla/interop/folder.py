@@ -13,9 +13,9 @@ from torch import Tensor
 
 from swamla.config import load_json
 from swamla.data.tokenizer import Tokenizer
-from swamla.errors import CorruptError, SwamlaError, UsageError
+from swamla.errors import ConfigError, CorruptError, SwamlaError, UsageError
 from swamla.files import as_new_file, fsync, regular_file
-from swamla.interop.architecture import Architecture, Lacks, architecture_of
+from swamla.interop.architecture import Architecture, architecture_of
 from swamla.interop.tokenizer import save_tokenizer
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.registry import members_of
@@ -140,7 +140,7 @@ def equal_architecture(config: LanguageModelConfig, to: str = "auto") -> Archite
     for architecture in sorted(known.values(), key=lambda each: (each.has_every_model, each.tried_late)):  # type: ignore[attr-defined]
         try:
             return architecture.equal(config)  # type: ignore[attr-defined]
-        except Lacks:
+        except (ConfigError, UsageError):  # `Lacks`, or a check of what would be equal there
             continue
     raise AssertionError("the last has every model")
 
