@@ -227,7 +227,11 @@ class DeepseekV2(LatentStack):
 
     kind: ClassVar[str] = "deepseek_v2"
     class_name: ClassVar[str] = "DeepseekV2ForCausalLM"
-    fixed: ClassVar[Mapping[str, Any]] = {**LatentStack.fixed, "scoring_func": "softmax"}
+    fixed: ClassVar[Mapping[str, Any]] = {
+        **LatentStack.fixed,
+        "scoring_func": "softmax",
+        "norm_topk_prob": False,  # transformers never normalises; DeepSeek's own code then leaves the scale out
+    }
     q_lora_rank: int | None = 1536
     num_experts_per_tok: int = 6
     n_routed_experts: int = 64
@@ -241,6 +245,7 @@ class DeepseekV2(LatentStack):
         return replace(
             super().experts(),
             score="softmax",
+            normalise=False,
             groups=(limited and self.n_group) or 1,
             groups_used=(limited and self.topk_group) or 1,
             group_score="max",
@@ -250,7 +255,7 @@ class DeepseekV2(LatentStack):
     def expert_details(cls, moe: MoEConfig, width: int) -> dict[str, Any]:
         """The settings of the experts."""
         method = "greedy" if moe.groups == 1 else "group_limited_greedy"
-        return {**super().expert_details(moe, width), "topk_method": method}
+        return {**super().expert_details(moe, width), "topk_method": method, "norm_topk_prob": False}
 
     def router_rules(self, ours: str, theirs: str) -> Iterator[Rule]:
         """The router's weights; its bias is 0."""
