@@ -1,6 +1,7 @@
 """Which architecture equals a model of ours, and which settings of a config.json are read, refused or left out."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -57,3 +58,28 @@ def test_deepseek_v2_never_normalises_the_weights_of_experts() -> None:
     plain = members_of(Architecture)["deepseek_v2"].example().plain()
     with pytest.raises(ConfigError, match="norm_topk_prob = True"):
         architecture_of(plain | {"norm_topk_prob": True}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("kind", "hub"),
+    [
+        ("llama", {"rope_theta": 5e5, "rope_scaling": None, "pretraining_tp": 1, "eos_token_id": [1, 2]}),
+        ("mistral", {"sliding_window": None, "rope_theta": 1e6, "torch_dtype": "bfloat16"}),
+        ("qwen2", {"sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 28, "use_mrope": False}),
+        ("qwen3", {"sliding_window": 4096, "use_sliding_window": False, "rope_scaling": None}),
+        ("qwen3_next", {"full_attention_interval": 4, "partial_rotary_factor": 0.25, "use_sliding_window": False}),
+        (
+            "qwen3_5_text",
+            {"full_attention_interval": 4, "attn_output_gate": True, "mamba_ssm_dtype": "float32"}
+            | {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False, "mlp_only_layers": []},
+        ),
+        ("deepseek_v2", {"aux_loss_alpha": 0.001, "seq_aux": True, "ep_size": 1, "moe_layer_freq": 1}),
+        ("deepseek_v3", {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "ep_size": 1, "head_dim": 64}),
+        ("olmo2", {"attention_bias": False, "pad_token_id": 3, "rope_scaling": None}),
+    ],
+)
+def test_a_setting_that_the_hub_writes_and_that_changes_nothing_is_no_warning(
+    kind: str, hub: dict[str, Any], recwarn: pytest.WarningsRecorder
+) -> None:
+    architecture_of(members_of(Architecture)[kind].example().plain() | hub, "config.json")
+    assert [str(warning.message) for warning in recwarn] == []

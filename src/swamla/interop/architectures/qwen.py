@@ -28,6 +28,16 @@ class QwenHybrid(LlamaLike):
     fixed: ClassVar[Mapping[str, Any]] = {"attention_bias": False, "attn_output_gate": True}
     unwritten: ClassVar[frozenset[str]] = frozenset({"ungated"})
     surplus: ClassVar[str] = rf"{LlamaLike.surplus}|mtp\..*|model\.visual\..*"
+    # Read by `modern`, or of the layers that predict further tokens and of other programs' recurrence.
+    harmless: ClassVar[frozenset[str]] = frozenset(
+        {
+            "full_attention_interval",
+            "mamba_ssm_dtype",
+            "mtp_num_hidden_layers",
+            "mtp_use_dedicated_embeddings",
+            "partial_rotary_factor",
+        }
+    )
     gain = staticmethod(shifted)
     head_dim: int | None = 256
     linear_conv_kernel_dim: int = 4
