@@ -12,6 +12,7 @@ from swamla.model.block import BlockConfig
 from swamla.model.ffns.moe import MoEConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
+from swamla.model.mixers.kda import KDAConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mla import MLAConfig
 from swamla.model.rope import RopeConfig, YarnScaling
@@ -83,3 +84,20 @@ def test_a_setting_that_the_hub_writes_and_that_changes_nothing_is_no_warning(
 ) -> None:
     architecture_of(members_of(Architecture)[kind].example().plain() | hub, "config.json")
     assert [str(warning.message) for warning in recwarn] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks"),
+    [
+        ("llama", [BlockConfig(mixer=MHAConfig(n_heads=2, rope_dim=32, softmax_scale=32**-0.5))]),
+        (
+            "kimi_linear",
+            [
+                BlockConfig(mixer=KDAConfig(n_heads=2, decay_rank=32, norm_eps=1e-6)),
+                BlockConfig(mixer=replace(MLA, rope=None)),
+            ],
+        ),
+    ],
+)
+def test_a_setting_at_the_value_that_it_has_by_default_is_none_that_is_lacking(kind, blocks) -> None:
+    assert equal_architecture(model_of(*blocks)).kind == kind

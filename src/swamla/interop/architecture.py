@@ -346,6 +346,8 @@ RESOLVED: Mapping[str, Callable[[Any, int], Any]] = {
     "head_v_dim": lambda mixer, width: mixer.head_dims(width)[1],
     "hidden": lambda ffn, width: ffn.hidden_dim(width),
     "expert_hidden": lambda ffn, width: ffn.expert_dim(width),
+    "decay_rank": lambda mixer, width: mixer.decay_dims(width)[0],
+    "rope_dim": lambda mixer, width: mixer.rope_dim or (mixer.rope and mixer.key_dim(width)),
     "softmax_scale": lambda mixer, width: mixer.softmax_scale or mixer.heads(width).key ** -0.5,
     "shared_hidden": lambda ffn, width: ffn.shared_hidden or ffn.expert_dim(width),
 }
