@@ -304,8 +304,14 @@ CASES = {
         },
     ),
     "olmo_hybrid": Case(config="OlmoHybridConfig", settings={**SHAPE, **GDN, "linear_num_key_heads": 4}),
-    "olmo_hybrid, β up to 1": Case(
-        config="OlmoHybridConfig", settings={**GROUPED, **GDN, "linear_allow_neg_eigval": False}
+    "olmo_hybrid, β up to 1, no positions": Case(
+        config="OlmoHybridConfig",
+        settings={
+            **GROUPED,
+            **GDN,
+            "linear_allow_neg_eigval": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": None},
+        },
     ),
 }
 

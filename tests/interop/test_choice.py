@@ -101,3 +101,10 @@ def test_a_setting_that_the_hub_writes_and_that_changes_nothing_is_no_warning(
 )
 def test_a_setting_at_the_value_that_it_has_by_default_is_none_that_is_lacking(kind, blocks) -> None:
     assert equal_architecture(model_of(*blocks)).kind == kind
+
+
+@pytest.mark.parametrize("kind", ["llama", "olmo2", "deepseek_v3"])
+def test_positions_without_a_base_are_refused_where_an_architecture_always_has_positions(kind: str) -> None:
+    plain = members_of(Architecture)[kind].example().plain() | {"rope_parameters": {"rope_theta": None}}
+    with pytest.raises(ConfigError, match=r"rope_parameters\.rope_theta = None: must be a number"):
+        architecture_of(plain, "config.json").language_model()

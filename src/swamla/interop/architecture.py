@@ -188,7 +188,9 @@ class Architecture(Registered, home="swamla.interop.architectures"):
         for name in ("kind", *self.unwritten, *(name for name, value in found.items() if value == [])):
             found.pop(name, None)
         if "rope_parameters" in found:
-            found["rope_parameters"] = {k: v for k, v in found["rope_parameters"].items() if v is not None}
+            found["rope_parameters"] = {
+                k: v for k, v in found["rope_parameters"].items() if v is not None or k == "rope_theta"
+            }
         return found
 
 
@@ -230,10 +232,11 @@ def _language_model(plain: Mapping[str, Any], known: Known, origin: str) -> Mapp
 class RopeParameters:
     """Rotary positions as a config.json describes them.
 
+    rope_theta: None, where an architecture allows it, for no positions.
     partial_rotary_factor: share of a head that is rotated.
     """
 
-    rope_theta: float = 10000.0
+    rope_theta: float | None = 10000.0
     rope_type: Literal["default", "linear", "yarn", "llama3"] = "default"
     partial_rotary_factor: float = 1.0
     factor: float | None = None
@@ -248,6 +251,8 @@ class RopeParameters:
 
     def rope(self, layout: Literal["half", "interleaved"], *, sharpens_softmax: bool = False) -> RopeConfig:
         """Ours. sharpens_softmax: mscale_all_dim scales the softmax too, as in models with latent attention."""
+        if self.rope_theta is None:
+            raise ConfigError("rope_parameters.rope_theta", None, "must be a number, e.g. 10000.0")
         scaling: Scaling | None = None
         if self.rope_type == "linear":
             scaling = LinearScaling(factor=self._factor())

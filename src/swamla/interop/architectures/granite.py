@@ -99,7 +99,8 @@ class GraniteSWA(Granite):
         """The kind of every layer: what it sees, and the base of its positions."""
         depth = self.num_hidden_layers
         types = self.layer_types or [f"{'sliding' if i % 4 else 'full'}_attention" for i in range(depth)]
-        bases = [float(base) for base in self.layer_rope_theta or (self.rope_parameters.rope_theta,) * depth]
+        base = self.rope_parameters.rope_theta or 0.0
+        bases = [float(each) for each in self.layer_rope_theta or (base,) * depth]
         require(len(types) == len(bases), "layer_rope_theta", len(bases), f"must have {len(types)} numbers")
         return [f"{kind} {base}" for kind, base in zip(types, bases, strict=True)]
 

@@ -16,6 +16,7 @@ from swamla.model.ffns.ffn import FFNConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.swa import SWAConfig
+from swamla.model.rope import RopeConfig
 from swamla.registry import register
 
 LayerType = Literal["full_attention", "sliding_attention"]
@@ -32,6 +33,7 @@ class LlamaLike(Stack):
     rope_parameters: RopeParameters = field(default_factory=RopeParameters)
     qkv_bias: ClassVar[bool] = False
     o_bias: ClassVar[bool] = False
+    without_rope: ClassVar[RopeParameters] = RopeParameters()  # nearest to a model of ours that has no rotary positions
 
     @classmethod
     def example(cls) -> Self:
@@ -69,13 +71,18 @@ class LlamaLike(Stack):
         """Width of a head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
+    @property
+    def rope(self) -> RopeConfig | None:
+        """Rotary positions."""
+        return self.rope_parameters.rope("half")
+
     def attention(self) -> dict[str, Any]:
         """The settings that mixers of both kinds share."""
         return {
             "n_heads": self.num_attention_heads,
             "n_kv_heads": None if self.kv_heads == self.num_attention_heads else self.kv_heads,
             "head_dim": None if self.head_width * self.num_attention_heads == self.hidden_size else self.head_width,
-            "rope": self.rope_parameters.rope("half"),
+            "rope": self.rope,
             "bias": self.qkv_bias,
         }
 
@@ -96,7 +103,7 @@ class LlamaLike(Stack):
         if mixer is None:
             raise Lacks(cls.kind, f"blocks.{config.pattern[0]}.mixer.kind", config.layers[0].mixer.kind, "mha or swa")
         head = mixer.key_dim(config.width)
-        rope = RopeParameters()
+        rope = cls.without_rope
         if mixer.rope is not None:
             rope = RopeParameters.of(mixer.rope, partial=(mixer.rope_dim or head) / head)
         return cls(

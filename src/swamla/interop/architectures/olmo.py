@@ -14,6 +14,7 @@ from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.swa import SWAConfig
+from swamla.model.rope import RopeConfig
 from swamla.registry import register
 
 Kind = Literal["linear_attention", "full_attention"]
@@ -141,7 +142,10 @@ class Olmo3(Olmo2):
 @register
 @dataclass(frozen=True, kw_only=True)
 class OlmoHybrid(Olmo2):
-    """OLMo Hybrid: OLMo 2's attention, and gated DeltaNet with β up to 2 and norms before mixer and FFN."""
+    """OLMo Hybrid: OLMo 2's attention, and gated DeltaNet with β up to 2 and norms before mixer and FFN.
+
+    Attention has no positions where rope_theta is None.
+    """
 
     kind: ClassVar[str] = "olmo_hybrid"
     class_name: ClassVar[str] = "OlmoHybridForCausalLM"
@@ -153,6 +157,7 @@ class OlmoHybrid(Olmo2):
     harmless: ClassVar[frozenset[str]] = frozenset(
         {"linear_a_log_min", "linear_a_log_max", "linear_dt_min", "linear_dt_max", "linear_dt_init_floor"}
     )
+    without_rope: ClassVar[RopeParameters] = RopeParameters(rope_theta=None)
     rms_norm_eps: float = 1e-6
     linear_conv_kernel_dim: int = 4
     linear_key_head_dim: int
@@ -182,6 +187,11 @@ class OlmoHybrid(Olmo2):
     def layer_kinds(self) -> Sequence[str]:
         """As the config says."""
         return self.layer_types
+
+    @property
+    def rope(self) -> RopeConfig | None:
+        """Rotary positions, or none."""
+        return None if self.rope_parameters.rope_theta is None else super().rope
 
     def gdn(self) -> GDNConfig:
         """The mixer of linear attention."""
