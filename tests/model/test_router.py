@@ -38,7 +38,7 @@ def from_qwen(theirs: Named) -> Named:
     shared = {
         "shared.gate_up_proj.weight": torch.cat(gate_up),
         "shared.down_proj.weight": theirs["shared_expert.down_proj.weight"],
-        "shared_gate": theirs["shared_expert_gate.weight"].squeeze(0),
+        "shared_gate": theirs["shared_expert_gate.weight"],
     }
     return experts(theirs) | shared
 

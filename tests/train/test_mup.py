@@ -119,13 +119,13 @@ def test_at_the_base_width_nothing_changes():
 
 def test_learning_rates_and_initial_weights_follow_table_8():
     """Written out for width 128 at base 64 (ratio 2), a router's outputs and MLA's latent being fixed."""
+    experts = MoEConfig(n_experts=8, n_activated=2, shared_gate="sigmoid")
     wide = replace(
         MODEL,
         width=128,
         mup_base_width=64,
         tied_head=False,
-        blocks=MODEL.blocks
-        | {"mha": BlockConfig(mixer=MHAConfig(n_heads=2), ffn=MoEConfig(n_experts=8, n_activated=2))},
+        blocks=MODEL.blocks | {"mha": BlockConfig(mixer=MHAConfig(n_heads=2), ffn=experts)},
     )
     adam = multiples(wide, AdamWConfig())
     muon = multiples(wide, MuonConfig())
@@ -137,6 +137,7 @@ def test_learning_rates_and_initial_weights_follow_table_8():
         "blocks.3.mixer.o_proj.weight": (1 / 2, 2**-0.5, 0.02 * 2**-0.5 * 8**-0.5),
         "blocks.3.ffn.experts.gate_up": (1 / 2, 2**-0.5, 0.02 * 2**-0.5),
         "blocks.3.ffn.router.weight": (1 / 2, 1 / 2, 0.02 / 2),
+        "blocks.3.ffn.shared_gate": (1 / 2, 1 / 2, None),
         "blocks.0.mixer.conv_weight": (1, 1, None),
         "blocks.0.norm.weight": (1, 1, None),
     }

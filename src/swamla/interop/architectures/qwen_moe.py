@@ -10,7 +10,7 @@ from swamla.interop.architecture import ffn_of
 from swamla.interop.architectures.llama import LlamaLike, Qwen3
 from swamla.interop.architectures.qwen import QwenHybrid
 from swamla.interop.stack import dense_hidden, expert_rules, swiglu_rules
-from swamla.interop.weights import Rule, constant, gathered, reshaped, same
+from swamla.interop.weights import Rule, constant, gathered, same
 from swamla.model.block import BlockConfig
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.ffns.moe import MoEConfig
@@ -166,6 +166,6 @@ class Qwen3Next(QwenMoE, QwenHybrid):
         """The weights of one FFN."""
         yield from super().ffn_rules(kind, ours, theirs)
         if kind.endswith(" sparse"):
-            shared, width = f"{theirs}.mlp.shared_expert", self.hidden_size
+            shared = f"{theirs}.mlp.shared_expert"
             yield from swiglu_rules(f"{ours}.shared", shared, self.shared_expert_intermediate_size)
-            yield reshaped(f"{ours}.shared_gate", f"{shared}_gate.weight", own=(width,), their=(1, width))
+            yield same(f"{ours}.shared_gate", f"{shared}_gate.weight")

@@ -49,7 +49,6 @@ class MoEConfig(FFNConfig):
     kind: ClassVar[str] = "moe"
     sign: ClassVar[str] = "E"
     outputs: ClassVar[tuple[str, ...]] = ("experts.down", "shared.down_proj.weight")
-    vectors: ClassVar[tuple[str, ...]] = ("router.weight",)
     BACKENDS: ClassVar[tuple[str, ...]] = BACKENDS
     n_experts: int = 32
     n_activated: int = 3
@@ -100,6 +99,11 @@ class MoEConfig(FFNConfig):
         require(enough, "groups_used", used, allowed)
         pairs = self.groups == 1 or size > 1 or self.group_score == "max"
         require(pairs, "group_score", self.group_score, 'must be "max" where each group has a single expert')
+
+    @property
+    def vectors(self) -> tuple[str, ...]:  # type: ignore[override]
+        """A vector for each expert, and that of the gate."""
+        return ("router.weight",) if self.shared_gate == "none" else ("router.weight", "shared_gate")
 
     def expert_dim(self, width: int) -> int:
         """`expert_hidden`, or 8/3 · width / (n_activated + n_shared), rounded up to a multiple of 64."""
@@ -181,7 +185,7 @@ class MoE(FFN):
         self.experts = Experts(config.n_experts, *config.routed_dims(width), config.backend)
         shared = config.shared_config(width)
         self.shared = SwiGLU(shared, width) if shared else None
-        self.shared_gate = None if config.shared_gate == "none" else nn.Parameter(torch.zeros(width))
+        self.shared_gate = None if config.shared_gate == "none" else nn.Parameter(torch.zeros(1, width))
 
     def initializers(self) -> dict[str, Initializer]:
         """A gate begins at σ(0) = .5 for every token."""
@@ -198,7 +202,7 @@ class MoE(FFN):
         if self.shared is not None:
             shared_BTD, _ = self.shared(x_BTD, seq)
             if self.shared_gate is not None:
-                shared_BTD = shared_BTD * F.linear(x_BTD, self.shared_gate[None]).sigmoid()
+                shared_BTD = shared_BTD * F.linear(x_BTD, self.shared_gate).sigmoid()
             y_BTD = y_BTD + shared_BTD
         logits_BTE = routing.logits_NE.unflatten(0, x_BTD.shape[:2])
         loss = routed_loss(self.router, logits_BTE, real_BT, self.config.aux_loss, self.config.z_loss)
