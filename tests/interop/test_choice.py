@@ -1,12 +1,13 @@
 """Which architecture equals a model of ours, and which settings of a config.json are read, refused or left out."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from swamla.errors import ConfigError, UsageError
-from swamla.interop import Architecture, equal_architecture
+from swamla.interop import Architecture, equal_architecture, save_pretrained
 from swamla.interop.architecture import architecture_of
 from swamla.model.block import BlockConfig
 from swamla.model.ffns.moe import MoEConfig
@@ -108,3 +109,19 @@ def test_positions_without_a_base_are_refused_where_an_architecture_always_has_p
     plain = members_of(Architecture)[kind].example().plain() | {"rope_parameters": {"rope_theta": None}}
     with pytest.raises(ConfigError, match=r"rope_parameters\.rope_theta = None: must be a number"):
         architecture_of(plain, "config.json").language_model()
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_moe", "deepseek_v2"])
+def test_a_bias_that_balances_experts_is_not_dropped_on_the_way_out(kind: str, tmp_path: Path) -> None:
+    config = members_of(Architecture)[kind].example().language_model()
+    routers = [block.ffn for block in config.layers if isinstance(block.ffn, MoEConfig)]
+    assert routers
+    assert all(ffn.bias_rate == 0 for ffn in routers)  # so that training on from an imported one keeps it at 0
+    model = config.build(seed=0)
+    assert save_pretrained(model, tmp_path / "untrained").kind == kind
+    layer = [block.ffn for block in config.layers].index(routers[0])
+    model.blocks[layer].ffn.router.bias[1] = -0.003
+    with pytest.raises(UsageError, match=rf"router.bias = 'up to 0.003': {kind} does not have it, it must be 0"):
+        save_pretrained(model, tmp_path / "out", to=kind)
+    assert not (tmp_path / "out").exists()
+    assert save_pretrained(model, tmp_path / "own").kind == "swamla"

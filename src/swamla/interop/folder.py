@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,7 +16,7 @@ from swamla.config import load_json
 from swamla.data.tokenizer import Tokenizer
 from swamla.errors import ConfigError, CorruptError, SwamlaError, UsageError
 from swamla.files import as_new_file, fsync, regular_file
-from swamla.interop.architecture import Architecture, architecture_of
+from swamla.interop.architecture import Architecture, Lacks, architecture_of
 from swamla.interop.tokenizer import save_tokenizer
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.registry import members_of
@@ -127,22 +128,35 @@ class Weights(Mapping[str, Tensor]):
             raise CorruptError(f"{self.folder}: not the weights that config.json describes: {wrong}")
 
 
-def equal_architecture(config: LanguageModelConfig, to: str = "auto") -> Architecture:
+def equal_architecture(
+    config: LanguageModelConfig, to: str = "auto", weights: Mapping[str, Tensor] | None = None
+) -> Architecture:
     """The architecture that equals a model of ours: of that name, or the first of transformers, or else our own.
 
-    Raises `UsageError` that says why the one of that name does not.
+    weights: the model's, which may be others than an architecture has for all models, such as a router's bias. Raises
+    `UsageError` that says why the one of that name does not.
     """
     known = members_of(Architecture)
     if to != "auto":
         if to not in known:
             raise UsageError(f"--to {to}: must be one of auto, {', '.join(sorted(known))}")
-        return known[to].equal(config)  # type: ignore[attr-defined]
+        return _equal(known[to], config, weights)
     for architecture in sorted(known.values(), key=lambda each: (each.has_every_model, each.tried_late)):  # type: ignore[attr-defined]
         try:
-            return architecture.equal(config)  # type: ignore[attr-defined]
+            return _equal(architecture, config, weights)
         except (ConfigError, UsageError):  # `Lacks`, or a check of what would be equal there
             continue
     raise AssertionError("the last has every model")
+
+
+def _equal(kind: Any, config: LanguageModelConfig, weights: Mapping[str, Tensor] | None) -> Architecture:
+    found: Architecture = kind.equal(config)
+    constants = [] if weights is None else [rule for rule in found.rules() if not rule.theirs]
+    for rule in constants:
+        assert weights is not None
+        if largest := (weights[rule.ours].cpu() - rule.join([])).abs().max().item():
+            raise Lacks(kind.kind, rule.ours, f"up to {largest:.3g}", "0 everywhere")
+    return found
 
 
 def save_pretrained(
@@ -160,12 +174,12 @@ def save_pretrained(
     that only pad the model's vocabulary are never generated. config.json is written last, so that an incomplete folder
     is not a model. Raises `UsageError` for a folder that is not empty, and for a model that `to` does not equal.
     """
-    folder, architecture = Path(folder), equal_architecture(model.config, to)
+    folder, own = Path(folder), model.state_dict()
+    architecture = equal_architecture(model.config, to, own)
     if trained_length is not None:
         architecture = architecture.trained_on(trained_length)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder}: exists and is not empty: choose another folder")
-    own = model.state_dict()
     tensors = {
         name: tensor.detach().cpu().contiguous()
         for rule in architecture.rules()

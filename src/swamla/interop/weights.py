@@ -108,7 +108,7 @@ def convolution(ours: str, theirs: Mapping[str, int], taps: int) -> Rule:
 
 
 def constant(ours: str, value: Tensor) -> Rule:
-    """A weight that they do not store, because it is always `value`."""
+    """A weight that they do not store, because it is always `value`; another is not written: `equal_architecture`."""
     return Rule(ours=ours, theirs=(), join=lambda found: value.clone(), split=lambda own: ())
 
 

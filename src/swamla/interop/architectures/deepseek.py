@@ -249,6 +249,7 @@ class DeepseekV2(LatentStack):
             groups=(limited and self.n_group) or 1,
             groups_used=(limited and self.topk_group) or 1,
             group_score="max",
+            bias_rate=0.0,
         )
 
     @classmethod

@@ -50,6 +50,7 @@ class QwenMoE(LlamaLike):
             expert_hidden=self.moe_intermediate_size,
             score="softmax",
             normalise=self.norm_topk_prob,
+            bias_rate=0.0,
         )
 
     def block(self, kind: str) -> tuple[str, BlockConfig]:
