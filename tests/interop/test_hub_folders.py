@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from swamla.errors import ConfigError, CorruptError, SwamlaError
+from swamla.errors import ConfigError, CorruptError, SwamlaError, UsageError
 from swamla.interop import equal_architecture, load_pretrained, read_architecture, save_pretrained
 from swamla.interop.architecture import architecture_of
 from swamla.interop.folder import read_weights
@@ -160,3 +160,12 @@ def test_quantized_weights_are_refused(key: str, tmp_path: Path) -> None:
         load_pretrained(folder)
     change_config(folder, **{key: None})
     load_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_a_quantized_matrix_under_a_plain_name_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = saved("llama", tmp_path / "model")
+    weights, name = weights_of(folder), "model.layers.1.mlp.down_proj.weight"
+    save_file(weights | {name: weights[name].to(dtype)}, folder / "model.safetensors")
+    with pytest.raises(UsageError, match=rf"{name} is stored as [FI]8.*, must be one of F64, F32, F16, BF16"):
+        load_pretrained(folder)

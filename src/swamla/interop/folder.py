@@ -23,6 +23,7 @@ from swamla.registry import members_of
 from swamla.tensor_file import misfits, read_header
 
 HEAD = "lm_head.weight"
+DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def read_architecture(folder: str | Path) -> Architecture:
@@ -92,6 +93,9 @@ class Weights(Mapping[str, Tensor]):
         for file in files:
             for name, entry in read_header(regular_file(file, inside=inside)).items():
                 if name != "__metadata__" and not architecture.leaves_out(name):
+                    if entry["dtype"] not in DTYPES:
+                        allowed = f"must be one of {', '.join(DTYPES)}: quantized weights are not read"
+                        raise UsageError(f"{file}: {name} is stored as {entry['dtype']}, {allowed}")
                     self._at[architecture.newer(name)] = file, name, tuple(entry["shape"])
         if not any(name.startswith(prefix) for name in self._at):
             self._at = {name if name == HEAD else prefix + name: place for name, place in self._at.items()}
