@@ -154,3 +154,12 @@ def test_the_matrix_of_a_layer_with_a_bias_and_an_adapter_is_its_linear_part() -
     assert matrix_of(layer) is layer.weight
     adapted = Adapted(layer)
     assert_close(matrix_of(adapted), layer.weight + adapted.b.weight @ adapted.a.weight, 1e-6)
+
+
+def test_rows_of_a_state_on_an_accelerator_may_be_named_by_indices_on_the_host() -> None:
+    """With tensors that have a device and a shape alone, and refuse another's as a GPU does."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        state = ModelState(layers=[], length_B=torch.zeros(3, dtype=torch.int64, device="cuda"), max_len=4)
+        assert state.select(torch.tensor([2, 0])).length_B.device.type == "cuda"

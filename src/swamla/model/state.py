@@ -41,7 +41,11 @@ class ModelState:
         return self._map(Tensor.clone)
 
     def select(self, rows_N: Tensor) -> "ModelState":
-        """A copy of the rows of these indices, in their order and as often as they are named: beams, or a batch cut."""
+        """A copy of the rows of these indices, in their order and as often as they are named: beams, or a batch cut.
+
+        The indices may be on the host.
+        """
+        rows_N = rows_N.to(self.length_B.device)
         return self._map(lambda tensor: tensor.index_select(0, rows_N))._with_counted_lengths(self.uniform_length)
 
     def grow(self, larger: "ModelState") -> None:

@@ -57,7 +57,7 @@ class SwamlaCache(Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows of these indices, in their order."""
         if self.state is not None:
-            self.state = self.state.select(indices.to(self.state.length_B.device))
+            self.state = self.state.select(indices)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i continues row beam_idx[i]."""
