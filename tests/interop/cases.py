@@ -387,7 +387,7 @@ def _equal_text(ours: LanguageModel, theirs: Any, n_text: int) -> int:
     theirs.generation_config.eos_token_id = None  # so that no text ends early
     expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)[0, 5:].tolist()
     found = ours.generate(prompt, max_new_tokens=n_text, temperature=0.0)[0].tolist()
-    return next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(expected))
+    return next((i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b), len(expected))
 
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
