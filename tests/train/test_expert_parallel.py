@@ -94,7 +94,7 @@ def work(folder: Path, cases: list[Case]) -> None:
     found["held"] = {name: tuple(distributed.local(p).shape) for name, p in state.model.named_parameters()}
     if distributed.world_size() == 2:
         found["lonely"] = {backend: gradients(cases[0], by_backend(backend), lonely=True) for backend in BACKENDS}
-        odd = replace(MODELS["moe"].blocks["mla"].ffn, n_experts=7)
+        odd = replace(MODELS["moe"].blocks["mla"].ffn, n_experts=7, groups=1, groups_used=1)
         uneven = replace(MODELS["moe"], blocks={"mla": replace(MODELS["moe"].blocks["mla"], ffn=odd)}, pattern=("mla",))
         eight_bit = AdamWConfig(moments="8bit")
         found["refused"] = [

@@ -51,15 +51,17 @@ MODEL = LanguageModelConfig(
     },
     pattern=("gdn", "swa", "mla"),
 )
+GROUPED = MoEConfig(
+    n_experts=8, n_activated=3, expert_hidden=16, shared_hidden=24, shared_gate="sigmoid", groups=4, groups_used=2,
+    z_loss=1e-3,
+)  # fmt: skip
 MODELS = {"latent_moe": MODEL}
-MODELS["moe"] = replace(
+MODELS["moe"] = replace(  # parameters of a single row, or of fewer than there are ranks
     MODEL,
-    blocks=MODEL.blocks
-    | {
-        "mla": replace(
-            MODEL.blocks["mla"],
-            ffn=MoEConfig(n_experts=8, n_activated=3, expert_hidden=16, shared_hidden=24, z_loss=1e-3),
-        )
+    blocks={
+        "gdn": replace(MODEL.blocks["gdn"], conv=3, norm_place="post"),
+        "swa": BlockConfig(mixer=SWAConfig(n_heads=2, window=8, sinks=0, sink_logit=True)),
+        "mla": replace(MODEL.blocks["mla"], ffn=GROUPED),
     },
 )
 OPTIMIZERS = {"adamw": AdamWConfig(), "lion": LionConfig(), "muon": MuonConfig()}
