@@ -156,6 +156,7 @@ def test_weights_in_several_files_with_an_index_are_read(tmp_path: Path) -> None
 def test_quantized_weights_are_refused(key: str, tmp_path: Path) -> None:
     folder = saved("llama", tmp_path / "model")
     change_config(folder, **{key: {"quant_method": "fp8", "weight_block_size": [128, 128]}})
+    assert read_architecture(folder).kind == "llama"  # what it describes can be told and counted
     with pytest.raises(ConfigError, match=f"{key} = 'fp8' .*: quantized weights are not read"):
         load_pretrained(folder)
     change_config(folder, **{key: None})

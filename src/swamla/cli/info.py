@@ -112,10 +112,11 @@ def _model(model: LanguageModelConfig) -> dict[str, Any]:
 def _settings(config: Any) -> dict[str, Any]:
     """The whole numbers of a config, and what else is chosen otherwise than by default; without backends."""
     default = {field.name: field.default for field in fields(config)}
+    told = {name: "none" if value is None else value for name, value in config.__dict__.items() if name != "backend"}
     return {
         name: value
-        for name, value in config.__dict__.items()
-        if isinstance(value, int) or (isinstance(value, float | str) and name != "backend" and value != default[name])
+        for name, value in told.items()
+        if isinstance(value, int) or (isinstance(value, float | str) and config.__dict__[name] != default[name])
     }
 
 

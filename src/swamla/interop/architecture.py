@@ -162,7 +162,7 @@ class Architecture(Registered, home="swamla.interop.architectures"):
         for key, only in cls.fixed.items():
             if plain.get(key, only) != only:
                 raise ConfigError(key, plain[key], f"must be {only!r}: nothing else is supported", origin)
-        known |= cls.fixed.keys() | cls.harmless | HARMLESS
+        known |= cls.fixed.keys() | cls.harmless | HARMLESS | {*QUANTIZED}
         unknown = sorted(key for key, value in plain.items() if key not in known and value not in NOTHING)
         left_out = [f"{', '.join(unknown)}: not known to swamla, and left out"] if unknown else []
         for each in [*left_out, *cls.differences(plain)]:
@@ -211,11 +211,15 @@ def architecture_of(plain: Mapping[str, Any], origin: str) -> Architecture:
     kinds = {**known, **{outer: each for each in known.values() for outer in each.inside}}
     if kind not in kinds:
         raise UsageError(f"{origin}: model_type = {kind!r}: must be one of {', '.join(sorted(kinds))}")
+    return kinds[kind].read(plain, origin)
+
+
+def require_plain_numbers(plain: Mapping[str, Any], origin: str) -> None:
+    """Raise `ConfigError` if a config.json says that the weights are quantized; what it describes is no less exact."""
     for key in QUANTIZED:
         if plain.get(key):
             method = plain[key].get("quant_method") if isinstance(plain[key], Mapping) else plain[key]
             raise ConfigError(key, method, "quantized weights are not read: take the model in bf16 or fp32", origin)
-    return kinds[kind].read(plain, origin)
 
 
 def _language_model(plain: Mapping[str, Any], known: Known, origin: str) -> Mapping[str, Any]:
@@ -224,8 +228,8 @@ def _language_model(plain: Mapping[str, Any], known: Known, origin: str) -> Mapp
     if not isinstance(text, Mapping) or not any(plain.get("model_type") in each.inside for each in known.values()):
         return plain
     warnings.warn(f"{origin}: read as its language model: the part that sees images is left out", stacklevel=3)
-    outside = ("tie_word_embeddings", *QUANTIZED)
-    return {**text, **{key: plain[key] for key in outside if key in plain}}
+    tied = {"tie_word_embeddings": plain["tie_word_embeddings"]} if "tie_word_embeddings" in plain else {}
+    return {**text, **tied}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from swamla.config import load_json
 from swamla.data.tokenizer import Tokenizer
 from swamla.errors import ConfigError, CorruptError, SwamlaError, UsageError
 from swamla.files import as_new_file, fsync, regular_file
-from swamla.interop.architecture import Architecture, Lacks, architecture_of
+from swamla.interop.architecture import Architecture, Lacks, architecture_of, require_plain_numbers
 from swamla.interop.tokenizer import save_tokenizer
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.registry import members_of
@@ -56,6 +56,8 @@ def load_pretrained(folder: str | Path, *, dtype: torch.dtype | None = None) -> 
 
 def read_weights(folder: Path, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
     """Our weights by name, one at a time, in the dtype of the file. Raises as `load_pretrained` does."""
+    file = folder / "config.json"
+    require_plain_numbers(load_json(file)[0], str(file))
     config, rules = architecture.language_model(), list(architecture.rules())
     own = config.skeleton().state_dict()
     # What `split` makes of weights without storage are the shapes that theirs must have.
@@ -90,6 +92,7 @@ class Weights(Mapping[str, Tensor]):
         # A snapshot of the hub's cache is links to the blobs beside it.
         inside = folder.resolve().parents[1] if folder.resolve().parent.name == "snapshots" else folder
         self._at: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
+        self._opened: dict[Path, Any] = {}
         for file in files:
             for name, entry in read_header(regular_file(file, inside=inside)).items():
                 if name != "__metadata__" and not architecture.leaves_out(name):
@@ -103,8 +106,9 @@ class Weights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         file, stored, _ = self._at[name]
         try:
-            with safe_open(file, framework="pt") as opened:
-                return opened.get_tensor(stored)
+            if file not in self._opened:
+                self._opened[file] = safe_open(file, framework="pt")
+            return self._opened[file].get_tensor(stored)
         except SafetensorError as error:
             raise CorruptError(f"{file}: {error}") from error
 
