@@ -3,23 +3,17 @@
 import re
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
 
 from swamla.config import from_plain, to_plain
 from swamla.errors import ConfigError, UsageError
+from swamla.interop.equality import require_same_function
+from swamla.interop.rope import rope_in_one_place
 from swamla.interop.weights import Rule
-from swamla.model.ffns.ffn import FFNConfig
 from swamla.model.language_model import LanguageModelConfig
-from swamla.model.mixers.mixer import MixerConfig
-from swamla.model.norm import NormConfig
-from swamla.model.rope import LinearScaling, Llama3Scaling, RopeConfig, Scaling, YarnScaling
 from swamla.registry import Registered, members_of
-
-M = TypeVar("M", bound=MixerConfig)
-F = TypeVar("F", bound=FFNConfig)
-N = TypeVar("N", bound=NormConfig)
 
 # Keys of a config.json that do not change the function of the model: names of files and classes, defaults of
 # generation, training settings, and descriptions of what other keys say.
@@ -194,13 +188,6 @@ class Architecture(Registered, home="swamla.interop.architectures"):
         return found
 
 
-class Lacks(UsageError):
-    """An architecture does not have a setting of a model of ours."""
-
-    def __init__(self, architecture: str, field: str, got: Any, wanted: str) -> None:
-        super().__init__(f"{field} = {got!r}: {architecture} does not have it, it must be {wanted}")
-
-
 Known = Mapping[str, type[Architecture]]
 
 
@@ -230,187 +217,3 @@ def _language_model(plain: Mapping[str, Any], known: Known, origin: str) -> Mapp
     warnings.warn(f"{origin}: read as its language model: the part that sees images is left out", stacklevel=3)
     tied = {"tie_word_embeddings": plain["tie_word_embeddings"]} if "tie_word_embeddings" in plain else {}
     return {**text, **tied}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeParameters:
-    """Rotary positions as a config.json describes them.
-
-    rope_theta: None, where an architecture allows it, for no positions.
-    partial_rotary_factor: share of a head that is rotated.
-    """
-
-    rope_theta: float | None = 10000.0
-    rope_type: Literal["default", "linear", "yarn", "llama3"] = "default"
-    partial_rotary_factor: float = 1.0
-    factor: float | None = None
-    original_max_position_embeddings: int | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    attention_factor: float | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-
-    def rope(self, layout: Literal["half", "interleaved"], *, sharpens_softmax: bool = False) -> RopeConfig:
-        """Ours. sharpens_softmax: mscale_all_dim scales the softmax too, as in models with latent attention."""
-        if self.rope_theta is None:
-            raise ConfigError("rope_parameters.rope_theta", None, "must be a number, e.g. 10000.0")
-        scaling: Scaling | None = None
-        if self.rope_type == "linear":
-            scaling = LinearScaling(factor=self._factor())
-        elif self.rope_type == "yarn":
-            all_dim = self.mscale_all_dim or 0.0
-            if all_dim and not sharpens_softmax:
-                raise UsageError("rope_parameters.mscale_all_dim: is supported with latent attention only")
-            scaling = YarnScaling(
-                factor=self._factor(),
-                original_length=self.original_max_position_embeddings or 0,
-                beta_fast=self.beta_fast or 32.0,
-                beta_slow=self.beta_slow or 1.0,
-                mscale=1.0 if self.mscale is None else self.mscale,
-                mscale_all_dim=all_dim,
-            )
-            if self.attention_factor not in (None, scaling.attention_factor):
-                raise UsageError(
-                    f"rope_parameters.attention_factor = {self.attention_factor}: must be {scaling.attention_factor}, "
-                    "which follows from the factor"
-                )
-        elif self.rope_type == "llama3":
-            scaling = Llama3Scaling(
-                factor=self._factor(),
-                original_length=self.original_max_position_embeddings or 0,
-                low_freq_factor=self.low_freq_factor or 0.0,
-                high_freq_factor=self.high_freq_factor or 0.0,
-            )
-        return RopeConfig(base=self.rope_theta, layout=layout, scaling=scaling)
-
-    def plain(self) -> dict[str, Any]:
-        """As it stands in a config.json."""
-        return {key: value for key, value in to_plain(self).items() if value is not None}
-
-    def _factor(self) -> float:
-        return 1.0 if self.factor is None else self.factor
-
-    @classmethod
-    def of(cls, rope: RopeConfig, *, partial: float = 1.0) -> Self:
-        """Theirs. partial: share of a head that is rotated."""
-        plain, scaling = cls(rope_theta=rope.base, partial_rotary_factor=partial), rope.scaling
-        if scaling is None:
-            return plain
-        if isinstance(scaling, LinearScaling):
-            return replace(plain, rope_type="linear", factor=scaling.factor)
-        if isinstance(scaling, Llama3Scaling):
-            return replace(
-                plain,
-                rope_type="llama3",
-                factor=scaling.factor,
-                original_max_position_embeddings=scaling.original_length,
-                low_freq_factor=scaling.low_freq_factor,
-                high_freq_factor=scaling.high_freq_factor,
-            )
-        return replace(
-            plain,
-            rope_type="yarn",
-            factor=scaling.factor,
-            original_max_position_embeddings=scaling.original_length,
-            beta_fast=scaling.beta_fast,
-            beta_slow=scaling.beta_slow,
-            mscale=scaling.mscale,
-            mscale_all_dim=scaling.mscale_all_dim,
-            attention_factor=scaling.attention_factor,
-        )
-
-
-def rope_in_one_place(plain: Mapping[str, Any], partial: float = 1.0) -> dict[str, Any]:
-    """The config.json with `rope_parameters`, which older files write as `rope_theta` and `rope_scaling`.
-
-    partial: partial_rotary_factor where there is none.
-    """
-    found = dict(plain.get("rope_parameters") or plain.get("rope_scaling") or {})
-    if "type" in found:
-        found["rope_type"] = found.pop("type")
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if key in plain:
-            found.setdefault(key, plain[key])
-    found.setdefault("partial_rotary_factor", partial)
-    known = {field.name for field in fields(RopeParameters)}
-    # Sections of images' coordinates: for text all three coordinates are the position.
-    images = ("mrope_section", "mrope_interleaved")
-    found = {key: value for key, value in found.items() if key in known or key not in images}
-    return {**plain, "rope_parameters": found}
-
-
-# Settings that do not change the function that a trained model computes.
-TRAINING_ONLY = frozenset(
-    ["dropout", "init_std", "residual", "mup_base_width", "ngram_layer", "backend", "bias_rate", "aux_loss", "z_loss"]
-)
-# Settings that follow the width unless they are given.
-RESOLVED: Mapping[str, Callable[[Any, int], Any]] = {
-    "n_kv_heads": lambda mixer, width: mixer.kv_heads,
-    "head_dim": lambda mixer, width: mixer.key_dim(width),
-    "n_key_heads": lambda mixer, width: mixer.key_heads,
-    "head_k_dim": lambda mixer, width: mixer.head_dims(width)[0],
-    "head_v_dim": lambda mixer, width: mixer.head_dims(width)[1],
-    "hidden": lambda ffn, width: ffn.hidden_dim(width),
-    "expert_hidden": lambda ffn, width: ffn.expert_dim(width),
-    "decay_rank": lambda mixer, width: mixer.decay_dims(width)[0],
-    "rope_dim": lambda mixer, width: mixer.rope_dim or (mixer.rope and mixer.key_dim(width)),
-    "softmax_scale": lambda mixer, width: mixer.softmax_scale or mixer.heads(width).key ** -0.5,
-    "shared_hidden": lambda ffn, width: ffn.shared_hidden or ffn.expert_dim(width),
-}
-
-
-def require_same_function(name: str, ours: LanguageModelConfig, theirs: LanguageModelConfig) -> None:
-    """Raise `Lacks` naming the first setting of `ours` that `theirs`, what the architecture `name` means, has not."""
-    if ours.mup_base_width not in (None, ours.width):
-        raise Lacks(name, "mup_base_width", ours.mup_base_width, f"none, or the width {ours.width}")
-    for setting in fields(ours):
-        if setting.name not in TRAINING_ONLY | {"blocks", "pattern"}:
-            _require_same(name, setting.name, getattr(ours, setting.name), getattr(theirs, setting.name), ours.width)
-    for block, own, their in zip(ours.pattern, ours.layers, theirs.layers, strict=True):
-        _require_same(name, f"blocks.{block}", own, their, ours.width)
-
-
-def _require_same(name: str, where: str, ours: Any, theirs: Any, width: int) -> None:
-    if not is_dataclass(ours) or type(ours) is not type(theirs):
-        if ours != theirs:
-            raise Lacks(name, where, _shown(ours), str(_shown(theirs)))
-        return
-    for setting in fields(ours):
-        if setting.name in TRAINING_ONLY:
-            continue
-        own, their = getattr(ours, setting.name), getattr(theirs, setting.name)
-        if setting.name in RESOLVED and None in (own, their):
-            own, their = (RESOLVED[setting.name](config, width) for config in (ours, theirs))
-        _require_same(name, f"{where}.{setting.name}", own, their, width)
-
-
-def _shown(setting: Any) -> Any:
-    return getattr(setting, "kind", "a table") if is_dataclass(setting) else "none" if setting is None else setting
-
-
-def mixer_of(name: str, config: LanguageModelConfig, kind: type[M]) -> M:
-    """The lowest mixer of exactly this kind. Raises `Lacks` if there is none."""
-    found = next((block.mixer for block in config.layers if type(block.mixer) is kind), None)
-    if found is None:
-        block = config.pattern[0]
-        raise Lacks(name, f"blocks.{block}.mixer.kind", config.blocks[block].mixer.kind, kind.kind)
-    return found
-
-
-def ffn_of(name: str, config: LanguageModelConfig, kind: type[F]) -> F:
-    """The lowest FFN of exactly this kind. Raises `Lacks` if there is none."""
-    found = next((block.ffn for block in config.layers if type(block.ffn) is kind), None)
-    if found is None:
-        block = config.pattern[0]
-        raise Lacks(name, f"blocks.{block}.ffn.kind", config.blocks[block].ffn.kind, kind.kind)
-    return found
-
-
-def norm_of(name: str, config: LanguageModelConfig, kind: type[N]) -> N:
-    """The norm, which has to be of this kind. Raises `Lacks` otherwise."""
-    if type(config.norm) is not kind:
-        raise Lacks(name, "norm.kind", config.norm.kind, kind.kind)
-    return config.norm

@@ -16,7 +16,8 @@ from swamla.config import load_json
 from swamla.data.tokenizer import Tokenizer
 from swamla.errors import ConfigError, CorruptError, SwamlaError, UsageError
 from swamla.files import as_new_file, fsync, regular_file
-from swamla.interop.architecture import Architecture, Lacks, architecture_of, require_plain_numbers
+from swamla.interop.architecture import Architecture, architecture_of, require_plain_numbers
+from swamla.interop.equality import Lacks
 from swamla.interop.tokenizer import save_tokenizer
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.registry import members_of

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from swamla.errors import require
-from swamla.interop.architecture import Architecture, norm_of
+from swamla.interop.architecture import Architecture
+from swamla.interop.equality import norm_of
 from swamla.interop.weights import Rule, convolution, rows, same, stacked
 from swamla.model.block import BlockConfig
 from swamla.model.ffns.dense import DenseConfig

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
-from swamla.interop.architecture import Lacks, RopeParameters, mixer_of, rope_in_one_place
 from swamla.interop.architectures.deepseek import predicts_further
 from swamla.interop.architectures.kimi import KimiLinear
+from swamla.interop.equality import Lacks, mixer_of
+from swamla.interop.rope import RopeParameters, rope_in_one_place
 from swamla.interop.stack import delta_rules, expert_rules, swiglu_rules
 from swamla.interop.weights import Rule, rows, same
 from swamla.model.language_model import LanguageModelConfig

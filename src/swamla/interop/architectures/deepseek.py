@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 
-from swamla.interop.architecture import Lacks, RopeParameters, ffn_of, mixer_of
+from swamla.interop.equality import Lacks, ffn_of, mixer_of
+from swamla.interop.rope import RopeParameters
 from swamla.interop.stack import Stack, dense_hidden, expert_rules, routed, swiglu_rules
 from swamla.interop.weights import Rule, constant, same
 from swamla.model.block import BlockConfig

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 from swamla.errors import require
-from swamla.interop.architecture import Architecture, Lacks, ffn_of, mixer_of, norm_of
+from swamla.interop.architecture import Architecture
+from swamla.interop.equality import Lacks, ffn_of, mixer_of, norm_of
 from swamla.interop.weights import Rule, same, transposed
 from swamla.model.block import BlockConfig
 from swamla.model.ffns.dense import DenseConfig

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from swamla.errors import require
-from swamla.interop.architecture import RopeParameters
 from swamla.interop.architectures.llama import LayerType, Llama, windows_of
+from swamla.interop.rope import RopeParameters
 from swamla.interop.weights import Rule, same, scaled
 from swamla.model.block import BlockConfig
 from swamla.model.language_model import LanguageModelConfig

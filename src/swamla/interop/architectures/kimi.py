@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from swamla.interop.architecture import Lacks, ffn_of, mixer_of
 from swamla.interop.architectures.deepseek import latent_rules
+from swamla.interop.equality import Lacks, ffn_of, mixer_of
 from swamla.interop.stack import Stack, delta_rules, dense_hidden, expert_rules, swiglu_rules
 from swamla.interop.weights import Rule, reshaped, rows, same
 from swamla.model.block import BlockConfig

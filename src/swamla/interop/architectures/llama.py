@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 
 from swamla.errors import require
-from swamla.interop.architecture import Lacks, RopeParameters, ffn_of, mixer_of
+from swamla.interop.equality import Lacks, ffn_of, mixer_of
+from swamla.interop.rope import RopeParameters
 from swamla.interop.stack import Stack, swiglu_rules
 from swamla.interop.weights import Rule, constant, rows, same
 from swamla.model.block import BlockConfig

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
 from swamla.errors import ConfigError
-from swamla.interop.architecture import RopeParameters, mixer_of, rope_in_one_place
 from swamla.interop.architectures.llama import LayerType, LlamaLike, windows_of
+from swamla.interop.equality import mixer_of
+from swamla.interop.rope import RopeParameters, rope_in_one_place
 from swamla.interop.stack import delta_rules
 from swamla.interop.weights import Rule, rows, same
 from swamla.model.block import BlockConfig

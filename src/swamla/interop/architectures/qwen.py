@@ -4,8 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from swamla.interop.architecture import RopeParameters, mixer_of, rope_in_one_place
 from swamla.interop.architectures.llama import LlamaLike
+from swamla.interop.equality import mixer_of
+from swamla.interop.rope import RopeParameters, rope_in_one_place
 from swamla.interop.weights import Rule, convolution, gathered, rows, same, scaled, shifted
 from swamla.model.block import BlockConfig
 from swamla.model.language_model import LanguageModelConfig

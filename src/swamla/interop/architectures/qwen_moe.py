@@ -6,9 +6,9 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from swamla.interop.architecture import ffn_of
 from swamla.interop.architectures.llama import LlamaLike, Qwen3
 from swamla.interop.architectures.qwen import QwenHybrid
+from swamla.interop.equality import ffn_of
 from swamla.interop.stack import dense_hidden, expert_rules, swiglu_rules
 from swamla.interop.weights import Rule, constant, gathered, same
 from swamla.model.block import BlockConfig
