@@ -564,4 +564,40 @@ MUTATIONS = [
         "t.ppf(0.95,",
         "tests/benchmarks/test_quality.py",
     ),
+    # into other programs
+    Mutation(
+        "gains that are stored less 1 are read as they are",
+        "src/swamla/interop/weights.py",
+        "torch.promote_types(found[0].dtype, torch.float32)) + 1",
+        "torch.promote_types(found[0].dtype, torch.float32)) + 0",
+        "tests/interop/test_architectures.py",
+    ),
+    Mutation(
+        "a setting that an architecture lacks is not noticed",
+        "src/swamla/interop/equality.py",
+        "if ours != theirs:",
+        "if False:",
+        "tests/interop/test_gpt2.py",
+    ),
+    Mutation(
+        "results behind padding stand one token off",
+        "src/swamla/interop/transformers/rows.py",
+        "self.back_BT = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)",
+        "self.back_BT = (mask_BT.cumsum(dim=1) - 2).clamp(min=0)",
+        "tests/interop/test_transformers.py",
+    ),
+    Mutation(
+        "the bounded decay has one rate for all heads",
+        "src/swamla/model/mixers/gdn.py",
+        "return SAFE_DECAY * torch.sigmoid(rate * time_step)",
+        "return SAFE_DECAY * torch.sigmoid(time_step)",
+        "tests/model/test_gdn.py tests/model/test_kda.py",
+    ),
+    Mutation(
+        "the best continuation is scored without its first token",
+        "src/swamla/evaluate/harness.py",
+        "nats[indices] = log_softmax(logits_BV).cpu()[rows, first].double()",
+        "nats[indices] = 0.0",
+        "tests/evaluate/test_harness.py",
+    ),
 ]
