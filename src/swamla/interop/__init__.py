@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from swamla.interop.folder import load_pretrained as load_pretrained
     from swamla.interop.folder import read_architecture as read_architecture
     from swamla.interop.folder import save_pretrained as save_pretrained
+    from swamla.interop.gguf.saving import save_gguf as save_gguf
     from swamla.interop.tokenizer import save_tokenizer as save_tokenizer
 else:
     __all__, __getattr__, __dir__ = lazy_exports(__name__)

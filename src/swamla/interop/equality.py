@@ -19,6 +19,7 @@ class Lacks(UsageError):
     """An architecture does not have a setting of a model of ours."""
 
     def __init__(self, architecture: str, field: str, got: Any, wanted: str) -> None:
+        self.field = field
         super().__init__(f"{field} = {got!r}: {architecture} does not have it, it must be {wanted}")
 
 

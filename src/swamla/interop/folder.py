@@ -189,11 +189,7 @@ def save_pretrained(
         architecture = architecture.trained_on(trained_length)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder}: exists and is not empty: choose another folder")
-    tensors = {
-        name: tensor.detach().cpu().contiguous()
-        for rule in architecture.rules()
-        for name, tensor in zip(rule.theirs, rule.split(own[rule.ours]), strict=True)
-    }
+    tensors = tensors_of(model, architecture)
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     eos = None if tokenizer is None else tokenizer.eos_id
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eos)
@@ -211,6 +207,16 @@ def save_pretrained(
         for name, settings in (("generation_config.json", generation), ("config.json", plain)):
             (staging / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return architecture
+
+
+def tensors_of(model: LanguageModel, architecture: Architecture) -> dict[str, Tensor]:
+    """The weights of a model under the names and in the shapes of the architecture that equals it."""
+    own = model.state_dict()
+    return {
+        name: tensor.detach().cpu().contiguous()
+        for rule in architecture.rules()
+        for name, tensor in zip(rule.theirs, rule.split(own[rule.ours]), strict=True)
+    }
 
 
 @contextmanager
