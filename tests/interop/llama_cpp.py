@@ -1,13 +1,15 @@
-"""Models as GGUF files in llama.cpp, through xllamacpp's server in this process, beside the same models here."""
+"""Models as GGUF files in llama.cpp, through xllamacpp's server, beside the same models here."""
 
 import json
+import subprocess
+import sys
 import tempfile
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -67,28 +69,48 @@ class Agreement:
     text: bool
 
 
+SERVER = """
+import sys, xllamacpp
+
+settings = xllamacpp.CommonParams()
+settings.model.path = sys.argv[1]
+settings.n_ctx, settings.n_parallel, settings.verbosity = 512, 1, -1
+settings.warmup = settings.fit_params = False
+settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
+if sys.argv[2] == "exact":
+    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+server = xllamacpp.Server(settings)
+print("at", server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
 class LlamaCpp:
-    """llama.cpp with one model, on one thread. exact: the state in fp32, which is fp16 by default."""
+    """llama.cpp with one model, on one thread, until the context ends. exact: the state in fp32, by default in fp16.
+
+    In a process of its own, which is killed: its server sometimes waits for itself when it is closed, and it aborts
+    where it finds a file wrong.
+    """
 
     def __init__(self, file: Path, *, exact: bool = True) -> None:
-        import xllamacpp
+        words = [sys.executable, "-c", SERVER, str(file), "exact" if exact else "default"]
+        self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-        settings = xllamacpp.CommonParams()
-        settings.model.path = str(file)
-        settings.n_ctx, settings.n_parallel, settings.verbosity = 512, 1, -1
-        settings.warmup = settings.fit_params = False
-        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
-        if exact:
-            settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-            settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self._server = xllamacpp.Server(settings)
+    def __enter__(self) -> Self:
+        found = next((line for line in self._process.stdout if line.startswith("at ")), None)
+        assert found is not None, "llama.cpp did not load the file"
+        self._address = found.split()[1]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.communicate()
 
     def ask(self, what: str, **question: Any) -> Any:
         """The answer of the server."""
         body = json.dumps(question).encode()
-        request = urllib.request.Request(
-            f"{self._server.listening_address}/{what}", body, {"Content-Type": "application/json"}
-        )
+        request = urllib.request.Request(f"{self._address}/{what}", body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.loads(answer.read())
 
@@ -130,9 +152,9 @@ def agreement(
     ids = [i % tokenizer.vocab_size for i in tokens(1, LENGTH)[0].tolist()]
     with tempfile.TemporaryDirectory() as folder:
         save_gguf(ours, Path(folder) / "model.gguf", tokenizer=tokenizer, weights=weights)
-        theirs = LlamaCpp(Path(folder) / "model.gguf", exact=exact)
-        found = theirs.log_probabilities(ids, tokenizer.vocab_size)
-        text, _ = theirs.generate(ids[:5], LENGTH)
+        with LlamaCpp(Path(folder) / "model.gguf", exact=exact) as theirs:
+            found = theirs.log_probabilities(ids, tokenizer.vocab_size)
+            text, _ = theirs.generate(ids[:5], LENGTH)
     with torch.no_grad():
         expected = ours(torch.tensor([ids]))[0, :, : tokenizer.vocab_size].float().log_softmax(dim=-1)
     own = ours.generate(torch.tensor([ids[:5]]), max_new_tokens=LENGTH, temperature=0.0)[0].tolist()

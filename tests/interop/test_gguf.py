@@ -1,5 +1,6 @@
 """GGUF files: llama.cpp computes the same function, and gives a text the ids of training."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +22,12 @@ from swamla.interop.gguf.saving import HOMES, home_of
 from swamla.interop.gguf.vocabulary import vocabulary
 from swamla.model.language_model import LanguageModel
 from tests.interop.llama_cpp import IN_LLAMA_CPP, LENGTH, MISSING, SIGNS, LlamaCpp, agreement, ours_of
-from tests.model.helpers import hybrid_config
 
 needs_llama_cpp = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 needs_gguf = pytest.mark.skipif("gguf is not" in MISSING, reason=MISSING)
 # A BPE's own way to cut text is not in llama.cpp: see test_nearly_all_….
 TEXT = "Hé wörld,  it's\n\t☃ 𝔘 a  b\r\n  don't 12345 é </s> x=[1, 22]; "
-TOLERANCE = {"f32": 1e-4, "f16": 0.03, "bf16": 0.3, "q8_0": 1.0}  # bf16 and q8_0 of random models 32 wide
+TOLERANCE = {"f32": 1e-4, "f16": 0.02, "bf16": 0.1, "q8_0": 0.3}  # of random models, which are more sensitive
 GELU = 2e-3  # of which llama.cpp has a table in fp16
 
 
@@ -39,11 +39,6 @@ def llama(tokenizer: Tokenizer) -> LanguageModel:
     return model
 
 
-@pytest.fixture(scope="module", params=IN_LLAMA_CPP)
-def case(request):
-    return request.param, ours_of(IN_LLAMA_CPP[request.param])
-
-
 def test_every_architecture_of_llama_cpp_has_a_case() -> None:
     import transformers
 
@@ -52,18 +47,20 @@ def test_every_architecture_of_llama_cpp_has_a_case() -> None:
 
 
 @needs_llama_cpp
-def test_llama_cpp_computes_the_same_probabilities_and_greedy_text(case) -> None:
-    name, ours = case
-    found = agreement(ours)
+@pytest.mark.parametrize("name", IN_LLAMA_CPP)
+def test_llama_cpp_computes_the_same_probabilities_and_greedy_text(name: str) -> None:
+    found = agreement(ours_of(IN_LLAMA_CPP[name]))
     assert found.log_probabilities <= (GELU if name == "gpt2" else TOLERANCE["f32"])
     assert found.argmax == LENGTH
     assert found.text
 
 
 @needs_llama_cpp
+@pytest.mark.parametrize("name", ["gpt2", "llama", "ministral", "qwen3", "deepseek_v3, all dense"])
 @pytest.mark.parametrize("weights", ["f16", "bf16", "q8_0"])
-def test_fewer_bits_change_probabilities_by_their_rounding(case, weights: str) -> None:
-    found = agreement(case[1], weights=weights, exact=False)
+def test_fewer_bits_change_probabilities_by_their_rounding(name: str, weights: str) -> None:
+    """Not of experts, where a router that nearly ties chooses others."""
+    found = agreement(ours_of(IN_LLAMA_CPP[name]), weights=weights, exact=False)
     assert found.log_probabilities <= TOLERANCE[weights]
 
 
@@ -100,8 +97,6 @@ def gpt2_files(folder: Path) -> Path:
 
     merges = [("Ġ", "a"), ("b", "c")]
     vocab = {token: i for i, token in enumerate([*byte_signs(), *("".join(pair) for pair in merges)])}
-    import json
-
     (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
     (folder / "merges.txt").write_text("".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
     return folder
@@ -109,8 +104,6 @@ def gpt2_files(folder: Path) -> Path:
 
 def cut_by(pattern: str) -> HFTokenizer:
     """A BPE trained on TEXT that cuts it by another pattern."""
-    import json
-
     from tokenizers import Tokenizer as Library
     from tokenizers import trainers
 
@@ -144,10 +137,10 @@ def test_text_has_the_ids_of_training_behind_the_documents_start_and_comes_back(
     tokenizer = EXACT[kind](tmp_path)
     assert vocabulary(tokenizer).same
     save_gguf(llama(tokenizer), tmp_path / "model.gguf", tokenizer=tokenizer, weights="f32")
-    theirs = LlamaCpp(tmp_path / "model.gguf")
-    ids = theirs.ask("tokenize", content=TEXT, add_special=True)["tokens"]
-    assert ids == [tokenizer.eos_id, *tokenizer.encode(TEXT)]
-    assert theirs.ask("detokenize", tokens=ids[1:])["content"] == TEXT
+    with LlamaCpp(tmp_path / "model.gguf") as theirs:
+        ids = theirs.ask("tokenize", content=TEXT, add_special=True)["tokens"]
+        assert ids == [tokenizer.eos_id, *tokenizer.encode(TEXT)]
+        assert theirs.ask("detokenize", tokens=ids[1:])["content"] == TEXT
 
 
 @needs_llama_cpp
@@ -157,14 +150,14 @@ def test_nearly_all_ids_of_a_bpe_of_ours_are_those_of_training_and_text_comes_ba
     tokenizer = HFTokenizer(train_bpe(texts[::2], 2048))
     with pytest.warns(UserWarning, match="some texts get other tokens"):
         save_gguf(llama(tokenizer), tmp_path / "model.gguf", tokenizer=tokenizer)
-    theirs = LlamaCpp(tmp_path / "model.gguf")
     same = total = 0
-    for text in texts[1:60:2]:
-        own = tokenizer.encode(text)
-        found = theirs.ask("tokenize", content=text, add_special=False, parse_special=False)["tokens"]
-        assert theirs.ask("detokenize", tokens=found)["content"] == text
-        same += len(places(tokenizer, own) & places(tokenizer, found))
-        total += len(own)
+    with LlamaCpp(tmp_path / "model.gguf") as theirs:
+        for text in texts[1:60:2]:
+            own = tokenizer.encode(text)
+            found = theirs.ask("tokenize", content=text, add_special=False, parse_special=False)["tokens"]
+            assert theirs.ask("detokenize", tokens=found)["content"] == text
+            same += len(places(tokenizer, own) & places(tokenizer, found))
+            total += len(own)
     assert same / total > 0.97
 
 
@@ -184,23 +177,24 @@ def test_a_trained_run_is_exported_and_llama_cpp_continues_a_text_as_we_do(tmp_p
     text.write_text("the cat sat on the mat.\nthe dog sat on the log.\n" * 400, encoding="utf-8")
     line = (
         f"train servable --data {text} --tokenizer bpe:300 --width 64 --pattern gdn,mha --steps 40 --batch_size 8"
-        f" --block_size 64 --output_dir {run} --eval_every 40"
+        f" --block_size 64 --output_dir {run}"
     )
     assert main(line.split()) == 0
     assert main(["export", str(run), str(file), "--gguf_type", "f32"]) == 0
     assert "is qwen35 of llama.cpp" in capsys.readouterr().out
     ours, tokenizer = load(run)
-    theirs = LlamaCpp(file)
     prompt = "the dog sat on"
-    ids = theirs.ask("tokenize", content=prompt, add_special=True)["tokens"]
-    assert ids == [tokenizer.eos_id, *tokenizer.encode(prompt)]
+    ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
+    with LlamaCpp(file) as theirs:
+        assert theirs.ask("tokenize", content=prompt, add_special=True)["tokens"] == ids
+        found, shown = theirs.generate(prompt, 20)
+        probabilities = theirs.log_probabilities(ids, tokenizer.vocab_size)
     expected = ours.generate(torch.tensor([ids]), max_new_tokens=20, temperature=0.0)[0].tolist()
-    found, shown = theirs.generate(prompt, 20)
     assert found == expected
     assert shown == tokenizer.decode(expected)
     with torch.no_grad():
         own = ours(torch.tensor([ids]))[0, :, : tokenizer.vocab_size].log_softmax(dim=-1)
-    torch.testing.assert_close(theirs.log_probabilities(ids, tokenizer.vocab_size), own, rtol=0, atol=1e-4)
+    torch.testing.assert_close(probabilities, own, rtol=0, atol=1e-4)
 
 
 def refused(architecture) -> str:
@@ -221,10 +215,12 @@ def test_a_stack_without_a_home_is_refused_in_one_line_with_the_reason() -> None
     assert "mla.q_lora_rank = 8" in refused(replace(KimiLinear.example(), linear_num_heads=4, q_lora_rank=8))
     assert "must be > 0 in a model of 2 layers" in refused(replace(DeepseekV3.example(), q_lora_rank=None))
     assert "must be 0 in a model of 27 layers" in refused(replace(DeepseekV3.example(), num_hidden_layers=27))
-    assert "such that each has two experts" in refused(replace(DeepseekV3.example(), n_group=4))
     assert "group_score = 'max'" in refused(replace(DeepseekV2.example(), topk_method="group_limited_greedy"))
     assert "mha.head_dim = 16" in refused(replace(Olmo2.example(), head_dim=16))
-    assert "none has the layers" in refused(_Hybrid())
+    local, latent = (each.example().language_model() for each in (Mistral, DeepseekV3))
+    both = replace(local, blocks={**local.blocks, "mla": latent.blocks["mla"]}, pattern=("swa", "mla"))
+    with pytest.raises(UsageError, match="none has the layers swa mla"):
+        home_of(both)
     sinks = replace(Mistral.example(), sliding_window=7).language_model()
     (block,) = sinks.blocks.values()
     kept = replace(sinks, blocks={"swa": replace(block, mixer=replace(block.mixer, sinks=4))})
@@ -234,11 +230,6 @@ def test_a_stack_without_a_home_is_refused_in_one_line_with_the_reason() -> None
         home_of(kept, "swamla")
     with pytest.raises(UsageError, match="llama has such a model"):
         home_of(Llama.example().language_model(), "mistral")
-
-
-class _Hybrid:
-    def language_model(self):
-        return hybrid_config()
 
 
 @pytest.mark.parametrize(

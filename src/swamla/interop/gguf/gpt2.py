@@ -18,10 +18,6 @@ class GPT2Home(Home):
     names: ClassVar[str] = "GPT2"
     theirs: GPT2
 
-    def differences(self) -> Iterator[str]:
-        """GELU."""
-        yield "llama.cpp looks GELU up in a table of fp16 on a CPU"
-
     def settings(self) -> dict[str, Any]:
         """The sizes; the context is that of the positions."""
         theirs = self.theirs
