@@ -17,9 +17,11 @@ from swamla.interop.architectures.deepseek import DeepseekV2, DeepseekV3
 from swamla.interop.architectures.kimi import KimiLinear
 from swamla.interop.architectures.llama import Llama, Mistral
 from swamla.interop.architectures.olmo import Olmo2
-from swamla.interop.architectures.qwen import Qwen3_5, Qwen3Next
+from swamla.interop.architectures.qwen import Qwen3_5
+from swamla.interop.architectures.qwen_moe import Qwen3Next
 from swamla.interop.gguf.saving import HOMES, home_of
 from swamla.interop.gguf.vocabulary import vocabulary
+from swamla.interop.rope import RopeParameters
 from swamla.model.language_model import LanguageModel
 from tests.interop.llama_cpp import IN_LLAMA_CPP, LENGTH, MISSING, SIGNS, LlamaCpp, agreement, ours_of
 
@@ -206,6 +208,9 @@ def refused(architecture) -> str:
 
 
 def test_a_stack_without_a_home_is_refused_in_one_line_with_the_reason() -> None:
+    llama_3 = RopeParameters(rope_type="llama3", factor=8.0, original_max_position_embeddings=64)
+    with pytest.raises(UsageError, match="rope.scaling.kind = 'llama3'"):
+        dict(home_of(replace(Llama.example(), rope_parameters=llama_3).language_model()).settings())
     assert "must be head_k_dim" in refused(Qwen3_5.example())
     assert "must be moe in every layer" in refused(replace(Qwen3Next.example(), linear_value_head_dim=8))
     assert "normalise = False" in refused(

@@ -75,10 +75,10 @@ class GPT2(Architecture):
     @classmethod
     def of(cls, config: LanguageModelConfig) -> Self:
         """The one that has the settings of a model of ours, as far as it has them."""
+        n_heads = mixer_of(cls.kind, config, MHAConfig).n_heads
+        hidden = ffn_of(cls.kind, config, DenseConfig).hidden_dim(config.width)
         if not config.learned_positions:
             raise Lacks(cls.kind, "learned_positions", 0, "a number of them")
-        hidden = ffn_of(cls.kind, config, DenseConfig).hidden_dim(config.width)
-        n_heads = mixer_of(cls.kind, config, MHAConfig).n_heads
         return cls(
             vocab_size=config.vocab_size,
             n_positions=config.learned_positions,

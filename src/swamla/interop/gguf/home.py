@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from swamla.interop.architecture import Architecture, Lacks, RopeParameters
+from swamla.interop.architecture import Architecture
+from swamla.interop.equality import Lacks
+from swamla.interop.rope import RopeParameters
 from swamla.interop.stack import Stack
 
 LENGTH_EPS = 1e-6  # added to the squared length of a query or key of a delta rule
@@ -94,6 +96,8 @@ def rope_settings(rope: RopeParameters, width: int) -> dict[str, Any]:
     found: dict[str, Any] = {"rope.dimension_count": width, "rope.freq_base": rope.rope_theta}
     if rope.rope_type == "default":
         return found
+    if rope.rope_type == "llama3":
+        raise Lacks("the GGUF file", "rope.scaling.kind", "llama3", "none, linear or yarn")
     factor = rope.factor or 1.0
     found |= {"rope.scaling.type": rope.rope_type, "rope.scaling.factor": factor}
     if rope.rope_type == "yarn":

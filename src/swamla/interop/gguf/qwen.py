@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from swamla.interop.architectures.qwen import Qwen3Next, QwenHybrid
+from swamla.interop.architectures.qwen import QwenHybrid
+from swamla.interop.architectures.qwen_moe import Qwen3Next
 from swamla.interop.gguf.home import StackHome, lengths_differ, rope_settings
 
 

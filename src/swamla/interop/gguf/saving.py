@@ -9,9 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from swamla.data.tokenizer import Tokenizer
-from swamla.errors import MissingBackendError, UsageError
+from swamla.errors import ConfigError, MissingBackendError, UsageError
 from swamla.files import fsync
-from swamla.interop.architecture import Lacks
+from swamla.interop.equality import Lacks
 from swamla.interop.folder import equal_architecture, tensors_of
 from swamla.interop.gguf.deepseek import DeepseekHome
 from swamla.interop.gguf.gpt2 import GPT2Home
@@ -43,19 +43,23 @@ HOMES: Mapping[str, type[Home]] = {
 }
 
 
-def home_of(config: LanguageModelConfig, to: str = "auto") -> Home:
+def home_of(config: LanguageModelConfig, to: str = "auto", weights: Mapping[str, Tensor] | None = None) -> Home:
     """The architecture of llama.cpp that equals a model. to: an architecture of transformers, or the first that does.
 
-    Raises `UsageError` with the reason if there is none.
+    weights: the model's, as for `equal_architecture`. Raises `UsageError` with the reason if there is none.
     """
     if to not in ("auto", *HOMES):
         raise UsageError(f"--to {to}: must be one of auto, {', '.join(HOMES)} for a GGUF file")
     reasons: dict[str, Lacks] = {}
     for kind in HOMES if to == "auto" else [to]:
         try:
-            home = HOMES[kind](theirs=equal_architecture(config, kind))
+            home = HOMES[kind](theirs=equal_architecture(config, kind, weights))
         except Lacks as reason:
             reasons[kind] = reason
+            continue
+        except (ConfigError, UsageError):  # a check of what would be equal there
+            if to != "auto":
+                raise
             continue
         home.check()
         return home
@@ -90,7 +94,7 @@ def save_gguf(
         raise UsageError(f"--gguf_type {weights}: must be one of {', '.join(TYPES)}")
     if file.exists():
         raise UsageError(f"{file}: exists: choose another name")
-    home, words = home_of(model.config, to), vocabulary(tokenizer)
+    home, words = home_of(model.config, to, model.state_dict()), vocabulary(tokenizer)
     other = (
         [] if words.same else [f"llama.cpp cuts text by {words.pre!r}: some texts get other tokens than in training"]
     )
