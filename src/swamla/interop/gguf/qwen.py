@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from swamla.interop.architectures.qwen import Qwen3Next, QwenHybrid
+from swamla.interop.architectures.qwen import QwenHybrid
+from swamla.interop.architectures.qwen_moe import Qwen3Next
 from swamla.interop.gguf.home import StackHome, lengths_differ, rope_settings
 
 
@@ -25,6 +26,7 @@ class Qwen3_5Home(StackHome):
     def check(self) -> None:
         """States are square, and there is one at least."""
         theirs = self.theirs
+        self.without_llama_3(theirs.rope_parameters)
         key, value = theirs.linear_key_head_dim, theirs.linear_value_head_dim
         if key != value:
             raise self.lacks("gdn.head_v_dim", value, f"head_k_dim, here {key}: its states are square")

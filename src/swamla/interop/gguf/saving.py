@@ -9,9 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from swamla.data.tokenizer import Tokenizer
-from swamla.errors import MissingBackendError, UsageError
+from swamla.errors import ConfigError, MissingBackendError, UsageError
 from swamla.files import fsync
-from swamla.interop.architecture import Lacks
+from swamla.interop.equality import Lacks
 from swamla.interop.folder import equal_architecture, tensors_of
 from swamla.interop.gguf.deepseek import DeepseekHome
 from swamla.interop.gguf.gpt2 import GPT2Home
@@ -24,7 +24,7 @@ from swamla.model.language_model import LanguageModel, LanguageModelConfig
 
 Type = Literal["f32", "f16", "bf16", "q8_0"]
 TYPES = get_args(Type)
-KINDS = ("kind", "mixer", "ffn", "norm")  # fields that say what a layer is made of
+KINDS = ("kind", "mixer", "ffn", "norm", "learned_positions")  # fields that say what a model is made of
 BY_ID = ("token_embd.weight", "output.weight")  # tensors with a row for each id
 BLOCK = 32  # numbers that share a scale in Q8_0
 # Each architecture of transformers that llama.cpp has under its own name or another's.
@@ -43,19 +43,23 @@ HOMES: Mapping[str, type[Home]] = {
 }
 
 
-def home_of(config: LanguageModelConfig, to: str = "auto") -> Home:
+def home_of(config: LanguageModelConfig, to: str = "auto", weights: Mapping[str, Tensor] | None = None) -> Home:
     """The architecture of llama.cpp that equals a model. to: an architecture of transformers, or the first that does.
 
-    Raises `UsageError` with the reason if there is none.
+    weights: the model's, as for `equal_architecture`. Raises `UsageError` with the reason if there is none.
     """
     if to not in ("auto", *HOMES):
         raise UsageError(f"--to {to}: must be one of auto, {', '.join(HOMES)} for a GGUF file")
     reasons: dict[str, Lacks] = {}
     for kind in HOMES if to == "auto" else [to]:
         try:
-            home = HOMES[kind](theirs=equal_architecture(config, kind))
+            home = HOMES[kind](theirs=equal_architecture(config, kind, weights))
         except Lacks as reason:
             reasons[kind] = reason
+            continue
+        except (ConfigError, UsageError):  # a check of what would be equal there
+            if to != "auto":
+                raise
             continue
         home.check()
         return home
@@ -90,7 +94,7 @@ def save_gguf(
         raise UsageError(f"--gguf_type {weights}: must be one of {', '.join(TYPES)}")
     if file.exists():
         raise UsageError(f"{file}: exists: choose another name")
-    home, words = home_of(model.config, to), vocabulary(tokenizer)
+    home, words = home_of(model.config, to, model.state_dict()), vocabulary(tokenizer)
     other = (
         [] if words.same else [f"llama.cpp cuts text by {words.pre!r}: some texts get other tokens than in training"]
     )
@@ -124,7 +128,11 @@ def write(
             add(writer, key, value)
         known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[home.names], metadata[f"{home.name}.block_count"])
         for name, tensor in tensors:
-            found = name if name.startswith("blk.") else known.get_name(name, try_suffixes=(".weight", ".bias"))
+            found = (
+                name
+                if name.startswith(("blk.", "rope_freqs."))
+                else known.get_name(name, try_suffixes=(".weight", ".bias"))
+            )
             assert found is not None, f"{home.name} of llama.cpp has no place for {name}"
             if found in BY_ID:
                 tensor = tensor[: metadata[f"{home.name}.vocab_size"]]
