@@ -15,7 +15,7 @@ from swamla.errors import MissingBackendError, UsageError
 from swamla.interop import save_gguf
 from swamla.interop.architectures.deepseek import DeepseekV2, DeepseekV3
 from swamla.interop.architectures.kimi import KimiLinear
-from swamla.interop.architectures.llama import Llama, Mistral
+from swamla.interop.architectures.llama import Llama, Mistral, Qwen3
 from swamla.interop.architectures.olmo import Olmo2
 from swamla.interop.architectures.qwen import Qwen3_5
 from swamla.interop.architectures.qwen_moe import Qwen3Next
@@ -222,6 +222,14 @@ def test_a_stack_without_a_home_is_refused_in_one_line_with_the_reason() -> None
     assert "must be 0 in a model of 27 layers" in refused(replace(DeepseekV3.example(), num_hidden_layers=27))
     assert "group_score = 'max'" in refused(replace(DeepseekV2.example(), topk_method="group_limited_greedy"))
     assert "mha.head_dim = 16" in refused(replace(Olmo2.example(), head_dim=16))
+    stretched = RopeParameters(
+        rope_type="llama3",
+        factor=8.0,
+        original_max_position_embeddings=64,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+    )
+    assert "scaling.kind = 'llama3'" in refused(replace(Qwen3.example(), rope_parameters=stretched))
     local, latent = (each.example().language_model() for each in (Mistral, DeepseekV3))
     both = replace(local, blocks={**local.blocks, "mla": latent.blocks["mla"]}, pattern=("swa", "mla"))
     with pytest.raises(UsageError, match="none has the layers swa mla"):

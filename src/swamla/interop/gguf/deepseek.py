@@ -61,6 +61,7 @@ class DeepseekHome(StackHome):
     def check(self) -> None:
         """Low-rank queries but in models of two sizes, and groups of experts by the sum of their two best."""
         theirs = self.theirs
+        self.without_llama_3(theirs.rope_parameters)
         lite = theirs.num_hidden_layers in FULL_RANK
         if lite == bool(theirs.q_lora_rank):
             wanted = f"{'0' if lite else '> 0'} in a model of {theirs.num_hidden_layers} layers"

@@ -64,6 +64,11 @@ class Home(ABC):
         if self.has_head and "lm_head.weight" not in stored:
             yield "lm_head.weight", stored["model.embed_tokens.weight"]
 
+    def without_llama_3(self, rope: RopeParameters) -> None:
+        """Raise `Lacks` if positions are stretched as in Llama 3."""
+        if rope.rope_type == "llama3":
+            raise self.lacks("rope.scaling.kind", "llama3", "none, linear or yarn")
+
     def lacks(self, field: str, got: Any, wanted: str) -> Lacks:
         """The error for a setting that llama.cpp does not have."""
         return Lacks(f"{self.name} of llama.cpp", field, got, wanted)
@@ -92,9 +97,9 @@ def lengths_differ(eps: float) -> Iterator[str]:
 
 
 def rope_settings(rope: RopeParameters, width: int) -> dict[str, Any]:
-    """The metadata of rotary positions. width: elements of a head that are rotated."""
+    """The metadata of rotary positions; those of Llama 3 are a tensor. width: elements of a head that are rotated."""
     found: dict[str, Any] = {"rope.dimension_count": width, "rope.freq_base": rope.rope_theta}
-    if rope.rope_type == "default":
+    if rope.rope_type in ("default", "llama3"):
         return found
     if rope.rope_type == "llama3":
         raise Lacks("the GGUF file", "rope.scaling.kind", "llama3", "none, linear or yarn")

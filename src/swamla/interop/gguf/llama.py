@@ -9,6 +9,7 @@ from torch import Tensor
 
 from swamla.interop.architectures.llama import LlamaLike
 from swamla.interop.gguf.home import StackHome, neighbours, rope_settings
+from swamla.model.rope import Llama3Scaling
 
 NO_SINK = -1e30  # the logit of a sink that takes nothing: its exponential is 0
 
@@ -33,6 +34,15 @@ class LlamaHome(StackHome):
             **rope_settings(theirs.rope_parameters, theirs.head_width),
         }
 
+    def tensors(self, stored: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """With what Llama 3 divides each frequency by."""
+        yield from super().tensors(stored)
+        rope = self.theirs.rope
+        if rope is not None and isinstance(rope.scaling, Llama3Scaling):
+            half = self.theirs.head_width // 2
+            plain = rope.base ** -(torch.arange(half) / half)
+            yield "rope_freqs.weight", plain / rope.scaling.frequencies(plain, rope.base)
+
     def convert(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Queries and keys in llama.cpp's order."""
         turned = ".q_proj." in name or ".k_proj." in name
@@ -45,6 +55,11 @@ class Qwen3Home(LlamaHome):
 
     name: ClassVar[str] = "qwen3"
     names: ClassVar[str] = "QWEN3"
+
+    def check(self) -> None:
+        """Positions are not stretched as in Llama 3."""
+        super().check()
+        self.without_llama_3(self.theirs.rope_parameters)
 
     def convert(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The tensor as it is."""
@@ -61,6 +76,7 @@ class Olmo2Home(Qwen3Home):
 
     def check(self) -> None:
         """Heads divide the width."""
+        super().check()
         theirs = self.theirs
         if theirs.head_width * theirs.num_attention_heads != theirs.hidden_size:
             raise self.lacks("mha.head_dim", theirs.head_width, "width / n_heads")

@@ -26,6 +26,7 @@ class Qwen3_5Home(StackHome):
     def check(self) -> None:
         """States are square, and there is one at least."""
         theirs = self.theirs
+        self.without_llama_3(theirs.rope_parameters)
         key, value = theirs.linear_key_head_dim, theirs.linear_value_head_dim
         if key != value:
             raise self.lacks("gdn.head_v_dim", value, f"head_k_dim, here {key}: its states are square")

@@ -24,7 +24,7 @@ from swamla.model.language_model import LanguageModel, LanguageModelConfig
 
 Type = Literal["f32", "f16", "bf16", "q8_0"]
 TYPES = get_args(Type)
-KINDS = ("kind", "mixer", "ffn", "norm")  # fields that say what a layer is made of
+KINDS = ("kind", "mixer", "ffn", "norm", "learned_positions")  # fields that say what a model is made of
 BY_ID = ("token_embd.weight", "output.weight")  # tensors with a row for each id
 BLOCK = 32  # numbers that share a scale in Q8_0
 # Each architecture of transformers that llama.cpp has under its own name or another's.
@@ -128,7 +128,11 @@ def write(
             add(writer, key, value)
         known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[home.names], metadata[f"{home.name}.block_count"])
         for name, tensor in tensors:
-            found = name if name.startswith("blk.") else known.get_name(name, try_suffixes=(".weight", ".bias"))
+            found = (
+                name
+                if name.startswith(("blk.", "rope_freqs."))
+                else known.get_name(name, try_suffixes=(".weight", ".bias"))
+            )
             assert found is not None, f"{home.name} of llama.cpp has no place for {name}"
             if found in BY_ID:
                 tensor = tensor[: metadata[f"{home.name}.vocab_size"]]
