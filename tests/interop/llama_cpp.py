@@ -39,7 +39,6 @@ IN_LLAMA_CPP = {
         name: CASES[name]
         for name in CASES
         if name.startswith(("gpt2", "llama", "mistral", "ministral", "qwen2", "olmo2"))
-        and name != "llama 3.2"  # its positions go as a tensor of factors, which is not written
     },
     "qwen3": CASES["qwen3"],
     "qwen3_5": changed("qwen3_5", **SQUARE),

@@ -479,7 +479,7 @@ def test_a_tokenizer_of_our_own_is_loaded_there_too(tmp_path: Path) -> None:
         ("{home}/gpt2 {out} --checkpoint 77", "no checkpoint of step 77; there are: 1, 2"),
         ("{home}/gpt2 {out} --checkpoint worst", "checkpoint 'worst': must be"),
         ("{home}/gpt2 {out} --to onnx", "--to onnx: must be one of auto, bailing_hybrid"),
-        ("{home}/gpt2", "FOLDER"),
+        ("{home}/gpt2", "OUT"),
         ("{home}/gpt2 {out} --chekpoint best", "unknown flag --chekpoint; did you mean --checkpoint?"),
     ],
 )

@@ -101,8 +101,6 @@ def rope_settings(rope: RopeParameters, width: int) -> dict[str, Any]:
     found: dict[str, Any] = {"rope.dimension_count": width, "rope.freq_base": rope.rope_theta}
     if rope.rope_type in ("default", "llama3"):
         return found
-    if rope.rope_type == "llama3":
-        raise Lacks("the GGUF file", "rope.scaling.kind", "llama3", "none, linear or yarn")
     factor = rope.factor or 1.0
     found |= {"rope.scaling.type": rope.rope_type, "rope.scaling.factor": factor}
     if rope.rope_type == "yarn":
