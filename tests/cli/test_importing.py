@@ -53,6 +53,22 @@ def test_the_run_generates_scores_a_text_is_written_again_and_begins_another(fol
     assert main(line.split()) == 0
 
 
+def test_without_a_recipe_an_imported_run_trains_on_as_the_folder_that_it_came_from_does(folder, tmp_path) -> None:
+    run, text = tmp_path / "run", tmp_path / "ids.txt"
+    text.write_text(" 3 1 4 1 5 9 2 6 5 3 5\n\n" * 400, encoding="utf-8")
+    assert main(["import", str(folder), str(run)]) == 0
+    settings = []
+    for number, origin in enumerate((folder, run)):
+        out = tmp_path / f"next-{number}"
+        line = f"train --init_from {origin} --data {text} --tokenizer ids:95 --steps 2 --max_minutes none"
+        assert main([*line.split(), "--batch_size", "2", "--block_size", "16", "--output_dir", str(out)]) == 0
+        plain = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        assert plain["train"].pop("init_from") == str(origin)
+        settings.append((plain["model"], plain["train"], plain["data"]["held_out_fraction"]))
+    assert settings[0] == settings[1]
+    assert settings[0][2] < 1
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

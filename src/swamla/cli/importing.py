@@ -44,7 +44,8 @@ def main(argv: list[str]) -> int:
     say(Console(), f"{run}: {architecture.kind}, layers {layers}, {parameters:,} parameters")
     if isinstance(tokenizer, IdTokenizer):
         say(Console(), f'{source} has no tokenizer.json: the run\'s texts are ids, as in " 17 5 23"')
-    say(Console(), f"next: swamla generate {run}, swamla evaluate {run} --data FILE, swamla train --init_from {run}")
+    further = f"swamla evaluate {run} --data FILE, swamla train --init_from {run} --data FILE"
+    say(Console(), f"next: swamla generate {run}, {further}")
     return 0
 
 
