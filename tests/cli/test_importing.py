@@ -86,6 +86,18 @@ def test_what_cannot_be_imported_is_one_line_and_leaves_nothing(spoil, message, 
     assert not (tmp_path / "run").exists()
 
 
+def test_what_is_no_folder_of_transformers_is_told_apart(folder, tmp_path, capsys) -> None:
+    assert main(["import", str(folder), str(tmp_path / "run")]) == 0
+    for source, message in (
+        (tmp_path / "absent", "absent: no such folder"),
+        (folder / "config.json", "config.json: a file: must be a folder"),
+        (tmp_path / "run", "run: a run already: "),
+    ):
+        assert main(["import", str(source), str(tmp_path / "other")]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "other").exists()
+
+
 def test_a_folder_with_something_in_it_is_left_alone(folder, tmp_path, capsys) -> None:
     (tmp_path / "mine").write_text("thesis")
     assert main(["import", str(folder), str(tmp_path)]) == 2
@@ -96,7 +108,7 @@ def test_a_folder_with_something_in_it_is_left_alone(folder, tmp_path, capsys) -
 def test_an_imported_run_without_data_says_how_to_name_some(folder, tmp_path, capsys) -> None:
     assert main(["import", str(folder), str(tmp_path / "run")]) == 0
     assert main(["evaluate", str(tmp_path / "run")]) == 2
-    assert "an imported model has no data: name some" in capsys.readouterr().err
+    assert "an imported model has no data: name some, as in --data FILE" in capsys.readouterr().err
 
 
 def test_a_tokenizer_whose_end_has_no_usual_name_keeps_the_models_ids(folder, tmp_path, capsys) -> None:

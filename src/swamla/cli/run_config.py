@@ -125,7 +125,13 @@ def resolve(recipe: str, given: Mapping[str, Any], *, new: bool = False, unnamed
     with within("", origin):
         _check_together(config)
     if origin_of_weights is not None:
-        origin_of_weights.require_fit(with_vocabulary(config.model, config.data, origin_of_weights.model.vocab_size))
+        model = with_vocabulary(config.model, config.data, origin_of_weights.model.vocab_size)
+        try:
+            origin_of_weights.require_fit(model)
+        except UsageError as error:
+            if unnamed:
+                raise
+            raise UsageError(f"{error}; without a recipe the model is theirs") from None
         notes.append(f"model and tokenizer are those of {origin_of_weights.folder}, except where flags change them")
     if not _sees_order(config):
         notes.append("warning: no layer of this model sees the order of tokens: give it --learned_positions N")
