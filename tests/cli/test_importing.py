@@ -53,6 +53,22 @@ def test_the_run_generates_scores_a_text_is_written_again_and_begins_another(fol
     assert main(line.split()) == 0
 
 
+def test_without_a_recipe_an_imported_run_trains_on_as_the_folder_that_it_came_from_does(folder, tmp_path) -> None:
+    run, text = tmp_path / "run", tmp_path / "ids.txt"
+    text.write_text(" 3 1 4 1 5 9 2 6 5 3 5\n\n" * 400, encoding="utf-8")
+    assert main(["import", str(folder), str(run)]) == 0
+    settings = []
+    for number, origin in enumerate((folder, run)):
+        out = tmp_path / f"next-{number}"
+        line = f"train --init_from {origin} --data {text} --tokenizer ids:95 --steps 2 --max_minutes none"
+        assert main([*line.split(), "--batch_size", "2", "--block_size", "16", "--output_dir", str(out)]) == 0
+        plain = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        assert plain["train"].pop("init_from") == str(origin)
+        settings.append((plain["model"], plain["train"], plain["data"]["held_out_fraction"]))
+    assert settings[0] == settings[1]
+    assert settings[0][2] < 1
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -70,6 +86,18 @@ def test_what_cannot_be_imported_is_one_line_and_leaves_nothing(spoil, message, 
     assert not (tmp_path / "run").exists()
 
 
+def test_what_is_no_folder_of_transformers_is_told_apart(folder, tmp_path, capsys) -> None:
+    assert main(["import", str(folder), str(tmp_path / "run")]) == 0
+    for source, message in (
+        (tmp_path / "absent", "absent: no such folder"),
+        (folder / "config.json", "config.json: a file: must be a folder"),
+        (tmp_path / "run", "run: a run already: "),
+    ):
+        assert main(["import", str(source), str(tmp_path / "other")]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "other").exists()
+
+
 def test_a_folder_with_something_in_it_is_left_alone(folder, tmp_path, capsys) -> None:
     (tmp_path / "mine").write_text("thesis")
     assert main(["import", str(folder), str(tmp_path)]) == 2
@@ -80,7 +108,7 @@ def test_a_folder_with_something_in_it_is_left_alone(folder, tmp_path, capsys) -
 def test_an_imported_run_without_data_says_how_to_name_some(folder, tmp_path, capsys) -> None:
     assert main(["import", str(folder), str(tmp_path / "run")]) == 0
     assert main(["evaluate", str(tmp_path / "run")]) == 2
-    assert "an imported model has no data: name some" in capsys.readouterr().err
+    assert "an imported model has no data: name some, as in --data FILE" in capsys.readouterr().err
 
 
 def test_a_tokenizer_whose_end_has_no_usual_name_keeps_the_models_ids(folder, tmp_path, capsys) -> None:

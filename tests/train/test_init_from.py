@@ -162,7 +162,9 @@ def test_the_command_takes_model_and_tokenizer_from_the_run_and_all_else_from_fl
 
 def test_a_recipe_with_another_model_is_refused_before_any_folder_and_one_without_takes_the_runs(here, capsys):
     assert train("quickstart", "--init_from", "runs/base", "--data", "other.txt") == 2
-    assert "its weights do not fit this model: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "its weights do not fit this model: " in said
+    assert said.endswith("; without a recipe the model is theirs\n")
     (here / "recipes").mkdir()
     (here / "recipes/more.toml").write_text(
         "[data]\nsource = '../other.txt'\n[train]\nsteps = 1\nbatch_size = 1\nblock_size = 16\n"

@@ -44,7 +44,8 @@ def main(argv: list[str]) -> int:
     say(Console(), f"{run}: {architecture.kind}, layers {layers}, {parameters:,} parameters")
     if isinstance(tokenizer, IdTokenizer):
         say(Console(), f'{source} has no tokenizer.json: the run\'s texts are ids, as in " 17 5 23"')
-    say(Console(), f"next: swamla generate {run}, swamla evaluate {run} --data FILE, swamla train --init_from {run}")
+    further = f"swamla evaluate {run} --data FILE, swamla train --init_from {run} --data FILE"
+    say(Console(), f"next: swamla generate {run}, {further}")
     return 0
 
 
@@ -52,6 +53,12 @@ def import_folder(source: Path, run: Path) -> tuple[Architecture, Tokenizer]:
     """Write the run; returns what was read. Raises `UsageError` for a folder that is not empty, and as reading does."""
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UsageError(f"{run}: exists and is not empty: choose another folder")
+    if not source.is_dir():
+        raise UsageError(
+            f"{source}: {'a file' if source.exists() else 'no such folder'}: must be a folder of transformers"
+        )
+    if (source / "checkpoints").is_dir():
+        raise UsageError(f"{source}: a run already: generate, evaluate, export and train --init_from take it as it is")
     architecture = read_architecture(source)
     model = architecture.language_model()
     tokenizer = tokenizer_of(source, model.vocab_size)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from swamla import distributed
+from swamla.checkpoint import read_run_config
 from swamla.cli.flags import WIDEST, Flag
 from swamla.cli.overrides import apply_flags, flags
 from swamla.cli.reshape import fit_ranks, reshape
@@ -124,7 +125,13 @@ def resolve(recipe: str, given: Mapping[str, Any], *, new: bool = False, unnamed
     with within("", origin):
         _check_together(config)
     if origin_of_weights is not None:
-        origin_of_weights.require_fit(with_vocabulary(config.model, config.data, origin_of_weights.model.vocab_size))
+        model = with_vocabulary(config.model, config.data, origin_of_weights.model.vocab_size)
+        try:
+            origin_of_weights.require_fit(model)
+        except UsageError as error:
+            if unnamed:
+                raise
+            raise UsageError(f"{error}; without a recipe the model is theirs") from None
         notes.append(f"model and tokenizer are those of {origin_of_weights.folder}, except where flags change them")
     if not _sees_order(config):
         notes.append("warning: no layer of this model sees the order of tokens: give it --learned_positions N")
@@ -136,9 +143,14 @@ def resolve(recipe: str, given: Mapping[str, Any], *, new: bool = False, unnamed
 
 
 def begun_recipe(init_from: str) -> str:
-    """The default recipe with `init_from`: the config of that run, or quickstart if it is not a run."""
+    """The default recipe with `init_from`: the config of that run, or quickstart if it has never trained.
+
+    Exported folders and imported runs have no settings of training: an imported run's config holds out all text.
+    """
     origin = origin_of(init_from)
-    return str(origin.folder / "config.json") if origin.is_run else "quickstart"
+    if not origin.is_run or read_run_config(origin.folder)["data"].get("held_out_fraction") == 1:
+        return "quickstart"
+    return str(origin.folder / "config.json")
 
 
 def explain_recipe(recipe: str) -> tuple[dict[str, Flag], str]:

@@ -227,7 +227,10 @@ class IdTokenizer(_Serialized):
         wrong = next((word for word in words if not (word.isascii() and word.isdecimal())), None)
         if wrong is not None or any(int(word) >= self.eos_id for word in words):
             first = wrong or next(word for word in words if int(word) >= self.eos_id)
-            raise DataError(f"{first!r:.40} is no id: must be numbers from 0 to {self.eos_id - 1}, spaces between them")
+            raise DataError(
+                f"{first!r:.40} is no id: must be numbers from 0 to {self.eos_id - 1}, spaces between them: "
+                "this model came without a tokenizer"
+            )
         return [int(word) for word in words]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
