@@ -32,7 +32,7 @@ help:
 	@echo 'make mutants      change one line after the other, and see a test fail for each (about 10 minutes)'
 	@echo 'make bench        measure everything on this machine, others beside us (about 13 minutes); arguments in BENCH_ARGS'
 	@echo 'make speedrun     quickstart against nanoGPT by time (about 15 minutes; docs/speedrun.md); arguments in SPEEDRUN_ARGS'
-	@echo 'make interop      every architecture of transformers in and out, and the table of docs/interop.md (a minute)'
+	@echo 'make interop      installs lm-eval too (230 MB); tests of it, of Trainer and peft, and the tables of docs/interop.md'
 	@echo 'make lint         only ruff and mypy'
 	@echo 'make clean        remove $(VENV) and caches; trained models under runs/ are kept'
 	@echo
@@ -65,7 +65,10 @@ lint: $(VENV)/.installed-dev
 speedrun: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.quality $(SPEEDRUN_ARGS)
 
+# lm-eval and what it needs are 230 MB, so `make test` goes without and skips what needs it, with that reason.
 interop: $(VENV)/.installed-dev
+	@$(INSTALL) --editable '.[dev,interop]'
+	$(TEST_ENV) $(BIN)/python -m pytest -q tests/evaluate tests/interop/test_saved.py tests/interop/test_gguf.py
 	$(TEST_ENV) $(BIN)/python -m tests.interop $(INTEROP_ARGS)
 
 clean:

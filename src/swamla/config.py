@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
-from types import NoneType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from swamla.errors import ConfigError, UsageError
@@ -161,10 +162,11 @@ def did_you_mean(name: str, known: list[str]) -> str:
     return f'did you mean "{close[0]}"?' if close else f"there are: {', '.join(known)}"
 
 
-def field_types(cls: Any) -> dict[str, Any]:
-    """Resolved annotation of every field of a dataclass, in order."""
+@cache
+def field_types(cls: Any) -> Mapping[str, Any]:
+    """Resolved annotation of every field of a dataclass, in order. Resolving takes long, so it happens once a class."""
     hints = get_type_hints(cls)
-    return {f.name: hints[f.name] for f in fields(cls)}
+    return MappingProxyType({f.name: hints[f.name] for f in fields(cls)})
 
 
 def choices_of(annotation: Any) -> Mapping[str, Any]:
@@ -198,8 +200,8 @@ class _Reader:
 
     def _dataclass(self, cls: type[T], data: Any, path: str) -> T:
         if not isinstance(data, Mapping):
-            raise self.fail(path, data, f"must be a table of {', '.join(field_types(cls))}")
-        types = field_types(cls)
+            raise self.fail(path, data, f"must be a table of {', '.join(field_types(cls))}")  # type: ignore[arg-type]
+        types = field_types(cls)  # type: ignore[arg-type]
         given = {key: value for key, value in data.items() if key != "kind" or not kind_of(cls)}
         for key, value in given.items():
             if key not in types:

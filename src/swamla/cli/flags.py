@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
+from functools import cache
 from types import MappingProxyType, NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -371,7 +372,8 @@ def _arguments_of(cls: Any) -> list[Flag]:
     ]
 
 
-def field_docs(cls: type) -> dict[str, str]:
+@cache
+def field_docs(cls: type) -> Mapping[str, str]:
     """Each field's help from the docstrings of a config and its bases.
 
     Reads `name: text` (or `name, name: text`) at the start of a line or sentence or after two spaces.
@@ -386,4 +388,4 @@ def field_docs(cls: type) -> dict[str, str]:
         for found, end in zip(labels, ends[: len(labels)], strict=True):
             said = " ".join(text[found.end() : end].split("\n\n")[0].split()).rstrip(".")
             docs = dict.fromkeys(found[1].split(", "), said) | docs
-    return docs
+    return MappingProxyType(docs)
