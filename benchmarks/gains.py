@@ -69,7 +69,7 @@ GAINS = {
     "rows of 128 tokens for .3 of the run": "--curriculum 128:0.3,512:inf",
     "2 rows for .1, 4 for .3 of the run, √ rule": "--batch_ramp 2:0.1,4:0.3,8:inf --batch_rule sqrt --steps 258",
     "4 rows": "--batch_size 4 --steps 400",
-    "AdamW at 4e-3": "--optimizer adamw --lr 4e-3 --lr_embedding 1 --muon_normuon -",
+    "AdamW at 4e-3": "--optimizer adamw --lr 4e-3 --lr_embedding 1 --muon_normuon - --muon_momentum_warmup -",
 }
 # Optimum of the learning rate against width: it should stay where it is with µP, and move without.
 MUP = {
@@ -78,9 +78,10 @@ MUP = {
     for lr in (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 }
 EXPERIMENTS = {
-    "gains": Experiment(base="--muon_normuon 0.95", arms=GAINS),
+    # From the recipe as it was when this was measured.
+    "gains": Experiment(base="--muon_normuon 0.95 --lr_scalars 1 --muon_momentum_warmup 0", arms=GAINS),
     "mup": Experiment(
-        base="--optimizer adamw --lr_embedding 1 --mla_kv_lora_rank 64",
+        base="--optimizer adamw --lr_embedding 1 --lr_scalars 1 --mla_kv_lora_rank 64",
         widths=(64, 128, 256),
         seeds=1,
         arms=MUP,
