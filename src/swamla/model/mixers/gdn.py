@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from swamla.errors import require
 from swamla.model.initial import Initializer, constant, reset_parameters, uniform
+from swamla.model.mixers.explanation import Explanation, by_head
 from swamla.model.mixers.mixer import Mixer, MixerConfig, State, without_padding
 from swamla.ops.gated_delta import BACKENDS, describe_backend, gated_delta_rule, gated_delta_step, prepare_rule
+from swamla.ops.implied import implied_attention
 from swamla.ops.l2_normalize import l2_normalize
 from swamla.ops.layout import Layout
+from swamla.ops.linear import matrix_of
 from swamla.ops.rms_norm import rms_norm
 from swamla.ops.short_conv import prepare_conv, short_conv, short_conv_step
 from swamla.ops.short_conv import resolve_backend as resolve_conv
@@ -263,10 +266,13 @@ class GDN(Mixer[GDNState]):
             qk = [x.repeat_interleave(repeats, dim=2) for x in qk]
         return qk[0], qk[-1], v.unflatten(-1, (-1, self.head_v))
 
+    def gate_of(self, z_BTHV: Tensor) -> Tensor:
+        """What the normalised outputs are multiplied by."""
+        return F.silu(z_BTHV) if self.config.gate == "silu" else z_BTHV.sigmoid()
+
     def output(self, o_BTHV: Tensor, z_BTHV: Tensor) -> Tensor:
         """Per-head RMSNorm gated by SiLU(z) or σ(z), then the output projection."""
-        gate_BTHV = F.silu(z_BTHV) if self.config.gate == "silu" else z_BTHV.sigmoid()
-        gated_BTHV = rms_norm(o_BTHV, self.norm_weight, self.config.norm_eps) * gate_BTHV
+        gated_BTHV = rms_norm(o_BTHV, self.norm_weight, self.config.norm_eps) * self.gate_of(z_BTHV)
         return self.o_proj(self.compress_o(gated_BTHV.flatten(2)))
 
     def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
@@ -274,6 +280,22 @@ class GDN(Mixer[GDNState]):
         q, k, v = self.heads(short_conv(qkv, self.conv_weight, seq=seq, backend=self.config.conv_backend))
         o, _ = self.rule(q, k, v, log_alpha, beta, seq=seq, backend=self.config.backend)
         return self.output(o, z)
+
+    def explain(self, x_BTD: Tensor, seq: Layout) -> Explanation:
+        qkv, z, log_alpha, beta = self.project(without_padding(x_BTD, seq))
+        q, k, v = self.heads(short_conv(qkv, self.conv_weight, seq=seq, backend="reference"))
+        weight_BHTS = implied_attention(self.rule, q, k, log_alpha, beta, seq=seq)
+        o_BTHV = torch.einsum("bhts,bshv->bthv", weight_BHTS, v.to(weight_BHTS.dtype))
+        matrix = matrix_of(self.o_proj)
+        if self.config.latent_dim:
+            matrix = matrix @ matrix_of(self.compress_o)
+        return Explanation(
+            weight_BHTS=weight_BHTS,
+            value_BSHV=v,
+            gain_BTHV=self.norm_weight * self.gate_of(z) * inverse_rms(o_BTHV, self.config.norm_eps),
+            out_HVD=by_head(matrix, self.config.n_heads),
+            bias_D=None,
+        )
 
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> GDNState:
         shape, wide = (batch, self.config.n_heads, self.head_k, self.head_v), torch.promote_types(dtype, torch.float32)
@@ -297,6 +319,11 @@ class GDN(Mixer[GDNState]):
             o, final = self.rule(q, k, v, log_alpha, beta, initial_state_BHKV=initial, backend=self.config.backend)
             initial.copy_(final)
         return self.output(o.to(z.dtype), z)
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / √(mean square + eps) over the last dimension, which is kept."""
+    return (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
 
 
 def _weights(into: int, out: int, rank: int) -> int:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla.errors import require
+from swamla.model.mixers.explanation import Explanation, by_head
 from swamla.model.mixers.mixer import (
     State,
     absorb,
@@ -19,6 +20,7 @@ from swamla.model.mixers.mixer import (
 from swamla.model.mixers.softmax import Heads, SoftmaxConfig, SoftmaxMixer
 from swamla.ops.attention import causal_attention
 from swamla.ops.attention.cached import attend_to_latents
+from swamla.ops.attention.reference import allowed_mask, attention_weights
 from swamla.ops.layout import Layout
 from swamla.ops.linear import matrix_of
 from swamla.registry import register
@@ -123,6 +125,17 @@ class LatentAttention(SoftmaxMixer[LatentState]):
         q, latent = self.project(x_BTD, seq)
         k, v = self.expand(latent)
         return self.o_proj(causal_attention(q, k, v, seq, scale=self.scale, backend=self.config.backend).flatten(2))
+
+    def explain(self, x_BTD: Tensor, seq: Layout) -> Explanation:
+        q, latent = self.project(without_padding(x_BTD, seq), seq)
+        k, v = self.expand(latent)
+        return Explanation(
+            weight_BHTS=attention_weights(q, k, allowed_mask(seq), scale=self.scale),
+            value_BSHV=v,
+            gain_BTHV=None,
+            out_HVD=by_head(matrix_of(self.o_proj), self.config.n_heads),
+            bias_D=self.o_proj.bias,
+        )
 
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> LatentState:
         return LatentState(torch.zeros(batch, max_len, self.latent_dim, dtype=dtype, device=device))

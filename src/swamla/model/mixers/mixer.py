@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from swamla.errors import UsageError
+from swamla.model.mixers.explanation import Explanation
 from swamla.ops.attention import cached_attention, causal_attention
 from swamla.ops.attention.trial import AttentionTrial
 from swamla.ops.layout import PADDING, Layout
@@ -140,6 +142,13 @@ class Mixer(nn.Module, ABC, Generic[S]):
         Nothing is to be done where no product of two vectors grows with the width.
         """
         return
+
+    def explain(self, x_BTD: Tensor, seq: Layout) -> Explanation:
+        """The output of `forward` taken apart by head and by source token; O(T²), for rows of any documents.
+
+        Of a mixer that has no such sum raises `UsageError`.
+        """
+        raise UsageError(f"{type(self).__name__} has no `explain`: its output is no sum over earlier tokens")
 
     @abstractmethod
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> S:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla.errors import require
+from swamla.model.mixers.explanation import Explanation, by_head
 from swamla.model.mixers.mixer import (
     State,
     absorb,
@@ -21,6 +22,7 @@ from swamla.model.norm import RMSNorm
 from swamla.model.rope import RopeConfig
 from swamla.ops.attention import causal_attention
 from swamla.ops.attention.cached import attend_to_latents
+from swamla.ops.attention.reference import allowed_mask, attention_weights
 from swamla.ops.layout import Layout
 from swamla.ops.linear import matrix_of
 from swamla.registry import register
@@ -199,6 +201,17 @@ class MLA(SoftmaxMixer[MLAState]):
         q = self.queries(x_BTD, seq)
         k, v = self.expand(*self.compress(x_BTD, seq))
         return self.output(causal_attention(q, k, v, seq, scale=self.scale, backend=self.config.backend), x_BTD)
+
+    def explain(self, x_BTD: Tensor, seq: Layout) -> Explanation:
+        x_BTD = without_padding(x_BTD, seq)
+        k, v = self.expand(*self.compress(x_BTD, seq))
+        return Explanation(
+            weight_BHTS=attention_weights(self.queries(x_BTD, seq), k, allowed_mask(seq), scale=self.scale),
+            value_BSHV=v,
+            gain_BTHV=self.g_proj(x_BTD).sigmoid()[..., None].expand_as(v) if self.config.gate == "head" else None,
+            out_HVD=by_head(matrix_of(self.o_proj), self.config.n_heads),
+            bias_D=None,
+        )
 
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> MLAState:
         per_token = self.config.kv_lora_rank + self.config.qk_rope_head_dim

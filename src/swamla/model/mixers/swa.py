@@ -108,6 +108,11 @@ class SWA(MHA):
         o = windowed_attention(q, k, v, seq, **band, backend=config.backend)
         return self.output(o, gate)
 
+    @property
+    def window(self) -> Window:
+        """What a token attends to: the last tokens and its document's first ones."""
+        return Window(self.config.window, self.config.sinks)
+
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> KVState:
         # Slots 0 … sinks − 1 are the sinks', the others are a ring buffer of the last `window` later tokens.
         shape = (batch, self.config.sinks + self.config.window, self.config.kv_heads, self.key_dim)

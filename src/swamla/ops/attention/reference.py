@@ -55,20 +55,33 @@ def reference_attention(
     unless given. A sink logit adds exp(sink_logit) to the softmax's denominator, and nothing to its numerator.
     Source: arXiv 1706.03762, eq. 1; shared heads: 2305.13245; sink logits: 2508.10925.
     """
+    dtype, shared = torch.promote_types(q_BTHK.dtype, torch.float32), q_BTHK.shape[2] // v_BSGV.shape[2]
+    weight_BHTS = attention_weights(q_BTHK, k_BSGK, allowed_BTS, scale=scale, sink_logit_H=sink_logit_H)
+    with without_autocast(q_BTHK.device.type):
+        v_BSHV = v_BSGV.to(dtype).repeat_interleave(shared, dim=2)
+        return torch.einsum("bhts,bshv->bthv", weight_BHTS, v_BSHV).to(q_BTHK.dtype)
+
+
+def attention_weights(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    allowed_BTS: Tensor,
+    *,
+    scale: float | None = None,
+    sink_logit_H: Tensor | None = None,
+) -> Tensor:
+    """(B, H, T, S), in fp32 (fp64 for fp64): the softmax of `reference_attention`, 0 where a key is not allowed."""
     dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
     shared = q_BTHK.shape[2] // k_BSGK.shape[2]
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     with without_autocast(q_BTHK.device.type):
         k_BSHK = k_BSGK.to(dtype).repeat_interleave(shared, dim=2)
-        v_BSHV = v_BSGV.to(dtype).repeat_interleave(shared, dim=2)
         score_BHTS = scale * torch.einsum("bthk,bshk->bhts", q_BTHK.to(dtype), k_BSHK)
         score_BHTS = score_BHTS.masked_fill(~allowed_BTS[:, None], float("-inf"))
         if sink_logit_H is None:
-            weight_BHTS = score_BHTS.softmax(dim=-1)
-        else:
-            sink_BHT1 = sink_logit_H.to(dtype)[:, None, None].expand(*score_BHTS.shape[:3], 1)
-            weight_BHTS = torch.cat((sink_BHT1, score_BHTS), dim=-1).softmax(dim=-1)[..., 1:]
-        return torch.einsum("bhts,bshv->bthv", weight_BHTS, v_BSHV).to(q_BTHK.dtype)
+            return score_BHTS.softmax(dim=-1)
+        sink_BHT1 = sink_logit_H.to(dtype)[:, None, None].expand(*score_BHTS.shape[:3], 1)
+        return torch.cat((sink_BHT1, score_BHTS), dim=-1).softmax(dim=-1)[..., 1:]
 
 
 @outside_graphs

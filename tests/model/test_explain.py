@@ -1,0 +1,126 @@
+"""Explanations are equations: weights times values, gained and projected, are the mixer's output; cuts are exact."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from swamla.errors import UsageError
+from swamla.model.mixers.mla import MLAConfig
+from swamla.model.rope import RopeConfig, YarnScaling
+from swamla.ops.gated_delta import gated_delta_rule
+from swamla.ops.implied import implied_attention
+from swamla.ops.kda import kimi_delta_attention
+from swamla.ops.layout import Layout
+from tests.model.helpers import MIXERS, WIDTH, build_mixer, packed, random_input, whole
+
+EXPLAINED = [name for name in MIXERS if name != "toy" and not name.startswith("plug")]
+ROWS = {"whole": whole(random_input(2, 40)), "packed": packed(17, 1, 9, 8, padding=5)}
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def real(x: torch.Tensor, seq: Layout) -> torch.Tensor:
+    return x[seq.document_BT >= 0]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-12)], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("name", EXPLAINED)
+@torch.no_grad()
+def test_the_sum_of_all_contributions_is_the_output(name: str, rows: str, dtype: torch.dtype, tolerance: float) -> None:
+    mixer, seq = build_mixer(MIXERS[name]).to(dtype).eval(), ROWS[rows]
+    x = random_input(*seq.shape).to(dtype)
+    found, expected = mixer.explain(x, seq), mixer(x, seq)
+    assert relative(real(found.output(), seq), real(expected, seq)) <= tolerance
+    heads = found.contributions().sum(dim=2)
+    bias = 0 if found.bias_D is None else found.bias_D
+    assert relative(real(heads + bias, seq), real(expected, seq)) <= tolerance
+    assert expected.shape[-1] == WIDTH
+
+
+@pytest.mark.parametrize("name", EXPLAINED)
+@torch.no_grad()
+def test_no_weight_goes_to_later_tokens_to_other_documents_or_to_padding(name: str) -> None:
+    mixer, seq = build_mixer(MIXERS[name]).double(), ROWS["packed"]
+    weight_HTS = mixer.explain(random_input(1, 40).double(), seq).weight_BHTS[0]
+    document_T = seq.document_BT[0]
+    allowed_TS = (document_T[:, None] == document_T) & torch.ones(40, 40).tril().bool()
+    assert (weight_HTS[:, ~allowed_TS & (document_T >= 0)[:, None]] == 0).all()
+    assert (weight_HTS[:, 3, :4] != 0).all()
+
+
+@pytest.mark.parametrize("name", EXPLAINED)
+@torch.no_grad()
+def test_a_cut_and_the_rest_are_the_output_and_a_cut_edge_is_what_its_value_added(name: str) -> None:
+    mixer, seq = build_mixer(MIXERS[name]).double(), ROWS["whole"]
+    found = mixer.explain(random_input(2, 40).double(), seq)
+    edges = torch.rand(40, 40, generator=torch.Generator().manual_seed(5)) < 0.3
+    bias = 0 if found.bias_D is None else found.bias_D
+    assert relative(found.cut(edges) + found.cut(~edges) + bias, found.output()) <= 1e-12
+    one = torch.zeros(40, 40, dtype=torch.bool)
+    one[30, 28] = True
+    gain = 1 if found.gain_BTHV is None else found.gain_BTHV[:, 30]
+    added = found.weight_BHTS[:, :, 30, 28, None] * found.value_BSHV[:, 28] * gain
+    expected = torch.einsum("bhv,hvd->bd", added, found.out_HVD)
+    torch.testing.assert_close(found.cut(one)[:, 30], expected)
+    assert (found.cut(one)[:, :30] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["mha", "mha_normed", "swa", "mla", "latent"])
+@torch.no_grad()
+def test_softmax_weights_are_probabilities(name: str) -> None:
+    weight = build_mixer(MIXERS[name]).explain(random_input(2, 40), ROWS["whole"]).weight_BHTS
+    assert (weight >= 0).all()
+    torch.testing.assert_close(weight.sum(dim=-1), torch.ones(weight.shape[:3]))
+
+
+@torch.no_grad()
+def test_a_learned_sink_takes_its_share() -> None:
+    found = build_mixer(MIXERS["mha_gated"]).explain(random_input(2, 40), ROWS["whole"]).weight_BHTS
+    assert (found.sum(dim=-1) < 1).all()
+
+
+@torch.no_grad()
+def test_implied_weights_of_gated_deltanet_are_those_of_the_closed_form() -> None:
+    """K^-½ (QKᵀ ⊙ D) [I + tril(diag(β)(KKᵀ ⊙ D), −1)]⁻¹ diag(β), written out in fp64 for one head."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 30, 1, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    k = k / k.norm(dim=-1, keepdim=True)
+    log_alpha = -torch.rand(1, 30, 1, generator=generator, dtype=torch.float64)
+    beta = torch.rand(1, 30, 1, generator=generator, dtype=torch.float64)
+    total = log_alpha[0, :, 0].cumsum(0)
+    decay = (total[:, None] - total).tril().exp().tril()
+    b, queries, keys = beta[0, :, 0], q[0, :, 0], k[0, :, 0]
+    inner = torch.eye(30, dtype=torch.float64) + (b[:, None] * (keys @ keys.T) * decay).tril(-1)
+    expected = 8**-0.5 * ((queries @ keys.T) * decay) @ torch.linalg.inv(inner) @ torch.diag(b)
+    seq = Layout.one_document_per_row(1, 30)
+    found = implied_attention(gated_delta_rule, q, k, log_alpha, beta, seq=seq)
+    torch.testing.assert_close(found[0, 0], expected, rtol=1e-10, atol=1e-12)
+    by_channel = log_alpha[..., None].expand(1, 30, 1, 8)
+    same = implied_attention(kimi_delta_attention, q, k, by_channel, beta, seq=seq)
+    torch.testing.assert_close(same[0, 0], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_mixer_without_such_a_sum_says_so() -> None:
+    with pytest.raises(UsageError, match="has no `explain`"):
+        build_mixer(MIXERS["toy"]).explain(random_input(1, 8), whole(random_input(1, 8)))
+
+
+@torch.no_grad()
+def test_swa_with_a_window_of_all_tokens_has_mhas_weights_to_the_digit() -> None:
+    swa = build_mixer(replace(MIXERS["swa"], window=64, sinks=0))
+    mha = build_mixer(MIXERS["mha"])
+    mha.load_state_dict(swa.state_dict())
+    x, seq = random_input(2, 40), ROWS["whole"]
+    assert torch.equal(swa.explain(x, seq).weight_BHTS, mha.explain(x, seq).weight_BHTS)
+
+
+def test_explanations_of_latent_attention_hold_for_yarn() -> None:
+    rope = RopeConfig(scaling=YarnScaling(factor=4.0, original_length=16, mscale_all_dim=0.7))
+    config = MLAConfig(n_heads=2, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6, rope=rope)
+    mixer, seq, x = build_mixer(config).double(), ROWS["packed"], random_input(1, 40).double()
+    with torch.no_grad():
+        assert relative(real(mixer.explain(x, seq).output(), seq), real(mixer(x, seq), seq)) <= 1e-12
