@@ -17,7 +17,7 @@ FLOORS = [
     {"model"},
     {"checkpoint", "text", "interop"},
     {"hub"},
-    {"train", "evaluate"},
+    {"train", "evaluate", "interpret"},
     {"bench"},
     {"cli"},
 ]

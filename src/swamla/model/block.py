@@ -168,11 +168,17 @@ class Block(nn.Module):
 
     def mix(self, x_BTD: Tensor, seq: Layout) -> Tensor:
         """x + mixer(conv(norm(x))), or x + norm(mixer(conv(x)))."""
+        return self.with_mixed(x_BTD, self.mixer(self.mixer_input(x_BTD, seq), seq))
+
+    def mixer_input(self, x_BTD: Tensor, seq: Layout) -> Tensor:
+        """What the mixer gets of the residual stream: conv(norm(x)), or conv(x)."""
         rounds, _ = self.rounds
         h_BTD = _rounded(self._before(x_BTD, self.mixer_norm), rounds)
-        if self.conv is not None:
-            h_BTD = self.conv(h_BTD, seq)
-        return x_BTD + self._drop(self._after(self.mixer(h_BTD, seq), self.mixer_norm))
+        return h_BTD if self.conv is None else self.conv(h_BTD, seq)
+
+    def with_mixed(self, x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
+        """The residual stream x with the mixer's output y."""
+        return x_BTD + self._drop(self._after(y_BTD, self.mixer_norm))
 
     def feed(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Statistics]:
         """x + ffn(norm(x)) or x + norm(ffn(x)), and the FFN's statistics; x where there is no FFN."""

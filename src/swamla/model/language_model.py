@@ -311,18 +311,28 @@ class LanguageModel(Decodable[ModelState]):
         tokens_BT: the ids, which embeddings of n-grams need, as nothing else does.  inputs: every layer's input is
         appended to it. Raises `UsageError` for a document longer than the learned positions, and for missing ids.
         """
-        x_BTD = self._at_positions(x_BTD, seq)
+        x_BTD = self.at_positions(x_BTD, seq)
         if self.config.dropout:
             x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
         statistics = {}
         for index, block in enumerate(self.blocks):
-            if self.ngrams is not None and index == self.ngram_layer:
-                x_BTD = x_BTD + self.ngrams(_needed(tokens_BT), seq).to(x_BTD.dtype)
+            x_BTD = self.layer_input(index, x_BTD, seq, tokens_BT)
             if inputs is not None:
                 inputs.append(x_BTD)
             x_BTD, found = block(x_BTD, seq)
             statistics.update({f"{name}/{index}": value for name, value in found.items()})
-        return self._head_input(x_BTD), statistics
+        return self.head_input(x_BTD), statistics
+
+    def layer_input(self, index: int, x_BTD: Tensor, seq: Layout, tokens_BT: Tensor | None) -> Tensor:
+        """The residual stream with what is added to it before a layer: embeddings of n-grams, in the layer for them."""
+        if self.ngrams is None or index != self.ngram_layer:
+            return x_BTD
+        return x_BTD + self.ngrams(_needed(tokens_BT), seq).to(x_BTD.dtype)
+
+    def token_losses(self, tokens_BT: Tensor, labels_BT: Tensor, seq: Layout | None = None) -> Tensor:
+        """−log p(label) of each token, (B, T) in nats, 0 for labels -100. Holds all logits, unlike `loss`."""
+        logits_BTV = self(tokens_BT, seq).to(torch.promote_types(self.embedding.weight.dtype, torch.float32))
+        return F.cross_entropy(logits_BTV.mT, labels_BT, reduction="none", ignore_index=NO_LABEL)
 
     def loss(self, tokens_BT: Tensor, labels_BT: Tensor, seq: Layout | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Σ −log p(label), in nats, over labels other than -100, and the FFNs' statistics as `name/layer`.
@@ -414,16 +424,17 @@ class LanguageModel(Decodable[ModelState]):
     def _step_body_at(
         self, x_BTD: Tensor, state: ModelState, seq: Layout, tokens_BT: Tensor | None, inputs: list[Tensor] | None
     ) -> Tensor:
-        x_BTD = self._at_positions(x_BTD, seq)
+        x_BTD = self.at_positions(x_BTD, seq)
         for index, (block, layer) in enumerate(zip(self.blocks, state.layers, strict=True)):
             if self.ngrams is not None and state.ngrams is not None and index == self.ngram_layer:
                 x_BTD = x_BTD + self.ngrams.step(_needed(tokens_BT), state.ngrams, seq).to(x_BTD.dtype)
             if inputs is not None:
                 inputs.append(x_BTD)
             x_BTD = block.step(x_BTD, layer, seq)
-        return self._head_input(x_BTD)
+        return self.head_input(x_BTD)
 
-    def _head_input(self, x_BTD: Tensor) -> Tensor:
+    def head_input(self, x_BTD: Tensor) -> Tensor:
+        """What the head gets of the last layer's output: the final norm, and µP's factor."""
         x_BTD = self.norm(x_BTD)
         return x_BTD if self.output_multiplier == 1 else x_BTD * self.output_multiplier
 
@@ -431,7 +442,7 @@ class LanguageModel(Decodable[ModelState]):
         """Raise `UsageError` for experts of a dtype that CUDA multiplies without a graph only."""
         check_recordable(self)
 
-    def _at_positions(self, x_BTD: Tensor, seq: Layout) -> Tensor:
+    def at_positions(self, x_BTD: Tensor, seq: Layout) -> Tensor:
         """The first layer's input: embeddings in the residual stream's dtype, with those of positions added."""
         if self.config.residual == "autocast":
             x_BTD = x_BTD.to(product_dtype(x_BTD))

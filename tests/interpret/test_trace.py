@@ -1,0 +1,117 @@
+"""Traces add up to the model; what is cut is gone, and nothing else; measures are what a loop over tokens finds."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from swamla.errors import ConfigError
+from swamla.interpret import induction, trace
+from swamla.interpret.repeats import repeated_rows
+from swamla.interpret.tracing import logits_without
+from swamla.model.language_model import NO_LABEL
+from swamla.ops.layout import Layout
+from tests.model.helpers import MIXERS, build_model, hybrid_config, packed, random_tokens
+
+CONFIGS = {
+    "hybrid": hybrid_config(),
+    "kda": hybrid_config(pattern=("kda", "mha")),
+    "n-grams, bounded logits": replace(hybrid_config(), ngram_buckets=(31, 64), logit_cap=5.0),
+    "experts": hybrid_config(ffn="moe"),
+}
+
+
+def build(name: str):
+    config = CONFIGS[name]
+    if name == "kda":
+        blocks = {kind: replace(block, conv=3, norm_place="post") for kind, block in config.blocks.items()}
+        config = replace(config, blocks=blocks)
+    return build_model(config).double().eval()
+
+
+@pytest.mark.parametrize("rows", ["whole", "packed"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_trace_has_the_models_logits_and_its_layers_add_up(name: str, rows: str) -> None:
+    model, tokens = build(name), random_tokens(1, 24)
+    seq = packed(9, 1, 14) if rows == "packed" else Layout.one_document_per_row(1, 24)
+    found = trace(model, tokens, seq)
+    with torch.no_grad():
+        torch.testing.assert_close(found.logits_BTV, model(tokens, seq), rtol=1e-9, atol=1e-9)
+    for below, above in zip(found.layers, found.layers[1:], strict=False):
+        if not model.config.ngram_buckets:
+            assert torch.equal(below.after_BTD, above.before_BTD)
+
+
+@pytest.mark.parametrize("name", ["hybrid", "kda"])
+def test_to_cut_all_edges_of_a_layer_is_to_have_no_output_projection(name: str) -> None:
+    model, tokens = build(name), random_tokens(2, 20)
+    everything = torch.ones(20, 20, dtype=torch.bool)
+    found = logits_without(model, tokens, {1: everything})
+    mixer = model.blocks[1].mixer
+    with torch.no_grad():
+        mixer.o_proj.weight.zero_()
+        torch.testing.assert_close(found, model(tokens), rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(logits_without(model, tokens, {}), model(tokens), rtol=1e-9, atol=1e-9)
+
+
+def test_a_repeated_row_is_a_start_and_distinct_ids_twice() -> None:
+    tokens = repeated_rows(range(5, 25), 0, length=12, rows=9, seed=3)
+    assert tokens.shape == (9, 25)
+    assert (tokens[:, 0] == 0).all()
+    assert torch.equal(tokens[:, 1:13], tokens[:, 13:])
+    assert all(len(set(row.tolist())) == 12 for row in tokens[:, 1:13])
+    assert tokens[:, 1:].min() >= 5
+    assert not torch.equal(tokens, repeated_rows(range(5, 25), 0, length=12, rows=9, seed=4))
+    with pytest.raises(ConfigError, match="length = 21"):
+        repeated_rows(range(5, 25), 0, length=21, rows=1)
+
+
+@pytest.mark.parametrize("name", ["hybrid", "kda"])
+def test_measures_of_repeats_are_those_of_a_loop_over_tokens(name: str) -> None:
+    model = build(name)
+    tokens = repeated_rows(range(1, 31), 0, length=8, rows=3)
+    found = induction(model, tokens)
+    with torch.no_grad():
+        logits = model(tokens)
+    losses, right = [], []
+    for row in range(3):
+        for query in range(9, 16):
+            target = tokens[row, query + 1]
+            assert tokens[row, query - 8 + 1] == target  # what followed before follows again
+            losses.append(-logits[row, query].log_softmax(-1)[target].item())
+            right.append(float(logits[row, query].argmax() == target))
+    assert found.second_loss == pytest.approx(sum(losses) / len(losses))
+    assert found.accuracy == pytest.approx(sum(right) / len(right))
+    for layer, measured in zip(trace(model, tokens).layers, found.layers, strict=True):
+        weight = layer.mixer.weight_BHTS.abs()
+        for head in range(weight.shape[1]):
+            shares, hits = [], []
+            for row in range(3):
+                for query in range(9, 16):
+                    line = weight[row, head, query]
+                    shares.append((line[query - 7] / line.sum()).item())
+                    hits.append(float(line.argmax() == query - 7))
+            assert measured.induction[head] == pytest.approx(sum(shares) / len(shares))
+            assert measured.hit[head] == pytest.approx(sum(hits) / len(hits))
+        assert math.isfinite(measured.cut)
+        assert math.isfinite(measured.control)
+
+
+def test_token_losses_are_those_whose_sum_the_model_trains_on() -> None:
+    model, tokens = build("n-grams, bounded logits"), random_tokens(2, 12)
+    labels = random_tokens(2, 12, seed=4)
+    labels[0, 3] = NO_LABEL
+    with torch.no_grad():
+        losses, (total, _) = model.token_losses(tokens, labels), model.loss(tokens, labels)
+    assert losses.shape == (2, 12)
+    assert losses[0, 3] == 0
+    torch.testing.assert_close(losses.sum(), total)
+
+
+def test_every_mixer_but_those_without_a_sum_can_be_traced() -> None:
+    for name in ("mha", "swa", "mla", "gdn", "kda", "latent"):
+        assert name in MIXERS
+        model = build_model(hybrid_config(pattern=(name, name))).eval()
+        assert len(trace(model, random_tokens(1, 9)).layers) == 2
