@@ -108,7 +108,7 @@ def test_a_folder_with_something_in_it_is_left_alone(folder, tmp_path, capsys) -
 def test_an_imported_run_without_data_says_how_to_name_some(folder, tmp_path, capsys) -> None:
     assert main(["import", str(folder), str(tmp_path / "run")]) == 0
     assert main(["evaluate", str(tmp_path / "run")]) == 2
-    assert "an imported model has no data: name some, as in --data FILE" in capsys.readouterr().err
+    assert "an imported model has no data: name a file or another source" in capsys.readouterr().err
 
 
 def test_a_tokenizer_whose_end_has_no_usual_name_keeps_the_models_ids(folder, tmp_path, capsys) -> None:

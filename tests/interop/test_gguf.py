@@ -208,7 +208,7 @@ def refused(architecture) -> str:
 
 
 def test_a_stack_without_a_home_is_refused_in_one_line_with_the_reason() -> None:
-    assert "must be head_k_dim" in refused(Qwen3_5.example())
+    assert "must be `head_k_dim`" in refused(Qwen3_5.example())
     assert "must be moe in every layer" in refused(replace(Qwen3Next.example(), linear_value_head_dim=8))
     assert "normalise = False" in refused(
         replace(Qwen3Next.example(), linear_value_head_dim=8, mlp_only_layers=(), norm_topk_prob=False)

@@ -92,7 +92,7 @@ def _prepare_ids(config: DataConfig, train: Ids | None, held_out: Ids | None, pr
     if train is None:
         needed = (
             "its ids are given from Python: swamla.data.prepare(config, token_ids=…), and train(…, resume=True); an "
-            "imported model has no data: name some, as in --data FILE"
+            "imported model has no data: name a file or another source"
         )
         raise DataError(f'data.source = "{TOKEN_IDS}": {needed}')
     tokenizer, data = make_tokenizer(config.tokenizer), config.cache / "data"

@@ -79,7 +79,7 @@ class Olmo2Home(Qwen3Home):
         super().check()
         theirs = self.theirs
         if theirs.head_width * theirs.num_attention_heads != theirs.hidden_size:
-            raise self.lacks("mha.head_dim", theirs.head_width, "width / n_heads")
+            raise self.lacks("mha.head_dim", theirs.head_width, "the width / `n_heads`")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ class Qwen3_5Home(StackHome):
         self.without_llama_3(theirs.rope_parameters)
         key, value = theirs.linear_key_head_dim, theirs.linear_value_head_dim
         if key != value:
-            raise self.lacks("gdn.head_v_dim", value, f"head_k_dim, here {key}: its states are square")
+            raise self.lacks("gdn.head_v_dim", value, f"`head_k_dim`, here {key}: its states are square")
 
     def differences(self) -> Iterator[str]:
         """The ε of unit vectors."""
