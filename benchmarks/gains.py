@@ -1,6 +1,6 @@
 """What each option gains: runs of a recipe that differ in a few flags, at equal tokens, over seeds and widths.
 
-    python -m benchmarks.gains gains            # about two hours of two cores; interrupted, the same command goes on
+    python -m benchmarks.gains gains            # about two hours of two cores; a later day goes on with --output FILE
     python -m benchmarks.gains mup --jobs 1
     python -m benchmarks.gains gains --arms rows momentum    # those arms, and the first
     python -m benchmarks.gains gains --table    # only print what was measured

@@ -118,13 +118,8 @@ class LatentStack(Stack):
         return cls(
             **cls.size_of(config),
             intermediate_size=dense_hidden(config) or 1,
-            num_attention_heads=mla.n_heads,
             num_key_value_heads=mla.n_heads,
-            kv_lora_rank=mla.kv_lora_rank,
-            q_lora_rank=mla.q_lora_rank or None,
-            qk_nope_head_dim=mla.qk_nope_head_dim,
-            qk_rope_head_dim=mla.qk_rope_head_dim,
-            v_head_dim=mla.v_head_dim,
+            **latent_fields(mla),
             rope_parameters=rope,
             first_k_dense_replace=first,
             **cls.details(mla),
@@ -174,6 +169,18 @@ def predicts_further(name: str, depth: int, further: int) -> bool:
     """Whether a weight is one of the `further` layers behind `depth` others, which predict tokens after the next."""
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     return layer is not None and depth <= int(layer[1]) < depth + further
+
+
+def latent_fields(mla: MLAConfig) -> dict[str, Any]:
+    """The sizes of `mla` under the names of a config.json."""
+    return {
+        "num_attention_heads": mla.n_heads,
+        "kv_lora_rank": mla.kv_lora_rank,
+        "q_lora_rank": mla.q_lora_rank or None,
+        "qk_nope_head_dim": mla.qk_nope_head_dim,
+        "qk_rope_head_dim": mla.qk_rope_head_dim,
+        "v_head_dim": mla.v_head_dim,
+    }
 
 
 def latent_rules(ours: str, theirs: str, q_lora_rank: int | None) -> Iterator[Rule]:

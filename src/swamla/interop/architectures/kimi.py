@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from swamla.interop.architectures.deepseek import latent_rules
+from swamla.interop.architectures.deepseek import latent_fields, latent_rules
 from swamla.interop.equality import Lacks, ffn_of, mixer_of
 from swamla.interop.stack import Stack, delta_rules, dense_hidden, expert_rules, swiglu_rules
 from swamla.interop.weights import Rule, reshaped, rows, same
@@ -164,12 +164,7 @@ class KimiLinear(Stack):
         return cls(
             **cls.size_of(config),
             intermediate_size=dense_hidden(config) or 1,
-            num_attention_heads=mla.n_heads,
-            kv_lora_rank=mla.kv_lora_rank,
-            q_lora_rank=mla.q_lora_rank or None,
-            qk_nope_head_dim=mla.qk_nope_head_dim,
-            qk_rope_head_dim=mla.qk_rope_head_dim,
-            v_head_dim=mla.v_head_dim,
+            **latent_fields(mla),
             linear_head_dim=kda.head_dims(config.width)[0],
             linear_num_heads=kda.n_heads,
             linear_conv_kernel_dim=kda.conv,

@@ -76,10 +76,23 @@ def gated_delta_step(
     Computed in the state's dtype, which should be fp32. A row with log α = β = 0 keeps its state. scale: K^-½ unless
     given. Source: arXiv 2412.06464, eq. 10.
     """
+    return delta_step(q_BHK, k_BHK, v_BHV, log_alpha_BH[..., None], beta_BH, state_BHKV, scale)
+
+
+def delta_step(
+    q_BHK: Tensor,
+    k_BHK: Tensor,
+    v_BHV: Tensor,
+    log_alpha_BHK: Tensor,
+    beta_BH: Tensor,
+    state_BHKV: Tensor,
+    scale: float | None,
+) -> Tensor:
+    """`gated_delta_step` with a decay for each channel of a key, or one for all, (B, H, 1)."""
     scale = q_BHK.shape[-1] ** -0.5 if scale is None else scale
     dtype = state_BHKV.dtype
     with without_autocast(q_BHK.device.type):
-        state_BHKV.mul_(log_alpha_BH.to(dtype).exp()[..., None, None])
+        state_BHKV.mul_(log_alpha_BHK.to(dtype).exp()[..., None])
         k_BHK = k_BHK.to(dtype)
         error_BHV = v_BHV.to(dtype) - read(k_BHK, state_BHKV)
         write_BHV = beta_BH.to(dtype)[..., None] * error_BHV

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from swamla.ops.autocast import without_autocast
-from swamla.ops.gated_delta.reference import read
+from swamla.ops.gated_delta.reference import delta_step
 from swamla.ops.graphs import outside_graphs
 from swamla.ops.layout import PADDING, Layout
 
@@ -76,13 +76,4 @@ def kimi_delta_step(
     Computed in the state's dtype, which should be fp32. A row with log α = β = 0 keeps its state. scale: K^-½ unless
     given. Source: arXiv 2510.26692, eq. 1.
     """
-    scale = q_BHK.shape[-1] ** -0.5 if scale is None else scale
-    dtype = state_BHKV.dtype
-    with without_autocast(q_BHK.device.type):
-        state_BHKV.mul_(log_alpha_BHK.to(dtype).exp()[..., None])
-        k_BHK = k_BHK.to(dtype)
-        error_BHV = v_BHV.to(dtype) - read(k_BHK, state_BHKV)
-        write_BHV = beta_BH.to(dtype)[..., None] * error_BHV
-        state_BHKV.addcmul_(k_BHK[..., None], write_BHV[..., None, :])
-        o_BHV = read(q_BHK.to(dtype) * scale, state_BHKV)
-    return o_BHV.to(q_BHK.dtype)
+    return delta_step(q_BHK, k_BHK, v_BHV, log_alpha_BHK, beta_BH, state_BHKV, scale)
