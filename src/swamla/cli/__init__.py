@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None, command: str = "") -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     warnings.showwarning = _one_line_warning  # type: ignore[assignment]
+    warnings.filterwarnings("ignore", category=SyntaxWarning)  # of the source of libraries
     open_outputs()
     forget_parsed()
     try:

@@ -12,7 +12,7 @@ from swamla.ops.autocast import product_dtype, without_autocast
 from swamla.ops.graphs import compiled
 
 LOGITS = 20_000_000  # elements of a chunk: enough rows to amortise the addition into dW
-CUDA_LOGITS = 256_000_000  # more on a GPU, whose ratio of FLOP/s to memory bandwidth is higher; not measured on GPU
+CUDA_LOGITS = 256_000_000  # more on a GPU, whose FLOP/s are higher beside its bandwidth; other sizes were not measured
 UNDERFLOW = 1e-30  # smaller probabilities have too few bits for their logarithm
 CHUNKS, CUDA_CHUNKS = 8, 4  # at least: each reads and writes dW, which costs a GPU more
 SLAB = 1_000_000  # fp32 logits at a time: their softmax fits the cache
@@ -155,7 +155,7 @@ def _losses_and_gradients(logits_CV: Tensor, labels_C: Tensor, ignore: int, cap:
 def _fused_losses_and_gradients(
     logits_CV: Tensor, labels_C: Tensor, ignore: int, cap: float, need_gradients: bool
 ) -> Tensor:
-    """`_losses_and_gradients` for torch.compile, which fuses the intermediate tensors away. Not measured on GPU."""
+    """`_losses_and_gradients` for torch.compile, which fuses the intermediate tensors away."""
     counts_C = labels_C != ignore
     target_C1 = labels_C.where(counts_C, 0)[:, None]
     wide_CV = soft_cap(logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32)), cap)

@@ -87,6 +87,13 @@ def installed() -> bool:
     return find_spec("fla") is not None
 
 
+def patience() -> str:
+    """What to tell who waits for a model to be built where this library may compute; "" elsewhere."""
+    if not (installed() and torch.cuda.is_available()):
+        return ""
+    return " (flash-linear-attention tunes its kernels for a minute or two, the first time on a machine)"
+
+
 def has_kernels(device: str) -> bool:
     """Whether Triton kernels run on this device."""
     return torch.device(device).type == "cuda" and torch.cuda.is_available()

@@ -19,6 +19,7 @@ from swamla.data.packing import Batch
 from swamla.errors import CorruptError, FailedElsewhere, Interrupted, SwamlaError
 from swamla.faults import fault
 from swamla.hub.push import require_hub
+from swamla.ops import fla
 from swamla.train.backends import describe
 from swamla.train.changes import extension
 from swamla.train.claims import Claim
@@ -66,7 +67,7 @@ def train(
     require_hub(config.train.hf_repo_id)
     with suppress(OSError):  # a closed output is noticed by the run, which ends as at a signal
         if distributed.is_main():
-            say(console, "building the model, choosing kernels …")  # which may be measured, for seconds
+            say(console, f"building the model, choosing kernels …{fla.patience()}")  # some are measured, for seconds
     with (
         open_run(config, run_dir, dataset=dataset, resume=resume, claim=claim) as (config, state),
         in_progress(config, run_dir, state, dataset, evaluate, console) as run,

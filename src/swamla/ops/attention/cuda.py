@@ -1,6 +1,6 @@
 """Attention on CUDA: FlexAttention (arXiv 2412.05496), and cuDNN's kernel for causal rows of one document.
 
-torch.compile traces both. Not measured on GPU.
+torch.compile traces both.
 """
 
 from typing import Any
