@@ -210,12 +210,12 @@ def test_flops_of_the_delta_rule_are_near_the_counters(name: str) -> None:
     config, length = MORE_MIXERS[name], 256
     mixer, x = config.build(WIDTH), random_input(1, length)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        mixer.output(torch.zeros(1, length, config.n_heads, mixer.head_v), mixer.project(x)[1])
+        mixer.output(torch.zeros(1, length, config.n_heads, mixer.head_v), mixer.project(x, whole(x))[1])
     projections = counter.get_total_flops()
     convolution = 2 * length * mixer.conv_weight.numel()
-    q, k, v = mixer.heads(mixer.project(x)[0])
+    q, k, v = mixer.heads(mixer.project(x, whole(x))[0])
     beta = torch.zeros(1, length, config.n_heads)
-    log_alpha = torch.zeros_like(mixer.project(x)[2])
+    log_alpha = torch.zeros_like(mixer.project(x, whole(x))[2])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         mixer.rule(q, k, v, log_alpha, beta, chunk=CHUNK)
     rule = config.forward_flops(WIDTH, length) - projections - convolution

@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 
 from swamla.errors import require
-from swamla.interpret.tracing import logits_without, trace
-from swamla.model.language_model import LanguageModel
+from swamla.interpret.ablation import cut_effects
+from swamla.interpret.attribution import attribution
+from swamla.interpret.patterns import edge_scores, edges_between
+from swamla.interpret.tracing import above, in_rows, losses_of
+from swamla.model.block import Block
+from swamla.model.language_model import NO_LABEL, LanguageModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +25,9 @@ class LayerInduction:
 
     previous: mean P of the token before, over all tokens.  duplicate: of the same token in the first copy.
     induction: of the token after that.  hit: share of queries whose largest |weight| is that edge.
+    conv: how many tokens a value mixes by the layer's convolutions, 1 without any.  induction_conv: mean P of the conv
+    tokens after the same token in the first copy, all of whose values have to do with the next one.
+    attribution: what the induction edges add to the right logit, of the sum of |what all edges add| (`attribution`).
     cut: rise of the second copy's loss, in nats a token, when exactly the induction edges of all heads are subtracted
     from the layer's output.  control: the same for as many other edges.
     """
@@ -28,7 +35,10 @@ class LayerInduction:
     previous: tuple[float, ...]
     duplicate: tuple[float, ...]
     induction: tuple[float, ...]
+    induction_conv: tuple[float, ...]
     hit: tuple[float, ...]
+    attribution: tuple[float, ...]
+    conv: int
     cut: float
     control: float
 
@@ -56,46 +66,62 @@ def repeated_rows(ids: Sequence[int], start: int, *, length: int, rows: int, see
     return torch.cat((torch.full((rows, 1), start), drawn, drawn), dim=1)
 
 
-@torch.no_grad()
 def induction(model: LanguageModel, tokens_BT: Tensor) -> Repeats:
-    """Measure a model in evaluation mode on rows of `repeated_rows`. Raises as `trace` does."""
-    length = (tokens_BT.shape[1] - 1) // 2
+    """Measure a model in evaluation mode on rows of `repeated_rows`. Raises as `walk` does."""
+    time, device = tokens_BT.shape[1], tokens_BT.device
+    length = (time - 1) // 2
     # Tokens of the second copy but the last: what follows each of them stands `length` − 1 tokens before it.
-    query_Q = torch.arange(length + 1, 2 * length)
-    found = trace(model, tokens_BT)
-    first, _ = _losses(found.logits_BTV, tokens_BT, query_Q - length)
-    second, accuracy = _losses(found.logits_BTV, tokens_BT, query_Q)
-    layers = []
-    for index, layer in enumerate(found.layers):
-        weight_BHTS = layer.mixer.weight_BHTS.abs()
-        share_BHTS = weight_BHTS / weight_BHTS.sum(dim=-1, keepdim=True).clamp(min=1e-30)
-        after = share_BHTS[:, :, query_Q, query_Q - length + 1]
-        edges, others = (torch.zeros(tokens_BT.shape[1:] * 2, dtype=torch.bool) for _ in range(2))
-        edges[query_Q, query_Q - length + 1] = True
-        others[query_Q, (query_Q - length) // 2] = True  # one other token of the first copy for each query
-        rises = [
-            _losses(logits_without(model, tokens_BT, {index: cut}), tokens_BT, query_Q)[0] for cut in (edges, others)
-        ]
-        time = torch.arange(2, tokens_BT.shape[1])
-        layers.append(
-            LayerInduction(
-                previous=_by_head(share_BHTS[:, :, time, time - 1]),
-                duplicate=_by_head(share_BHTS[:, :, query_Q, query_Q - length]),
-                induction=_by_head(after),
-                hit=_by_head((weight_BHTS[:, :, query_Q].argmax(dim=-1) == query_Q - length + 1).double()),
-                cut=rises[0] - second,
-                control=rises[1] - second,
-            )
+    query_Q = torch.arange(length + 1, 2 * length, device=device)
+    after_Q, later_T = query_Q - length + 1, torch.arange(2, time, device=device)
+    edges = edges_between(time, query_Q, after_Q)
+    # One other token of the first copy for each query.
+    others = edges_between(time, query_Q, (query_Q - length) // 2)
+    widths = [min(conv_width(block), length) for block in model.blocks]
+    sets = {
+        "previous": edges_between(time, later_T, later_T - 1),
+        "duplicate": edges_between(time, query_Q, query_Q - length),
+        "induction": edges,
+        **{str(width): edges_between(time, query_Q, *(after_Q + i for i in range(width))) for width in set(widths)},
+    }
+    scores = edge_scores(model, tokens_BT, sets)
+    attributed, cuts = attribution(model, tokens_BT, edges), cut_effects(model, tokens_BT, edges, others)
+    first, _ = _losses(model, tokens_BT, query_Q - length)
+    second, accuracy = _losses(model, tokens_BT, query_Q)
+    layers = tuple(
+        LayerInduction(
+            previous=score["previous"].share,
+            duplicate=score["duplicate"].share,
+            induction=score["induction"].share,
+            induction_conv=score[str(width)].share,
+            hit=score["induction"].hit,
+            attribution=own.score,
+            conv=width,
+            cut=cut.cut,
+            control=cut.control,
         )
-    return Repeats(accuracy=accuracy, first_loss=first, second_loss=second, layers=tuple(layers))
+        for score, own, cut, width in zip(scores, attributed, cuts, widths, strict=True)
+    )
+    return Repeats(accuracy=accuracy, first_loss=first, second_loss=second, layers=layers)
 
 
-def _losses(logits_BTV: Tensor, tokens_BT: Tensor, query_Q: Tensor) -> tuple[float, float]:
+def conv_width(block: Block) -> int:
+    """How many tokens a value mixes by all convolutions of a layer, one behind the other; 1 without any."""
+    taps = block.taps()
+    before = taps.pop("input").shape[-1] if "input" in taps else 1
+    return before + max((each.shape[-1] for each in taps.values()), default=1) - 1
+
+
+@torch.no_grad()
+def _losses(model: LanguageModel, tokens_BT: Tensor, query_Q: Tensor) -> tuple[float, float]:
     """The mean loss of what follows the queries, and how often it has the largest logit."""
-    logits_BQV, next_BQ = logits_BTV[:, query_Q].double(), tokens_BT[:, query_Q + 1]
-    losses = -logits_BQV.log_softmax(dim=-1).gather(2, next_BQ[..., None])
-    return losses.mean().item(), (logits_BQV.argmax(dim=-1) == next_BQ).double().mean().item()
-
-
-def _by_head(x_BHQ: Tensor) -> tuple[float, ...]:
-    return tuple(x_BHQ.double().mean(dim=(0, 2)).tolist())
+    labels_BT = torch.full_like(tokens_BT, NO_LABEL)
+    labels_BT[:, query_Q] = tokens_BT[:, query_Q + 1]
+    loss = right = 0.0
+    for rows in in_rows(model, tokens_BT):
+        labels = labels_BT[rows.index]
+        x_BTD = above(model, -1, model.at_positions(model.embed(rows.tokens_BT), rows.seq), rows)
+        loss += losses_of(model, x_BTD, labels).sum().item()
+        best_BQ = model.logits(model.head_input(x_BTD[:, query_Q])).argmax(dim=-1)
+        right += (best_BQ == labels[:, query_Q]).sum().item()
+    count = tokens_BT.shape[0] * len(query_Q)
+    return loss / count, right / count

@@ -1,26 +1,32 @@
-"""A forward pass that keeps what every layer did, and may leave out what some edges add."""
+"""A forward pass that keeps what every layer did, one layer at a time, and may leave out what some edges add."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from swamla.model.ffns.ffn import Statistics
-from swamla.model.language_model import LanguageModel
+from swamla.model.language_model import NO_LABEL, LanguageModel
 from swamla.model.mixers.explanation import Explanation
+from swamla.model.norm import FrozenNorm
 from swamla.ops.layout import Layout
+
+ROW_BYTES = 2**28  # what a block of rows may take; a single row may take more
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTrace:
     """What one layer did. The residual stream (B, T, D) before it, after its mixer and after its FFN.
 
-    mixer: its mixer's output by head and source token.  statistics: of the FFN, such as a router's.
+    mixer: its mixer's output by head and source token.  norm: behind the mixer, frozen; None without one there.
+    statistics: of the FFN, such as a router's.
     """
 
     before_BTD: Tensor
     mixer: Explanation
+    norm: FrozenNorm | None
     mixed_BTD: Tensor
     after_BTD: Tensor
     statistics: Statistics
@@ -34,28 +40,48 @@ class Trace:
     logits_BTV: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Some rows of a batch: which ones, their tokens (B, T), and their documents."""
+
+    index: slice
+    tokens_BT: Tensor
+    seq: Layout
+
+
+@torch.no_grad()
+def walk(model: LanguageModel, tokens_BT: Tensor, seq: Layout | None = None) -> Iterator[LayerTrace]:
+    """The layers of `trace` one after the other, bottom first: what is not kept is freed, B · H · T² weights a layer.
+
+    seq: the documents, by default one a row. In evaluation mode. Raises `UsageError` for a mixer that has no `explain`.
+    """
+    seq = layout_of(tokens_BT, seq)
+    x_BTD = model.at_positions(model.embed(tokens_BT), seq)
+    for index, block in enumerate(model.blocks):
+        before_BTD = model.layer_input(index, x_BTD, seq, tokens_BT)
+        explained, norm = block.explain(before_BTD, seq)
+        mixed_BTD = block.with_mixed(before_BTD, explained.output().to(before_BTD.dtype))
+        x_BTD, statistics = block.feed(mixed_BTD, seq)
+        yield LayerTrace(
+            before_BTD=before_BTD,
+            mixer=explained,
+            norm=norm,
+            mixed_BTD=mixed_BTD,
+            after_BTD=x_BTD,
+            statistics=statistics,
+        )
+        del explained  # the caller's is the only one left
+
+
 @torch.no_grad()
 def trace(model: LanguageModel, tokens_BT: Tensor, seq: Layout | None = None) -> Trace:
     """The forward pass of tokens (B, T), taken apart; the logits are `model(tokens)`'s to rounding. In evaluation mode.
 
-    seq: the documents, by default one a row. Weights take B · H · T² numbers a layer. Raises `UsageError` for a mixer
-    that has no `explain`.
+    seq: the documents, by default one a row. Weights take B · H · T² numbers a layer, all of them at once: `walk` has
+    one layer at a time. Raises `UsageError` for a mixer that has no `explain`.
     """
-    batch, time = tokens_BT.shape
-    seq = seq or Layout.one_document_per_row(batch, time, device=tokens_BT.device)
-    layers: list[LayerTrace] = []
-    x_BTD = model.at_positions(model.embed(tokens_BT), seq)
-    for index, block in enumerate(model.blocks):
-        before_BTD = model.layer_input(index, x_BTD, seq, tokens_BT)
-        explained = block.mixer.explain(block.mixer_input(before_BTD, seq), seq)
-        mixed_BTD = block.with_mixed(before_BTD, explained.output().to(before_BTD.dtype))
-        x_BTD, statistics = block.feed(mixed_BTD, seq)
-        layers.append(
-            LayerTrace(
-                before_BTD=before_BTD, mixer=explained, mixed_BTD=mixed_BTD, after_BTD=x_BTD, statistics=statistics
-            )
-        )
-    return Trace(layers=tuple(layers), logits_BTV=model.logits(model.head_input(x_BTD)))
+    layers = tuple(walk(model, tokens_BT, seq))
+    return Trace(layers=layers, logits_BTV=model.logits(model.head_input(layers[-1].after_BTD)))
 
 
 @torch.no_grad()
@@ -64,10 +90,9 @@ def logits_without(
 ) -> Tensor:
     """Logits (B, T, vocabulary) when exactly what some edges add to some layers' mixers is subtracted.
 
-    cut: layer → edges, as for `Explanation.cut`. Later layers see the changed stream.
+    cut: layer → edges, as for `Explanation.cut`. Later layers see the changed stream, as a norm behind the mixer does.
     """
-    batch, time = tokens_BT.shape
-    seq = seq or Layout.one_document_per_row(batch, time, device=tokens_BT.device)
+    seq = layout_of(tokens_BT, seq)
     x_BTD = model.at_positions(model.embed(tokens_BT), seq)
     for index, block in enumerate(model.blocks):
         x_BTD = model.layer_input(index, x_BTD, seq, tokens_BT)
@@ -77,3 +102,56 @@ def logits_without(
             y_BTD = y_BTD - block.mixer.explain(h_BTD, seq).cut(cut[index]).to(y_BTD.dtype)
         x_BTD, _ = block.feed(block.with_mixed(x_BTD, y_BTD), seq)
     return model.logits(model.head_input(x_BTD))
+
+
+@torch.no_grad()
+def above(model: LanguageModel, layer: int, x_BTD: Tensor, rows: Rows) -> Tensor:
+    """The stream (B, T, D) behind the last layer, of the stream x behind `layer` (-1: embeddings)."""
+    for index in range(layer + 1, len(model.blocks)):
+        x_BTD, _ = model.blocks[index](model.layer_input(index, x_BTD, rows.seq, rows.tokens_BT), rows.seq)
+    return x_BTD
+
+
+@torch.no_grad()
+def losses_of(model: LanguageModel, x_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+    """−log p(label) in nats (B, T), fp64, of the stream behind the last layer; 0 where the label is -100."""
+    labelled_BT = labels_BT != NO_LABEL
+    logits_NV = model.logits(model.head_input(x_BTD[labelled_BT])).double()
+    losses_BT = x_BTD.new_zeros(labels_BT.shape, dtype=torch.float64)
+    losses_BT[labelled_BT] = F.cross_entropy(logits_NV, labels_BT[labelled_BT], reduction="none")
+    return losses_BT
+
+
+def layout_of(tokens_BT: Tensor, seq: Layout | None) -> Layout:
+    """The documents of the tokens, by default one a row."""
+    return seq or Layout.one_document_per_row(*tokens_BT.shape, device=tokens_BT.device)
+
+
+def next_labels(tokens_BT: Tensor, seq: Layout) -> Tensor:
+    """(B, T): each token's next one in its document, -100 at a document's end and for padding."""
+    labels_BT = torch.full_like(tokens_BT, NO_LABEL)
+    goes_on_BT = (seq.position_BT[:, 1:] > 0) & seq.real_BT[:, 1:]
+    labels_BT[:, :-1] = torch.where(goes_on_BT, tokens_BT[:, 1:], NO_LABEL)
+    return labels_BT
+
+
+def in_rows(
+    model: LanguageModel, tokens_BT: Tensor, seq: Layout | None = None, *, max_bytes: int = ROW_BYTES
+) -> Iterator[Rows]:
+    """Blocks of rows so small that one layer's weights, and the logits, take at most about `max_bytes` each.
+
+    A block has one row at least, whatever that takes.
+    """
+    time = tokens_BT.shape[1]
+    heads = max(block.mixer.explained_heads for block in model.config.layers)
+    row_bytes = 8 * time * max(heads * time, model.config.vocab_size)
+    size = max(1, max_bytes // row_bytes)
+    for begin in range(0, len(tokens_BT), size):
+        index = slice(begin, min(begin + size, len(tokens_BT)))
+        whole = seq is None or seq.whole_rows
+        part = None if whole or seq is None else Layout.from_documents(seq.document_BT[index].cpu())
+        yield Rows(
+            index=index,
+            tokens_BT=tokens_BT[index],
+            seq=layout_of(tokens_BT[index], part and part.to(tokens_BT.device)),
+        )

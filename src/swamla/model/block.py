@@ -13,8 +13,9 @@ from swamla.errors import UsageError, require
 from swamla.model.convolution import Convolution
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.ffns.ffn import FFN, FFNConfig, Statistics
+from swamla.model.mixers.explanation import Explanation
 from swamla.model.mixers.mixer import Mixer, MixerConfig, State
-from swamla.model.norm import NormConfig
+from swamla.model.norm import FrozenNorm, NormConfig
 from swamla.ops.autocast import product_dtype
 from swamla.ops.layout import Layout
 from swamla.ops.short_conv import prepare_conv, resolve_backend
@@ -122,7 +123,7 @@ class Block(nn.Module):
         super().__init__()
         self.dropout, self.norms_outputs = dropout, config.norm_place == "post"
         self.checkpointing: Checkpointing = "none"
-        self.mixer_norm = norm.build(width)
+        self.norm, self.mixer_norm = norm, norm.build(width)
         self.conv = Convolution(width, config.conv) if config.conv else None
         self.mixer: Mixer = config.mixer.build(width)
         self.ffn_norm = None if config.ffn.is_absent else norm.build(width)
@@ -175,6 +176,25 @@ class Block(nn.Module):
         rounds, _ = self.rounds
         h_BTD = _rounded(self._before(x_BTD, self.mixer_norm), rounds)
         return h_BTD if self.conv is None else self.conv(h_BTD, seq)
+
+    def explain(self, x_BTD: Tensor, seq: Layout) -> tuple[Explanation, FrozenNorm | None]:
+        """What the mixer adds to the residual stream x (B, T, D) by head and source token, for rows of any documents.
+
+        The stream becomes x + f(explanation's output), where f is the norm behind the mixer, frozen at that output, or
+        nothing for norm_place = "pre". Raises `UsageError` where the mixer or that norm cannot be taken apart.
+        """
+        explained = self.mixer.explain(self.mixer_input(x_BTD, seq), seq)
+        if not self.norms_outputs:
+            return explained, None
+        return explained, self.norm.frozen(self.mixer_norm, explained.output())
+
+    def taps(self) -> dict[str, Tensor]:
+        """Filters of the layer's convolutions by what they filter: (channels, W), of x_t first, then x_{t-1}, …
+
+        "input" is that of `conv`, to which its input is added. Empty without convolutions.
+        """
+        own = {} if self.conv is None else {"input": self.conv.weight.detach().flip(-1)}
+        return own | self.mixer.taps()
 
     def with_mixed(self, x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
         """The residual stream x with the mixer's output y."""

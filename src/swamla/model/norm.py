@@ -7,10 +7,31 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from swamla.errors import require
+from swamla.errors import UsageError, require
 from swamla.model.initial import Initializer, constant
 from swamla.ops import rms_norm
 from swamla.registry import Registered, register
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenNorm:
+    """A norm at one input, as the linear map that it is there: norm(x) = gain ⊙ (x − mean(x)) + bias.
+
+    gain_BTD: frozen at the input.  bias_D: None for 0.  centred: whether the mean is subtracted; else it is not.
+    """
+
+    gain_BTD: Tensor
+    bias_D: Tensor | None = None
+    centred: bool = False
+
+    def linear(self, x_BTD: Tensor) -> Tensor:
+        """What a summand x (B, T, D) of the input adds to the output: all but the bias."""
+        return self.gain_BTD * (x_BTD - x_BTD.mean(dim=-1, keepdim=True) if self.centred else x_BTD)
+
+    def transposed(self, u_BTD: Tensor) -> Tensor:
+        """(B, T, D): the direction with ⟨direction, x⟩ = ⟨u, linear(x)⟩ for every x."""
+        scaled_BTD = self.gain_BTD * u_BTD
+        return scaled_BTD - scaled_BTD.mean(dim=-1, keepdim=True) if self.centred else scaled_BTD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +45,10 @@ class NormConfig(Registered, home="swamla.model.norm"):
     @abstractmethod
     def n_parameters(self, width: int) -> int:
         """Parameters of one such norm."""
+
+    def frozen(self, norm: nn.Module, x_BTD: Tensor) -> FrozenNorm:
+        """The norm that `build` made, frozen at x. Of a norm that has no such map raises `UsageError`."""
+        raise UsageError(f"{type(self).__name__} has no `frozen`: the norm is not taken as a linear map at its input")
 
 
 @register
@@ -47,6 +72,11 @@ class RMSNormConfig(NormConfig):
     def n_parameters(self, width: int) -> int:
         """Parameters of one such norm."""
         return width
+
+    def frozen(self, norm: nn.Module, x_BTD: Tensor) -> FrozenNorm:
+        """γ / rms(x)."""
+        assert isinstance(norm, RMSNorm)
+        return FrozenNorm(gain_BTD=norm.weight * inverse_rms(x_BTD, norm.eps))
 
 
 @register
@@ -73,6 +103,12 @@ class LayerNormConfig(NormConfig):
         """Parameters of one such norm."""
         return width * (1 + self.bias)
 
+    def frozen(self, norm: nn.Module, x_BTD: Tensor) -> FrozenNorm:
+        """γ / std(x), centred."""
+        assert isinstance(norm, nn.LayerNorm)
+        centred_BTD = x_BTD - x_BTD.mean(dim=-1, keepdim=True)
+        return FrozenNorm(gain_BTD=norm.weight * inverse_rms(centred_BTD, norm.eps), bias_D=norm.bias, centred=True)
+
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +131,17 @@ class DynamicTanhConfig(NormConfig):
     def n_parameters(self, width: int) -> int:
         """Parameters of one such norm."""
         return 2 * width + 1
+
+    def frozen(self, norm: nn.Module, x_BTD: Tensor) -> FrozenNorm:
+        """tanh(αx) / x · γ, which is αγ at x = 0."""
+        assert isinstance(norm, DynamicTanh)
+        ratio_BTD = torch.where(x_BTD == 0, norm.alpha, torch.tanh(norm.alpha * x_BTD) / x_BTD)
+        return FrozenNorm(gain_BTD=ratio_BTD * norm.weight, bias_D=norm.bias)
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / √(mean square + eps) over the last dimension, which is kept."""
+    return (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
 
 
 class RMSNorm(nn.Module):

@@ -13,6 +13,7 @@ from swamla.errors import require
 from swamla.model.initial import Initializer, constant, reset_parameters, uniform
 from swamla.model.mixers.explanation import Explanation, by_head
 from swamla.model.mixers.mixer import Mixer, MixerConfig, State, without_padding
+from swamla.model.norm import inverse_rms
 from swamla.ops.gated_delta import BACKENDS, describe_backend, gated_delta_rule, gated_delta_step, prepare_rule
 from swamla.ops.implied import implied_attention
 from swamla.ops.l2_normalize import l2_normalize
@@ -94,6 +95,11 @@ class GDNConfig(MixerConfig):
     def key_heads(self) -> int:
         """Heads of queries and keys."""
         return self.n_heads if self.n_key_heads is None else self.n_key_heads
+
+    @property
+    def explained_heads(self) -> int:
+        """Heads of the mixer's explanation."""
+        return self.n_heads
 
     def head_dims(self, width: int) -> tuple[int, int]:
         """Key and value width of a head in a model of `width`. Raises `ConfigError` if the heads do not divide it."""
@@ -230,8 +236,11 @@ class GDN(Mixer[GDNState]):
         gates: dict[str, Initializer] = {"A_log": rates, "dt_bias": _draw_time_steps}
         return {**gates, "conv_weight": uniform(self.config.conv**-0.5), "norm_weight": constant(1.0)}
 
-    def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Inputs of the convolution (B, T, channels), gate z (B, T, H, V), and the `gates` log α and β."""
+    def project(self, x_BTD: Tensor, seq: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Inputs of the convolution (B, T, channels), gate z (B, T, H, V), and the `gates` log α and β.
+
+        Behind a state log α = β = 0 for padding, which so neither decays the state nor writes to it.
+        """
         qkv, z = self.qkvz_proj(x_BTD).split((sum(self.inner), self.inner_z), dim=-1)
         if self.config.latent_dim:
             latents = qkv.split(self.inner, dim=-1)
@@ -239,7 +248,12 @@ class GDN(Mixer[GDNState]):
             qkv = torch.cat(expanded, dim=-1)
         if self.config.gate == "lowrank":
             z = self.expand_z(z)
-        return qkv, z.unflatten(-1, (-1, self.head_v)), *self.gates(x_BTD)
+        log_alpha, beta = self.gates(x_BTD)
+        if seq.continues and seq.padded:
+            real_BT1 = seq.real_BT.unsqueeze(-1)
+            decays = real_BT1 if log_alpha.ndim == 3 else real_BT1.unsqueeze(-1)
+            log_alpha, beta = log_alpha.where(decays, 0), beta.where(real_BT1, 0)
+        return qkv, z.unflatten(-1, (-1, self.head_v)), log_alpha, beta
 
     def gates(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """log α and β (B, T, H), in fp32 (fp64 in an fp64 model)."""
@@ -276,13 +290,17 @@ class GDN(Mixer[GDNState]):
         return self.o_proj(self.compress_o(gated_BTHV.flatten(2)))
 
     def forward(self, x_BTD: Tensor, seq: Layout) -> Tensor:
-        qkv, z, log_alpha, beta = self.project(x_BTD)
+        qkv, z, log_alpha, beta = self.project(x_BTD, seq)
         q, k, v = self.heads(short_conv(qkv, self.conv_weight, seq=seq, backend=self.config.conv_backend))
         o, _ = self.rule(q, k, v, log_alpha, beta, seq=seq, backend=self.config.backend)
         return self.output(o, z)
 
+    def taps(self) -> dict[str, Tensor]:
+        names = ("queries and keys", "values") if self.config.share_qk else ("queries", "keys", "values")
+        return dict(zip(names, self.conv_weight.detach().flip(-1).split(self.channels), strict=True))
+
     def explain(self, x_BTD: Tensor, seq: Layout) -> Explanation:
-        qkv, z, log_alpha, beta = self.project(without_padding(x_BTD, seq))
+        qkv, z, log_alpha, beta = self.project(without_padding(x_BTD, seq), seq)
         q, k, v = self.heads(short_conv(qkv, self.conv_weight, seq=seq, backend="reference"))
         weight_BHTS = implied_attention(self.rule, q, k, log_alpha, beta, seq=seq)
         o_BTHV = torch.einsum("bhts,bshv->bthv", weight_BHTS, v.to(weight_BHTS.dtype))
@@ -304,12 +322,7 @@ class GDN(Mixer[GDNState]):
         return GDNState(state_matrices, history)
 
     def step(self, x_BTD: Tensor, state: GDNState, seq: Layout) -> Tensor:
-        qkv, z, log_alpha, beta = self.project(without_padding(x_BTD, seq))
-        if seq.padded:
-            # log α = β = 0: padding neither decays the state nor writes to it.
-            real_BT1 = seq.real_BT.unsqueeze(-1)
-            decays = real_BT1 if log_alpha.ndim == 3 else real_BT1.unsqueeze(-1)
-            log_alpha, beta = log_alpha.where(decays, 0), beta.where(real_BT1, 0)
+        qkv, z, log_alpha, beta = self.project(without_padding(x_BTD, seq), seq)
         backend = self.config.conv_backend
         q, k, v = self.heads(short_conv_step(qkv, self.conv_weight, state.conv_BWD, seq, backend=backend))
         if x_BTD.shape[1] == 1:
@@ -319,11 +332,6 @@ class GDN(Mixer[GDNState]):
             o, final = self.rule(q, k, v, log_alpha, beta, initial_state_BHKV=initial, backend=self.config.backend)
             initial.copy_(final)
         return self.output(o.to(z.dtype), z)
-
-
-def inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """1 / √(mean square + eps) over the last dimension, which is kept."""
-    return (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
 
 
 def _weights(into: int, out: int, rank: int) -> int:

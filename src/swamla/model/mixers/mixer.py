@@ -67,6 +67,11 @@ class MixerConfig(Registered, home="swamla.model.mixers"):
         """Whether the output depends on the order of earlier tokens without positions in the embeddings."""
         return True
 
+    @property
+    def explained_heads(self) -> int:
+        """Heads of the mixer's `Explanation`, by which its memory is bounded; 1 where it has none."""
+        return 1
+
     def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
         """Op → backend on `device` in a model of `width` that computes in `dtype`; may be empty.
 
@@ -149,6 +154,10 @@ class Mixer(nn.Module, ABC, Generic[S]):
         Of a mixer that has no such sum raises `UsageError`.
         """
         raise UsageError(f"{type(self).__name__} has no `explain`: its output is no sum over earlier tokens")
+
+    def taps(self) -> dict[str, Tensor]:
+        """Filters of the mixer's own convolutions by what they filter: (channels, W), of x_t first, then x_{t-1}, …"""
+        return {}
 
     @abstractmethod
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str) -> S:

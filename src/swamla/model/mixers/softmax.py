@@ -73,6 +73,11 @@ class SoftmaxConfig(MixerConfig):
         plain = base**-0.5 if self.softmax_scale is None else self.softmax_scale
         return plain * base / self.heads(width).key * (self.rope.softmax_factor if self.rope else 1.0)
 
+    @property
+    def explained_heads(self) -> int:
+        """Heads of the mixer's explanation."""
+        return self.n_heads
+
     def pairs(self, length: int) -> int:
         """Pairs of query and key that the mask allows in a document of `length` tokens."""
         return length * (length + 1) // 2

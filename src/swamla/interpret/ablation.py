@@ -1,0 +1,136 @@
+"""What the loss owes to edges, heads, mixers and FFNs: each is left out, and the layers above see what is missing."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swamla.interpret.tracing import LayerTrace, Rows, above, in_rows, layout_of, losses_of, next_labels, walk
+from swamla.model.language_model import NO_LABEL, LanguageModel
+from swamla.ops.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCut:
+    """Rises of the mean loss, in nats a label, by what is subtracted from one layer's mixer.
+
+    cut: by exactly the given edges of all heads.  control: by as many other edges.
+    """
+
+    cut: float
+    control: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerAblation:
+    """Rises of the mean loss, in nats a label, without parts of one layer.
+
+    heads: without one head's output; it underestimates where heads stand in for each other. Biases stay.
+    mixer: without what the mixer adds to the stream; it overestimates, since layers above never saw such a stream.
+    ffn: the same of the FFN; 0 where there is none.
+    """
+
+    heads: tuple[float, ...]
+    mixer: float
+    ffn: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablated:
+    """loss: of the whole model, mean in nats a label.  layers: bottom first."""
+
+    loss: float
+    layers: tuple[LayerAblation, ...]
+
+
+@torch.no_grad()
+def ablated(
+    model: LanguageModel, tokens_BT: Tensor, labels_BT: Tensor | None = None, seq: Layout | None = None
+) -> Ablated:
+    """Leave out every head, mixer and FFN in turn, on tokens (B, T).
+
+    labels_BT: what is to be predicted at each token, -100 for none; by default the next token.  seq: the documents, by
+    default one a row. Takes about (heads + 2) / 2 forward passes a layer. Raises `UsageError` as `walk` does.
+    """
+    labels_BT = next_labels(tokens_BT, layout_of(tokens_BT, seq)) if labels_BT is None else labels_BT
+    sums: dict[int, Tensor] = {}
+    base = 0.0
+    for rows in in_rows(model, tokens_BT, seq):
+        labels = labels_BT[rows.index]
+        for index, layer in enumerate(walk(model, rows.tokens_BT, rows.seq)):
+            streams = _ablated_streams(model, index, layer, rows)
+            found = [losses_of(model, above(model, index, x_BTD, rows), labels).sum() for x_BTD in streams]
+            sums[index] = sums.get(index, 0) + torch.stack(found)
+        base += losses_of(model, layer.after_BTD, labels).sum().item()
+    count = int((labels_BT != NO_LABEL).sum())
+    layers = []
+    for found in sums.values():
+        *heads, mixer, ffn = ((found - base) / count).tolist()
+        layers.append(LayerAblation(heads=tuple(heads), mixer=mixer, ffn=ffn))
+    return Ablated(loss=base / count, layers=tuple(layers))
+
+
+def _ablated_streams(model: LanguageModel, index: int, layer: LayerTrace, rows: Rows) -> Sequence[Tensor]:
+    """The stream behind a layer without each head, without the mixer, without the FFN."""
+    block = model.blocks[index]
+    whole_BTD, added_BTHD = layer.mixer.output(), layer.mixer.contributions()
+    mixed = [
+        block.with_mixed(layer.before_BTD, (whole_BTD - each_BTD).to(layer.before_BTD.dtype))
+        for each_BTD in added_BTHD.unbind(dim=2)
+    ]
+    return [*(block.feed(x_BTD, rows.seq)[0] for x_BTD in (*mixed, layer.before_BTD)), layer.mixed_BTD]
+
+
+@torch.no_grad()
+def logits_without_heads(
+    model: LanguageModel, tokens_BT: Tensor, heads: Mapping[int, Sequence[int]], seq: Layout | None = None
+) -> Tensor:
+    """Logits (B, T, vocabulary) when some layers' heads give nothing. heads: layer → its heads."""
+    seq = layout_of(tokens_BT, seq)
+    x_BTD = model.at_positions(model.embed(tokens_BT), seq)
+    for index, block in enumerate(model.blocks):
+        x_BTD = model.layer_input(index, x_BTD, seq, tokens_BT)
+        h_BTD = block.mixer_input(x_BTD, seq)
+        y_BTD = block.mixer(h_BTD, seq)
+        if index in heads:
+            added_BTHD = block.mixer.explain(h_BTD, seq).contributions()
+            y_BTD = y_BTD - added_BTHD[:, :, list(heads[index])].sum(dim=2).to(y_BTD.dtype)
+        x_BTD, _ = block.feed(block.with_mixed(x_BTD, y_BTD), seq)
+    return model.logits(model.head_input(x_BTD))
+
+
+@torch.no_grad()
+def cut_effects(
+    model: LanguageModel,
+    tokens_BT: Tensor,
+    edges: Tensor,
+    control: Tensor,
+    labels_BT: Tensor | None = None,
+    seq: Layout | None = None,
+) -> tuple[LayerCut, ...]:
+    """What the loss owes to some edges of each layer, one layer at a time, bottom first.
+
+    edges, control: bool (T, S) or (B, T, S), as for `Explanation.cut`.  labels_BT: what is to be predicted at each
+    token, -100 for none; by default the next token of the tokens that have an edge. Raises `UsageError` as `walk` does.
+    """
+    edges_BTS, control_BTS = (each.expand(len(tokens_BT), -1, -1) for each in (edges, control))
+    if labels_BT is None:
+        labels_BT = next_labels(tokens_BT, layout_of(tokens_BT, seq))
+        labels_BT = torch.where(edges_BTS.any(dim=-1), labels_BT, NO_LABEL)
+    sums: dict[int, Tensor] = {}
+    base = 0.0
+    for rows in in_rows(model, tokens_BT, seq):
+        labels = labels_BT[rows.index]
+        for index, layer in enumerate(walk(model, rows.tokens_BT, rows.seq)):
+            block, whole_BTD, found = model.blocks[index], layer.mixer.output(), []
+            for each_BTS in (edges_BTS[rows.index], control_BTS[rows.index]):
+                y_BTD = (whole_BTD - layer.mixer.cut(each_BTS)).to(layer.before_BTD.dtype)
+                x_BTD, _ = block.feed(block.with_mixed(layer.before_BTD, y_BTD), rows.seq)
+                found.append(losses_of(model, above(model, index, x_BTD, rows), labels).sum())
+            sums[index] = sums.get(index, 0) + torch.stack(found)
+        base += losses_of(model, layer.after_BTD, labels).sum().item()
+    count = int((labels_BT != NO_LABEL).sum())
+    return tuple(
+        LayerCut(cut=cut, control=rest) for cut, rest in (((x - base) / count).tolist() for x in sums.values())
+    )
