@@ -1,18 +1,23 @@
 """Explanations are equations: weights times values, gained and projected, are the mixer's output; cuts are exact."""
 
+import inspect
 from dataclasses import replace
 
 import pytest
 import torch
 
 from swamla.errors import UsageError
+from swamla.model.block import BlockConfig
+from swamla.model.ffns.none import NoFFNConfig
+from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mla import MLAConfig
 from swamla.model.rope import RopeConfig, YarnScaling
 from swamla.ops.gated_delta import gated_delta_rule
 from swamla.ops.implied import implied_attention
 from swamla.ops.kda import kimi_delta_attention
 from swamla.ops.layout import Layout
-from tests.model.helpers import MIXERS, WIDTH, build_mixer, packed, random_input, whole
+from swamla.ops.short_conv import short_conv
+from tests.model.helpers import MIXERS, NORMS, WIDTH, build_mixer, packed, random_input, scramble, whole
 
 EXPLAINED = [name for name in MIXERS if name != "toy" and not name.startswith("plug")]
 ROWS = {"whole": whole(random_input(2, 40)), "packed": packed(17, 1, 9, 8, padding=5)}
@@ -124,3 +129,100 @@ def test_explanations_of_latent_attention_hold_for_yarn() -> None:
     mixer, seq, x = build_mixer(config).double(), ROWS["packed"], random_input(1, 40).double()
     with torch.no_grad():
         assert relative(real(mixer.explain(x, seq).output(), seq), real(mixer(x, seq), seq)) <= 1e-12
+
+
+@pytest.mark.parametrize("norm", [name for name in NORMS if name != "toy_norm" and not name.startswith("plug")])
+@torch.no_grad()
+def test_a_frozen_norm_is_the_norm_at_its_input_and_linear_everywhere(norm: str) -> None:
+    module, x = NORMS[norm].build(WIDTH).double(), random_input(2, 5).double()
+    scramble(module)
+    x[0, 0] = 0
+    found = NORMS[norm].frozen(module, x)
+    bias = 0 if found.bias_D is None else found.bias_D
+    torch.testing.assert_close(found.linear(x) + bias, module(x), rtol=1e-12, atol=1e-12)
+    a, b, u = (random_input(2, 5, seed).double() for seed in (3, 4, 5))
+    torch.testing.assert_close(found.linear(a + 2 * b), found.linear(a) + 2 * found.linear(b))
+    torch.testing.assert_close((found.transposed(u) * a).sum(-1), (u * found.linear(a)).sum(-1))
+
+
+def test_a_norm_without_such_a_map_says_so() -> None:
+    with pytest.raises(UsageError, match="has no `frozen`"):
+        NORMS["toy_norm"].frozen(NORMS["toy_norm"].build(WIDTH), random_input(1, 2))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm", "dyt"])
+@pytest.mark.parametrize("place", ["pre", "post"])
+@pytest.mark.parametrize("name", EXPLAINED)
+@torch.no_grad()
+def test_a_blocks_explanation_is_what_its_mixer_adds_to_the_stream_convolution_and_norm_included(
+    name: str, place: str, norm: str, rows: str
+) -> None:
+    config = BlockConfig(mixer=MIXERS[name], ffn=NoFFNConfig(), conv=3, norm_place=place)
+    block, seq = config.build(WIDTH, NORMS[norm], dropout=0.0).double(), ROWS[rows]
+    scramble(block)
+    x = random_input(*seq.shape).double()
+    explained, frozen = block.explain(x, seq)
+    assert (frozen is None) == (place == "pre")
+    found = explained.output() if frozen is None else frozen.linear(explained.output())
+    bias = 0 if frozen is None or frozen.bias_D is None else frozen.bias_D
+    assert relative(real(found + bias, seq), real(block.mix(x, seq) - x, seq)) <= 1e-12
+
+
+@pytest.mark.parametrize("name", EXPLAINED)
+@torch.no_grad()
+def test_a_mixer_says_how_many_heads_its_explanation_has(name: str) -> None:
+    found = build_mixer(MIXERS[name]).explain(random_input(1, 6), whole(random_input(1, 6)))
+    assert found.weight_BHTS.shape == (1, MIXERS[name].explained_heads, 6, 6)
+    assert found.value_BSHV.shape[2] == found.out_HVD.shape[0] == MIXERS[name].explained_heads
+
+
+@pytest.mark.parametrize("name", EXPLAINED)
+def test_project_has_one_signature_in_all_mixers(name: str) -> None:
+    assert list(inspect.signature(type(build_mixer(MIXERS[name])).project).parameters) == ["self", "x_BTD", "seq"]
+
+
+@pytest.mark.parametrize("conv", [0, 3])
+@pytest.mark.parametrize("name", EXPLAINED)
+@torch.no_grad()
+def test_taps_are_the_filters_of_all_convolutions_the_current_token_first(name: str, conv: int) -> None:
+    block = BlockConfig(mixer=MIXERS[name], conv=conv).build(WIDTH, NORMS["rmsnorm"], dropout=0.0)
+    scramble(block)
+    taps, x = block.taps(), random_input(1, 9)
+    assert ("input" in taps) == (conv > 0)
+    if conv:
+        by_hand = x[:, 8] + sum(taps["input"][:, i] * x[:, 8 - i] for i in range(conv))
+        torch.testing.assert_close(block.conv(x, whole(x))[:, 8], by_hand)
+    own = [filters for what, filters in taps.items() if what != "input"]
+    assert bool(own) == name.startswith(("gdn", "kda"))
+    if own:
+        filters = torch.cat(own)
+        x = torch.randn(1, 9, len(filters))
+        mixed = short_conv(x, block.mixer.conv_weight, seq=whole(x), activation="none")
+        torch.testing.assert_close(mixed[:, 8], sum(filters[:, i] * x[:, 8 - i] for i in range(filters.shape[1])))
+
+
+@pytest.mark.parametrize("name", ["mha_gated", "swa_gated"])
+@torch.no_grad()
+def test_what_a_learned_sink_takes_is_what_the_weights_lack(name: str) -> None:
+    mixer = build_mixer(MIXERS[name]).double()
+    x, seq = random_input(1, 6).double(), whole(random_input(1, 6))
+    q, k, _, _ = mixer.project(x, seq)
+    weight = mixer.explain(x, seq).weight_BHTS
+    for head in range(4):
+        scores = mixer.scale * (q[0, 5, head] @ k[0, :, head // 2].mT)  # all six tokens are in the window
+        total = scores.exp().sum() + mixer.sink_logit[head].exp()
+        torch.testing.assert_close(weight[0, head, 5], scores.exp() / total)
+
+
+@torch.no_grad()
+def test_the_scores_scale_has_one_home() -> None:
+    """With another `scale` a mixer has another explanation, still an equation: µP and YaRN change that alone."""
+    for name in ("mha", "swa", "mla", "latent"):
+        mixer, x, seq = build_mixer(MIXERS[name]).double(), random_input(1, 12).double(), packed(7, 5)
+        before = mixer.explain(x, seq).weight_BHTS
+        mixer.scale *= 3.0
+        found = mixer.explain(x, seq)
+        assert not torch.allclose(found.weight_BHTS, before, rtol=1e-3)
+        assert relative(found.output(), mixer(x, seq)) <= 1e-12
+    assert MHAConfig(n_heads=4).scale(WIDTH) == (WIDTH // 4) ** -0.5

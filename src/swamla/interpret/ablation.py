@@ -1,6 +1,6 @@
 """What the loss owes to edges, heads, mixers and FFNs: each is left out, and the layers above see what is missing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,8 +65,8 @@ def ablated(
         base += losses_of(model, layer.after_BTD, labels).sum().item()
     count = int((labels_BT != NO_LABEL).sum())
     layers = []
-    for found in sums.values():
-        *heads, mixer, ffn = ((found - base) / count).tolist()
+    for sums_N in sums.values():
+        *heads, mixer, ffn = ((sums_N - base) / count).tolist()
         layers.append(LayerAblation(heads=tuple(heads), mixer=mixer, ffn=ffn))
     return Ablated(loss=base / count, layers=tuple(layers))
 
@@ -80,24 +80,6 @@ def _ablated_streams(model: LanguageModel, index: int, layer: LayerTrace, rows: 
         for each_BTD in added_BTHD.unbind(dim=2)
     ]
     return [*(block.feed(x_BTD, rows.seq)[0] for x_BTD in (*mixed, layer.before_BTD)), layer.mixed_BTD]
-
-
-@torch.no_grad()
-def logits_without_heads(
-    model: LanguageModel, tokens_BT: Tensor, heads: Mapping[int, Sequence[int]], seq: Layout | None = None
-) -> Tensor:
-    """Logits (B, T, vocabulary) when some layers' heads give nothing. heads: layer → its heads."""
-    seq = layout_of(tokens_BT, seq)
-    x_BTD = model.at_positions(model.embed(tokens_BT), seq)
-    for index, block in enumerate(model.blocks):
-        x_BTD = model.layer_input(index, x_BTD, seq, tokens_BT)
-        h_BTD = block.mixer_input(x_BTD, seq)
-        y_BTD = block.mixer(h_BTD, seq)
-        if index in heads:
-            added_BTHD = block.mixer.explain(h_BTD, seq).contributions()
-            y_BTD = y_BTD - added_BTHD[:, :, list(heads[index])].sum(dim=2).to(y_BTD.dtype)
-        x_BTD, _ = block.feed(block.with_mixed(x_BTD, y_BTD), seq)
-    return model.logits(model.head_input(x_BTD))
 
 
 @torch.no_grad()

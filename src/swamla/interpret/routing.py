@@ -55,6 +55,6 @@ def _load(block: Block, mixed_BTD: Tensor, chosen_BT: Tensor, all_E: Tensor) -> 
     """(E,): what the router makes of some of the tokens: each is routed by itself."""
     if not chosen_BT.any():
         return torch.zeros_like(all_E)
-    one_row_1ND = mixed_BTD[chosen_BT][None]
-    _, statistics = block.feed(one_row_1ND, Layout.one_document_per_row(*one_row_1ND.shape[:2], one_row_1ND.device))
+    row_1ND = mixed_BTD[chosen_BT][None]
+    _, statistics = block.feed(row_1ND, Layout.one_document_per_row(1, row_1ND.shape[1], device=row_1ND.device))
     return statistics["load"]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swamla.model.block import Block
 from swamla.model.ffns.ffn import Statistics
 from swamla.model.language_model import NO_LABEL, LanguageModel
 from swamla.model.mixers.explanation import Explanation
@@ -49,28 +50,30 @@ class Rows:
     seq: Layout
 
 
-@torch.no_grad()
 def walk(model: LanguageModel, tokens_BT: Tensor, seq: Layout | None = None) -> Iterator[LayerTrace]:
     """The layers of `trace` one after the other, bottom first: what is not kept is freed, B · H · T² weights a layer.
 
     seq: the documents, by default one a row. In evaluation mode. Raises `UsageError` for a mixer that has no `explain`.
     """
     seq = layout_of(tokens_BT, seq)
-    x_BTD = model.at_positions(model.embed(tokens_BT), seq)
+    with torch.no_grad():
+        x_BTD = model.at_positions(model.embed(tokens_BT), seq)
     for index, block in enumerate(model.blocks):
-        before_BTD = model.layer_input(index, x_BTD, seq, tokens_BT)
-        explained, norm = block.explain(before_BTD, seq)
-        mixed_BTD = block.with_mixed(before_BTD, explained.output().to(before_BTD.dtype))
-        x_BTD, statistics = block.feed(mixed_BTD, seq)
-        yield LayerTrace(
-            before_BTD=before_BTD,
-            mixer=explained,
-            norm=norm,
-            mixed_BTD=mixed_BTD,
-            after_BTD=x_BTD,
-            statistics=statistics,
-        )
-        del explained  # the caller's is the only one left
+        with torch.no_grad():
+            before_BTD = model.layer_input(index, x_BTD, seq, tokens_BT)
+            x_BTD, step = _layer(block, before_BTD, seq)
+        yield step.pop()  # no name here keeps it alive
+
+
+def _layer(block: Block, before_BTD: Tensor, seq: Layout) -> tuple[Tensor, list[LayerTrace]]:
+    """The stream behind a layer, and what the layer did."""
+    explained, norm = block.explain(before_BTD, seq)
+    mixed_BTD = block.with_mixed(before_BTD, explained.output().to(before_BTD.dtype))
+    x_BTD, statistics = block.feed(mixed_BTD, seq)
+    found = LayerTrace(
+        before_BTD=before_BTD, mixer=explained, norm=norm, mixed_BTD=mixed_BTD, after_BTD=x_BTD, statistics=statistics
+    )
+    return x_BTD, [found]
 
 
 @torch.no_grad()
@@ -90,7 +93,8 @@ def logits_without(
 ) -> Tensor:
     """Logits (B, T, vocabulary) when exactly what some edges add to some layers' mixers is subtracted.
 
-    cut: layer → edges, as for `Explanation.cut`. Later layers see the changed stream, as a norm behind the mixer does.
+    cut: layer → edges, as for `Explanation.cut`; (1, H, 1, 1) for whole heads, without the output's bias. Later layers
+    see the changed stream, and so does a norm behind the mixer.
     """
     seq = layout_of(tokens_BT, seq)
     x_BTD = model.at_positions(model.embed(tokens_BT), seq)
@@ -124,7 +128,8 @@ def losses_of(model: LanguageModel, x_BTD: Tensor, labels_BT: Tensor) -> Tensor:
 
 def layout_of(tokens_BT: Tensor, seq: Layout | None) -> Layout:
     """The documents of the tokens, by default one a row."""
-    return seq or Layout.one_document_per_row(*tokens_BT.shape, device=tokens_BT.device)
+    batch, time = tokens_BT.shape
+    return seq or Layout.one_document_per_row(batch, time, device=tokens_BT.device)
 
 
 def next_labels(tokens_BT: Tensor, seq: Layout) -> Tensor:

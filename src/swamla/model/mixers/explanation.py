@@ -42,7 +42,7 @@ class Explanation:
     def cut(self, edges_TS: Tensor) -> Tensor:
         """What exactly these edges add to the output, (B, T, D): without them it is the output less this.
 
-        edges_TS: bool, (T, S) or (B, T, S) for all heads, or (B, H, T, S).
+        edges_TS: bool, (T, S) or (B, T, S) for all heads, or (B, H, T, S), where 1 stands for all.
         """
         edges = edges_TS if edges_TS.ndim == 4 else edges_TS.unsqueeze(-3)
         return self._projected(self._gained(self.weight_BHTS * edges), None)
