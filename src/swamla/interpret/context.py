@@ -125,10 +125,10 @@ def behavioural_context(
     longest = int(end_Q.max()) + 1
     losses_BT, _ = losses_by_token(model, tokens_BT)
     loss = losses_BT[:, end_Q.to(losses_BT.device)].mean().item()
-    losses: dict[int, float] = {}
+    losses = {longest: loss}
 
     def enough(tokens: int) -> bool:
-        losses[tokens] = _loss_of_last(model, tokens_BT, end_Q, tokens, start) if tokens < longest else loss
+        losses[tokens] = _loss_of_last(model, tokens_BT, end_Q, tokens, start)
         return losses[tokens] - loss < within
 
     low, high = 0, 1  # too few, and perhaps enough
