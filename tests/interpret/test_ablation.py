@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from swamla.interpret import ablated, cut_effects, edges_between
 from swamla.interpret.tracing import above, in_rows, logits_without, next_labels, trace
 from swamla.model.language_model import NO_LABEL
+from swamla.model.mixers.gdn import GDN
 from tests.interpret.models import AROUND, EXPLAINED, build, hybrid, two_rows
 from tests.model.helpers import random_tokens
 
@@ -23,9 +24,7 @@ def without_head(model, layer: int, head: int):
     """The model with zeros in what reads this head's output."""
     model = copy.deepcopy(model)
     mixer = model.blocks[layer].mixer
-    reads = (
-        mixer.compress_o if getattr(mixer.config, "latent_dim", 0) and hasattr(mixer, "compress_o") else mixer.o_proj
-    )
+    reads = mixer.compress_o if isinstance(mixer, GDN) and mixer.config.latent_dim else mixer.o_proj
     with torch.no_grad():
         reads.weight.unflatten(1, (mixer.config.n_heads, -1))[:, head] = 0
     return model

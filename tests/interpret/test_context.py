@@ -1,6 +1,7 @@
 """Losses by position and by length of context are those of a loop over tokens, on documents and on truncated rows."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from swamla.errors import ConfigError
 from swamla.interpret import behavioural_context, in_context, loss_by_position
 from tests.interpret.models import EXPLAINED, build, hybrid, two_rows
-from tests.model.helpers import random_tokens
+from tests.model.helpers import MIXERS, random_tokens
 
 
 def loss_of(logits: torch.Tensor, label: torch.Tensor) -> float:
@@ -95,10 +96,6 @@ def test_losses_with_less_context_are_those_of_truncated_rows(name: str, start: 
 @pytest.mark.parametrize(("window", "expected"), [(1, 1), (2, 2), (5, 5), (6, 6), (9, 9)])
 def test_a_model_that_cannot_see_beyond_its_window_needs_no_more_than_that(window: int, expected: int) -> None:
     """One layer of a window without sinks: all of the window matters with random weights, nothing else can."""
-    from dataclasses import replace
-
-    from tests.model.helpers import MIXERS
-
     model = build("swa", mixers={"swa": replace(MIXERS["swa"], window=window, sinks=0)})
     tokens = random_tokens(4, 30)
     full = loss_with(model, tokens, range(15, 29), 30)
