@@ -9,6 +9,7 @@ from torch import Tensor
 
 from swamla.model.block import BlockConfig
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
+from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mixer import MixerConfig
 from swamla.ops.layout import Layout
 from tests.model.helpers import FFNS, MIXERS, NORMS, WIDTH, build_model, hybrid_config, packed
@@ -50,3 +51,29 @@ def two_rows() -> tuple[Layout, Tensor]:
     document = torch.cat([packed(9, 1, 8, padding=2).document_BT, packed(5, 15).document_BT])
     seq = Layout.from_documents(document)
     return seq, torch.arange(20) - seq.position_BT
+
+
+def induction_model() -> LanguageModel:
+    """One layer that predicts what followed the token's last occurrence, and nothing else, written down by hand.
+
+    Ids are one-hot in both halves of the stream. The convolution leaves the first half and shifts the second by one
+    token; queries read the token, keys the one before, values the token, which the output adds to the first half.
+    """
+    size = VOCABULARY
+    mixer = MHAConfig(n_heads=1, head_dim=size, rope=None)
+    block = BlockConfig(mixer=mixer, ffn=FFNS["none"], conv=2)
+    config = LanguageModelConfig(
+        vocab_size=size, width=2 * size, blocks={"one": block}, pattern=("one",), norm=NORMS["rmsnorm"], tied_head=False
+    )
+    model = config.build(seed=0).double().eval()
+    one, none = torch.eye(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64)
+    layer = model.blocks[0]
+    with torch.no_grad():
+        model.embedding.weight.copy_(torch.cat((one, one), dim=1))
+        layer.conv.weight.zero_()
+        layer.conv.weight[size:, 0], layer.conv.weight[size:, 1] = 1.0, -1.0
+        rows = [torch.cat((20 * one, none), dim=1), torch.cat((none, 20 * one), dim=1), torch.cat((one, none), dim=1)]
+        layer.mixer.qkv_proj.weight.copy_(torch.cat(rows))
+        layer.mixer.o_proj.weight.copy_(torch.cat((10 * one, none)))
+        model.head.weight.copy_(torch.cat((one, -one), dim=1) * 10)
+    return model

@@ -1,14 +1,11 @@
 """Traces add up to the model; what is cut is gone, and nothing else; measures are what a loop over tokens finds."""
 
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from swamla.errors import ConfigError
-from swamla.interpret import induction, trace
-from swamla.interpret.repeats import repeated_rows
+from swamla.interpret import trace
 from swamla.interpret.tracing import logits_without
 from swamla.model.language_model import NO_LABEL
 from swamla.ops.layout import Layout
@@ -54,49 +51,6 @@ def test_to_cut_all_edges_of_a_layer_is_to_have_no_output_projection(name: str) 
         torch.testing.assert_close(found, model(tokens), rtol=1e-9, atol=1e-9)
     with torch.no_grad():
         torch.testing.assert_close(logits_without(model, tokens, {}), model(tokens), rtol=1e-9, atol=1e-9)
-
-
-def test_a_repeated_row_is_a_start_and_distinct_ids_twice() -> None:
-    tokens = repeated_rows(range(5, 25), 0, length=12, rows=9, seed=3)
-    assert tokens.shape == (9, 25)
-    assert (tokens[:, 0] == 0).all()
-    assert torch.equal(tokens[:, 1:13], tokens[:, 13:])
-    assert all(len(set(row.tolist())) == 12 for row in tokens[:, 1:13])
-    assert tokens[:, 1:].min() >= 5
-    assert not torch.equal(tokens, repeated_rows(range(5, 25), 0, length=12, rows=9, seed=4))
-    with pytest.raises(ConfigError, match="length = 21"):
-        repeated_rows(range(5, 25), 0, length=21, rows=1)
-
-
-@pytest.mark.parametrize("name", ["hybrid", "kda"])
-def test_measures_of_repeats_are_those_of_a_loop_over_tokens(name: str) -> None:
-    model = build(name)
-    tokens = repeated_rows(range(1, 31), 0, length=8, rows=3)
-    found = induction(model, tokens)
-    with torch.no_grad():
-        logits = model(tokens)
-    losses, right = [], []
-    for row in range(3):
-        for query in range(9, 16):
-            target = tokens[row, query + 1]
-            assert tokens[row, query - 8 + 1] == target  # what followed before follows again
-            losses.append(-logits[row, query].log_softmax(-1)[target].item())
-            right.append(float(logits[row, query].argmax() == target))
-    assert found.second_loss == pytest.approx(sum(losses) / len(losses))
-    assert found.accuracy == pytest.approx(sum(right) / len(right))
-    for layer, measured in zip(trace(model, tokens).layers, found.layers, strict=True):
-        weight = layer.mixer.weight_BHTS.abs()
-        for head in range(weight.shape[1]):
-            shares, hits = [], []
-            for row in range(3):
-                for query in range(9, 16):
-                    line = weight[row, head, query]
-                    shares.append((line[query - 7] / line.sum()).item())
-                    hits.append(float(line.argmax() == query - 7))
-            assert measured.induction[head] == pytest.approx(sum(shares) / len(shares))
-            assert measured.hit[head] == pytest.approx(sum(hits) / len(hits))
-        assert math.isfinite(measured.cut)
-        assert math.isfinite(measured.control)
 
 
 def test_token_losses_are_those_whose_sum_the_model_trains_on() -> None:

@@ -1,0 +1,113 @@
+"""Measures on repeated rows are what a loop over tokens finds; a layer built to be an induction head has its scores."""
+
+import math
+
+import pytest
+import torch
+
+from swamla.errors import ConfigError
+from swamla.interpret import ablated, behavioural_context, copying, head_patterns, in_context, induction, trace
+from swamla.interpret.attribution import attribution
+from swamla.interpret.patterns import edges_between
+from swamla.interpret.repeats import repeated_rows
+from swamla.model.language_model import NO_LABEL
+from tests.interpret.models import build, hybrid, induction_model
+
+MODELS = {
+    "hybrid": hybrid,
+    "convolutions": lambda: build("kda", "mha", around="post, convolution"),
+}
+WIDTHS = {"hybrid": (4, 1, 1, 1), "convolutions": (6, 3)}
+
+
+def test_a_repeated_row_is_a_start_and_distinct_ids_twice() -> None:
+    tokens = repeated_rows(range(5, 25), 0, length=12, rows=9, seed=3)
+    assert tokens.shape == (9, 25)
+    assert (tokens[:, 0] == 0).all()
+    assert torch.equal(tokens[:, 1:13], tokens[:, 13:])
+    assert all(len(set(row.tolist())) == 12 for row in tokens[:, 1:13])
+    assert tokens[:, 1:].min() >= 5
+    assert not torch.equal(tokens, repeated_rows(range(5, 25), 0, length=12, rows=9, seed=4))
+    with pytest.raises(ConfigError, match="length = 21"):
+        repeated_rows(range(5, 25), 0, length=21, rows=1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_measures_of_repeats_are_those_of_a_loop_over_tokens(name: str) -> None:
+    model = MODELS[name]()
+    tokens = repeated_rows(range(1, 31), 0, length=8, rows=3)
+    found = induction(model, tokens)
+    with torch.no_grad():
+        logits = model(tokens)
+    checked: list = []
+    losses, right = [], []
+    for row in range(3):
+        for query in range(9, 16):
+            target = tokens[row, query + 1]
+            assert tokens[row, query - 8 + 1] == target  # what followed before follows again
+            losses.append(-logits[row, query].log_softmax(-1)[target].item())
+            right.append(float(logits[row, query].argmax() == target))
+    assert found.second_loss == pytest.approx(sum(losses) / len(losses))
+    assert found.accuracy == pytest.approx(sum(right) / len(right))
+    for block, layer, measured in zip(model.blocks, trace(model, tokens).layers, found.layers, strict=True):
+        assert measured.conv == WIDTHS[name][len(checked)]
+        checked.append(block)
+        weight = layer.mixer.weight_BHTS.abs()
+        for head in range(weight.shape[1]):
+            shares, wide, hits = [], [], []
+            for row in range(3):
+                for query in range(9, 16):
+                    line = weight[row, head, query]
+                    shares.append((line[query - 7] / line.sum()).item())
+                    wide.append((line[query - 7 : query - 7 + measured.conv].sum() / line.sum()).item())
+                    hits.append(float(line.argmax() == query - 7))
+            assert measured.induction[head] == pytest.approx(sum(shares) / len(shares))
+            assert measured.induction_conv[head] == pytest.approx(sum(wide) / len(wide))
+            assert measured.hit[head] == pytest.approx(sum(hits) / len(hits))
+        assert math.isfinite(measured.cut)
+        assert math.isfinite(measured.control)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_attributions_on_repeats_are_those_of_the_edges_to_what_followed(name: str) -> None:
+    model, tokens = MODELS[name](), repeated_rows(range(1, 31), 0, length=8, rows=3)
+    query = torch.arange(9, 16)
+    expected = attribution(model, tokens, edges_between(17, query, query - 7))
+    assert [layer.attribution for layer in induction(model, tokens).layers] == [layer.score for layer in expected]
+
+
+def test_a_layer_built_to_be_an_induction_head_has_the_scores_of_one() -> None:
+    model = induction_model()
+    tokens = repeated_rows(range(1, 31), 0, length=10, rows=4)
+    found = induction(model, tokens)
+    assert found.accuracy == 1
+    assert found.second_loss < 1e-3
+    assert found.first_loss > 3
+    (layer,) = found.layers
+    assert layer.conv == 2
+    for score in (layer.induction, layer.induction_conv, layer.hit, layer.attribution):
+        assert score == pytest.approx((1.0,), abs=1e-4)
+    assert layer.duplicate == pytest.approx((0.0,), abs=1e-4)
+    assert layer.cut > 3
+    assert layer.control == pytest.approx(0, abs=1e-4)
+    assert copying(model) == ((pytest.approx(1.0),),)
+    assert in_context(model, tokens, early=3, late=15).score < -3
+    labels = torch.full_like(tokens, NO_LABEL)
+    labels[:, 11:20] = tokens[:, 12:]
+    without = ablated(model, tokens, labels).layers[0]
+    assert without.heads == pytest.approx((math.log(31),), abs=1e-3)  # all ids are equally likely
+    assert without.mixer == pytest.approx(math.log(31), abs=1e-3)
+
+
+@pytest.mark.parametrize("length", [6, 10, 13])
+def test_it_needs_what_followed_and_what_was_before_that_and_no_more(length: int) -> None:
+    found = behavioural_context(induction_model(), repeated_rows(range(1, 31), 0, length=length, rows=4))
+    assert found.tokens == length + 1
+    assert found.losses[length] - found.loss > 0.1
+
+
+def test_its_effective_context_reaches_as_far_as_the_first_copy() -> None:
+    tokens = repeated_rows(range(1, 31), 0, length=10, rows=4)
+    (found,) = head_patterns(induction_model(), torch.cat((tokens, tokens[:, 1:], tokens[:, 1:]), dim=1))
+    assert found.effective_context[0] >= 10
+    assert found.previous[0] < 0.1
