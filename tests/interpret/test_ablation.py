@@ -71,10 +71,11 @@ def test_effects_of_cuts_are_rises_of_the_loss_with_these_edges_subtracted(name:
     edges, others = edges_between(16, query, query - 4), edges_between(16, query, query - 5)
     labels = torch.full_like(tokens, NO_LABEL)
     labels[:, query] = tokens[:, query + 1]
-    found = cut_effects(model, tokens, edges, others)
+    found = cut_effects(model, tokens, {"edges": edges, "others": others})
+    assert cut_effects(model, tokens, {"others": others}, labels, layers=[1]) == {1: {"others": found[1]["others"]}}
     base = mean_loss(model, tokens, None, labels)
-    for layer, rises in enumerate(found):
-        for cut, rise in ((edges, rises.cut), (others, rises.control)):
+    for layer, rises in found.items():
+        for cut, rise in ((edges, rises["edges"]), (others, rises["others"])):
             logits = logits_without(model, tokens, {layer: cut}).flatten(0, 1)
             loss = F.cross_entropy(logits, labels.flatten(), ignore_index=NO_LABEL).item()
             assert rise == pytest.approx(loss - base, abs=1e-9)
@@ -85,9 +86,10 @@ def test_edges_that_have_no_weight_can_be_cut_without_any_effect() -> None:
     """Outside the window of 8, and behind the 3 sinks, nothing is taken."""
     model, tokens = build("swa", "mha"), random_tokens(2, 20)
     query = torch.arange(13, 19)
-    (found, _) = cut_effects(model, tokens, edges_between(20, query, query - 8), edges_between(20, query, query - 2))
-    assert found.cut == pytest.approx(0, abs=1e-12)
-    assert abs(found.control) > 1e-6
+    sets = {"far": edges_between(20, query, query - 8), "near": edges_between(20, query, query - 2)}
+    found = cut_effects(model, tokens, sets)[0]
+    assert found["far"] == pytest.approx(0, abs=1e-12)
+    assert abs(found["near"]) > 1e-6
 
 
 def test_effects_do_not_depend_on_how_rows_are_divided(monkeypatch) -> None:
@@ -95,15 +97,15 @@ def test_effects_do_not_depend_on_how_rows_are_divided(monkeypatch) -> None:
     labels = random_tokens(5, 14, seed=3)
     labels[2] = NO_LABEL  # a row without any label
     query = torch.arange(4, 12)
-    edges, others = edges_between(14, query, query - 2), edges_between(14, query, query - 3)
-    whole = ablated(model, tokens, labels), cut_effects(model, tokens, edges, others, labels)
+    edges = {"some": edges_between(14, query, query - 2), "others": edges_between(14, query, query - 3)}
+    whole = ablated(model, tokens, labels), cut_effects(model, tokens, edges, labels)
     monkeypatch.setattr("swamla.interpret.ablation.in_rows", lambda *given: in_rows(*given, max_bytes=1))
-    rows = ablated(model, tokens, labels), cut_effects(model, tokens, edges, others, labels)
+    rows = ablated(model, tokens, labels), cut_effects(model, tokens, edges, labels)
     for one, other in zip(whole[0].layers, rows[0].layers, strict=True):
         assert one.heads == pytest.approx(other.heads, abs=1e-12)
         assert (one.mixer, one.ffn) == pytest.approx((other.mixer, other.ffn), abs=1e-12)
-    for one, other in zip(whole[1], rows[1], strict=True):
-        assert (one.cut, one.control) == pytest.approx((other.cut, other.control), abs=1e-12)
+    for layer, rises in whole[1].items():
+        assert rises == pytest.approx(rows[1][layer], abs=1e-12)
 
 
 def test_the_layers_above_a_stream_are_the_rest_of_the_model() -> None:

@@ -168,9 +168,10 @@ def test_effects_of_cuts_are_those_of_weights_that_are_zeroed_behind_transformer
             return -log_p.gather(2, ids[:, query + 1][..., None]).mean().item()
 
         base = loss()
-        for index, layer in enumerate(cut_effects(ours, ids, edges, others)):
-            for edge_set, rise in ((edges, layer.cut), (others, layer.control)):
-                cut[index] = edge_set
+        sets = {"edges": edges, "others": others}
+        for index, rises in cut_effects(ours, ids, sets).items():
+            for name, rise in rises.items():
+                cut[index] = sets[name]
                 assert rise == pytest.approx(loss() - base, abs=2e-6)
                 assert abs(rise) > 1e-5
                 del cut[index]

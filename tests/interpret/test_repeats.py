@@ -10,6 +10,7 @@ from swamla.interpret import ablated, behavioural_context, copying, head_pattern
 from swamla.interpret.attribution import attribution
 from swamla.interpret.patterns import edges_between
 from swamla.interpret.repeats import repeated_rows
+from swamla.interpret.tracing import logits_without
 from swamla.model.language_model import NO_LABEL
 from tests.interpret.models import build, hybrid, induction_model
 
@@ -64,8 +65,15 @@ def test_measures_of_repeats_are_those_of_a_loop_over_tokens(name: str) -> None:
             assert measured.induction[head] == pytest.approx(sum(shares) / len(shares))
             assert measured.induction_conv[head] == pytest.approx(sum(wide) / len(wide))
             assert measured.hit[head] == pytest.approx(sum(hits) / len(hits))
-        assert math.isfinite(measured.cut)
-        assert math.isfinite(measured.control)
+        query = torch.arange(9, 16)
+        for rise, sources in (
+            (measured.cut, [query - 7]),
+            (measured.cut_conv, [query - 7 + i for i in range(measured.conv)]),
+            (measured.control, [(query - 8) // 2]),
+        ):
+            cut = logits_without(model, tokens, {len(checked) - 1: edges_between(17, query, *sources)})[:, query]
+            loss = -cut.log_softmax(-1).gather(2, tokens[:, query + 1][..., None]).mean()
+            assert rise == pytest.approx(loss.item() - found.second_loss, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", MODELS)

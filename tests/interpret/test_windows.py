@@ -37,7 +37,7 @@ def measures(model) -> dict[str, Any]:
         "patterns": head_patterns(model, tokens),
         "edges": edge_scores(model, tokens, {"some": edges}),
         "attribution": attribution(model, tokens, edges),
-        "cuts": cut_effects(model, tokens, edges, others),
+        "cuts": cut_effects(model, tokens, {"edges": edges, "others": others}),
         "ablated": ablated(model, tokens),
         "copying": copying(model),
         "positions": loss_by_position(model, tokens),

@@ -1,25 +1,15 @@
 """What the loss owes to edges, heads, mixers and FFNs: each is left out, and the layers above see what is missing."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from swamla.interpret.tracing import LayerTrace, Rows, above, in_rows, layout_of, losses_of, next_labels, walk
+from swamla.model.block import Block
 from swamla.model.language_model import NO_LABEL, LanguageModel
 from swamla.ops.layout import Layout
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerCut:
-    """Rises of the mean loss, in nats a label, by what is subtracted from one layer's mixer.
-
-    cut: by exactly the given edges of all heads.  control: by as many other edges.
-    """
-
-    cut: float
-    control: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,33 +76,40 @@ def _ablated_streams(model: LanguageModel, index: int, layer: LayerTrace, rows: 
 def cut_effects(
     model: LanguageModel,
     tokens_BT: Tensor,
-    edges: Tensor,
-    control: Tensor,
+    edges: Mapping[str, Tensor],
     labels_BT: Tensor | None = None,
     seq: Layout | None = None,
-) -> tuple[LayerCut, ...]:
-    """What the loss owes to some edges of each layer, one layer at a time, bottom first.
+    *,
+    layers: Collection[int] | None = None,
+) -> dict[int, dict[str, float]]:
+    """What the loss owes to some sets of edges, one set of one layer at a time: layer → name → rise.
 
-    edges, control: bool (T, S) or (B, T, S), as for `Explanation.cut`.  labels_BT: what is to be predicted at each
-    token, -100 for none; by default the next token of the tokens that have an edge. Raises `UsageError` as `walk` does.
+    A rise is that of the mean loss, in nats a label, when exactly these edges of all heads are subtracted from the
+    layer's mixer. Give as many other edges as a control.
+
+    edges: bool, (T, S) or (B, T, S), as for `Explanation.cut`.  labels_BT: what is to be predicted at each token, -100
+    for none; by default the next token, of the tokens that have an edge in one of the sets.  layers: all by default.
+    Raises `UsageError` as `walk` does.
     """
-    edges_BTS, control_BTS = (each.expand(len(tokens_BT), -1, -1) for each in (edges, control))
+    sets = {name: each.expand(len(tokens_BT), -1, -1) for name, each in edges.items()}
     if labels_BT is None:
-        labels_BT = next_labels(tokens_BT, layout_of(tokens_BT, seq))
-        labels_BT = torch.where(edges_BTS.any(dim=-1), labels_BT, NO_LABEL)
+        queries_BT = torch.stack([each.any(dim=-1) for each in sets.values()]).any(dim=0)
+        labels_BT = torch.where(queries_BT, next_labels(tokens_BT, layout_of(tokens_BT, seq)), NO_LABEL)
     sums: dict[int, Tensor] = {}
     base = 0.0
     for rows in in_rows(model, tokens_BT, seq):
         labels = labels_BT[rows.index]
         for index, layer in enumerate(walk(model, rows.tokens_BT, rows.seq)):
-            block, whole_BTD, found = model.blocks[index], layer.mixer.output(), []
-            for each_BTS in (edges_BTS[rows.index], control_BTS[rows.index]):
-                y_BTD = (whole_BTD - layer.mixer.cut(each_BTS)).to(layer.before_BTD.dtype)
-                x_BTD, _ = block.feed(block.with_mixed(layer.before_BTD, y_BTD), rows.seq)
-                found.append(losses_of(model, above(model, index, x_BTD, rows), labels).sum())
-            sums[index] = sums.get(index, 0) + torch.stack(found)
+            if layers is None or index in layers:
+                streams = (_cut_stream(model.blocks[index], layer, each[rows.index], rows) for each in sets.values())
+                found = [losses_of(model, above(model, index, x_BTD, rows), labels).sum() for x_BTD in streams]
+                sums[index] = sums.get(index, 0) + torch.stack(found)
         base += losses_of(model, layer.after_BTD, labels).sum().item()
     count = int((labels_BT != NO_LABEL).sum())
-    return tuple(
-        LayerCut(cut=cut, control=rest) for cut, rest in (((x - base) / count).tolist() for x in sums.values())
-    )
+    return {index: dict(zip(sets, ((found - base) / count).tolist(), strict=True)) for index, found in sums.items()}
+
+
+def _cut_stream(block: Block, layer: LayerTrace, edges_BTS: Tensor, rows: Rows) -> Tensor:
+    """The stream behind a layer without what these edges add to its mixer's output."""
+    y_BTD = (layer.mixer.output() - layer.mixer.cut(edges_BTS)).to(layer.before_BTD.dtype)
+    return block.feed(block.with_mixed(layer.before_BTD, y_BTD), rows.seq)[0]

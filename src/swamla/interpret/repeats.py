@@ -29,7 +29,8 @@ class LayerInduction:
     tokens after the same token in the first copy, all of whose values have to do with the next one.
     attribution: what the induction edges add to the right logit, of the sum of |what all edges add| (`attribution`).
     cut: rise of the second copy's loss, in nats a token, when exactly the induction edges of all heads are subtracted
-    from the layer's output.  control: the same for as many other edges.
+    from the layer's output.  cut_conv: when those of all conv tokens are.  control: the same as cut for as many other
+    edges.
     """
 
     previous: tuple[float, ...]
@@ -40,6 +41,7 @@ class LayerInduction:
     attribution: tuple[float, ...]
     conv: int
     cut: float
+    cut_conv: float
     control: float
 
 
@@ -84,7 +86,12 @@ def induction(model: LanguageModel, tokens_BT: Tensor) -> Repeats:
         **{str(width): edges_between(time, query_Q, *(after_Q + i for i in range(width))) for width in set(widths)},
     }
     scores = edge_scores(model, tokens_BT, sets)
-    attributed, cuts = attribution(model, tokens_BT, edges), cut_effects(model, tokens_BT, edges, others)
+    attributed = attribution(model, tokens_BT, edges)
+    cuts = cut_effects(model, tokens_BT, {"edges": edges, "others": others})
+    for width in set(widths) - {1}:
+        wide = [index for index, each in enumerate(widths) if each == width]
+        for index, rises in cut_effects(model, tokens_BT, {"wide": sets[str(width)]}, layers=wide).items():
+            cuts[index] |= rises
     first, _ = _losses(model, tokens_BT, query_Q - length)
     second, accuracy = _losses(model, tokens_BT, query_Q)
     layers = tuple(
@@ -96,10 +103,11 @@ def induction(model: LanguageModel, tokens_BT: Tensor) -> Repeats:
             hit=score["induction"].hit,
             attribution=own.score,
             conv=width,
-            cut=cut.cut,
-            control=cut.control,
+            cut=cuts[index]["edges"],
+            cut_conv=cuts[index].get("wide", cuts[index]["edges"]),
+            control=cuts[index]["others"],
         )
-        for score, own, cut, width in zip(scores, attributed, cuts, widths, strict=True)
+        for index, (score, own, width) in enumerate(zip(scores, attributed, widths, strict=True))
     )
     return Repeats(accuracy=accuracy, first_loss=first, second_loss=second, layers=layers)
 
