@@ -74,7 +74,7 @@ def test_rows_come_in_blocks_of_whole_documents_and_nothing_depends_on_their_siz
     document = torch.cat([seq.document_BT, seq.document_BT, seq.document_BT[:1]])
     seq = type(seq).from_documents(document)
     whole = head_patterns(model, tokens, seq)
-    blocks = list(in_rows(model, tokens, seq, max_bytes=2 * 8 * 20 * 4 * 20))
+    blocks = list(in_rows(model, tokens, seq, max_bytes=2 * 8 * 20 * 4 * 32))
     assert [block.index for block in blocks] == [slice(0, 2), slice(2, 4), slice(4, 5)]
     for block in blocks:
         assert torch.equal(block.seq.document_BT, document[block.index])

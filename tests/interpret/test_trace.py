@@ -1,14 +1,18 @@
 """Traces add up to the model; what is cut is gone, and nothing else; measures are what a loop over tokens finds."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from swamla.interpret import trace
-from swamla.interpret.tracing import logits_without
+from swamla.interpret import ablated, copying, cut_effects, edges_between, head_patterns, trace
+from swamla.interpret.attribution import attribution
+from swamla.interpret.tracing import layout_of, logits_without, next_labels
 from swamla.model.language_model import NO_LABEL
 from swamla.ops.layout import Layout
+from tests.interpret import models
+from tests.interpret.models import AROUND, EXPLAINED
 from tests.model.helpers import MIXERS, build_model, hybrid_config, packed, random_tokens
 
 CONFIGS = {
@@ -69,3 +73,27 @@ def test_every_mixer_but_those_without_a_sum_can_be_traced() -> None:
         assert name in MIXERS
         model = build_model(hybrid_config(pattern=(name, name))).eval()
         assert len(trace(model, random_tokens(1, 9)).layers) == 2
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("name", EXPLAINED)
+def test_a_model_in_16_bits_has_measures_too(name: str, around: str) -> None:
+    model, tokens = models.build(name, "mha", around=around).bfloat16(), random_tokens(2, 16)
+    query = torch.arange(5, 14)
+    edges = edges_between(16, query, query - 3)
+    (first, _), whole = trace(model, tokens).layers, ablated(model, tokens)
+    assert first.mixer.output().dtype == torch.float32
+    assert first.after_BTD.dtype == torch.bfloat16
+    numbers = [
+        whole.loss,
+        *(rise for layer in whole.layers for rise in (*layer.heads, layer.mixer, layer.ffn)),
+        *(rises["3"] for rises in cut_effects(model, tokens, {"3": edges}).values()),
+        *(score for layer in attribution(model, tokens, edges) for score in layer.score),
+        *(score for layer in copying(model) for score in layer),
+        *(share for layer in head_patterns(model, tokens) for share in layer.entropy),
+    ]
+    assert all(math.isfinite(number) for number in numbers)
+    labels = next_labels(tokens, layout_of(tokens, None))
+    with torch.no_grad():
+        own = model.token_losses(tokens, labels).double().sum().item() / 30
+    assert whole.loss == pytest.approx(own, rel=0.03)

@@ -31,7 +31,11 @@ def real(x: torch.Tensor, seq: Layout) -> torch.Tensor:
     return x[seq.document_BT >= 0]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=["fp32", "fp64"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.bfloat16, 4 * 2**-8), (torch.float32, 1e-6), (torch.float64, 1e-12)],  # bf16 rounds q, k, v, o: 2⁻⁸ each
+    ids=["bf16", "fp32", "fp64"],
+)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("name", EXPLAINED)
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """What the loss owes to edges, heads, mixers and FFNs: each is left out, and the layers above see what is missing."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +49,7 @@ def ablated(
     for rows in in_rows(model, tokens_BT, seq):
         labels = labels_BT[rows.index]
         for index, layer in enumerate(walk(model, rows.tokens_BT, rows.seq)):
-            streams = _ablated_streams(model, index, layer, rows)
+            streams = _ablated_streams(model.blocks[index], layer, rows.seq)
             found = [losses_of(model, above(model, index, x_BTD, rows), labels).sum() for x_BTD in streams]
             sums[index] = sums.get(index, 0) + torch.stack(found)
         base += losses_of(model, layer.after_BTD, labels).sum().item()
@@ -61,15 +61,14 @@ def ablated(
     return Ablated(loss=base / count, layers=tuple(layers))
 
 
-def _ablated_streams(model: LanguageModel, index: int, layer: LayerTrace, rows: Rows) -> Sequence[Tensor]:
+def _ablated_streams(block: Block, layer: LayerTrace, seq: Layout) -> Iterator[Tensor]:
     """The stream behind a layer without each head, without the mixer, without the FFN."""
-    block = model.blocks[index]
-    whole_BTD, added_BTHD = layer.mixer.output(), layer.mixer.contributions()
-    mixed = [
-        block.with_mixed(layer.before_BTD, (whole_BTD - each_BTD).to(layer.before_BTD.dtype))
-        for each_BTD in added_BTHD.unbind(dim=2)
-    ]
-    return [*(block.feed(x_BTD, rows.seq)[0] for x_BTD in (*mixed, layer.before_BTD)), layer.mixed_BTD]
+    whole_BTD = layer.mixer.output()
+    for added_BTD in layer.mixer.contributions().unbind(dim=2):
+        mixed_BTD = block.with_mixed(layer.before_BTD, (whole_BTD - added_BTD).to(layer.before_BTD.dtype))
+        yield block.feed(mixed_BTD, seq)[0]
+    yield block.feed(layer.before_BTD, seq)[0]
+    yield layer.mixed_BTD
 
 
 @torch.no_grad()

@@ -66,10 +66,16 @@ def label_directions(model: LanguageModel, rows: Rows, labels_BT: Tensor) -> Ten
     ⟨direction, stream⟩, plus what a bias of the final norm gives, is the logit before `logit_cap` less the mean logit.
     """
     x_BTD = above(model, -1, model.at_positions(model.embed(rows.tokens_BT), rows.seq), rows)
-    weight_VD = model.head.weight
-    row_BTD = (weight_VD[labels_BT.clamp(min=0)] - weight_VD.mean(dim=0)) * model.output_multiplier
+    row_BTD = _centred_rows(model, labels_BT.clamp(min=0)) * model.output_multiplier
     row_BTD = row_BTD.where((labels_BT != NO_LABEL)[..., None], 0.0)
-    return model.config.norm.frozen(model.norm, x_BTD).transposed(row_BTD)
+    return model.config.norm.frozen(model.norm, x_BTD.to(row_BTD.dtype)).transposed(row_BTD)
+
+
+def _centred_rows(model: LanguageModel, ids: Tensor) -> Tensor:
+    """(…, D): rows of the head less the mean of all rows, in fp32 at least."""
+    weight_VD = model.head.weight
+    dtype = torch.promote_types(weight_VD.dtype, torch.float32)
+    return weight_VD[ids].to(dtype) - weight_VD.mean(dim=0, dtype=dtype)
 
 
 def attributed(layer: LayerTrace, direction_BTD: Tensor) -> Tensor:
@@ -107,8 +113,7 @@ def copying(model: LanguageModel, *, ids: Tensor | None = None) -> tuple[tuple[f
     tokens_N1 = ids[:, None]
     seq = layout_of(tokens_N1, None)
     x_N1D = model.at_positions(model.embed(tokens_N1), seq)
-    centred_ND = model.head.weight[ids] - model.head.weight[ids].mean(dim=0)
-    unembed_ND = _gains(model.config.norm.frozen(model.norm, torch.ones_like(x_N1D[:1])), centred_ND)
+    unembed_ND = _gains(model.config.norm.frozen(model.norm, torch.ones_like(x_N1D[:1])), _centred_rows(model, ids))
     return tuple(
         _copying_scores(block, model.layer_input(index, x_N1D, seq, tokens_N1), seq, unembed_ND)
         for index, block in enumerate(model.blocks)

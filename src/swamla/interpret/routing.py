@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swamla.interpret.tracing import layout_of
+from swamla.interpret.tracing import in_rows
 from swamla.model.block import Block
 from swamla.model.language_model import LanguageModel
 from swamla.ops.layout import Layout
@@ -34,21 +34,29 @@ def load_by_class(
     class_V: the class of each id, from 0; every class up to the largest has a row. Padding counts nowhere. Works for
     every mixer, also one that has no `explain`, and for every FFN whose statistics have "load".
     """
-    seq = layout_of(tokens_BT, seq)
-    class_BT = class_V[tokens_BT].masked_fill(~seq.real_BT, -1)
-    classes = [class_BT == each for each in range(int(class_V.max()) + 1)]
-    counts = tuple(int(each_BT.sum()) for each_BT in classes)
-    found = []
-    x_BTD = model.at_positions(model.embed(tokens_BT), seq)
-    for index, block in enumerate(model.blocks):
-        mixed_BTD = block.mix(model.layer_input(index, x_BTD, seq, tokens_BT), seq)
-        x_BTD, statistics = block.feed(mixed_BTD, seq)
-        if "load" not in statistics:
-            continue
-        load_CE = torch.stack([_load(block, mixed_BTD, each_BT, statistics["load"]) for each_BT in classes]).double()
-        share_CE = load_CE / load_CE.sum(dim=1, keepdim=True).clamp(min=1)
-        found.append(ClassLoad(layer=index, share=tuple(map(tuple, share_CE.tolist())), tokens=counts))
-    return tuple(found)
+    n_classes = int(class_V.max()) + 1
+    loads: dict[int, Tensor] = {}
+    counts = torch.zeros(n_classes, dtype=torch.int64)
+    for rows in in_rows(model, tokens_BT, seq):
+        class_BT = class_V[rows.tokens_BT].masked_fill(~rows.seq.real_BT, -1)
+        classes = [class_BT == each for each in range(n_classes)]
+        counts += torch.tensor([int(each_BT.sum()) for each_BT in classes])
+        x_BTD = model.at_positions(model.embed(rows.tokens_BT), rows.seq)
+        for index, block in enumerate(model.blocks):
+            mixed_BTD = block.mix(model.layer_input(index, x_BTD, rows.seq, rows.tokens_BT), rows.seq)
+            x_BTD, statistics = block.feed(mixed_BTD, rows.seq)
+            if "load" in statistics:
+                load_CE = torch.stack([_load(block, mixed_BTD, each_BT, statistics["load"]) for each_BT in classes])
+                loads[index] = loads.get(index, 0) + load_CE
+    return tuple(
+        ClassLoad(layer=index, share=_shares(load_CE.double()), tokens=tuple(counts.tolist()))
+        for index, load_CE in loads.items()
+    )
+
+
+def _shares(load_CE: Tensor) -> tuple[tuple[float, ...], ...]:
+    share_CE = load_CE / load_CE.sum(dim=1, keepdim=True).clamp(min=1)
+    return tuple(tuple(each_E) for each_E in share_CE.tolist())
 
 
 def _load(block: Block, mixed_BTD: Tensor, chosen_BT: Tensor, all_E: Tensor) -> Tensor:

@@ -143,13 +143,13 @@ def next_labels(tokens_BT: Tensor, seq: Layout) -> Tensor:
 def in_rows(
     model: LanguageModel, tokens_BT: Tensor, seq: Layout | None = None, *, max_bytes: int = ROW_BYTES
 ) -> Iterator[Rows]:
-    """Blocks of rows so small that one layer's weights, and the logits, take at most about `max_bytes` each.
+    """Blocks of rows so small that one layer's weights, what its heads add, and logits take `max_bytes` each at most.
 
     A block has one row at least, whatever that takes.
     """
     time = tokens_BT.shape[1]
     heads = max(block.mixer.explained_heads for block in model.config.layers)
-    row_bytes = 8 * time * max(heads * time, model.config.vocab_size)
+    row_bytes = 8 * time * max(heads * time, heads * model.config.width, model.config.vocab_size)
     size = max(1, max_bytes // row_bytes)
     for begin in range(0, len(tokens_BT), size):
         index = slice(begin, min(begin + size, len(tokens_BT)))

@@ -19,6 +19,7 @@ class Explanation:
     value_BSHV: what is mixed; of shared heads repeated, of convolved values after the convolution.
     gain_BTHV: factor between a head's output and the output projection, of gates and norms; None for 1.
     out_HVD: the output projection by head.  bias_D: None without one.
+    All are kept in the weights' dtype, fp32 at least: a model in 16 bits is explained up to what it rounds.
     """
 
     weight_BHTS: Tensor
@@ -26,6 +27,11 @@ class Explanation:
     gain_BTHV: Tensor | None
     out_HVD: Tensor
     bias_D: Tensor | None
+
+    def __post_init__(self) -> None:
+        for name in ("value_BSHV", "gain_BTHV", "out_HVD", "bias_D"):
+            tensor = getattr(self, name)
+            object.__setattr__(self, name, None if tensor is None else tensor.to(self.weight_BHTS.dtype))
 
     def heads(self) -> Tensor:
         """What each head gives to the output projection, (B, T, H, V)."""
