@@ -32,7 +32,8 @@ help:
 	@echo 'make mutants      change one line after the other, and see a test fail for each (about 10 minutes)'
 	@echo 'make bench        measure everything on this machine, others beside us (about 13 minutes); arguments in BENCH_ARGS'
 	@echo 'make speedrun     quickstart against nanoGPT by time (about 15 minutes; docs/speedrun.md); arguments in SPEEDRUN_ARGS'
-	@echo 'make interop      installs lm-eval too (230 MB); tests of it, of Trainer and peft, and the tables of docs/interop.md'
+	@echo 'make interop      installs lm-eval (230 MB) and TransformerLens too; tests of them, of Trainer and peft, and the tables of'
+	@echo '                  docs/interop.md'
 	@echo 'make lint         only ruff and mypy'
 	@echo 'make clean        remove $(VENV) and caches; trained models under runs/ are kept'
 	@echo
@@ -65,10 +66,12 @@ lint: $(VENV)/.installed-dev
 speedrun: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.quality $(SPEEDRUN_ARGS)
 
-# lm-eval and what it needs are 230 MB, so `make test` goes without and skips what needs it, with that reason.
+# lm-eval and what it needs are 230 MB, so `make test` goes without it and TransformerLens, and skips what needs them, with
+# that reason.
 interop: $(VENV)/.installed-dev
-	@$(INSTALL) --editable '.[dev,interop]'
-	$(TEST_ENV) $(BIN)/python -m pytest -q tests/evaluate tests/interop/test_saved.py tests/interop/test_gguf.py
+	@$(INSTALL) --editable '.[dev,interop,lens]'
+	$(TEST_ENV) $(BIN)/python -m pytest -q tests/evaluate tests/interop/test_saved.py tests/interop/test_gguf.py \
+	    tests/interpret/test_transformer_lens.py
 	$(TEST_ENV) $(BIN)/python -m tests.interop $(INTEROP_ARGS)
 
 clean:
