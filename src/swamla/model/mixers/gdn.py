@@ -175,6 +175,10 @@ class GDNConfig(MixerConfig):
         rule = squares * (4 * head_k + head_k + head_v + 2 * head_v) + length * 6 * head_k * head_v
         return length * dense + self.n_heads * rule
 
+    def state_settings(self, width: int) -> dict[str, int]:
+        """The width of a value head."""
+        return {"head_v_dim": self.head_dims(width)[1]}
+
     def state_bytes(self, width: int, length: int, element_bytes: int) -> int:
         """Bytes of the state of one sequence of any length: state matrices and the last conv − 1 inputs.
 

@@ -80,6 +80,10 @@ class LatentConfig(SoftmaxConfig):
         """Parameters of the module."""
         return self.projection_weights(width) + self.bias * (3 * self.latent_dim(width) + 2 * width)
 
+    def state_settings(self, width: int) -> dict[str, int]:
+        """The width of the latent."""
+        return {"n_latent": self.latent_dim(width)}
+
     def state_bytes(self, width: int, length: int, element_bytes: int) -> int:
         """Bytes of the state of one sequence that may grow to `length` tokens: the latents."""
         return length * self.latent_dim(width) * element_bytes

@@ -62,6 +62,10 @@ class MixerConfig(Registered, home="swamla.model.mixers"):
         """Settings of a mixer that a flag adds to a model of `width`, for fields whose defaults would not suit it."""
         return {}
 
+    def state_settings(self, width: int) -> dict[str, int]:
+        """Settings by which the state's bytes can be chosen, with their values in a model of `width`; may be empty."""
+        return {}
+
     @property
     def sees_order(self) -> bool:
         """Whether the output depends on the order of earlier tokens without positions in the embeddings."""

@@ -119,6 +119,10 @@ class MLAConfig(SoftmaxConfig):
         require(self.q_lora_rank <= width, "q_lora_rank", self.q_lora_rank, allowed)
         return self.projection_weights(width) + self.q_lora_rank + self.kv_lora_rank
 
+    def state_settings(self, width: int) -> dict[str, int]:
+        """The width of the latent."""
+        return {"kv_lora_rank": self.kv_lora_rank}
+
     def state_bytes(self, width: int, length: int, element_bytes: int) -> int:
         """Bytes of the state of one sequence that may grow to `length` tokens: latent and rotary key only."""
         return length * (self.kv_lora_rank + self.qk_rope_head_dim) * element_bytes

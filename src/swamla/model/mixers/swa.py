@@ -91,6 +91,10 @@ class SWAConfig(MHAConfig):
         reach = min(self.sinks, beyond)
         return in_window + reach * (reach + 1) // 2 + (beyond - reach) * self.sinks
 
+    def state_settings(self, width: int) -> dict[str, int]:
+        """The window."""
+        return {"window": self.window}
+
     def state_bytes(self, width: int, length: int, element_bytes: int) -> int:
         """Bytes of the state of one sequence: a ring buffer, independent of the length."""
         return 2 * (self.window + self.sinks) * self.kv_heads * self.key_dim(width) * element_bytes
