@@ -101,7 +101,13 @@ def test_matched_arms_have_the_flops_of_the_first_within_2_percent() -> None:
     assert hidden > 192, "a window costs less than attention to everything"
 
 
-@pytest.mark.parametrize("ffn", [MoEConfig(expert_hidden=256), LatentMoEConfig(expert_hidden=256)])
+@pytest.mark.parametrize(
+    "ffn",
+    [
+        MoEConfig(n_experts=4, n_activated=1, n_shared=0, expert_hidden=512),
+        LatentMoEConfig(n_experts=4, n_activated=1, n_shared=0, expert_hidden=512),
+    ],
+)
 def test_experts_are_matched_in_the_steps_that_their_products_allow(ffn: FFNConfig) -> None:
     arms = {"mha": model_of("mha", ffn, width=256), "gdn": model_of("gdn", ffn, width=256)}
     matched = match(arms, "parameters", length=LENGTH)["gdn"]
