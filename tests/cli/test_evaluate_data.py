@@ -184,3 +184,19 @@ def test_that_a_single_document_was_trained_on_up_to_its_cut_is_told(name, tmp_p
         assert main(["evaluate", "run", "--data", source]) == 0
         told[source] = "trained on the beginning of one of its documents" in capsys.readouterr().err
     assert told == {name: True, "other.txt": False}
+
+
+def test_the_validation_and_the_test_part_together_are_the_held_out_text(
+    home: Path, capsys: pytest.CaptureFixture
+) -> None:
+    found = {}
+    for part in ("all", "validation", "test"):
+        capsys.readouterr()
+        assert main(["evaluate", str(home / "single"), "--part", part, "--json"]) == 0
+        found[part] = json.loads(capsys.readouterr().out)
+    nats = {part: one["loss"] * one["tokens"] for part, one in found.items()}
+    assert found["validation"]["tokens"] + found["test"]["tokens"] == found["all"]["tokens"]
+    assert found["validation"]["bytes"] + found["test"]["bytes"] == found["all"]["bytes"]
+    assert nats["validation"] != nats["test"]
+    assert found["test"]["scored"] == "the test part of the held-out part"
+    assert found["test"]["bytes_apart"] == 0

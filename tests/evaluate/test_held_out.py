@@ -11,8 +11,8 @@ import torch
 
 from swamla.data.packing import Batch
 from swamla.data.shards import Split
-from swamla.errors import DataError
-from swamla.evaluate import Evaluation, bytes_apart, evaluate, evaluate_split, held_out
+from swamla.errors import ConfigError, DataError
+from swamla.evaluate import Evaluation, bytes_apart, evaluate, evaluate_split, held_out, part_of
 from swamla.model.block import BlockConfig
 from swamla.model.ffns.dense import DenseConfig
 from swamla.model.language_model import LanguageModelConfig
@@ -132,3 +132,67 @@ def test_the_figures_by_name_and_a_loss_beyond_exp():
     assert found["perplexity"] == math.inf
     assert found["bits_per_byte"] == pytest.approx(800 * 2 / 4 / math.log(2))
     assert set(found) == {"loss", "perplexity", "bits_per_byte", "tokens", "bytes"}
+
+
+def written(texts: list[str]) -> Split:
+    """A split of bytes, held in memory."""
+    raw = [text.encode() for text in texts]
+    lengths = np.array([len(each) for each in raw], dtype=np.int64)
+    return Split(
+        path=Path("memory"),
+        tokens=np.frombuffer(b"".join(raw), dtype=np.uint8).astype(np.uint16),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        byte_counts=lengths,
+        vocab_size=257,
+    )
+
+
+def read(split: Split) -> list[str]:
+    return [decoded(split.document(i).tolist()) for i in range(split.n_documents)]
+
+
+def decoded(ids) -> str:
+    return bytes(ids).decode(errors="replace")
+
+
+DOCUMENTS = [f"{number} " * (number % 7 + 1) for number in range(40)]
+
+
+def test_every_held_out_document_is_in_the_validation_or_in_the_test_part_and_each_has_half_of_the_bytes():
+    split = written(DOCUMENTS)
+    parts = [part_of(split, part, decoded) for part in ("validation", "test")]
+    assert sorted(text for part in parts for text in read(part)) == sorted(DOCUMENTS)
+    assert sum(part.n_bytes for part in parts) == split.n_bytes
+    for part in parts:
+        assert part.n_bytes == pytest.approx(split.n_bytes / 2, rel=0.05)
+        assert bytes_apart(part, decoded) == 0
+    assert part_of(split, "all", decoded) is split
+
+
+def test_the_parts_follow_from_the_texts_and_not_from_their_order():
+    here, there = (part_of(written(texts), "test", decoded) for texts in (DOCUMENTS, DOCUMENTS[::-1]))
+    assert set(read(here)) == set(read(there))
+
+
+def test_an_only_held_out_document_is_cut_between_characters():
+    text = "été" * 33 + "a"
+    first, last = (part_of(written([text]), part, decoded) for part in ("validation", "test"))
+    assert read(first)[0] + read(last)[0] == text
+    assert first.n_bytes + last.n_bytes == len(text.encode())
+    assert first.n_bytes == pytest.approx(last.n_bytes, abs=4)
+
+
+def test_two_documents_are_one_in_each_part_whatever_their_sizes():
+    split = written(["short", "long " * 1000])
+    assert {tuple(read(part_of(split, part, decoded))) for part in ("validation", "test")} == {
+        ("short",),
+        ("long " * 1000,),
+    }
+
+
+def test_text_that_cannot_be_divided_and_parts_that_do_not_exist_are_refused():
+    for nothing in (["a"], []):
+        with pytest.raises(DataError, match="too little to divide into a validation and a test part"):
+            part_of(written(nothing), "test", decoded)
+    with pytest.raises(ConfigError, match="part = 'dev': must be one of all, validation, test"):
+        part_of(written(DOCUMENTS), "dev", decoded)

@@ -12,6 +12,7 @@ from rich.console import Console
 from swamla.checkpoint import latest_checkpoint
 from swamla.cli.runs import summarize
 from swamla.errors import ConfigError, CorruptError
+from swamla.files import sha256_of
 from swamla.train import TrainConfig, train
 from swamla.train.changes import (
     LEARNING,
@@ -58,6 +59,7 @@ OTHER = {
     "eval_interval": 2,
     "eval_seconds": 9e9,
     "eval_tokens": 64,
+    "eval_part": "validation",
     "save_interval": 2,
     "keep_last": 3,
     "async_save": True,
@@ -170,6 +172,24 @@ def test_the_best_is_scored_anew_by_what_evaluations_are_of_now(tmp_path, datase
     assert marked["loss"] == pytest.approx(expected)
     assert summarize(tmp_path / "run").held_out_loss == pytest.approx(expected)
     assert "evaluated the best checkpoint" not in said_by(wider, tmp_path / "run", dataset, evaluate=evaluate), "once"
+
+
+def test_a_best_is_not_scored_anew_for_a_setting_that_is_newer_than_its_checkpoint(tmp_path, dataset):
+    config = tiny_config(eval_interval=2, eval_tokens=64, save_interval=2)
+    state = run(config, tmp_path / "run", dataset, evaluate=held_out(dataset))
+    assert state.scored_by == {"eval_tokens": 64, "eval_part": "all"}
+    for file in (tmp_path / "run" / "checkpoints").glob("step-*/state.json"):
+        older = json.loads(file.read_text())
+        del older["scored_by"]["eval_part"]
+        file.write_text(json.dumps(older))
+        manifest = json.loads((file.parent / "manifest.json").read_text())
+        manifest["files"]["state.json"] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        (file.parent / "manifest.json").write_text(json.dumps(manifest))
+    assert "evaluated the best" not in said_by(config, tmp_path / "run", dataset, evaluate=held_out(dataset))
+    halved = replace(config, train=replace(config.train, eval_part="validation"))
+    assert "again (eval_part all → validation)" in said_by(
+        halved, tmp_path / "run", dataset, evaluate=held_out(dataset)
+    )
 
 
 def test_a_finished_run_is_scored_anew_once_as_well(tmp_path, dataset):

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from swamla.data.reopening import reopen
 from swamla.data.shards import Split
 from swamla.data.tokenizer import Tokenizer
 from swamla.errors import DataError, SwamlaError, UsageError
-from swamla.evaluate import bytes_apart, validation
+from swamla.evaluate import bytes_apart, part_of, validation
 from swamla.train import RunConfig
 from swamla.train.changes import config_of
 from swamla.train.init_from import lineage
@@ -52,6 +52,7 @@ class Arguments:
     run: the run's folder.
     data: score all of this data, with the run's tokenizer, instead of the run's held-out text.
     held_out: score only the part of --data that a run on it would hold out, by the run's held_out_fraction.
+    part: all of that text, or its validation or test part, of half of the bytes each, as studies divide it.
     block_size: length of a row; 0 for the run's.
     checkpoint: best, latest, or a step.
     json: print one JSON object.
@@ -67,6 +68,7 @@ class Arguments:
     run: str = argument(positional=True)
     data: str = ""
     held_out: bool = argument(False, switch=True)
+    part: Literal["all", "validation", "test"] = "all"
     block_size: int = 0
     checkpoint: str = "best"
     json: bool = False
@@ -92,7 +94,7 @@ def main(argv: list[str]) -> int:
     if not arguments.tasks and (alone := sorted(given.keys() & set(_OF_TASKS))):
         raise UsageError(f"--{alone[0]} needs --tasks, e.g. --tasks hellaswag")
     if arguments.tasks:
-        if others := sorted(given.keys() & {*_OWN, "data", "held_out", "block_size"}):
+        if others := sorted(given.keys() & {*_OWN, "data", "held_out", "part", "block_size"}):
             raise UsageError(f"--{others[0]} and --tasks exclude each other: tasks bring their own texts")
         settings = {name: getattr(arguments, name) for name in _OF_TASKS}
         evaluate_tasks(arguments.run, arguments.checkpoint, arguments.tasks, as_json=arguments.json, **settings)
@@ -104,18 +106,19 @@ def main(argv: list[str]) -> int:
     checkpoint = find_checkpoint(run, arguments.checkpoint)
     model, _ = load(run, str(checkpoint.step))
     dataset = _other_data(arguments, given, run, config) if arguments.data else _own_data(run, config, checkpoint)
-    score = validation(dataset, arguments.block_size or config.train.block_size)
+    score = validation(dataset, arguments.block_size or config.train.block_size, part=arguments.part)
     trained = str(checkpoint.state.get("precision", ""))
     precision = resolve_as_trained(config.train.precision, trained, model.device)
-    text = dataset.held_out
+    text = part_of(dataset.held_out, arguments.part, dataset.tokenizer.decode)
     if not arguments.json:
         tokens = text.n_tokens + text.n_documents
         say(Console(stderr=True), f"scoring {tokens:,} tokens, {text.n_bytes:,} bytes of text …")
     with autocast(precision, model.device):
         found = score(model)
     part = "all" if arguments.data and not arguments.held_out else "the held-out part"
+    part = part if arguments.part == "all" else f"the {arguments.part} part of {part}"
     source = arguments.data or config.data.source
-    apart = bytes_apart(dataset.held_out, dataset.tokenizer.decode)
+    apart = bytes_apart(text, dataset.tokenizer.decode)
     if arguments.json:
         print(json.dumps(found | {"precision": precision, "source": source, "scored": part, "bytes_apart": apart}))
     else:

@@ -87,7 +87,7 @@ def _train(config: RunConfig, given: Mapping[str, Any], claim: Claim, resume: bo
             before = sample(state.model, dataset.tokenizer, prompt)
             samples.write_text(f"=== before training ===\n{before}", encoding="utf-8")
 
-    evaluate = validation(dataset, config.train.block_size, config.train.eval_tokens)
+    evaluate = validation(dataset, config.train.block_size, config.train.eval_tokens, config.train.eval_part)
     with naming_resume_command("quickstart", run_dir):
         state = train(
             config,

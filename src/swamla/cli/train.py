@@ -113,7 +113,7 @@ def _train(arguments: Arguments, given: Mapping[str, Any]) -> int:
             verbose=arguments.verbose,
         )
         claim = claims[-1] if claims else None
-        evaluate = validation(dataset, config.train.block_size, config.train.eval_tokens)
+        evaluate = validation(dataset, config.train.block_size, config.train.eval_tokens, config.train.eval_part)
         first: list[int] = []
         with naming_resume_command("train", run_dir):
             state = train(

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from swamla.evaluate.held_out import bytes_apart as bytes_apart
     from swamla.evaluate.held_out import evaluate as evaluate
     from swamla.evaluate.held_out import evaluate_split as evaluate_split
+    from swamla.evaluate.held_out import part_of as part_of
     from swamla.evaluate.held_out import validation as validation
 else:
     __all__, __getattr__, __dir__ = lazy_exports(__name__)

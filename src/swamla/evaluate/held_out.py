@@ -4,18 +4,21 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from typing import Any
 
+import numpy as np
 import torch
 
 from swamla import distributed
 from swamla.data.dataset import Dataset
 from swamla.data.packing import NO_LABEL, Batch, HeldOutRows
-from swamla.data.shards import Split
-from swamla.errors import DataError
+from swamla.data.shards import Split, place_of
+from swamla.errors import DataError, require
 from swamla.model.language_model import LanguageModel
 from swamla.ops.layout import PADDING, Layout
 
 EVALUATION_TOKENS = 16384  # per forward pass: more would only cost memory
+PARTS = ("all", "validation", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,19 +114,63 @@ def evaluate_split(
     return Evaluation(loss=found.loss, tokens=found.tokens, bytes=exact)
 
 
+def part_of(split: Split, part: str, decode: Callable[[Sequence[int]], str]) -> Split:
+    """All of a held-out split, or its validation or test part: about half of the bytes each, in memory.
+
+    Choices are made by the validation part, so that the test part, which is read once, knows nothing of them. Documents
+    are divided in the order of the hash of their text; an only document is cut in two, between characters. Raises
+    `ConfigError` for another part, `DataError` for text that cannot be divided.
+    """
+    require(part in PARTS, "part", part, f"must be one of {', '.join(PARTS)}")
+    if part == "all":
+        return split
+    if split.n_documents < 2:
+        first, last = _cut(split, decode)
+        return first if part == "validation" else last
+    order = sorted(range(split.n_documents), key=lambda i: (place_of(decode(split.document(i).tolist())), i))
+    seen = np.cumsum(split.byte_counts[order])
+    count = min(max(1, int(np.searchsorted(seen, seen[-1] / 2, side="right"))), split.n_documents - 1)
+    chosen = sorted(order[:count] if part == "validation" else order[count:])
+    return _in_memory(split, [split.document(i) for i in chosen], split.byte_counts[chosen])
+
+
+def _cut(split: Split, decode: Callable[[Sequence[int]], str]) -> tuple[Split, Split]:
+    """The halves of an only document, cut at the first place from the middle that is no part of a character."""
+    ids = split.document(0) if split.n_documents else np.empty(0, dtype=np.uint16)
+    for at in range(len(ids) // 2, len(ids)):
+        halves = ids[:at], ids[at:]
+        sizes = [len(decode(half.tolist()).encode()) for half in halves]
+        if at and sum(sizes) == split.n_bytes:
+            first, last = (_in_memory(split, [half], size) for half, size in zip(halves, sizes, strict=True))
+            return first, last
+    raise DataError("the held-out text has too little to divide into a validation and a test part: hold out more text")
+
+
+def _in_memory(split: Split, documents: Sequence[np.ndarray], byte_counts: Any) -> Split:
+    ends = np.cumsum([len(document) for document in documents], dtype=np.int64)
+    return replace(
+        split,
+        tokens=np.concatenate(documents),
+        offsets=np.concatenate([np.zeros(1, dtype=np.int64), ends]),
+        byte_counts=np.atleast_1d(np.asarray(byte_counts, dtype=np.int64)),
+    )
+
+
 def validation(
-    dataset: Dataset, block_size: int, max_tokens: int | None = None
+    dataset: Dataset, block_size: int, max_tokens: int | None = None, part: str = "all"
 ) -> Callable[[LanguageModel], dict[str, float]]:
     """A function that scores a model on the held-out split, or on `max_tokens` of it in evenly spaced rows.
 
-    It is what `swamla.train.train` takes as `evaluate`. The figures are those of `Evaluation.as_dict`.
+    part: all of the split, or its validation or test part (`part_of`). The function is what `swamla.train.train` takes
+    as `evaluate`; its figures are those of `Evaluation.as_dict`.
     """
     batch_size = max(1, EVALUATION_TOKENS // block_size)
+    split = part_of(dataset.held_out, part, dataset.tokenizer.decode)
 
     def evaluate(model: LanguageModel) -> dict[str, float]:
         return evaluate_split(
             model,
-            dataset.held_out,
+            split,
             eos_id=dataset.tokenizer.eos_id,
             block_size=block_size,
             batch_size=batch_size,

@@ -1,7 +1,7 @@
 """Which settings a resumed run may change, and what each change does to the run so far."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ LEARNING = (
     *("weight_decay", "weight_decay_embedding", "weight_decay_head", "grad_clip", "max_skipped", "spike_factor"),
 )
 # Settings that define the held-out loss: if one changes, the best checkpoint is evaluated again.
-SCORING = ("eval_tokens",)
+SCORING = ("eval_tokens", "eval_part")
+SCORED_BY_DEFAULT = {f.name: f.default for f in fields(TrainConfig) if f.name in SCORING}
 
 MAY_CHANGE = (*SAME_NUMBERS, *LEARNING, *SCORING)
 

@@ -61,6 +61,8 @@ class TrainConfig:
     eval_interval: steps between evaluations; none for one at the end only.
     eval_seconds: seconds between evaluations, besides or instead of steps.
     eval_tokens: most held-out tokens that an evaluation during the run reads; none for all.
+    eval_part: the held-out text that evaluations during the run read: "all", or "validation", a half of it that leaves
+        the other, the test part, to be read once at the end of a study.
     save_interval: steps between checkpoints; none for the best and the last only.
     keep_last: number of newest checkpoints kept, besides the best.
     async_save: copy the state and write it while training continues; needs memory for the copy, and keep_last of at
@@ -131,6 +133,7 @@ class TrainConfig:
     eval_interval: int | None = 250
     eval_seconds: float | None = None
     eval_tokens: int | None = None
+    eval_part: Literal["all", "validation"] = "all"
     save_interval: int | None = 500
     keep_last: int = 2
     async_save: bool = False

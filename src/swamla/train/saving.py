@@ -6,7 +6,7 @@ from typing import NoReturn
 from swamla import distributed
 from swamla.checkpoint import Saved, latest_checkpoint, step_name, whole_checkpoint
 from swamla.errors import FailedElsewhere, SwamlaError
-from swamla.train.changes import scoring_of
+from swamla.train.changes import SCORED_BY_DEFAULT, scoring_of
 from swamla.train.precision import autocast
 from swamla.train.run import Evaluate, Run
 
@@ -81,11 +81,14 @@ def rescore_best(run: Run) -> None:
         return
     state, now = run.state, scoring_of(run.settings)
     best, before, state.scored_by = state.best, state.scored_by, now
-    if best is None or before == now:
+    # What a checkpoint does not name is newer than it, and was at its default.
+    before = SCORED_BY_DEFAULT | before
+    changes = [f"{name} {before[name]} → {value}" for name, value in now.items() if before[name] != value]
+    if best is None or not changes:
         return
     step, loss = best
     found = _evaluate_checkpoint(run, step, run.evaluate)
-    changed = ", ".join(f"{name} {before.get(name)} → {value}" for name, value in now.items())
+    changed = ", ".join(changes)
     message = f"evaluated the best checkpoint, step {step}, again ({changed}): {loss:.4f} → {found['loss']:.4f}"
     if math.isfinite(found["loss"]):
         state.best_loss = found["loss"]
