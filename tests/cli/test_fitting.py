@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from swamla.cli import fitting
-from swamla.cli.fitting import CHOSEN, SIZES, fitted, size_for, tokens_per_second
+from swamla.cli.fitting import CHOSEN, SIZES, fitted, size_for
 from swamla.cli.run_config import resolve
 from swamla.data.preparing import prepare
 from swamla.model.accounting import count_parameters
+from swamla.train import speed
+from swamla.train.speed import tokens_per_second
 
 RECIPE = resolve("quickstart", {}).config
 
@@ -107,7 +109,7 @@ def test_the_speed_is_of_training_steps_and_leaves_random_numbers_alone(
     dataset = dataset_of(tmp_path)
     flags = {"width": 32, "n_heads": 2, "batch_size": 2, "block_size": 32, "device": "cpu", "precision": "fp32"}
     config = resolve("quickstart", flags).config
-    clock, step = [0.0], fitting.training_step
+    clock, step = [0.0], speed.training_step
 
     def timed(*arguments: Any, **named: Any) -> Any:
         result = step(*arguments, **named)
@@ -115,8 +117,8 @@ def test_the_speed_is_of_training_steps_and_leaves_random_numbers_alone(
         clock.append(0.0)
         return result
 
-    monkeypatch.setattr(fitting, "training_step", timed)
-    monkeypatch.setattr(fitting.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(speed, "training_step", timed)
+    monkeypatch.setattr(speed.time, "monotonic", lambda: clock[0])
     before = torch.random.get_rng_state()
     assert tokens_per_second(config, dataset) == pytest.approx(2 * 32 / 0.5)
     assert torch.equal(before, torch.random.get_rng_state())

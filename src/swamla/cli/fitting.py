@@ -3,21 +3,15 @@
 docs/log.md, "How large a model for three minutes", has what was measured and what was not.
 """
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from swamla.cli.run_config import resolve
 from swamla.data.dataset import Dataset
 from swamla.train.config import RunConfig
 from swamla.train.optim import MuonConfig
-from swamla.train.run_folder import fresh_state, resolve_vocabulary
-from swamla.train.step import training_step
-
-WARM_UP, STEPS, SECONDS = 1, 3, 6.0  # steps that are not timed, and that are, unless they take longer in all
+from swamla.train.speed import tokens_per_second
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,18 +66,3 @@ def fitted(
 def size_for(tokens: int) -> Size:
     """The size for a machine that would show the recipe's own model this many tokens."""
     return max((size for size in SIZES if size.tokens <= tokens), key=lambda size: size.tokens)
-
-
-def tokens_per_second(config: RunConfig, dataset: Dataset) -> float:
-    """Tokens a second of the config's training steps, by the shortest of a few; its weights are thrown away."""
-    generators = torch.random.get_rng_state()
-    state = fresh_state(resolve_vocabulary(config, dataset), dataset)
-    batch = dataset.rows(config.train.block_size, config.train.seed).batch(0, config.train.batch_size)
-    seconds: list[float] = []
-    begin = time.monotonic()
-    while len(seconds) < WARM_UP + STEPS and (len(seconds) <= WARM_UP or time.monotonic() - begin < SECONDS):
-        started = time.monotonic()
-        training_step(state, batch, config.train, lr=0.0)
-        seconds.append(time.monotonic() - started)
-    torch.random.set_rng_state(generators)
-    return batch.n_labels / min(seconds[WARM_UP:])

@@ -1,0 +1,294 @@
+"""The plan of a study: from its question and arms to resolved configs.
+
+What is asked (`Asked`, STUDY.toml) is resolved once to what is done (`Study`, study.json): arms matched, precision and
+backends chosen, steps timed. Which runs that means is in `runs`.
+"""
+
+import math
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from swamla.config import to_plain
+from swamla.data.dataset import Dataset
+from swamla.errors import UsageError, require
+from swamla.evaluate import part_of
+from swamla.study.matching import Costs, MatchAxis, match, matched_steps
+from swamla.study.statistics import Axis
+from swamla.train.backends import fastest_paths, usual_length
+from swamla.train.config import RunConfig, TrainConfig
+from swamla.train.precision import resolve_device, resolve_precision
+from swamla.train.racing import describe_cpu
+from swamla.train.run_folder import resolve_vocabulary
+from swamla.train.speed import tokens_per_second
+from swamla.version import __version__
+
+TOKENS = 1_500_000  # of a run, where neither the study nor its recipe has a number of steps
+SEARCH_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A study as its author states it, before it runs; the keys of STUDY.toml.
+
+    question: what the study shall answer.
+    expectation: what the author expects, and why; printed beside the result.
+    arms: what is compared, name → flags of `swamla train`; without flags the name is the pattern. All others are
+        compared with the first.
+    recipe: of all arms, a shipped one or a file.
+    flags: of all arms, e.g. "--width 64 --n_heads 1".
+    match: what all arms have alike: parameters (without embeddings, ±1 %), flops (of training, ±2 %), state (bytes,
+        ±5 %), seconds (of training on this machine, by fewer or more steps), or none.
+    margin: a difference that is too small to matter, in bits per byte.
+    tokens: of a run; none for the recipe's steps, or 1,500,000 where it is bounded by time.
+    seeds: fresh seeds of every arm at its best rate.
+    rates: "search", or "recipe" for the recipe's rate in every arm, without a search.
+    threads: CPU threads of a run.
+    """
+
+    question: str = ""
+    expectation: str = ""
+    arms: dict[str, str]
+    recipe: str = "quickstart"
+    flags: str = ""
+    match: MatchAxis = "parameters"
+    margin: float = 0.01
+    tokens: int | None = None
+    seeds: int = 5
+    rates: Literal["search", "recipe"] = "search"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        require(len(self.arms) > 1, "arms", list(self.arms), 'must be two or more, e.g. mha and "swa swa mla"')
+        require(0 < self.margin < math.inf, "margin", self.margin, "must be > 0 bits per byte, e.g. 0.01")
+        require(self.tokens is None or self.tokens > 0, "tokens", self.tokens, "must be > 0, or left out")
+        require(self.seeds >= 2, "seeds", self.seeds, "must be >= 2: one seed says nothing of the spread; 5 are usual")
+        require(self.threads >= 1, "threads", self.threads, "must be >= 1")
+
+    def flags_of(self, arm: str) -> str:
+        """The flags of an arm: those of all arms, then its own, or its name as the pattern.
+
+        A pattern that is shorter than the longest is repeated to its length, as long as no flag says the depth.
+        """
+        own = {name: given or f"--pattern {shlex.quote(name)}" for name, given in self.arms.items()}
+        words = shlex.split(f"{self.flags} {own[arm]}")
+        patterns = [found for given in own.values() if (found := _pattern(shlex.split(given)))]
+        if "--n_layers" not in words and _pattern(words) and len(patterns) == len(own):
+            words += ["--n_layers", str(max(len(pattern) for pattern in patterns))]
+        return shlex.join(words)
+
+
+def _pattern(words: Sequence[str]) -> list[str]:
+    """The names in the value of --pattern, if that is among the words."""
+    if "--pattern" not in words[:-1]:
+        return []
+    return words[words.index("--pattern") + 1].replace(",", " ").split()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One of the compared, fully resolved. slug: its name for files.  flags: beside the recipe.
+
+    config: of its runs, but for rate and seed.  changes: what matching changed, dotted setting → before and now.
+    matched: that in words.  seconds_per_step: measured before the study, 0 if it was not.
+    """
+
+    name: str
+    slug: str
+    flags: str
+    config: RunConfig
+    costs: Costs
+    matched: str = ""
+    changes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    seconds_per_step: float = 0.0
+
+    @property
+    def steps(self) -> int:
+        """Of a run."""
+        assert self.config.train.steps is not None
+        return self.config.train.steps
+
+    def lr(self, rate: int) -> float:
+        """The learning rate `rate` quarters of a factor of 10 from the arm's own, of three digits as it is typed."""
+        return float(f"{self.config.train.lr * 10 ** (rate / 4):.3g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A study with everything resolved, as it is written to study.json. The first arm is the reference.
+
+    data: its source, the fingerprint of its tokens and split, and bytes of the parts of the held-out text.
+    machine: where it was planned; commit: of this program's source, if it is a checkout.
+    """
+
+    asked: Asked
+    axis: Axis
+    arms: tuple[Arm, ...]
+    data: dict[str, str]
+    machine: dict[str, str]
+    version: str = __version__
+    commit: str = ""
+    plugins: tuple[str, ...] = ()
+
+    @property
+    def reference(self) -> str:
+        """The arm that the others are compared with."""
+        return self.arms[0].name
+
+    def arm(self, name: str) -> Arm:
+        """The arm of a name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+
+def slug_of(name: str) -> str:
+    """A name for files: "swa-swa-mla" for "swa swa mla"."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-.") or "arm"
+
+
+def resolve_study(
+    asked: Asked,
+    configs: Mapping[str, RunConfig],
+    dataset: Dataset,
+    *,
+    plugins: Sequence[str] = (),
+    commit: str = "",
+    measure: Callable[[RunConfig, Dataset], float] = tokens_per_second,
+) -> Study:
+    """The study of arms whose configs, from recipe and flags, are `configs`, on `dataset`: matched, timed, frozen.
+
+    measure: tokens a second of a config's training steps. Raises `UsageError` for arms that cannot be compared or
+    matched, `DataError` for held-out text that cannot be divided.
+    """
+    _check_comparable(configs)
+    budgeted = {name: budget(config, asked) for name, config in configs.items()}
+    resolved = {name: resolve_vocabulary(config, dataset) for name, config in budgeted.items()}
+    length = next(iter(resolved.values())).train.block_size
+    models = {name: config.model for name, config in resolved.items()}
+    by_count = asked.match in ("parameters", "flops", "state")
+    matches = match(models, asked.match, length=length) if by_count else {}
+    arms = []
+    for name, config in resolved.items():
+        model = matches[name].model if by_count else config.model
+        config = _with_paths(replace(config, model=model), dataset)
+        tokens = config.train.batch_size * config.train.block_size
+        arms.append(
+            Arm(
+                name=name,
+                slug=slug_of(name),
+                flags=asked.flags_of(name),
+                config=config,
+                costs=Costs.of(config.model, length),
+                matched=matches[name].words() if by_count else "",
+                changes=dict(matches[name].changes) if by_count else {},
+                seconds_per_step=tokens / measure(config, dataset),
+            )
+        )
+    if asked.match == "seconds":
+        arms = _matched_by_seconds(arms)
+    slugs = [arm.slug for arm in arms]
+    if twice := [slug for slug in slugs if slugs.count(slug) > 1]:
+        raise UsageError(f"two arms have the same name for files, {twice[0]!r}: name them apart")
+    return Study(
+        asked=asked,
+        axis=Axis(margin=asked.margin),
+        arms=tuple(arms),
+        data=_described(dataset, arms[0].config),
+        machine={name: str(value) for name, value in describe_cpu().items()},
+        commit=commit,
+        plugins=tuple(plugins),
+    )
+
+
+def budget(config: RunConfig, asked: Asked) -> RunConfig:
+    """The config of a study's runs: so many steps, scored once at the end on the validation part, nothing published.
+
+    A run keeps its last checkpoint, and saves four times so that a stopped one loses little.
+    """
+    train = config.train
+    a_step = train.batch_size * train.block_size
+    steps = train.steps if asked.tokens is None else None
+    steps = steps or max(1, round((asked.tokens or TOKENS) / a_step))
+    changed: dict[str, Any] = {
+        "steps": steps,
+        "save_interval": math.ceil(steps / 4),
+        "keep_last": 1,
+        "async_save": False,
+        "eval_part": "validation",
+        "threads": asked.threads,
+        "seed": SEARCH_SEED,
+        **dict.fromkeys(("max_minutes", "schedule_steps", "schedule_minutes")),
+        **dict.fromkeys(("eval_interval", "eval_seconds", "eval_tokens")),
+        **dict.fromkeys(("tensorboard", "profile"), False),
+        **dict.fromkeys(("wandb_project", "wandb_run_name", "hf_repo_id"), ""),
+    }
+    return replace(config, train=replace(train, **changed))
+
+
+def _check_comparable(configs: Mapping[str, RunConfig]) -> None:
+    """Raise `UsageError` for arms that do not see the same text in the same rows."""
+    first, *others = configs.items()
+    for name, config in others:
+        for what, here, there in (
+            ("data", config.data, first[1].data),
+            ("block_size", config.train.block_size, first[1].train.block_size),
+            ("batch_size", config.train.batch_size, first[1].train.batch_size),
+        ):
+            if here != there:
+                raise UsageError(f"arms {first[0]!r} and {name!r} differ in `{what}`: arms see the same rows of text")
+
+
+def _with_paths(config: RunConfig, dataset: Dataset) -> RunConfig:
+    """The config with the precision and the backends that "auto" means here: every run of the study has the same."""
+    device = resolve_device(config.train.device)
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    precision = resolve_precision(config.train.precision, device)
+    length = usual_length(dataset, config.train.block_size)
+    paths, _ = fastest_paths(config.model, device, precision, length=length)
+    train: TrainConfig = replace(config.train, precision=precision)
+    return replace(config, model=config.model.with_backends(paths), train=train)
+
+
+def _matched_by_seconds(arms: Sequence[Arm]) -> list[Arm]:
+    """The arms with as many steps as take as long as the first arm's."""
+    steps = matched_steps({arm.name: arm.seconds_per_step for arm in arms}, arms[0].steps)
+    found = []
+    for arm in arms:
+        now = steps[arm.name]
+        train = replace(arm.config.train, steps=now, save_interval=math.ceil(now / 4))
+        seconds = f"{now * arm.seconds_per_step:.0f} seconds of {1000 * arm.seconds_per_step:.1f} ms a step"
+        changes = {} if now == arm.steps else {"train.steps": (arm.steps, now)}
+        what = f"train.steps {arm.steps} → {now}" if changes else "as it is"
+        found.append(
+            replace(arm, config=replace(arm.config, train=train), changes=changes, matched=f"{what}: {seconds}")
+        )
+    return found
+
+
+def _described(dataset: Dataset, config: RunConfig) -> dict[str, str]:
+    parts = {part: part_of(dataset.held_out, part, dataset.tokenizer.decode) for part in ("validation", "test")}
+    sizes = {f"{name}_bytes": str(part.n_bytes) for name, part in parts.items()}
+    tokens = {f"{name}_tokens": str(part.n_tokens + part.n_documents) for name, part in parts.items()}
+    return {"source": dataset.source, "tokenizer": config.data.tokenizer, "fingerprint": dataset.fingerprint} | (
+        sizes | tokens
+    )
+
+
+def differing(study: Study) -> dict[str, dict[str, Any]]:
+    """Dotted setting → arm → its value, for those in which the arms differ; None where an arm has no such setting."""
+    leaves = {arm.name: dict(_leaves(to_plain(arm.config))) for arm in study.arms}
+    names = dict.fromkeys(name for found in leaves.values() for name in found)
+    values = {name: {arm: found.get(name) for arm, found in leaves.items()} for name in names}
+    return {name: found for name, found in values.items() if any(v != found[study.reference] for v in found.values())}
+
+
+def _leaves(plain: Mapping[str, Any], path: str = "") -> Any:
+    for name, value in plain.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value

@@ -1,0 +1,245 @@
+"""The runs of a study: which come next, by the outcomes so far, and the command and the time of each.
+
+Every arm's learning rate is searched for on seed 0: three rates √10 apart, more while the best stands at an edge, then
+one on either side of the best, all scored on the validation part of the held-out text. Then the arm is trained at its
+best rate with fresh seeds, the same ones in every arm, so that differences are paired. All of it follows from the study
+and the outcomes alone (`ready`), so a study goes on wherever it was stopped.
+"""
+
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from swamla.study.plan import SEARCH_SEED, Arm, Study
+
+GRID = (-2, 0, 2)  # rates in quarters of a factor of 10 from the arm's own
+REFINED = (-1, 1)  # beside the best of those
+FARTHEST = 10  # quarters: a factor of 316 from the arm's own rate
+START = 4.0  # seconds of a run before its first step and after its last evaluation
+Status = Literal["finished", "diverged", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run of a study. purpose: "rate", to find the arm's rate, or "seed".  rate: see `Arm.lr`."""
+
+    arm: str
+    slug: str
+    purpose: Literal["rate", "seed"]
+    rate: int
+    lr: float
+    seed: int
+
+    @property
+    def id(self) -> str:
+        """Its name, also of its folder."""
+        return f"{self.slug}-lr{self.lr:g}-seed{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended: a line of results.jsonl. validation: bits per byte of the validation part; none unless finished.
+
+    seconds: of training.  wall: of the process that ended it, with its start.  error: its last line, if it failed.
+    """
+
+    run: str
+    arm: str
+    purpose: Literal["rate", "seed"]
+    rate: int
+    lr: float
+    seed: int
+    status: Status
+    validation: float | None = None
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    wall: float = 0.0
+    error: str = ""
+    command: str = ""
+
+    @property
+    def score(self) -> float:
+        """The validation score, lower is better; infinite for a run that did not finish."""
+        return math.inf if self.validation is None else self.validation
+
+
+def next_rates(scores: Mapping[int, float]) -> tuple[int, ...]:
+    """The rates still to be tried, in quarters of a factor of 10, by the scores of those that were; () when done.
+
+    First the grid, then one √10 farther while the best stands at an edge, then one on either side of the best.
+    """
+    if missing := tuple(rate for rate in GRID if rate not in scores):
+        return missing
+    coarse = {rate: score for rate, score in scores.items() if rate % 2 == 0}
+    # Where all diverged, lower rates may not.
+    best = min(coarse, key=lambda rate: (coarse[rate], rate))
+    step = 2 if best == max(coarse) and math.isfinite(coarse[best]) else -2 if best == min(coarse) else 0
+    if step and abs(best + step) <= FARTHEST:
+        return (best + step,)
+    if not math.isfinite(coarse[best]):
+        return ()
+    return tuple(best + beside for beside in REFINED if best + beside not in scores)
+
+
+def chosen_rate(scores: Mapping[int, float]) -> int | None:
+    """The best of the rates that were tried, of two equal ones the lower; None if no run finished."""
+    best = min(scores, key=lambda rate: (scores[rate], rate), default=None)
+    return best if best is not None and math.isfinite(scores[best]) else None
+
+
+def rate_of(study: Study, arm: Arm, outcomes: Mapping[str, Outcome]) -> int | None:
+    """The rate that an arm's seeds are trained at; None if it is not found yet, or no rate trained."""
+    if study.asked.rates == "recipe":
+        return 0
+    scores = rate_scores(arm, outcomes)
+    return None if next_rates(scores) else chosen_rate(scores)
+
+
+def rate_scores(arm: Arm, outcomes: Mapping[str, Outcome]) -> dict[int, float]:
+    """Rate → validation score on the seed of the search."""
+    found = [one for one in outcomes.values() if one.arm == arm.name and one.purpose == "rate"]
+    return {one.rate: one.score for one in sorted(found, key=lambda one: one.rate)}
+
+
+def runs_of(study: Study, arm: Arm, outcomes: Mapping[str, Outcome]) -> list[Run]:
+    """The arm's runs that are known to be wanted and have no outcome, in order."""
+
+    def run(purpose: Literal["rate", "seed"], rate: int, seed: int) -> Run:
+        return Run(arm=arm.name, slug=arm.slug, purpose=purpose, rate=rate, lr=arm.lr(rate), seed=seed)
+
+    if study.asked.rates == "search" and (rates := next_rates(rate_scores(arm, outcomes))):
+        return [run("rate", rate, SEARCH_SEED) for rate in rates]
+    rate = rate_of(study, arm, outcomes)
+    seeds = [] if rate is None else [run("seed", rate, SEARCH_SEED + n) for n in range(1, study.asked.seeds + 1)]
+    return [one for one in seeds if one.id not in outcomes]
+
+
+def ready(study: Study, outcomes: Mapping[str, Outcome]) -> list[Run]:
+    """All runs that can start now, those of arms with the fewest outcomes first; empty when the study is trained.
+
+    Arms take turns, so that a machine whose speed drifts is the same to all.
+    """
+    found = []
+    for number, arm in enumerate(study.arms):
+        done = sum(outcome.arm == arm.name for outcome in outcomes.values())
+        found += [(done + n, number, run) for n, run in enumerate(runs_of(study, arm, outcomes))]
+    return [run for _, _, run in sorted(found, key=lambda one: one[:2])]
+
+
+def command(study: Study, folder: Path, run: Run, *, resume: bool = False) -> list[str]:
+    """The words of the run's command, without the program's own: any shell can start it."""
+    where = str(run_folder(folder, run.id))
+    plugins = [word for file in study.plugins for word in ("--plugin", file)]
+    if resume:
+        return ["train", "--resume", where, *plugins]
+    recipe = str(arm_file(folder, run.slug))
+    return ["train", recipe, "--lr", f"{run.lr:g}", "--seed", str(run.seed), "--output_dir", where, *plugins]
+
+
+def program() -> list[str]:
+    """The words before those of `command`: this Python, this package."""
+    return [sys.executable, "-m", "swamla"]
+
+
+def arm_file(folder: Path, slug: str) -> Path:
+    """The resolved config of an arm, a recipe as any other."""
+    return folder / "arms" / f"{slug}.json"
+
+
+def run_folder(folder: Path, run: str) -> Path:
+    """An ordinary run's folder."""
+    return folder / "runs" / run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Runs and seconds that are left. The search may need a few runs more, if the best rate stands at an edge."""
+
+    runs: int
+    seconds: float
+
+
+def predict(study: Study, outcomes: Mapping[str, Outcome], jobs: int) -> Prediction:
+    """What is left of a study with `jobs` runs at a time, by measured steps and, where there are some, by ended runs.
+
+    Without outcomes of an arm, its runs take as long as their steps and evaluation were measured to take, `START`
+    seconds more, times what the other arms' runs took in excess.
+    """
+    pace = _pace(study, outcomes)
+    runs = seconds = 0.0
+    for arm in study.arms:
+        left = runs_left(study, arm, outcomes)
+        walls = [one.wall for one in outcomes.values() if one.arm == arm.name and one.status == "finished" and one.wall]
+        runs += left
+        seconds += left * (sum(walls) / len(walls) if walls else pace * seconds_of_run(study, arm))
+    return Prediction(runs=round(runs), seconds=seconds / jobs)
+
+
+def _pace(study: Study, outcomes: Mapping[str, Outcome]) -> float:
+    """How many times longer than predicted the runs took that ended."""
+    ended = [one for one in outcomes.values() if one.status == "finished" and one.wall]
+    if not ended:
+        return 1.0
+    return sum(one.wall for one in ended) / sum(seconds_of_run(study, study.arm(one.arm)) for one in ended)
+
+
+def seconds_of_run(study: Study, arm: Arm) -> float:
+    """Predicted seconds of a run's process: start, steps, an evaluation, whose tokens cost a third of training's."""
+    tokens = arm.config.train.batch_size * arm.config.train.block_size
+    evaluation = int(study.data["validation_tokens"]) / tokens * arm.seconds_per_step / 3
+    return START + arm.steps * arm.seconds_per_step + evaluation
+
+
+def runs_left(study: Study, arm: Arm, outcomes: Mapping[str, Outcome]) -> int:
+    """Runs of an arm without an outcome; of the search those that it needs at least."""
+    scores = rate_scores(arm, outcomes)
+    if study.asked.rates == "search" and (rates := next_rates(scores)):
+        fine = any(rate % 2 for rate in (*rates, *scores))
+        return len(rates) + (0 if fine else len(REFINED)) + study.asked.seeds
+    return len(runs_of(study, arm, outcomes))
+
+
+def describe(study: Study, folder: Path, outcomes: Mapping[str, Outcome], jobs: int) -> list[tuple[str, str]]:
+    """Labels and texts of the plan, to be printed before anything runs."""
+    asked, prediction = study.asked, predict(study, outcomes, jobs)
+    first = study.arms[0]
+    search = (
+        "the recipe's in every arm" if asked.rates == "recipe" else "searched on seed 0, from √10 below to √10 above"
+    )
+    rows = [
+        ("question", asked.question or f"do {', '.join(arm.name for arm in study.arms)} differ?"),
+        *([("expected", asked.expectation)] if asked.expectation else []),
+        ("measured", f"{study.axis.name} of the test part of the held-out text, {study.axis.direction} is better"),
+        ("margin", f"differences within ±{asked.margin:g} count as too small to matter"),
+        ("data", f"{study.data['source']}, {study.data['validation_bytes']} bytes for choices, "
+                 f"{study.data['test_bytes']} to be read once, at the end"),
+        ("budget", f"{first.steps} steps of {first.config.train.batch_size} rows of {first.config.train.block_size}"),
+        ("rates", search),
+        ("seeds", f"1 to {asked.seeds}, fresh ones, the same in every arm; differences are paired by seed"),
+        ("matched by", asked.match),
+        *(("arm", _described_arm(arm)) for arm in study.arms),
+        ("runs", f"{prediction.runs} or a few more, in {folder / 'runs'}"),
+    ]  # fmt: skip
+    return [*rows, ("time", f"about {duration(prediction.seconds)}, {jobs} at a time, {asked.threads} threads each")]
+
+
+def _described_arm(arm: Arm) -> str:
+    costs = arm.costs
+    what = f" ({arm.matched})" if arm.matched else ""
+    return (
+        f"{arm.name}: {' '.join(arm.config.model.pattern)}, {costs.parameters:,} parameters without embeddings, "
+        f"{costs.flops / 1e6:.2f} MFLOPs a token, {costs.state / 1024:.1f} KiB of state at {costs.length} tokens, "
+        f"{1000 * arm.seconds_per_step:.0f} ms a step, {arm.steps} steps{what}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Such as "25 min" or "2 h 10 min"."""
+    minutes = max(1, round(seconds / 60))
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
