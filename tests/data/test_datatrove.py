@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 
 from swamla.data.config import DataConfig
-from swamla.data.datatrove import executor
+from swamla.data.datatrove import preparation
 from swamla.data.preparing import prepare
 from swamla.errors import ConfigError, UsageError
 
 SCRIPT = """
 import sys
 from swamla.data.config import DataConfig
-from swamla.data.datatrove import executor
+from swamla.data.datatrove import preparation
 if __name__ == "__main__":
     config = DataConfig(source=sys.argv[1], tokenizer="bpe:300", held_out_fraction=0.2, cache_dir=sys.argv[2])
-    executor("local", config, 3, {"workers": int(sys.argv[3]), "start_method": "spawn"}).run()
+    preparation("local", config, 3, {"workers": int(sys.argv[3]), "start_method": "spawn"}).run()
 """
 
 
@@ -45,17 +45,17 @@ def test_the_parts_on_datatroves_local_executor_make_the_same_dataset(tmp_path: 
 def test_an_executor_that_cannot_be_is_refused(tmp_path: Path) -> None:
     config = DataConfig(source=str(write(tmp_path / "a.jsonl")), cache_dir=str(tmp_path))
     with pytest.raises(ConfigError, match=r"executor = 'k8s': must be one of local, slurm, ray"):
-        executor("k8s", config, 2)
+        preparation("k8s", config, 2)
     with pytest.raises(ConfigError, match="parts = 0"):
-        executor("local", config, 0)
+        preparation("local", config, 0)
     pytest.importorskip("datatrove")
     with pytest.raises(UsageError, match=r"`executor_options`: .*nodez"):
-        executor("local", config, 2, {"nodez": 1})
+        preparation("local", config, 2, {"nodez": 1})
 
 
 def test_slurm_gets_its_settings(tmp_path: Path) -> None:
     pytest.importorskip("datatrove")
     config = DataConfig(source=str(write(tmp_path / "a.jsonl")), cache_dir=str(tmp_path))
     settings = {"time": "01:00:00", "partition": "cpu", "slurm_logs_folder": str(tmp_path / "logs")}
-    made = executor("slurm", config, 7, settings)
+    made = preparation("slurm", config, 7, settings)
     assert (made.tasks, made.partition, made.time) == (7, "cpu", "01:00:00")

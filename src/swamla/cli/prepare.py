@@ -106,16 +106,21 @@ def _is_recipe(data: str) -> bool:
 
 def _hand_over(config: DataConfig, arguments: Arguments, console: Console) -> int:
     """Start datatrove's executor; its tasks may still run when this returns, e.g. a Slurm array."""
-    from swamla.data.datatrove import executor
+    from swamla.data.datatrove import preparation
 
+    preparation(arguments.executor, config, arguments.parts, executor_settings(arguments.executor_options)).run()
+    say(console, f"handed {arguments.parts} parts to {arguments.executor}; the last one assembles the dataset")
+    return 0
+
+
+def executor_settings(options: str) -> dict[str, str | int]:
+    """The executor's arguments in "time=04:00:00 partition=cpu". Raises `ConfigError` for other text."""
     settings: dict[str, str | int] = {}
-    for option in arguments.executor_options.split():
+    for option in options.split():
         name, equals, value = option.partition("=")
         require(bool(name and equals), "executor_options", option, 'must be like "time=04:00:00 partition=cpu"')
         settings[name] = int(value) if value.isdigit() else value
-    executor(arguments.executor, config, arguments.parts, settings).run()
-    say(console, f"handed {arguments.parts} parts to {arguments.executor}; the last one assembles the dataset")
-    return 0
+    return settings
 
 
 def _run_part(config: DataConfig, part: Part, workers: int | None, console: Console) -> Dataset | None:

@@ -1,0 +1,247 @@
+"""The results of a study: verdicts with what they do not say, figures of every arm, and JSON, CSV and LaTeX of them."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from swamla.config import to_plain
+from swamla.files import write_text_atomically
+from swamla.study.plan import Arm, Study, differing
+from swamla.study.running import Test
+from swamla.study.runs import Outcome, rate_of, rate_scores
+from swamla.study.statistics import Comparison, Interval, compare_all, t_interval, wilson
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmResult:
+    """An arm's figures. lr: its best rate, none if none trained.  sensitivity: rate → validation score, none if failed.
+
+    scores: seed → test score of the runs that finished.  interval: of their mean.  finished: the rate of seeds that
+    finished, by Wilson.  failed: names of its runs that diverged or failed, those of the search included.
+    """
+
+    arm: Arm
+    lr: float | None
+    sensitivity: Mapping[float, float | None]
+    scores: Mapping[int, float]
+    interval: Interval | None
+    finished: Interval
+    tokens: int
+    seconds: float
+    failed: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """All of a study. comparisons: of every other arm with the first.  differing: settings in which arms differ."""
+
+    study: Study
+    arms: tuple[ArmResult, ...]
+    comparisons: tuple[Comparison, ...]
+    outcomes: tuple[Outcome, ...]
+    tests: tuple[Test, ...]
+    differing: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, study: Study, outcomes: Mapping[str, Outcome], tests: Sequence[Test]) -> "Results":
+        """The results of a study's outcomes and of its scores on the test part."""
+        scores = {
+            arm.name: {test.seed: test.bits_per_byte for test in tests if test.arm == arm.name} for arm in study.arms
+        }
+        return cls(
+            study=study,
+            arms=tuple(_result(study, arm, outcomes, scores[arm.name]) for arm in study.arms),
+            comparisons=tuple(compare_all(scores, study.reference, study.axis)),
+            outcomes=tuple(outcomes.values()),
+            tests=tuple(tests),
+            differing=differing(study),
+        )
+
+    def verdict(self) -> list[str]:
+        """What was found, a sentence for each comparison, then the arms of which runs did not finish."""
+        lost = [
+            f"Of {one.arm.name}, {', '.join(one.failed)} did not finish, and "
+            f"{'are' if len(one.failed) > 1 else 'is'} in no interval."
+            for one in self.arms
+            if one.failed
+        ]
+        untrained = [f"No learning rate trained {one.arm.name}." for one in self.arms if one.lr is None]
+        return [*(comparison.words() for comparison in self.comparisons), *untrained, *lost]
+
+    def not_said(self) -> list[str]:
+        """What the verdict does not say."""
+        asked, first = self.study.asked, self.study.arms[0]
+        count = len(self.comparisons)
+        rates = (
+            f"Learning rates are the best of {min(len(one.sensitivity) for one in self.arms)} or more, chosen on other "
+            "text than is scored; other settings are the recipe's and suit no arm in particular."
+            if asked.rates == "search"
+            else "Every arm has the recipe's learning rate: a difference may be that of a rate that suits one better."
+        )
+        said = [
+            f"It is about models of about {first.costs.parameters:,} parameters without embeddings, trained for "
+            f"{first.steps * first.config.train.batch_size * first.config.train.block_size:,} tokens in rows of "
+            f"{first.config.train.block_size}: at other sizes, budgets and lengths, differences can fade or turn.",
+            f"Seeds differ in initial weights and in the order of the data, not in the text: of other text than "
+            f"{self.study.data['source']} it says nothing.",
+            rates,
+            "Intervals are of one comparison alone; only p is adjusted for all."
+            if count > 1
+            else "The margin decides what counts as equivalent: it was stated before the study ran.",
+        ]
+        if any(comparison.kind == "undecided" for comparison in self.comparisons):
+            said.append("Undecided is no equivalence: the arms may differ by anything in the interval.")
+        if asked.match == "none":
+            said.append("Arms are not matched: a difference may be that of their sizes.")
+        return said
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Heads and rows for the screen: an arm's cost, rate, score and difference from the first, with intervals."""
+        heads = [
+            "arm",
+            "parameters",
+            "MFLOPs/token",
+            "state KiB",
+            "lr",
+            "seeds",
+            f"{self.study.axis.name}",
+            "difference",
+        ]
+        against = {comparison.arm: comparison for comparison in self.comparisons}
+        rows = []
+        for one in self.arms:
+            costs, compared = one.arm.costs, against.get(one.arm.name)
+            rows.append(
+                [
+                    one.arm.name,
+                    f"{costs.parameters:,}",
+                    f"{costs.flops / 1e6:.2f}",
+                    f"{costs.state / 1024:.1f}",
+                    "none" if one.lr is None else f"{one.lr:g}",
+                    f"{len(one.scores)}",
+                    _with_half(one.interval),
+                    "" if compared is None else f"{_with_half(compared.interval, sign='+')} {compared.kind}",
+                ]
+            )
+        return heads, rows
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return {
+            "format": FORMAT,
+            "study": to_plain(self.study),
+            "verdict": self.verdict(),
+            "not_said": self.not_said(),
+            "comparisons": [
+                _finite(asdict(one) | {"kind": one.kind, "words": one.words()}) for one in self.comparisons
+            ],
+            "arms": [_finite(_arm_as_dict(one)) for one in self.arms],
+            "runs": [_finite(asdict(one)) for one in self.outcomes],
+            "tests": [_finite(asdict(one)) for one in self.tests],
+            "differing": self.differing,
+        }
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write results.json, runs.csv, arms.csv and arms.tex into `folder`; returns the files."""
+        heads, rows = self.table()
+        tests = {test.run: test for test in self.tests}
+        of_runs = [
+            asdict(one) | {"test": tests[one.run].bits_per_byte if one.run in tests else ""} for one in self.outcomes
+        ]
+        texts = {
+            "results.json": json.dumps(self.as_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+            "runs.csv": _csv(list(of_runs[0]) if of_runs else [], [list(row.values()) for row in of_runs]),
+            "arms.csv": _csv(heads, rows),
+            "arms.tex": latex(heads, rows),
+        }
+        for name, text in texts.items():
+            write_text_atomically(folder / name, text)
+        return [folder / name for name in texts]
+
+
+def _result(study: Study, arm: Arm, outcomes: Mapping[str, Outcome], scores: Mapping[int, float]) -> ArmResult:
+    own = [outcome for outcome in outcomes.values() if outcome.arm == arm.name]
+    seeds = [outcome for outcome in own if outcome.purpose == "seed"]
+    finished = [outcome for outcome in seeds if outcome.status == "finished"]
+    rate = rate_of(study, arm, outcomes)
+    tried = rate_scores(arm, outcomes)
+    return ArmResult(
+        arm=arm,
+        lr=None if rate is None else arm.lr(rate),
+        sensitivity={arm.lr(key): None if score == float("inf") else score for key, score in tried.items()},
+        scores=dict(sorted(scores.items())),
+        interval=t_interval(list(scores.values())) if scores else None,
+        finished=wilson(len(finished), len(seeds)),
+        tokens=max((outcome.tokens for outcome in finished), default=0),
+        seconds=sum(outcome.seconds for outcome in finished) / len(finished) if finished else 0.0,
+        failed=tuple(outcome.run for outcome in own if outcome.status != "finished"),
+    )
+
+
+def _arm_as_dict(one: ArmResult) -> dict[str, Any]:
+    return {
+        "name": one.arm.name,
+        "costs": asdict(one.arm.costs),
+        "matched": one.arm.matched,
+        "lr": one.lr,
+        "sensitivity": [{"lr": lr, "validation": score} for lr, score in one.sensitivity.items()],
+        "scores": [{"seed": seed, "test": score} for seed, score in one.scores.items()],
+        "interval": one.interval,
+        "finished": one.finished,
+        "tokens": one.tokens,
+        "seconds": one.seconds,
+        "failed": one.failed,
+    }
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for what JSON lacks: infinities and NaN."""
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+
+
+def _with_half(interval: Interval | None, sign: str = "") -> str:
+    """The mean with half of its interval; alone where there is no interval."""
+    if interval is None or interval.mean != interval.mean:
+        return "none"
+    mean, low, high = interval
+    half = (high - low) / 2
+    return f"{mean:{sign}.4f} ± {half:.4f}" if abs(half) < float("inf") else f"{mean:{sign}.4f}"
+
+
+def _csv(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(heads)
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+_SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+} | {sign: f"\\{sign}" for sign in "&%$#_{}"}  # fmt: skip
+
+
+def latex(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for LaTeX with booktabs: the first column to the left, others to the right."""
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join("".join(_SPECIAL.get(sign, sign) for sign in cell) for cell in cells) + r" \\"
+
+    columns = "l" + "r" * (len(heads) - 1)
+    body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", line(heads), r"\midrule", *map(line, rows), r"\bottomrule"]
+    return "\n".join([*body, r"\end{tabular}"]) + "\n"

@@ -1,0 +1,378 @@
+"""Runs a study: its runs are ordinary `swamla train` processes, and every outcome is a line of results.jsonl.
+
+A study is a folder: study.json and arms/, which never change; runs/, ordinary runs; logs/, what they printed;
+results.jsonl and test.jsonl. Whatever is killed, the same call goes on: a run that ended is never repeated, one that
+was stopped is resumed. Several processes may work on one folder, also on several machines that share it: each takes
+runs that no other works on, so none waits for one that is gone.
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from swamla.checkpoint import latest_checkpoint, load
+from swamla.config import from_plain, to_plain
+from swamla.data.dataset import Dataset
+from swamla.data.datatrove import executor
+from swamla.data.preparing import prepare
+from swamla.errors import CorruptError, UsageError
+from swamla.evaluate import validation
+from swamla.files import fcntl, read_json, write_text_atomically
+from swamla.plugins import load_plugin
+from swamla.study.plan import Asked, Study
+from swamla.study.runs import Outcome, Run, Status, arm_file, command, program, ready, run_folder
+from swamla.train.claims import is_running
+from swamla.train.precision import autocast, resolve_as_trained
+from swamla.train.tracking.metrics import read_metrics
+
+STUDY, RESULTS, TESTS = "study.json", "results", "test"
+POLL = 0.05  # seconds between looks at processes
+WAIT = 1.0  # seconds between looks at the runs of others
+ATTEMPTS = 3  # of a run whose process is killed; then it has failed
+ENDED_BY_SIGNAL = range(129, 160)  # statuses of shells; a process's own is negative
+PREEMPTED = (75, 130, 141)  # stopped with all saved
+
+
+class Process(Protocol):
+    """What `subprocess.Popen` has."""
+
+    def poll(self) -> int | None:
+        """The exit status, None while it runs."""
+
+    def terminate(self) -> None:
+        """Ask it to stop: it saves first."""
+
+    def wait(self) -> int:
+        """The exit status, when it has ended."""
+
+
+Launch = Callable[[list[str], Path], Process]
+
+
+def launch(words: list[str], log: Path) -> Process:
+    """Start a command of this program; `log` gets what it prints. Signals of the terminal do not reach it."""
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            [*program(), *words], stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Test:
+    """A line of test.jsonl: a run of a fresh seed, scored on the test part of the held-out text. loss: nats a token."""
+
+    run: str
+    arm: str
+    seed: int
+    bits_per_byte: float
+    loss: float
+    tokens: int
+    bytes: float
+
+
+@dataclass
+class _Job:
+    """A run under way. lock: that no other process of the study works on it, held until its outcome is written."""
+
+    run: Run
+    process: Process
+    begun: float
+    lock: ExitStack
+
+
+@dataclass
+class _Worker:
+    """A process that works on a study. part: its number from 0, of `parts`.  killed: run → times its process was."""
+
+    folder: Path
+    study: Study
+    jobs: int
+    part: int
+    parts: int
+    launch: Launch
+    report: Callable[[Outcome], None]
+    active: dict[str, _Job] = field(default_factory=dict)
+    killed: dict[str, int] = field(default_factory=dict)
+
+
+def begin(folder: Path, study: Study) -> None:
+    """Write a new study's folder. Raises `UsageError` if it holds something else."""
+    if folder.exists() and any(path.name not in ("arms", f".{STUDY}.new") for path in folder.iterdir()):
+        raise UsageError(f"{folder}: exists and holds no study: name another folder with `output_dir`")
+    (folder / "arms").mkdir(parents=True, exist_ok=True)
+    for arm in study.arms:
+        write_text_atomically(arm_file(folder, arm.slug), json.dumps(to_plain(arm.config), indent=2) + "\n")
+    # Last: a folder with it has all of the study.
+    write_text_atomically(folder / STUDY, json.dumps(to_plain(study), indent=2) + "\n")
+
+
+def opened(folder: Path, asked: Asked | None = None) -> Study | None:
+    """The study in a folder, None if there is none yet. Raises `UsageError` if it is not the one that is asked for."""
+    file = folder / STUDY
+    if not file.exists():
+        return None
+    study = from_plain(Study, read_json(file, inside=folder), origin=str(file))
+    if asked is not None and study.asked != asked:
+        before, now = to_plain(study.asked), to_plain(asked)
+        name = next(name for name in now if now[name] != before[name])
+        raise UsageError(
+            f"{folder}: holds another study, whose {name} is {before[name]!r}, not {now[name]!r}: name another folder "
+            "with `output_dir`, or remove this one"
+        )
+    return study
+
+
+def run_study(
+    folder: Path,
+    *,
+    jobs: int = 1,
+    part: int = 0,
+    parts: int = 1,
+    launch: Launch = launch,
+    report: Callable[[Outcome], None] = lambda outcome: None,
+) -> dict[str, Outcome]:
+    """Train what is left of the study in `folder`, `jobs` runs at a time; returns the outcomes of all runs by name.
+
+    part: this process's number, from 0, of `parts` that work on the folder: where it begins.  report: called with every
+    outcome that this process writes. Stopped by any exception, it asks its runs to save, and waits for that.
+    """
+    study = opened(folder)
+    if study is None:
+        raise UsageError(f"{folder}: holds no study (it has no {STUDY})")
+    worker = _Worker(folder, study, jobs, part, parts, launch, report)
+    for name in ("runs", "logs", "locks"):
+        (folder / name).mkdir(exist_ok=True)
+    try:
+        while True:
+            outcomes = read_outcomes(folder)
+            wanted = ready(study, outcomes)
+            if not wanted and not worker.active:
+                return outcomes
+            _start(worker, wanted)
+            if not _end(worker):
+                time.sleep(POLL if worker.active else WAIT)
+    finally:
+        _stop(worker)
+
+
+def _start(worker: _Worker, wanted: list[Run]) -> None:
+    """Start runs that no other process works on, as many as there are free jobs."""
+    first = worker.part * len(wanted) // worker.parts
+    for run in [*wanted[first:], *wanted[:first]]:
+        if len(worker.active) >= worker.jobs:
+            return
+        folder = run_folder(worker.folder, run.id)
+        if run.id in worker.active or (folder.exists() and is_running(folder)):  # left behind by a killed process
+            continue
+        with ExitStack() as stack:
+            if not stack.enter_context(_locked(worker.folder, run.id)) or run.id in read_outcomes(worker.folder):
+                continue
+            resume = (folder / "config.json").exists()
+            if not resume and folder.exists():
+                shutil.rmtree(folder)  # its process was killed before it had written the config
+            words = command(worker.study, worker.folder, run, resume=resume)
+            process = worker.launch(words, worker.folder / "logs" / f"{run.id}.log")
+            worker.active[run.id] = _Job(run, process, time.monotonic(), stack.pop_all())
+
+
+def _end(worker: _Worker) -> bool:
+    """Write the outcomes of the runs that have ended since; True if there are any."""
+    ended = [job for job in worker.active.values() if job.process.poll() is not None]
+    for job in ended:
+        outcome = _outcome(worker, job)
+        if outcome is not None:
+            part = f"-{worker.part + 1}-of-{worker.parts}" if worker.parts > 1 else ""
+            append_line(worker.folder / f"{RESULTS}{part}.jsonl", asdict(outcome))
+            worker.report(outcome)
+        del worker.active[job.run.id]
+        job.lock.close()
+    return bool(ended)
+
+
+def _stop(worker: _Worker) -> None:
+    """Ask all runs to save, and wait for them; the next call resumes them."""
+    for job in worker.active.values():
+        job.process.terminate()
+    for job in worker.active.values():
+        job.process.wait()
+        job.lock.close()
+
+
+def _outcome(worker: _Worker, job: _Job) -> Outcome | None:
+    """The outcome of an ended process; None for one that was stopped or killed, to be resumed."""
+    run, status = job.run, job.process.wait()
+    folder, log = run_folder(worker.folder, run.id), worker.folder / "logs" / f"{run.id}.log"
+    was_killed = status < 0 or status in ENDED_BY_SIGNAL or status in PREEMPTED
+    if was_killed:
+        worker.killed[run.id] = worker.killed.get(run.id, 0) + 1
+        if worker.killed[run.id] < ATTEMPTS:
+            return None
+    records = _records(folder / "metrics.jsonl")
+    ended: Status
+    if status:
+        error = f"killed {ATTEMPTS} times, exit status {status}" if was_killed else _error(log, status)
+        ended = "diverged" if records and {"skipped", "spike"} & records[-1].keys() else "failed"
+        score = None
+    else:
+        score, error = _final_score(records, worker.study.arm(run.arm).steps), ""
+        ended = "diverged" if score is None else "finished"
+    trained = [record for record in records if "loss" in record]
+    return Outcome(
+        run=run.id,
+        arm=run.arm,
+        purpose=run.purpose,
+        rate=run.rate,
+        lr=run.lr,
+        seed=run.seed,
+        status=ended,
+        validation=score,
+        steps=records[-1]["step"] if records else 0,
+        tokens=trained[-1]["tokens"] if trained else 0,
+        seconds=round(max((record.get("elapsed", 0.0) for record in records), default=0.0), 2),
+        wall=round(time.monotonic() - job.begun, 2),
+        error=error,
+        command=" ".join(["swamla", *command(worker.study, worker.folder, run)]),
+    )
+
+
+def _records(file: Path) -> list[dict[str, Any]]:
+    return read_metrics(file) if file.exists() else []
+
+
+def _final_score(records: Iterable[Mapping[str, Any]], steps: int) -> float | None:
+    """Bits per byte of the run's last evaluation; None if that is not finite."""
+    found = [record for record in records if record["step"] >= steps and "held_out_bits_per_byte" in record]
+    score = found[-1]["held_out_bits_per_byte"] if found else None
+    return score if score is not None and math.isfinite(score) else None
+
+
+def _error(log: Path, status: int) -> str:
+    """The last line that says what was wrong."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    said = [line for line in lines if line.startswith("swamla: error: ")] or [line for line in lines if line.strip()]
+    return said[-1].removeprefix("swamla: error: ") if said else f"exit status {status}"
+
+
+@contextmanager
+def _locked(folder: Path, name: str) -> Iterator[bool]:
+    """Lock a name in the study's folder; False if another process holds it. The system unlocks it as a process ends."""
+    handle = os.open(folder / "locks" / name, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
+
+
+def append_line(file: Path, values: Mapping[str, Any]) -> None:
+    """Append a record to a file of JSON lines, on the disk when this returns. A half-written last line is removed."""
+    with file.open("a+b") as out:
+        out.seek(0)
+        before = out.read()
+        whole = before.rfind(b"\n") + 1
+        if whole < len(before):  # killed while it wrote
+            out.truncate(whole)
+        out.write(json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The records of NAME.jsonl and of NAME-i-of-N.jsonl, without a half-written last line. Raises `CorruptError`."""
+    found = []
+    for file in sorted(folder.glob(f"{name}*.jsonl")):
+        for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                raise CorruptError(f"{file}:{number}: not JSON: {error}") from error
+    return found
+
+
+def read_outcomes(folder: Path) -> dict[str, Outcome]:
+    """Run → outcome, of the runs that have ended."""
+    rows = [from_plain(Outcome, row, origin=str(folder)) for row in read_lines(folder, RESULTS)]
+    return {outcome.run: outcome for outcome in sorted(rows, key=lambda one: one.run)}
+
+
+def read_tests(folder: Path) -> list[Test]:
+    """The scores on the test part, of the runs that have one."""
+    return [from_plain(Test, row, origin=str(folder)) for row in read_lines(folder, TESTS)]
+
+
+def score_tests(
+    folder: Path, dataset: Dataset, *, report: Callable[[int, int], None] = lambda done, total: None
+) -> list[Test]:
+    """Score every finished run of a fresh seed on the test part of the held-out text, once, when all runs have ended.
+
+    report: called with the number of scored runs, and of all. Another process that scores the study is waited for.
+    Raises `UsageError` for a study with runs left.
+    """
+    study, outcomes = opened(folder), read_outcomes(folder)
+    if study is None or ready(study, outcomes):
+        raise UsageError(f"{folder}: the study has runs left: the test part is read once, when all have ended")
+    finished = [one for one in outcomes.values() if one.purpose == "seed" and one.status == "finished"]
+    torch.set_num_threads(study.asked.threads)
+    scorer: Any = None
+    with _waited_for(folder, TESTS):
+        known = {test.run for test in read_tests(folder)}
+        for done, outcome in enumerate(finished, 1):
+            if outcome.run in known:
+                continue
+            train = study.arm(outcome.arm).config.train
+            scorer = scorer or validation(dataset, train.block_size, part="test")
+            append_line(folder / f"{TESTS}.jsonl", asdict(_tested(folder, study, outcome, scorer)))
+            report(done, len(finished))
+    return sorted(read_tests(folder), key=lambda test: ([arm.name for arm in study.arms].index(test.arm), test.seed))
+
+
+def _tested(folder: Path, study: Study, outcome: Outcome, scorer: Callable[[Any], dict[str, float]]) -> Test:
+    run = run_folder(folder, outcome.run)
+    model, _ = load(run, "latest")
+    checkpoint = latest_checkpoint(run / "checkpoints")
+    trained = str(checkpoint.state.get("precision", "")) if checkpoint else ""
+    precision = resolve_as_trained(study.arm(outcome.arm).config.train.precision, trained, model.device)
+    with autocast(precision, model.device):
+        found = scorer(model)
+    scores = {name: found[name] for name in ("bits_per_byte", "loss", "bytes")}
+    return Test(run=outcome.run, arm=outcome.arm, seed=outcome.seed, tokens=int(found["tokens"]), **scores)
+
+
+@contextmanager
+def _waited_for(folder: Path, name: str) -> Iterator[None]:
+    while True:
+        with _locked(folder, name) as locked:
+            if locked:
+                yield
+                return
+        time.sleep(WAIT)
+
+
+def work(folder: Path, plugins: tuple[str, ...], part: int, parts: int) -> None:
+    """Work on a study as one of several processes, with its data from the cache: what executors call."""
+    for file in plugins:
+        load_plugin(file)
+    run_study(folder, part=part, parts=parts)
+    study = opened(folder)
+    assert study is not None
+    score_tests(folder, prepare(study.arms[0].config.data))
+
+
+def executor_of(folder: Path, study: Study, kind: str, parts: int, settings: Mapping[str, Any] | None = None) -> Any:
+    """datatrove's executor of kind local, slurm or ray, which works on a study in `parts` processes; see `executor`."""
+    return executor(kind, partial(work, folder.resolve(), study.plugins), parts, folder / "datatrove", settings)

@@ -1,0 +1,228 @@
+"""A study goes on after a kill at any point, repeats nothing, and ends with the same results to the digit."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from swamla.errors import CorruptError, UsageError
+from swamla.study import running
+from swamla.study.plan import Study
+from swamla.study.running import append_line, begin, opened, read_lines, read_outcomes, run_study, score_tests
+from swamla.study.runs import Outcome
+
+from .helpers import FakeRun, score_of, study_of
+
+CLOCK = ("wall", "seconds")
+
+
+def results(folder: Path) -> dict:
+    """The outcomes, without times."""
+    found = {}
+    for name, one in read_outcomes(folder).items():
+        found[name] = {key: value for key, value in vars(one).items() if key not in CLOCK} | {"command": ""}
+    return found
+
+
+def begun(folder: Path, study: Study | None = None) -> Path:
+    begin(folder, study or study_of())
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _impatient() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "POLL", 0.0)
+        patch.setattr(running, "WAIT", 0.01)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = begun(tmp_path_factory.mktemp("whole") / "study")
+    run_study(folder, launch=FakeRun)
+    return folder
+
+
+def killed_at(event: int, folder: Path, **settings) -> bool:
+    """Work on the study in a process that is killed at its `event`-th look at a run; False if it ended before."""
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) in (9, 0)
+        return os.waitstatus_to_exitcode(status) == 9
+    seen = [0]
+
+    class Killed(FakeRun):
+        def poll(self):
+            seen[0] += 1
+            found = super().poll()
+            if seen[0] == event:
+                os._exit(9)
+            return found
+
+    try:
+        run_study(folder, launch=Killed, **settings)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("events", [[1] * 3, [2] * 3, [3] * 3, [4, 9, 2, 11], [5] * 20], ids=str)
+def test_a_study_that_is_killed_anywhere_ends_with_the_same_results(whole: Path, tmp_path: Path, events: list[int]):
+    folder = begun(tmp_path / "study")
+    kills = sum(killed_at(event, folder) for event in events)
+    run_study(folder, launch=FakeRun)
+    assert kills >= 3
+    assert results(folder) == results(whole)
+    logs = {log.stem: log.read_text().splitlines() for log in (folder / "logs").iterdir()}
+    assert logs.keys() == results(whole).keys()
+
+
+def test_a_run_that_ended_is_never_started_again(tmp_path: Path):
+    folder = begun(tmp_path / "study")
+    while killed_at(7, folder):
+        started = {log.stem: len(log.read_text().splitlines()) for log in (folder / "logs").iterdir()}
+        ended = read_outcomes(folder).keys()
+        killed_at(1, folder)
+        for name in ended:
+            assert len((folder / "logs" / f"{name}.log").read_text().splitlines()) == started[name]
+    assert run_study(folder, launch=lambda *_: pytest.fail("started a run")) == read_outcomes(folder)
+
+
+def test_several_jobs_and_several_parts_find_the_same(whole: Path, tmp_path: Path):
+    folder = begun(tmp_path / "jobs")
+    run_study(folder, launch=FakeRun, jobs=3)
+    assert results(folder) == results(whole)
+    folder = begun(tmp_path / "parts")
+    children = []
+    for part in range(3):
+        if not (child := os.fork()):
+            try:
+                run_study(folder, launch=FakeRun, part=part, parts=3)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+    assert results(folder) == results(whole)
+    for log in (folder / "logs").iterdir():
+        assert len(log.read_text().splitlines()) == 1, "each run was started by one part"
+    assert len(list(folder.glob("results-*-of-3.jsonl"))) > 1
+
+
+def test_a_part_alone_ends_the_study_when_the_others_are_gone(whole: Path, tmp_path: Path):
+    folder = begun(tmp_path / "study")
+    assert killed_at(4, folder, part=0, parts=2)
+    run_study(folder, launch=FakeRun, part=1, parts=2)
+    assert results(folder) == results(whole)
+
+
+def test_the_best_rate_of_each_arm_is_found_and_its_seeds_are_scored(whole: Path):
+    rates = {one.arm: one.lr for one in read_outcomes(whole).values() if one.purpose == "seed"}
+    assert rates == {"mha": 0.01, "gdn": 0.1}
+    for one in read_outcomes(whole).values():
+        assert one.validation == score_of(one.run)
+        assert (one.status, one.tokens, one.steps, one.seconds) == ("finished", 2560, 20, 2.0)
+        assert one.command.startswith("swamla train ")
+
+
+def ending(status: int, last: dict | None = None, said: str = ""):
+    """A trainer whose runs of gdn end so."""
+
+    def launch(words: list[str], log: Path) -> FakeRun:
+        if "gdn" not in " ".join(words):
+            return FakeRun(words, log)
+        run = FakeRun(words, log, status, last)
+        log.write_text(log.read_text() + said)
+        return run
+
+    return launch
+
+
+def outcomes_of_gdn(folder: Path, launch) -> list[Outcome]:
+    begun(folder, study_of(rates="recipe"))
+    return [one for one in run_study(folder, launch=launch).values() if one.arm == "gdn"]
+
+
+def test_failed_and_diverged_runs_are_results_with_their_error(tmp_path: Path):
+    said = "loading …\nswamla: error: no room\nswamla: a note\n"
+    for one in outcomes_of_gdn(tmp_path / "failed", ending(2, said=said)):
+        assert (one.status, one.validation, one.error) == ("failed", None, "no room")
+    said = "swamla: error: 20 steps in a row had no finite gradient\n"
+    for one in outcomes_of_gdn(tmp_path / "diverged", ending(1, {"skipped": 20}, said)):
+        assert (one.status, one.validation) == ("diverged", None)
+        assert "no finite gradient" in one.error
+    for one in outcomes_of_gdn(tmp_path / "nan", ending(0, {"held_out_bits_per_byte": None})):
+        assert (one.status, one.validation) == ("diverged", None)
+
+
+def test_a_run_whose_process_is_killed_again_and_again_has_failed(tmp_path: Path):
+    found = outcomes_of_gdn(tmp_path / "killed", ending(-9))
+    assert {(one.status, one.error) for one in found} == {("failed", "killed 3 times, exit status -9")}
+    log = (tmp_path / "killed" / "logs" / f"{found[0].run}.log").read_text().splitlines()
+    assert len([line for line in log if line.startswith("train")]) == 3
+
+
+def test_whoever_stops_a_study_stops_its_runs_and_they_are_resumed(whole: Path, tmp_path: Path):
+    folder, stopped = begun(tmp_path / "study"), []
+
+    class Stopped(FakeRun):
+        def poll(self):
+            if self.polls == 1:
+                raise KeyboardInterrupt
+            return super().poll()
+
+        def terminate(self):
+            stopped.append(self.folder.name)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(folder, launch=Stopped, jobs=2)
+    assert len(stopped) == 2
+    run_study(folder, launch=FakeRun)
+    assert results(folder) == results(whole)
+
+
+def test_a_half_written_line_is_no_outcome_and_the_next_one_replaces_it(tmp_path: Path):
+    file = tmp_path / "results.jsonl"
+    append_line(file, {"run": "a"})
+    with file.open("a") as out:
+        out.write('{"run": "b", "arm')
+    assert read_lines(tmp_path, "results") == [{"run": "a"}]
+    append_line(file, {"run": "c"})
+    assert read_lines(tmp_path, "results") == [{"run": "a"}, {"run": "c"}]
+    file.write_text('{"run": "a"}\nno json\n')
+    with pytest.raises(CorruptError, match=r"results\.jsonl:2: not JSON"):
+        read_lines(tmp_path, "results")
+
+
+def test_a_study_is_written_with_everything_resolved_and_read_again(tmp_path: Path):
+    study = study_of(question="Which?")
+    begin(tmp_path / "study", study)
+    assert opened(tmp_path / "study") == study
+    assert opened(tmp_path / "elsewhere") is None
+    recipe = json.loads((tmp_path / "study" / "arms" / "gdn.json").read_text())
+    assert recipe["model"]["pattern"] == ["gdn"]
+    assert recipe["train"]["steps"] == 20
+
+
+def test_another_study_in_the_folder_is_refused_and_so_is_a_folder_of_something_else(tmp_path: Path):
+    begin(tmp_path / "study", study_of())
+    other = replace(study_of().asked, seeds=7)
+    with pytest.raises(UsageError, match=r"holds another study, whose seeds is 2, not 7: name another folder"):
+        opened(tmp_path / "study", other)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    with pytest.raises(UsageError, match="exists and holds no study"):
+        begin(tmp_path / "mine", study_of())
+    with pytest.raises(UsageError, match=r"holds no study \(it has no study.json\)"):
+        run_study(tmp_path / "nowhere")
+
+
+def test_the_test_part_is_not_read_while_runs_are_left(tmp_path: Path):
+    begun(tmp_path / "study")
+    with pytest.raises(UsageError, match="has runs left: the test part is read once, when all have ended"):
+        score_tests(tmp_path / "study", None)  # type: ignore[arg-type]
