@@ -212,6 +212,10 @@ def test_a_study_is_written_with_everything_resolved_and_read_again(tmp_path: Pa
 def test_another_study_in_the_folder_is_refused_and_so_is_a_folder_of_something_else(tmp_path: Path):
     begin(tmp_path / "study", study_of())
     other = replace(study_of().asked, seeds=7)
+    assert opened(tmp_path / "study", other) is None, "nothing of it has run"
+    begin(tmp_path / "study", replace(study_of(), asked=other))
+    begin(tmp_path / "study", study_of())
+    (tmp_path / "study" / "runs").mkdir()
     with pytest.raises(UsageError, match=r"holds another study, whose seeds is 2, not 7: name another folder"):
         opened(tmp_path / "study", other)
     (tmp_path / "mine").mkdir()

@@ -63,7 +63,7 @@ class Asked:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        require(len(self.arms) > 1, "arms", list(self.arms), 'must be two or more, e.g. mha and "swa swa mla"')
+        require(len(self.arms) > 1, "arms", ", ".join(self.arms), 'must be two or more, e.g. mha and "swa swa mla"')
         require(0 < self.margin < math.inf, "margin", self.margin, "must be > 0 bits per byte, e.g. 0.01")
         require(self.tokens is None or self.tokens > 0, "tokens", self.tokens, "must be > 0, or left out")
         require(self.seeds >= 2, "seeds", self.seeds, "must be >= 2: one seed says nothing of the spread; 5 are usual")

@@ -103,16 +103,8 @@ class Results:
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Heads and rows for the screen: an arm's cost, rate, score and difference from the first, with intervals."""
-        heads = [
-            "arm",
-            "parameters",
-            "MFLOPs/token",
-            "state KiB",
-            "lr",
-            "seeds",
-            f"{self.study.axis.name}",
-            "difference",
-        ]
+        score = {"bits per byte": "bits/byte"}.get(self.study.axis.name, self.study.axis.name)
+        heads = ["arm", "params", "MFLOP/tok", "KiB", "lr", "n", score, "difference", "verdict"]
         against = {comparison.arm: comparison for comparison in self.comparisons}
         rows = []
         for one in self.arms:
@@ -126,7 +118,8 @@ class Results:
                     "none" if one.lr is None else f"{one.lr:g}",
                     f"{len(one.scores)}",
                     _with_half(one.interval),
-                    "" if compared is None else f"{_with_half(compared.interval, sign='+')} {compared.kind}",
+                    "" if compared is None else _with_half(compared.interval, sign="+"),
+                    "" if compared is None else compared.kind,
                 ]
             )
         return heads, rows

@@ -60,7 +60,7 @@ class Process(Protocol):
 Launch = Callable[[list[str], Path], Process]
 
 
-def launch(words: list[str], log: Path) -> Process:
+def start(words: list[str], log: Path) -> Process:
     """Start a command of this program; `log` gets what it prints. Signals of the terminal do not reach it."""
     with log.open("ab") as out:
         return subprocess.Popen(
@@ -107,10 +107,13 @@ class _Worker:
 
 
 def begin(folder: Path, study: Study) -> None:
-    """Write a new study's folder. Raises `UsageError` if it holds something else."""
-    if folder.exists() and any(path.name not in ("arms", f".{STUDY}.new") for path in folder.iterdir()):
+    """Write a new study's folder, in place of one that was only planned. Raises `UsageError` for anything else."""
+    planned = {STUDY, f".{STUDY}.new", "arms"}
+    if folder.exists() and any(path.name not in planned for path in folder.iterdir()):
         raise UsageError(f"{folder}: exists and holds no study: name another folder with `output_dir`")
-    (folder / "arms").mkdir(parents=True, exist_ok=True)
+    (folder / STUDY).unlink(missing_ok=True)
+    shutil.rmtree(folder / "arms", ignore_errors=True)
+    (folder / "arms").mkdir(parents=True)
     for arm in study.arms:
         write_text_atomically(arm_file(folder, arm.slug), json.dumps(to_plain(arm.config), indent=2) + "\n")
     # Last: a folder with it has all of the study.
@@ -118,12 +121,17 @@ def begin(folder: Path, study: Study) -> None:
 
 
 def opened(folder: Path, asked: Asked | None = None) -> Study | None:
-    """The study in a folder, None if there is none yet. Raises `UsageError` if it is not the one that is asked for."""
+    """The study in a folder, None if there is none yet, or another one of which nothing has run.
+
+    Raises `UsageError` if it is not the one that is asked for.
+    """
     file = folder / STUDY
     if not file.exists():
         return None
     study = from_plain(Study, read_json(file, inside=folder), origin=str(file))
     if asked is not None and study.asked != asked:
+        if not (folder / "runs").exists():
+            return None
         before, now = to_plain(study.asked), to_plain(asked)
         name = next(name for name in now if now[name] != before[name])
         raise UsageError(
@@ -139,18 +147,19 @@ def run_study(
     jobs: int = 1,
     part: int = 0,
     parts: int = 1,
-    launch: Launch = launch,
+    launch: Launch | None = None,
     report: Callable[[Outcome], None] = lambda outcome: None,
 ) -> dict[str, Outcome]:
     """Train what is left of the study in `folder`, `jobs` runs at a time; returns the outcomes of all runs by name.
 
-    part: this process's number, from 0, of `parts` that work on the folder: where it begins.  report: called with every
-    outcome that this process writes. Stopped by any exception, it asks its runs to save, and waits for that.
+    part: this process's number, from 0, of `parts` that work on the folder: where it begins.  launch: starts a run, by
+    default a process of this program.  report: called with every outcome that this process writes. Whatever stops this
+    call, it asks its runs to save, and waits for that.
     """
     study = opened(folder)
     if study is None:
         raise UsageError(f"{folder}: holds no study (it has no {STUDY})")
-    worker = _Worker(folder, study, jobs, part, parts, launch, report)
+    worker = _Worker(folder, study, jobs, part, parts, launch or start, report)
     for name in ("runs", "logs", "locks"):
         (folder / name).mkdir(exist_ok=True)
     try:
@@ -159,14 +168,14 @@ def run_study(
             wanted = ready(study, outcomes)
             if not wanted and not worker.active:
                 return outcomes
-            _start(worker, wanted)
-            if not _end(worker):
+            _start_runs(worker, wanted)
+            if not _note_ended(worker):
                 time.sleep(POLL if worker.active else WAIT)
     finally:
         _stop(worker)
 
 
-def _start(worker: _Worker, wanted: list[Run]) -> None:
+def _start_runs(worker: _Worker, wanted: list[Run]) -> None:
     """Start runs that no other process works on, as many as there are free jobs."""
     first = worker.part * len(wanted) // worker.parts
     for run in [*wanted[first:], *wanted[:first]]:
@@ -186,7 +195,7 @@ def _start(worker: _Worker, wanted: list[Run]) -> None:
             worker.active[run.id] = _Job(run, process, time.monotonic(), stack.pop_all())
 
 
-def _end(worker: _Worker) -> bool:
+def _note_ended(worker: _Worker) -> bool:
     """Write the outcomes of the runs that have ended since; True if there are any."""
     ended = [job for job in worker.active.values() if job.process.poll() is not None]
     for job in ended:
@@ -315,13 +324,10 @@ def read_tests(folder: Path) -> list[Test]:
     return [from_plain(Test, row, origin=str(folder)) for row in read_lines(folder, TESTS)]
 
 
-def score_tests(
-    folder: Path, dataset: Dataset, *, report: Callable[[int, int], None] = lambda done, total: None
-) -> list[Test]:
+def score_tests(folder: Path, dataset: Dataset) -> list[Test]:
     """Score every finished run of a fresh seed on the test part of the held-out text, once, when all runs have ended.
 
-    report: called with the number of scored runs, and of all. Another process that scores the study is waited for.
-    Raises `UsageError` for a study with runs left.
+    Another process that scores the study is waited for. Raises `UsageError` for a study with runs left.
     """
     study, outcomes = opened(folder), read_outcomes(folder)
     if study is None or ready(study, outcomes):
@@ -331,13 +337,12 @@ def score_tests(
     scorer: Any = None
     with _waited_for(folder, TESTS):
         known = {test.run for test in read_tests(folder)}
-        for done, outcome in enumerate(finished, 1):
+        for outcome in finished:
             if outcome.run in known:
                 continue
             train = study.arm(outcome.arm).config.train
             scorer = scorer or validation(dataset, train.block_size, part="test")
             append_line(folder / f"{TESTS}.jsonl", asdict(_tested(folder, study, outcome, scorer)))
-            report(done, len(finished))
     return sorted(read_tests(folder), key=lambda test: ([arm.name for arm in study.arms].index(test.arm), test.seed))
 
 

@@ -222,9 +222,12 @@ def describe(study: Study, folder: Path, outcomes: Mapping[str, Outcome], jobs: 
         ("seeds", f"1 to {asked.seeds}, fresh ones, the same in every arm; differences are paired by seed"),
         ("matched by", asked.match),
         *(("arm", _described_arm(arm)) for arm in study.arms),
-        ("runs", f"{prediction.runs} or a few more, in {folder / 'runs'}"),
+        ("runs", f"{prediction.runs}{' or a few more' * (asked.rates == 'search')}, in {folder / 'runs'}"),
     ]  # fmt: skip
-    return [*rows, ("time", f"about {duration(prediction.seconds)}, {jobs} at a time, {asked.threads} threads each")]
+    return [
+        *rows,
+        ("time", f"about {duration(prediction.seconds)}, {jobs} at a time, threads of each: {asked.threads}"),
+    ]
 
 
 def _described_arm(arm: Arm) -> str:

@@ -1,0 +1,243 @@
+"""`swamla compare STUDY.toml`, `swamla compare mha "swa swa mla" …`: from a question to a verdict with intervals."""
+
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.table import Table
+
+from swamla.cli.console import PLUGINS, Console, program, say, say_rows, say_wrapped
+from swamla.cli.flags import argument, parse
+from swamla.cli.overrides import flags
+from swamla.cli.prepare import executor_settings
+from swamla.cli.run_config import resolve
+from swamla.cli.running import checked, describe_data, read_data
+from swamla.config import from_plain, load_file
+from swamla.data.dataset import Dataset
+from swamla.data.preparing import Part
+from swamla.data.units import available_cores
+from swamla.errors import ConfigError, DataError, UsageError, require
+from swamla.recipes import ALIASES, recipe_names
+from swamla.study.plan import Asked, Study, resolve_study, slug_of
+from swamla.study.results import Results
+from swamla.study.running import begin, executor_of, opened, read_outcomes, run_study, score_tests
+from swamla.study.runs import Outcome, command, describe, duration, predict, ready
+from swamla.study.statistics import scipy_stats
+from swamla.train import RunConfig
+
+# quickstart is bounded by time and as large as the machine is fast; a study of it is of one size, and many runs.
+SIZES = {"quickstart": "--width 128 --n_heads 2 --batch_size 8 --block_size 256 --ngram_buckets none"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Compare models: train each alike, at its best learning rate, with several seeds, and say what differs.
+
+    The same command goes on where a study was stopped, whatever stopped it.
+
+    arms: a file STUDY.toml, or two or more arms, each a pattern such as "swa swa mla"; all others are compared with the
+        first.
+    recipe: of all arms, a shipped one or a file.
+    flags: flags of `swamla train` for all arms, as one text: "--width 64 --n_heads 1".
+    question: what the study shall answer.
+    match: what all arms have alike, by the widths of their FFNs: parameters (without embeddings, ±1 %), flops (of
+        training, ±2 %), state (bytes, ±5 %, by windows and ranks too), seconds (of training, by their steps), or none.
+    margin: a difference that is too small to matter, in bits per byte.
+    tokens: of a run; by default the recipe's steps, or 1,500,000 where it is bounded by time.
+    seeds: fresh seeds of every arm at its best learning rate.
+    rates: search, or recipe for the recipe's learning rate in every arm.
+    threads: CPU threads of a run.
+    output_dir: the study's folder; by default studies/NAME.
+    plan: print the plan and the commands of the first runs, and train nothing.
+    jobs: runs at a time; 0 for as many as there are cores for their threads, and one on a GPU.
+    part: i/N: one of N such commands that work on one --output_dir, also on several machines that share it.
+    executor: local, slurm or ray: work in --parts processes of this executor of datatrove (pip install 'swamla[data]').
+    parts: the number of processes for --executor.
+    executor_options: its further arguments: "time=04:00:00 partition=cpu".
+    """
+
+    arms: tuple[str, ...] = argument(annotation=str, positional=True, repeated=True)
+    recipe: str = "quickstart"
+    flags: str = ""
+    question: str = ""
+    match: Literal["parameters", "flops", "state", "seconds", "none"] = "parameters"
+    margin: float = 0.01
+    tokens: int | None = None
+    seeds: int = 5
+    rates: Literal["search", "recipe"] = "search"
+    threads: int = 1
+    output_dir: str = argument("", metavar="FOLDER")
+    plan: bool = argument(False, switch=True)
+    jobs: int = 0
+    part: str = argument("", metavar="i/N")
+    executor: str = ""
+    parts: int = 0
+    executor_options: str = ""
+
+
+_ASKED = {field.name for field in fields(Asked)}  # keys of STUDY.toml; those that are flags too win over it
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfArm:
+    """The flags of an arm."""
+
+
+def main(argv: list[str]) -> int:
+    """Plan, train what is left, score the test part once, and print the verdict."""
+    arguments, given = parse(Arguments, argv, command="swamla compare")
+    scipy_stats()  # an error now, and not when all is trained
+    require(arguments.jobs >= 0, "jobs", arguments.jobs, "must be >= 0; 0 takes all cores")
+    part = Part.parse(arguments.part) if arguments.part else None
+    if part is not None and not part.count:
+        raise UsageError(f"--part {arguments.part}: must be i/N, e.g. 1/4")
+    asked, name = _asked(arguments, given)
+    folder = checked(arguments.output_dir) if arguments.output_dir else Path("studies") / name
+    console = Console()
+    study = opened(folder, asked)
+    if study is None:
+        study, dataset = _planned(asked, console, argv)
+        begin(folder, study)
+    else:
+        dataset = _data_of(study, console)
+        say(console, f"going on with the study in {folder}")
+    jobs = arguments.jobs or _free_jobs(study)
+    say_rows(console, describe(study, folder, read_outcomes(folder), jobs))
+    if arguments.plan:
+        _say_commands(console, study, folder)
+        return 0
+    if arguments.executor:
+        settings = executor_settings(arguments.executor_options)
+        executor_of(folder, study, arguments.executor, arguments.parts, settings).run()
+        say_wrapped(console, f"handed the study to {arguments.executor}; the same command without --executor shows it")
+        return 0
+    _train(study, folder, jobs, part, console)
+    say(console, "scoring the runs of all seeds on the test part of the held-out text …")
+    tests = score_tests(folder, dataset)
+    results = Results.of(study, read_outcomes(folder), tests)
+    written = results.write(folder)
+    _say_results(console, results)
+    say_wrapped(console, f"all of it is in {folder}: {', '.join(file.name for file in written)}, and the runs")
+    return 0
+
+
+def _asked(arguments: Arguments, given: Mapping[str, Any]) -> tuple[Asked, str]:
+    """What is asked for, by a file or by arms, and flags; and the study's name."""
+    first = arguments.arms[0]
+    by_flags = {name: value for name, value in given.items() if name in _ASKED}
+    if first.endswith((".toml", ".json")):
+        if arguments.arms[1:]:
+            raise UsageError(f"{first} names its arms itself: leave {shlex.quote(arguments.arms[1])} out")
+        file = Path(first)
+        plain, place = load_file(file)
+        recipe = plain.get("recipe")
+        if isinstance(recipe, str) and recipe not in (*recipe_names(), *ALIASES):
+            plain = plain | {"recipe": str((file.resolve().parent / Path(recipe).expanduser()).resolve())}
+        name = file.stem
+    else:
+        twice = [arm for arm in arguments.arms if arguments.arms.count(arm) > 1]
+        if twice:
+            raise UsageError(f"the arm {twice[0]!r} is given twice")
+        plain, place = {"arms": dict.fromkeys(arguments.arms, "")}, lambda field: ""
+        name = "-vs-".join(map(slug_of, arguments.arms))[:80]
+    if "recipe" in by_flags and by_flags["recipe"] not in (*recipe_names(), *ALIASES):
+        by_flags["recipe"] = str(Path(by_flags["recipe"]).expanduser().resolve())
+    plain = plain | by_flags
+    plain.setdefault("flags", SIZES.get(plain.get("recipe", Asked.recipe), ""))
+    return from_plain(Asked, plain, origin=lambda field: f"--{field}" if field in by_flags else place(field)), name
+
+
+def _planned(asked: Asked, console: Console, argv: Sequence[str]) -> tuple[Study, Dataset]:
+    """The study, resolved; its data is prepared and described, and steps of all arms are timed."""
+    configs = {arm: _config(asked, arm) for arm in asked.arms}
+    parse(Arguments, argv, command="swamla compare")  # messages name this command's flags again
+    first = next(iter(configs.values()))
+    dataset = read_data(first.data, console)
+    describe_data(dataset, console, first.train.block_size, brief=True)
+    say(console, "timing a few steps of every arm …")
+    plugins = tuple(str(Path(file).resolve()) for file in PLUGINS)
+    return resolve_study(asked, configs, dataset, plugins=plugins, commit=_commit()), dataset
+
+
+def _config(asked: Asked, arm: str) -> RunConfig:
+    """The config of an arm's runs, from the recipe and its flags. Raises `UsageError`, naming the arm."""
+    try:
+        _, given = parse(_OfArm, shlex.split(asked.flags_of(arm)), command="swamla train", more=flags())
+        return resolve(asked.recipe, given, new=True).config
+    except ConfigError as error:
+        raise ConfigError(error.field, error.got, f"{error.allowed} (arm {arm!r})", error.origin, error.kind) from error
+    except (UsageError, ValueError) as error:
+        raise UsageError(f"arm {arm!r}: {error}") from error
+
+
+def _data_of(study: Study, console: Console) -> Dataset:
+    """The data of a study that goes on. Raises `DataError` if it is not what it was planned with."""
+    dataset = read_data(study.arms[0].config.data, console)
+    if dataset.fingerprint != study.data["fingerprint"]:
+        raise DataError(
+            f"{study.data['source']}: the data changed since the study was planned (fingerprint "
+            f"{dataset.fingerprint[:12]}, then {study.data['fingerprint'][:12]}): restore it, or begin another study"
+        )
+    return dataset
+
+
+def _free_jobs(study: Study) -> int:
+    if torch.cuda.is_available() and study.arms[0].config.train.device != "cpu":
+        return 1
+    return max(1, available_cores() // study.asked.threads)
+
+
+def _say_commands(console: Console, study: Study, folder: Path) -> None:
+    """The commands of the runs that can start now; others follow from their outcomes."""
+    say(console, "the first runs, as ordinary commands:")
+    for run in ready(study, read_outcomes(folder)):
+        say(console, f"  {program()} {shlex.join(command(study, folder, run))}")
+
+
+def _train(study: Study, folder: Path, jobs: int, part: Part | None, console: Console) -> None:
+    """Train what is left, with a line for every run that ends."""
+
+    def report(outcome: Outcome) -> None:
+        outcomes = read_outcomes(folder)
+        left = predict(study, outcomes, jobs)
+        found = f"{outcome.validation:.4f} bits per byte" if outcome.validation is not None else outcome.status
+        why = f" ({outcome.error})" if outcome.error else ""
+        time = f", {duration(left.seconds)} left" if left.runs else ""
+        what = f"{outcome.arm}, lr {outcome.lr:g}, seed {outcome.seed}: {found}{why}"
+        say_wrapped(console, f"[{len(outcomes)}/{len(outcomes) + left.runs}] {what} after {outcome.wall:.0f} s{time}")
+
+    place = (part.number - 1, part.count) if part else (0, 1)
+    run_study(folder, jobs=jobs, part=place[0], parts=place[1], report=report)
+
+
+def _say_results(console: Console, results: Results) -> None:
+    """The table, the verdict, and what it does not say."""
+    heads, rows = results.table()
+    table = Table()
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for text in results.verdict():
+        say_wrapped(console, text)
+    say(console, "what this does not say:")
+    for text in results.not_said():
+        say_wrapped(console, text, label="- ", indent=2)
+
+
+def _commit() -> str:
+    """The commit of this program's source, "" if it is no checkout."""
+    root = Path(__file__).parents[3]
+    if not (root / ".git").exists():
+        return ""
+    asked = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(asked, check=False, capture_output=True, text=True)
+    except OSError:  # no git
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

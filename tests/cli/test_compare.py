@@ -1,0 +1,199 @@
+"""`swamla compare`: plan, runs and verdict by one command, which goes on where it was stopped."""
+
+import json
+import re
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from swamla.cli import main
+from swamla.study import running
+from swamla.study.plan import Asked
+from swamla.study.running import opened, read_outcomes, read_tests
+
+RECIPE = """
+[model]
+width = 32
+pattern = ["mha"]
+[model.blocks.mha]
+mixer = { kind = "mha", n_heads = 2 }
+ffn = { kind = "dense", hidden = 64 }
+[data]
+source = "texts"
+tokenizer = "byte"
+held_out_fraction = 0.3
+[train]
+steps = 3
+batch_size = 2
+block_size = 32
+lr = 1e-2
+device = "cpu"
+precision = "fp32"
+"""
+STUDY = """
+question = "Is a state as good as attention?"
+expectation = "At this length, yes."
+recipe = "tiny.toml"
+rates = "recipe"
+seeds = 2
+margin = 0.5
+
+[arms]
+attention = "--pattern mha"
+state = "--pattern gdn"
+"""
+
+
+class Here:
+    """A run of this process: what the command line does, without another start of torch."""
+
+    started: ClassVar[list[str]] = []
+
+    def __init__(self, words: list[str], log: Path) -> None:
+        Here.started.append(" ".join(words))
+        self.status = main(words)
+
+    def poll(self) -> int:
+        return self.status
+
+    def wait(self) -> int:
+        return self.status
+
+    def terminate(self) -> None:
+        pass
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "texts").mkdir()
+    for index in range(30):
+        (tmp_path / "texts" / f"{index}.txt").write_text(f"text {index}, which says {'so ' * (index % 9 + 3)}" * 4)
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+    (tmp_path / "study.toml").write_text(STUDY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SWAMLA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(running, "start", Here)
+    monkeypatch.setattr(running, "POLL", 0.0)
+    monkeypatch.setattr(Here, "started", [])
+    return tmp_path
+
+
+def test_a_study_file_is_planned_trained_scored_and_told(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "study.toml", "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert not Here.started
+    assert "Is a state as good as attention?" in said
+    assert "At this length, yes." in said
+    assert re.search(r"^time +about \d+ s", said, re.MULTILINE)
+    folder = home / "studies" / "study"
+    commands = re.findall(r" train (studies/study/arms/\S+) --lr 0.01 --seed (\d)", said)
+    assert commands == [(f"studies/study/arms/{arm}.json", seed) for seed in "12" for arm in ("attention", "state")]
+
+    assert main(["compare", "study.toml"]) == 0
+    said = capsys.readouterr().out
+    assert len(Here.started) == 4
+    assert "[4/4] state, lr 0.01, seed 2: " in said
+    assert "what this does not say:" in said
+    assert ("are equivalent" in said) or ("undecided" in said) or ("than attention by" in said)
+    assert {one.status for one in read_outcomes(folder).values()} == {"finished"}
+    assert len(read_tests(folder)) == 4
+    whole = json.loads((folder / "results.json").read_text())
+
+    assert main(["compare", "study.toml"]) == 0
+    assert len(Here.started) == 4, "nothing is trained twice"
+    assert "going on with the study in studies/study" in capsys.readouterr().out
+    assert json.loads((folder / "results.json").read_text()) == whole
+
+
+def test_runs_of_a_study_leave_the_test_part_unread_and_are_ordinary_ones(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", "study.toml", "--jobs", "1"]) == 0
+    run = home / "studies" / "study" / "runs" / "state-lr0.01-seed1"
+    outcome = read_outcomes(home / "studies" / "study")[run.name]
+    scored = {}
+    for part in ("validation", "test"):
+        capsys.readouterr()
+        assert main(["evaluate", str(run), "--part", part, "--json"]) == 0
+        scored[part] = json.loads(capsys.readouterr().out)["bits_per_byte"]
+    (test,) = (test for test in read_tests(home / "studies" / "study") if test.run == run.name)
+    assert outcome.validation == pytest.approx(scored["validation"], rel=1e-6)
+    assert test.bits_per_byte == pytest.approx(scored["test"], rel=1e-6)
+
+
+def test_arms_on_the_command_line_are_patterns_of_one_depth(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["compare", "mha", "gdn mha", "--recipe", "tiny.toml", "--flags", "--width 16", "--plan"]
+    assert main([*line, "--tokens", "640"]) == 0
+    study = opened(home / "studies" / "mha-vs-gdn-mha")
+    assert study is not None
+    assert [arm.config.model.pattern for arm in study.arms] == [("mha", "mha"), ("gdn", "mha")]
+    assert {arm.config.model.width for arm in study.arms} == {16}
+    assert {arm.steps for arm in study.arms} == {10}
+    assert "20 or a few more" in capsys.readouterr().out
+    assert abs(study.arms[1].costs.parameters / study.arms[0].costs.parameters - 1) <= 0.01
+
+
+def test_flags_win_over_the_file(home: Path) -> None:
+    assert main(["compare", "study.toml", "--plan", "--seeds", "3", "--match", "none", "--output_dir", "mine"]) == 0
+    study = opened(home / "mine")
+    assert study is not None
+    assert (study.asked.seeds, study.asked.match, study.asked.margin) == (3, "none", 0.5)
+    assert study.arms[1].config.model.blocks["gdn"].ffn.widths(32) == {"hidden": 64}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["mha", "--recipe", "tiny.toml"], "ARMS mha: must be two or more"),
+        (["mha", "mha", "--recipe", "tiny.toml"], "the arm 'mha' is given twice"),
+        (["study.toml", "mha"], "study.toml names its arms itself: leave mha out"),
+        (["mha", "gnd", "--recipe", "tiny.toml"], "arm 'gnd': --pattern: no block or mixer is called 'gnd'"),
+        (["mha", "gdn", "--recipe", "tiny.toml", "--seeds", "1"], "seeds = 1 (--seeds): must be >= 2"),
+        (["mha", "gdn", "--recipe", "tiny.toml", "--flags", "--widht 64"], "arm 'mha': unknown flag --widht; did you"),
+        (["study.toml", "--part", "3/2"], "3/2"),
+        (["study.toml", "--executor", "k8s", "--parts", "2"], "must be one of local, slurm, ray"),
+        (
+            ["mha", "gdn", "--recipe", "tiny.toml", "--match", "state", "--flags", "--ffn none"],
+            "arm 'gdn': cannot have",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_in_one_line_before_anything_is_trained(
+    words: list[str], says: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", *words]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("swamla: error: ")]
+    assert says in line
+    assert not Here.started
+
+
+def test_a_study_that_has_run_is_not_replaced_by_another(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "study.toml"]) == 0
+    capsys.readouterr()
+    assert main(["compare", "study.toml", "--margin", "0.1"]) == 2
+    assert "holds another study, whose margin is 0.5, not 0.1: name another folder with --output_dir" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_typo_in_a_study_file_is_named_with_its_line(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "study.toml").write_text(STUDY.replace("margin", "marign"))
+    assert main(["compare", "study.toml"]) == 2
+    assert 'marign = 0.5 (study.toml:7): no such setting; did you mean "margin"?' in capsys.readouterr().err
+
+
+def test_another_text_than_was_planned_with_is_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "study.toml", "--plan"]) == 0
+    (home / "texts" / "new.txt").write_text("another text, which changes what is held out " * 9)
+    assert main(["compare", "study.toml"]) == 2
+    assert "the data changed since the study was planned" in capsys.readouterr().err
+
+
+def test_the_flags_that_state_a_study_are_keys_of_its_file() -> None:
+    from swamla.cli.compare import Arguments
+
+    stated = {"recipe", "flags", "question", "match", "margin", "tokens", "seeds", "rates", "threads"}
+    assert stated <= {*Arguments.__dataclass_fields__} & {*Asked.__dataclass_fields__}
+    for name in stated:
+        assert Arguments.__dataclass_fields__[name].default == Asked.__dataclass_fields__[name].default

@@ -1,0 +1,72 @@
+"""Works on studies whose runs are real, each a fork: `swamla train` without another start of torch.
+
+Reads lines "STUDY score" or "STUDY train"; for each it forks a process that works on the study, and prints its number
+and, when it has ended, its exit status.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as _pyplot  # noqa: F401  # what every run imports
+import torch._dynamo as _dynamo  # noqa: F401
+
+import swamla.cli.train  # noqa: F401
+from swamla.cli import main
+from swamla.data.preparing import prepare
+from swamla.study import running
+
+
+class Forked:
+    """A process that does a command of this program; nothing was computed before it was forked."""
+
+    def __init__(self, words: list[str], log: Path) -> None:
+        self.status: int | None = None
+        self.child = os.fork()
+        if self.child:
+            return
+        try:
+            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(out, 1)
+            os.dup2(out, 2)
+            os._exit(main(words))
+        finally:
+            os._exit(70)
+
+    def poll(self) -> int | None:
+        if self.status is None:
+            found, status = os.waitpid(self.child, os.WNOHANG)
+            self.status = os.waitstatus_to_exitcode(status) if found else None
+        return self.status
+
+    def terminate(self) -> None:
+        os.kill(self.child, 15)
+
+    def wait(self) -> int:
+        if self.status is None:
+            self.status = os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
+        return self.status
+
+
+def work(folder: Path, score: bool) -> None:
+    """What `swamla compare` does of a planned study."""
+    running.run_study(folder, launch=Forked)
+    if score:
+        study = running.opened(folder)
+        assert study is not None
+        running.score_tests(folder, prepare(study.arms[0].config.data))
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        folder, score = line.split()
+        child = os.fork()
+        if not child:
+            try:
+                os.setsid()  # a group of its own, which can be killed as a whole
+                work(Path(folder), score == "score")
+                os._exit(0)
+            finally:
+                os._exit(1)
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)

@@ -1,0 +1,119 @@
+"""Results of a study: the verdict and its limits in words, and the same figures in all files and on the screen."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from swamla.study.results import Results, latex
+from swamla.study.running import Test as Score
+from swamla.study.runs import Outcome, ready
+
+from .helpers import study_of
+
+
+def results_of(difference: float = 0.05, *, fails: tuple[str, ...] = (), spread: float = 0.001, **asked) -> Results:
+    """A played study whose second arm differs so; runs whose name has one of `fails` diverge."""
+    study = study_of(seeds=5, **asked)
+    outcomes: dict[str, Outcome] = {}
+    while runs := ready(study, outcomes):
+        run = runs[0]
+        lost = any(word in run.id for word in fails)
+        kept = {name: getattr(run, name) for name in ("arm", "purpose", "rate", "lr", "seed")}
+        outcomes[run.id] = Outcome(
+            run=run.id,
+            status="diverged" if lost else "finished",
+            validation=None if lost else 1.5 + abs(run.rate - 0.1) / 10,
+            tokens=2560,
+            seconds=3.0,
+            **kept,
+        )
+    tests = [
+        Score(
+            run=one.run,
+            arm=one.arm,
+            seed=one.seed,
+            bits_per_byte=1.3 + 0.01 * one.seed + (difference + spread * (one.seed - 3) if one.arm == "gdn" else 0.0),
+            loss=1.0,
+            tokens=1000,
+            bytes=1290.0,
+        )
+        for one in outcomes.values()
+        if one.purpose == "seed" and one.status == "finished"
+    ]
+    return Results.of(study, outcomes, tests)
+
+
+def test_the_verdict_is_of_the_test_part_paired_by_seed() -> None:
+    results = results_of(0.05)
+    (found,) = results.comparisons
+    assert found.differences == pytest.approx([0.048, 0.049, 0.05, 0.051, 0.052])
+    assert results.verdict() == [found.words()]
+    assert "gdn is worse than mha by 0.0500 bits per byte" in found.words()
+
+
+def test_sensitivity_has_every_rate_that_was_tried_and_the_best_one_is_the_arms() -> None:
+    one = results_of().arms[0]
+    assert one.lr == 0.01
+    assert list(one.sensitivity) == sorted(one.sensitivity) == [0.00316, 0.00562, 0.01, 0.0178, 0.0316]
+    assert min(one.sensitivity, key=lambda lr: one.sensitivity[lr] or 0) == one.lr
+
+
+def test_runs_that_diverged_are_named_and_counted_and_not_in_the_interval() -> None:
+    results = results_of(fails=("gdn-lr0.01-seed3", "mha-lr0.0316"))
+    gdn = results.arms[1]
+    assert gdn.failed == ("gdn-lr0.01-seed3",)
+    assert gdn.finished.mean == 0.8
+    assert results.comparisons[0].seeds == (1, 2, 4, 5)
+    assert "Of gdn, gdn-lr0.01-seed3 did not finish, and is in no interval." in results.verdict()
+
+
+def test_an_arm_that_no_rate_trains_is_said_and_compared_with_nothing() -> None:
+    results = results_of(fails=("gdn",))
+    assert results.arms[1].lr is None
+    assert "No learning rate trained gdn." in results.verdict()
+    assert results.comparisons[0].kind == "undecided"
+    assert "none" in results.table()[1][1]
+
+
+def test_what_the_verdict_does_not_say_follows_from_the_study() -> None:
+    undecided, decided = results_of(0.005, spread=0.02), results_of(0.05, rates="recipe")
+    assert any(text.startswith("Undecided is no equivalence") for text in undecided.not_said())
+    assert not any(text.startswith("Undecided") for text in decided.not_said())
+    assert any("the recipe's learning rate" in text for text in decided.not_said())
+    assert any("best of 5 or more" in text for text in undecided.not_said())
+    assert any("trained for 2,560 tokens in rows of 32" in text for text in decided.not_said())
+
+
+def test_the_files_have_the_figures_of_the_screen(tmp_path: Path) -> None:
+    results = results_of(fails=("gdn-lr0.01-seed3",))
+    files = results.write(tmp_path)
+    assert {file.name for file in files} == {"results.json", "runs.csv", "arms.csv", "arms.tex"}
+    heads, rows = results.table()
+    with (tmp_path / "arms.csv").open() as file:
+        assert list(csv.reader(file)) == [heads, *rows]
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["verdict"] == results.verdict()
+    assert found["comparisons"][0]["differences"] == list(results.comparisons[0].differences)
+    assert [arm["lr"] for arm in found["arms"]] == [0.01, 0.01]
+    assert found["differing"]["model.pattern"] == {"mha": ["mha"], "gdn": ["gdn"]}
+    with (tmp_path / "runs.csv").open() as file:
+        runs = list(csv.DictReader(file))
+    assert {run["run"]: run["test"] for run in runs if run["test"]} == {
+        test.run: str(test.bits_per_byte) for test in results.tests
+    }
+    assert [run["status"] for run in runs].count("diverged") == 1
+
+
+def test_what_json_lacks_becomes_null(tmp_path: Path) -> None:
+    results_of(fails=("gdn",)).write(tmp_path)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["comparisons"][0]["interval"] == [None, None, None]
+
+
+def test_the_latex_is_a_table_whose_cells_are_escaped() -> None:
+    assert latex(["a_1", "b"], [["50 %", "1 ± 2"]]) == (
+        "\\begin{tabular}{lr}\n\\toprule\na\\_1 & b \\\\\n\\midrule\n50 \\% & 1 $\\pm$ 2 \\\\\n\\bottomrule\n"
+        "\\end{tabular}\n"
+    )
