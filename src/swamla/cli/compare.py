@@ -160,13 +160,34 @@ def _planned(asked: Asked, console: Console, argv: Sequence[str]) -> tuple[Study
     describe_data(dataset, console, first.train.block_size, brief=True)
     say(console, "timing a few steps of every arm …")
     plugins = tuple(str(Path(file).resolve()) for file in PLUGINS)
-    return resolve_study(asked, configs, dataset, plugins=plugins, commit=_commit()), dataset
+    given = {arm: flags_of(asked, arm) for arm in asked.arms}
+    return resolve_study(asked, configs, dataset, flags=given, plugins=plugins, commit=_commit()), dataset
+
+
+def flags_of(asked: Asked, arm: str) -> str:
+    """The flags of an arm: those of all arms, then its own, or its name as the pattern.
+
+    Where every arm has a pattern, shorter ones are repeated to the length of the longest, unless a flag says the depth.
+    """
+    own = {name: given or f"--pattern {shlex.quote(name)}" for name, given in asked.arms.items()}
+    words = shlex.split(f"{asked.flags} {own[arm]}")
+    patterns = [_pattern(shlex.split(given)) for given in own.values()]
+    if "--n_layers" not in words and all(patterns):
+        words += ["--n_layers", str(max(len(pattern) for pattern in patterns))]
+    return shlex.join(words)
+
+
+def _pattern(words: Sequence[str]) -> list[str]:
+    """The names in the value of --pattern, if that is among the words."""
+    if "--pattern" not in words[:-1]:
+        return []
+    return words[words.index("--pattern") + 1].replace(",", " ").split()
 
 
 def _config(asked: Asked, arm: str) -> RunConfig:
     """The config of an arm's runs, from the recipe and its flags. Raises `UsageError`, naming the arm."""
     try:
-        _, given = parse(_OfArm, shlex.split(asked.flags_of(arm)), command="swamla train", more=flags())
+        _, given = parse(_OfArm, shlex.split(flags_of(asked, arm)), command="swamla train", more=flags())
         return resolve(asked.recipe, given, new=True).config
     except ConfigError as error:
         raise ConfigError(error.field, error.got, f"{error.allowed} (arm {arm!r})", error.origin, error.kind) from error

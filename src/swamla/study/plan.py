@@ -6,9 +6,9 @@ backends chosen, steps timed. Which runs that means is in `runs`.
 
 import math
 import re
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -40,7 +40,7 @@ class Asked:
     arms: what is compared, name → flags of `swamla train`; without flags the name is the pattern. All others are
         compared with the first.
     recipe: of all arms, a shipped one or a file.
-    flags: of all arms, e.g. "--width 64 --n_heads 1".
+    flags: of all arms, beside the recipe.
     match: what all arms have alike: parameters (without embeddings, ±1 %), flops (of training, ±2 %), state (bytes,
         ±5 %), seconds (of training on this machine, by fewer or more steps), or none.
     margin: a difference that is too small to matter, in bits per byte.
@@ -68,25 +68,6 @@ class Asked:
         require(self.tokens is None or self.tokens > 0, "tokens", self.tokens, "must be > 0, or left out")
         require(self.seeds >= 2, "seeds", self.seeds, "must be >= 2: one seed says nothing of the spread; 5 are usual")
         require(self.threads >= 1, "threads", self.threads, "must be >= 1")
-
-    def flags_of(self, arm: str) -> str:
-        """The flags of an arm: those of all arms, then its own, or its name as the pattern.
-
-        A pattern that is shorter than the longest is repeated to its length, as long as no flag says the depth.
-        """
-        own = {name: given or f"--pattern {shlex.quote(name)}" for name, given in self.arms.items()}
-        words = shlex.split(f"{self.flags} {own[arm]}")
-        patterns = [found for given in own.values() if (found := _pattern(shlex.split(given)))]
-        if "--n_layers" not in words and _pattern(words) and len(patterns) == len(own):
-            words += ["--n_layers", str(max(len(pattern) for pattern in patterns))]
-        return shlex.join(words)
-
-
-def _pattern(words: Sequence[str]) -> list[str]:
-    """The names in the value of --pattern, if that is among the words."""
-    if "--pattern" not in words[:-1]:
-        return []
-    return words[words.index("--pattern") + 1].replace(",", " ").split()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,14 +135,16 @@ def resolve_study(
     configs: Mapping[str, RunConfig],
     dataset: Dataset,
     *,
+    flags: Mapping[str, str] = MappingProxyType({}),
     plugins: Sequence[str] = (),
     commit: str = "",
     measure: Callable[[RunConfig, Dataset], float] = tokens_per_second,
 ) -> Study:
     """The study of arms whose configs, from recipe and flags, are `configs`, on `dataset`: matched, timed, frozen.
 
-    measure: tokens a second of a config's training steps. Raises `UsageError` for arms that cannot be compared or
-    matched, `DataError` for held-out text that cannot be divided.
+    flags: of each arm beside the recipe, as text, to be shown.  measure: tokens a second of a config's training steps.
+    Raises `UsageError` for arms that cannot be compared or matched, `DataError` for held-out text that cannot be
+    divided.
     """
     _check_comparable(configs)
     budgeted = {name: budget(config, asked) for name, config in configs.items()}
@@ -179,7 +162,7 @@ def resolve_study(
             Arm(
                 name=name,
                 slug=slug_of(name),
-                flags=asked.flags_of(name),
+                flags=flags.get(name, ""),
                 config=config,
                 costs=Costs.of(config.model, length),
                 matched=matches[name].words() if by_count else "",
