@@ -122,6 +122,19 @@ def test_runs_of_a_study_leave_the_test_part_unread_and_are_ordinary_ones(
     assert test.bits_per_byte == pytest.approx(scored["test"], rel=1e-6)
 
 
+def test_an_executor_of_datatrove_trains_and_scores_the_study(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("datatrove")
+    line = ["compare", "study.toml", "--executor", "local", "--parts", "2", "--executor_options", "workers=1"]
+    assert main(line) == 0
+    folder = home / "studies" / "study"
+    assert len(read_outcomes(folder)) == len(read_tests(folder)) == len(Here.started) == 4
+    assert {file.name for file in folder.glob("results*.jsonl")} == {"results-1-of-2.jsonl"}, "the first left nothing"
+    capsys.readouterr()
+    assert main(["compare", "study.toml"]) == 0
+    assert "what this does not say:" in capsys.readouterr().out
+    assert len(Here.started) == 4
+
+
 def test_arms_on_the_command_line_are_patterns_of_one_depth(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["compare", "mha", "gdn mha", "--recipe", "tiny.toml", "--flags", "--width 16", "--plan"]
     assert main([*line, "--tokens", "640"]) == 0

@@ -129,7 +129,7 @@ def part_of(split: Split, part: str, decode: Callable[[Sequence[int]], str]) -> 
         return first if part == "validation" else last
     order = sorted(range(split.n_documents), key=lambda i: (place_of(decode(split.document(i).tolist())), i))
     seen = np.cumsum(split.byte_counts[order])
-    count = min(max(1, int(np.searchsorted(seen, seen[-1] / 2, side="right"))), split.n_documents - 1)
+    count = 1 + int(np.abs(seen[:-1] - seen[-1] / 2).argmin())
     chosen = sorted(order[:count] if part == "validation" else order[count:])
     return _in_memory(split, [split.document(i) for i in chosen], split.byte_counts[chosen])
 

@@ -207,9 +207,7 @@ def describe(study: Study, folder: Path, outcomes: Mapping[str, Outcome], jobs: 
     """Labels and texts of the plan, to be printed before anything runs."""
     asked, prediction = study.asked, predict(study, outcomes, jobs)
     first = study.arms[0]
-    search = (
-        "the recipe's in every arm" if asked.rates == "recipe" else "searched on seed 0, from √10 below to √10 above"
-    )
+    search = "the recipe's in every arm" if asked.rates == "recipe" else "searched on seed 0, at first √10 apart"
     rows = [
         ("question", asked.question or f"do {', '.join(arm.name for arm in study.arms)} differ?"),
         *([("expected", asked.expectation)] if asked.expectation else []),
