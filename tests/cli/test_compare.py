@@ -8,6 +8,7 @@ from typing import ClassVar
 import pytest
 
 from swamla.cli import main
+from swamla.cli.outputs import Ended
 from swamla.study import running
 from swamla.study.plan import Asked
 from swamla.study.running import opened, read_outcomes, read_tests
@@ -120,6 +121,18 @@ def test_runs_of_a_study_leave_the_test_part_unread_and_are_ordinary_ones(
     (test,) = (test for test in read_tests(home / "studies" / "study") if test.run == run.name)
     assert outcome.validation == pytest.approx(scored["validation"], rel=1e-6)
     assert test.bits_per_byte == pytest.approx(scored["test"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("raised", "status"), [(KeyboardInterrupt(), 130), (Ended(15), 143)], ids=["Ctrl-C", "TERM"])
+def test_whoever_stops_a_study_reads_that_it_goes_on(
+    raised: BaseException, status: int, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(words: list[str], log: Path) -> Here:
+        raise raised
+
+    monkeypatch.setattr(running, "start", stopped)
+    assert main(["compare", "study.toml"]) == status
+    assert "all is saved in studies/study, and the same command goes on" in capsys.readouterr().err
 
 
 def test_an_executor_of_datatrove_trains_and_scores_the_study(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

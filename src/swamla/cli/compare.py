@@ -2,7 +2,8 @@
 
 import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from swamla.cli.console import PLUGINS, Console, program, say, say_rows, say_wrapped
 from swamla.cli.flags import argument, parse
+from swamla.cli.outputs import Ended
 from swamla.cli.overrides import flags
 from swamla.cli.prepare import executor_settings
 from swamla.cli.run_config import resolve
@@ -115,9 +117,10 @@ def main(argv: list[str]) -> int:
         executor_of(folder, study, arguments.executor, arguments.parts, settings).run()
         say_wrapped(console, f"handed the study to {arguments.executor}; the same command without --executor shows it")
         return 0
-    _train(study, folder, jobs, part, console)
-    say(console, "scoring the runs of all seeds on the test part of the held-out text …")
-    tests = score_tests(folder, dataset)
+    with _going_on(folder):
+        _train(study, folder, jobs, part, console)
+        say(console, "scoring the runs of all seeds on the test part of the held-out text …")
+        tests = score_tests(folder, dataset)
     results = Results.of(study, read_outcomes(folder), tests)
     written = results.write(folder)
     _say_results(console, results)
@@ -233,6 +236,19 @@ def _train(study: Study, folder: Path, jobs: int, part: Part | None, console: Co
 
     place = (part.number - 1, part.count) if part else (0, 1)
     run_study(folder, jobs=jobs, part=place[0], parts=place[1], report=report)
+
+
+@contextmanager
+def _going_on(folder: Path) -> Iterator[None]:
+    """Whoever stops the study is told that nothing is lost."""
+    left = f"all is saved in {folder}, and the same command goes on"
+    try:
+        yield
+    except Ended as ended:
+        raise Ended(ended.number, left) from None
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(left)
+        raise
 
 
 def _say_results(console: Console, results: Results) -> None:

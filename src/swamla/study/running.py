@@ -291,6 +291,7 @@ def _locked(folder: Path, name: str) -> Iterator[bool]:
 def append_line(file: Path, values: Mapping[str, Any]) -> None:
     """Append a record to a file of JSON lines, on the disk when this returns. A half-written last line is removed."""
     with file.open("a+b") as out:
+        fcntl.flock(out, fcntl.LOCK_EX)  # what another process is writing is not half-written
         out.seek(0)
         before = out.read()
         whole = before.rfind(b"\n") + 1
