@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich import box
 from rich.table import Table
 
 from swamla.cli.console import PLUGINS, Console, program, say, say_rows, say_wrapped
@@ -254,11 +255,11 @@ def _going_on(folder: Path) -> Iterator[None]:
 def _say_results(console: Console, results: Results) -> None:
     """The table, the verdict, and what it does not say."""
     heads, rows = results.table()
-    table = Table()
-    for number, head in enumerate(heads):
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # as wide as 80 columns allow
+    for number, head in enumerate(heads[:-1]):  # the last is in the sentences
         table.add_column(head, justify="right" if number else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*row[:-1])
     console.print(table)
     for text in results.verdict():
         say_wrapped(console, text)

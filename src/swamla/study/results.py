@@ -104,7 +104,7 @@ class Results:
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Heads and rows for the screen: an arm's cost, rate, score and difference from the first, with intervals."""
         score = {"bits per byte": "bits/byte"}.get(self.study.axis.name, self.study.axis.name)
-        heads = ["arm", "params", "MFLOP/tok", "KiB", "lr", "n", score, "difference", "verdict"]
+        heads = ["arm", "params", "MFLOP", "KiB", "lr", "n", score, "difference", "verdict"]
         against = {comparison.arm: comparison for comparison in self.comparisons}
         rows = []
         for one in self.arms:
