@@ -13,8 +13,8 @@ PACKAGE = Path(swamla.__file__).parent
 FLOORS = [
     {"errors", "exports", "faults", "process", "registry", "version"},
     {"config", "files", "ops", "distributed", "plugins"},
-    {"inference", "data", "recipes", "signal_notice", "tensor_file"},
-    {"model"},
+    {"inference", "recipes", "signal_notice", "tasks", "tensor_file"},
+    {"data", "model"},
     {"checkpoint", "text", "interop"},
     {"hub"},
     {"train", "evaluate", "interpret"},

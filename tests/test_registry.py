@@ -288,7 +288,7 @@ class Stranger:
         (Reserved, "Reserved: a field cannot be called plugin"),
         (Unexampled, "Unexampled: lacks `example`, a classmethod, as eps has no default"),
         (Taken, "Taken: the kind 'rmsnorm' is taken by swamla.model.norm.RMSNormConfig"),
-        (Stranger, "Stranger: derive it from MixerConfig, FFNConfig, NormConfig, OptimizerConfig or Source"),
+        (Stranger, "Stranger: derive it from MixerConfig, FFNConfig, NormConfig, OptimizerConfig, Source or Task"),
     ],
 )
 def test_what_does_not_keep_to_the_contract_is_refused_when_it_is_registered(

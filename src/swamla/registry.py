@@ -60,7 +60,7 @@ def register(cls: C) -> C:
     family = next((base for base in cls.__mro__ if is_family(base)), None)
     if family is None or family is cls:
         raise TypeError(
-            f"{cls.__qualname__}: derive it from MixerConfig, FFNConfig, NormConfig, OptimizerConfig or Source"
+            f"{cls.__qualname__}: derive it from MixerConfig, FFNConfig, NormConfig, OptimizerConfig, Source or Task"
         )
     kind = vars(cls).get("kind")
     if not isinstance(kind, str) or not kind.isidentifier():

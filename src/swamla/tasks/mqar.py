@@ -1,0 +1,66 @@
+"""Multi-query associative recall: pairs of key and value, then keys whose values are asked (arXiv 2312.04927)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from swamla.errors import require
+from swamla.registry import register
+from swamla.tasks.task import IGNORED, Draws, Example, Task
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class MQAR(Task):
+    """`k4 v9 k1 v3 … k1 k7 k4 k2`: at the second k1 the answer is v3, at the second k4 it is v9.
+
+    The pairs fill the row's beginning; after them every key is asked once, at an even distance from the pairs that
+    follows a power law. Between the queries stand keys that are in no pair, so that a key of the row is followed by its
+    own value or by no value at all: no pair is overwritten.
+
+    length: tokens of a row.
+    pairs: key-value pairs; each key is asked once.
+    vocabulary: ids: the first half are keys, the others values.
+    power: exponent of the distances of the queries, p ∝ d^(power − 1): small means soon after the pairs, 1 anywhere.
+    """
+
+    kind: ClassVar[str] = "mqar"
+    length: int = 64
+    pairs: int = 8
+    vocabulary: int = 128
+    power: float = 0.01
+
+    def __post_init__(self) -> None:
+        require(self.pairs > 0, "pairs", self.pairs, "must be > 0, e.g. 8")
+        room = f"must be even and >= 4 · pairs = {4 * self.pairs}: a pair and its query take four tokens"
+        require(self.length % 2 == 0 and self.length >= 4 * self.pairs, "length", self.length, room)
+        keys = f"must be even and > 2 · pairs = {2 * self.pairs}: half of it are keys, of which one is in no pair"
+        enough = self.vocabulary % 2 == 0 and 2 * self.pairs < self.vocabulary <= 1 << 20
+        require(enough, "vocabulary", self.vocabulary, f"{keys}; at most 2^20")
+        require(0 < self.power <= 1, "power", self.power, "must be > 0 and <= 1, e.g. 0.01")
+
+    @property
+    def vocab_size(self) -> int:
+        """Keys and values."""
+        return self.vocabulary
+
+    def names(self) -> Sequence[str]:
+        """k0, k1, … v0, v1, …"""
+        return [f"{letter}{n}" for letter in "kv" for n in range(self.vocabulary // 2)]
+
+    def draw(self, random: Draws) -> Example:
+        """Pairs, then queries among other keys."""
+        half, asked = self.vocabulary // 2, self.length - 2 * self.pairs
+        keys = random.distinct(half, half)
+        key_N, other_keys = keys[: self.pairs], keys[self.pairs :]
+        value_N = half + random.distinct(half, self.pairs)
+        place_N = 2 * random.distinct_weighted(np.arange(1, asked // 2 + 1) ** (self.power - 1.0), self.pairs)
+        tokens_T = np.concatenate(
+            [np.stack([key_N, value_N], axis=1).ravel(), other_keys[random.below(len(other_keys), asked)]]
+        )
+        labels_T = np.full(self.length, IGNORED)
+        tokens_T[2 * self.pairs + place_N] = key_N
+        labels_T[2 * self.pairs + place_N] = value_N
+        return Example(tokens_T, labels_T)
