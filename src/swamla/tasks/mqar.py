@@ -57,6 +57,7 @@ class MQAR(Task):
         key_N, other_keys = keys[: self.pairs], keys[self.pairs :]
         value_N = half + random.distinct(half, self.pairs)
         place_N = 2 * random.distinct_weighted(np.arange(1, asked // 2 + 1) ** (self.power - 1.0), self.pairs)
+        place_N = place_N[random.distinct(self.pairs, self.pairs)]  # the one drawn first tends to be the nearest
         tokens_T = np.concatenate(
             [np.stack([key_N, value_N], axis=1).ravel(), other_keys[random.below(len(other_keys), asked)]]
         )

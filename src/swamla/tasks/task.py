@@ -104,14 +104,15 @@ class Task(Registered, home="swamla.tasks"):
     def row(self, seed: int, index: int, *, held_out: bool = False) -> Example:
         """Row `index` of the training rows or of the held-out rows; both are endless, and no row is among both.
 
-        It is the first draw of (seed, index) that `is_held_out` puts on that side. Raises `ConfigError` for a negative
-        seed or index, `UsageError` for a task with so few different rows that none of them is held out.
+        It is the first draw of (seed, index) that asks something and that `is_held_out` puts on that side. Raises
+        `ConfigError` for a negative seed or index, `UsageError` for a task with so few different rows that none of them
+        is held out.
         """
         require(0 <= seed < 1 << 63, "seed", seed, "must be >= 0 and below 2^63")
         require(0 <= index < 1 << 63, "index", index, "must be >= 0 and below 2^63")
         for attempt in range(_ATTEMPTS):
             row = self.draw(Draws(seed, index, attempt))
-            if is_held_out(row.tokens_T) == held_out:
+            if len(row.query_Q) and is_held_out(row.tokens_T) == held_out:
                 return row
         side = "held-out" if held_out else "training"
         raise UsageError(f"{PREFIX}{self}: has too few different rows for {side} ones: raise its length")

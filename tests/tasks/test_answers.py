@@ -1,0 +1,319 @@
+"""Every answer can be derived from what stands before it: by solvers that know the rules and nothing of the generators.
+
+And what a row has at random is as random as it says: chi-square of fixed seeds, bounded at 10⁻⁶.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from swamla.registry import members_of
+from swamla.tasks import Task, parse
+
+Solver = Callable[[list[str]], dict[int, str]]
+"""From the names of a row's tokens to the answers by their positions."""
+
+
+def pairs_solver(words: list[str]) -> dict[int, str]:
+    """A key's value follows it; a key that was there with its value asks for that."""
+    value, answers = dict[str, str](), {}
+    for t, word in enumerate(words):
+        follows = words[t + 1] if t + 1 < len(words) else ""
+        if word[0] == "k" and follows[:1] == "v":
+            assert word not in value, "a pair is overwritten"
+            value[word] = follows
+        elif word in value:
+            answers[t] = value[word]
+    return answers
+
+
+def copy_solver(words: list[str]) -> dict[int, str]:
+    return after_the_bar(words, lambda before: before)
+
+
+def palindrome_solver(words: list[str]) -> dict[int, str]:
+    return after_the_bar(words, lambda before: before[::-1])
+
+
+def selective_solver(words: list[str]) -> dict[int, str]:
+    return after_the_bar(words, lambda before: [word for word in before if word != "_"])
+
+
+def after_the_bar(words: list[str], answer: Callable[[list[str]], list[str]]) -> dict[int, str]:
+    bar = words.index("|")
+    return {bar + n: word for n, word in enumerate(answer(words[:bar]))}
+
+
+def induction_solver(words: list[str]) -> dict[int, str]:
+    """What followed the same token before."""
+    first = {word: words.index(word) for word in words}
+    return {t: words[first[word] + 1] for t, word in enumerate(words) if first[word] < t}
+
+
+def dyck_solver(words: list[str]) -> dict[int, str]:
+    """By removing matched pairs from the text so far. The kind of bracket that comes is given by the next token."""
+    answers = {}
+    for t in range(len(words)):
+        text, before = "".join(words[: t + 1]), None
+        while text != before:
+            before, text = text, re.sub(r"\((\d+)\)\1(?!\d)", "", text)
+        assert ")" not in text, "closed, but not open"
+        if text:
+            answers[t] = ")" + text.rpartition("(")[2]
+    return answers
+
+
+def ngram_solver(words: list[str], n: int = 3) -> dict[int, str]:
+    """By looking for the same n − 1 tokens before."""
+    answers = dict[int, str]()
+    for t in range(n - 2, len(words)):
+        context = words[t - n + 2 : t + 1]
+        followers = {
+            words[s + n - 1]
+            for s in range(t - n + 2)
+            if words[s : s + n - 1] == context and "." not in words[s : s + n]
+        }
+        assert len(followers) <= 1, "two answers"
+        if followers:
+            answers[t] = followers.pop()
+    return answers
+
+
+def needle_solver(words: list[str]) -> dict[int, str]:
+    text = " ".join(words)
+    person = re.search(r"what is the code of (\w+) \?", text)
+    assert person is not None
+    (code,) = re.findall(rf"the code of {person[1]} is ((?:\d )+)\.", text)
+    asked = words.index("?")
+    return {asked + n: digit for n, digit in enumerate(code.split())}
+
+
+def state_solver(words: list[str]) -> dict[int, str]:
+    """By moving things: the permutation 231 puts a 2 where a 1 was."""
+    if {"0", "1"} >= set(words):
+        return {t: str(sum(map(int, words[: t + 1])) % 2) for t in range(len(words))}
+    state, answers = sorted(words[0]), {}
+    for t, word in enumerate(words):
+        state = [word[int(thing) - 1] for thing in state]
+        answers[t] = "".join(state)
+    return answers
+
+
+SOLVERS: dict[str, Solver] = {
+    "copy": copy_solver,
+    "dyck": dyck_solver,
+    "induction": induction_solver,
+    "mqar": pairs_solver,
+    "needle": needle_solver,
+    "ngram": ngram_solver,
+    "palindrome": palindrome_solver,
+    "selective_copy": selective_solver,
+    "state_tracking": state_solver,
+}
+SPECS = [
+    *SOLVERS,
+    "copy?length=16&vocabulary=3",
+    "dyck?length=200&brackets=12&depth=3",
+    "dyck?depth=1&length=24",
+    "induction?shortest=2&longest=3&length=20&vocabulary=30",
+    "mqar?pairs=32&length=128&vocabulary=256",
+    "mqar?pairs=16&power=1",
+    "mqar?pairs=63&length=300",
+    "needle?needles=16&length=400&digits=5",
+    "needle?depth=0",
+    "needle?depth=9&needles=4&length=160",
+    "ngram?run=3&vocabulary=5&length=40",
+    "palindrome?length=6",
+    "selective_copy?symbols=31",
+    "state_tracking?group=parity",
+    "state_tracking?group=s5&length=32",
+    "state_tracking?moves=swaps",
+    "state_tracking?group=s5&moves=swaps",
+]
+
+
+def rows_of(spec: str, count: int, seed: int = 0) -> Iterator[tuple[list[str], dict[int, str]]]:
+    """The names of each row's tokens, and of its labels by position."""
+    task = parse(spec)
+    names = task.names()
+    for index in range(count):
+        row = task.row(seed, index, held_out=index % 8 == 0)
+        labels = {int(t): names[row.labels_T[t]] for t in row.query_Q}
+        yield [names[i] for i in row.tokens_T], labels
+
+
+def test_every_task_has_a_solver() -> None:
+    assert {kind for kind, cls in members_of(Task).items() if cls.__module__.startswith("swamla.")} == SOLVERS.keys()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_answer_is_derived_by_a_solver_from_the_tokens_up_to_it(spec: str) -> None:
+    solver = SOLVERS[spec.partition("?")[0]]
+    for words, labels in rows_of(spec, 60):
+        derived = solver(words)
+        assert {t: derived[t] for t in labels} == labels
+        for t in list(labels)[:: max(1, len(labels) // 4)]:  # nothing after the position is needed
+            assert solver(words[: t + 1])[t] == labels[t]
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if not spec.startswith(("dyck", "ngram", "mqar"))])
+def test_all_that_can_be_answered_is_asked(spec: str) -> None:
+    solver = SOLVERS[spec.partition("?")[0]]
+    for words, labels in rows_of(spec, 20):
+        assert solver(words).keys() == labels.keys()
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.startswith("dyck")])
+def test_every_closing_bracket_is_asked_for_and_no_more_are_open_than_allowed(spec: str) -> None:
+    depth = getattr(parse(spec), "depth")  # noqa: B009
+    deepest = 0
+    for words, labels in rows_of(spec, 60):
+        coming = {t for t in range(len(words) - 1) if words[t + 1][0] == ")"}
+        assert coming <= labels.keys() <= coming | {len(words) - 1}
+        opened = np.cumsum([1 if word[0] == "(" else -1 for word in words])
+        assert opened.min() >= 0
+        assert opened.max() <= depth
+        deepest = max(deepest, int(opened.max()))
+    assert deepest == depth
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.startswith("ngram")])
+def test_all_of_an_ngram_seen_before_is_asked_but_at_the_end_of_a_run(spec: str) -> None:
+    for words, labels in rows_of(spec, 30):
+        answerable = ngram_solver(words)
+        ends = {t for t in range(len(words)) if t == len(words) - 1 or words[t + 1] == "."}
+        assert answerable.keys() - ends <= labels.keys() <= answerable.keys()
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.startswith("mqar")])
+def test_each_key_is_asked_once_and_no_pair_is_overwritten(spec: str) -> None:
+    pairs = getattr(parse(spec), "pairs")  # noqa: B009
+    for words, labels in rows_of(spec, 60):
+        keys, values = words[0 : 2 * pairs : 2], words[1 : 2 * pairs : 2]
+        assert len(set(keys)) == len(set(values)) == pairs
+        assert Counter(words[t] for t in labels) == Counter(keys)
+        assert {words[t]: label for t, label in labels.items()} == dict(zip(keys, values, strict=True))
+        assert min(labels) >= 2 * pairs
+        after = words[2 * pairs :]
+        assert all(word[0] == "k" for word in after)  # no value but those of the pairs: nothing is bound again
+        assert sum(word in keys for word in after) == pairs  # and no key of the row but those that are asked
+
+
+def fits(counts: Any, shares: Any) -> bool:
+    """Whether chi-square is below a bound that it exceeds with probability < 10⁻⁶ (Laurent and Massart, 2000)."""
+    expected, free, x = np.sum(counts) * np.asarray(shares), len(counts) - 1, -np.log(1e-6)
+    return bool(np.sum((counts - expected) ** 2 / expected) < free + 2 * np.sqrt(free * x) + 2 * x)
+
+
+def uniform(observed: Any, among: int) -> None:
+    """What was observed is uniform over 0 … among − 1."""
+    counts = np.bincount(np.asarray(list(observed)), minlength=among)
+    assert len(counts) == among
+    assert fits(counts, np.full(among, 1 / among)), counts
+
+
+ROWS = 3000
+
+
+def test_mqar_has_uniform_keys_values_and_filler() -> None:
+    task = parse("mqar?pairs=4&length=32&vocabulary=32")
+    rows = [task.row(0, index) for index in range(ROWS)]
+    uniform((row.tokens_T[0] for row in rows), 16)
+    uniform((row.tokens_T[7] - 16 for row in rows), 16)
+    uniform((i for row in rows for i in np.delete(row.tokens_T[8:], row.query_Q - 8)[:1]), 16)
+    uniform((list(row.tokens_T[:8:2]).index(row.tokens_T[row.query_Q[0]]) for row in rows), 4)  # which is asked first
+
+
+def test_mqar_asks_soon_after_the_pairs_or_anywhere_as_its_power_says() -> None:
+    """The first of zoology's distances, d ∝ d^(power − 1); for one pair exactly that distribution."""
+    for power in (0.01, 0.5, 1.0):
+        task = parse(f"mqar?pairs=1&length=18&vocabulary=32&power={power}")
+        at = [int(task.row(0, index).query_Q[0] - 2) for index in range(ROWS)]
+        counts = np.bincount(at, minlength=16)
+        assert counts[1::2].sum() == 0
+        expected = np.arange(1, 9) ** (power - 1)
+        assert fits(counts[::2], expected / expected.sum())
+
+
+def test_copied_symbols_are_uniform_and_selected_ones_stand_anywhere() -> None:
+    for kind in ("copy", "palindrome"):
+        task = parse(f"{kind}?length=8&vocabulary=9")
+        uniform((i for index in range(ROWS) for i in task.row(0, index).tokens_T[:4]), 8)
+    task = parse("selective_copy?length=20&symbols=3&vocabulary=10")
+    rows = [task.row(0, index).tokens_T[:17] for index in range(ROWS)]
+    uniform((i for row in rows for i in row[row < 8]), 8)
+    uniform((t for row in rows for t in np.flatnonzero(row < 8)), 17)
+
+
+def test_periods_of_induction_are_uniform_and_so_are_its_tokens() -> None:
+    task = parse("induction?shortest=3&longest=10&length=24&vocabulary=12")
+    rows = [task.row(0, index) for index in range(ROWS)]
+    uniform((row.query_Q[0] - 3 for row in rows), 8)
+    uniform((row.tokens_T[2] for row in rows), 12)
+    assert all(len(set(row.tokens_T[: row.query_Q[0]].tolist())) == row.query_Q[0] for row in rows)
+
+
+def test_the_period_of_induction_is_told_by_no_position() -> None:
+    """At no position after the longest period is the distance to the answer the same in more than a few rows."""
+    task = parse("induction?length=64&shortest=8&longest=32")
+    distances = Counter(int(task.row(1, index).query_Q[0]) for index in range(ROWS))
+    assert max(distances.values()) < ROWS / 25 * 1.5
+
+
+def test_brackets_open_and_close_alike_and_have_uniform_kinds() -> None:
+    task = parse("dyck?length=41&brackets=5&depth=40")
+    rows = [task.row(0, index).tokens_T for index in range(ROWS)]
+    uniform((row[0] for row in rows), 5)
+    uniform((row[1] >= 5 for row in rows), 2)
+    uniform((row[1] for row in rows if row[1] < 5), 5)
+
+
+def test_ngrams_are_followed_by_uniform_symbols_in_a_language_of_each_row() -> None:
+    task = parse("ngram?n=2&run=6&vocabulary=9&length=56")
+    rows = [task.row(0, index) for index in range(ROWS)]
+    uniform((row.tokens_T[1] for row in rows), 8)
+    uniform((row.tokens_T[2] for row in rows), 8)
+    uniform((8 * row.tokens_T[1] + row.tokens_T[2] for row in rows), 64)
+
+
+def test_moves_are_uniform_and_so_are_the_states() -> None:
+    for spec, elements, states in (("parity", 2, 2), ("s3", 6, 6), ("s5", 120, 120), ("s3&moves=swaps", 3, 3)):
+        task = parse(f"state_tracking?group={spec}&length=9")
+        rows = [task.row(0, index) for index in range(ROWS)]
+        for column, count in ((lambda row: row.tokens_T[4], elements), (lambda row: row.labels_T[8], states)):
+            found = [int(column(row)) for row in rows]
+            known = {value: place for place, value in enumerate(sorted(set(found)))}
+            uniform((known[value] for value in found), count)
+
+
+def test_needles_stand_at_ten_depths_with_uniform_codes() -> None:
+    rows = list(rows_of("needle?length=200", ROWS // 2))
+    uniform((int(label) for _, labels in rows for label in labels.values()), 10)
+    asked = [words[words.index("?") - 1] for words, _ in rows]
+    people = sorted(set(asked))
+    uniform((people.index(person) for person in asked), 16)
+    at = [" ".join(words).split("the code of")[0].count(" . ") for words, _ in rows]  # sentences before it
+    depths = sorted(set(at))
+    uniform((depths.index(depth) for depth in at), 10)
+
+
+def test_a_needle_at_depth_0_is_first_and_at_depth_9_is_right_before_the_question() -> None:
+    for words, _ in rows_of("needle?depth=0&needles=3&length=200", 20):
+        person = words[words.index("?") - 1]
+        assert " ".join(words).startswith(f"the code of {person} is")
+    for words, _ in rows_of("needle?depth=9&needles=3&length=200", 20):
+        asked = words.index("?")
+        assert words[asked - 15 : asked - 11] == ["the", "code", "of", words[asked - 1]]
+
+
+def test_no_answer_stands_at_one_distance_in_all_rows_of_the_tasks_that_ask_for_content() -> None:
+    for kind in ("mqar", "induction", "selective_copy", "needle"):
+        distances = set()
+        for words, labels in rows_of(kind, 60):
+            t = max(labels)
+            distances.add(t - max(s for s in range(t + 1) if words[s] == labels[t]))
+        assert len(distances) > 5, kind
