@@ -38,7 +38,10 @@ class Generation:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The document start token and the prompt's tokens. Raises `UsageError` for NUL or invalid Unicode."""
+    """The document start token and the prompt's tokens; of a task, whose rows have no start, the tokens alone.
+
+    Raises `UsageError` for NUL, invalid Unicode, and an empty prompt of a task.
+    """
     if "\0" in prompt:
         raise UsageError(f"the prompt has a NUL character at position {prompt.index(chr(0))}: remove it")
     try:
@@ -47,7 +50,10 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
         raise UsageError(
             f"the prompt has a lone surrogate at position {error.start}: it is not valid Unicode text"
         ) from error
-    return [tokenizer.eos_id, *tokenizer.encode(prompt)]
+    ids = [*tokenizer.start, *tokenizer.encode(prompt)]
+    if not ids:
+        raise UsageError("the prompt is empty: a row of a task begins with a token of its own: give it the row so far")
+    return ids
 
 
 def room(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> int | None:

@@ -7,14 +7,17 @@ from swamla import distributed
 from swamla.checkpoint import load
 from swamla.cli.console import Console, harmless, program, say, say_wrapped
 from swamla.cli.runs import summarize
-from swamla.data.dataset import Dataset
+from swamla.data.dataset import Dataset, TrainingData
+from swamla.data.task_rows import TaskDataset
 from swamla.data.tokenizer import Tokenizer
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.text import generate_text
 from swamla.train import RunConfig, TrainState
 from swamla.train.changes import extension
+from swamla.train.tracking.metrics import read_metrics
 
 SAMPLE_TOKENS = 120
+KNOWN = 0.99  # of the answers to a task
 _OPENING = 24  # characters of held-out text that a sample continues
 # A run bounded by time saw few tokens below both: 20 per parameter (arXiv 2203.15556), and 4 epochs, up to which
 # repeated text is worth nearly as much as new text (arXiv 2305.16264).
@@ -56,11 +59,16 @@ def say_next(console: Console, what: str, commands: list[str]) -> None:
         say(console, f"  {program()} {command}")
 
 
-def say_results(console: Console, run_dir: Path, config: RunConfig, dataset: Dataset, state: TrainState) -> None:
+def say_results(console: Console, run_dir: Path, config: RunConfig, dataset: TrainingData, state: TrainState) -> None:
     """After `swamla train`: a sample (of a run on one process that has a best), its figures, the next commands."""
     if not distributed.is_main():
         return
-    prompt, run = opening(dataset), shlex.quote(str(run_dir))
+    run = shlex.quote(str(run_dir))
+    if isinstance(dataset, TaskDataset):
+        say_accuracy(console, run_dir, config, dataset, state)
+        return
+    assert isinstance(dataset, Dataset)
+    prompt = opening(dataset)
     if state.best is not None and distributed.world_size() == 1:  # the weights of several may fill a whole machine
         model, tokenizer = load(run_dir)
         text = sample(model.to(state.device), tokenizer, prompt)
@@ -71,6 +79,27 @@ def say_results(console: Console, run_dir: Path, config: RunConfig, dataset: Dat
             say_wrapped(console, line)
     commands = [generate_command(run_dir, prompt, config.model), f"evaluate {run}", longer]
     say_next(console, f"{run_dir} has config.json, metrics.jsonl, loss.png and the checkpoints.", commands)
+
+
+def say_accuracy(console: Console, run_dir: Path, config: RunConfig, dataset: TaskDataset, state: TrainState) -> None:
+    """After `swamla train` on a task: the accuracy, since when it was .99, a question of a held-out row, commands."""
+    run, names = shlex.quote(str(run_dir)), dataset.task.names()
+    evaluations = [record for record in read_metrics(run_dir / "metrics.jsonl") if "held_out_accuracy" in record]
+    if evaluations:
+        known = next((record["step"] for record in evaluations if record["held_out_accuracy"] >= KNOWN), None)
+        since = "not reached" if known is None else f"reached by step {known}"
+        best = max(record["held_out_accuracy"] for record in evaluations)
+        last = f"{evaluations[-1]['held_out_accuracy']:.4f} of the held-out answers are right after the last evaluation"
+        say_wrapped(console, f"Accuracy: {last}, {best:.4f} at best; {KNOWN} was {since}.")
+    row = dataset.task.row(0, 0, held_out=True)
+    asked = int(row.query_Q[0])
+    prompt, answer = " ".join(names[i] for i in row.tokens_T[: asked + 1]), names[row.labels_T[asked]]
+    longer = f"train --resume {run} {extension(config.train, step=state.step, seconds=state.seconds)}"
+    ask = f"generate {run} --greedy --max_new_tokens 1 --prompt {shlex.quote(prompt)}"
+    what = (
+        f"{run_dir} has config.json, metrics.jsonl, loss.png and the checkpoints. The first command asks for {answer}."
+    )
+    say_next(console, what, [ask, f"evaluate {run}", longer])
 
 
 def _figures(run_dir: Path, state: TrainState) -> str:
@@ -88,7 +117,7 @@ def _figures(run_dir: Path, state: TrainState) -> str:
     )
 
 
-def few_tokens(config: RunConfig, dataset: Dataset, state: TrainState, longer: str) -> str:
+def few_tokens(config: RunConfig, dataset: TrainingData, state: TrainState, longer: str) -> str:
     """For a run that its minutes ended before it saw much text: how much that was, and how to go on; else ""."""
     train = config.train
     parameters = sum(parameter.numel() for parameter in state.model.parameters())

@@ -27,13 +27,17 @@ from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset
 from swamla.data.reopening import reopen
 from swamla.data.shards import Split
-from swamla.data.tokenizer import Tokenizer
+from swamla.data.task_rows import HELD_OUT_ROWS, TaskDataset
+from swamla.data.tokenizer import Tokenizer, load_tokenizer
 from swamla.errors import DataError, SwamlaError, UsageError
 from swamla.evaluate import bytes_apart, part_of, validation
+from swamla.model.language_model import LanguageModel
+from swamla.tasks import PREFIX
+from swamla.tasks import parse as parse_task
 from swamla.train import RunConfig
 from swamla.train.changes import config_of
 from swamla.train.init_from import lineage
-from swamla.train.precision import autocast, resolve_as_trained
+from swamla.train.precision import Chosen, autocast, resolve_as_trained
 from swamla.train.run_folder import identity_of_run
 
 # Fields of `DataConfig` that are flags for --data; --split is short for --hub_split.
@@ -49,8 +53,11 @@ _FEW, _ALIKE, _AT_THE_CUT = 10_000, 16, 16
 class Arguments:
     """Loss, perplexity and bits per byte of a trained model on held-out text, or its scores in tasks of lm-eval.
 
+    A model that was trained on a synthetic task is scored on held-out rows of it: loss and accuracy.
+
     run: the run's folder.
-    data: score all of this data, with the run's tokenizer, instead of the run's held-out text.
+    data: score all of this data, with the run's tokenizer, instead of the run's held-out text; or other rows of a task:
+        "task:mqar?pairs=16".
     held_out: score only the part of --data that a run on it would hold out, by the run's held_out_fraction.
     part: all of that text, or its validation or test part, of half of the bytes each, as studies divide it.
     block_size: length of a row; 0 for the run's.
@@ -105,10 +112,17 @@ def main(argv: list[str]) -> int:
     config = from_plain(RunConfig, plain, origin=str(run / "config.json"))
     checkpoint = find_checkpoint(run, arguments.checkpoint)
     model, _ = load(run, str(checkpoint.step))
-    dataset = _other_data(arguments, given, run, config) if arguments.data else _own_data(run, config, checkpoint)
-    score = validation(dataset, arguments.block_size or config.train.block_size, part=arguments.part)
     trained = str(checkpoint.state.get("precision", ""))
     precision = resolve_as_trained(config.train.precision, trained, model.device)
+    scored = arguments.data or config.data.source
+    if scored.startswith(PREFIX):
+        task = parse_task(scored)
+        if others := sorted(given.keys() & {*_OWN, "held_out", "block_size"}):
+            raise UsageError(f"--{others[0]} is for texts; a task has its sizes in its name: --data '{PREFIX}{task}'")
+        _score_task(TaskDataset(task), model, load_tokenizer(run / "tokenizer.json"), precision, arguments)
+        return 0
+    dataset = _other_data(arguments, given, run, config) if arguments.data else _own_data(run, config, checkpoint)
+    score = validation(dataset, arguments.block_size or config.train.block_size, part=arguments.part)
     text = part_of(dataset.held_out, arguments.part, dataset.tokenizer.decode)
     if not arguments.json:
         tokens = text.n_tokens + text.n_documents
@@ -132,6 +146,25 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _score_task(
+    dataset: TaskDataset, model: LanguageModel, tokenizer: Tokenizer, precision: Chosen, arguments: Arguments
+) -> None:
+    """Print loss and accuracy on held-out rows of a task. Raises `UsageError` if its ids are not those of the run."""
+    if dataset.tokenizer.fingerprint != tokenizer.fingerprint:
+        other = f"its {dataset.task.vocab_size} ids are others than those that the run was trained on"
+        raise UsageError(f"{dataset.source}: {other}: give it the run's kind and vocabulary")
+    with autocast(precision, model.device):
+        found = validation(dataset, dataset.task.length, part=arguments.part)(model)
+    rows = "test rows" if arguments.part == "test" else "held-out rows"
+    if arguments.json:
+        print(json.dumps(found | {"precision": precision, "source": dataset.source, "scored": rows}))
+        return
+    print(f"loss          {found['loss']:.4f} nats per label")
+    print(f"accuracy      {found['accuracy']:.4f}", flush=True)
+    scored = f"over {found['tokens']:,} labels in {HELD_OUT_ROWS:,} {rows} of {dataset.source}, in {precision}"
+    say_wrapped(Console(), scored)
+
+
 def _own_flags() -> dict[str, Flag]:
     flags = data_flags()
     flags["split"] = replace(flags["hub_split"], name="split")
@@ -141,6 +174,7 @@ def _own_flags() -> dict[str, Flag]:
 def _own_data(run: Path, config: RunConfig, checkpoint: Checkpoint) -> Dataset:
     """The run's own data; warns if it has changed since training."""
     dataset = data_of_run(run, config.data, Console(stderr=True))
+    assert isinstance(dataset, Dataset)  # no task, which is scored without it
     trained_on = checkpoint.state["data_fingerprint"]
     if dataset.fingerprint != trained_on:
         warnings.warn(

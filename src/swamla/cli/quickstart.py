@@ -60,6 +60,8 @@ def main(argv: list[str]) -> int:
     with _claimed(arguments, resume) as claim:
         run_dir = claim.path
         config = read_recipe(str(run_dir / "config.json") if resume else "quickstart", given, new=not resume)
+        if config.data.task is not None:
+            raise UsageError("quickstart compares a model of texts with gzip; on a task: train toy-mqar --data task:…")
         _train(config, given, claim, resume, arguments.verbose)
     return 0
 
@@ -78,6 +80,7 @@ def _train(config: RunConfig, given: Mapping[str, Any], claim: Claim, resume: bo
     say_wrapped(console, f"resuming {run_dir}" if resume else _announcement(config, run_dir))
     resumed = run_dir if resume else None
     dataset = prepare_data(config.data, console, block_size=config.train.block_size, resumed=resumed, verbose=verbose)
+    assert isinstance(dataset, Dataset)  # of texts
     if not resume:
         config = fitted(config, "quickstart", given, dataset, partial(say, console))
     samples, prompt = run_dir / "samples.txt", opening(dataset)

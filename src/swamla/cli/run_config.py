@@ -16,13 +16,15 @@ from swamla.cli.overrides import apply_flags, flags
 from swamla.cli.reshape import fit_ranks, reshape
 from swamla.cli.spelling import as_typed
 from swamla.config import from_plain, load_file, to_plain, within
-from swamla.data.config import MIXTURE, TOKEN_IDS, DataConfig, parse_bpe
+from swamla.data.config import MIXTURE, NAMES, TOKEN_IDS, DataConfig, parse_bpe
 from swamla.data.sources import TOKENIZERS, is_path, located, split_kind
+from swamla.data.task_rows import TaskDataset
 from swamla.errors import ConfigError, UsageError, require
 from swamla.interop.architecture import architecture_of
 from swamla.model.block import BlockConfig
 from swamla.model.language_model import LanguageModelConfig
 from swamla.recipes import recipe_names, recipe_path
+from swamla.tasks import PREFIX, parse
 from swamla.train.config import RunConfig
 from swamla.train.init_from import Origin, origin_of
 
@@ -77,9 +79,25 @@ class Written:
         model = self.plain["model"]
         origins = fit_ranks(model, given, self.spare) | reshape(model, given, self.spare)
         origins |= apply_flags(self.plain, given, flags())
+        origins |= _fit_task(self.plain, given)
         if "vocab_size" not in given and self.plain.get("data", {}).get("tokenizer") != tokenizer:
             self.plain["model"]["vocab_size"] = 0  # the recipe's size belongs to its own tokenizer
         return origins
+
+
+def _fit_task(plain: dict[str, Any], given: Mapping[str, Any]) -> dict[str, str]:
+    """Give a run on a task its rows' length, and names for its ids, unless flags say otherwise; dotted field → flag."""
+    data, train = plain.setdefault("data", {}), plain.setdefault("train", {})
+    source = data.get("source")
+    if not isinstance(source, str) or not source.startswith(PREFIX):
+        return {}
+    task = parse(source)
+    data["source"] = f"{PREFIX}{task}"  # every size, whatever the defaults of a later version
+    if "tokenizer" not in given:
+        data["tokenizer"] = NAMES
+    if "block_size" not in given:
+        train["block_size"] = task.length
+    return {"data.source": "--data"} if given.keys() & {"data", "source"} else {}
 
 
 def written(recipe: str, given: Mapping[str, Any], *, new: bool = False, unnamed: bool = False) -> Written:
@@ -239,6 +257,8 @@ def with_vocabulary(model: LanguageModelConfig, data: DataConfig, otherwise: int
     """
     if model.vocab_size:
         return model
+    if data.task is not None:
+        return replace(model, vocab_size=TaskDataset(data.task).tokenizer.vocab_size)
     bpe = parse_bpe(data.tokenizer)
     known = _VOCABULARIES.get((data.tokenizer, ""), 0) or _VOCABULARIES.get((data.tokenizer, data.source), 0)
     size = bpe[0] if bpe else known or otherwise

@@ -11,10 +11,11 @@ from swamla import distributed
 from swamla.cli.console import Console, program, say, say_rows
 from swamla.cli.progress import shown_progress
 from swamla.data.config import DataConfig
-from swamla.data.dataset import Dataset
+from swamla.data.dataset import Dataset, TrainingData
 from swamla.data.hub import PREFIX
 from swamla.data.preparing import prepare
 from swamla.data.reopening import lacks_plugin, reopen
+from swamla.data.task_rows import TaskDataset
 from swamla.errors import DataError, HubDataError, Interrupted, MissingBackendError, UsageError
 from swamla.hub.pull import pull
 from swamla.train import TrainConfig
@@ -44,12 +45,14 @@ def read_data(config: DataConfig, console: Console, *, workers: int | None = Non
 
 def data_of_run(
     run_dir: Path, config: DataConfig, console: Console, *, training: bool = False, workers: int | None = None
-) -> Dataset:
+) -> TrainingData:
     """The data that a run started with: from the cache by fingerprint, otherwise read again from its source.
 
     `config` may differ from the run's in the handling of bad rows and in the cache; if it names other data, that is
     read. Warns and raises as `reopen` does. Raises `DataError` if neither cache nor source has the data.
     """
+    if config.task is not None:
+        return TaskDataset(config.task)
     known, began = identity_of_run(run_dir), config_of(run_dir).data
     began = replace(began, on_bad_row=config.on_bad_row, invalid_utf8=config.invalid_utf8, cache_dir=config.cache_dir)
     if known is None or config != began:
@@ -80,9 +83,12 @@ def prepare_data(
     workers: int | None = None,
     resumed: Path | None = None,
     verbose: bool = False,
-) -> Dataset:
+) -> TrainingData:
     """The data of a run, described on the console. resumed: the folder of a resumed run.  verbose: all about it."""
-    if resumed is None:
+    dataset: TrainingData
+    if config.task is not None:
+        dataset = TaskDataset(config.task)
+    elif resumed is None:
         try:
             dataset = read_data(config, console, workers=workers)
         except (HubDataError, MissingBackendError) as error:
@@ -102,7 +108,7 @@ def _without_the_hub(config: DataConfig) -> str:
 
 
 def describe_data(
-    dataset: Dataset, console: Console, block_size: int = TrainConfig.block_size, *, brief: bool = False
+    dataset: TrainingData, console: Console, block_size: int = TrainConfig.block_size, *, brief: bool = False
 ) -> None:
     """Print a description of the data, and how well it fills rows of `block_size`; on the main rank only.
 
@@ -113,7 +119,7 @@ def describe_data(
     described = dataset.describe()
     if brief:
         described = [(label, _COUNTED.sub(r"\1", text)) for label, text in described if label in BRIEF]
-    elif dataset.train.n_documents:
+    elif isinstance(dataset, Dataset) and dataset.train.n_documents:
         described.append(("utilisation", _utilisation(dataset, block_size)))
     say_rows(console, described)
 

@@ -59,8 +59,8 @@ class Remove:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A row. loss: the last one of training.  held_out_loss: the lowest, with its bits_per_byte.  "no save": a run
-    without a checkpoint."""
+    """A row. loss: the last one of training.  held_out_loss: the lowest, with its bits_per_byte or, of a task, its
+    accuracy.  "no save": a run without a checkpoint."""
 
     name: str
     path: str
@@ -73,6 +73,7 @@ class Run:
     loss: float | None
     held_out_loss: float | None
     bits_per_byte: float | None
+    accuracy: float | None
     modified: float
     state: State
 
@@ -199,6 +200,7 @@ def summarize(path: Path) -> Run:
         loss=steps[-1]["loss"] if steps else None,
         held_out_loss=best.get("held_out_loss"),
         bits_per_byte=best.get("held_out_bits_per_byte"),
+        accuracy=best.get("held_out_accuracy"),
         modified=(file if file.exists() else path / "config.json").stat().st_mtime,
         state=_state(path, config, records),
     )
@@ -249,7 +251,7 @@ def _table(runs: list[Run], now: float) -> Table:
             Text(f"{data}\n{short_source(run.tokenizer)}"),
             f"{_short(run.parameters)}\n{_short(run.steps)}",
             f"{_figure(run.loss)}\n{_short(run.tokens)}",
-            f"{_figure(run.held_out_loss)}\n{_figure(run.bits_per_byte)}",
+            f"{_figure(run.held_out_loss)}\n{_figure(run.bits_per_byte) if run.accuracy is None else _share(run.accuracy)}",
             f"{run.state}\n{age(now, run.modified)}",
         )
     return table
@@ -257,6 +259,10 @@ def _table(runs: list[Run], now: float) -> Table:
 
 def _figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %"
 
 
 def _short(count: int) -> str:

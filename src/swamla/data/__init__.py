@@ -14,6 +14,7 @@ from swamla.exports import lazy_exports
 if TYPE_CHECKING:
     from swamla.data.config import DataConfig as DataConfig
     from swamla.data.dataset import Dataset as Dataset
+    from swamla.data.dataset import TrainingData as TrainingData
     from swamla.data.packing import Batch as Batch
     from swamla.data.packing import HeldOutRows as HeldOutRows
     from swamla.data.packing import PackedRows as PackedRows
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from swamla.data.reopening import reopen as reopen
     from swamla.data.shards import Split as Split
     from swamla.data.sources import Source as Source
+    from swamla.data.task_rows import TaskDataset as TaskDataset
     from swamla.data.tokenizer import StreamDecoder as StreamDecoder
     from swamla.data.tokenizer import Tokenizer as Tokenizer
     from swamla.data.tokenizer import load_tokenizer as load_tokenizer

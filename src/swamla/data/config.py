@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from swamla.errors import require
+from swamla.tasks import HELD_OUT, PREFIX, Task, parse
 
 BYTES = 256
 MIXTURE = "mixture"
 TOKEN_IDS = "token_ids"
+NAMES = "names"
 _BPE = re.compile(r"bpe(?P<lines>-lines)?:(?P<size>\d{1,9})")
 _IDS = re.compile(r"ids:(?P<count>[1-9]\d{0,8})")
 
@@ -32,8 +34,8 @@ class WeightedSource:
 
     def __post_init__(self) -> None:
         _check_source(self)
-        whole = self.source in (MIXTURE, TOKEN_IDS)
-        require(not whole, "source", self.source, "a mixture cannot contain another, nor ids given from Python")
+        whole = self.source in (MIXTURE, TOKEN_IDS) or self.source.startswith(PREFIX)
+        require(not whole, "source", self.source, "a mixture cannot contain another, a task, nor ids given from Python")
         require(self.weight > 0, "weight", self.weight, "must be > 0, e.g. 0.3")
 
 
@@ -45,16 +47,17 @@ class DataConfig:
         hub), "mixture", or the path of a text file, of rows, or of a folder of them; rows are .jsonl, .ndjson, .json,
         .csv, .tsv or .parquet. All may be compressed (.gz, .zst, .xz, .bz2). "files:PATH" is a path even if it reads
         like another kind. "token_ids" are documents of ids, given from Python: `prepare(config, token_ids=…)`.
+        "task:KIND?SIZE=N&…" are the endless rows of a task, as "task:mqar?pairs=8&length=64".
     text_column: the column of rows that holds the text.
     hub_config: the config of a hub dataset, e.g. CC-MAIN-2024-10; empty for its default.
     hub_split: the split of a hub dataset.
     hub_revision: the commit, branch or tag to read; empty for the newest.
     tokenizer: "byte", "char", "bpe:N" or "bpe-lines:N" (trained here, vocabulary N), "gpt2" or "hub:NAME" (fetched),
         "gpt2:FOLDER" (encoder.json and vocab.bpe), or the path of a tokenizer.json. "ids:N" for ids 0 … N - 1 without
-        a tokenizer: their text is the numbers themselves, as in " 17 5 23".
+        a tokenizer: their text is the numbers themselves, as in " 17 5 23". "names" for a task, whose ids have names.
     held_out_fraction: the share of documents never trained on; they are chosen by a hash of their text. A single
         document is cut instead, and its last characters are held out. 1 holds out everything, for a test set, which
-        needs a tokenizer that exists already.
+        needs a tokenizer that exists already. Of a task it is always 0.05 of all rows that there can be.
     invalid_utf8: whether bytes that are not UTF-8 are an error or replaced by U+FFFD and counted.
     on_bad_row: whether a row (or a text file of a folder) that cannot be used is an error, or skipped and counted.
     stream: tokenize during training, and shuffle this many units (of about 8 MB of text) together; little of the
@@ -98,6 +101,7 @@ class DataConfig:
             known = 'made the ids already: name what made them, e.g. ids:N for none, "gpt2", or the path of a file'
             require(not trained, "tokenizer", self.tokenizer, known)
             require(not self.stream, "stream", self.stream, "must be 0 where ids are given from Python")
+        self._check_task()
         policies = ("error", "replace")
         require(self.on_bad_row in ("stop", "skip"), "on_bad_row", self.on_bad_row, "must be stop or skip")
         require(self.invalid_utf8 in policies, "invalid_utf8", self.invalid_utf8, "must be error or replace")
@@ -105,6 +109,25 @@ class DataConfig:
         if self.tokenizer.startswith(("bpe:", "bpe-lines:")):
             parse_bpe(self.tokenizer)
         parse_ids(self.tokenizer)
+
+    def _check_task(self) -> None:
+        """Check the task, and that it has no setting of texts."""
+        named = self.tokenizer == NAMES
+        if self.task is None:
+            require(
+                not named, "tokenizer", self.tokenizer, f'is for a task, such as "{PREFIX}mqar"; texts need e.g. byte'
+            )
+            return
+        require(named, "tokenizer", self.tokenizer, f'must be "{NAMES}" for a task: its ids have names')
+        fraction = self.held_out_fraction
+        require(fraction == HELD_OUT, "held_out_fraction", fraction, f"must be {HELD_OUT} for a task")
+        for name in ("stream", "buffer_docs"):
+            require(not self.__dict__[name], name, self.__dict__[name], "must be 0 for a task, which has no documents")
+
+    @property
+    def task(self) -> Task | None:
+        """The task whose rows are the data; None for texts."""
+        return parse(self.source) if self.source.startswith(PREFIX) else None
 
     @property
     def cache(self) -> Path:

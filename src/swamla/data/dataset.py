@@ -52,15 +52,49 @@ class Rows(Protocol):
         """Samples first_sample … first_sample + count - 1."""
 
 
-class Dataset(ABC):
+class TrainingData(ABC):
+    """What a run is trained on: texts (`Dataset`), or the rows of a task (`TaskDataset`).
+
+    tokenizer: ids to text and back.  fingerprint: a SHA-256 of all that decides the rows.
+    """
+
+    tokenizer: Tokenizer
+    fingerprint: str
+
+    @property
+    @abstractmethod
+    def source(self) -> str:
+        """Where the rows are from, for display."""
+
+    @abstractmethod
+    def rows(self, block_size: int, seed: int) -> Rows:
+        """The endless training rows. Raises for a length that they cannot have."""
+
+    @property
+    @abstractmethod
+    def bytes_per_label(self) -> float | None:
+        """UTF-8 bytes of training text per position that carries loss; None where bytes have no meaning."""
+
+    @abstractmethod
+    def epochs(self) -> dict[str, int]:
+        """Source → length of its epoch, in positions that carry loss; of a mixture, counted over all sources' rows."""
+
+    @abstractmethod
+    def identity(self) -> list[dict[str, str]]:
+        """What a run stores to find its data again: for each source its fingerprint and what it was made of."""
+
+    @abstractmethod
+    def describe(self) -> list[tuple[str, str]]:
+        """(label, value) rows for display."""
+
+
+class Dataset(TrainingData):
     """Tokenized text, split into training and held-out documents.
 
     path: its folder, or the first of several.  fingerprint: a SHA-256 of the tokens, the split and the order of rows.
     """
 
     path: Path
-    tokenizer: Tokenizer
-    fingerprint: str
 
     @staticmethod
     def open(path: str | Path) -> "PreparedDataset":
@@ -72,11 +106,6 @@ class Dataset(ABC):
 
     @property
     @abstractmethod
-    def source(self) -> str:
-        """Where the text is from, for display."""
-
-    @property
-    @abstractmethod
     def train(self) -> Split:
         """The training documents."""
 
@@ -85,22 +114,10 @@ class Dataset(ABC):
     def held_out(self) -> Split:
         """The documents never trained on."""
 
-    @abstractmethod
-    def rows(self, block_size: int, seed: int) -> Rows:
-        """The endless training rows."""
-
     @property
     @abstractmethod
     def bytes_per_label(self) -> float:
         """UTF-8 bytes of training text per position that carries loss."""
-
-    @abstractmethod
-    def epochs(self) -> dict[str, int]:
-        """Source → length of its epoch, in positions that carry loss; of a mixture, counted over all sources' rows."""
-
-    @abstractmethod
-    def identity(self) -> list[dict[str, str]]:
-        """What a run stores to find its data again: for each source its fingerprint and what it was made of."""
 
     @abstractmethod
     def verify(self) -> None:
@@ -114,10 +131,6 @@ class Dataset(ABC):
     def bytes_per_token(self) -> float:
         """UTF-8 bytes per token of the held-out documents; ends of documents are not counted."""
         return self.held_out.n_bytes / self.held_out.n_tokens
-
-    @abstractmethod
-    def describe(self) -> list[tuple[str, str]]:
-        """(label, value) rows for display."""
 
 
 class PreparedDataset(Dataset):

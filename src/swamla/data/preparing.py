@@ -30,7 +30,7 @@ from swamla.data.sources import Source, Unit, open_source
 from swamla.data.token_ids import Ids, write_ids
 from swamla.data.tokenizer import Tokenizer, bpe_version, load_tokenizer, make_tokenizer, tokenizer_files
 from swamla.data.units import Job, Workers, available_cores
-from swamla.errors import ConfigError, DataError, SwamlaError, require
+from swamla.errors import ConfigError, DataError, SwamlaError, UsageError, require
 from swamla.files import fsync, new_folder, sha256_of
 from swamla.registry import plugin_of
 
@@ -62,6 +62,9 @@ def prepare(
     unusable input and CorruptError for a damaged cache. A killed or failed preparation leaves no partial dataset.
     """
     progress = progress or _silent
+    if config.task is not None:
+        rows = "its rows are those of swamla.data.TaskDataset(config.task)"
+        raise UsageError(f"data.source = {config.source!r}: a task has no text to prepare: {rows}")
     given = config.source == TOKEN_IDS
     require(given or (token_ids is None and held_out is None), "data.source", config.source, f'with ids: "{TOKEN_IDS}"')
     if given:

@@ -20,16 +20,17 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
 from swamla.data import hub
-from swamla.data.config import TOKEN_IDS, DataConfig
+from swamla.data.config import NAMES, TOKEN_IDS, DataConfig
 from swamla.data.folders import walk
 from swamla.data.reading import COMPRESSED, SNIFFED, Notes, is_plain, naming_damage, not_text, open_bytes
 from swamla.data.rows import READERS, NoRows, RowRules, Span, begins_with_row, jsonl_rows, parquet_spans, text_file
 from swamla.errors import DataError, require
 from swamla.registry import Registered, members_of, register
+from swamla.tasks import PREFIX
 
 UNIT_BYTES = 1 << 23
 EXPANSION = 4  # typical ratio of the size of text to its compressed size
-TOKENIZERS = ("byte", "char", "gpt2")  # that are no paths, whatever files there are
+TOKENIZERS = ("byte", "char", "gpt2", NAMES)  # that are no paths, whatever files there are
 _NOT_LIBRARY = frozenset({"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__"})
 
 
@@ -149,7 +150,7 @@ def open_source(config: DataConfig, cache_dir: Path) -> Source:
 
 def is_path(source: str) -> bool:
     """Whether a `data.source` is a path, after "files:" or alone."""
-    return source != TOKEN_IDS and class_of(source) is Files
+    return source != TOKEN_IDS and not source.startswith(PREFIX) and class_of(source) is Files
 
 
 def class_of(source: str) -> type[Source]:

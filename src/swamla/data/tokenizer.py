@@ -43,14 +43,17 @@ _TRAINING_PIECE = 1 << 16  # characters; the library needs some 50 bytes for eac
 class Tokenizer(Protocol):
     """The interface of all tokenizers.
 
-    `eos_id` is the first input and the last label of every document; no text encodes to it. `fingerprint` is a SHA-256
-    of everything that affects the ids.
+    `eos_id` is the first input and the last label of every document; no text encodes to it. `start` is what a prompt
+    begins with: `eos_id`, or nothing for the rows of a task. `fingerprint` is a SHA-256 of everything that affects the
+    ids.
     """
 
     @property
     def vocab_size(self) -> int: ...
     @property
     def eos_id(self) -> int: ...
+    @property
+    def start(self) -> list[int]: ...
     @property
     def fingerprint(self) -> str: ...
     def encode(self, text: str) -> list[int]:
@@ -78,6 +81,10 @@ class _Serialized:
         canonical = json.dumps(json.loads(serialized), sort_keys=True, separators=(",", ":"))
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
         self._serialized = serialized
+
+    @property
+    def start(self) -> list[int]:
+        return [self.eos_id]
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self._serialized, encoding="utf-8")
@@ -240,11 +247,40 @@ class IdTokenizer(_Serialized):
         return "".join(EOS_TEXT if i == self.eos_id else f" {i}" for i in self._known(ids))
 
     def library_json(self) -> str:
-        from tokenizers import Regex, normalizers, pre_tokenizers
+        return _spaced({f" {i}": i for i in range(self.eos_id)})
 
-        spaces = [normalizers.Strip(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Prepend(" ")]
-        each = pre_tokenizers.Split(" ", "merged_with_next")
-        return _words({f" {i}": i for i in range(self.eos_id)}, each, normalizers.Sequence(spaces))
+
+class NameTokenizer(_Serialized):
+    """Ids that have names, as those of a task: their text is the names, a space before each.
+
+    The id after the last ends documents, which no row of a task does.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names, self._ids = list(names), {name: i for i, name in enumerate(names)}
+        serialized = json.dumps({_OWN_KEY: "names", "names": self.names}, ensure_ascii=False)
+        super().__init__(serialized, vocab_size=len(self.names) + 1, eos_id=len(self.names))
+
+    @property
+    def start(self) -> list[int]:
+        return []
+
+    def encode(self, text: str) -> list[int]:
+        words = text.split()
+        wrong = next((word for word in words if word not in self._ids), None)
+        if wrong is not None:
+            known = f"{self.names[0]}, {self.names[1]} … {self.names[-1]}"
+            raise DataError(f"{wrong!r:.40} is no name of an id: must be words of {known}, spaces between them")
+        return [self._ids[word] for word in words]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(EOS_TEXT if i == self.eos_id else f" {self.names[i]}" for i in self._known(ids))
+
+    def library_json(self) -> str:
+        return _spaced({f" {name}": i for i, name in enumerate(self.names)})
 
 
 def byte_signs() -> list[str]:
@@ -255,6 +291,14 @@ def byte_signs() -> list[str]:
     seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}  # printable in Latin-1
     others = itertools.count(BYTES)
     return [chr(byte) if byte in seen else chr(next(others)) for byte in range(BYTES)]
+
+
+def _spaced(vocabulary: dict[str, int]) -> str:
+    """tokenizer.json of words with a space before each."""
+    from tokenizers import Regex, normalizers, pre_tokenizers
+
+    spaces = [normalizers.Strip(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Prepend(" ")]
+    return _words(vocabulary, pre_tokenizers.Split(" ", "merged_with_next"), normalizers.Sequence(spaces))
 
 
 def _words(vocabulary: dict[str, int], split: Any, normalizer: Any = None) -> str:
@@ -333,13 +377,21 @@ def _own_tokenizer(data: dict[str, Any], path: Path) -> Tokenizer:
         "byte": ByteTokenizer,
         "char": lambda: CharTokenizer(data["characters"]),
         "ids": lambda: IdTokenizer(data["count"]),
+        "names": lambda: NameTokenizer(data["names"]),
     }
     kind, count = data[_OWN_KEY], data.get("count")
     incomplete = kind == "char" and not isinstance(data.get("characters"), str)
     incomplete = incomplete or (kind == "ids" and (type(count) is not int or count < 1))
+    incomplete = incomplete or (kind == "names" and not _are_names(data.get("names")))
     if kind not in makers or incomplete:
         raise CorruptError(f"{path}: not a tokenizer: kind {kind!r} needs to be one of {', '.join(makers)}, complete")
     return makers[kind]()
+
+
+def _are_names(names: Any) -> bool:
+    """Whether these are names of ids: words, all different."""
+    words = isinstance(names, list) and all(isinstance(name, str) and name.split() == [name] for name in names)
+    return words and len(names) > 1 and len(set(names)) == len(names)
 
 
 def make_tokenizer(spec: str, train_texts: Iterable[str] = (), all_texts: Iterable[str] = ()) -> Tokenizer:

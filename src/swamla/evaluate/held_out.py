@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from swamla import distributed
-from swamla.data.dataset import Dataset
+from swamla.data.dataset import Dataset, TrainingData
 from swamla.data.packing import NO_LABEL, Batch, HeldOutRows
 from swamla.data.shards import Split, place_of
+from swamla.data.task_rows import TaskDataset
 from swamla.errors import DataError, require
 from swamla.model.language_model import LanguageModel
 from swamla.ops.layout import PADDING, Layout
@@ -45,6 +47,48 @@ class Evaluation:
     def as_dict(self) -> dict[str, float]:
         """All five figures by name."""
         return asdict(self) | {"perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """The result of an evaluation on a task. loss: nats per label.  tokens: labels.
+
+    accuracy: the share of labels that are the model's likeliest token, 0 … 1.
+    """
+
+    loss: float
+    accuracy: float
+    tokens: int
+
+    def as_dict(self) -> dict[str, float]:
+        """All three figures by name."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate_answers(model: LanguageModel, batches: Iterable[Batch]) -> Answers:
+    """Score the answers at the labelled positions, as `evaluate` does with texts; computes all logits of a batch.
+
+    Raises `DataError` without labels.
+    """
+    was_training, nats, right, labels = model.training, 0.0, 0, 0
+    model.eval()
+    try:
+        for batch in _share(batches):
+            seq = Layout.from_documents(batch.document_BT).to(model.device)
+            logits_BTV = model(batch.tokens_BT.to(model.device), seq)
+            asked_BT = batch.labels_BT != NO_LABEL
+            logits_QV, label_Q = logits_BTV[asked_BT.to(model.device)], batch.labels_BT[asked_BT].to(model.device)
+            dtype = torch.promote_types(logits_QV.dtype, torch.float32)
+            nats += F.cross_entropy(logits_QV.to(dtype), label_Q, reduction="sum").item()
+            right += int((logits_QV.argmax(-1) == label_Q).sum())
+            labels += len(label_Q)
+    finally:
+        model.train(was_training)
+    nats, right, labels = distributed.sum_of(nats), round(distributed.sum_of(right)), round(distributed.sum_of(labels))
+    if labels == 0:
+        raise DataError("nothing to evaluate: no position of these rows has a label")
+    return Answers(loss=nats / labels, accuracy=right / labels, tokens=labels)
 
 
 @torch.no_grad()
@@ -157,14 +201,21 @@ def _in_memory(split: Split, documents: Sequence[np.ndarray], byte_counts: Any) 
 
 
 def validation(
-    dataset: Dataset, block_size: int, max_tokens: int | None = None, part: str = "all"
+    dataset: TrainingData, block_size: int, max_tokens: int | None = None, part: str = "all"
 ) -> Callable[[LanguageModel], dict[str, float]]:
     """A function that scores a model on the held-out split, or on `max_tokens` of it in evenly spaced rows.
 
     part: all of the split, or its validation or test part (`part_of`). The function is what `swamla.train.train` takes
-    as `evaluate`; its figures are those of `Evaluation.as_dict`.
+    as `evaluate`; its figures are those of `Evaluation.as_dict`. Of a task, whose held-out rows are endless, it scores
+    the first 1024 rows, or `max_tokens` tokens, and the figures are those of `Answers.as_dict`; the test part has rows
+    of its own, the others are the same.
     """
     batch_size = max(1, EVALUATION_TOKENS // block_size)
+    if isinstance(dataset, TaskDataset):
+        require(part in PARTS, "part", part, f"must be one of {', '.join(PARTS)}")
+        rows = list(dataset.held_out_rows(batch_size, max_tokens, test=part == "test"))  # the same every time
+        return lambda model: evaluate_answers(model, rows).as_dict()
+    assert isinstance(dataset, Dataset)
     split = part_of(dataset.held_out, part, dataset.tokenizer.decode)
 
     def evaluate(model: LanguageModel) -> dict[str, float]:

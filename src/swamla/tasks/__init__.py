@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from swamla.tasks.task import HELD_OUT as HELD_OUT
     from swamla.tasks.task import IGNORED as IGNORED
     from swamla.tasks.task import PREFIX as PREFIX
+    from swamla.tasks.task import RULES as RULES
     from swamla.tasks.task import Draws as Draws
     from swamla.tasks.task import Example as Example
     from swamla.tasks.task import Examples as Examples

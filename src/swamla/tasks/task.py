@@ -5,17 +5,20 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from swamla.config import field_types, from_plain
 from swamla.errors import UsageError, require
 from swamla.registry import Registered, members_of
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 PREFIX = "task:"
+RULES = 1
+"""To be raised when the rows of a task change: a run then refuses to go on with other rows."""
 IGNORED = -100
 """The label of a position that asks nothing; `F.cross_entropy` ignores it."""
 HELD_OUT = 0.05
@@ -75,8 +78,8 @@ class Example:
 class Examples:
     """Rows as tensors on the CPU; both int64, as in `Example`."""
 
-    tokens_BT: Tensor
-    labels_BT: Tensor
+    tokens_BT: "Tensor"
+    labels_BT: "Tensor"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +128,8 @@ class Task(Registered, home="swamla.tasks"):
 
 def examples(task: Task, seed: int, indices: Iterable[int], *, held_out: bool = False) -> Examples:
     """The rows of `Task.row` at these indices, stacked."""
+    import torch  # heavy, and a task alone needs none
+
     rows = [task.row(seed, index, held_out=held_out) for index in indices]
     tokens_BT, labels_BT = (
         torch.from_numpy(np.stack(columns)) for columns in ([r.tokens_T for r in rows], [r.labels_T for r in rows])

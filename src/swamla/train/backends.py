@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 
-from swamla.data.dataset import Dataset
+from swamla.data.dataset import TrainingData
 from swamla.errors import MissingBackendError
 from swamla.model.ffns.ffn import FFNConfig
 from swamla.model.language_model import LanguageModelConfig
@@ -62,7 +62,7 @@ def fastest_paths(
     return paths, sorted(choices.values(), key=str)
 
 
-def usual_length(dataset: Dataset, block_size: int) -> int:
+def usual_length(dataset: TrainingData, block_size: int) -> int:
     """Mean over the tokens of the first rows of the length of the token's document."""
     runs = Layout.from_documents(dataset.rows(block_size, 0).batch(0, 32).document_BT).runs
     return round(sum(count * length**2 for count, length in runs) / sum(count * length for count, length in runs))

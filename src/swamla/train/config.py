@@ -338,3 +338,7 @@ class RunConfig:
             require(
                 of_its_own, f"train.{name}", value, f"the head is tied: give {name[:-4]}embedding, or --no_tied_head"
             )
+        if (task := self.data.task) is not None:
+            length, stages = self.train.block_size, self.train.curriculum
+            require(length == task.length, "train.block_size", length, f"must be {task.length}, the task's length")
+            require(not stages, "train.curriculum", stages, "is for texts: a row of a task cannot be cut")

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from swamla import distributed
 from swamla.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints, load_checkpoint, step_of
-from swamla.data.dataset import Dataset
+from swamla.data.dataset import TrainingData
 from swamla.data.packing import Batch
 from swamla.errors import CorruptError, FailedElsewhere, Interrupted, SwamlaError
 from swamla.faults import fault
@@ -44,7 +44,7 @@ def train(
     config: RunConfig,
     run_dir: str | Path,
     *,
-    dataset: Dataset,
+    dataset: TrainingData,
     evaluate: Evaluate | None = None,
     resume: bool = False,
     console: Console | None = None,
@@ -350,8 +350,9 @@ def _evaluate(run: Run) -> None:
     state.evaluated_step = state.step
     run.records.write(state.step, {f"held_out_{k}": v for k, v in found.items()} | {"elapsed": state.seconds})
     bits = f" | Bits/byte: {found['bits_per_byte']:.4f}" if "bits_per_byte" in found else ""
+    right = f" | Accuracy: {found['accuracy']:.4f}" if "accuracy" in found else ""
     averaged = " | averaged weights" if state.average is not None else ""
-    run.say(f"Step {state.step} | Held-out loss: {found['loss']:.4f}{bits}{averaged}")
+    run.say(f"Step {state.step} | Held-out loss: {found['loss']:.4f}{bits}{right}{averaged}")
     finish_saves(run)  # first, because a best whose save failed no longer counts
     if not math.isfinite(found["loss"]):
         run.say(f"warning: the held-out loss after step {state.step} is not finite, so it cannot be the best")

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from swamla import distributed
 from swamla.checkpoint import Saver, WriterGroup, list_checkpoints
-from swamla.data.dataset import Dataset
+from swamla.data.dataset import TrainingData
 from swamla.data.packing import Batch
 from swamla.errors import SwamlaError
 from swamla.hub.push import Pushes
@@ -165,12 +165,13 @@ def in_progress(
     config: RunConfig,
     folder: Path,
     state: TrainState,
-    dataset: Dataset,
+    dataset: TrainingData,
     evaluate: Evaluate | None,
     console: Console,
 ) -> Iterator[Run]:
     """The run with all its services, which start from `state` and are closed with the block."""
-    settings, bits_per_nat = config.train, 1 / (math.log(2) * dataset.bytes_per_label)
+    settings, size = config.train, dataset.bytes_per_label
+    bits_per_nat = None if size is None else 1 / (math.log(2) * size)
     epochs = Epochs(dataset.epochs())
     with (
         advised(config, state, folder),

@@ -24,7 +24,7 @@ from swamla.checkpoint import (
 )
 from swamla.config import to_plain
 from swamla.data.caching import remember_run
-from swamla.data.dataset import Dataset
+from swamla.data.dataset import TrainingData
 from swamla.data.sources import located
 from swamla.data.tokenizer import load_tokenizer
 from swamla.errors import ConfigError, CorruptError, DataError, Interrupted
@@ -58,7 +58,7 @@ DATA = "data.json"  # identifies the run's prepared data
 
 @contextmanager
 def open_run(
-    config: RunConfig, run_dir: Path, *, dataset: Dataset, resume: bool, claim: Claim | None = None
+    config: RunConfig, run_dir: Path, *, dataset: TrainingData, resume: bool, claim: Claim | None = None
 ) -> Iterator[tuple[RunConfig, TrainState]]:
     """The resolved config and the state to train from. Writes a new run's folder, or checks and continues an old one.
 
@@ -131,7 +131,7 @@ def _origin(train: TrainConfig, checkpoint: Checkpoint | None) -> Origin | None:
     return None if checkpoint or not train.init_from else origin_of(train.init_from, train.init_checkpoint)
 
 
-def resolve_vocabulary(config: RunConfig, dataset: Dataset) -> RunConfig:
+def resolve_vocabulary(config: RunConfig, dataset: TrainingData) -> RunConfig:
     """The config, with the tokenizer's vocabulary size in place of 0. Raises `ConfigError` for a smaller one."""
     needed = dataset.tokenizer.vocab_size
     if config.model.vocab_size == 0:
@@ -142,7 +142,7 @@ def resolve_vocabulary(config: RunConfig, dataset: Dataset) -> RunConfig:
 
 
 def fresh_state(
-    config: RunConfig, dataset: Dataset, origin: Origin | None = None, *, before: Checkpoint | None = None
+    config: RunConfig, dataset: TrainingData, origin: Origin | None = None, *, before: Checkpoint | None = None
 ) -> TrainState:
     """The state of a run before its first step: weights drawn from the seed, or loaded from `origin`.
 
@@ -237,7 +237,7 @@ def _precision(train: TrainConfig, device: torch.device, before: Checkpoint | No
 
 
 def _paths(
-    config: RunConfig, dataset: Dataset, device: torch.device, precision: Chosen, before: Checkpoint | None
+    config: RunConfig, dataset: TrainingData, device: torch.device, precision: Chosen, before: Checkpoint | None
 ) -> tuple[dict[str, str], list[str]]:
     """Block → the backend of its mixer, the same on every rank, and what was measured."""
     if before is not None and _machine_of(before).get("device", device.type) == device.type == "cpu":
@@ -253,7 +253,7 @@ def _paths(
     return distributed.on_main(measured)
 
 
-def _checkpoint_to_resume(run_dir: Path, dataset: Dataset) -> Checkpoint | None:
+def _checkpoint_to_resume(run_dir: Path, dataset: TrainingData) -> Checkpoint | None:
     """The newest checkpoint that verifies, None if there is none yet. Raises `DataError` if the data changed."""
     _check_same_tokenizer(run_dir, dataset)
     checkpoint = latest_checkpoint(run_dir / "checkpoints")
@@ -266,7 +266,7 @@ def _checkpoint_to_resume(run_dir: Path, dataset: Dataset) -> Checkpoint | None:
     return checkpoint
 
 
-def _check_same_tokenizer(run_dir: Path, dataset: Dataset) -> None:
+def _check_same_tokenizer(run_dir: Path, dataset: TrainingData) -> None:
     file = run_dir / "tokenizer.json"
     if file.exists():
         before, now = load_tokenizer(file).fingerprint, dataset.tokenizer.fingerprint

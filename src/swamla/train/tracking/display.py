@@ -17,7 +17,7 @@ class Display(Protocol):
     """Console output of a run."""
 
     def update(self, progress: float, seconds: float, values: Mapping[str, float]) -> None:
-        """Show a training step: `values` has step, loss, bits_per_byte, lr and tokens_per_second."""
+        """Show a training step: `values` has step, loss, lr and tokens_per_second, and bits_per_byte for texts."""
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -62,6 +62,10 @@ def _epoch(values: Mapping[str, float]) -> str:
     return f"Epoch: {values['epoch']:.2f} | " if "epoch" in values else ""
 
 
+def _bits(values: Mapping[str, float]) -> str:
+    return f"Bits/byte: {values['bits_per_byte']:.4f} | " if "bits_per_byte" in values else ""
+
+
 class PlainLines:
     """A line for the first step, every `interval`-th and the last; for pipes and log files."""
 
@@ -73,7 +77,7 @@ class PlainLines:
         """Print the step's line if it is due."""
         self._pending = (
             f"Step {values['step']:.0f} | Loss: {values['loss']:.4f} | LR: {values['lr']:.2e} | "
-            f"Tokens/sec: {values['tokens_per_second']:,.0f} | Bits/byte: {values['bits_per_byte']:.4f} | "
+            f"Tokens/sec: {values['tokens_per_second']:,.0f} | {_bits(values)}"
             f"{_epoch(values)}{time_left(progress, seconds)}"
         )
         if values["step"] == 1 or values["step"] % self._interval == 0 or progress >= 1:
@@ -101,7 +105,7 @@ class PlainLines:
 class ProgressBar:
     """One live line on a terminal: progress, step, loss, bits per byte, speed and time left; less on a narrow one."""
 
-    _TEXT = "step {task.fields[step]}  loss {task.fields[loss]}  {task.fields[bits]} bits/byte"
+    _TEXT = "step {task.fields[step]}  loss {task.fields[loss]}{task.fields[bits]}"
     _SPEED = "  {task.fields[speed]} tok/s"
     _WIDE, _MEDIUM = 105, 76  # columns for the bar and for the speed
 
@@ -113,7 +117,7 @@ class ProgressBar:
         self._progress = Progress(
             *columns, TextColumn(text, markup=False), TextColumn("[dim]{task.fields[eta]}"), console=console
         )
-        self._task = self._progress.add_task("", total=1.0, step="0", loss="–", bits="–", speed="–", eta="")
+        self._task = self._progress.add_task("", total=1.0, step="0", loss="–", bits="", speed="–", eta="")
 
     def update(self, progress: float, seconds: float, values: Mapping[str, float]) -> None:
         """Move the bar."""
@@ -122,7 +126,7 @@ class ProgressBar:
             completed=min(progress, 1.0),
             step=f"{values['step']:,.0f}",
             loss=f"{values['loss']:.3f}",
-            bits=f"{values['bits_per_byte']:.3f}",
+            bits=f"  {values['bits_per_byte']:.3f} bits/byte" if "bits_per_byte" in values else "",
             speed=f"{values['tokens_per_second']:,.0f}",
             eta=time_left(progress, seconds),
         )

@@ -40,7 +40,10 @@ class Epochs:
 
 
 class StepLog:
-    """Records and prints training steps. Speeds exclude evaluations and saves; the console averages about ten steps."""
+    """Records and prints training steps. Speeds exclude evaluations and saves; the console averages about ten steps.
+
+    bits_per_nat: bits per byte for a loss of one nat; None where bytes have no meaning.
+    """
 
     def __init__(
         self,
@@ -48,7 +51,7 @@ class StepLog:
         state: TrainState,
         metrics: Records,
         display: Display,
-        bits_per_nat: float,
+        bits_per_nat: float | None,
         epochs: Epochs,
     ) -> None:
         self.config, self.state, self.metrics, self.display = config, state, metrics, display
@@ -64,7 +67,7 @@ class StepLog:
         state, seconds = self.state, max(seconds, 1e-9)
         values = {
             "loss": result.loss,
-            "bits_per_byte": result.loss * self.bits_per_nat,
+            **({} if self.bits_per_nat is None else {"bits_per_byte": result.loss * self.bits_per_nat}),
             "lr": lr,
             "grad_norm": result.grad_norm,
             "tokens": state.tokens,
