@@ -96,10 +96,8 @@ def say_accuracy(console: Console, run_dir: Path, config: RunConfig, dataset: Ta
     prompt, answer = " ".join(names[i] for i in row.tokens_T[: asked + 1]), names[row.labels_T[asked]]
     longer = f"train --resume {run} {extension(config.train, step=state.step, seconds=state.seconds)}"
     ask = f"generate {run} --greedy --max_new_tokens 1 --prompt {shlex.quote(prompt)}"
-    what = (
-        f"{run_dir} has config.json, metrics.jsonl, loss.png and the checkpoints. The first command asks for {answer}."
-    )
-    say_next(console, what, [ask, f"evaluate {run}", longer])
+    what = f"{run_dir} has config.json, metrics.jsonl, loss.png and the checkpoints."
+    say_next(console, f"{what} The first command asks for {answer}.", [ask, f"evaluate {run}", longer])
 
 
 def _figures(run_dir: Path, state: TrainState) -> str:

@@ -251,7 +251,7 @@ def _table(runs: list[Run], now: float) -> Table:
             Text(f"{data}\n{short_source(run.tokenizer)}"),
             f"{_short(run.parameters)}\n{_short(run.steps)}",
             f"{_figure(run.loss)}\n{_short(run.tokens)}",
-            f"{_figure(run.held_out_loss)}\n{_figure(run.bits_per_byte) if run.accuracy is None else _share(run.accuracy)}",
+            f"{_figure(run.held_out_loss)}\n{_score(run)}",
             f"{run.state}\n{age(now, run.modified)}",
         )
     return table
@@ -261,8 +261,9 @@ def _figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _share(value: float) -> str:
-    return f"{100 * value:.1f} %"
+def _score(run: Run) -> str:
+    """Bits per byte, or of a task the share of right answers."""
+    return _figure(run.bits_per_byte) if run.accuracy is None else f"{100 * run.accuracy:.1f} %"
 
 
 def _short(count: int) -> str:
