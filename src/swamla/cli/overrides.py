@@ -21,6 +21,7 @@ from swamla.model.block import BlockConfig
 from swamla.model.compiling import Compile
 from swamla.model.language_model import LanguageModelConfig
 from swamla.recipes import is_recipe
+from swamla.tasks import PREFIX
 from swamla.train.config import TrainConfig
 
 _RENAMED = {"data.source": "data"}  # `--data FILE` reads better than `--source FILE`
@@ -179,7 +180,8 @@ def _apply(section: str, name: str) -> Apply:
 def _apply_source(plain: Plain, source: Any) -> None:
     """Another source: the recipe's settings of its own source are dropped; later flags may set them."""
     data = plain.setdefault("data", {})
-    for name in ("hub_config", "hub_split", "hub_revision", "stream", "mixture"):
+    of_texts = ("held_out_fraction", "buffer_docs") if str(source).startswith(PREFIX) else ()
+    for name in ("hub_config", "hub_split", "hub_revision", "stream", "mixture", *of_texts):
         data.pop(name, None)
     data["source"] = source
 

@@ -20,8 +20,9 @@ from swamla.data.preparing import Part, prepare_part
 from swamla.errors import DataError, UsageError, require
 from swamla.evaluate import bytes_apart
 from swamla.recipes import ALIASES, recipe_names, recipe_path
+from swamla.tasks import PREFIX
 
-_SECTIONS = {"format_version", "model", "data", "train"}  # of a recipe
+_SECTIONS = {"format_version", "model", "spare", "data", "train"}  # of a recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,8 @@ class Arguments:
 def main(argv: list[str]) -> int:
     """Prepare the data, verify every byte, and describe it."""
     arguments, given = parse(Arguments, argv, command="swamla prepare", more=data_flags())
+    if arguments.data.startswith(PREFIX):
+        raise UsageError(f"{arguments.data}: a task has no text to prepare: its rows are drawn while it is trained on")
     plain: dict[str, Any] = {"data": {"source": arguments.data}}
     written: Callable[[str], str] = _nowhere
     if _is_recipe(arguments.data):
