@@ -45,8 +45,13 @@ def swamla_lines() -> list[str]:
 
 
 def test_the_page_has_files_commands_and_python() -> None:
-    assert [name for name, _ in FILES] == ["my_mixer.py"] * 2 + ["my_ffn.py", "my_optimizer.py", "my_source.py"]
-    assert len(swamla_lines()) == len(LINES) - 1 == 8
+    assert [name for name, _ in FILES] == ["my_mixer.py"] * 2 + [
+        "my_ffn.py",
+        "my_optimizer.py",
+        "my_source.py",
+        "my_task.py",
+    ]
+    assert len(swamla_lines()) == len(LINES) - 1 == 9
     assert len(PYTHON) == 1
 
 
@@ -62,7 +67,7 @@ def test_its_commands_run_in_their_order(home: Path) -> None:
         home, "-c", f"from swamla.cli import main\nfor words in {lines!r}:\n    assert main(words) == 0, words"
     )
     assert "E S E M" in shown
-    assert {path.name for path in (home / "runs").iterdir()} == {"ema", "bilinear", "sgd", "tables"}
+    assert {path.name for path in (home / "runs").iterdir()} == {"ema", "bilinear", "sgd", "tables", "larger"}
 
 
 def test_its_python_runs(home: Path) -> None:

@@ -30,6 +30,7 @@ from swamla.model import (
 from swamla.model.accounting import parameter_specs
 from swamla.model.ffns.experts import check_recordable
 from swamla.registry import Registered, members_of, plugin_of, register
+from swamla.tasks import Task
 from swamla.train.backends import available
 from swamla.train.changes import _leaves
 from swamla.train.config import TrainConfig
@@ -45,6 +46,11 @@ KINDS = {
     NormConfig: {"rmsnorm", "layernorm", "dyt"},
     OptimizerConfig: {"adamw", "lion", "muon"},
     Source: {"stdlib", "files", "hf", "shakespeare"},
+    Task: {
+        *("copy", "dyck", "induction", "mqar", "needle", "ngram", "palindrome", "selective_copy", "state_tracking"),
+    },
+        ["copy", "dyck", "induction", "mqar", "needle", "ngram", "palindrome", "selective_copy", "state_tracking"]
+    ),
 }
 TOY_MODEL = LanguageModelConfig(
     vocab_size=31,
@@ -77,6 +83,8 @@ def test_each_member_has_an_example_that_fits_a_width_of_64(family: Any, toys: N
         config: Any = cls.example()
         if family is OptimizerConfig:
             assert config.build(TOY_MODEL.build(), lr=1e-3, weight_decay=0.1).stateless()
+        elif family is Task:
+            assert config.row(0, 0).tokens_T.shape == (config.length,)
         elif family is Source:
             assert list(config.documents(Notes())) == []  # it has no entries before it is opened
         else:

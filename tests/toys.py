@@ -14,10 +14,11 @@ from swamla.model.block import FFNConfig, MixerConfig
 from swamla.model.norm import NormConfig
 from swamla.plugins import load_plugin
 from swamla.registry import Registered, members_of, register
+from swamla.tasks import Task
 from swamla.train.optim import OptimizerConfig
 
 FILES = sorted((Path(__file__).parent / "plugins").glob("toy_*.py"))
-FAMILIES: tuple[type[Registered], ...] = (MixerConfig, FFNConfig, NormConfig, OptimizerConfig, Source)
+FAMILIES: tuple[type[Registered], ...] = (MixerConfig, FFNConfig, NormConfig, OptimizerConfig, Source, Task)
 _CLASSES: list[type[Registered]] = []
 
 

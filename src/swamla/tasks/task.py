@@ -153,7 +153,8 @@ def parse(spec: str) -> Task:
     known = members_of(Task)
     if kind not in known:
         close = get_close_matches(kind, known, n=1)
-        meant = f'did you mean "{close[0]}"?' if close else f"there are: {', '.join(known)}"
+        there = f"there are: {', '.join(known)}; or of a plugin: --plugin FILE"
+        meant = f'did you mean "{close[0]}"?' if close else there
         raise UsageError(f"{spec}: no task is called {kind!r}; {meant}")
     cls = cast(type[Task], known[kind])
     return from_plain(cls, _sizes(cls, query, spec), origin=spec)
