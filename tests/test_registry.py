@@ -49,8 +49,6 @@ KINDS = {
     Task: {
         *("copy", "dyck", "induction", "mqar", "needle", "ngram", "palindrome", "selective_copy", "state_tracking"),
     },
-        ["copy", "dyck", "induction", "mqar", "needle", "ngram", "palindrome", "selective_copy", "state_tracking"]
-    ),
 }
 TOY_MODEL = LanguageModelConfig(
     vocab_size=31,
