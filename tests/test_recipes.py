@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from swamla.cli.run_config import resolve, with_vocabulary
 from swamla.config import from_plain, load_file, to_plain
 from swamla.errors import UsageError
 from swamla.model.accounting import count_parameters
@@ -50,6 +51,34 @@ def test_servable_has_nothing_that_qwen3_next_has_not() -> None:
     assert {type(block.ffn).__name__ for block in config.model.layers} == {"DenseConfig"}
     assert count_parameters(config.model).total == 4_474_456
     assert config.train.max_minutes == read("quickstart", vocab_size=4096).train.max_minutes
+
+
+TOYS = {
+    # total parameters, length of a row, spare blocks
+    "toy-mqar": (25_024, 64, {"mla", "swa", "gdn"}),
+    "toy-induction": (37_120, 64, {"mla", "latent", "gdn"}),
+    "toy-state-tracking": (22_116, 32, {"mha"}),
+}
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_the_toys_are_small_models_of_a_task_without_ffns_and_with_larger_initial_weights(name: str) -> None:
+    """Half of 1/√width, as at 0.02 the toys do not learn in 400 steps; every spare block counts and builds too."""
+    total, length, spare = TOYS[name]
+    config = resolve(name, {}).config
+    task = config.data.task
+    assert task is not None
+    assert task.length == config.train.block_size == length
+    model = with_vocabulary(config.model, config.data)
+    assert (model.width, model.init_std, model.vocab_size) == (64, 0.5 / 64**0.5, task.vocab_size + 1)
+    assert all(block.ffn.is_absent for block in model.layers)
+    assert (config.train.lr, config.train.optimizer.kind, config.train.precision) == (4e-3, "adamw", "fp32")
+    assert count_parameters(model).total == total
+    assert set(load_file(recipe_path(name))[0]["spare"]) == spare
+    for block in spare:
+        other = with_vocabulary(resolve(name, {"pattern": block}).config.model, config.data)
+        assert [each.ffn.is_absent for each in other.layers] == [True]
+        assert count_parameters(other).total == sum(p.numel() for p in other.build().parameters())
 
 
 def test_shakespeare_char_has_nano_gpts_cpu_settings_at_twice_its_learning_rate() -> None:

@@ -144,6 +144,7 @@ def test_the_help_of_train_fits_two_screens_and_has_the_recipes_own_flags(
     assert max(map(len, told.splitlines())) <= 100
     assert f"[…] is the value in {recipe}" in told
     without = {"gpt2", "gpt2-latent", "servable", "shakespeare-char", "shakespeare-char-latent"}
+    without |= {"toy-induction", "toy-mqar", "toy-state-tracking"}
     assert ("--mla_kv_lora_rank" in told) == (recipe not in without)
     assert "--learning_rate" not in told
 

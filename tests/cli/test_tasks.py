@@ -154,3 +154,12 @@ def test_any_recipe_is_trained_on_a_task_with_the_length_and_names_of_its_own(
     config = read_run_config(run)
     assert config["data"]["tokenizer"] == "names"
     assert (config["train"]["block_size"], config["model"]["vocab_size"]) == (12, 18)
+
+
+def test_a_toy_learns_to_recall(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guessing one of the eight values is right in an eighth of all cases, one of the two in the row in half of them."""
+    data = ["--data", "task:mqar?pairs=2&length=8&vocabulary=16", "--output_dir", str(tmp_path / "run")]
+    assert main(["train", "toy-mqar", *data, "--steps", "150", "--device", "cpu", "--eval_interval", "none"]) == 0
+    found = summarize(tmp_path / "run")
+    assert found.accuracy is not None
+    assert found.accuracy > 0.9
