@@ -121,7 +121,7 @@ SPECS = [
     "dyck?depth=1&length=24",
     "induction?shortest=2&longest=3&length=20&vocabulary=30",
     "mqar?pairs=32&length=128&vocabulary=256",
-    "mqar?pairs=16&power=1",
+    "mqar?pairs=8&power=0.01",
     "mqar?pairs=63&length=300",
     "needle?needles=16&length=400&digits=5",
     "needle?depth=0",

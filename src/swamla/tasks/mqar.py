@@ -16,21 +16,22 @@ from swamla.tasks.task import IGNORED, Draws, Example, Task
 class MQAR(Task):
     """`k4 v9 k1 v3 … k1 k7 k4 k2`: at the second k1 the answer is v3, at the second k4 it is v9.
 
-    The pairs fill the row's beginning; after them every key is asked once, at an even distance from the pairs that
-    follows a power law. Between the queries stand keys that are in no pair, so that a key of the row is followed by its
-    own value or by no value at all: no pair is overwritten.
+    The pairs fill the row's beginning; after them every key is asked once, at a random even distance. Between the
+    queries stand keys that are in no pair, so that a key of the row is followed by its own value or by no value at all:
+    no pair is overwritten.
 
     length: tokens of a row.
     pairs: key-value pairs; each key is asked once.
     vocabulary: ids: the first half are keys, the others values.
-    power: exponent of the distances of the queries, p ∝ d^(power − 1): small means soon after the pairs, 1 anywhere.
+    power: exponent of the distances d between pairs and queries, p ∝ d^(power − 1): 1 means anywhere, less means sooner.
+        zoology has 0.01: then a window of sixteen tokens sees many pairs when they are asked.
     """
 
     kind: ClassVar[str] = "mqar"
     length: int = 64
     pairs: int = 8
     vocabulary: int = 128
-    power: float = 0.01
+    power: float = 1.0
 
     def __post_init__(self) -> None:
         require(self.pairs > 0, "pairs", self.pairs, "must be > 0, e.g. 8")
@@ -39,7 +40,7 @@ class MQAR(Task):
         keys = f"must be even and > 2 · pairs = {2 * self.pairs}: half of it are keys, of which one is in no pair"
         enough = self.vocabulary % 2 == 0 and 2 * self.pairs < self.vocabulary <= 1 << 20
         require(enough, "vocabulary", self.vocabulary, f"{keys}; at most 2^20")
-        require(0 < self.power <= 1, "power", self.power, "must be > 0 and <= 1, e.g. 0.01")
+        require(0 < self.power <= 1, "power", self.power, "must be > 0 and <= 1, e.g. 1")
 
     @property
     def vocab_size(self) -> int:
