@@ -23,7 +23,7 @@ class MQAR(Task):
     length: tokens of a row.
     pairs: key-value pairs; each key is asked once.
     vocabulary: ids: the first half are keys, the others values.
-    power: exponent of the distances d between pairs and queries, p ∝ d^(power − 1): 1 means anywhere, less means sooner.
+    power: exponent of the distances d between pairs and queries, p ∝ d^(power − 1): 1 is anywhere, less means sooner.
         zoology has 0.01: then a window of sixteen tokens sees many pairs when they are asked.
     """
 
