@@ -27,6 +27,7 @@ from swamla.model.mixers.swa import SWAConfig
 from swamla.model.norm import NormConfig
 from swamla.process import prepared, processor
 from swamla.registry import members_of
+from swamla.tasks import Task
 from swamla.train.backends import available, describe, fastest_paths, resolve_backends
 from swamla.train.optim import OptimizerConfig
 from swamla.train.precision import has_bf16, measured_precision, resolve_device, resolve_precision
@@ -141,6 +142,7 @@ _FAMILIES = {
     "norms": NormConfig,
     "optimizers": OptimizerConfig,
     "sources": Source,
+    "tasks": Task,
 }
 
 

@@ -79,25 +79,24 @@ class Written:
         model = self.plain["model"]
         origins = fit_ranks(model, given, self.spare) | reshape(model, given, self.spare)
         origins |= apply_flags(self.plain, given, flags())
-        origins |= _fit_task(self.plain, given)
+        _fit_task(self.plain, given)
         if "vocab_size" not in given and self.plain.get("data", {}).get("tokenizer") != tokenizer:
             self.plain["model"]["vocab_size"] = 0  # the recipe's size belongs to its own tokenizer
         return origins
 
 
-def _fit_task(plain: dict[str, Any], given: Mapping[str, Any]) -> dict[str, str]:
-    """Give a run on a task its rows' length, and names for its ids, unless flags say otherwise; dotted field → flag."""
+def _fit_task(plain: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Give a run on a task the length of its rows, and names for its ids, unless flags say otherwise."""
     data, train = plain.setdefault("data", {}), plain.setdefault("train", {})
     source = data.get("source")
     if not isinstance(source, str) or not source.startswith(PREFIX):
-        return {}
+        return
     task = parse(source)
     data["source"] = f"{PREFIX}{task}"  # every size, whatever the defaults of a later version
     if "tokenizer" not in given:
         data["tokenizer"] = NAMES
     if "block_size" not in given:
         train["block_size"] = task.length
-    return {"data.source": "--data"} if given.keys() & {"data", "source"} else {}
 
 
 def written(recipe: str, given: Mapping[str, Any], *, new: bool = False, unnamed: bool = False) -> Written:
