@@ -12,8 +12,9 @@ from swamla.data.packing import NO_LABEL
 from swamla.errors import ConfigError, UsageError
 from swamla.registry import members_of
 from swamla.tasks import HELD_OUT, IGNORED, Draws, Task, examples, is_held_out, parse
+from tests.toys import plugged
 
-KINDS = sorted(members_of(Task))
+KINDS = sorted({*members_of(Task), *plugged(Task)})  # with those of $SWAMLA_TEST_PLUGINS
 
 
 def task_of(kind: str) -> Task:

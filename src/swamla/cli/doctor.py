@@ -26,7 +26,7 @@ from swamla.model.mixers.mixer import MixerConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.model.norm import NormConfig
 from swamla.process import prepared, processor
-from swamla.registry import members_of
+from swamla.registry import Registered, members_of
 from swamla.tasks import Task
 from swamla.train.backends import available, describe, fastest_paths, resolve_backends
 from swamla.train.optim import OptimizerConfig
@@ -136,7 +136,7 @@ def _choices(device: torch.device) -> dict[str, Any]:
     }
 
 
-_FAMILIES = {
+_FAMILIES: dict[str, type[Registered]] = {
     "mixers": MixerConfig,
     "FFNs": FFNConfig,
     "norms": NormConfig,
