@@ -69,6 +69,10 @@ def test_a_run_is_evaluated_on_held_out_rows_and_on_other_sizes(
     found = json.loads(capsys.readouterr().out)
     assert found["tokens"] == 2 * 1024
     assert found["source"] == "task:mqar?length=16&pairs=2&vocabulary=16&power=1.0"
+    assert main(["evaluate", str(run), "--part", "test", "--json"]) == 0
+    test = json.loads(capsys.readouterr().out)
+    assert (test["scored"], found["scored"]) == ("test rows", "held-out rows")
+    assert test["loss"] != found["loss"]
     assert main(["evaluate", str(run), "--data", "task:mqar?pairs=3&length=32&vocabulary=16"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"accuracy +[01]\.\d{4}\n", out)

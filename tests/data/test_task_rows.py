@@ -43,6 +43,8 @@ def test_held_out_rows_are_the_same_for_all_runs_and_none_is_trained_on() -> Non
     assert not {tuple(row) for row in scored.tolist()} & {tuple(row) for row in trained.tolist()}
     assert sum(len(batch.tokens_BT) for batch in data.held_out_rows(100)) == 1024
     assert sum(len(batch.tokens_BT) for batch in data.held_out_rows(100, max_tokens=1)) == 1
+    test = next(data.held_out_rows(25, test=True)).tokens_BT
+    assert not {tuple(row) for row in test.tolist()} & {tuple(row) for row in [*scored.tolist(), *trained.tolist()]}
 
 
 def test_rows_of_another_length_are_refused() -> None:
