@@ -10,6 +10,7 @@ from swamla.cli.runs import summarize
 from swamla.data.dataset import Dataset, TrainingData
 from swamla.data.task_rows import TaskDataset
 from swamla.data.tokenizer import Tokenizer
+from swamla.evaluate.recall_grid import KNOWN, steps_to
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.text import generate_text
 from swamla.train import RunConfig, TrainState
@@ -17,7 +18,6 @@ from swamla.train.changes import extension
 from swamla.train.tracking.metrics import read_metrics
 
 SAMPLE_TOKENS = 120
-KNOWN = 0.99  # of the answers to a task
 _OPENING = 24  # characters of held-out text that a sample continues
 # A run bounded by time saw few tokens below both: 20 per parameter (arXiv 2203.15556), and 4 epochs, up to which
 # repeated text is worth nearly as much as new text (arXiv 2305.16264).
@@ -86,7 +86,7 @@ def say_accuracy(console: Console, run_dir: Path, config: RunConfig, dataset: Ta
     run, names = shlex.quote(str(run_dir)), dataset.task.names()
     evaluations = [record for record in read_metrics(run_dir / "metrics.jsonl") if "held_out_accuracy" in record]
     if evaluations:
-        known = next((record["step"] for record in evaluations if record["held_out_accuracy"] >= KNOWN), None)
+        known = steps_to(evaluations)
         since = "not reached" if known is None else f"reached by step {known}"
         best = max(record["held_out_accuracy"] for record in evaluations)
         last = f"{evaluations[-1]['held_out_accuracy']:.4f} of the held-out answers are right after the last evaluation"

@@ -1,4 +1,4 @@
-"""Held-out loss, perplexity and bits per byte."""
+"""Held-out loss, perplexity and bits per byte; recall in tasks."""
 
 from typing import TYPE_CHECKING
 
@@ -13,5 +13,7 @@ if TYPE_CHECKING:
     from swamla.evaluate.held_out import evaluate_split as evaluate_split
     from swamla.evaluate.held_out import part_of as part_of
     from swamla.evaluate.held_out import validation as validation
+    from swamla.evaluate.recall_grid import Recall as Recall
+    from swamla.evaluate.recall_grid import recall as recall
 else:
     __all__, __getattr__, __dir__ = lazy_exports(__name__)
