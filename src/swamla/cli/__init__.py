@@ -33,6 +33,7 @@ COMMANDS = {
     "train": "train a model: a recipe, and flags that change it",
     "generate": "continue prompts with a trained model",
     "evaluate": "held-out loss, perplexity and bits per byte of a trained model",
+    "recall": "accuracy in a task over a grid of its sizes, beside the bytes of state",
     "export": "a trained model as a folder that other programs load",
     "import": "a model of transformers as a run",
     "runs": "the runs in a folder: data, progress, losses; runs rm removes some",
