@@ -31,6 +31,7 @@ _HELD_OUT = "tests/evaluate/test_held_out.py"
 _ACCOUNTING = "tests/model/test_accounting.py"
 _SAMPLING = "tests/inference/test_sampling.py"
 _ROUTER = "src/swamla/model/ffns/router.py"
+_RECALL, _RECALL_TESTS = "src/swamla/evaluate/recall_grid.py", "tests/evaluate/test_recall.py"
 
 MUTATIONS = [
     # figures
@@ -599,5 +600,40 @@ MUTATIONS = [
         "nats[indices] = log_softmax(logits_BV).cpu()[rows, first].double()",
         "nats[indices] = 0.0",
         "tests/evaluate/test_harness.py",
+    ),
+    Mutation(
+        "recall is scored on rows of training",
+        _RECALL,
+        "held_out=True)",
+        "held_out=False)",
+        _RECALL_TESTS,
+    ),
+    Mutation(
+        "recall's state is of one token",
+        _RECALL,
+        "state_bytes=state_bytes(model.config, task.length),",
+        "state_bytes=state_bytes(model.config, 1),",
+        _RECALL_TESTS,
+    ),
+    Mutation(
+        "recall's intervals take the queries of a row for independent",
+        _RECALL,
+        "return queries / max(1.0, between / independent)",
+        "return float(queries)",
+        _RECALL_TESTS,
+    ),
+    Mutation(
+        "Wilson's interval is centred on the share",
+        _RECALL,
+        "centre, shrink = share + z * z / (2 * trials), 1 + z * z / trials",
+        "centre, shrink = share, 1 + z * z / trials",
+        _RECALL_TESTS,
+    ),
+    Mutation(
+        "an id that is never generated may be an answer to a task",
+        _RECALL,
+        "model.logits(part_QD)[:, : model.known_ids].argmax(dim=-1)",
+        "model.logits(part_QD).argmax(dim=-1)",
+        _RECALL_TESTS,
     ),
 ]
