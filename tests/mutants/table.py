@@ -115,8 +115,8 @@ MUTATIONS = [
     Mutation(
         "bits per byte of training are nats",
         "src/swamla/train/run.py",
-        "settings, bits_per_nat = config.train, 1 / (math.log(2) * dataset.bytes_per_label)",
-        "settings, bits_per_nat = config.train, 1 / dataset.bytes_per_label",
+        "bits_per_nat = None if size is None else 1 / (math.log(2) * size)",
+        "bits_per_nat = None if size is None else 1 / size",
         _TRAINING_BITS,
     ),
     Mutation(
