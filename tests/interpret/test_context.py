@@ -50,6 +50,21 @@ def test_in_context_learning_is_a_late_loss_less_an_early_one_of_the_same_docume
     assert (found.early, found.late, found.asked, found.documents) == (4, 12, 12, 3)
 
 
+@torch.no_grad()
+def test_over_a_span_the_losses_are_means_up_to_early_and_late() -> None:
+    model, tokens = hybrid(), random_tokens(2, 20)
+    logits = model(tokens)
+    means = [
+        [sum(loss_of(logits[row, t], tokens[row, t + 1]) for t in range(end - 3, end)) / 3 for end in (4, 12)]
+        for row in range(2)
+    ]
+    found = in_context(model, tokens, early=4, late=12, span=3)
+    assert found.score == pytest.approx(sum(late - early for early, late in means) / 2)
+    assert found.span == 3
+    with pytest.raises(ConfigError, match="span = 5: must be from 1 to early = 4"):
+        in_context(model, tokens, early=4, late=12, span=5)
+
+
 def test_where_no_document_is_long_enough_the_last_position_is_taken_and_said() -> None:
     model, tokens = hybrid(), random_tokens(2, 20)
     found = in_context(model, tokens, early=4)

@@ -34,6 +34,7 @@ COMMANDS = {
     "generate": "continue prompts with a trained model",
     "evaluate": "held-out loss, perplexity and bits per byte of a trained model",
     "recall": "accuracy in a task over a grid of its sizes, beside the bytes of state",
+    "explain": "what a model does with its context: heads, layers, losses, on one page (about a minute)",
     "export": "a trained model as a folder that other programs load",
     "import": "a model of transformers as a run",
     "runs": "the runs in a folder: data, progress, losses; runs rm removes some",

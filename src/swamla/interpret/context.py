@@ -30,6 +30,7 @@ class InContext:
     score: loss at `late` minus loss at `early`, in nats, mean over the documents that are long enough; negative where
         the model uses what it has read.
     error: the standard error of that mean over documents; NaN for a single one.
+    span: each of the two losses is the mean over so many predictions, of which the one at early or late is the last.
     early, late: positions, 1 for the prediction of a document's second token. late is what the longest document
         allows where that is less than what was asked for, and asked tells what that was.
     """
@@ -39,6 +40,7 @@ class InContext:
     early: int
     late: int
     asked: int
+    span: int
     documents: int
 
 
@@ -78,11 +80,18 @@ def loss_by_position(model: LanguageModel, tokens_BT: Tensor, seq: Layout | None
 
 
 def in_context(
-    model: LanguageModel, tokens_BT: Tensor, seq: Layout | None = None, *, early: int = 50, late: int = 500
+    model: LanguageModel,
+    tokens_BT: Tensor,
+    seq: Layout | None = None,
+    *,
+    early: int = 50,
+    late: int = 500,
+    span: int = 1,
 ) -> InContext:
     """In-context learning on tokens (B, T) of text; `late` is lowered to what the longest document allows, and said.
 
-    seq: the documents, by default one a row. Raises `ConfigError` where no document goes beyond `early`.
+    seq: the documents, by default one a row.  span: take means over that many predictions up to early and late, which
+    settles the difference with fewer documents. Raises `ConfigError` where no document goes beyond `early`.
     """
     losses_BT, there_BT = losses_by_token(model, tokens_BT, seq)
     position_BT = layout_of(tokens_BT, seq).position_BT
@@ -92,15 +101,19 @@ def in_context(
     )
     used = min(late, last)
     require(early < used, "late", late, f"must be more than early = {early}")
+    require(0 < span <= early, "span", span, f"must be from 1 to early = {early}")
     late_BT = there_BT & (position_BT == used - 1)
     row_N, time_N = late_BT.nonzero(as_tuple=True)
-    difference_N = losses_BT[row_N, time_N] - losses_BT[row_N, time_N - (used - early)]
+    back_NX = time_N[:, None] - torch.arange(span, device=time_N.device)
+    losses_NX = losses_BT[row_N[:, None], back_NX] - losses_BT[row_N[:, None], back_NX - (used - early)]
+    difference_N = losses_NX.mean(dim=1)
     return InContext(
         score=difference_N.mean().item(),
         error=difference_N.std().item() / math.sqrt(len(difference_N)) if len(difference_N) > 1 else math.nan,
         early=early,
         late=used,
         asked=late,
+        span=span,
         documents=len(difference_N),
     )
 

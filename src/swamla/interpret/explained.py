@@ -1,0 +1,220 @@
+"""Everything that a report says of a model, measured once, each measure on as many rows as a minute allows."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swamla.data.tokenizer import Tokenizer
+from swamla.errors import UsageError
+from swamla.interpret.ablation import ablated
+from swamla.interpret.attribution import copying
+from swamla.interpret.context import InContext, behavioural_context, in_context, loss_by_position
+from swamla.interpret.drawn import CLASSES, Text, draw, guesses, token_classes
+from swamla.interpret.lens import logit_lens
+from swamla.interpret.patterns import head_patterns
+from swamla.interpret.repeats import Repeats, induction, repeated_rows
+from swamla.interpret.routing import load_by_class
+from swamla.interpret.sections import About, Explained, Layer, Lens, Needed, Patterns, Positions, Routing, Shown, Worth
+from swamla.interpret.verdicts import verdicts
+from swamla.model.accounting import count_parameters, forward_flops
+from swamla.model.language_model import LanguageModel
+from swamla.version import __version__
+
+REPEAT_LENGTH, REPEAT_ROWS = 50, 64  # tokens of a copy, and rows
+DRAWN_COPY = 12  # tokens of a copy in the row whose attention is drawn
+SHORT, LONG = 128, 512  # tokens of a row where every head is left out, or every layer reads the logits; at most
+EARLY, LATE, WITHIN = 50, 500, 0.01  # of in-context learning, and of the context that is needed
+PREDICTIONS = 8  # of a row, on which the context that is needed is tried
+COPYING_IDS = 4096
+# FLOPs of the forward passes that a measure may take: it gets fewer rows of a larger model. Together about half a
+# minute of two cores, whatever the model.
+_BUDGET = {"repeats": 5e11, "ablation": 6e11, "patterns": 2e11, "lens": 2e11, "position": 4e11, "context": 5e11}
+
+Progress = Callable[[str, float], None]
+"""Told what is measured next, and the share of all the work that is done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is explained, and with which texts.
+
+    name: the model's, such as its folder's.  ids: from which random rows are drawn.  rows_BT: text to be measured on,
+    in rows that begin with a document's start; None without text.  text: the ids whose attention is drawn, start
+    included; empty without text.  source: where the text is from.  notes: what a reader must know of it.
+    """
+
+    name: str
+    ids: Sequence[int]
+    rows_BT: Tensor | None = None
+    text: Sequence[int] = ()
+    source: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@torch.no_grad()
+def explained(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    subject: Subject,
+    *,
+    seed: int = 0,
+    progress: Progress = lambda stage, share: None,
+) -> Explained:
+    """Measure a model in evaluation mode. Memory is bounded as `in_rows` does: one layer's weights of a few rows.
+
+    seed: of the random rows. Raises `UsageError` for a mixer that has no `explain`, and for fewer than four ids.
+    """
+    length, rows = repeat_size(model, len(subject.ids))
+    progress("random repeats", 0.02)
+    repeats = induction(model, repeated_rows(subject.ids, tokenizer.eos_id, length=length, rows=rows, seed=seed))
+    progress("attention of every head", 0.3)
+    copy = min(DRAWN_COPY, length)
+    row = repeated_rows(subject.ids, tokenizer.eos_id, length=copy, rows=1, seed=seed)[0].tolist()
+    note = f"The start, {copy} random ids, the same again: induction reads, at each id, what followed it before."
+    texts = [draw(model, tokenizer, row, name="random ids, twice", note=note)]
+    if subject.text:
+        texts.insert(0, draw(model, tokenizer, subject.text, name=subject.source, note=""))
+    layers = _layers(model, texts[0], subject.ids)
+    found = {"repeats": repeats, **_on_text(model, tokenizer, subject.rows_BT, progress)}
+    return Explained(
+        about=_about(model, subject, seed=seed, length=length, rows=rows),
+        layers=layers,
+        verdicts=verdicts([layer.mixer for layer in layers], **found),
+        texts=tuple(texts),
+        guesses=guesses(model, tokenizer, subject.text or row),
+        shown=_first_shown(repeats),
+        **found,
+    )
+
+
+def repeat_size(model: LanguageModel, n_ids: int) -> tuple[int, int]:
+    """Tokens of a copy and number of rows of random repeats: 50 and 64, fewer for few ids, positions or a large model.
+
+    Raises `UsageError` for fewer than four ids or nine positions.
+    """
+    positions = model.config.learned_positions
+    length = min(REPEAT_LENGTH, n_ids, (positions - 1) // 2 if positions else REPEAT_LENGTH)
+    if length < 4:
+        place = f" and {positions} positions" if positions else ""
+        raise UsageError(f"{n_ids} ids{place}: random repeats need four different ids twice, and 9 positions")
+    # Every layer's edges are left out twice, and the layers above run again; scores, attribution, losses: five passes.
+    return length, _affordable(model, "repeats", 1 + 2 * length, passes=5 + model.config.depth, most=REPEAT_ROWS)
+
+
+def _on_text(model: LanguageModel, tokenizer: Tokenizer, rows_BT: Tensor | None, progress: Progress) -> dict[str, Any]:
+    """The sections that are measured on text; None without one."""
+    names = ("worth", "patterns", "lens", "positions", "learned", "needed", "routing")
+    if rows_BT is None:
+        return dict.fromkeys(names)
+    progress("every head and layer left out", 0.35)
+    heads = sum(block.mixer.explained_heads + 2 for block in model.config.layers)
+    worth_BT = _some(model, rows_BT[:, :SHORT], "ablation", passes=1 + heads // 2)
+    worth = ablated(model, worth_BT)
+    progress("what heads look at", 0.65)
+    patterns_BT = _some(model, rows_BT[:, : 2 * SHORT], "patterns", passes=2)
+    patterns = head_patterns(model, patterns_BT)
+    progress("the logit lens", 0.72)
+    lens_BT = _some(model, rows_BT[:, :SHORT], "lens", passes=2)
+    lens = logit_lens(model, lens_BT)
+    progress("the loss by position", 0.76)
+    long_BT = _some(model, rows_BT, "position", passes=2)
+    positions, learned = _positions(model, long_BT), _learned(model, long_BT)
+    progress("the context that is needed", 0.84)
+    needed = _needed(model, rows_BT, tokenizer.eos_id)
+    progress("routers", 0.97)
+    routing = load_by_class(model, lens_BT, token_classes(tokenizer, model.config.vocab_size).to(model.device))
+    found = (
+        Worth(tokens=worth_BT.numel(), loss=worth.loss, layers=worth.layers),
+        Patterns(tokens=patterns_BT.numel(), length=patterns_BT.shape[1], layers=patterns),
+        Lens(tokens=lens_BT.numel(), loss=lens.loss),
+        positions,
+        learned,
+        needed,
+        Routing(tokens=lens_BT.numel(), classes=CLASSES, layers=routing) if routing else None,
+    )
+    return dict(zip(names, found, strict=True))
+
+
+def _affordable(model: LanguageModel, measure: str, length: int, *, passes: int, most: int) -> int:
+    """How many rows of `length` tokens a measure can take, in that many forward passes; one at least."""
+    return max(1, min(most, int(_BUDGET[measure] / (passes * forward_flops(model.config, length)))))
+
+
+def _some(model: LanguageModel, rows_BT: Tensor, measure: str, *, passes: int) -> Tensor:
+    return rows_BT[: _affordable(model, measure, rows_BT.shape[1], passes=passes, most=len(rows_BT))]
+
+
+def _positions(model: LanguageModel, rows_BT: Tensor) -> Positions:
+    """Means over 1, 2, 3–4, 5–8 … up to the rows' length."""
+    found = loss_by_position(model, rows_BT)
+    last = [min(2**power, len(found.loss)) for power in range(math.ceil(math.log2(len(found.loss))) + 1)]
+    first = [1, *(end + 1 for end in last[:-1])]
+    spans = [slice(begin - 1, end) for begin, end in zip(first, last, strict=True)]
+    counts = [sum(found.tokens[span]) for span in spans]
+    sums = [sum(map(math.prod, zip(found.loss[span], found.tokens[span], strict=True))) for span in spans]
+    loss = tuple(total / count for total, count in zip(sums, counts, strict=True))
+    return Positions(first=tuple(first), last=tuple(last), loss=loss, tokens=tuple(counts))
+
+
+def _learned(model: LanguageModel, rows_BT: Tensor) -> InContext | None:
+    """In-context learning from token 50 to 500, in shorter rows from a tenth of their length; None below 20 tokens."""
+    predictions = rows_BT.shape[1] - 1
+    if predictions < 20:
+        return None
+    early = min(EARLY, predictions // 10)
+    return in_context(model, rows_BT, early=early, late=LATE, span=(early + 1) // 2)
+
+
+def _needed(model: LanguageModel, rows_BT: Tensor, start: int) -> Needed | None:
+    """On as many predictions as can be paid for; None below eight tokens."""
+    length = rows_BT.shape[1]
+    if length < 8:
+        return None
+    rows_BT = _some(model, rows_BT, "context", passes=PREDICTIONS * math.ceil(math.log2(length)) // 2)
+    found = behavioural_context(model, rows_BT, within=WITHIN, queries=PREDICTIONS, start=start)
+    return Needed(predictions=len(rows_BT) * min(PREDICTIONS, length - 1 - length // 2), found=found)
+
+
+def _about(model: LanguageModel, subject: Subject, *, seed: int, length: int, rows: int) -> About:
+    return About(
+        name=subject.name,
+        parameters=count_parameters(model.config).total,
+        vocabulary=model.config.vocab_size,
+        width=model.config.width,
+        version=__version__,
+        seed=seed,
+        repeat_length=length,
+        repeat_rows=rows,
+        source=subject.source,
+        notes=subject.notes,
+    )
+
+
+def _layers(model: LanguageModel, text: Text, ids: Sequence[int]) -> tuple[Layer, ...]:
+    copied = copying(model, ids=torch.tensor(ids[:: math.ceil(len(ids) / COPYING_IDS)], device=model.device))
+    layers = []
+    for index, (block, drawn) in enumerate(zip(model.config.layers, text.layers, strict=True)):
+        taps = {name: taps_DW.abs().mean(dim=0) for name, taps_DW in model.blocks[index].taps().items()}
+        layers.append(
+            Layer(
+                block=model.config.pattern[index],
+                mixer=block.mixer.kind,
+                ffn=block.ffn.kind,
+                heads=len(drawn.heads),
+                signed=any(weight < 0 for head in drawn.heads for row in head.weights for weight in row),
+                taps={name: tuple((mean_W / mean_W.sum()).tolist()) for name, mean_W in taps.items()},
+                copying=copied[index],
+            )
+        )
+    return tuple(layers)
+
+
+def _first_shown(repeats: Repeats) -> Shown:
+    """The head whose largest weight is most often what followed before."""
+    hits = {(index, head): hit for index, layer in enumerate(repeats.layers) for head, hit in enumerate(layer.hit)}
+    layer, head = max(hits, key=hits.__getitem__)
+    return Shown(layer=layer, head=head)

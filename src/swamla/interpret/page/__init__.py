@@ -1,0 +1,1 @@
+"""Draw a report of what was measured."""
