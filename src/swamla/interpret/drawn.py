@@ -115,7 +115,7 @@ def _head_weights(weight_TS: Tensor) -> HeadWeights:
 
 
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """Each token's text; of the start its name, and of an id that is nothing to be read by itself the id, in brackets."""
+    """Each token's text; of the start its name, and of an id that cannot be read by itself the id, in brackets."""
     texts = []
     for each in ids:
         text = START if each == tokenizer.eos_id else tokenizer.decode([each]) if each < tokenizer.vocab_size else ""

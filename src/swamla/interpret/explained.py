@@ -101,8 +101,9 @@ def repeat_size(model: LanguageModel, n_ids: int) -> tuple[int, int]:
     if length < 4:
         place = f" and {positions} positions" if positions else ""
         raise UsageError(f"{n_ids} ids{place}: random repeats need four different ids twice, and 9 positions")
-    # Every layer's edges are left out twice, and the layers above run again; scores, attribution, losses: five passes.
-    return length, _affordable(model, "repeats", 1 + 2 * length, passes=5 + model.config.depth, most=REPEAT_ROWS)
+    # Every layer's edges are cut in three ways, and the layers above run again; scores, attribution, losses: five more.
+    passes = 5 + 3 * model.config.depth // 2
+    return length, _affordable(model, "repeats", 1 + 2 * length, passes=passes, most=REPEAT_ROWS)
 
 
 def _on_text(model: LanguageModel, tokenizer: Tokenizer, rows_BT: Tensor | None, progress: Progress) -> dict[str, Any]:
