@@ -167,7 +167,8 @@ def needed_verdict(needed: Needed) -> Verdict:
     if found.tokens >= found.longest:
         text = f"Fewer than all {found.longest} tokens cost {found.within} nats or more"
     else:
-        text = f"The last {found.tokens} tokens predict to within {found.within} nats as well as all {found.longest}"
+        last = _count(found.tokens, "token")
+        text = f"With the last {last} only, the loss is within {found.within} nats of that with all {found.longest}"
     text += f" ({found.loss:.2f} nats, over {_count(needed.predictions, 'prediction')})."
     short = _count(found.tokens, "token")
     return Verdict(question="How much context does it need?", answer="figure", short=short, text=text)

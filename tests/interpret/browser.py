@@ -1,0 +1,121 @@
+"""Headless Chromium by the WebDriver protocol, for tests of pages: real pointers and keys, no library."""
+
+import json
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the protocol's key of an element's id
+KEYS = {"left": "\ue012", "up": "\ue013", "right": "\ue014", "down": "\ue015"}
+
+
+class Browser:
+    """One window. Nothing is loaded from the network: every host name fails."""
+
+    def __init__(self, address: str, width: int, height: int) -> None:
+        options = {
+            "binary": shutil.which("chromium"),
+            "args": [
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-dev-shm-usage",
+                "--host-resolver-rules=MAP * ~NOTFOUND",
+                f"--window-size={width},{height}",
+            ],
+        }
+        wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        self._address = f"{address}/session"
+        session = self._send("", {"capabilities": {"alwaysMatch": wanted}})
+        self._address += f"/{session['sessionId']}"
+
+    def _send(self, path: str, body: dict[str, Any] | None = None, method: str = "POST") -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            self._address + path, data=data, method=method, headers={"Content-Type": "application/json"}
+        )
+        local = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with local.open(request, timeout=120) as answer:
+            return json.load(answer)["value"]
+
+    def open(self, page: Path) -> None:
+        """Load a file."""
+        self._send("/url", {"url": page.resolve().as_uri()})
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        """What a script returns."""
+        return self._send("/execute/sync", {"script": script, "args": list(arguments)})
+
+    def find(self, selector: str) -> str:
+        """The id of the first element that a CSS selector finds."""
+        return self._send("/element", {"using": "css selector", "value": selector})[ELEMENT]
+
+    def text(self, selector: str) -> str:
+        """What an element shows."""
+        return self._send(f"/element/{self.find(selector)}/text", method="GET")
+
+    def point_at(self, selector: str, *, click: bool = False, x: int = 0, y: int = 0) -> None:
+        """Move the pointer to an element, x and y pixels from its centre, and perhaps click."""
+        element = self.find(selector)
+        self.run("arguments[0].scrollIntoView({block: 'center'})", {ELEMENT: element})
+        time.sleep(0.1)  # for the event of that scroll, which hides what the pointer showed
+        actions: list[dict[str, Any]] = [
+            {"type": "pointerMove", "duration": 50, "origin": {ELEMENT: element}, "x": x, "y": y}
+        ]
+        if click:
+            actions += [{"type": "pointerDown", "button": 0}, {"type": "pointerUp", "button": 0}]
+        self._send("/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": actions}]})
+
+    def press(self, *keys: str) -> None:
+        """Press keys, where the focus is: a name in `KEYS`, or a character."""
+        actions = [{"type": kind, "value": KEYS.get(key, key)} for key in keys for kind in ("keyDown", "keyUp")]
+        self._send("/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
+
+    def complaints(self) -> list[str]:
+        """What the page's console has said so far."""
+        return [entry["message"] for entry in self._send("/se/log", {"type": "browser"})]
+
+    def close(self) -> None:
+        self._send("", method="DELETE")
+
+
+@contextmanager
+def browser(width: int, height: int) -> Iterator[Browser]:
+    """A browser; skips the test where there is none."""
+    missing = [name for name in ("chromium", "chromedriver") if not shutil.which(name)]
+    if missing:
+        pytest.skip(f"needs {' and '.join(missing)} on the path (Debian: chromium, chromium-driver)")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    driver = subprocess.Popen(["chromedriver", f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait_for(port)
+        window = Browser(f"http://127.0.0.1:{port}", width, height)
+        try:
+            yield window
+        finally:
+            window.close()
+    finally:
+        driver.terminate()
+        driver.wait(timeout=60)
+
+
+def _wait_for(port: int) -> None:
+    end = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)

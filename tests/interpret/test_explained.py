@@ -1,0 +1,212 @@
+"""explain.json holds what the measures find on the rows that it names, and the weights of every head."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from swamla.data.tokenizer import ByteTokenizer, IdTokenizer, make_tokenizer
+from swamla.errors import UsageError
+from swamla.interpret import (
+    ablated,
+    behavioural_context,
+    copying,
+    head_patterns,
+    in_context,
+    induction,
+    load_by_class,
+    logit_lens,
+    loss_by_position,
+    trace,
+)
+from swamla.interpret.drawn import CLASSES, draw, guesses, token_classes, token_texts
+from swamla.interpret.explained import Subject, explained, repeat_size
+from swamla.interpret.repeats import repeated_rows
+from tests.interpret.models import VOCABULARY, hybrid, induction_model
+from tests.model.helpers import random_tokens
+
+TOKENIZER = IdTokenizer(VOCABULARY - 1)
+ROWS = random_tokens(4, 40, seed=5)
+SUBJECT = Subject(name="a model", ids=range(VOCABULARY - 1), rows_BT=ROWS, text=ROWS[0].tolist(), source="a text")
+
+
+@pytest.fixture(scope="module", params=["dense", "moe"])
+def model(request):
+    return hybrid(ffn=request.param)
+
+
+@pytest.fixture(scope="module")
+def found(model):
+    """What explain.json holds, as a reader gets it."""
+    return json.loads(json.dumps(explained(model, TOKENIZER, SUBJECT).plain(), allow_nan=False))
+
+
+def close(value, expected) -> None:
+    """Equal to four digits."""
+    if isinstance(expected, dict):
+        assert value.keys() == {str(key) for key in expected}
+        for key, each in expected.items():
+            close(value[str(key)], each)
+    elif isinstance(expected, list | tuple):
+        assert len(value) == len(expected)
+        for one, other in zip(value, expected, strict=True):
+            close(one, other)
+    elif isinstance(expected, float):
+        assert value == pytest.approx(expected, rel=1e-3, abs=1e-12)
+    else:
+        assert value == expected
+
+
+def fields_close(value, expected) -> None:
+    close(value, vars(expected))
+
+
+def test_random_repeats_are_those_of_induction(model, found) -> None:
+    length, rows = repeat_size(model, VOCABULARY - 1)
+    assert (found["about"]["repeat_length"], found["about"]["repeat_rows"]) == (length, rows) == (30, 64)
+    expected = induction(model, repeated_rows(SUBJECT.ids, TOKENIZER.eos_id, length=length, rows=rows))
+    for name in ("accuracy", "first_loss", "second_loss"):
+        close(found["repeats"][name], getattr(expected, name))
+    for layer, other in zip(found["repeats"]["layers"], expected.layers, strict=True):
+        fields_close(layer, other)
+
+
+def test_what_is_measured_on_text_is_what_the_measures_find(model, found) -> None:
+    for layer, other in zip(found["worth"]["layers"], ablated(model, ROWS).layers, strict=True):
+        fields_close(layer, other)
+    for layer, other in zip(found["patterns"]["layers"], head_patterns(model, ROWS), strict=True):
+        fields_close(layer, other)
+    close(found["lens"]["loss"], logit_lens(model, ROWS).loss)
+    fields_close(found["learned"], in_context(model, ROWS, early=3, span=2))
+    needed = behavioural_context(model, ROWS, queries=8, start=TOKENIZER.eos_id)
+    fields_close(found["needed"]["found"], needed)
+    assert found["needed"]["predictions"] == 32
+    close([layer["copying"] for layer in found["layers"]], copying(model, ids=torch.arange(VOCABULARY - 1)))
+
+
+def test_losses_by_position_are_means_over_doubling_spans(model, found) -> None:
+    loss = loss_by_position(model, ROWS).loss
+    positions = found["positions"]
+    assert positions["first"] == [1, 2, 3, 5, 9, 17, 33]
+    assert positions["last"] == [1, 2, 4, 8, 16, 32, 39]
+    assert positions["tokens"] == [4, 4, 8, 16, 32, 64, 28]
+    close(positions["loss"][3], sum(loss[4:8]) / 4)
+    close(positions["loss"][-1], sum(loss[32:]) / 7)
+
+
+def test_only_models_with_routers_have_their_loads(model, found) -> None:
+    classes = token_classes(TOKENIZER, VOCABULARY)
+    expected = load_by_class(model, ROWS, classes)
+    if not expected:
+        assert found["routing"] is None
+        return
+    assert found["routing"]["classes"] == list(CLASSES)
+    for layer, other in zip(found["routing"]["layers"], expected, strict=True):
+        fields_close(layer, other)
+
+
+def test_weights_are_whole_numbers_of_three_digits_within_half_a_unit(model, found) -> None:
+    text = found["texts"][0]
+    assert text["tokens"] == [f" {each}" if each < VOCABULARY - 1 else "⟨start⟩" for each in ROWS[0].tolist()]
+    layers = trace(model, ROWS[:1]).layers
+    for about, drawn, layer in zip(found["layers"], text["layers"], layers, strict=True):
+        weight_HTS = layer.mixer.weight_BHTS[0]
+        assert about["heads"] == len(drawn["heads"]) == len(weight_HTS)
+        assert about["signed"] == (about["mixer"] == "gdn")
+        close(drawn["largest"], weight_HTS.abs().max().item())
+        for head, weight_TS in zip(drawn["heads"], weight_HTS, strict=True):
+            assert [len(row) for row in head["weights"]] == list(range(1, 41))
+            assert max(abs(number) for row in head["weights"] for number in row) in range(100, 1001)
+            for query, row in enumerate(head["weights"]):
+                expected = weight_TS[query, : query + 1]
+                assert (torch.tensor(row) * head["unit"] - expected).abs().max() <= 0.5001 * head["unit"]
+
+
+def test_losses_of_a_drawn_text_are_those_of_each_token(model, found) -> None:
+    with torch.no_grad():
+        expected = model.token_losses(ROWS[:1, :-1], ROWS[:1, 1:])[0].tolist()
+    assert found["texts"][0]["losses"][0] is None
+    close(found["texts"][0]["losses"][1:], expected)
+
+
+def test_guesses_are_the_likeliest_tokens_of_the_lens(model, found) -> None:
+    lens = logit_lens(model, ROWS[:1])
+    assert found["guesses"]["tokens"][-1] == token_texts(TOKENIZER, lens.top_LBTK[-1, 0, -12:, 0].tolist())
+    close(found["guesses"]["probability"], lens.probability_LBTK[:, 0, -12:, 0].tolist())
+    assert found["guesses"]["read"] == found["texts"][0]["tokens"][-12:]
+    assert found["guesses"]["follows"] == [*found["texts"][0]["tokens"][-11:], ""]
+
+
+def test_taps_are_shares_of_mean_sizes_by_how_far_back_they_read(model, found) -> None:
+    taps = model.blocks[0].taps()["values"].abs().mean(dim=0)
+    close(found["layers"][0]["taps"]["values"], (taps / taps.sum()).tolist())
+
+
+def test_without_a_text_there_are_random_repeats_only(monkeypatch) -> None:
+    monkeypatch.setattr("swamla.interpret.explained.REPEAT_ROWS", 2)
+    plain = explained(hybrid(), TOKENIZER, replace(SUBJECT, rows_BT=None, text=())).plain()
+    sections = ("worth", "patterns", "lens", "positions", "learned", "needed", "routing")
+    assert [name for name in sections if plain[name] is not None] == []
+    assert len(plain["texts"]) == 1
+    assert len(plain["verdicts"]) == 1
+
+
+def test_a_layer_built_to_be_an_induction_head_is_found() -> None:
+    ids = list(range(1, VOCABULARY))
+    found = explained(induction_model(), IdTokenizer(VOCABULARY - 1), Subject(name="built", ids=ids))
+    assert found.verdicts[0].answer == "yes"
+    assert "layer 0, head 0" in found.verdicts[0].text
+
+
+def test_short_texts_have_what_they_suffice_for(monkeypatch) -> None:
+    monkeypatch.setattr("swamla.interpret.explained.REPEAT_ROWS", 2)
+    for length in (3, 7, 12):
+        rows = random_tokens(1, length)
+        plain = explained(hybrid(), TOKENIZER, replace(SUBJECT, rows_BT=rows, text=rows[0].tolist())).plain()
+        json.dumps(plain, allow_nan=False)
+        assert (plain["needed"] is None) == (length < 8)
+        assert plain["learned"] is None
+
+
+def test_few_ids_and_few_positions_shorten_the_repeats_and_too_few_are_an_error() -> None:
+    model = hybrid()
+    assert repeat_size(model, 9)[0] == 9
+    assert repeat_size(hybrid(learned_positions=21), 30)[0] == 10
+    with pytest.raises(UsageError, match="3 ids: random repeats need four different ids twice"):
+        repeat_size(model, 3)
+
+
+def test_a_text_longer_than_can_be_drawn_is_cut_and_said_so(monkeypatch) -> None:
+    monkeypatch.setattr("swamla.interpret.drawn.MOST_TOKENS", 17)
+    text = draw(hybrid(), TOKENIZER, ROWS[0].tolist(), name="a text", note="")
+    assert len(text.tokens) == 17
+    assert text.note == "Only the first 17 tokens are drawn."
+    assert guesses(hybrid(), TOKENIZER, ROWS[0].tolist()).read[-1] == text.tokens[-1]
+
+
+def test_more_heads_leave_room_for_fewer_tokens(monkeypatch) -> None:
+    monkeypatch.setattr("swamla.interpret.drawn.MOST_WEIGHTS", 16 * 500)
+    text = draw(hybrid(), TOKENIZER, ROWS[0].tolist(), name="a text", note="")
+    heads = sum(len(layer.heads) for layer in text.layers)
+    assert sum(len(row) for layer in text.layers for head in layer.heads for row in head.weights) <= 8000 + 16 * heads
+    assert len(text.tokens) < 40
+
+
+def test_tokens_that_cannot_be_read_are_their_ids() -> None:
+    assert token_texts(ByteTokenizer(), [256, 97, 10, 0, 0xC3]) == ["⟨start⟩", "a", "\n", "⟨0⟩", "⟨195⟩"]
+    assert token_texts(ByteTokenizer(), [300]) == ["⟨300⟩"]  # beyond the tokenizer, in a padded vocabulary
+
+
+def test_classes_of_tokens_follow_from_their_text() -> None:
+    tokenizer = make_tokenizer("bpe:300", ["a word and 12 words, more words and 3 lines\n" * 20] * 2)
+    found = token_classes(tokenizer, tokenizer.vocab_size + 2)
+    named = {
+        text: CLASSES[found[index]] for index, text in enumerate(token_texts(tokenizer, range(tokenizer.vocab_size)))
+    }
+    assert named["a"] == "word goes on"
+    assert named["1"] == "number"
+    assert named[","] == "punctuation"
+    assert named["\n"] == named[" "] == "white space"
+    assert {CLASSES[each] for each in found[-2:].tolist()} == {"other"}
+    assert any(name == "word begins" and text.startswith(" ") for text, name in named.items())

@@ -1,0 +1,126 @@
+"""Verdicts are plain rules on figures, which they name."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from swamla.interpret.context import BehaviouralContext, InContext
+from swamla.interpret.patterns import HeadPatterns
+from swamla.interpret.repeats import LayerInduction, Repeats
+from swamla.interpret.routing import ClassLoad
+from swamla.interpret.sections import Lens, Needed, Patterns, Routing
+from swamla.interpret.verdicts import (
+    apart,
+    inducing_heads,
+    induction_verdict,
+    learned_verdict,
+    lens_verdict,
+    needed_verdict,
+    patterns_verdict,
+    routing_verdict,
+)
+
+LAYER = LayerInduction(
+    previous=(0.1, 0.2),
+    duplicate=(0.0, 0.0),
+    induction=(0.8, 0.0),
+    induction_conv=(0.8, 0.0),
+    hit=(0.9, 0.0),
+    attribution=(0.7, 0.0),
+    conv=1,
+    cut=2.0,
+    cut_conv=2.0,
+    control=0.01,
+)
+REPEATS = Repeats(accuracy=0.8, first_loss=9.0, second_loss=2.0, layers=(replace(LAYER, hit=(0.0, 0.0)), LAYER))
+
+
+def test_a_head_does_induction_where_accuracy_hit_rate_and_cut_agree() -> None:
+    found = induction_verdict(REPEATS)
+    assert (found.answer, inducing_heads(REPEATS)) == ("yes", [(1, 0)])
+    assert found.text == (
+        "Induction: accuracy .80, second copy 2.00 against 9.00 nats. Hit rate and cut agree in layer 1, head 0 (hit "
+        ".90; without its induction edges +2.00 nats, without as many others +0.01)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "answer"),
+    [
+        ({"hit": (0.1, 0.0)}, "partly"),
+        ({"cut_conv": 0.1}, "partly"),
+        ({"control": 0.5}, "partly"),
+        ({"hit": (0.1, 0.0), "conv": 4}, "yes"),  # of convolved values the share on all their tokens counts
+        ({"hit": (0.1, 0.0), "conv": 4, "induction_conv": (0.1, 0.1)}, "partly"),
+    ],
+)
+def test_a_model_that_copies_has_such_a_head_only_where_its_measures_agree(change: dict, answer: str) -> None:
+    found = induction_verdict(replace(REPEATS, layers=(replace(LAYER, **change),)))
+    assert found.answer == answer
+    assert ("none is said to do it" in found.text) == (answer == "partly")
+
+
+def test_a_low_accuracy_is_no_induction_whatever_attribution_and_cut_say() -> None:
+    """A layer of latent attention had an attribution of .31 and a cut of 1.3 nats at an accuracy of .10."""
+    layers = (replace(LAYER, hit=(0.2, 0.1), cut=1.3, cut_conv=1.3),)
+    found = induction_verdict(Repeats(accuracy=0.0, first_loss=9.65, second_loss=9.53, layers=layers))
+    assert (found.answer, found.text) == ("no", "No induction: accuracy 0, second copy 9.53 against 9.65 nats.")
+    assert induction_verdict(Repeats(accuracy=0.1, first_loss=9.6, second_loss=8.0, layers=layers)).answer == "partly"
+    assert induction_verdict(replace(REPEATS, accuracy=0.05)).answer == "partly"  # a head does it, but does not suffice
+
+
+IN_CONTEXT = InContext(score=-0.4, error=0.1, early=50, late=500, asked=500, span=25, documents=64)
+
+
+@pytest.mark.parametrize(
+    ("change", "answer"),
+    [
+        ({}, "yes"),
+        ({"error": 0.3}, "partly"),
+        ({"error": math.nan}, "partly"),
+        ({"score": -0.05, "error": 0.01}, "no"),
+        ({"score": -0.05, "error": 0.1}, "partly"),
+        ({"score": 0.3}, "no"),
+    ],
+)
+def test_in_context_learning_is_a_fall_of_a_tenth_of_a_nat_that_is_no_chance(change: dict, answer: str) -> None:
+    found = learned_verdict(replace(IN_CONTEXT, **change))
+    assert found.answer == answer
+    assert ("too few to tell" in found.text) == (answer == "partly")
+    assert "tokens 476–500 less that of tokens 26–50" in found.text
+    assert "no rows of 500" in learned_verdict(replace(IN_CONTEXT, late=127)).text
+
+
+def test_the_prediction_is_there_behind_the_first_layer_with_nine_tenths_of_the_fall() -> None:
+    assert lens_verdict(Lens(tokens=9, loss=(9.0, 5.0, 3.5, 3.0))).short == "layer 1"
+    assert lens_verdict(Lens(tokens=9, loss=(9.0, 5.0, 3.7, 3.0))).short == "layer 2"
+    assert lens_verdict(Lens(tokens=9, loss=(3.0, 2.9, 3.1))).short == "nowhere"
+
+
+def test_heads_are_counted_by_what_has_half_of_their_weight() -> None:
+    layer = HeadPatterns(previous=(0.6, 0.1), sink=(0.1, 0.5), entropy=(0.1, 0.1), effective_context=(3, 90))
+    layers = (layer, replace(layer, effective_context=(7, 40)))
+    text = patterns_verdict(Patterns(tokens=9, length=128, layers=layers)).text
+    assert "Of 4 heads 2 have most of their |weight| on the document's first token and 2 on the previous" in text
+    assert "within 3 to 90 tokens, in the median head 40" in text
+
+
+def test_a_context_that_is_never_enough_is_told_as_all_of_it() -> None:
+    found = BehaviouralContext(tokens=12, losses={12: 3.0}, loss=3.0, within=0.01, longest=100)
+    text = needed_verdict(Needed(predictions=8, found=found)).text
+    assert text.startswith("With the last 12 tokens only, the loss is within 0.01 nats of that with all 100 (3.00 nats")
+    whole = Needed(predictions=8, found=replace(found, tokens=100))
+    assert "Fewer than all 100 tokens cost" in needed_verdict(whole).text
+
+
+def test_routers_that_treat_classes_alike_are_not_apart_and_those_that_split_them_are() -> None:
+    alike, split = ((0.5, 0.5), (0.5, 0.5)), ((1.0, 0.0), (0.0, 1.0))
+    assert apart(alike, (3, 9)) == 0
+    assert apart(split, (5, 5)) == pytest.approx(0.5)
+    # Mean shares are (.25, .75): three tokens are .75 away from them, nine .25.
+    assert apart(split, (3, 9)) == pytest.approx((3 * 0.75 + 9 * 0.25) / 12)
+    for share, answer in ((alike, "no"), (split, "yes"), (((0.7, 0.3), (0.4, 0.6)), "partly")):
+        layers = (ClassLoad(layer=2, share=share, tokens=(5, 5)),)
+        found = routing_verdict(Routing(tokens=10, classes=("a", "b"), layers=layers))
+        assert found.answer == answer
