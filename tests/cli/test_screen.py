@@ -38,6 +38,7 @@ LINES = [
     "checkpoint list a-run",
     "checkpoint verify a-run",
     "plot a-run --output curves.png",
+    "explain a-run",
     f"quickstart {TRAINED} --output_dir quick",
     "doctor",
     "--help",

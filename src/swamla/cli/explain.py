@@ -15,6 +15,7 @@ from swamla.cli.importing import tokenizer_of
 from swamla.cli.progress import shown_progress
 from swamla.cli.running import checked, data_of_run, run_folder
 from swamla.config import from_plain
+from swamla.data.caching import short_source
 from swamla.data.config import TOKEN_IDS
 from swamla.data.shards import Split
 from swamla.data.tokenizer import IdTokenizer, Tokenizer
@@ -140,7 +141,7 @@ def _subject_of_run(run: Path, model: LanguageModel, tokenizer: Tokenizer, text:
     rows_BT = rows_of(dataset.held_out, tokenizer.eos_id, min(limits))
     if rows_BT is None:
         return _without_text(run.name, model, tokenizer, "Its held-out text is too short to measure on.")
-    name = f"held-out text of {dataset.source}"
+    name = f"held-out text of {short_source(dataset.source)}"
     return Subject(name=run.name, ids=ids, rows_BT=rows_BT, text=rows_BT[0].tolist(), source=name)
 
 
