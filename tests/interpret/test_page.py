@@ -11,7 +11,7 @@ import pytest
 from matplotlib.image import imread
 
 from swamla.data.tokenizer import IdTokenizer
-from swamla.interpret.explained import Subject, explained
+from swamla.interpret.explaining import Subject, explained
 from swamla.interpret.page.figures import FIGURES
 from swamla.interpret.page.html import report_html
 from swamla.interpret.page.report import write_report
@@ -211,7 +211,7 @@ def test_the_page_loads_without_a_request_or_a_complaint_and_fits_900_pixels(nar
 def test_pointing_at_a_cell_of_a_map_tells_layer_head_and_figure(narrow, data) -> None:
     narrow.point_at('[data-field="hit"] g[data-row="1"] rect:nth-of-type(2)')
     hit = data["repeats"]["layers"][1]["hit"][1]
-    assert narrow.text("#tip").splitlines() == ["layer 1 (swa), head 1", f"hit rate: {hit:g} (share of queries)"]
+    assert narrow.text("#tip").splitlines() == ["layer 1 (swa), head 1", f"hit rate: {hit:.4g} (share of queries)"]
 
 
 def test_pointing_at_a_token_or_a_weight_tells_both_tokens_and_the_signed_weight(narrow, data) -> None:

@@ -2,9 +2,12 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from swamla.interpret import explaining
+from swamla.interpret import verdicts as rules
 from swamla.interpret.context import BehaviouralContext, InContext
 from swamla.interpret.patterns import HeadPatterns
 from swamla.interpret.repeats import LayerInduction, Repeats
@@ -124,3 +127,27 @@ def test_routers_that_treat_classes_alike_are_not_apart_and_those_that_split_the
         layers = (ClassLoad(layer=2, share=share, tokens=(5, 5)),)
         found = routing_verdict(Routing(tokens=10, classes=("a", "b"), layers=layers))
         assert found.answer == answer
+
+
+def test_the_guide_has_these_rules() -> None:
+    """Each threshold stands in docs/explain.md as the code has it."""
+    page = (Path(__file__).parents[2] / "docs" / "explain.md").read_text(encoding="utf-8")
+    share = "{:g}".format
+    for told in (
+        f"accuracy on the second copy ≥ {share(rules.ACCURACY)[1:]}",
+        f"whose hit rate is ≥ {share(rules.HIT)[1:]}",
+        f"whose cut is ≥ {rules.CUT} nats",
+        f"accuracy < {share(rules.NO_ACCURACY)[1:]} and no such head",
+        f"*none* below {rules.MATTERS} nats",
+        f"at least {-rules.LEARNED} nats",
+        f"from {share(rules.APART)[1:]} of a router's choices",
+        f"from {share(rules.SOMEWHAT)[1:]} *somewhat*",
+        f"within {explaining.WITHIN} nats",
+        f"up to token {explaining.LATE} is",
+        f"that up to token {explaining.EARLY} ({explaining.EARLY // 2} tokens each)",
+        f"up to {explaining.LONG} tokens",
+    ):
+        assert told in page
+    assert (rules.CONTROL, rules.MOST, rules.NEAR, rules.ERRORS) == (0.1, 0.5, 0.1, 2)
+    for told in ("at most a tenth", "from half of its", "nine tenths of the fall", "two standard errors"):
+        assert told in page

@@ -21,7 +21,7 @@ from swamla.data.shards import Split
 from swamla.data.tokenizer import IdTokenizer, Tokenizer
 from swamla.errors import UsageError
 from swamla.interop import load_pretrained
-from swamla.interpret.explained import LONG, Subject, explained
+from swamla.interpret.explaining import LONG, Subject, explained
 from swamla.interpret.page.report import REPORT_JSON, write_report
 from swamla.model.language_model import LanguageModel
 from swamla.train import RunConfig

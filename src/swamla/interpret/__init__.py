@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from swamla.interpret.context import behavioural_context as behavioural_context
     from swamla.interpret.context import in_context as in_context
     from swamla.interpret.context import loss_by_position as loss_by_position
+    from swamla.interpret.explaining import Subject as Subject
+    from swamla.interpret.explaining import explained as explained
     from swamla.interpret.lens import logit_lens as logit_lens
     from swamla.interpret.patterns import edge_scores as edge_scores
     from swamla.interpret.patterns import edges_between as edges_between
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from swamla.interpret.repeats import Repeats as Repeats
     from swamla.interpret.repeats import induction as induction
     from swamla.interpret.routing import load_by_class as load_by_class
+    from swamla.interpret.sections import Explained as Explained
     from swamla.interpret.tracing import Trace as Trace
     from swamla.interpret.tracing import trace as trace
     from swamla.interpret.tracing import walk as walk

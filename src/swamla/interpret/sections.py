@@ -142,12 +142,12 @@ class Explained:
     shown: Shown
 
     def plain(self) -> dict[str, Any]:
-        """As JSON data: numbers of four digits, None for what is not finite."""
+        """As JSON data: numbers of six digits, None for what is not finite."""
         return {"format_version": FORMAT_VERSION, **as_plain(self)}
 
 
 def as_plain(value: Any) -> Any:
-    """Dataclasses and tensors as JSON data: numbers of four digits, None for what is not finite."""
+    """Dataclasses and tensors as JSON data: numbers of six digits, None for what is not finite."""
     if isinstance(value, Tensor):
         return as_plain(value.tolist())
     if is_dataclass(value):
@@ -157,5 +157,5 @@ def as_plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [as_plain(each) for each in value]
     if isinstance(value, float):
-        return float(f"{value:.4g}") if math.isfinite(value) else None
+        return float(f"{value:.6g}") if math.isfinite(value) else None
     return value

@@ -195,7 +195,9 @@ def _context(data: Data) -> Section | None:
         for first, last in zip(positions["first"], positions["last"], strict=True)
     ]
     curve = Line(
-        name="loss", points=points, tips=[f"{span}: {loss} nats" for span, (_, loss) in zip(spans, points, strict=True)]
+        name="loss",
+        points=points,
+        tips=[f"{span}: {number(loss)} nats" for span, (_, loss) in zip(spans, points, strict=True)],
     )
     axis = "position in the document, tokens"
     left = line_chart([curve], x_label=axis, y_label="loss, nats a token", logarithmic=True)
@@ -210,7 +212,9 @@ def _context(data: Data) -> Section | None:
         ends = [points[0][0], points[-1][0]]
         lines = [
             Line(
-                name="loss", points=points, tips=[f"the last {tokens} tokens: {loss} nats" for tokens, loss in points]
+                name="loss",
+                points=points,
+                tips=[f"the last {tokens} tokens: {number(loss)} nats" for tokens, loss in points],
             ),
             Line(name="all", points=[(end, found["loss"]) for end in ends], colour=GREY, dashed=True, marks=False),
         ]

@@ -13,7 +13,7 @@ function showTip(text, event) {
   tip.style.top = (event.clientY + height + 22 > innerHeight ? event.clientY - height - 10 : event.clientY + 16) + "px";
 }
 function hideTip() { tip.style.display = "none"; }
-function figure(value) { return value === null || value === undefined ? "not measured" : String(value); }
+function figure(value) { return value === null || value === undefined ? "not measured" : Number(value.toPrecision(4)); }
 function tipOf(mark) {
   if (mark.dataset.tip) return mark.dataset.tip;
   const row = mark.parentNode, map = mark.ownerSVGElement.dataset;
@@ -115,7 +115,7 @@ if (explorer) {
   }
   function tokenTip(index) {
     const text = data.texts[chosen.text], cost = text.losses[index];
-    const told = cost === null ? "" : `\nits loss: ${cost} nats`;
+    const told = cost === null ? "" : `\nits loss: ${figure(cost)} nats`;
     if (index > chosen.query) return `“${visible(text.tokens[index])}” (${index})${told}\nclick: the token that reads`;
     return edgeTip(chosen.query, index) + told;
   }
