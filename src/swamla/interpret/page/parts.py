@@ -8,6 +8,7 @@ from typing import Any
 from swamla.interpret.page.svg import heat_map
 
 Data = Mapping[str, Any]
+_NARROW = 6  # heads of a map up to which four maps fit beside each other
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ def table(head: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], meanin
 def map_figure(data: Data, section: str, maps: Sequence[Map], caption: str) -> str:
     """Maps of a section, with their caption."""
     drawn = drawn_maps(data, section, maps)
-    return f'<figure><div class="maps">{drawn}</div><figcaption>{caption}</figcaption></figure>'
+    wide = " wide" if max(layer["heads"] for layer in data["layers"]) > _NARROW else ""
+    return f'<figure><div class="maps{wide}">{drawn}</div><figcaption>{caption}</figcaption></figure>'
 
 
 def drawn_maps(data: Data, section: str, maps: Sequence[Map]) -> str:
