@@ -17,6 +17,7 @@ from swamla.cli.running import checked, data_of_run, run_folder
 from swamla.config import from_plain
 from swamla.data.caching import short_source
 from swamla.data.config import TOKEN_IDS
+from swamla.data.dataset import Dataset
 from swamla.data.shards import Split
 from swamla.data.tokenizer import IdTokenizer, Tokenizer
 from swamla.errors import UsageError
@@ -24,11 +25,11 @@ from swamla.interop import load_pretrained
 from swamla.interpret.explaining import LONG, Subject, explained
 from swamla.interpret.page.report import REPORT_JSON, write_report
 from swamla.model.language_model import LanguageModel
+from swamla.tasks import PREFIX
 from swamla.train import RunConfig
 
 MOST_ROWS, FEW_ROWS, SHORTEST = 64, 4, 64  # rows of text; below FEW_ROWS they are halved, if they stay this long
 READ = 1 << 20  # tokens of the training text whose ids the random repeats are drawn from
-TASK = "task:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,7 @@ def _subject_of_run(run: Path, model: LanguageModel, tokenizer: Tokenizer, text:
     plain = read_run_config(run)
     plain.pop("format_version", None)
     source = plain["data"].get("source", "")
-    if source.startswith(TASK):
+    if source.startswith(PREFIX):
         if text is not None:
             raise UsageError(f"{run}: was trained on {source}, which has no text: leave out --text and --file")
         note = f"It was trained on {source}, which has no text: only random repeats were measured."
@@ -134,6 +135,7 @@ def _subject_of_run(run: Path, model: LanguageModel, tokenizer: Tokenizer, text:
         return _subject(run, model, tokenizer, text)
     config = from_plain(RunConfig, plain, origin=str(run / "config.json"))
     dataset = data_of_run(run, config.data, Console(stderr=True))
+    assert isinstance(dataset, Dataset)  # a task's rows are no texts
     ids = np.unique(dataset.train.tokens[:READ] if dataset.train.n_tokens else dataset.held_out.tokens[:READ]).tolist()
     if text is not None:
         return _with_text(run.name, model, tokenizer, text, ids)
