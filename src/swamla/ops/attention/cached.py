@@ -67,8 +67,8 @@ def attend_lower_right(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: fl
 
 def _query_blocks(time: int, elements: int, device: torch.device) -> list[slice]:
     """Blocks of queries that bound memory: each query needs `elements` elements of scores or masks."""
-    if time == 1:  # whatever the cache's size, on which a compiled step must not depend
-        return [slice(0, 1)]
+    if torch.compiler.is_exporting() or time == 1:  # whatever the cache's size, on which a graph must not depend
+        return [slice(0, time)]
     rows = max(1, (SCORES if device.type == "cpu" else ON_ACCELERATORS * SCORES) // elements)
     return [slice(begin, min(begin + rows, time)) for begin in range(0, time, rows)]
 
