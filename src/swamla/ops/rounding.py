@@ -68,9 +68,15 @@ class Rounded:
         """Integers times scales, in fp32."""
         if self.format == "int8":
             return self.integers.float() * self.scale.float()[..., None]
+        scale = self.scale.float().repeat_interleave(GROUP, dim=-1)[..., : self.shape[-1]]
+        return self.plain_integers().float() * scale
+
+    def plain_integers(self) -> Tensor:
+        """The integers as int8, one in a byte, of the weight's shape."""
+        if self.format == "int8":
+            return self.integers
         pairs = torch.stack((self.integers & 15, self.integers >> 4), dim=-1)
-        groups = (pairs.flatten(-2).float() + LOWEST).unflatten(-1, (-1, GROUP))
-        return (groups * self.scale.float()[..., None]).flatten(-2)[..., : self.shape[-1]].contiguous()
+        return (pairs.flatten(-2).to(torch.int8) + LOWEST)[..., : self.shape[-1]].contiguous()
 
 
 def rounded_bytes(shape: Shape, format: str) -> int:

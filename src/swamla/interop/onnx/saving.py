@@ -1,0 +1,95 @@
+"""`save_onnx`: a model and its tokenizer as one file that onnxruntime runs alone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from swamla.data.tokenizer import Tokenizer
+from swamla.errors import MissingBackendError, UsageError
+from swamla.files import fsync
+from swamla.interop.onnx.graph import graph_of
+from swamla.interop.tokenizer import with_document_start
+from swamla.model.language_model import LanguageModel
+from swamla.ops.rounding import GROUP, Rounded
+
+BLOCKS_OPSET = 21  # the first whose DequantizeLinear has a scale for each block of a row
+MOST_BYTES = 2**31 - 2**20  # of a file of protobuf; larger weights go into a file beside it
+
+
+def save_onnx(
+    model: LanguageModel,
+    file: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    rounded: Mapping[str, Rounded | Any] | None = None,
+    one_token: bool = False,
+) -> int:
+    """Write a model as a file of ONNX in fp32; returns its opset.
+
+    The graph computes `logits` (B, T, ids) and `present.NAME` of `tokens` (B, T), `length` (B,) and `past.NAME`: T new
+    tokens after the `length` tokens of each row in a state, for any B and T and any capacity of the state. From an
+    empty state (zeros) whole sequences or prompts, with T = 1 a decoding step.
+    tokenizer: is written into the metadata, as `tokenizer` the JSON of the `tokenizers` library, as `document_id` the
+    id that begins and ends texts. Ids that only pad the vocabulary have no logits.
+    rounded: the weights as `swamla.checkpoint.quantize` gives them: those in int8 and int4 are dequantized in the graph.
+    one_token: T = 1 alone, by operators of opset 20, for runtimes without LinearAttention and CausalConvWithState.
+    Raises `UsageError` for a file that exists, `MissingBackendError` without the packages of the extra `onnx`.
+    """
+    file = Path(file)
+    if file.exists():
+        raise UsageError(f"{file}: exists: choose another name")
+    try:
+        import onnx_ir
+        import onnxscript  # noqa: F401 - what torch.onnx writes graphs with
+    except ImportError:
+        raise MissingBackendError("ONNX needs onnx and onnxscript: pip install 'swamla[onnx]'") from None
+    model = model.eval().float()
+    known_ids = model.config.vocab_size if tokenizer is None else tokenizer.vocab_size
+    graph = graph_of(model, known_ids=known_ids, one_token=one_token)
+    if rounded is not None:
+        _quantize(graph, rounded)
+    if tokenizer is not None:
+        metadata = {"document_id": str(tokenizer.eos_id), "tokenizer": with_document_start(tokenizer)}
+        graph.metadata_props.update(metadata)
+    graph.producer_name = "swamla"
+    size = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
+    staging = file.with_name(f".{file.name}.new")
+    try:
+        beside = f"{file.name}.data" if size > MOST_BYTES else None
+        onnx_ir.save(graph, staging, external_data=beside)
+        fsync(staging)
+        staging.replace(file)
+        fsync(file.parent)
+    finally:
+        staging.unlink(missing_ok=True)
+    return int(graph.opset_imports[""])
+
+
+def _quantize(graph: Any, weights: Mapping[str, Rounded | Any]) -> None:
+    """Replace weights by their integers and scales, and a DequantizeLinear that makes the weight of them."""
+    import ml_dtypes
+    import onnx_ir
+
+    made = []
+    initializers = graph.graph.initializers
+    for name, weight in weights.items():
+        if name not in initializers or not isinstance(weight, Rounded):
+            continue
+        integers, scale = weight.plain_integers().numpy(), weight.scale.float().numpy()
+        if weight.format == "int8":
+            scale, block = scale[..., None], weight.shape[-1]
+        else:
+            integers, block = integers.astype(ml_dtypes.int4), GROUP
+        parts = [
+            onnx_ir.Value(name=f"{name}{suffix}", const_value=onnx_ir.tensor(part, name=f"{name}{suffix}"))
+            for suffix, part in (("_integers", integers), ("_scale", scale))
+        ]
+        node = onnx_ir.node("DequantizeLinear", parts, attributes={"axis": -1, "block_size": block}, num_outputs=1)
+        node.outputs[0].name = f"{name}_weight"
+        old = initializers.pop(name)
+        old.replace_all_uses_with(node.outputs[0])
+        for part in parts:
+            initializers[part.name] = part
+        made.append(node)
+    graph.graph.insert_before(graph.graph[0], made)
+    graph.opset_imports[""] = max(graph.opset_imports[""], BLOCKS_OPSET)
