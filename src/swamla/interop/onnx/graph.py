@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -24,7 +25,7 @@ EXAMPLE = {"batch": 3, "time": 5, "capacity": 16}  # sizes to trace with
 class Continuation(nn.Module):
     """Logits and new state of tokens (B, T) after `length` (B,) tokens in a state, whose tensors are not changed.
 
-    known_ids: only these logits. one_token: for T = 1, by operators that every runtime has.
+    known_ids: only these logits.
     """
 
     def __init__(self, model: LanguageModel, known_ids: int) -> None:
@@ -151,12 +152,10 @@ def _name(graph: Any, axes: Sequence[dict[int, str]]) -> None:
         value = initializers.pop(name)
         value.name = name.removeprefix(WEIGHT)
         initializers[value.name] = value
-    for end in (graph.graph.inputs, graph.graph.outputs):
-        for value, named in zip(end, (axes[0], *axes[2:]) if end is graph.graph.outputs else axes, strict=True):
-            sizes = [
-                named.get(axis, size) if not isinstance(size, int) else size for axis, size in enumerate(value.shape)
-            ]
-            value.shape = type(value.shape)(sizes)
+    ends = [(graph.graph.inputs, axes), (graph.graph.outputs, [axes[0], *axes[2:]])]
+    for value, named in (pair for values, names in ends for pair in zip(values, names, strict=True)):
+        sizes = enumerate(value.shape)
+        value.shape = type(value.shape)([size if isinstance(size, int) else named[axis] for axis, size in sizes])
     for node in graph.graph.all_nodes():
         node.metadata_props.clear()
     for value in (*graph.graph.inputs, *graph.graph.outputs, *initializers.values()):
@@ -208,7 +207,7 @@ def _translations() -> dict[Any, Any]:
             op.Transpose(x_BTD, perm=[0, 2, 1]),
             op.Unsqueeze(weight_DW, op.Constant(value_ints=[1])),
             None,
-            op.Transpose(history_BWD, perm=[0, 2, 1]),
+            None if history_BWD is None else op.Transpose(history_BWD, perm=[0, 2, 1]),
             activation=activation,
             _outputs=2,
         )
@@ -233,15 +232,14 @@ def _as_standard(graph: Any) -> None:
     graph.opset_imports[""] = opset
 
 
-class _quiet(warnings.catch_warnings):
+@contextmanager
+def _quiet() -> Iterator[None]:
     """Without the exporter's warnings and log lines, which are about its own doings."""
-
-    def __enter__(self) -> None:  # type: ignore[override]
-        super().__enter__()
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        self.before = logging.root.manager.disable
         logging.disable(logging.WARNING)
-
-    def __exit__(self, *raised: object) -> None:
-        logging.disable(self.before)
-        super().__exit__(*raised)
+        try:
+            yield
+        finally:
+            logging.disable(before)

@@ -31,7 +31,7 @@ def save_onnx(
     empty state (zeros) whole sequences or prompts, with T = 1 a decoding step.
     tokenizer: is written into the metadata, as `tokenizer` the JSON of the `tokenizers` library, as `document_id` the
     id that begins and ends texts. Ids that only pad the vocabulary have no logits.
-    rounded: the weights as `swamla.checkpoint.quantize` gives them: those in int8 and int4 are dequantized in the graph.
+    rounded: weights as `swamla.checkpoint.quantize` gives them; those in int8 and int4 are dequantized in the graph.
     one_token: T = 1 alone, by operators of opset 20, for runtimes without LinearAttention and CausalConvWithState.
     Raises `UsageError` for a file that exists, `MissingBackendError` without the packages of the extra `onnx`.
     """

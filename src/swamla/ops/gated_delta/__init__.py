@@ -83,10 +83,7 @@ def gated_delta_rule(
     inputs = RuleInputs(q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH)
     scale = key**-0.5 if scale is None else scale
     if torch.compiler.is_exporting():
-        state_BHKV = (
-            q_BTHK.new_zeros(q_BTHK.shape[0], heads, key, value) if initial_state_BHKV is None else initial_state_BHKV
-        )
-        return linear_attention(q_BTHK, k_BTHK, v_BTHV, state_BHKV, log_alpha_BTH[..., None], beta_BTH, scale)
+        return linear_attention(q_BTHK, k_BTHK, v_BTHV, initial_state_BHKV, log_alpha_BTH[..., None], beta_BTH, scale)
     if path == "reference":
         return recurrent_gated_delta_rule(inputs, initial_state_BHKV, seq, scale=scale)
     if path == "fla":

@@ -48,10 +48,7 @@ def kimi_delta_attention(
     inputs = KDAInputs(q_BTHK, k_BTHK, v_BTHV, log_alpha_BTHK, beta_BTH)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     if torch.compiler.is_exporting():
-        batch, _, heads, key = q_BTHK.shape
-        zeros_BHKV = q_BTHK.new_zeros(batch, heads, key, v_BTHV.shape[-1])
-        state_BHKV = zeros_BHKV if initial_state_BHKV is None else initial_state_BHKV
-        return linear_attention(*inputs[:3], state_BHKV, log_alpha_BTHK, beta_BTH, scale)
+        return linear_attention(q_BTHK, k_BTHK, v_BTHV, initial_state_BHKV, log_alpha_BTHK, beta_BTH, scale)
     if path == "reference":
         return recurrent_kda(inputs, initial_state_BHKV, seq, scale=scale)
     chunk = chunk or (32 if q_BTHK.device.type == "cpu" else 64)

@@ -68,8 +68,7 @@ def short_conv(
         raise UsageError(f"activation = {activation!r}: short_conv has {', '.join(map(repr, get_args(Activation)))}")
     taps = weight_DW.shape[-1]
     if torch.compiler.is_exporting():
-        zeros_BWD = x_BTD.new_zeros(x_BTD.shape[0], taps - 1, x_BTD.shape[2])
-        return causal_conv(x_BTD, weight_DW, zeros_BWD if history_BWD is None else history_BWD, activation)
+        return causal_conv(x_BTD, weight_DW, history_BWD, activation)
     chosen = resolve_backend(backend, x_BTD.device, taps=taps, dtype=x_BTD.dtype, activation=activation)
     if history_BWD is None:
         if chosen == "fla":
