@@ -1,4 +1,4 @@
-"""A graph of ONNX, run by onnxruntime, computes what the model computes: whole rows, prompts, steps, in every format."""
+"""A graph of ONNX, run by onnxruntime, computes what the model computes: rows, prompts and steps, in every format."""
 
 import re
 from collections.abc import Iterator, Mapping
