@@ -79,8 +79,14 @@ def test_the_table_has_sizes_scores_and_speeds_of_every_format(home: Path, capsy
     ("words", "said"),
     [
         (["export", "RUN", "out", "--max_loss", "1"], "--max_loss needs --quantize"),
-        (["export", "RUN", "out.gguf", "--quantize", "int8"], "--quantize int8 is for a run's folder or ONNX, not out.gguf"),
-        (["export", "RUN", "out", "--quantize", "int8", "--to", "llama"], "--to llama is for other outputs: with --quantize int8 out is a run of swamla"),
+        (
+            ["export", "RUN", "out.gguf", "--quantize", "int8"],
+            "--quantize int8 is for a run's folder or ONNX, not out.gguf",
+        ),
+        (
+            ["export", "RUN", "out", "--quantize", "int8", "--to", "llama"],
+            "--to llama is for other outputs: with --quantize int8 out is a run of swamla",
+        ),
         (["evaluate", "RUN", "--quantize", "int3"], "--quantize int3: must be of int8, int4"),
         (["export", "RUN", "RUN", "--quantize", "int8"], "exists and is not empty"),
     ],

@@ -1,5 +1,6 @@
 """`save_onnx`: a model and its tokenizer as one file that onnxruntime runs alone."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ def save_onnx(
     id that begins and ends texts. Ids that only pad the vocabulary have no logits.
     rounded: weights as `swamla.checkpoint.quantize` gives them; those in int8 and int4 are dequantized in the graph.
     one_token: T = 1 alone, by operators of opset 20, for runtimes without LinearAttention and CausalConvWithState.
-    Raises `UsageError` for a file that exists, `MissingBackendError` without the packages of the extra `onnx`.
+    Weights of more than 2 GB are in FILE.data beside it. Raises `UsageError` for a file that exists,
+    `MissingBackendError` without the packages of the extra `onnx`.
     """
     file = Path(file)
     if file.exists():
@@ -43,7 +45,7 @@ def save_onnx(
         import onnxscript  # noqa: F401 - what torch.onnx writes graphs with
     except ImportError:
         raise MissingBackendError("ONNX needs onnx and onnxscript: pip install 'swamla[onnx]'") from None
-    model = model.eval().float()
+    model = copy.deepcopy(model).cpu().float().eval()
     known_ids = model.config.vocab_size if tokenizer is None else tokenizer.vocab_size
     graph = graph_of(model, known_ids=known_ids, one_token=one_token)
     if rounded is not None:
@@ -53,9 +55,8 @@ def save_onnx(
         graph.metadata_props.update(metadata)
     graph.producer_name = "swamla"
     size = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
-    staging = file.with_name(f".{file.name}.new")
+    staging, beside = file.with_name(f".{file.name}.new"), f"{file.name}.data" if size > MOST_BYTES else None
     try:
-        beside = f"{file.name}.data" if size > MOST_BYTES else None
         onnx_ir.save(graph, staging, external_data=beside)
         fsync(staging)
         staging.replace(file)

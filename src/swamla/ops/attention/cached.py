@@ -99,7 +99,7 @@ def _block(
         k_BGSK, v_BGSV = k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2)
         o_BGMV = scaled_dot_product_attention(q_BGMK, k_BGSK, v_BGSV, attn_mask=allowed_B1MS, scale=scale)
     else:
-        sink_GM = None if sink_logit_H is None else sink_logit_H.view(-1, shared).repeat_interleave(time, dim=1)
+        sink_GM = None if sink_logit_H is None else sink_logit_H.view(-1, shared, 1).expand(-1, -1, time).flatten(1)
         o_BGMV = _matmuls(q_BGMK, k_BSGK, v_BSGV, allowed_B1MS, scale, sink_GM)
     return o_BGMV.unflatten(2, (shared, time)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
