@@ -13,7 +13,7 @@ from swamla.interop.tokenizer import with_document_start
 from swamla.model.language_model import LanguageModel
 from swamla.ops.rounding import GROUP, Rounded
 
-BLOCKS_OPSET = 21  # the first whose DequantizeLinear has a scale for each block of a row
+INT4_OPSET = 21  # the first whose Cast has integers of 4 bits
 MOST_BYTES = 2**31 - 2**20  # of a file of protobuf; larger weights go into a file beside it
 
 
@@ -32,7 +32,7 @@ def save_onnx(
     empty state (zeros) whole sequences or prompts, with T = 1 a decoding step.
     tokenizer: is written into the metadata, as `tokenizer` the JSON of the `tokenizers` library, as `document_id` the
     id that begins and ends texts. Ids that only pad the vocabulary have no logits.
-    rounded: weights as `swamla.checkpoint.quantize` gives them; those in int8 and int4 are dequantized in the graph.
+    rounded: weights as `swamla.checkpoint.quantize` gives them; those in int8 and int4 are made of these in the graph.
     one_token: T = 1 alone, by operators of opset 20, for runtimes without LinearAttention and CausalConvWithState.
     Weights of more than 2 GB are in FILE.data beside it. Raises `UsageError` for a file that exists,
     `MissingBackendError` without the packages of the extra `onnx`.
@@ -67,30 +67,55 @@ def save_onnx(
 
 
 def _quantize(graph: Any, weights: Mapping[str, Rounded | Any]) -> None:
-    """Replace weights by their integers and scales, and a DequantizeLinear that makes the weight of them."""
-    import ml_dtypes
+    """Replace weights by their integers and scales, and by operators that make the weights of them.
+
+    Not DequantizeLinear: onnxruntime would compute it anew in every call, but folds these when it loads the file.
+    """
     import onnx_ir
 
-    made = []
     initializers = graph.graph.initializers
     for name, weight in weights.items():
         if name not in initializers or not isinstance(weight, Rounded):
             continue
-        integers, scale = weight.plain_integers().numpy(), weight.scale.float().numpy()
-        if weight.format == "int8":
-            scale, block = scale[..., None], weight.shape[-1]
-        else:
-            integers, block = integers.astype(ml_dtypes.int4), GROUP
-        parts = [
-            onnx_ir.Value(name=f"{name}{suffix}", const_value=onnx_ir.tensor(part, name=f"{name}{suffix}"))
-            for suffix, part in (("_integers", integers), ("_scale", scale))
-        ]
-        node = onnx_ir.node("DequantizeLinear", parts, attributes={"axis": -1, "block_size": block}, num_outputs=1)
-        node.outputs[0].name = f"{name}_weight"
         old = initializers.pop(name)
-        old.replace_all_uses_with(node.outputs[0])
-        for part in parts:
-            initializers[part.name] = part
-        made.append(node)
-    graph.graph.insert_before(graph.graph[0], made)
-    graph.opset_imports[""] = max(graph.opset_imports[""], BLOCKS_OPSET)
+        *nodes, last = _product(name, weight, initializers)
+        last.outputs[0].name = f"{name}_weight"
+        last.outputs[0].dtype, last.outputs[0].shape = old.dtype, old.shape
+        old.replace_all_uses_with(last.outputs[0])
+        graph.graph.insert_before(graph.graph[0], [*nodes, last])
+        if weight.format == "int4":
+            graph.opset_imports[""] = max(graph.opset_imports[""], INT4_OPSET)
+    onnx_ir.passes.common.NameFixPass()(graph)
+
+
+def _product(name: str, weight: Rounded, initializers: Any) -> list[Any]:
+    """Operators for integers times scales, a group's scale repeated for all of the group."""
+    import ml_dtypes
+    import numpy as np
+    import onnx_ir
+
+    def constant(suffix: str, array: Any) -> Any:
+        value = onnx_ir.Value(name=f"{name}_{suffix}", const_value=onnx_ir.tensor(array, name=f"{name}_{suffix}"))
+        initializers[value.name] = value
+        return value
+
+    nodes: list[Any] = []
+
+    def then(kind: str, *inputs: Any, **attributes: Any) -> Any:
+        nodes.append(onnx_ir.node(kind, inputs, attributes=attributes, num_outputs=1))
+        return nodes[-1].outputs[0]
+
+    integers, scale = weight.plain_integers().numpy(), weight.scale.float().numpy()[..., None]
+    if weight.format == "int8":
+        scales = constant("scale", scale)
+    else:
+        integers, (*rows, groups, _) = integers.astype(ml_dtypes.int4), scale.shape
+        shape = np.array([*rows, groups, GROUP]), np.array([*rows, groups * GROUP])
+        scales = then("Expand", constant("scale", scale), constant("groups", shape[0]))
+        scales = then("Reshape", scales, constant("row", shape[1]))
+        if groups * GROUP > weight.shape[-1]:
+            ends = [np.array([number]) for number in (0, weight.shape[-1], len(rows))]
+            scales = then("Slice", scales, *(constant(f"slice_{n}", end) for n, end in enumerate(ends)))
+    numbers = then("Cast", constant("integers", integers), to=onnx_ir.DataType.FLOAT.value)
+    then("Mul", numbers, scales)
+    return nodes
