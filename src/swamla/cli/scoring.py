@@ -23,7 +23,7 @@ from swamla.data.dataset import Dataset
 from swamla.data.reopening import reopen
 from swamla.data.shards import Split
 from swamla.data.tokenizer import Tokenizer
-from swamla.errors import DataError, SwamlaError
+from swamla.errors import DataError, SwamlaError, UsageError
 from swamla.evaluate import part_of, validation
 from swamla.model.language_model import LanguageModel
 from swamla.train import RunConfig
