@@ -66,12 +66,12 @@ lint: $(VENV)/.installed-dev
 speedrun: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.quality $(SPEEDRUN_ARGS)
 
-# lm-eval and what it needs are 230 MB, so `make test` goes without it and TransformerLens, and skips what needs them, with
-# that reason.
+# lm-eval and what it needs are 230 MB, so `make test` goes without it, TransformerLens and ONNX, whose graphs take seconds
+# for each mixer, and skips what needs them, with that reason.
 interop: $(VENV)/.installed-dev
-	@$(INSTALL) --editable '.[dev,interop,lens]'
+	@$(INSTALL) --editable '.[dev,interop,lens,onnx]'
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/evaluate tests/interop/test_saved.py tests/interop/test_gguf.py \
-	    tests/interpret/test_transformer_lens.py
+	    tests/interop/test_onnx.py tests/interpret/test_transformer_lens.py
 	$(TEST_ENV) $(BIN)/python -m tests.interop $(INTEROP_ARGS)
 
 clean:

@@ -16,12 +16,15 @@ MAX_HEADER_BYTES = 100_000_000
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
-def save_tensors(file: Path, named: Mapping[str, Tensor]) -> None:
-    """Write tensors, each storage once: a tied name is recorded in the header as an alias of the first."""
+def save_tensors(file: Path, named: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors, each storage once: a tied name is recorded in the header as an alias of the first.
+
+    metadata: another entry of the header in place of that, for tensors of which none is tied.
+    """
     unique, aliases = without_aliases(named)
     # One key only: safetensors writes several keys in random order, and equal runs must give equal files.
     with as_new_file(file):
-        save_file(unique, file, metadata={"aliases": json.dumps(aliases)})
+        save_file(unique, file, metadata=dict(metadata or {"aliases": json.dumps(aliases)}))
 
 
 def without_aliases(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from swamla.checkpoint.folder import stored_paths as stored_paths
     from swamla.checkpoint.folder import verify as verify
     from swamla.checkpoint.folder import whole_checkpoint as whole_checkpoint
+    from swamla.checkpoint.quantized import dequantized as dequantized
+    from swamla.checkpoint.quantized import quantize as quantize
+    from swamla.checkpoint.quantized import quantized_bytes as quantized_bytes
+    from swamla.checkpoint.quantized import save_quantized as save_quantized
     from swamla.checkpoint.run import best_step as best_step
     from swamla.checkpoint.run import find_checkpoint as find_checkpoint
     from swamla.checkpoint.run import load as load

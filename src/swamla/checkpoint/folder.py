@@ -93,12 +93,14 @@ def save_checkpoint(
     state: Mapping[str, Any],
     writers: WriterGroup = ALONE,
     others: Sequence[Mapping[str, LocalTensors]] = (),
+    metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `directory/step-<step>` atomically and return its path.
 
     tensors: group name -> tensors; a group becomes one safetensors file, or one file per process if it has shards.
     state: JSON data. writers: all its processes call this at the same step, each with its own shards.
     others: shards of further ranks, which a single process writes for them.
+    metadata: of the header of unsharded tensors, in place of their aliases.
     Raises `SwamlaError`, naming the path and the bytes needed, if the disk is full; older checkpoints stay intact.
     """
     final, staging = directory / step_name(step), directory / f".saving-{step_name(step)}"
@@ -115,7 +117,7 @@ def save_checkpoint(
 
     try:
         together(lambda: _begin(directory, staging) if main else None)
-        listings = together(lambda: _write(staging, tensors, writers.rank))
+        listings = together(lambda: _write(staging, tensors, writers.rank, metadata))
         listings += [_write(staging, share, rank) for rank, share in enumerate(others, 1)]
         files = {name: listed for listing in listings for name, listed in listing.items()}
         fault("save-staging", step)
@@ -134,7 +136,9 @@ def _begin(directory: Path, staging: Path) -> None:
     staging.mkdir()
 
 
-def _write(staging: Path, tensors: Mapping[str, LocalTensors], rank: int) -> dict[str, dict[str, Any]]:
+def _write(
+    staging: Path, tensors: Mapping[str, LocalTensors], rank: int, metadata: Mapping[str, str] | None = None
+) -> dict[str, dict[str, Any]]:
     """Write this process's tensors; returns their entries of the manifest."""
     files = []
     for group, named in tensors.items():
@@ -144,7 +148,7 @@ def _write(staging: Path, tensors: Mapping[str, LocalTensors], rank: int) -> dic
             save_shards(files[-1], named)
         elif rank == 0:
             files.append(staging / f"{group}.safetensors")
-            save_tensors(files[-1], cast("Mapping[str, Tensor]", named))
+            save_tensors(files[-1], cast("Mapping[str, Tensor]", named), metadata)
     for file in files:
         fsync(file)
         fsync(file.parent)

@@ -99,6 +99,7 @@ def load(
             "to another run"
         )
     model.known_ids = tokenizer.vocab_size
+    model.quantized = checkpoint.reader("model").quantized
     return model.eval().to(device=device, dtype=dtype), tokenizer
 
 

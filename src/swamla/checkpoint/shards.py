@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,13 @@ from torch import Tensor
 from swamla.distributed import as_sharded, local, sharded
 from swamla.errors import CorruptError
 from swamla.files import as_new_file
+from swamla.ops.rounding import FORMATS, Rounded
 from swamla.tensor_file import read_header, without_aliases
 
 SHARDING = "DCP_SHARDING_INFO"  # DCP's names: the entry of the header, and a tensor's offset in it
 OFFSETS = "saved_offsets"
+QUANTIZED = "quantized"  # the entry of the header of rounded weights (`quantized.py`), which has their aliases too
+SCALE = "_scale"  # behind a rounded weight's name: the name of its scales
 
 Numbers = tuple[int, ...]
 
@@ -94,7 +98,7 @@ class _Box:
 
 
 class ShardReader:
-    """Reads the tensors of a group from the files of all processes.
+    """Reads the tensors of a group from the files of all processes; rounded weights in fp32.
 
     Raises `CorruptError` if a file is damaged, or if the shards of a tensor leave gaps or overlap.
     """
@@ -103,6 +107,8 @@ class ShardReader:
         self._boxes: dict[str, list[_Box]] = {}
         self._shapes: dict[str, Numbers] = {}
         self.aliases: dict[str, str] = {}
+        self.quantized = ""  # the format of rounded weights, "" if there are none
+        self._rounded: dict[str, str] = {}  # name -> format
         self._open: dict[Path, Any] = {}
         for file in files:
             with _corrupt_if_damaged(file):
@@ -131,6 +137,23 @@ class ShardReader:
                 raise ValueError(f"{name} is part of {shape}, and of {known} in another file")
             self._shapes[name] = tuple(map(max, shape, known))
             self._boxes.setdefault(name, []).append(_Box(file, offset, size))
+        quantized = json.loads(metadata.get(QUANTIZED, "{}"))
+        self.aliases |= quantized.get("aliases", {})
+        self.quantized = quantized.get("format", self.quantized)
+        for name, rounded in quantized.get("weights", {}).items():
+            self._read_rounded(file, name, rounded["format"], tuple(rounded["shape"]))
+
+    def _read_rounded(self, file: Path, name: str, format: str, shape: Numbers) -> None:
+        """Give the name the shape of the weight, once integers and scales are found to have theirs."""
+        if format not in FORMATS or len(shape) < 2 or not all(isinstance(n, int) and n > 0 for n in shape):
+            raise ValueError(f"{name} is stored as {format} of {shape}")
+        found = self._shapes.pop(name, None), self._shapes.pop(name + SCALE, None)
+        expected = tuple(part for _, part in Rounded.parts(shape, format))
+        if found != expected:
+            raise ValueError(f"{name}: integers and scales of shapes {found}, expected {expected}")
+        del self._boxes[name + SCALE]
+        self._boxes[name] = [_Box(file, (0,) * len(shape), shape)]
+        self._shapes[name], self._rounded[name] = shape, format
 
     def _check_whole(self, name: str, boxes: list[_Box]) -> None:
         """Check that every element is stored once: boxes are inside, disjoint, and as large together as the tensor."""
@@ -154,6 +177,9 @@ class ShardReader:
         boxes = self._boxes[name]
         offset = (0,) * len(self._shapes[name]) if offset is None else tuple(offset)
         size = self._shapes[name] if size is None else tuple(size)
+        if name in self._rounded:
+            part = self._weight(name)[tuple(map(slice, offset, map(add, offset, size)))]
+            return part.contiguous()
         if len(boxes) == 1 and size == self._shapes[name]:
             return self._stored(boxes[0], name, (), ())
         found = None
@@ -169,6 +195,13 @@ class ShardReader:
                 _inside(found, tuple(b - o for b, o in zip(begin, offset, strict=True)), extent).copy_(part)
         assert found is not None
         return found
+
+    def _weight(self, name: str) -> Tensor:
+        """A rounded weight in fp32."""
+        (box,) = self._boxes[name]
+        integers, scale = (self._stored(box, stored, (), ()) for stored in (name, name + SCALE))
+        with _corrupt_if_damaged(box.file):
+            return Rounded(self._rounded[name], integers, scale, self._shapes[name]).checked().weight()
 
     def _stored(self, box: _Box, name: str, begin: Numbers, extent: Numbers) -> Tensor:
         """A part of a stored box, from `begin` on and of size `extent`; the whole box if `extent` is empty."""

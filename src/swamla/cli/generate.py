@@ -9,7 +9,9 @@ from swamla.cli.console import harmless
 from swamla.cli.flags import argument, parse
 from swamla.cli.running import run_folder
 from swamla.errors import UsageError
+from swamla.inference.decoding import INT8_MAX_ROWS, decodings_on
 from swamla.inference.sampling import Sampling
+from swamla.model.language_model import LanguageModel
 from swamla.text import Generation, encode_prompt, generate_text, room
 
 
@@ -30,7 +32,7 @@ class Arguments:
     greedy: always take the likeliest token.
     checkpoint: best, latest, or a step.
     decoding: graph: CUDA graphs, of compiled kernels if Triton is installed; int8: weights rounded to 8 bits, on a CPU,
-        which is faster and changes the results.
+        which is faster and changes the results; auto: int8 for a run whose weights are rounded, else eager.
     stats: print tokens per second and the size of the state, on stderr.
     """
 
@@ -44,7 +46,7 @@ class Arguments:
     seed: int = 0
     greedy: bool = False
     checkpoint: str = "best"
-    decoding: Literal["eager", "graph", "int8"] = "eager"
+    decoding: Literal["auto", "eager", "graph", "int8"] = "auto"
     stats: bool = False
 
 
@@ -78,7 +80,7 @@ def main(argv: list[str]) -> int:
             max_new_tokens,
             sampling=sampling,
             on_text=(lambda _, piece: _emit(piece)) if alone else None,
-            decoding=arguments.decoding,
+            decoding=_decoding(model, len(prompts)) if arguments.decoding == "auto" else arguments.decoding,
             crop=arguments.crop,
         )
     except KeyboardInterrupt:
@@ -88,6 +90,12 @@ def main(argv: list[str]) -> int:
     if arguments.stats:
         print(_statistics(done), file=sys.stderr)
     return 0
+
+
+def _decoding(model: LanguageModel, rows: int) -> str:
+    """int8 for rounded weights, where it is: on a CPU, for few rows."""
+    fits = model.quantized and rows <= INT8_MAX_ROWS and "int8" in decodings_on(model.device.type)
+    return "int8" if fits else "eager"
 
 
 def _typed(prompt: str) -> str:

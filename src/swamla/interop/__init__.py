@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from swamla.interop.folder import read_architecture as read_architecture
     from swamla.interop.folder import save_pretrained as save_pretrained
     from swamla.interop.gguf.saving import save_gguf as save_gguf
+    from swamla.interop.onnx.saving import save_onnx as save_onnx
     from swamla.interop.tokenizer import save_tokenizer as save_tokenizer
 else:
     __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -171,7 +171,10 @@ class LanguageModel(Decodable[ModelState]):
 
     Weights are uninitialised before `reset_parameters`, which `LanguageModelConfig.build` calls. known_ids: the
     tokenizer's number of ids; larger ids only pad the vocabulary and are never generated. None allows all ids.
+    quantized: the format in which a run of rounded weights stores them, "int8" or "int4", and "" elsewhere.
     """
+
+    quantized: str = ""
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()

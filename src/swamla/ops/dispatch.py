@@ -18,7 +18,9 @@ class Dispatch:
     """
 
     def __init__(self, expert_NK: Tensor, n_experts: int, *, surplus: bool = False) -> None:
-        self.shape, self.surplus = expert_NK.shape, surplus
+        self.expert_NK, self.shape, self.surplus = expert_NK, expert_NK.shape, surplus
+        if torch.compiler.is_exporting():  # other runtimes' sorts are not stable: every expert gets every token there
+            return
         flat = expert_NK.flatten()
         sorted_expert, self.order = flat.sort(stable=True)
         self.place = torch.empty_like(self.order)

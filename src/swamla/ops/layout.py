@@ -97,6 +97,13 @@ class Layout:
         whole = ((len(length_B), 1),)
         return cls(document_B1, length_B[:, None], whole, continues=True, padded=False, end=end)
 
+    @classmethod
+    def some_more(cls, length_B: Tensor, time: int, end: int) -> "Layout":
+        """`one_more` for `time` new tokens per row, none of them padding."""
+        position_BT = length_B[:, None] + torch.arange(time, device=length_B.device)
+        whole = ((length_B.shape[0], time),)
+        return cls(torch.zeros_like(position_BT), position_BT, whole, continues=True, padded=False, end=end)
+
     @property
     def shape(self) -> tuple[int, int]:
         """(B, T)."""

@@ -16,8 +16,8 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     On CPUs, where PyTorch has no fused RMSNorm, the backward pass is LayerNorm's with one correction: it moves six
     times the bytes of x, autograd's about fifteen times (first derivatives only). Elsewhere it is PyTorch's own.
     """
-    few = x.numel() <= FEW and not torch.is_grad_enabled()
-    if x.device.type != "cpu" or few:
+    plain = x.device.type != "cpu" or torch.compiler.is_exporting()
+    if plain or (x.numel() <= FEW and not torch.is_grad_enabled()):
         return F.rms_norm(x, (x.shape[-1],), weight_D.to(x.dtype), eps)
     return _RMSNorm.apply(x, weight_D, eps)
 

@@ -35,10 +35,10 @@ def rotate_doubled(x_BTHK: Tensor, tables: Tables, layout: str) -> Tensor:
     cos, sin = tables
     if is_fused(x_BTHK):
         return _RotateInGraph.apply(x_BTHK, cos, sin, layout)
-    few = x_BTHK.numel() <= FEW and not torch.is_grad_enabled()
-    if x_BTHK.device.type == "cpu" and not few:
-        return _in_blocks(x_BTHK, cos, sin, layout)
-    return _rotated(x_BTHK, cos, sin, layout)
+    plain = x_BTHK.device.type != "cpu" or torch.compiler.is_exporting()
+    if plain or (x_BTHK.numel() <= FEW and not torch.is_grad_enabled()):
+        return _rotated(x_BTHK, cos, sin, layout)
+    return _in_blocks(x_BTHK, cos, sin, layout)
 
 
 def reference_rotate(x_BTHK: Tensor, tables: Tables, layout: str) -> Tensor:

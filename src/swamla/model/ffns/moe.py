@@ -204,6 +204,8 @@ class MoE(FFN):
             if self.shared_gate is not None:
                 shared_BTD = shared_BTD * F.linear(x_BTD, self.shared_gate).sigmoid()
             y_BTD = y_BTD + shared_BTD
+        if torch.compiler.is_exporting():
+            return y_BTD, {}
         logits_BTE = routing.logits_NE.unflatten(0, x_BTD.shape[:2])
         loss = routed_loss(self.router, logits_BTE, real_BT, self.config.aux_loss, self.config.z_loss)
         return y_BTD, {**loss, **self.router.statistics(logits_BTE, real_BT), "load": dispatch.load_E}

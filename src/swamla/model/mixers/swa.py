@@ -126,12 +126,14 @@ class SWA(MHA):
     def step(self, x_BTD: Tensor, state: KVState, seq: Layout) -> Tensor:
         q, k, v, gate = self.project(without_padding(x_BTD, seq), seq)
         time = x_BTD.shape[1]
+        if torch.compiler.is_exporting():  # one graph for any number of tokens
+            return self.output(self._step_chunk(q, k, v, state, seq.position_BT, seq.real_BT), gate)
         if time == 1 and not seq.padded:
             return self.output(self._step_one(q, k, v, state, seq), gate)
         if seq.past is not None and (seq.past == 0 or time >= self.config.window):
             return self.output(self._step_many(q, k, v, state, seq.past, seq), gate)
         outputs, valid_BT = [], seq.document_BT >= 0
-        for begin in range(0, time, self.config.window):  # tokens of one chunk have different slots of the ring
+        for begin in range(0, time, self.config.window):  # chunks bound the mask's memory
             chunk = slice(begin, begin + self.config.window)
             new = q[:, chunk], k[:, chunk], v[:, chunk]
             outputs.append(self._step_chunk(*new, state, seq.position_BT[:, chunk], valid_BT[:, chunk]))
@@ -199,7 +201,7 @@ class SWA(MHA):
     def _step_chunk(
         self, q: Tensor, k: Tensor, v: Tensor, state: KVState, position_BT: Tensor, valid_BT: Tensor
     ) -> Tensor:
-        """At most `window` new tokens attend to the ring and to each other, then the valid ones enter the ring."""
+        """New tokens attend to the ring and to each other, then the last valid ones enter the ring."""
         cached_BS = self._positions(position_BT[:, 0])
         k_all = torch.cat((state.k_BSGK.to(k.dtype), k), dim=1)
         v_all = torch.cat((state.v_BSGK.to(v.dtype), v), dim=1)
@@ -207,10 +209,12 @@ class SWA(MHA):
         distance_BTS = position_BT[:, :, None] - source_BS[:, None, :]
         near_BTS = (distance_BTS < self.config.window) | (source_BS < self.config.sinks)[:, None, :]
         allowed_BTS = (source_BS >= 0)[:, None, :] & (distance_BTS >= 0) & near_BTS
-        slot_BT = self._slot(position_BT)
+        first_B1 = position_BT[:, :1]
+        index_BS = self._positions(first_B1.squeeze(1) + valid_BT.sum(dim=1)) - first_B1  # of the slots' new tokens
+        is_new_BS11, index_BS11 = (index_BS >= 0)[..., None, None], index_BS.clamp(min=0)[..., None, None]
         for ring, new in ((state.k_BSGK, k), (state.v_BSGK, v)):
-            old = ring.gather(1, slot_BT[..., None, None].expand_as(new))
-            write_at(ring, slot_BT, torch.where(valid_BT[..., None, None], new.to(ring.dtype), old))
+            entering = new.gather(1, index_BS11.expand(-1, -1, *new.shape[2:]))
+            ring.copy_(torch.where(is_new_BS11, entering.to(ring.dtype), ring))
         return cached_attention(q, k_all, v_all, allowed_BTS, **self.softmax)
 
     def _slot(self, position: Tensor) -> Tensor:

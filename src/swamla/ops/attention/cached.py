@@ -67,8 +67,8 @@ def attend_lower_right(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: fl
 
 def _query_blocks(time: int, elements: int, device: torch.device) -> list[slice]:
     """Blocks of queries that bound memory: each query needs `elements` elements of scores or masks."""
-    if time == 1:  # whatever the cache's size, on which a compiled step must not depend
-        return [slice(0, 1)]
+    if torch.compiler.is_exporting() or time == 1:  # whatever the cache's size, on which a graph must not depend
+        return [slice(0, time)]
     rows = max(1, (SCORES if device.type == "cpu" else ON_ACCELERATORS * SCORES) // elements)
     return [slice(begin, min(begin + rows, time)) for begin in range(0, time, rows)]
 
@@ -99,7 +99,7 @@ def _block(
         k_BGSK, v_BGSV = k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2)
         o_BGMV = scaled_dot_product_attention(q_BGMK, k_BGSK, v_BGSV, attn_mask=allowed_B1MS, scale=scale)
     else:
-        sink_GM = None if sink_logit_H is None else sink_logit_H.view(-1, shared).repeat_interleave(time, dim=1)
+        sink_GM = None if sink_logit_H is None else sink_logit_H.view(-1, shared, 1).expand(-1, -1, time).flatten(1)
         o_BGMV = _matmuls(q_BGMK, k_BSGK, v_BSGV, allowed_B1MS, scale, sink_GM)
     return o_BGMV.unflatten(2, (shared, time)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 

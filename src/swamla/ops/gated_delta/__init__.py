@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from swamla.errors import MissingBackendError, UsageError
+from swamla.ops.exported import linear_attention
 from swamla.ops.fla import installed, packing_of
 from swamla.ops.gated_delta.cpu import chunked_gated_delta_rule
 from swamla.ops.gated_delta.cuda import fla_gated_delta_rule, obstacle
@@ -81,6 +82,8 @@ def gated_delta_rule(
     path = resolve_backend(backend, q_BTHK.device, heads=heads, key=key, value=value, dtype=q_BTHK.dtype)
     inputs = RuleInputs(q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH, beta_BTH)
     scale = key**-0.5 if scale is None else scale
+    if torch.compiler.is_exporting():
+        return linear_attention(q_BTHK, k_BTHK, v_BTHV, initial_state_BHKV, log_alpha_BTH[..., None], beta_BTH, scale)
     if path == "reference":
         return recurrent_gated_delta_rule(inputs, initial_state_BHKV, seq, scale=scale)
     if path == "fla":

@@ -1,8 +1,10 @@
 """Kimi Delta Attention (arXiv 2510.26692): the gated delta rule with a decay of its own for each channel of a key."""
 
+import torch
 from torch import Tensor
 
 from swamla.errors import UsageError
+from swamla.ops.exported import linear_attention
 from swamla.ops.kda.cpu import chunked_kda
 from swamla.ops.kda.reference import KDAInputs, recurrent_kda
 from swamla.ops.kda.reference import kimi_delta_step as kimi_delta_step
@@ -45,6 +47,8 @@ def kimi_delta_attention(
     path = resolve_backend(backend)
     inputs = KDAInputs(q_BTHK, k_BTHK, v_BTHV, log_alpha_BTHK, beta_BTH)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
+    if torch.compiler.is_exporting():
+        return linear_attention(q_BTHK, k_BTHK, v_BTHV, initial_state_BHKV, log_alpha_BTHK, beta_BTH, scale)
     if path == "reference":
         return recurrent_kda(inputs, initial_state_BHKV, seq, scale=scale)
     chunk = chunk or (32 if q_BTHK.device.type == "cpu" else 64)

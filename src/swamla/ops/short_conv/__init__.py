@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swamla.errors import MissingBackendError, UsageError
+from swamla.ops.exported import causal_conv
 from swamla.ops.fla import packing_of
 from swamla.ops.graphs import is_fused
 from swamla.ops.layout import Layout
@@ -66,6 +67,8 @@ def short_conv(
     if activation not in get_args(Activation):
         raise UsageError(f"activation = {activation!r}: short_conv has {', '.join(map(repr, get_args(Activation)))}")
     taps = weight_DW.shape[-1]
+    if torch.compiler.is_exporting():
+        return causal_conv(x_BTD, weight_DW, history_BWD, activation)
     chosen = resolve_backend(backend, x_BTD.device, taps=taps, dtype=x_BTD.dtype, activation=activation)
     if history_BWD is None:
         if chosen == "fla":

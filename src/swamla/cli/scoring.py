@@ -1,0 +1,196 @@
+"""How the models of a run are scored: on which text, in rows of which length, in which precision."""
+
+import hashlib
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from swamla.checkpoint import Checkpoint, read_run_config
+from swamla.cli.console import Console, say
+from swamla.cli.flags import Flag
+from swamla.cli.overrides import apply_flags
+from swamla.cli.running import data_of_run, read_data
+from swamla.config import from_plain
+from swamla.data.config import DataConfig
+from swamla.data.dataset import Dataset
+from swamla.data.reopening import reopen
+from swamla.data.shards import Split
+from swamla.data.tokenizer import Tokenizer
+from swamla.errors import DataError, SwamlaError, UsageError
+from swamla.evaluate import part_of, validation
+from swamla.model.language_model import LanguageModel
+from swamla.train import RunConfig
+from swamla.train.changes import config_of
+from swamla.train.init_from import lineage
+from swamla.train.precision import Chosen, autocast, resolve_as_trained
+from swamla.train.run_folder import identity_of_run
+
+Part = Literal["all", "validation", "test"]
+
+# To find a training document that is the beginning of a tested one: the largest number of documents that are searched,
+# the number of first tokens by which they are found, and of last tokens, before the cut, that may differ.
+_FEW, _ALIKE, _AT_THE_CUT = 10_000, 16, 16
+
+
+def run_config(run: Path) -> RunConfig:
+    """The config of a run. Raises as `read_run_config` does."""
+    plain = read_run_config(run)
+    plain.pop("format_version", None)
+    return from_plain(RunConfig, plain, origin=str(run / "config.json"))
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a run's models are scored: the text, the length of rows, the precision."""
+
+    dataset: Dataset
+    block_size: int
+    precision: Chosen
+    part: Part
+
+    @classmethod
+    def of(
+        cls,
+        dataset: Dataset,
+        config: RunConfig,
+        checkpoint: Checkpoint,
+        model: LanguageModel,
+        block_size: int = 0,
+        part: Part = "all",
+    ) -> "Scoring":
+        """As the run was trained; block_size: 0 for the run's."""
+        precision = precision_of(config, checkpoint, model)
+        return cls(dataset, block_size or config.train.block_size, precision, part)
+
+    @property
+    def text(self) -> Split:
+        """What is scored."""
+        return part_of(self.dataset.held_out, self.part, self.dataset.tokenizer.decode)
+
+    def announce(self) -> None:
+        """Say on stderr how much text is scored."""
+        text = self.text
+        tokens = text.n_tokens + text.n_documents
+        say(Console(stderr=True), f"scoring {tokens:,} tokens, {text.n_bytes:,} bytes of text …")
+
+    def score(self, model: LanguageModel) -> dict[str, float]:
+        """The figures of `Evaluation.as_dict`."""
+        with autocast(self.precision, model.device):
+            return validation(self.dataset, self.block_size, part=self.part)(model)
+
+    def bits_per_byte(self, model: LanguageModel) -> float:
+        """That figure alone."""
+        return self.score(model)["bits_per_byte"]
+
+
+def precision_of(config: RunConfig, checkpoint: Checkpoint, model: LanguageModel) -> Chosen:
+    """The precision in which a run's model is scored: its training's."""
+    trained = str(checkpoint.state.get("precision", ""))
+    return resolve_as_trained(config.train.precision, trained, model.device)
+
+
+def own_data(run: Path, config: RunConfig, checkpoint: Checkpoint) -> Dataset:
+    """The run's own data; warns if it has changed since training. Raises `UsageError` for rows of a task."""
+    dataset = data_of_run(run, config.data, Console(stderr=True))
+    if not isinstance(dataset, Dataset):
+        raise UsageError(
+            f"{run}: was trained on {config.data.source}, which has no bytes: give text to score by --data"
+        )
+    trained_on = checkpoint.state["data_fingerprint"]
+    if dataset.fingerprint != trained_on:
+        warnings.warn(
+            f"{config.data.source} has changed since training (fingerprint {dataset.fingerprint[:12]}, then "
+            f"{trained_on[:12]}): the text scored now may have been trained on",
+            stacklevel=2,
+        )
+    return dataset
+
+
+def other_data(
+    source: str, run: Path, config: RunConfig, given: Mapping[str, Any], flags: Mapping[str, Flag], *, held_out: bool
+) -> Dataset:
+    """The dataset of --data, encoded with the run's tokenizer; warns of documents that the model was trained on.
+
+    given, flags: what else was said of the data.  held_out: only the part that a run on it would hold out.
+    """
+    fraction = config.data.held_out_fraction if held_out else 1.0
+    data = {"source": source, "tokenizer": str(run / "tokenizer.json"), "held_out_fraction": fraction}
+    plain = {"data": data | {"cache_dir": config.data.cache_dir}}
+    typed = apply_flags(plain, given, flags)
+    chosen = from_plain(DataConfig, plain["data"], path="data", origin=lambda field: typed.get(field, "--data"))
+    dataset = read_data(chosen, Console(stderr=True))
+    _warn_of_trained_text(dataset, config.data, run, "the run")
+    for other in islice(lineage(run), 1, None):
+        who = f"{other}, whose weights the run began with,"
+        try:
+            _warn_of_trained_text(dataset, config_of(other).data, other, who)
+        except SwamlaError as error:  # damaged, or no longer there
+            warnings.warn(f"cannot tell what {who} was trained on: {error}", stacklevel=2)
+    return dataset
+
+
+def _warn_of_trained_text(dataset: Dataset, trained_on: DataConfig, run: Path, who: str) -> None:
+    """Warn of documents that `run` was trained on, found by their tokens, or by the source's name without these."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # changed raw files do not matter here
+        known = identity_of_run(run)
+        own = None if known is None else reopen(trained_on, known)
+    source, total = dataset.source, dataset.held_out.n_documents
+    if own is not None and (shared := _documents_shared(dataset.held_out, own.train, dataset.tokenizer)):
+        only = " (only a sample of its streamed data was compared)" if trained_on.stream else ""
+        message = f"{source}: {who} was trained on {shared} of these {total} documents{only}"
+        warnings.warn(message, stacklevel=3)
+    elif own is not None and _begins_as_trained(dataset.held_out, own.train):
+        warnings.warn(f"{source}: {who} was trained on the beginning of one of its documents", stacklevel=3)
+    elif own is None and source in {trained_on.source, *(part.source for part in trained_on.mixture)}:
+        warnings.warn(f"{source}: {who} was trained on it", stacklevel=3)
+
+
+def _documents_shared(tested: Split, trained: Split, tokenizer: Tokenizer) -> int:
+    """How many documents of `tested` are also in `trained`, ignoring line ends; both are encoded with `tokenizer`."""
+    wanted = [_with_other_line_ends(tested.document(index), tokenizer) for index in range(tested.n_documents)]
+    lengths = sorted({len(ids) for alike in wanted for ids in alike})
+    possible = np.flatnonzero(np.isin(trained.lengths, lengths))  # others need not be read
+    known = {_digest(trained.document(int(index))) for index in possible}
+    return sum(any(_digest(ids) in known for ids in alike) for alike in wanted)
+
+
+def _with_other_line_ends(ids: np.ndarray, tokenizer: Tokenizer) -> list[np.ndarray]:
+    """The ids of a document and, if it has several lines, of its text with \\n and with \\r\\n line ends."""
+    text = tokenizer.decode(ids.tolist())
+    unix = text.replace("\r\n", "\n").replace("\r", "\n")
+    others = {unix, unix.replace("\n", "\r\n")} - {text} if "\n" in unix else set()
+    found = [ids]
+    for other in sorted(others):
+        with suppress(DataError):  # a character vocabulary may lack this line end
+            found.append(np.array(tokenizer.encode(other)))
+    return found
+
+
+def _digest(ids: np.ndarray) -> bytes:
+    return hashlib.blake2b(ids.astype(np.uint32).tobytes(), digest_size=16).digest()
+
+
+def _begins_as_trained(tested: Split, trained: Split) -> bool:
+    """Whether a training document is the beginning of a tested one: the only document of a source is cut in two.
+
+    The last few tokens before the cut may differ from those of the whole.
+    """
+    if trained.n_documents > _FEW:  # then no document was cut
+        return False
+    begun: dict[bytes, list[int]] = defaultdict(list)
+    for index in np.flatnonzero(trained.lengths >= _ALIKE + _AT_THE_CUT):
+        begun[trained.document(int(index))[:_ALIKE].tobytes()].append(int(index))
+    for whole in map(tested.document, range(tested.n_documents)):
+        for number in begun[whole[:_ALIKE].tobytes()]:
+            start = trained.document(number)[:-_AT_THE_CUT]
+            if 2 * len(start) > len(whole) > len(start) and np.array_equal(whole[: len(start)], start):
+                return True
+    return False
