@@ -40,6 +40,7 @@ COMMANDS = {
     "runs": "the runs in a folder: data, progress, losses; runs rm removes some",
     "checkpoint": "the checkpoints of a run: list, verify, convert",
     "compare": "arms trained alike with several seeds, and what differs, with intervals",
+    "reproduce": "a published comparison, trained anew: its page says where the claim holds (about 10 minutes)",
     "plot": "curves of several runs in one picture",
     "prepare": "tokenize data ahead of training",
     "cache": "prepared data: list it, with the runs that need it; remove it",

@@ -118,7 +118,7 @@ def main(argv: list[str]) -> int:
         executor_of(folder, study, arguments.executor, arguments.parts, settings).run()
         say_wrapped(console, f"handed the study to {arguments.executor}; the same command without --executor shows it")
         return 0
-    with _going_on(folder):
+    with going_on(folder):
         _train(study, folder, jobs, part, console)
         say(console, "scoring the runs of all seeds on the test part of the held-out text …")
         tests = score_tests(folder, dataset)
@@ -165,7 +165,7 @@ def _planned(asked: Asked, console: Console, argv: Sequence[str]) -> tuple[Study
     say(console, "timing a few steps of every arm …")
     plugins = tuple(str(Path(file).resolve()) for file in PLUGINS)
     given = {arm: flags_of(asked, arm) for arm in asked.arms}
-    return resolve_study(asked, configs, dataset, flags=given, plugins=plugins, commit=_commit()), dataset
+    return resolve_study(asked, configs, dataset, flags=given, plugins=plugins, commit=source_commit()), dataset
 
 
 def flags_of(asked: Asked, arm: str) -> str:
@@ -240,7 +240,7 @@ def _train(study: Study, folder: Path, jobs: int, part: Part | None, console: Co
 
 
 @contextmanager
-def _going_on(folder: Path) -> Iterator[None]:
+def going_on(folder: Path) -> Iterator[None]:
     """Whoever stops the study is told that nothing is lost."""
     left = f"all is saved in {folder}, and the same command goes on"
     try:
@@ -268,7 +268,7 @@ def _say_results(console: Console, results: Results) -> None:
         say_wrapped(console, text, label="- ", indent=2)
 
 
-def _commit() -> str:
+def source_commit() -> str:
     """The commit of this program's source, "" if it is no checkout."""
     root = Path(__file__).parents[3]
     if not (root / ".git").exists():

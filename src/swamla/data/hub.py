@@ -245,6 +245,11 @@ def shakespeare(cache_dir: Path, url: str = SHAKESPEARE_URL) -> Path:
     return path
 
 
+def has_shakespeare(cache_dir: Path) -> bool:
+    """Whether `shakespeare` needs no download."""
+    return _place(cache_dir).exists()
+
+
 def keep_shakespeare(cache_dir: Path, file: Path) -> bool:
     """Copy tiny Shakespeare to where `shakespeare` finds it; returns False, and does nothing, for any other file."""
     data = file.read_bytes() if file.is_file() else b""

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from swamla.data.dataset import Dataset
+from swamla.data.dataset import TrainingData
 from swamla.train.config import RunConfig
 from swamla.train.run_folder import fresh_state, resolve_vocabulary
 from swamla.train.step import training_step
@@ -12,7 +12,7 @@ from swamla.train.step import training_step
 WARM_UP, STEPS, SECONDS = 1, 3, 6.0  # steps that are not timed, and that are, unless they take longer in all
 
 
-def tokens_per_second(config: RunConfig, dataset: Dataset) -> float:
+def tokens_per_second(config: RunConfig, dataset: TrainingData) -> float:
     """Tokens a second of the config's training steps, by the shortest of a few; its weights are thrown away."""
     generators = torch.random.get_rng_state()
     state = fresh_state(resolve_vocabulary(config, dataset), dataset)

@@ -58,7 +58,8 @@ def _cuts(data: Data, *, convolved: bool) -> str:
     return table(head, rows, meaning)
 
 
-def _attention(data: Data) -> Section:
+def attention(data: Data) -> Section:
+    """Every head's weights on `texts`, which the script draws."""
     lead = (
         "Every head's weights, exactly as the model uses them: softmax probabilities, or the signed weights that the "
         "recurrence of a linear mixer implies. With the values, gates and output projections they add up to the "
@@ -295,7 +296,7 @@ def _taps(data: Data) -> Section | None:
 
 SECTIONS: tuple[Callable[[Data], Section | None], ...] = (
     _induction,
-    _attention,
+    attention,
     _worth,
     _patterns,
     _lens,

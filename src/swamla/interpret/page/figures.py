@@ -54,7 +54,8 @@ _PATTERNS = (
 )
 
 
-def _new(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches."""
     figure = Figure(figsize=(min(width, _LARGEST), min(height, _LARGEST)), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -67,15 +68,15 @@ def _labels(data: Data) -> list[str]:
 def _maps(data: Data, file: Path, section: str, maps: Sequence[tuple[str, str, bool, float]]) -> None:
     layers = data[section]["layers"]
     heads = max(layer["heads"] for layer in data["layers"])
-    figure = _new(len(maps) * max(2.1, 0.9 + 0.24 * heads), 1.2 + max(1.0, 0.24 * len(layers)))
+    figure = new_figure(len(maps) * max(2.1, 0.9 + 0.24 * heads), 1.2 + max(1.0, 0.24 * len(layers)))
     for axes, (field, title, signed, high) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True):
-        _map(figure, axes, [layer[field] for layer in layers], _labels(data), signed=signed, high=high)
+        draw_map(figure, axes, [layer[field] for layer in layers], _labels(data), signed=signed, high=high)
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("head", fontsize=8)
     figure.savefig(file)
 
 
-def _map(
+def draw_map(
     figure: Figure, axes: Any, rows: Sequence[Sequence[float]], labels: Sequence[str], *, signed: bool, high: float
 ) -> None:
     """Rows of different lengths on one scale, figures in the cells where there is room."""
@@ -102,7 +103,7 @@ def _attention(data: Data, file: Path) -> None:
     text = data["texts"][0]
     heads = max(layer["heads"] for layer in data["layers"])
     side = 1.3 if heads <= 8 else 0.8
-    figure = _new(0.6 + side * heads, 0.4 + side * len(text["layers"]))
+    figure = new_figure(0.6 + side * heads, 0.4 + side * len(text["layers"]))
     grid = figure.subplots(len(text["layers"]), heads, squeeze=False)
     count = len(text["tokens"])
     for index, (layer, label) in enumerate(zip(text["layers"], _labels(data), strict=True)):
@@ -129,7 +130,7 @@ def _attention(data: Data, file: Path) -> None:
 def _worth(data: Data, file: Path) -> None:
     layers, labels = data["worth"]["layers"], _labels(data)
     heads = max(layer["heads"] for layer in data["layers"])
-    figure = _new(5.0 + max(2.0, 0.24 * heads), 1.3 + max(1.2, 0.26 * len(layers)))
+    figure = new_figure(5.0 + max(2.0, 0.24 * heads), 1.3 + max(1.2, 0.26 * len(layers)))
     left, right = figure.subplots(1, 2, width_ratios=(4.0, max(2.0, 0.24 * heads)))
     place = np.arange(len(layers))
     for offset, part, name, colour in ((-0.2, "mixer", "mixer", BLUE), (0.2, "ffn", "FFN", ORANGE)):
@@ -142,37 +143,37 @@ def _worth(data: Data, file: Path) -> None:
     left.spines[["top", "right"]].set_visible(False)
     left.legend(frameon=False, fontsize=8)
     rises = [layer["heads"] for layer in layers]
-    _map(figure, right, rises, labels, signed=min(map(min, rises)) < -0.005, high=0.0)
+    draw_map(figure, right, rises, labels, signed=min(map(min, rises)) < -0.005, high=0.0)
     right.set_title("one head left out, nats", fontsize=9)
     right.set_xlabel("head", fontsize=8)
     figure.savefig(file)
 
 
 def _lens(data: Data, file: Path) -> None:
-    figure = _new(5.5, 3.0)
+    figure = new_figure(5.5, 3.0)
     axes = figure.subplots()
     losses = data["lens"]["loss"]
     axes.plot(range(len(losses)), losses, "o-", color=BLUE, markersize=4)
     names = ["embedding", *_labels(data)]
     every = max(1, len(names) // 10)
     axes.set_xticks(range(0, len(names), every), names[::every], fontsize=7)
-    _finish(axes, "stream behind", "loss, nats a token")
+    finish(axes, "stream behind", "loss, nats a token")
     figure.savefig(file)
 
 
 def _context(data: Data, file: Path) -> None:
     positions, needed = data["positions"], data["needed"]
-    figure = _new(8.0 if needed else 4.2, 3.0)
+    figure = new_figure(8.0 if needed else 4.2, 3.0)
     axes = figure.subplots(1, 2 if needed else 1, squeeze=False)[0]
     middle = [(first * last) ** 0.5 for first, last in zip(positions["first"], positions["last"], strict=True)]
     axes[0].plot(middle, positions["loss"], "o-", color=BLUE, markersize=4)
-    _finish(axes[0], "position in the document, tokens", "loss, nats a token", logarithmic=True)
+    finish(axes[0], "position in the document, tokens", "loss, nats a token", logarithmic=True)
     if needed:
         found = needed["found"]
         tokens, losses = zip(*((int(each), loss) for each, loss in found["losses"].items()), strict=True)
         axes[1].plot(tokens, losses, "o-", color=BLUE, markersize=4)
         axes[1].axhline(found["loss"], color=GREY, linestyle="--", linewidth=1)
-        _finish(axes[1], "last tokens that are read", "loss, nats a token", logarithmic=True)
+        finish(axes[1], "last tokens that are read", "loss, nats a token", logarithmic=True)
     figure.savefig(file)
 
 
@@ -181,15 +182,16 @@ def _experts(data: Data, file: Path) -> None:
     known = [index for index, tokens in enumerate(layers[0]["tokens"]) if tokens]
     labels = [data["routing"]["classes"][index] for index in known]
     experts = len(layers[0]["share"][0])
-    figure = _new(1.6 + max(2.5, 0.22 * experts), 0.6 + len(layers) * max(1.2, 0.24 * len(known)))
+    figure = new_figure(1.6 + max(2.5, 0.22 * experts), 0.6 + len(layers) * max(1.2, 0.24 * len(known)))
     high = max(share for layer in layers for row in layer["share"] for share in row)
     for axes, layer in zip(figure.subplots(len(layers), 1, squeeze=False)[:, 0], layers, strict=True):
-        _map(figure, axes, [layer["share"][index] for index in known], labels, signed=False, high=high)
+        draw_map(figure, axes, [layer["share"][index] for index in known], labels, signed=False, high=high)
         axes.set_title(f"layer {layer['layer']}: share of a class's choices by expert", fontsize=8)
     figure.savefig(file)
 
 
-def _finish(axes: Any, x_label: str, y_label: str, *, logarithmic: bool = False) -> None:
+def finish(axes: Any, x_label: str, y_label: str, *, logarithmic: bool = False) -> None:
+    """Label the axes of curves."""
     if logarithmic:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -1,7 +1,7 @@
 """report.html: one file without links, drawn from the data of explain.json alone."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 from importlib.resources import files
 from itertools import groupby
@@ -12,14 +12,18 @@ from swamla.interpret.page.parts import Data
 
 def report_html(data: Data) -> str:
     """The page."""
+    parts = [*_opening(data), *(part for make in SECTIONS for part in section_parts(make(data)))]
+    return document(f"{data['about']['name']}: explained", parts, data)
+
+
+def document(title: str, parts: Sequence[str], data: Data) -> str:
+    """A page of these parts, with style, script, and `data`: what the script draws (layers, texts, shown)."""
     here = files("swamla.interpret.page")
     style, script = ((here / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     plain = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    title = escape(data["about"]["name"])
-    parts = [*_opening(data), *(part for make in SECTIONS for part in _section(make(data)))]
     return "\n".join(
         [
-            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}: explained</title>',
+            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>',
             '<meta name="viewport" content="width=device-width,initial-scale=1">',
             f'<link rel="icon" href="data:,"><style>{style}</style></head><body><main>',
             numbered(numbered("\n".join(parts), "figcaption", "Figure"), "caption", "Table"),
@@ -36,7 +40,8 @@ def numbered(page: str, tag: str, name: str) -> str:
     return first + "".join(f"<{tag}><b>{name} {number}.</b> {rest}" for number, rest in enumerate(others, 1))
 
 
-def _section(section: Section | None) -> Iterator[str]:
+def section_parts(section: Section | None) -> Iterator[str]:
+    """The parts of a section, none of one that was not measured."""
     if section is not None:
         heading, lead, body = section
         yield f'<h2>{escape(heading)}</h2><p class="lead">{lead}</p>{body}'
@@ -47,20 +52,25 @@ def _section(section: Section | None) -> Iterator[str]:
 
 def _opening(data: Data) -> list[str]:
     about = data["about"]
-    verdicts = "".join(
-        f'<dt>{escape(each["question"])}</dt><dd><span class="answer '
-        f'{each["answer"]}">{escape(each["short"])}</span></dd>'
-        f"<dd>{escape(each['text'])}</dd>"
-        for each in data["verdicts"]
-    )
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in about["notes"])
     return [
         '<p class="kicker">swamla explain</p>',
         f"<h1>What “{escape(about['name'])}” does with its context</h1>",
         '<div class="box"><p class="question">Question: <i>which heads and layers carry what this model knows of the '
-        f'text before, and how much does it owe to them?</i></p><dl class="verdicts">{verdicts}</dl>{notes}</div>',
+        f"text before, and how much does it owe to them?</i></p>{verdict_list(data['verdicts'])}{notes}</div>",
         _what_was_measured(data),
     ]
+
+
+def verdict_list(verdicts: Sequence[Data]) -> str:
+    """Questions with their answers, in a word and in sentences."""
+    rows = "".join(
+        f'<dt>{escape(each["question"])}</dt><dd><span class="answer '
+        f'{each["answer"]}">{escape(each["short"])}</span></dd>'
+        f"<dd>{escape(each['text'])}</dd>"
+        for each in verdicts
+    )
+    return f'<dl class="verdicts">{rows}</dl>'
 
 
 def _what_was_measured(data: Data) -> str:

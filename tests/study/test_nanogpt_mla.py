@@ -1,0 +1,192 @@
+"""`swamla reproduce nanogpt-mla`, with tiny arms: killed, resumed, measured, and put into words."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from swamla.checkpoint import load
+from swamla.cli import main
+from swamla.model.language_model import NO_LABEL
+from swamla.study.nanogpt_mla.measured import periodic_edges, periodic_rows
+from swamla.study.nanogpt_mla.plan import EXPERIMENTS, MIXERS, text_of
+from swamla.study.nanogpt_mla.result import verdicts
+from swamla.tasks import parse
+
+from .in_process import reproduced
+
+TASK = parse("induction?length=16&shortest=3&longest=8&vocabulary=12")
+TINY = "--width 16 --batch_size 2 --steps 2 --eval_interval 1 --eval_tokens 256"
+KILLED_RUN = 4
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory):
+    """A study that was killed with SIGKILL in its fourth run, and then ended by the same command."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    text = folder / "text.txt"
+    text.write_text("".join(f"line {n}: the quick brown fox, {n * n % 97}\n" for n in range(400)))
+    output = folder / "study"
+    arguments = ["nanogpt-mla", "-o", str(output), "--seeds", "2", "--data", str(text), "--flags", TINY, "--jobs", "1"]
+    words = [sys.executable, str(Path(__file__).with_name("in_process.py")), str(KILLED_RUN), *arguments]
+    killed = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    before = (output / "results.jsonl").read_text().splitlines()
+    started = reproduced(arguments)
+    return SimpleNamespace(
+        output=output,
+        arguments=arguments,
+        before=[json.loads(line)["run"] for line in before],
+        started=started,
+        result=json.loads((output / "result.json").read_text()),
+        page=(output / "report.html").read_text(),
+    )
+
+
+def test_after_a_kill_the_same_command_resumes_the_run_under_way_and_repeats_none_that_ended(study):
+    runs = len(EXPERIMENTS) * len(MIXERS) * 2
+    assert len(study.before) == KILLED_RUN - 1
+    assert len(study.started) == runs - len(study.before)
+    first = study.started[0]
+    assert first[:2] == ["train", "--resume"], "the run that was killed goes on from its checkpoint"
+    named = {Path(words[words.index("--output_dir") + 1]).name for words in study.started[1:]}
+    assert not named & {*study.before, Path(first[2]).name}
+    assert len(study.result["runs"]) == len({row["run"] for row in study.result["runs"]}) == runs
+
+
+def test_a_study_that_has_ended_trains_and_measures_nothing_again(study):
+    measured = (study.output / "measured.jsonl").read_bytes()
+    assert reproduced(study.arguments) == []
+    assert (study.output / "measured.jsonl").read_bytes() == measured
+    assert json.loads((study.output / "result.json").read_text()) == study.result
+
+
+def test_another_study_in_the_folder_is_refused(study, capsys: pytest.CaptureFixture[str]):
+    other = ["3" if word == "2" else word for word in study.arguments]
+    assert main(["reproduce", *other]) == 2
+    error = capsys.readouterr().err
+    assert "holds another study, whose seeds is 2, not 3: name another folder with --output, or" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--pattern mha", "--pattern is a setting of the arms: leave it out"),
+        ("--widht 16", "unknown flag --widht; did you mean --width?"),
+        ("--width 15", "n_heads"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused_in_a_line(
+    tmp_path: Path, flags: str, message: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["reproduce", "nanogpt-mla", "-o", str(tmp_path / "new"), "--flags", flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("error:") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_arms_differ_in_nothing_but_the_mixer(study):
+    arms = {file.stem: json.loads(file.read_text()) for file in (study.output / "arms").iterdir()}
+    for experiment in EXPERIMENTS:
+        first, *others = (arms[f"{experiment.slug}-{mixer}"] for mixer in MIXERS)
+        for plain in (first, *others):
+            (block,) = plain["model"].pop("blocks").values()
+            plain["model"]["rest_of_block"] = {name: value for name, value in block.items() if name != "mixer"}
+            plain["model"]["pattern"] = len(plain["model"]["pattern"])
+        assert all(other == first for other in others)
+
+
+def test_sizes_are_those_of_the_trained_models(study):
+    for row in study.result["runs"]:
+        model, _ = load(study.output / "runs" / row["run"], "latest")
+        (experiment,) = (each for each in study.result["experiments"] if each["slug"] == row["experiment"])
+        sizes = experiment["sizes"][row["mixer"]]
+        assert sizes["total"] == sizes["active"] == sum(p.numel() for p in model.parameters())
+        mixers = sum(p.numel() for block in model.blocks for p in block.mixer.parameters())
+        assert sizes["mixers"] == mixers
+
+
+def test_the_page_holds_all_it_shows_and_loads_nothing(study):
+    assert "src=" not in study.page
+    assert "http://" not in study.page.replace("http://www.w3.org", "")
+    assert "https://" not in study.page
+    for verdict in study.result["verdicts"]:
+        assert verdict["question"] in study.page
+    for mixer in MIXERS:
+        assert f"<th>{mixer}</th>" in study.page, "samples stand side by side"
+    for name in ("curves", *(f"maps-{each.slug}" for each in EXPERIMENTS)):
+        assert (study.output / f"{name}.png").stat().st_size > 10_000
+
+
+def told(study, grown: dict[tuple[str, str], int]) -> tuple[str, str]:
+    """The first verdict, if so many of two seeds have induction heads: (mixer, experiment) → number."""
+    data = copy.deepcopy(study.result)
+    for (mixer, experiment), count in grown.items():
+        data["found"][experiment][mixer]["grown"] = count
+        rows = [row for row in data["runs"] if (row["mixer"], row["experiment"]) == (mixer, experiment)]
+        for number, row in enumerate(rows):
+            row["induction"] = "yes" if number < count else "no"
+    first = verdicts(data)[0]
+    return first.answer, first.text
+
+
+@pytest.mark.parametrize(
+    ("mha", "mla", "latent", "answer", "words"),
+    [
+        ((2, 2), (2, 2), (2, 2), "no", "It does not hold for mla after 2 steps"),
+        ((2, 2), (0, 0), (0, 0), "yes", "It holds for mla after 2 steps, mla after 2 steps, latent after 2 steps"),
+        ((2, 2), (2, 2), (0, 2), "partly", "So it is a claim about a budget"),
+        ((0, 0), (0, 0), (0, 0), "partly", "It cannot be told, as no run of mha has such heads either"),
+        ((2, 2), (2, 2), (2, 1), "no", "Some seeds only have such heads in latent"),
+    ],
+)
+def test_the_claim_is_judged_by_the_seeds_that_have_heads(study, mha, mla, latent, answer: str, words: str):
+    slugs = [each.slug for each in EXPERIMENTS if each.kind == "repeats"]
+    counts = {"mha": mha, "mla": mla, "latent": latent}
+    grown = {(mixer, slug): count[n] for mixer, count in counts.items() for n, slug in enumerate(slugs)}
+    found, text = told(study, grown)
+    assert (found, words in text) == (answer, True), text
+
+
+def test_induction_edges_lead_to_what_followed_the_same_token_and_others_to_none_of_it():
+    rows = periodic_rows(TASK, 8)
+    edges = periodic_edges(rows.labels_BT)
+    for row in range(8):
+        tokens, labels = rows.tokens_BT[row].tolist(), rows.labels_BT[row].tolist()
+        for query in range(TASK.length):
+            asked = labels[query] != NO_LABEL
+            followed = [s for s in range(1, query + 1) if asked and tokens[s - 1] == tokens[query]]
+            assert edges["induction"][row, query].nonzero().flatten().tolist() == followed
+            same = [s for s in range(query) if asked and tokens[s] == tokens[query]]
+            assert edges["duplicate"][row, query].nonzero().flatten().tolist() == same
+            other = edges["other"][row, query].nonzero().flatten().tolist()
+            assert len(other) == len(followed)
+            assert all(tokens[s] != labels[query] for s in other)
+            assert all(tokens[s] == labels[query] for s in followed)
+
+
+def test_in_rows_that_repeat_the_answer_is_also_the_token_seen_longest_ago():
+    """So a model may answer without induction, and heads are looked for by what is read, not by accuracy alone."""
+    rows = periodic_rows(TASK, 32)
+    for tokens, labels in zip(rows.tokens_BT.tolist(), rows.labels_BT.tolist(), strict=True):
+        last = dict[int, int]()
+        for place, (token, label) in enumerate(zip(tokens, labels, strict=True)):
+            last[token] = place
+            if label != NO_LABEL:
+                assert label == min(last, key=last.__getitem__)
+
+
+def test_a_text_that_is_not_here_is_not_fetched(tmp_path: Path):
+    assert text_of("", tmp_path) == ("stdlib", "byte")
+    (tmp_path / "sources").mkdir()
+    (tmp_path / "sources" / "shakespeare.txt").write_text("x")
+    assert text_of("", tmp_path) == ("shakespeare", "char")
+    assert text_of("mine.txt", tmp_path) == ("mine.txt", "char")
+    assert os.listdir(tmp_path / "sources") == ["shakespeare.txt"]
