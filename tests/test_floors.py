@@ -18,7 +18,7 @@ FLOORS = [
     {"checkpoint", "text", "interop"},
     {"hub"},
     {"train", "evaluate", "interpret"},
-    {"bench", "study"},
+    {"bench", "study", "serve"},
     {"cli"},
 ]
 FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}

@@ -78,6 +78,23 @@ def test_a_state_that_grew_is_one_that_was_made_so(kind: str, lengths: list[int]
     assert torch.equal(model.step(more, state), model.step(more, roomy))
 
 
+@every_mixer
+@torch.no_grad()
+def test_a_copied_row_and_a_view_of_the_first_rows_continue_as_the_sequence_does(kind: str) -> None:
+    model, tokens, more = model_of(kind), random_tokens(2, TIME), random_tokens(2, MORE, seed=2)
+    state, pool = after(model, tokens, TIME), model.init_state(3, TIME + MORE)
+    for tensor in pool.tensors():
+        tensor.fill_(-1 if tensor.dtype == torch.int64 else torch.nan)  # of a sequence that was there before
+    pool.copy_row(1, state, 0)
+    pool.copy_row(0, state, 1)
+    view = pool.first(2)
+    assert (view.longest, view.uniform_length) == (TIME, TIME)
+    alone = after(model, tokens[[1, 0]])
+    assert_close(model.step(more, view), model.step(more, alone), 1e-5)
+    assert pool.length_B.tolist() == [TIME + MORE, TIME + MORE, 0]
+    assert_close(pool.tensors()[0][:2], alone.tensors()[0], 1e-5)
+
+
 def test_growing_keeps_what_has_room_and_knows_learned_positions() -> None:
     model = build_model(replace(hybrid_config(), learned_positions=30)).eval()
     state = after(model, random_tokens(1, TIME), 25)

@@ -48,6 +48,22 @@ class ModelState:
         rows_N = rows_N.to(self.length_B.device)
         return self._map(lambda tensor: tensor.index_select(0, rows_N))._with_counted_lengths(self.uniform_length)
 
+    def first(self, rows: int) -> "ModelState":
+        """The first rows, whose tensors are shared: its steps change this state too, but for the copies of lengths."""
+        return self._map(lambda tensor: tensor[:rows])._with_counted_lengths(None)
+
+    def copy_row(self, row: int, source: "ModelState", source_row: int = 0) -> None:
+        """Overwrite a row by one of another state of the same model, with as many of its tokens as have room here.
+
+        The copies of lengths are left: `first` reads them anew.
+        """
+        for new, old in zip(self.tensors(), source.tensors(), strict=True):
+            common = tuple(slice(min(sizes)) for sizes in zip(new.shape[1:], old.shape[1:], strict=True))
+            if new.shape[1:] != old.shape[1:]:
+                new[row] = 0  # not what the last sequence left there: masks cannot hide its NaN
+            new[row][common] = old[source_row][common]
+        self.length_B[row] = source.length_B[source_row]
+
     def grow(self, larger: "ModelState") -> None:
         """Take the room of a state for more tokens, as `LanguageModel.grow` does; its tensors are not read."""
         for layer, room in zip(self.layers, larger.layers, strict=True):
