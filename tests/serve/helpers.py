@@ -17,11 +17,11 @@ TOKENIZER = ByteTokenizer()
 GREEDY = Sampling(temperature=0)
 
 
-def model_of(*pattern: str, seed: int = 0, **changes: Any) -> LanguageModel:
+def model_of(*pattern: str, seed: int = 0, tokenizer: Tokenizer = TOKENIZER, **changes: Any) -> LanguageModel:
     """A model of bytes with scrambled weights; without a pattern it has gdn, swa, mla and mha."""
     config = hybrid_config(pattern=pattern) if pattern else hybrid_config()
-    model = build_model(replace(config, vocab_size=TOKENIZER.vocab_size, **changes), seed).eval()
-    model.known_ids = TOKENIZER.vocab_size
+    model = build_model(replace(config, vocab_size=tokenizer.vocab_size, **changes), seed).eval()
+    model.known_ids = tokenizer.vocab_size
     return model
 
 

@@ -32,6 +32,7 @@ COMMANDS = {
     "quickstart": "train a small hybrid model on this Python's own source files (about 3 minutes)",
     "train": "train a model: a recipe, and flags that change it",
     "generate": "continue prompts with a trained model",
+    "serve": "a server with OpenAI's API and a page, for one model or several",
     "evaluate": "held-out loss, perplexity and bits per byte of a trained model",
     "recall": "accuracy in a task over a grid of its sizes, beside the bytes of state",
     "explain": "what a model does with its context: heads, layers, losses, on one page (about a minute)",

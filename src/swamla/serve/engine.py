@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ class Request:
     tokens: the prompt's ids, at least one.  max_new_tokens: of each answer; 0 to read the prompt only.
     n: answers, each sampled by a seed of its own as rows of a batch are (see `Sampling`).
     stops: strings, none of them empty, that end an answer and are left out.
+    ends: ids that end an answer besides the document's end.
     top: how many likeliest tokens are told with every token's log p; None: no log p.
     echo: whether log p of the prompt's tokens is told too.
     marks: lengths of prefixes that other prompts may share, such as that of a system prompt.
@@ -56,6 +58,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     n: int = 1
     stops: tuple[str, ...] = ()
+    ends: tuple[int, ...] = ()
     top: int | None = None
     echo: bool = False
     marks: tuple[int, ...] = ()
@@ -440,24 +443,30 @@ class Engine:
             self.counters.first_seconds += 0.0 if answer.index else now - job.submitted
         answer.count += 1
         self.counters.generated_tokens += 1
-        if token == self.tokenizer.eos_id:
-            return self._end(answer, "stop")
         told = () if job.request.top is None else _likeliest(_log_softmax(logits_V), token, job.request.top)
+        if token == self.tokenizer.eos_id or token in job.request.ends:
+            self._end(answer, "stop", (token, *told) if told else None)
+            return
         piece = answer.writer.push(token, *told)
         if piece:
             job.listener(Written(answer.index, piece))
         answer.last = token
         if answer.writer.stopped or answer.count == job.request.max_new_tokens:
             self._end(answer, "stop" if answer.writer.stopped else "length")
-        return None
 
-    def _end(self, answer: _Answer, reason: str) -> None:
+    def _end(self, answer: _Answer, reason: str, end: tuple[Any, ...] | None = None) -> None:
+        """Close an answer. end: the document's end with its log p, which is told and has no text."""
         job, now = answer.job, time.monotonic()
         stopped = answer.writer.stopped
-        if piece := answer.writer.finish():
-            job.listener(Written(answer.index, piece))
-        if answer.writer.stopped and not stopped:
+        piece = answer.writer.finish()
+        if answer.writer.stopped and not stopped:  # by characters that were incomplete until now
             reason = "stop"
+        elif end is not None:
+            id, logprob, top = end
+            token = Token(id=id, text="", offset=answer.writer.length, logprob=logprob, top=top)
+            piece = Piece(text=piece.text, tokens=(*piece.tokens, token))
+        if piece:
+            job.listener(Written(answer.index, piece))
         first = answer.first_at or now
         job.listener(Ended(answer.index, reason, answer.count, first - job.submitted, now - first))
         answer.last = -1

@@ -41,6 +41,11 @@ class Writer:
         self._sent = self._read = offset  # characters: given out, and decoded
         self._tokens: list[tuple[Token, int]] = []  # not given out, with the offset of their end
 
+    @property
+    def length(self) -> int:
+        """Characters of the text up to the last token, those that are held back included."""
+        return self._read
+
     def push(self, id: int, logprob: float | None = None, top: tuple[tuple[int, float], ...] = ()) -> Piece:
         """Add a token. Sets `stopped` if its text completes a stop string, which is left out."""
         text = self._decoder.push(id)

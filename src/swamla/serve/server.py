@@ -1,0 +1,126 @@
+"""Runs the application: a socket, a thread for the engines, and an end in which nothing is lost."""
+
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from swamla.data.tokenizer import Tokenizer
+from swamla.errors import MissingBackendError, UsageError
+from swamla.model.language_model import LanguageModel
+from swamla.serve.answers import Served
+from swamla.serve.app import LOCAL, Limits, make_app
+from swamla.serve.chat import ChatML
+from swamla.serve.engine import Engine, Worker
+
+try:
+    import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+except ImportError as error:
+    raise MissingBackendError(f"the server needs uvicorn: pip install 'swamla[serve]' ({error})") from error
+
+HEADER_SECONDS = 10.0  # in which a new connection has to send its first request's headers
+CONNECTIONS = 1000
+
+
+class PatientProtocol(H11Protocol):
+    """HTTP whose connections end when no request comes: uvicorn waits for a first one for ever."""
+
+    def connection_made(self, transport: Any) -> None:
+        """Called for a new connection."""
+        super().connection_made(transport)
+        self.loop.call_later(HEADER_SECONDS, self._end_unless_asked)
+
+    def _end_unless_asked(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """A server that drains when it is told to stop: it takes no new connection, and answers the requests it has.
+
+    A second signal ends it without waiting.
+    """
+
+    should_exit: bool
+    force_exit: bool
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called for SIGTERM and SIGINT."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+        said = "stopping at once" if self.force_exit else "no new requests; those under way are answered"
+        print(f"swamla: {signal.Signals(sig).name}: {said}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals here; unlike uvicorn's, it does not raise them again after the server has ended."""
+        if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
+            yield
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in numbers}
+        told = signal.set_wakeup_fd(-1)  # the command line's own notice would tell of the same signals
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(told)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def named_engines(
+    models: Sequence[tuple[str, LanguageModel, Tokenizer]], **settings: Any
+) -> tuple[list[Served], Worker]:
+    """An engine for each (name, model, tokenizer), and the worker that runs them. settings: as of `Engine`.
+
+    Raises `UsageError` for two models of one name.
+    """
+    names = [name for name, _, _ in models]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"two runs are called {twice}: requests could not tell them apart")
+    created = int(time.time())
+    served = [
+        Served(name, Engine(model, tokenizer, **settings), ChatML.of(tokenizer), created)
+        for name, model, tokenizer in models
+    ]
+    return served, Worker([each.engine for each in served])
+
+
+def make_server(
+    served: Sequence[Served], worker: Worker, *, host: str, key: str = "", limits: Limits | None = None, drain: float
+) -> Server:
+    """A server that has no socket yet. drain: seconds that requests under way have when it is told to stop."""
+    hosts = LOCAL if host in ("127.0.0.1", "localhost", "::1") else ()
+    config = uvicorn.Config(
+        make_app(served, worker, key=key, hosts=hosts, limits=limits),
+        http=PatientProtocol,
+        ws="none",
+        lifespan="off",
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=20,
+        timeout_graceful_shutdown=max(1, round(drain)),
+    )
+    return Server(config)
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0 takes a free one. Raises `UsageError` if the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen(256)
+    except (OSError, OverflowError) as error:
+        listening.close()
+        raise UsageError(f"cannot listen on {host} port {port}: {getattr(error, 'strerror', None) or error}") from None
+    return listening
