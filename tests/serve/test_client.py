@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 
-openai = pytest.importorskip("openai", reason="needs OpenAI's client: pip install openai")
-
 from swamla.inference.sampling import Sampling
 from swamla.model.language_model import LanguageModel
 from swamla.text import encode_prompt
@@ -15,6 +13,7 @@ from .helpers import TOKENIZER, alone, model_of
 from .servers import Running, running
 from .test_app import chatty
 
+openai = pytest.importorskip("openai", reason="needs OpenAI's client: pip install openai")
 PROMPT = "class A:\n"
 MESSAGES = [{"role": "system", "content": "Count."}, {"role": "user", "content": "One, two?"}]
 

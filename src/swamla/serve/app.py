@@ -266,10 +266,12 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or pass on."""
         if scope["type"] == "http" and (refusal := self._refusal(scope)) is not None:
-            return await refusal(scope, receive, send)
-        if scope["type"] == "websocket":
-            return await send({"type": "websocket.close", "code": 1000})
-        return await self.app(scope, receive, send)
+            await refusal(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1000})
+        else:
+            with suppress(asyncio.CancelledError):  # the server stops without waiting
+                await self.app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = dict(scope["headers"])
