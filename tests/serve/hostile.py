@@ -36,6 +36,7 @@ BROKEN = [
     b'{"temperature": NaN}', b'{"temperature": -Infinity}', b'{"n": 1e999}', b'{"seed": ' + b"7" * 5000 + b"}",
     b"[" * 50_000, b'{"a":' * 20_000, b'{"prompt": "a"} trailing', b"\x00" * 64, b'{"prompt": "\\ud83d"}',
 ]  # fmt: skip
+TENTHS = 10
 Attack = tuple[str, int]
 
 
@@ -170,17 +171,15 @@ def main() -> None:
         try:
             while server.poll() is None and not _answers(port):
                 time.sleep(0.2)
-            attacker, statuses = Attacker(port, arguments.seed), Counter[Attack]()
-            for _ in range(min(1000, arguments.requests // 5)):
-                statuses[attacker.attack()] += 1
-            before = resident(server.pid)
-            for _ in range(arguments.requests - statuses.total()):
-                statuses[attacker.attack()] += 1
+            attacker, statuses, memory = Attacker(port, arguments.seed), Counter[Attack](), []
+            for _ in range(TENTHS):
+                for _ in range(arguments.requests // TENTHS):
+                    statuses[attacker.attack()] += 1
+                memory.append(resident(server.pid))
             idle = _is_idle(port)
-            after = resident(server.pid)
             for (kind, status), count in sorted(statuses.items()):
                 print(f"{kind:<24} {status or 'no answer':<10} {count:>6}")
-            print(f"slots all free: {idle}; memory {before / 1e6:.1f} MB, then {after / 1e6:.1f} MB")
+            print(f"slots all free: {idle}; MB of memory after each tenth: {' '.join(f'{m / 1e6:.1f}' for m in memory)}")
             if arguments.schemathesis:
                 print(schemathesis(f"http://127.0.0.1:{port}", arguments.schemathesis).stdout[-3000:])
         finally:

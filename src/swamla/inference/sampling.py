@@ -8,7 +8,7 @@ from torch import Tensor
 
 from swamla.errors import UsageError, require
 
-SMALLEST = torch.finfo(torch.float32).tiny  # temperatures below it are raised to it
+SMALLEST = torch.finfo(torch.float32).tiny  # temperatures and top_p below it are raised to it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,6 @@ class Sampling:
         if self.top_p < 1:
             sorted_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)
             before_BV = sorted_BV.cumsum(dim=-1) - sorted_BV  # the likeliest token always stays
-            dropped_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(-1, order_BV, before_BV >= self.top_p)
+            dropped_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(-1, order_BV, before_BV >= max(self.top_p, SMALLEST))
             probabilities_BV = probabilities_BV.masked_fill(dropped_BV, 0.0)
         return probabilities_BV / probabilities_BV.sum(dim=-1, keepdim=True)

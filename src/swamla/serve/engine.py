@@ -1,8 +1,8 @@
 """Continuous batching: requests join and leave one batch between two decoding steps.
 
-A round (`Engine.step`) admits waiting requests to free slots, reads one piece of one prompt, and gives every sequence
-in a slot one more token. So a long prompt delays the others by a piece at a time, and a finished or cancelled sequence
-frees its slot at once.
+A round (`Engine.step`) admits waiting requests to free slots, reads a piece of a prompt, or several short ones, and
+gives every sequence in a slot one more token. So a long prompt delays the others by a piece at a time, and a finished
+or cancelled sequence frees its slot at once.
 """
 
 import logging
@@ -125,7 +125,7 @@ class Counters:
     first_seconds: float = 0.0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Answer:
     """One sequence of a request. last: its newest token, which the next step reads."""
 
@@ -138,7 +138,7 @@ class _Answer:
     first_at: float = 0.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A request on its way through an engine. `cancel` may be called from any thread."""
 
@@ -172,7 +172,7 @@ class Engine:
 
     slots: sequences that are decoded together.  queue: requests that may wait for a slot.
     limit: tokens of a prompt and its answer; at most the model's learned positions.
-    piece: tokens of a prompt that are read between two decoding steps.
+    piece: tokens of prompts that are read between two decoding steps.
     cache_bytes: of the prefix cache; 0 for none.
     A greedy text is that of the prompt alone but for rounding: the order of sums in fp32 depends on the number of rows.
     With the cache or without, a prompt's logits are the same to the bit.
@@ -267,9 +267,7 @@ class Engine:
             self._arrived.clear()
         self._drop_ended()
         self._admit()
-        job = self._next_to_read()
-        if job is not None:
-            self._guarded([job], lambda: self._read_piece(job))
+        self._read_some()
         if self._answers and not self._guarded([answer.job for answer in self._answers], self._decode):
             self._answers = []
             self.slots.reset()
@@ -352,6 +350,17 @@ class Engine:
             job.cached = job.pieces[job.read - 1][1]
             job.state.copy_row(0, prefix)
             job.state = job.state.first(1)
+
+    def _read_some(self) -> None:
+        """Read pieces of prompts, at least one and more while they have no more tokens than one may have."""
+        room = self.piece
+        while (job := self._next_to_read()) is not None:
+            begin, end = job.pieces[job.read]
+            if room < self.piece and end - begin > room:
+                return
+            room -= end - begin
+            self._guarded([job], partial(self._read_piece, job))
+            self._reading = [each for each in self._reading if not each.over]
 
     def _next_to_read(self) -> Job | None:
         """The request with the shortest rest of a prompt; every other time the oldest one, so that all come through."""
