@@ -53,6 +53,10 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_p(top_p: float, expected: int)
     assert kept(Sampling(temperature=1.0, top_p=top_p)) == list(range(expected))
 
 
+def test_any_positive_top_p_keeps_the_likeliest_token() -> None:
+    assert kept(Sampling(temperature=1.0, top_p=1e-320)) == [0]  # 0 as a number of fp32
+
+
 @pytest.mark.parametrize(
     ("top_p", "expected"), [(0.25, [0]), (0.26, [0, 1]), (0.5, [0, 1]), (0.51, [0, 1, 2]), (0.75, [0, 1, 2])]
 )

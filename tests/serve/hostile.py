@@ -179,7 +179,7 @@ def main() -> None:
             idle = _is_idle(port)
             for (kind, status), count in sorted(statuses.items()):
                 print(f"{kind:<24} {status or 'no answer':<10} {count:>6}")
-            print(f"slots all free: {idle}; MB of memory after each tenth: {' '.join(f'{m / 1e6:.1f}' for m in memory)}")
+            print(f"slots all free: {idle}; MB after each tenth: {' '.join(f'{size / 1e6:.1f}' for size in memory)}")
             if arguments.schemathesis:
                 print(schemathesis(f"http://127.0.0.1:{port}", arguments.schemathesis).stdout[-3000:])
         finally:

@@ -32,6 +32,8 @@ COMMANDS = {
     "quickstart": "train a small hybrid model on this Python's own source files (about 3 minutes)",
     "train": "train a model: a recipe, and flags that change it",
     "generate": "continue prompts with a trained model",
+    "sample": "the same prompts continued by several models, side by side",
+    "chat": "a conversation with a model that was tuned on conversations",
     "serve": "a server with OpenAI's API and a page, for one model or several",
     "evaluate": "held-out loss, perplexity and bits per byte of a trained model",
     "recall": "accuracy in a task over a grid of its sizes, beside the bytes of state",

@@ -61,6 +61,7 @@ class Sampling:
         if self.top_p < 1:
             sorted_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)
             before_BV = sorted_BV.cumsum(dim=-1) - sorted_BV  # the likeliest token always stays
-            dropped_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(-1, order_BV, before_BV >= max(self.top_p, SMALLEST))
+            beyond_BV = before_BV >= max(self.top_p, SMALLEST)
+            dropped_BV = torch.zeros_like(beyond_BV).scatter(-1, order_BV, beyond_BV)
             probabilities_BV = probabilities_BV.masked_fill(dropped_BV, 0.0)
         return probabilities_BV / probabilities_BV.sum(dim=-1, keepdim=True)

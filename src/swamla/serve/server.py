@@ -34,7 +34,13 @@ class PatientProtocol(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         """Called for a new connection."""
         super().connection_made(transport)
-        self.loop.call_later(HEADER_SECONDS, self._end_unless_asked)
+        self._patience = self.loop.call_later(HEADER_SECONDS, self._end_unless_asked)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called at its end, after which no timer must keep its buffers: uvicorn leaves one of a broken connection."""
+        self._patience.cancel()
+        self._unset_keepalive_if_required()
+        super().connection_lost(exc)
 
     def _end_unless_asked(self) -> None:
         if self.cycle is None and not self.transport.is_closing():

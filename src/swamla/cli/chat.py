@@ -1,0 +1,134 @@
+"""`swamla chat RUN`: a conversation in the terminal."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from swamla.checkpoint import load
+from swamla.cli.console import harmless
+from swamla.cli.flags import argument, parse
+from swamla.cli.running import run_folder
+from swamla.errors import SwamlaError, UsageError
+from swamla.inference.sampling import Sampling
+from swamla.serve.chat import ChatML, require_template
+from swamla.serve.engine import Engine, Event, Failed, Request, TooLong, Written
+
+HELP = "/new begins another conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Talk with a model that was tuned on conversations: its tokenizer has the special ids of ChatML.
+
+    run: the run's folder.
+    system: what the model is told before the conversation.
+    max_new_tokens: of an answer.
+    max_length: tokens of the whole conversation; at most the model's learned positions.
+    temperature: below 1 more certain, above 1 more varied, 0 the same as --greedy.
+    top_k: sample from the k likeliest tokens only; 0 for all.
+    top_p: sample from the likeliest tokens that together have this probability.
+    seed: the same seed and messages give the same answers.
+    greedy: always take the likeliest token.
+    checkpoint: best, latest, or a step.
+    """
+
+    run: str = argument(positional=True)
+    system: str = ""
+    max_new_tokens: int = 256
+    max_length: int = 4096
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    greedy: bool = False
+    checkpoint: str = "best"
+
+
+def main(argv: list[str]) -> int:
+    """Converse until the end of the input."""
+    arguments, given = parse(Arguments, argv, command="swamla chat")
+    if arguments.greedy and "temperature" in given:
+        raise UsageError("--greedy and --temperature exclude each other: greedy is temperature 0")
+    if arguments.max_new_tokens < 1:
+        raise UsageError(f"--max_new_tokens {arguments.max_new_tokens}: must be > 0, e.g. 256")
+    sampling = Sampling(
+        temperature=0.0 if arguments.greedy else arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    model, tokenizer = load(run_folder(arguments.run), arguments.checkpoint)
+    template = require_template(ChatML.of(tokenizer), arguments.run)
+    engine = Engine(model, tokenizer, slots=1, limit=arguments.max_length)
+    talk = Conversation(engine, template, sampling, arguments.system, arguments.max_new_tokens)
+    if sys.stdin.isatty():
+        print(HELP)
+    for message in _messages():
+        if message == "/quit":
+            break
+        if message == "/new":
+            talk.begin()
+        elif message.startswith("/"):
+            print(HELP)
+        else:
+            talk.answer(message)
+    return 0
+
+
+class Conversation:
+    """Messages so far; each answer is written as it comes. What both sides said is read from the cache of prefixes."""
+
+    def __init__(self, engine: Engine, template: ChatML, sampling: Sampling, system: str, max_new_tokens: int) -> None:
+        self.engine, self.template, self.sampling = engine, template, sampling
+        self.system, self.max_new_tokens = system, max_new_tokens
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was said."""
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    def answer(self, message: str) -> None:
+        """Print the answer to a message. One that does not fit, or is no text, is not kept."""
+        asked = [*self.messages, {"role": "user", "content": message}]
+        pieces: list[str] = []
+
+        def hear(event: Event) -> None:
+            if isinstance(event, Written):
+                pieces.append(event.piece.text)
+                sys.stdout.write(harmless(event.piece.text) if sys.stdout.isatty() else event.piece.text)
+                sys.stdout.flush()
+            elif isinstance(event, Failed):
+                raise UsageError(event.message)
+
+        try:
+            tokens, marks = self.template.encode(self.engine.tokenizer, asked)
+            room = max(1, min(self.max_new_tokens, self.engine.limit - len(tokens) + 1))
+            ends = (self.template.end,)
+            job = self.engine.submit(
+                Request(tokens=tokens, max_new_tokens=room, sampling=self.sampling, ends=ends, marks=marks), hear
+            )
+        except TooLong as error:
+            print(f"swamla: {error}: /new begins another conversation", file=sys.stderr)
+            return
+        except SwamlaError as error:
+            print(f"swamla: {error}", file=sys.stderr)
+            return
+        try:
+            while self.engine.step():
+                pass
+        except KeyboardInterrupt:
+            job.cancel()
+            self.engine.step()
+        print()
+        self.messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
+
+
+def _messages() -> Iterator[str]:
+    """Lines of the input that are not empty."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip():
+            yield line.strip()

@@ -1,0 +1,109 @@
+"""`swamla chat` holds a conversation, `swamla sample` puts models side by side: both write what the library writes."""
+
+import io
+
+import pytest
+
+from swamla.cli import chat, main, sample
+from swamla.data.tokenizer import ByteTokenizer, HFTokenizer, Tokenizer
+from swamla.errors import UsageError
+from swamla.inference.decoding import Decoder
+from swamla.inference.sampling import Sampling
+from swamla.model.block import BlockConfig
+from swamla.model.language_model import LanguageModel, LanguageModelConfig
+from swamla.model.mixers.swa import SWAConfig
+from swamla.serve.chat import ChatML
+from swamla.text import generate_text
+
+PLAIN = ByteTokenizer()
+
+
+def talking() -> Tokenizer:
+    """Bytes, with the special ids of ChatML."""
+    from tokenizers import Tokenizer as Library
+
+    library = Library.from_str(PLAIN.library_json())
+    library.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return HFTokenizer(library.to_str())
+
+
+def model_of(tokenizer: Tokenizer, seed: int = 0) -> LanguageModel:
+    blocks = {"swa": BlockConfig(mixer=SWAConfig(n_heads=2, window=8))}
+    config = LanguageModelConfig(
+        vocab_size=tokenizer.vocab_size, width=32, blocks=blocks, pattern=("swa",), init_std=0.3
+    )
+    return config.build(seed=seed).eval()
+
+
+def said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lines: str, *flags: str
+) -> tuple[str, str]:
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert chat.main(["run", "--greedy", "--max_new_tokens", "9", *flags]) == 0
+    found = capsys.readouterr()
+    return found.out, found.err
+
+
+def test_a_conversation_is_continued_and_begun_anew(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = talking()
+    model, template = model_of(tokenizer), ChatML.of(tokenizer)
+    assert template is not None
+    monkeypatch.setattr(chat, "load", lambda *_: (model, tokenizer))
+    messages = [{"role": "system", "content": "Be kind."}]
+    expected = []
+    for message in ("Hi", "And?"):
+        messages.append({"role": "user", "content": message})
+        ids, _ = template.encode(tokenizer, messages)
+        new = Decoder(model).generate([ids], 9, sampling=Sampling(temperature=0), stop_id=tokenizer.eos_id)[0]
+        text = tokenizer.decode(new[: new.index(template.end)] if template.end in new else new)
+        messages.append({"role": "assistant", "content": text})
+        expected.append(text)
+    out, _ = said(monkeypatch, capsys, "Hi\n\nAnd?\n/new\nHi\n/quit\nnever read\n", "--system", "Be kind.")
+    assert out == "".join(f"{text}\n" for text in (*expected, expected[0]))
+
+
+def test_a_conversation_that_is_too_long_says_so_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = talking()
+    model = model_of(tokenizer)
+    monkeypatch.setattr(chat, "load", lambda *_: (model, tokenizer))
+    out, err = said(monkeypatch, capsys, "x" * 100 + "\nHi\n", "--max_length", "60")
+    assert "/new begins another conversation" in err
+    assert out.count("\n") >= 1
+
+
+def test_a_model_without_a_template_does_not_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "load", lambda *_: (model_of(PLAIN), PLAIN))
+    with pytest.raises(UsageError, match="run has no chat template, as its tokenizer has no special ids"):
+        chat.main(["run"])
+
+
+def test_models_are_sampled_side_by_side_with_the_same_prompts_and_seeds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = {"a": model_of(PLAIN), "b": model_of(PLAIN, seed=1)}
+    monkeypatch.setattr(sample, "load", lambda folder, _: (models[folder.name], PLAIN))
+    monkeypatch.setenv("COLUMNS", "200")
+    flags = ["--prompt", "def", "--prompt", "x", "--samples", "2", "--max_new_tokens", "6", "--seed", "4"]
+    assert main(["sample", "a", "b", *flags]) == 0
+    shown = capsys.readouterr().out
+    for prompt in ("def", "x"):
+        assert prompt in shown
+    for model in models.values():
+        for prompt in ("def", "x"):
+            done = generate_text(model, PLAIN, [prompt] * 2, 6, sampling=Sampling(seed=4))
+            for completion in done.completions:
+                words = [word for word in completion.text.split() if word.isascii() and word.isprintable()]
+                assert all(word in shown for word in words)
+
+
+@pytest.mark.parametrize("flags", [["--samples", "0"], ["--greedy", "--temperature", "1"], ["--max_new_tokens", "0"]])
+def test_settings_that_make_no_sense_are_refused(flags: list[str]) -> None:
+    with pytest.raises(UsageError):
+        sample.main(["a", *flags])
+    if flags[0] != "--samples":
+        with pytest.raises(UsageError):
+            chat.main(["a", *flags])
