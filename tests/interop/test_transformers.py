@@ -261,6 +261,12 @@ def test_greedy_text_is_that_of_the_language_model_batched_and_padded_on_either_
     assert greedy(theirs, tokens, attention_mask=mask, use_cache=False) == alone
 
 
+def test_a_text_that_ends_at_stop_strings_takes_a_tokenizer() -> None:
+    _, theirs = pair()
+    tokens = torch.stack(ids(SHORT))
+    assert greedy(theirs, tokens, tokenizer=object()) == greedy(theirs, tokens)
+
+
 @every_mixer
 def test_beams_are_the_same_with_a_cache_and_without(kind: str) -> None:
     _, theirs = pair(hybrid_config(pattern=(kind, "gdn")))

@@ -54,7 +54,6 @@ def require_template(template: ChatML | None, name: str) -> ChatML:
     """The template. Raises `UsageError` where a model has none."""
     if template is None:
         raise UsageError(
-            f"{name} has no chat template, as its tokenizer has no special ids {START} and {END}; /v1/completions "
-            "continues texts"
+            f"{name} has no chat template, as its tokenizer has no special ids {START} and {END}: it continues texts"
         )
     return template

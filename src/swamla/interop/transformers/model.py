@@ -22,6 +22,7 @@ from swamla.model.initial import Initializer, initial_tensor
 from swamla.model.language_model import NO_LABEL, LanguageModel
 
 SAID_TWICE = {"cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+OF_GENERATE = {"tokenizer", "assistant_tokenizer"}  # `generate`'s own arguments, which it passes on
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class SwamlaForCausalLM(PreTrainedModel, GenerationMixin):
         Raises `UsageError` for inputs that contradict each other, and for what this model does not have.
         """
         labels_given, cu_seq_lens = _labels(labels, others), others.pop("cu_seq_lens_q", None)
-        if unknown := others.keys() - SAID_TWICE:
+        if unknown := others.keys() - SAID_TWICE - OF_GENERATE:
             raise TypeError(f"forward() got an unexpected keyword argument {min(unknown)!r}")
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise UsageError("output_attentions = True: must be left out: attention weights are never held")
