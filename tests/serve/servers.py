@@ -19,7 +19,7 @@ from swamla.model.language_model import LanguageModel
 from swamla.serve.answers import Served
 from swamla.serve.app import Limits
 from swamla.serve.engine import Engine
-from swamla.serve.server import bound_socket, make_server, named_engines
+from swamla.serve.server import Server, bound_socket, make_server, named_engines
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Running:
 
     port: int
     served: Sequence[Served]
+    server: Server
     key: str = ""
 
     @property
@@ -86,7 +87,7 @@ def running(
     while not server.started and time.monotonic() < until:
         time.sleep(0.01)
     try:
-        yield Running(listening.getsockname()[1], served, key)
+        yield Running(listening.getsockname()[1], served, server, key)
     finally:
         server.should_exit = True
         thread.join(30)

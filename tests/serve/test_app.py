@@ -1,6 +1,7 @@
 """The routes: OpenAI's shapes, one-line errors, limits, the key, and clients that leave."""
 
 import json
+import signal
 import socket
 import threading
 import time
@@ -339,6 +340,43 @@ def test_a_body_that_does_not_arrive_is_given_up(model: LanguageModel) -> None:
                 pass
             assert answered == b"" or b"413" in answered
         assert server.call("GET", "/health")[0] == 200
+
+
+def test_a_server_that_is_told_to_stop_answers_what_it_has_and_takes_no_more(
+    model: LanguageModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found: list[tuple[int, Any]] = []
+    with running([("plain", model, TOKENIZER)], slots=1) as server, slowed(server.engine):
+
+        def ask() -> None:
+            found.append(server.post("/v1/completions", prompt=PROMPT, max_tokens=15, temperature=0))
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]  # one of them waits for the slot
+        for thread in threads:
+            thread.start()
+        wait_active(server.engine)
+        until = time.monotonic() + 10
+        while not server.engine.n_waiting and time.monotonic() < until:
+            time.sleep(0.002)
+        server.server.handle_exit(signal.SIGTERM, None)
+        time.sleep(0.3)
+        with pytest.raises(OSError, match="refused"):
+            server.call("GET", "/health")
+        for thread in threads:
+            thread.join(30)
+    assert [status for status, _ in found] == [200, 200]
+    assert {answer["choices"][0]["text"] for _, answer in found} == {greedy(model, PROMPT, 15)}
+    assert "SIGTERM: no new requests; those under way are answered" in capsys.readouterr().err
+
+
+def test_a_connection_without_a_request_is_ended(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swamla.serve.server.HEADER_SECONDS", 0.2)
+    with (
+        running([("plain", model, TOKENIZER)]) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=10) as client,
+    ):
+        client.sendall(b"GET /health HT")
+        assert client.recv(10) == b""
 
 
 def test_metrics_count_what_was_done(model: LanguageModel) -> None:
