@@ -1,4 +1,5 @@
-# make quickstart | make test | make bench | make speedrun | make interop | make faults | make mutants | make test-machines | make clean | make help
+# make quickstart | make test | make bench | make speedrun | make interop | make browser | make faults | make mutants |
+# make test-machines | make clean | make help
 #
 # Needs Python >= 3.11 and make; everything else goes into .venv. To use another interpreter: make PYTHON=python3.12 …
 # On Linux PyPI's torch carries CUDA (several GB). The CPU build, a tenth of that, comes from PyTorch's CPU index, whose
@@ -21,7 +22,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARA
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-machines bench speedrun interop faults mutants lint clean
+.PHONY: help quickstart test test-machines bench speedrun interop browser faults mutants lint clean
 
 help:
 	@echo 'make quickstart   install into $(VENV), then train the small model of the recipe "quickstart" (about 3 minutes)'
@@ -34,6 +35,7 @@ help:
 	@echo 'make speedrun     quickstart against nanoGPT by time (about 15 minutes; docs/speedrun.md); arguments in SPEEDRUN_ARGS'
 	@echo 'make interop      installs lm-eval (230 MB) and TransformerLens too; tests of them, of Trainer and peft, and the tables of'
 	@echo '                  docs/interop.md'
+	@echo 'make browser      try the page of swamla serve in headless Chromium (make test does, too, where there is one)'
 	@echo 'make lint         only ruff and mypy'
 	@echo 'make clean        remove $(VENV) and caches; trained models under runs/ are kept'
 	@echo
@@ -66,12 +68,18 @@ lint: $(VENV)/.installed-dev
 speedrun: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.quality $(SPEEDRUN_ARGS)
 
+# Installs no browser: Debian has one.
+browser: $(VENV)/.installed-dev
+	@command -v chromedriver >/dev/null && command -v chromium >/dev/null || { \
+		echo 'the page is tried in Chromium, which is missing: apt-get install chromium chromium-driver' >&2; exit 2; }
+	$(TEST_ENV) $(BIN)/python -m pytest -q tests/serve/test_page.py
+
 # lm-eval and what it needs are 230 MB, so `make test` goes without it, TransformerLens and ONNX, whose graphs take seconds
 # for each mixer, and skips what needs them, with that reason.
 interop: $(VENV)/.installed-dev
 	@$(INSTALL) --editable '.[dev,interop,lens,onnx]'
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/evaluate tests/interop/test_saved.py tests/interop/test_gguf.py \
-	    tests/interop/test_onnx.py tests/interpret/test_transformer_lens.py
+	    tests/serve/test_together.py tests/interop/test_onnx.py tests/interpret/test_transformer_lens.py
 	$(TEST_ENV) $(BIN)/python -m tests.interop $(INTEROP_ARGS)
 
 clean:

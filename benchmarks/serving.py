@@ -193,7 +193,7 @@ def measure(target: Target, results: Results, each: int, tokens: int, rounds: in
             load(target, streams, 1, tokens, 0)
             found = [load(target, streams, each, tokens, 40 + 40 * number) for number in range(rounds)]
         except Exception as error:
-            results.failed("serving", f"{target.name}, {streams} streams", error)
+            results.failed("serving", f"{target.name}, {streams} streams", f"{error}"[:160])
             continue
         row = {key: median(one[key] for one in found) for key in FIGURES}
         lowest, highest = (edge(one["tokens_per_s"] for one in found) for edge in (min, max))
