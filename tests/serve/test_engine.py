@@ -161,10 +161,13 @@ def test_a_full_queue_refuses_all_of_a_submission_or_none(model: LanguageModel) 
         engine.submit(request, Heard())
     run(engine)
     assert all(heard.reasons == ["length"] for _, heard in asked)
-    with pytest.raises(QueueFull):
+    with pytest.raises(UsageError, match="4 prompts at once: must be 3 at most"):
         engine.submit_all([(request, Heard())] * 4)
-    assert engine.n_waiting == 0
-    assert engine.counters.refused == 5
+    engine.submit_all([(request, Heard())] * 2)
+    with pytest.raises(QueueFull):
+        engine.submit_all([(request, Heard())] * 2)
+    assert engine.n_waiting == 2
+    assert engine.counters.refused == 3
 
 
 @pytest.mark.parametrize(
@@ -192,8 +195,13 @@ def test_a_prompt_and_its_answer_may_fill_a_slot_to_the_last_token(model: Langua
     assert heard.text() == alone(model, prompt_of(30), 11)[0]
     with pytest.raises(TooLong):
         ask(engine, prompt_of(30), 12)
-    few = engine_of(model_of(learned_positions=32), limit=1000)
+    positioned = model_of(learned_positions=32)
+    few = engine_of(positioned, limit=1000)
     assert few.limit == 32
+    for _ in range(2):  # the second time from the cache
+        _, heard = ask(few, prompt_of(20), 13)
+        run(few)
+        assert heard.text() == alone(positioned, prompt_of(20), 13)[0]
 
 
 def test_logits_that_are_not_finite_end_their_own_request_only(model: LanguageModel) -> None:

@@ -164,3 +164,16 @@ def test_a_narrow_window_needs_no_sideways_scrolling(page: Browser) -> None:
     page.hover(".token")
     assert page.js("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     shoot(page, "narrow")
+
+
+def test_a_server_with_a_key_is_asked_with_it(window: Browser) -> None:
+    with running([("locked", model_of("gdn"), TOKENIZER)], key="k") as server:
+        window.resize(1200, 1000)
+        window.open(server.url)
+        window.wait("return !document.getElementById('key-field').hidden")
+        window.type("#key", "k\ue004")  # and tab
+        window.wait("return document.getElementById('model-0').value === 'locked'")
+        window.type("#max_tokens", "5")
+        window.click("#write")
+        window.wait(IDLE)
+        assert len(window.js(TEXTS)) == 1

@@ -228,6 +228,8 @@ class Engine:
 
     def submit_all(self, requests: Sequence[tuple[Request, Listener]]) -> list[Job]:
         """Queue several requests, or none of them."""
+        if len(requests) > self.queue + self.n_slots:
+            raise UsageError(f"{len(requests)} prompts at once: must be {self.queue + self.n_slots} at most")
         for request, _ in requests:
             self._check(request)
         jobs = [Job(request, listener, time.monotonic()) for request, listener in requests]
