@@ -288,7 +288,7 @@ def test_a_key_is_asked_for_where_there_is_one(model: LanguageModel) -> None:
 
 def test_a_full_queue_is_429_and_a_late_answer_504(model: LanguageModel) -> None:
     with (
-        running([("plain", model, TOKENIZER)], slots=1, queue=0, limits=Limits(seconds=1.5)) as server,
+        running([("plain", model, TOKENIZER)], slots=1, queue=0, limits=Limits(seconds=3.0)) as server,
         slowed(server.engine),
     ):
         late: list[tuple[int, Any]] = []

@@ -216,8 +216,13 @@ class Engine:
 
     @property
     def n_active(self) -> int:
-        """Sequences that are decoded, or whose prompt is read."""
-        return len(self._answers) + sum(job.request.n for job in self._reading)
+        """Sequences that are decoded, or whose prompt is read.
+
+        Requests enter the next list before they leave the one before, and the lists are read in that order: another
+        thread may count one twice, but misses none.
+        """
+        reading = sum(job.request.n for job in self._reading)
+        return reading + len(self._answers)
 
     def submit(self, request: Request, listener: Listener) -> Job:
         """Queue a request; the thread that runs the rounds tells `listener` what becomes of it.
@@ -234,10 +239,11 @@ class Engine:
             self._check(request)
         jobs = [Job(request, listener, time.monotonic()) for request, listener in requests]
         with self._lock:
+            waiting = self.n_waiting
             room = self.queue + max(0, self.n_slots - self.n_active)
-            if self.n_waiting + len(jobs) > room:
+            if waiting + len(jobs) > room:
                 self.counters.refused += len(jobs)
-                raise QueueFull(f"{self.n_waiting} requests are waiting, and {self.queue} may: try again later")
+                raise QueueFull(f"{waiting} requests are waiting, and {self.queue} may: try again later")
             self._arrived.extend(jobs)
             self.counters.requests += len(jobs)
         self.wake.set()
@@ -330,10 +336,11 @@ class Engine:
     def _admit(self) -> None:
         """Move requests, in their order, to free slots."""
         while self._waiting and self.n_active + self._waiting[0].request.n <= self.n_slots:
-            self._guarded([self._waiting[0]], lambda: self._begin(self._waiting[0]))
-            job = self._waiting.popleft()
-            if not job.over:
-                self._reading.append(job)
+            job = self._waiting[0]
+            self._reading.append(job)
+            self._waiting.popleft()
+            self._guarded([job], partial(self._begin, job))
+        self._reading = [job for job in self._reading if not job.over]
 
     def _begin(self, job: Job) -> None:
         """Cut the prompt, and start from the longest prefix that is known."""
@@ -383,8 +390,8 @@ class Engine:
             self._remember(job.names[job.read], job.state)
         job.read += 1
         if job.read == len(job.pieces):
-            self._reading.remove(job)
             self._start_answers(job, self.model.logits(x_1TD[:, -1])[0, : self.tokenizer.vocab_size])
+            self._reading.remove(job)
 
     def _is_shared(self, job: Job, end: int) -> bool:
         """Whether another prompt may be cut there."""
@@ -479,12 +486,12 @@ class Engine:
         if piece:
             job.listener(Written(answer.index, piece))
         first = answer.first_at or now
-        job.listener(Ended(answer.index, reason, answer.count, first - job.submitted, now - first))
         answer.last = -1
         job.open -= 1
-        if not job.open:
+        if not job.open:  # before its listener can ask
             job.over = True
             self.counters.ended += 1
+        job.listener(Ended(answer.index, reason, answer.count, first - job.submitted, now - first))
 
 
 class Worker:
