@@ -221,8 +221,8 @@ class Engine:
         Requests enter the next list before they leave the one before, and the lists are read in that order: another
         thread may count one twice, but misses none.
         """
-        reading = sum(job.request.n for job in self._reading)
-        return reading + len(self._answers)
+        reading = sum(job.request.n for job in self._reading if not job.over)
+        return reading + sum(answer.last >= 0 for answer in self._answers)  # who has an answer may ask again
 
     def submit(self, request: Request, listener: Listener) -> Job:
         """Queue a request; the thread that runs the rounds tells `listener` what becomes of it.
