@@ -179,6 +179,14 @@ def test_what_cannot_be_explained_is_told_in_one_line(line: str, message: str, c
     assert refused(line, capsys) == message
 
 
+@pytest.mark.parametrize("output", ["text.txt/report", "of-another"])
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(output, monkeypatch, capsys) -> None:
+    Path("of-another").mkdir(exist_ok=True)
+    monkeypatch.setattr("os.access", lambda path, mode: "another" not in str(path))
+    monkeypatch.setattr("swamla.cli.explain.explained", lambda *args, **settings: pytest.fail("measured"))
+    assert output in refused(f"a-run -o {output}", capsys)
+
+
 def split(*lengths: int) -> Split:
     """Documents whose tokens are 100 · document + position."""
     tokens = np.concatenate([1000 * (n + 1) + np.arange(length) for n, length in enumerate(lengths)])

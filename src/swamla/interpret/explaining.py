@@ -66,11 +66,14 @@ def explained(
 ) -> Explained:
     """Measure a model in evaluation mode. Memory is bounded as `in_rows` does: one layer's weights of a few rows.
 
-    seed: of the random rows. Raises `UsageError` for a mixer that has no `explain`, and for fewer than four ids.
+    seed: of the random rows. Raises `UsageError` for a mixer that has no `explain`, for fewer than four ids,
+    and for losses that are NaN or infinite.
     """
     length, rows = repeat_size(model, len(subject.ids))
     progress("random repeats", 0.02)
     repeats = induction(model, repeated_rows(subject.ids, tokenizer.eos_id, length=length, rows=rows, seed=seed))
+    if not math.isfinite(repeats.first_loss + repeats.second_loss):
+        raise UsageError(f"{subject.name}: its losses are no finite numbers, so there is nothing to explain")
     progress("attention of every head", 0.3)
     copy = min(DRAWN_COPY, length)
     row = repeated_rows(subject.ids, tokenizer.eos_id, length=copy, rows=1, seed=seed)[0].tolist()
