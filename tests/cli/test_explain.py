@@ -187,6 +187,16 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(out
     assert output in refused(f"a-run -o {output}", capsys)
 
 
+def test_a_stop_leaves_no_empty_folder(monkeypatch, capsys) -> None:
+    def stop(*arguments, **settings) -> None:
+        assert Path("stopped").is_dir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("swamla.cli.explain.explained", stop)
+    assert main(["explain", "a-run", "-o", "stopped"]) == 130
+    assert not Path("stopped").exists()
+
+
 def split(*lengths: int) -> Split:
     """Documents whose tokens are 100 · document + position."""
     tokens = np.concatenate([1000 * (n + 1) + np.arange(length) for n, length in enumerate(lengths)])

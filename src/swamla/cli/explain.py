@@ -1,6 +1,5 @@
 """`swamla explain RUN|FOLDER`: what a model does with its context, as a page, pictures and JSON."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from swamla.cli.console import Console, say, say_wrapped
 from swamla.cli.flags import argument, parse
 from swamla.cli.importing import tokenizer_of
 from swamla.cli.progress import shown_progress
-from swamla.cli.running import checked, data_of_run, run_folder
+from swamla.cli.running import checked, data_of_run, run_folder, writable
 from swamla.config import from_plain
 from swamla.data.caching import short_source
 from swamla.data.config import TOKEN_IDS
@@ -71,8 +70,7 @@ def main(argv: list[str]) -> int:
         model = load_pretrained(folder)
         tokenizer = tokenizer_of(folder, model.config.vocab_size)
     subject = _subject_of_run(folder, model, tokenizer, text) if is_run else _subject(folder, model, tokenizer, text)
-    _require_writable(output)  # before a minute of measuring
-    with shown_progress(Console(stderr=True)) as progress:
+    with writable(output), shown_progress(Console(stderr=True)) as progress:
         found = explained(
             model,
             tokenizer,
@@ -121,13 +119,6 @@ def _require_free(output: Path) -> None:
     """Raise `UsageError` unless a report can be written there: to a new or empty folder, or over an earlier report."""
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / REPORT_JSON).exists())):
         raise UsageError(f"--output {output}: exists and holds no report: choose another folder")
-
-
-def _require_writable(output: Path) -> None:
-    """Make the report's folder. Raises `UsageError` where nothing can be written to it."""
-    output.mkdir(parents=True, exist_ok=True)
-    if not os.access(output, os.W_OK | os.X_OK):
-        raise UsageError(f"--output {output}: nothing can be written there: choose another folder")
 
 
 def _subject_of_run(run: Path, model: LanguageModel, tokenizer: Tokenizer, text: str | None) -> Subject:
