@@ -9,7 +9,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, models
 
-from swamla.data.tokenizer import ByteTokenizer, HFTokenizer, IdTokenizer, make_tokenizer
+from swamla.data.tokenizer import ByteTokenizer, HFTokenizer, IdTokenizer, NameTokenizer, make_tokenizer
 from swamla.errors import UsageError
 from swamla.interpret import (
     ablated,
@@ -176,6 +176,8 @@ def test_few_ids_and_few_positions_shorten_the_repeats_and_too_few_are_an_error(
     model = hybrid()
     assert repeat_size(model, 9)[0] == 9
     assert repeat_size(hybrid(learned_positions=21), 30)[0] == 10
+    assert repeat_size(model, 30, 21)[0] == 10  # rows of training
+    assert repeat_size(model, 30, 3)[0] == 4
     with pytest.raises(UsageError, match="3 ids: random repeats need four different ids twice"):
         repeat_size(model, 3)
 
@@ -235,3 +237,15 @@ def test_a_model_whose_losses_are_nan_is_refused() -> None:
         model.blocks[1].mixer.o_proj.weight.fill_(math.nan)
     with pytest.raises(UsageError, match="a model: its losses are no finite numbers"):
         explained(model, TOKENIZER, SUBJECT)
+
+
+def test_a_model_of_a_task_reads_no_start_because_it_never_saw_one(monkeypatch) -> None:
+    monkeypatch.setattr("swamla.interpret.explaining.REPEAT_ROWS", 2)
+    seen = []
+    measured = "swamla.interpret.explaining.induction"
+    monkeypatch.setattr(measured, lambda model, tokens: seen.append(tokens) or induction(model, tokens))
+    tokenizer = NameTokenizer([f"t{number}" for number in range(VOCABULARY - 1)])
+    found = explained(hybrid(), tokenizer, Subject(name="a task", ids=range(VOCABULARY - 1)))
+    assert tokenizer.eos_id not in seen[0]
+    assert "⟨start⟩" not in found.texts[0].tokens
+    assert found.texts[0].note.startswith("An id, 12 random ids, the same again")

@@ -35,6 +35,14 @@ def test_a_repeated_row_is_a_start_and_distinct_ids_twice() -> None:
         repeated_rows(range(5, 25), 0, length=21, rows=1)
 
 
+def test_without_a_start_a_row_begins_with_an_id_of_its_own() -> None:
+    tokens = repeated_rows(range(5, 25), None, length=19, rows=9)
+    assert torch.equal(tokens[:, 1:20], tokens[:, 20:])
+    assert all(sorted(row.tolist()) == list(range(5, 25)) for row in tokens[:, :20])
+    with pytest.raises(ConfigError, match="length = 20"):
+        repeated_rows(range(5, 25), None, length=20, rows=1)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_measures_of_repeats_are_those_of_a_loop_over_tokens(name: str) -> None:
     model = MODELS[name]()

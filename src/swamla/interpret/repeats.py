@@ -58,15 +58,21 @@ class Repeats:
     layers: tuple[LayerInduction, ...]
 
 
-def repeated_rows(ids: Sequence[int], start: int, *, length: int, rows: int, seed: int = 0) -> Tensor:
-    """Tokens (rows, 1 + 2 · length): `start`, then `length` distinct ids drawn from `ids`, then the same again."""
-    fits = 2 <= length <= len(ids)
-    require(fits, "length", length, f"must be from 2 to the number of ids, {len(ids)}: those of a row are distinct")
+def repeated_rows(ids: Sequence[int], start: int | None, *, length: int, rows: int, seed: int = 0) -> Tensor:
+    """Tokens (rows, 1 + 2 · length): `start`, then `length` distinct ids drawn from `ids`, then the same again.
+
+    start: what documents begin with; None, for a model that never saw such an id, is one more of `ids` in each row.
+    """
+    most = len(ids) - (start is None)
+    fits = 2 <= length <= most
+    require(fits, "length", length, f"must be from 2 to the number of ids, {most}: those of a row are distinct")
     require(0 <= seed < 1 << 63, "seed", seed, "must be >= 0 and below 2^63")
     generator = torch.Generator().manual_seed(seed)
     pool = torch.tensor(ids)
-    drawn = torch.stack([pool[torch.randperm(len(ids), generator=generator)[:length]] for _ in range(rows)])
-    return torch.cat((torch.full((rows, 1), start), drawn, drawn), dim=1)
+    order = torch.stack([torch.randperm(len(ids), generator=generator)[: length + 1] for _ in range(rows)])
+    drawn, others = pool[order[:, :length]], pool[order[:, length:]]
+    first = others if start is None else torch.full((rows, 1), start)
+    return torch.cat((first, drawn, drawn), dim=1)
 
 
 def induction(model: LanguageModel, tokens_BT: Tensor) -> Repeats:
