@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from swamla.checkpoint import load
 from swamla.cli import main
-from swamla.cli.explain import rows_of
+from swamla.cli.explain import _subject_of_run, rows_of
 from swamla.data.shards import Split
 from swamla.data.tokenizer import make_tokenizer
 from swamla.interop import load_pretrained, save_pretrained
@@ -93,6 +94,12 @@ def test_random_repeats_are_of_ids_that_the_run_has_seen(capsys) -> None:
     assert set(plain("a-run/explain")["texts"][1]["tokens"]) <= seen
 
 
+@pytest.mark.parametrize("text", [None, "line 7, which is 49"])
+def test_random_repeats_are_no_longer_than_rows_of_training(text) -> None:
+    """A model knows nothing of positions that it never saw."""
+    assert _subject_of_run(Path("a-run"), *load(Path("a-run")), text).longest == 64
+
+
 def test_a_given_text_is_measured_and_drawn_instead(capsys) -> None:
     assert main(["explain", "a-run", "--text", "line 7, which is 49 and whose cube is 343", "-o", "given"]) == 0
     found = plain("given")
@@ -150,6 +157,7 @@ def test_the_run_of_a_task_has_no_text(home, tmp_path, capsys) -> None:
     assert refused(f"{run} --text abc", capsys) == f"{run}: {what}"
     assert main(["explain", str(run), "-o", "of-task"]) == 0
     assert "only random repeats were measured" in plain("of-task")["about"]["notes"][0]
+    assert plain("of-task")["about"]["repeat_length"] == 31
 
 
 @pytest.mark.parametrize(
@@ -177,6 +185,24 @@ def test_the_run_of_a_task_has_no_text(home, tmp_path, capsys) -> None:
 def test_what_cannot_be_explained_is_told_in_one_line(line: str, message: str, capsys) -> None:
     Path("broken.bin").write_bytes(b"\xff\xfe")
     assert refused(line, capsys) == message
+
+
+@pytest.mark.parametrize("output", ["text.txt/report", "of-another"])
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(output, monkeypatch, capsys) -> None:
+    Path("of-another").mkdir(exist_ok=True)
+    monkeypatch.setattr("os.access", lambda path, mode: "another" not in str(path))
+    monkeypatch.setattr("swamla.cli.explain.explained", lambda *args, **settings: pytest.fail("measured"))
+    assert output in refused(f"a-run -o {output}", capsys)
+
+
+def test_a_stop_leaves_no_empty_folder(monkeypatch, capsys) -> None:
+    def stop(*arguments, **settings) -> None:
+        assert Path("stopped").is_dir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("swamla.cli.explain.explained", stop)
+    assert main(["explain", "a-run", "-o", "stopped"]) == 130
+    assert not Path("stopped").exists()
 
 
 def split(*lengths: int) -> Split:

@@ -172,6 +172,15 @@ def test_what_cannot_be_scored_is_told_in_one_line(
     assert not (home / "recall").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_scored(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    monkeypatch.setattr(command, "recall", lambda *arguments, **settings: pytest.fail("scored"))
+    assert main(["recall", "soft", "--output", "locked"]) == 2
+    assert "--output locked: nothing can be written there: name another folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("after", [0, 2])
 def test_ctrl_c_keeps_the_cells_that_are_scored(
     after: int, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -1,12 +1,15 @@
 """explain.json holds what the measures find on the rows that it names, and the weights of every head."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import decoders, models
 
-from swamla.data.tokenizer import ByteTokenizer, IdTokenizer, make_tokenizer
+from swamla.data.tokenizer import ByteTokenizer, HFTokenizer, IdTokenizer, NameTokenizer, make_tokenizer
 from swamla.errors import UsageError
 from swamla.interpret import (
     ablated,
@@ -173,6 +176,8 @@ def test_few_ids_and_few_positions_shorten_the_repeats_and_too_few_are_an_error(
     model = hybrid()
     assert repeat_size(model, 9)[0] == 9
     assert repeat_size(hybrid(learned_positions=21), 30)[0] == 10
+    assert repeat_size(model, 30, 21)[0] == 10  # rows of training
+    assert repeat_size(model, 30, 3)[0] == 4
     with pytest.raises(UsageError, match="3 ids: random repeats need four different ids twice"):
         repeat_size(model, 3)
 
@@ -210,3 +215,37 @@ def test_classes_of_tokens_follow_from_their_text() -> None:
     assert named["\n"] == named[" "] == "white space"
     assert {CLASSES[each] for each in found[-2:].tolist()} == {"other"}
     assert any(name == "word begins" and text.startswith(" ") for text, name in named.items())
+
+
+@pytest.mark.parametrize("decoder", ["sequence", "metaspace"])
+def test_words_of_sentencepiece_keep_their_space(decoder: str) -> None:
+    """Its decoders drop the space of a text's first word, and so of a token by itself."""
+    names = ["</s>", "▁the", "the", "▁", "<0xC3>"]
+    library = tokenizers.Tokenizer(models.BPE(vocab={name: n for n, name in enumerate(names)}, merges=[]))
+    plain = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    library.decoder = decoders.Sequence(plain) if decoder == "sequence" else decoders.Metaspace()
+    library.add_special_tokens(["</s>"])
+    tokenizer = HFTokenizer(library.to_str())
+    assert token_texts(tokenizer, range(4)) == ["⟨start⟩", " the", "the", " "]
+    classes = [CLASSES[each] for each in token_classes(tokenizer, 4)]
+    assert classes == ["other", "word begins", "word goes on", "white space"]
+
+
+def test_a_model_whose_losses_are_nan_is_refused() -> None:
+    model = hybrid()
+    with torch.no_grad():
+        model.blocks[1].mixer.o_proj.weight.fill_(math.nan)
+    with pytest.raises(UsageError, match="a model: its losses are no finite numbers"):
+        explained(model, TOKENIZER, SUBJECT)
+
+
+def test_a_model_of_a_task_reads_no_start_because_it_never_saw_one(monkeypatch) -> None:
+    monkeypatch.setattr("swamla.interpret.explaining.REPEAT_ROWS", 2)
+    seen = []
+    measured = "swamla.interpret.explaining.induction"
+    monkeypatch.setattr(measured, lambda model, tokens: seen.append(tokens) or induction(model, tokens))
+    tokenizer = NameTokenizer([f"t{number}" for number in range(VOCABULARY - 1)])
+    found = explained(hybrid(), tokenizer, Subject(name="a task", ids=range(VOCABULARY - 1)))
+    assert tokenizer.eos_id not in seen[0]
+    assert "⟨start⟩" not in found.texts[0].tokens
+    assert found.texts[0].note.startswith("An id, 12 random ids, the same again")

@@ -8,9 +8,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from swamla.interpret import edge_scores, edges_between, head_patterns, trace, walk
+from swamla.errors import UsageError
+from swamla.interpret import (
+    ablated,
+    cut_effects,
+    edge_scores,
+    edges_between,
+    head_patterns,
+    in_context,
+    load_by_class,
+    logit_lens,
+    trace,
+    walk,
+)
+from swamla.interpret.attribution import attribution
 from swamla.interpret.tracing import in_rows
-from tests.interpret.models import EXPLAINED, build, hybrid, two_rows
+from swamla.ops.layout import Layout
+from tests.interpret.models import EXPLAINED, VOCABULARY, build, hybrid, two_rows
 from tests.model.helpers import MIXERS, random_tokens
 
 
@@ -96,3 +110,35 @@ def test_only_the_layers_that_are_kept_live() -> None:
     gc.collect()
     assert gone() is None
     assert len(list(layers)) == 3
+
+
+def test_a_row_of_padding_alone_counts_nowhere() -> None:
+    """Every row is one run then, as it is where each is one document."""
+    model, tokens = hybrid(ffn="moe"), random_tokens(2, 12)
+    seq = Layout.from_documents(torch.stack([torch.zeros(12), torch.full((12,), -1)]).long())
+    assert seq.whole_rows
+    for found, expected in zip(head_patterns(model, tokens, seq), head_patterns(model, tokens[:1]), strict=True):
+        for name, each in vars(expected).items():
+            assert getattr(found, name) == pytest.approx(each)
+    classes = torch.zeros(VOCABULARY, dtype=torch.int64)
+    assert load_by_class(model, tokens, classes, seq) == load_by_class(model, tokens[:1], classes)
+
+
+NO_EDGE = torch.zeros(3, 3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        head_patterns,
+        ablated,
+        logit_lens,
+        in_context,
+        lambda model, tokens, seq: edge_scores(model, tokens, {"no": NO_EDGE}, seq),
+        lambda model, tokens, seq: cut_effects(model, tokens, {"no": NO_EDGE}, seq=seq),
+        lambda model, tokens, seq: attribution(model, tokens, NO_EDGE, seq=seq),
+    ],
+)
+def test_where_nothing_can_be_measured_a_measure_says_so(measure) -> None:
+    with pytest.raises(UsageError, match="there is nothing to measure"):
+        measure(build("mha"), random_tokens(1, 3), seq=Layout.from_documents(torch.tensor([[0, 1, 2]])))

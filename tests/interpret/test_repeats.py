@@ -1,6 +1,7 @@
 """Measures on repeated rows are what a loop over tokens finds; a layer built to be an induction head has its scores."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from swamla.interpret.repeats import repeated_rows
 from swamla.interpret.tracing import logits_without
 from swamla.model.language_model import NO_LABEL
 from tests.interpret.models import build, hybrid, induction_model
+from tests.model.helpers import MIXERS
 
 MODELS = {
     "hybrid": hybrid,
@@ -31,6 +33,14 @@ def test_a_repeated_row_is_a_start_and_distinct_ids_twice() -> None:
     assert not torch.equal(tokens, repeated_rows(range(5, 25), 0, length=12, rows=9, seed=4))
     with pytest.raises(ConfigError, match="length = 21"):
         repeated_rows(range(5, 25), 0, length=21, rows=1)
+
+
+def test_without_a_start_a_row_begins_with_an_id_of_its_own() -> None:
+    tokens = repeated_rows(range(5, 25), None, length=19, rows=9)
+    assert torch.equal(tokens[:, 1:20], tokens[:, 20:])
+    assert all(sorted(row.tolist()) == list(range(5, 25)) for row in tokens[:, :20])
+    with pytest.raises(ConfigError, match="length = 20"):
+        repeated_rows(range(5, 25), None, length=20, rows=1)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -69,7 +79,7 @@ def test_measures_of_repeats_are_those_of_a_loop_over_tokens(name: str) -> None:
         for rise, sources in (
             (measured.cut, [query - 7]),
             (measured.cut_conv, [query - 7 + i for i in range(measured.conv)]),
-            (measured.control, [(query - 8) // 2]),
+            (measured.control, [query - 4]),
         ):
             cut = logits_without(model, tokens, {len(checked) - 1: edges_between(17, query, *sources)})[:, query]
             loss = -cut.log_softmax(-1).gather(2, tokens[:, query + 1][..., None]).mean()
@@ -119,3 +129,17 @@ def test_its_effective_context_reaches_as_far_as_the_first_copy() -> None:
     (found,) = head_patterns(induction_model(), torch.cat((tokens, tokens[:, 1:], tokens[:, 1:]), dim=1))
     assert found.effective_context[0] >= 10
     assert found.previous[0] < 0.1
+
+
+def test_the_control_is_of_edges_that_a_window_has_if_it_has_those_of_induction() -> None:
+    """Edges outside the window would add nothing, and a control of 0 would tell nothing."""
+    mixers = {"swa": replace(MIXERS["swa"], window=8, sinks=0)}  # what followed stands 7 tokens back
+    found = induction(build("swa", mixers=mixers), repeated_rows(range(1, 31), 0, length=8, rows=3)).layers[0]
+    assert found.cut != 0
+    assert found.control != 0
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 63])
+def test_a_seed_that_no_generator_takes_is_told(seed: int) -> None:
+    with pytest.raises(ConfigError, match="seed = "):
+        repeated_rows(range(5, 25), 0, length=12, rows=1, seed=seed)

@@ -1,7 +1,7 @@
 """`swamla explain RUN|FOLDER`: what a model does with its context, as a page, pictures and JSON."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from swamla.cli.console import Console, say, say_wrapped
 from swamla.cli.flags import argument, parse
 from swamla.cli.importing import tokenizer_of
 from swamla.cli.progress import shown_progress
-from swamla.cli.running import checked, data_of_run, run_folder
+from swamla.cli.running import checked, data_of_run, run_folder, writable
 from swamla.config import from_plain
 from swamla.data.caching import short_source
 from swamla.data.config import TOKEN_IDS
@@ -26,6 +26,7 @@ from swamla.interpret.explaining import LONG, Subject, explained
 from swamla.interpret.page.report import REPORT_JSON, write_report
 from swamla.model.language_model import LanguageModel
 from swamla.tasks import PREFIX
+from swamla.tasks import parse as parse_task
 from swamla.train import RunConfig
 
 MOST_ROWS, FEW_ROWS, SHORTEST = 64, 4, 64  # rows of text; below FEW_ROWS they are halved, if they stay this long
@@ -70,7 +71,7 @@ def main(argv: list[str]) -> int:
         model = load_pretrained(folder)
         tokenizer = tokenizer_of(folder, model.config.vocab_size)
     subject = _subject_of_run(folder, model, tokenizer, text) if is_run else _subject(folder, model, tokenizer, text)
-    with shown_progress(Console(stderr=True)) as progress:
+    with writable(output), shown_progress(Console(stderr=True)) as progress:
         found = explained(
             model,
             tokenizer,
@@ -129,22 +130,28 @@ def _subject_of_run(run: Path, model: LanguageModel, tokenizer: Tokenizer, text:
     if source.startswith(PREFIX):
         if text is not None:
             raise UsageError(f"{run}: was trained on {source}, which has no text: leave out --text and --file")
-        note = f"It was trained on {source}, which has no text: only random repeats were measured."
-        return _without_text(run.name, model, tokenizer, note)
+        note = (
+            f"It was trained on {source}, which has no text: only random repeats were measured. They begin with one "
+            "more random id, not with a start."
+        )
+        subject = _without_text(run.name, model, tokenizer, note)
+        return replace(subject, longest=parse_task(source).length)
     if source == TOKEN_IDS:
         return _subject(run, model, tokenizer, text)
     config = from_plain(RunConfig, plain, origin=str(run / "config.json"))
     dataset = data_of_run(run, config.data, Console(stderr=True))
     assert isinstance(dataset, Dataset)  # a task's rows are no texts
     ids = np.unique(dataset.train.tokens[:READ] if dataset.train.n_tokens else dataset.held_out.tokens[:READ]).tolist()
+    longest = config.train.block_size
     if text is not None:
-        return _with_text(run.name, model, tokenizer, text, ids)
-    limits = (LONG, config.train.block_size, model.config.learned_positions or LONG)
+        return replace(_with_text(run.name, model, tokenizer, text, ids), longest=longest)
+    limits = (LONG, longest, model.config.learned_positions or LONG)
     rows_BT = rows_of(dataset.held_out, tokenizer.eos_id, min(limits))
     if rows_BT is None:
-        return _without_text(run.name, model, tokenizer, "Its held-out text is too short to measure on.")
+        subject = _without_text(run.name, model, tokenizer, "Its held-out text is too short to measure on.")
+        return replace(subject, longest=longest)
     name = f"held-out text of {short_source(dataset.source)}"
-    return Subject(name=run.name, ids=ids, rows_BT=rows_BT, text=rows_BT[0].tolist(), source=name)
+    return Subject(name=run.name, ids=ids, rows_BT=rows_BT, text=rows_BT[0].tolist(), source=name, longest=longest)
 
 
 def _subject(folder: Path, model: LanguageModel, tokenizer: Tokenizer, text: str | None) -> Subject:

@@ -13,7 +13,7 @@ from swamla.cli.console import Console, program, say, say_wrapped
 from swamla.cli.flags import Flag, argument, field_docs, parse
 from swamla.cli.progress import shown_progress
 from swamla.cli.recall_report import Report, Trained
-from swamla.cli.running import checked, run_folder
+from swamla.cli.running import checked, run_folder, writable
 from swamla.errors import ConfigError, UsageError
 from swamla.evaluate import recall
 from swamla.evaluate.recall_grid import grid, require_fits, steps_to
@@ -58,15 +58,16 @@ def main(argv: list[str]) -> int:
     runs = [_trained(path, arguments.checkpoint) for path in dict.fromkeys(map(run_folder, arguments.runs))]
     report = Report(runs=runs, swept=[name for name in sizes if len(sizes[name]) > 1], rows=arguments.examples)
     plan = _plan(report, arguments.task or runs[0].task.kind, sizes)
-    try:
-        _score(report, plan)
-    except BaseException as stop:  # Ctrl-C, a signal or an error: what was scored took time
-        if report.found:
-            report.write(folder)
-            stop.add_note(f"{len(report.found)} of {len(plan)} cells are scored, and in {folder}")
-        raise
-    report.complete = True
-    report.write(folder)
+    with writable(folder):
+        try:
+            _score(report, plan)
+        except BaseException as stop:  # Ctrl-C, a signal or an error: what was scored took time
+            if report.found:
+                report.write(folder)
+                stop.add_note(f"{len(report.found)} of {len(plan)} cells are scored, and in {folder}")
+            raise
+        report.complete = True
+        report.write(folder)
     if arguments.json:
         print(json.dumps(report.plain()))
         return 0

@@ -1,9 +1,10 @@
 """Shared by the commands that train: the run's folder, and its data."""
 
+import os
 import re
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -186,6 +187,25 @@ def checked(folder: str) -> Path:
     if "\0" in folder:
         raise UsageError(f"{folder!r}: a path cannot hold NUL")
     return Path(folder)
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Make the folder that --output names, before long work; an error or a stop takes it away again if it is empty.
+
+    Raises `UsageError` where nothing can be written to it.
+    """
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"--output {folder}: nothing can be written there: name another folder")
+    try:
+        yield
+    except BaseException:
+        if new:
+            with suppress(OSError):  # something was written
+                folder.rmdir()
+        raise
 
 
 def run_folder(name: str) -> Path:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swamla.interpret.tracing import LayerTrace, Rows, above, in_rows, layout_of, losses_of, next_labels, walk
+from swamla.interpret.tracing import LayerTrace, Rows, above, in_rows, layout_of, losses_of, next_labels, some, walk
 from swamla.model.block import Block
 from swamla.model.language_model import NO_LABEL, LanguageModel
 from swamla.ops.layout import Layout
@@ -41,7 +41,8 @@ def ablated(
     """Leave out every head, mixer and FFN in turn, on tokens (B, T).
 
     labels_BT: what is to be predicted at each token, -100 for none; by default the next token.  seq: the documents, by
-    default one a row. Takes about (heads + 2) / 2 forward passes a layer. Raises `UsageError` as `walk` does.
+    default one a row. Takes about (heads + 2) / 2 forward passes a layer. Raises `UsageError` as `walk` does,
+    and without labels.
     """
     labels_BT = next_labels(tokens_BT, layout_of(tokens_BT, seq)) if labels_BT is None else labels_BT
     sums: dict[int, Tensor] = {}
@@ -53,7 +54,7 @@ def ablated(
             found = [losses_of(model, above(model, index, x_BTD, rows), labels).sum() for x_BTD in streams]
             sums[index] = sums.get(index, 0) + torch.stack(found)
         base += losses_of(model, layer.after_BTD, labels).sum().item()
-    count = int((labels_BT != NO_LABEL).sum())
+    count = some(int((labels_BT != NO_LABEL).sum()), "label")
     layers = []
     for sums_N in sums.values():
         *heads, mixer, ffn = ((sums_N - base) / count).tolist()
@@ -88,7 +89,7 @@ def cut_effects(
 
     edges: bool, (T, S) or (B, T, S), as for `Explanation.cut`.  labels_BT: what is to be predicted at each token, -100
     for none; by default the next token, of the tokens that have an edge in one of the sets.  layers: all by default.
-    Raises `UsageError` as `walk` does.
+    Raises `UsageError` as `walk` does, and without labels.
     """
     sets = {name: each.expand(len(tokens_BT), -1, -1) for name, each in edges.items()}
     if labels_BT is None:
@@ -104,7 +105,7 @@ def cut_effects(
                 found = [losses_of(model, above(model, index, x_BTD, rows), labels).sum() for x_BTD in streams]
                 sums[index] = sums.get(index, 0) + torch.stack(found)
         base += losses_of(model, layer.after_BTD, labels).sum().item()
-    count = int((labels_BT != NO_LABEL).sum())
+    count = some(int((labels_BT != NO_LABEL).sum()), "label")
     return {index: dict(zip(sets, ((found - base) / count).tolist(), strict=True)) for index, found in sums.items()}
 
 

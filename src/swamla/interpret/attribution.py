@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swamla.interpret.tracing import LayerTrace, Rows, above, in_rows, layout_of, next_labels, walk
+from swamla.interpret.tracing import LayerTrace, Rows, above, in_rows, layout_of, next_labels, some, walk
 from swamla.model.block import Block
 from swamla.model.language_model import NO_LABEL, LanguageModel
 from swamla.model.norm import FrozenNorm
@@ -41,7 +41,7 @@ def attribution(
 
     edges: the target edges, bool (T, S) or (B, T, S), as `edges_between` makes them; queries are the tokens that have
     one, and a label.  labels_BT: what is to be predicted at each token, -100 for none; by default the next token.
-    Raises `UsageError` for a mixer or a norm that cannot be taken apart.
+    Raises `UsageError` for a mixer or a norm that cannot be taken apart, and without queries.
     """
     seq_BT = layout_of(tokens_BT, seq)
     labels_BT = next_labels(tokens_BT, seq_BT) if labels_BT is None else labels_BT
@@ -57,7 +57,8 @@ def attribution(
                 [x.sum(dim=(0, 2, 3), dtype=torch.float64) for x in (aimed_BHTS, a_BHTS.abs(), a_BHTS)]
             )
             sums[index] = sums.get(index, 0) + found_3H
-    return tuple(_measured(found_3H, int((labels_BT != NO_LABEL).sum())) for found_3H in sums.values())
+    queries = some(int((labels_BT != NO_LABEL).sum()), "label")
+    return tuple(_measured(found_3H, queries) for found_3H in sums.values())
 
 
 def label_directions(model: LanguageModel, rows: Rows, labels_BT: Tensor) -> Tensor:

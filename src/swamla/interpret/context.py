@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from swamla.errors import require
-from swamla.interpret.tracing import Rows, above, in_rows, layout_of, losses_of, next_labels
+from swamla.interpret.tracing import Rows, above, in_rows, layout_of, losses_of, next_labels, some
 from swamla.model.language_model import NO_LABEL, LanguageModel
 from swamla.ops.layout import Layout
 
@@ -91,10 +91,12 @@ def in_context(
     """In-context learning on tokens (B, T) of text; `late` is lowered to what the longest document allows, and said.
 
     seq: the documents, by default one a row.  span: take means over that many predictions up to early and late, which
-    settles the difference with fewer documents. Raises `ConfigError` where no document goes beyond `early`.
+    settles the difference with fewer documents. Raises `ConfigError` where no document goes beyond `early`, and
+    `UsageError` where none has two tokens.
     """
     losses_BT, there_BT = losses_by_token(model, tokens_BT, seq)
     position_BT = layout_of(tokens_BT, seq).position_BT
+    some(int(there_BT.sum()), "next token")
     last = int(position_BT[there_BT].max()) + 1
     require(
         0 < early < last, "early", early, f"must be from 1 to {last - 1}: the longest document has {last} predictions"

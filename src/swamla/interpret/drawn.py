@@ -115,10 +115,18 @@ def _head_weights(weight_TS: Tensor) -> HeadWeights:
 
 
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """Each token's text; of the start its name, and of an id that cannot be read by itself the id, in brackets."""
-    texts = []
+    """Each token's text within a text; of the start its name, of an id that cannot be read by itself the id, in
+    brackets.
+    """
+    texts, start = [], tokenizer.decode([tokenizer.eos_id])
     for each in ids:
-        text = START if each == tokenizer.eos_id else tokenizer.decode([each]) if each < tokenizer.vocab_size else ""
+        if each == tokenizer.eos_id:
+            text = START
+        elif each < tokenizer.vocab_size:
+            # Behind the start: decoders of SentencePiece's kind drop the space of a text's first word.
+            text = tokenizer.decode([tokenizer.eos_id, each]).removeprefix(start)
+        else:
+            text = ""
         readable = text and all(sign.isprintable() or sign in "\n\r\t" for sign in text)
         texts.append(text if readable and "\N{REPLACEMENT CHARACTER}" not in text else f"⟨{each}⟩")
     return texts

@@ -45,6 +45,8 @@ class Subject:
     name: the model's, such as its folder's.  ids: from which random rows are drawn.  rows_BT: text to be measured on,
     in rows that begin with a document's start; None without text.  text: the ids whose attention is drawn, start
     included; empty without text.  source: where the text is from.  notes: what a reader must know of it.
+    longest: tokens of the rows that the model was trained on, None if unknown; random repeats are no longer, but have
+        nine tokens at least.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Subject:
     text: Sequence[int] = ()
     source: str = ""
     notes: tuple[str, ...] = ()
+    longest: int | None = None
 
 
 @torch.no_grad()
@@ -66,15 +69,20 @@ def explained(
 ) -> Explained:
     """Measure a model in evaluation mode. Memory is bounded as `in_rows` does: one layer's weights of a few rows.
 
-    seed: of the random rows. Raises `UsageError` for a mixer that has no `explain`, and for fewer than four ids.
+    seed: of the random rows. Raises `UsageError` for a mixer that has no `explain`, for fewer than four ids,
+    and for losses that are NaN or infinite.
     """
-    length, rows = repeat_size(model, len(subject.ids))
+    start = tokenizer.eos_id if tokenizer.start else None  # rows of a task have none
+    length, rows = repeat_size(model, len(subject.ids) - (start is None), subject.longest)
     progress("random repeats", 0.02)
-    repeats = induction(model, repeated_rows(subject.ids, tokenizer.eos_id, length=length, rows=rows, seed=seed))
+    repeats = induction(model, repeated_rows(subject.ids, start, length=length, rows=rows, seed=seed))
+    if not math.isfinite(repeats.first_loss + repeats.second_loss):
+        raise UsageError(f"{subject.name}: its losses are no finite numbers, so there is nothing to explain")
     progress("attention of every head", 0.3)
     copy = min(DRAWN_COPY, length)
-    row = repeated_rows(subject.ids, tokenizer.eos_id, length=copy, rows=1, seed=seed)[0].tolist()
-    note = f"The start, {copy} random ids, the same again: induction reads, at each id, what followed it before."
+    row = repeated_rows(subject.ids, start, length=copy, rows=1, seed=seed)[0].tolist()
+    first = "An id" if start is None else "The start"
+    note = f"{first}, {copy} random ids, the same again: induction reads, at each id, what followed it before."
     texts = [draw(model, tokenizer, row, name="random ids, twice", note=note)]
     if subject.text:
         texts.insert(0, draw(model, tokenizer, subject.text, name=subject.source, note=""))
@@ -91,13 +99,17 @@ def explained(
     )
 
 
-def repeat_size(model: LanguageModel, n_ids: int) -> tuple[int, int]:
+def repeat_size(model: LanguageModel, n_ids: int, longest: int | None = None) -> tuple[int, int]:
     """Tokens of a copy and number of rows of random repeats: 50 and 64, fewer for few ids, positions or a large model.
+
+    longest: tokens of a row, as far as a copy of four allows.
 
     Raises `UsageError` for fewer than four ids or nine positions.
     """
     positions = model.config.learned_positions
     length = min(REPEAT_LENGTH, n_ids, (positions - 1) // 2 if positions else REPEAT_LENGTH)
+    if longest is not None:
+        length = min(length, max(4, (longest - 1) // 2))
     if length < 4:
         place = f" and {positions} positions" if positions else ""
         raise UsageError(f"{n_ids} ids{place}: random repeats need four different ids twice, and 9 positions")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swamla.interpret.tracing import in_rows, layout_of, losses_of, next_labels
+from swamla.interpret.tracing import in_rows, layout_of, losses_of, next_labels, some
 from swamla.model.language_model import NO_LABEL, LanguageModel
 from swamla.ops.layout import Layout
 
@@ -37,7 +37,8 @@ def logit_lens(
     """The logit lens on tokens (B, T), on the CPU.
 
     labels_BT: what is to be predicted at each token, -100 for none; by default the next token.  seq: the documents, by
-    default one a row. Works for every mixer, also one that has no `explain`.
+    default one a row. Works for every mixer, also one that has no `explain`. Raises `UsageError`
+    without labels.
     """
     labels_BT = next_labels(tokens_BT, layout_of(tokens_BT, seq)) if labels_BT is None else labels_BT
     losses, tops, probabilities = [], [], []
@@ -54,8 +55,9 @@ def logit_lens(
         tops.append(torch.stack([each.indices for each in best]).cpu())
         probabilities.append(torch.stack([each.values for each in best]).cpu())
     losses_LBT = torch.cat(losses, dim=1)
+    count = some(int((labels_BT != NO_LABEL).sum()), "label")
     return LogitLens(
-        loss=tuple((losses_LBT.sum(dim=(1, 2)) / (labels_BT != NO_LABEL).sum().cpu()).tolist()),
+        loss=tuple((losses_LBT.sum(dim=(1, 2)) / count).tolist()),
         losses_LBT=losses_LBT,
         top_LBTK=torch.cat(tops, dim=1),
         probability_LBTK=torch.cat(probabilities, dim=1),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swamla.interpret.tracing import in_rows, walk
+from swamla.interpret.tracing import in_rows, some, walk
 from swamla.model.language_model import LanguageModel
 from swamla.ops.layout import Layout
 
@@ -49,7 +49,7 @@ def head_patterns(
     """The patterns of every layer's heads, bottom first, on tokens (B, T).
 
     seq: the documents, by default one a row.  sinks: how many first tokens of a document count as such.  mass: what
-    `effective_context` must hold. Raises `UsageError` as `walk` does, and `ZeroDivisionError` without any second token.
+    `effective_context` must hold. Raises `UsageError` as `walk` does, and without any second token.
     """
     sums: dict[int, _PatternSums] = {}
     for rows in in_rows(model, tokens_BT, seq):
@@ -86,13 +86,14 @@ class _PatternSums:
         self.near_HD.scatter_add_(1, away_TS.flatten().expand(len(distant_HTS), -1), distant_HTS.flatten(1))
 
     def measured(self, mass: float) -> HeadPatterns:
+        count = some(self.count, "second token")
         within_HD = self.near_HD.cumsum(dim=1)
         total_H1 = within_HD[:, -1:]
         context_H = torch.where(total_H1[:, 0] > 0, (within_HD < mass * total_H1).sum(dim=1) + 1, 0)
         return HeadPatterns(
-            previous=tuple((self.previous_H / self.count).tolist()),
-            sink=tuple((self.sink_H / self.count).tolist()),
-            entropy=tuple((self.entropy_H / self.count).tolist()),
+            previous=tuple((self.previous_H / count).tolist()),
+            sink=tuple((self.sink_H / count).tolist()),
+            entropy=tuple((self.entropy_H / count).tolist()),
             effective_context=tuple(context_H.tolist()),
         )
 
@@ -102,7 +103,8 @@ def edge_scores(
 ) -> tuple[dict[str, EdgeScores], ...]:
     """Every layer's scores of some sets of edges, by their names, on tokens (B, T).
 
-    edges: bool, (T, S) for all rows or (B, T, S); `edges_between` makes them. Raises `UsageError` as `walk` does.
+    edges: bool, (T, S) for all rows or (B, T, S); `edges_between` makes them. Raises `UsageError` as `walk` does,
+    and for a set without edges.
     """
     sums: dict[int, dict[str, Tensor]] = {}
     counts = dict.fromkeys(edges, 0)
@@ -115,6 +117,8 @@ def edge_scores(
             own = sums.setdefault(index, {name: torch.zeros_like(each) for name, each in found.items()})
             for name, sums_2H in found.items():
                 own[name] += sums_2H
+    for name, count in counts.items():
+        some(count, f"edge of {name!r}")
     return tuple(
         {
             name: EdgeScores(share=tuple((share / counts[name]).tolist()), hit=tuple((hit / counts[name]).tolist()))

@@ -30,7 +30,7 @@ class LayerInduction:
     attribution: what the induction edges add to the right logit, of the sum of |what all edges add| (`attribution`).
     cut: rise of the second copy's loss, in nats a token, when exactly the induction edges of all heads are subtracted
     from the layer's output.  cut_conv: when those of all conv tokens are.  control: the same as cut for as many other
-    edges.
+    edges, each to the token L // 2 before the query.
     """
 
     previous: tuple[float, ...]
@@ -58,14 +58,21 @@ class Repeats:
     layers: tuple[LayerInduction, ...]
 
 
-def repeated_rows(ids: Sequence[int], start: int, *, length: int, rows: int, seed: int = 0) -> Tensor:
-    """Tokens (rows, 1 + 2 · length): `start`, then `length` distinct ids drawn from `ids`, then the same again."""
-    fits = 2 <= length <= len(ids)
-    require(fits, "length", length, f"must be from 2 to the number of ids, {len(ids)}: those of a row are distinct")
+def repeated_rows(ids: Sequence[int], start: int | None, *, length: int, rows: int, seed: int = 0) -> Tensor:
+    """Tokens (rows, 1 + 2 · length): `start`, then `length` distinct ids drawn from `ids`, then the same again.
+
+    start: what documents begin with; None, for a model that never saw such an id, is one more of `ids` in each row.
+    """
+    most = len(ids) - (start is None)
+    fits = 2 <= length <= most
+    require(fits, "length", length, f"must be from 2 to the number of ids, {most}: those of a row are distinct")
+    require(0 <= seed < 1 << 63, "seed", seed, "must be >= 0 and below 2^63")
     generator = torch.Generator().manual_seed(seed)
     pool = torch.tensor(ids)
-    drawn = torch.stack([pool[torch.randperm(len(ids), generator=generator)[:length]] for _ in range(rows)])
-    return torch.cat((torch.full((rows, 1), start), drawn, drawn), dim=1)
+    order = torch.stack([torch.randperm(len(ids), generator=generator)[: length + 1] for _ in range(rows)])
+    drawn, others = pool[order[:, :length]], pool[order[:, length:]]
+    first = others if start is None else torch.full((rows, 1), start)
+    return torch.cat((first, drawn, drawn), dim=1)
 
 
 def induction(model: LanguageModel, tokens_BT: Tensor) -> Repeats:
@@ -76,8 +83,8 @@ def induction(model: LanguageModel, tokens_BT: Tensor) -> Repeats:
     query_Q = torch.arange(length + 1, 2 * length, device=device)
     after_Q, later_T = query_Q - length + 1, torch.arange(2, time, device=device)
     edges = edges_between(time, query_Q, after_Q)
-    # One other token of the first copy for each query.
-    others = edges_between(time, query_Q, (query_Q - length) // 2)
+    # One other token for each query, half as far away: a window that has the induction edges has these, too.
+    others = edges_between(time, query_Q, query_Q - length // 2)
     widths = [min(conv_width(block), length) for block in model.blocks]
     sets = {
         "previous": edges_between(time, later_T, later_T - 1),

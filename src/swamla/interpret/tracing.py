@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swamla.errors import UsageError
 from swamla.model.block import Block
 from swamla.model.ffns.ffn import Statistics
 from swamla.model.language_model import NO_LABEL, LanguageModel
@@ -140,6 +141,13 @@ def next_labels(tokens_BT: Tensor, seq: Layout) -> Tensor:
     return labels_BT
 
 
+def some(count: int, what: str) -> int:
+    """The count of what a mean is taken over. Raises `UsageError` for 0."""
+    if count == 0:
+        raise UsageError(f"no {what} among the tokens: there is nothing to measure")
+    return count
+
+
 def in_rows(
     model: LanguageModel, tokens_BT: Tensor, seq: Layout | None = None, *, max_bytes: int = ROW_BYTES
 ) -> Iterator[Rows]:
@@ -153,7 +161,7 @@ def in_rows(
     size = max(1, max_bytes // row_bytes)
     for begin in range(0, len(tokens_BT), size):
         index = slice(begin, min(begin + size, len(tokens_BT)))
-        whole = seq is None or seq.whole_rows
+        whole = seq is None or (seq.whole_rows and not seq.padded)  # a row of padding alone is one run, too
         part = None if whole or seq is None else Layout.from_documents(seq.document_BT[index].cpu())
         yield Rows(
             index=index,
