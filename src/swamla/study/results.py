@@ -10,6 +10,8 @@ from typing import Any
 
 from swamla.config import to_plain
 from swamla.files import write_text_atomically
+from swamla.interpret.sections import as_plain
+from swamla.study.evidence import Evidence
 from swamla.study.plan import Arm, Study, differing
 from swamla.study.running import Test
 from swamla.study.runs import Outcome, rate_of, rate_scores
@@ -39,7 +41,10 @@ class ArmResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """All of a study. comparisons: of every other arm with the first.  differing: settings in which arms differ."""
+    """All of a study. comparisons: of every other arm with the first.  differing: settings in which arms differ.
+
+    evidence: what the page shows beside; None if none is asked for.
+    """
 
     study: Study
     arms: tuple[ArmResult, ...]
@@ -47,9 +52,12 @@ class Results:
     outcomes: tuple[Outcome, ...]
     tests: tuple[Test, ...]
     differing: Mapping[str, Mapping[str, Any]]
+    evidence: Evidence | None = None
 
     @classmethod
-    def of(cls, study: Study, outcomes: Mapping[str, Outcome], tests: Sequence[Test]) -> "Results":
+    def of(
+        cls, study: Study, outcomes: Mapping[str, Outcome], tests: Sequence[Test], evidence: Evidence | None = None
+    ) -> "Results":
         """The results of a study's outcomes and of its scores on the test part."""
         scores = {
             arm.name: {test.seed: test.bits_per_byte for test in tests if test.arm == arm.name} for arm in study.arms
@@ -61,6 +69,7 @@ class Results:
             outcomes=tuple(outcomes.values()),
             tests=tuple(tests),
             differing=differing(study),
+            evidence=evidence,
         )
 
     def verdict(self) -> list[str]:
@@ -138,6 +147,7 @@ class Results:
             "runs": [_finite(asdict(one)) for one in self.outcomes],
             "tests": [_finite(asdict(one)) for one in self.tests],
             "differing": self.differing,
+            "evidence": as_plain(self.evidence),
         }
 
     def write(self, folder: Path) -> list[Path]:

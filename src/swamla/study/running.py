@@ -29,6 +29,7 @@ from swamla.data.preparing import prepare
 from swamla.errors import CorruptError, UsageError
 from swamla.evaluate import validation
 from swamla.files import fcntl, read_json, write_text_atomically
+from swamla.model.language_model import LanguageModel
 from swamla.plugins import load_plugin
 from swamla.study.plan import Asked, Study
 from swamla.study.runs import Outcome, Run, Status, arm_file, command, program, ready, run_folder
@@ -337,7 +338,7 @@ def score_tests(folder: Path, dataset: Dataset) -> list[Test]:
     finished = [one for one in outcomes.values() if one.purpose == "seed" and one.status == "finished"]
     torch.set_num_threads(study.asked.threads)
     scorer: Any = None
-    with _waited_for(folder, TESTS):
+    with waited_for(folder, TESTS):
         known = {test.run for test in read_tests(folder)}
         for outcome in finished:
             if outcome.run in known:
@@ -348,12 +349,17 @@ def score_tests(folder: Path, dataset: Dataset) -> list[Test]:
     return sorted(read_tests(folder), key=lambda test: ([arm.name for arm in study.arms].index(test.arm), test.seed))
 
 
-def _tested(folder: Path, study: Study, outcome: Outcome, scorer: Callable[[Any], dict[str, float]]) -> Test:
+def load_run(folder: Path, study: Study, outcome: Outcome) -> tuple[LanguageModel, str]:
+    """The model of a finished run as it was at its end, and the precision that it was trained with."""
     run = run_folder(folder, outcome.run)
     model, _ = load(run, "latest")
     checkpoint = latest_checkpoint(run / "checkpoints")
     trained = str(checkpoint.state.get("precision", "")) if checkpoint else ""
-    precision = resolve_as_trained(study.arm(outcome.arm).config.train.precision, trained, model.device)
+    return model, resolve_as_trained(study.arm(outcome.arm).config.train.precision, trained, model.device)
+
+
+def _tested(folder: Path, study: Study, outcome: Outcome, scorer: Callable[[Any], dict[str, float]]) -> Test:
+    model, precision = load_run(folder, study, outcome)
     with autocast(precision, model.device):
         found = scorer(model)
     scores = {name: found[name] for name in ("bits_per_byte", "loss", "bytes")}
@@ -361,7 +367,9 @@ def _tested(folder: Path, study: Study, outcome: Outcome, scorer: Callable[[Any]
 
 
 @contextmanager
-def _waited_for(folder: Path, name: str) -> Iterator[None]:
+def waited_for(folder: Path, name: str) -> Iterator[None]:
+    """Lock a name in the study's folder, after whoever holds it."""
+    (folder / "locks").mkdir(exist_ok=True)
     while True:
         with _locked(folder, name) as locked:
             if locked:

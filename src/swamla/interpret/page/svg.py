@@ -130,7 +130,7 @@ def _scale_bar(x: float, y: float, high: float, signed: bool) -> str:
 @dataclass(frozen=True, kw_only=True)
 class Line:
     """A curve. points: (x, y), in this order.  tips: what each mark shows, by default its values.  marks: whether
-    any.
+    any.  band: (low, high) of each point.  radius: of a mark, in pixels.  ring: the index of a mark that is larger.
     """
 
     name: str
@@ -139,6 +139,9 @@ class Line:
     dashed: bool = False
     marks: bool = True
     tips: Sequence[str] = ()
+    band: Sequence[tuple[float, float]] = ()
+    radius: float = 3.5
+    ring: int | None = None
 
 
 def line_chart(
@@ -147,39 +150,54 @@ def line_chart(
     x_label: str,
     y_label: str,
     x_names: Sequence[str] = (),
+    x_ticks: Sequence[tuple[float, str]] = (),
     logarithmic: bool = False,
+    log_y: bool = False,
+    zero: bool = False,
     size: tuple[int, int] = (470, 250),
 ) -> str:
-    """Curves over one axis. x_names: of x = 0, 1, 2 …, by default numbers.  logarithmic: the horizontal axis."""
+    """Curves over one axis. x_names: of x = 0, 1, 2 …, by default numbers.  x_ticks: places and names instead.
+
+    logarithmic: the horizontal axis.  log_y: the vertical one, by powers of two.  zero: draw y = 0 as a line.
+    """
     width, height = size
     left, right, top, bottom = 58.0, width - 14.0, 12.0, height - 44.0
     inset = 4 + 3.3 * max(len(name) for name in x_names) if x_names else 0.0  # room for half a name on either side
     xs = [x for line in lines for x, _ in line.points]
-    ys = [y for line in lines for _, y in line.points]
-    to_x = math.log if logarithmic else float
+    ys = [y for line in lines for _, y in line.points] + [y for line in lines for ends in line.band for y in ends]
+    ys += [0.0] * zero
+    to_x, to_y = (math.log if logarithmic else float), (math.log if log_y else float)
     x_low, x_high = to_x(min(xs)), to_x(max(xs))
-    y_ticks = ticks(min(ys), max(ys))
-    y_low, y_high = y_ticks[0], y_ticks[-1]
+    y_ticks = _powers(min(ys), max(ys)) if log_y else ticks(min(ys), max(ys))
+    y_low, y_high = to_y(y_ticks[0]), to_y(y_ticks[-1])
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = (to_x(x) - x_low) / (x_high - x_low or 1)
-        return left + inset + across * (right - left - 2 * inset), bottom - (y - y_low) / (y_high - y_low or 1) * (
-            bottom - top
-        )
+        up = (to_y(y) - y_low) / (y_high - y_low or 1)
+        return left + inset + across * (right - left - 2 * inset), bottom - up * (bottom - top)
 
     parts = [f'<svg class="chart" role="img" viewBox="0 0 {width} {height}" width="{width}">']
     for tick in y_ticks:
         y = at(min(xs), tick)[1]
         parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick end" x="{left - 6}" y="{y + 4:.1f}">{_axis(tick)}</text>')
-    for value, name in _x_ticks(min(xs), max(xs), x_names, logarithmic):
-        x = at(value, y_low)[0]
+    for value, name in x_ticks or _x_ticks(min(xs), max(xs), x_names, logarithmic):
+        x = at(value, y_ticks[0])[0]
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
         parts.append(f'<text class="tick mid" x="{x:.1f}" y="{bottom + 15:.0f}">{escape(name)}</text>')
     middle = (left + right) / 2
     parts.append(f'<text class="lab mid" x="{middle:.0f}" y="{height - 8}">{escape(x_label)}</text>')
     turned = f"translate(13,{(top + bottom) / 2:.0f}) rotate(-90)"
     parts.append(f'<text class="lab mid" transform="{turned}">{escape(y_label)}</text>')
+    if zero:
+        y = at(min(xs), 0.0)[1]
+        parts.append(f'<line class="zero" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+    for line in lines:
+        ends = [at(x, low) for (x, _), (low, _) in zip(line.points, line.band, strict=False)]
+        ends += [at(x, high) for (x, _), (_, high) in zip(line.points, line.band, strict=False)][::-1]
+        if ends:
+            corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in ends)
+            parts.append(f'<polygon fill="{line.colour}" opacity=".16" points="{corners}"/>')
     for line in lines:
         places = [at(x, y) for x, y in line.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
@@ -188,7 +206,10 @@ def line_chart(
         for index, ((x, y), (px, py)) in enumerate(zip(line.points, places, strict=True)) if line.marks else ():
             name = x_names[int(x)] if x_names else f"{x:,g}"
             tip = escape(line.tips[index] if line.tips else f"{line.name} {name}: {number(y, 4)}")
-            parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3.5" fill="{line.colour}" data-tip="{tip}"/>')
+            look = f'r="{line.radius:g}" fill="{line.colour}"'
+            if index == line.ring:
+                look = f'r="{line.radius + 2:g}" fill="#fff" stroke="{line.colour}" stroke-width="2"'
+            parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" {look} data-tip="{tip}"/>')
     return "".join(parts) + "</svg>"
 
 
@@ -239,6 +260,13 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     step = next(step * factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= count)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+def _powers(low: float, high: float, count: int = 6) -> list[float]:
+    """Powers of two, evenly spaced on a logarithmic axis, that enclose low … high."""
+    first, last = math.floor(math.log2(low) + 1e-9), math.ceil(math.log2(high) - 1e-9)
+    step = max(1, math.ceil((last - first) / count))
+    return [2.0 ** (first + step * index) for index in range(max(1, math.ceil((last - first) / step)) + 1)]
 
 
 def _axis(value: float) -> str:
