@@ -25,9 +25,11 @@ from swamla.data.preparing import Part
 from swamla.data.units import available_cores
 from swamla.errors import ConfigError, DataError, UsageError, require
 from swamla.recipes import ALIASES, recipe_names
+from swamla.study.evidence import Evidence, measure
+from swamla.study.page.report import REPORT, write_report
 from swamla.study.plan import Asked, Study, resolve_study, slug_of
 from swamla.study.results import Results
-from swamla.study.running import begin, executor_of, opened, read_outcomes, run_study, score_tests
+from swamla.study.running import begin, executor_of, opened, read_outcomes, read_tests, run_study, score_tests
 from swamla.study.runs import Outcome, command, describe, duration, predict, ready
 from swamla.study.statistics import scipy_stats
 from swamla.train import RunConfig
@@ -56,6 +58,7 @@ class Arguments:
     threads: CPU threads of a run.
     output_dir: the study's folder; by default studies/NAME.
     plan: print the plan and the commands of the first runs, and train nothing.
+    report: write the results and the page of a study that has ended anew, from its folder alone, and run nothing.
     jobs: runs at a time; 0 for as many as there are cores for their threads, and one on a GPU.
     part: i/N: one of N such commands that work on one --output_dir, also on several machines that share it.
     executor: local, slurm or ray: work in --parts processes of this executor of datatrove (pip install 'swamla[data]').
@@ -75,6 +78,7 @@ class Arguments:
     threads: int = 1
     output_dir: str = argument("", metavar="FOLDER")
     plan: bool = argument(False, switch=True)
+    report: bool = argument(False, switch=True)
     jobs: int = 0
     part: str = argument("", metavar="i/N")
     executor: str = ""
@@ -98,6 +102,9 @@ def main(argv: list[str]) -> int:
     part = Part.parse(arguments.part) if arguments.part else None
     if part is not None and not part.count:
         raise UsageError(f"--part {arguments.part}: must be i/N, e.g. 1/4")
+    if arguments.report:
+        _report(arguments, given)
+        return 0
     asked, name = _asked(arguments, given)
     folder = checked(arguments.output_dir) if arguments.output_dir else Path("studies") / name
     console = Console()
@@ -122,11 +129,33 @@ def main(argv: list[str]) -> int:
         _train(study, folder, jobs, part, console)
         say(console, "scoring the runs of all seeds on the test part of the held-out text …")
         tests = score_tests(folder, dataset)
-    results = Results.of(study, read_outcomes(folder), tests)
-    written = results.write(folder)
+        outcomes = read_outcomes(folder)
+        evidence = measure(folder, study, outcomes, dataset, lambda text: say(console, text))
+    _write(Results.of(study, outcomes, tests, evidence), folder, console)
+    return 0
+
+
+def _report(arguments: Arguments, given: Mapping[str, Any]) -> None:
+    """Write the results of a study that has ended anew. Raises `UsageError` for one that has not."""
+    first = Path(arguments.arms[0])
+    if others := sorted(given.keys() - {"arms", "report"}) or arguments.arms[1:]:
+        raise UsageError(f"--report takes the study's folder, or its file, alone: leave {others[0]} out")
+    folder = Path("studies") / first.stem if first.suffix in (".toml", ".json") else first
+    study = opened(folder)
+    if study is None:
+        raise UsageError(f"{folder}: holds no study (it has no study.json)")
+    outcomes, tests = read_outcomes(folder), read_tests(folder)
+    finished = [one.run for one in outcomes.values() if one.purpose == "seed" and one.status == "finished"]
+    if ready(study, outcomes) or {test.run for test in tests} != set(finished):
+        raise UsageError(f"{folder}: the study has not ended: the command that began it goes on, and writes its report")
+    _write(Results.of(study, outcomes, tests, Evidence.read(folder, study, outcomes)), folder, Console())
+
+
+def _write(results: Results, folder: Path, console: Console) -> None:
+    written = write_report(results, folder)
     _say_results(console, results)
     say_wrapped(console, f"all of it is in {folder}: {', '.join(file.name for file in written)}, and the runs")
-    return 0
+    say(console, f"{folder / REPORT}: open it in a browser")
 
 
 def _asked(arguments: Arguments, given: Mapping[str, Any]) -> tuple[Asked, str]:

@@ -46,7 +46,7 @@ ROUNDS, SECONDS = 20, 20.0  # of timing all arms in turns, at most
 
 @dataclass(frozen=True, kw_only=True)
 class Positions:
-    """Losses in nats by what was read: means over first … last tokens of the document, from 1, of `tokens` predictions."""
+    """Losses in nats where first … last tokens of the document, from 1, were read: means of `tokens` predictions."""
 
     first: tuple[int, ...]
     last: tuple[int, ...]
@@ -72,7 +72,7 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Seconds of an arm's training step, of all arms in turns: the median, the quartiles, and how often it was timed."""
+    """Seconds of an arm's training step, timed in turns with all others: median, quartiles, and how many steps."""
 
     median: float
     low: float
@@ -140,7 +140,7 @@ def _block_size(study: Study) -> int:
 
 @torch.no_grad()
 def loss_by_position(model: LanguageModel, split: Split, *, eos_id: int, block_size: int) -> Positions:
-    """Losses on a split by how much of the document was read, 1, 2, 3–4, 5–8 … tokens: the predictions of bits per byte.
+    """Losses on a split where 1, 2, 3–4, 5–8 … tokens of the document were read: the predictions of bits per byte.
 
     In rows of `block_size` tokens without context from the previous row, as they are scored.
     """
@@ -179,7 +179,7 @@ def measure_speed(folder: Path, study: Study, dataset: Dataset) -> dict[str, Spe
 
 
 def _speed(seconds: Sequence[float]) -> Speed:
-    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [*seconds] * 3
     return Speed(median=median, low=low, high=high, rounds=len(seconds))
 
 
@@ -258,7 +258,11 @@ def _means(records: Sequence[Mapping[str, Any]], span: int) -> list[float]:
 
 def _spread(rows: Sequence[Sequence[float]]) -> Spread:
     columns = list(zip(*rows, strict=True))
-    return [statistics.fmean(each) for each in columns], [min(each) for each in columns], [max(each) for each in columns]
+    return (
+        [statistics.fmean(each) for each in columns],
+        [min(each) for each in columns],
+        [max(each) for each in columns],
+    )
 
 
 def caches(study: Study) -> dict[str, dict[int, int]]:

@@ -151,7 +151,7 @@ class Results:
         }
 
     def write(self, folder: Path) -> list[Path]:
-        """Write results.json, runs.csv, arms.csv and arms.tex into `folder`; returns the files."""
+        """Write results.json, runs.csv, arms.csv, evidence.csv and arms.tex into `folder`; returns the files."""
         heads, rows = self.table()
         tests = {test.run: test for test in self.tests}
         of_runs = [
@@ -163,6 +163,8 @@ class Results:
             "arms.csv": _csv(heads, rows),
             "arms.tex": latex(heads, rows),
         }
+        if self.evidence is not None:
+            texts["evidence.csv"] = _csv(["what", "arm", "seed", "at", "value"], _long(self.evidence))
         for name, text in texts.items():
             write_text_atomically(folder / name, text)
         return [folder / name for name in texts]
@@ -201,6 +203,30 @@ def _arm_as_dict(one: ArmResult) -> dict[str, Any]:
         "seconds": one.seconds,
         "failed": one.failed,
     }
+
+
+def _long(evidence: Evidence) -> list[list[Any]]:
+    """A row for each figure: what it is, of which arm and seed, at which tokens or layer and head."""
+    rows: list[list[Any]] = []
+    for curve in evidence.curves:
+        for name, (means, _, _) in (
+            ("training loss", curve.loss),
+            ("training loss less the first's", curve.difference),
+        ):
+            rows += [[name, curve.arm, "", at, mean] for at, mean in zip(curve.tokens, means, strict=False)]
+    for one in evidence.measured:
+        own = [one.arm, one.seed]
+        rows += [["loss", *own, at, loss] for at, loss in zip(one.positions.last, one.positions.loss, strict=True)]
+        if one.repeats is None:
+            continue
+        rows += [[name, *own, "", getattr(one.repeats, name)] for name in ("accuracy", "first_loss", "second_loss")]
+        for index, layer in enumerate(one.repeats.layers):
+            rows += [[name, *own, index, getattr(layer, name)] for name in ("cut", "cut_conv", "control")]
+            for name in ("hit", "attribution", "induction", "previous", "duplicate"):
+                rows += [[name, *own, f"{index}.{head}", value] for head, value in enumerate(getattr(layer, name))]
+    rows += [["state bytes", arm, "", at, size] for arm, sizes in evidence.caches.items() for at, size in sizes.items()]
+    rows += [["seconds of a step", arm, "", "", speed.median] for arm, speed in evidence.speed.items()]
+    return rows + [["bytes of a run's process", arm, "", "", size] for arm, size in evidence.memory.items()]
 
 
 def _finite(value: Any) -> Any:

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -349,7 +349,7 @@ def score_tests(folder: Path, dataset: Dataset) -> list[Test]:
     return sorted(read_tests(folder), key=lambda test: ([arm.name for arm in study.arms].index(test.arm), test.seed))
 
 
-def load_run(folder: Path, study: Study, outcome: Outcome) -> tuple[LanguageModel, str]:
+def load_run(folder: Path, study: Study, outcome: Outcome) -> tuple[LanguageModel, Literal["fp32", "bf16"]]:
     """The model of a finished run as it was at its end, and the precision that it was trained with."""
     run = run_folder(folder, outcome.run)
     model, _ = load(run, "latest")

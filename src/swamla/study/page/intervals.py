@@ -13,7 +13,7 @@ _WIDEST = 4.0  # an interval is drawn up to so many times what the seeds and the
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A row: the mean with its interval, infinite for a single seed, and (value, what the pointer shows) of each seed."""
+    """A row: the mean with its interval, infinite for a single seed; (value, what the pointer shows) of each seed."""
 
     name: str
     colour: str

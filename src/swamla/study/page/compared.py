@@ -1,0 +1,114 @@
+"""What was compared: the arms' costs and scores, what they have alike, and in which settings they differ."""
+
+import json
+import statistics
+from html import escape
+from typing import Any
+
+from swamla.study.page.parts import Section, against, clock, name_of, table
+from swamla.study.results import Results
+
+
+def compared(results: Results) -> Section:
+    """The arms, matched."""
+    study, evidence = results.study, results.evidence
+    first = study.arms[0]
+    length = first.costs.length
+    head = ["arm", "parameters|without embeddings", "FLOPs|a token, training", f"state|at {length:,} tokens, fp32"]
+    head += ["speed|tokens a second", "memory|of a run", "learning rate|of its seeds", "seeds"]
+    head += [f"{study.axis.name}|test part", "sd|over seeds"]
+    rows = []
+    for index, one in enumerate(results.arms):
+        costs, base = one.arm.costs, first.costs
+        speed = evidence.speed.get(one.arm.name) if evidence else None
+        memory = evidence.memory.get(one.arm.name) if evidence else None
+        a_step = one.arm.config.train.batch_size * one.arm.config.train.block_size
+        scores = list(one.scores.values())
+        rows.append(
+            [
+                name_of(results, index),
+                f"{costs.parameters:,}{against(costs.parameters, base.parameters, index)}",
+                f"{costs.flops / 1e6:.2f} M{against(costs.flops, base.flops, index)}",
+                f"{costs.state / 1024:,.1f} KiB{against(costs.state, base.state, index)}",
+                clock(f"{a_step / speed.median:,.0f}" if speed else "–"),
+                clock(f"{memory / 2**20:,.0f} MiB" if memory else "–"),
+                "none" if one.lr is None else f"{one.lr:g}",
+                str(len(scores)),
+                f"<b>{statistics.fmean(scores):.4f}</b>" if scores else "none",
+                f"{statistics.stdev(scores):.4f}" if len(scores) > 1 else "–",
+            ]
+        )
+    matched = [f"<b>{escape(arm.name)}</b>: {escape(arm.matched)}" for arm in study.arms if arm.matched]
+    meaning = (
+        "The first arm is what all others are compared with; in grey, how much more or less an arm has. Counts are "
+        "exact, "
+        "from the configs."
+    )
+    if evidence and evidence.speed:
+        meaning += " Speed: training steps of all arms timed in turns when all runs had ended, the median."
+    how = f"Matched by <b>{escape(study.asked.match)}</b>. " if study.asked.match != "none" else "Not matched. "
+    lead = (
+        f"{how}Every arm saw the same rows of text in the same order. Its learning rate was "
+        + (
+            "searched for on seed 0, by the validation part of the held-out text; "
+            if study.asked.rates == "search"
+            else "the recipe's; "
+        )
+        + "then it was trained with fresh seeds, and scored once on the test part, when all runs had ended."
+    )
+    body = table(head, rows, meaning)
+    if matched:
+        body += f'<p class="note">{"<br>".join(matched)}</p>'
+    return "What was compared", lead, body + _alike(results) + _settings(results)
+
+
+def _alike(results: Results) -> str:
+    """What all arms have alike."""
+    study = results.study
+    data, train = study.data, study.arms[0].config.train
+    steps = sorted({arm.steps for arm in study.arms})
+    rows = [
+        ("text", f"{data['source']}, tokenizer {data['tokenizer']}" if "tokenizer" in data else data["source"]),
+        (
+            "held-out text",
+            f"{int(data['validation_bytes']):,} bytes for choices, {int(data['test_bytes']):,} bytes read once, at the "
+            "end (test part)",
+        ),
+        (
+            "budget of a run",
+            f"{' to '.join(f'{n:,}' for n in steps[:: max(1, len(steps) - 1)])} steps of {train.batch_size} rows of "
+            f"{train.block_size} tokens",
+        ),
+        ("seeds", f"1 to {study.asked.seeds} in every arm; a seed sets initial weights and the order of the data"),
+        ("precision, threads", f"{train.precision}, {study.asked.threads} a run"),
+    ]
+    body = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
+    caption = "What all arms have alike; everything else is in study.json."
+    return f'<div class="scroll"><table class="words"><caption>{caption}</caption><tbody>{body}</tbody></table></div>'
+
+
+def _settings(results: Results) -> str:
+    """Settings that differ, those of one block's mixer or FFN in one row."""
+    arms = [arm.name for arm in results.study.arms]
+    grouped: dict[str, dict[str, list[str]]] = {}
+    for name, values in results.differing.items():
+        whole, _, last = name.rpartition(".")
+        group = whole if name.count(".") > 3 else name
+        cells = grouped.setdefault(group, {arm: [] for arm in arms})
+        for arm in arms:
+            if values.get(arm) is not None:
+                cells[arm].append(_setting(values[arm]) if group == name else f"{last} {_setting(values[arm])}")
+    rows = [
+        [f"<span>{escape(group)}</span>", *(escape(", ".join(cells[arm])) or "–" for arm in arms)]
+        for group, cells in grouped.items()
+    ]
+    head = ["setting", *arms]
+    return table(head, rows, "Settings in which arms differ, after matching. –: an arm without that block.", "words")
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
+        return " ".join(value)
+    return json.dumps(value, ensure_ascii=False)

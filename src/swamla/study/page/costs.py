@@ -1,0 +1,150 @@
+"""What the arms cost: the memory of a sequence, time, and all runs with their commands."""
+
+import shlex
+from html import escape
+from pathlib import Path
+
+from swamla.interpret.page.svg import Line, line_chart
+from swamla.study.page.parts import Section, bytes_of, clock, colour_of, legend_of, name_of, table
+from swamla.study.results import Results
+from swamla.study.runs import Run, command, duration
+from swamla.version import __version__
+
+SHOWN_LENGTHS = (128, 512, 2048, 8192, 32768)  # of caches in the table
+
+
+def memory(results: Results) -> Section | None:
+    """Bytes of one sequence's state by its length."""
+    if results.evidence is None:
+        return None
+    caches = results.evidence.caches
+    lines = []
+    for name, sizes in caches.items():
+        tips = [f"{name}, {length:,} tokens: {bytes_of(size)}" for length, size in sizes.items()]
+        points = [(float(length), size / 1024) for length, size in sizes.items() if size]
+        if points:
+            lines.append(Line(name=name, points=points, colour=colour_of(results, name), tips=tips, radius=2.5))
+    lengths = [length for length in SHOWN_LENGTHS if all(length in sizes for sizes in caches.values())]
+    rows = [
+        [name_of(results, index), *(bytes_of(caches[arm.name][length]) for length in lengths)]
+        for index, arm in enumerate(results.study.arms)
+    ]
+    told = "KiB that one sequence keeps while it is continued, in fp32, by its length; both axes are logarithmic."
+    lead = (
+        "What each arm keeps of a sequence while it writes on, counted from the config. Lengths beyond the rows of "
+        "training "
+        "say what it would cost, not that the model is any good there."
+    )
+    drawn = (
+        line_chart(lines, x_label="tokens", y_label="KiB", logarithmic=True, log_y=True, size=(700, 280))
+        if lines
+        else ""
+    )
+    figure = f"<figure>{drawn}<figcaption>{told}</figcaption></figure>" if lines else ""
+    meaning = "Bytes of one sequence's state in fp32."
+    body = legend_of(results) + figure + table(["arm", *(f"{length:,}|tokens" for length in lengths)], rows, meaning)
+    return "Memory of a sequence", lead, body
+
+
+def time_taken(results: Results) -> Section | None:
+    """Predicted and real times."""
+    evidence = results.evidence
+    if evidence is None or not evidence.paces:
+        return None
+    rows = []
+    index_of = {arm.name: index for index, arm in enumerate(results.study.arms)}
+    for pace in evidence.paces:
+        speed = evidence.speed.get(pace.arm)
+        step = f"{1000 * speed.median:.1f}" if speed else "–"
+        spread = f" <small>({1000 * speed.low:.1f} – {1000 * speed.high:.1f})</small>" if speed else ""
+        planned = results.study.arm(pace.arm).seconds_per_step
+        rows.append(
+            [
+                name_of(results, index_of[pace.arm]),
+                clock(f"{1000 * planned:.1f}"),
+                clock(step + spread),
+                clock(f"{pace.predicted:.0f} s"),
+                clock(f"{pace.took:.0f} s"),
+                str(pace.runs),
+            ]
+        )
+    predicted, took = (
+        sum(getattr(pace, field) * pace.runs for pace in evidence.paces) for field in ("predicted", "took")
+    )
+    head = ["arm", "a step, planned|ms", "a step, at the end|ms (quartiles)", "a run, predicted", "a run, took", "runs"]
+    meaning = (
+        "Planned: timed before the study. At the end: steps of all arms in turns, so that a machine whose speed "
+        "drifts is the "
+        "same to all. Runs took as long as the process that ended them; one that was stopped and resumed counts its "
+        "last part."
+    )
+    share = 100 * (took / predicted - 1) if predicted else 0.0
+    total = f"All runs: predicted {duration(predicted)}, took {duration(took)} ({share:+.0f} %)."
+    lead = (
+        "Seconds are of the machine below, with whatever else it did; they are the only figures of this page, beside "
+        "speed and "
+        "memory in the first table, that would differ if the study was run again."
+    )
+    return "Time", lead, f"<p>{clock(total)}</p>{table(head, rows, meaning)}"
+
+
+def all_runs(results: Results) -> Section:
+    """Every run, those that failed first, and where the figures are from."""
+    study = results.study
+    tests = {test.run: test.bits_per_byte for test in results.tests}
+    order = [arm.name for arm in study.arms]
+    ended = sorted(
+        results.outcomes,
+        key=lambda one: (one.status == "finished", order.index(one.arm), one.purpose, one.lr, one.seed),
+    )
+    head = ["run", "for", "learning rate", "seed", "ended", "steps", "validation", "test", "seconds"]
+    rows, looks = [], []
+    for one in ended:
+        error = f"<br><small>{escape(one.error)}</small>" if one.error else ""
+        rows.append(
+            [
+                escape(one.run),
+                "the rate" if one.purpose == "rate" else "the verdict",
+                f"{one.lr:g}",
+                str(one.seed),
+                f"{one.status}{error}",
+                f"{one.steps:,}",
+                "none" if one.validation is None else f"{one.validation:.4f}",
+                f"{tests[one.run]:.4f}" if one.run in tests else "",
+                clock(f"{one.wall:.0f}"),
+            ]
+        )
+        looks.append("" if one.status == "finished" else "lost")
+    lost = sum(map(bool, looks))
+    lead = (
+        f"{len(ended)} runs, of which {lost or 'none'} did not finish; those come first. Runs that diverge or fail "
+        "are results: "
+        "they are in no interval, and their seed is left out of the pairs. runs.csv has the command of each."
+    )
+    meaning = f"All runs; scores in {study.axis.name}."
+    return "All runs", lead, table(head, rows, meaning, "runs", looks) + _commands(results)
+
+
+def _commands(results: Results) -> str:
+    """One command of each arm, and where all of it is from."""
+    study = results.study
+    lines = ["# the whole study, or its page alone", "swamla compare STUDY.toml", "swamla compare STUDY --report", ""]
+    lines.append("# one run of each arm, by hand")
+    for one in results.arms:
+        lr = one.lr if one.lr is not None else one.arm.lr(0)
+        run = Run(arm=one.arm.name, slug=one.arm.slug, purpose="seed", rate=0, lr=lr, seed=1)
+        lines.append(shlex.join(["swamla", *command(study, Path("STUDY"), run)]))
+    rows = [
+        ("program", f"swamla {study.version}" + (f", commit {study.commit}" if study.commit else "")),
+        ("data", f"{study.data['source']}, fingerprint {study.data.get('fingerprint') or 'unknown'}"),
+        ("machine", ", ".join(f"{name} {value}" for name, value in study.machine.items()) or "unknown"),
+        *([("plugins", ", ".join(study.plugins))] if study.plugins else []),
+        *([("page by", f"swamla {__version__}")] if __version__ != study.version else []),
+        ("files", "study.json (everything resolved), results.json, runs.csv, arms.csv, arms.tex, evidence.csv, runs/"),
+    ]
+    body = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
+    caption = "Where the figures are from."
+    return (
+        f'<pre class="code">{escape(chr(10).join(lines))}</pre>'
+        f'<div class="scroll"><table class="words"><caption>{caption}</caption><tbody>{body}</tbody></table></div>'
+    )

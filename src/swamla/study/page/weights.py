@@ -1,0 +1,163 @@
+"""What the trained weights do: losses by what was read, and induction."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from swamla.interpret.page.svg import Line, heat_map, line_chart, number
+from swamla.interpret.repeats import Repeats
+from swamla.interpret.verdicts import induction_verdict
+from swamla.study.evidence import Measured
+from swamla.study.page.parts import Section, colour_of, legend_of, measured_of, name_of, signed, spread, table, two
+from swamla.study.results import Results
+
+
+def by_position(results: Results) -> Section | None:
+    """The loss by how much of the document was read."""
+    measured = measured_of(results)
+    if not measured:
+        return None
+    base = {one.seed: one.positions for one in measured.get(results.study.reference, [])}
+    lines, apart = [], []
+    for name, ones in measured.items():
+        first, last = ones[0].positions.first, ones[0].positions.last
+        middle = [math.sqrt(begin * end) for begin, end in zip(first, last, strict=True)]
+        spans = [f"{begin}–{end}" if begin < end else f"{begin}" for begin, end in zip(first, last, strict=True)]
+        losses = list(zip(*(one.positions.loss for one in ones), strict=True))
+        lines.append(_line(results, name, middle, losses, [f"{name}, {span} tokens read" for span in spans]))
+        paired = [one for one in ones if one.seed in base]
+        if name != results.study.reference and paired:
+            rows = [
+                [own - other for own, other in zip(one.positions.loss, base[one.seed].loss, strict=True)]
+                for one in paired
+            ]
+            tips = [f"{name}, {span} tokens read" for span in spans]
+            apart.append(_line(results, name, middle, list(zip(*rows, strict=True)), tips, difference=True))
+    total = sum(next(iter(measured.values()))[0].positions.tokens)
+    figures = [
+        (
+            line_chart(lines, x_label="tokens of the document read", y_label="loss, nats a token", logarithmic=True),
+            f"Loss on the {total:,} predictions of the test part, means over 1, 2, 3–4, 5–8 … tokens read; mean over "
+            "seeds, "
+            "band from the lowest to the highest.",
+        )
+    ]
+    if apart:
+        label = f"loss less that of {results.study.reference}"
+        figures.append(
+            (
+                line_chart(apart, x_label="tokens of the document read", y_label=label, logarithmic=True, zero=True),
+                "The same less the first arm's at the same seed. A mixer that forgets shows here: its line rises to "
+                "the "
+                "right.",
+            )
+        )
+    length = results.study.arms[0].config.train.block_size
+    lead = (
+        f"Where in a document the difference arises. Rows have {length:,} tokens: what lies further back is read by "
+        "no arm, "
+        "and what an arm would do with longer texts was not measured."
+    )
+    return "Loss by what was read", lead, legend_of(results) + two(figures)
+
+
+def _line(
+    results: Results,
+    name: str,
+    x: Sequence[float],
+    losses: Sequence[Sequence[float]],
+    tips: Sequence[str],
+    *,
+    difference: bool = False,
+) -> Line:
+    """A curve of the means over seeds, with a band."""
+    means = [statistics.fmean(each) for each in losses]
+    told = [signed(mean) if difference else f"{mean:.4f}" for mean in means]
+    return Line(
+        name=name,
+        points=list(zip(x, means, strict=True)),
+        colour=colour_of(results, name),
+        band=[(min(each), max(each)) for each in losses],
+        tips=[f"{tip}: {figure}" for tip, figure in zip(tips, told, strict=True)],
+    )
+
+
+def copied(results: Results) -> Section | None:
+    """Induction on random repeats, of all seeds, and maps of one."""
+    measured = {name: [one for one in ones if one.repeats] for name, ones in measured_of(results).items()}
+    known = {name: ones for name, ones in measured.items() if ones}
+    if not known:
+        return None
+    any_one = next(iter(known.values()))[0]
+    head = ["arm", "induction|seeds", "accuracy|second copy", "first copy|loss, nats", "second copy|loss, nats"]
+    head += ["hit rate|best head", "attribution|best head", "cut|nats, best layer", "control|nats, that layer"]
+    rows = []
+    for name, ones in known.items():
+        found = [one.repeats for one in ones if one.repeats]
+        answers = [induction_verdict(each).answer for each in found]
+        told = ", ".join(f"{word} {answers.count(word)}" for word in ("yes", "partly", "no") if word in answers)
+        best = [max(each.layers, key=lambda layer: layer.cut_conv) for each in found]
+        rows.append(
+            [
+                name_of(results, [arm.name for arm in results.study.arms].index(name)),
+                told,
+                spread([each.accuracy for each in found]),
+                spread([each.first_loss for each in found]),
+                spread([each.second_loss for each in found]),
+                spread([max(max(layer.hit) for layer in each.layers) for each in found]),
+                spread([max(max(layer.attribution) for layer in each.layers) for each in found]),
+                spread([layer.cut_conv for layer in best], signed=True),
+                spread([layer.control for layer in best], signed=True),
+            ]
+        )
+    meaning = (
+        "Mean over all seeds, in grey the lowest and the highest. Hit rate: how often a head's largest weight is on "
+        "the token "
+        "that followed before. Attribution: what that token adds to the right logit, of the sum of |what all add|. "
+        "Cut: how "
+        "much the second copy's loss rises when exactly these edges of a layer are taken out of its output; control: "
+        "as many "
+        "others. Induction is said to be there where accuracy, hit rate and cut agree."
+    )
+    maps = "".join(_maps(results, name, ones[0]) for name, ones in known.items())
+    told = (
+        f"Layer (row) × head (column) of one run of each arm, seed {_seeds_of(known)}: hit rate, attribution (blue: "
+        "for the "
+        "right token, red: against it) and |weight| on the token before."
+    )
+    lead = (
+        f"{any_one.rows} rows of {any_one.length} random tokens, the same twice: does a model copy what followed "
+        "before, which "
+        "heads do it, and what would the loss be without them? Exact for softmax and linear mixers alike."
+    )
+    silent = sorted({one.why for ones in measured_of(results).values() for one in ones if one.why})
+    notes = "".join(f'<p class="note">{escape(why)}</p>' for why in silent)
+    body = table(head, rows, meaning) + notes + f"<figure>{maps}<figcaption>{told}</figcaption></figure>"
+    return "Induction: copying what followed before", lead, body
+
+
+def _seeds_of(known: Mapping[str, Sequence[Measured]]) -> str:
+    return " and ".join(map(str, sorted({ones[0].seed for ones in known.values()})))
+
+
+def _maps(results: Results, name: str, one: Measured) -> str:
+    repeats = one.repeats
+    assert isinstance(repeats, Repeats)
+    arm = results.study.arm(name)
+    labels = [f"{index} {block.mixer.kind}" for index, block in enumerate(arm.config.model.layers)]
+    drawn = []
+    for field, title, both_signs in (
+        ("hit", "hit rate", False),
+        ("attribution", "attribution", True),
+        ("previous", "previous token", False),
+    ):
+        rows = [list(getattr(layer, field)) for layer in repeats.layers]
+        tips = [
+            [f"{name}, layer {label}, head {head}\n{title}: {number(value)}" for head, value in enumerate(row)]
+            for label, row in zip(labels, rows, strict=True)
+        ]
+        svg = heat_map(rows, labels, title=f"{name}: {title}", high=1.0, signed=both_signs, tips=tips)
+        drawn.append(f'<div><p class="note">{title}</p>{svg}</div>')
+    index = [each.name for each in results.study.arms].index(name)
+    return f'<h3>{name_of(results, index)}</h3><div class="arm-maps">{"".join(drawn)}</div>'

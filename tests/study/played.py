@@ -1,0 +1,103 @@
+"""Played studies: results as if their runs had been trained, with and without what a page shows beside the scores."""
+
+import math
+
+from swamla.interpret.repeats import LayerInduction, Repeats
+from swamla.study.evidence import Curves, Evidence, Measured, Pace, Positions, Speed, caches
+from swamla.study.plan import Study
+from swamla.study.results import Results
+from swamla.study.running import Test as Score
+from swamla.study.runs import Outcome, ready
+
+from .helpers import study_of
+
+
+def results_of(
+    difference: float = 0.05, *, fails: tuple[str, ...] = (), spread: float = 0.001, page: bool = False, **asked
+) -> Results:
+    """A study of five seeds whose second arm differs so; runs whose name has one of `fails` diverge.
+
+    page: with evidence.
+    """
+    study = study_of(seeds=5, **asked)
+    outcomes: dict[str, Outcome] = {}
+    while runs := ready(study, outcomes):
+        run = runs[0]
+        lost = any(word in run.id for word in fails)
+        kept = {name: getattr(run, name) for name in ("arm", "purpose", "rate", "lr", "seed")}
+        outcomes[run.id] = Outcome(
+            run=run.id,
+            status="diverged" if lost else "finished",
+            validation=None if lost else 1.5 + abs(run.rate - 0.1) / 10,
+            steps=7 if lost else 20,
+            tokens=2560,
+            seconds=3.0,
+            wall=5.0,
+            error="no finite gradient in 20 steps <in a row>" if lost else "",
+            **kept,
+        )
+    tests = [
+        Score(
+            run=one.run,
+            arm=one.arm,
+            seed=one.seed,
+            bits_per_byte=1.3 + 0.01 * one.seed + (difference + spread * (one.seed - 3) if one.arm == "gdn" else 0.0),
+            loss=1.0,
+            tokens=1000,
+            bytes=1290.0,
+        )
+        for one in outcomes.values()
+        if one.purpose == "seed" and one.status == "finished"
+    ]
+    return Results.of(study, outcomes, tests, evidence_of(study, tests) if page else None)
+
+
+def evidence_of(study: Study, tests: list[Score]) -> Evidence:
+    """Evidence of each run that was scored: figures that follow from its arm and seed."""
+    arms = [arm for arm in study.arms if any(test.arm == arm.name for test in tests)]
+    tokens = [64.0 + 128 * at for at in range(20)]
+    fall = [3 + 5 * math.exp(-at / 4) for at in range(20)]
+    drawn = []
+    for number, arm in enumerate(arms):
+        apart = ([0.1 * number - 0.01 * at for at in range(20)], [-0.1] * 20, [0.2] * 20) if number else ([], [], [])
+        loss = [each + 0.1 * number for each in fall]
+        bands = [each - 0.1 for each in loss], [each + 0.1 for each in loss]
+        drawn.append(Curves(arm=arm.name, tokens=tokens, loss=(loss, *bands), difference=apart))
+    return Evidence(
+        curves=tuple(drawn),
+        measured=tuple(_measured(test) for test in tests),
+        speed={arm.name: Speed(median=0.1, low=0.09, high=0.12, rounds=9) for arm in arms},
+        memory={arm.name: 500 << 20 for arm in arms},
+        caches=caches(study),
+        paces=tuple(Pace(arm=arm.name, runs=10, predicted=6.0, took=5.0) for arm in arms),
+    )
+
+
+def _measured(test: Score) -> Measured:
+    worse = 0.1 if test.arm == "gdn" else 0.0
+    layer = LayerInduction(
+        previous=(0.8, 0.1),
+        duplicate=(0.1, 0.2),
+        induction=(0.1, 0.7),
+        induction_conv=(0.1, 0.7),
+        hit=(0.1, 0.9),
+        attribution=(-0.2, 0.8 - worse),
+        conv=1,
+        cut=2.5 - worse,
+        cut_conv=2.5 - worse,
+        control=0.01,
+    )
+    return Measured(
+        run=test.run,
+        arm=test.arm,
+        seed=test.seed,
+        positions=Positions(
+            first=(1, 2, 3, 5, 9, 17),
+            last=(1, 2, 4, 8, 16, 32),
+            loss=tuple(4 - 0.3 * at + 0.01 * test.seed + worse * at for at in range(6)),
+            tokens=(40, 40, 80, 160, 300, 380),
+        ),
+        repeats=Repeats(accuracy=0.9, first_loss=5.5, second_loss=0.8, layers=(layer,)),
+        length=50,
+        rows=64,
+    )
