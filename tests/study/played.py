@@ -19,7 +19,7 @@ def results_of(
 
     page: with evidence.
     """
-    study = study_of(seeds=5, **asked)
+    study = study_of(**{"seeds": 5} | asked)
     outcomes: dict[str, Outcome] = {}
     while runs := ready(study, outcomes):
         run = runs[0]

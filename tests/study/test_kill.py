@@ -31,7 +31,7 @@ def planned(folder: Path, texts: Path) -> Path:
         data = replace(config.data, source=source, held_out_fraction=0.2, cache_dir=str(texts / "cache"))
         configs[name] = replace(config, data=data)
     asked = Asked(arms=dict.fromkeys(configs, ""), seeds=2, rates="recipe")
-    begin(folder, resolve_study(asked, configs, dataset, measure=lambda *_: 1000.0))
+    begin(folder, resolve_study(asked, configs, dataset, measure=lambda *_: dict.fromkeys(configs, 0.1)))
     return folder
 
 

@@ -28,8 +28,8 @@ def configs(**changes) -> dict[str, RunConfig]:
 
 def resolved(dataset: Dataset, found: dict[str, RunConfig] | None = None, **asked) -> Study:
     arms = dict.fromkeys(("mha", "gdn"), "")
-    speeds = iter([128 / 0.1, 128 / 0.25])  # tokens a second, for 0.1 and 0.25 seconds a step
-    return resolve_study(Asked(arms=arms, **asked), found or configs(), dataset, measure=lambda *_: next(speeds))
+    seconds = {"mha": 0.1, "gdn": 0.25}
+    return resolve_study(Asked(arms=arms, **asked), found or configs(), dataset, measure=lambda *_: seconds)
 
 
 def test_runs_end_after_steps_are_scored_once_on_the_validation_part_and_publish_nothing() -> None:
@@ -103,7 +103,9 @@ def test_arms_that_do_not_see_the_same_rows_are_refused(dataset: Dataset) -> Non
 def test_arms_of_one_file_name_are_refused(dataset: Dataset) -> None:
     found = {"a b": configs()["mha"], "a/b": configs()["mha"]}
     with pytest.raises(UsageError, match="two arms have the same name for files, 'a-b': name them apart"):
-        resolve_study(Asked(arms=dict.fromkeys(found, "")), found, dataset, measure=lambda *_: 1.0)
+        resolve_study(
+            Asked(arms=dict.fromkeys(found, "")), found, dataset, measure=lambda *_: dict.fromkeys(found, 1.0)
+        )
     assert slug_of("swa swa mla") == "swa-swa-mla"
     assert slug_of("../..") == "arm"
 

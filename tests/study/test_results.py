@@ -6,43 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from swamla.study.results import Results, latex
-from swamla.study.running import Test as Score
-from swamla.study.runs import Outcome, ready
+from swamla.study.results import latex
 
-from .helpers import study_of
-
-
-def results_of(difference: float = 0.05, *, fails: tuple[str, ...] = (), spread: float = 0.001, **asked) -> Results:
-    """A played study whose second arm differs so; runs whose name has one of `fails` diverge."""
-    study = study_of(seeds=5, **asked)
-    outcomes: dict[str, Outcome] = {}
-    while runs := ready(study, outcomes):
-        run = runs[0]
-        lost = any(word in run.id for word in fails)
-        kept = {name: getattr(run, name) for name in ("arm", "purpose", "rate", "lr", "seed")}
-        outcomes[run.id] = Outcome(
-            run=run.id,
-            status="diverged" if lost else "finished",
-            validation=None if lost else 1.5 + abs(run.rate - 0.1) / 10,
-            tokens=2560,
-            seconds=3.0,
-            **kept,
-        )
-    tests = [
-        Score(
-            run=one.run,
-            arm=one.arm,
-            seed=one.seed,
-            bits_per_byte=1.3 + 0.01 * one.seed + (difference + spread * (one.seed - 3) if one.arm == "gdn" else 0.0),
-            loss=1.0,
-            tokens=1000,
-            bytes=1290.0,
-        )
-        for one in outcomes.values()
-        if one.purpose == "seed" and one.status == "finished"
-    ]
-    return Results.of(study, outcomes, tests)
+from .played import results_of
 
 
 def test_the_verdict_is_of_the_test_part_paired_by_seed() -> None:

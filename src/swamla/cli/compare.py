@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -29,7 +30,16 @@ from swamla.study.evidence import Evidence, measure
 from swamla.study.page.report import REPORT, write_report
 from swamla.study.plan import Asked, Study, resolve_study, slug_of
 from swamla.study.results import Results
-from swamla.study.running import begin, executor_of, opened, read_outcomes, read_tests, run_study, score_tests
+from swamla.study.running import (
+    begin,
+    executor_of,
+    opened,
+    read_outcomes,
+    read_tests,
+    run_study,
+    score_tests,
+    with_start,
+)
 from swamla.study.runs import Outcome, command, describe, duration, predict, ready
 from swamla.study.statistics import scipy_stats
 from swamla.train import RunConfig
@@ -191,10 +201,12 @@ def _planned(asked: Asked, console: Console, argv: Sequence[str]) -> tuple[Study
     first = next(iter(configs.values()))
     dataset = read_data(first.data, console)
     describe_data(dataset, console, first.train.block_size, brief=True)
-    say(console, "timing a few steps of every arm …")
+    say(console, "timing a few steps of every arm, and the start of a run …")
     plugins = tuple(str(Path(file).resolve()) for file in PLUGINS)
     given = {arm: flags_of(asked, arm) for arm in asked.arms}
-    return resolve_study(asked, configs, dataset, flags=given, plugins=plugins, commit=source_commit()), dataset
+    study = resolve_study(asked, configs, dataset, flags=given, plugins=plugins, commit=source_commit())
+    with TemporaryDirectory(prefix="swamla-compare-") as scratch:
+        return with_start(study, Path(scratch)), dataset
 
 
 def flags_of(asked: Asked, arm: str) -> str:

@@ -6,6 +6,7 @@ backends chosen, steps timed. Which runs that means is in `runs`.
 
 import math
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -24,11 +25,12 @@ from swamla.train.config import RunConfig, TrainConfig
 from swamla.train.precision import resolve_device, resolve_precision
 from swamla.train.racing import describe_cpu
 from swamla.train.run_folder import resolve_vocabulary
-from swamla.train.speed import tokens_per_second
+from swamla.train.speed import step_seconds
 from swamla.version import __version__
 
 TOKENS = 1_500_000  # of a run, where neither the study nor its recipe has a number of steps
 SEARCH_SEED = 0
+ROUNDS, SECONDS = 7, 6.0  # steps of an arm that are timed for the plan, and seconds for each arm, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,8 @@ class Study:
     """A study with everything resolved, as it is written to study.json. The first arm is the reference.
 
     data: its source, the fingerprint of its tokens and split, and bytes of the parts of the held-out text.
-    machine: where it was planned; commit: of this program's source, if it is a checkout.
+    machine: where it was planned; commit: of this program's source, if it is a checkout.  start_seconds,
+    evaluation_seconds: of a run of the first arm beside its steps, 0 if they were not measured.
     """
 
     asked: Asked
@@ -114,6 +117,8 @@ class Study:
     version: str = __version__
     commit: str = ""
     plugins: tuple[str, ...] = ()
+    start_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
 
     @property
     def reference(self) -> str:
@@ -138,11 +143,12 @@ def resolve_study(
     flags: Mapping[str, str] = MappingProxyType({}),
     plugins: Sequence[str] = (),
     commit: str = "",
-    measure: Callable[[RunConfig, Dataset], float] = tokens_per_second,
+    measure: Callable[[Mapping[str, RunConfig], Dataset], Mapping[str, float]] | None = None,
 ) -> Study:
     """The study of arms whose configs, from recipe and flags, are `configs`, on `dataset`: matched, timed, frozen.
 
-    flags: of each arm beside the recipe, as text, to be shown.  measure: tokens a second of a config's training steps.
+    flags: of each arm beside the recipe, as text, to be shown.  measure: seconds of a training
+    step of each config, by default `median_steps`.
     Raises `UsageError` for arms that cannot be compared or matched, `DataError` for held-out text that cannot be
     divided.
     """
@@ -153,11 +159,13 @@ def resolve_study(
     models = {name: config.model for name, config in resolved.items()}
     by_count = asked.match in ("parameters", "flops", "state")
     matches = match(models, asked.match, length=length) if by_count else {}
+    final = {
+        name: _with_paths(replace(config, model=matches[name].model if by_count else config.model), dataset)
+        for name, config in resolved.items()
+    }
+    seconds = (measure or median_steps)(final, dataset)
     arms = []
-    for name, config in resolved.items():
-        model = matches[name].model if by_count else config.model
-        config = _with_paths(replace(config, model=model), dataset)
-        tokens = config.train.batch_size * config.train.block_size
+    for name, config in final.items():
         arms.append(
             Arm(
                 name=name,
@@ -167,7 +175,7 @@ def resolve_study(
                 costs=Costs.of(config.model, length),
                 matched=matches[name].words() if by_count else "",
                 changes=dict(matches[name].changes) if by_count else {},
-                seconds_per_step=tokens / measure(config, dataset),
+                seconds_per_step=seconds[name],
             )
         )
     if asked.match == "seconds":
@@ -184,6 +192,12 @@ def resolve_study(
         commit=commit,
         plugins=tuple(plugins),
     )
+
+
+def median_steps(configs: Mapping[str, RunConfig], dataset: Dataset) -> dict[str, float]:
+    """Seconds of each config's training steps: the median of a few, timed in turns."""
+    found = step_seconds(configs, dataset, rounds=ROUNDS, seconds=SECONDS * len(configs))
+    return {name: statistics.median(each) for name, each in found.items()}
 
 
 def budget(config: RunConfig, asked: Asked) -> RunConfig:

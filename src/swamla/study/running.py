@@ -14,7 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -119,6 +119,25 @@ def begin(folder: Path, study: Study) -> None:
         write_text_atomically(arm_file(folder, arm.slug), json.dumps(to_plain(arm.config), indent=2) + "\n")
     # Last: a folder with it has all of the study.
     write_text_atomically(folder / STUDY, json.dumps(to_plain(study), indent=2) + "\n")
+
+
+def with_start(study: Study, scratch: Path) -> Study:
+    """The study with the seconds of a run beside its steps, by a run of one step of the first arm, in `scratch`.
+
+    Raises `UsageError` with the run's own error if it fails: so would all of the study.
+    """
+    arm, where, log = study.arms[0], scratch / "run", scratch / "log"
+    write_text_atomically(scratch / "arm.json", json.dumps(to_plain(arm.config)) + "\n")
+    plugins = [word for file in study.plugins for word in ("--plugin", file)]
+    words = ["train", str(scratch / "arm.json"), "--steps", "1", "--save_interval", "1", "--output_dir", str(where)]
+    begun = time.monotonic()
+    status = start([*words, *plugins], log).wait()
+    wall = time.monotonic() - begun
+    if status:
+        raise UsageError(f"arm {arm.name!r}: a run of one step fails: {_error(log, status)}")
+    elapsed = [record["elapsed"] for record in read_metrics(where / "metrics.jsonl") if "elapsed" in record]
+    evaluation = elapsed[-1] - elapsed[0]
+    return replace(study, start_seconds=round(wall - elapsed[-1], 2), evaluation_seconds=round(evaluation, 2))
 
 
 def opened(folder: Path, asked: Asked | None = None) -> Study | None:

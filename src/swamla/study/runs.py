@@ -18,7 +18,6 @@ from swamla.study.plan import SEARCH_SEED, Arm, Study
 GRID = (-2, 0, 2)  # rates in quarters of a factor of 10 from the arm's own
 REFINED = (-1, 1)  # beside the best of those
 FARTHEST = 10  # quarters: a factor of 316 from the arm's own rate
-START = 4.0  # seconds of a run before its first step and after its last evaluation
 Status = Literal["finished", "diverged", "failed"]
 
 
@@ -166,8 +165,8 @@ class Prediction:
 def predict(study: Study, outcomes: Mapping[str, Outcome], jobs: int) -> Prediction:
     """What is left of a study with `jobs` runs at a time, by measured steps and, where there are some, by ended runs.
 
-    Without outcomes of an arm, its runs take as long as their steps and evaluation were measured to take, `START`
-    seconds more, times what the other arms' runs took in excess.
+    Without outcomes of an arm, its runs take as long as their start, steps and evaluation were measured to take, times
+    what the other arms' runs took in excess.
     """
     pace = _pace(study, outcomes)
     runs = seconds = 0.0
@@ -188,10 +187,9 @@ def _pace(study: Study, outcomes: Mapping[str, Outcome]) -> float:
 
 
 def seconds_of_run(study: Study, arm: Arm) -> float:
-    """Predicted seconds of a run's process: start, steps, an evaluation, whose tokens cost a third of training's."""
-    tokens = arm.config.train.batch_size * arm.config.train.block_size
-    evaluation = int(study.data["validation_tokens"]) / tokens * arm.seconds_per_step / 3
-    return START + arm.steps * arm.seconds_per_step + evaluation
+    """Predicted seconds of a run's process: start, steps, and the evaluation, slower as the arm's steps are."""
+    slower = arm.seconds_per_step / (study.arms[0].seconds_per_step or 1.0)
+    return study.start_seconds + arm.steps * arm.seconds_per_step + slower * study.evaluation_seconds
 
 
 def runs_left(study: Study, arm: Arm, outcomes: Mapping[str, Outcome]) -> int:
@@ -225,7 +223,22 @@ def describe(study: Study, folder: Path, outcomes: Mapping[str, Outcome], jobs: 
     return [
         *rows,
         ("time", f"about {duration(prediction.seconds)}, {jobs} at a time, threads of each: {asked.threads}"),
+        ("by", _basis(study, outcomes)),
     ]
+
+
+def _basis(study: Study, outcomes: Mapping[str, Outcome]) -> str:
+    """What the predicted time rests on."""
+    measured = (
+        f"steps of all arms, timed in turns, and a run of one step: {study.start_seconds:.1f} s to start and to save, "
+        f"{study.evaluation_seconds:.1f} s to evaluate"
+    )
+    ended = sum(one.status == "finished" for one in outcomes.values())
+    if not ended:
+        return f"{measured}; runs that end correct it"
+    return (
+        f"{ended} runs that ended, which took {_pace(study, outcomes):.2f} times what was measured before: {measured}"
+    )
 
 
 def _described_arm(arm: Arm) -> str:

@@ -162,7 +162,8 @@ def line_chart(
     """
     width, height = size
     left, right, top, bottom = 58.0, width - 14.0, 12.0, height - 44.0
-    inset = 4 + 3.3 * max(len(name) for name in x_names) if x_names else 0.0  # room for half a name on either side
+    named = [*x_names, *(name for _, name in x_ticks)]
+    inset = 4 + 3.3 * max(map(len, named)) if named else 0.0  # room for half a name on either side
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points] + [y for line in lines for ends in line.band for y in ends]
     ys += [0.0] * zero

@@ -56,7 +56,7 @@ def compared(results: Results) -> Section:
         )
         + "then it was trained with fresh seeds, and scored once on the test part, when all runs had ended."
     )
-    body = table(head, rows, meaning)
+    body = table(head, rows, meaning, "stacked")
     if matched:
         body += f'<p class="note">{"<br>".join(matched)}</p>'
     return "What was compared", lead, body + _alike(results) + _settings(results)
@@ -88,22 +88,29 @@ def _alike(results: Results) -> str:
 
 
 def _settings(results: Results) -> str:
-    """Settings that differ, those of one block's mixer or FFN in one row."""
+    """Settings that differ; those of one block's mixer, of its FFN, and all others of a block in one row each."""
     arms = [arm.name for arm in results.study.arms]
     grouped: dict[str, dict[str, list[str]]] = {}
     for name, values in results.differing.items():
-        whole, _, last = name.rpartition(".")
-        group = whole if name.count(".") > 3 else name
+        group, last = _place(name)
         cells = grouped.setdefault(group, {arm: [] for arm in arms})
         for arm in arms:
             if values.get(arm) is not None:
-                cells[arm].append(_setting(values[arm]) if group == name else f"{last} {_setting(values[arm])}")
+                cells[arm].append(f"{last} {_setting(values[arm])}".strip())
     rows = [
-        [f"<span>{escape(group)}</span>", *(escape(", ".join(cells[arm])) or "–" for arm in arms)]
-        for group, cells in grouped.items()
+        [escape(group), *(escape(", ".join(cells[arm])) or "–" for arm in arms)] for group, cells in grouped.items()
     ]
     head = ["setting", *arms]
     return table(head, rows, "Settings in which arms differ, after matching. –: an arm without that block.", "words")
+
+
+def _place(name: str) -> tuple[str, str]:
+    """A setting's row and its name there: ("swa.mixer", "window") for "model.blocks.swa.mixer.window"."""
+    words = name.removeprefix("model.").split(".")
+    if words[0] != "blocks":
+        return ".".join(words), ""
+    deep = 3 if len(words) > 3 else 2
+    return ".".join(words[1:deep]), ".".join(words[deep:])
 
 
 def _setting(value: Any) -> str:

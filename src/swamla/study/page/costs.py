@@ -1,11 +1,15 @@
 """What the arms cost: the memory of a sequence, time, and all runs with their commands."""
 
+import json
+import re
 import shlex
 from html import escape
 from pathlib import Path
 
+from swamla.config import to_plain
 from swamla.interpret.page.svg import Line, line_chart
 from swamla.study.page.parts import Section, bytes_of, clock, colour_of, legend_of, name_of, table
+from swamla.study.plan import Asked
 from swamla.study.results import Results
 from swamla.study.runs import Run, command, duration
 from swamla.version import __version__
@@ -35,12 +39,14 @@ def memory(results: Results) -> Section | None:
         "training "
         "say what it would cost, not that the model is any good there."
     )
-    drawn = (
-        line_chart(lines, x_label="tokens", y_label="KiB", logarithmic=True, log_y=True, size=(700, 280))
-        if lines
-        else ""
-    )
-    figure = f"<figure>{drawn}<figcaption>{told}</figcaption></figure>" if lines else ""
+    figure = ""
+    if lines:
+        lengths_drawn = sorted({int(length) for line in lines for length, _ in line.points})
+        names = [(float(length), f"{length:,}") for length in lengths_drawn[::2]]
+        drawn = line_chart(
+            lines, x_label="tokens", y_label="KiB", x_ticks=names, logarithmic=True, log_y=True, size=(700, 280)
+        )
+        figure = f"<figure>{drawn}<figcaption>{told}</figcaption></figure>"
     meaning = "Bytes of one sequence's state in fp32."
     body = legend_of(results) + figure + table(["arm", *(f"{length:,}|tokens" for length in lengths)], rows, meaning)
     return "Memory of a sequence", lead, body
@@ -125,11 +131,24 @@ def all_runs(results: Results) -> Section:
     return "All runs", lead, table(head, rows, meaning, "runs", looks) + _commands(results)
 
 
+def _study_file(asked: Asked) -> list[str]:
+    """A study.toml that asks the same; strings of JSON are strings of TOML."""
+    plain = to_plain(asked)
+    arms = plain.pop("arms")
+    said = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in plain.items() if value is not None]
+    named = [f"{_key(name)} = {json.dumps(flags, ensure_ascii=False)}" for name, flags in arms.items()]
+    return ["# study.toml", *said, "", "[arms]", *named]
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch("[A-Za-z0-9_-]+", name) else json.dumps(name, ensure_ascii=False)
+
+
 def _commands(results: Results) -> str:
-    """One command of each arm, and where all of it is from."""
+    """The study's file, one command of each arm, and where all of it is from."""
     study = results.study
-    lines = ["# the whole study, or its page alone", "swamla compare STUDY.toml", "swamla compare STUDY --report", ""]
-    lines.append("# one run of each arm, by hand")
+    lines = [*_study_file(study.asked), "", "# the whole study; from its folder, the page alone"]
+    lines += ["swamla compare study.toml", "swamla compare STUDY --report", "", "# one run of each arm, by hand"]
     for one in results.arms:
         lr = one.lr if one.lr is not None else one.arm.lr(0)
         run = Run(arm=one.arm.name, slug=one.arm.slug, purpose="seed", rate=0, lr=lr, seed=1)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from html import escape
 
 from swamla.interpret.page.parts import legend
-from swamla.interpret.page.parts import signed as with_sign
 from swamla.interpret.page.svg import BLUE, GREEN, GREY, ORANGE, number
 from swamla.study.evidence import Measured
 from swamla.study.results import Results
@@ -86,10 +85,13 @@ def signed(value: float) -> str:
 
 
 def spread(values: Sequence[float], *, signed: bool = False) -> str:
-    """The mean, with the lowest and the highest."""
-    told = with_sign if signed else number
-    mean = told(statistics.fmean(values))
-    return f"{mean} <small>({told(min(values))} – {told(max(values))})</small>" if len(values) > 1 else mean
+    """The mean, with the lowest and the highest where they differ from it."""
+
+    def told(value: float) -> str:
+        return f"{value:+.2f}".replace("-", "−").replace("−0.00", "+0.00") if signed else number(value)
+
+    mean, low, high = (told(value) for value in (statistics.fmean(values), min(values), max(values)))
+    return mean if low == high else f"{mean} <small>({low} – {high})</small>"
 
 
 def bytes_of(size: int) -> str:

@@ -30,7 +30,7 @@ def differences(results: Results) -> Section:
         )
         for each in results.comparisons
     ]
-    label = f"difference from {study.reference} in {unit} (further {better} is better)"
+    label = f"difference from {study.reference} in {unit} ({better} is better)"
     drawn = interval_chart(rows, margin=study.axis.margin, x_label=label)
     told = (
         f"Differences from {escape(study.reference)} at the same seed: a circle each, a bar at their mean, a line for "
@@ -69,7 +69,7 @@ def learning(results: Results) -> Section | None:
     flops = {arm.name: arm.costs.flops for arm in results.study.arms}
     scale, unit = (1e6, "million tokens") if drawn[0].tokens[-1] >= 1e6 else (1e3, "thousand tokens")
     most = max(each.tokens[-1] * flops[each.arm] for each in drawn)
-    units = ((1e15, "PFLOPs"), (1e12, "TFLOPs"), (1e9, "GFLOPs"), (1.0, "FLOPs"))
+    units = ((1e15, "PFLOPs"), (1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"), (1.0, "FLOPs"))
     power, flops_unit = next(each for each in units if most >= each[0])
     by_tokens = [_curve(results, each, 1 / scale) for each in drawn]
     by_flops = [_curve(results, each, flops[each.arm] / power) for each in drawn]

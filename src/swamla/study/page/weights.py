@@ -90,8 +90,8 @@ def copied(results: Results) -> Section | None:
     if not known:
         return None
     any_one = next(iter(known.values()))[0]
-    head = ["arm", "induction|seeds", "accuracy|second copy", "first copy|loss, nats", "second copy|loss, nats"]
-    head += ["hit rate|best head", "attribution|best head", "cut|nats, best layer", "control|nats, that layer"]
+    head = ["arm", "induction|seeds", "accuracy|second copy", "loss|first copy", "loss|second copy"]
+    head += ["hit rate|best head", "attribution|best head", "cut|nats, best layer", "control|nats"]
     rows = []
     for name, ones in known.items():
         found = [one.repeats for one in ones if one.repeats]
@@ -133,7 +133,7 @@ def copied(results: Results) -> Section | None:
     )
     silent = sorted({one.why for ones in measured_of(results).values() for one in ones if one.why})
     notes = "".join(f'<p class="note">{escape(why)}</p>' for why in silent)
-    body = table(head, rows, meaning) + notes + f"<figure>{maps}<figcaption>{told}</figcaption></figure>"
+    body = table(head, rows, meaning, "stacked") + notes + f"<figure>{maps}<figcaption>{told}</figcaption></figure>"
     return "Induction: copying what followed before", lead, body
 
 

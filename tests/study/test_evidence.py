@@ -1,0 +1,151 @@
+"""What a page shows beside the scores: the predictions of the score by position, curves paired by seed, times in turns."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from swamla.data.packing import HeldOutRows
+from swamla.evaluate import part_of, validation
+from swamla.model.accounting import state_bytes
+from swamla.model.language_model import NO_LABEL, LanguageModel
+from swamla.study.evidence import caches, curves, loss_by_position, measure_runs, peak_memory
+from swamla.study.running import load_run
+from swamla.study.runs import Outcome
+from swamla.train import speed
+from tests.train.helpers import tiny_dataset
+
+from .helpers import arm_of, study_of
+
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory):
+    return tiny_dataset(tmp_path_factory.mktemp("texts"))
+
+
+def model_of(name: str) -> LanguageModel:
+    model = arm_of(name).config.model.build()
+    model.reset_parameters(seed=3)
+    return model.eval()
+
+
+def test_losses_by_position_are_those_of_the_score(dataset) -> None:
+    model, split = model_of("gdn"), part_of(dataset.held_out, "test", dataset.tokenizer.decode)
+    found = loss_by_position(model, split, eos_id=dataset.tokenizer.eos_id, block_size=LENGTH)
+    score = validation(dataset, LENGTH, part="test")(model)
+    assert sum(found.tokens) == score["tokens"]
+    total = sum(loss * tokens for loss, tokens in zip(found.loss, found.tokens, strict=True))
+    assert total / sum(found.tokens) == pytest.approx(score["loss"], rel=1e-5)
+
+
+def test_losses_by_position_count_what_of_the_document_a_row_has_before_them(dataset) -> None:
+    model, split = model_of("mha"), part_of(dataset.held_out, "test", dataset.tokenizer.decode)
+    losses: dict[int, list[float]] = {}
+    for batch in HeldOutRows(split, LENGTH, dataset.tokenizer.eos_id).batches(1):
+        read, before = 0, None
+        with torch.no_grad():
+            row_T = model.token_losses(batch.tokens_BT, batch.labels_BT, torch_layout(batch.document_BT))[0]
+        for at, document in enumerate(batch.document_BT[0].tolist()):
+            read = read + 1 if document == before else 1
+            before = document
+            if batch.labels_BT[0, at] != NO_LABEL:
+                losses.setdefault((read - 1).bit_length(), []).append(row_T[at].item())
+    found = loss_by_position(model, split, eos_id=dataset.tokenizer.eos_id, block_size=LENGTH)
+    assert found.last == tuple(2**power for power in sorted(losses))
+    assert found.first == (1, 2, 3, 5, 9, 17)[: len(losses)]
+    assert found.tokens == tuple(len(losses[power]) for power in sorted(losses))
+    assert found.loss == pytest.approx([sum(losses[power]) / len(losses[power]) for power in sorted(losses)], rel=1e-5)
+
+
+def torch_layout(document_BT: torch.Tensor):
+    from swamla.ops.layout import Layout
+
+    return Layout.from_documents(document_BT)
+
+
+def outcome(arm: str, seed: int, status: str = "finished") -> Outcome:
+    run = f"{arm}-lr0.01-seed{seed}"
+    return Outcome(run=run, arm=arm, purpose="seed", rate=0, lr=0.01, seed=seed, status=status, wall=4.0)
+
+
+def write_metrics(folder: Path, run: str, losses: list[float], memory: int = 0) -> None:
+    where = folder / "runs" / run
+    where.mkdir(parents=True)
+    lines = [{"step": at, "loss": loss, "peak_memory": memory} for at, loss in enumerate(losses, 1)]
+    text = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": len(losses), "held_out_loss": 1.0}])
+    (where / "metrics.jsonl").write_text(text)
+
+
+def test_curves_are_means_over_spans_and_differences_are_paired_by_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swamla.study.evidence.POINTS", 10)  # of 20 steps: spans of two
+    one = [5 - 0.1 * at for at in range(20)]
+    write_metrics(tmp_path, "mha-lr0.01-seed1", one, 7)
+    write_metrics(tmp_path, "mha-lr0.01-seed2", [loss + 1 for loss in one], 9)
+    write_metrics(tmp_path, "gdn-lr0.01-seed1", [loss + 0.5 for loss in one])
+    write_metrics(tmp_path, "gdn-lr0.01-seed3", [0.0] * 20)  # no partner: in no difference
+    ones = [outcome("mha", 1), outcome("mha", 2), outcome("gdn", 1), outcome("gdn", 3), outcome("gdn", 4, "failed")]
+    outcomes = {each.run: each for each in ones}
+    mha, gdn = curves(tmp_path, study_of(seeds=3), outcomes)
+    assert mha.tokens == [128 * (2 * at + 1) for at in range(10)]  # 4 rows of 32 tokens a step, at a span's middle
+    means = [(one[2 * at] + one[2 * at + 1]) / 2 for at in range(10)]
+    assert mha.loss[0] == pytest.approx([mean + 0.5 for mean in means])
+    assert (mha.loss[1], mha.loss[2]) == (pytest.approx(means), pytest.approx([mean + 1 for mean in means]))
+    assert mha.difference == ([], [], [])
+    assert gdn.difference[0] == gdn.difference[1] == gdn.difference[2] == pytest.approx([0.5] * 10)
+    assert peak_memory(tmp_path, outcomes) == {"mha": 9}
+
+
+def test_caches_are_those_of_the_accounting_and_end_where_positions_do() -> None:
+    study = study_of()
+    short = replace(study.arms[1].config.model, learned_positions=256)
+    arms = (study.arms[0], replace(study.arms[1], config=replace(study.arms[1].config, model=short)))
+    found = caches(replace(study, arms=arms))
+    assert max(found["mha"]) == 32768
+    assert max(found["gdn"]) == 256
+    assert found["mha"][2048] == state_bytes(arms[0].config.model, 2048, element_bytes=4) == 2 * 2048 * 32 * 4
+
+
+def test_steps_are_timed_in_turns_behind_one_of_each_that_is_not_and_no_random_number_is_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[str] = []
+
+    def step_of(config, dataset):
+        def step() -> None:
+            torch.rand(3)
+            done.append(config)
+
+        return step
+
+    monkeypatch.setattr(speed, "_step_of", step_of)
+    before = torch.random.get_rng_state()
+    found = speed.step_seconds({"a": "A", "b": "B"}, None, rounds=3, seconds=1e9)
+    assert done == ["A", "B"] * 4
+    assert {name: len(each) for name, each in found.items()} == {"a": 3, "b": 3}
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert len(speed.step_seconds({"a": "A"}, None, rounds=3, seconds=0.0)["a"]) == 1
+
+
+def test_a_model_whose_attention_cannot_be_told_is_measured_but_for_that(
+    dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from swamla.errors import UsageError
+
+    def refused(model, tokens_BT):
+        raise UsageError("mixer 'x' has no explain")
+
+    monkeypatch.setattr("swamla.study.evidence.induction", refused)
+    monkeypatch.setattr("swamla.study.evidence.load_run", lambda *_: (model_of("mha"), "fp32"))
+    assert load_run is not None
+    one = outcome("mha", 1)
+    (found,) = measure_runs(tmp_path, study_of(), {one.run: one}, dataset)
+    assert (found.repeats, found.why) == (None, "mixer 'x' has no explain")
+    assert sum(found.positions.tokens) > 0
+    monkeypatch.setattr("swamla.study.evidence.load_run", lambda *_: pytest.fail("measured again"))
+    assert measure_runs(tmp_path, study_of(), {one.run: one}, dataset) == [found]

@@ -1,0 +1,209 @@
+"""report.html of a study: one file that loads nothing, equal for equal results, true to them, readable when narrow."""
+
+import re
+import tomllib
+from dataclasses import replace
+from html import escape, unescape
+from pathlib import Path
+
+import pytest
+
+from swamla.config import from_plain
+from swamla.study.page.intervals import Difference, interval_chart
+from swamla.study.page.report import report_html, write_report
+from swamla.study.plan import Asked
+from swamla.study.results import Results
+from tests.interpret.browser import browser
+from tests.interpret.test_page import NEVER_CLOSED, Page
+
+from .played import evidence_of, results_of
+
+FAILS = ("gdn-lr0.01-seed3", "mha-lr0.0316")
+NEVER_CLOSED.add("polygon")
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    return results_of(page=True, fails=FAILS, question="Is <a> state & as good?", expectation="Hardly.")
+
+
+@pytest.fixture(scope="module")
+def page(results: Results) -> str:
+    return report_html(results)
+
+
+def without_clock(page: str) -> str:
+    return re.sub(r'<span class="clock">.*?</span>', "", page)
+
+
+def test_the_page_is_well_formed_and_links_to_nothing(page: str) -> None:
+    parsed = Page(page)
+    assert parsed.open == []
+    assert [value for _, name, value in parsed.attributes if name in ("src", "href")] == ["data:,"]
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|https?://", page)
+    assert "Is &lt;a&gt; state &amp; as good?" in page
+
+
+def test_the_page_follows_a_readers_questions(page: str) -> None:
+    texts = ["Question, stated before", "Expected before", "Found", "What this does not say"]
+    headings = ["What was compared", "Differences, seed by seed", "How they learn", "learning rate</h2>"]
+    headings += ["Loss by what was read", "Induction: ", "Memory of a sequence", "Time</h2>", "All runs"]
+    places = [page.index(text) for text in (*texts, *headings)]
+    assert places == sorted(places)
+
+
+def test_every_table_and_figure_says_what_it_means_and_has_a_number(page: str) -> None:
+    for tag, caption in (("table", "caption"), ("figure", "figcaption")):
+        inner = re.findall(rf"<{tag}\b.*?</{tag}>", page, flags=re.DOTALL)
+        assert inner
+        assert all(f"<{caption}><b>" in each for each in inner)
+
+
+def test_equal_results_give_an_equal_page_and_other_times_change_nothing_but_times(results: Results, page: str) -> None:
+    assert (
+        report_html(results_of(page=True, fails=FAILS, question="Is <a> state & as good?", expectation="Hardly."))
+        == page
+    )
+    assert results.evidence is not None
+    slow = {name: replace(speed, median=9.9, low=9.8, high=10.0) for name, speed in results.evidence.speed.items()}
+    paces = tuple(replace(each, predicted=777.0, took=888.0) for each in results.evidence.paces)
+    memory = dict.fromkeys(results.evidence.memory, 9 << 30)
+    outcomes = tuple(replace(one, wall=99.0, seconds=98.0) for one in results.outcomes)
+    evidence = replace(results.evidence, speed=slow, paces=paces, memory=memory)
+    other = report_html(replace(results, evidence=evidence, outcomes=outcomes))
+    assert other != page
+    assert without_clock(other) == without_clock(page)
+    assert not re.search(r"\b20\d\d-\d\d-\d\d\b", page), "no date"
+
+
+def test_the_verdict_its_limits_and_the_scores_of_every_seed_are_on_the_page(results: Results, page: str) -> None:
+    (found,) = results.comparisons
+    assert escape(found.words()) in page
+    assert '<span class="answer worse">worse</span>' in page
+    for text in results.not_said():
+        assert escape(text) in page
+    for one in results.arms:
+        for score in one.scores.values():
+            assert f"{score:.4f}" in page
+    assert "1.3580 <small>(+0.0480)</small>" in page
+
+
+@pytest.mark.parametrize(
+    ("difference", "spread", "margin", "short"),
+    [
+        (-0.05, 0.001, 0.01, "better"),
+        (0.05, 0.001, 0.01, "worse"),
+        (0.005, 0.001, 0.01, "little worse"),
+        (0.0, 0.001, 0.01, "equivalent"),
+        (0.005, 0.02, 0.01, "undecided"),
+    ],
+)
+def test_the_verdict_in_a_word(difference: float, spread: float, margin: float, short: str) -> None:
+    page = report_html(results_of(difference, spread=spread, margin=margin, page=True))
+    (found,) = re.findall(r'<span class="answer \w+">(.*?)</span>', page)
+    assert found == short
+
+
+def test_runs_that_failed_come_first_with_their_error(page: str) -> None:
+    rows = re.findall(r"<tr( class=\"lost\")?><td>([\w.-]+-seed\d)</td>", page)
+    assert (
+        [name for lost, name in rows if lost]
+        == [name for _, name in rows[:2]]
+        == [
+            "mha-lr0.0316-seed0",
+            "gdn-lr0.01-seed3",
+        ]
+    )
+    assert len(rows) == 20
+    assert "no finite gradient in 20 steps &lt;in a row&gt;" in page
+    assert "20 runs, of which 2 did not finish" in page
+
+
+def test_a_page_without_what_was_not_measured_has_no_section_of_it_and_an_arm_without_scores_is_told() -> None:
+    bare = report_html(results_of())
+    assert Page(bare).open == []
+    headings = re.findall("<h2>(.*?)</h2>", bare)
+    assert not {"How they learn", "Loss by what was read", "Time"} & set(headings)
+    lost = report_html(results_of(fails=("gdn",), page=True))
+    assert Page(lost).open == []
+    assert "No learning rate trained gdn." in lost
+    assert "no seed in common" in lost
+
+
+def test_without_a_search_nothing_is_said_of_sensitivity() -> None:
+    page = report_html(results_of(rates="recipe", page=True))
+    assert "how sensitive it is to it was not measured" in page
+    assert "Learning rates</h2>" in page
+
+
+def test_the_study_file_on_the_page_asks_the_same() -> None:
+    results = results_of(question='So "what"?', seeds=5, page=True, flags="--width 32")
+    shown = unescape(report_html(results).partition('<pre class="code">')[2].partition("\n\n# the whole study")[0])
+    assert from_plain(Asked, tomllib.loads(shown)) == results.study.asked
+
+
+def test_an_interval_is_drawn_from_end_to_end_on_the_scale_of_the_margin_and_its_seeds() -> None:
+    row = Difference(name="a", colour="#000", mean=0.02, low=-0.01, high=0.05, seeds=[(0.01, "one"), (0.03, "two")])
+    drawn = interval_chart([row], margin=0.02, x_label="bits")
+    band = re.search(r'<rect class="margin" x="([\d.]+)" width="([\d.]+)"', drawn)
+    assert band is not None
+    begin, width = map(float, band.groups())
+    zero, pixels = begin + width / 2, width / 0.04  # a unit
+    line = re.search(r'<line x1="([\d.]+)" x2="([\d.]+)" [^>]*stroke-width="4"', drawn)
+    assert line is not None
+    assert [(float(x) - zero) / pixels for x in line.groups()] == pytest.approx([-0.01, 0.05], abs=1e-3)
+    circles = [(float(x) - zero) / pixels for x in re.findall(r'<circle cx="([\d.]+)"', drawn)]
+    assert circles == pytest.approx([0.01, 0.03], abs=1e-3)
+    assert "arrow" not in drawn
+
+
+def test_an_interval_that_goes_on_has_arrows_and_does_not_hide_the_margin() -> None:
+    wide = Difference(name="a", colour="#000", mean=0.02, low=-9.0, high=9.04, seeds=[(0.01, ""), (0.03, "")])
+    drawn = interval_chart([wide], margin=0.02, x_label="bits")
+    assert drawn.count('class="arrow"') == 2
+    band = re.search(r'<rect class="margin" x="[\d.]+" width="([\d.]+)"', drawn)
+    assert band is not None
+    assert float(band[1]) > 50
+    single = replace(wide, low=float("-inf"), high=float("inf"), seeds=[(0.02, "")])
+    assert interval_chart([single], margin=0.02, x_label="").count('class="arrow"') == 2
+
+
+def test_the_files_beside_the_page_have_the_evidence(results: Results, tmp_path: Path) -> None:
+    files = write_report(results, tmp_path)
+    assert {"report.html", "results.json", "evidence.csv"} <= {file.name for file in files}
+    rows = [line.split(",") for line in (tmp_path / "evidence.csv").read_text().splitlines()]
+    evidence = evidence_of(results.study, list(results.tests))
+    (loss,) = [row[4] for row in rows if row[:4] == ["loss", "gdn", "2", "16"]]
+    assert float(loss) == next(one for one in evidence.measured if one.run == "gdn-lr0.01-seed2").positions.loss[4]
+    (size,) = [row[4] for row in rows if row[:4] == ["state bytes", "mha", "", "1024"]]
+    assert int(size) == evidence.caches["mha"][1024]
+
+
+# ---- in a browser
+# -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [900, 1400])
+def test_in_a_browser_it_loads_without_a_complaint_fits_the_window_and_tells_what_the_pointer_is_at(
+    width: int, results: Results, tmp_path: Path
+) -> None:
+    write_report(results, tmp_path)
+    with browser(width, 1000) as window:
+        window.open(tmp_path / "report.html")
+        assert window.complaints() == []
+        assert window.run("return performance.getEntriesByType('resource').length") == 0
+        assert window.run("return document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+        wide = "return [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
+        assert window.run(wide) == 0, "every table is seen whole"
+        window.point_at(".intervals circle")
+        assert window.text("#tip") == "gdn, seed 1: +0.0480"
+        window.point_at(".map rect")
+        assert window.text("#tip").splitlines() == ["mha, layer 0 mha, head 0", "hit rate: .10"]
+        out = """
+        const frames = [...document.querySelectorAll('svg')];
+        return frames.filter(svg => [...svg.querySelectorAll('text')].some(text => {
+          const inner = text.getBoundingClientRect(), outer = svg.getBoundingClientRect();
+          return inner.left < outer.left - 1 || inner.right > outer.right + 1 || inner.bottom > outer.bottom + 1;
+        })).map(svg => svg.outerHTML.slice(0, 200));
+        """
+        assert window.run(out) == [], "no label is cut off"
