@@ -100,12 +100,16 @@ def test_a_study_file_is_planned_trained_scored_and_told(home: Path, capsys: pyt
     assert ("are equivalent" in said) or ("undecided" in said) or ("than attention by" in said)
     assert {one.status for one in read_outcomes(folder).values()} == {"finished"}
     assert len(read_tests(folder)) == 4
-    whole = json.loads((folder / "results.json").read_text())
+    written = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    assert len(written["measured.jsonl"].splitlines()) == 4
+    assert b"Is a state as good as attention?" in written["report.html"]
 
-    assert main(["compare", "study.toml"]) == 0
-    assert len(Here.started) == 4, "nothing is trained twice"
-    assert "going on with the study in studies/study" in capsys.readouterr().out
-    assert json.loads((folder / "results.json").read_text()) == whole
+    for line in (["study.toml"], ["--report", "study.toml"], ["studies/study", "--report"]):
+        assert main(["compare", *line]) == 0
+        said = capsys.readouterr().out
+        assert len(Here.started) == 4, "nothing is trained twice"
+        assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == written
+        assert "studies/study/report.html: open it in a browser" in said
 
 
 def test_runs_of_a_study_leave_the_test_part_unread_and_are_ordinary_ones(
@@ -129,6 +133,8 @@ def test_whoever_stops_a_study_reads_that_it_goes_on(
     raised: BaseException, status: int, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(words: list[str], log: Path) -> Here:
+        if "--steps" in words:
+            return Here(words, log)
         raise raised
 
     monkeypatch.setattr(running, "start", stopped)
@@ -161,6 +167,12 @@ def test_arms_on_the_command_line_are_patterns_of_one_depth(home: Path, capsys: 
     assert abs(study.arms[1].costs.parameters / study.arms[0].costs.parameters - 1) <= 0.01
 
 
+def test_a_study_that_has_not_ended_has_no_report(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "study.toml", "--plan"]) == 0
+    assert main(["compare", "study.toml", "--report"]) == 2
+    assert "the study has not ended: the command that began it goes on" in capsys.readouterr().err
+
+
 def test_flags_win_over_the_file(home: Path) -> None:
     assert main(["compare", "study.toml", "--plan", "--seeds", "3", "--match", "none", "--output_dir", "mine"]) == 0
     study = opened(home / "mine")
@@ -179,6 +191,8 @@ def test_flags_win_over_the_file(home: Path) -> None:
         (["mha", "gdn", "--recipe", "tiny.toml", "--seeds", "1"], "seeds = 1 (--seeds): must be >= 2"),
         (["mha", "gdn", "--recipe", "tiny.toml", "--flags", "--widht 64"], "arm 'mha': unknown flag --widht; did you"),
         (["study.toml", "--part", "3/2"], "3/2"),
+        (["nowhere", "--report"], "nowhere: holds no study (it has no study.json)"),
+        (["study.toml", "--report", "--seeds", "3"], "--report takes the study's folder, or its file, alone: leave"),
         (["study.toml", "--executor", "k8s", "--parts", "2"], "must be one of local, slurm, ray"),
         (
             ["mha", "gdn", "--recipe", "tiny.toml", "--match", "state", "--flags", "--ffn none"],

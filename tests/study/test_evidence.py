@@ -1,4 +1,4 @@
-"""What a page shows beside the scores: the predictions of the score by position, curves paired by seed, times in turns."""
+"""What a page shows beside the scores: the score by position, curves paired by seed, caches, steps timed in turns."""
 
 import json
 from dataclasses import replace
@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from swamla.data.packing import HeldOutRows
+from swamla.errors import UsageError
 from swamla.evaluate import part_of, validation
 from swamla.model.accounting import state_bytes
 from swamla.model.language_model import NO_LABEL, LanguageModel
+from swamla.ops.layout import Layout
 from swamla.study.evidence import caches, curves, loss_by_position, measure_runs, peak_memory
-from swamla.study.running import load_run
 from swamla.study.runs import Outcome
 from swamla.train import speed
 from tests.train.helpers import tiny_dataset
@@ -48,7 +49,7 @@ def test_losses_by_position_count_what_of_the_document_a_row_has_before_them(dat
     for batch in HeldOutRows(split, LENGTH, dataset.tokenizer.eos_id).batches(1):
         read, before = 0, None
         with torch.no_grad():
-            row_T = model.token_losses(batch.tokens_BT, batch.labels_BT, torch_layout(batch.document_BT))[0]
+            row_T = model.token_losses(batch.tokens_BT, batch.labels_BT, Layout.from_documents(batch.document_BT))[0]
         for at, document in enumerate(batch.document_BT[0].tolist()):
             read = read + 1 if document == before else 1
             before = document
@@ -59,12 +60,6 @@ def test_losses_by_position_count_what_of_the_document_a_row_has_before_them(dat
     assert found.first == (1, 2, 3, 5, 9, 17)[: len(losses)]
     assert found.tokens == tuple(len(losses[power]) for power in sorted(losses))
     assert found.loss == pytest.approx([sum(losses[power]) / len(losses[power]) for power in sorted(losses)], rel=1e-5)
-
-
-def torch_layout(document_BT: torch.Tensor):
-    from swamla.ops.layout import Layout
-
-    return Layout.from_documents(document_BT)
 
 
 def outcome(arm: str, seed: int, status: str = "finished") -> Outcome:
@@ -135,14 +130,11 @@ def test_steps_are_timed_in_turns_behind_one_of_each_that_is_not_and_no_random_n
 def test_a_model_whose_attention_cannot_be_told_is_measured_but_for_that(
     dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from swamla.errors import UsageError
-
     def refused(model, tokens_BT):
         raise UsageError("mixer 'x' has no explain")
 
     monkeypatch.setattr("swamla.study.evidence.induction", refused)
     monkeypatch.setattr("swamla.study.evidence.load_run", lambda *_: (model_of("mha"), "fp32"))
-    assert load_run is not None
     one = outcome("mha", 1)
     (found,) = measure_runs(tmp_path, study_of(), {one.run: one}, dataset)
     assert (found.repeats, found.why) == (None, "mixer 'x' has no explain")

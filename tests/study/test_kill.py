@@ -1,6 +1,7 @@
 """A study of real runs that is killed, with and without its runs, ends with the same results to the digit."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,8 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from swamla.data.preparing import prepare
+from swamla.study.evidence import measure
+from swamla.study.page.report import report_html
 from swamla.study.plan import Asked, resolve_study
-from swamla.study.running import begin, read_outcomes, read_tests
+from swamla.study.results import Results
+from swamla.study.running import begin, opened, read_outcomes, read_tests
 from swamla.train import RunConfig
 from tests.train.helpers import tiny_dataset
 
@@ -75,6 +80,17 @@ def figures(folder: Path) -> dict[str, tuple]:
     return {name: (one.status, one.validation, one.tokens, tests[name]) for name, one in outcomes.items()}
 
 
+def page_of(folder: Path) -> str:
+    """The study's page, but for times."""
+    study = opened(folder)
+    assert study is not None
+    outcomes = read_outcomes(folder)
+    dataset = prepare(study.arms[0].config.data)
+    evidence = measure(folder, study, outcomes, dataset, lambda text: None)
+    page = report_html(Results.of(study, outcomes, read_tests(folder), evidence))
+    return re.sub(r'<span class="clock">.*?</span>', "", page)
+
+
 def test_a_study_killed_with_its_runs_and_without_them_gives_the_same_figures_to_the_digit(
     tmp_path: Path, server: Server
 ) -> None:
@@ -99,6 +115,9 @@ def test_a_study_killed_with_its_runs_and_without_them_gives_the_same_figures_to
     found = figures(killed)
     assert found == figures(whole)
     assert len(found) == 4
+    pages = [page_of(folder) for folder in (killed, whole)]
+    assert "Loss by what was read" in pages[0]
+    assert pages[0] == pages[1]
     assert {status for status, *_ in found.values()} == {"finished"}
     log = (killed / "logs" / f"{first.name}.log").read_text()
     assert log.count("the run is in") == 1, "what had ended was not trained again"

@@ -11,7 +11,16 @@ import pytest
 from swamla.errors import CorruptError, UsageError
 from swamla.study import running
 from swamla.study.plan import Study
-from swamla.study.running import append_line, begin, opened, read_lines, read_outcomes, run_study, score_tests
+from swamla.study.running import (
+    append_line,
+    begin,
+    opened,
+    read_lines,
+    read_outcomes,
+    run_study,
+    score_tests,
+    with_start,
+)
 from swamla.study.runs import Outcome
 
 from .helpers import FakeRun, score_of, study_of
@@ -128,6 +137,57 @@ def test_the_best_rate_of_each_arm_is_found_and_its_seeds_are_scored(whole: Path
         assert one.validation == score_of(one.run)
         assert (one.status, one.tokens, one.steps, one.seconds) == ("finished", 2560, 20, 2.0)
         assert one.command.startswith("swamla train ")
+
+
+class OneStep(FakeRun):
+    """A run of one step, which trains for two seconds of the records' and evaluates for three."""
+
+    def __init__(self, words: list[str], log: Path) -> None:
+        super().__init__(words, log)
+        assert words[words.index("--steps") + 1] == "1"
+        lines = [{"step": 1, "loss": 3.0, "elapsed": 2.0}, {"step": 1, "held_out_bits_per_byte": 2.0, "elapsed": 5.0}]
+        (self.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_run_of_one_step_tells_what_a_run_takes_beside_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([100.0, 111.5])
+    monkeypatch.setattr(running, "start", OneStep)
+    monkeypatch.setattr(running.time, "monotonic", lambda: next(clock))
+    found = with_start(study_of(), tmp_path)
+    assert (found.start_seconds, found.evaluation_seconds) == (6.5, 3.0)
+
+
+def test_whoever_stops_the_plan_stops_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    class Stopped(FakeRun):
+        def wait(self) -> int:
+            seen.append("wait")
+            if seen == ["wait"]:
+                raise KeyboardInterrupt
+            return -15
+
+        def terminate(self) -> None:
+            seen.append("terminate")
+
+    monkeypatch.setattr(running, "start", Stopped)
+    with pytest.raises(KeyboardInterrupt):
+        with_start(study_of(), tmp_path)
+    assert seen == ["wait", "terminate", "wait"]
+
+
+def test_a_study_whose_runs_cannot_train_is_refused_with_the_runs_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(words: list[str], log: Path) -> FakeRun:
+        log.write_text("swamla: error: no room\n")
+        return FakeRun(words, log, status=2)
+
+    monkeypatch.setattr(running, "start", fails)
+    with pytest.raises(UsageError, match="arm 'mha': a run of one step fails: no room"):
+        with_start(study_of(), tmp_path)
 
 
 def ending(status: int, last: dict | None = None, said: str = ""):

@@ -131,7 +131,13 @@ def with_start(study: Study, scratch: Path) -> Study:
     plugins = [word for file in study.plugins for word in ("--plugin", file)]
     words = ["train", str(scratch / "arm.json"), "--steps", "1", "--save_interval", "1", "--output_dir", str(where)]
     begun = time.monotonic()
-    status = start([*words, *plugins], log).wait()
+    process = start([*words, *plugins], log)
+    try:
+        status = process.wait()
+    except BaseException:  # whoever stops the plan stops this run, too
+        process.terminate()
+        process.wait()
+        raise
     wall = time.monotonic() - begun
     if status:
         raise UsageError(f"arm {arm.name!r}: a run of one step fails: {_error(log, status)}")
