@@ -143,13 +143,21 @@ def test_the_study_file_on_the_page_asks_the_same() -> None:
 
 
 def test_an_interval_is_drawn_from_end_to_end_on_the_scale_of_the_margin_and_its_seeds() -> None:
-    row = Difference(name="a", colour="#000", mean=0.02, low=-0.01, high=0.05, seeds=[(0.01, "one"), (0.03, "two")])
+    row = Difference(
+        name="a",
+        colour="#000",
+        mean=0.02,
+        low=-0.01,
+        high=0.05,
+        inner=(0.0, 0.04),
+        seeds=[(0.01, "one"), (0.03, "two")],
+    )
     drawn = interval_chart([row], margin=0.02, x_label="bits")
     band = re.search(r'<rect class="margin" x="([\d.]+)" width="([\d.]+)"', drawn)
     assert band is not None
     begin, width = map(float, band.groups())
     zero, pixels = begin + width / 2, width / 0.04  # a unit
-    line = re.search(r'<line x1="([\d.]+)" x2="([\d.]+)" [^>]*stroke-width="4"', drawn)
+    line = re.search(r'<line x1="([\d.]+)" x2="([\d.]+)" [^>]*stroke-width="2"', drawn)
     assert line is not None
     assert [(float(x) - zero) / pixels for x in line.groups()] == pytest.approx([-0.01, 0.05], abs=1e-3)
     circles = [(float(x) - zero) / pixels for x in re.findall(r'<circle cx="([\d.]+)"', drawn)]
@@ -158,13 +166,17 @@ def test_an_interval_is_drawn_from_end_to_end_on_the_scale_of_the_margin_and_its
 
 
 def test_an_interval_that_goes_on_has_arrows_and_does_not_hide_the_margin() -> None:
-    wide = Difference(name="a", colour="#000", mean=0.02, low=-9.0, high=9.04, seeds=[(0.01, ""), (0.03, "")])
+    wide = Difference(
+        name="a", colour="#000", mean=0.02, low=-9.0, high=9.04, inner=(-3, 3.04), seeds=[(0.01, ""), (0.03, "")]
+    )
     drawn = interval_chart([wide], margin=0.02, x_label="bits")
     assert drawn.count('class="arrow"') == 2
     band = re.search(r'<rect class="margin" x="[\d.]+" width="([\d.]+)"', drawn)
     assert band is not None
     assert float(band[1]) > 50
-    single = replace(wide, low=float("-inf"), high=float("inf"), seeds=[(0.02, "")])
+    single = replace(
+        wide, low=float("-inf"), high=float("inf"), inner=(float("-inf"), float("inf")), seeds=[(0.02, "")]
+    )
     assert interval_chart([single], margin=0.02, x_label="").count('class="arrow"') == 2
 
 

@@ -2,11 +2,14 @@
 
 import json
 import statistics
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from html import escape
 from typing import Any
 
 from swamla.study.page.parts import Section, against, clock, name_of, table
 from swamla.study.results import Results
+from swamla.train import RunConfig
 
 
 def compared(results: Results) -> Section:
@@ -41,8 +44,7 @@ def compared(results: Results) -> Section:
     matched = [f"<b>{escape(arm.name)}</b>: {escape(arm.matched)}" for arm in study.arms if arm.matched]
     meaning = (
         "The first arm is what all others are compared with; in grey, how much more or less an arm has. Counts are "
-        "exact, "
-        "from the configs."
+        "exact, from the configs."
     )
     if evidence and evidence.speed:
         meaning += " Speed: training steps of all arms timed in turns when all runs had ended, the median."
@@ -71,8 +73,8 @@ def _alike(results: Results) -> str:
         ("text", f"{data['source']}, tokenizer {data['tokenizer']}" if "tokenizer" in data else data["source"]),
         (
             "held-out text",
-            f"{int(data['validation_bytes']):,} bytes for choices, {int(data['test_bytes']):,} bytes read once, at the "
-            "end (test part)",
+            f"{int(data['validation_bytes']):,} bytes for choices, {int(data['test_bytes']):,} bytes read once, at "
+            "the end (test part)",
         ),
         (
             "budget of a run",
@@ -92,6 +94,8 @@ def _settings(results: Results) -> str:
     arms = [arm.name for arm in results.study.arms]
     grouped: dict[str, dict[str, list[str]]] = {}
     for name, values in results.differing.items():
+        if all(_is_default(arm.config, name) for arm in results.study.arms if values.get(arm.name) is not None):
+            continue
         group, last = _place(name)
         cells = grouped.setdefault(group, {arm: [] for arm in arms})
         for arm in arms:
@@ -101,7 +105,27 @@ def _settings(results: Results) -> str:
         [escape(group), *(escape(", ".join(cells[arm])) or "–" for arm in arms)] for group, cells in grouped.items()
     ]
     head = ["setting", *arms]
-    return table(head, rows, "Settings in which arms differ, after matching. –: an arm without that block.", "words")
+    return table(
+        head,
+        rows,
+        "Settings in which arms differ, after matching, but for those that every arm which has them leaves at their "
+        "default. –: an arm without that block.",
+        "words",
+    )
+
+
+def _is_default(config: RunConfig, path: str) -> bool:
+    """Whether a setting has its default; what has none, or a name of the study's own, has not."""
+    parent: Any = config
+    *way, last = path.split(".")
+    for word in way:
+        parent = parent[word] if isinstance(parent, Mapping) else getattr(parent, word)
+    own = {field.name: field for field in fields(parent)} if is_dataclass(parent) else {}
+    if last not in own:
+        return False  # such as a kind
+    default, factory = own[last].default, own[last].default_factory
+    value = getattr(parent, last)
+    return value == (factory() if factory is not MISSING else default)
 
 
 def _place(name: str) -> tuple[str, str]:

@@ -36,8 +36,7 @@ def memory(results: Results) -> Section | None:
     told = "KiB that one sequence keeps while it is continued, in fp32, by its length; both axes are logarithmic."
     lead = (
         "What each arm keeps of a sequence while it writes on, counted from the config. Lengths beyond the rows of "
-        "training "
-        "say what it would cost, not that the model is any good there."
+        "training say what it would cost, not that the model is any good there."
     )
     figure = ""
     if lines:
@@ -80,16 +79,14 @@ def time_taken(results: Results) -> Section | None:
     head = ["arm", "a step, planned|ms", "a step, at the end|ms (quartiles)", "a run, predicted", "a run, took", "runs"]
     meaning = (
         "Planned: timed before the study. At the end: steps of all arms in turns, so that a machine whose speed "
-        "drifts is the "
-        "same to all. Runs took as long as the process that ended them; one that was stopped and resumed counts its "
-        "last part."
+        "drifts is the same to all. Runs took as long as the process that ended them; one that was stopped and "
+        "resumed counts its last part."
     )
-    share = 100 * (took / predicted - 1) if predicted else 0.0
-    total = f"All runs: predicted {duration(predicted)}, took {duration(took)} ({share:+.0f} %)."
+    times = f", {took / predicted:.2f} times as long" if predicted else ""
+    total = f"All runs, one after the other: predicted {duration(predicted)}, took {duration(took)}{times}."
     lead = (
         "Seconds are of the machine below, with whatever else it did; they are the only figures of this page, beside "
-        "speed and "
-        "memory in the first table, that would differ if the study was run again."
+        "speed and memory in the first table, that would differ if the study was run again."
     )
     return "Time", lead, f"<p>{clock(total)}</p>{table(head, rows, meaning)}"
 
@@ -122,10 +119,10 @@ def all_runs(results: Results) -> Section:
         )
         looks.append("" if one.status == "finished" else "lost")
     lost = sum(map(bool, looks))
+    told = f"of which {lost} did not finish; these come first" if lost else "all of which finished"
     lead = (
-        f"{len(ended)} runs, of which {lost or 'none'} did not finish; those come first. Runs that diverge or fail "
-        "are results: "
-        "they are in no interval, and their seed is left out of the pairs. runs.csv has the command of each."
+        f"{len(ended)} runs, {told}. Runs that diverge or fail are results: they are in no interval, and their seed is "
+        "left out of the pairs. runs.csv has the command of each."
     )
     meaning = f"All runs; scores in {study.axis.name}."
     return "All runs", lead, table(head, rows, meaning, "runs", looks) + _commands(results)

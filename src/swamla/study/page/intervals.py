@@ -13,13 +13,17 @@ _WIDEST = 4.0  # an interval is drawn up to so many times what the seeds and the
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A row: the mean with its interval, infinite for a single seed; (value, what the pointer shows) of each seed."""
+    """A row: the mean with its interval, infinite for a single seed; (value, what the pointer shows) of each seed.
+
+    inner: the narrower interval by which equivalence is judged.
+    """
 
     name: str
     colour: str
     mean: float
     low: float
     high: float
+    inner: tuple[float, float]
     seeds: Sequence[tuple[float, str]]
 
 
@@ -61,9 +65,11 @@ def _row(row: Difference, y: float, left: float, ends: tuple[float, float], at: 
     told = f"{row.name}: mean {row.mean:+.4f}, 95 % interval {row.low:+.4f} to {row.high:+.4f}"
     x1, x2 = at(row.low), at(row.high)
     parts.append(
-        f'<line x1="{x1:.1f}" x2="{x2:.1f}" y1="{y}" y2="{y}" stroke="{row.colour}" stroke-width="4" '
+        f'<line x1="{x1:.1f}" x2="{x2:.1f}" y1="{y}" y2="{y}" stroke="{row.colour}" stroke-width="2" '
         f'data-tip="{escape(told)}"/>'
     )
+    inner = " ".join(f'x{end}="{at(value):.1f}"' for end, value in enumerate(row.inner, 1))
+    parts.append(f'<line {inner} y1="{y}" y2="{y}" stroke="{row.colour}" stroke-width="6"/>')
     for end, x, side in ((row.low, x1, -1), (row.high, x2, 1)):
         if ends[0] <= end <= ends[1]:
             parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y - 6}" y2="{y + 6}" stroke="{row.colour}"/>')

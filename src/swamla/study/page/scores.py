@@ -8,6 +8,7 @@ from swamla.study.evidence import Curves
 from swamla.study.page.intervals import Difference, interval_chart
 from swamla.study.page.parts import Section, colour_of, legend_of, signed, table, two
 from swamla.study.results import ArmResult, Results
+from swamla.study.statistics import Comparison, t_interval
 
 START = 0.1  # share of the training that curves leave out: the fall from the first guess hides all else
 
@@ -23,6 +24,7 @@ def differences(results: Results) -> Section:
             mean=float(each.interval.mean),
             low=float(each.interval.low),
             high=float(each.interval.high),
+            inner=_inner(each),
             seeds=[
                 (value, f"{each.arm}, seed {seed}: {value:+.4f}")
                 for seed, value in zip(each.seeds, each.differences, strict=True)
@@ -33,11 +35,10 @@ def differences(results: Results) -> Section:
     label = f"difference from {study.reference} in {unit} ({better} is better)"
     drawn = interval_chart(rows, margin=study.axis.margin, x_label=label)
     told = (
-        f"Differences from {escape(study.reference)} at the same seed: a circle each, a bar at their mean, a line for "
-        "the "
-        f"95 % interval of the mean (Student's t). Grey: the margin of ±{study.axis.margin:g}, stated before the "
-        "runs, within "
-        "which a difference is too small to matter. An arrow: the interval goes on."
+        f"Differences from {escape(study.reference)} at the same seed: a circle each, a bar at their mean. Thin line: "
+        "the 95 % interval of the mean (Student's t), thick: the 90 % one. Grey: the margin of "
+        f"±{study.axis.margin:g}, stated before the runs, within which a difference is too small to matter. An arrow: "
+        "the interval goes on."
     )
     seeds = sorted({seed for one in results.arms for seed in one.scores})
     against = {each.arm: dict(zip(each.seeds, each.differences, strict=True)) for each in results.comparisons}
@@ -52,13 +53,21 @@ def differences(results: Results) -> Section:
     meaning = f"{unit[0].upper()}{unit[1:]} on the test part, by seed; in grey the difference from {study.reference}."
     lead = (
         "The same seed means the same order of the data, so seeds are compared one by one: what is common to both "
-        "arms at a "
-        "seed drops out. An interval on one side of 0 is a difference, one within the margin an equivalence, anything "
-        "else "
-        "is undecided."
+        "arms at a seed drops out. A 95 % interval on one side of 0 is a difference, a 90 % interval within the "
+        "margin an equivalence, anything else is undecided."
     )
+    if len(results.comparisons) > 1:
+        lead += " Of several comparisons each must show more than that: p is adjusted for their number (Holm)."
     body = f"<figure>{drawn}<figcaption>{told}</figcaption></figure>"
     return "Differences, seed by seed", lead, body + table(["seed", *(a.name for a in study.arms)], cells, meaning)
+
+
+def _inner(one: Comparison) -> tuple[float, float]:
+    """The 90 % interval of an α of 5 %: where it lies within the margin, both one-sided tests find an equivalence."""
+    if not one.differences:
+        return math.nan, math.nan
+    interval = t_interval(one.differences, 2 * one.level - 1)
+    return float(interval.low), float(interval.high)
 
 
 def learning(results: Results) -> Section | None:
@@ -89,15 +98,13 @@ def learning(results: Results) -> Section | None:
         label = f"loss less that of {results.study.reference}"
         told = (
             f"The loss less that of {escape(results.study.reference)} at the same seed, on the same rows of text: "
-            "below 0 "
-            "is better."
+            "below 0 is better."
         )
         figures.append((line_chart(apart, x_label=unit, y_label=label, zero=True), told))
     lead = (
         "Losses in training, at each arm's chosen rate, means over spans of steps. The first tenth is left out. "
-        "Training "
-        "rows are the same in all arms, so the last figure shows what the first hides. The verdict does not rest on "
-        "these."
+        "Training rows are the same in all arms, so the last figure shows what the first hides. The verdict does not "
+        "rest on these."
     )
     return "How they learn", lead, legend_of(results) + two(figures)
 

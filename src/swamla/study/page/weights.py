@@ -39,8 +39,7 @@ def by_position(results: Results) -> Section | None:
         (
             line_chart(lines, x_label="tokens of the document read", y_label="loss, nats a token", logarithmic=True),
             f"Loss on the {total:,} predictions of the test part, means over 1, 2, 3–4, 5–8 … tokens read; mean over "
-            "seeds, "
-            "band from the lowest to the highest.",
+            "seeds, band from the lowest to the highest.",
         )
     ]
     if apart:
@@ -49,15 +48,13 @@ def by_position(results: Results) -> Section | None:
             (
                 line_chart(apart, x_label="tokens of the document read", y_label=label, logarithmic=True, zero=True),
                 "The same less the first arm's at the same seed. A mixer that forgets shows here: its line rises to "
-                "the "
-                "right.",
+                "the right.",
             )
         )
     length = results.study.arms[0].config.train.block_size
     lead = (
-        f"Where in a document the difference arises. Rows have {length:,} tokens: what lies further back is read by "
-        "no arm, "
-        "and what an arm would do with longer texts was not measured."
+        f"Where in a document the difference arises. Rows have {length:,} tokens: what lies further back is read by no "
+        "arm, and what an arm would do with longer texts was not measured."
     )
     return "Loss by what was read", lead, legend_of(results) + two(figures)
 
@@ -113,23 +110,19 @@ def copied(results: Results) -> Section | None:
         )
     meaning = (
         "Mean over all seeds, in grey the lowest and the highest. Hit rate: how often a head's largest weight is on "
-        "the token "
-        "that followed before. Attribution: what that token adds to the right logit, of the sum of |what all add|. "
-        "Cut: how "
-        "much the second copy's loss rises when exactly these edges of a layer are taken out of its output; control: "
-        "as many "
-        "others. Induction is said to be there where accuracy, hit rate and cut agree."
+        "the token that followed before. Attribution: what that token adds to the right logit, of the sum of |what "
+        "all add|. Cut: how much the second copy's loss rises when exactly these edges of a layer are taken out of "
+        "its output; control: as many others. Induction is said to be there where accuracy, hit rate and cut agree."
     )
     maps = "".join(_maps(results, name, ones[0]) for name, ones in known.items())
     told = (
         f"Layer (row) × head (column) of one run of each arm, seed {_seeds_of(known)}: hit rate, attribution (blue: "
-        "for the "
-        "right token, red: against it) and |weight| on the token before."
+        "for the right token, red: against it) and |weight| on the token before."
     )
     lead = (
         f"{any_one.rows} rows of {any_one.length} random tokens, the same twice: does a model copy what followed "
-        "before, which "
-        "heads do it, and what would the loss be without them? Exact for softmax and linear mixers alike."
+        "before, which heads do it, and what would the loss be without them? Exact for softmax and linear mixers "
+        "alike."
     )
     silent = sorted({one.why for ones in measured_of(results).values() for one in ones if one.why})
     notes = "".join(f'<p class="note">{escape(why)}</p>' for why in silent)
