@@ -102,7 +102,8 @@ def _settings(results: Results) -> str:
             if values.get(arm) is not None:
                 cells[arm].append(f"{last} {_setting(values[arm])}".strip())
     rows = [
-        [escape(group), *(escape(", ".join(cells[arm])) or "–" for arm in arms)] for group, cells in grouped.items()
+        [escape(group), *(escape(", ".join(cells[arm])) or "–" for arm in arms)]
+        for group, cells in sorted(grouped.items(), key=lambda each: "." in each[0])  # those of blocks come last
     ]
     head = ["setting", *arms]
     return table(
