@@ -7,11 +7,17 @@ from typing import ClassVar
 
 import pytest
 
+from swamla.checkpoint import load
 from swamla.cli import main
 from swamla.cli.outputs import Ended
+from swamla.data.task_rows import TaskDataset
+from swamla.evaluate import recall, validation
+from swamla.model.accounting import state_bytes
 from swamla.study import running
+from swamla.study.evidence import read_measured
 from swamla.study.plan import Asked
 from swamla.study.running import opened, read_outcomes, read_tests
+from swamla.tasks import parse
 
 RECIPE = """
 [model]
@@ -153,6 +159,48 @@ def test_an_executor_of_datatrove_trains_and_scores_the_study(home: Path, capsys
     assert main(["compare", "study.toml"]) == 0
     assert "what this does not say:" in capsys.readouterr().out
     assert len(Here.started) == 4
+
+
+def test_a_study_of_a_task_compares_accuracy_on_its_test_rows_beside_bytes_of_state(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "task.toml").write_text(
+        RECIPE.replace('"texts"', '"task:mqar?pairs=2&length=16"')
+        .replace('tokenizer = "byte"\nheld_out_fraction = 0.3', 'tokenizer = "names"')
+        .replace("block_size = 32", "block_size = 16")
+    )
+    line = [
+        "compare",
+        "mha",
+        "gdn",
+        "--recipe",
+        "task.toml",
+        "--seeds",
+        "2",
+        "--rates",
+        "recipe",
+        "--output_dir",
+        "tasks",
+    ]
+    assert main([*line, "--match", "none"]) == 0
+    said = capsys.readouterr().out
+    assert "accuracy on the test rows, higher is better" in said
+    assert "nats an answer after" in said
+    folder = home / "tasks"
+    model, _ = load(folder / "runs" / "gdn-lr0.01-seed1", "latest")
+    task = parse("mqar?pairs=2&length=16")
+    (test,) = (test for test in read_tests(folder) if test.run == "gdn-lr0.01-seed1")
+    assert test.accuracy == validation(TaskDataset(task), 16, part="test")(model)["accuracy"]
+    assert test.loss > 0
+    (measured,) = (one for one in read_measured(folder) if one.run == "gdn-lr0.01-seed1")
+    assert measured.answers is not None
+    assert measured.answers.accuracy == recall(model, task).score.accuracy
+    assert measured.answers.state_bytes == state_bytes(model.config, 16)
+    page = (folder / "report.html").read_text()
+    headings = re.findall("<h2>(.*?)</h2>", page)
+    assert "Recall against memory" in headings
+    assert "Loss by what was read" not in headings
+    assert "bits per byte" not in page
 
 
 def test_arms_on_the_command_line_are_patterns_of_one_depth(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,25 +1,36 @@
 """Played studies: results as if their runs had been trained, with and without what a page shows beside the scores."""
 
 import math
+from dataclasses import replace
 
+from swamla.data.config import DataConfig
 from swamla.interpret.repeats import LayerInduction, Repeats
-from swamla.study.evidence import Curves, Evidence, Measured, Pace, Positions, Speed, caches
+from swamla.study.evidence import Answers, Curves, Evidence, Measured, Pace, Positions, Speed, caches
 from swamla.study.plan import Study
 from swamla.study.results import Results
 from swamla.study.running import Test as Score
 from swamla.study.runs import Outcome, ready
+from swamla.study.statistics import Axis
 
 from .helpers import study_of
 
 
 def results_of(
-    difference: float = 0.05, *, fails: tuple[str, ...] = (), spread: float = 0.001, page: bool = False, **asked
+    difference: float = 0.05,
+    *,
+    fails: tuple[str, ...] = (),
+    spread: float = 0.001,
+    page: bool = False,
+    task: bool = False,
+    **asked,
 ) -> Results:
     """A study of five seeds whose second arm differs so; runs whose name has one of `fails` diverge.
 
-    page: with evidence.
+    page: with evidence.  task: of a task's answers, not of a text.
     """
     study = study_of(**{"seeds": 5} | asked)
+    if task:
+        study = of_task(study)
     outcomes: dict[str, Outcome] = {}
     while runs := ready(study, outcomes):
         run = runs[0]
@@ -41,15 +52,26 @@ def results_of(
             run=one.run,
             arm=one.arm,
             seed=one.seed,
-            bits_per_byte=1.3 + 0.01 * one.seed + (difference + spread * (one.seed - 3) if one.arm == "gdn" else 0.0),
             loss=1.0,
             tokens=1000,
-            bytes=1290.0,
+            **{
+                "accuracy" if task else "bits_per_byte": (0.4 if task else 1.3)
+                + 0.01 * one.seed
+                + (difference + spread * (one.seed - 3) if one.arm == "gdn" else 0.0)
+            },
         )
         for one in outcomes.values()
         if one.purpose == "seed" and one.status == "finished"
     ]
     return Results.of(study, outcomes, tests, evidence_of(study, tests) if page else None)
+
+
+def of_task(study: Study) -> Study:
+    """The study with a task as its data."""
+    data = DataConfig(source="task:mqar?pairs=2&length=32", tokenizer="names")
+    arms = tuple(replace(arm, config=replace(arm.config, data=data)) for arm in study.arms)
+    axis = Axis(name="accuracy", direction="higher", margin=0.02)
+    return replace(study, arms=arms, axis=axis, data={"source": data.source, "fingerprint": "f"})
 
 
 def evidence_of(study: Study, tests: list[Score]) -> Evidence:
@@ -65,12 +87,20 @@ def evidence_of(study: Study, tests: list[Score]) -> Evidence:
         drawn.append(Curves(arm=arm.name, tokens=tokens, loss=(loss, *bands), difference=apart))
     return Evidence(
         curves=tuple(drawn),
-        measured=tuple(_measured(test) for test in tests),
+        measured=tuple(_answered(test) if study.task else _measured(test) for test in tests),
         speed={arm.name: Speed(median=0.1, low=0.09, high=0.12, rounds=9) for arm in arms},
         memory={arm.name: 500 << 20 for arm in arms},
         caches=caches(study),
         paces=tuple(Pace(arm=arm.name, runs=10, predicted=6.0, took=5.0) for arm in arms),
     )
+
+
+def _answered(test: Score) -> Measured:
+    """Three seeds of an arm have learned the task."""
+    accuracy = 0.995 if test.seed > 2 else 0.4
+    size = 4096 if test.arm == "gdn" else 32768
+    found = Answers(accuracy=accuracy, low=accuracy - 0.004, high=accuracy + 0.004, queries=1024, state_bytes=size)
+    return Measured(run=test.run, arm=test.arm, seed=test.seed, answers=found)
 
 
 def _measured(test: Score) -> Measured:

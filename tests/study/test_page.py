@@ -136,6 +136,19 @@ def test_without_a_search_nothing_is_said_of_sensitivity() -> None:
     assert "Learning rates</h2>" in page
 
 
+def test_of_a_task_accuracy_is_compared_where_more_is_better_beside_bytes_of_state() -> None:
+    page = report_html(results_of(0.05, task=True, page=True))
+    assert Page(page).open == []
+    assert re.findall(r'<span class="answer \w+">(.*?)</span>', page) == ["better"]
+    assert "difference from mha in accuracy (right is better)" in page
+    assert "bits per byte" not in page
+    assert "test part" not in page
+    (section,) = re.findall("<h2>Recall against memory</h2>.*?<h2>", page, re.DOTALL)
+    assert section.count(">3 of 5 <small>(.23 – .88)</small>") == 2  # Wilson's, of three of five
+    assert "4.0 KiB" in section
+    assert "gdn, seed 3: 0.9950 (0.9910 – 0.9990), 1,024 answers" in section
+
+
 def test_the_study_file_on_the_page_asks_the_same() -> None:
     results = results_of(question='So "what"?', seeds=5, page=True, flags="--width 32")
     shown = unescape(report_html(results).partition('<pre class="code">')[2].partition("\n\n# the whole study")[0])

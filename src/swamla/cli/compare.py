@@ -21,8 +21,10 @@ from swamla.cli.prepare import executor_settings
 from swamla.cli.run_config import resolve
 from swamla.cli.running import checked, describe_data, read_data
 from swamla.config import from_plain, load_file
-from swamla.data.dataset import Dataset
+from swamla.data.config import DataConfig
+from swamla.data.dataset import TrainingData
 from swamla.data.preparing import Part
+from swamla.data.task_rows import TaskDataset
 from swamla.data.units import available_cores
 from swamla.errors import ConfigError, DataError, UsageError, require
 from swamla.recipes import ALIASES, recipe_names
@@ -61,7 +63,7 @@ class Arguments:
     question: what the study shall answer.
     match: what all arms have alike, by the widths of their FFNs: parameters (without embeddings, ±1 %), flops (of
         training, ±2 %), state (bytes, ±5 %, by windows and ranks too), seconds (of training, by their steps), or none.
-    margin: a difference that is too small to matter, in bits per byte.
+    margin: a difference that is too small to matter, in bits per byte, or in accuracy of a task.
     tokens: of a run; by default the recipe's steps, or 1,500,000 where it is bounded by time.
     seeds: fresh seeds of every arm at its best learning rate.
     rates: search, or recipe for the recipe's learning rate in every arm.
@@ -194,12 +196,12 @@ def _asked(arguments: Arguments, given: Mapping[str, Any]) -> tuple[Asked, str]:
     return from_plain(Asked, plain, origin=lambda field: f"--{field}" if field in by_flags else place(field)), name
 
 
-def _planned(asked: Asked, console: Console, argv: Sequence[str]) -> tuple[Study, Dataset]:
+def _planned(asked: Asked, console: Console, argv: Sequence[str]) -> tuple[Study, TrainingData]:
     """The study, resolved; its data is prepared and described, and steps of all arms are timed."""
     configs = {arm: _config(asked, arm) for arm in asked.arms}
     parse(Arguments, argv, command="swamla compare")  # messages name this command's flags again
     first = next(iter(configs.values()))
-    dataset = read_data(first.data, console)
+    dataset = _read(first.data, console)
     describe_data(dataset, console, first.train.block_size, brief=True)
     say(console, "timing a few steps of every arm, and the start of a run …")
     plugins = tuple(str(Path(file).resolve()) for file in PLUGINS)
@@ -240,9 +242,13 @@ def _config(asked: Asked, arm: str) -> RunConfig:
         raise UsageError(f"arm {arm!r}: {error}") from error
 
 
-def _data_of(study: Study, console: Console) -> Dataset:
+def _read(config: DataConfig, console: Console) -> TrainingData:
+    return TaskDataset(config.task) if config.task else read_data(config, console)
+
+
+def _data_of(study: Study, console: Console) -> TrainingData:
     """The data of a study that goes on. Raises `DataError` if it is not what it was planned with."""
-    dataset = read_data(study.arms[0].config.data, console)
+    dataset = _read(study.arms[0].config.data, console)
     if dataset.fingerprint != study.data["fingerprint"]:
         raise DataError(
             f"{study.data['source']}: the data changed since the study was planned (fingerprint "
@@ -270,7 +276,8 @@ def _train(study: Study, folder: Path, jobs: int, part: Part | None, console: Co
     def report(outcome: Outcome) -> None:
         outcomes = read_outcomes(folder)
         left = predict(study, outcomes, jobs)
-        found = f"{outcome.validation:.4f} bits per byte" if outcome.validation is not None else outcome.status
+        unit = "nats an answer" if study.task else "bits per byte"
+        found = f"{outcome.validation:.4f} {unit}" if outcome.validation is not None else outcome.status
         why = f" ({outcome.error})" if outcome.error else ""
         time = f", {duration(left.seconds)} left" if left.runs else ""
         what = f"{outcome.arm}, lr {outcome.lr:g}, seed {outcome.seed}: {found}{why}"

@@ -9,6 +9,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ import numpy as np
 import torch
 
 from swamla.config import from_plain
-from swamla.data.dataset import Dataset
+from swamla.data.dataset import Dataset, TrainingData
 from swamla.data.packing import NO_LABEL, HeldOutRows
 from swamla.data.shards import Split
 from swamla.errors import UsageError
-from swamla.evaluate import part_of
+from swamla.evaluate import part_of, recall
 from swamla.files import read_json, write_text_atomically
 from swamla.interpret.explaining import repeat_size
 from swamla.interpret.repeats import Repeats, induction, repeated_rows
@@ -31,7 +32,8 @@ from swamla.study.matching import STATE_ELEMENT_BYTES
 from swamla.study.plan import Study
 from swamla.study.running import append_line, load_run, read_lines, waited_for
 from swamla.study.runs import Outcome, run_folder, seconds_of_run
-from swamla.train.precision import autocast
+from swamla.tasks import Task
+from swamla.train.precision import Chosen, autocast
 from swamla.train.speed import step_seconds
 from swamla.train.tracking.metrics import read_metrics
 
@@ -55,15 +57,32 @@ class Positions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Answers:
+    """Answers to a task's test rows, by `swamla.evaluate.recall`. low, high: the accuracy's Wilson interval at 95 %.
+
+    state_bytes: of one row's state, in fp32.
+    """
+
+    accuracy: float
+    low: float
+    high: float
+    queries: int
+    state_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A line of measured.jsonl: a run of a fresh seed. positions: on the test part.  repeats: on random repeats of
-    `length` ids in `rows` rows; None, and `why`, for a model whose attention cannot be told.
+    """A line of measured.jsonl: a run of a fresh seed.
+
+    positions: on the test part of a text.  repeats: on random repeats of `length` ids in `rows` rows; None, and `why`,
+    for a model whose attention cannot be told.  answers: in the study's task.
     """
 
     run: str
     arm: str
     seed: int
-    positions: Positions
+    positions: Positions | None = None
+    answers: Answers | None = None
     repeats: Repeats | None = None
     length: int = 0
     rows: int = 0
@@ -83,7 +102,7 @@ class Speed:
 # ---- what needs the weights -----------------------------------------------------------------------------------------
 
 
-def measure_runs(folder: Path, study: Study, outcomes: Mapping[str, Outcome], dataset: Dataset) -> list[Measured]:
+def measure_runs(folder: Path, study: Study, outcomes: Mapping[str, Outcome], dataset: TrainingData) -> list[Measured]:
     """Measure every finished run of a fresh seed that is not measured yet, and return all.
 
     Another process that measures the study is waited for.
@@ -94,10 +113,11 @@ def measure_runs(folder: Path, study: Study, outcomes: Mapping[str, Outcome], da
         left = [outcome for outcome in finished if outcome.run not in known]
         if left:
             torch.set_num_threads(study.asked.threads)
-            split = part_of(dataset.held_out, "test", dataset.tokenizer.decode)
-            ids = np.unique(dataset.train.tokens[:READ]).tolist()
+            measured = _measuring(study, dataset)
         for outcome in left:
-            append_line(folder / f"{MEASURED}.jsonl", asdict(_measured(folder, study, outcome, dataset, split, ids)))
+            model, precision = load_run(folder, study, outcome)
+            one = Measured(run=outcome.run, arm=outcome.arm, seed=outcome.seed, **measured(model, precision))
+            append_line(folder / f"{MEASURED}.jsonl", asdict(one))
     order = [arm.name for arm in study.arms]
     return sorted(read_measured(folder), key=lambda one: (order.index(one.arm), one.seed))
 
@@ -107,35 +127,42 @@ def read_measured(folder: Path) -> list[Measured]:
     return [from_plain(Measured, row, origin=str(folder)) for row in read_lines(folder, MEASURED)]
 
 
-def _measured(
-    folder: Path, study: Study, outcome: Outcome, dataset: Dataset, split: Split, ids: Sequence[int]
-) -> Measured:
-    model, precision = load_run(folder, study, outcome)
-    found: Repeats | None = None
-    length, rows, why = 0, 0, ""
-    start = dataset.tokenizer.eos_id
+def _measuring(study: Study, dataset: TrainingData) -> Callable[[LanguageModel, Chosen], dict[str, Any]]:
+    """A function that measures a model: fields of `Measured`."""
+    if not isinstance(dataset, Dataset):
+        assert study.task is not None
+        return partial(_answers, study.task)
+    split = part_of(dataset.held_out, "test", dataset.tokenizer.decode)
+    ids = np.unique(dataset.train.tokens[:READ]).tolist()
+    return partial(_on_text, split, ids, dataset.tokenizer.eos_id, study.arms[0].config.train.block_size)
+
+
+def _answers(task: Task, model: LanguageModel, precision: Chosen) -> dict[str, Any]:
     with autocast(precision, model.device):
-        positions = loss_by_position(model, split, eos_id=start, block_size=_block_size(study))
+        found = recall(model, task)
+    low, high = found.score.interval
+    answers = Answers(
+        accuracy=found.score.accuracy,
+        low=low,
+        high=high,
+        queries=found.score.queries,
+        state_bytes=found.state_bytes,
+    )
+    return {"answers": answers}
+
+
+def _on_text(
+    split: Split, ids: Sequence[int], start: int, block_size: int, model: LanguageModel, precision: Chosen
+) -> dict[str, Any]:
+    with autocast(precision, model.device):
+        positions = loss_by_position(model, split, eos_id=start, block_size=block_size)
     try:
         length, rows = repeat_size(model, len(ids))
         repeats_BT = repeated_rows(ids, start, length=length, rows=rows, seed=REPEAT_SEED)
-        found = induction(model, repeats_BT.to(model.device))
+        repeats = induction(model, repeats_BT.to(model.device))
     except UsageError as error:  # a mixer without `explain`, or too few ids
-        why = str(error)
-    return Measured(
-        run=outcome.run,
-        arm=outcome.arm,
-        seed=outcome.seed,
-        positions=positions,
-        repeats=found,
-        length=length,
-        rows=rows,
-        why=why,
-    )
-
-
-def _block_size(study: Study) -> int:
-    return study.arms[0].config.train.block_size
+        return {"positions": positions, "why": str(error)}
+    return {"positions": positions, "repeats": repeats, "length": length, "rows": rows}
 
 
 @torch.no_grad()
@@ -166,7 +193,7 @@ def loss_by_position(model: LanguageModel, split: Split, *, eos_id: int, block_s
     )
 
 
-def measure_speed(folder: Path, study: Study, dataset: Dataset) -> dict[str, Speed]:
+def measure_speed(folder: Path, study: Study, dataset: TrainingData) -> dict[str, Speed]:
     """Time training steps of all arms in turns, A B C A B C …, once; later calls read what was found."""
     with waited_for(folder, "speed"):
         if not (folder / SPEED).exists():
@@ -334,10 +361,11 @@ class Evidence:
 
 
 def measure(
-    folder: Path, study: Study, outcomes: Mapping[str, Outcome], dataset: Dataset, say: Callable[[str], None]
+    folder: Path, study: Study, outcomes: Mapping[str, Outcome], dataset: TrainingData, say: Callable[[str], None]
 ) -> Evidence:
     """Measure what is not measured yet of a study whose runs have all ended. say: told what is done."""
-    say("measuring losses by position and induction of all seeds …")
+    what = "answers" if study.task else "losses by position and induction"
+    say(f"measuring {what} of all seeds …")
     measure_runs(folder, study, outcomes, dataset)
     say("timing steps of all arms in turns …")
     measure_speed(folder, study, dataset)

@@ -15,11 +15,12 @@ from typing import Any, Literal
 import torch
 
 from swamla.config import to_plain
-from swamla.data.dataset import Dataset
+from swamla.data.dataset import Dataset, TrainingData
 from swamla.errors import UsageError, require
 from swamla.evaluate import part_of
 from swamla.study.matching import Costs, MatchAxis, match, matched_steps
 from swamla.study.statistics import Axis
+from swamla.tasks import Task
 from swamla.train.backends import fastest_paths, usual_length
 from swamla.train.config import RunConfig, TrainConfig
 from swamla.train.precision import resolve_device, resolve_precision
@@ -45,7 +46,7 @@ class Asked:
     flags: of all arms, beside the recipe.
     match: what all arms have alike: parameters (without embeddings, ±1 %), flops (of training, ±2 %), state (bytes,
         ±5 %), seconds (of training on this machine, by fewer or more steps), or none.
-    margin: a difference that is too small to matter, in bits per byte.
+    margin: a difference that is too small to matter, in bits per byte, or in accuracy of a task.
     tokens: of a run; none for the recipe's steps, or 1,500,000 where it is bounded by time.
     seeds: fresh seeds of every arm at its best rate.
     rates: "search", or "recipe" for the recipe's rate in every arm, without a search.
@@ -66,7 +67,7 @@ class Asked:
 
     def __post_init__(self) -> None:
         require(len(self.arms) > 1, "arms", ", ".join(self.arms), 'must be two or more, e.g. mha and "swa swa mla"')
-        require(0 < self.margin < math.inf, "margin", self.margin, "must be > 0 bits per byte, e.g. 0.01")
+        require(0 < self.margin < math.inf, "margin", self.margin, "must be > 0, e.g. 0.01")
         require(self.tokens is None or self.tokens > 0, "tokens", self.tokens, "must be > 0, or left out")
         require(self.seeds >= 2, "seeds", self.seeds, "must be >= 2: one seed says nothing of the spread; 5 are usual")
         require(self.threads >= 1, "threads", self.threads, "must be >= 1")
@@ -125,6 +126,28 @@ class Study:
         """The arm that the others are compared with."""
         return self.arms[0].name
 
+    @property
+    def task(self) -> Task | None:
+        """The task whose answers are scored; None where text is."""
+        return self.arms[0].config.data.task
+
+    @property
+    def loss_unit(self) -> str:
+        """Of losses."""
+        return "nats an answer" if self.task else "nats a token"
+
+    @property
+    def choosing(self) -> tuple[str, str]:
+        """What rates are chosen by, and its unit, in words."""
+        if self.task:
+            return "held-out rows", self.loss_unit
+        return "validation part of the held-out text", self.axis.name
+
+    @property
+    def scored(self) -> str:
+        """What the verdict rests on, in words."""
+        return "test rows" if self.task else "test part of the held-out text"
+
     def arm(self, name: str) -> Arm:
         """The arm of a name."""
         return next(arm for arm in self.arms if arm.name == name)
@@ -138,12 +161,12 @@ def slug_of(name: str) -> str:
 def resolve_study(
     asked: Asked,
     configs: Mapping[str, RunConfig],
-    dataset: Dataset,
+    dataset: TrainingData,
     *,
     flags: Mapping[str, str] = MappingProxyType({}),
     plugins: Sequence[str] = (),
     commit: str = "",
-    measure: Callable[[Mapping[str, RunConfig], Dataset], Mapping[str, float]] | None = None,
+    measure: Callable[[Mapping[str, RunConfig], TrainingData], Mapping[str, float]] | None = None,
 ) -> Study:
     """The study of arms whose configs, from recipe and flags, are `configs`, on `dataset`: matched, timed, frozen.
 
@@ -185,7 +208,7 @@ def resolve_study(
         raise UsageError(f"two arms have the same name for files, {twice[0]!r}: name them apart")
     return Study(
         asked=asked,
-        axis=Axis(margin=asked.margin),
+        axis=_axis(asked.margin, dataset),
         arms=tuple(arms),
         data=_described(dataset, arms[0].config),
         machine={name: str(value) for name, value in describe_cpu().items()},
@@ -194,7 +217,7 @@ def resolve_study(
     )
 
 
-def median_steps(configs: Mapping[str, RunConfig], dataset: Dataset) -> dict[str, float]:
+def median_steps(configs: Mapping[str, RunConfig], dataset: TrainingData) -> dict[str, float]:
     """Seconds of each config's training steps: the median of a few, timed in turns."""
     found = step_seconds(configs, dataset, rounds=ROUNDS, seconds=SECONDS * len(configs))
     return {name: statistics.median(each) for name, each in found.items()}
@@ -238,7 +261,7 @@ def _check_comparable(configs: Mapping[str, RunConfig]) -> None:
                 raise UsageError(f"arms {first[0]!r} and {name!r} differ in `{what}`: arms see the same rows of text")
 
 
-def _with_paths(config: RunConfig, dataset: Dataset) -> RunConfig:
+def _with_paths(config: RunConfig, dataset: TrainingData) -> RunConfig:
     """The config with the precision and the backends that "auto" means here: every run of the study has the same."""
     device = resolve_device(config.train.device)
     if config.train.threads is not None:
@@ -266,7 +289,16 @@ def _matched_by_seconds(arms: Sequence[Arm]) -> list[Arm]:
     return found
 
 
-def _described(dataset: Dataset, config: RunConfig) -> dict[str, str]:
+def _axis(margin: float, dataset: TrainingData) -> Axis:
+    """Bits per byte of a text, accuracy in a task."""
+    if isinstance(dataset, Dataset):
+        return Axis(margin=margin)
+    return Axis(name="accuracy", direction="higher", margin=margin)
+
+
+def _described(dataset: TrainingData, config: RunConfig) -> dict[str, str]:
+    if not isinstance(dataset, Dataset):
+        return {"source": dataset.source, "fingerprint": dataset.fingerprint}
     parts = {part: part_of(dataset.held_out, part, dataset.tokenizer.decode) for part in ("validation", "test")}
     sizes = {f"{name}_bytes": str(part.n_bytes) for name, part in parts.items()}
     tokens = {f"{name}_tokens": str(part.n_tokens + part.n_documents) for name, part in parts.items()}

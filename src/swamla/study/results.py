@@ -59,9 +59,7 @@ class Results:
         cls, study: Study, outcomes: Mapping[str, Outcome], tests: Sequence[Test], evidence: Evidence | None = None
     ) -> "Results":
         """The results of a study's outcomes and of its scores on the test part."""
-        scores = {
-            arm.name: {test.seed: test.bits_per_byte for test in tests if test.arm == arm.name} for arm in study.arms
-        }
+        scores = {arm.name: {test.seed: test.score for test in tests if test.arm == arm.name} for arm in study.arms}
         return cls(
             study=study,
             arms=tuple(_result(study, arm, outcomes, scores[arm.name]) for arm in study.arms),
@@ -87,9 +85,11 @@ class Results:
         """What the verdict does not say."""
         asked, first = self.study.asked, self.study.arms[0]
         count = len(self.comparisons)
+        tried = min(len(one.sensitivity) for one in self.arms)
         rates = (
-            f"Learning rates are the best of {min(len(one.sensitivity) for one in self.arms)} or more, chosen on other "
-            "text than is scored; other settings are the recipe's and suit no arm in particular."
+            f"Learning rates are the best of {tried} or more, chosen on other "
+            f"{'rows than are' if self.study.task else 'text than is'} scored; other settings are the recipe's and "
+            "suit no arm in particular."
             if asked.rates == "search"
             else "Every arm has the recipe's learning rate: a difference may be that of a rate that suits one better."
         )
@@ -97,8 +97,7 @@ class Results:
             f"It is about models of about {first.costs.parameters:,} parameters without embeddings, trained for "
             f"{first.steps * first.config.train.batch_size * first.config.train.block_size:,} tokens in rows of "
             f"{first.config.train.block_size}: at other sizes, budgets and lengths, differences can fade or turn.",
-            f"Seeds differ in initial weights and in the order of the data, not in the text: of other text than "
-            f"{self.study.data['source']} it says nothing.",
+            self._same_data(),
             rates,
             "Intervals are of one comparison alone; only p is adjusted for all."
             if count > 1
@@ -109,6 +108,14 @@ class Results:
         if asked.match == "none":
             said.append("Arms are not matched: a difference may be that of their sizes.")
         return said
+
+    def _same_data(self) -> str:
+        source = self.study.data["source"]
+        if self.study.task:
+            differ = "Seeds differ in initial weights and in the rows of the task"
+            return f"{differ}: of other tasks and sizes than {source}, and of text, it says nothing."
+        differ = "Seeds differ in initial weights and in the order of the data, not in the text"
+        return f"{differ}: of other text than {source} it says nothing."
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Heads and rows for the screen: an arm's cost, rate, score and difference from the first, with intervals."""
@@ -154,9 +161,7 @@ class Results:
         """Write results.json, runs.csv, arms.csv, evidence.csv and arms.tex into `folder`; returns the files."""
         heads, rows = self.table()
         tests = {test.run: test for test in self.tests}
-        of_runs = [
-            asdict(one) | {"test": tests[one.run].bits_per_byte if one.run in tests else ""} for one in self.outcomes
-        ]
+        of_runs = [asdict(one) | {"test": tests[one.run].score if one.run in tests else ""} for one in self.outcomes]
         texts = {
             "results.json": json.dumps(self.as_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
             "runs.csv": _csv(list(of_runs[0]) if of_runs else [], [list(row.values()) for row in of_runs]),
@@ -216,7 +221,10 @@ def _long(evidence: Evidence) -> list[list[Any]]:
             rows += [[name, curve.arm, "", at, mean] for at, mean in zip(curve.tokens, means, strict=False)]
     for one in evidence.measured:
         own = [one.arm, one.seed]
-        rows += [["loss", *own, at, loss] for at, loss in zip(one.positions.last, one.positions.loss, strict=True)]
+        if one.answers is not None:
+            rows += [["accuracy", *own, one.answers.state_bytes, one.answers.accuracy]]
+        if one.positions is not None:
+            rows += [["loss", *own, at, loss] for at, loss in zip(one.positions.last, one.positions.loss, strict=True)]
         if one.repeats is None:
             continue
         rows += [[name, *own, "", getattr(one.repeats, name)] for name in ("accuracy", "first_loss", "second_loss")]

@@ -23,9 +23,11 @@ import torch
 
 from swamla.checkpoint import latest_checkpoint, load
 from swamla.config import from_plain, to_plain
-from swamla.data.dataset import Dataset
+from swamla.data.config import DataConfig
+from swamla.data.dataset import TrainingData
 from swamla.data.datatrove import executor
 from swamla.data.preparing import prepare
+from swamla.data.task_rows import TaskDataset
 from swamla.errors import CorruptError, UsageError
 from swamla.evaluate import validation
 from swamla.files import fcntl, read_json, write_text_atomically
@@ -71,15 +73,26 @@ def start(words: list[str], log: Path) -> Process:
 
 @dataclass(frozen=True, kw_only=True)
 class Test:
-    """A line of test.jsonl: a run of a fresh seed, scored on the test part of the held-out text. loss: nats a token."""
+    """A line of test.jsonl: a run of a fresh seed, scored on the test part of a text, or on test rows of a task.
+
+    loss: nats a token, or an answer.  bits_per_byte, bytes: of a text.  accuracy: in a task.
+    """
 
     run: str
     arm: str
     seed: int
-    bits_per_byte: float
     loss: float
     tokens: int
-    bytes: float
+    bits_per_byte: float | None = None
+    bytes: float | None = None
+    accuracy: float | None = None
+
+    @property
+    def score(self) -> float:
+        """What is compared."""
+        score = self.accuracy if self.bits_per_byte is None else self.bits_per_byte
+        assert score is not None
+        return score
 
 
 @dataclass
@@ -286,10 +299,9 @@ def _records(file: Path) -> list[dict[str, Any]]:
 
 
 def _final_score(records: Iterable[Mapping[str, Any]], steps: int) -> float | None:
-    """Bits per byte of the run's last evaluation, of a task its nats a label; None if that is not finite."""
-    scores = ("held_out_bits_per_byte", "held_out_loss")
-    found = [record[name] for record in records if record["step"] >= steps for name in scores if name in record]
-    score = found[0] if found else None
+    """Bits per byte of the run's last evaluation, of a task nats an answer; None if that is not finite."""
+    found = [record for record in records if record["step"] >= steps and "held_out_loss" in record]
+    score = found[-1].get("held_out_bits_per_byte", found[-1]["held_out_loss"]) if found else None
     return score if score is not None and math.isfinite(score) else None
 
 
@@ -352,7 +364,7 @@ def read_tests(folder: Path) -> list[Test]:
     return [from_plain(Test, row, origin=str(folder)) for row in read_lines(folder, TESTS)]
 
 
-def score_tests(folder: Path, dataset: Dataset) -> list[Test]:
+def score_tests(folder: Path, dataset: TrainingData) -> list[Test]:
     """Score every finished run of a fresh seed on the test part of the held-out text, once, when all runs have ended.
 
     Another process that scores the study is waited for. Raises `UsageError` for a study with runs left.
@@ -387,7 +399,7 @@ def _tested(folder: Path, study: Study, outcome: Outcome, scorer: Callable[[Any]
     model, precision = load_run(folder, study, outcome)
     with autocast(precision, model.device):
         found = scorer(model)
-    scores = {name: found[name] for name in ("bits_per_byte", "loss", "bytes")}
+    scores = {name: found[name] for name in ("bits_per_byte", "loss", "bytes", "accuracy") if name in found}
     return Test(run=outcome.run, arm=outcome.arm, seed=outcome.seed, tokens=int(found["tokens"]), **scores)
 
 
@@ -410,7 +422,12 @@ def work(folder: Path, plugins: tuple[str, ...], part: int, parts: int) -> None:
     run_study(folder, part=part, parts=parts)
     study = opened(folder)
     assert study is not None
-    score_tests(folder, prepare(study.arms[0].config.data))
+    score_tests(folder, data_of(study.arms[0].config.data))
+
+
+def data_of(config: DataConfig) -> TrainingData:
+    """The texts, from the cache, or the rows of a task."""
+    return TaskDataset(config.task) if config.task else prepare(config)
 
 
 def executor_of(folder: Path, study: Study, kind: str, parts: int, settings: Mapping[str, Any] | None = None) -> Any:

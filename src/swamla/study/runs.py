@@ -40,7 +40,8 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a run ended: a line of results.jsonl. validation: bits per byte of the validation part; none unless finished.
+    """How a run ended: a line of results.jsonl. validation: bits per byte of the validation part,
+    of a task nats an answer; none unless finished.
 
     seconds: of training.  wall: of the process that ended it, with its start.  error: its last line, if it failed.
     """
@@ -209,10 +210,9 @@ def describe(study: Study, folder: Path, outcomes: Mapping[str, Outcome], jobs: 
     rows = [
         ("question", asked.question or f"do {', '.join(arm.name for arm in study.arms)} differ?"),
         *([("expected", asked.expectation)] if asked.expectation else []),
-        ("measured", f"{study.axis.name} of the test part of the held-out text, {study.axis.direction} is better"),
+        ("measured", f"{study.axis.name} on the {study.scored}, {study.axis.direction} is better"),
         ("margin", f"differences within ±{asked.margin:g} count as too small to matter"),
-        ("data", f"{study.data['source']}, {study.data['validation_bytes']} bytes for choices, "
-                 f"{study.data['test_bytes']} to be read once, at the end"),
+        ("data", _described_data(study)),
         ("budget", f"{first.steps} steps of {first.config.train.batch_size} rows of {first.config.train.block_size}"),
         ("rates", search),
         ("seeds", f"1 to {asked.seeds}, fresh ones, the same in every arm; differences are paired by seed"),
@@ -239,6 +239,15 @@ def _basis(study: Study, outcomes: Mapping[str, Outcome]) -> str:
     return (
         f"{ended} runs that ended, which took {_pace(study, outcomes):.2f} times what was measured before: {measured}"
     )
+
+
+def _described_data(study: Study) -> str:
+    if study.task:
+        return f"{study.data['source']}: endless rows for training, held-out ones for choices, others for the verdict"
+    sizes = (
+        f"{study.data['validation_bytes']} bytes for choices, {study.data['test_bytes']} to be read once, at the end"
+    )
+    return f"{study.data['source']}, {sizes}"
 
 
 def _described_arm(arm: Arm) -> str:

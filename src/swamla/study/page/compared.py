@@ -19,7 +19,7 @@ def compared(results: Results) -> Section:
     length = first.costs.length
     head = ["arm", "parameters|without embeddings", "FLOPs|a token, training", f"state|at {length:,} tokens, fp32"]
     head += ["speed|tokens a second", "memory|of a run", "learning rate|of its seeds", "seeds"]
-    head += [f"{study.axis.name}|test part", "sd|over seeds"]
+    head += [f"{study.axis.name}|{study.scored.partition(' of ')[0]}", "sd|over seeds"]
     rows = []
     for index, one in enumerate(results.arms):
         costs, base = one.arm.costs, first.costs
@@ -49,14 +49,12 @@ def compared(results: Results) -> Section:
     if evidence and evidence.speed:
         meaning += " Speed: training steps of all arms timed in turns when all runs had ended, the median."
     how = f"Matched by <b>{escape(study.asked.match)}</b>. " if study.asked.match != "none" else "Not matched. "
+    searched = (
+        f"searched for on seed 0, by the {study.choosing[0]}" if study.asked.rates == "search" else "the recipe's"
+    )
     lead = (
-        f"{how}Every arm saw the same rows of text in the same order. Its learning rate was "
-        + (
-            "searched for on seed 0, by the validation part of the held-out text; "
-            if study.asked.rates == "search"
-            else "the recipe's; "
-        )
-        + "then it was trained with fresh seeds, and scored once on the test part, when all runs had ended."
+        f"{how}Every arm saw the same rows in the same order. Its learning rate was {searched}; then it was trained "
+        f"with fresh seeds, and scored once on the {study.scored}, when all runs had ended."
     )
     body = table(head, rows, meaning, "stacked")
     if matched:
@@ -70,12 +68,11 @@ def _alike(results: Results) -> str:
     data, train = study.data, study.arms[0].config.train
     steps = sorted({arm.steps for arm in study.arms})
     rows = [
-        ("text", f"{data['source']}, tokenizer {data['tokenizer']}" if "tokenizer" in data else data["source"]),
         (
-            "held-out text",
-            f"{int(data['validation_bytes']):,} bytes for choices, {int(data['test_bytes']):,} bytes read once, at "
-            "the end (test part)",
+            "task" if study.task else "text",
+            f"{data['source']}, tokenizer {data['tokenizer']}" if "tokenizer" in data else data["source"],
         ),
+        *_held_out(data),
         (
             "budget of a run",
             f"{' to '.join(f'{n:,}' for n in steps[:: max(1, len(steps) - 1)])} steps of {train.batch_size} rows of "
@@ -87,6 +84,14 @@ def _alike(results: Results) -> str:
     body = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
     caption = "What all arms have alike; everything else is in study.json."
     return f'<div class="scroll"><table class="words"><caption>{caption}</caption><tbody>{body}</tbody></table></div>'
+
+
+def _held_out(data: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The parts of a text; the rows of a task are endless."""
+    if "test_bytes" not in data:
+        return []
+    choices, test = (f"{int(data[name]):,} bytes" for name in ("validation_bytes", "test_bytes"))
+    return [("held-out text", f"{choices} for choices, {test} read once, at the end (test part)")]
 
 
 def _settings(results: Results) -> str:

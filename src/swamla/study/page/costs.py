@@ -94,7 +94,7 @@ def time_taken(results: Results) -> Section | None:
 def all_runs(results: Results) -> Section:
     """Every run, those that failed first, and where the figures are from."""
     study = results.study
-    tests = {test.run: test.bits_per_byte for test in results.tests}
+    tests = {test.run: test.score for test in results.tests}
     order = [arm.name for arm in study.arms]
     ended = sorted(
         results.outcomes,
@@ -124,7 +124,8 @@ def all_runs(results: Results) -> Section:
         f"{len(ended)} runs, {told}. Runs that diverge or fail are results: they are in no interval, and their seed is "
         "left out of the pairs. runs.csv has the command of each."
     )
-    meaning = f"All runs; scores in {study.axis.name}."
+    unit = study.choosing[1]
+    meaning = f"All runs. Validation: {unit} on the {study.choosing[0]}; test: {study.axis.name} on the {study.scored}."
     return "All runs", lead, table(head, rows, meaning, "runs", looks) + _commands(results)
 
 

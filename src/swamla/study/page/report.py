@@ -4,18 +4,18 @@ What a clock or the system's memory has said stands in elements of the class "cl
 a study that was stopped, and in one that was not.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 
 from swamla.files import write_text_atomically
-from swamla.interpret.page.html import numbered
+from swamla.interpret.page.html import numbered, section_parts
 from swamla.study.page.compared import compared
 from swamla.study.page.costs import all_runs, memory, time_taken
 from swamla.study.page.parts import Section
 from swamla.study.page.scores import differences, learning, rates
-from swamla.study.page.weights import by_position, copied
+from swamla.study.page.weights import answers, by_position, copied
 from swamla.study.results import Results
 from swamla.study.statistics import Comparison
 
@@ -27,6 +27,7 @@ SECTIONS: tuple[Callable[[Results], Section | None], ...] = (
     rates,
     by_position,
     copied,
+    answers,
     memory,
     time_taken,
     all_runs,
@@ -46,7 +47,7 @@ def report_html(results: Results) -> str:
         (folder / name).read_text(encoding="utf-8") for folder, name in ((interpret, "report.css"), (here, "page.css"))
     )
     script = (here / "page.js").read_text(encoding="utf-8")
-    parts = [*_opening(results), *(part for make in SECTIONS for part in _section(make(results)))]
+    parts = [*_opening(results), *(part for make in SECTIONS for part in section_parts(make(results)))]
     return "\n".join(
         [
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(_title(results))}</title>',
@@ -57,12 +58,6 @@ def report_html(results: Results) -> str:
             "",
         ]
     )
-
-
-def _section(section: Section | None) -> Iterator[str]:
-    if section is not None:
-        heading, lead, body = section
-        yield f'<h2>{escape(heading)}</h2><p class="lead">{lead}</p>{body}'
 
 
 def _title(results: Results) -> str:

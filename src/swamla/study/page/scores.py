@@ -50,7 +50,9 @@ def differences(results: Results) -> Section:
             apart = against.get(one.arm.name, {}).get(seed)
             row.append(score if apart is None else f"{score} <small>({signed(apart)})</small>")
         cells.append(row)
-    meaning = f"{unit[0].upper()}{unit[1:]} on the test part, by seed; in grey the difference from {study.reference}."
+    meaning = (
+        f"{unit[0].upper()}{unit[1:]} on the {study.scored}, by seed; in grey the difference from {study.reference}."
+    )
     lead = (
         "The same seed means the same order of the data, so seeds are compared one by one: what is common to both "
         "arms at a seed drops out. A 95 % interval on one side of 0 is a difference, a 90 % interval within the "
@@ -86,11 +88,13 @@ def learning(results: Results) -> Section | None:
     count = max(len(one.scores) for one in results.arms)
     figures = [
         (
-            line_chart(by_tokens, x_label=unit, y_label="training loss, nats a token"),
+            line_chart(by_tokens, x_label=unit, y_label=f"training loss, {results.study.loss_unit}"),
             f"Training loss by tokens seen: mean over seeds, band from the lowest to the highest of {count}.",
         ),
         (
-            line_chart(by_flops, x_label=f"{flops_unit} of training", y_label="training loss, nats a token"),
+            line_chart(
+                by_flops, x_label=f"{flops_unit} of training", y_label=f"training loss, {results.study.loss_unit}"
+            ),
             "The same by floating-point operations, counted from the config.",
         ),
     ]
@@ -139,7 +143,7 @@ def rates(results: Results) -> Section:
         return "Learning rates", lead, ""
     edges = [one.arm.name for one in results.arms if one.sensitivity and _at_edge(one)]
     lost = sum(score is None for one in results.arms for score in one.sensitivity.values())
-    told = "Seed 0 at every rate that was tried, on the validation part; a ring: chosen."
+    told = f"Seed 0 at every rate that was tried, on the {results.study.choosing[0]}; a ring: chosen."
     told += f" {lost} runs did not finish and are not drawn." if lost > 1 else ""
     told += " 1 run did not finish and is not drawn." if lost == 1 else ""
     lead = "How much hangs on the rate: compare the depth of a curve with the differences above. " + (
@@ -148,7 +152,7 @@ def rates(results: Results) -> Section:
         else "No arm's best rate stands at the edge of what was tried."
     )
     names = [(lr, f"{lr:g}") for lr in tried]
-    label = f"validation part, {results.study.axis.name}"
+    label = f"{results.study.choosing[0].partition(' of ')[0]}, {results.study.choosing[1]}"
     drawn = line_chart(lines, x_label="learning rate", y_label=label, x_ticks=names, logarithmic=True, size=(700, 270))
     figure = f"<figure>{drawn}<figcaption>{told}</figcaption></figure>"
     return "How sensitive they are to the learning rate", lead, legend_of(results) + figure

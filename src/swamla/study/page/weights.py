@@ -1,40 +1,58 @@
-"""What the trained weights do: losses by what was read, and induction."""
+"""What the trained weights do: losses by what was read, induction, and answers to a task."""
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from swamla.evaluate.recall_grid import KNOWN
 from swamla.interpret.page.svg import Line, heat_map, line_chart, number
 from swamla.interpret.repeats import Repeats
 from swamla.interpret.verdicts import induction_verdict
 from swamla.study.evidence import Measured
-from swamla.study.page.parts import Section, colour_of, legend_of, measured_of, name_of, signed, spread, table, two
+from swamla.study.page.parts import (
+    Section,
+    bytes_of,
+    colour_of,
+    legend_of,
+    measured_of,
+    name_of,
+    signed,
+    spread,
+    table,
+    two,
+)
 from swamla.study.results import Results
+from swamla.study.statistics import wilson
 
 
 def by_position(results: Results) -> Section | None:
     """The loss by how much of the document was read."""
-    measured = measured_of(results)
+    found = {
+        name: {one.seed: one.positions for one in ones if one.positions} for name, ones in measured_of(results).items()
+    }
+    measured = {name: by_seed for name, by_seed in found.items() if by_seed}
     if not measured:
         return None
-    base = {one.seed: one.positions for one in measured.get(results.study.reference, [])}
+    base = measured.get(results.study.reference, {})
     lines, apart = [], []
-    for name, ones in measured.items():
-        first, last = ones[0].positions.first, ones[0].positions.last
-        middle = [math.sqrt(begin * end) for begin, end in zip(first, last, strict=True)]
-        spans = [f"{begin}–{end}" if begin < end else f"{begin}" for begin, end in zip(first, last, strict=True)]
-        losses = list(zip(*(one.positions.loss for one in ones), strict=True))
-        lines.append(_line(results, name, middle, losses, [f"{name}, {span} tokens read" for span in spans]))
-        paired = [one for one in ones if one.seed in base]
-        if name != results.study.reference and paired:
-            rows = [
-                [own - other for own, other in zip(one.positions.loss, base[one.seed].loss, strict=True)]
-                for one in paired
-            ]
-            tips = [f"{name}, {span} tokens read" for span in spans]
+    for name, by_seed in measured.items():
+        a_run = next(iter(by_seed.values()))
+        middle = [math.sqrt(begin * end) for begin, end in zip(a_run.first, a_run.last, strict=True)]
+        spans = [
+            f"{begin}–{end}" if begin < end else f"{begin}" for begin, end in zip(a_run.first, a_run.last, strict=True)
+        ]
+        tips = [f"{name}, {span} tokens read" for span in spans]
+        losses = list(zip(*(one.loss for one in by_seed.values()), strict=True))
+        lines.append(_line(results, name, middle, losses, tips))
+        rows = [
+            [own - other for own, other in zip(one.loss, base[seed].loss, strict=True)]
+            for seed, one in by_seed.items()
+            if seed in base
+        ]
+        if name != results.study.reference and rows:
             apart.append(_line(results, name, middle, list(zip(*rows, strict=True)), tips, difference=True))
-    total = sum(next(iter(measured.values()))[0].positions.tokens)
+    total = sum(next(iter(next(iter(measured.values())).values())).tokens)
     figures = [
         (
             line_chart(lines, x_label="tokens of the document read", y_label="loss, nats a token", logarithmic=True),
@@ -154,3 +172,62 @@ def _maps(results: Results, name: str, one: Measured) -> str:
         drawn.append(f'<div><p class="note">{title}</p>{svg}</div>')
     index = [each.name for each in results.study.arms].index(name)
     return f'<h3>{name_of(results, index)}</h3><div class="arm-maps">{"".join(drawn)}</div>'
+
+
+def answers(results: Results) -> Section | None:
+    """Accuracy in the study's task, beside the bytes of state that the answers are from."""
+    found = {
+        name: {one.seed: one.answers for one in ones if one.answers} for name, ones in measured_of(results).items()
+    }
+    known = {name: by_seed for name, by_seed in found.items() if by_seed}
+    if not known:
+        return None
+    lines, rows, sizes = [], [], {}
+    index_of = {arm.name: index for index, arm in enumerate(results.study.arms)}
+    for name, by_seed in known.items():
+        ordered = sorted(by_seed.items(), key=lambda each: each[1].accuracy)
+        sizes[next(iter(by_seed.values())).state_bytes / 1024] = ""
+        told = [f"{one.accuracy:.4f} ({one.low:.4f} – {one.high:.4f}), {one.queries:,} answers" for _, one in ordered]
+        lines.append(
+            Line(
+                name=name,
+                points=[(one.state_bytes / 1024, one.accuracy) for _, one in ordered],
+                colour=colour_of(results, name),
+                tips=[f"{name}, seed {seed}: {text}" for (seed, _), text in zip(ordered, told, strict=True)],
+            )
+        )
+        learned = sum(one.accuracy >= KNOWN for one in by_seed.values())
+        _, low, high = wilson(learned, len(by_seed))
+        rows.append(
+            [
+                name_of(results, index_of[name]),
+                bytes_of(next(iter(by_seed.values())).state_bytes),
+                spread([one.accuracy for one in by_seed.values()]),
+                f"{learned} of {len(by_seed)} <small>({number(low)} – {number(high)})</small>",
+            ]
+        )
+    names = [(size, f"{size:,.1f}") for size in sorted(sizes)]
+    drawn = line_chart(
+        lines,
+        x_label="state of one row, KiB",
+        y_label="accuracy",
+        x_ticks=names if len(names) < 9 else (),
+        logarithmic=True,
+        zero=True,
+        size=(700, 280),
+    )
+    told_of = (
+        "Accuracy by the bytes of state at the task's length, in fp32: a circle a seed, a line from the lowest to the "
+        "highest. The horizontal axis is logarithmic."
+    )
+    meaning = (
+        f"Mean over seeds, in grey the lowest and the highest; how many seeds learned it (accuracy {KNOWN:g} or more), "
+        "in grey the 95 % interval of that share (Wilson)."
+    )
+    lead = (
+        "How often the answers are right, and what they are remembered in. Seeds may learn a task or not at all: then "
+        "look at how many did, for which a mean says little."
+    )
+    head = ["arm", "state|of one row", "accuracy|seeds", f"learned|accuracy ≥ {KNOWN:g}"]
+    figure = f"<figure>{drawn}<figcaption>{told_of}</figcaption></figure>"
+    return "Recall against memory", lead, legend_of(results) + figure + table(head, rows, meaning)
