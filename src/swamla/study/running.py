@@ -299,9 +299,10 @@ def _records(file: Path) -> list[dict[str, Any]]:
 
 
 def _final_score(records: Iterable[Mapping[str, Any]], steps: int) -> float | None:
-    """Bits per byte of the run's last evaluation, of a task nats an answer; None if that is not finite."""
-    found = [record for record in records if record["step"] >= steps and "held_out_loss" in record]
-    score = found[-1].get("held_out_bits_per_byte", found[-1]["held_out_loss"]) if found else None
+    """Bits per byte of the run's last evaluation, of a task its nats a label; None if that is not finite."""
+    scores = ("held_out_bits_per_byte", "held_out_loss")
+    found = [record[name] for record in records if record["step"] >= steps for name in scores if name in record]
+    score = found[0] if found else None
     return score if score is not None and math.isfinite(score) else None
 
 
