@@ -101,8 +101,8 @@ def learning(results: Results) -> Section | None:
     if apart:
         label = f"loss less that of {results.study.reference}"
         told = (
-            f"The loss less that of {escape(results.study.reference)} at the same seed, on the same rows of text: "
-            "below 0 is better."
+            f"The loss less that of {escape(results.study.reference)} at the same seed, on the same rows: below 0 is "
+            "better."
         )
         figures.append((line_chart(apart, x_label=unit, y_label=label, zero=True), told))
     lead = (
