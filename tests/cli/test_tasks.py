@@ -29,13 +29,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_a_run_on_a_task_prints_accuracy_and_no_bytes(trained: tuple[Path, str]) -> None:
     run, out = trained
-    assert re.search(r"^source +task:mqar\?length=16&pairs=2&vocabulary=16&power=1.0$", out, re.MULTILINE)
+    assert re.search(r"^source +task:mqar\?length=16&pairs=2&vocabulary=16&power=1.0&filler=keys$", out, re.MULTILINE)
     assert re.search(r"tokenizer +none: 16 ids with names, k0 … v7", out)
     assert len(re.findall(r"Step \d \| Held-out loss: [\d.]+ \| Accuracy: [01]\.\d{4}", out)) == 2
     assert "byte" not in out.replace("bytes_", "")
     assert "0.99 was not reached" in out
     config = read_run_config(run)
-    assert config["data"]["source"] == "task:mqar?length=16&pairs=2&vocabulary=16&power=1.0"  # every size
+    assert config["data"]["source"] == "task:mqar?length=16&pairs=2&vocabulary=16&power=1.0&filler=keys"  # every size
     assert (config["data"]["tokenizer"], config["train"]["block_size"]) == ("names", 16)
 
 
@@ -68,7 +68,7 @@ def test_a_run_is_evaluated_on_held_out_rows_and_on_other_sizes(
     assert main(["evaluate", str(run), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["tokens"] == 2 * 1024
-    assert found["source"] == "task:mqar?length=16&pairs=2&vocabulary=16&power=1.0"
+    assert found["source"] == "task:mqar?length=16&pairs=2&vocabulary=16&power=1.0&filler=keys"
     assert main(["evaluate", str(run), "--part", "test", "--json"]) == 0
     test = json.loads(capsys.readouterr().out)
     assert (test["scored"], found["scored"]) == ("test rows", "held-out rows")
@@ -102,7 +102,7 @@ def test_runs_lists_a_task_with_its_accuracy(trained: tuple[Path, str], capsys: 
     found = summarize(run)
     assert found.bits_per_byte is None
     assert found.accuracy is not None
-    assert found.data == "task:mqar?length=16&pairs=2&vocabulary=16&power=1.0"
+    assert found.data == "task:mqar?length=16&pairs=2&vocabulary=16&power=1.0&filler=keys"
     assert main(["runs", str(run)]) == 0
     assert f"{100 * found.accuracy:.1f} %" in capsys.readouterr().out
 

@@ -109,7 +109,8 @@ def test_a_task_is_spelled_in_one_line_and_read_back(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_size_changes_the_rows(kind: str) -> None:
     task = task_of(kind)
-    other: dict[str, Any] = {"group": "s5", "moves": "swaps", "power": 0.1, "depth": 5, "n": 2, "longest": 20}
+    other: dict[str, Any] = {"group": "s5", "moves": "swaps", "power": 0.1, "depth": 5, "n": 2}
+    other |= {"longest": 20, "filler": "any"}
     for field in fields(task):
         value = other.get(field.name) or getattr(task, field.name) + 2
         changed = replace(task, **{field.name: value})
@@ -121,7 +122,16 @@ REFUSED = {
     "copy": ["length=7", "length=2", "vocabulary=2"],
     "dyck": ["brackets=1", "depth=0", "length=8&depth=8"],
     "induction": ["shortest=1", "longest=8&shortest=8", "length=63", "vocabulary=31"],
-    "mqar": ["pairs=0", "length=65", "length=30", "vocabulary=16", "vocabulary=129", "power=0", "power=1.5"],
+    "mqar": [
+        "pairs=0",
+        "length=65",
+        "length=30",
+        "vocabulary=16",
+        "vocabulary=129",
+        "power=0",
+        "power=1.5",
+        "filler=values",
+    ],
     "needle": ["depth=10", "depth=-2", "digits=0", "needles=0", "needles=17", "length=89"],
     "ngram": ["n=1", "run=2", "length=24", "vocabulary=2", "vocabulary=20", "n=5"],
     "palindrome": ["length=7", "length=2", "vocabulary=2"],
