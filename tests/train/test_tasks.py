@@ -11,7 +11,11 @@ import torch.nn.functional as F
 from swamla.data import DataConfig, TaskDataset
 from swamla.errors import ConfigError, DataError, Interrupted
 from swamla.evaluate import evaluate_answers, validation
-from swamla.model.language_model import NO_LABEL
+from swamla.model.block import BlockConfig
+from swamla.model.ffns.dense import DenseConfig
+from swamla.model.language_model import NO_LABEL, LanguageModelConfig
+from swamla.model.mixers.mha import MHAConfig
+from swamla.model.mixers.swa import SWAConfig
 from swamla.tasks import parse
 from swamla.train.tracking.metrics import read_metrics
 
@@ -65,6 +69,21 @@ def test_a_run_on_other_rows_is_not_resumed(tmp_path):
             other,
             resume=True,
         )
+
+
+def test_a_window_of_all_tokens_trains_as_mha_does_to_the_digit(tmp_path):
+    records, trained = [], []
+    for name, mixer in {
+        "mha": MHAConfig(n_heads=2, backend="reference"),
+        "swa": SWAConfig(n_heads=2, window=TASK.length, sinks=0, backend="reference"),
+    }.items():
+        blocks = {"mixer": BlockConfig(mixer=mixer, conv=4, ffn=DenseConfig(hidden=32))}
+        model = LanguageModelConfig(width=16, blocks=blocks, pattern=("mixer", "mixer"))
+        trained.append(weights(run(replace(config_of(), model=model), tmp_path / name, DATA)))
+        records.append([(r["loss"], r["grad_norm"]) for r in read_metrics(tmp_path / name / "metrics.jsonl")])
+    assert len(records[0]) == config_of().train.steps
+    assert records[0] == records[1]
+    assert all(torch.equal(weight, trained[1][name]) for name, weight in trained[0].items())
 
 
 def test_metrics_have_accuracy_and_no_bytes(tmp_path):
