@@ -122,7 +122,8 @@ def test_json_is_what_the_file_holds(home: Path, capsys: pytest.CaptureFixture[s
 
 def test_sizes_of_the_task_are_those_of_each_run_unless_they_are_given(home: Path) -> None:
     assert main(["recall", "soft", "--task", "task:mqar?power=1", "--examples", "2"]) == 0
-    assert report()["runs"][0]["cells"][0]["sizes"] == {"length": 16, "pairs": 2, "vocabulary": 32, "power": 1.0}
+    sizes = {"length": 16, "pairs": 2, "vocabulary": 32, "power": 1.0, "filler": "keys"}
+    assert report()["runs"][0]["cells"][0]["sizes"] == sizes
     assert main(["recall", "soft", "--task", "mqar?pairs=2", "--pairs", "3,3", "--examples", "2"]) == 0
     assert [cell["sizes"]["pairs"] for cell in report()["runs"][0]["cells"]] == [3]
 
