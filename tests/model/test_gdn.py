@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swamla.model.mixers.gdn import GDNConfig
+from swamla.model.mixers.kda import KDAConfig
+from swamla.ops import short_conv
 
 from .helpers import (
     WIDTH,
@@ -285,6 +287,24 @@ def test_one_layer_learns_parity_with_negative_eigenvalues_and_not_without() -> 
     known, longer = parity_learned(1.0)
     assert known < 0.75
     assert longer < 0.6
+
+
+@pytest.mark.parametrize("kind", [GDNConfig, KDAConfig], ids=lambda kind: kind.kind)
+@torch.no_grad()
+def test_under_autocast_reflections_do_not_add_up_rounding(kind: type[GDNConfig]) -> None:
+    """Tokens of three kinds, β = 2 and α = 1 as in state tracking: with a rule in bf16 the output is off by a fifth."""
+    mixer = kind(n_heads=2, head_k_dim=32, head_v_dim=32, conv=1, beta_max=2.0).build(WIDTH)
+    mixer.A_log.fill_(-20.0)
+    mixer.ba_proj.weight.zero_()
+    x = random_input(3, 1)[:, 0][torch.randint(3, (2, 512), generator=torch.Generator().manual_seed(0))]
+    mixer.write_strength = lambda b: torch.full_like(b, 1.999)  # type: ignore[method-assign]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mixer(x, whole(x))
+        qkv, z, log_alpha, beta = mixer.project(x, whole(x))
+        q, k, v = mixer.heads(short_conv(qkv, mixer.conv_weight, seq=whole(x)))
+    exact = [t.double() for t in (q, k, v, log_alpha, beta)]
+    expected, _ = mixer.rule(*exact, backend="reference")
+    assert (mixer.output(expected.float(), z.float()) - found).norm() < 1e-2 * found.norm()
 
 
 def plain_weights(ours: Any, config: GDNConfig) -> Named:
