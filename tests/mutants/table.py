@@ -455,8 +455,8 @@ MUTATIONS = [
     Mutation(
         "top_p keeps one more where its sum is exact",
         "src/swamla/inference/sampling.py",
-        "before_BV >= self.top_p",
-        "before_BV > self.top_p",
+        "before_BV >= max(self.top_p, SMALLEST)",
+        "before_BV > max(self.top_p, SMALLEST)",
         _SAMPLING,
     ),
     Mutation(
