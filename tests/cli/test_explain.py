@@ -106,7 +106,9 @@ def test_a_given_text_is_measured_and_drawn_instead(capsys) -> None:
     assert found["texts"][0]["name"] == found["about"]["source"] == "the given text"
     assert "".join(found["texts"][0]["tokens"]) == "⟨start⟩line 7, which is 49 and whose cube is 343"
     assert found["patterns"]["tokens"] == 42
-    assert found["about"]["notes"] == []
+    few = "The text has only 41 tokens: the figures on text are those of this text, and may be chance."
+    assert found["about"]["notes"] == [few]
+    assert f"Note: {few}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_long_file_is_measured_in_rows_and_its_beginning_is_drawn(capsys) -> None:

@@ -138,10 +138,24 @@ def test_cells_that_cannot_be_are_left_out_and_told(home: Path, capsys: pytest.C
     assert len(found["left_out"]) == 1
 
 
+def test_runs_of_two_tasks_are_told_so_without_a_flag_that_nobody_gave(
+    home: Path, made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = "--data task:copy?length=16&vocabulary=9 --steps 1 --batch_size 1 --eval_tokens 16 --output_dir runs/copy"
+    assert main(["train", "toy-mqar", *flags.split()]) == 0
+    capsys.readouterr()
+    assert main(["recall", "soft", "runs/copy"]) == 2
+    error = capsys.readouterr().err
+    assert "runs/copy was trained on copy" in error
+    assert "runs/soft on mqar: score the runs of one task at a time" in error
+    assert "--task" not in error
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("soft --pairs 9", "length = 16 (mqar?length=16&pairs=9"),
+        ("soft --pairs 9", "must be even and >= 36, four for each pair"),
         ("soft --pairs few", "pairs = 'few'"),
         ("soft --vocabulary 64", "has 64 ids, and runs/soft was trained on 32 ids, by task:mqar?length=16"),
         ("soft --depth 3", "depth = '3'"),

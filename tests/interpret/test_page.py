@@ -190,6 +190,13 @@ def test_bars_are_as_long_as_their_values_on_either_side_of_zero() -> None:
     assert 'data-tip="b, x: −0.100 nats"' in drawn
 
 
+def test_the_last_mark_of_bars_is_within_the_drawing() -> None:
+    drawn = bar_chart([("a", [("x", 0.0055, "#000000")])], x_label="nats", width=470)
+    ends = [float(x) + 3.3 * len(text) for x, text in re.findall(r'tick mid" x="([\d.]+)"[^>]*>([^<]+)<', drawn)]
+    assert len(ends) > 2
+    assert max(ends) <= 470
+
+
 # ---- in a browser
 # -----------------------------------------------------------------------------------------------------
 

@@ -36,7 +36,9 @@ LAYER = LayerInduction(
     cut_conv=2.0,
     control=0.01,
 )
-REPEATS = Repeats(accuracy=0.8, first_loss=9.0, second_loss=2.0, layers=(replace(LAYER, hit=(0.0, 0.0)), LAYER))
+REPEATS = Repeats(
+    accuracy=0.8, chance=0.02, first_loss=9.0, second_loss=2.0, layers=(replace(LAYER, hit=(0.0, 0.0)), LAYER)
+)
 
 
 def test_a_head_does_induction_where_accuracy_hit_rate_and_cut_agree() -> None:
@@ -67,10 +69,17 @@ def test_a_model_that_copies_has_such_a_head_only_where_its_measures_agree(chang
 def test_a_low_accuracy_is_no_induction_whatever_attribution_and_cut_say() -> None:
     """A layer of latent attention had an attribution of .31 and a cut of 1.3 nats at an accuracy of .10."""
     layers = (replace(LAYER, hit=(0.2, 0.1), cut=1.3, cut_conv=1.3),)
-    found = induction_verdict(Repeats(accuracy=0.0, first_loss=9.65, second_loss=9.53, layers=layers))
+    found = induction_verdict(replace(REPEATS, accuracy=0.0, first_loss=9.65, second_loss=9.53, layers=layers))
     assert (found.answer, found.text) == ("no", "No induction: accuracy 0, second copy 9.53 against 9.65 nats.")
-    assert induction_verdict(Repeats(accuracy=0.1, first_loss=9.6, second_loss=8.0, layers=layers)).answer == "partly"
+    assert induction_verdict(replace(REPEATS, accuracy=0.1, layers=layers)).answer == "partly"
     assert induction_verdict(replace(REPEATS, accuracy=0.05)).answer == "partly"  # a head does it, but does not suffice
+
+
+def test_an_accuracy_that_guessing_among_a_few_ids_reaches_too_is_no_induction() -> None:
+    """A model of nine ids that was never taught to copy had an accuracy of .11."""
+    few = replace(REPEATS, accuracy=0.11, layers=(replace(LAYER, hit=(0.0, 0.0)),))
+    assert induction_verdict(few).answer == "partly"
+    assert induction_verdict(replace(few, chance=0.125)).answer == "no"
 
 
 IN_CONTEXT = InContext(score=-0.4, error=0.1, early=50, late=500, asked=500, span=25, documents=64)
@@ -91,7 +100,7 @@ def test_in_context_learning_is_a_fall_of_a_tenth_of_a_nat_that_is_no_chance(cha
     found = learned_verdict(replace(IN_CONTEXT, **change))
     assert found.answer == answer
     assert ("too few to tell" in found.text) == (answer == "partly")
-    assert "tokens 476–500 less that of tokens 26–50" in found.text
+    assert "tokens 476–500 minus that of tokens 26–50" in found.text
     assert "no rows of 500" in learned_verdict(replace(IN_CONTEXT, late=127)).text
 
 
@@ -99,6 +108,7 @@ def test_the_prediction_is_there_behind_the_first_layer_with_nine_tenths_of_the_
     assert lens_verdict(Lens(tokens=9, loss=(9.0, 5.0, 3.5, 3.0))).short == "layer 1"
     assert lens_verdict(Lens(tokens=9, loss=(9.0, 5.0, 3.7, 3.0))).short == "layer 2"
     assert lens_verdict(Lens(tokens=9, loss=(3.0, 2.9, 3.1))).short == "nowhere"
+    assert lens_verdict(Lens(tokens=9, loss=(3.0, 2.98, 2.97))).short == "nowhere"  # next to no fall to share out
 
 
 def test_heads_are_counted_by_what_has_half_of_their_weight() -> None:
@@ -138,6 +148,8 @@ def test_the_guide_has_these_rules() -> None:
         f"whose hit rate is ≥ {share(rules.HIT)[1:]}",
         f"whose cut is ≥ {rules.CUT} nats",
         f"accuracy < {share(rules.NO_ACCURACY)[1:]} and no such head",
+        f"< {rules.GUESSING:g} times that of a guess",
+        f"falls by less than {rules.MATTERS} nats",
         f"*none* below {rules.MATTERS} nats",
         f"at least {-rules.LEARNED} nats",
         f"from {share(rules.APART)[1:]} of a router's choices",

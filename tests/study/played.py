@@ -127,7 +127,7 @@ def _measured(test: Score) -> Measured:
             loss=tuple(4 - 0.3 * at + 0.01 * test.seed + worse * at for at in range(6)),
             tokens=(40, 40, 80, 160, 300, 380),
         ),
-        repeats=Repeats(accuracy=0.9, first_loss=5.5, second_loss=0.8, layers=(layer,)),
+        repeats=Repeats(accuracy=0.9, chance=0.02, first_loss=5.5, second_loss=0.8, layers=(layer,)),
         length=50,
         rows=64,
     )

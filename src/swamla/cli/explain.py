@@ -29,6 +29,7 @@ from swamla.tasks import PREFIX
 from swamla.tasks import parse as parse_task
 from swamla.train import RunConfig
 
+ENOUGH = 256  # predictions of a text, below which the report says that they are few
 MOST_ROWS, FEW_ROWS, SHORTEST = 64, 4, 64  # rows of text; below FEW_ROWS they are halved, if they stay this long
 READ = 1 << 20  # tokens of the training text whose ids the random repeats are drawn from
 
@@ -84,6 +85,8 @@ def main(argv: list[str]) -> int:
     console = Console()
     for verdict in found.verdicts:
         say_wrapped(console, verdict.text, label=f"{verdict.question} ", indent=2)
+    for note in subject.notes:
+        say_wrapped(console, note, label="Note: ", indent=2)
     say(console, f"{output / 'report.html'}: open it in a browser")
     return 0
 
@@ -188,6 +191,9 @@ def _with_text(name: str, model: LanguageModel, tokenizer: Tokenizer, text: str,
     notes = (
         [f"Of the text's {len(one):,} tokens {kept:,} were read, in rows of equal length."] if kept < len(one) else []
     )
+    if kept < ENOUGH:
+        figures = "the figures on text are those of this text, and may be chance"
+        notes.append(f"The text has only {kept:,} tokens: {figures}.")
     if isinstance(tokenizer, IdTokenizer):
         notes.append("The model came without a tokenizer: its texts are ids.")
     shown = [tokenizer.eos_id, *encoded][: model.config.learned_positions or None]

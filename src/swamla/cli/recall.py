@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     sizes = {name: list(dict.fromkeys(values)) for name, values in given.items() if name in _size_flags()}
     runs = [_trained(path, arguments.checkpoint) for path in dict.fromkeys(map(run_folder, arguments.runs))]
     report = Report(runs=runs, swept=[name for name in sizes if len(sizes[name]) > 1], rows=arguments.examples)
-    plan = _plan(report, arguments.task or runs[0].task.kind, sizes)
+    plan = _plan(report, arguments.task, sizes)
     with writable(folder):
         try:
             _score(report, plan)
@@ -115,17 +115,20 @@ def _trained(folder: Path, checkpoint: str) -> Trained:
     )
 
 
-def _plan(report: Report, spec: str, sizes: Mapping[str, Sequence[str]]) -> list[tuple[Trained, Task]]:
+def _plan(report: Report, asked: str, sizes: Mapping[str, Sequence[str]]) -> list[tuple[Trained, Task]]:
     """Each run with each task of the grid that can be and that fits it; the others are told, and why.
 
     Raises `UsageError` for a task that a run was not trained on, and the reason if a run has no cell.
     """
     plan: list[tuple[Trained, Task]] = []
-    kind, _, query = spec.removeprefix(PREFIX).partition("?")
+    kind, _, query = (asked or report.runs[0].task.kind).removeprefix(PREFIX).partition("?")
     parse_task(kind)
     for run in report.runs:
         if kind != run.task.kind:
             trained = f"{run.name} was trained on {run.task.kind}, and ids of another task mean other things"
+            if not asked:
+                first = f"{report.runs[0].name} on {kind}"
+                raise UsageError(f"{trained}; {first}: score the runs of one task at a time")
             raise UsageError(f"--task {kind}: {trained}: --task {run.task.kind}")
         named = {name: [value] for name, _, value in (part.partition("=") for part in query.split("&") if part)}
         fitting: list[tuple[Trained, Task]] = []

@@ -49,10 +49,11 @@ class LayerInduction:
 class Repeats:
     """A model on rows [start, r, r]. Losses in nats a token, of the tokens 2 … L of each copy of r.
 
-    accuracy: share of the second copy's tokens that have the largest logit.
+    accuracy: share of the second copy's tokens that have the largest logit.  chance: of guessing among the ids of r.
     """
 
     accuracy: float
+    chance: float
     first_loss: float
     second_loss: float
     layers: tuple[LayerInduction, ...]
@@ -116,7 +117,7 @@ def induction(model: LanguageModel, tokens_BT: Tensor) -> Repeats:
         )
         for index, (score, own, width) in enumerate(zip(scores, attributed, widths, strict=True))
     )
-    return Repeats(accuracy=accuracy, first_loss=first, second_loss=second, layers=layers)
+    return Repeats(accuracy=accuracy, chance=1 / length, first_loss=first, second_loss=second, layers=layers)
 
 
 def conv_width(block: Block) -> int:

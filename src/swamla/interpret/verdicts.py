@@ -11,7 +11,8 @@ ACCURACY = 0.5  # from here a model copies
 HIT = 0.3  # from here a head looks where induction looks
 CUT, CONTROL = 0.5, 0.1  # nats that the edges are worth at least, and the share of it that other edges may be worth
 NO_ACCURACY = 0.1  # below, and where no head does it, nothing is copied
-MATTERS = 0.05  # nats: from here a mixer matters
+GUESSING = 2.0  # times the accuracy of a guess among a row's ids: nothing is copied below that either
+MATTERS = 0.05  # nats: from here a mixer matters, and the layers gain something
 LEARNED = -0.1  # nats: from here the loss falls within a document
 ERRORS = 2.0  # standard errors by which a mean must be away from 0, or above LEARNED
 MOST = 0.5  # of a head's |weights|: it is called after what has as much
@@ -69,7 +70,7 @@ def induction_verdict(repeats: Repeats) -> Verdict:
     losses = f"second copy {repeats.second_loss:.2f} against {repeats.first_loss:.2f} nats"
     figures = f"accuracy {_share(repeats.accuracy)}, {losses}"
     who = _heads_in_words(repeats, heads) or "No head's hit rate and cut agree, so none is said to do it."
-    if repeats.accuracy < NO_ACCURACY and not heads:
+    if repeats.accuracy < max(NO_ACCURACY, GUESSING * repeats.chance) and not heads:
         return Verdict(question=question, answer="no", short="no", text=f"No induction: {figures}.")
     if repeats.accuracy >= ACCURACY and heads:
         return Verdict(question=question, answer="yes", short="yes", text=f"Induction: {figures}. {who}")
@@ -128,15 +129,19 @@ def patterns_verdict(patterns: Patterns) -> Verdict:
         f"the previous token. Nine tenths of what is not on the first lie within {contexts[0]} to {contexts[-1]} "
         f"tokens, in the median head {middle}, of rows of {patterns.length}."
     )
-    return Verdict(question="Where do heads look?", answer="figure", short=f"{_count(middle, 'token')} back", text=text)
+    return Verdict(
+        question="Where do heads look?", answer="figure", short=f"within {_count(middle, 'token')}", text=text
+    )
 
 
 def lens_verdict(lens: Lens) -> Verdict:
-    """Behind which layer the prediction is there: nine tenths of the loss's fall."""
+    """Behind which layer the prediction is there: nine tenths of the loss's fall, if it falls at all."""
     question, first, final = "Where is the prediction made?", lens.loss[0], lens.loss[-1]
     figures = f"Read by the head at once, the embeddings give {first:.2f} nats, the last layer {final:.2f}"
-    if final >= first:
-        return Verdict(question=question, answer="no", short="nowhere", text=f"{figures}: the layers gain nothing.")
+    if final > first - MATTERS:
+        return Verdict(
+            question=question, answer="no", short="nowhere", text=f"{figures}: the layers gain next to nothing."
+        )
     there = next(index for index, loss in enumerate(lens.loss) if loss - final <= NEAR * (first - final))
     text = f"{figures}; nine tenths of the way are done behind layer {there - 1} of 0 to {len(lens.loss) - 2}."
     return Verdict(question=question, answer="figure", short=f"layer {there - 1}", text=text)
@@ -145,10 +150,10 @@ def lens_verdict(lens: Lens) -> Verdict:
 def learned_verdict(learned: InContext) -> Verdict:
     """Whether the loss falls within a document, by more than chance."""
     known = math.isfinite(learned.error)
-    spread = f" ± {learned.error:.2f}" if known else ""
+    spread = f" (± {learned.error:.2f}, one standard error)" if known else ""
     late, early = (f"{max(1, end - learned.span + 1)}–{end}" for end in (learned.late, learned.early))
     text = (
-        f"The loss of tokens {late} less that of tokens {early} is {_signed(learned.score)}{spread} nats, over "
+        f"The loss of tokens {late} minus that of tokens {early} is {_signed(learned.score)} nats{spread}, over "
         f"{_count(learned.documents, 'row')}"
     )
     if learned.late < learned.asked:

@@ -99,7 +99,7 @@ class SelectiveCopy(Task):
 
     def __post_init__(self) -> None:
         require(self.symbols > 0, "symbols", self.symbols, "must be > 0, e.g. 8")
-        room = f"must be > 2 · symbols = {2 * self.symbols}: symbols among blanks, then as many answers"
+        room = f"must be > {2 * self.symbols}, two for each symbol: symbols among blanks, then as many answers"
         require(self.length > 2 * self.symbols, "length", self.length, room)
         known = 4 <= self.vocabulary <= 1 << 20
         require(known, "vocabulary", self.vocabulary, "must be from 4, two symbols, blank and separator, to 2^20")

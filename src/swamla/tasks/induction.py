@@ -34,7 +34,7 @@ class Induction(Task):
         require(self.shortest >= 2, "shortest", self.shortest, "must be >= 2, e.g. 8")
         longer = f"must be > shortest = {self.shortest}: one period for all rows is solved by position"
         require(self.longest > self.shortest, "longest", self.longest, longer)
-        room = f"must be >= 2 · longest = {2 * self.longest}, so that every row repeats"
+        room = f"must be >= {2 * self.longest}, twice the longest period, so that every row repeats"
         require(self.length >= 2 * self.longest, "length", self.length, room)
         enough = self.longest <= self.vocabulary <= 1 << 20
         require(enough, "vocabulary", self.vocabulary, f"must be from longest = {self.longest}, all different, to 2^20")

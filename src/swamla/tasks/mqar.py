@@ -37,9 +37,11 @@ class MQAR(Task):
 
     def __post_init__(self) -> None:
         require(self.pairs > 0, "pairs", self.pairs, "must be > 0, e.g. 8")
-        room = f"must be even and >= 4 · pairs = {4 * self.pairs}: a pair and its query take four tokens"
+        room = f"must be even and >= {4 * self.pairs}, four for each pair: a pair and its query take four tokens"
         require(self.length % 2 == 0 and self.length >= 4 * self.pairs, "length", self.length, room)
-        keys = f"must be even and > 2 · pairs = {2 * self.pairs}: half of it are keys, of which one is in no pair"
+        keys = (
+            f"must be even and > {2 * self.pairs}, two for each pair: half of it are keys, of which one is in no pair"
+        )
         enough = self.vocabulary % 2 == 0 and 2 * self.pairs < self.vocabulary <= 1 << 20
         require(enough, "vocabulary", self.vocabulary, f"{keys}; at most 2^20")
         require(0 < self.power <= 1, "power", self.power, "must be > 0 and <= 1, e.g. 1")

@@ -35,7 +35,7 @@ class NGram(Task):
     def __post_init__(self) -> None:
         require(self.n >= 2, "n", self.n, "must be >= 2, e.g. 3")
         require(self.run >= self.n, "run", self.run, f"must be >= n = {self.n}, so that a run has an n-gram")
-        room = f"must be >= 2 · (run + 1) = {2 * (self.run + 1)}: two runs and their stops"
+        room = f"must be >= {2 * (self.run + 1)}: two runs and their stops"
         require(self.length >= 2 * (self.run + 1), "length", self.length, room)
         require(self.vocabulary >= 3, "vocabulary", self.vocabulary, "must be >= 3, two symbols and the stop, e.g. 9")
         contexts = (self.vocabulary - 1) ** (self.n - 1)

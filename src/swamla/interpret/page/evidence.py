@@ -5,6 +5,7 @@ from html import escape
 
 from swamla.interpret.page.parts import Data, Map, drawn_maps, legend, map_figure, name_of, signed, table, visible
 from swamla.interpret.page.svg import BLUE, GREY, ORANGE, Line, bar_chart, heat_map, line_chart, number, shade
+from swamla.interpret.verdicts import MATTERS
 
 Section = tuple[str, str, str]  # heading, what it asks and how to read it, evidence
 
@@ -26,7 +27,8 @@ def _induction(data: Data) -> Section:
         "needed for it, does induction. A pattern alone deceives, so accuracy, hit rate and cut must agree."
     )
     losses = (
-        f"<p>Accuracy on the second copy: <b>{number(repeats['accuracy'])}</b>. Loss on the first copy "
+        f"<p>Accuracy on the second copy: <b>{number(repeats['accuracy'])}</b>, of a guess among the row's ids "
+        f"{number(repeats['chance'])}. Loss on the first copy "
         f"<b>{repeats['first_loss']:.2f}</b>, on the second <b>{repeats['second_loss']:.2f}</b> nats a token.</p>"
     )
     carried = " Convolved: on that token and the next ones, into which a convolution carries it." if convolved else ""
@@ -81,8 +83,15 @@ token that reads; click here first</span></div>
 <div id="tokens" class="code"></div><p class="note" id="text-note"></p>
 <figcaption>Left: the chosen head. The orange line is the token that reads; its weights colour the text below, where it
 has a frame. Blue is positive, <b>red negative</b>; the depth of a colour is the root of |weight| over the largest of
-the layer, so that small weights can be seen. Point at a cell or a token for its weight.</figcaption></figure>"""
+the layer, so that small weights can be seen. Point at a cell or a token for its weight.{_brackets(data)}</figcaption>
+</figure>"""
     return "The attention of every head", lead, body
+
+
+def _brackets(data: Data) -> str:
+    """What ids in brackets are, where one is drawn."""
+    drawn = any(token.startswith("⟨") and token[1:-1].isdigit() for text in data["texts"] for token in text["tokens"])
+    return " A number in ⟨ ⟩ is an id that is no text by itself, such as a part of a character." if drawn else ""
 
 
 def _worth(data: Data) -> Section | None:
@@ -100,7 +109,7 @@ def _worth(data: Data) -> Section | None:
             "heads",
             "one head left out",
             "rise of the loss, nats",
-            high=max(map(abs, rises)),
+            high=max(MATTERS, *map(abs, rises)),  # what is next to nothing is pale
             signed=min(rises) < -0.005,
         ),
     ]
@@ -288,8 +297,10 @@ def _taps(data: Data) -> Section | None:
         "A short convolution mixes each token with the few before it, so a layer that has one needs no head for the "
         "previous token: patterns of its heads are then shifted."
     )
-    caption = (
-        "Mean |filter| over the channels, by how far back it reads, as a share of all taps. Input: of the mixer's."
+    caption = "Mean |filter| over the channels, by how far back it reads, as a share of all taps." + (
+        " Input: the convolution of what enters the mixer."
+        if any("input" in each["taps"] for each in data["layers"])
+        else ""
     )
     return "Convolutions", lead, f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>"
 

@@ -223,7 +223,7 @@ def bar_chart(
     thick = 11.0
     gap = 7.0
     left = 10 + _LETTER * max(len(label) for label, _ in rows)
-    right = width - 14.0
+    right = width - max(14.0, 2 + 3.4 * len(_axis(marks[-1])))  # half of the last mark's label
     group = thick * max(len(bars) for _, bars in rows) + gap
     bottom = group * len(rows)
     low, high = marks[0], marks[-1]

@@ -108,7 +108,8 @@ def induction_on_task(model: LanguageModel, rows: Examples) -> Repeats:
         )
         for index, (score, own, block) in enumerate(zip(scores, attributed, model.blocks, strict=True))
     )
-    return Repeats(accuracy=accuracy, first_loss=first, second_loss=second, layers=layers)
+    chance = (1 / periods(labels_BT).double()).mean().item()
+    return Repeats(accuracy=accuracy, chance=chance, first_loss=first, second_loss=second, layers=layers)
 
 
 def _losses(model: LanguageModel, tokens_BT: Tensor, labels_BT: Tensor) -> tuple[float, float, float]:
