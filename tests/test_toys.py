@@ -129,7 +129,7 @@ def test_doctor_lists_it_and_tries_it(toys: Path, capsys: pytest.CaptureFixture[
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     kinds = {family: names[-1] for family, names in found["kinds"].items()}
-    assert list(kinds.values()) == ["toy", "toy_ffn", "toy_norm", "toy_sgd", "toy_text"]
+    assert list(kinds.values()) == ["toy", "toy_ffn", "toy_norm", "toy_sgd", "toy_text", "toy_count"]
     assert found["ok"]
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out

@@ -136,11 +136,11 @@ sys.exit(main(sys.argv[1:]))
 def test_elsewhere_one_signal_ends_it_at_once(command: str, number: signal.Signals, said: str, folder: Path) -> None:
     code = """
 import sys, time
-from swamla.cli import main, running, evaluate
+from swamla.cli import main, running, scoring
 def slow(*_, **__):
     print("at work", flush=True)
     time.sleep(600)
-running.prepare = evaluate.read_run_config = slow
+running.prepare = scoring.read_run_config = slow
 sys.exit(main(sys.argv[1:]))
 """
     with process([sys.executable, "-c", code, *command.split()], "at work") as found:

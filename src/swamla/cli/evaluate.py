@@ -89,9 +89,9 @@ def main(argv: list[str]) -> int:
         evaluate_tasks(arguments.run, arguments.checkpoint, arguments.tasks, as_json=arguments.json, **settings)
         return 0
     run = run_folder(arguments.run)
+    config = run_config(run)  # says what it is if it is no run
     checkpoint = find_checkpoint(run, arguments.checkpoint)
     model, _ = load(run, str(checkpoint.step))
-    config = run_config(run)
     scored = arguments.data or config.data.source
     if scored.startswith(PREFIX):
         task = parse_task(scored)

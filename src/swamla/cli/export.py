@@ -58,6 +58,7 @@ def main(argv: list[str]) -> int:
     out = checked(arguments.out)
     run, kind = run_folder(arguments.run), out.suffix if out.suffix in (".gguf", ".onnx") else "folder"
     _refuse(arguments, given, out, kind)
+    length = read_run_config(run)["train"]["block_size"]  # says what it is if it is no run
     checkpoint = find_checkpoint(run, arguments.checkpoint)
     model, tokenizer = load(run, str(checkpoint.step))
     rounded = None if arguments.quantize == "none" else _rounded(run, checkpoint, model, arguments)
@@ -70,12 +71,10 @@ def main(argv: list[str]) -> int:
         say_wrapped(Console(), f"next: {program()} generate {out}, {program()} evaluate {out}")
     elif kind == ".gguf":
         to = "auto" if arguments.to == "gguf" else arguments.to
-        length = read_run_config(run)["train"]["block_size"]
         weights = arguments.gguf_type
         home = save_gguf(model, out, tokenizer=tokenizer, to=to, weights=weights, trained_length=length)
         say(Console(), f"{out} is {home.name} of llama.cpp: {_size(out)}, {weights}")
     else:
-        length = read_run_config(run)["train"]["block_size"]
         written = save_pretrained(model, out, to=arguments.to, tokenizer=tokenizer, trained_length=length)
         files = ", ".join(sorted(path.name for path in out.iterdir()))
         say(Console(), f"{out} is {written.kind} ({written.class_name}) of transformers: {files}")
