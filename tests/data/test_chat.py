@@ -184,9 +184,9 @@ def test_a_conversation_longer_than_a_row_is_refused_cut_or_left_out(tmp_path: P
     with pytest.raises(DataError, match=r"chat.jsonl: row 1: \d+ tokens, more than block_size = 64"):
         list(dataset(path, held_out_fraction=0.999).held_out_rows(1, 64))
     with pytest.warns(UserWarning, match="1 of 7 conversations are longer than block_size = 64: cut"):
-        cut = list(dataset(path, held_out_fraction=0.999, on_long_row="cut").held_out_rows(99, 64))[0]
+        cut = next(iter(dataset(path, held_out_fraction=0.999, on_long_row="cut").held_out_rows(99, 64)))
     with pytest.warns(UserWarning, match="1 of 7 conversations are longer than block_size = 64: left out"):
-        skipped = list(dataset(path, held_out_fraction=0.999, on_long_row="skip").held_out_rows(99, 64))[0]
+        skipped = next(iter(dataset(path, held_out_fraction=0.999, on_long_row="skip").held_out_rows(99, 64)))
     assert cut.n_labels > skipped.n_labels
     whole = max(range(len(cut.tokens_BT)), key=lambda row: int((cut.labels_BT[row] == ord("y")).sum()))
     assert (cut.document_BT[whole] == 0).all()
@@ -234,10 +234,10 @@ def test_files_that_are_no_conversations_are_refused_in_one_line(tmp_path: Path)
     with pytest.raises(DataError, match="has no special tokens"):
         ChatDataset(DataConfig(**config, tokenizer=str(tmp_path / "ids.json")))
     CharTokenizer("userassitn\nabc").save(tmp_path / "char.json")
-    with pytest.raises(DataError, match="chat.jsonl: row 2: character 'é' at offset 0 is not among"):
+    with pytest.raises(DataError, match=r"chat\.jsonl: row 2: character 'é' at offset 0 is not among"):
         ChatDataset(DataConfig(**config, tokenizer=str(tmp_path / "char.json")))
     three = write(tmp_path, [{"messages": [*CHAT]}] * 3)
-    with pytest.raises(DataError, match='row 1: template = "plain" is for one prompt and one completion'):
+    with pytest.raises(DataError, match=r'row 1: template = "plain" is for one prompt and one completion'):
         dataset(three, template="plain")
 
 
