@@ -59,6 +59,11 @@ class Template:
         """The id that ends an answer."""
         raise NotImplementedError
 
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """The special ids that the template adds to texts; that of the document's start is none of them."""
+        return ()
+
     def _joined(self, parts: Sequence[tuple[str | int, bool]]) -> Conversation:
         """The ids of texts and special ids in order, each with whether it is learned."""
         encoded = iter(self.tokenizer.encode_batch([part for part, _ in parts if isinstance(part, str)]))
@@ -96,6 +101,10 @@ class Chatml(Template):
     def stop_id(self) -> int:
         return self.tokenizer.specials[END]
 
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        return self.tokenizer.specials[START], self.stop_id
+
 
 class Plain(Template):
     """A prompt and its completion, nothing between them; the completion and the document's end are learned."""
@@ -124,11 +133,11 @@ def make_template(name: str, tokenizer: Tokenizer) -> Template:
     return Plain(tokenizer) if name == "plain" else Chatml(with_specials(tokenizer, (START, END)))
 
 
-def template_of(tokenizer: Tokenizer) -> Chatml:
-    """The template of a tokenizer that has its special ids. Raises `UsageError` for one without them."""
-    if not {START, END} <= tokenizer.specials.keys():
-        raise UsageError(f"the tokenizer has no {START} and {END}: the model knows no conversations; swamla sft")
-    return Chatml(tokenizer)
+def template_of(tokenizer: Tokenizer, name: str = "chatml") -> Template:
+    """The template of that name for a tokenizer that has its special ids. Raises `UsageError` for one without them."""
+    if name != "plain" and not {START, END} <= tokenizer.specials.keys():
+        raise UsageError(f"the tokenizer has no {START} and {END}: the model knows no conversations yet: swamla sft")
+    return make_template(name, tokenizer)
 
 
 def read_conversations(path: Path, on_bad_row: str, notes: Notes) -> Iterator[tuple[int, list[Message]]]:

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swamla.data.chat import Conversation, make_template, read_conversations
+from swamla.data.chat import Conversation, Message, make_template, read_conversations
 from swamla.data.config import CHAT, DataConfig
 from swamla.data.dataset import TrainingData
 from swamla.data.packing import NO_LABEL, Batch, BestFitRows
 from swamla.data.reading import Notes
 from swamla.data.shards import PLACES, Split, place_of, rule_for_many, usable_fraction_of
-from swamla.data.tokenizer import make_tokenizer
+from swamla.data.tokenizer import Tokenizer, make_tokenizer
 from swamla.errors import DataError, require
 
 UNLEARNED = 1 << 31  # added to an id that carries no loss, while documents are packed
@@ -31,14 +31,12 @@ class _Row:
 
     number: int
     place: int
+    messages: list[Message]
     tokens: Conversation
 
 
 class ChatDataset(TrainingData):
-    """The conversations of a file, those for training and the held-out ones.
-
-    base: the tokenizer that `tokenizer` adds special ids to, or the same one: that of weights to start from.
-    """
+    """The conversations of a file, those for training and the held-out ones."""
 
     def __init__(self, config: DataConfig, tokenizer: str = "") -> None:
         """Read and encode all conversations. tokenizer: of a run to be resumed, in place of the config's.
@@ -47,8 +45,8 @@ class ChatDataset(TrainingData):
         """
         assert config.chat is not None
         self.config, self.path, self.notes = config, Path(config.chat).expanduser(), Notes()
-        self.base = make_tokenizer(tokenizer or config.tokenizer)
-        self.template = make_template(config.template, self.base)
+        self._base = make_tokenizer(tokenizer or config.tokenizer)
+        self.template = make_template(config.template, self._base)
         self.tokenizer = self.template.tokenizer
         rows = list(self._read())
         fraction = usable_fraction_of({row.place for row in rows}, config.held_out_fraction)
@@ -70,7 +68,17 @@ class ChatDataset(TrainingData):
                 tokens = self.template.conversation(messages)
             except DataError as error:
                 raise DataError(f"{self.path}: row {number}: {error}") from error
-            yield _Row(number, place_of(json.dumps(messages, sort_keys=True)), tokens)
+            yield _Row(number, place_of(json.dumps(messages, sort_keys=True)), messages, tokens)
+
+    @property
+    def base(self) -> Tokenizer:
+        """The tokenizer without the special ids that the template adds."""
+        return self._base
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Those of the template, apart from the one that begins documents."""
+        return self.template.special_ids
 
     @property
     def source(self) -> str:
@@ -96,6 +104,12 @@ class ChatDataset(TrainingData):
         count = rows.n_rows if max_tokens is None else min(rows.n_rows, max(1, max_tokens // block_size))
         for first in range(0, count, batch_size):
             yield rows.batch(first, min(batch_size, count - first))
+
+    def question(self) -> tuple[list[Message], str]:
+        """The messages of the first held-out conversation up to its first answer, and that answer."""
+        messages = self.held_out[0].messages
+        at = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
+        return messages[:at], messages[at]["content"]
 
     def _packed(self, rows: Sequence[_Row], block_size: int, seed: int) -> "ChatRows":
         require(block_size > 0, "block_size", block_size, "must be > 0, e.g. 512")

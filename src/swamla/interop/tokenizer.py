@@ -16,8 +16,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int | None
     As in training a text begins with the document's start, which is also the id that ends it, and text that looks like
     it stays text. Rows are padded with it on the left, where `generate` wants it. max_length: of a text in tokens, if
     the model limits it. swamla_tokenizer.json has the tokenizer as it was in training, with its fingerprint.
-    A tokenizer that has the special ids of conversations gets their template, chat_template.jinja. Templates write text,
-    so there special tokens in text are special: `apply_chat_template(…, sanitize_control_tokens=True)` keeps those of
+    A tokenizer with the special ids of conversations gets their template, chat_template.jinja. Templates write text, so
+    there special tokens in text are special: `apply_chat_template(…, sanitize_control_tokens=True)` keeps those of
     messages text, as in training.
     """
     tokenizer.save(folder / OWN_FILE)

@@ -93,7 +93,10 @@ class Rows(nn.Module):
 
 
 def places(model: LanguageModel) -> list[Place]:
-    """All matrices of the blocks but sets of vectors, such as a router's. Raises `ValueError` for wrong `projections`."""
+    """All matrices of the blocks but sets of vectors, such as a router's.
+
+    Raises `ValueError` for `projections` that are not the matrix's.
+    """
     fused: dict[str, Mapping[str, int]] = {}
     for index, block in enumerate(model.config.layers):
         for half, config in (("mixer", block.mixer), ("ffn", block.ffn)):
