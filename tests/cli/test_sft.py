@@ -16,6 +16,7 @@ from swamla.cli import main
 from swamla.data.chat import END, START, template_of
 from swamla.files import read_json
 from swamla.text import answer
+from swamla.train.tracking.metrics import read_metrics
 
 QUESTIONS = [
     {"prompt": f"say {word}", "completion": f"<{word}>"} for word in ("ab", "cd", "ef", "gh", "ij", "kl", "mn", "op")
@@ -122,14 +123,21 @@ def test_an_imported_folder_is_fine_tuned_too(folder: Path, tmp_path: Path) -> N
     assert load(tmp_path / "run")[1].specials.keys() >= {START, END}
 
 
-@pytest.mark.parametrize("lora", [(), ("--lora", "16")], ids=["all weights", "adapters"])
-def test_a_model_learns_to_answer(folder: Path, tmp_path: Path, lora: tuple[str, ...]) -> None:
-    more = ("--block_size", "64", "--batch_size", "4", "--eval_interval", "none", "--precision", "fp32")
-    assert sft(folder, tmp_path / "run", *more, "--steps", "120", "--lr", "2e-2", *lora) == 0
+LEARN = ("--block_size", "64", "--batch_size", "4", "--eval_interval", "none", "--precision", "fp32", "--lr", "2e-2")
+
+
+def test_a_model_learns_to_answer(folder: Path, tmp_path: Path) -> None:
+    assert sft(folder, tmp_path / "run", *LEARN, "--steps", "120") == 0
     model, tokenizer = load(tmp_path / "run", "latest")
     answers = [answer(model, tokenizer, [{"role": "user", "content": row["prompt"]}], 12) for row in QUESTIONS]
     right = sum(found == row["completion"] for found, row in zip(answers, QUESTIONS, strict=True))
     assert right >= len(QUESTIONS) - 2, answers  # one at least was held out
+
+
+def test_adapters_learn_even_beside_weights_that_know_nothing(folder: Path, tmp_path: Path) -> None:
+    assert sft(folder, tmp_path / "run", *LEARN, "--steps", "60", "--lora", "16") == 0
+    losses = [record["loss"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in record]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
@@ -140,7 +148,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "no epoch": (("base", "--data", "chat.jsonl", "--epochs", "0"), "--epochs 0.0: must be > 0"),
     "too long": (
         ("base", "--data", "chat.jsonl", "--block_size", "16"),
-        "row 1: 38 tokens, more than --block_size 16: must fit a row",
+        "tokens, more than --block_size 16: must fit a row",
     ),
     "average": (
         ("base", "--data", "chat.jsonl", "--lora", "2", "--ema", "0.9"),
