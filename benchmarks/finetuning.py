@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 trains all weights")
     parser.add_argument("--steps", type=int, default=150, help="of 2,048 tokens: about three minutes on a core")
+    parser.add_argument("--lr", type=float, help="by default 2e-3, and 1e-2 for adapters")
     parser.add_argument("--out", type=Path, default=Path("runs/finetuning"))
     settings = parser.parse_args()
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -109,6 +110,7 @@ def main() -> None:
         run = settings.out / f"{how}-{seed}"
         command = ["sft", str(settings.base), "--data", str(chat), "--output_dir", str(run), "--seed", seed]
         command += ["--steps", str(settings.steps), "--block_size", "256", "--eval_interval", "none"]
+        command += ["--lr", str(settings.lr or (1e-2 if settings.lora else 2e-3))]
         command += ["--lora", str(settings.lora)] if settings.lora else []
         with (settings.out / f"{how}-{seed}.log").open("w") as log:
             subprocess.run([sys.executable, "-m", "swamla", *command], stdout=log, stderr=log, check=True)

@@ -28,7 +28,7 @@ from swamla.train.claims import Claim, claim_run
 from swamla.train.init_from import origin_of
 
 RECIPE = Path(__file__).with_name("sft.toml")
-LORA_LR = 3e-3  # adapters, half of which begin at 0, take some ten times the rate of all weights (arXiv 2106.09685)
+LORA_LR = 5e-3  # adapters, half of which begin at 0, take some ten times the rate of all weights (arXiv 2106.09685)
 LENGTH = 512  # of rows, where nothing says how long the model's were
 _UNPLANNED = 10**9  # steps, before the data says how many an epoch has
 ANSWER_TOKENS = 120
