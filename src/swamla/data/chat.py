@@ -5,6 +5,7 @@ which special ids stand between the texts. Texts are encoded by themselves, so t
 """
 
 import json
+from abc import ABC, abstractmethod
 from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,23 +42,23 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Template:
+class Template(ABC):
     """Messages to ids. tokenizer: with the special ids that the template needs."""
 
     tokenizer: Tokenizer
 
+    @abstractmethod
     def conversation(self, messages: Sequence[Message]) -> Conversation:
         """The ids of a whole conversation. Raises `DataError` for what the tokenizer cannot encode."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The ids that an answer follows, the document's start included."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def stop_id(self) -> int:
         """The id that ends an answer."""
-        raise NotImplementedError
 
     @property
     def special_ids(self) -> tuple[int, ...]:
