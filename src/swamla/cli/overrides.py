@@ -37,7 +37,7 @@ _BARE_COMPILE: Any = {
 # What --help shows, under these headings; --help all shows everything. The settings of a recipe's blocks are listed
 # too.
 _USUAL = {
-    "flags": ("init_from", "lora"),
+    "flags": ("init_from",),
     "model": ("pattern", "local_mixer", "n_layers", "n_heads", "width", "vocab_size", "dropout"),
     "data": ("data", "text_column", "tokenizer", "held_out_fraction"),
     "length and batch": ("steps", "max_minutes", "batch_size", "accumulation", "block_size", "seed"),

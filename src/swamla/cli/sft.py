@@ -12,7 +12,7 @@ from swamla import distributed
 from swamla.checkpoint import load, read_run_config
 from swamla.cli.afterwards import say_next
 from swamla.cli.console import Console, harmless, program, say, say_wrapped
-from swamla.cli.flags import argument, parse
+from swamla.cli.flags import Flag, argument, parse
 from swamla.cli.outputs import after_training
 from swamla.cli.overrides import flags
 from swamla.cli.run_config import read_recipe
@@ -54,7 +54,7 @@ class Arguments:
 
 def main(argv: list[str]) -> int:
     """Train, answer a question, and suggest the next commands."""
-    arguments, given = parse(Arguments, argv, command="swamla sft", more=flags())
+    arguments, given = parse(Arguments, argv, command="swamla sft", more=_flags())
     if not 0 < arguments.epochs < math.inf:
         raise UsageError(f"--epochs {arguments.epochs}: must be > 0, e.g. 3")
     with distributed.started(), _claimed(arguments, given) as claim:
@@ -62,6 +62,15 @@ def main(argv: list[str]) -> int:
         config = _resumed(claim.path, given) if resume else _planned(arguments, given)
         _fine_tune(config, arguments, given, claim, resume=resume)
     return 0
+
+
+def _flags() -> dict[str, Flag]:
+    """Those of train; --help shows those of conversations and adapters, and none that would be another model."""
+    shown = {"lora", "lora_alpha", "template", "on_long_row", "on_bad_row"}
+    hidden = {"pattern", "local_mixer", "n_layers", "n_heads", "width", "vocab_size", "text_column", "tokenizer"}
+    known = flags()
+    usual = {name: name in shown or (flag.usual and name not in hidden) for name, flag in known.items()}
+    return {name: replace(flag, usual=usual[name]) for name, flag in known.items()}
 
 
 @contextmanager
