@@ -1,6 +1,6 @@
 """Fine-tuning a model so that it answers in a format: the share of exact answers before and after, over seeds.
 
-    python benchmarks/finetuning.py runs/quickstart --seeds 0,1,2 [--lora 8] [--steps 150]
+    python benchmarks/finetuning.py runs/base --seeds 0,1,2 [--lora 8] [--steps 150]
 
 The conversations are made here: a user names a person, a city and a number in a sentence, and the answer is one line of
 JSON with these. No held-out sentence, with its three values, is trained on. Prints one line for each seed; everything
