@@ -231,3 +231,11 @@ def test_greedy_text_with_adapters_is_that_of_the_merged_model() -> None:
         for each in (model, merged_model(model))
     ]
     assert texts[0] == texts[1]
+
+
+def test_the_trained_numbers_are_those_counted_by_hand() -> None:
+    model = with_adapters(built("mixer-gdn"), ids=IDS)
+    mixer = 3 * (4 * 32 + 16 + 16 + 24 + 24) + 2 * 3 * (32 + 4) + 3 * (24 + 32)  # q k v z; b a; output
+    ffn = 2 * 3 * (32 + 24) + 3 * (24 + 32)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == 2 * (mixer + ffn) + 2 * 32
