@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from swamla.data.chat import Message, template_of
 from swamla.data.tokenizer import StreamDecoder, Tokenizer
 from swamla.errors import UsageError, require
 from swamla.inference.decoding import Decoder
@@ -141,3 +142,25 @@ def generate_text(
         ),
         decoding=decoder.description,
     )
+
+
+def answer(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    max_new_tokens: int = 256,
+    *,
+    template: str = "chatml",
+    sampling: Sampling | None = None,
+) -> str:
+    """The model's answer to a conversation, e.g. [{"role": "user", "content": "…"}]; greedy by default.
+
+    template: that the model was fine-tuned with, see `DataConfig`. Raises `UsageError` for a tokenizer without the
+    special ids of conversations, and as `Decoder.generate` does.
+    """
+    chosen = template_of(tokenizer, template)
+    sampling = sampling or Sampling(temperature=0.0)
+    (tokens,) = Decoder(model).generate(
+        [chosen.prompt(messages)], max_new_tokens, sampling=sampling, stop_id=chosen.stop_id
+    )
+    return tokenizer.decode(tokens)

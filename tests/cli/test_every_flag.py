@@ -99,6 +99,9 @@ def changed(recipe: str, base: str, line: str) -> set[str]:
 MEANT_OF = {  # what these say more about, which has to be there
     "wandb_run_name": "--wandb_project p",
     "init_checkpoint": "--init_from run",
+    "lora_alpha": "--lora 4",
+    "template": "--data chat:x --tokenizer byte",
+    "on_long_row": "--data chat:x --tokenizer byte",
     "hub_config": "--data hf:owner/name",
     "hub_revision": "--data hf:owner/name",
     "hub_split": "--data hf:owner/name",

@@ -12,6 +12,7 @@ import swamla
 from swamla.cli import main
 from swamla.errors import UsageError
 from swamla.train import loop
+from swamla.train.init_from import origin_of
 
 from .helpers import MODEL, losses, model_of, run, tiny_config, tiny_dataset
 
@@ -207,3 +208,23 @@ def test_an_exported_folder_gives_its_weights_and_its_tokenizer(tmp_path, monkey
     assert f"weights from {tmp_path}/exported, as exported" in capsys.readouterr().out
     named = ["--tokenizer", "byte" if tokenizer == "byte" else "exported/swamla_tokenizer.json", "--output_dir", "c"]
     assert train("--init_from", "exported", "--data", "text.txt", *flags, *named) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("size", [300, 305], ids=["in the padding", "beyond it"])
+def test_rows_of_new_ids_begin_as_the_mean_of_the_known_ones_and_all_others_stay(dataset, tmp_path, tied, size) -> None:
+    known, new = 257, range(257, 259)
+    before = replace(PADDED, tied_head=tied)
+    run(tiny_config(before, steps=1), tmp_path / "run", dataset)
+    theirs = swamla.load(tmp_path / "run")[0].state_dict()
+    model = replace(before, vocab_size=size).build()
+    origin_of(str(tmp_path / "run")).fill(model, new)
+    assert (model.head.weight is model.embedding.weight) == tied
+    for name, tensor in model.state_dict().items():
+        if name not in ("embedding.weight", "head.weight"):
+            assert torch.equal(tensor, theirs[name])
+            continue
+        mean = theirs[name][:known].double().mean(dim=0).float()
+        expected = torch.cat([theirs[name], mean.expand(size - 300, -1)])
+        expected[[*new]] = mean
+        assert torch.equal(tensor, expected)

@@ -5,6 +5,7 @@ renamed.
     RUN/tokenizer.json
     RUN/checkpoints/step-00000500/model.safetensors  optimizer.safetensors  rng.safetensors  state.json  manifest.json
                                                    ema.safetensors if the run averages its weights
+                                                   adapters.safetensors if it trains these, beside the fixed weights
                                                    a sharded run has model/shard-….safetensors, one per rank, and so on
     RUN/checkpoints/best.json                      which step had the lowest held-out loss
 

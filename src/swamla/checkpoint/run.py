@@ -23,7 +23,7 @@ from swamla.files import entry, read_json
 
 if TYPE_CHECKING:
     from swamla.data.tokenizer import Tokenizer
-    from swamla.model.language_model import LanguageModel
+    from swamla.model.language_model import LanguageModel, LanguageModelConfig
 
 
 def find_checkpoint(run_dir: Path, which: str = "best") -> Checkpoint:
@@ -71,21 +71,19 @@ def load(
 
     device, dtype: where the model is put, and its weights' dtype; by default the CPU, and fp32.
     which: "best" (lowest held-out loss), "latest", or a step such as "500". raw: not the averaged weights of a run with
-    `ema`, which its evaluations score. Only safetensors and JSON are read. The model generates only ids of the
+    `ema`, which its evaluations score. Adapters are merged.
+    Only safetensors and JSON are read. The model generates only ids of the
     tokenizer, even if the vocabulary is padded. Raises `UsageError` for a folder that is not a run, `CorruptError` for
     a damaged one.
     """
     if not isinstance(dtype, torch.dtype | None):
         raise UsageError(f"dtype is {dtype!r}: must be a dtype of torch, e.g. torch.bfloat16")
     run_dir = Path(run_dir)
-    plain = read_run_config(run_dir)
+    config = _model_config(run_dir)
     checkpoint = find_checkpoint(run_dir, str(which))
 
-    from swamla.config import from_plain
     from swamla.data.tokenizer import load_tokenizer
-    from swamla.model.language_model import LanguageModelConfig
 
-    config = from_plain(LanguageModelConfig, plain["model"], path="model", origin=str(run_dir / "config.json"))
     model = config.with_backends(stored_paths(checkpoint)).build()
     if checkpoint.has("ema") and not raw:
         weights = dict(model.named_parameters(remove_duplicate=False)).keys()
@@ -104,9 +102,25 @@ def load(
 
 
 def weights_of(checkpoint: Checkpoint, *, raw: bool = False) -> dict[str, Tensor]:
-    """Weights and buffers; the averaged weights replace the raw ones if there are any, unless `raw`."""
+    """Weights and buffers; the averaged weights replace the raw ones if there are any, unless `raw`.
+
+    Adapters are merged. Their model's config is read from the run's folder.
+    """
     tensors = checkpoint.tensors("model")
+    if checkpoint.has("adapters"):
+        from swamla.model.adapters import merged
+
+        config = _model_config(checkpoint.path.parents[1])
+        return merged(tensors, checkpoint.tensors("adapters"), config, origin=str(checkpoint.path))
     return tensors if raw or not checkpoint.has("ema") else tensors | checkpoint.tensors("ema")
+
+
+def _model_config(run_dir: Path) -> "LanguageModelConfig":
+    from swamla.config import from_plain
+    from swamla.model.language_model import LanguageModelConfig
+
+    plain = read_run_config(run_dir)["model"]
+    return from_plain(LanguageModelConfig, plain, path="model", origin=str(run_dir / "config.json"))
 
 
 def read_run_config(run_dir: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from swamla.errors import (
 COMMANDS = {
     "quickstart": "train a small hybrid model on this Python's own source files (about 3 minutes)",
     "train": "train a model: a recipe, and flags that change it",
+    "sft": "fine-tune a model on conversations, all weights or adapters",
     "generate": "continue prompts with a trained model",
     "sample": "the same prompts continued by several models, side by side",
     "chat": "a conversation with a model that was tuned on conversations",

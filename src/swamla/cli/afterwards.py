@@ -67,7 +67,11 @@ def say_results(console: Console, run_dir: Path, config: RunConfig, dataset: Tra
     if isinstance(dataset, TaskDataset):
         say_accuracy(console, run_dir, config, dataset, state)
         return
-    assert isinstance(dataset, Dataset)
+    if not isinstance(dataset, Dataset):
+        say_next(
+            console, f"{run_dir} has config.json, metrics.jsonl, loss.png and the checkpoints.", [f"evaluate {run}"]
+        )
+        return
     prompt = opening(dataset)
     if state.best is not None and distributed.world_size() == 1:  # the weights of several may fill a whole machine
         model, tokenizer = load(run_dir)

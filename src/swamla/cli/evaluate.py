@@ -15,6 +15,9 @@ from swamla.cli.overrides import data_flags
 from swamla.cli.roundings import show_roundings
 from swamla.cli.running import run_folder
 from swamla.cli.scoring import Part, Scoring, other_data, own_data, precision_of, run_config
+from swamla.data.chat_rows import ChatDataset
+from swamla.data.config import CHAT, DataConfig
+from swamla.data.dataset import TrainingData
 from swamla.data.task_rows import HELD_OUT_ROWS, TaskDataset
 from swamla.data.tokenizer import Tokenizer, load_tokenizer
 from swamla.errors import UsageError
@@ -32,11 +35,12 @@ _OWN = ("text_column", "hub_config", "split", "hub_revision", "invalid_utf8", "o
 class Arguments:
     """Loss, perplexity and bits per byte of a trained model on held-out text, or its scores in tasks of lm-eval.
 
-    A model that was trained on a synthetic task is scored on held-out rows of it: loss and accuracy.
+    A model that was trained on a synthetic task is scored on held-out rows of it, and one that was fine-tuned on
+    conversations on held-out answers: loss and accuracy.
 
     run: the run's folder.
     data: score all of this data, with the run's tokenizer, instead of the run's held-out text; or other rows of a task:
-        "task:mqar?pairs=16".
+        "task:mqar?pairs=16"; or other conversations: "chat:FILE".
     held_out: score only the part of --data that a run on it would hold out, by the run's held_out_fraction.
     part: all of that text, or its validation or test part, of half of the bytes each, as studies divide it.
     block_size: length of a row; 0 for the run's.
@@ -100,6 +104,16 @@ def main(argv: list[str]) -> int:
         precision = precision_of(config, checkpoint, model)
         _score_task(TaskDataset(task), model, load_tokenizer(run / "tokenizer.json"), precision, arguments)
         return 0
+    if scored.startswith(CHAT):
+        if others := sorted(given.keys() & {*_OWN, "held_out", "quantize"}):
+            raise UsageError(f"--{others[0]} is for texts; of conversations the held-out answers are scored")
+        own = config.data if config.data.chat is not None else DataConfig(source=scored, tokenizer="byte")
+        chats = ChatDataset(replace(own, source=scored), tokenizer=str(run / "tokenizer.json"))
+        length, precision = arguments.block_size or config.train.block_size, precision_of(config, checkpoint, model)
+        with autocast(precision, model.device):
+            found = validation(chats, length, part=arguments.part)(model)
+        _print_answers(found, chats, f"{len(chats.held_out):,} held-out conversations", precision, arguments)
+        return 0
     if arguments.data:
         dataset = other_data(arguments.data, run, config, given, _own_flags(), held_out=arguments.held_out)
     else:
@@ -146,12 +160,19 @@ def _score_task(
     with autocast(precision, model.device):
         found = validation(dataset, dataset.task.length, part=arguments.part)(model)
     rows = "test rows" if arguments.part == "test" else "held-out rows"
+    _print_answers(found, dataset, f"{HELD_OUT_ROWS:,} {rows}", precision, arguments)
+
+
+def _print_answers(
+    found: dict[str, float], dataset: TrainingData, rows: str, precision: Chosen, arguments: Arguments
+) -> None:
     if arguments.json:
-        print(json.dumps(found | {"precision": precision, "source": dataset.source, "scored": rows}))
+        scored = rows.lstrip("0123456789, ")
+        print(json.dumps(found | {"precision": precision, "source": dataset.source, "scored": scored}))
         return
     print(f"loss          {found['loss']:.4f} nats per label")
     print(f"accuracy      {found['accuracy']:.4f}", flush=True)
-    scored = f"over {found['tokens']:,} labels in {HELD_OUT_ROWS:,} {rows} of {dataset.source}, in {precision}"
+    scored = f"over {found['tokens']:,} labels in {rows} of {dataset.source}, in {precision}"
     say_wrapped(Console(), scored)
 
 

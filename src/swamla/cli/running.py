@@ -11,6 +11,7 @@ from pathlib import Path
 from swamla import distributed
 from swamla.cli.console import Console, program, say, say_rows
 from swamla.cli.progress import shown_progress
+from swamla.data.chat_rows import ChatDataset
 from swamla.data.config import DataConfig
 from swamla.data.dataset import Dataset, TrainingData
 from swamla.data.hub import PREFIX
@@ -54,6 +55,8 @@ def data_of_run(
     """
     if config.task is not None:
         return TaskDataset(config.task)
+    if config.chat is not None:
+        return ChatDataset(config, tokenizer=str(run_dir / "tokenizer.json"))
     known, began = identity_of_run(run_dir), config_of(run_dir).data
     began = replace(began, on_bad_row=config.on_bad_row, invalid_utf8=config.invalid_utf8, cache_dir=config.cache_dir)
     if known is None or config != began:
@@ -89,6 +92,8 @@ def prepare_data(
     dataset: TrainingData
     if config.task is not None:
         dataset = TaskDataset(config.task)
+    elif config.chat is not None and resumed is None:
+        dataset = ChatDataset(config)
     elif resumed is None:
         try:
             dataset = read_data(config, console, workers=workers)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from swamla.exports import lazy_exports
 
 if TYPE_CHECKING:
+    from swamla.data.chat_rows import ChatDataset as ChatDataset
     from swamla.data.config import DataConfig as DataConfig
     from swamla.data.dataset import Dataset as Dataset
     from swamla.data.dataset import TrainingData as TrainingData

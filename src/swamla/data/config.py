@@ -13,6 +13,7 @@ BYTES = 256
 MIXTURE = "mixture"
 TOKEN_IDS = "token_ids"
 NAMES = "names"
+CHAT = "chat:"  # before the path of a file of conversations
 _BPE = re.compile(r"bpe(?P<lines>-lines)?:(?P<size>\d{1,9})")
 _IDS = re.compile(r"ids:(?P<count>[1-9]\d{0,8})")
 
@@ -36,6 +37,7 @@ class WeightedSource:
         _check_source(self)
         whole = self.source in (MIXTURE, TOKEN_IDS) or self.source.startswith(PREFIX)
         require(not whole, "source", self.source, "a mixture cannot contain another, a task, nor ids given from Python")
+        require(not self.source.startswith(CHAT), "source", self.source, "a mixture cannot contain conversations")
         require(self.weight > 0, "weight", self.weight, "must be > 0, e.g. 0.3")
 
 
@@ -47,7 +49,8 @@ class DataConfig:
         hub), "mixture", or the path of a text file, of rows, or of a folder of them; rows are .jsonl, .ndjson, .json,
         .csv, .tsv or .parquet. All may be compressed (.gz, .zst, .xz, .bz2). "files:PATH" is a path even if it reads
         like another kind. "token_ids" are documents of ids, given from Python: `prepare(config, token_ids=…)`.
-        "task:KIND?SIZE=N&…" are the endless rows of a task, as "task:mqar?pairs=8&length=64".
+        "task:KIND?SIZE=N&…" are the endless rows of a task, as "task:mqar?pairs=8&length=64". "chat:FILE" are the
+        conversations of a .jsonl or .json file, of which only the answers are learned.
     text_column: the column of rows that holds the text.
     hub_config: the config of a hub dataset, e.g. CC-MAIN-2024-10; empty for its default.
     hub_split: the split of a hub dataset.
@@ -65,6 +68,10 @@ class DataConfig:
     buffer_docs: best-fit packing of this many documents at a time, so that few are cut; rows may end in padding. 0
         fills every row and cuts documents at its end.
     mixture: sources with weights, for source = "mixture".
+    template: how a conversation becomes one text: "chatml", <|im_start|>ROLE, its text, <|im_end|>; or "plain", a
+        prompt, then its completion, nothing between them.
+    on_long_row: whether a conversation longer than a row of tokens is an error, cut at the row's end, or skipped and
+        counted.
     cache_dir: the folder of prepared data; empty for $SWAMLA_CACHE, else ~/.cache/swamla.
     """
 
@@ -80,6 +87,8 @@ class DataConfig:
     stream: int = 0
     buffer_docs: int = 0
     mixture: tuple[WeightedSource, ...] = ()
+    template: Literal["chatml", "plain"] = "chatml"
+    on_long_row: Literal["stop", "cut", "skip"] = "stop"
     cache_dir: str = ""
 
     def __post_init__(self) -> None:
@@ -102,6 +111,7 @@ class DataConfig:
             require(not trained, "tokenizer", self.tokenizer, known)
             require(not self.stream, "stream", self.stream, "must be 0 where ids are given from Python")
         self._check_task()
+        self._check_chat()
         policies = ("error", "replace")
         require(self.on_bad_row in ("stop", "skip"), "on_bad_row", self.on_bad_row, "must be stop or skip")
         require(self.invalid_utf8 in policies, "invalid_utf8", self.invalid_utf8, "must be error or replace")
@@ -123,6 +133,26 @@ class DataConfig:
         require(fraction == HELD_OUT, "held_out_fraction", fraction, f"must be {HELD_OUT} for a task")
         for name in ("stream", "buffer_docs"):
             require(not self.__dict__[name], name, self.__dict__[name], "must be 0 for a task, which has no documents")
+
+    def _check_chat(self) -> None:
+        """Check the settings of conversations, and that these have no setting of texts that does not apply."""
+        require(self.template in ("chatml", "plain"), "template", self.template, "must be chatml or plain")
+        long_rows = self.on_long_row
+        require(long_rows in ("stop", "cut", "skip"), "on_long_row", long_rows, "must be stop, cut or skip")
+        if self.chat is None:
+            for name, default in (("template", "chatml"), ("on_long_row", "stop")):
+                value = self.__dict__[name]
+                require(value == default, name, value, f'is for conversations: source = "{CHAT}FILE"')
+            return
+        require(bool(self.chat), "source", self.source, f"needs a file of conversations, e.g. {CHAT}chat.jsonl")
+        learned = self.tokenizer.startswith(("bpe:", "bpe-lines:")) or self.tokenizer == "char"
+        require(not learned, "tokenizer", self.tokenizer, "must exist already for conversations: that of the weights")
+        require(not self.stream, "stream", self.stream, "must be 0 for conversations")
+
+    @property
+    def chat(self) -> str | None:
+        """The file of conversations; None for other data."""
+        return self.source.removeprefix(CHAT) if self.source.startswith(CHAT) else None
 
     @property
     def task(self) -> Task | None:

@@ -53,13 +53,23 @@ class Rows(Protocol):
 
 
 class TrainingData(ABC):
-    """What a run is trained on: texts (`Dataset`), or the rows of a task (`TaskDataset`).
+    """What a run is trained on: texts (`Dataset`), rows of a task (`TaskDataset`), conversations (`ChatDataset`).
 
     tokenizer: ids to text and back.  fingerprint: a SHA-256 of all that decides the rows.
     """
 
     tokenizer: Tokenizer
     fingerprint: str
+
+    @property
+    def base(self) -> Tokenizer:
+        """What `tokenizer` adds ids to: weights of its vocabulary may begin the run."""
+        return self.tokenizer
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Ids that stand between texts and may be new: their rows are trained beside adapters."""
+        return ()
 
     @property
     @abstractmethod

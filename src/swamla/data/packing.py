@@ -178,6 +178,11 @@ class BestFitRows(BlockRows):
     def n_rows(self, block: int) -> int:
         return len(self._packed(block)[1]) - 1
 
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of the first epoch, the first ones of all; later epochs are divided otherwise, and may have others."""
+        return sum(self.n_rows(block) for block in range(self._blocks))
+
     def rows(self, block: int, row: np.ndarray) -> Batch:
         segments, starts = self._packed(block)
         row = permutation(len(starts) - 1, self.seed, block, _ROWS)[row]

@@ -65,6 +65,9 @@ def prepare(
     if config.task is not None:
         rows = "its rows are those of swamla.data.TaskDataset(config.task)"
         raise UsageError(f"data.source = {config.source!r}: a task has no text to prepare: {rows}")
+    if config.chat is not None:
+        rows = "its rows are those of swamla.data.ChatDataset(config)"
+        raise UsageError(f"data.source = {config.source!r}: conversations are not prepared ahead: {rows}")
     given = config.source == TOKEN_IDS
     require(given or (token_ids is None and held_out is None), "data.source", config.source, f'with ids: "{TOKEN_IDS}"')
     if given:

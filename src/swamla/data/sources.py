@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
 from swamla.data import hub
-from swamla.data.config import NAMES, TOKEN_IDS, DataConfig
+from swamla.data.config import CHAT, NAMES, TOKEN_IDS, DataConfig
 from swamla.data.folders import walk
 from swamla.data.reading import COMPRESSED, SNIFFED, Notes, is_plain, naming_damage, not_text, open_bytes
 from swamla.data.rows import READERS, NoRows, RowRules, Span, begins_with_row, jsonl_rows, parquet_spans, text_file
@@ -150,7 +150,7 @@ def open_source(config: DataConfig, cache_dir: Path) -> Source:
 
 def is_path(source: str) -> bool:
     """Whether a `data.source` is a path, after "files:" or alone."""
-    return source != TOKEN_IDS and not source.startswith(PREFIX) and class_of(source) is Files
+    return source != TOKEN_IDS and not source.startswith((PREFIX, CHAT)) and class_of(source) is Files
 
 
 def class_of(source: str) -> type[Source]:
@@ -311,7 +311,8 @@ def located(data: DataConfig) -> DataConfig:
     """Make the data's paths absolute, so that a run can be resumed and evaluated from any folder."""
 
     def of(source: str) -> str:
-        return _absolute(source, "files:") if is_path(source) else source
+        prefix = CHAT if source.startswith(CHAT) else "files:"
+        return _absolute(source, prefix) if prefix == CHAT or is_path(source) else source
 
     return replace(
         data,

@@ -5,7 +5,7 @@ import itertools
 import json
 import logging
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from swamla.errors import CorruptError, DataError, HubDataError, MissingBackendE
 EOS_TEXT = "<|endoftext|>"
 _OTHER_EOS = ("<|end_of_text|>", "</s>", "<eos>")
 _OWN_KEY = "swamla_tokenizer"
+_SPECIALS_KEY = "specials"  # in a file of ours: special tokens after the last id
 _EOS_KEY = "swamla_eos"  # in a saved tokenizer.json: the token that ends documents, where the library's does not tell
 # Files of transformers beside a tokenizer.json, in the order in which they are asked for that token.
 _EOS_FILES = {
@@ -44,8 +45,8 @@ class Tokenizer(Protocol):
     """The interface of all tokenizers.
 
     `eos_id` is the first input and the last label of every document; no text encodes to it. `start` is what a prompt
-    begins with: `eos_id`, or nothing for the rows of a task. `fingerprint` is a SHA-256 of everything that affects the
-    ids.
+    begins with: `eos_id`, or nothing for the rows of a task. `specials` are the tokens that no text encodes to, and
+    their ids. `fingerprint` is a SHA-256 of everything that affects the ids.
     """
 
     @property
@@ -54,6 +55,8 @@ class Tokenizer(Protocol):
     def eos_id(self) -> int: ...
     @property
     def start(self) -> list[int]: ...
+    @property
+    def specials(self) -> Mapping[str, int]: ...
     @property
     def fingerprint(self) -> str: ...
     def encode(self, text: str) -> list[int]:
@@ -85,6 +88,10 @@ class _Serialized:
     @property
     def start(self) -> list[int]:
         return [self.eos_id]
+
+    @property
+    def specials(self) -> Mapping[str, int]:
+        return {EOS_TEXT: self.eos_id}
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self._serialized, encoding="utf-8")
@@ -202,6 +209,31 @@ class HFTokenizer(_Serialized):
         special = {token.content for token in self._library.get_added_tokens_decoder().values() if token.special}
         return next((text for text in (EOS_TEXT, *_OTHER_EOS) if text in special), None)
 
+    @property
+    def specials(self) -> Mapping[str, int]:
+        added = self._library.get_added_tokens_decoder().items()
+        return {token.content: i for i, token in added if token.special}
+
+    def with_specials(self, texts: Sequence[str]) -> "HFTokenizer":
+        """The same with special tokens after its last id. DataError where the library gives them other ids."""
+        from tokenizers import Tokenizer
+
+        plain = json.loads(self._serialized)
+        eos = plain.pop(_EOS_KEY, None)
+        library = Tokenizer.from_str(json.dumps(plain))
+        library.add_special_tokens(list(texts))
+        ids = [library.token_to_id(text) for text in texts]
+        expected = list(range(self.vocab_size, self.vocab_size + len(ids)))
+        if ids != expected:
+            raise DataError(
+                f"the tokenizer has no room for special tokens: {', '.join(texts)} would be {ids}, "
+                f"not {expected}, after its last id"
+            )
+        serialized = library.to_str()
+        if eos is not None:
+            serialized = json.dumps({**json.loads(serialized), _EOS_KEY: eos}, ensure_ascii=False)
+        return HFTokenizer(serialized)
+
     def encode(self, text: str) -> list[int]:
         utf8(text)
         with foreign(DataError, _NO_ENCODING):
@@ -281,6 +313,58 @@ class NameTokenizer(_Serialized):
 
     def library_json(self) -> str:
         return _spaced({f" {name}": i for i, name in enumerate(self.names)})
+
+
+class WithSpecials(_Serialized):
+    """A byte or character tokenizer with special tokens after its last id."""
+
+    def __init__(self, base: Tokenizer, texts: Sequence[str], plain: Mapping[str, Any]) -> None:
+        self._base, self._texts = base, list(texts)
+        serialized = json.dumps({**plain, _SPECIALS_KEY: self._texts}, ensure_ascii=False)
+        super().__init__(serialized, vocab_size=base.vocab_size + len(self._texts), eos_id=base.eos_id)
+
+    @property
+    def specials(self) -> Mapping[str, int]:
+        return {**self._base.specials, **{text: i for i, text in enumerate(self._texts, self._base.vocab_size)}}
+
+    def encode(self, text: str) -> list[int]:
+        return self._base.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._base.encode_batch(texts)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        first = self._base.vocab_size
+        runs = itertools.groupby(self._known(ids), key=lambda i: i >= first)
+        return "".join(
+            "".join(self._texts[i - first] for i in run) if special else self._base.decode(list(run))
+            for special, run in runs
+        )
+
+    def library_json(self) -> str:
+        from tokenizers import Tokenizer
+
+        library = Tokenizer.from_str(self._base.library_json())
+        library.add_special_tokens(self._texts)
+        return str(library.to_str())
+
+
+def with_specials(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenizer:
+    """A tokenizer that has these special tokens: those that it lacks get the ids after its last one.
+
+    Text still encodes to none of them. Raises DataError for a tokenizer of ids or of names, which has no text.
+    """
+    missing = [text for text in texts if text not in tokenizer.specials]
+    if not missing:
+        return tokenizer
+    if isinstance(tokenizer, HFTokenizer):
+        return tokenizer.with_specials(missing)
+    if isinstance(tokenizer, ByteTokenizer | CharTokenizer):
+        return WithSpecials(tokenizer, missing, json.loads(tokenizer._serialized))
+    raise DataError(
+        f"its tokenizer, {type(tokenizer).__name__}, has no special tokens: must be of bytes, characters "
+        "or a tokenizer.json"
+    )
 
 
 def byte_signs() -> list[str]:
@@ -383,9 +467,11 @@ def _own_tokenizer(data: dict[str, Any], path: Path) -> Tokenizer:
     incomplete = kind == "char" and not isinstance(data.get("characters"), str)
     incomplete = incomplete or (kind == "ids" and (type(count) is not int or count < 1))
     incomplete = incomplete or (kind == "names" and not _are_names(data.get("names")))
+    specials = data.get(_SPECIALS_KEY, [])
+    incomplete = incomplete or (_SPECIALS_KEY in data and not _are_names(specials))
     if kind not in makers or incomplete:
         raise CorruptError(f"{path}: not a tokenizer: kind {kind!r} needs to be one of {', '.join(makers)}, complete")
-    return makers[kind]()
+    return with_specials(makers[kind](), specials)
 
 
 def _are_names(names: Any) -> bool:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from swamla import distributed
+from swamla.data.chat_rows import ChatDataset
 from swamla.data.dataset import Dataset, TrainingData
 from swamla.data.packing import NO_LABEL, Batch, HeldOutRows
 from swamla.data.shards import Split, place_of
@@ -67,7 +68,7 @@ class Answers:
 
 @torch.no_grad()
 def evaluate_answers(model: LanguageModel, batches: Iterable[Batch]) -> Answers:
-    """Score the answers at the labelled positions, as `evaluate` does with texts; computes all logits of a batch.
+    """Score the answers at the labelled positions, as `evaluate` does with texts; computes all logits of these.
 
     Raises `DataError` without labels.
     """
@@ -76,9 +77,10 @@ def evaluate_answers(model: LanguageModel, batches: Iterable[Batch]) -> Answers:
     try:
         for batch in _share(batches):
             seq = Layout.from_documents(batch.document_BT).to(model.device)
-            logits_BTV = model(batch.tokens_BT.to(model.device), seq)
+            x_BTD, _ = model.hidden(batch.tokens_BT.to(model.device), seq)
             asked_BT = batch.labels_BT != NO_LABEL
-            logits_QV, label_Q = logits_BTV[asked_BT.to(model.device)], batch.labels_BT[asked_BT].to(model.device)
+            logits_QV = model.logits(x_BTD[asked_BT.to(model.device)])
+            label_Q = batch.labels_BT[asked_BT].to(model.device)
             dtype = torch.promote_types(logits_QV.dtype, torch.float32)
             nats += F.cross_entropy(logits_QV.to(dtype), label_Q, reduction="sum").item()
             right += int((logits_QV.argmax(-1) == label_Q).sum())
@@ -208,13 +210,17 @@ def validation(
     part: all of the split, or its validation or test part (`part_of`). The function is what `swamla.train.train` takes
     as `evaluate`; its figures are those of `Evaluation.as_dict`. Of a task, whose held-out rows are endless, it scores
     the first 1024 rows, or `max_tokens` tokens, and the figures are those of `Answers.as_dict`; the test part has rows
-    of its own, the others are the same.
+    of its own, the others are the same. Of conversations it scores the held-out answers, with these figures.
     """
     batch_size = max(1, EVALUATION_TOKENS // block_size)
     if isinstance(dataset, TaskDataset):
         require(part in PARTS, "part", part, f"must be one of {', '.join(PARTS)}")
         rows = list(dataset.held_out_rows(batch_size, max_tokens, test=part == "test"))  # the same every time
         return lambda model: evaluate_answers(model, rows).as_dict()
+    if isinstance(dataset, ChatDataset):
+        require(part in PARTS, "part", part, f"must be one of {', '.join(PARTS)}")
+        chats = list(dataset.held_out_rows(batch_size, block_size, max_tokens, part=part))
+        return lambda model: evaluate_answers(model, chats).as_dict()
     assert isinstance(dataset, Dataset)
     split = part_of(dataset.held_out, part, dataset.tokenizer.decode)
 

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 from swamla.checkpoint import Checkpoint, list_checkpoints, step_name, verify
+from swamla.checkpoint.run import weights_of
 from swamla.errors import UsageError
 from swamla.files import entry, read_json
 from swamla.hub.card import model_card
@@ -44,7 +45,8 @@ def stage(run_dir: Path, folder: Path, repo_id: str) -> int:
         if (run_dir / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(run_dir / name, folder / name)
-    if not _opened(scored).has("ema") and (scored / WEIGHTS).exists():
+    opened = _opened(scored)
+    if not opened.has("ema") and not opened.has("adapters") and (scored / WEIGHTS).exists():
         _link(scored / WEIGHTS, folder / WEIGHTS)
     state = read_json(scored / "state.json", inside=scored)
     (folder / "README.md").write_text(model_card(run_dir, state, repo_id), encoding="utf-8")
@@ -54,9 +56,7 @@ def stage(run_dir: Path, folder: Path, repo_id: str) -> int:
 def complete(folder: Path) -> None:
     """Write `WEIGHTS` to a staged folder, if missing: the weights that `swamla.load` returns, and buffers."""
     if not (folder / WEIGHTS).exists():
-        checkpoint = _opened(_scored(folder))
-        averages = checkpoint.tensors("ema") if checkpoint.has("ema") else {}
-        save_tensors(folder / WEIGHTS, checkpoint.tensors("model") | averages)
+        save_tensors(folder / WEIGHTS, weights_of(_opened(_scored(folder))))
 
 
 def _scored(run_dir: Path) -> Path:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from swamla.config import load_json
+from swamla.data.chat import END
 from swamla.data.tokenizer import Tokenizer
 from swamla.errors import ConfigError, CorruptError, SwamlaError, UsageError
 from swamla.files import as_new_file, fsync, regular_file
@@ -196,7 +197,9 @@ def save_pretrained(
     # Embeddings of transformers never learn what config.json calls padding, and this id begins every text.
     plain = architecture.plain() | {"dtype": dtype} | ids | {"pad_token_id": None}
     padding = [] if tokenizer is None else list(range(tokenizer.vocab_size, model.config.vocab_size))
-    generation = ids | ({"suppress_tokens": padding} if padding else {})
+    generation: dict[str, Any] = ids | ({"suppress_tokens": padding} if padding else {})
+    if tokenizer is not None and END in tokenizer.specials:  # an answer ends before its conversation does
+        generation |= {"eos_token_id": [tokenizer.specials[END], eos]}
     with staged(folder) as staging:
         with as_new_file(staging / "model.safetensors"):
             save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from swamla.data.chat import END, JINJA, START
 from swamla.data.tokenizer import Tokenizer
 
 OWN_FILE = "swamla_tokenizer.json"
@@ -15,6 +16,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int | None
     As in training a text begins with the document's start, which is also the id that ends it, and text that looks like
     it stays text. Rows are padded with it on the left, where `generate` wants it. max_length: of a text in tokens, if
     the model limits it. swamla_tokenizer.json has the tokenizer as it was in training, with its fingerprint.
+    A tokenizer with the special ids of conversations gets their template, chat_template.jinja. Templates write text, so
+    there special tokens in text are special: `apply_chat_template(…, sanitize_control_tokens=True)` keeps those of
+    messages text, as in training.
     """
     tokenizer.save(folder / OWN_FILE)
     library = json.loads(with_document_start(tokenizer))
@@ -26,6 +30,10 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int | None
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
     }
+    chats = {START, END} <= tokenizer.specials.keys()
+    if chats:
+        config |= {"split_special_tokens": False, "additional_special_tokens": [START, END]}
+        (folder / "chat_template.jinja").write_text(JINJA, encoding="utf-8")
     if max_length is not None:
         config["model_max_length"] = max_length
     for name, plain in (("tokenizer.json", library), ("tokenizer_config.json", config)):

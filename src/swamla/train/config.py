@@ -88,6 +88,10 @@ class TrainConfig:
         tokenizer it uses unless another is named; empty for weights drawn from the seed.
     init_checkpoint: which checkpoint of a run in init_from: "best", "latest" or a step; its averaged weights if it has
         any.
+    lora: rank of low-rank adapters (arXiv 2106.09685) on the matrices of all blocks, at most the inputs or outputs of a
+        matrix. They alone are trained, and the rows of the special ids of conversations; 0 trains all weights. In one
+        process.
+    lora_alpha: the adapters' products are multiplied by lora_alpha / lora; none for 2 * lora.
     seed: of the initial weights, the order of the data and dropout.
     precision: "fp32"; "bf16", autocast with fp32 weights; or "fp8", which also multiplies the large matrices in fp8, by
         torchao. "auto" is bf16 if the machine has bf16 instructions, else fp32; a CPU with them takes whichever a short
@@ -152,6 +156,8 @@ class TrainConfig:
     profile_warmup: int = 2
     init_from: str = ""
     init_checkpoint: str = "best"
+    lora: int = 0
+    lora_alpha: float | None = None
     seed: int = 0
     precision: Precision = "auto"
     checkpointing: Checkpointing = "none"
@@ -222,7 +228,24 @@ class TrainConfig:
         begins = bool(self.init_from) or which == "best"
         require(begins, "init_checkpoint", which, "chooses a checkpoint of init_from: give that too")
         require("\0" not in self.init_from, "init_from", self.init_from, "a path cannot hold NUL")
+        self._check_lora()
         self._check_rates()
+
+    def _check_lora(self) -> None:
+        require(self.lora >= 0, "lora", self.lora, "must be a rank > 0, e.g. 8, or 0 to train all weights")
+        alpha = self.lora_alpha
+        require(alpha is None or 0 < alpha < float("inf"), "lora_alpha", alpha, "must be > 0, or none for 2 * lora")
+        require(alpha is None or self.lora > 0, "lora_alpha", alpha, "is for adapters: give `lora` too, e.g. lora = 8")
+        if self.lora:
+            require(
+                not self.averages_weights,
+                "lora",
+                self.lora,
+                "adapters are not averaged: leave `ema` and `ema_width` out",
+            )
+            require(
+                self.precision != "fp8", "precision", self.precision, "adapters are not in fp8: must be fp32 or bf16"
+            )
 
     def _check_rates(self) -> None:
         require(0 < self.lr < float("inf"), "lr", self.lr, "must be > 0 and finite, e.g. 3e-4")
@@ -247,6 +270,11 @@ class TrainConfig:
         one = self.ema is None or self.ema_width is None
         require(one, "ema_width", self.ema_width, "is instead of ema: leave one out, e.g. ema = none")
         require(self.grad_clip is None or self.grad_clip > 0, "grad_clip", self.grad_clip, "must be > 0, or left out")
+
+    @property
+    def lora_scale(self) -> float:
+        """What the adapters' products are multiplied by."""
+        return 2.0 if self.lora_alpha is None else self.lora_alpha / self.lora
 
     @property
     def averages_weights(self) -> bool:

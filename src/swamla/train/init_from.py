@@ -1,13 +1,15 @@
 """Continued pretraining: a new run starts from the weights of another one, and takes nothing else from it."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from swamla.checkpoint import find_checkpoint, load_into, read_run_config
+from swamla.checkpoint.run import weights_of
 from swamla.config import from_plain
 from swamla.data.tokenizer import Tokenizer, load_tokenizer
 from swamla.errors import UsageError
@@ -33,41 +35,73 @@ class Origin:
     model: LanguageModelConfig
     tokenizer: Path | None
 
-    def require_fit(self, model: LanguageModelConfig) -> None:
-        """Raise `UsageError` naming the first five weights that are missing or shaped differently in `model`."""
+    def require_fit(self, model: LanguageModelConfig, *, grown: bool = False) -> None:
+        """Raise `UsageError` naming the first five weights that are missing or shaped differently in `model`.
+
+        grown: `model` may have more ids.
+        """
+        if grown and model.vocab_size > self.model.vocab_size:
+            model = replace(model, vocab_size=self.model.vocab_size)
         if wrong := misfits(_shapes(self.model), _shapes(model)):
             raise UsageError(f"init_from = {self.folder}: its weights do not fit this model: {wrong}")
 
-    def require_same_vocabulary(self, tokenizer: Tokenizer) -> None:
-        """Raise `UsageError` unless the weights were trained with `tokenizer`."""
+    def require_same_vocabulary(self, tokenizer: Tokenizer, extended: Tokenizer) -> None:
+        """Raise `UsageError` unless the weights were trained with `tokenizer`, or with what that adds ids to."""
         if self.tokenizer is None:
             return
         theirs = load_tokenizer(self.tokenizer)
-        if theirs.fingerprint != tokenizer.fingerprint:
+        if theirs.fingerprint not in (tokenizer.fingerprint, extended.fingerprint):
             raise UsageError(
                 f"init_from = {self.folder}: its weights were trained with another vocabulary ({theirs.vocab_size} "
                 f"ids, fingerprint {theirs.fingerprint[:12]}) than the data's ({tokenizer.vocab_size} ids, "
                 f"{tokenizer.fingerprint[:12]}): use tokenizer = {str(self.tokenizer)!r}"
             )
 
-    def fill(self, model: LanguageModel) -> dict[str, Any]:
-        """Load the weights into `model`, which may be sharded; returns a record of their source."""
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+    def fill(self, model: LanguageModel, new_ids: range = range(0)) -> dict[str, Any]:
+        """Load the weights into `model`, which may be sharded; returns a record of their source.
+
+        new_ids: ids that the weights were not trained with. Their rows in the embedding, and in the head, are the mean
+        of the rows before them, and so are rows that `model` has beyond the weights'.
+        """
         if not self.is_run:
-            load_into(model, load_pretrained(self.folder).state_dict(), origin=str(self.folder))
+            own = load_pretrained(self.folder).state_dict()
+            load_into(model, _grown(own, model, new_ids), origin=str(self.folder))
             return {"folder": str(self.folder), "weights": "exported"}
         checkpoint = find_checkpoint(self.folder, self.which)
-        averaged = checkpoint.has("ema")
-        weights: Mapping[str, Tensor] = checkpoint.tensors("model", like=parameters.get)
-        if averaged:  # which evaluations scored, and `swamla.load` returns
-            weights = {**weights, **checkpoint.tensors("ema", like=parameters.get)}
-        load_into(model, weights, origin=str(checkpoint.path))
+        grows = bool(new_ids) or model.config.vocab_size > self.model.vocab_size
+        if checkpoint.has("adapters"):
+            weights: Mapping[str, Tensor] = weights_of(checkpoint)
+        else:
+            parameters = dict(model.named_parameters(remove_duplicate=False))
+            like = {} if grows else parameters  # whole tables can be given rows, shards of them not
+            weights = checkpoint.tensors("model", like=like.get)
+            if checkpoint.has("ema"):  # which evaluations scored, and `swamla.load` returns
+                weights = {**weights, **checkpoint.tensors("ema", like=like.get)}
+        load_into(model, _grown(weights, model, new_ids), origin=str(checkpoint.path))
         return {
             "folder": str(self.folder),
             "checkpoint": self.which,
             "step": checkpoint.step,
-            "weights": "averaged" if averaged else "as trained",
+            "weights": "averaged" if checkpoint.has("ema") else "as trained",
         }
+
+
+def _grown(weights: Mapping[str, Tensor], model: LanguageModel, new_ids: range) -> dict[str, Tensor]:
+    """The weights with the rows of new ids in the tables of ids; tied tables stay one tensor."""
+    found, size = dict(weights), model.config.vocab_size
+    done: dict[int, Tensor] = {}
+    for name in ("embedding.weight", "head.weight"):
+        old = weights[name]
+        if not new_ids and size == len(old):
+            continue
+        if id(old) not in done:
+            known = min(new_ids.start, len(old)) if new_ids else len(old)
+            mean = old[:known].double().mean(dim=0).to(old.dtype)
+            table = torch.cat([old, mean.expand(size - len(old), -1)])
+            table[new_ids.start : new_ids.stop] = mean
+            done[id(old)] = table
+        found[name] = done[id(old)]
+    return found
 
 
 def origin_of(where: str, which: str = "best") -> Origin:

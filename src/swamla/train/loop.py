@@ -116,7 +116,8 @@ def _plan(run: Run) -> str:
     limits = [f"at most {minutes:g} minutes"] if minutes else []
     if steps:
         planned = steps * settings.batch_size * settings.block_size
-        epochs = "" if settings.curriculum or settings.batch_ramp else run.epochs.describe(planned)
+        varies = settings.curriculum or settings.batch_ramp or run.config.data.chat  # labels in a step
+        epochs = "" if varies else run.epochs.describe(planned)
         limits.insert(0, f"{steps} steps are {epochs}" if epochs else f"{steps} steps")
     return "; ".join(limits)
 

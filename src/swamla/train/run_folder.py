@@ -27,9 +27,10 @@ from swamla.data.caching import remember_run
 from swamla.data.dataset import TrainingData
 from swamla.data.sources import located
 from swamla.data.tokenizer import load_tokenizer
-from swamla.errors import ConfigError, CorruptError, DataError, Interrupted
+from swamla.errors import ConfigError, CorruptError, DataError, Interrupted, require
 from swamla.files import entry, read_json, write_text_atomically
 from swamla.model.accounting import parameter_specs
+from swamla.model.adapters import attach
 from swamla.model.compiling import compile_blocks, resolve_compile
 from swamla.model.language_model import LanguageModel
 from swamla.train.backends import fastest_paths, resolve_backends, usual_length
@@ -78,10 +79,10 @@ def open_run(
             checkpoint = _checkpoint_to_resume(run_dir, dataset) if resume else None
             origin = _origin(config.train, checkpoint)
             if origin is not None:
-                origin.require_same_vocabulary(dataset.tokenizer)
+                origin.require_same_vocabulary(dataset.tokenizer, dataset.base)
             resolved = resolve_vocabulary(config, dataset)
             if origin is not None:
-                origin.require_fit(resolved.model)
+                origin.require_fit(resolved.model, grown=config.data.chat is not None)
             # Raises for too little text, before anything is written.
             dataset.rows(config.train.block_size, config.train.seed)
             if resume:
@@ -132,9 +133,14 @@ def _origin(train: TrainConfig, checkpoint: Checkpoint | None) -> Origin | None:
 
 
 def resolve_vocabulary(config: RunConfig, dataset: TrainingData) -> RunConfig:
-    """The config, with the tokenizer's vocabulary size in place of 0. Raises `ConfigError` for a smaller one."""
+    """The config, with the tokenizer's vocabulary size in place of 0. Raises `ConfigError` for a smaller one.
+
+    Conversations may need more ids than the weights have, which then get rows for them.
+    """
     needed = dataset.tokenizer.vocab_size
-    if config.model.vocab_size == 0:
+    if config.model.vocab_size == 0 or (
+        config.data.chat and dataset.base.vocab_size <= config.model.vocab_size < needed
+    ):
         return replace(config, model=replace(config.model, vocab_size=needed))
     if config.model.vocab_size < needed:
         raise ConfigError("model.vocab_size", config.model.vocab_size, f"must be >= the tokenizer's {needed}, or 0")
@@ -167,9 +173,16 @@ def fresh_state(
 
     strategy = build_model(model_config, train, device, prepare)
     model = strategy.model
-    initialized_from = None if origin is None else origin.fill(model)
+    new_ids = range(dataset.base.vocab_size, dataset.tokenizer.vocab_size)
+    initialized_from = None if origin is None else origin.fill(model, new_ids)
     if initialized_from is not None:
         notes.append(describe(initialized_from))
+        if new_ids:
+            notes.append(
+                f"ids {new_ids.start} to {new_ids.stop - 1} are new: their rows begin as the mean of the others"
+            )
+    if train.lora:
+        notes.append(_attach_adapters(model, train, dataset))
     if (described := strategy.describe()) is not None:
         notes.append(described)
     compiling = resolve_compile(train.compile, device)
@@ -202,6 +215,17 @@ def fresh_state(
         paths=paths,
         average=WeightAverage(model, train.ema or 0.0, width=train.ema_width) if train.averages_weights else None,
     )
+
+
+def _attach_adapters(model: LanguageModel, train: TrainConfig, dataset: TrainingData) -> str:
+    """Adapt the model as `train.lora` says; returns a line that says how much is trained."""
+    alone = "must be 0 with several processes: adapters are trained by one"
+    require(distributed.world_size() == 1, "train.lora", train.lora, alone)
+    whole = sum(p.numel() for p in model.parameters())
+    attach(model, rank=train.lora, scale=train.lora_scale, seed=train.seed, ids=dataset.special_ids)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rows = " and the rows of the special ids" if dataset.special_ids else ""
+    return f"lora: adapters of rank {train.lora}{rows} are trained, {trained:,} numbers beside {whole:,} fixed ones"
 
 
 def identity_of_run(run_dir: Path) -> list[dict[str, str]] | None:

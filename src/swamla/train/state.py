@@ -14,6 +14,7 @@ from torch import Tensor
 from swamla import distributed
 from swamla.checkpoint import Checkpoint, load_into
 from swamla.errors import CorruptError, UsageError
+from swamla.model.adapters import is_adapter
 from swamla.model.language_model import LanguageModel
 from swamla.train.ema import WeightAverage
 from swamla.train.optim import NamedOptimizer
@@ -120,11 +121,14 @@ class TrainState:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All tensors of the state, by group of a checkpoint. Not copies: the next step changes them."""
+        whole = self.model.state_dict(keep_vars=True)
         tensors = {
-            "model": self.model.state_dict(keep_vars=True),
+            "model": {name: tensor for name, tensor in whole.items() if not is_adapter(name)},
             "optimizer": self.optimizer.state_tensors(),
             "rng": generator_states(),
         }
+        if adapters := {name: tensor for name, tensor in whole.items() if is_adapter(name)}:
+            tensors["adapters"] = adapters
         if self.average is not None:
             tensors["ema"] = self.average.tensors()
         return tensors
@@ -154,7 +158,7 @@ class TrainState:
         if missing:
             raise CorruptError(f"{file}: damaged: has no {', '.join(sorted(missing))}")
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        load_into(self.model, checkpoint.tensors("model", like=parameters.get), origin=str(checkpoint.path))
+        load_into(self.model, _weights(checkpoint, parameters), origin=str(checkpoint.path))
         self.optimizer.load_state_tensors(
             checkpoint.tensors("optimizer", like=lambda name: parameters.get(name.rpartition("/")[0])),
             stateless=saved["parameters_without_optimizer_state"],
@@ -206,7 +210,7 @@ class TrainState:
         """Context in which the model has the weights that an evaluation at `checkpoint` scored."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         own = {name: distributed.local(t.detach()).clone() for name, t in self.model.state_dict().items()}
-        weights = checkpoint.tensors("model", like=parameters.get)
+        weights = _weights(checkpoint, parameters)
         if checkpoint.has("ema"):
             weights |= checkpoint.tensors("ema", like=parameters.get)
         load_into(self.model, weights, origin=str(checkpoint.path))
@@ -221,6 +225,12 @@ class TrainState:
         """False if any weight on any rank is infinite or NaN."""
         finite = all(bool(distributed.local(p).isfinite().all()) for p in self.model.parameters())
         return not distributed.highest(not finite)
+
+
+def _weights(checkpoint: Checkpoint, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights, buffers and adapters of a checkpoint, apart, each sharded like the model's own."""
+    groups = ("model", "adapters") if checkpoint.has("adapters") else ("model",)
+    return {name: t for group in groups for name, t in checkpoint.tensors(group, like=like.get).items()}
 
 
 def seed_generators(seed: int) -> None:

@@ -89,7 +89,8 @@ def training_step(
         state.optimizer.set_lr(lr)
         state.optimizer.set_progress(progress, state.step)
         state.optimizer.step()
-        model.rebalance(statistics)
+        if not config.lora:  # what adapters are added to stays as it is, routers' biases included
+            model.rebalance(statistics)
         if state.average is not None:
             state.average.update(state.updates + 1)
     return result

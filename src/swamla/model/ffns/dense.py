@@ -53,6 +53,11 @@ class DenseConfig(FFNConfig):
         """The hidden width."""
         return {"hidden": self.hidden_dim(width)}
 
+    def projections(self, width: int) -> dict[str, dict[str, int]]:
+        """Gate and up of SwiGLU."""
+        hidden = self.hidden_dim(width)
+        return {"gate_up_proj.weight": {"gate": hidden, "up": hidden}} if self.activation == "swiglu" else {}
+
     def n_parameters(self, width: int) -> int:
         """Parameters of the module."""
         hidden = self.hidden_dim(width)

@@ -66,6 +66,13 @@ class FFNConfig(Registered, home="swamla.model.ffns"):
         """Widths inside the module that follow from the model's width, by name, to be printed."""
         return {}
 
+    def projections(self, width: int) -> Mapping[str, Mapping[str, int]]:
+        """The logical projections that a matrix of the module fuses, in order: parameter → name → outputs.
+
+        Low-rank adapters are apart for each; a matrix that is not named here is one projection.
+        """
+        return {}
+
     def backends(self, device: torch.device, width: int, dtype: torch.dtype) -> dict[str, str]:
         """Op → backend on `device` in a model of `width` that computes in `dtype`; may be empty.
 

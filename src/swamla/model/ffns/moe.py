@@ -133,6 +133,15 @@ class MoEConfig(FFNConfig):
         shared = {"shared_hidden": self.shared_hidden or self.expert_dim(width)} if self.n_shared else {}
         return {"expert_hidden": self.routed_dims(width)[1], **shared}
 
+    def projections(self, width: int) -> dict[str, dict[str, int]]:
+        """Gate and up of every expert, and of the shared ones."""
+        hidden, shared = self.routed_dims(width)[1], self.shared_config(width)
+        of_shared = {} if shared is None else shared.projections(width)
+        return {
+            "experts.gate_up": {"gate": hidden, "up": hidden},
+            **{f"shared.{name}": parts for name, parts in of_shared.items()},
+        }
+
     def components(self, width: int) -> dict[str, int]:
         """Parameters by component."""
         inner, hidden = self.routed_dims(width)

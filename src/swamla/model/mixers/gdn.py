@@ -185,6 +185,17 @@ class GDNConfig(MixerConfig):
         rule = squares * (4 * head_k + head_k + head_v + 2 * head_v) + length * 6 * head_k * head_v
         return length * dense + self.n_heads * rule
 
+    def projections(self, width: int) -> dict[str, dict[str, int]]:
+        """Queries, keys, values and the gate z, compressed where they have a latent; β and the decay."""
+        channels, (decay_rank, decays) = self.channels(width), self.decay_dims(width)
+        values = channels["v"]
+        inner = dict.fromkeys(channels, self.latent_dim) if self.latent_dim else channels
+        z = self.head_dims(width)[1] if self.gate == "lowrank" else values
+        return {
+            "qkvz_proj.weight": {**inner, "z": z},
+            "ba_proj.weight": {"b": self.n_heads, "a": decay_rank or decays},
+        }
+
     def state_settings(self, width: int) -> dict[str, int]:
         """The width of a value head."""
         return {"head_v_dim": self.head_dims(width)[1]}

@@ -71,6 +71,11 @@ class LatentConfig(SoftmaxConfig):
         """The heads in a model of `width`. Raises `ConfigError` where they do not fit it."""
         return Heads(self.n_heads, self.latent_dim(width) // self.n_heads, width // self.n_heads)
 
+    def projections(self, width: int) -> dict[str, dict[str, int]]:
+        """Queries and the latent; keys and values."""
+        latent = self.latent_dim(width)
+        return {"qc_proj.weight": {"q": latent, "c": latent}, "kv_proj.weight": {"k": latent, "v": width}}
+
     def projection_weights(self, width: int) -> int:
         """Parameters of the projection matrices."""
         latent = self.latent_dim(width)

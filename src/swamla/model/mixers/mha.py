@@ -126,6 +126,12 @@ class MHAConfig(SoftmaxConfig):
         """Heads of queries, keys, values and the gate, in the order of the rows of `qkv_proj`."""
         return self.n_heads, self.kv_heads, self.kv_heads, self.gate_heads
 
+    def projections(self, width: int) -> dict[str, dict[str, int]]:
+        """Queries, keys, values and the gate."""
+        names, key = ("q", "k", "v", "gate"), self.key_dim(width)
+        heads = dict(zip(names, self.projected_heads, strict=True))
+        return {"qkv_proj.weight": {name: count * key for name, count in heads.items()}}
+
     def projection_weights(self, width: int) -> int:
         """Parameters of the projection matrices."""
         return width * (2 * self.n_heads + 2 * self.kv_heads + self.gate_heads) * self.key_dim(width)

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -60,6 +60,13 @@ class MixerConfig(Registered, home="swamla.model.mixers"):
     @classmethod
     def fitting(cls, width: int, n_heads: int) -> dict[str, Any]:
         """Settings of a mixer that a flag adds to a model of `width`, for fields whose defaults would not suit it."""
+        return {}
+
+    def projections(self, width: int) -> Mapping[str, Mapping[str, int]]:
+        """The logical projections that a matrix of the module fuses, in order: parameter → name → outputs.
+
+        Low-rank adapters are apart for each; a matrix that is not named here is one projection.
+        """
         return {}
 
     def state_settings(self, width: int) -> dict[str, int]:
