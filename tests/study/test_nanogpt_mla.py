@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,14 +16,14 @@ from swamla.checkpoint import load
 from swamla.cli import main
 from swamla.model.language_model import NO_LABEL
 from swamla.study.nanogpt_mla.measured import periodic_edges, periodic_rows
-from swamla.study.nanogpt_mla.plan import EXPERIMENTS, MIXERS, text_of
+from swamla.study.nanogpt_mla.plan import EXPERIMENTS, MIXERS, configs, text_of
 from swamla.study.nanogpt_mla.result import verdicts
 from swamla.tasks import parse
 
 from .in_process import reproduced
 
 TASK = parse("induction?length=18&prefix=4&shortest=3&longest=7&vocabulary=12")
-TINY = "--width 16 --batch_size 2 --steps 2 --eval_interval 1 --eval_tokens 256"
+TINY = "--width 16 --batch_size 2 --steps 2 --eval_interval 1 --eval_tokens 128"
 KILLED_RUN = 4
 
 
@@ -101,6 +102,25 @@ def test_arms_differ_in_nothing_but_the_mixer(study):
             plain["model"]["rest_of_block"] = {name: value for name, value in block.items() if name != "mixer"}
             plain["model"]["pattern"] = len(plain["model"]["pattern"])
         assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_arms_of_random_repeats_are_the_blocks_of_the_model_of_characters_at_another_size(mixer: str):
+    """By an argument, and not by what a search over set-ups would find."""
+    found = configs("text.txt", "char")
+    short, long, text = (found[f"{each.slug}-{mixer}"] for each in EXPERIMENTS)
+    assert short.model == long.model
+    assert (short.model.width, len(short.model.pattern)) == (64, 2)
+    assert replace(
+        short.model, width=text.model.width, pattern=text.model.pattern, blocks=text.model.blocks, init_std=0.02
+    ) == replace(text.model, init_std=0.02)
+    own, block = (each.model.blocks[mixer] for each in (short, text))
+    assert replace(own, mixer=block.mixer) == block
+    head = own.mixer.heads(64)
+    assert head == replace(block.mixer.heads(128), count=2)
+    train = {name: getattr(short.train, name) for name in ("steps", "lr")}
+    assert train == {"steps": 400, "lr": 1e-2}
+    assert (long.train.steps, long.train.lr) == (1000, 4e-3)
 
 
 def test_sizes_are_those_of_the_trained_models(study):

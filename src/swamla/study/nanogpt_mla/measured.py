@@ -52,7 +52,7 @@ def periodic_rows(task: Task, rows: int) -> Examples:
 
 
 def beginnings(rows: Examples) -> tuple[Tensor, Tensor]:
-    """Where the repeated ids of every row begin, behind its prefix, and where they begin anew, a period later; (B,) each.
+    """Where the repeated ids of every row begin, behind its prefix, and where they begin anew, a period on; (B,) each.
 
     The latter is the first position that has a label.
     """
