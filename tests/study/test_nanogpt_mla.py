@@ -117,7 +117,7 @@ def test_arms_of_random_repeats_are_the_blocks_of_the_model_of_characters_at_ano
     own, block = (each.model.blocks[mixer] for each in (short, text))
     assert replace(own, mixer=block.mixer) == block
     head = own.mixer.heads(64)
-    assert head == replace(block.mixer.heads(128), count=2)
+    assert head == block.mixer.heads(128)._replace(key_heads=2)
     train = {name: getattr(short.train, name) for name in ("steps", "lr")}
     assert train == {"steps": 400, "lr": 1e-2}
     assert (long.train.steps, long.train.lr) == (1000, 4e-3)

@@ -32,7 +32,7 @@ from swamla.train.speed import tokens_per_second
 NAME = "nanogpt-mla"
 MIXERS = ("mha", "mla", "latent")
 REFERENCE = MIXERS[0]  # GPT-2's own
-HEADS = 2  # of models of random repeats
+HEADS, ROWS = 2, 32  # of models of random repeats, and of their batches: half of toy-induction's, for time
 Kind = Literal["repeats", "text"]
 THREADS = 1  # of a run: two runs side by side are faster than one on two threads at this size
 SAVES = 4  # of a run, so that a killed one loses little
@@ -114,7 +114,7 @@ def _shipped(recipe: str) -> RunConfig:
 
 
 def _on_repeats(mixer: str) -> RunConfig:
-    """GPT-2's blocks, those of the arm's model of characters, at toy-induction's size, and its rows and batches."""
+    """GPT-2's blocks, those of the arm's model of characters, at toy-induction's size, and its rows."""
     toy, whole = _shipped("toy-induction"), _shipped(_recipe(mixer)).model
     own = whole.blocks[mixer].mixer
     if isinstance(own, MLAConfig):  # heads keep their size, and the latent its share of the width
@@ -128,7 +128,7 @@ def _on_repeats(mixer: str) -> RunConfig:
         learned_positions=toy.train.block_size,
         init_std=toy.model.init_std,
     )
-    return replace(toy, model=model)
+    return replace(toy, model=model, train=replace(toy.train, batch_size=ROWS))
 
 
 def _recipe(mixer: str) -> str:
