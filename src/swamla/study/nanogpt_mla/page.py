@@ -293,9 +293,9 @@ def _tried_before() -> Section:
     head = [("budget", ""), ("mixer", ""), ("accuracy", "by seed"), ("has heads", "seeds")]
     lead = (
         "The arms of random repeats were fixed by an argument, before any of their runs: the fork is GPT-2, so they "
-        "have its blocks, at the size and with the rows of the recipe toy-induction, and half its batch. But before them about "
-        "fifteen others were tried on seed 1, of two layers without FFNs, on rows without a prefix. One of those was "
-        "trained with three seeds, and gave other results:"
+        "have its blocks, at the size and with the rows of the recipe toy-induction, and half its batch, for time. But "
+        "before them about fifteen others were tried on seed 1, of two layers without FFNs, on rows without a prefix. "
+        "One of those was trained with three seeds, and gave other results:"
     )
     meaning = (
         "Two layers without FFNs, width 64, learned positions; rows without a prefix, in which the answer is also the "
