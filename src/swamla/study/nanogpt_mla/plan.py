@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -117,9 +117,10 @@ def _on_repeats(mixer: str) -> RunConfig:
     """GPT-2's blocks, those of the arm's model of characters, at toy-induction's size, and its rows."""
     toy, whole = _shipped("toy-induction"), _shipped(_recipe(mixer)).model
     own = whole.blocks[mixer].mixer
+    sizes: dict[str, Any] = {"n_heads": HEADS}
     if isinstance(own, MLAConfig):  # heads keep their size, and the latent its share of the width
-        own = replace(own, kv_lora_rank=own.kv_lora_rank * toy.model.width // whole.width)
-    block = replace(whole.blocks[mixer], mixer=replace(own, n_heads=HEADS))
+        sizes["kv_lora_rank"] = own.kv_lora_rank * toy.model.width // whole.width
+    block = replace(whole.blocks[mixer], mixer=replace(own, **sizes))
     model = replace(
         whole,
         width=toy.model.width,
