@@ -201,7 +201,10 @@ def _maps(data: Data, experiment: Data) -> str:
             layers = row["repeats"]["layers"]
             cells = [layer[field] for layer in layers]
             tips = [
-                [f"{row['mixer']}, layer {index}, head {head}\n{title}: {value}" for head, value in enumerate(each)]
+                [
+                    f"{row['mixer']}, layer {index}, head {head}\n{title}: {number(value)}"
+                    for head, value in enumerate(each)
+                ]
                 for index, each in enumerate(cells)
             ]
             labels = [f"layer {index}" for index in range(len(layers))]

@@ -283,10 +283,8 @@ def _time(data: Mapping[str, Any], repeats: Rows) -> Verdict:
         reached = [each for each in steps if each is not None]
         missing = f", not by {len(steps) - len(reached)} of {len(steps)} seeds" if len(reached) < len(steps) else ""
         parts.append(f"{mixer} {span(reached, digits=0)}{missing}" if reached else f"{mixer} never")
-    text = (
-        f"Steps to accuracy {level} at {longest['lr']:g}, of {longest['steps']}: {'; '.join(parts)}. Before that "
-        "there is no head by these rules."
-    )
+    told = "" if all(part.endswith("never") for part in parts) else " Before that there is no head by these rules."
+    text = f"Steps to accuracy {level} at {longest['lr']:g}, of {longest['steps']}: {'; '.join(parts)}.{told}"
     return Verdict(question="How long does it take?", answer="figure", short="steps", text=text)
 
 
