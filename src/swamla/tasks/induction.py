@@ -19,7 +19,8 @@ class Induction(Task):
     Every id but those of the prefix repeats with the row's period, and from its second occurrence on the answer is the
     id that followed it before. Prefix and period have another length in every row, since fixed ones are solved by
     looking that many positions back, which softmax attention learns from positions alone. Without a prefix the answer
-    is also the id that was seen longest ago; behind one, that is an id of the prefix.
+    is also the id that was seen longest ago; behind one, that is an id of the prefix. Of the ids that repeat it still
+    is: heads show whether a model does induction (`swamla.interpret`), and accuracy alone does not.
 
     length: tokens of a row.
     prefix: the most ids before those that repeat; their number is uniform from 0 to it.
