@@ -308,7 +308,7 @@ def seen_longest_ago(spec: str) -> float:
 
 
 def test_the_id_seen_longest_ago_answers_induction_in_rows_without_a_prefix_alone() -> None:
-    """Which needs no induction: so accuracy proves none. Of the ids that repeat it is the answer behind prefixes too."""
+    """Which needs no induction: so accuracy proves none. Of ids that repeat it is the answer behind a prefix too."""
     assert seen_longest_ago("induction?prefix=0") == 1
     assert seen_longest_ago("induction") < 0.1  # one row in 17 has no prefix
 

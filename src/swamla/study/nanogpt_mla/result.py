@@ -263,7 +263,8 @@ def _otherwise(data: Mapping[str, Any], repeats: Rows) -> list[Verdict]:
         return []
     text = (
         f"{'; '.join(found)}: accuracy .5 or more, but no head's hit rate and cut agree. How these answer is not "
-        "shown here; accuracy alone proves no induction."
+        "shown here; of ids that repeat, the next one is also the one that was seen longest ago, which needs no "
+        "induction. Accuracy alone proves none."
     )
     return [Verdict(question="Answers without heads?", answer="yes", short="yes", text=text)]
 
