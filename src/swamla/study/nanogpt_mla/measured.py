@@ -113,7 +113,8 @@ def induction_on_task(model: LanguageModel, rows: Examples) -> Repeats:
         )
         for index, (score, own, block) in enumerate(zip(scores, attributed, model.blocks, strict=True))
     )
-    chance = (1 / periods(labels_BT).double()).mean().item()
+    begin_B, again_B = beginnings(rows)
+    chance = (1 / (again_B - begin_B).double()).mean().item()
     return Repeats(accuracy=accuracy, chance=chance, first_loss=first, second_loss=second, layers=layers)
 
 
