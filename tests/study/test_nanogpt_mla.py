@@ -140,7 +140,7 @@ def test_the_page_holds_all_it_shows_and_loads_nothing(study):
     for verdict in study.result["verdicts"]:
         assert verdict["question"] in study.page
     for mixer in MIXERS:
-        assert f"<th>{mixer}</th>" in study.page, "samples stand side by side"
+        assert f'<th style="text-align:left">{mixer}</th>' in study.page, "samples stand side by side"
     for name in ("curves", f"maps-{EXPERIMENTS[0].slug}"):
         assert (study.output / f"{name}.png").stat().st_size > 10_000
 

@@ -267,7 +267,7 @@ def _samples(data: Data, experiment: Data) -> str:
     rows = [row for row in data["runs"] if row["experiment"] == experiment["slug"] and row["seed"] == _first_seed(data)]
     if not rows:
         return ""
-    head = "".join(f"<th>{escape(row['mixer'])}</th>" for row in rows)
+    head = "".join(f'<th style="text-align:left">{escape(row["mixer"])}</th>' for row in rows)
     style = "white-space:pre-wrap;text-align:left;vertical-align:top;min-width:17em"
     body = "".join(
         "<tr>"
