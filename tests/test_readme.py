@@ -11,7 +11,7 @@ from swamla.cli import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
 OWN_PARTS = ROOT / "docs" / "own-parts.md"  # a page in one piece, with files: tests/test_own_parts.py
-PAGES = [ROOT / "README.md", *sorted(set((ROOT / "docs").glob("*.md")) - {OWN_PARTS})]
+PAGES = [ROOT / "README.md", *sorted(set((ROOT / "docs").rglob("*.md")) - {OWN_PARTS})]
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -289,7 +289,7 @@ def test_a_picture_has_a_point_for_each_cell_and_a_map_of_two_sizes_of_one_run(
 
 
 def test_recall_at_each_evaluation_of_a_run_on_text_is_in_its_metrics(tmp_path: Path) -> None:
-    dataset, task = tiny_dataset(tmp_path), Induction(length=8, shortest=2, longest=4, vocabulary=100)
+    dataset, task = tiny_dataset(tmp_path), Induction(length=9, prefix=1, shortest=2, longest=4, vocabulary=100)
     found: list[float] = []
 
     def evaluate(model: LanguageModel) -> dict[str, float]:

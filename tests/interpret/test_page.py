@@ -15,7 +15,7 @@ from swamla.interpret.explaining import Subject, explained
 from swamla.interpret.page.figures import FIGURES
 from swamla.interpret.page.html import report_html
 from swamla.interpret.page.report import write_report
-from swamla.interpret.page.svg import bar_chart, heat_map, number, shade, shade_signed, short, ticks
+from swamla.interpret.page.svg import Line, bar_chart, heat_map, line_chart, number, shade, shade_signed, short, ticks
 from tests.interpret.browser import browser
 from tests.interpret.models import VOCABULARY, hybrid
 from tests.model.helpers import random_tokens
@@ -169,6 +169,16 @@ def test_ticks_are_few_and_enclose_what_is_drawn(low: float, high: float) -> Non
     assert 2 <= len(found) <= 8
     steps = {round(b - a, 9) for a, b in pairwise(found)}
     assert len(steps) == 1
+
+
+@pytest.mark.parametrize("logarithmic", [False, True])
+def test_names_of_ticks_are_within_the_chart_also_at_its_end(logarithmic: bool) -> None:
+    line = Line(name="run", points=[(1, 0.1), (2**15 if logarithmic else 200_000, 0.9)])
+    chart = line_chart([line], x_label="step", y_label="accuracy", logarithmic=logarithmic, size=(400, 250))
+    names = re.findall(r'class="tick mid" x="([\d.]+)"[^>]*>([^<]+)<', chart)
+    assert len(names[-1][1]) >= 6
+    for x, name in names:
+        assert float(x) + 3.3 * len(name) <= 400, name
 
 
 def test_a_map_has_a_cell_for_every_head_in_its_place_and_colour() -> None:

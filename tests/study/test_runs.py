@@ -75,6 +75,19 @@ def played(study, score) -> list[Run]:
     return order
 
 
+def test_an_arm_that_is_dear_may_have_fewer_seeds_than_its_study_and_never_more():
+    study = study_of("mha", "gdn", seeds=3, rates="recipe")
+    first, second = study.arms
+    fewer = replace(study, arms=(replace(first, seeds=1), replace(second, seeds=9)))
+    assert [(run.arm, run.seed) for run in played(fewer, lambda run: 1.0)] == [
+        ("mha", 1),
+        ("gdn", 1),
+        ("gdn", 2),
+        ("gdn", 3),
+    ]
+    assert predict(fewer, {}, jobs=1).runs == 4
+
+
 def test_arms_take_turns_and_seeds_are_fresh_and_the_same_in_every_arm_at_the_arms_best_rate():
     study = study_of(seeds=3)
     order = played(study, lambda run: abs(run.rate - {"mha": 0.9, "gdn": -0.9}[run.arm]))

@@ -110,7 +110,7 @@ def test_a_task_is_spelled_in_one_line_and_read_back(kind: str) -> None:
 def test_every_size_changes_the_rows(kind: str) -> None:
     task = task_of(kind)
     other: dict[str, Any] = {"group": "s5", "moves": "swaps", "power": 0.1, "depth": 5, "n": 2}
-    other |= {"longest": 20, "filler": "any"}
+    other |= {"longest": 20, "prefix": 8, "filler": "any"}
     for field in fields(task):
         value = other.get(field.name) or getattr(task, field.name) + 2
         changed = replace(task, **{field.name: value})
@@ -121,7 +121,7 @@ def test_every_size_changes_the_rows(kind: str) -> None:
 REFUSED = {
     "copy": ["length=7", "length=2", "vocabulary=2"],
     "dyck": ["brackets=1", "depth=0", "length=8&depth=8"],
-    "induction": ["shortest=1", "longest=8&shortest=8", "length=63", "vocabulary=31"],
+    "induction": ["prefix=-1", "shortest=1", "longest=8&shortest=8", "length=63", "vocabulary=39"],
     "mqar": [
         "pairs=0",
         "length=65",

@@ -79,6 +79,7 @@ class Arm:
 
     config: of its runs, but for rate and seed.  changes: what matching changed, dotted setting → before and now.
     matched: that in words.  seconds_per_step: measured before the study, 0 if it was not.
+    seeds: fewer fresh seeds than the study's, of an arm that is dear.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Arm:
     matched: str = ""
     changes: dict[str, tuple[int, int]] = field(default_factory=dict)
     seconds_per_step: float = 0.0
+    seeds: int | None = None
 
     @property
     def steps(self) -> int:
@@ -147,6 +149,10 @@ class Study:
     def scored(self) -> str:
         """What the verdict rests on, in words."""
         return "test rows" if self.task else "test part of the held-out text"
+
+    def seeds_of(self, arm: Arm) -> int:
+        """How many fresh seeds an arm is trained with."""
+        return self.asked.seeds if arm.seeds is None else min(arm.seeds, self.asked.seeds)
 
     def arm(self, name: str) -> Arm:
         """The arm of a name."""

@@ -114,7 +114,7 @@ def runs_of(study: Study, arm: Arm, outcomes: Mapping[str, Outcome]) -> list[Run
     if study.asked.rates == "search" and (rates := next_rates(rate_scores(arm, outcomes))):
         return [run("rate", rate, SEARCH_SEED) for rate in rates]
     rate = rate_of(study, arm, outcomes)
-    seeds = [] if rate is None else [run("seed", rate, SEARCH_SEED + n) for n in range(1, study.asked.seeds + 1)]
+    seeds = [] if rate is None else [run("seed", rate, SEARCH_SEED + n) for n in range(1, study.seeds_of(arm) + 1)]
     return [one for one in seeds if one.id not in outcomes]
 
 
@@ -198,7 +198,7 @@ def runs_left(study: Study, arm: Arm, outcomes: Mapping[str, Outcome]) -> int:
     scores = rate_scores(arm, outcomes)
     if study.asked.rates == "search" and (rates := next_rates(scores)):
         fine = any(rate % 2 for rate in (*rates, *scores))
-        return len(rates) + (0 if fine else len(REFINED)) + study.asked.seeds
+        return len(rates) + (0 if fine else len(REFINED)) + study.seeds_of(arm)
     return len(runs_of(study, arm, outcomes))
 
 

@@ -161,7 +161,7 @@ def line_chart(
     logarithmic: the horizontal axis.  log_y: the vertical one, by powers of two.  zero: draw y = 0 as a line.
     """
     width, height = size
-    left, right, top, bottom = 58.0, width - 14.0, 12.0, height - 44.0
+    left, top, bottom = 58.0, 12.0, height - 44.0
     named = [*x_names, *(name for _, name in x_ticks)]
     inset = 4 + 3.3 * max(map(len, named)) if named else 0.0  # room for half a name on either side
     xs = [x for line in lines for x, _ in line.points]
@@ -171,6 +171,9 @@ def line_chart(
     x_low, x_high = to_x(min(xs)), to_x(max(xs))
     y_ticks = _powers(min(ys), max(ys)) if log_y else ticks(min(ys), max(ys))
     y_low, y_high = to_y(y_ticks[0]), to_y(y_ticks[-1])
+    x_ticks = x_ticks or _x_ticks(min(xs), max(xs), x_names, logarithmic)
+    last = 0 if named else max((len(name) for _, name in x_ticks[-1:]), default=0)
+    right = width - max(14.0, 4 + 3.3 * last)  # room for half the name of a tick at the end
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = (to_x(x) - x_low) / (x_high - x_low or 1)
@@ -182,7 +185,7 @@ def line_chart(
         y = at(min(xs), tick)[1]
         parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick end" x="{left - 6}" y="{y + 4:.1f}">{_axis(tick)}</text>')
-    for value, name in x_ticks or _x_ticks(min(xs), max(xs), x_names, logarithmic):
+    for value, name in x_ticks:
         x = at(value, y_ticks[0])[0]
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
         parts.append(f'<text class="tick mid" x="{x:.1f}" y="{bottom + 15:.0f}">{escape(name)}</text>')

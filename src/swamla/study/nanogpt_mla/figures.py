@@ -26,7 +26,8 @@ def write_figures(data: Data, folder: Path) -> list[str]:
 
 def _curves(data: Data, file: Path) -> None:
     figure = new_figure(4.0 * len(data["experiments"]), 3.0)
-    for axes, experiment in zip(figure.subplots(1, len(data["experiments"])), data["experiments"], strict=True):
+    (line,) = figure.subplots(1, len(data["experiments"]), squeeze=False)
+    for axes, experiment in zip(line, data["experiments"], strict=True):
         for row in data["runs"]:
             if row["experiment"] == experiment["slug"]:
                 axes.plot(row["curve"]["steps"], row["curve"]["score"], color=COLOURS[row["mixer"]], linewidth=1.2)

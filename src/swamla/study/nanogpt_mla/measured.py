@@ -51,29 +51,34 @@ def periodic_rows(task: Task, rows: int) -> Examples:
     return examples(task, ROWS_SEED, range(rows), held_out=True)
 
 
-def periods(labels_BT: Tensor) -> Tensor:
-    """The period of every row (B,): its first labelled position."""
-    return (labels_BT != NO_LABEL).int().argmax(dim=1)
+def beginnings(rows: Examples) -> tuple[Tensor, Tensor]:
+    """Where the repeated ids of every row begin, behind its prefix, and where they begin anew, a period on; (B,) each.
+
+    The latter is the first position that has a label.
+    """
+    again_B = (rows.labels_BT != NO_LABEL).int().argmax(dim=1)
+    id_B1 = rows.tokens_BT.gather(1, again_B[:, None])
+    return (rows.tokens_BT == id_B1).int().argmax(dim=1), again_B
 
 
-def periodic_edges(labels_BT: Tensor) -> dict[str, Tensor]:
-    """Sets of edges, bool (B, T, T), of rows that repeat with a period each.
+def periodic_edges(rows: Examples) -> dict[str, Tensor]:
+    """Sets of edges, bool (B, T, T), of rows that repeat with a period each behind a prefix each.
 
     induction: from a query to all tokens that followed its token before.  duplicate: to that token itself.  other: half
     a period beside induction, and as many.  previous: from every token but the first to the one before.
     """
-    time = labels_BT.shape[1]
-    index_T = torch.arange(time, device=labels_BT.device)
+    time = rows.labels_BT.shape[1]
+    index_T = torch.arange(time, device=rows.labels_BT.device)
     away_TS = index_T[:, None] - index_T
-    period_B11 = periods(labels_BT)[:, None, None]
-    asked_BT1 = (labels_BT != NO_LABEL)[:, :, None]
+    begin_B11, again_B11 = (each_B[:, None, None] for each_B in beginnings(rows))
+    period_B11 = again_B11 - begin_B11
+    asked_BT1 = (rows.labels_BT != NO_LABEL)[:, :, None]
 
     def to(offset: Tensor | int) -> Tensor:
-        """From a query at t to t − n · period + offset, for n = 1, 2 … as far as there is a token t − n · period."""
+        """From a query at t to t − n · period + offset, for n = 1, 2 … while t − n · period is behind the prefix."""
         back_BTS = away_TS + offset
-        return (
-            asked_BT1 & (away_TS >= 0) & (back_BTS > 0) & (back_BTS <= index_T[:, None]) & (back_BTS % period_B11 == 0)
-        )
+        most_BT1 = index_T[:, None] - begin_B11
+        return asked_BT1 & (away_TS >= 0) & (back_BTS > 0) & (back_BTS <= most_BT1) & (back_BTS % period_B11 == 0)
 
     return {
         "induction": to(1),
@@ -87,12 +92,12 @@ def periodic_edges(labels_BT: Tensor) -> dict[str, Tensor]:
 def induction_on_task(model: LanguageModel, rows: Examples) -> Repeats:
     """What `induction` measures, on rows of any period: a query may read each earlier occurrence of its token."""
     tokens_BT, labels_BT = rows.tokens_BT, rows.labels_BT
-    edges = periodic_edges(labels_BT)
+    edges = periodic_edges(rows)
     other = edges.pop("other")
     scores = edge_scores(model, tokens_BT, edges)
     attributed = attribution(model, tokens_BT, edges["induction"], labels_BT)
     cuts = cut_effects(model, tokens_BT, {"induction": edges["induction"], "other": other}, labels_BT)
-    first, second, accuracy = _losses(model, tokens_BT, labels_BT)
+    first, second, accuracy = _losses(model, rows)
     layers = tuple(
         LayerInduction(
             previous=score["previous"].share,
@@ -108,14 +113,16 @@ def induction_on_task(model: LanguageModel, rows: Examples) -> Repeats:
         )
         for index, (score, own, block) in enumerate(zip(scores, attributed, model.blocks, strict=True))
     )
-    chance = (1 / periods(labels_BT).double()).mean().item()
+    begin_B, again_B = beginnings(rows)
+    chance = (1 / (again_B - begin_B).double()).mean().item()
     return Repeats(accuracy=accuracy, chance=chance, first_loss=first, second_loss=second, layers=layers)
 
 
-def _losses(model: LanguageModel, tokens_BT: Tensor, labels_BT: Tensor) -> tuple[float, float, float]:
-    """Nats a token within the first period and at the queries, and the share of queries that are answered rightly."""
+def _losses(model: LanguageModel, rows: Examples) -> tuple[float, float, float]:
+    """Nats a token up to the first period's end and at the queries, and the share of queries answered rightly."""
+    tokens_BT, labels_BT = rows.tokens_BT, rows.labels_BT
     logits_BTV = model(tokens_BT)
-    before_BT = torch.arange(tokens_BT.shape[1]) < periods(labels_BT)[:, None] - 1
+    before_BT = torch.arange(tokens_BT.shape[1]) < beginnings(rows)[1][:, None] - 1
     next_BT = F.pad(tokens_BT[:, 1:], (0, 1), value=NO_LABEL)
     first_BT = torch.where(before_BT, next_BT, NO_LABEL)
     first, second = (
@@ -154,7 +161,8 @@ def _on_repeats(
     model: LanguageModel, tokenizer: Tokenizer, task: Task, records: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     rows = periodic_rows(task, REPEAT_ROWS)
-    note = f"A held-out row: {int(periods(rows.labels_BT)[0])} distinct ids, over and over."
+    begin, again = (int(each_B[0]) for each_B in beginnings(rows))
+    note = f"A held-out row: {begin} ids that never come again, then {again - begin} others, over and over."
     return {
         "accuracy": recall(model, task, rows=SCORED_ROWS, seed=ROWS_SEED).score.accuracy,
         "steps_to": {f"{level:g}": steps_to(records, level) for level in LEVELS},

@@ -1,26 +1,22 @@
 """The arms of the study: three mixers, equal in all else, in three experiments.
 
-Random repeats have no text: two layers without FFNs are asked, after a token, what followed it before. They are trained
+Random repeats have no text: two of GPT-2's blocks are asked, after a token, what followed it before. They are trained
 twice, with a short and with a long budget, since whether a head is there depends on when one looks. Shakespeare's
-characters are nanoGPT's own test. Every arm is trained with the same seeds, hence on the same rows.
+characters are nanoGPT's own test; they take most of the time, so they have fewer steps than its recipe, and one seed.
+Arms are trained with the same seeds, hence on the same rows.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from swamla.config import from_plain, load_file
 from swamla.data.dataset import TrainingData
 from swamla.data.hub import has_shakespeare
-from swamla.model.block import BlockConfig
-from swamla.model.ffns.none import NoFFNConfig
-from swamla.model.mixers.latent import LatentConfig
-from swamla.model.mixers.mha import MHAConfig
-from swamla.model.mixers.mixer import MixerConfig
 from swamla.model.mixers.mla import MLAConfig
 from swamla.recipes import recipe_path
 from swamla.study.matching import Costs
@@ -35,17 +31,19 @@ from swamla.train.speed import tokens_per_second
 
 NAME = "nanogpt-mla"
 MIXERS = ("mha", "mla", "latent")
+REFERENCE = MIXERS[0]  # GPT-2's own
+HEADS, ROWS = 2, 32  # of models of random repeats, and of their batches: half of toy-induction's, for time
 Kind = Literal["repeats", "text"]
 THREADS = 1  # of a run: two runs side by side are faster than one on two threads at this size
 SAVES = 4  # of a run, so that a killed one loses little
-REPEATS_TOKENS, TEXT_TOKENS = 16_384, 32_768  # read by an evaluation during a run
+REPEATS_TOKENS, TEXT_TOKENS = 8_192, 16_384  # read by an evaluation during a run
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """What the three mixers are trained on. slug: its name for files and in the names of its runs.
 
-    evaluations: how many there are during a run.
+    evaluations: how many there are during a run.  seeds: fewer than the study's.
     """
 
     slug: str
@@ -54,6 +52,7 @@ class Experiment:
     steps: int
     lr: float
     evaluations: int
+    seeds: int | None = None
 
 
 EXPERIMENTS = (
@@ -63,7 +62,7 @@ EXPERIMENTS = (
     Experiment(
         slug="repeats-long", kind="repeats", title="random repeats, long budget", steps=1000, lr=4e-3, evaluations=25
     ),
-    Experiment(slug="text", kind="text", title="characters", steps=2000, lr=2e-3, evaluations=10),
+    Experiment(slug="text", kind="text", title="characters", steps=600, lr=2e-3, evaluations=10, seeds=1),
 )
 
 
@@ -115,26 +114,32 @@ def _shipped(recipe: str) -> RunConfig:
 
 
 def _on_repeats(mixer: str) -> RunConfig:
-    """toy-induction with GPT-2's learned positions, which all three arms have."""
-    config = _shipped("toy-induction")
-    heads = 2
-    mixers: dict[str, MixerConfig] = {
-        "mha": MHAConfig(n_heads=heads, rope=None),
-        "mla": MLAConfig(n_heads=heads, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32),
-        "latent": LatentConfig(n_heads=heads),
-    }
+    """GPT-2's blocks, those of the arm's model of characters, at toy-induction's size, and its rows."""
+    toy, whole = _shipped("toy-induction"), _shipped(_recipe(mixer)).model
+    own = whole.blocks[mixer].mixer
+    sizes: dict[str, Any] = {"n_heads": HEADS}
+    if isinstance(own, MLAConfig):  # heads keep their size, and the latent its share of the width
+        sizes["kv_lora_rank"] = own.kv_lora_rank * toy.model.width // whole.width
+    block = replace(whole.blocks[mixer], mixer=replace(own, **sizes))
     model = replace(
-        config.model,
-        blocks={mixer: BlockConfig(mixer=mixers[mixer], ffn=NoFFNConfig())},
+        whole,
+        width=toy.model.width,
+        blocks={mixer: block},
         pattern=(mixer, mixer),
-        learned_positions=config.train.block_size,
+        learned_positions=toy.train.block_size,
+        init_std=toy.model.init_std,
     )
-    return replace(config, model=model)
+    return replace(toy, model=model, train=replace(toy.train, batch_size=ROWS))
+
+
+def _recipe(mixer: str) -> str:
+    """The shipped model of characters with this mixer."""
+    return "shakespeare-char" if mixer == REFERENCE else f"shakespeare-char-{mixer}"
 
 
 def _on_text(mixer: str, source: str, tokenizer: str) -> RunConfig:
     """nanoGPT's settings for a CPU; learned positions in all arms, to which mla adds its rotary part."""
-    config = _shipped("shakespeare-char" if mixer == "mha" else f"shakespeare-char-{mixer}")
+    config = _shipped(_recipe(mixer))
     data = replace(config.data, source=source, tokenizer=tokenizer)
     return replace(config, data=data, model=replace(config.model, learned_positions=config.train.block_size))
 
@@ -187,6 +192,7 @@ def planned(
                 config=config,
                 costs=Costs.of(config.model, train.block_size),
                 seconds_per_step=paces[pace] * _with_evaluations(config),
+                seeds=experiment_of(name).seeds,
             )
         )
     text = dataset_of(wanted[arm_name(EXPERIMENTS[-1], MIXERS[0])])
@@ -239,18 +245,20 @@ def described(study: Study, folder: Path, left: Prediction, jobs: int) -> list[t
     rows = [
         ("question", study.asked.question),
         ("claim", study.asked.expectation),
-        (
-            "arms",
-            f"{', '.join(MIXERS)}, equal in all but the mixer; seeds 1 to {study.asked.seeds}, the same in every arm",
-        ),
+        ("arms", f"{', '.join(MIXERS)}, equal in all but the mixer; the same seeds in every arm"),
     ]
     for experiment in EXPERIMENTS:
         arms = [study.arm(arm_name(experiment, mixer)) for mixer in MIXERS]
         train = arms[0].config.train
         paces = ", ".join(f"{mixer} {1000 * arm.seconds_per_step:.0f}" for mixer, arm in zip(MIXERS, arms, strict=True))
         what = "learn " + (study.data["source"] if experiment.kind == "text" else arms[0].config.data.source)
+        seeds = study.seeds_of(arms[0])
+        which = f"seeds 1 to {seeds}" if seeds > 1 else "seed 1"
         rows.append(
-            (experiment.slug, f"{train.steps} steps at {train.lr:g} {what}; ms a step with evaluations: {paces}")
+            (
+                experiment.slug,
+                f"{train.steps} steps at {train.lr:g} {what}, {which}; ms a step with evaluations: {paces}",
+            )
         )
     if not left.runs:
         return [*rows, ("runs", f"all have ended, in {folder / 'runs'}")]

@@ -8,13 +8,13 @@ from swamla.interpret.sections import Verdict, as_plain
 from swamla.interpret.verdicts import ACCURACY
 from swamla.model.accounting import count_parameters
 from swamla.study.nanogpt_mla.measured import LEVELS
-from swamla.study.nanogpt_mla.plan import EXPERIMENTS, MIXERS, Experiment, arm_name, mixer_of
+from swamla.study.nanogpt_mla.plan import EXPERIMENTS, MIXERS, REFERENCE, Experiment, arm_name, mixer_of
 from swamla.study.plan import Arm, Study
 from swamla.study.runs import Outcome
 from swamla.study.statistics import Axis, compare_all, t_interval, wilson
 
 FORMAT = 1
-REFERENCE, *LATENT = MIXERS
+LATENT = MIXERS[1:]
 MARGINS = {"accuracy": 0.05, "bits per byte": 0.01}  # differences below are too small to matter
 Rows = Sequence[Mapping[str, Any]]
 
@@ -62,6 +62,7 @@ def _experiment(study: Study, experiment: Experiment) -> dict[str, Any]:
         "data": config.data.source,
         "steps": config.train.steps,
         "lr": config.train.lr,
+        "seeds": study.seeds_of(arms[0]),
         "rows": config.train.batch_size,
         "length": config.train.block_size,
         "width": config.model.width,
@@ -180,7 +181,7 @@ def _claim(repeats: Rows, grown: Mapping[tuple[str, str], Verdict]) -> Verdict:
         if answer in cases
     ]
     if budgets:
-        told.append("So it is a claim about a budget, not about what latent attention can learn.")
+        told.append("So what is found depends on the budget: steps and rate.")
     text = f"The claim is that latent attention grows no induction heads. {' '.join(told)}"
     question, against = "Does the claim hold?", {"yes", "partly"} & cases.keys()
     if "no" not in cases and "yes" not in cases:
@@ -245,8 +246,7 @@ def _circuit(data: Mapping[str, Any], repeats: Rows) -> Verdict:
         )
     text = (
         f"Without exactly the induction edges of one layer the loss rises by: {', '.join(parts)}; without as many "
-        f"other edges by {max(controls):.2f} at most. In all of these the answer comes from attention to the token "
-        "that followed before."
+        f"other edges by {max(controls):.2f} at most. So all of these need attention to the token that followed before."
     )
     return Verdict(question=question, answer="yes", short="yes", text=text)
 
@@ -262,8 +262,9 @@ def _otherwise(data: Mapping[str, Any], repeats: Rows) -> list[Verdict]:
     if not found:
         return []
     text = (
-        f"{'; '.join(found)}: accuracy .5 or more, but no head's hit rate and cut agree. In rows that repeat, the "
-        "answer is also the id that was seen longest ago, which needs no induction: accuracy alone proves none."
+        f"{'; '.join(found)}: accuracy .5 or more, but no head's hit rate and cut agree. How these answer is not "
+        "shown here; of ids that repeat, the next one is also the one that was seen longest ago, which needs no "
+        "induction. Accuracy alone proves none."
     )
     return [Verdict(question="Answers without heads?", answer="yes", short="yes", text=text)]
 
@@ -283,10 +284,8 @@ def _time(data: Mapping[str, Any], repeats: Rows) -> Verdict:
         reached = [each for each in steps if each is not None]
         missing = f", not by {len(steps) - len(reached)} of {len(steps)} seeds" if len(reached) < len(steps) else ""
         parts.append(f"{mixer} {span(reached, digits=0)}{missing}" if reached else f"{mixer} never")
-    text = (
-        f"Steps to accuracy {level} at {longest['lr']:g}, of {longest['steps']}: {'; '.join(parts)}. Within a budget "
-        "that ends before, there is no head to be found."
-    )
+    told = "" if all(part.endswith("never") for part in parts) else " Before that there is no head by these rules."
+    text = f"Steps to accuracy {level} at {longest['lr']:g}, of {longest['steps']}: {'; '.join(parts)}.{told}"
     return Verdict(question="How long does it take?", answer="figure", short="steps", text=text)
 
 
@@ -319,18 +318,19 @@ def _on_text(data: Mapping[str, Any]) -> list[Verdict]:
 
 def not_said(data: Mapping[str, Any]) -> list[str]:
     """What the verdicts do not say."""
-    n = data["seeds"]
+    n, single = data["seeds"], [each["title"] for each in data["experiments"] if each["seeds"] == 1]
     any_values = [float(seed) for seed in range(n)]  # the width in deviations depends on their number alone
     half = (t_interval(any_values).high - mean(any_values)) / stdev(any_values)
     low = wilson(n, n).low
     return [
+        *(f"One seed of {title}: how far seeds differ is not measured there." for title in single),
         f"{n} seeds are few: the 95 % interval of a mean is ± {half:.1f} standard deviations wide, and {n} of {n} "
         f"seeds are a rate of {low:.0%} or more.",
-        "The learning rates are those of the original study, not the best of each arm: an arm may be slow because of "
-        "its rate. `swamla compare` searches rates.",
+        "Learning rates were fixed beforehand and are not the best of each arm: an arm may be slow because of its "
+        "rate. `swamla compare` searches rates.",
         "Arms are equal in width, layers, heads, learned positions, rows and schedule, not in parameters (see the "
         "table).",
-        "Models of this size have one or two induction heads at most; nothing here is measured at the size of GPT-2.",
+        "Nothing here is measured at the size of GPT-2.",
     ]
 
 
