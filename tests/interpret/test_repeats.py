@@ -79,7 +79,7 @@ def test_measures_of_repeats_are_those_of_a_loop_over_tokens(name: str) -> None:
         for rise, sources in (
             (measured.cut, [query - 7]),
             (measured.cut_conv, [query - 7 + i for i in range(measured.conv)]),
-            (measured.control, [query - 4]),
+            (measured.control, [query - 4 + i for i in range(measured.conv)]),
         ):
             cut = logits_without(model, tokens, {len(checked) - 1: edges_between(17, query, *sources)})[:, query]
             loss = -cut.log_softmax(-1).gather(2, tokens[:, query + 1][..., None]).mean()

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from swamla.interpret import explaining
 from swamla.interpret import verdicts as rules
@@ -15,6 +16,7 @@ from swamla.interpret.routing import ClassLoad
 from swamla.interpret.sections import Lens, Needed, Patterns, Routing
 from swamla.interpret.verdicts import (
     apart,
+    apart_by_chance,
     inducing_heads,
     induction_verdict,
     learned_verdict,
@@ -134,8 +136,8 @@ def test_routers_that_treat_classes_alike_are_not_apart_and_those_that_split_the
     # Mean shares are (.25, .75): three tokens are .75 away from them, nine .25.
     assert apart(split, (3, 9)) == pytest.approx((3 * 0.75 + 9 * 0.25) / 12)
     for share, answer in ((alike, "no"), (split, "yes"), (((0.7, 0.3), (0.4, 0.6)), "partly")):
-        layers = (ClassLoad(layer=2, share=share, tokens=(5, 5)),)
-        found = routing_verdict(Routing(tokens=10, classes=("a", "b"), layers=layers))
+        layers = (ClassLoad(layer=2, share=share, tokens=(500, 500)),)
+        found = routing_verdict(Routing(tokens=1000, classes=("a", "b"), layers=layers))
         assert found.answer == answer
 
 
@@ -163,3 +165,15 @@ def test_the_guide_has_these_rules() -> None:
     assert (rules.CONTROL, rules.MOST, rules.NEAR, rules.ERRORS) == (0.1, 0.5, 0.1, 2)
     for told in ("at most a tenth", "from half of its", "nine tenths of the fall", "two standard errors"):
         assert told in page
+
+
+def test_a_router_that_chooses_at_random_does_not_specialise_however_few_tokens_there_are() -> None:
+    """A class of 85 tokens and 128 experts: .44 of its choices are others than those of all tokens, by chance."""
+    generator = torch.Generator().manual_seed(0)
+    for experts in (8, 64, 128):
+        chosen_CN = torch.randint(experts, (6, 85), generator=generator)
+        shares = [(torch.bincount(row_N, minlength=experts) / 85).tolist() for row_N in chosen_CN]
+        assert apart_by_chance(shares, (85,) * 6) == pytest.approx(apart(shares, (85,) * 6), rel=0.25)
+        load = ClassLoad(layer=0, share=tuple(map(tuple, shares)), tokens=(85,) * 6)
+        routing = Routing(tokens=510, classes=tuple("abcdef"), layers=(load,))
+        assert routing_verdict(routing).answer == "no"

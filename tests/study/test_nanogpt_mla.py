@@ -79,6 +79,7 @@ def test_another_study_in_the_folder_is_refused(study, capsys: pytest.CaptureFix
     ("flags", "message"),
     [
         ("--pattern mha", "--pattern is a setting of the arms: leave it out"),
+        ("--output-dir here", "--output_dir is a setting of the arms: leave it out"),
         ("--widht 16", "unknown flag --widht; did you mean --width?"),
         ("--width 15", "n_heads"),
     ],

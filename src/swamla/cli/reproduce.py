@@ -151,7 +151,9 @@ def _study(arguments: Arguments, folder: Path, argv: list[str], console: Console
 
 def _changed(config: RunConfig, text: str) -> RunConfig:
     """The config with the flags of all runs. Raises `UsageError` and `ConfigError`, which name the flag."""
-    if named := [name for name in _ARMS_OWN if f"--{name}" in text.split()]:
+    words = (word for word in shlex.split(text) if word.startswith("--"))
+    written = {word.partition("=")[0][2:].replace("-", "_") for word in words}
+    if named := [name for name in _ARMS_OWN if name in written]:
         raise UsageError(f"--flags {text!r}: --{named[0]} is a setting of the arms: leave it out")
     _, given = parse(_OfRuns, shlex.split(text), command="swamla train", more=flags())
     plain = to_plain(config)

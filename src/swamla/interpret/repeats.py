@@ -29,8 +29,8 @@ class LayerInduction:
     tokens after the same token in the first copy, all of whose values have to do with the next one.
     attribution: what the induction edges add to the right logit, of the sum of |what all edges add| (`attribution`).
     cut: rise of the second copy's loss, in nats a token, when exactly the induction edges of all heads are subtracted
-    from the layer's output.  cut_conv: when those of all conv tokens are.  control: the same as cut for as many other
-    edges, each to the token L // 2 before the query.
+    from the layer's output.  cut_conv: when those of all conv tokens are.  control: the same as cut_conv for as many
+    other edges, to the token L // 2 before the query and the conv − 1 after that.
     """
 
     previous: tuple[float, ...]
@@ -98,7 +98,9 @@ def induction(model: LanguageModel, tokens_BT: Tensor) -> Repeats:
     cuts = cut_effects(model, tokens_BT, {"edges": edges, "others": others})
     for width in set(widths) - {1}:
         wide = [index for index, each in enumerate(widths) if each == width]
-        for index, rises in cut_effects(model, tokens_BT, {"wide": sets[str(width)]}, layers=wide).items():
+        beside = edges_between(time, query_Q, *(query_Q - length // 2 + i for i in range(width)))
+        both = {"wide": sets[str(width)], "others": beside}
+        for index, rises in cut_effects(model, tokens_BT, both, layers=wide).items():
             cuts[index] |= rises
     first, _ = _losses(model, tokens_BT, query_Q - length)
     second, accuracy = _losses(model, tokens_BT, query_Q)

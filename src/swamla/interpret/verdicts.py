@@ -183,11 +183,13 @@ def routing_verdict(routing: Routing) -> Verdict:
     """Whether routers send classes of tokens to experts of their own."""
     found = {layer.layer: apart(layer.share, layer.tokens) for layer in routing.layers}
     layer, most = max(found.items(), key=lambda each: each[1])
+    chance = max(apart_by_chance(each.share, each.tokens) for each in routing.layers if each.layer == layer)
     text = (
         f"{most:.0%} of the choices of layer {layer} depend on the token's class, {min(found.values()):.0%} where "
-        "least; 0 % are routers that treat all classes alike."
+        f"least; so few tokens would give about {chance:.0%} by chance, which is left out of the answer."
     )
     question = "Do experts specialise?"
+    most -= chance
     if most >= APART:
         return Verdict(question=question, answer="yes", short="yes", text=text)
     if most >= SOMEWHAT:
@@ -205,6 +207,18 @@ def apart(shares: Sequence[Sequence[float]], tokens: Sequence[int]) -> float:
     mean = [sum(share * n for share, n in zip(row, tokens, strict=True)) / count for row in by_expert]
     apart_of = [sum(abs(a - b) for a, b in zip(share, mean, strict=True)) / 2 for share in shares]
     return sum(each * n for each, n in zip(apart_of, tokens, strict=True)) / count
+
+
+def apart_by_chance(shares: Sequence[Sequence[float]], tokens: Sequence[int]) -> float:
+    """About what `apart` is of a router that treats all classes alike, for want of tokens.
+
+    A share p of n choices deviates by √(2 p (1 − p) / (π n)) in the mean, as a normal variable of that variance. Each
+    token counts as one choice: several make chance smaller.
+    """
+    count = sum(tokens)
+    mean = [sum(s * n for s, n in zip(each, tokens, strict=True)) / count for each in zip(*shares, strict=True)]
+    deviation = sum(math.sqrt(2 * p * (1 - p) / math.pi) for p in mean) / 2
+    return sum(n / count * deviation / math.sqrt(n) for n in tokens if n)
 
 
 def _signed(value: float) -> str:

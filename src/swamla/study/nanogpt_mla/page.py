@@ -19,15 +19,6 @@ MAPS = (
     ("previous", "previous token", "share of weight", False),
 )
 
-TRIED_BEFORE = (  # budget, mixer, accuracy of seeds 1 to 3, seeds with heads
-    ("400 steps at 0.01", "mha", ".71 · .93 · 1.00", "0 of 3"),
-    ("", "mla", ".12 · .14 · .13", "0 of 3"),
-    ("", "latent", ".09 · .07 · .10", "0 of 3"),
-    ("1000 steps at 0.004", "mha", "1.00 · 1.00 · 1.00", "3 of 3"),
-    ("", "mla", ".26 · .20 · 1.00", "0 of 3"),
-    ("", "latent", ".62 · .19 · 1.00", "2 of 3"),
-)
-
 
 def page(data: Data) -> str:
     """The page, whose script draws the attention of the first seed's models of repeats."""
@@ -37,7 +28,6 @@ def page(data: Data) -> str:
         *(_repeats(data, each) for each in data["experiments"] if each["kind"] == "repeats"),
         attention(drawn) if drawn["texts"] else None,
         *(_text(data, each) for each in data["experiments"] if each["kind"] == "text"),
-        _tried_before(),
         _how(data),
     ]
     parts = [*_opening(data), *(part for each in sections for part in section_parts(each))]
@@ -290,21 +280,6 @@ def _samples(data: Data, experiment: Data) -> str:
 
 def _seeds(number: int) -> str:
     return "one seed" if number == 1 else f"{number} seeds"
-
-
-def _tried_before() -> Section:
-    head = [("budget", ""), ("mixer", ""), ("accuracy", "by seed"), ("has heads", "seeds")]
-    lead = (
-        "The arms of random repeats were fixed by an argument, before any of their runs: the fork is GPT-2, so they "
-        "have its blocks, at the size and with the rows of the recipe toy-induction, and half its batch, for time. But "
-        "before them about fifteen others were tried on seed 1, of two layers without FFNs, on rows without a prefix. "
-        "One of those was trained with three seeds, and gave other results:"
-    )
-    meaning = (
-        "Two layers without FFNs, width 64, learned positions; rows without a prefix, in which the answer is also the "
-        "id that was seen longest ago, so that accuracy did not ask for induction."
-    )
-    return "What was tried before", lead, table(head, TRIED_BEFORE, meaning)
 
 
 def _how(data: Data) -> Section:
