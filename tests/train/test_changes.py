@@ -40,6 +40,8 @@ OTHER = {
     "batch_ramp": "2:0.5,4:inf",
     "batch_rule": "sqrt",
     "optimizer": LionConfig(),
+    "lora": 4,
+    "lora_alpha": 4.0,
     "lr": 2e-3,
     "lr_embedding": 2.0,
     "lr_head": 2.0,
@@ -91,6 +93,7 @@ OTHER = {
 BESIDES = {
     "wandb_run_name": {"wandb_project": "p"},
     "init_checkpoint": {"init_from": "x"},
+    "lora_alpha": {"lora": 4},
 }  # without which a field cannot be
 # Settings of several processes, of what is not installed everywhere, of services: not tried in a run here.
 ELSEWHERE = {"parallel", "shards", "expert_parallel", "compile", "wandb_project", "wandb_run_name", "hf_repo_id"}
@@ -121,8 +124,10 @@ def test_every_setting_is_of_one_kind_and_has_another_value_here():
 
 def test_a_setting_may_change_or_is_refused_by_name(tmp_path, dataset):
     model = replace(MODEL, tied_head=False)  # some settings are of a head of its own
-    run(tiny_config(model, steps=1), begun := tmp_path / "run", dataset)
+    run(tiny_config(model, steps=1), plain := tmp_path / "run", dataset)
+    run(tiny_config(model, steps=1, lora=4), adapted := tmp_path / "adapted", dataset)
     for name, value in OTHER.items():
+        begun = adapted if name == "lora_alpha" else plain
         changed = tiny_config(model, **({"steps": 1} | BESIDES.get(name, {}) | {name: value}))
         changed = replace(changed, model=replace(changed.model, vocab_size=0))
         if name in MAY_CHANGE:
