@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from swamla.checkpoint import load
 from swamla.cli.console import harmless
 from swamla.cli.flags import argument, parse
+from swamla.cli.generate import sampling_of
 from swamla.cli.running import run_folder
 from swamla.errors import SwamlaError, UsageError
 from swamla.inference.sampling import Sampling
@@ -47,16 +48,9 @@ class Arguments:
 def main(argv: list[str]) -> int:
     """Converse until the end of the input."""
     arguments, given = parse(Arguments, argv, command="swamla chat")
-    if arguments.greedy and "temperature" in given:
-        raise UsageError("--greedy and --temperature exclude each other: greedy is temperature 0")
     if arguments.max_new_tokens < 1:
         raise UsageError(f"--max_new_tokens {arguments.max_new_tokens}: must be > 0, e.g. 256")
-    sampling = Sampling(
-        temperature=0.0 if arguments.greedy else arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-    )
+    sampling = sampling_of(arguments, given)
     model, tokenizer = load(run_folder(arguments.run), arguments.checkpoint)
     template = require_template(ChatML.of(tokenizer), arguments.run)
     engine = Engine(model, tokenizer, slots=1, limit=arguments.max_length)

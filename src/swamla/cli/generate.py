@@ -1,8 +1,9 @@
 """`swamla generate RUN --prompt TEXT`: continue prompts, streaming the text."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from swamla.checkpoint import load
 from swamla.cli.console import harmless
@@ -50,19 +51,24 @@ class Arguments:
     stats: bool = False
 
 
-def main(argv: list[str]) -> int:
-    """Generate and print."""
-    arguments, given = parse(Arguments, argv, command="swamla generate")
+def sampling_of(arguments: Any, given: Mapping[str, Any]) -> Sampling:
+    """What a command's flags temperature, top_k, top_p, seed and greedy say; given: those that were typed."""
     if arguments.greedy and "temperature" in given:
         raise UsageError("--greedy and --temperature exclude each other: greedy is temperature 0")
-    if arguments.max_new_tokens < 1:
-        raise UsageError(f"--max_new_tokens {arguments.max_new_tokens}: must be > 0, e.g. 200")
-    sampling = Sampling(
+    return Sampling(
         temperature=0.0 if arguments.greedy else arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
+
+
+def main(argv: list[str]) -> int:
+    """Generate and print."""
+    arguments, given = parse(Arguments, argv, command="swamla generate")
+    if arguments.max_new_tokens < 1:
+        raise UsageError(f"--max_new_tokens {arguments.max_new_tokens}: must be > 0, e.g. 200")
+    sampling = sampling_of(arguments, given)
     prompts = [_typed(prompt) for prompt in arguments.prompt] or [""]
     model, tokenizer = load(run_folder(arguments.run), arguments.checkpoint)
     if arguments.crop and not model.config.learned_positions:

@@ -9,6 +9,7 @@ from rich.text import Text
 from swamla.checkpoint import load
 from swamla.cli.console import Console, harmless
 from swamla.cli.flags import argument, parse
+from swamla.cli.generate import sampling_of
 from swamla.cli.running import run_folder
 from swamla.errors import UsageError
 from swamla.inference.sampling import Sampling
@@ -46,14 +47,13 @@ class Arguments:
 def main(argv: list[str]) -> int:
     """Generate and print."""
     arguments, given = parse(Arguments, argv, command="swamla sample")
-    if arguments.greedy and "temperature" in given:
-        raise UsageError("--greedy and --temperature exclude each other: greedy is temperature 0")
+    sampling = sampling_of(arguments, given)
     for name in ("samples", "max_new_tokens"):
         if getattr(arguments, name) < 1:
             raise UsageError(f"--{name} {getattr(arguments, name)}: must be > 0, e.g. 3")
     folders = [run_folder(run) for run in arguments.run]
     prompts = arguments.prompt or ("",)
-    columns = [texts(folder, prompts, arguments) for folder in folders]
+    columns = [texts(folder, prompts, arguments, sampling) for folder in folders]
     table = Table(show_lines=True, expand=True, title_justify="left", header_style="")
     table.add_column("prompt, seed", ratio=1)
     for run in arguments.run:
@@ -67,15 +67,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def texts(folder: Path, prompts: tuple[str, ...], arguments: Arguments) -> list[str]:
+def texts(folder: Path, prompts: tuple[str, ...], arguments: Arguments, sampling: Sampling) -> list[str]:
     """One model's continuations: all samples of the first prompt, then of the next."""
     model, tokenizer = load(folder, arguments.checkpoint)
-    sampling = Sampling(
-        temperature=0.0 if arguments.greedy else arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-    )
     found = []
     for prompt in prompts:
         fitting = room(model, [encode_prompt(tokenizer, prompt)])

@@ -3,6 +3,7 @@
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -66,7 +67,7 @@ class Prompt:
 
 
 @dataclass
-class Exchange:
+class Exchange(ABC):
     """An HTTP request for texts: what is asked, and the answers as they come. Subclasses have the two shapes.
 
     kind, id_prefix: of the response.
@@ -86,27 +87,27 @@ class Exchange:
         self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self.prompts = list(self.read_prompts())
 
+    @abstractmethod
     def read_prompts(self) -> Iterator[Prompt]:
         """The prompts of the body."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def top(self) -> int | None:
         """How many alternatives are told with each token; None for no log p."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def max_new_tokens(self) -> int:
         """Tokens of each answer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def choice(self, index: int, text: str, tokens: Sequence[Token], reason: str | None) -> dict[str, Any]:
         """A whole answer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def piece(self, index: int, text: str, tokens: Sequence[Token], reason: str | None) -> dict[str, Any]:
         """A piece of a streamed answer."""
-        raise NotImplementedError
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """What a streamed answer begins with."""

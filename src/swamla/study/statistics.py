@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from swamla.errors import MissingBackendError, require
+from swamla.evaluate.recall_grid import wilson as score_interval
 
 LEVEL = 0.95
 POWER = 0.8  # with which the number of seeds that a verdict needs is estimated
@@ -77,13 +78,7 @@ def wilson(successes: int, trials: int, level: float = LEVEL) -> Interval:
     require(0 <= successes <= trials, "successes", successes, f"must be 0 … trials = {trials}")
     if not trials:
         return Interval(math.nan, 0.0, 1.0)
-    z = float(scipy_stats().norm.ppf((1 + level) / 2))
-    rate = successes / trials
-    centre = (rate + z**2 / (2 * trials)) / (1 + z**2 / trials)
-    half = z / (1 + z**2 / trials) * math.sqrt(rate * (1 - rate) / trials + z**2 / (4 * trials**2))
-    low = 0.0 if successes == 0 else centre - half  # exactly, whatever is rounded
-    high = 1.0 if successes == trials else centre + half
-    return Interval(rate, low, high)
+    return Interval(successes / trials, *score_interval(successes, trials, level))
 
 
 def seeds_to_decide(
