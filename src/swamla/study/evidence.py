@@ -25,6 +25,7 @@ from swamla.evaluate import part_of, recall
 from swamla.files import read_json, write_text_atomically
 from swamla.interpret.explaining import repeat_size
 from swamla.interpret.repeats import Repeats, induction, repeated_rows
+from swamla.interpret.sections import Positions
 from swamla.model.accounting import state_bytes
 from swamla.model.language_model import LanguageModel
 from swamla.ops.layout import Layout
@@ -44,16 +45,6 @@ REPEAT_SEED = 0
 POINTS = 40  # of a curve
 LONGEST = 1 << 15  # tokens up to which caches are counted
 ROUNDS, SECONDS = 20, 20.0  # of timing all arms in turns, at most
-
-
-@dataclass(frozen=True, kw_only=True)
-class Positions:
-    """Losses in nats where first … last tokens of the document, from 1, were read: means of `tokens` predictions."""
-
-    first: tuple[int, ...]
-    last: tuple[int, ...]
-    loss: tuple[float, ...]
-    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
