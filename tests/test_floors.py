@@ -13,7 +13,7 @@ PACKAGE = Path(swamla.__file__).parent
 FLOORS = [
     {"errors", "exports", "faults", "process", "registry", "version"},
     {"config", "files", "ops", "distributed", "plugins"},
-    {"inference", "recipes", "signal_notice", "tasks", "tensor_file"},
+    {"inference", "recipes", "signal_notice", "studies", "tasks", "tensor_file"},
     {"data", "model"},
     {"checkpoint", "text", "interop"},
     {"hub"},

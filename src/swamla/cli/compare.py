@@ -1,4 +1,4 @@
-"""`swamla compare STUDY.toml`, `swamla compare mha "swa swa mla" …`: from a question to a verdict with intervals."""
+"""`swamla compare STUDY`, `swamla compare mha "swa swa mla" …`: from a question to a verdict with intervals."""
 
 import shlex
 import subprocess
@@ -28,6 +28,7 @@ from swamla.data.task_rows import TaskDataset
 from swamla.data.units import available_cores
 from swamla.errors import ConfigError, DataError, UsageError, require
 from swamla.recipes import ALIASES, recipe_names
+from swamla.studies import study_names, study_path
 from swamla.study.evidence import Evidence, measure
 from swamla.study.page.report import REPORT, write_report
 from swamla.study.plan import Asked, Study, resolve_study, slug_of
@@ -56,8 +57,8 @@ class Arguments:
 
     The same command goes on where a study was stopped, whatever stopped it.
 
-    arms: a file STUDY.toml, or two or more arms, each a pattern such as "swa swa mla"; all others are compared with the
-        first.
+    arms: a shipped study, or a file STUDY.toml, or two or more arms, each a pattern such as "swa swa mla"; all others
+        are compared with the first.
     recipe: of all arms, a shipped one or a file.
     flags: flags of `swamla train` for all arms, as one text: "--width 64 --n_heads 1".
     question: what the study shall answer.
@@ -152,7 +153,8 @@ def _report(arguments: Arguments, given: Mapping[str, Any]) -> None:
     first = Path(arguments.arms[0])
     if others := sorted(given.keys() - {"arms", "report"}) or arguments.arms[1:]:
         raise UsageError(f"--report takes the study's folder, or its file, alone: leave {others[0]} out")
-    folder = Path("studies") / first.stem if first.suffix in (".toml", ".json") else first
+    is_file = first.suffix in (".toml", ".json") or str(first) in study_names()
+    folder = Path("studies") / first.stem if is_file else first
     study = opened(folder)
     if study is None:
         raise UsageError(f"{folder}: holds no study (it has no study.json)")
@@ -174,10 +176,10 @@ def _asked(arguments: Arguments, given: Mapping[str, Any]) -> tuple[Asked, str]:
     """What is asked for, by a file or by arms, and flags; and the study's name."""
     first = arguments.arms[0]
     by_flags = {name: value for name, value in given.items() if name in _ASKED}
-    if first.endswith((".toml", ".json")):
+    if first in study_names() or first.endswith((".toml", ".json")):
         if arguments.arms[1:]:
             raise UsageError(f"{first} names its arms itself: leave {shlex.quote(arguments.arms[1])} out")
-        file = Path(first)
+        file = study_path(first) if first in study_names() else Path(first)
         plain, place = load_file(file)
         recipe = plain.get("recipe")
         if isinstance(recipe, str) and recipe not in (*recipe_names(), *ALIASES):
@@ -198,7 +200,7 @@ def _asked(arguments: Arguments, given: Mapping[str, Any]) -> tuple[Asked, str]:
 
 def _planned(asked: Asked, console: Console, argv: Sequence[str]) -> tuple[Study, TrainingData]:
     """The study, resolved; its data is prepared and described, and steps of all arms are timed."""
-    configs = {arm: _config(asked, arm) for arm in asked.arms}
+    configs = {arm: config_of(asked, arm) for arm in asked.arms}
     parse(Arguments, argv, command="swamla compare")  # messages name this command's flags again
     first = next(iter(configs.values()))
     dataset = _read(first.data, console)
@@ -231,7 +233,7 @@ def _pattern(words: Sequence[str]) -> list[str]:
     return words[words.index("--pattern") + 1].replace(",", " ").split()
 
 
-def _config(asked: Asked, arm: str) -> RunConfig:
+def config_of(asked: Asked, arm: str) -> RunConfig:
     """The config of an arm's runs, from the recipe and its flags. Raises `UsageError`, naming the arm."""
     try:
         _, given = parse(_OfArm, shlex.split(flags_of(asked, arm)), command="swamla train", more=flags())
