@@ -15,6 +15,7 @@ from swamla.study.plan import Study
 from swamla.study.running import (
     append_line,
     begin,
+    beside,
     opened,
     read_lines,
     read_outcomes,
@@ -204,6 +205,58 @@ def test_a_study_whose_runs_cannot_train_is_refused_with_the_runs_error(
     monkeypatch.setattr(running, "start", fails)
     with pytest.raises(UsageError, match="arm 'mha': a run of one step fails: no room"):
         with_start(study_of(), tmp_path)
+
+
+class Endless(FakeRun):
+    """A trainer that never ends: its first step is written at its second look."""
+
+    def poll(self) -> int | None:
+        return super().poll() if self.polls < 2 else None
+
+    def terminate(self) -> None:
+        self.polls = -1
+
+    def wait(self) -> int:
+        assert self.polls == -1, "asked to stop first"
+        return 75
+
+
+def test_steps_are_timed_while_as_many_others_train_which_stop_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Endless] = []
+
+    def launch(words: list[str], log: Path) -> FakeRun:
+        begun.append(Endless(words, log))
+        return begun[-1]
+
+    monkeypatch.setattr(running, "start", launch)
+    config = study_of().arms[0].config
+    with beside(config, 2, tmp_path, ["mixer.py"]):
+        assert [run.polls for run in begun] == [2, 2], "both have taken a step"
+    assert [run.polls for run in begun] == [-1, -1]
+    log = (tmp_path / "beside-0.log").read_text()
+    assert log.startswith(f"train {tmp_path}/beside.json --steps 1000000000")
+    assert log.endswith("--plugin mixer.py --output_dir " + f"{tmp_path}/beside-0\n")
+    assert json.loads((tmp_path / "beside.json").read_text())["train"]["lr"] == config.train.lr
+    with beside(config, 0, tmp_path):
+        assert len(begun) == 2
+
+
+def test_a_plan_whose_other_runs_cannot_train_is_refused_with_the_runs_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failed(Endless):
+        def poll(self) -> int | None:
+            return 2
+
+    def fails(words: list[str], log: Path) -> FakeRun:
+        log.write_text("swamla: error: no room\n")
+        return Failed(words, log)
+
+    monkeypatch.setattr(running, "start", fails)
+    with pytest.raises(UsageError, match="a run fails: no room"), beside(study_of().arms[0].config, 1, tmp_path):
+        pytest.fail("timed beside a run that failed")
 
 
 def ending(status: int, last: dict | None = None, said: str = ""):

@@ -3,8 +3,8 @@
 import shlex
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -31,10 +31,11 @@ from swamla.recipes import ALIASES, recipe_names
 from swamla.studies import study_names, study_path
 from swamla.study.evidence import Evidence, measure
 from swamla.study.page.report import REPORT, write_report
-from swamla.study.plan import Asked, Study, resolve_study, slug_of
+from swamla.study.plan import Asked, Study, median_steps, resolve_study, slug_of
 from swamla.study.results import Results
 from swamla.study.running import (
     begin,
+    beside,
     executor_of,
     opened,
     read_outcomes,
@@ -123,12 +124,12 @@ def main(argv: list[str]) -> int:
     console = Console()
     study = opened(folder, asked)
     if study is None:
-        study, dataset = _planned(asked, console, argv)
+        study, dataset = _planned(asked, arguments.jobs, console, argv)
         begin(folder, study)
     else:
         dataset = _data_of(study, console)
         say(console, f"going on with the study in {folder}")
-    jobs = arguments.jobs or _free_jobs(study)
+    jobs = arguments.jobs or _free_jobs(study.arms[0].config, study.asked)
     say_rows(console, describe(study, folder, read_outcomes(folder), jobs))
     if arguments.plan:
         _say_commands(console, study, folder)
@@ -198,8 +199,8 @@ def _asked(arguments: Arguments, given: Mapping[str, Any]) -> tuple[Asked, str]:
     return from_plain(Asked, plain, origin=lambda field: f"--{field}" if field in by_flags else place(field)), name
 
 
-def _planned(asked: Asked, console: Console, argv: Sequence[str]) -> tuple[Study, TrainingData]:
-    """The study, resolved; its data is prepared and described, and steps of all arms are timed."""
+def _planned(asked: Asked, jobs: int, console: Console, argv: Sequence[str]) -> tuple[Study, TrainingData]:
+    """The study, resolved; its data is prepared and described, and steps of all arms are timed, beside other runs."""
     configs = {arm: config_of(asked, arm) for arm in asked.arms}
     parse(Arguments, argv, command="swamla compare")  # messages name this command's flags again
     first = next(iter(configs.values()))
@@ -208,9 +209,17 @@ def _planned(asked: Asked, console: Console, argv: Sequence[str]) -> tuple[Study
     say(console, "timing a few steps of every arm, and the start of a run …")
     plugins = tuple(str(Path(file).resolve()) for file in PLUGINS)
     given = {arm: flags_of(asked, arm) for arm in asked.arms}
-    study = resolve_study(asked, configs, dataset, flags=given, plugins=plugins, commit=source_commit())
-    with TemporaryDirectory(prefix="swamla-compare-") as scratch:
-        return with_start(study, Path(scratch)), dataset
+    others = (jobs or _free_jobs(first, asked)) - 1
+    with TemporaryDirectory(prefix="swamla-compare-") as scratch, ExitStack() as under_way:
+
+        def timed(matched: Mapping[str, RunConfig], dataset: TrainingData) -> dict[str, float]:
+            under_way.enter_context(beside(next(iter(matched.values())), others, Path(scratch), plugins))
+            return median_steps(matched, dataset)
+
+        study = resolve_study(
+            asked, configs, dataset, flags=given, plugins=plugins, commit=source_commit(), measure=timed
+        )
+        return replace(with_start(study, Path(scratch)), beside=others), dataset
 
 
 def flags_of(asked: Asked, arm: str) -> str:
@@ -259,10 +268,10 @@ def _data_of(study: Study, console: Console) -> TrainingData:
     return dataset
 
 
-def _free_jobs(study: Study) -> int:
-    if torch.cuda.is_available() and study.arms[0].config.train.device != "cpu":
+def _free_jobs(config: RunConfig, asked: Asked) -> int:
+    if torch.cuda.is_available() and config.train.device != "cpu":
         return 1
-    return max(1, available_cores() // study.asked.threads)
+    return max(1, available_cores() // asked.threads)
 
 
 def _say_commands(console: Console, study: Study, folder: Path) -> None:

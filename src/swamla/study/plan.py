@@ -109,7 +109,8 @@ class Study:
 
     data: its source, the fingerprint of its tokens and split, and bytes of the parts of the held-out text.
     machine: where it was planned; commit: of this program's source, if it is a checkout.  start_seconds,
-    evaluation_seconds: of a run of the first arm beside its steps, 0 if they were not measured.
+    evaluation_seconds: of a run of the first arm beside its steps, 0 if they were not measured.  beside: other runs
+    that were under way as all this was timed.
     """
 
     asked: Asked
@@ -122,6 +123,7 @@ class Study:
     plugins: tuple[str, ...] = ()
     start_seconds: float = 0.0
     evaluation_seconds: float = 0.0
+    beside: int = 0
 
     @property
     def reference(self) -> str:

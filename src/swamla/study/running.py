@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -35,6 +35,7 @@ from swamla.model.language_model import LanguageModel
 from swamla.plugins import load_plugin
 from swamla.study.plan import Asked, Study
 from swamla.study.runs import Outcome, Run, Status, arm_file, command, program, ready, run_folder
+from swamla.train import RunConfig
 from swamla.train.claims import is_running
 from swamla.train.precision import autocast, resolve_as_trained
 from swamla.train.tracking.metrics import read_metrics
@@ -141,10 +142,9 @@ def with_start(study: Study, scratch: Path) -> Study:
     """
     arm, where, log = study.arms[0], scratch / "run", scratch / "log"
     write_text_atomically(scratch / "arm.json", json.dumps(to_plain(arm.config)) + "\n")
-    plugins = [word for file in study.plugins for word in ("--plugin", file)]
     words = ["train", str(scratch / "arm.json"), "--steps", "1", "--save_interval", "1", "--output_dir", str(where)]
     begun = time.monotonic()
-    process = start([*words, *plugins], log)
+    process = start([*words, *_loading(study.plugins)], log)
     try:
         status = process.wait()
     except BaseException:  # whoever stops the plan stops this run, too
@@ -157,6 +157,35 @@ def with_start(study: Study, scratch: Path) -> Study:
     elapsed = [record["elapsed"] for record in read_metrics(where / "metrics.jsonl") if "elapsed" in record]
     evaluation = elapsed[-1] - elapsed[0]
     return replace(study, start_seconds=round(wall - elapsed[-1], 2), evaluation_seconds=round(evaluation, 2))
+
+
+def _loading(plugins: Sequence[str]) -> list[str]:
+    return [word for file in plugins for word in ("--plugin", file)]
+
+
+@contextmanager
+def beside(config: RunConfig, others: int, scratch: Path, plugins: Sequence[str] = ()) -> Iterator[None]:
+    """`others` processes that train `config` meanwhile, as a study's other jobs will: cores share caches and memory.
+
+    Raises `UsageError` with a run's own error if it fails: so would all of the study.
+    """
+    recipe = scratch / "beside.json"
+    write_text_atomically(recipe, json.dumps(to_plain(config)) + "\n")
+    folders = [scratch / f"beside-{number}" for number in range(others)]
+    words = ["train", str(recipe), "--steps", "1000000000", "--save_interval", "none", *_loading(plugins)]
+    processes = [start([*words, "--output_dir", str(folder)], folder.with_suffix(".log")) for folder in folders]
+    try:
+        for process, folder in zip(processes, folders, strict=True):
+            while not any("loss" in record for record in _records(folder / "metrics.jsonl")):
+                if (status := process.poll()) is not None:
+                    raise UsageError(f"a run fails: {_error(folder.with_suffix('.log'), status)}")
+                time.sleep(POLL)
+        yield
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
 
 
 def opened(folder: Path, asked: Asked | None = None) -> Study | None:

@@ -229,9 +229,10 @@ def describe(study: Study, folder: Path, outcomes: Mapping[str, Outcome], jobs: 
 
 def _basis(study: Study, outcomes: Mapping[str, Outcome]) -> str:
     """What the predicted time rests on."""
+    others = f" beside {study.beside} other run{'s' * (study.beside > 1)}" if study.beside else ""
     measured = (
-        f"steps of all arms, timed in turns, and a run of one step: {study.start_seconds:.1f} s to start and to save, "
-        f"{study.evaluation_seconds:.1f} s to evaluate"
+        f"steps of all arms, timed in turns{others}, and a run of one step: {study.start_seconds:.1f} s to start and "
+        f"to save, {study.evaluation_seconds:.1f} s to evaluate"
     )
     ended = sum(one.status == "finished" for one in outcomes.values())
     if not ended:
