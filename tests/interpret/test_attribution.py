@@ -7,7 +7,7 @@ import torch
 
 from swamla.errors import UsageError
 from swamla.interpret import copying, edges_between, trace
-from swamla.interpret.attribution import attributed, attribution, label_directions
+from swamla.interpret.attributing import attributed, attribution, label_directions
 from swamla.interpret.tracing import Rows, layout_of, next_labels
 from swamla.model.language_model import NO_LABEL
 from tests.interpret.models import AROUND, EXPLAINED, VOCABULARY, build, hybrid, two_rows

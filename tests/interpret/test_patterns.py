@@ -21,7 +21,7 @@ from swamla.interpret import (
     trace,
     walk,
 )
-from swamla.interpret.attribution import attribution
+from swamla.interpret.attributing import attribution
 from swamla.interpret.tracing import in_rows
 from swamla.ops.layout import Layout
 from tests.interpret.models import EXPLAINED, VOCABULARY, build, hybrid, two_rows

@@ -8,7 +8,7 @@ import torch
 
 from swamla.errors import ConfigError
 from swamla.interpret import ablated, behavioural_context, copying, head_patterns, in_context, induction, trace
-from swamla.interpret.attribution import attribution
+from swamla.interpret.attributing import attribution
 from swamla.interpret.patterns import edges_between
 from swamla.interpret.repeats import repeated_rows
 from swamla.interpret.tracing import logits_without

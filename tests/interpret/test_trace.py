@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from swamla.interpret import ablated, copying, cut_effects, edges_between, head_patterns, trace
-from swamla.interpret.attribution import attribution
+from swamla.interpret.attributing import attribution
 from swamla.interpret.tracing import layout_of, logits_without, next_labels
 from swamla.model.language_model import NO_LABEL
 from swamla.ops.layout import Layout

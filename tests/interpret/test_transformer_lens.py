@@ -19,7 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from swamla.interop import load_pretrained
 from swamla.interpret import ablated, edge_scores, edges_between, induction, logit_lens, trace
-from swamla.interpret.attribution import attribution
+from swamla.interpret.attributing import attribution
 from swamla.interpret.repeats import repeated_rows
 from tests.interop.cases import CASES, VOCABULARY
 

@@ -1,65 +1,108 @@
 """Sliding-window attention with a window of all tokens is multi-head attention, to the digit, in every measure."""
 
-from dataclasses import fields, replace
+import inspect
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from swamla.interpret import (
-    ablated,
-    behavioural_context,
-    copying,
-    cut_effects,
-    edge_scores,
-    edges_between,
-    head_patterns,
-    in_context,
-    induction,
-    load_by_class,
-    logit_lens,
-    loss_by_position,
-    trace,
-)
-from swamla.interpret.attribution import attribution
-from swamla.interpret.repeats import repeated_rows
+from swamla import interpret
+from swamla.data.tokenizer import IdTokenizer
+from swamla.interpret import Subject, edges_between, repeated_rows
+from swamla.model.block import BlockConfig
+from swamla.model.language_model import LanguageModel, LanguageModelConfig
+from swamla.model.mixers.mixer import MixerConfig
 from swamla.model.mixers.swa import SWAConfig
-from tests.interpret.models import build
-from tests.model.helpers import MIXERS, random_tokens
+from swamla.ops.layout import Layout
+from tests.interpret.models import VOCABULARY
+from tests.model.helpers import FFNS, MIXERS, NORMS, WIDTH, build_model, random_tokens
+
+DOCS = Path(__file__).parents[2] / "docs" / "explain.md"
+TIME = 24
+TOKENS, ROWS = random_tokens(3, TIME), repeated_rows(range(1, 31), 0, length=10, rows=4)
+QUERY = torch.arange(12, 20)
+EDGES, OTHERS = edges_between(TIME, QUERY, QUERY - 9), edges_between(TIME, QUERY, QUERY - 3)
+PACKED = Layout.from_documents(torch.tensor([[0] * 20 + [1] * 4, [0] * 9 + [1] * 13 + [-1] * 2, [0] * 24]))
+TEXT = Subject(name="a model", ids=range(VOCABULARY - 1), rows_BT=TOKENS, text=TOKENS[0].tolist(), source="a text")
 
 
-def measures(model) -> dict[str, Any]:
-    """All of them, on random tokens and on repeated rows."""
-    tokens, rows = random_tokens(3, 24), repeated_rows(range(1, 31), 0, length=10, rows=4)
-    query = torch.arange(12, 20)
-    edges, others = edges_between(24, query, query - 9), edges_between(24, query, query - 3)
-    lens = logit_lens(model, tokens, top=2)
-    return {
-        "patterns": head_patterns(model, tokens),
-        "edges": edge_scores(model, tokens, {"some": edges}),
-        "attribution": attribution(model, tokens, edges),
-        "cuts": cut_effects(model, tokens, {"edges": edges, "others": others}),
-        "ablated": ablated(model, tokens),
-        "copying": copying(model),
-        "positions": loss_by_position(model, tokens),
-        "in context": in_context(model, tokens, early=5),
-        "behavioural context": behavioural_context(model, tokens, queries=4),
-        "lens": (lens.loss, lens.losses_LBT.tolist(), lens.top_LBTK.tolist(), lens.probability_LBTK.tolist()),
-        "load": load_by_class(model, tokens, torch.arange(31) % 2),
-        "induction": induction(model, rows),
-        "logits": trace(model, tokens).logits_BTV.tolist(),
-    }
+def whole_report(model: LanguageModel) -> Any:
+    """All of explain.json but what it says of the model itself: the mixers' names."""
+    found = interpret.explained(model, IdTokenizer(VOCABULARY - 1), TEXT)
+    layers = [replace(layer, mixer="") for layer in found.layers]
+    return replace(found, layers=layers, verdicts=[each for each in found.verdicts if "mixer" not in each.question])
+
+
+MEASURES: dict[str, Callable[[LanguageModel], Any]] = {
+    "ablated": lambda model: interpret.ablated(model, TOKENS, seq=PACKED),
+    "attribution": lambda model: interpret.attribution(model, TOKENS, EDGES),
+    "behavioural_context": lambda model: interpret.behavioural_context(model, TOKENS, queries=4),
+    "copying": lambda model: interpret.copying(model),
+    "cut_effects": lambda model: interpret.cut_effects(model, TOKENS, {"edges": EDGES, "others": OTHERS}),
+    "edge_scores": lambda model: interpret.edge_scores(model, TOKENS, {"some": EDGES}),
+    "explained": whole_report,
+    "head_patterns": lambda model: interpret.head_patterns(model, TOKENS, PACKED),
+    "in_context": lambda model: interpret.in_context(model, TOKENS, early=5),
+    "induction": lambda model: interpret.induction(model, ROWS),
+    "load_by_class": lambda model: interpret.load_by_class(model, TOKENS, torch.arange(VOCABULARY) % 2),
+    "logit_lens": lambda model: interpret.logit_lens(model, TOKENS, top=2),
+    "logits_without": lambda model: interpret.logits_without(model, TOKENS, {0: EDGES, 1: OTHERS}),
+    "loss_by_position": lambda model: interpret.loss_by_position(model, TOKENS),
+    "trace": lambda model: interpret.trace(model, TOKENS),
+    "walk": lambda model: list(interpret.walk(model, TOKENS, PACKED)),
+}
+
+
+def functions() -> dict[str, Any]:
+    """All that the package offers."""
+    found = {name: getattr(interpret, name) for name in interpret.__all__}
+    return {name: each for name, each in found.items() if inspect.isfunction(each)}
+
+
+def test_every_function_of_a_model_that_the_package_offers_is_compared_here() -> None:
+    measures = {name for name, each in functions().items() if next(iter(inspect.signature(each).parameters)) == "model"}
+    assert set(MEASURES) == measures
+
+
+def test_every_function_that_the_package_offers_is_on_its_page_of_the_docs() -> None:
+    page = DOCS.read_text(encoding="utf-8")
+    assert [name for name in functions() if f"`{name}`" not in page] == []
 
 
 def test_a_window_of_all_tokens_changes_no_digit_of_any_measure() -> None:
     mha = replace(MIXERS["mha_gated"], backend="reference")
-    swa = SWAConfig(**{field.name: getattr(mha, field.name) for field in fields(mha)}, window=24, sinks=0)
-    settings: dict[str, Any] = {"around": "post, convolution"}
-    found = []
-    for mixer in (mha, swa):
-        model = build("one", "mla", mixers={"one": mixer, "mla": MIXERS["mla"]}, **settings)
-        found.append(measures(model))
-    for name, expected in found[0].items():
-        assert found[1][name] == expected, name
-    narrow = build("one", "mla", mixers={"one": replace(swa, window=8), "mla": MIXERS["mla"]}, **settings)
-    same = [name for name, expected in measures(narrow).items() if expected == found[0][name]]
-    assert set(same) <= {"copying", "load"}  # of single tokens, and of no router
+    swa = SWAConfig(**{field.name: getattr(mha, field.name) for field in fields(mha)}, window=TIME, sinks=0)
+    one, other, narrow = (build(mixer) for mixer in (mha, swa, replace(swa, window=8)))
+    changed = []
+    for name, measure in MEASURES.items():
+        expected = digits(measure(one))
+        assert digits(measure(other)) == expected, name
+        if digits(measure(narrow)) != expected:
+            changed.append(name)
+    assert changed == [name for name in MEASURES if name != "copying"]  # which looks at single tokens
+
+
+def build(mixer: MixerConfig) -> LanguageModel:
+    """A layer of this mixer with a convolution and a norm behind it, and one of latent attention with experts."""
+    blocks = {
+        "one": BlockConfig(mixer=mixer, ffn=FFNS["dense"], conv=3, norm_place="post"),
+        "mla": BlockConfig(mixer=MIXERS["mla"], ffn=FFNS["moe"]),
+    }
+    settings = {"vocab_size": VOCABULARY, "width": WIDTH, "norm": NORMS["rmsnorm"]}
+    return build_model(LanguageModelConfig(blocks=blocks, pattern=("one", "mla"), **settings)).double().eval()
+
+
+def digits(value: Any) -> Any:
+    """A result's numbers, written out in full: equal where every bit is, NaN included."""
+    if isinstance(value, Tensor):
+        return digits(value.tolist())
+    if is_dataclass(value):
+        return {field.name: digits(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, dict):
+        return {name: digits(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [digits(each) for each in value]
+    return repr(value)

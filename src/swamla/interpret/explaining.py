@@ -11,7 +11,7 @@ from torch import Tensor
 from swamla.data.tokenizer import Tokenizer
 from swamla.errors import UsageError
 from swamla.interpret.ablation import ablated
-from swamla.interpret.attribution import copying
+from swamla.interpret.attributing import copying
 from swamla.interpret.context import InContext, behavioural_context, in_context, loss_by_position
 from swamla.interpret.drawn import CLASSES, Text, draw, guesses, token_classes
 from swamla.interpret.lens import logit_lens

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from swamla.errors import require
 from swamla.interpret.ablation import cut_effects
-from swamla.interpret.attribution import attribution
+from swamla.interpret.attributing import attribution
 from swamla.interpret.patterns import edge_scores, edges_between
 from swamla.interpret.tracing import above, in_rows, losses_of
 from swamla.model.block import Block

@@ -15,7 +15,7 @@ from swamla.data.tokenizer import Tokenizer
 from swamla.evaluate import recall, validation
 from swamla.evaluate.recall_grid import steps_to
 from swamla.interpret.ablation import cut_effects
-from swamla.interpret.attribution import attribution
+from swamla.interpret.attributing import attribution
 from swamla.interpret.drawn import draw
 from swamla.interpret.explaining import REPEAT_ROWS, repeat_size
 from swamla.interpret.patterns import edge_scores, edges_between
