@@ -10,8 +10,14 @@ from swamla.interpret import copying, edges_between, trace
 from swamla.interpret.attributing import attributed, attribution, label_directions
 from swamla.interpret.tracing import Rows, layout_of, next_labels
 from swamla.model.language_model import NO_LABEL
+from swamla.model.mixers.explanation import Weights
 from tests.interpret.models import AROUND, EXPLAINED, VOCABULARY, build, hybrid, two_rows
 from tests.model.helpers import random_tokens
+
+
+def all_heads(layer, direction):
+    """(B, H, T, S)."""
+    return torch.cat(list(attributed(layer, direction)), dim=1)
 
 
 def centred_logits(model, tokens, seq, labels):
@@ -33,7 +39,7 @@ def test_attributions_to_all_heads_and_tokens_and_the_rest_of_the_stream_are_the
     labels = next_labels(tokens, seq)
     direction = label_directions(model, Rows(index=slice(0, 2), tokens_BT=tokens, seq=seq), labels)
     found = trace(model, tokens, seq)
-    heads = sum(attributed(layer, direction).sum(dim=(1, 3)) for layer in found.layers)
+    heads = sum(all_heads(layer, direction).sum(dim=(1, 3)) for layer in found.layers)
     # The rest: embeddings, what FFNs add, and biases of mixers and of the norms behind them.
     rest = (direction * found.layers[0].before_BTD).sum(-1)
     for layer in found.layers:
@@ -61,7 +67,7 @@ def test_an_attribution_is_the_fall_of_the_logit_when_the_edge_is_taken_out_of_t
     labels = next_labels(tokens, whole)
     direction = label_directions(model, Rows(index=slice(0, 1), tokens_BT=tokens, seq=whole), labels)
     (layer,) = trace(model, tokens).layers
-    a = attributed(layer, direction)
+    a = all_heads(layer, direction)
     inverse = layer.after_BTD.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
     head = model.head.weight - model.head.weight.mean(dim=0)
 
@@ -71,7 +77,7 @@ def test_an_attribution_is_the_fall_of_the_logit_when_the_edge_is_taken_out_of_t
     for h, t, s in [(0, 10, 9), (1, 10, 10), (1, 7, 0)]:
         weight = layer.mixer.weight_BHTS.clone()
         weight[0, h, t, s] = 0
-        without = layer.before_BTD + replace(layer.mixer, weight_BHTS=weight).output()
+        without = layer.before_BTD + replace(layer.mixer, weights=Weights.of(weight)).output()
         torch.testing.assert_close(a[0, h, t, s], logit(layer.after_BTD, t) - logit(without, t), rtol=1e-7, atol=1e-10)
 
 
@@ -88,7 +94,7 @@ def test_scores_are_sums_over_the_queries_of_every_row() -> None:
     there = [(row, t) for row in range(3) for t in (5, 9, 18) if (row, t) != (1, 5)]
     direction = label_directions(model, Rows(index=slice(0, 3), tokens_BT=tokens, seq=layout_of(tokens, None)), labels)
     for layer, scores in zip(trace(model, tokens).layers, found, strict=True):
-        a = attributed(layer, direction)
+        a = all_heads(layer, direction)
         aimed = [sum(a[row, h, t, t - 3].item() for row, t in there) for h in range(a.shape[1])]
         size = [sum(a[row, h, t].abs().sum().item() for row, t in there) for h in range(a.shape[1])]
         total = [sum(a[row, h, t].sum().item() for row, t in there) for h in range(a.shape[1])]

@@ -65,9 +65,10 @@ def ablated(
 def _ablated_streams(block: Block, layer: LayerTrace, seq: Layout) -> Iterator[Tensor]:
     """The stream behind a layer without each head, without the mixer, without the FFN."""
     whole_BTD = layer.mixer.output()
-    for added_BTD in layer.mixer.contributions().unbind(dim=2):
-        mixed_BTD = block.with_mixed(layer.before_BTD, (whole_BTD - added_BTD).to(layer.before_BTD.dtype))
-        yield block.feed(mixed_BTD, seq)[0]
+    for added_BThD in layer.mixer.contribution_parts():
+        for added_BTD in added_BThD.unbind(dim=2):
+            mixed_BTD = block.with_mixed(layer.before_BTD, (whole_BTD - added_BTD).to(layer.before_BTD.dtype))
+            yield block.feed(mixed_BTD, seq)[0]
     yield block.feed(layer.before_BTD, seq)[0]
     yield layer.mixed_BTD
 

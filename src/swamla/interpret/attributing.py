@@ -1,5 +1,6 @@
 """What each head, and each source token, adds to the logit of the right answer: the same for every mixer."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -51,14 +52,16 @@ def attribution(
     for rows in in_rows(model, tokens_BT, seq):
         direction_BTD = label_directions(model, rows, labels_BT[rows.index])
         for index, layer in enumerate(walk(model, rows.tokens_BT, rows.seq)):
-            a_BHTS = attributed(layer, direction_BTD)
-            aimed_BHTS = a_BHTS.where(edges_BTS[rows.index, None], 0.0)
-            found_3H = torch.stack(
-                [x.sum(dim=(0, 2, 3), dtype=torch.float64) for x in (aimed_BHTS, a_BHTS.abs(), a_BHTS)]
-            )
-            sums[index] = sums.get(index, 0) + found_3H
+            found = [_edge_sums(a_BHTS, edges_BTS[rows.index]) for a_BHTS in attributed(layer, direction_BTD)]
+            sums[index] = sums.get(index, 0) + torch.cat(found, dim=1)
     queries = some(int((labels_BT != NO_LABEL).sum()), "label")
     return tuple(_measured(found_3H, queries) for found_3H in sums.values())
+
+
+def _edge_sums(a_BHTS: Tensor, edges_BTS: Tensor) -> Tensor:
+    """(3, H): of the target edges, of all edges' sizes, of all edges."""
+    aimed_BHTS = a_BHTS.where(edges_BTS[:, None], 0.0)
+    return torch.stack([x.sum(dim=(0, 2, 3), dtype=torch.float64) for x in (aimed_BHTS, a_BHTS.abs(), a_BHTS)])
 
 
 def label_directions(model: LanguageModel, rows: Rows, labels_BT: Tensor) -> Tensor:
@@ -79,14 +82,16 @@ def _centred_rows(model: LanguageModel, ids: Tensor) -> Tensor:
     return weight_VD[ids].to(dtype) - weight_VD.mean(dim=0, dtype=dtype)
 
 
-def attributed(layer: LayerTrace, direction_BTD: Tensor) -> Tensor:
-    """a (B, H, T, S): what each edge adds to the stream along the directions (B, T, D)."""
+def attributed(layer: LayerTrace, direction_BTD: Tensor) -> Iterator[Tensor]:
+    """a (B, h, T, S), blocks of heads: what each edge adds to the stream along the directions (B, T, D)."""
     if layer.norm is not None:
         direction_BTD = layer.norm.transposed(direction_BTD)
     read_BTHV = torch.einsum("btd,hvd->bthv", direction_BTD, layer.mixer.out_HVD)
     if layer.mixer.gain_BTHV is not None:
         read_BTHV = read_BTHV * layer.mixer.gain_BTHV
-    return layer.mixer.weight_BHTS * torch.einsum("bthv,bshv->bhts", read_BTHV, layer.mixer.value_BSHV)
+    for heads, weight_BHTS in layer.mixer.weights.parts():
+        value_BSHV = layer.mixer.value_BSHV[:, :, heads]
+        yield weight_BHTS * torch.einsum("bthv,bshv->bhts", read_BTHV[:, :, heads], value_BSHV)
 
 
 def _measured(sums_3H: Tensor, queries: int) -> LayerAttribution:

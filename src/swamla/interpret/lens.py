@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swamla.interpret.tracing import in_rows, layout_of, losses_of, next_labels, some
+from swamla.interpret.tracing import in_rows, layout_of, losses_of, next_labels, some, token_parts
 from swamla.model.language_model import NO_LABEL, LanguageModel
 from swamla.ops.layout import Layout
 
@@ -51,9 +51,9 @@ def logit_lens(
             x_BTD, _ = block(x_BTD, rows.seq)
         streams.append(x_BTD)
         losses.append(torch.stack([losses_of(model, x, labels_BT[rows.index]) for x in streams]).cpu())
-        best = [model.logits(model.head_input(x)).float().softmax(dim=-1).topk(top, dim=-1) for x in streams]
-        tops.append(torch.stack([each.indices for each in best]).cpu())
-        probabilities.append(torch.stack([each.values for each in best]).cpu())
+        best = [_likeliest(model, x, top) for x in streams]
+        tops.append(torch.stack([ids for ids, _ in best]).cpu())
+        probabilities.append(torch.stack([probability for _, probability in best]).cpu())
     losses_LBT = torch.cat(losses, dim=1)
     count = some(int((labels_BT != NO_LABEL).sum()), "label")
     return LogitLens(
@@ -62,3 +62,14 @@ def logit_lens(
         top_LBTK=torch.cat(tops, dim=1),
         probability_LBTK=torch.cat(probabilities, dim=1),
     )
+
+
+def _likeliest(model: LanguageModel, x_BTD: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """The ids of the largest logits (B, T, K), and their probabilities in fp32."""
+    x_ND = x_BTD.flatten(0, 1)
+    parts = [
+        model.logits(model.head_input(x_ND[some_N])).float().softmax(dim=-1).topk(top, dim=-1)
+        for some_N in token_parts(model, len(x_ND))
+    ]
+    probability_NK, ids_NK = (torch.cat(each) for each in zip(*parts, strict=True))
+    return ids_NK.unflatten(0, x_BTD.shape[:2]), probability_NK.unflatten(0, x_BTD.shape[:2])

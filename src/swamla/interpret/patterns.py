@@ -12,6 +12,7 @@ from torch import Tensor
 
 from swamla.interpret.tracing import in_rows, some, walk
 from swamla.model.language_model import LanguageModel
+from swamla.model.mixers.explanation import Weights
 from swamla.ops.layout import Layout
 
 
@@ -54,36 +55,39 @@ def head_patterns(
     sums: dict[int, _PatternSums] = {}
     for rows in in_rows(model, tokens_BT, seq):
         for index, layer in enumerate(walk(model, rows.tokens_BT, rows.seq)):
-            share_BHTS = shares(layer.mixer.weight_BHTS)
-            own = sums.setdefault(index, _PatternSums(share_BHTS, sinks))
-            own.add(share_BHTS, rows.seq)
+            own = sums.setdefault(index, _PatternSums(layer.mixer.weights, layer.before_BTD.device, sinks))
+            own.add(layer.mixer.weights, rows.seq)
     return tuple(own.measured(mass) for own in sums.values())
 
 
 class _PatternSums:
     """Sums over tokens, so that rows can come one block after the other."""
 
-    def __init__(self, share_BHTS: Tensor, sinks: int) -> None:
-        heads, time = share_BHTS.shape[1:3]
+    def __init__(self, weights: Weights, device: torch.device, sinks: int) -> None:
+        _, heads, time, _ = weights.shape
         self.sinks, self.count = sinks, 0
-        self.previous_H, self.sink_H, self.entropy_H = share_BHTS.new_zeros(3, heads, dtype=torch.float64)
-        self.near_HD = share_BHTS.new_zeros(heads, time, dtype=torch.float64)
+        zeros_3H = torch.zeros(3, heads, dtype=torch.float64, device=device)
+        self.previous_H, self.sink_H, self.entropy_H = zeros_3H
+        self.near_HD = torch.zeros(heads, time, dtype=torch.float64, device=device)
 
-    def add(self, share_BHTS: Tensor, seq: Layout) -> None:
-        index_T = torch.arange(seq.shape[1], device=share_BHTS.device)
+    def add(self, weights: Weights, seq: Layout) -> None:
         later_BT = (seq.position_BT > 0) & seq.real_BT
         self.count += int(later_BT.sum())
-        share_BHTS = share_BHTS.where(later_BT[:, None, :, None], 0.0)
+        for heads, weight_BHTS in weights.parts():
+            self._add(heads, shares(weight_BHTS).where(later_BT[:, None, :, None], 0.0), seq)
+
+    def _add(self, heads: slice, share_BHTS: Tensor, seq: Layout) -> None:
+        index_T = torch.arange(seq.shape[1], device=share_BHTS.device)
         before = share_BHTS.diagonal(offset=-1, dim1=2, dim2=3)
-        self.previous_H += before.sum(dim=(0, 2), dtype=torch.float64)
+        self.previous_H[heads] += before.sum(dim=(0, 2), dtype=torch.float64)
         is_sink_BS = (seq.position_BT < self.sinks)[:, None, None, :]
-        self.sink_H += share_BHTS.where(is_sink_BS, 0.0).sum(dim=(0, 2, 3), dtype=torch.float64)
+        self.sink_H[heads] += share_BHTS.where(is_sink_BS, 0.0).sum(dim=(0, 2, 3), dtype=torch.float64)
         entropy_BHT = torch.special.entr(share_BHTS).sum(dim=-1)
         most_BT = (seq.position_BT.clamp(min=1) + 1).double().log()
-        self.entropy_H += (entropy_BHT / most_BT[:, None]).sum(dim=(0, 2), dtype=torch.float64)
+        self.entropy_H[heads] += (entropy_BHT / most_BT[:, None]).sum(dim=(0, 2), dtype=torch.float64)
         away_TS = (index_T[:, None] - index_T).clamp(min=0)  # later tokens have shares of 0
         distant_HTS = share_BHTS.where(~is_sink_BS, 0.0).sum(dim=0, dtype=torch.float64)
-        self.near_HD.scatter_add_(1, away_TS.flatten().expand(len(distant_HTS), -1), distant_HTS.flatten(1))
+        self.near_HD[heads].scatter_add_(1, away_TS.flatten().expand(len(distant_HTS), -1), distant_HTS.flatten(1))
 
     def measured(self, mass: float) -> HeadPatterns:
         count = some(self.count, "second token")
@@ -113,7 +117,7 @@ def edge_scores(
         for name, edges_BTS in mine.items():
             counts[name] += int(edges_BTS.any(dim=-1).sum())
         for index, layer in enumerate(walk(model, rows.tokens_BT, rows.seq)):
-            found = _edge_sums(layer.mixer.weight_BHTS, mine)
+            found = _edge_sums(layer.mixer.weights, mine)
             own = sums.setdefault(index, {name: torch.zeros_like(each) for name, each in found.items()})
             for name, sums_2H in found.items():
                 own[name] += sums_2H
@@ -128,16 +132,18 @@ def edge_scores(
     )
 
 
-def _edge_sums(weight_BHTS: Tensor, edges: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _edge_sums(weights: Weights, edges: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """(2, H) of each set: the sum of shares over all queries, and the number of hits."""
-    share_BHTS = shares(weight_BHTS)
-    largest_BHT1 = share_BHTS.argmax(dim=-1, keepdim=True)
-    found = {}
-    for name, edges_BTS in edges.items():
-        edges_BHTS = edges_BTS[:, None].expand(share_BHTS.shape)
-        share_H = share_BHTS.where(edges_BHTS, 0.0).sum(dim=(0, 2, 3), dtype=torch.float64)
-        found[name] = torch.stack((share_H, edges_BHTS.gather(3, largest_BHT1).sum(dim=(0, 2, 3)).double()))
-    return found
+    found: dict[str, list[Tensor]] = {name: [] for name in edges}
+    for _, weight_BHTS in weights.parts():
+        share_BHTS = shares(weight_BHTS)
+        largest_BHT1 = share_BHTS.argmax(dim=-1, keepdim=True)
+        for name, edges_BTS in edges.items():
+            edges_BHTS = edges_BTS[:, None].expand(share_BHTS.shape)
+            share_H = share_BHTS.where(edges_BHTS, 0.0).sum(dim=(0, 2, 3), dtype=torch.float64)
+            hit_H = edges_BHTS.gather(3, largest_BHT1).sum(dim=(0, 2, 3)).double()
+            found[name].append(torch.stack((share_H, hit_H)))
+    return {name: torch.cat(parts, dim=1) for name, parts in found.items()}
 
 
 def shares(weight_BHTS: Tensor) -> Tensor:

@@ -11,11 +11,9 @@ from swamla.errors import UsageError
 from swamla.model.block import Block
 from swamla.model.ffns.ffn import Statistics
 from swamla.model.language_model import NO_LABEL, LanguageModel
-from swamla.model.mixers.explanation import Explanation
+from swamla.model.mixers.explanation import PART_BYTES, Explanation
 from swamla.model.norm import FrozenNorm
 from swamla.ops.layout import Layout
-
-ROW_BYTES = 2**28  # what a block of rows may take; a single row may take more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +51,8 @@ class Rows:
 
 def walk(model: LanguageModel, tokens_BT: Tensor, seq: Layout | None = None) -> Iterator[LayerTrace]:
     """The layers of `trace` one after the other, bottom first: what is not kept is freed, B · H · T² weights a layer.
+
+    Weights are computed when they are asked for; `mixer.weights.parts()` has them in blocks of heads.
 
     seq: the documents, by default one a row. In evaluation mode. Raises `UsageError` for a mixer that has no `explain`.
     """
@@ -121,10 +121,20 @@ def above(model: LanguageModel, layer: int, x_BTD: Tensor, rows: Rows) -> Tensor
 def losses_of(model: LanguageModel, x_BTD: Tensor, labels_BT: Tensor) -> Tensor:
     """−log p(label) in nats (B, T), fp64, of the stream behind the last layer; 0 where the label is -100."""
     labelled_BT = labels_BT != NO_LABEL
-    logits_NV = model.logits(model.head_input(x_BTD[labelled_BT])).double()
+    x_ND, label_N = x_BTD[labelled_BT], labels_BT[labelled_BT]
+    losses_N = x_BTD.new_empty(label_N.shape, dtype=torch.float64)
+    for some_N in token_parts(model, len(label_N)):
+        logits_NV = model.logits(model.head_input(x_ND[some_N])).double()
+        losses_N[some_N] = F.cross_entropy(logits_NV, label_N[some_N], reduction="none")
     losses_BT = x_BTD.new_zeros(labels_BT.shape, dtype=torch.float64)
-    losses_BT[labelled_BT] = F.cross_entropy(logits_NV, labels_BT[labelled_BT], reduction="none")
+    losses_BT[labelled_BT] = losses_N
     return losses_BT
+
+
+def token_parts(model: LanguageModel, tokens: int) -> Iterator[slice]:
+    """Blocks of tokens whose logits take `PART_BYTES` at most: a single block where all of them fit."""
+    size = max(1, PART_BYTES // (8 * model.config.vocab_size))
+    return (slice(begin, min(begin + size, tokens)) for begin in range(0, tokens, size))
 
 
 def layout_of(tokens_BT: Tensor, seq: Layout | None) -> Layout:
@@ -149,11 +159,12 @@ def some(count: int, what: str) -> int:
 
 
 def in_rows(
-    model: LanguageModel, tokens_BT: Tensor, seq: Layout | None = None, *, max_bytes: int = ROW_BYTES
+    model: LanguageModel, tokens_BT: Tensor, seq: Layout | None = None, *, max_bytes: int = PART_BYTES
 ) -> Iterator[Rows]:
     """Blocks of rows so small that one layer's weights, what its heads add, and logits take `max_bytes` each at most.
 
-    A block has one row at least, whatever that takes.
+    A block has one row at least. Where that takes more, measures go on in blocks of heads (`Weights.parts`), and of
+    tokens for logits.
     """
     time = tokens_BT.shape[1]
     heads = max(block.mixer.explained_heads for block in model.config.layers)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from swamla.errors import require
 from swamla.model.initial import Initializer, constant, reset_parameters, uniform
-from swamla.model.mixers.explanation import Explanation, by_head
+from swamla.model.mixers.explanation import Explanation, Weights, by_head, mixed
 from swamla.model.mixers.mixer import Mixer, MixerConfig, State, without_padding
 from swamla.model.norm import inverse_rms
 from swamla.ops.gated_delta import BACKENDS, describe_backend, gated_delta_rule, gated_delta_step, prepare_rule
@@ -329,15 +329,19 @@ class GDN(Mixer[GDNState]):
     def explain(self, x_BTD: Tensor, seq: Layout) -> Explanation:
         qkv, z, log_alpha, beta = self.project(without_padding(x_BTD, seq), seq)
         q, k, v = self.heads(short_conv(qkv, self.conv_weight, seq=seq, backend="reference"))
-        weight_BHTS = implied_attention(self.rule, q, k, log_alpha, beta, seq=seq)
-        o_BTHV = torch.einsum("bhts,bshv->bthv", weight_BHTS, v.to(weight_BHTS.dtype))
+
+        def implied(heads: slice) -> Tensor:
+            return implied_attention(self.rule, *(x[:, :, heads] for x in (q, k, log_alpha, beta)), seq=seq)
+
+        batch, time = seq.shape
+        weights = Weights(implied, (batch, self.config.n_heads, time, time))
         matrix = matrix_of(self.o_proj)
         if self.config.latent_dim:
             matrix = matrix @ matrix_of(self.compress_o)
         return Explanation(
-            weight_BHTS=weight_BHTS,
+            weights=weights,
             value_BSHV=v,
-            gain_BTHV=self.norm_weight * self.gate_of(z) * inverse_rms(o_BTHV, self.config.norm_eps),
+            gain_BTHV=self.norm_weight * self.gate_of(z) * inverse_rms(mixed(weights, v), self.config.norm_eps),
             out_HVD=by_head(matrix, self.config.n_heads),
             bias_D=None,
         )

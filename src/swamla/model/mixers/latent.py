@@ -17,10 +17,10 @@ from swamla.model.mixers.mixer import (
     min_tokens_to_expand,
     without_padding,
 )
-from swamla.model.mixers.softmax import Heads, SoftmaxConfig, SoftmaxMixer
+from swamla.model.mixers.softmax import Heads, SoftmaxConfig, SoftmaxMixer, softmax_weights
 from swamla.ops.attention import causal_attention
 from swamla.ops.attention.cached import attend_to_latents
-from swamla.ops.attention.reference import allowed_mask, attention_weights
+from swamla.ops.attention.reference import allowed_mask
 from swamla.ops.layout import Layout
 from swamla.ops.linear import matrix_of
 from swamla.registry import register
@@ -139,7 +139,7 @@ class LatentAttention(SoftmaxMixer[LatentState]):
         q, latent = self.project(without_padding(x_BTD, seq), seq)
         k, v = self.expand(latent)
         return Explanation(
-            weight_BHTS=attention_weights(q, k, allowed_mask(seq), scale=self.scale),
+            weights=softmax_weights(q, k, allowed_mask(seq), scale=self.scale),
             value_BSHV=v,
             gain_BTHV=None,
             out_HVD=by_head(matrix_of(self.o_proj), self.config.n_heads),

@@ -10,11 +10,11 @@ from swamla.errors import require
 from swamla.model.initial import Initializer, constant
 from swamla.model.mixers.explanation import Explanation, by_head
 from swamla.model.mixers.mixer import State, append, cached_causal_attention, without_padding
-from swamla.model.mixers.softmax import Heads, SoftmaxConfig, SoftmaxMixer
+from swamla.model.mixers.softmax import Heads, SoftmaxConfig, SoftmaxMixer, softmax_weights
 from swamla.model.norm import RMSNorm
 from swamla.model.rope import RopeConfig
 from swamla.ops.attention import causal_attention
-from swamla.ops.attention.reference import CAUSAL, Window, allowed_mask, attention_weights
+from swamla.ops.attention.reference import CAUSAL, Window, allowed_mask
 from swamla.ops.layout import Layout
 from swamla.ops.linear import matrix_of
 from swamla.registry import register
@@ -227,9 +227,8 @@ class MHA(SoftmaxMixer[KVState]):
 
     def explain(self, x_BTD: Tensor, seq: Layout) -> Explanation:
         q, k, v, gate = self.project(without_padding(x_BTD, seq), seq)
-        weight_BHTS = attention_weights(q, k, allowed_mask(seq, self.window), **self.softmax)
         return Explanation(
-            weight_BHTS=weight_BHTS,
+            weights=softmax_weights(q, k, allowed_mask(seq, self.window), **self.softmax),
             value_BSHV=v.repeat_interleave(self.config.n_heads // self.config.kv_heads, dim=2),
             gain_BTHV=gate.sigmoid() if self.config.gate == "sigmoid" else None,
             out_HVD=by_head(matrix_of(self.o_proj), self.config.n_heads),

@@ -17,12 +17,12 @@ from swamla.model.mixers.mixer import (
     min_tokens_to_expand,
     without_padding,
 )
-from swamla.model.mixers.softmax import Heads, SoftmaxConfig, SoftmaxMixer
+from swamla.model.mixers.softmax import Heads, SoftmaxConfig, SoftmaxMixer, softmax_weights
 from swamla.model.norm import RMSNorm
 from swamla.model.rope import RopeConfig
 from swamla.ops.attention import causal_attention
 from swamla.ops.attention.cached import attend_to_latents
-from swamla.ops.attention.reference import allowed_mask, attention_weights
+from swamla.ops.attention.reference import allowed_mask
 from swamla.ops.layout import Layout
 from swamla.ops.linear import matrix_of
 from swamla.registry import register
@@ -210,7 +210,7 @@ class MLA(SoftmaxMixer[MLAState]):
         x_BTD = without_padding(x_BTD, seq)
         k, v = self.expand(*self.compress(x_BTD, seq))
         return Explanation(
-            weight_BHTS=attention_weights(self.queries(x_BTD, seq), k, allowed_mask(seq), scale=self.scale),
+            weights=softmax_weights(self.queries(x_BTD, seq), k, allowed_mask(seq), scale=self.scale),
             value_BSHV=v,
             gain_BTHV=self.g_proj(x_BTD).sigmoid()[..., None].expand_as(v) if self.config.gate == "head" else None,
             out_HVD=by_head(matrix_of(self.o_proj), self.config.n_heads),

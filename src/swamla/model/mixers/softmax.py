@@ -5,11 +5,14 @@ from abc import abstractmethod
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
+from torch import Tensor
 
 from swamla.errors import require
+from swamla.model.mixers.explanation import Weights
 from swamla.model.mixers.mixer import Mixer, MixerConfig, S
 from swamla.model.rope import RopeConfig
 from swamla.ops.attention import BACKENDS, describe_backend, kept_causal_keys, prepare_attention
+from swamla.ops.attention.reference import attention_weights
 from swamla.ops.attention.trial import AttentionTrial
 from swamla.ops.layout import Layout
 
@@ -128,3 +131,19 @@ class SoftmaxMixer(Mixer[S]):
 
     def scale_from(self, base_width: int) -> None:
         self.scale = self.config.scale(self.width, base_width)
+
+
+def softmax_weights(
+    q_BTHK: Tensor, k_BSGK: Tensor, allowed_BTS: Tensor, *, scale: float, sink_logit_H: Tensor | None = None
+) -> Weights:
+    """`attention_weights` of all query heads, or of some of them: each has its key head to itself."""
+    batch, time, heads = q_BTHK.shape[:3]
+    k_BSHK = k_BSGK.repeat_interleave(heads // k_BSGK.shape[2], dim=2)
+
+    def of(part: slice) -> Tensor:
+        sink_logit = None if sink_logit_H is None else sink_logit_H[part]
+        return attention_weights(
+            q_BTHK[:, :, part], k_BSHK[:, :, part], allowed_BTS, scale=scale, sink_logit_H=sink_logit
+        )
+
+    return Weights(of, (batch, heads, time, k_BSHK.shape[1]))
