@@ -1,5 +1,6 @@
 """Headless Chromium by the WebDriver protocol, for tests of pages: real pointers and keys, no library."""
 
+import base64
 import json
 import shutil
 import socket
@@ -78,6 +79,27 @@ class Browser:
         """Press keys, where the focus is: a name in `KEYS`, or a character."""
         actions = [{"type": kind, "value": KEYS.get(key, key)} for key in keys for kind in ("keyDown", "keyUp")]
         self._send("/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
+
+    def media(self, kind: str, width: int, height: int) -> None:
+        """Lay the page out for "print" on so many pixels; "" and 0 for the window again."""
+        self._chrome("Emulation.setEmulatedMedia", media=kind)
+        self._chrome(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+        )
+
+    def picture(self) -> bytes:
+        """All of the page as PNG."""
+        taken = self._chrome("Page.captureScreenshot", captureBeyondViewport=True)
+        return base64.b64decode(taken["data"])
+
+    def printed(self) -> bytes:
+        """What the print command makes of the page, as PDF on A4."""
+        self._chrome("Emulation.setEmulatedMedia", media="")
+        return base64.b64decode(self._send("/print", {"page": {"width": 21.0, "height": 29.7}, "background": True}))
+
+    def _chrome(self, command: str, **settings: Any) -> Any:
+        """A command of Chromium's own protocol."""
+        return self._send("/goog/cdp/execute", {"cmd": command, "params": settings})
 
     def complaints(self) -> list[str]:
         """What the page's console has said so far."""

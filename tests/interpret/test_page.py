@@ -2,6 +2,7 @@
 windows.
 """
 
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -207,77 +208,150 @@ def test_the_last_mark_of_bars_is_within_the_drawing() -> None:
     assert max(ends) <= 470
 
 
-# ---- in a browser
-# -----------------------------------------------------------------------------------------------------
+# ---- in a browser ---------------------------------------------------------------------------------------------------
+
+# What sticks out of the window, of the element that holds it, or, of a drawing's words, out of the drawing.
+STICKS_OUT = """
+const main = document.querySelector("main").getBoundingClientRect(), found = [];
+const told = each => `${each.tagName} ${each.getAttribute("class")} ${each.textContent.slice(0, 40)}`;
+for (const each of document.querySelectorAll("main *")) {
+  const box = each.getBoundingClientRect();
+  if (box.width && (box.left < main.left - 1 || box.right > main.right + 1)) found.push(told(each));
+}
+for (const each of document.querySelectorAll("svg text")) {
+  const box = each.getBoundingClientRect(), drawing = each.ownerSVGElement.getBoundingClientRect();
+  if (box.left < drawing.left - 1 || box.right > drawing.right + 1 || box.bottom > drawing.bottom + 1)
+    found.push("in the drawing: " + told(each));
+}
+for (const each of document.querySelectorAll(".scroll, #tokens, .box, figure, td, th"))
+  if (each.scrollWidth > each.clientWidth + 1 && !each.matches(".lens td")) found.push("cut: " + told(each));
+return found;
+"""
+A4 = {"width": 695, "height": 1024}  # pixels of a sheet less its margins
 
 
-@pytest.fixture(scope="module")
-def narrow(report):
-    with browser(900, 1000) as window:
-        window.open(report / "report.html")
-        yield window
+@pytest.fixture(scope="module", params=[1280, 900])
+def window(request, report):
+    with browser(request.param, 1000) as opened:
+        opened.open(report / "report.html")
+        yield opened
 
 
-def test_the_page_loads_without_a_request_or_a_complaint_and_fits_900_pixels(narrow) -> None:
-    assert narrow.complaints() == []
-    assert narrow.run("return performance.getEntriesByType('resource').length") == 0
-    assert narrow.run("return innerWidth") <= 900
-    assert narrow.run("return document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+@pytest.fixture
+def paper(window):
+    window.media("print", **A4)
+    yield window
+    window.media("", 0, 0)
 
 
-def test_pointing_at_a_cell_of_a_map_tells_layer_head_and_figure(narrow, data) -> None:
-    narrow.point_at('[data-field="hit"] g[data-row="1"] rect:nth-of-type(2)')
+def test_the_page_loads_without_a_request_or_a_complaint_and_nothing_sticks_out(window) -> None:
+    assert window.complaints() == []
+    assert window.run("return performance.getEntriesByType('resource').length") == 0
+    assert window.run("return document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+    assert window.run(STICKS_OUT) == []
+
+
+def test_a_printed_page_cuts_no_table_and_no_figure(paper) -> None:
+    assert paper.run(STICKS_OUT) == []
+    whole = "[getComputedStyle(each).breakInside, each.getBoundingClientRect().height]"
+    kept = paper.run(f"return [...document.querySelectorAll('figure, .box, .scroll')].map(each => {whole})")
+    assert len(kept) > 9
+    for rule, height in kept:
+        assert rule == "avoid"
+        assert height < A4["height"]
+    printed = paper.printed()
+    assert printed.startswith(b"%PDF")
+    assert 3 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 9
+
+
+def test_a_printed_page_takes_little_ink(paper) -> None:
+    brightness = imread(io.BytesIO(paper.picture()))[..., :3].mean(axis=-1)
+    assert (brightness < 0.5).mean() < 0.04
+    assert brightness.mean() > 0.93
+    assert (brightness == 1).mean() > 0.6  # the ground is the paper's
+
+
+def test_what_pointing_tells_is_printed_or_said_to_be_on_screen_only(paper, data) -> None:
+    shown = "return [...document.querySelectorAll(arguments[0])].map(each => getComputedStyle(each).display)"
+    assert set(paper.run(shown, ".screen, #tip")) == {"none"}
+    assert paper.run(shown, ".paper") == ["block"]
+    (note,) = paper.run("return [...document.querySelectorAll('.paper')].map(each => each.innerText)")
+    told = {
+        "circle": "a curve's marks",
+        ".lens td": "probabilities of guesses",
+        ".map rect": "figures of cells too narrow",
+        "#tokens span": "losses of tokens",
+        "#matrix": "weights between two tokens",
+        ".chart rect": None,  # its figure stands beside it
+    }
+    assert [words for words in told.values() if words and words not in note] == []
+    stray = "return [...document.querySelectorAll('[data-tip]')].filter(each => !each.matches(arguments[0])).length"
+    assert paper.run(stray, ", ".join(told)) == 0
+    texts = "return [...document.querySelectorAll(arguments[0])].map(each => each.textContent)"
+    rises = [layer[part] for layer in data["worth"]["layers"] for part in ("mixer", "ffn")]
+    assert paper.run(texts, ".rise") == [f"{rise:+.3f}".replace("-", "−") for rise in rises]
+    hits = [hit for layer in data["repeats"]["layers"] for hit in layer["hit"]]
+    assert paper.run(texts, "[data-field=hit] g[data-row] text") == [short(hit) for hit in hits]
+
+
+def test_a_screen_shows_no_note_for_paper(window) -> None:
+    assert window.run("return getComputedStyle(document.querySelector('.paper')).display") == "none"
+    assert "A click on a cell" in window.text("figcaption .screen")
+
+
+def test_pointing_at_a_cell_of_a_map_tells_layer_head_and_figure(window, data) -> None:
+    window.point_at('[data-field="hit"] g[data-row="1"] rect:nth-of-type(2)')
     hit = data["repeats"]["layers"][1]["hit"][1]
-    assert narrow.text("#tip").splitlines() == ["layer 1 (swa), head 1", f"hit rate: {hit:.4g} (share of queries)"]
+    assert window.text("#tip").splitlines() == ["layer 1 (swa), head 1", f"hit rate: {hit:.4g} (share of queries)"]
 
 
-def test_pointing_at_a_token_or_a_weight_tells_both_tokens_and_the_signed_weight(narrow, data) -> None:
-    narrow.point_at("#explorer #thumbs canvas", click=True)
-    narrow.point_at("#tokens span:nth-child(4)")
-    text, shown = data["texts"][0], narrow.text("#tip")
+def test_pointing_at_a_token_or_a_weight_tells_both_tokens_and_the_signed_weight(window, data) -> None:
+    window.point_at("#explorer #thumbs canvas", click=True)
+    window.point_at("#tokens span:nth-child(4)")
+    text, shown = data["texts"][0], window.text("#tip")
     assert f"“{text['tokens'][39]}” (39) reads “{text['tokens'][3]}” (3)" in shown
     head = text["layers"][0]["heads"][0]
     weight = head["weights"][39][3] * head["unit"]
     told = re.search(r"weight ([+−]?)([\d.e-]+)", shown)
     assert float(told[2]) == pytest.approx(abs(weight), rel=0.1)
     assert told[1] == ("−" if weight < 0 else "+" if weight > 0 else "")
-    narrow.point_at("#matrix", x=-100, y=100)
-    query, source = map(int, re.findall(r"\((\d+)\)", narrow.text("#tip")))
+    window.point_at("#matrix", x=-100, y=100)
+    query, source = map(int, re.findall(r"\((\d+)\)", window.text("#tip")))
     assert (source, query) == (9, 30)  # of 40 tokens on 380 pixels
 
 
-def test_arrow_keys_move_through_layers_and_heads_and_stop_at_the_ends(narrow, data) -> None:
-    narrow.point_at("#explorer #thumbs canvas", click=True)
-    before = narrow.run("return scrollY")
-    assert narrow.text("#status").startswith("layer 0 (gdn), head 0 ")
-    narrow.press("right")
-    assert narrow.text("#status").startswith("layer 0 (gdn), head 1 ")
-    narrow.press("down", "down", "down")
+def test_arrow_keys_move_through_layers_and_heads_and_stop_at_the_ends(window, data) -> None:
+    window.point_at("#explorer #thumbs canvas", click=True)
+    before = window.run("return scrollY")
+    assert window.text("#status").startswith("layer 0 (gdn), head 0 ")
+    window.press("right")
+    assert window.text("#status").startswith("layer 0 (gdn), head 1 ")
+    window.press("down", "down", "down")
     last = data["layers"][3]
-    assert narrow.text("#status").startswith(f"layer 3 ({last['mixer']}), head 1 ")
-    narrow.press(*["down"] * 5, *["right"] * 20)
-    assert narrow.text("#status").startswith(f"layer 3 ({last['mixer']}), head {last['heads'] - 1} ")
-    narrow.press(*["up"] * 9, *["left"] * 20, ",")
-    assert narrow.text("#status").startswith("layer 0 (gdn), head 0 of 0–")
-    assert "token 38 of 0–39" in narrow.text("#status")
-    assert narrow.run("return scrollY") == before  # the page stays where it is
-    assert narrow.complaints() == []
+    assert window.text("#status").startswith(f"layer 3 ({last['mixer']}), head 1 ")
+    window.press(*["down"] * 5, *["right"] * 20)
+    assert window.text("#status").startswith(f"layer 3 ({last['mixer']}), head {last['heads'] - 1} ")
+    window.press(*["up"] * 9, *["left"] * 20, ",")
+    assert window.text("#status").startswith("layer 0 (gdn), head 0 of 0–")
+    assert "token 38 of 0–39" in window.text("#status")
+    assert window.run("return scrollY") == before  # the page stays where it is
+    assert window.complaints() == []
 
 
-def test_a_click_on_a_map_shows_that_head_and_negative_weights_are_red(narrow, data) -> None:
-    narrow.point_at('[data-field="hit"] g[data-row="0"] rect:nth-of-type(1)', click=True)
-    assert narrow.text("#status").startswith("layer 0 (gdn), head 0 ")
+def test_a_click_on_a_map_shows_that_head_and_negative_weights_are_red(window, data) -> None:
+    window.point_at('[data-field="hit"] g[data-row="0"] rect:nth-of-type(1)', click=True)
+    assert window.text("#status").startswith("layer 0 (gdn), head 0 ")
     head = data["texts"][0]["layers"][0]["heads"][0]["weights"]
     numbers = {(query, source): number for query, row in enumerate(head) for source, number in enumerate(row)}
     at = "document.getElementById('matrix').getContext('2d').getImageData(arguments[1], arguments[0], 1, 1).data"
     pixel = f"return [...{at}]"
     for place in (min(numbers, key=numbers.__getitem__), max(numbers, key=numbers.__getitem__)):
-        red, _, blue, _ = narrow.run(pixel, *place)
+        red, _, blue, _ = window.run(pixel, *place)
         assert (red > blue) == (numbers[place] < 0)
 
 
-def test_the_other_text_can_be_chosen(narrow, data) -> None:
-    narrow.run("const choice = document.getElementById('text'); choice.value = '1'; choice.onchange()")
+def test_the_other_text_can_be_chosen(window, data) -> None:
+    window.run("const choice = document.getElementById('text'); choice.value = '1'; choice.onchange()")
     assert len(data["texts"][1]["tokens"]) == 25
-    assert narrow.run("return document.querySelectorAll('#tokens span').length") == 25
-    assert "what followed it before" in narrow.text("#text-note")
+    assert window.run("return document.querySelectorAll('#tokens span').length") == 25
+    assert "what followed it before" in window.text("#text-note")

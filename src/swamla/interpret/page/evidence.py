@@ -7,6 +7,7 @@ from swamla.interpret.page.parts import Data, Map, drawn_maps, legend, map_figur
 from swamla.interpret.page.svg import BLUE, GREY, ORANGE, Line, bar_chart, heat_map, line_chart, number, shade
 from swamla.interpret.verdicts import MATTERS
 
+_PALE = 0.5  # of the deepest blue, on which black letters can be read, and which ink can print by the page
 Section = tuple[str, str, str]  # heading, what it asks and how to read it, evidence
 
 
@@ -36,7 +37,8 @@ def _induction(data: Data) -> Section:
         "Layer (row) × head (column), each map on one scale. Hit rate: how often the head's largest |weight| is on the "
         "token after the query's first occurrence. Attribution: what that token adds to the right logit through the "
         f"head, over the sum of |what all tokens add|. Induction: the share of |weight| on that token.{carried} Same "
-        "token before: on the first occurrence itself. A click on a cell shows the head's attention."
+        "token before: on the first occurrence itself. "
+        """<span class="screen">A click on a cell shows the head's attention.</span>"""
     )
     body = losses + _cuts(data, convolved=convolved) + map_figure(data, "repeats", maps, caption)
     return "Induction, on random repeats", lead, body
@@ -83,7 +85,8 @@ token that reads; click here first</span></div>
 <div id="tokens" class="code"></div><p class="note" id="text-note"></p>
 <figcaption>Left: the chosen head. The orange line is the token that reads; its weights colour the text below, where it
 has a frame. Blue is positive, <b>red negative</b>; the depth of a colour is the root of |weight| over the largest of
-the layer, so that small weights can be seen. Point at a cell or a token for its weight.{_brackets(data)}</figcaption>
+the layer, so that small weights can be seen.<span class="screen"> Point at a cell or a token for its
+weight.</span>{_brackets(data)}</figcaption>
 </figure>"""
     return "The attention of every head", lead, body
 
@@ -162,10 +165,9 @@ def _lens(data: Data) -> Section | None:
     for name, tokens, probabilities in zip(names, guesses["tokens"], guesses["probability"], strict=True):
         cells = []
         for token, probability, right in zip(tokens, probabilities, follows, strict=True):
-            light = "color:#fff;" if probability > 0.55 else ""
             weight = "font-weight:700;" if token == right else ""
             tip = escape(f"“{visible(token)}”, probability {number(probability)}")
-            style = f"background:{shade(probability)};{light}{weight}"
+            style = f"background:{shade(_PALE * probability)};{weight}"
             cells.append(f'<td class="code" style="{style}" data-tip="{tip}">{escape(visible(token))}</td>')
         body = f"<tr><td>{escape(name)}</td>{''.join(cells)}</tr>{body}"  # the last layer on top
     head = "".join(f'<th class="code">{escape(visible(token))}</th>' for token in read)

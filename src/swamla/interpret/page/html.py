@@ -9,6 +9,12 @@ from itertools import groupby
 from swamla.interpret.page.evidence import SECTIONS, Section
 from swamla.interpret.page.parts import Data
 
+ON_PAPER = (
+    "On paper: of all heads the one chosen on screen is large. What the screen tells of a place that is pointed at is "
+    "not printed: weights between two tokens, losses of tokens, probabilities of guesses, values of a curve's marks, "
+    "figures of cells too narrow for them, and further digits. All of it is in explain.json."
+)
+
 
 def report_html(data: Data) -> str:
     """The page."""
@@ -88,7 +94,8 @@ def _what_was_measured(data: Data) -> str:
     ]
     body = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
     caption = "What was measured. Layers and heads are counted from 0, bottom first; losses are in nats a token."
-    return f'<div class="scroll"><table class="words"><caption>{caption}</caption><tbody>{body}</tbody></table></div>'
+    table = f'<div class="scroll"><table class="words"><caption>{caption}</caption><tbody>{body}</tbody></table></div>'
+    return f'{table}<p class="note paper">{ON_PAPER}</p>'
 
 
 def _stack(data: Data) -> str:

@@ -220,13 +220,14 @@ def line_chart(
 def bar_chart(
     rows: Sequence[tuple[str, Sequence[tuple[str, float | None, str]]]], *, x_label: str, width: int = 470
 ) -> str:
-    """Horizontal bars in groups: (label, [(name, value, colour) …]); a value of None has no bar."""
+    """Horizontal bars in groups, figures at their ends: (label, [(name, value, colour) …]); None has no bar."""
     values = [value for _, bars in rows for _, value, _ in bars if value is not None]
     marks = ticks(min(0.0, *values), max(0.0, *values)) if values else [0.0, 1.0]
     thick = 11.0
     gap = 7.0
-    left = 10 + _LETTER * max(len(label) for label, _ in rows)
-    right = width - max(14.0, 2 + 3.4 * len(_axis(marks[-1])))  # half of the last mark's label
+    room = 6 + 5.5 * max((len(_rise(value)) for value in values), default=0)  # for the figure at a bar's end
+    left = 10 + _LETTER * max(len(label) for label, _ in rows) + room * (marks[0] < 0)
+    right = width - max(14.0, 2 + 3.4 * len(_axis(marks[-1])), room)  # half of the last mark's label
     group = thick * max(len(bars) for _, bars in rows) + gap
     bottom = group * len(rows)
     low, high = marks[0], marks[-1]
@@ -242,15 +243,20 @@ def bar_chart(
     for index, (label, bars) in enumerate(rows):
         y = index * group + gap / 2
         middle = y + thick * len(bars) / 2 + 4
-        parts.append(f'<text class="tick end" x="{left - 6:.0f}" y="{middle:.1f}">{escape(label)}</text>')
+        parts.append(
+            f'<text class="tick end" x="{left - 6 - room * (low < 0):.0f}" y="{middle:.1f}">{escape(label)}</text>'
+        )
         for number_of, (name, value, colour) in enumerate(bars):
             if value is not None:
                 begin, end = sorted((at(0.0), at(value)))
-                tip = escape(f"{label}, {name}: {value:+.3f} nats".replace("-", "−"))
+                tip = escape(f"{label}, {name}: {_rise(value)} nats")
                 parts.append(
                     f'<rect x="{begin:.1f}" y="{y + number_of * thick:.1f}" width="{max(1.0, end - begin):.1f}" '
                     f'height="{thick - 2}" fill="{colour}" data-tip="{tip}"/>'
                 )
+                x, side = (end + 4, "") if value >= 0 else (begin - 4, " end")
+                base = y + number_of * thick + thick - 3
+                parts.append(f'<text class="rise{side}" x="{x:.1f}" y="{base:.1f}">{_rise(value)}</text>')
     parts.append(f'<line class="zero" x1="{at(0):.1f}" x2="{at(0):.1f}" y1="0" y2="{bottom:.0f}"/>')
     parts.append(f'<text class="lab mid" x="{(left + right) / 2:.0f}" y="{bottom + 33:.0f}">{escape(x_label)}</text>')
     return "".join(parts) + "</svg>"
@@ -271,6 +277,10 @@ def _powers(low: float, high: float, count: int = 6) -> list[float]:
     first, last = math.floor(math.log2(low) + 1e-9), math.ceil(math.log2(high) - 1e-9)
     step = max(1, math.ceil((last - first) / count))
     return [2.0 ** (first + step * index) for index in range(max(1, math.ceil((last - first) / step)) + 1)]
+
+
+def _rise(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
 
 
 def _axis(value: float) -> str:
