@@ -14,12 +14,12 @@ from swamla.checkpoint import load
 from swamla.cli import main
 from swamla.cli.explain import _subject_of_run, rows_of
 from swamla.data.shards import Split
-from swamla.data.tokenizer import make_tokenizer
+from swamla.data.tokenizer import IdTokenizer, make_tokenizer
 from swamla.interop import load_pretrained, save_pretrained
 from swamla.interop.architectures.llama import Mistral
 from swamla.interop.tokenizer import save_tokenizer
-from swamla.interpret import ablated, induction
-from swamla.interpret.repeats import repeated_rows
+from swamla.interpret import Subject, ablated, explained, induction, repeated_rows
+from tests.interop.cases import CASES, VOCABULARY
 
 TRAINED = (
     "--data text.txt --tokenizer byte --held_out_fraction 0.3 --width 16 --n_heads 2 --mla_kv_lora_rank 8 "
@@ -53,7 +53,7 @@ def at_home(home, monkeypatch):
     monkeypatch.setattr("swamla.interpret.page.report.write_figures", lambda data, folder: None)
 
 
-def plain(folder: str) -> dict:
+def plain(folder: str | Path) -> dict:
     return json.loads(Path(folder, "explain.json").read_text(encoding="utf-8"))
 
 
@@ -147,6 +147,27 @@ def test_an_imported_run_is_explained_as_the_folder_that_it_came_from(capsys) ->
     assert one.pop("about")["name"] == "imported"
     two.pop("about")
     assert one == two
+
+
+@pytest.mark.parametrize(("name", "mixers"), [("qwen3_5", {"gdn", "mha"}), ("kimi_linear", {"kda", "mla"})])
+def test_a_random_open_hybrid_of_transformers_is_imported_and_explained_exactly(name, mixers, tmp_path, capsys) -> None:
+    """transformers makes and saves it; its folder, and the run that `swamla import` makes of it, have one report."""
+    folder, run = tmp_path / "theirs", tmp_path / "run"
+    CASES[name].model().save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == {"qwen3_5": "qwen3_5_text"}.get(name, name)
+    assert main(["import", str(folder), str(run)]) == 0
+    ids = " ".join(str(i * i % VOCABULARY) for i in range(1, 40))
+    for source, out in ((folder, "of-theirs"), (run, "of-run")):
+        assert main(["explain", str(source), "--text", ids, "-o", str(tmp_path / out)]) == 0
+        assert (tmp_path / out / "report.html").stat().st_size > 50_000
+    one, two = plain(tmp_path / "of-theirs"), plain(tmp_path / "of-run")
+    assert one["about"]["exact_to"] <= 1e-6
+    assert {layer["mixer"] for layer in one["layers"]} == mixers
+    assert {layer["mixer"] for layer in one["layers"] if layer["signed"]} == mixers & {"gdn", "kda"}
+    assert (one["about"].pop("name"), two["about"].pop("name")) == ("theirs", "run")
+    assert one == two
+    model, subject = load_pretrained(folder, dtype=torch.float64).eval(), Subject(name="in fp64", ids=range(95))
+    assert explained(model, IdTokenizer(VOCABULARY - 1), subject).about.exact_to <= 1e-12
 
 
 def test_the_run_of_a_task_has_no_text(home, tmp_path, capsys) -> None:

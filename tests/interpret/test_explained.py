@@ -1,5 +1,6 @@
 """explain.json holds what the measures find on the rows that it names, and the weights of every head."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -26,6 +27,7 @@ from swamla.interpret import (
 from swamla.interpret.drawn import CLASSES, draw, guesses, token_classes, token_texts
 from swamla.interpret.explaining import Subject, explained, repeat_size
 from swamla.interpret.repeats import repeated_rows
+from swamla.model.mixers.explanation import Explanation
 from tests.interpret.models import VOCABULARY, hybrid, induction_model
 from tests.model.helpers import random_tokens
 
@@ -73,6 +75,20 @@ def test_random_repeats_are_those_of_induction(model, found) -> None:
         close(found["repeats"][name], getattr(expected, name))
     for layer, other in zip(found["repeats"]["layers"], expected.layers, strict=True):
         fields_close(layer, other)
+
+
+def test_the_report_says_how_exact_the_explanation_is_which_is_as_exact_as_the_weights_dtype(model, found) -> None:
+    assert found["about"]["exact_to"] == 1e-12
+    in_fp32 = copy.deepcopy(model).float()
+    assert explained(in_fp32, TOKENIZER, SUBJECT).about.exact_to == 1e-6
+
+
+def test_a_mixer_whose_explanation_is_wrong_is_told_in_the_report(model, monkeypatch) -> None:
+    right = Explanation.output
+    monkeypatch.setattr(Explanation, "output", lambda self: 1.003 * right(self))
+    monkeypatch.setattr("swamla.interpret.explaining.REPEAT_ROWS", 2)
+    found = explained(model, TOKENIZER, replace(SUBJECT, rows_BT=None, text=()))
+    assert found.about.exact_to == 1e-2
 
 
 def test_what_is_measured_on_text_is_what_the_measures_find(model, found) -> None:

@@ -1,5 +1,6 @@
 """Models of transformers' folders are explained exactly: its attention maps, and interventions on its models."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,29 @@ def test_the_contract_holds_for_every_layer_of_an_imported_model(both, name: str
             assert relative(mixed[real], block.mix(layer.before_BTD, seq)[real]) <= 1e-12
         assert relative(found.logits_BTV[real], ours(ids, seq)[real]) <= 1e-12
     assert relative(trace(ours, ids).logits_BTV, theirs(ids).logits) <= 1e-5
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+@torch.no_grad()
+def test_contributions_in_fp32_add_up_to_what_transformers_own_mixer_gives(both, name: str) -> None:
+    """What its layers' attention or linear attention returns, caught by a hook: no code of ours is in the oracle."""
+    ours, theirs = copy.deepcopy(both(name)[0]).float(), copy.deepcopy(both(name)[1]).float()
+    ids, caught = tokens(2, 24), []
+
+    def catch(module, given, output) -> None:
+        caught.append(output[0] if isinstance(output, tuple) else output)
+
+    for layer in theirs.model.layers:
+        named = dict(layer.named_children())
+        mixer = next(named[each] for each in ("self_attn", "linear_attn", "attention") if each in named)
+        mixer.register_forward_hook(catch)
+    theirs(ids)
+    assert len(caught) == len(ours.blocks) == 3
+    for index, (layer, expected) in enumerate(zip(trace(ours, ids).layers, caught, strict=True)):
+        block = ours.blocks[index]
+        own = block.mixer(block.mixer_input(layer.before_BTD, layout := Layout.one_document_per_row(2, 24)), layout)
+        assert relative(layer.mixer.output(), own) <= 1e-6
+        assert relative(layer.mixer.output(), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("name", [*SOFTMAX, "qwen3_5", "qwen3_next", "olmo_hybrid", "kimi_linear"])

@@ -13,12 +13,13 @@ from swamla.errors import UsageError
 from swamla.interpret.ablation import ablated
 from swamla.interpret.attributing import copying
 from swamla.interpret.context import InContext, behavioural_context, in_context, loss_by_position
-from swamla.interpret.drawn import CLASSES, Text, draw, guesses, token_classes
+from swamla.interpret.drawn import CLASSES, Text, draw, drawn_tokens, guesses, token_classes
 from swamla.interpret.lens import logit_lens
 from swamla.interpret.patterns import head_patterns
 from swamla.interpret.repeats import Repeats, induction, repeated_rows
 from swamla.interpret.routing import load_by_class
 from swamla.interpret.sections import About, Explained, Layer, Lens, Needed, Patterns, Positions, Routing, Shown, Worth
+from swamla.interpret.tracing import layout_of, walk
 from swamla.interpret.verdicts import verdicts
 from swamla.model.accounting import count_parameters, forward_flops
 from swamla.model.language_model import LanguageModel
@@ -33,6 +34,8 @@ COPYING_IDS = 4096
 # FLOPs of the forward passes that a measure may take: it gets fewer rows of a larger model. Together about half a
 # minute of two cores, whatever the model.
 _BUDGET = {"repeats": 5e11, "ablation": 6e11, "patterns": 2e11, "lens": 2e11, "position": 4e11, "context": 5e11}
+
+_BOUNDS = (1e-12, 1e-9, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, math.inf)  # of what an explanation may miss
 
 Progress = Callable[[str, float], None]
 """Told what is measured next, and the share of all the work that is done."""
@@ -89,7 +92,7 @@ def explained(
     layers = _layers(model, texts[0], subject.ids)
     found = {"repeats": repeats, **_on_text(model, tokenizer, subject.rows_BT, progress)}
     return Explained(
-        about=_about(model, subject, seed=seed, length=length, rows=rows),
+        about=_about(model, subject, row, seed=seed, length=length, rows=rows),
         layers=layers,
         verdicts=verdicts([layer.mixer for layer in layers], **found),
         texts=tuple(texts),
@@ -192,19 +195,33 @@ def _needed(model: LanguageModel, rows_BT: Tensor, start: int) -> Needed | None:
     return Needed(predictions=len(rows_BT) * min(PREDICTIONS, length - 1 - length // 2), found=found)
 
 
-def _about(model: LanguageModel, subject: Subject, *, seed: int, length: int, rows: int) -> About:
+def _about(model: LanguageModel, subject: Subject, row: Sequence[int], *, seed: int, length: int, rows: int) -> About:
+    missed = _missed(model, list(subject.text or row)[: drawn_tokens(model)])
     return About(
         name=subject.name,
         parameters=count_parameters(model.config).total,
         vocabulary=model.config.vocab_size,
         width=model.config.width,
         version=__version__,
+        exact_to=next(bound for bound in _BOUNDS if missed <= bound),
         seed=seed,
         repeat_length=length,
         repeat_rows=rows,
         source=subject.source,
         notes=subject.notes,
     )
+
+
+def _missed(model: LanguageModel, ids: Sequence[int]) -> float:
+    """What the explanation of any layer misses of its mixer's output at most, as a share of its largest value."""
+    tokens_BT = torch.tensor([list(ids)], device=model.device)
+    seq = layout_of(tokens_BT, None)
+    missed = 0.0
+    for block, layer in zip(model.blocks, walk(model, tokens_BT, seq), strict=True):
+        y_BTD = block.mixer(block.mixer_input(layer.before_BTD, seq), seq)
+        apart = (layer.mixer.output() - y_BTD).abs().max() / y_BTD.abs().max().clamp(min=1e-30)
+        missed = max(missed, apart.item())
+    return missed
 
 
 def _layers(model: LanguageModel, text: Text, ids: Sequence[int]) -> tuple[Layer, ...]:

@@ -18,13 +18,18 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """The model and how it was measured. repeat_length, repeat_rows: tokens of a copy, and rows, of random repeats."""
+    """The model and how it was measured. repeat_length, repeat_rows: tokens of a copy, and rows, of random repeats.
+
+    exact_to: what the explanation of any layer misses of its mixer's output at most, as a share of the output's largest
+        value, on the text that is drawn; rounded up: 1e-12, 1e-9, 1e-6, 1e-5 …
+    """
 
     name: str
     parameters: int
     vocabulary: int
     width: int
     version: str
+    exact_to: float
     seed: int
     repeat_length: int
     repeat_rows: int

@@ -90,12 +90,21 @@ def _what_was_measured(data: Data) -> str:
         ("size", f"{about['parameters']:,} parameters, width {about['width']:,}, {about['vocabulary']:,} ids"),
         ("random repeats", repeats),
         ("text", read),
+        (
+            "exactness",
+            f"weights, values, gates and projections give each mixer's output to {_power(about['exact_to'])}",
+        ),
         ("program", f"swamla {about['version']}"),
     ]
     body = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
     caption = "What was measured. Layers and heads are counted from 0, bottom first; losses are in nats a token."
     table = f'<div class="scroll"><table class="words"><caption>{caption}</caption><tbody>{body}</tbody></table></div>'
     return f'{table}<p class="note paper">{ON_PAPER}</p>'
+
+
+def _power(bound: float | None) -> str:
+    """A power of ten; none where numbers overflow."""
+    return "no digit" if bound is None else f"{bound:.0e} of its largest value".replace("e-0", "e-").replace("-", "−")
 
 
 def _stack(data: Data) -> str:
