@@ -27,9 +27,12 @@ from swamla.interpret import (
 from swamla.interpret.drawn import CLASSES, draw, guesses, token_classes, token_texts
 from swamla.interpret.explaining import Subject, explained, repeat_size
 from swamla.interpret.repeats import repeated_rows
+from swamla.model.accounting import count_parameters
+from swamla.model.block import BlockConfig
+from swamla.model.language_model import LanguageModelConfig
 from swamla.model.mixers.explanation import Explanation
 from tests.interpret.models import VOCABULARY, hybrid, induction_model
-from tests.model.helpers import random_tokens
+from tests.model.helpers import MIXERS, random_tokens
 
 TOKENIZER = IdTokenizer(VOCABULARY - 1)
 ROWS = random_tokens(4, 40, seed=5)
@@ -186,6 +189,23 @@ def test_short_texts_have_what_they_suffice_for(monkeypatch) -> None:
         json.dumps(plain, allow_nan=False)
         assert (plain["needed"] is None) == (length < 8)
         assert plain["learned"] is None
+
+
+@pytest.mark.parametrize(("pattern", "width"), [(("gdn", "swa", "gdn", "mla"), 288), (("mha",) * 8, 256)])
+def test_a_model_of_ten_million_parameters_has_all_64_rows_of_repeats_and_a_larger_one_fewer(pattern, width) -> None:
+    def sized(pattern, width) -> LanguageModelConfig:
+        blocks = {kind: BlockConfig(mixer=MIXERS[kind]) for kind in dict.fromkeys(pattern)}
+        return LanguageModelConfig(vocab_size=8192, width=width, blocks=blocks, pattern=pattern)
+
+    class Model:
+        """Sizes follow from the config alone."""
+
+        config = sized(pattern, width)
+
+    assert 5e6 < count_parameters(Model.config).total < 1.1e7
+    assert repeat_size(Model, 4096) == (50, 64)
+    Model.config = sized(4 * pattern, 2 * width)
+    assert 1 <= repeat_size(Model, 4096)[1] < 16
 
 
 def test_few_ids_and_few_positions_shorten_the_repeats_and_too_few_are_an_error() -> None:

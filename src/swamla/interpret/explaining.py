@@ -33,7 +33,7 @@ PREDICTIONS = 8  # of a row, on which the context that is needed is tried
 COPYING_IDS = 4096
 # FLOPs of the forward passes that a measure may take: it gets fewer rows of a larger model. Together about half a
 # minute of two cores, whatever the model.
-_BUDGET = {"repeats": 5e11, "ablation": 6e11, "patterns": 2e11, "lens": 2e11, "position": 4e11, "context": 5e11}
+_BUDGET = {"repeats": 2e12, "ablation": 6e11, "patterns": 2e11, "lens": 2e11, "position": 4e11, "context": 5e11}
 
 _BOUNDS = (1e-12, 1e-9, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, math.inf)  # of what an explanation may miss
 
