@@ -1,7 +1,7 @@
 """Small models in fp64 that the tests of measures share: every mixer, and what stands around one."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from swamla.model.block import BlockConfig
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
+from swamla.model.mixers.explanation import Weights
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mixer import MixerConfig
 from swamla.ops.layout import Layout
@@ -77,3 +78,18 @@ def induction_model() -> LanguageModel:
         layer.mixer.o_proj.weight.copy_(torch.cat((10 * one, none)))
         model.head.weight.copy_(torch.cat((one, -one), dim=1) * 10)
     return model
+
+
+def numbers(value: Any) -> list[float]:
+    """All numbers of a result, in order; of words there is nothing but what numbers say."""
+    if isinstance(value, Tensor):
+        return value.double().flatten().tolist()
+    if isinstance(value, Weights):
+        return numbers(value.all)
+    if is_dataclass(value):
+        return [each for field in fields(value) for each in numbers(getattr(value, field.name))]
+    if isinstance(value, dict):
+        return numbers(list(value.values()))
+    if isinstance(value, list | tuple):
+        return [each for one in value for each in numbers(one)]
+    return [value] if isinstance(value, int | float) else []

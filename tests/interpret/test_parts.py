@@ -1,7 +1,6 @@
 """Memory is bounded: what takes more than the limit is worked on in blocks of heads and of tokens."""
 
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from swamla.model.mixers.latent import LatentConfig
 from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mla import MLAConfig
 from swamla.ops.layout import Layout
+from tests.interpret.models import numbers
 from tests.model.helpers import FFNS, NORMS, build_model, random_tokens
 
 HEADS, TIME, VOCABULARY = 8, 96, 31
@@ -55,16 +55,6 @@ def build(name: str) -> LanguageModel:
         vocab_size=VOCABULARY, width=32, blocks={name: block}, pattern=(name,), norm=NORMS["rmsnorm"]
     )
     return build_model(config).double().eval()
-
-
-def numbers(value: Any) -> list[float]:
-    if isinstance(value, Tensor):
-        return value.double().flatten().tolist()
-    if is_dataclass(value):
-        return [each for field in fields(value) for each in numbers(getattr(value, field.name))]
-    if isinstance(value, dict):
-        return numbers(list(value.values()))
-    return [each for one in value for each in numbers(one)] if isinstance(value, list | tuple) else [value]
 
 
 class Largest(TorchDispatchMode):
