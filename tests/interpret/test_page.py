@@ -2,6 +2,7 @@
 windows.
 """
 
+import copy
 import io
 import json
 import re
@@ -220,7 +221,8 @@ for (const each of document.querySelectorAll("main *")) {
 }
 for (const each of document.querySelectorAll("svg text")) {
   const box = each.getBoundingClientRect(), drawing = each.ownerSVGElement.getBoundingClientRect();
-  if (box.left < drawing.left - 1 || box.right > drawing.right + 1 || box.bottom > drawing.bottom + 1)
+  if (box.left < drawing.left - 1 || box.right > drawing.right + 1 || box.bottom > drawing.bottom + 1 ||
+      box.top < drawing.top - 1)
     found.push("in the drawing: " + told(each));
 }
 for (const each of document.querySelectorAll(".scroll, #tokens, .box, figure, td, th"))
@@ -292,6 +294,40 @@ def test_what_pointing_tells_is_printed_or_said_to_be_on_screen_only(paper, data
     assert paper.run(texts, ".rise") == [f"{rise:+.3f}".replace("-", "−") for rise in rises]
     hits = [hit for layer in data["repeats"]["layers"] for hit in layer["hit"]]
     assert paper.run(texts, "[data-field=hit] g[data-row] text") == [short(hit) for hit in hits]
+
+
+@pytest.fixture(scope="module")
+def large(data, tmp_path_factory):
+    """The page of a model of 16 layers and 32 heads a layer: of the small one's layers and heads, again and again."""
+
+    def heads(layer):
+        return {name: 8 * value if isinstance(value, list) else value for name, value in layer.items()}
+
+    data = copy.deepcopy(data)
+    for section in ("repeats", "worth", "patterns"):
+        data[section]["layers"] = [heads(layer) for layer in 4 * data[section]["layers"]]
+    data["layers"] = [
+        layer | {"heads": 8 * layer["heads"], "copying": 8 * layer["copying"]} for layer in 4 * data["layers"]
+    ]
+    for text in data["texts"]:
+        text["layers"] = [heads(layer) for layer in 4 * text["layers"]]
+    for table, name in (("lens", "loss"), ("guesses", "tokens"), ("guesses", "probability")):
+        first, *others = data[table][name]
+        data[table][name] = [first, *4 * others]
+    page = tmp_path_factory.mktemp("large") / "report.html"
+    page.write_text(report_html(data), encoding="utf-8")
+    return page
+
+
+def test_a_page_of_many_layers_and_heads_fits_as_well_on_screen_and_on_paper(window, large, report) -> None:
+    window.open(large)
+    assert window.run(STICKS_OUT) == []
+    assert window.run("return document.querySelectorAll('[data-field=hit] rect').length") > 16 * 16
+    window.media("print", **A4)
+    assert window.run(STICKS_OUT) == []
+    window.media("", 0, 0)
+    assert window.complaints() == []
+    window.open(report / "report.html")
 
 
 def test_a_screen_shows_no_note_for_paper(window) -> None:

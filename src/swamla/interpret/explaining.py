@@ -70,7 +70,7 @@ def explained(
     seed: int = 0,
     progress: Progress = lambda stage, share: None,
 ) -> Explained:
-    """Measure a model in evaluation mode. Memory is bounded as `in_rows` does: one layer's weights of a few rows.
+    """Measure a model in evaluation mode. Memory is bounded: a layer's weights of a few rows, or of some heads of one.
 
     seed: of the random rows. Raises `UsageError` for a mixer that has no `explain`, for fewer than four ids,
     and for losses that are NaN or infinite.

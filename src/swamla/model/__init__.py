@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from swamla.model.ffns.none import NoFFNConfig as NoFFNConfig
     from swamla.model.language_model import LanguageModel as LanguageModel
     from swamla.model.language_model import LanguageModelConfig as LanguageModelConfig
+    from swamla.model.mixers.explanation import Explanation as Explanation
+    from swamla.model.mixers.explanation import Weights as Weights
     from swamla.model.mixers.gdn import GDN as GDN
     from swamla.model.mixers.gdn import GDNConfig as GDNConfig
     from swamla.model.mixers.kda import KDA as KDA

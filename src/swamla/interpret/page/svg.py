@@ -10,6 +10,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 _DARK, _RED = (8, 64, 140), (178, 24, 43)  # the deep ends of the scale: positive, and negative
 _LETTER, _LINE = 7.0, 15.0  # width of a letter of labels and distance of their lines, in pixels
 _MANY = 24  # rows of a map, beyond which they are narrower
+_FINE = 10.0  # pixels of a cell, below which its frame would hide it
 _WIDE_CELL, _CELLS_WIDE = 30.0, 300.0  # the width of a cell, and the most that the cells of a row take together
 
 
@@ -64,18 +65,20 @@ def heat_map(
     cell = min(_WIDE_CELL, _CELLS_WIDE / max(1, count))
     height = min(24.0 if len(rows) <= _MANY else 14.0, max(8.0, cell))
     left = 10 + _LETTER * max(len(label) for label in labels)
-    bottom, high = height * len(rows), max(high, 1e-12)
+    top = max(0.0, 6 - height / 2)  # room for half a label above the first of narrow rows
+    bottom, high = top + height * len(rows), max(high, 1e-12)
     width = left + max(cell * count, 150.0) + 2
     source = ""
     if place is not None:
         section, field, unit = map(escape, place)
         source = f' data-section="{section}" data-field="{field}" data-unit="{unit}" data-title="{escape(title)}"'
     size = f'viewBox="0 0 {width:.0f} {bottom + 36:.0f}" width="{width:.0f}"'
-    parts = [f'<svg class="map" role="img" aria-label="{escape(title)}" {size}{source}>']
+    look = "map" if cell >= _FINE else "map fine"
+    parts = [f'<svg class="{look}" role="img" aria-label="{escape(title)}" {size}{source}>']
     every = max(1, math.ceil(_LINE / height))
     written = max((6.0 * len(short(value)) for row in rows for value in row), default=0.0) <= cell - 3
     for index, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        y = index * height
+        y = top + index * height
         if index % every == 0:
             parts.append(
                 f'<text class="tick end" x="{left - 6:.0f}" y="{y + height / 2 + 4:.1f}">{escape(label)}</text>'
