@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 from swamla.data.config import DataConfig
@@ -14,6 +16,7 @@ from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mixer import MixerConfig
 from swamla.study.matching import Costs
 from swamla.study.plan import Arm, Asked, Study
+from swamla.study.sizes import resized
 from swamla.study.statistics import Axis
 from swamla.train import RunConfig, TrainConfig
 
@@ -48,10 +51,24 @@ def study_of(*names: str, seeds: int = 2, **asked) -> Study:
     )
 
 
+def sized(study: Study, *sizes: int, larger_seeds: int | None = None) -> Study:
+    """The study at these widths."""
+    arms = []
+    for size in sizes:
+        for arm in study.arms:
+            model = resized(arm.config.model, Fraction(size, 32))
+            config = replace(arm.config, model=model)
+            name, slug, costs = f"{arm.name}@{size}", f"{arm.slug}-w{size}", Costs.of(model, 32)
+            seeds = larger_seeds if size > sizes[0] else None
+            arms.append(replace(arm, name=name, slug=slug, config=config, costs=costs, size=size, seeds=seeds))
+    asked = replace(study.asked, sizes=sizes, larger_seeds=larger_seeds)
+    return replace(study, asked=asked, arms=tuple(arms))
+
+
 def score_of(run: str) -> float:
     """Bits per byte of a run of the fake trainer, by its name: a bowl over the rate, whose bottom differs by arm."""
     slug, lr, seed = run.split("-lr")[0], float(run.split("-lr")[1].split("-seed")[0]), int(run.rsplit("seed", 1)[1])
-    bottom = {"mha": 1e-2, "gdn": 1e-1}[slug]
+    bottom = {"mha": 1e-2, "gdn": 1e-1}[slug.split("-w")[0]]
     return 2.0 + 0.1 * math.log10(lr / bottom) ** 2 + 0.003 * math.sin(7 * seed) + 0.0001 * len(slug) * seed
 
 

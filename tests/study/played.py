@@ -1,18 +1,20 @@
 """Played studies: results as if their runs had been trained, with and without what a page shows beside the scores."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from swamla.data.config import DataConfig
 from swamla.interpret.repeats import LayerInduction, Repeats
 from swamla.study.evidence import Answers, Curves, Evidence, Measured, Pace, Positions, Speed, caches
-from swamla.study.plan import Study
+from swamla.study.plan import Arm, Study
 from swamla.study.results import Results
 from swamla.study.running import Test as Score
 from swamla.study.runs import Outcome, ready
 from swamla.study.statistics import Axis
 
-from .helpers import study_of
+from .helpers import sized, study_of
 
 
 def results_of(
@@ -22,13 +24,15 @@ def results_of(
     spread: float = 0.001,
     page: bool = False,
     task: bool = False,
+    sizes: Mapping[int, float] = MappingProxyType({}),
     **asked,
 ) -> Results:
     """A study of five seeds whose second arm differs so; runs whose name has one of `fails` diverge.
 
-    page: with evidence.  task: of a task's answers, not of a text.
+    page: with evidence.  task: of a task's answers, not of a text.  sizes: width → the difference there.
     """
     study = study_of(**{"seeds": 5} | asked)
+    study = sized(study, *sizes) if sizes else study
     if task:
         study = of_task(study)
     outcomes: dict[str, Outcome] = {}
@@ -57,13 +61,22 @@ def results_of(
             **{
                 "accuracy" if task else "bits_per_byte": (0.4 if task else 1.3)
                 + 0.01 * one.seed
-                + (difference + spread * (one.seed - 3) if one.arm == "gdn" else 0.0)
+                + _apart(study.arm(one.arm), one.seed, sizes, difference, spread)
             },
         )
         for one in outcomes.values()
         if one.purpose == "seed" and one.status == "finished"
     ]
     return Results.of(study, outcomes, tests, evidence_of(study, tests) if page else None)
+
+
+def _apart(arm: Arm, seed: int, sizes: Mapping[int, float], difference: float, spread: float) -> float:
+    """How much worse the second arm is; at a size its seeds are spread in another order."""
+    if arm.label != "gdn":
+        return 0.0
+    if arm.size is None:
+        return difference + spread * (seed - 3)
+    return sizes[arm.size] + spread * (0, -2, 1, 0, 2, -1)[(seed + arm.size) % 5 + 1]
 
 
 def of_task(study: Study) -> Study:
@@ -80,7 +93,8 @@ def evidence_of(study: Study, tests: list[Score]) -> Evidence:
     tokens = [64.0 + 128 * at for at in range(20)]
     fall = [3 + 5 * math.exp(-at / 4) for at in range(20)]
     drawn = []
-    for number, arm in enumerate(arms):
+    for arm in arms:
+        number = int(arm.label == "gdn")
         apart = ([0.1 * number - 0.01 * at for at in range(20)], [-0.1] * 20, [0.2] * 20) if number else ([], [], [])
         loss = [each + 0.1 * number for each in fall]
         bands = [each - 0.1 for each in loss], [each + 0.1 for each in loss]
@@ -98,13 +112,13 @@ def evidence_of(study: Study, tests: list[Score]) -> Evidence:
 def _answered(test: Score) -> Measured:
     """Three seeds of an arm have learned the task."""
     accuracy = 0.995 if test.seed > 2 else 0.4
-    size = 4096 if test.arm == "gdn" else 32768
+    size = 4096 if test.arm.startswith("gdn") else 32768
     found = Answers(accuracy=accuracy, low=accuracy - 0.004, high=accuracy + 0.004, queries=1024, state_bytes=size)
     return Measured(run=test.run, arm=test.arm, seed=test.seed, answers=found)
 
 
 def _measured(test: Score) -> Measured:
-    worse = 0.1 if test.arm == "gdn" else 0.0
+    worse = 0.1 if test.arm.startswith("gdn") else 0.0
     layer = LayerInduction(
         previous=(0.8, 0.1),
         duplicate=(0.1, 0.2),

@@ -11,8 +11,10 @@ import pytest
 from swamla.config import from_plain
 from swamla.study.page.intervals import Difference, interval_chart
 from swamla.study.page.report import report_html, write_report
+from swamla.study.page.sizes import size_chart
 from swamla.study.plan import Asked
 from swamla.study.results import Results
+from swamla.study.statistics import Interval
 from tests.interpret.browser import browser
 from tests.interpret.test_page import NEVER_CLOSED, Page
 
@@ -204,15 +206,62 @@ def test_the_files_beside_the_page_have_the_evidence(results: Results, tmp_path:
     assert int(size) == evidence.caches["mha"][1024]
 
 
+SIZES = {32: 0.05, 48: 0.03, 64: 0.005}
+
+
+@pytest.fixture(scope="module")
+def sized() -> Results:
+    return results_of(page=True, fails=FAILS, sizes=SIZES, spread=0.003)
+
+
+def test_of_several_sizes_the_page_begins_with_all_of_them_and_has_every_section_at_each(sized: Results) -> None:
+    page = report_html(sized)
+    assert Page(page).open == []
+    headings = re.findall("<h2>(.*?)</h2>", page)
+    assert headings == ["By size", *re.findall("<h2>(.*?)</h2>", report_html(results_of(page=True)))]
+    at = re.findall(r'<h3 class="size">Width (\d+)</h3>', page)
+    assert at == ["32", "48", "64"] * (len(at) // 3)
+    assert len(at) // 3 == len(headings) - 3, "but in this section, and in those of time and of all runs"
+    words = re.findall(r'<span class="answer \w+">(.*?)</span>', page)
+    assert words == ["worse", "worse", "undecided", "fades"]
+    for text in sized.verdict():
+        assert escape(text) in page
+    for found in sized.sizes.values():
+        assert f"{found.study.arms[0].costs.parameters:,} parameters" in page
+        for one in found.comparisons:
+            assert f"<b>{one.interval.mean:+.4f}</b>" in page
+    assert page.count("-w48-lr") >= 8, "all runs of all sizes are listed"
+
+
+def test_the_figure_of_sizes_has_every_interval_on_one_scale_over_the_logarithm_of_parameters() -> None:
+    sizes = []
+    for parameters, mean in ((1000, 0.05), (4000, 0.02), (16000, -0.01)):
+        one = replace(results_of().comparisons[0], interval=Interval(mean, mean - 0.01, mean + 0.01))
+        sizes.append((parameters, [("gdn", "#000", "there", one)]))
+    drawn = size_chart(sizes, margin=0.01, y_label="bits")
+    circles = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', drawn)]
+    (x1, y1), (x2, y2), (x3, y3) = circles
+    assert x2 - x1 == pytest.approx(x3 - x2, abs=0.2), "each is four times the last"
+    unit = (y2 - y1) / 0.03
+    assert y3 - y2 == pytest.approx(0.03 * unit, abs=0.2)
+    ends = [tuple(map(float, each)) for each in re.findall(r'y1="([\d.]+)" y2="([\d.]+)" [^>]*stroke-width="2"', drawn)]
+    for (_, y), (low, high) in zip(circles, ends, strict=True):
+        assert (low - y, y - high) == pytest.approx((0.01 * unit, 0.01 * unit), abs=0.2)
+    assert "arrow" not in drawn
+    wide = replace(sizes[0][1][0][3], interval=Interval(0.05, -5.0, 5.1))
+    assert size_chart([(1000, [("gdn", "#000", "there", wide)]), sizes[1]], margin=0.01, y_label="").count("arrow") == 2
+
+
 # ---- in a browser
 # -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("width", [900, 1400])
+@pytest.mark.parametrize("of", ["results", "sized"])
 def test_in_a_browser_it_loads_without_a_complaint_fits_the_window_and_tells_what_the_pointer_is_at(
-    width: int, results: Results, tmp_path: Path
+    width: int, of: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    write_report(results, tmp_path)
+    write_report(request.getfixturevalue(of), tmp_path)
     with browser(width, 1000) as window:
         window.open(tmp_path / "report.html")
         assert window.complaints() == []
@@ -221,7 +270,7 @@ def test_in_a_browser_it_loads_without_a_complaint_fits_the_window_and_tells_wha
         wide = "return [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
         assert window.run(wide) == 0, "every table is seen whole"
         window.point_at(".intervals circle")
-        assert window.text("#tip") == "gdn, seed 1: +0.0480"
+        assert window.text("#tip") == ("gdn, seed 1: +0.0480" if of == "results" else "gdn, seed 1: +0.0560")
         window.point_at(".map rect")
         assert window.text("#tip").splitlines() == ["mha, layer 0 mha, head 0", "hit rate: .10"]
         out = """

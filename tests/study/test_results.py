@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from swamla.study.results import latex
+from swamla.study.results import Results, latex
 
 from .played import results_of
 
@@ -83,3 +83,47 @@ def test_the_latex_is_a_table_whose_cells_are_escaped() -> None:
         "\\begin{tabular}{lr}\n\\toprule\na\\_1 & b \\\\\n\\midrule\n50 \\% & 1 $\\pm$ 2 \\\\\n\\bottomrule\n"
         "\\end{tabular}\n"
     )
+
+
+def test_of_several_sizes_every_comparison_is_said_with_its_width_and_then_what_becomes_of_it(tmp_path: Path) -> None:
+    results = results_of(sizes={32: 0.05, 48: 0.01}, spread=0.003, fails=("gdn-w48-lr0.01-seed3",))
+    small, large, trend, lost = results.verdict()
+    assert small.startswith("At width 32, gdn is worse than mha by 0.0500 bits per byte")
+    assert large.startswith("At width 48, gdn is worse than mha by 0.0092")
+    assert trend.startswith("From width 32 to 48, the difference of gdn from mha fades: it went from +0.0")
+    assert lost == "Of gdn@48, gdn-w48-lr0.01-seed3 did not finish, and is in no interval."
+    assert {one.comparisons for one in results.comparisons} == {2}, "p is adjusted for all sizes"
+    assert [one.reference for one in results.comparisons] == ["mha@32", "mha@48"]
+    assert any(text.startswith("All sizes are trained for the same tokens") for text in results.not_said())
+    assert any("about 10,336 and 23,184 parameters" in text for text in results.not_said())
+    assert {file.name for file in results.write(tmp_path)} >= {"sizes.csv", "sizes.tex"}
+    with (tmp_path / "sizes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["width"], row["n"], row["verdict"]) for row in rows] == [
+        ("32", "5", "difference"), ("48", "4", "difference"), ("32 to 48", "4", "fades"),
+    ]  # fmt: skip
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert [one["kind"] for one in found["trends"]] == ["fades"]
+    assert found["trends"][0]["words"] == trend
+    assert found["study"]["asked"]["sizes"] == [32, 48]
+
+
+def test_at_a_size_the_results_are_those_of_the_study_alone_but_for_the_adjustment() -> None:
+    results = results_of(sizes={32: 0.05, 48: 0.01}, page=True)
+    for size, found in results.sizes.items():
+        assert [one.arm.name for one in found.arms] == ["mha", "gdn"]
+        assert {one.arm for one in found.outcomes} == {one.arm for one in found.tests} == {"mha", "gdn"}
+        assert all(f"-w{size}-" in one.run for one in found.outcomes)
+        (alone,) = Results.of(found.study, {one.run: one for one in found.outcomes}, found.tests).comparisons
+        (here,) = found.comparisons
+        assert (here.interval, here.differences, here.seeds) == (alone.interval, alone.differences, alone.seeds)
+        assert here.p >= alone.p
+        assert found.evidence is not None
+        assert found.evidence.caches.keys() == found.evidence.speed.keys() == {"mha", "gdn"}
+
+
+def test_without_sizes_no_file_mentions_them(tmp_path: Path) -> None:
+    files = results_of(page=True).write(tmp_path)
+    assert not [file for file in files if file.name.startswith("sizes")]
+    assert not {"sizes", "trends", "larger_seeds"} & set(json.loads((tmp_path / "results.json").read_text()))
+    assert "larger_seeds" not in (tmp_path / "results.json").read_text()

@@ -70,6 +70,8 @@ class Arguments:
     seeds: fresh seeds of every arm at its best learning rate.
     rates: search, or recipe for the recipe's learning rate in every arm.
     threads: CPU threads of a run.
+    sizes: widths at which all of it is repeated, e.g. 128,256, or how many, each twice the last: 2.
+    larger_seeds: fresh seeds of every size but the smallest.
     output_dir: the study's folder; by default studies/NAME.
     plan: print the plan and the commands of the first runs, and train nothing.
     report: write the results and the page of a study that has ended anew, from its folder alone, and run nothing.
@@ -90,6 +92,8 @@ class Arguments:
     seeds: int = 5
     rates: Literal["search", "recipe"] = "search"
     threads: int = 1
+    sizes: tuple[int, ...] = ()
+    larger_seeds: int | None = None
     output_dir: str = argument("", metavar="FOLDER")
     plan: bool = argument(False, switch=True)
     report: bool = argument(False, switch=True)
@@ -194,6 +198,8 @@ def _asked(arguments: Arguments, given: Mapping[str, Any]) -> tuple[Asked, str]:
         name = "-vs-".join(map(slug_of, arguments.arms))[:80]
     if "recipe" in by_flags and by_flags["recipe"] not in (*recipe_names(), *ALIASES):
         by_flags["recipe"] = str(Path(by_flags["recipe"]).expanduser().resolve())
+    if len(by_flags.get("sizes", ())) == 1:
+        by_flags["sizes"] = by_flags["sizes"][0]
     plain = plain | by_flags
     plain.setdefault("flags", SIZES.get(plain.get("recipe", Asked.recipe), ""))
     return from_plain(Asked, plain, origin=lambda field: f"--{field}" if field in by_flags else place(field)), name

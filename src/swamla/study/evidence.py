@@ -8,7 +8,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -232,8 +232,7 @@ class Curves:
 
 def curves(folder: Path, study: Study, outcomes: Mapping[str, Outcome]) -> list[Curves]:
     """The curves of every arm that has finished runs of fresh seeds, whose metrics are still there."""
-    first = study.arms[0]
-    span = max(1, math.ceil(first.steps / POINTS))
+    span = max(1, math.ceil(study.arms[0].steps / POINTS))
     found: dict[str, dict[int, list[float]]] = {}
     for one in outcomes.values():
         file = run_folder(folder, one.run) / "metrics.jsonl"
@@ -241,6 +240,7 @@ def curves(folder: Path, study: Study, outcomes: Mapping[str, Outcome]) -> list[
             found.setdefault(one.arm, {})[one.seed] = _means(read_metrics(file), span)
     drawn = []
     for arm in study.arms:
+        first = study.reference_of(arm)
         own, others = found.get(arm.name, {}), found.get(first.name, {})
         if not own:
             continue
@@ -326,6 +326,11 @@ def paces(study: Study, outcomes: Mapping[str, Outcome]) -> list[Pace]:
     return found
 
 
+def renamed(ones: Sequence[Any], names: Mapping[str, str]) -> tuple[Any, ...]:
+    """Those of the arms that `names` has, by the names that it gives."""
+    return tuple(replace(one, arm=names[one.arm]) for one in ones if one.arm in names)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
     """All of it, by arm. memory: bytes of the process.  measured, speed: empty where it was not measured."""
@@ -336,6 +341,17 @@ class Evidence:
     memory: Mapping[str, int]
     caches: Mapping[str, Mapping[int, int]]
     paces: tuple[Pace, ...]
+
+    def of(self, names: Mapping[str, str]) -> "Evidence":
+        """That of some arms, by other names. names: arm → its name there."""
+        return Evidence(
+            curves=renamed(self.curves, names),
+            measured=renamed(self.measured, names),
+            speed={names[arm]: found for arm, found in self.speed.items() if arm in names},
+            memory={names[arm]: found for arm, found in self.memory.items() if arm in names},
+            caches={names[arm]: found for arm, found in self.caches.items() if arm in names},
+            paces=renamed(self.paces, names),
+        )
 
     @classmethod
     def read(cls, folder: Path, study: Study, outcomes: Mapping[str, Outcome]) -> "Evidence":

@@ -113,8 +113,8 @@ def cost(model: LanguageModelConfig, axis: str, length: int) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Setting:
-    """A number in a block that is adjusted: part "ffn" or "mixer", in multiples of `step`."""
+class Setting:
+    """A number in a block that may be adjusted: part "ffn" or "mixer", in multiples of `step`."""
 
     block: str
     part: str
@@ -129,11 +129,11 @@ class _Setting:
 
 def _solve(arm: str, model: LanguageModelConfig, axis: str, target: float, length: int) -> LanguageModelConfig:
     """`model` with the settings whose cost is nearest to `target`. Raises `UsageError` if that is not near enough."""
-    settings = list(_settings(model, "mixer" if axis == "state" else "ffn"))
+    settings = list(settings_of(model, "mixer" if axis == "state" else "ffn"))
 
     def at(factor: float) -> LanguageModelConfig | None:
         try:
-            return _with(model, {setting: setting.at(factor) for setting in settings})
+            return with_values(model, {setting: setting.at(factor) for setting in settings})
         except ConfigError:  # such as a rank above the model's width
             return None
 
@@ -162,7 +162,7 @@ def _around(
     return [made for made in (at(low), at(high)) if made is not None]
 
 
-def _settings(model: LanguageModelConfig, part: str) -> Iterator[_Setting]:
+def settings_of(model: LanguageModelConfig, part: str) -> Iterator[Setting]:
     """The widths of the FFNs that are fields of their configs, or the settings of the mixers' states."""
     for block, config in model.blocks.items():
         half: Any = getattr(config, part)
@@ -170,7 +170,7 @@ def _settings(model: LanguageModelConfig, part: str) -> Iterator[_Setting]:
         names = {field.name for field in fields(half)}
         for name, value in values.items():
             if name in names:
-                yield _Setting(block=block, part=part, name=name, value=value, step=_step(model, half, name, value))
+                yield Setting(block=block, part=part, name=name, value=value, step=_step(model, half, name, value))
 
 
 def _step(model: LanguageModelConfig, half: Any, name: str, value: int) -> int:
@@ -184,7 +184,8 @@ def _step(model: LanguageModelConfig, half: Any, name: str, value: int) -> int:
     return value
 
 
-def _with(model: LanguageModelConfig, values: Mapping[_Setting, int]) -> LanguageModelConfig:
+def with_values(model: LanguageModelConfig, values: Mapping[Setting, int]) -> LanguageModelConfig:
+    """The model with these settings. Raises `ConfigError` for one that does not fit."""
     blocks = dict(model.blocks)
     for setting, value in values.items():
         half = replace(getattr(blocks[setting.block], setting.part), **{setting.name: value})
@@ -194,7 +195,7 @@ def _with(model: LanguageModelConfig, values: Mapping[_Setting, int]) -> Languag
 
 def _changes(before: LanguageModelConfig, now: LanguageModelConfig) -> Iterator[tuple[str, tuple[int, int]]]:
     for part in ("mixer", "ffn"):
-        pairs = zip(_settings(before, part), _settings(now, part), strict=True)
+        pairs = zip(settings_of(before, part), settings_of(now, part), strict=True)
         for old, new in pairs:
             if old.value != new.value:
                 yield f"{old.block}.{part}.{old.name}", (old.value, new.value)

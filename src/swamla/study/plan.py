@@ -7,8 +7,10 @@ backends chosen, steps timed. Which runs that means is in `runs`.
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -18,7 +20,8 @@ from swamla.config import to_plain
 from swamla.data.dataset import Dataset, TrainingData
 from swamla.errors import UsageError, require
 from swamla.evaluate import part_of
-from swamla.study.matching import Costs, MatchAxis, match, matched_steps
+from swamla.study.matching import TOLERANCE, Costs, MatchAxis, match, matched_steps
+from swamla.study.sizes import at_sizes
 from swamla.study.statistics import Axis
 from swamla.tasks import Task
 from swamla.train.backends import fastest_paths, usual_length
@@ -31,6 +34,8 @@ from swamla.version import __version__
 
 TOKENS = 1_500_000  # of a run, where neither the study nor its recipe has a number of steps
 SEARCH_SEED = 0
+MOST_SIZES = 6
+ADDED = ("sizes", "larger_seeds")  # keys that files of studies without them do not have
 ROUNDS, SECONDS = 7, 6.0  # steps of an arm that are timed for the plan, and seconds for each arm, at most
 
 
@@ -51,6 +56,9 @@ class Asked:
     seeds: fresh seeds of every arm at its best rate.
     rates: "search", or "recipe" for the recipe's rate in every arm, without a search.
     threads: CPU threads of a run.
+    sizes: widths at which all of it is repeated, e.g. [128, 256], the first arm's (all others are widened by the same
+        factor); or how many, each twice the last. Each size is matched, searched and compared by itself.
+    larger_seeds: fresh seeds of every size but the smallest; none for as many as there.
     """
 
     question: str = ""
@@ -64,6 +72,8 @@ class Asked:
     seeds: int = 5
     rates: Literal["search", "recipe"] = "search"
     threads: int = 1
+    sizes: int | tuple[int, ...] = ()
+    larger_seeds: int | None = None
 
     def __post_init__(self) -> None:
         require(len(self.arms) > 1, "arms", ", ".join(self.arms), 'must be two or more, e.g. mha and "swa swa mla"')
@@ -71,12 +81,29 @@ class Asked:
         require(self.tokens is None or self.tokens > 0, "tokens", self.tokens, "must be > 0, or left out")
         require(self.seeds >= 2, "seeds", self.seeds, "must be >= 2: one seed says nothing of the spread; 5 are usual")
         require(self.threads >= 1, "threads", self.threads, "must be >= 1")
+        self._check_sizes()
+
+    def as_plain(self) -> dict[str, Any]:
+        """The keys of a file that asks the same, without those added since that say nothing."""
+        return {name: value for name, value in to_plain(self).items() if value or name not in ADDED}
+
+    def _check_sizes(self) -> None:
+        sizes, seeds = self.sizes, self.larger_seeds
+        if isinstance(sizes, int):
+            allowed = f"must be 2 to {MOST_SIZES}, each twice as wide as the last, or widths, e.g. [128, 256]"
+            require(2 <= sizes <= MOST_SIZES, "sizes", sizes, allowed)
+        elif sizes:
+            rising = len(sizes) > 1 and sizes[0] > 0 and all(a < b for a, b in pairwise(sizes))
+            require(rising, "sizes", list(sizes), "must be two or more widths, rising, e.g. [128, 256]")
+        fits = seeds is None or (bool(sizes) and 2 <= seeds <= self.seeds)
+        require(fits, "larger_seeds", seeds, f"must be 2 to seeds = {self.seeds}, in a study of several `sizes`")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
     """One of the compared, fully resolved. slug: its name for files.  flags: beside the recipe.
 
+    size: in a study of several, the first arm's width at it; the name ends in it.
     config: of its runs, but for rate and seed.  changes: what matching changed, dotted setting → before and now.
     matched: that in words.  seconds_per_step: measured before the study, 0 if it was not.
     seeds: fewer fresh seeds than the study's, of an arm that is dear.
@@ -91,6 +118,12 @@ class Arm:
     changes: dict[str, tuple[int, int]] = field(default_factory=dict)
     seconds_per_step: float = 0.0
     seeds: int | None = None
+    size: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The name without the size."""
+        return self.name if self.size is None else self.name.removesuffix(f"@{self.size}")
 
     @property
     def steps(self) -> int:
@@ -106,6 +139,8 @@ class Arm:
 @dataclass(frozen=True, kw_only=True)
 class Study:
     """A study with everything resolved, as it is written to study.json. The first arm is the reference.
+
+    Of several sizes it has every arm at each, the smallest first; the reference of a size is its first arm.
 
     data: its source, the fingerprint of its tokens and split, and bytes of the parts of the held-out text.
     machine: where it was planned; commit: of this program's source, if it is a checkout.  start_seconds,
@@ -160,6 +195,28 @@ class Study:
         """The arm of a name."""
         return next(arm for arm in self.arms if arm.name == name)
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sizes, the smallest first; empty for a study of one."""
+        return tuple(dict.fromkeys(arm.size for arm in self.arms if arm.size is not None))
+
+    def reference_of(self, arm: Arm) -> Arm:
+        """The arm that this one is compared with: the first of its size."""
+        return next(other for other in self.arms if other.size == arm.size)
+
+    def at(self, size: int) -> "Study":
+        """The study of one of its sizes alone, whose arms have their names without it."""
+        arms = [replace(arm, name=arm.label, size=None) for arm in self.arms if arm.size == size]
+        return replace(self, arms=tuple(arms))
+
+    def as_plain(self) -> dict[str, Any]:
+        """As it is written: without what a study has no use for, so that its file is as older versions wrote it."""
+        plain = to_plain(self)
+        return plain | {
+            "asked": self.asked.as_plain(),
+            "arms": [{name: value for name, value in arm.items() if name != "size" or value} for arm in plain["arms"]],
+        }
+
 
 def slug_of(name: str) -> str:
     """A name for files: "swa-swa-mla" for "swa swa mla"."""
@@ -186,33 +243,16 @@ def resolve_study(
     _check_comparable(configs)
     budgeted = {name: budget(config, asked) for name, config in configs.items()}
     resolved = {name: resolve_vocabulary(config, dataset) for name, config in budgeted.items()}
-    length = next(iter(resolved.values())).train.block_size
-    models = {name: config.model for name, config in resolved.items()}
-    by_count = asked.match in ("parameters", "flops", "state")
-    matches = match(models, asked.match, length=length) if by_count else {}
-    final = {
-        name: _with_paths(replace(config, model=matches[name].model if by_count else config.model), dataset)
-        for name, config in resolved.items()
-    }
-    seconds = (measure or median_steps)(final, dataset)
-    arms = []
-    for name, config in final.items():
-        arms.append(
-            Arm(
-                name=name,
-                slug=slug_of(name),
-                flags=flags.get(name, ""),
-                config=config,
-                costs=Costs.of(config.model, length),
-                matched=matches[name].words() if by_count else "",
-                changes=dict(matches[name].changes) if by_count else {},
-                seconds_per_step=seconds[name],
-            )
-        )
+    arms = [
+        arm for size, found in at_sizes(resolved, asked.sizes) for arm in _matched(asked, size, found, dataset, flags)
+    ]
+    arms = [arm if arm.size == arms[0].size else replace(arm, seeds=asked.larger_seeds) for arm in arms]
+    seconds = (measure or median_steps)({arm.name: arm.config for arm in arms}, dataset)
+    arms = [replace(arm, seconds_per_step=seconds[arm.name]) for arm in arms]
     if asked.match == "seconds":
-        arms = _matched_by_seconds(arms)
-    slugs = [arm.slug for arm in arms]
-    if twice := [slug for slug in slugs if slugs.count(slug) > 1]:
+        sizes = dict.fromkeys(arm.size for arm in arms)
+        arms = [arm for size in sizes for arm in _matched_by_seconds([one for one in arms if one.size == size])]
+    if twice := [slug for slug, count in Counter(arm.slug for arm in arms).items() if count > 1]:
         raise UsageError(f"two arms have the same name for files, {twice[0]!r}: name them apart")
     return Study(
         asked=asked,
@@ -223,6 +263,39 @@ def resolve_study(
         commit=commit,
         plugins=tuple(plugins),
     )
+
+
+def _matched(
+    asked: Asked,
+    size: int | None,
+    configs: Mapping[str, RunConfig],
+    dataset: TrainingData,
+    flags: Mapping[str, str],
+) -> list[Arm]:
+    """The arms at a size, None for that of a study of one, matched with the first; their steps are not timed yet."""
+    length = next(iter(configs.values())).train.block_size
+    models = {name: config.model for name, config in configs.items()}
+    try:
+        matches = match(models, asked.match, length=length) if asked.match in TOLERANCE else {}
+    except UsageError as error:
+        raise error if size is None else UsageError(f"at size {size}: {error}") from error
+    arms = []
+    for name, config in configs.items():
+        found = matches.get(name)
+        final = _with_paths(replace(config, model=found.model if found else config.model), dataset)
+        arms.append(
+            Arm(
+                name=name if size is None else f"{name}@{size}",
+                slug=slug_of(name) if size is None else f"{slug_of(name)}-w{size}",
+                flags=flags.get(name, ""),
+                config=final,
+                costs=Costs.of(final.model, length),
+                matched=found.words() if found else "",
+                changes=dict(found.changes) if found else {},
+                size=size,
+            )
+        )
+    return arms
 
 
 def median_steps(configs: Mapping[str, RunConfig], dataset: TrainingData) -> dict[str, float]:

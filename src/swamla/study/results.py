@@ -4,18 +4,18 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from swamla.config import to_plain
 from swamla.files import write_text_atomically
 from swamla.interpret.sections import as_plain
-from swamla.study.evidence import Evidence
+from swamla.study.evidence import Evidence, renamed
 from swamla.study.plan import Arm, Study, differing
 from swamla.study.running import Test
 from swamla.study.runs import Outcome, rate_of, rate_scores
-from swamla.study.statistics import Comparison, Interval, compare_all, t_interval, wilson
+from swamla.study.statistics import Comparison, Interval, compare_pairs, t_interval, wilson
+from swamla.study.trends import Trend, trends_of
 
 FORMAT = 1
 
@@ -44,6 +44,8 @@ class Results:
     """All of a study. comparisons: of every other arm with the first.  differing: settings in which arms differ.
 
     evidence: what the page shows beside; None if none is asked for.
+    sizes: of a study of several sizes, the results at each, whose arms have their names without it; p is adjusted for
+        the comparisons of all sizes.  trends: what becomes of each difference.
     """
 
     study: Study
@@ -53,6 +55,8 @@ class Results:
     tests: tuple[Test, ...]
     differing: Mapping[str, Mapping[str, Any]]
     evidence: Evidence | None = None
+    sizes: Mapping[int, "Results"] = field(default_factory=dict)
+    trends: tuple[Trend, ...] = ()
 
     @classmethod
     def of(
@@ -60,14 +64,37 @@ class Results:
     ) -> "Results":
         """The results of a study's outcomes and of its scores on the test part."""
         scores = {arm.name: {test.seed: test.score for test in tests if test.arm == arm.name} for arm in study.arms}
-        return cls(
+        references = {arm.name: study.reference_of(arm).name for arm in study.arms}
+        pairs = [(arm, reference) for arm, reference in references.items() if arm != reference]
+        whole = cls(
             study=study,
             arms=tuple(_result(study, arm, outcomes, scores[arm.name]) for arm in study.arms),
-            comparisons=tuple(compare_all(scores, study.reference, study.axis)),
+            comparisons=tuple(compare_pairs(pairs, scores, study.axis)),
             outcomes=tuple(outcomes.values()),
             tests=tuple(tests),
             differing=differing(study),
             evidence=evidence,
+        )
+        if not study.sizes:
+            return whole
+        sizes = {size: whole._at(size) for size in study.sizes}
+        trends = trends_of({size: found.comparisons for size, found in sizes.items()}, study.axis)
+        return replace(whole, sizes=sizes, trends=tuple(trends))
+
+    def _at(self, size: int) -> "Results":
+        """The results at one size."""
+        study = self.study.at(size)
+        names = {arm.name: arm.label for arm in self.study.arms if arm.size == size}
+        arms = [one for one in self.arms if one.arm.name in names]
+        comparisons = [one for one in self.comparisons if one.arm in names]
+        return Results(
+            study=study,
+            arms=tuple(replace(one, arm=arm) for one, arm in zip(arms, study.arms, strict=True)),
+            comparisons=tuple(replace(one, arm=names[one.arm], reference=names[one.reference]) for one in comparisons),
+            outcomes=renamed(self.outcomes, names),
+            tests=renamed(self.tests, names),
+            differing=differing(study),
+            evidence=self.evidence.of(names) if self.evidence else None,
         )
 
     def verdict(self) -> list[str]:
@@ -79,7 +106,17 @@ class Results:
             if one.failed
         ]
         untrained = [f"No learning rate trained {one.arm.name}." for one in self.arms if one.lr is None]
-        return [*(comparison.words() for comparison in self.comparisons), *untrained, *lost]
+        return [*self.compared(), *(trend.words() for trend in self.trends), *untrained, *lost]
+
+    def compared(self) -> list[str]:
+        """A sentence for each comparison, of several sizes for each at each."""
+        if not self.sizes:
+            return [comparison.words() for comparison in self.comparisons]
+        return [
+            f"At width {size}, {comparison.words()}"
+            for size, found in self.sizes.items()
+            for comparison in found.comparisons
+        ]
 
     def not_said(self) -> list[str]:
         """What the verdict does not say."""
@@ -94,7 +131,7 @@ class Results:
             else "Every arm has the recipe's learning rate: a difference may be that of a rate that suits one better."
         )
         said = [
-            f"It is about models of about {first.costs.parameters:,} parameters without embeddings, trained for "
+            f"It is about models of about {self.parameters()} parameters without embeddings, trained for "
             f"{first.steps * first.config.train.batch_size * first.config.train.block_size:,} tokens in rows of "
             f"{first.config.train.block_size}: at other sizes, budgets and lengths, differences can fade or turn.",
             self._same_data(),
@@ -105,9 +142,20 @@ class Results:
         ]
         if any(comparison.kind == "undecided" for comparison in self.comparisons):
             said.append("Undecided is no equivalence: the arms may differ by anything in the interval.")
+        if self.sizes:
+            said.append(
+                "All sizes are trained for the same tokens, so a larger model has fewer for each parameter; a trend is "
+                "the change from the smallest width to the largest, and says nothing of what lies beyond."
+            )
         if asked.match == "none":
             said.append("Arms are not matched: a difference may be that of their sizes.")
         return said
+
+    def parameters(self) -> str:
+        """Those of the first arm, of several sizes at each: "10,336 and 41,152"."""
+        references = [arm for arm in self.study.arms if self.study.reference_of(arm) is arm]
+        *others, last = (f"{arm.costs.parameters:,}" for arm in references)
+        return f"{', '.join(others)} and {last}" if others else last
 
     def _same_data(self) -> str:
         source = self.study.data["source"]
@@ -140,16 +188,30 @@ class Results:
             )
         return heads, rows
 
+    def size_table(self) -> tuple[list[str], list[list[str]]]:
+        """Heads and rows of the differences at all sizes, and of their changes."""
+        heads = ["arm", "width", "params", "n", "difference", "low", "high", "p", "verdict"]
+        rows = []
+        for trend in self.trends:
+            for size, found in self.sizes.items():
+                (one,) = (one for one in found.comparisons if one.arm == trend.arm)
+                parameters = found.study.arm(one.arm).costs.parameters
+                rows.append([one.arm, str(size), f"{parameters:,}", *_figures(one), one.kind])
+            change = f"{trend.sizes[0]} to {trend.sizes[1]}"
+            rows.append([trend.arm, change, "", *_figures(trend.change), trend.kind])
+        return heads, rows
+
     def as_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""
         return {
             "format": FORMAT,
-            "study": to_plain(self.study),
+            "study": self.study.as_plain(),
             "verdict": self.verdict(),
             "not_said": self.not_said(),
             "comparisons": [
                 _finite(asdict(one) | {"kind": one.kind, "words": one.words()}) for one in self.comparisons
             ],
+            **({"trends": [_finite(_trend_as_dict(one)) for one in self.trends]} if self.sizes else {}),
             "arms": [_finite(_arm_as_dict(one)) for one in self.arms],
             "runs": [_finite(asdict(one)) for one in self.outcomes],
             "tests": [_finite(asdict(one)) for one in self.tests],
@@ -158,7 +220,10 @@ class Results:
         }
 
     def write(self, folder: Path) -> list[Path]:
-        """Write results.json, runs.csv, arms.csv, evidence.csv and arms.tex into `folder`; returns the files."""
+        """Write results.json, runs.csv, arms.csv, evidence.csv and arms.tex into `folder`; returns the files.
+
+        Of several sizes sizes.csv and sizes.tex, too.
+        """
         heads, rows = self.table()
         tests = {test.run: test for test in self.tests}
         of_runs = [asdict(one) | {"test": tests[one.run].score if one.run in tests else ""} for one in self.outcomes]
@@ -168,6 +233,9 @@ class Results:
             "arms.csv": _csv(heads, rows),
             "arms.tex": latex(heads, rows),
         }
+        if self.sizes:
+            heads, rows = self.size_table()
+            texts |= {"sizes.csv": _csv(heads, rows), "sizes.tex": latex(heads, rows)}
         if self.evidence is not None:
             texts["evidence.csv"] = _csv(["what", "arm", "seed", "at", "value"], _long(self.evidence))
         for name, text in texts.items():
@@ -208,6 +276,23 @@ def _arm_as_dict(one: ArmResult) -> dict[str, Any]:
         "seconds": one.seconds,
         "failed": one.failed,
     }
+
+
+def _trend_as_dict(one: Trend) -> dict[str, Any]:
+    change = {name: getattr(one.change, name) for name in ("seeds", "differences", "interval", "p", "p_equivalence")}
+    more = {"more_seeds": one.change.more_seeds, "comparisons": one.change.comparisons}
+    return {
+        "arm": one.arm, "reference": one.reference, "sizes": one.sizes, "kind": one.kind, "words": one.words(),
+        "change": change | more,
+    }  # fmt: skip
+
+
+def _figures(one: Comparison) -> list[str]:
+    """The number of seeds, the mean with the ends of its interval, and p."""
+    if not one.seeds:
+        return ["0", "none", "", "", ""]
+    ends = [f"{float(end):+.4f}" if abs(float(end)) < float("inf") else "" for end in one.interval[1:]]
+    return [str(len(one.seeds)), f"{float(one.interval.mean):+.4f}", *ends, f"{one.p:.3g}"]
 
 
 def _long(evidence: Evidence) -> list[list[Any]]:

@@ -132,7 +132,7 @@ def begin(folder: Path, study: Study) -> None:
     for arm in study.arms:
         write_text_atomically(arm_file(folder, arm.slug), json.dumps(to_plain(arm.config), indent=2) + "\n")
     # Last: a folder with it has all of the study.
-    write_text_atomically(folder / STUDY, json.dumps(to_plain(study), indent=2) + "\n")
+    write_text_atomically(folder / STUDY, json.dumps(study.as_plain(), indent=2) + "\n")
 
 
 def with_start(study: Study, scratch: Path) -> Study:

@@ -208,7 +208,7 @@ def describe(study: Study, folder: Path, outcomes: Mapping[str, Outcome], jobs: 
     first = study.arms[0]
     search = "the recipe's in every arm" if asked.rates == "recipe" else "searched on seed 0, at first √10 apart"
     rows = [
-        ("question", asked.question or f"do {', '.join(arm.name for arm in study.arms)} differ?"),
+        ("question", asked.question or f"do {', '.join(dict.fromkeys(arm.label for arm in study.arms))} differ?"),
         *([("expected", asked.expectation)] if asked.expectation else []),
         ("measured", f"{study.axis.name} on the {study.scored}, {study.axis.direction} is better"),
         ("margin", f"differences within ±{asked.margin:g} count as too small to matter"),
@@ -216,6 +216,7 @@ def describe(study: Study, folder: Path, outcomes: Mapping[str, Outcome], jobs: 
         ("budget", f"{first.steps} steps of {first.config.train.batch_size} rows of {first.config.train.block_size}"),
         ("rates", search),
         ("seeds", f"1 to {asked.seeds}, fresh ones, the same in every arm; differences are paired by seed"),
+        *_described_sizes(study),
         ("matched by", asked.match),
         *(("arm", _described_arm(arm)) for arm in study.arms),
         ("runs", f"{prediction.runs}{' or a few more' * (asked.rates == 'search')}, in {folder / 'runs'}"),
@@ -224,6 +225,17 @@ def describe(study: Study, folder: Path, outcomes: Mapping[str, Outcome], jobs: 
         *rows,
         ("time", f"about {duration(prediction.seconds)}, {jobs} at a time, threads of each: {asked.threads}"),
         ("by", _basis(study, outcomes)),
+    ]
+
+
+def _described_sizes(study: Study) -> list[tuple[str, str]]:
+    """A row for a study of several sizes."""
+    if not study.sizes:
+        return []
+    fewer = study.asked.larger_seeds
+    seeds = f", with seeds 1 to {fewer} but for the smallest" if fewer else ""
+    return [
+        ("sizes", f"widths {', '.join(map(str, study.sizes))}, each matched, searched and compared by itself{seeds}")
     ]
 
 

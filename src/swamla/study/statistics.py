@@ -212,7 +212,7 @@ class Comparison:
         mean, low, high = (float(value) for value in self.interval)
         lower = (mean < 0) == (self.axis.direction == "lower")
         of = f"{self.level:.0%} interval of the difference {low:+.4f} to {high:+.4f}, {n} seeds"
-        p = f"p {_p(self.p)}{f' after Holm over {self.comparisons}' if self.comparisons > 1 else ''}"
+        p = self.p_words()
         if self.kind == "difference":
             better = "better" if lower else "worse"
             return f"{self.arm} is {better} than {self.reference} by {abs(mean):.4f} {unit} ({of}, {p})."
@@ -229,8 +229,12 @@ class Comparison:
             )
         return (
             f"{self.arm} and {self.reference}: undecided, neither a difference nor an equivalence within {margin:g} "
-            f"{unit} was shown ({of}, {p}){self._alone()}; {self._needed()}."
+            f"{unit} was shown ({of}, {p}){self._alone()}; {self.needed()}."
         )
+
+    def p_words(self) -> str:
+        """p, and what it is adjusted for."""
+        return f"p {_p(self.p)}{f' after Holm over {self.comparisons}' if self.comparisons > 1 else ''}"
 
     def _alone(self) -> str:
         """Where the interval, which is of this comparison alone, seems to contradict the verdict."""
@@ -241,7 +245,8 @@ class Comparison:
             f"; the interval alone leaves out 0, but one of {self.comparisons} comparisons does so by chance too often"
         )
 
-    def _needed(self) -> str:
+    def needed(self) -> str:
+        """What an undecided comparison lacks."""
         if self.more_seeds is None:
             return f"even {MOST_SEEDS} seeds would not decide it, if the difference is what was seen"
         seeds = f"{self.more_seeds} more seed{'s' * (self.more_seeds != 1)}"
@@ -266,14 +271,23 @@ def compare_all(
     Holm's adjustment counts every arm of `scores`, also one without a seed in common with the reference.
     """
     require(reference in scores, "reference", reference, f"must be one of the arms: {', '.join(scores)}")
-    arms = [arm for arm in scores if arm != reference]
-    paired = {arm: sorted(scores[arm].keys() & scores[reference].keys()) for arm in arms}
-    differences = {arm: [scores[arm][seed] - scores[reference][seed] for seed in paired[arm]] for arm in arms}
-    tests = [_tests(differences[arm], axis.margin) for arm in arms]
+    return compare_pairs([(arm, reference) for arm in scores if arm != reference], scores, axis, level=level)
+
+
+def compare_pairs(
+    pairs: Sequence[tuple[str, str]],
+    scores: Mapping[str, Mapping[int, float]],
+    axis: Axis,
+    *,
+    level: float = LEVEL,
+) -> list[Comparison]:
+    """Each of these (arm, reference) by their `scores`, as `compare_all`; p is adjusted by Holm over all of them."""
+    differences = [_paired(scores[arm], scores[reference]) for arm, reference in pairs]
+    tests = [_tests(list(values.values()), axis.margin) for values in differences]
     p, p_equivalence = (holm([test[side] for test in tests]) if tests else [] for side in (0, 1))
     found = []
-    for index, arm in enumerate(arms):
-        values = differences[arm]
+    for index, (arm, reference) in enumerate(pairs):
+        values = list(differences[index].values())
         undecided = _kind(float(p[index]), float(p_equivalence[index]), 1 - level) == "undecided"
         interval = t_interval(values, level) if values else Interval(math.nan, -math.inf, math.inf)
         found.append(
@@ -281,17 +295,22 @@ def compare_all(
                 arm=arm,
                 reference=reference,
                 axis=axis,
-                seeds=tuple(paired[arm]),
+                seeds=tuple(differences[index]),
                 differences=tuple(values),
                 interval=Interval(*(float(bound) for bound in interval)),
                 p=float(p[index]),
                 p_equivalence=float(p_equivalence[index]),
-                more_seeds=_more_seeds(values, axis.margin, (1 - level) / len(arms)) if undecided else None,
-                comparisons=len(arms),
+                more_seeds=_more_seeds(values, axis.margin, (1 - level) / len(pairs)) if undecided else None,
+                comparisons=len(pairs),
                 level=level,
             )
         )
     return found
+
+
+def _paired(one: Mapping[int, float], other: Mapping[int, float]) -> dict[int, float]:
+    """Seed → difference, of the seeds that both have."""
+    return {seed: one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())}
 
 
 def _tests(values: Sequence[float], margin: float) -> tuple[float, float]:

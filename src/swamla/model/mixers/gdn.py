@@ -55,6 +55,7 @@ class GDNConfig(MixerConfig):
     kind: ClassVar[str] = "gdn"
     sign: ClassVar[str] = "G"
     ranks: ClassVar[tuple[str, ...]] = ("latent_dim",)
+    head_counts: ClassVar[tuple[str, ...]] = ("n_heads", "n_key_heads")
     style: ClassVar[str] = "black on green"
     is_local: ClassVar[bool] = True
     vectors: ClassVar[tuple[str, ...]] = ("conv_weight",)

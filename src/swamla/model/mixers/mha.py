@@ -47,6 +47,7 @@ class MHAConfig(SoftmaxConfig):
     kind: ClassVar[str] = "mha"
     sign: ClassVar[str] = "A"
     style: ClassVar[str] = "black on yellow"
+    head_counts: ClassVar[tuple[str, ...]] = ("n_heads", "n_kv_heads")
     n_heads: int
     n_kv_heads: int | None = None
     head_dim: int | None = None

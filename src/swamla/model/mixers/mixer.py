@@ -25,6 +25,7 @@ class MixerConfig(Registered, home="swamla.model.mixers"):
     is_local: whether a token's cost and the state do not grow with the distance to the document's start.
     outputs: the module's parameters that write to the residual stream; their initial weights are scaled by depth.
     ranks: fields that may not exceed the model's width, which scale with it if a flag makes the model narrower.
+    head_counts: fields that count heads: a wider model of the same shape has more of them, not larger ones.
     vectors: two-dimensional parameters that are a set of vectors and not the matrix of a linear map, such as the
         filters of a convolution. Muon leaves them to AdamW, and their layer is not converted to fp8.
     only_projects: whether the module does nothing with its input but multiply it by matrices. Autocast rounds it for
@@ -37,6 +38,7 @@ class MixerConfig(Registered, home="swamla.model.mixers"):
     is_local: ClassVar[bool] = False
     outputs: ClassVar[tuple[str, ...]] = ("o_proj.weight",)
     ranks: ClassVar[tuple[str, ...]] = ()
+    head_counts: ClassVar[tuple[str, ...]] = ("n_heads",)
     vectors: ClassVar[tuple[str, ...]] = ()
     only_projects: ClassVar[bool] = False
     BACKENDS: ClassVar[tuple[str, ...]] = ()

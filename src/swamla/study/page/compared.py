@@ -66,7 +66,7 @@ def _alike(results: Results) -> str:
     """What all arms have alike."""
     study = results.study
     data, train = study.data, study.arms[0].config.train
-    steps = sorted({arm.steps for arm in study.arms})
+    steps, seeds = sorted({arm.steps for arm in study.arms}), max(map(study.seeds_of, study.arms))
     rows = [
         (
             "task" if study.task else "text",
@@ -78,7 +78,7 @@ def _alike(results: Results) -> str:
             f"{' to '.join(f'{n:,}' for n in steps[:: max(1, len(steps) - 1)])} steps of {train.batch_size} rows of "
             f"{train.block_size} tokens",
         ),
-        ("seeds", f"1 to {study.asked.seeds} in every arm; a seed sets initial weights and the order of the data"),
+        ("seeds", f"1 to {seeds} in every arm; a seed sets initial weights and the order of the data"),
         ("precision, threads", f"{train.precision}, {study.asked.threads} a run"),
     ]
     body = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)

@@ -6,7 +6,6 @@ import shlex
 from html import escape
 from pathlib import Path
 
-from swamla.config import to_plain
 from swamla.interpret.page.svg import Line, line_chart
 from swamla.study.page.parts import Section, bytes_of, clock, colour_of, legend_of, name_of, table
 from swamla.study.plan import Asked
@@ -131,7 +130,7 @@ def all_runs(results: Results) -> Section:
 
 def _study_file(asked: Asked) -> list[str]:
     """A study.toml that asks the same; strings of JSON are strings of TOML."""
-    plain = to_plain(asked)
+    plain = asked.as_plain()
     arms = plain.pop("arms")
     said = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in plain.items() if value is not None]
     named = [f"{_key(name)} = {json.dumps(flags, ensure_ascii=False)}" for name, flags in arms.items()]

@@ -29,13 +29,14 @@ class Difference:
 
 def interval_chart(rows: Sequence[Difference], *, margin: float, x_label: str, width: int = 760) -> str:
     """Differences over one axis, with the margin as a band about 0. An arrow: the interval goes on."""
-    left, right = 20 + _LETTER * max((len(row.name) for row in rows), default=0), width - 18.0
+    left = 20 + _LETTER * max((len(row.name) for row in rows), default=0)
     bottom = _TOP + _ROW * len(rows)
     near = max([1.25 * margin, *(abs(value) for row in rows for value, _ in row.seeds)])
     ends = [end for row in rows for end in (row.low, row.high) if math.isfinite(end)]
     farthest = min(_WIDEST * near, max([near, *map(abs, ends)]))
     marks = ticks(-farthest, farthest, 8)
     low, high = marks[0], marks[-1]
+    right = width - max(18.0, 1 + 3.4 * len(f"{high:+g}"))  # room for half of the last mark's name
 
     def at(value: float) -> float:
         return left + (min(high, max(low, value)) - low) / (high - low) * (right - left)

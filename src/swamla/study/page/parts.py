@@ -8,6 +8,7 @@ from swamla.interpret.page.parts import legend
 from swamla.interpret.page.svg import BLUE, GREEN, GREY, ORANGE, number
 from swamla.study.evidence import Measured
 from swamla.study.results import Results
+from swamla.study.statistics import Comparison
 
 Section = tuple[str, str, str]  # heading, what it asks and how to read it, evidence
 COLOURS = (GREY, BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#8a6d00", "#333333")
@@ -37,8 +38,8 @@ def table(
 
 def colour_of(results: Results, name: str) -> str:
     """An arm's colour, the same on the whole page."""
-    index = [arm.name for arm in results.study.arms].index(name)
-    return COLOURS[index % len(COLOURS)]
+    labels = list(dict.fromkeys(arm.label for arm in results.study.arms))
+    return COLOURS[labels.index(results.study.arm(name).label) % len(COLOURS)]
 
 
 def name_of(results: Results, index: int) -> str:
@@ -50,6 +51,22 @@ def name_of(results: Results, index: int) -> str:
 def legend_of(results: Results) -> str:
     """All arms with their colours."""
     return legend([(arm.name, colour_of(results, arm.name)) for arm in results.study.arms])
+
+
+def favours(one: Comparison) -> bool:
+    """Whether the mean difference is in favour of the arm."""
+    return (float(one.interval.mean) < 0) == (one.axis.direction == "lower")
+
+
+def verdict_word(one: Comparison) -> tuple[str, str]:
+    """A comparison's verdict in a word, and its look."""
+    word = "better" if favours(one) else "worse"
+    return {
+        "difference": (word, word),
+        "small difference": (f"little {word}", "partly"),
+        "equivalence": ("equivalent", "figure"),
+        "undecided": ("undecided", "no"),
+    }[one.kind]
 
 
 def two(figures: Sequence[tuple[str, str]]) -> str:

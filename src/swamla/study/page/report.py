@@ -13,11 +13,13 @@ from swamla.files import write_text_atomically
 from swamla.interpret.page.html import numbered, section_parts
 from swamla.study.page.compared import compared
 from swamla.study.page.costs import all_runs, memory, time_taken
-from swamla.study.page.parts import Section
+from swamla.study.page.parts import Section, verdict_word
 from swamla.study.page.scores import differences, learning, rates
+from swamla.study.page.sizes import by_size, trend_word
 from swamla.study.page.weights import answers, by_position, copied
 from swamla.study.results import Results
 from swamla.study.statistics import Comparison
+from swamla.study.trends import Trend
 
 REPORT = "report.html"
 SECTIONS: tuple[Callable[[Results], Section | None], ...] = (
@@ -29,9 +31,8 @@ SECTIONS: tuple[Callable[[Results], Section | None], ...] = (
     copied,
     answers,
     memory,
-    time_taken,
-    all_runs,
 )
+OF_ALL: tuple[Callable[[Results], Section | None], ...] = (time_taken, all_runs)  # of all sizes together
 
 
 def write_report(results: Results, folder: Path) -> list[Path]:
@@ -47,7 +48,8 @@ def report_html(results: Results) -> str:
         (folder / name).read_text(encoding="utf-8") for folder, name in ((interpret, "report.css"), (here, "page.css"))
     )
     script = (here / "page.js").read_text(encoding="utf-8")
-    parts = [*_opening(results), *(part for make in SECTIONS for part in section_parts(make(results)))]
+    sections = [by_size(results), *(_at_sizes(make, results) for make in SECTIONS), *(make(results) for make in OF_ALL)]
+    parts = [*_opening(results), *(part for section in sections for part in section_parts(section))]
     return "\n".join(
         [
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(_title(results))}</title>',
@@ -60,19 +62,39 @@ def report_html(results: Results) -> str:
     )
 
 
+def _at_sizes(make: Callable[[Results], Section | None], results: Results) -> Section | None:
+    """A section; of several sizes with a part for each, under its heading. Leads are said once, if they are equal."""
+    if not results.sizes:
+        return make(results)
+    made = {size: section for size, at in results.sizes.items() if (section := make(at))}
+    if not made:
+        return None
+    heading, lead, _ = next(iter(made.values()))
+    alike = all(section[1] == lead for section in made.values())
+    parts = [
+        f'<h3 class="size">Width {size}</h3>{"" if alike else f"<p class={chr(34)}lead{chr(34)}>{own}</p>"}{body}'
+        for size, (_, own, body) in made.items()
+    ]
+    return heading, lead if alike else "", "".join(parts)
+
+
 def _title(results: Results) -> str:
-    parameters = results.study.arms[0].costs.parameters
-    return f"{' · '.join(arm.name for arm in results.study.arms)}, at {parameters:,} parameters"
+    arms = " · ".join(dict.fromkeys(arm.label for arm in results.study.arms))
+    return f"{arms}, at {results.parameters()} parameters"
 
 
 def _opening(results: Results) -> list[str]:
     """What was asked, what was expected, what was found, and what was not."""
     study = results.study
-    asked = study.asked.question or f"Do {', '.join(arm.name for arm in study.arms)} differ?"
+    asked = study.asked.question or f"Do {', '.join(dict.fromkeys(arm.label for arm in study.arms))} differ?"
     expected = study.asked.expectation
     before = f'<p class="question">Expected before: <i>{escape(expected)}</i></p>' if expected else ""
-    found = "".join(_verdict(comparison) for comparison in results.comparisons)
-    others = [text for text in results.verdict() if text not in {each.words() for each in results.comparisons}]
+    found = "".join(_verdict(comparison) for comparison in results.comparisons if not results.sizes)
+    for size, at in results.sizes.items():
+        found += "".join(_verdict(comparison, size) for comparison in at.comparisons)
+    found += "".join(_trend(trend) for trend in results.trends)
+    said = {*results.compared(), *(trend.words() for trend in results.trends)}
+    others = [text for text in results.verdict() if text not in said]
     lost = f"<p>{escape(' '.join(others))}</p>" if others else ""
     limits = "".join(f"<li>{escape(text)}</li>" for text in results.not_said())
     return [
@@ -84,16 +106,19 @@ def _opening(results: Results) -> list[str]:
     ]
 
 
-def _verdict(comparison: Comparison) -> str:
-    kind, mean = comparison.kind, float(comparison.interval.mean)
-    word = "better" if (mean < 0) == (comparison.axis.direction == "lower") else "worse"
-    short, look = {
-        "difference": (word, word),
-        "small difference": (f"little {word}", "partly"),
-        "equivalence": ("equivalent", "figure"),
-        "undecided": ("undecided", "no"),
-    }[kind]
+def _trend(trend: Trend) -> str:
+    short, look = trend_word(trend)
     return (
-        f"<dt>{escape(comparison.arm)} against {escape(comparison.reference)}</dt>"
-        f'<dd><span class="answer {look}">{short}</span></dd><dd>{escape(comparison.words())}</dd>'
+        f"<dt>{escape(trend.arm)}, {trend.sizes[0]} to {trend.sizes[1]}</dt>"
+        f'<dd><span class="answer {look}">{short}</span></dd><dd>{escape(trend.words())}</dd>'
+    )
+
+
+def _verdict(comparison: Comparison, size: int | None = None) -> str:
+    short, look = verdict_word(comparison)
+    against = f"against {comparison.reference}" if size is None else f"at width {size}"
+    where = "" if size is None else f"At width {size}, "
+    return (
+        f"<dt>{escape(comparison.arm)} {escape(against)}</dt>"
+        f'<dd><span class="answer {look}">{short}</span></dd><dd>{escape(where + comparison.words())}</dd>'
     )

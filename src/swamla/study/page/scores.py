@@ -58,7 +58,7 @@ def differences(results: Results) -> Section:
         "arms at a seed drops out. A 95 % interval on one side of 0 is a difference, a 90 % interval within the "
         "margin an equivalence, anything else is undecided."
     )
-    if len(results.comparisons) > 1:
+    if any(each.comparisons > 1 for each in results.comparisons):
         lead += " Of several comparisons each must show more than that: p is adjusted for their number (Holm)."
     body = f"<figure>{drawn}<figcaption>{told}</figcaption></figure>"
     return "Differences, seed by seed", lead, body + table(["seed", *(a.name for a in study.arms)], cells, meaning)
