@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from swamla.data.config import DataConfig
 from swamla.interpret.repeats import LayerInduction, Repeats
+from swamla.study.decoding import Generation
 from swamla.study.evidence import Answers, Curves, Evidence, Measured, Pace, Positions, Speed, caches
 from swamla.study.plan import Arm, Study
 from swamla.study.results import Results
@@ -105,6 +106,13 @@ def evidence_of(study: Study, tests: list[Score]) -> Evidence:
         speed={arm.name: Speed(median=0.1, low=0.09, high=0.12, rounds=9) for arm in arms},
         memory={arm.name: 500 << 20 for arm in arms},
         caches=caches(study),
+        decoding={
+            arm.name: [
+                Generation(prompt=n, median=0.002, low=0.0019, high=0.0025, first=0.01, tokens=288, state=32 * n)
+                for n in (32, 128)
+            ]
+            for arm in study.arms
+        },
         paces=tuple(Pace(arm=arm.name, runs=10, predicted=6.0, took=5.0) for arm in arms),
     )
 

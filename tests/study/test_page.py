@@ -71,7 +71,11 @@ def test_equal_results_give_an_equal_page_and_other_times_change_nothing_but_tim
     paces = tuple(replace(each, predicted=777.0, took=888.0) for each in results.evidence.paces)
     memory = dict.fromkeys(results.evidence.memory, 9 << 30)
     outcomes = tuple(replace(one, wall=99.0, seconds=98.0) for one in results.outcomes)
-    evidence = replace(results.evidence, speed=slow, paces=paces, memory=memory)
+    decoding = {
+        name: [replace(one, median=0.5, low=0.4, high=0.6, first=7.7) for one in ones]
+        for name, ones in results.evidence.decoding.items()
+    }
+    evidence = replace(results.evidence, speed=slow, paces=paces, memory=memory, decoding=decoding)
     other = report_html(replace(results, evidence=evidence, outcomes=outcomes))
     assert other != page
     assert without_clock(other) == without_clock(page)
@@ -130,6 +134,22 @@ def test_a_page_without_what_was_not_measured_has_no_section_of_it_and_an_arm_wi
     assert Page(lost).open == []
     assert "No learning rate trained gdn." in lost
     assert "no seed in common" in lost
+
+
+def test_how_fast_each_arm_writes_is_beside_its_steps_and_of_an_older_folder_left_out() -> None:
+    results = results_of(page=True)
+    assert results.evidence is not None
+    faster = [replace(one, median=0.001, low=0.0008, high=0.00125) for one in results.evidence.decoding["gdn"]]
+    evidence = replace(results.evidence, decoding={**results.evidence.decoding, "gdn": faster})
+    page = report_html(replace(results, evidence=evidence))
+    (section,) = re.findall("<h2>Time</h2>.*?<h2>", page, re.DOTALL)
+    assert "after 32 tokens" in section
+    assert "after 128 tokens" in section
+    assert '<span class="clock">500<small>400 – 526</small></span>' in section
+    assert '<span class="clock">1,000 <small>(+100.0 %)</small><small>800 – 1,250</small></span>' in section
+    old = replace(results, evidence=replace(results.evidence, decoding={}))
+    assert "after 32 tokens" not in report_html(old)
+    assert "decoding" not in old.as_dict()["evidence"]
 
 
 def test_without_a_search_nothing_is_said_of_sensitivity() -> None:
@@ -202,6 +222,8 @@ def test_the_files_beside_the_page_have_the_evidence(results: Results, tmp_path:
     evidence = evidence_of(results.study, list(results.tests))
     (loss,) = [row[4] for row in rows if row[:4] == ["loss", "gdn", "2", "16"]]
     assert float(loss) == next(one for one in evidence.measured if one.run == "gdn-lr0.01-seed2").positions.loss[4]
+    (written,) = [row[4] for row in rows if row[:4] == ["seconds of a generated token", "gdn", "", "128"]]
+    assert float(written) == 0.002
     (size,) = [row[4] for row in rows if row[:4] == ["state bytes", "mha", "", "1024"]]
     assert int(size) == evidence.caches["mha"][1024]
 

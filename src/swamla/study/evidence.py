@@ -1,14 +1,14 @@
 """What a study's page shows beside the scores: losses by position, induction, curves, speed, and caches.
 
-What needs the trained weights is measured once, when all runs have ended, and kept as lines of measured.jsonl and in
-speed.json; the page is drawn from these files, however often.
+What needs the trained weights is measured once, when all runs have ended, and kept as lines of measured.jsonl, in
+speed.json and in decoding.json; the page is drawn from these files, however often.
 """
 
 import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from swamla.interpret.sections import Positions
 from swamla.model.accounting import state_bytes
 from swamla.model.language_model import LanguageModel
 from swamla.ops.layout import Layout
+from swamla.study.decoding import Generation, measure_decoding, read_decoding
 from swamla.study.matching import STATE_ELEMENT_BYTES
 from swamla.study.plan import Study
 from swamla.study.running import append_line, load_run, read_lines, waited_for
@@ -333,7 +334,7 @@ def renamed(ones: Sequence[Any], names: Mapping[str, str]) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """All of it, by arm. memory: bytes of the process.  measured, speed: empty where it was not measured."""
+    """All of it, by arm. memory: bytes of the process.  measured, speed, decoding: empty where it was not measured."""
 
     curves: tuple[Curves, ...]
     measured: tuple[Measured, ...]
@@ -341,6 +342,7 @@ class Evidence:
     memory: Mapping[str, int]
     caches: Mapping[str, Mapping[int, int]]
     paces: tuple[Pace, ...]
+    decoding: Mapping[str, Sequence[Generation]] = field(default_factory=dict)
 
     def of(self, names: Mapping[str, str]) -> "Evidence":
         """That of some arms, by other names. names: arm → its name there."""
@@ -351,6 +353,7 @@ class Evidence:
             memory={names[arm]: found for arm, found in self.memory.items() if arm in names},
             caches={names[arm]: found for arm, found in self.caches.items() if arm in names},
             paces=renamed(self.paces, names),
+            decoding={names[arm]: found for arm, found in self.decoding.items() if arm in names},
         )
 
     @classmethod
@@ -364,6 +367,7 @@ class Evidence:
             memory=peak_memory(folder, outcomes),
             caches=caches(study),
             paces=tuple(paces(study, outcomes)),
+            decoding=read_decoding(folder),
         )
 
 
@@ -376,4 +380,6 @@ def measure(
     measure_runs(folder, study, outcomes, dataset)
     say("timing steps of all arms in turns …")
     measure_speed(folder, study, dataset)
+    say("timing generation of all arms in turns …")
+    measure_decoding(folder, study, dataset)
     return Evidence.read(folder, study, outcomes)

@@ -216,7 +216,7 @@ class Results:
             "runs": [_finite(asdict(one)) for one in self.outcomes],
             "tests": [_finite(asdict(one)) for one in self.tests],
             "differing": self.differing,
-            "evidence": as_plain(self.evidence),
+            "evidence": _evidence_as_dict(self.evidence),
         }
 
     def write(self, folder: Path) -> list[Path]:
@@ -278,6 +278,14 @@ def _arm_as_dict(one: ArmResult) -> dict[str, Any]:
     }
 
 
+def _evidence_as_dict(evidence: Evidence | None) -> Any:
+    """The evidence; of studies whose generation was not timed without it, as older versions wrote them."""
+    plain = as_plain(evidence)
+    if evidence is not None and not evidence.decoding:
+        del plain["decoding"]
+    return plain
+
+
 def _trend_as_dict(one: Trend) -> dict[str, Any]:
     change = {name: getattr(one.change, name) for name in ("seeds", "differences", "interval", "p", "p_equivalence")}
     more = {"more_seeds": one.change.more_seeds, "comparisons": one.change.comparisons}
@@ -319,6 +327,12 @@ def _long(evidence: Evidence) -> list[list[Any]]:
                 rows += [[name, *own, f"{index}.{head}", value] for head, value in enumerate(getattr(layer, name))]
     rows += [["state bytes", arm, "", at, size] for arm, sizes in evidence.caches.items() for at, size in sizes.items()]
     rows += [["seconds of a step", arm, "", "", speed.median] for arm, speed in evidence.speed.items()]
+    for name, field_of in (("seconds of a generated token", "median"), ("seconds to the first token", "first")):
+        rows += [
+            [name, arm, "", one.prompt, getattr(one, field_of)]
+            for arm, ones in evidence.decoding.items()
+            for one in ones
+        ]
     return rows + [["bytes of a run's process", arm, "", "", size] for arm, size in evidence.memory.items()]
 
 

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from swamla.interpret.page.svg import Line, line_chart
-from swamla.study.page.parts import Section, bytes_of, clock, colour_of, legend_of, name_of, table
+from swamla.study.page.parts import Section, against, bytes_of, clock, colour_of, legend_of, name_of, table
 from swamla.study.plan import Asked
 from swamla.study.results import Results
 from swamla.study.runs import Run, command, duration
@@ -87,7 +87,36 @@ def time_taken(results: Results) -> Section | None:
         "Seconds are of the machine below, with whatever else it did; they are the only figures of this page, beside "
         "speed and memory in the first table, that would differ if the study was run again."
     )
-    return "Time", lead, f"<p>{clock(total)}</p>{table(head, rows, meaning)}"
+    return "Time", lead, f"<p>{clock(total)}</p>{table(head, rows, meaning)}{_generation(results)}"
+
+
+def _generation(results: Results) -> str:
+    """How fast each arm writes, beside what it keeps meanwhile; empty if it was not measured."""
+    found = results.evidence.decoding if results.evidence else {}
+    if not found:
+        return ""
+    prompts = [one.prompt for one in next(iter(found.values()))]
+    rows = []
+    for index, arm in enumerate(results.study.arms):
+        base = found[results.study.reference_of(arm).name]
+        row = [name_of(results, index)]
+        for one, other in zip(found[arm.name], base, strict=True):
+            quartiles = f"{1 / one.high:,.0f} – {1 / one.low:,.0f}"
+            than = against(1 / one.median, 1 / other.median, int(one is not other))
+            row.append(clock(f"{1 / one.median:,.0f}{than}<small>{quartiles}</small>"))
+            row.append(clock(f"{1000 * one.first:,.1f} ms"))
+            row.append(bytes_of(one.state))
+        rows.append(row)
+    head = ["arm"]
+    for prompt in prompts:
+        head += [f"tokens a second|after {prompt:,} tokens", f"first token|of {prompt:,} read", "state|live, fp32"]
+    meaning = (
+        "Generation of one sequence, token by token, as swamla generate does it, in fp32 and greedily: the median, in "
+        "grey how much faster or slower than the first arm, and quartiles. First token: the prompt is read at once. "
+        "State: bytes of the tensors that are kept. All arms in turns, with untrained weights, on which the speed does "
+        "not depend."
+    )
+    return table(head, rows, meaning, "stacked")
 
 
 def all_runs(results: Results) -> Section:
