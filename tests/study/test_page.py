@@ -13,6 +13,7 @@ from swamla.study.page.intervals import Difference, interval_chart
 from swamla.study.page.report import report_html, write_report
 from swamla.study.page.sizes import size_chart
 from swamla.study.plan import Asked
+from swamla.study.published import Published
 from swamla.study.results import Results
 from swamla.study.statistics import Interval
 from tests.interpret.browser import browser
@@ -172,9 +173,16 @@ def test_of_a_task_accuracy_is_compared_where_more_is_better_beside_bytes_of_sta
 
 
 def test_the_study_file_on_the_page_asks_the_same() -> None:
+    rows = [
+        Published(name=name, source="arXiv 2405.04434", value=1.0, unit="bits", comparable=False, why='"so"')
+        for name in ("a", "b")
+    ]
     results = results_of(question='So "what"?', seeds=5, page=True, flags="--width 32")
-    shown = unescape(report_html(results).partition('<pre class="code">')[2].partition("\n\n# the whole study")[0])
-    assert from_plain(Asked, tomllib.loads(shown)) == results.study.asked
+    asked = results.study.asked
+    for each in (asked, replace(asked, sizes=(32, 48), larger_seeds=3, published=tuple(rows))):
+        page = report_html(replace(results, study=replace(results.study, asked=each)))
+        shown = unescape(page.partition('<pre class="code">')[2].partition("\n\n# the whole study")[0])
+        assert from_plain(Asked, tomllib.loads(shown)) == each
 
 
 def test_an_interval_is_drawn_from_end_to_end_on_the_scale_of_the_margin_and_its_seeds() -> None:

@@ -202,7 +202,12 @@ def _asked(arguments: Arguments, given: Mapping[str, Any]) -> tuple[Asked, str]:
         by_flags["sizes"] = by_flags["sizes"][0]
     plain = plain | by_flags
     plain.setdefault("flags", SIZES.get(plain.get("recipe", Asked.recipe), ""))
-    return from_plain(Asked, plain, origin=lambda field: f"--{field}" if field in by_flags else place(field)), name
+
+    def origin(field: str) -> str:
+        of_table = first if field.startswith("published") else ""  # whose keys have no lines
+        return f"--{field}" if field in by_flags else place(field) or of_table
+
+    return from_plain(Asked, plain, origin=origin), name
 
 
 def _planned(asked: Asked, jobs: int, console: Console, argv: Sequence[str]) -> tuple[Study, TrainingData]:

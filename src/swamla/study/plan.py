@@ -21,6 +21,7 @@ from swamla.data.dataset import Dataset, TrainingData
 from swamla.errors import UsageError, require
 from swamla.evaluate import part_of
 from swamla.study.matching import TOLERANCE, Costs, MatchAxis, match, matched_steps
+from swamla.study.published import Published
 from swamla.study.sizes import at_sizes
 from swamla.study.statistics import Axis
 from swamla.tasks import Task
@@ -35,7 +36,7 @@ from swamla.version import __version__
 TOKENS = 1_500_000  # of a run, where neither the study nor its recipe has a number of steps
 SEARCH_SEED = 0
 MOST_SIZES = 6
-ADDED = ("sizes", "larger_seeds")  # keys that files of studies without them do not have
+ADDED = ("sizes", "larger_seeds", "published")  # keys that files of studies without them do not have
 ROUNDS, SECONDS = 7, 6.0  # steps of an arm that are timed for the plan, and seconds for each arm, at most
 
 
@@ -59,6 +60,7 @@ class Asked:
     sizes: widths at which all of it is repeated, e.g. [128, 256], the first arm's (all others are widened by the same
         factor); or how many, each twice the last. Each size is matched, searched and compared by itself.
     larger_seeds: fresh seeds of every size but the smallest; none for as many as there.
+    published: figures of others, shown beside the results; nothing that is computed depends on them.
     """
 
     question: str = ""
@@ -74,6 +76,7 @@ class Asked:
     threads: int = 1
     sizes: int | tuple[int, ...] = ()
     larger_seeds: int | None = None
+    published: tuple[Published, ...] = ()
 
     def __post_init__(self) -> None:
         require(len(self.arms) > 1, "arms", ", ".join(self.arms), 'must be two or more, e.g. mha and "swa swa mla"')
@@ -82,6 +85,9 @@ class Asked:
         require(self.seeds >= 2, "seeds", self.seeds, "must be >= 2: one seed says nothing of the spread; 5 are usual")
         require(self.threads >= 1, "threads", self.threads, "must be >= 1")
         self._check_sizes()
+        names = [row.name for row in self.published]
+        twice = next((name for name in names if names.count(name) > 1), "")
+        require(not twice, "published", twice, "is the name of two rows: name them apart")
 
     def as_plain(self) -> dict[str, Any]:
         """The keys of a file that asks the same, without those added since that say nothing."""

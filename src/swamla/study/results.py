@@ -12,6 +12,7 @@ from swamla.files import write_text_atomically
 from swamla.interpret.sections import as_plain
 from swamla.study.evidence import Evidence, renamed
 from swamla.study.plan import Arm, Study, differing
+from swamla.study.published import Marked, marked
 from swamla.study.running import Test
 from swamla.study.runs import Outcome, rate_of, rate_scores
 from swamla.study.statistics import Comparison, Interval, compare_pairs, t_interval, wilson
@@ -118,6 +119,13 @@ class Results:
             for comparison in found.comparisons
         ]
 
+    def published(self) -> list[Marked]:
+        """The published figures that the study names, each judged against it."""
+        study, first = self.study, self.study.arms[0]
+        tokens = first.steps * first.config.train.batch_size * first.config.train.block_size
+        rows = study.asked.published
+        return [marked(row, unit=study.axis.name, data=study.data, tokens=tokens) for row in rows]
+
     def not_said(self) -> list[str]:
         """What the verdict does not say."""
         asked, first = self.study.asked, self.study.arms[0]
@@ -213,6 +221,7 @@ class Results:
             ],
             **({"trends": [_finite(_trend_as_dict(one)) for one in self.trends]} if self.sizes else {}),
             "arms": [_finite(_arm_as_dict(one)) for one in self.arms],
+            **({"published": [_marked_as_dict(one) for one in self.published()]} if self.study.asked.published else {}),
             "runs": [_finite(asdict(one)) for one in self.outcomes],
             "tests": [_finite(asdict(one)) for one in self.tests],
             "differing": self.differing,
@@ -222,7 +231,7 @@ class Results:
     def write(self, folder: Path) -> list[Path]:
         """Write results.json, runs.csv, arms.csv, evidence.csv and arms.tex into `folder`; returns the files.
 
-        Of several sizes sizes.csv and sizes.tex, too.
+        Of several sizes sizes.csv and sizes.tex, too; with published figures published.csv.
         """
         heads, rows = self.table()
         tests = {test.run: test for test in self.tests}
@@ -236,6 +245,8 @@ class Results:
         if self.sizes:
             heads, rows = self.size_table()
             texts |= {"sizes.csv": _csv(heads, rows), "sizes.tex": latex(heads, rows)}
+        if judged := [_marked_as_dict(one) for one in self.published()]:
+            texts["published.csv"] = _csv(list(judged[0]), [list(row.values()) for row in judged])
         if self.evidence is not None:
             texts["evidence.csv"] = _csv(["what", "arm", "seed", "at", "value"], _long(self.evidence))
         for name, text in texts.items():
@@ -276,6 +287,13 @@ def _arm_as_dict(one: ArmResult) -> dict[str, Any]:
         "seconds": one.seconds,
         "failed": one.failed,
     }
+
+
+def _marked_as_dict(one: Marked) -> dict[str, Any]:
+    """The row, with whether it is comparable, whether the author said so, and what differs."""
+    return asdict(one.row) | {
+        "comparable": one.comparable, "claimed": one.row.comparable, "differences": "; ".join(one.differences),
+    }  # fmt: skip
 
 
 def _evidence_as_dict(evidence: Evidence | None) -> Any:

@@ -1,9 +1,9 @@
 """Runs a study: its runs are ordinary `swamla train` processes, and every outcome is a line of results.jsonl.
 
-A study is a folder: study.json and arms/, which never change; runs/, ordinary runs; logs/, what they printed;
-results.jsonl and test.jsonl. Whatever is killed, the same call goes on: a run that ended is never repeated, one that
-was stopped is resumed. Several processes may work on one folder, also on several machines that share it: each takes
-runs that no other works on, so none waits for one that is gone.
+A study is a folder: study.json and arms/, which never change (but for the published figures that it names); runs/,
+ordinary runs; logs/, what they printed; results.jsonl and test.jsonl. Whatever is killed, the same call goes on: a run
+that ended is never repeated, one that was stopped is resumed. Several processes may work on one folder, also on several
+machines that share it: each takes runs that no other works on, so none waits for one that is gone.
 """
 
 import json
@@ -132,6 +132,10 @@ def begin(folder: Path, study: Study) -> None:
     for arm in study.arms:
         write_text_atomically(arm_file(folder, arm.slug), json.dumps(to_plain(arm.config), indent=2) + "\n")
     # Last: a folder with it has all of the study.
+    _write_study(folder, study)
+
+
+def _write_study(folder: Path, study: Study) -> None:
     write_text_atomically(folder / STUDY, json.dumps(study.as_plain(), indent=2) + "\n")
 
 
@@ -191,12 +195,16 @@ def beside(config: RunConfig, others: int, scratch: Path, plugins: Sequence[str]
 def opened(folder: Path, asked: Asked | None = None) -> Study | None:
     """The study in a folder, None if there is none yet, or another one of which nothing has run.
 
+    Other published figures make no other study: they are written to it.
     Raises `UsageError` if it is not the one that is asked for.
     """
     file = folder / STUDY
     if not file.exists():
         return None
     study = from_plain(Study, read_json(file, inside=folder), origin=str(file))
+    if asked is not None and study.asked != asked and replace(study.asked, published=asked.published) == asked:
+        study = replace(study, asked=asked)
+        _write_study(folder, study)
     if asked is not None and study.asked != asked:
         if not (folder / "runs").exists():
             return None

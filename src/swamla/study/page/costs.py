@@ -160,10 +160,18 @@ def all_runs(results: Results) -> Section:
 def _study_file(asked: Asked) -> list[str]:
     """A study.toml that asks the same; strings of JSON are strings of TOML."""
     plain = asked.as_plain()
-    arms = plain.pop("arms")
+    arms, rows = plain.pop("arms"), plain.pop("published", [])
     said = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in plain.items() if value is not None]
     named = [f"{_key(name)} = {json.dumps(flags, ensure_ascii=False)}" for name, flags in arms.items()]
-    return ["# study.toml", *said, "", "[arms]", *named]
+    tables = []
+    for row in rows:
+        kept = {name: value for name, value in row.items() if value not in (None, "")}
+        tables += [
+            "",
+            "[[published]]",
+            *(f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in kept.items()),
+        ]
+    return ["# study.toml", *said, "", "[arms]", *named, *tables]
 
 
 def _key(name: str) -> str:

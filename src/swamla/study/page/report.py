@@ -14,6 +14,7 @@ from swamla.interpret.page.html import numbered, section_parts
 from swamla.study.page.compared import compared
 from swamla.study.page.costs import all_runs, memory, time_taken
 from swamla.study.page.parts import Section, verdict_word
+from swamla.study.page.published import published_rows
 from swamla.study.page.scores import differences, learning, rates
 from swamla.study.page.sizes import by_size, trend_word
 from swamla.study.page.weights import answers, by_position, copied
@@ -23,16 +24,20 @@ from swamla.study.trends import Trend
 
 REPORT = "report.html"
 SECTIONS: tuple[Callable[[Results], Section | None], ...] = (
+    by_size,
     compared,
     differences,
+    published_rows,
     learning,
     rates,
     by_position,
     copied,
     answers,
     memory,
+    time_taken,
+    all_runs,
 )
-OF_ALL: tuple[Callable[[Results], Section | None], ...] = (time_taken, all_runs)  # of all sizes together
+OF_ALL = (by_size, published_rows, time_taken, all_runs)  # sections of all sizes together
 
 
 def write_report(results: Results, folder: Path) -> list[Path]:
@@ -48,8 +53,7 @@ def report_html(results: Results) -> str:
         (folder / name).read_text(encoding="utf-8") for folder, name in ((interpret, "report.css"), (here, "page.css"))
     )
     script = (here / "page.js").read_text(encoding="utf-8")
-    sections = [by_size(results), *(_at_sizes(make, results) for make in SECTIONS), *(make(results) for make in OF_ALL)]
-    parts = [*_opening(results), *(part for section in sections for part in section_parts(section))]
+    parts = [*_opening(results), *(part for make in SECTIONS for part in section_parts(_at_sizes(make, results)))]
     return "\n".join(
         [
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(_title(results))}</title>',
@@ -64,7 +68,7 @@ def report_html(results: Results) -> str:
 
 def _at_sizes(make: Callable[[Results], Section | None], results: Results) -> Section | None:
     """A section; of several sizes with a part for each, under its heading. Leads are said once, if they are equal."""
-    if not results.sizes:
+    if not results.sizes or make in OF_ALL:
         return make(results)
     made = {size: section for size, at in results.sizes.items() if (section := make(at))}
     if not made:
