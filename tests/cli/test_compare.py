@@ -203,6 +203,30 @@ def test_a_study_of_a_task_compares_accuracy_on_its_test_rows_beside_bytes_of_st
     assert "bits per byte" not in page
 
 
+def test_a_study_of_two_sizes_is_one_folder_and_one_page(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["compare", "study.toml", "--sizes", "32,48", "--output_dir", "sizes"]
+    assert main([*line, "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert "widths 32, 48, each matched, searched and compared by itself" in said
+    assert main(line) == 0
+    said = capsys.readouterr().out
+    assert len(Here.started) == 8
+    assert "[8/8] " in said
+    assert "At width 48, state and attention" in " ".join(said.split())
+    assert "From width 32 to 48, " in said
+    runs = {path.name for path in (home / "sizes" / "runs").iterdir()}
+    assert runs == {
+        f"{arm}-w{size}-lr0.01-seed{n}" for arm in ("attention", "state") for size in (32, 48) for n in (1, 2)
+    }
+    model, _ = load(home / "sizes" / "runs" / "state-w48-lr0.01-seed2", "latest")
+    assert (model.config.width, model.config.blocks["gdn"].mixer.__dict__["n_heads"]) == (48, 3)
+    page = (home / "sizes" / "report.html").read_text()
+    assert "<h2>By size</h2>" in page
+    assert main(["compare", "sizes", "--report"]) == 0
+    assert (home / "sizes" / "report.html").read_text() == page
+    assert len(json.loads((home / "sizes" / "decoding.json").read_text())) == 4
+
+
 def test_arms_on_the_command_line_are_patterns_of_one_depth(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["compare", "mha", "gdn mha", "--recipe", "tiny.toml", "--flags", "--width 16", "--plan"]
     assert main([*line, "--tokens", "640"]) == 0
@@ -239,6 +263,9 @@ def test_flags_win_over_the_file(home: Path) -> None:
         (["mha", "gdn", "--recipe", "tiny.toml", "--seeds", "1"], "seeds = 1 (--seeds): must be >= 2"),
         (["mha", "gdn", "--recipe", "tiny.toml", "--flags", "--widht 64"], "arm 'mha': unknown flag --widht; did you"),
         (["study.toml", "--part", "3/2"], "3/2"),
+        (["study.toml", "--sizes", "1"], "sizes = 1 (--sizes): must be 2 to 6, each twice as wide as the last, or"),
+        (["study.toml", "--sizes", "48,32"], "sizes = [48, 32] (--sizes): must be two or more widths, rising"),
+        (["study.toml", "--sizes", "32,40"], "arm 'attention' at size 40: mha.mixer.n_heads = 2 becomes 2.5: must be"),
         (["nowhere", "--report"], "nowhere: holds no study (it has no study.json)"),
         (["study.toml", "--report", "--seeds", "3"], "--report takes the study's folder, or its file, alone: leave"),
         (["study.toml", "--executor", "k8s", "--parts", "2"], "must be one of local, slurm, ray"),
@@ -283,6 +310,7 @@ def test_the_flags_that_state_a_study_are_keys_of_its_file() -> None:
     from swamla.cli.compare import Arguments
 
     stated = {"recipe", "flags", "question", "match", "margin", "tokens", "seeds", "rates", "threads"}
+    stated |= {"sizes", "larger_seeds"}
     assert stated <= {*Arguments.__dataclass_fields__} & {*Asked.__dataclass_fields__}
     for name in stated:
         assert Arguments.__dataclass_fields__[name].default == Asked.__dataclass_fields__[name].default

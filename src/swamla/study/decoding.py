@@ -27,7 +27,7 @@ from swamla.train.precision import resolve_device
 DECODING = "decoding.json"
 NEW = 32  # tokens after the first one, which are timed
 LONGER = 4  # times the rows of training
-ROUNDS, SECONDS = 9, 20.0  # of all arms in turns, at most
+ROUNDS, SECONDS = 5, 20.0  # of all arms in turns, at most
 
 
 @dataclass(frozen=True, kw_only=True)
