@@ -89,7 +89,7 @@ def test_ranks_key_heads_and_hidden_widths_that_are_given_follow_and_head_widths
     assert experts.blocks["a"].ffn == MoEConfig(n_experts=4, expert_hidden=40)  # of 36 the nearest multiple of 8
 
 
-def test_a_width_that_cuts_a_head_is_refused() -> None:
+def test_a_width_that_cuts_a_head_is_refused_and_weights_or_a_base_of_one_width() -> None:
     with pytest.raises(
         UsageError, match=r"arm 'mha' at size 40: mha.mixer.n_heads = 2 becomes 2.5: must be whole, name"
     ):
@@ -97,6 +97,9 @@ def test_a_width_that_cuts_a_head_is_refused() -> None:
     begun = {name: replace(one, train=replace(one.train, init_from="run")) for name, one in configs().items()}
     with pytest.raises(UsageError, match="arm 'mha' at size 48: `init_from` is of one width"):
         list(at_sizes(begun, (32, 48)))
+    mup = {name: replace(one, model=replace(one.model, mup_base_width=32)) for name, one in configs().items()}
+    with pytest.raises(UsageError, match="arm 'mha' at size 48: `mup_base_width` is for wider heads"):
+        list(at_sizes(mup, (32, 48)))
 
 
 def test_a_number_of_sizes_doubles_the_width_and_arms_that_are_wider_stay_so_by_the_same_factor() -> None:

@@ -59,6 +59,8 @@ def resized(model: LanguageModelConfig, factor: Fraction) -> LanguageModelConfig
 def _widened(config: RunConfig, factor: Fraction) -> RunConfig:
     if factor != 1 and config.train.init_from:
         raise UsageError("`init_from` is of one width: leave it out, or `sizes`")
+    if factor != 1 and config.model.mup_base_width is not None:  # whose base has as many heads, narrower ones
+        raise UsageError("`mup_base_width` is for wider heads, and `sizes` for more of them: leave one out")
     return replace(config, model=resized(config.model, factor))
 
 
