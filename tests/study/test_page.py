@@ -263,6 +263,17 @@ def test_of_several_sizes_the_page_begins_with_all_of_them_and_has_every_section
     assert page.count("-w48-lr") >= 8, "all runs of all sizes are listed"
 
 
+@pytest.mark.parametrize("fails", [("gdn-w48",), ("gdn",), ("seed2", "seed3", "seed4", "seed5")])
+def test_a_size_without_scores_or_with_a_single_seed_is_told_and_drawn(fails: tuple[str, ...], tmp_path: Path) -> None:
+    results = results_of(page=True, fails=fails, sizes={32: 0.05, 48: 0.03})
+    page = report_html(results)
+    assert Page(page).open == []
+    assert ">undecided</span></dd><dd>From width 32 to 48, the difference of gdn from mha: undecided. It is" in page
+    assert write_report(results, tmp_path)
+    assert "nan" not in (tmp_path / "sizes.csv").read_text()
+    assert not re.search(r"\b(nan|inf)\b", page)
+
+
 def test_the_figure_of_sizes_has_every_interval_on_one_scale_over_the_logarithm_of_parameters() -> None:
     sizes = []
     for parameters, mean in ((1000, 0.05), (4000, 0.02), (16000, -0.01)):

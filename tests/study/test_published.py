@@ -129,10 +129,10 @@ def test_the_page_has_the_rows_under_the_results_marked_and_with_the_reasons(tmp
     assert [re.findall(r'<span class="answer \w+">(\w+)</span>', row) for row in rows] == [
         [], [], [], ["yes"], ["no"], ["no"],
     ]  # fmt: skip
-    assert "the same study on another machine." in rows[3]
+    assert "The same study on another machine." in rows[3]
     assert "https://example.org/paper" in rows[3]
     assert "GPT &lt;2&gt;" in rows[4]
-    assert "words of another language." in rows[4]
+    assert "Words of another language." in rows[4]
     assert "Another unit than bits per byte; other data, by its fingerprint. (Claimed to be comparable: " in rows[5]
     assert "a note" in rows[5]
     assert {file.name for file in write_report(results, tmp_path)} >= {"published.csv"}

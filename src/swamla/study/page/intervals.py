@@ -63,7 +63,8 @@ def _row(row: Difference, y: float, left: float, ends: tuple[float, float], at: 
     if not row.seeds:
         parts.append(f'<text class="tick" x="{at(0) + 8:.1f}" y="{y + 4:.1f}">no seed in common</text>')
         return parts
-    told = f"{row.name}: mean {row.mean:+.4f}, 95 % interval {row.low:+.4f} to {row.high:+.4f}"
+    sure = f"95 % interval {row.low:+.4f} to {row.high:+.4f}" if math.isfinite(row.low) else "one seed"
+    told = f"{row.name}: mean {row.mean:+.4f}, {sure}"
     x1, x2 = at(row.low), at(row.high)
     parts.append(
         f'<line x1="{x1:.1f}" x2="{x2:.1f}" y1="{y}" y2="{y}" stroke="{row.colour}" stroke-width="2" '

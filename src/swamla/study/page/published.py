@@ -17,10 +17,11 @@ def published_rows(results: Results) -> Section | None:
     rows, looks = [], []
     for index, one in enumerate(results.arms):
         mean = f"<b>{statistics.fmean(one.scores.values()):.4f}</b>" if one.scores else "none"
-        what = f"{name_of(results, index)}<small>this study</small>"
+        what = f"{name_of(results, index)}<small>of this study</small>"
         trained = one.arm.config.train
         tokens = one.arm.steps * trained.batch_size * trained.block_size
-        rows.append([what, mean, escape(study.axis.name), f"{one.arm.costs.parameters:,}", f"{tokens:,}", "", ""])
+        value = f"{mean}<small>{escape(study.axis.name)}</small>"
+        rows.append([what, value, _size(one.arm.costs.parameters, tokens), "", ""])
         looks.append("")
     for each in rows_of:
         row = each.row
@@ -28,10 +29,8 @@ def published_rows(results: Results) -> Section | None:
         rows.append(
             [
                 f"<b>{escape(row.name)}</b><small>{escape(row.source)}</small>",
-                f"{row.value:,.6g}",
-                escape(row.unit),
-                "–" if row.parameters is None else f"{row.parameters:,}",
-                "–" if row.tokens is None else f"{row.tokens:,}",
+                f"{row.value:,.6g}<small>{escape(row.unit)}</small>",
+                _size(row.parameters, row.tokens),
                 _mark(each),
                 f"{_reasons(each)}{f'<br>Data: {escape(data)}.' if data else ''}"
                 f"{f'<br>{escape(row.note)}' if row.note else ''}",
@@ -49,8 +48,13 @@ def published_rows(results: Results) -> Section | None:
         "tokenizer, and its tokens of training within 1 %. Parameters do not decide it: compare them. Grey: not "
         "comparable."
     )
-    head = ["model", "value", "unit", "parameters", "tokens|of training", "comparable", "why, or why not"]
+    head = ["model|where", "value|unit", "parameters|tokens of training", "comparable", "why, or why not"]
     return "Published figures", lead, table(head, rows, meaning, "stacked published", looks)
+
+
+def _size(parameters: int | None, tokens: int | None) -> str:
+    own, seen = ("–" if count is None else f"{count:,}" for count in (parameters, tokens))
+    return f"{own}<small>{seen}</small>"
 
 
 def _mark(one: Marked) -> str:
@@ -59,10 +63,9 @@ def _mark(one: Marked) -> str:
 
 
 def _reasons(one: Marked) -> str:
-    said = escape(one.row.why.strip().rstrip("."))
-    found = escape("; ".join(one.differences))
-    if one.comparable:
-        return f"{said}."
+    said, found = one.row.why.strip().rstrip("."), "; ".join(one.differences)
     if one.overruled:
-        return f"{found[0].upper()}{found[1:]}. (Claimed to be comparable: {said}.)"
-    return f"{said}.{f' Also: {found}.' if found else ''}"
+        text = f"{found}. (Claimed to be comparable: {said}.)"
+    else:
+        text = f"{said}.{f' Also: {found}.' if found else ''}"
+    return escape(text[0].upper() + text[1:])

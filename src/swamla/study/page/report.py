@@ -75,6 +75,8 @@ def _at_sizes(make: Callable[[Results], Section | None], results: Results) -> Se
         return None
     heading, lead, _ = next(iter(made.values()))
     alike = all(section[1] == lead for section in made.values())
+    if alike and not any(body for _, _, body in made.values()):
+        return heading, lead, ""
     parts = [
         f'<h3 class="size">Width {size}</h3>{"" if alike else f"<p class={chr(34)}lead{chr(34)}>{own}</p>"}{body}'
         for size, (_, own, body) in made.items()

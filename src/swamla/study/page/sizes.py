@@ -12,7 +12,7 @@ from swamla.study.statistics import Comparison
 from swamla.study.trends import Trend
 
 LOOKS = {"fades": "partly", "grows": "partly", "changes": "partly", "stays": "figure", "undecided": "no"}
-_WIDEST = 3.0  # an interval is drawn up to so many times what the means and the margin span
+_WIDEST = 6.0  # an interval is drawn up to so many times what the means and the margin span
 _APART = 11.0  # pixels between the marks of arms at one size
 _WIDTH, _HEIGHT, _LEFT, _TOP = 700.0, 300.0, 74.0, 12.0
 
@@ -29,9 +29,11 @@ def by_size(results: Results) -> Section | None:
         f"±{study.axis.margin:g}. An arrow: the interval goes on. The horizontal axis is logarithmic."
     )
     first, last = study.sizes[0], study.sizes[-1]
+    does = {"matched": study.asked.match != "none", "searched for its learning rates": study.asked.rates == "search"}
+    alone = " and ".join([", ".join(word for word, is_so in does.items() if is_so), "compared"]).removeprefix(" and ")
     lead = (
-        "Every size was matched, searched for its learning rates and compared by itself. Whether a difference lasts "
-        f"is the change from width {first} to {last}, paired by seed: a seed has the same rows at all sizes. It fades "
+        f"Every size was {alone} by itself. Whether a difference lasts is the change "
+        f"from width {first} to {last}, paired by seed: a seed has the same rows at all sizes. It fades "
         "or grows, turns to the other side, stays within the margin, or is undecided; p of the differences is adjusted "
         "for all sizes together, p of the changes for all arms (Holm)."
     )
@@ -130,7 +132,8 @@ def _line_of(own: Sequence[tuple[float, Point]], ends: tuple[float, float], up: 
         )
     for x, (name, colour, what, one) in known:
         mean, low, high = (float(value) for value in one.interval)
-        tip = escape(f"{name}, {what}: {mean:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}, {len(one.seeds)} seeds")
+        sure = f"95 % interval {low:+.4f} to {high:+.4f}, {len(one.seeds)} seeds" if math.isfinite(low) else "one seed"
+        tip = escape(f"{name}, {what}: {mean:+.4f}, {sure}")
         parts.append(
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{up(low):.1f}" y2="{up(high):.1f}" stroke="{colour}" '
             f'stroke-width="2" data-tip="{tip}"/>'
@@ -140,7 +143,7 @@ def _line_of(own: Sequence[tuple[float, Point]], ends: tuple[float, float], up: 
             if -slack <= end - ends[0] <= ends[1] - ends[0] + slack:
                 parts.append(f'<line x1="{x - 5:.1f}" x2="{x + 5:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="{colour}"/>')
             else:
-                corners = f"{x:.1f},{y + 8 * side:.1f} {x - 6:.1f},{y - 2 * side:.1f} {x + 6:.1f},{y - 2 * side:.1f}"
+                corners = f"{x:.1f},{y:.1f} {x - 6:.1f},{y - 10 * side:.1f} {x + 6:.1f},{y - 10 * side:.1f}"
                 parts.append(f'<polygon class="arrow" fill="{colour}" points="{corners}"/>')
         parts.append(f'<circle cx="{x:.1f}" cy="{up(mean):.1f}" r="4.5" fill="{colour}" data-tip="{tip}"/>')
     return parts
