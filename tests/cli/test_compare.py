@@ -2,13 +2,14 @@
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
 from swamla.checkpoint import load
-from swamla.cli import main
+from swamla.cli import compare, main
 from swamla.cli.outputs import Ended
 from swamla.data.task_rows import TaskDataset
 from swamla.evaluate import recall, validation
@@ -82,6 +83,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SWAMLA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(running, "start", Here)
+    monkeypatch.setattr(compare, "beside", lambda *_: nullcontext())  # runs without an end, which are no processes here
     monkeypatch.setattr(running, "POLL", 0.0)
     monkeypatch.setattr(Here, "started", [])
     return tmp_path
