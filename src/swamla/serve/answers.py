@@ -16,7 +16,7 @@ from swamla.inference.sampling import Sampling
 from swamla.model.accounting import state_bytes
 from swamla.serve.chat import ChatML, require_template
 from swamla.serve.engine import Ended, Engine, Event, Read, Request, Written
-from swamla.serve.schema import MAX_SEED
+from swamla.serve.schema import MAX_EXPLAINED, MAX_SEED
 from swamla.serve.writing import Token
 from swamla.text import encode_prompt
 
@@ -46,7 +46,12 @@ class Served:
             "object": "model",
             "created": self.created,
             "owned_by": "swamla",
-            "swamla": {"pattern": " ".join(config.pattern), "chat": self.template is not None, "max_tokens": limit},
+            "swamla": {
+                "pattern": " ".join(config.pattern),
+                "chat": self.template is not None,
+                "max_tokens": limit,
+                "explained_tokens": MAX_EXPLAINED,
+            },
         }
 
 
@@ -127,6 +132,11 @@ class Exchange(ABC):
     def echoes(self) -> bool:
         """Whether answers begin with the prompt."""
         return bool(self.body.get("echo"))
+
+    @property
+    def tells_ids(self) -> bool:
+        """Whether ids are told beside texts."""
+        return bool(self.body.get("return_token_ids"))
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -219,6 +229,14 @@ class Exchange(ABC):
             },
         }
 
+    def prompt_ids(self, index: int) -> dict[str, Any]:
+        """The ids of an answer's prompt, where they are told."""
+        return {"prompt_token_ids": self.prompts[index // self.n].tokens} if self.tells_ids else {}
+
+    def ids(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        """The ids of tokens, where they are told."""
+        return {"token_ids": [token.id for token in tokens]} if self.tells_ids else {}
+
     def token_name(self, id: int) -> str:
         """The text of a token, "token_id:N" for one that is no whole character: names of different tokens differ."""
         return token_name(self.served.tokenizer, id)
@@ -235,13 +253,10 @@ class Completion(Exchange):
         prompts = [given] if _is_one(given) else given
         assert isinstance(prompts, list)
         for index, prompt in enumerate(prompts):
-            if isinstance(prompt, list):
-                ids = [int(id) for id in prompt]
-                _require_known(ids, self.served.tokenizer)
-                yield Prompt(self.served.tokenizer.decode(ids), ids, index * self.n, begun=False)
-            else:
-                text = prompt or ""
-                yield Prompt(text, encode_prompt(self.served.tokenizer, text), index * self.n, begun=True)
+            begun = not isinstance(prompt, list)
+            tokens = ids_of(self.served.tokenizer, prompt)
+            text = prompt or "" if begun else self.served.tokenizer.decode(tokens)
+            yield Prompt(text, tokens, index * self.n, begun)
 
     @property
     def top(self) -> int | None:
@@ -384,7 +399,10 @@ class Collected:
         reasons = [each.reason for prompt in exchange.prompts for _, each in sorted(prompt.ended.items())]
         answers = zip(self.texts, self.tokens, reasons, strict=True)
         return exchange.whole(
-            [exchange.choice(i, "".join(text), tokens, reason) for i, (text, tokens, reason) in enumerate(answers)]
+            [
+                {**exchange.choice(i, "".join(text), tokens, reason), **exchange.prompt_ids(i), **exchange.ids(tokens)}
+                for i, (text, tokens, reason) in enumerate(answers)
+            ]
         )
 
 
@@ -394,10 +412,14 @@ def chunks(exchange: Exchange, prompt: int, event: Event) -> Iterator[dict[str, 
     first = prompt * exchange.n
     if isinstance(event, Read):
         for index in range(first, first + exchange.n):
-            if (opening := exchange.opening(index)) is not None:
+            opening = exchange.opening(index)
+            if exchange.tells_ids:
+                opening = {**(opening or exchange.piece(index, "", (), None)), **exchange.prompt_ids(index)}
+            if opening is not None:
                 yield exchange.chunk([opening])
     elif isinstance(event, Written):
-        yield exchange.chunk([exchange.piece(first + event.answer, event.piece.text, event.piece.tokens, None)])
+        piece = exchange.piece(first + event.answer, event.piece.text, event.piece.tokens, None)
+        yield exchange.chunk([{**piece, **exchange.ids(event.piece.tokens)}])
     elif isinstance(event, Ended):
         yield exchange.chunk([exchange.piece(first + event.answer, "", (), event.reason)])
 
@@ -410,6 +432,15 @@ def error_body(message: str, kind: str, param: str | None = None, code: str | No
 def to_json(value: Any) -> bytes:
     """JSON in ASCII: what a client sent may be no Unicode, and is quoted in errors."""
     return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
+
+
+def ids_of(tokenizer: Tokenizer, prompt: str | Sequence[int] | None) -> list[int]:
+    """The ids of a text, behind the document's start; or ids, as they are. Raises `UsageError` for an unknown id."""
+    if isinstance(prompt, str | None):
+        return encode_prompt(tokenizer, prompt or "")
+    if max(prompt) >= tokenizer.vocab_size:
+        raise UsageError(f"token {max(prompt)} is outside the vocabulary of {tokenizer.vocab_size}")
+    return [int(id) for id in prompt]
 
 
 def text_of(tokenizer: Tokenizer, id: int) -> str | None:
@@ -427,11 +458,6 @@ def token_name(tokenizer: Tokenizer, id: int) -> str:
 
 def _is_one(prompt: Any) -> bool:
     return not isinstance(prompt, list) or not isinstance(prompt[0], list | str)
-
-
-def _require_known(ids: Sequence[int], tokenizer: Tokenizer) -> None:
-    if max(ids) >= tokenizer.vocab_size:
-        raise UsageError(f"token {max(ids)} is outside the vocabulary of {tokenizer.vocab_size}")
 
 
 def _content(content: Any) -> str:

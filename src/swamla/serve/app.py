@@ -3,17 +3,18 @@
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 from swamla.errors import MissingBackendError, SwamlaError
 from swamla.serve.answers import Chat, Collected, Completion, Exchange, Served, chunks, error_body, to_json
 from swamla.serve.engine import Event, Failed, Job, QueueFull, TooLong, Worker
+from swamla.serve.explaining import Explainer, Late
 from swamla.serve.metrics import metrics
-from swamla.serve.schema import CHAT, COMPLETION, Invalid, Schema, check, openapi
+from swamla.serve.page import page
+from swamla.serve.schema import CHAT, COMPLETION, EXPLANATION, Invalid, Schema, check, openapi
 from swamla.version import __version__
 
 try:
@@ -76,6 +77,7 @@ def make_app(
             Route("/v1/models/{name:path}", routes.model),
             Route("/v1/completions", routes.completions, methods=["POST"]),
             Route("/v1/chat/completions", routes.chat, methods=["POST"]),
+            Route("/v1/explain", routes.explain, methods=["POST"]),
         ],
         exception_handlers={Refused: _on_refused, HTTPException: _on_http_error, Exception: _on_bug},
     )
@@ -88,7 +90,8 @@ class Routes:
     def __init__(self, served: Sequence[Served], worker: Worker, limits: Limits, has_key: bool) -> None:
         self.served = {each.name: each for each in served}
         self.worker, self.limits, self.has_key = worker, limits, has_key
-        self._page = resources.files("swamla.serve").joinpath("page.html").read_bytes()
+        self._explainer = Explainer(limits.seconds)
+        self._page = page()
 
     async def page(self, request: Request) -> Response:
         """The page, which needs nothing but this server."""
@@ -132,26 +135,33 @@ class Routes:
         """The next message of a conversation."""
         return await self._answer(request, CHAT, Chat)
 
+    async def explain(self, request: Request) -> Response:
+        """The attention of a text."""
+        served, body = await self._asked(request, EXPLANATION)
+        with _refusals():
+            return await _unless_left(request, self._explained(served, body))
+
+    async def _explained(self, served: Served, body: dict[str, Any]) -> Response:
+        return _json(await self._explainer.explain(served, body))
+
     async def _answer(self, request: Request, schema: Schema, kind: type[Exchange]) -> Response:
+        served, body = await self._asked(request, schema)
+        with _refusals():
+            exchange = await asyncio.to_thread(kind, served, body, self.limits.seconds)
+            answers = Answers(exchange)
+        if exchange.streams:
+            headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+            return StreamingResponse(answers.stream(), media_type="text/event-stream", headers=headers)
+        return await answers.whole(request)
+
+    async def _asked(self, request: Request, schema: Schema) -> tuple[Served, dict[str, Any]]:
+        """The model that a body names, and the body. Raises `Refused` for one that does not fit the schema."""
         body = await self._body(request)
         try:
             check(body, schema)
         except Invalid as error:
             raise Refused(400, str(error), param=error.where or None) from None
-        served = self._named(body.get("model"))
-        try:
-            exchange = await asyncio.to_thread(kind, served, body, self.limits.seconds)
-            answers = Answers(exchange)
-        except QueueFull as error:
-            raise Refused(429, str(error), code="queue_full") from None
-        except TooLong as error:
-            raise Refused(400, str(error), code="context_length_exceeded") from None
-        except SwamlaError as error:
-            raise Refused(400, str(error)) from None
-        if exchange.streams:
-            headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-            return StreamingResponse(answers.stream(), media_type="text/event-stream", headers=headers)
-        return await answers.whole(request)
+        return self._named(body.get("model")), body
 
     def _named(self, name: str | None) -> Served:
         if name is None:
@@ -233,17 +243,10 @@ class Answers:
 
     async def whole(self, request: Request) -> Response:
         """All answers at once."""
-        collecting = asyncio.create_task(self._collect())
-        leaving = asyncio.create_task(_disconnected(request))
         try:
-            await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not collecting.done():
-                return Response(status_code=499)  # nobody reads it
-            return collecting.result()
+            return await _unless_left(request, self._collect())
         finally:
             self.cancel()
-            collecting.cancel()
-            leaving.cancel()
 
     async def _collect(self) -> Response:
         collected = Collected(self.exchange)
@@ -312,6 +315,33 @@ def _failure(event: Failed) -> tuple[int, dict[str, Any]]:
     return 500, error_body(event.message, "server_error")
 
 
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turns an error of the library, which says what is wrong with a request, into an answer."""
+    try:
+        yield
+    except QueueFull as error:
+        raise Refused(429, str(error), code="queue_full") from None
+    except TooLong as error:
+        raise Refused(400, str(error), code="context_length_exceeded") from None
+    except Late as error:
+        raise Refused(504, str(error), code="timeout") from None
+    except SwamlaError as error:
+        raise Refused(400, str(error)) from None
+
+
+async def _unless_left(request: Request, answering: Coroutine[Any, Any, Response]) -> Response:
+    """The answer; if the client leaves before, it is cancelled."""
+    answer = asyncio.create_task(answering)
+    leaving = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({answer, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return answer.result() if answer.done() else Response(status_code=499)  # nobody reads it
+    finally:
+        answer.cancel()
+        leaving.cancel()
+
+
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
@@ -327,7 +357,8 @@ def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = Non
 
 def _on_refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refused)
-    kind = {404: "not_found_error", 429: "rate_limit_error"}.get(error.status, "invalid_request_error")
+    kinds = {404: "not_found_error", 429: "rate_limit_error", 504: "timeout_error"}
+    kind = kinds.get(error.status, "invalid_request_error")
     headers = {"retry-after": "1"} if error.status == 429 else None
     return _json(error_body(str(error), kind, error.param, error.code), error.status, headers)
 

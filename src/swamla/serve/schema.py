@@ -10,6 +10,7 @@ Schema = Mapping[str, Any]
 MAX_STOPS, MAX_STOP_LENGTH = 16, 200
 MAX_ALTERNATIVES = 20
 MAX_ANSWERS = 64
+MAX_EXPLAINED = 512  # tokens of a text whose attention is told: weights take memory by their square
 MAX_SEED = 2**63 - 1 - MAX_ANSWERS
 
 
@@ -69,6 +70,10 @@ _SHARED: dict[str, Any] = {
                 "additionalProperties": False,
             },
         ]
+    },
+    "return_token_ids": {
+        "type": ["boolean", "null"],
+        "description": "Whether choices have prompt_token_ids and token_ids, the ids of the prompt and of the answer.",
     },
     "user": {"type": ["string", "null"], "description": "Not used."},
     "presence_penalty": _nothing("presence_penalty", 0),
@@ -140,6 +145,59 @@ CHAT: dict[str, Any] = {
         "top_logprobs": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_ALTERNATIVES},
         "tools": _nothing("tools"),
         **_SHARED,
+    },
+}
+EXPLANATION: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["prompt"],
+    "properties": {
+        "model": _SHARED["model"],
+        "prompt": {
+            "anyOf": [_TEXT, _IDS],
+            "description": f"A text, which begins a document, or ids; {MAX_EXPLAINED} tokens at most.",
+        },
+        "token": {
+            "type": ["integer", "null"],
+            "minimum": 0,
+            "maximum": MAX_EXPLAINED - 1,
+            "description": "The token that reads, counted from 0, the document's start included; the last by default.",
+        },
+    },
+}
+_EXPLAINED: dict[str, Any] = {
+    "type": "object",
+    "required": ["object", "model", "tokens", "token", "layers"],
+    "properties": {
+        "object": {"enum": ["explanation"]},
+        "model": _TEXT,
+        "tokens": {"type": "array", "items": _TEXT, "description": "The text, token by token."},
+        "token": {"type": "integer", "description": "The token that reads."},
+        "layers": {
+            "type": "array",
+            "description": "Bottom first.",
+            "items": {
+                "type": "object",
+                "required": ["block", "mixer", "signed", "largest", "heads"],
+                "properties": {
+                    "block": _TEXT,
+                    "mixer": _TEXT,
+                    "signed": {
+                        "type": "boolean",
+                        "description": "Whether weights are negative too, as implied weights of linear mixers are.",
+                    },
+                    "largest": {
+                        "type": ["number", "null"],
+                        "description": "The largest |weight| of all tokens and heads of this layer.",
+                    },
+                    "heads": {
+                        "type": "array",
+                        "description": "Of each head the weights of tokens 0 … token, of six digits.",
+                        "items": {"type": "array", "items": {"type": ["number", "null"]}},
+                    },
+                },
+            },
+        },
     },
 }
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -248,8 +306,9 @@ def openapi(version: str, *, key: bool) -> dict[str, Any]:
     error = {"description": "An error, in OpenAI's shape.", "content": {"application/json": {"schema": ERROR}}}
     errors = dict.fromkeys(("400", "401", "404", "408", "413", "415", "429", "500", "503", "504"), error)
 
-    def posted(summary: str, schema: Schema) -> dict[str, Any]:
-        answer = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": _TEXT}}
+    streamed = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": _TEXT}}
+
+    def posted(summary: str, schema: Schema, answer: Mapping[str, Any] = streamed) -> dict[str, Any]:
         return {
             "post": {
                 "summary": summary,
@@ -270,6 +329,11 @@ def openapi(version: str, *, key: bool) -> dict[str, Any]:
             "/v1/models": got("The models that are served.", "application/json"),
             "/v1/completions": posted("Texts continued.", COMPLETION),
             "/v1/chat/completions": posted("The next message of a conversation.", CHAT),
+            "/v1/explain": posted(
+                "The attention of a text: what one of its tokens reads of every earlier one, in every layer and head.",
+                EXPLANATION,
+                {"application/json": {"schema": _EXPLAINED}},
+            ),
             "/health": got("Whether requests are answered.", "application/json"),
             "/metrics": got("Counters and gauges for Prometheus.", "text/plain"),
         },

@@ -1,119 +1,7 @@
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>swamla</title>
-<style>
-:root {
-  color-scheme: light dark;
-  --back: #fbfbfa; --panel: #fff; --text: #1c2128; --faint: #59636e; --line: #d5d9de; --accent: #0b5cad;
-  --on-accent: #fff; --shade: 222 120 0; --error: #a40e26;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --back: #14171b; --panel: #1d2126; --text: #e7eaee; --faint: #a3adb8; --line: #3a4149; --accent: #6cb2f7;
-    --on-accent: #0d1117; --shade: 255 160 40; --error: #ff8d96;
-  }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
-header, main { max-width: 76rem; margin: 0 auto; padding: 0 1rem; }
-header { padding-top: 1rem; }
-h1 { font-size: 1.25rem; margin: 0; }
-h2 { font-size: 1rem; margin: 0; overflow-wrap: anywhere; }
-p { margin: 0; }
-.faint { color: var(--faint); font-size: .875rem; }
-form, .side { background: var(--panel); border: 1px solid var(--line); border-radius: .5rem; padding: 1rem; }
-form { margin: 1rem 0; display: grid; gap: .75rem; }
-label, .field { display: grid; gap: .2rem; font-size: .875rem; color: var(--faint); min-width: 0; }
-label.inline, fieldset label { display: flex; gap: .4rem; align-items: center; }
-fieldset { border: 0; padding: 0; margin: 0; display: flex; gap: .25rem 1rem; flex-wrap: wrap; min-width: 0; }
-legend { float: left; padding: 0; margin-right: 1rem; font-size: .875rem; color: var(--faint); }
-input, select, textarea, button { font: inherit; color: var(--text); background: var(--back); min-width: 0;
-  border: 1px solid var(--line); border-radius: .35rem; padding: .35rem .5rem; }
-input[type=radio], input[type=checkbox] { accent-color: var(--accent); margin: 0; }
-textarea { width: 100%; min-height: 5rem; resize: vertical; font: 15px/1.5 ui-monospace, monospace; }
-.grid { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); }
-.models { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); }
-.row { display: flex; gap: .6rem; align-items: center; flex-wrap: wrap; }
-button { cursor: pointer; padding: .4rem .9rem; }
-button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
-button:disabled { opacity: .5; cursor: default; }
-:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
-#sides { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); margin-bottom: 2rem; }
-.side { display: grid; gap: .6rem; align-content: start; min-width: 0; }
-.text { min-height: 6rem; max-height: 30rem; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere;
-  font: 15px/1.6 ui-monospace, monospace; padding: .5rem; border: 1px solid var(--line); border-radius: .35rem; background: var(--back); }
-.prompt { color: var(--faint); }
-.token { border-radius: .15rem; }
-.token.chosen { outline: 2px solid var(--accent); }
-.said { display: block; margin: .4rem 0; padding-left: .6rem; border-left: 3px solid var(--line); }
-.who { display: block; color: var(--faint); font: .8rem system-ui, sans-serif; }
-.error { color: var(--error); overflow-wrap: anywhere; }
-table { border-collapse: collapse; width: 100%; font-size: .875rem; }
-caption { text-align: left; color: var(--faint); padding-bottom: .2rem; overflow-wrap: anywhere; }
-th, td { text-align: left; padding: .1rem .5rem .1rem 0; font-weight: normal; }
-th { font-family: ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
-td.number { text-align: right; width: 5rem; font-variant-numeric: tabular-nums; }
-td.bar { width: 45%; }
-.bar > span { display: block; height: .6rem; border-radius: .2rem; background: var(--accent); }
-.hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
-[hidden] { display: none !important; }
-@media (prefers-reduced-motion: no-preference) { .busy .text::after { content: "▍"; animation: blink 1s steps(2) infinite; } }
-@keyframes blink { 50% { opacity: 0; } }
-</style>
-</head>
-<body>
-<header>
-  <h1>swamla</h1>
-  <p class="faint">Texts by models of your own. Ctrl + Enter writes, Escape stops; in an answer the arrow keys go from token to token.</p>
-</header>
-<main>
-  <form id="form" aria-label="What to write">
-    <div class="models">
-      <label>Model <select id="model-0"></select></label>
-      <label>Beside it <select id="model-1"></select></label>
-      <label id="key-field" hidden>API key <input id="key" type="password" autocomplete="off"></label>
-    </div>
-    <fieldset>
-      <legend>Mode</legend>
-      <label><input type="radio" name="mode" value="text" checked> Continue a text</label>
-      <label><input type="radio" name="mode" value="chat" id="chat"> Chat</label>
-      <span class="faint" id="no-chat" hidden>no chat: a chosen model has no chat template</span>
-    </fieldset>
-    <label><span id="prompt-name">Prompt</span> <textarea id="prompt" spellcheck="false">def main(</textarea></label>
-    <div class="grid">
-      <label>Most tokens <input id="max_tokens" type="number" min="1" value="100" required></label>
-      <label>Temperature <input id="temperature" type="number" min="0" max="2" step="any" value="0.8" required></label>
-      <label>Top p <input id="top_p" type="number" min="0.001" max="1" step="any" value="1" required></label>
-      <label>Top k, 0 for all <input id="top_k" type="number" min="0" value="0" required></label>
-      <label>Seed <input id="seed" type="number" min="0" placeholder="random"></label>
-      <label>Stop at <input id="stop" maxlength="200" autocomplete="off"></label>
-    </div>
-    <div class="row">
-      <button class="main" id="write" type="submit">Write</button>
-      <button id="halt" type="button" disabled>Stop</button>
-      <button id="clear" type="button">Clear</button>
-      <label class="inline"><input id="shade" type="checkbox" checked> Shade unlikely tokens</label>
-    </div>
-    <p id="status" class="faint" role="status"></p>
-  </form>
-  <div id="sides"></div>
-</main>
-<template id="side">
-  <section class="side">
-    <h2></h2>
-    <div class="text" tabindex="0" role="group"></div>
-    <p class="error" role="alert" hidden></p>
-    <p class="figures faint"></p>
-    <div class="tokens" aria-live="polite"></div>
-  </section>
-</template>
-<script>
 "use strict";
 const $ = (id) => document.getElementById(id);
 const ALTERNATIVES = 5;
+const MOVES = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 10, ArrowUp: -10, Home: -Infinity, End: Infinity };
 const sides = [0, 1].map(makeSide);
 let models = [], running = null;
 
@@ -127,10 +15,11 @@ function element(name, text = "", kind = "") {
 function makeSide(number) {
   const root = $("side").content.cloneNode(true).firstElementChild;
   $("sides").append(root);
-  const side = { number, root, history: [], tokens: [], chosen: -1 };
-  for (const name of ["text", "error", "figures", "tokens"]) side[`${name}El`] = root.querySelector(`.${name}`);
+  const side = { number, root, history: [], tokens: [], chosen: -1, ids: null };
+  for (const name of ["text", "error", "figures", "see", "tokens"]) side[`${name}El`] = root.querySelector(`.${name}`);
   root.querySelector("h2").id = `side-${number}`;
   root.setAttribute("aria-labelledby", `side-${number}`);
+  side.seeEl.addEventListener("click", () => toggleAttention(side));
   side.textEl.addEventListener("keydown", (event) => onArrow(side, event));
   side.textEl.addEventListener("mouseover", (event) => {
     const found = side.tokens.findIndex((token) => token.span === event.target);
@@ -183,7 +72,7 @@ function modelsChanged() {
     side.root.querySelector("h2").textContent = model.id;
     side.textEl.setAttribute("aria-label", `Answer of ${model.id}`);
     side.figuresEl.textContent = `${model.swamla.pattern}; at most ${model.swamla.max_tokens} tokens`;
-    reset(side);
+    clear(side);
   });
   modeChanged();
 }
@@ -199,6 +88,13 @@ function reset(side) {
   side.textEl.replaceChildren();
   side.tokensEl.replaceChildren();
   side.errorEl.hidden = true;
+  side.ids = { prompt: [], answer: [] };
+  side.seeEl.hidden = true;
+}
+
+function clear(side) {
+  reset(side);
+  if (seen.side === side) closeAttention();
 }
 
 async function write() {
@@ -223,7 +119,7 @@ async function write() {
 }
 
 function bodyOf(side, prompt, seed) {
-  const body = { model: side.model, seed, stream: true, stream_options: { include_usage: true } };
+  const body = { model: side.model, seed, stream: true, stream_options: { include_usage: true }, return_token_ids: true };
   for (const name of ["max_tokens", "temperature", "top_p", "top_k"]) body[name] = Number($(name).value);
   if ($("stop").value) body.stop = $("stop").value;
   if (!isChat()) return { ...body, prompt, logprobs: ALTERNATIVES };
@@ -232,6 +128,8 @@ function bodyOf(side, prompt, seed) {
 
 async function answer(side, prompt, seed, signal) {
   side.errorEl.hidden = true;
+  side.ids = { prompt: [], answer: [] };
+  side.seeEl.hidden = true;
   if (isChat()) {
     side.history.push({ role: "user", content: prompt });
     side.textEl.append(said("You", prompt));
@@ -257,6 +155,9 @@ async function answer(side, prompt, seed, signal) {
   side.root.classList.remove("busy");
   side.textEl.setAttribute("aria-busy", "false");
   showFigures(side, written);
+  const explains = side.ids.answer.length > 0;
+  side.seeEl.hidden = !explains;
+  if (seen.side === side) explains ? openAttention(side) : closeAttention();
 }
 
 function said(who, text) {
@@ -289,6 +190,8 @@ function take(side, written, event) {
   if (event.error) return fail(side, event.error.message);
   if (event.usage) written.usage = event.usage;
   for (const choice of event.choices) {
+    if (choice.prompt_token_ids) side.ids.prompt = choice.prompt_token_ids;
+    side.ids.answer.push(...(choice.token_ids || []));
     const text = choice.delta ? choice.delta.content || "" : choice.text;
     const told = tokensOf(choice.logprobs);
     const names = told.map((token) => token.name).join("");
@@ -341,10 +244,9 @@ function showFigures(side, written) {
 }
 
 function onArrow(side, event) {
-  const moves = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 10, ArrowUp: -10, Home: -Infinity, End: Infinity };
-  if (!(event.key in moves) || !side.tokens.length) return;
+  if (!(event.key in MOVES) || !side.tokens.length) return;
   event.preventDefault();
-  choose(side, Math.max(0, Math.min(side.tokens.length - 1, side.chosen + moves[event.key])));
+  choose(side, Math.max(0, Math.min(side.tokens.length - 1, side.chosen + MOVES[event.key])));
   side.tokens[side.chosen].span.scrollIntoView({ block: "nearest" });
 }
 
@@ -373,16 +275,13 @@ const percent = (logp) => `${(100 * Math.exp(logp)).toFixed(logp < -4.6 ? 3 : 1)
 
 $("form").addEventListener("submit", (event) => { event.preventDefault(); write(); });
 $("halt").addEventListener("click", () => running && running.abort());
-$("clear").addEventListener("click", () => { sides.forEach(reset); say(""); $("prompt").focus(); });
+$("clear").addEventListener("click", () => { sides.forEach(clear); say(""); $("prompt").focus(); });
 $("shade").addEventListener("change", () => sides.forEach((side) => side.tokens.forEach(shade)));
 $("key").addEventListener("change", loadModels);
 for (const number of [0, 1]) $(`model-${number}`).addEventListener("change", modelsChanged);
-for (const radio of document.querySelectorAll("[name=mode]")) radio.addEventListener("change", () => { sides.forEach(reset); modeChanged(); });
+for (const radio of document.querySelectorAll("[name=mode]")) radio.addEventListener("change", () => { sides.forEach(clear); modeChanged(); });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && running) running.abort();
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && $("form").reportValidity()) { event.preventDefault(); write(); }
 });
 loadModels();
-</script>
-</body>
-</html>
