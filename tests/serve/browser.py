@@ -17,7 +17,10 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 DRIVER = shutil.which("chromedriver")
 MISSING = "needs Chromium and its chromedriver: apt-get install chromium chromium-driver"
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the protocol's name of a reference to an element
-KEYS = {"right": "\ue014", "left": "\ue012", "end": "\ue010", "tab": "\ue004", "escape": "\ue00c", "enter": "\ue007"}
+KEYS = {
+    "right": "\ue014", "left": "\ue012", "down": "\ue015", "home": "\ue011", "end": "\ue010", "tab": "\ue004",
+    "escape": "\ue00c", "enter": "\ue007",
+}  # fmt: skip
 CONTROL = "\ue009"
 
 
@@ -66,6 +69,15 @@ class Browser:
         self.command("POST", f"{field}/clear", {})
         self.command("POST", f"{field}/value", {"text": text})
 
+    def choose(self, name: str, index: int) -> None:
+        """Choose an option of a list."""
+        self.js(
+            "const list = document.getElementById(arguments[0]); list.selectedIndex = arguments[1];"
+            "list.dispatchEvent(new Event('change'))",
+            name,
+            index,
+        )
+
     def press(self, *keys: str) -> None:
         """Press keys one after the other, where the focus is."""
         each = [{"type": kind, "value": KEYS.get(key, key)} for key in keys for kind in ("keyDown", "keyUp")]
@@ -92,6 +104,12 @@ class Browser:
 
     def resize(self, width: int, height: int) -> None:
         self.command("POST", "/window/rect", {"width": width, "height": height})
+
+    def prefer(self, scheme: str) -> None:
+        """Emulate the wish for light or dark colours."""
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        body = {"cmd": "Emulation.setEmulatedMedia", "params": {"features": features}}
+        self.command("POST", "/goog/cdp/execute", body)
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.command("GET", "/screenshot")))

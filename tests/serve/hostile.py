@@ -21,10 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PATHS = ("/v1/completions", "/v1/chat/completions")
+PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/explain")
 VALID: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "ab", "max_tokens": 4, "temperature": 0.5, "n": 1, "logprobs": 1, "echo": False},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "ab"}], "max_tokens": 4, "top_p": 0.5},
+    "/v1/explain": {"prompt": "ab", "token": 1},
 }
 VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 2, 99, 2**31, 2**63, 10**40, 0.0, -0.5, 1e-320, 1e308, "", "x", "\0", "\ud800",
@@ -74,7 +75,20 @@ class Attacker:
     def wrong_values(self) -> int:
         path = self.random.choice(PATHS)
         body = dict(VALID[path])
-        known = [*body, "stop", "stream", "seed", "top_k", "top_p", "stream_options", "model", "best_of", "user"]
+        known = [
+            *body,
+            "stop",
+            "stream",
+            "seed",
+            "top_k",
+            "top_p",
+            "stream_options",
+            "model",
+            "best_of",
+            "user",
+            "token",
+            "return_token_ids",
+        ]
         for name in self.random.sample(known, self.random.randint(1, 3)):
             body[name] = self.random.choice(VALUES)
         return self._post(path, json.dumps(body).encode())

@@ -1,15 +1,21 @@
 """The page in a real browser: it needs nothing but the server, streams, compares, and can be used without a mouse."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from swamla.inference.decoding import Decoder
+from swamla.interpret.tracing import walk
+from swamla.model.mixers.mha import MHA
+from swamla.model.mixers.mixer import Mixer
 from swamla.text import encode_prompt
 
 from .browser import CHROMIUM, DRIVER, MISSING, Browser, browser
-from .helpers import TOKENIZER, alone, model_of
+from .helpers import GREEDY, TOKENIZER, alone, model_of
 from .servers import Running, running
 from .test_app import chatty
 
@@ -111,7 +117,135 @@ def test_every_control_has_a_name_and_progress_is_told_to_screen_readers(page: B
     assert "alert" in roles
     assert page.js("return document.documentElement.lang") == "en"
     tree = page.js("return [...document.querySelectorAll('section')].map(e => e.getAttribute('aria-labelledby'))")
-    assert tree == ["side-0", "side-1"]
+    assert tree == ["side-0", "side-1", "attention-name"]
+
+
+ATTENTION = "document.getElementById('attention')"
+READING = "return document.getElementById('reading').textContent"
+
+
+def opened(page: Browser, prompt: str = "abc", tokens: str = "12") -> None:
+    """Two answers, and the attention of the first."""
+    for field, value in (("#prompt", prompt), ("#temperature", "0"), ("#max_tokens", tokens)):
+        page.type(field, value)
+    page.click("#write")
+    page.wait(IDLE)
+    page.click(".side .see")
+    page.wait(f"return !{ATTENTION}.hidden && document.querySelectorAll('#reads .token').length")
+
+
+def test_the_attention_of_an_answer_is_that_of_interpret(server: Running, page: Browser) -> None:
+    opened(page)
+    model = server.served[0].engine.model
+    ids = encode_prompt(TOKENIZER, "abc")
+    ids += Decoder(model).generate([ids], 12, sampling=GREEDY)[0]
+    weights = [layer.mixer.weight_BHTS[0, :, -1] for layer in walk(model, torch.tensor([ids]))]
+    assert page.js("return document.querySelectorAll('#reads .token').length") == len(ids) == 16
+    layers = page.js("return [...document.getElementById('layer').options].map(each => each.textContent)")
+    assert layers == ["0: gdn", "1: swa", "2: mla", "3: mha"]
+    for layer, weight_HS in enumerate(weights):
+        for head, weight_S in enumerate(weight_HS):
+            page.choose("layer", layer)
+            page.choose("head", head)
+            told = page.js("return [...document.querySelectorAll('#strongest .number')].map(each => each.textContent)")
+            strongest = sorted(weight_S.tolist(), key=abs, reverse=True)[:8]
+            assert [float(each.replace("−", "-")) for each in told] == pytest.approx(strongest, rel=1e-2, abs=1e-6)
+    shoot(page, "attention")
+
+
+def test_a_token_under_the_mouse_tells_its_weight_and_signs_are_told_without_colour(page: Browser) -> None:
+    opened(page)
+    page.hover("#reads .token:nth-of-type(3)")
+    assert page.wait("return document.getElementById('edge').textContent").startswith("“")
+    edge = page.js("return document.getElementById('edge').textContent")
+    assert re.fullmatch(r"“.+” \(15\) reads “a” \(1\): [+−]\d.*", edge)
+    negative = page.js("return [...document.querySelectorAll('#reads .minus')].map(e => e.style.background)")
+    positive = page.js(
+        "return [...document.querySelectorAll('#reads .token:not(.minus)')].map(e => e.style.background)"
+    )
+    assert negative
+    assert all("--minus" in each for each in negative)
+    assert not any("--minus" in each for each in positive)
+
+
+def test_layer_head_and_token_are_chosen_by_keys(page: Browser) -> None:
+    opened(page)
+    assert page.js("return document.activeElement.id") == "layer"
+    assert page.wait(READING).startswith("Layer 0 (gdn), head 0 of ")
+    page.press("down")
+    assert page.js(READING).startswith("Layer 1 (swa), head 0 of ")
+    page.press("tab", "down")
+    assert page.js(READING).startswith("Layer 1 (swa), head 1 of ")
+    page.press("tab", "left")
+    page.wait(f"{READING}.includes(' (14) reads most of ')")
+    page.press("home")
+    page.wait(f"{READING}.includes(': “⟨start⟩” (0) reads most of “⟨start⟩” (0), 1.00.')")
+    assert page.js("return document.querySelectorAll('#reads .later').length") == 15
+    assert page.console() == []
+
+
+def test_the_side_whose_attention_is_shown_is_chosen_and_follows_its_next_answer(page: Browser) -> None:
+    opened(page)
+    title = "return document.getElementById('attention-name').textContent"
+    pressed = "return [...document.querySelectorAll('.see')].map(each => each.getAttribute('aria-pressed'))"
+    assert (page.js(title), page.js(pressed)) == ("Attention of hybrid", ["true", "false"])
+    page.click(".side:nth-of-type(2) .see")
+    page.wait(f"{title} === 'Attention of linear'".replace("return ", "return (", 1) + ")")
+    assert page.js(pressed) == ["false", "true"]
+    page.wait(f"{READING}.includes('(15) reads most of')")
+    page.type("#max_tokens", "14")
+    page.js("document.getElementById('status').textContent = ''")
+    page.click("#write")
+    page.wait(f"{READING}.includes('(17) reads most of')")
+    assert page.js("return [...document.getElementById('layer').options].length") == 1
+    page.click(".side:nth-of-type(2) .see")
+    assert page.js(f"return {ATTENTION}.hidden")
+    page.click(".side .see")
+    page.wait(f"return !{ATTENTION}.hidden")
+    page.click("#clear")
+    assert page.js(f"return {ATTENTION}.hidden")
+
+
+def test_text_on_the_deepest_colours_is_readable(page: Browser) -> None:
+    opened(page)
+    for scheme in ("light", "dark"):
+        page.prefer(scheme)
+        for sign in (1, -1):
+            page.js("document.querySelector('#reads .token').style.background = colourOf(arguments[0])", sign)
+            colours = page.js(
+                "const css = getComputedStyle(document.querySelector('#reads .token'));"
+                "const box = getComputedStyle(document.getElementById('reads'));"
+                "return [css.color, css.backgroundColor, box.backgroundColor]"
+            )
+            text, over, below = ([float(part) for part in re.findall(r"[\d.]+", each)] for each in colours)
+            mixed = [over[3] * a + (1 - over[3]) * b for a, b in zip(over[:3], below[:3], strict=True)]
+            assert contrast(text[:3], mixed) > 4.5
+        shoot(page, f"attention-{scheme}")
+    page.prefer("light")
+
+
+def contrast(one: list[float], other: list[float]) -> float:
+    """The ratio of luminances of WCAG 2; texts need 4.5."""
+
+    def luminance(colour: list[float]) -> float:
+        parts = [part / 255 / 12.92 if part <= 10 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in colour]
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_a_text_that_cannot_be_explained_is_an_error_on_the_page(
+    page: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MHA, "explain", Mixer.explain)
+    for field, value in (("#prompt", "abc"), ("#max_tokens", "5")):
+        page.type(field, value)
+    page.click("#write")
+    page.wait(IDLE)
+    page.click(".side .see")
+    page.wait("return !document.getElementById('attention-error').hidden")
+    assert "has no `explain`" in page.js("return document.getElementById('attention-error').textContent")
 
 
 def test_escape_stops_and_frees_the_slots(server: Running, page: Browser) -> None:
@@ -137,11 +271,8 @@ def test_an_error_of_the_server_is_shown(page: Browser) -> None:
 
 def test_a_chat_goes_on_and_is_offered_where_there_is_a_template(server: Running, page: Browser) -> None:
     assert page.js("return document.getElementById('chat').disabled")
-    for number in (0, 1):
-        page.js(
-            f"const s = document.getElementById('model-{number}'); s.value = 'talker-{number + 1}';"
-            "s.dispatchEvent(new Event('change'))"
-        )
+    page.choose("model-0", 2)
+    page.choose("model-1", 4)  # where "none" comes first
     page.click("#chat")
     page.type("#max_tokens", "15")
     page.type("#temperature", "0")
@@ -162,6 +293,8 @@ def test_a_narrow_window_needs_no_sideways_scrolling(page: Browser) -> None:
     page.click("#write")
     page.wait(IDLE)
     page.hover(".token")
+    page.click(".side .see")
+    page.wait("return document.querySelectorAll('#reads .token').length")
     assert page.js("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     shoot(page, "narrow")
 

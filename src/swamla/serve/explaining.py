@@ -78,10 +78,7 @@ def _explained(served: Served, body: Mapping[str, Any], is_over: Callable[[], bo
 
 @torch.inference_mode()
 def _layers(served: Served, tokens: Sequence[int], token: int, is_over: Callable[[], bool]) -> Iterator[dict[str, Any]]:
-    """Each layer's weights on the text: those of one token by head, and the largest |weight| of all tokens and heads.
-
-    Raises `Late` once it is over.
-    """
+    """What one token reads in each layer, by head. Raises `Late` once it is over."""
     engine = served.engine
     blocks = zip(engine.config.pattern, engine.config.layers, strict=True)
     for layer in walk(engine.model, torch.tensor([tokens], device=engine.model.device)):
@@ -91,7 +88,6 @@ def _layers(served: Served, tokens: Sequence[int], token: int, is_over: Callable
             "block": name,
             "mixer": block.mixer.kind,
             "signed": bool((weight_HTS < 0).any()),
-            "largest": as_plain(weight_HTS.abs().max()),
             "heads": as_plain(weight_HTS[:, token, : token + 1]),
         }
         if is_over():

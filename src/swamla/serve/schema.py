@@ -178,17 +178,13 @@ _EXPLAINED: dict[str, Any] = {
             "description": "Bottom first.",
             "items": {
                 "type": "object",
-                "required": ["block", "mixer", "signed", "largest", "heads"],
+                "required": ["block", "mixer", "signed", "heads"],
                 "properties": {
                     "block": _TEXT,
                     "mixer": _TEXT,
                     "signed": {
                         "type": "boolean",
                         "description": "Whether weights are negative too, as implied weights of linear mixers are.",
-                    },
-                    "largest": {
-                        "type": ["number", "null"],
-                        "description": "The largest |weight| of all tokens and heads of this layer.",
                     },
                     "heads": {
                         "type": "array",

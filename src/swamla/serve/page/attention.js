@@ -3,13 +3,15 @@
 const DEPTH = 0.55;  // of the deepest colour, on which text is still easy to read
 const STRONGEST = 8;  // tokens in the table
 // ids: of the text, of which `start` are the prompt.  found: what the server says of the token `found.token`.
-// wanted: the token that is to read.
-const seen = { side: null, ids: [], start: 0, found: null, wanted: 0, asking: false };
+// wanted: the token that is to read.  hovered: the token under the mouse.
+const seen = { side: null, ids: [], start: 0, found: null, wanted: 0, asking: false, hovered: -1 };
 
-function toggleAttention(side) {
+async function toggleAttention(side) {
   if (seen.side === side) return closeAttention();
-  openAttention(side);
-  $("layer").focus();
+  const drawn = openAttention(side);
+  $("layer").focus({ preventScroll: true });
+  await drawn;
+  $("attention").scrollIntoView({ block: "nearest" });
 }
 
 function openAttention(side) {
@@ -71,7 +73,7 @@ function drawText() {
   const answer = parts.splice(seen.start);
   $("reads").replaceChildren(element("span", "Prompt", "who"), ...parts);
   if (answer.length) $("reads").append(element("span", "Answer", "who"), ...answer);
-  $("edge").textContent = "";
+  seen.hovered = -1;
 }
 
 // The options of a choice; what was chosen stays, as far as there is such a number.
@@ -84,14 +86,19 @@ function fill(select, names) {
 const chosenLayer = () => seen.found.layers[$("layer").selectedIndex];
 const chosenRow = () => chosenLayer().heads[$("head").selectedIndex];
 const quoted = (index) => `“${shown(seen.found.tokens[index])}” (${index})`;
-const signed = (weight) => weight === null ? "no number" : weight ? (weight > 0 ? "+" : "−") + Math.abs(weight).toPrecision(3) : "0";
-// The depth of a colour is the root of |weight| over the layer's largest, so that small weights can be seen.
+function figure(weight) {
+  if (weight === null) return "no number";
+  if (!weight) return "0";
+  return (weight < 0 ? "−" : chosenLayer().signed ? "+" : "") + Math.abs(weight).toPrecision(3);
+}
+// The depth of a colour is the root of |weight| over the largest of the layer's heads, so that small ones can be seen.
 const depthOf = (share) => DEPTH * Math.sqrt(Math.min(1, Math.abs(share)));
 const colourOf = (share) => `rgb(var(${share < 0 ? "--minus" : "--plus"}) / ${depthOf(share).toFixed(3)})`;
 
 function drawWeights() {
   fill($("head"), chosenLayer().heads.map((_, head) => `${head}`));
-  const layer = chosenLayer(), row = chosenRow(), token = seen.found.token, high = layer.largest || 1;
+  const layer = chosenLayer(), row = chosenRow(), token = seen.found.token;
+  const high = layer.heads.flat().reduce((most, weight) => Math.max(most, Math.abs(weight)), 0) || 1;
   for (const span of $("reads").querySelectorAll(".token")) {
     const index = Number(span.dataset.index), weight = row[index] || 0;
     span.style.background = weight ? colourOf(weight / high) : "";
@@ -102,11 +109,12 @@ function drawWeights() {
   $("kind").textContent = layer.signed
     ? "implied weights of a linear mixer: signed (below 0 red and dotted), their sum is not 1"
     : "softmax probabilities";
-  $("low").textContent = layer.signed ? signed(-high) : "0";
-  $("high").textContent = signed(high);
+  $("low").textContent = layer.signed ? figure(-high) : "0";
+  $("high").textContent = figure(high);
   const stops = Array.from({ length: 25 }, (_, step) => colourOf(layer.signed ? step / 12 - 1 : step / 24));
   $("scale").style.background = `linear-gradient(to right, ${stops.join(", ")})`;
   drawStrongest(row, token, layer);
+  tellHovered();
 }
 
 function drawStrongest(row, token, layer) {
@@ -123,24 +131,26 @@ function drawStrongest(row, token, layer) {
     filled.style.background = `rgb(var(${weight < 0 ? "--minus" : "--plus"}))`;
     bar.append(filled);
     bar.setAttribute("aria-hidden", "true");
-    line.append(head, element("td", signed(weight), "number"), bar);
+    line.append(head, element("td", figure(weight), "number"), bar);
     table.append(line);
   }
   $("strongest").replaceChildren(table);
   const place = `Layer ${$("layer").selectedIndex} (${layer.mixer}), head ${$("head").selectedIndex} of ${layer.heads.length}`;
-  $("reading").textContent = `${place}: ${quoted(token)} reads most of ${quoted(strongest[0][1])}, ${signed(strongest[0][0])}.`;
+  $("reading").textContent = `${place}: ${quoted(token)} reads most of ${quoted(strongest[0][1])}, ${figure(strongest[0][0])}.`;
 }
 
-function tellEdge(event) {
-  const index = Number(event.target.dataset.index);
-  if (!seen.found || Number.isNaN(index)) return;
-  const token = seen.found.token;
-  $("edge").textContent = index > token
-    ? `${quoted(index)} is later than ${quoted(token)}, which does not see it`
-    : `${quoted(token)} reads ${quoted(index)}: ${signed(chosenRow()[index])}`;
+function tellHovered() {
+  const index = seen.hovered, token = seen.found.token;
+  if (index < 0) $("edge").textContent = "";
+  else if (index > token) $("edge").textContent = `${quoted(index)} is later than ${quoted(token)}, which does not see it`;
+  else $("edge").textContent = `${quoted(token)} reads ${quoted(index)}: ${figure(chosenRow()[index])}`;
 }
 
-$("reads").addEventListener("mouseover", tellEdge);
+$("reads").addEventListener("mouseover", (event) => {
+  if (!seen.found || !event.target.dataset.index) return;
+  seen.hovered = Number(event.target.dataset.index);
+  tellHovered();
+});
 $("reads").addEventListener("click", (event) => {
   if (event.target.dataset.index) letRead(Number(event.target.dataset.index));
 });
