@@ -1,6 +1,7 @@
 """`swamla serve`: names and keys of what it serves, and one-line errors before anything is loaded for long."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,6 +9,7 @@ pytest.importorskip("uvicorn", reason="needs uvicorn: pip install 'swamla[serve]
 pytest.importorskip("starlette", reason="needs starlette: pip install 'swamla[serve]'")
 
 from swamla.cli import main, serve
+from swamla.serve.engine import Engine
 from swamla.serve.server import Server
 
 from .test_chat_and_sample import PLAIN, model_of
@@ -32,6 +34,33 @@ def test_runs_of_one_name_are_called_by_their_paths(tmp_path: Path, capsys: pyte
     assert "two runs are called" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("quantized", "flags", "decoding"),
+    [
+        ("", [], "eager"),
+        ("int4", [], "int8"),
+        ("int8", ["--slots", "32"], "eager"),
+        ("int8", ["--decoding", "eager"], "eager"),
+        ("", ["--decoding", "int8"], "int8"),
+    ],
+)
+def test_a_run_of_rounded_weights_is_decoded_with_them_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, quantized: str, flags: list[str], decoding: str
+) -> None:
+    model, engines = model_of(PLAIN), []
+    monkeypatch.setattr(model, "quantized", quantized)
+    monkeypatch.setattr(serve, "load", lambda *_: (model, PLAIN))
+
+    class Kept(Engine):
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            engines.append(self)
+
+    monkeypatch.setattr("swamla.serve.server.Engine", Kept)
+    assert main(["serve", "a", "--port", "0", *flags]) == 0
+    assert [engine.decoding for engine in engines] == [decoding]
+
+
 def test_an_open_address_without_a_key_is_pointed_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,6 +77,7 @@ def test_an_open_address_without_a_key_is_pointed_out(
         (["--api_key_env", "NO_SUCH_VARIABLE"], "the variable must hold a key"),
         (["--max_seconds", "0"], "--max_seconds 0.0: must be > 0"),
         (["--slots", "0"], "--slots 0: must be > 0"),
+        (["--slots", "17", "--decoding", "int8"], "--slots 17: must be 16 at most with --decoding int8"),
         (["--port", "70000"], "cannot listen on 127.0.0.1 port 70000"),
     ],
 )

@@ -31,9 +31,16 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
     return [TOKENIZER.eos_id, *torch.randint(256, (length - 1,), generator=generator).tolist()]
 
 
-def alone(model: LanguageModel, tokens: list[int], count: int, sampling: Sampling = GREEDY, n: int = 1) -> list[str]:
+def alone(
+    model: LanguageModel,
+    tokens: list[int],
+    count: int,
+    sampling: Sampling = GREEDY,
+    n: int = 1,
+    decoding: str = "eager",
+) -> list[str]:
     """The texts that the library's own decoder gives."""
-    rows = Decoder(model).generate([tokens] * n, count, sampling=sampling, stop_id=TOKENIZER.eos_id)
+    rows = Decoder(model, decoding).generate([tokens] * n, count, sampling=sampling, stop_id=TOKENIZER.eos_id)
     return [TOKENIZER.decode(row) for row in rows]
 
 

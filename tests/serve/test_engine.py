@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from swamla.errors import ConfigError, UsageError
+from swamla.inference.decoding import INT8_MAX_ROWS
 from swamla.inference.sampling import Sampling
 from swamla.model.language_model import LanguageModel
 from swamla.serve.engine import Ended, Engine, QueueFull, Read, Request, TooLong, Worker
@@ -45,6 +46,36 @@ def test_requests_that_come_and_go_get_the_greedy_text_of_each_alone(kind: str) 
         assert each.text() == alone(model, prompt, count)[0]
         assert len(each.of(Ended)) == 1
     assert engine.n_active == engine.n_waiting == 0
+
+
+@pytest.mark.parametrize("cache", [0, 1 << 20], ids=["no cache", "cache"])
+def test_weights_of_8_bits_give_the_greedy_text_of_each_alone(model: LanguageModel, cache: int) -> None:
+    engine = engine_of(model, slots=INT8_MAX_ROWS, decoding="int8", cache_bytes=cache)
+    prompts = [prompt_of(length, seed % 3) for seed, length in enumerate(LENGTHS * 3)]
+    heard = [ask(engine, prompt, 20)[1] for prompt in prompts]
+    run(engine)
+    assert [each.text() for each in heard] == [alone(model, prompt, 20, decoding="int8")[0] for prompt in prompts]
+    assert engine.counters.steps < engine.counters.generated_tokens / 4
+
+
+def test_weights_of_8_bits_are_for_the_tokens_after_the_first(model: LanguageModel) -> None:
+    told = []
+    for decoding in ("eager", "int8"):
+        engine = engine_of(model, decoding=decoding)
+        _, heard = ask(engine, prompt_of(40), 8, top=0, echo=True)
+        run(engine)
+        told.append([token.logprob for token in [*heard.read.prompt[1:], *heard.tokens()]])
+    exact, rounded = (torch.tensor(each) for each in told)
+    assert torch.equal(exact[:40], rounded[:40])
+    assert ((exact - rounded)[40:].abs() > 0).all()
+    assert_close(rounded, exact, 0.1)
+
+
+def test_weights_of_8_bits_are_for_few_slots_and_graphs_for_none(model: LanguageModel) -> None:
+    with pytest.raises(UsageError, match="slots = 17: must be 16 at most with decoding = 'int8'"):
+        engine_of(model, slots=17, decoding="int8")
+    with pytest.raises(UsageError, match="decoding = 'graph': must be 'eager' or 'int8' here"):
+        engine_of(model, decoding="graph")
 
 
 def test_answers_are_sampled_as_rows_of_a_batch_are_whoever_else_is_there(model: LanguageModel) -> None:

@@ -63,6 +63,12 @@ def sampling_of(arguments: Any, given: Mapping[str, Any]) -> Sampling:
     )
 
 
+def rounded_decoding(model: LanguageModel, rows: int) -> str:
+    """What "auto" stands for: "int8" for rounded weights, where it is: on a CPU, for few rows; else "eager"."""
+    fits = model.quantized and rows <= INT8_MAX_ROWS and "int8" in decodings_on(model.device.type)
+    return "int8" if fits else "eager"
+
+
 def main(argv: list[str]) -> int:
     """Generate and print."""
     arguments, given = parse(Arguments, argv, command="swamla generate")
@@ -86,7 +92,7 @@ def main(argv: list[str]) -> int:
             max_new_tokens,
             sampling=sampling,
             on_text=(lambda _, piece: _emit(piece)) if alone else None,
-            decoding=_decoding(model, len(prompts)) if arguments.decoding == "auto" else arguments.decoding,
+            decoding=rounded_decoding(model, len(prompts)) if arguments.decoding == "auto" else arguments.decoding,
             crop=arguments.crop,
         )
     except KeyboardInterrupt:
@@ -96,12 +102,6 @@ def main(argv: list[str]) -> int:
     if arguments.stats:
         print(_statistics(done), file=sys.stderr)
     return 0
-
-
-def _decoding(model: LanguageModel, rows: int) -> str:
-    """int8 for rounded weights, where it is: on a CPU, for few rows."""
-    fits = model.quantized and rows <= INT8_MAX_ROWS and "int8" in decodings_on(model.device.type)
-    return "int8" if fits else "eager"
 
 
 def _typed(prompt: str) -> str:

@@ -40,16 +40,17 @@ class Served:
 
     def described(self) -> dict[str, Any]:
         """Its entry in /v1/models."""
-        config, limit = self.engine.config, self.engine.limit
+        engine = self.engine
         return {
             "id": self.name,
             "object": "model",
             "created": self.created,
             "owned_by": "swamla",
             "swamla": {
-                "pattern": " ".join(config.pattern),
+                "pattern": " ".join(engine.config.pattern),
+                "decoding": engine.decoding,
                 "chat": self.template is not None,
-                "max_tokens": limit,
+                "max_tokens": engine.limit,
                 "explained_tokens": MAX_EXPLAINED,
             },
         }

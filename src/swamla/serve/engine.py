@@ -20,7 +20,7 @@ from torch import Tensor
 
 from swamla.data.tokenizer import Tokenizer
 from swamla.errors import SwamlaError, UsageError, require
-from swamla.inference.decoding import Decoder
+from swamla.inference.decoding import INT8_MAX_ROWS, Decoder
 from swamla.inference.sampling import Sampling
 from swamla.model.language_model import LanguageModel
 from swamla.model.state import ModelState
@@ -29,6 +29,7 @@ from swamla.serve.slots import Slots, room_for
 from swamla.serve.writing import Piece, Token, Writer
 
 LOG = logging.getLogger(__name__)
+DECODINGS = ("eager", "int8")
 
 
 class QueueFull(SwamlaError):
@@ -174,6 +175,7 @@ class Engine:
     limit: tokens of a prompt and its answer; at most the model's learned positions.
     piece: tokens of prompts that are read between two decoding steps.
     cache_bytes: of the prefix cache; 0 for none.
+    decoding: "eager", or "int8": tokens after the first by weights of 8 bits, for at most 16 slots (see `Decoder`).
     A greedy text is that of the prompt alone but for rounding: the order of sums in fp32 depends on the number of rows.
     With the cache or without, a prompt's logits are the same to the bit.
     """
@@ -188,17 +190,25 @@ class Engine:
         limit: int = 4096,
         piece: int = 128,
         cache_bytes: int = 256 << 20,
+        decoding: str = "eager",
     ) -> None:
         require(slots > 0, "slots", slots, "must be > 0, e.g. 16")
         require(queue >= 0, "queue", queue, "must be >= 0 (0: a request that finds no slot is refused)")
         require(limit > 1, "limit", limit, "must be > 1, e.g. 4096")
         require(piece > 0, "piece", piece, "must be > 0, e.g. 128")
         require(cache_bytes >= 0, "cache_bytes", cache_bytes, "must be >= 0 (0: no cache)")
-        self.model: LanguageModel = Decoder(model).model  # type: ignore[assignment]
+        if decoding not in DECODINGS:
+            allowed = " or ".join(map(repr, DECODINGS))
+            raise UsageError(f"decoding = {decoding!r}: must be {allowed} here, as sequences join and leave a batch")
+        if decoding == "int8" and slots > INT8_MAX_ROWS:
+            raise UsageError(f"slots = {slots}: must be {INT8_MAX_ROWS} at most with decoding = {decoding!r}")
+        decoder = Decoder(model, decoding)
+        self.model: LanguageModel = decoder.model  # type: ignore[assignment]
+        self.decoding = decoding
         self.config, self.tokenizer = model.config, tokenizer
         self.limit = min(limit, model.config.learned_positions or limit)
         self.n_slots, self.queue, self.piece = slots, queue, piece
-        self.slots = Slots(self.model, slots, self.limit)
+        self.slots = Slots(decoder.stepping, slots, self.limit)  # type: ignore[arg-type]
         self.prefixes = PrefixCache(cache_bytes)
         self.counters = Counters()
         self.wake = threading.Event()

@@ -5,7 +5,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -81,10 +81,14 @@ class Server(uvicorn.Server):
 
 
 def named_engines(
-    models: Sequence[tuple[str, LanguageModel, Tokenizer]], **settings: Any
+    models: Sequence[tuple[str, LanguageModel, Tokenizer]],
+    *,
+    decoding: Callable[[LanguageModel], str] = lambda model: "eager",
+    **settings: Any,
 ) -> tuple[list[Served], Worker]:
-    """An engine for each (name, model, tokenizer), and the worker that runs them. settings: as of `Engine`.
+    """An engine for each (name, model, tokenizer), and the worker that runs them.
 
+    decoding: of a model, as of `Engine`.  settings: others of `Engine`, of all of them.
     Raises `UsageError` for two models of one name.
     """
     names = [name for name, _, _ in models]
@@ -92,7 +96,7 @@ def named_engines(
         raise UsageError(f"two runs are called {twice}: requests could not tell them apart")
     created = int(time.time())
     served = [
-        Served(name, Engine(model, tokenizer, **settings), ChatML.of(tokenizer), created)
+        Served(name, Engine(model, tokenizer, decoding=decoding(model), **settings), ChatML.of(tokenizer), created)
         for name, model, tokenizer in models
     ]
     return served, Worker([each.engine for each in served])

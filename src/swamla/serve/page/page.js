@@ -71,7 +71,8 @@ function modelsChanged() {
     side.model = model.id;
     side.root.querySelector("h2").textContent = model.id;
     side.textEl.setAttribute("aria-label", `Answer of ${model.id}`);
-    side.figuresEl.textContent = `${model.swamla.pattern}; at most ${model.swamla.max_tokens} tokens`;
+    side.figuresEl.textContent = 
+      `${model.swamla.pattern}; at most ${model.swamla.max_tokens} tokens${model.swamla.decoding === "int8" ? "; weights of 8 bits" : ""}`;
     clear(side);
   });
   modeChanged();
