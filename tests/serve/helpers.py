@@ -10,7 +10,8 @@ from swamla.data.tokenizer import ByteTokenizer, Tokenizer
 from swamla.inference.decoding import Decoder
 from swamla.inference.sampling import Sampling
 from swamla.model.language_model import LanguageModel
-from swamla.serve.engine import Ended, Engine, Event, Failed, Job, Read, Request, Written
+from swamla.serve.engine import Engine, Job
+from swamla.serve.requests import Ended, Event, Failed, Read, Request, Written
 from tests.model.helpers import build_model, hybrid_config
 
 TOKENIZER = ByteTokenizer()

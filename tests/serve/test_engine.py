@@ -10,9 +10,11 @@ from swamla.errors import ConfigError, UsageError
 from swamla.inference.decoding import INT8_MAX_ROWS
 from swamla.inference.sampling import Sampling
 from swamla.model.language_model import LanguageModel
-from swamla.serve.engine import Ended, Engine, QueueFull, Read, Request, TooLong, Worker
+from swamla.serve.engine import Engine
 from swamla.serve.prefixes import PrefixCache, cut, names
+from swamla.serve.requests import Ended, QueueFull, Read, Request, TooLong
 from swamla.serve.slots import BLOCK, Slots, room_for
+from swamla.serve.worker import Worker
 from tests.model.helpers import MIXERS, assert_close
 
 from .helpers import GREEDY, TOKENIZER, Heard, alone, ask, engine_of, model_of, prompt_of, run

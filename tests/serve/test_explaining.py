@@ -16,8 +16,8 @@ from swamla.model.language_model import LanguageModel
 from swamla.model.mixers.mha import MHA
 from swamla.model.mixers.mixer import Mixer
 from swamla.serve import explaining
-from swamla.serve.engine import QueueFull
 from swamla.serve.explaining import Explainer
+from swamla.serve.requests import QueueFull
 from swamla.serve.schema import EXPLANATION, MAX_EXPLAINED, check, openapi
 from swamla.text import encode_prompt
 

@@ -12,7 +12,8 @@ from swamla.cli.running import run_folder
 from swamla.errors import SwamlaError, UsageError
 from swamla.inference.sampling import Sampling
 from swamla.serve.chat import ChatML, require_template
-from swamla.serve.engine import Engine, Event, Failed, Request, TooLong, Written
+from swamla.serve.engine import Engine
+from swamla.serve.requests import Event, Failed, Request, TooLong, Written
 
 HELP = "/new begins another conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer."
 

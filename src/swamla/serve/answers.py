@@ -15,7 +15,8 @@ from swamla.errors import UsageError
 from swamla.inference.sampling import Sampling
 from swamla.model.accounting import state_bytes
 from swamla.serve.chat import ChatML, require_template
-from swamla.serve.engine import Ended, Engine, Event, Read, Request, Written
+from swamla.serve.engine import Engine
+from swamla.serve.requests import Ended, Event, Read, Request, Written
 from swamla.serve.schema import MAX_EXPLAINED, MAX_SEED
 from swamla.serve.writing import Token
 from swamla.text import encode_prompt

@@ -10,11 +10,13 @@ from typing import Any
 
 from swamla.errors import MissingBackendError, SwamlaError
 from swamla.serve.answers import Chat, Collected, Completion, Exchange, Served, chunks, error_body, to_json
-from swamla.serve.engine import Event, Failed, Job, QueueFull, TooLong, Worker
+from swamla.serve.engine import Job
 from swamla.serve.explaining import Explainer, Late
 from swamla.serve.metrics import metrics
 from swamla.serve.page import page
+from swamla.serve.requests import Event, Failed, QueueFull, TooLong
 from swamla.serve.schema import CHAT, COMPLETION, EXPLANATION, Invalid, Schema, check, openapi
+from swamla.serve.worker import Worker
 from swamla.version import __version__
 
 try:

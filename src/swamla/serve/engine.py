@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,92 +21,15 @@ from torch import Tensor
 from swamla.data.tokenizer import Tokenizer
 from swamla.errors import SwamlaError, UsageError, require
 from swamla.inference.decoding import INT8_MAX_ROWS, Decoder
-from swamla.inference.sampling import Sampling
 from swamla.model.language_model import LanguageModel
-from swamla.model.state import ModelState
-from swamla.serve.prefixes import PrefixCache, cut, names
-from swamla.serve.slots import Slots, room_for
-from swamla.serve.writing import Piece, Token, Writer
+from swamla.serve.prefixes import PrefixCache
+from swamla.serve.reading import Reader, Reading
+from swamla.serve.requests import Ended, Failed, Listener, QueueFull, Read, Request, TooLong, Written
+from swamla.serve.slots import Slots
+from swamla.serve.writing import Piece, Token, Writer, likeliest, log_softmax
 
 LOG = logging.getLogger(__name__)
 DECODINGS = ("eager", "int8")
-
-
-class QueueFull(SwamlaError):
-    """As many requests wait as may."""
-
-
-class TooLong(UsageError):
-    """A prompt and its answer have more tokens than a slot has room for."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """A prompt and how to continue it.
-
-    tokens: the prompt's ids, at least one.  max_new_tokens: of each answer; 0 to read the prompt only.
-    n: answers, each sampled by a seed of its own as rows of a batch are (see `Sampling`).
-    stops: strings, none of them empty, that end an answer and are left out.
-    ends: ids that end an answer besides the document's end.
-    top: how many likeliest tokens are told with every token's log p; None: no log p.
-    echo: whether log p of the prompt's tokens is told too.
-    marks: lengths of prefixes that other prompts may share, such as that of a system prompt.
-    seconds: after which it fails if it has not ended.
-    """
-
-    tokens: Sequence[int]
-    max_new_tokens: int
-    sampling: Sampling = field(default_factory=Sampling)
-    n: int = 1
-    stops: tuple[str, ...] = ()
-    ends: tuple[int, ...] = ()
-    top: int | None = None
-    echo: bool = False
-    marks: tuple[int, ...] = ()
-    seconds: float = math.inf
-
-
-@dataclass(frozen=True)
-class Read:
-    """The prompt is read. cached: tokens of it that came from the cache.  prompt: its tokens, if `echo` was asked."""
-
-    cached: int
-    prompt: tuple[Token, ...] = ()
-
-
-@dataclass(frozen=True)
-class Written:
-    """More of an answer."""
-
-    answer: int
-    piece: Piece
-
-
-@dataclass(frozen=True)
-class Ended:
-    """An answer has ended: "stop" by the document's end or a stop string, "length" after the last token asked for.
-
-    tokens: generated, the document's end included.  seconds_to_first: from submission to the answer's first token.
-    seconds: from there to its last.
-    """
-
-    answer: int
-    reason: str
-    tokens: int
-    seconds_to_first: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The request has ended with an error, all of its answers. late: it ran out of time."""
-
-    message: str
-    late: bool = False
-
-
-Event = Read | Written | Ended | Failed
-Listener = Callable[[Event], None]
 
 
 @dataclass
@@ -148,24 +71,12 @@ class Job:
     submitted: float
     cancelled: bool = False
     over: bool = False
-    pieces: list[tuple[int, int]] = field(default_factory=list)
-    names: list[bytes] = field(default_factory=list)
-    read: int = 0  # pieces
-    cached: int = 0  # tokens
-    state: ModelState | None = None
-    prompt: list[Token] = field(default_factory=list)
-    writer: Writer | None = None
-    before: Tensor | None = None  # log p after the last token of the prompt that was read
+    reading: Reading | None = None  # until its answers begin
     open: int = 0  # answers that have not ended
 
     def cancel(self) -> None:
         """Free what the request uses, at the next round; its listener hears no more."""
         self.cancelled = True
-
-    @property
-    def tokens_left(self) -> int:
-        """Tokens of the prompt that are to be read."""
-        return self.pieces[-1][1] - self.pieces[self.read][0]
 
 
 class Engine:
@@ -210,6 +121,7 @@ class Engine:
         self.n_slots, self.queue, self.piece = slots, queue, piece
         self.slots = Slots(decoder.stepping, slots, self.limit)  # type: ignore[arg-type]
         self.prefixes = PrefixCache(cache_bytes)
+        self._reader = Reader(self.model, tokenizer, self.prefixes, piece=piece, limit=self.limit)
         self.counters = Counters()
         self.wake = threading.Event()
         self._lock = threading.Lock()
@@ -353,85 +265,39 @@ class Engine:
         self._reading = [job for job in self._reading if not job.over]
 
     def _begin(self, job: Job) -> None:
-        """Cut the prompt, and start from the longest prefix that is known."""
-        request = job.request
-        job.pieces = cut(len(request.tokens), self.piece, request.marks)
-        job.state = self.model.init_state(1, room_for(len(request.tokens), self.limit))
-        if request.echo and request.top is not None:
-            job.writer = Writer(self.tokenizer)
-        if not self.prefixes.capacity:
-            return
-        job.names = names(request.tokens, job.pieces)
-        # The last piece is always read, for the logits after it; with log p of the prompt, all pieces are.
-        found = None if job.writer else self.prefixes.longest(job.names[:-1])
-        if found is not None:
-            job.read, prefix = found
-            job.cached = job.pieces[job.read - 1][1]
-            job.state.copy_row(0, prefix)
-            job.state = job.state.first(1)
+        job.reading = self._reader.begin(job.request)
 
     def _read_some(self) -> None:
         """Read pieces of prompts, at least one and more while they have no more tokens than one may have."""
         room = self.piece
-        while (job := self._next_to_read()) is not None:
-            begin, end = job.pieces[job.read]
-            if room < self.piece and end - begin > room:
+        while (found := self._next_to_read()) is not None:
+            job, reading = found
+            if room < self.piece and reading.next_size > room:
                 return
-            room -= end - begin
-            self._guarded([job], partial(self._read_piece, job))
+            room -= reading.next_size
+            self._guarded([job], partial(self._read_piece, job, reading))
             self._reading = [each for each in self._reading if not each.over]
 
-    def _next_to_read(self) -> Job | None:
+    def _next_to_read(self) -> tuple[Job, Reading] | None:
         """The request with the shortest rest of a prompt; every other time the oldest one, so that all come through."""
         self._reads += 1
-        if not self._reading or self._reads % 2:
-            return self._reading[0] if self._reading else None
-        return min(self._reading, key=lambda job: job.tokens_left)
+        found = [(job, job.reading) for job in self._reading if job.reading is not None]
+        if not found or self._reads % 2:
+            return found[0] if found else None
+        return min(found, key=lambda each: each[1].tokens_left)
 
-    def _read_piece(self, job: Job) -> None:
+    def _read_piece(self, job: Job, reading: Reading) -> None:
         """Read the next piece of a prompt; after the last one the answers begin."""
-        assert job.state is not None
-        begin, end = job.pieces[job.read]
-        tokens = job.request.tokens[begin:end]
-        x_1TD = self.model.step_hidden(torch.tensor([tokens], device=self.model.device), job.state)
-        if job.writer is not None:
-            self._echo(job, tokens, x_1TD[0])
-        if job.names and self._is_shared(job, end):
-            self._remember(job.names[job.read], job.state)
-        job.read += 1
-        if job.read == len(job.pieces):
-            self._start_answers(job, self.model.logits(x_1TD[:, -1])[0, : self.tokenizer.vocab_size])
+        logits_V = self._reader.read(reading)
+        if logits_V is not None:
+            self._start_answers(job, reading, logits_V)
             self._reading.remove(job)
 
-    def _is_shared(self, job: Job, end: int) -> bool:
-        """Whether another prompt may be cut there."""
-        return end % self.piece == 0 or end in job.request.marks
-
-    def _remember(self, name: bytes, state: ModelState) -> None:
-        if name not in self.prefixes:
-            kept = self.model.init_state(1, state.longest)
-            kept.copy_row(0, state)
-            self.prefixes.put(name, kept)
-
-    def _echo(self, job: Job, tokens: Sequence[int], x_TD: Tensor) -> None:
-        """Add the log p of a piece's tokens, of which the first follows on the piece before."""
-        assert job.writer is not None
-        logp_TV = _log_softmax(self.model.logits(x_TD)[:, : self.tokenizer.vocab_size])
-        for index, token in enumerate(tokens):
-            before = logp_TV[index - 1] if index else job.before
-            if before is None:
-                job.prompt += job.writer.push(token).tokens
-            else:
-                job.prompt += job.writer.push(token, *_likeliest(before, token, job.request.top or 0)).tokens
-        job.before = logp_TV[-1].clone()
-
-    def _start_answers(self, job: Job, logits_V: Tensor) -> None:
+    def _start_answers(self, job: Job, reading: Reading, logits_V: Tensor) -> None:
         request = job.request
-        if job.writer is not None:
-            job.prompt += job.writer.finish().tokens
         self.counters.prompt_tokens += len(request.tokens)
-        self.counters.cached_tokens += job.cached
-        job.listener(Read(job.cached, tuple(job.prompt)))
+        self.counters.cached_tokens += reading.cached
+        job.listener(Read(reading.cached, tuple(reading.told)))
         job.open = request.n
         for index, generator in enumerate(request.sampling.generators(request.n)):
             answer = _Answer(job, index, generator, Writer(self.tokenizer, request.stops))
@@ -440,10 +306,9 @@ class Engine:
                 continue
             self._append(answer, None, logits_V)
             if answer.last >= 0:
-                assert job.state is not None
-                self.slots.join(job.state)
+                self.slots.join(reading.state)
                 self._answers.append(answer)
-        job.state = None
+        job.reading = None
 
     # -- answers
 
@@ -471,7 +336,7 @@ class Engine:
             self.counters.first_seconds += 0.0 if answer.index else now - job.submitted
         answer.count += 1
         self.counters.generated_tokens += 1
-        told = () if job.request.top is None else _likeliest(_log_softmax(logits_V), token, job.request.top)
+        told = () if job.request.top is None else likeliest(log_softmax(logits_V), token, job.request.top)
         if token == self.tokenizer.eos_id or token in job.request.ends:
             self._end(answer, "stop", (token, *told) if told else None)
             return
@@ -502,57 +367,3 @@ class Engine:
             job.over = True
             self.counters.ended += 1
         job.listener(Ended(answer.index, reason, answer.count, first - job.submitted, now - first))
-
-
-class Worker:
-    """A thread that runs the rounds of engines in turn: they share the processor's cores."""
-
-    def __init__(self, engines: Sequence[Engine]) -> None:
-        self.engines = engines
-        self.wake = threading.Event()
-        for engine in engines:
-            engine.wake = self.wake
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name="swamla-engine", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop after the current round; requests that have not ended fail."""
-        self._closed = True
-        self.wake.set()
-        self._thread.join()
-        for engine in self.engines:
-            engine.fail_all("the server stops")
-
-    @property
-    def alive(self) -> bool:
-        """Whether requests are answered."""
-        return self._thread.is_alive()
-
-    def _run(self) -> None:
-        while not self._closed:
-            self.wake.clear()
-            if not any(self._step(engine) for engine in self.engines) and not self._closed:
-                self.wake.wait()
-
-    @staticmethod
-    def _step(engine: Engine) -> bool:
-        try:
-            return engine.step()
-        except Exception as error:  # a bug: the requests under way fail, and those to come are answered
-            LOG.exception("a round failed")
-            engine.fail_all(f"{type(error).__name__}: {error}")
-            return True
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-
-def _likeliest(logp_V: Tensor, token: int, top: int) -> tuple[float, tuple[tuple[int, float], ...]]:
-    """log p of a token, and the `top` likeliest ids with theirs."""
-    found = logp_V.topk(min(top, len(logp_V)))
-    return float(logp_V[token]), tuple(zip(found.indices.tolist(), found.values.tolist(), strict=True))

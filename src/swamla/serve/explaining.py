@@ -19,7 +19,7 @@ from swamla.interpret.drawn import token_texts
 from swamla.interpret.sections import as_plain
 from swamla.interpret.tracing import walk
 from swamla.serve.answers import Served, ids_of
-from swamla.serve.engine import QueueFull, TooLong
+from swamla.serve.requests import QueueFull, TooLong
 from swamla.serve.schema import MAX_EXPLAINED
 
 WAITING = 8  # texts that may wait for the one before

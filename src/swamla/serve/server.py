@@ -16,7 +16,8 @@ from swamla.model.language_model import LanguageModel
 from swamla.serve.answers import Served
 from swamla.serve.app import LOCAL, Limits, make_app
 from swamla.serve.chat import ChatML
-from swamla.serve.engine import Engine, Worker
+from swamla.serve.engine import Engine
+from swamla.serve.worker import Worker
 
 try:
     import uvicorn

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from swamla.data.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -82,6 +85,17 @@ class Writer:
         end = self._sent + len(self._held)
         tokens = tuple(token for token, _ in self._tokens if not self.stopped or token.offset < end)
         return Piece(text=self._held, tokens=tokens)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """log p over the last dimension, in fp32 at least."""
+    return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def likeliest(logp_V: Tensor, token: int, top: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """log p of a token, and the `top` likeliest ids with theirs."""
+    found = logp_V.topk(min(top, len(logp_V)))
+    return float(logp_V[token]), tuple(zip(found.indices.tolist(), found.values.tolist(), strict=True))
 
 
 def _overlap(text: str, stop: str) -> int:
