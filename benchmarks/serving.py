@@ -2,6 +2,7 @@
 
     python -m benchmarks.serving runs/quickstart                       # about five minutes of two cores
     python -m benchmarks.serving runs/quickstart --beside transformers # needs pip install 'transformers[serving]' too
+    python -m benchmarks.serving runs/quickstart --decoding int8       # of our server
     python -m benchmarks.serving --table                               # only print what was measured last
 
 Every stream is a connection of its own that asks for one text after another, streamed, until its share is done; prompts
@@ -158,11 +159,13 @@ def started(name: str, command: list[str], model: str, port: int, *, chat: bool)
 
 
 @contextmanager
-def ours(run: Path) -> Iterator[Target]:
+def ours(run: Path, decoding: str) -> Iterator[Target]:
     """`swamla serve`."""
     port = _free_port()
     command = [sys.executable, "-m", "swamla", "serve", str(run.resolve()), "--port", f"{port}", "--prefix_cache", "0"]
-    with started("swamla serve", command, run.resolve().name, port, chat=False) as target:
+    command += ["--decoding", decoding]
+    name = "swamla serve" + (", int8" if decoding == "int8" else "")
+    with started(name, command, run.resolve().name, port, chat=False) as target:
         yield target
 
 
@@ -237,6 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", type=Path)
     parser.add_argument("--beside", choices=["none", "transformers"], default="none")
+    parser.add_argument("--decoding", choices=["eager", "int8"], default="eager", help="of swamla serve")
     parser.add_argument("--texts", type=int, default=3, help="texts of each stream in a round")
     parser.add_argument("--tokens", type=int, default=100, help="of each text")
     parser.add_argument("--rounds", type=int, default=3)
@@ -250,7 +254,7 @@ def main() -> None:
     file = RESULTS / f"serving-{datetime.now(UTC):%Y-%m-%d}.json"
     machine: dict[str, object] = {"processor": processor(), "cores": os.cpu_count()}
     results = Results(command=" ".join(sys.argv[1:]), machine=machine, file=file)
-    servers = [lambda: ours(arguments.run)]
+    servers = [lambda: ours(arguments.run, arguments.decoding)]
     if arguments.beside == "transformers":
         servers += [lambda: transformers(arguments.run, False), lambda: transformers(arguments.run, True)]
     for server in servers:
