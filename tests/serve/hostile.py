@@ -2,8 +2,9 @@
 
     python -m tests.serve.hostile runs/quickstart --requests 10000    # a server of its own; memory before and after
 
-Each attack returns what it did and the status that it got, 0 for a connection that ended without one. A server has to
-answer every one with a status below 500, and to go on as before.
+First come a few large honest requests, so that what grows later is no memory of a first use. Each attack returns what
+it did and the status that it got, 0 for a connection that ended without one. A server has to answer every one with a
+status below 500, and to go on as before.
 """
 
 import argparse
@@ -27,6 +28,14 @@ VALID: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "ab"}], "max_tokens": 4, "top_p": 0.5},
     "/v1/explain": {"prompt": "ab", "token": 1},
 }
+LARGE: list[tuple[str, dict[str, Any]]] = [  # what honest requests may take of memory that a process keeps
+    ("/v1/completions", {"prompt": "a" * 3000, "max_tokens": 20, "logprobs": 20, "echo": True}),
+    ("/v1/completions", {"prompt": "𝄞" * 50, "max_tokens": 20, "logprobs": 20, "echo": True}),
+    ("/v1/completions", {"prompt": ["a"] * 64, "max_tokens": 20, "logprobs": 20}),
+    ("/v1/completions", {"prompt": "a", "max_tokens": 20, "n": 16}),
+    ("/v1/explain", {"prompt": "𝄞" * 50}),
+    ("/v1/explain", {"prompt": [1] * 512}),
+]
 VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 2, 99, 2**31, 2**63, 10**40, 0.0, -0.5, 1e-320, 1e308, "", "x", "\0", "\ud800",
     [], [[]], [1], [[1, 2], ["a"]], ["a", 1], [-1], [10**9], {}, {"a": {}}, [None] * 300, "a" * 5000, ["\udfff"],
@@ -66,11 +75,11 @@ class Attacker:
     def broken_json(self) -> int:
         path = self.random.choice(PATHS)
         if self.random.random() < 0.5:
-            return self._post(path, self.random.choice(BROKEN))
+            return self.post(path, self.random.choice(BROKEN))
         raw = bytearray(json.dumps(VALID[path]).encode())
         for _ in range(self.random.randint(1, 4)):
             raw[self.random.randrange(len(raw))] = self.random.randrange(256)
-        return self._post(path, bytes(raw))
+        return self.post(path, bytes(raw))
 
     def wrong_values(self) -> int:
         path = self.random.choice(PATHS)
@@ -91,12 +100,12 @@ class Attacker:
         ]
         for name in self.random.sample(known, self.random.randint(1, 3)):
             body[name] = self.random.choice(VALUES)
-        return self._post(path, json.dumps(body).encode())
+        return self.post(path, json.dumps(body).encode())
 
     def unknown_settings(self) -> int:
         path = self.random.choice(PATHS)
         name = "".join(chr(self.random.choice([0, 10, 97, 0x7F, 0xD800, 0x1D11E])) for _ in range(5))
-        return self._post(path, json.dumps({**VALID[path], name: self.random.choice(VALUES)}).encode())
+        return self.post(path, json.dumps({**VALID[path], name: self.random.choice(VALUES)}).encode())
 
     def no_http(self) -> int:
         length = self.random.choice([1, 20, 500, 70_000])
@@ -105,7 +114,7 @@ class Attacker:
     def huge_body(self) -> int:
         size = self.random.choice([(1 << 20) + 1, 1 << 21])
         if self.random.random() < 0.5:
-            return self._post(PATHS[0], b" " * size)
+            return self.post(PATHS[0], b" " * size)
         return self._send(self._head(PATHS[0], 10**12) + b"{")
 
     def body_that_stops(self) -> int:
@@ -139,7 +148,8 @@ class Attacker:
         method = self.random.choice(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "TRACE", "BREW"])
         return self._send(f"{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n".encode())
 
-    def _post(self, path: str, body: bytes) -> int:
+    def post(self, path: str, body: bytes) -> int:
+        """The status of a request with this body."""
         return self._send(self._head(path, len(body)) + body)
 
     @staticmethod
@@ -186,6 +196,9 @@ def main() -> None:
             while server.poll() is None and not _answers(port):
                 time.sleep(0.2)
             attacker, statuses, memory = Attacker(port, arguments.seed), Counter[Attack](), []
+            for path, body in LARGE:
+                print(f"{path}: {attacker.post(path, json.dumps(body).encode())}")
+            before = resident(server.pid)
             for _ in range(TENTHS):
                 for _ in range(arguments.requests // TENTHS):
                     statuses[attacker.attack()] += 1
@@ -193,7 +206,8 @@ def main() -> None:
             idle = _is_idle(port)
             for (kind, status), count in sorted(statuses.items()):
                 print(f"{kind:<24} {status or 'no answer':<10} {count:>6}")
-            print(f"slots all free: {idle}; MB after each tenth: {' '.join(f'{size / 1e6:.1f}' for size in memory)}")
+            sizes = " ".join(f"{size / 1e6:.1f}" for size in [before, *memory])
+            print(f"slots all free: {idle}; MB before and after each tenth: {sizes}")
             if arguments.schemathesis:
                 print(schemathesis(f"http://127.0.0.1:{port}", arguments.schemathesis).stdout[-3000:])
         finally:

@@ -297,12 +297,20 @@ def _shown(value: Any) -> str:
     return shown if len(shown) <= 60 else f"{shown[:57]}…"
 
 
+_EVENT: dict[str, Any] = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": _TEXT},
+    "description": "Each event of the stream: its data is a piece of the answers in JSON, an error, or [DONE].",
+}
+
+
 def openapi(version: str, *, key: bool) -> dict[str, Any]:
     """The OpenAPI document of the server. key: whether requests need one."""
     error = {"description": "An error, in OpenAI's shape.", "content": {"application/json": {"schema": ERROR}}}
     errors = dict.fromkeys(("400", "401", "404", "408", "413", "415", "429", "500", "503", "504"), error)
 
-    streamed = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": _TEXT}}
+    streamed = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": _EVENT}}
 
     def posted(summary: str, schema: Schema, answer: Mapping[str, Any] = streamed) -> dict[str, Any]:
         return {
