@@ -283,6 +283,9 @@ def test_a_chat_goes_on_and_is_offered_where_there_is_a_template(server: Running
         page.wait(IDLE)
     said = page.js("return [...document.querySelectorAll('.side .said .who')].map(each => each.textContent)")
     assert said == ["You", "talker-1", "You", "talker-1", "You", "talker-2", "You", "talker-2"]
+    box = "const box = document.querySelector('.side .text'); return "
+    assert page.js(f"{box}box.scrollHeight > box.clientHeight")
+    assert page.js(f"{box}box.scrollTop + box.clientHeight > box.scrollHeight - 30")
     shoot(page, "chat")
 
 

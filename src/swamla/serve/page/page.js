@@ -136,6 +136,7 @@ async function answer(side, prompt, seed, signal) {
     side.textEl.append(said("You", prompt));
     side.target = said(side.model, "");
     side.textEl.append(side.target);
+    side.textEl.scrollTop = side.textEl.scrollHeight;
   } else {
     reset(side);
     side.textEl.append(element("span", prompt, "prompt"));
