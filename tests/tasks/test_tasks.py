@@ -121,7 +121,16 @@ def test_every_size_changes_the_rows(kind: str) -> None:
 REFUSED = {
     "copy": ["length=7", "length=2", "vocabulary=2"],
     "dyck": ["brackets=1", "depth=0", "length=8&depth=8"],
-    "induction": ["prefix=-1", "shortest=1", "longest=8&shortest=8", "length=63", "vocabulary=39"],
+    "induction": [
+        "prefix=-1",
+        "shortest=1",
+        "longest=8&shortest=8",
+        "length=63",
+        "vocabulary=39",
+        "pieces=1",
+        "pieces=8",
+        "pieces=-2",
+    ],
     "mqar": [
         "pairs=0",
         "length=65",
