@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,15 +13,17 @@ import pytest
 
 from swamla.checkpoint import load
 from swamla.cli import main
+from swamla.interpret.verdicts import inducing_heads
 from swamla.model.language_model import NO_LABEL
-from swamla.study.nanogpt_mla.measured import periodic_edges, periodic_rows
+from swamla.study.nanogpt_mla.measured import induction_edges, induction_on_task, scored_rows
 from swamla.study.nanogpt_mla.plan import EXPERIMENTS, MIXERS, configs, text_of
 from swamla.study.nanogpt_mla.result import verdicts
-from swamla.tasks import parse
+from swamla.tasks import Task, parse
+from tests.interpret.models import build, induction_model
 
 from .in_process import reproduced
 
-TASK = parse("induction?length=18&prefix=4&shortest=3&longest=7&vocabulary=12")
+TASKS = [parse(f"induction?length=24&prefix=4&shortest=4&longest=8&vocabulary=12&pieces={n}") for n in (0, 2, 3)]
 TINY = "--width 16 --batch_size 2 --steps 2 --eval_interval 1 --eval_tokens 128"
 KILLED_RUN = 4
 
@@ -106,19 +107,13 @@ def test_arms_differ_in_nothing_but_the_mixer(study):
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_arms_of_random_repeats_are_the_blocks_of_the_model_of_characters_at_another_size(mixer: str):
-    """By an argument, and not by what a search over set-ups would find."""
+def test_arms_of_random_repeats_are_layers_of_attention_alone_that_differ_in_steps_and_rate(mixer: str):
     found = configs("text.txt", "char")
-    short, long, text = (found[f"{each.slug}-{mixer}"] for each in EXPERIMENTS)
+    short, long, _ = (found[f"{each.slug}-{mixer}"] for each in EXPERIMENTS)
     assert short.model == long.model
-    assert (short.model.width, len(short.model.pattern)) == (64, 2)
-    assert replace(
-        short.model, width=text.model.width, pattern=text.model.pattern, blocks=text.model.blocks, init_std=0.02
-    ) == replace(text.model, init_std=0.02)
-    own, block = (each.model.blocks[mixer] for each in (short, text))
-    assert replace(own, mixer=block.mixer) == block
-    head = own.mixer.heads(64)
-    assert head == block.mixer.heads(128)._replace(key_heads=2)
+    assert (short.model.width, short.model.pattern, short.model.learned_positions) == (64, (mixer, mixer), 64)
+    assert short.model.blocks[mixer].ffn.kind == "none"
+    assert short.data.task == long.data.task == parse("induction?pieces=6")
     train = {name: getattr(short.train, name) for name in ("steps", "lr")}
     assert train == {"steps": 400, "lr": 1e-2}
     assert (long.train.steps, long.train.lr) == (1000, 4e-3)
@@ -176,21 +171,38 @@ def test_the_claim_is_judged_by_the_seeds_that_have_heads(study, mha, mla, laten
     assert (found, words in text) == (answer, True), text
 
 
-def test_induction_edges_lead_to_what_followed_the_same_token_and_others_to_none_of_it():
-    rows = periodic_rows(TASK, 8)
-    edges = periodic_edges(rows)
+@pytest.mark.parametrize("task", TASKS, ids=str)
+def test_induction_edges_lead_to_what_followed_the_same_token_and_others_to_none_of_it(task: Task):
+    rows = scored_rows(task, 8)
+    edges = induction_edges(rows)
     for row in range(8):
         tokens, labels = rows.tokens_BT[row].tolist(), rows.labels_BT[row].tolist()
-        for query in range(TASK.length):
+        for query in range(task.length):
             asked = labels[query] != NO_LABEL
             followed = [s for s in range(1, query + 1) if asked and tokens[s - 1] == tokens[query]]
             assert edges["induction"][row, query].nonzero().flatten().tolist() == followed
+            assert not asked or tokens[followed[-1]] == labels[query], "the latest is the answer"
             same = [s for s in range(query) if asked and tokens[s] == tokens[query]]
             assert edges["duplicate"][row, query].nonzero().flatten().tolist() == same
             other = edges["other"][row, query].nonzero().flatten().tolist()
             assert len(other) == len(followed)
-            assert all(tokens[s] != labels[query] for s in other)
-            assert all(tokens[s] == labels[query] for s in followed)
+            assert not set(other) & set(followed)
+            assert all(s <= query and tokens[s] != labels[query] for s in other)
+            previous = edges["previous"][query].nonzero().flatten().tolist()
+            assert previous == [query - 1] * (query > 0)
+
+
+def test_a_layer_built_to_be_an_induction_head_is_found_on_rows_in_pieces_and_an_untrained_one_is_not():
+    """It reads all that followed its token evenly, which is wrong where another id followed as often."""
+    rows = scored_rows(TASKS[2], 16)
+    found = induction_on_task(induction_model(), rows)
+    assert found.accuracy > 0.9
+    assert found.layers[0].hit == (1.0,)
+    assert found.layers[0].cut > 1
+    assert abs(found.layers[0].control) < 0.01
+    assert 1 / 8 <= found.chance <= 1 / 4
+    assert inducing_heads(found) == [(0, 0)]
+    assert inducing_heads(induction_on_task(build("mha"), rows)) == []
 
 
 def test_a_text_that_is_not_here_is_not_fetched(tmp_path: Path):

@@ -46,53 +46,53 @@ class Curve:
     score: tuple[float, ...]
 
 
-def periodic_rows(task: Task, rows: int) -> Examples:
+def scored_rows(task: Task, rows: int) -> Examples:
     """Held-out rows of the task of random repeats, other ones than evaluations during training read."""
     return examples(task, ROWS_SEED, range(rows), held_out=True)
 
 
-def beginnings(rows: Examples) -> tuple[Tensor, Tensor]:
-    """Where the repeated ids of every row begin, behind its prefix, and where they begin anew, a period on; (B,) each.
+def again(rows: Examples) -> Tensor:
+    """Where the first id of every row comes again, (B,): the first position that has a label."""
+    return (rows.labels_BT != NO_LABEL).int().argmax(dim=1)
 
-    The latter is the first position that has a label.
+
+def induction_edges(rows: Examples) -> dict[str, Tensor]:
+    """Sets of edges, bool (B, T, T), from queries to earlier tokens, by which ids are equal.
+
+    induction: to all tokens that followed the query's token before, the last of which is the answer: a head that reads
+    content alone cannot tell them apart, and most of them are it.  duplicate: to the earlier tokens equal to the
+    query's.  other: as many as of induction, drawn from the tokens so far that neither followed the query's token nor
+    equal the answer.  previous: from every token but the first to the one before.
     """
-    again_B = (rows.labels_BT != NO_LABEL).int().argmax(dim=1)
-    id_B1 = rows.tokens_BT.gather(1, again_B[:, None])
-    return (rows.tokens_BT == id_B1).int().argmax(dim=1), again_B
-
-
-def periodic_edges(rows: Examples) -> dict[str, Tensor]:
-    """Sets of edges, bool (B, T, T), of rows that repeat with a period each behind a prefix each.
-
-    induction: from a query to all tokens that followed its token before.  duplicate: to that token itself.  other: half
-    a period beside induction, and as many.  previous: from every token but the first to the one before.
-    """
-    time = rows.labels_BT.shape[1]
-    index_T = torch.arange(time, device=rows.labels_BT.device)
-    away_TS = index_T[:, None] - index_T
-    begin_B11, again_B11 = (each_B[:, None, None] for each_B in beginnings(rows))
-    period_B11 = again_B11 - begin_B11
-    asked_BT1 = (rows.labels_BT != NO_LABEL)[:, :, None]
-
-    def to(offset: Tensor | int) -> Tensor:
-        """From a query at t to t − n · period + offset, for n = 1, 2 … while t − n · period is behind the prefix."""
-        back_BTS = away_TS + offset
-        most_BT1 = index_T[:, None] - begin_B11
-        return asked_BT1 & (away_TS >= 0) & (back_BTS > 0) & (back_BTS <= most_BT1) & (back_BTS % period_B11 == 0)
-
+    tokens_BT, labels_BT = rows.tokens_BT, rows.labels_BT
+    time = tokens_BT.shape[1]
+    index_T = torch.arange(time)
+    equal_BTS = (tokens_BT[:, :, None] == tokens_BT[:, None]) & (index_T[:, None] > index_T)
+    asked_BT1 = (labels_BT != NO_LABEL)[:, :, None]
+    followed_BTS = asked_BT1 & F.pad(equal_BTS[:, :, :-1], (1, 0))
+    answer_BTS = tokens_BT[:, None] == labels_BT[:, :, None]
+    beside_BTS = asked_BT1 & (index_T[:, None] >= index_T) & ~followed_BTS & ~answer_BTS
+    count_BT1 = followed_BTS.sum(dim=-1, keepdim=True)
+    assert (beside_BTS.sum(dim=-1, keepdim=True) >= count_BT1).all(), "a query has too few other tokens"
+    drawn_BTS = torch.rand(beside_BTS.shape, generator=torch.Generator().manual_seed(0)).where(beside_BTS, -1.0)
+    rank_BTS = drawn_BTS.argsort(dim=-1, descending=True).argsort(dim=-1)
     return {
-        "induction": to(1),
-        "duplicate": to(0),
-        "other": to(1 + period_B11 // 2),
+        "induction": followed_BTS,
+        "duplicate": equal_BTS & asked_BT1,
+        "other": rank_BTS < count_BT1,
         "previous": edges_between(time, index_T[1:], index_T[:-1]),
     }
 
 
 @torch.no_grad()
 def induction_on_task(model: LanguageModel, rows: Examples) -> Repeats:
-    """What `induction` measures, on rows of any period: a query may read each earlier occurrence of its token."""
+    """What `induction` measures, on rows of the task: a query may read what followed each occurrence of its token.
+
+    first_loss: of the tokens up to the first that comes again; accuracy and second_loss: of the queries.  chance: of
+    guessing among the ids that come again.
+    """
     tokens_BT, labels_BT = rows.tokens_BT, rows.labels_BT
-    edges = periodic_edges(rows)
+    edges = induction_edges(rows)
     other = edges.pop("other")
     scores = edge_scores(model, tokens_BT, edges)
     attributed = attribution(model, tokens_BT, edges["induction"], labels_BT)
@@ -113,16 +113,16 @@ def induction_on_task(model: LanguageModel, rows: Examples) -> Repeats:
         )
         for index, (score, own, block) in enumerate(zip(scores, attributed, model.blocks, strict=True))
     )
-    begin_B, again_B = beginnings(rows)
-    chance = (1 / (again_B - begin_B).double()).mean().item()
+    later = zip(tokens_BT.tolist(), again(rows).tolist(), strict=True)
+    chance = sum(1 / len({*tokens[first:]}) for tokens, first in later) / len(tokens_BT)
     return Repeats(accuracy=accuracy, chance=chance, first_loss=first, second_loss=second, layers=layers)
 
 
 def _losses(model: LanguageModel, rows: Examples) -> tuple[float, float, float]:
-    """Nats a token up to the first period's end and at the queries, and the share of queries answered rightly."""
+    """Nats a token before the first that comes again and at the queries; the share of queries answered rightly."""
     tokens_BT, labels_BT = rows.tokens_BT, rows.labels_BT
     logits_BTV = model(tokens_BT)
-    before_BT = torch.arange(tokens_BT.shape[1]) < beginnings(rows)[1][:, None] - 1
+    before_BT = torch.arange(tokens_BT.shape[1]) < again(rows)[:, None] - 1
     next_BT = F.pad(tokens_BT[:, 1:], (0, 1), value=NO_LABEL)
     first_BT = torch.where(before_BT, next_BT, NO_LABEL)
     first, second = (
@@ -160,9 +160,8 @@ def measure(folder: Path, outcome: Outcome, task: Task, text: Dataset) -> dict[s
 def _on_repeats(
     model: LanguageModel, tokenizer: Tokenizer, task: Task, records: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    rows = periodic_rows(task, REPEAT_ROWS)
-    begin, again = (int(each_B[0]) for each_B in beginnings(rows))
-    note = f"A held-out row: {begin} ids that never come again, then {again - begin} others, over and over."
+    rows = scored_rows(task, REPEAT_ROWS)
+    note = f"A held-out row: {int(again(rows)[0])} different ids, then pieces of their last ones in any order."
     return {
         "accuracy": recall(model, task, rows=SCORED_ROWS, seed=ROWS_SEED).score.accuracy,
         "steps_to": {f"{level:g}": steps_to(records, level) for level in LEVELS},

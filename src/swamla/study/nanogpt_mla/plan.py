@@ -1,23 +1,22 @@
 """The arms of the study: three mixers, equal in all else, in three experiments.
 
-Random repeats have no text: two of GPT-2's blocks are asked, after a token, what followed it before. They are trained
-twice, with a short and with a long budget, since whether a head is there depends on when one looks. Shakespeare's
-characters are nanoGPT's own test; they take most of the time, so they have fewer steps than its recipe, and one seed.
-Arms are trained with the same seeds, hence on the same rows.
+Random repeats have no text: two layers of attention alone, as in the recipe toy-induction, are asked, after a token,
+what followed it before. They are trained twice, with a short and with a long budget, since whether a head is there
+depends on when one looks. Shakespeare's characters are nanoGPT's own test, with fewer steps than its recipe has, for
+time. Arms are trained with the same seeds, hence on the same rows.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from swamla.config import from_plain, load_file
 from swamla.data.dataset import TrainingData
 from swamla.data.hub import has_shakespeare
-from swamla.model.mixers.mla import MLAConfig
 from swamla.recipes import recipe_path
 from swamla.study.matching import Costs
 from swamla.study.plan import Arm, Asked, Study
@@ -32,7 +31,7 @@ from swamla.train.speed import tokens_per_second
 NAME = "nanogpt-mla"
 MIXERS = ("mha", "mla", "latent")
 REFERENCE = MIXERS[0]  # GPT-2's own
-HEADS, ROWS = 2, 32  # of models of random repeats, and of their batches: half of toy-induction's, for time
+PIECES = 6  # the most ids of a piece of the random repeats
 Kind = Literal["repeats", "text"]
 THREADS = 1  # of a run: two runs side by side are faster than one on two threads at this size
 SAVES = 4  # of a run, so that a killed one loses little
@@ -106,40 +105,25 @@ def configs(source: str, tokenizer: str) -> dict[str, RunConfig]:
     return found
 
 
-def _shipped(recipe: str) -> RunConfig:
-    path = recipe_path(recipe)
-    plain, place = load_file(path)
-    plain.pop("spare", None)
+def _shipped(recipe: str, mixer: str) -> RunConfig:
+    """A recipe, its layers of one mixer: its own, or one that it has to spare."""
+    plain, place = load_file(recipe_path(recipe))
+    model, spare = plain["model"], plain.pop("spare", {})
+    model["blocks"] = {mixer: ({**model["blocks"], **spare})[mixer]}
+    model["pattern"] = [mixer] * len(model["pattern"])
     return from_plain(RunConfig, plain, origin=place)
 
 
 def _on_repeats(mixer: str) -> RunConfig:
-    """GPT-2's blocks, those of the arm's model of characters, at toy-induction's size, and its rows."""
-    toy, whole = _shipped("toy-induction"), _shipped(_recipe(mixer)).model
-    own = whole.blocks[mixer].mixer
-    sizes: dict[str, Any] = {"n_heads": HEADS}
-    if isinstance(own, MLAConfig):  # heads keep their size, and the latent its share of the width
-        sizes["kv_lora_rank"] = own.kv_lora_rank * toy.model.width // whole.width
-    block = replace(whole.blocks[mixer], mixer=replace(own, **sizes))
-    model = replace(
-        whole,
-        width=toy.model.width,
-        blocks={mixer: block},
-        pattern=(mixer, mixer),
-        learned_positions=toy.train.block_size,
-        init_std=toy.model.init_std,
-    )
-    return replace(toy, model=model, train=replace(toy.train, batch_size=ROWS))
-
-
-def _recipe(mixer: str) -> str:
-    """The shipped model of characters with this mixer."""
-    return "shakespeare-char" if mixer == REFERENCE else f"shakespeare-char-{mixer}"
+    """toy-induction on periods in pieces; learned positions in all arms, to which mla adds its rotary part."""
+    config = _shipped("toy-induction", mixer)
+    data = replace(config.data, source=f"{config.data.source}&pieces={PIECES}")
+    return replace(config, data=data, model=replace(config.model, learned_positions=config.train.block_size))
 
 
 def _on_text(mixer: str, source: str, tokenizer: str) -> RunConfig:
     """nanoGPT's settings for a CPU; learned positions in all arms, to which mla adds its rotary part."""
-    config = _shipped(_recipe(mixer))
+    config = _shipped("shakespeare-char" if mixer == REFERENCE else f"shakespeare-char-{mixer}", mixer)
     data = replace(config.data, source=source, tokenizer=tokenizer)
     return replace(config, data=data, model=replace(config.model, learned_positions=config.train.block_size))
 
