@@ -16,9 +16,10 @@ from swamla.cli import main
 from swamla.interpret.verdicts import inducing_heads
 from swamla.model.language_model import NO_LABEL
 from swamla.study.nanogpt_mla.measured import induction_edges, induction_on_task, scored_rows
-from swamla.study.nanogpt_mla.plan import EXPERIMENTS, MIXERS, configs, text_of
+from swamla.study.nanogpt_mla.plan import EXPERIMENTS, MIXERS, REPEATS, configs, text_of
 from swamla.study.nanogpt_mla.result import verdicts
 from swamla.tasks import Task, parse
+from tests.interpret.browser import browser
 from tests.interpret.models import build, induction_model
 
 from .in_process import reproduced
@@ -26,6 +27,13 @@ from .in_process import reproduced
 TASKS = [parse(f"induction?length=24&prefix=4&shortest=4&longest=8&vocabulary=12&pieces={n}") for n in (0, 2, 3)]
 TINY = "--width 16 --batch_size 2 --steps 2 --eval_interval 1 --eval_tokens 128"
 KILLED_RUN = 4
+CUT_OFF = """
+const frames = [...document.querySelectorAll('svg')];
+return frames.filter(svg => [...svg.querySelectorAll('text')].some(text => {
+  const inner = text.getBoundingClientRect(), outer = svg.getBoundingClientRect();
+  return inner.left < outer.left - 1 || inner.right > outer.right + 1 || inner.bottom > outer.bottom + 1;
+})).map(svg => svg.outerHTML.slice(0, 200));
+"""
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +119,9 @@ def test_arms_of_random_repeats_are_layers_of_attention_alone_that_differ_in_ste
     found = configs("text.txt", "char")
     short, long, _ = (found[f"{each.slug}-{mixer}"] for each in EXPERIMENTS)
     assert short.model == long.model
-    assert (short.model.width, short.model.pattern, short.model.learned_positions) == (64, (mixer, mixer), 64)
+    assert (short.model.width, short.model.pattern, short.model.learned_positions) == (64, (mixer, mixer), 128)
     assert short.model.blocks[mixer].ffn.kind == "none"
-    assert short.data.task == long.data.task == parse("induction?pieces=6")
+    assert short.data.task == long.data.task == parse(REPEATS)
     train = {name: getattr(short.train, name) for name in ("steps", "lr")}
     assert train == {"steps": 400, "lr": 1e-2}
     assert (long.train.steps, long.train.lr) == (1000, 4e-3)
@@ -139,6 +147,20 @@ def test_the_page_holds_all_it_shows_and_loads_nothing(study):
         assert f'<th style="text-align:left">{mixer}</th>' in study.page, "samples stand side by side"
     for name in ("curves", f"maps-{EXPERIMENTS[0].slug}"):
         assert (study.output / f"{name}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("width", [900, 1280])
+def test_in_a_browser_the_page_fits_the_window_loads_nothing_and_tells_what_the_pointer_is_at(study, width: int):
+    with browser(width, 1000) as window:
+        window.open(study.output / "report.html")
+        assert window.complaints() == []
+        assert window.run("return performance.getEntriesByType('resource').length") == 0
+        assert window.run("return document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+        wide = "return [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
+        assert window.run(wide) == 0, "every table is seen whole"
+        window.point_at(".map rect")
+        assert window.text("#tip").splitlines()[0] == "mha, layer 0, head 0"
+        assert window.run(CUT_OFF) == [], "no label is cut off"
 
 
 def told(study, grown: dict[tuple[str, str], int]) -> tuple[str, str]:

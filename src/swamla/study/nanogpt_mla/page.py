@@ -92,62 +92,76 @@ def _what_was_compared(data: Data) -> Section:
     )
     lead = (
         "Three mixers, equal in all else: width, layers, heads, learned positions as in GPT-2, rows in the same order, "
-        "schedule, seeds. Blocks are GPT-2's: LayerNorm, GELU, a tied head. mha is GPT-2's attention, latent the "
-        "fork's own (keys and values from one latent without positions), mla that of DeepSeek-V2, which has a rotary "
-        "part besides."
+        "schedule, seeds. mha is GPT-2's attention, latent the fork's own (keys and values from one latent without "
+        "positions), mla that of DeepSeek-V2, which has a rotary part besides. Random repeats are learned by two "
+        "layers of attention alone (recipe toy-induction), characters by GPT-2's blocks: LayerNorm, GELU, a tied head."
     )
     return "What was compared", lead, table(head, rows, f"Counts are exact. {budgets}.")
 
 
 def _repeats(data: Data, experiment: Data) -> Section:
     found = data["found"][experiment["slug"]]
-    head = [
-        ("mixer", ""),
-        ("has heads", "seeds"),
-        ("accuracy", "mean ± ½ interval"),
-        ("accuracy", "by seed"),
-        ("steps to .5", "by seed"),
-        ("steps to .9", "by seed"),
-        ("cut", "nats, by seed"),
-        ("control", "nats, by seed"),
-        ("hit rate", "best head, by seed"),
-        ("attribution", "best head, by seed"),
-    ]
-    rows = [
-        (
-            mixer,
-            f"{own['grown']} of {len(own['seeds'])}",
-            values(own["accuracy"]),
-            *(_list(own[name]) for name in ("accuracy",)),
-            *(
-                " · ".join("–" if step is None else str(step) for step in own["steps_to"][level])
-                for level in own["steps_to"]
-            ),
-            _nats(own["cut"]),
-            _nats(own["control"]),
-            _list(own["hit"]),
-            _list(own["attribution"]),
-        )
-        for mixer, own in found.items()
-    ]
-    meaning = (
+    learned = table(
+        [
+            ("mixer", ""),
+            ("has heads", "seeds (rate, 95 % interval)"),
+            ("accuracy", "mean ± ½ interval"),
+            ("accuracy", "by seed"),
+            *((f"steps to {level.removeprefix('0')}", "by seed") for level in found[MIXERS[0]]["steps_to"]),
+        ],
+        [
+            (
+                mixer,
+                _grown(own),
+                values(own["accuracy"]),
+                _list(own["accuracy"]),
+                *(
+                    " · ".join("–" if step is None else str(step) for step in own["steps_to"][level])
+                    for level in own["steps_to"]
+                ),
+            )
+            for mixer, own in found.items()
+        ],
         "Accuracy: of held-out rows by which nothing was chosen. Steps: the first evaluation at or above the accuracy; "
-        "– if none. Cut: rise of the loss when exactly the induction edges of the layer that owes most to them are "
-        "subtracted from its output; control: the same for as many other edges of the same queries. A mixer has heads "
-        "where accuracy (.5), hit rate (.3) and cut (.5 nats, ten times its control) agree."
+        "– if none. A mixer has heads where accuracy (.5), hit rate (.3) and cut (.5 nats, ten times its control) "
+        "agree.",
+    )
+    circuit = table(
+        [
+            ("mixer", ""),
+            ("cut", "nats, by seed"),
+            ("control", "nats, by seed"),
+            ("hit rate", "best head, by seed"),
+            ("attribution", "best head, by seed"),
+        ],
+        [
+            (mixer, _nats(own["cut"]), _nats(own["control"]), _list(own["hit"]), _list(own["attribution"]))
+            for mixer, own in found.items()
+        ],
+        "Of the layer that owes most to its induction edges, which lead from a query to the tokens that followed the "
+        "same token before. Cut: rise of the loss when exactly these are subtracted from the layer's output; control: "
+        "the same for as many other edges of the same queries. Hit rate: how often a head's largest weight is on one "
+        "of them.",
     )
     lead = (
-        "Rows of distinct ids that repeat with a random period, behind a prefix of random length that never comes "
-        f"again ({experiment['data']}): after a token the model must say what followed it before. "
+        f"Rows of {experiment['data']}: different ids, the first of which never come again; then pieces of the others "
+        "in any order. After a token the model must say what followed it the last time, wherever that comes again. "
         f"{experiment['steps']} steps at {experiment['lr']:g}."
     )
     body = (
         _curves(data, experiment, "held-out accuracy")
-        + table(head, rows, meaning)
+        + learned
         + _compared(data, experiment)
+        + circuit
         + _maps(data, experiment)
     )
     return f"{experiment['title'].capitalize()}: {experiment['steps']} steps at {experiment['lr']:g}", lead, body
+
+
+def _grown(own: Data) -> str:
+    """In how many seeds there are heads, and the interval of that rate."""
+    low, high = own["grown_rate"] or (0.0, 1.0)
+    return f"{own['grown']} of {len(own['seeds'])} ({low:.0%} – {high:.0%})"
 
 
 def _compared(data: Data, experiment: Data) -> str:
@@ -214,42 +228,51 @@ def _maps(data: Data, experiment: Data) -> str:
 
 def _text(data: Data, experiment: Data) -> Section:
     found = data["found"][experiment["slug"]]
-    head = [
-        ("mixer", ""),
-        ("bits per byte", "mean ± ½ interval"),
-        ("bits per byte", "by seed"),
-        ("nats a token", "by seed"),
-        ("has heads", "seeds"),
-        ("accuracy on repeats", "by seed"),
-        ("first copy", "nats, by seed"),
-        ("second copy", "nats, by seed"),
-        ("cut", "nats, by seed"),
-        ("control", "nats, by seed"),
-    ]
-    rows = [
-        (
-            mixer,
-            values(own["bits_per_byte"]),
-            *(" · ".join(f"{each:.3f}" for each in own[name]) for name in ("bits_per_byte", "loss")),
-            f"{own['grown']} of {len(own['seeds'])}",
-            _list(own["repeats_accuracy"]),
-            _list(own["first_loss"]),
-            _list(own["second_loss"]),
-            _nats(own["cut"]),
-            _nats(own["control"]),
-        )
-        for mixer, own in found.items()
-    ]
-    meaning = (
-        "Bits per byte: of held-out text, at the last step. Repeats: random ids of the text's vocabulary, twice in a "
-        "row; a model that does induction predicts the second copy."
+    learned = table(
+        [
+            ("mixer", ""),
+            ("bits per byte", "mean ± ½ interval"),
+            ("bits per byte", "by seed"),
+            ("nats a token", "by seed"),
+        ],
+        [
+            (
+                mixer,
+                values(own["bits_per_byte"]),
+                *(" · ".join(f"{each:.3f}" for each in own[name]) for name in ("bits_per_byte", "loss")),
+            )
+            for mixer, own in found.items()
+        ],
+        "Bits per byte of held-out text, at the last step.",
+    )
+    circuit = table(
+        [
+            ("mixer", ""),
+            ("has heads", "seeds"),
+            ("accuracy", "by seed"),
+            ("first copy", "nats, by seed"),
+            ("second copy", "nats, by seed"),
+            ("cut", "nats, by seed"),
+            ("control", "nats, by seed"),
+        ],
+        [
+            (
+                mixer,
+                f"{own['grown']} of {len(own['seeds'])}",
+                *(_list(own[name]) for name in ("repeats_accuracy", "first_loss", "second_loss")),
+                _nats(own["cut"]),
+                _nats(own["control"]),
+            )
+            for mixer, own in found.items()
+        ],
+        "On random characters of the text's vocabulary, twice in a row: a model that does induction predicts the "
+        "second copy.",
     )
     lead = (
         f"nanoGPT's settings for a CPU on {data['data']['source']}: {experiment['layers']} layers of width "
         f"{experiment['width']}; {experiment['steps']} steps at {experiment['lr']:g}, {_seeds(experiment['seeds'])}."
     )
-    body = _curves(data, experiment, "held-out nats a token") + table(head, rows, meaning)
-    body += _compared(data, experiment)
+    body = _curves(data, experiment, "held-out nats a token") + learned + _compared(data, experiment) + circuit
     return "Characters of a text", lead, body + _maps(data, experiment) + _samples(data, experiment)
 
 

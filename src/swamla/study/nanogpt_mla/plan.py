@@ -2,8 +2,8 @@
 
 Random repeats have no text: two layers of attention alone, as in the recipe toy-induction, are asked, after a token,
 what followed it before. They are trained twice, with a short and with a long budget, since whether a head is there
-depends on when one looks. Shakespeare's characters are nanoGPT's own test, with fewer steps than its recipe has, for
-time. Arms are trained with the same seeds, hence on the same rows.
+depends on when one looks. Shakespeare's characters are nanoGPT's own test; they have fewer steps than its recipe, and
+one seed, for time. Arms are trained with the same seeds, hence on the same rows.
 """
 
 import math
@@ -31,7 +31,8 @@ from swamla.train.speed import tokens_per_second
 NAME = "nanogpt-mla"
 MIXERS = ("mha", "mla", "latent")
 REFERENCE = MIXERS[0]  # GPT-2's own
-PIECES = 6  # the most ids of a piece of the random repeats
+REPEATS = "task:induction?length=128&prefix=8&shortest=8&longest=16&vocabulary=32&pieces=7"
+LENGTH, ROWS = 128, 32  # of random repeats: as many tokens a step as toy-induction has
 Kind = Literal["repeats", "text"]
 THREADS = 1  # of a run: two runs side by side are faster than one on two threads at this size
 SAVES = 4  # of a run, so that a killed one loses little
@@ -115,10 +116,14 @@ def _shipped(recipe: str, mixer: str) -> RunConfig:
 
 
 def _on_repeats(mixer: str) -> RunConfig:
-    """toy-induction on periods in pieces; learned positions in all arms, to which mla adds its rotary part."""
+    """toy-induction on longer rows in pieces, with GPT-2's learned positions, to which mla adds its rotary part."""
     config = _shipped("toy-induction", mixer)
-    data = replace(config.data, source=f"{config.data.source}&pieces={PIECES}")
-    return replace(config, data=data, model=replace(config.model, learned_positions=config.train.block_size))
+    model = replace(config.model, learned_positions=LENGTH)
+    if mixer == REFERENCE:
+        block = model.blocks[mixer]
+        model = replace(model, blocks={mixer: replace(block, mixer=replace(block.mixer, rope=None))})
+    train = replace(config.train, batch_size=ROWS, block_size=LENGTH)
+    return replace(config, data=replace(config.data, source=REPEATS), model=model, train=train)
 
 
 def _on_text(mixer: str, source: str, tokenizer: str) -> RunConfig:

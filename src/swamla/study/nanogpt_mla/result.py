@@ -263,8 +263,8 @@ def _otherwise(data: Mapping[str, Any], repeats: Rows) -> list[Verdict]:
         return []
     text = (
         f"{'; '.join(found)}: accuracy .5 or more, but no head's hit rate and cut agree. How these answer is not "
-        "shown here; of ids that repeat, the next one is also the one that was seen longest ago, which needs no "
-        "induction. Accuracy alone proves none."
+        "shown here; neither the id that was seen longest ago nor one that stands some positions back answers more "
+        "than a few of these rows."
     )
     return [Verdict(question="Answers without heads?", answer="yes", short="yes", text=text)]
 
@@ -330,6 +330,8 @@ def not_said(data: Mapping[str, Any]) -> list[str]:
         "rate. `swamla compare` searches rates.",
         "Arms are equal in width, layers, heads, learned positions, rows and schedule, not in parameters (see the "
         "table).",
+        "The models of random repeats are two layers of attention alone, whose size of rows was chosen by what mha "
+        "learns, before the other mixers were run.",
         "Nothing here is measured at the size of GPT-2.",
     ]
 
