@@ -15,7 +15,13 @@ from swamla.checkpoint import load
 from swamla.cli import main
 from swamla.interpret.verdicts import inducing_heads
 from swamla.model.language_model import NO_LABEL
-from swamla.study.nanogpt_mla.measured import induction_edges, induction_on_task, scored_rows
+from swamla.study.nanogpt_mla.measured import (
+    induction_behind,
+    induction_edges,
+    induction_on_task,
+    moved_on,
+    scored_rows,
+)
 from swamla.study.nanogpt_mla.plan import EXPERIMENTS, MIXERS, REPEATS, configs, text_of
 from swamla.study.nanogpt_mla.result import verdicts
 from swamla.tasks import Task, parse
@@ -210,6 +216,9 @@ def test_induction_edges_lead_to_what_followed_the_same_token_and_others_to_none
             assert len(other) == len(followed)
             assert not set(other) & set(followed)
             assert all(s <= query and tokens[s] != labels[query] for s in other)
+            for offset in (1, 3):
+                behind = moved_on(edges["induction"], offset)[row, query].nonzero().flatten().tolist()
+                assert behind == [s + offset for s in followed if s + offset <= query and s + offset not in followed]
             previous = edges["previous"][query].nonzero().flatten().tolist()
             assert previous == [query - 1] * (query > 0)
 
@@ -224,6 +233,9 @@ def test_a_layer_built_to_be_an_induction_head_is_found_on_rows_in_pieces_and_an
     assert abs(found.layers[0].control) < 0.01
     assert 1 / 8 <= found.chance <= 1 / 4
     assert inducing_heads(found) == [(0, 0)]
+    late = induction_behind(induction_model(), rows)
+    assert late.cut < 0.1 * found.layers[0].cut
+    assert late.hit < 0.1
     assert inducing_heads(induction_on_task(build("mha"), rows)) == []
 
 

@@ -36,6 +36,7 @@ SCORED_ROWS = 512
 SCORED_TOKENS = 1 << 17  # of held-out text, in rows spread over it
 PROMPT, SAMPLE = 24, 160  # characters of held-out text that are continued, and tokens of the continuation
 PROMPTS = 3
+BEHIND = 3  # tokens behind those that followed before, up to which a head is looked for that reads late
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,20 @@ class Curve:
 
     steps: tuple[int, ...]
     score: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Behind:
+    """A layer that reads late: `offset` tokens behind those that followed before, where its loss owes most to it.
+
+    A lower layer that spreads each token over the next ones makes the answer readable there. hit: share of queries
+    whose largest |weight| is such an edge, of the best head.  cut: rise of the loss without exactly these edges.
+    """
+
+    offset: int
+    layer: int
+    hit: float
+    cut: float
 
 
 def scored_rows(task: Task, rows: int) -> Examples:
@@ -118,6 +133,28 @@ def induction_on_task(model: LanguageModel, rows: Examples) -> Repeats:
     return Repeats(accuracy=accuracy, chance=chance, first_loss=first, second_loss=second, layers=layers)
 
 
+@torch.no_grad()
+def induction_behind(model: LanguageModel, rows: Examples) -> Behind:
+    """The offset, from 1 to `BEHIND`, and the layer whose edges behind those of induction have the largest cut."""
+    edges_BTS = induction_edges(rows)["induction"]
+    sets = {str(offset): moved_on(edges_BTS, offset) for offset in range(1, BEHIND + 1)}
+    scores = edge_scores(model, rows.tokens_BT, sets)
+    cuts = cut_effects(model, rows.tokens_BT, sets, rows.labels_BT)
+    found = [
+        Behind(offset=int(name), layer=layer, hit=max(score[name].hit), cut=cuts[layer][name])
+        for layer, score in enumerate(scores)
+        for name in sets
+    ]
+    return max(found, key=lambda each: each.cut)
+
+
+def moved_on(edges_BTS: Tensor, offset: int) -> Tensor:
+    """The edges to the tokens `offset` behind the sources, but sources themselves and what is later than the query."""
+    index_T = torch.arange(edges_BTS.shape[1])
+    behind_BTS = F.pad(edges_BTS, (offset, 0))[:, :, : len(index_T)]
+    return behind_BTS & ~edges_BTS & (index_T[:, None] >= index_T)
+
+
 def _losses(model: LanguageModel, rows: Examples) -> tuple[float, float, float]:
     """Nats a token before the first that comes again and at the queries; the share of queries answered rightly."""
     tokens_BT, labels_BT = rows.tokens_BT, rows.labels_BT
@@ -166,6 +203,7 @@ def _on_repeats(
         "accuracy": recall(model, task, rows=SCORED_ROWS, seed=ROWS_SEED).score.accuracy,
         "steps_to": {f"{level:g}": steps_to(records, level) for level in LEVELS},
         "repeats": induction_on_task(model, rows),
+        "behind": induction_behind(model, rows),
         "drawn": draw(model, tokenizer, rows.tokens_BT[0].tolist(), name="", note=note),
     }
 

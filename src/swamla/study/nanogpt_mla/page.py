@@ -8,6 +8,7 @@ from swamla.interpret.page.evidence import Section, attention
 from swamla.interpret.page.html import document, section_parts, verdict_list
 from swamla.interpret.page.parts import Data, legend, table
 from swamla.interpret.page.svg import BLUE, GREEN, ORANGE, Line, heat_map, line_chart, number
+from swamla.study.nanogpt_mla.measured import BEHIND
 from swamla.study.nanogpt_mla.plan import MIXERS
 from swamla.study.nanogpt_mla.result import values
 
@@ -133,15 +134,25 @@ def _repeats(data: Data, experiment: Data) -> Section:
             ("control", "nats, by seed"),
             ("hit rate", "best head, by seed"),
             ("attribution", "best head, by seed"),
+            ("hit behind", "best head, by seed"),
+            ("cut behind", "nats, by seed"),
         ],
         [
-            (mixer, _nats(own["cut"]), _nats(own["control"]), _list(own["hit"]), _list(own["attribution"]))
+            (
+                mixer,
+                _nats(own["cut"]),
+                _nats(own["control"]),
+                _list(own["hit"]),
+                _list(own["attribution"]),
+                _list([each["hit"] for each in own["behind"]]),
+                _nats([each["cut"] for each in own["behind"]]),
+            )
             for mixer, own in found.items()
         ],
         "Of the layer that owes most to its induction edges, which lead from a query to the tokens that followed the "
         "same token before. Cut: rise of the loss when exactly these are subtracted from the layer's output; control: "
         "the same for as many other edges of the same queries. Hit rate: how often a head's largest weight is on one "
-        "of them.",
+        f"of them. Behind: the same of the edges one, two or up to {BEHIND} tokens behind, whichever cut is largest.",
     )
     lead = (
         f"Rows of {experiment['data']}: different ids, the first of which never come again; then pieces of the others "

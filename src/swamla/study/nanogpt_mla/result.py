@@ -96,9 +96,6 @@ def _group(experiment: Experiment, mixer: str, measured: Rows) -> dict[str, Any]
     found: dict[str, Any] = {
         "seeds": [row["seed"] for row in rows],
         "grown": grown,
-        "otherwise": sum(
-            row["repeats"]["accuracy"] >= ACCURACY and row["induction"] != "yes" for row in rows
-        ),  # seeds that answer without heads that agree
         "grown_rate": list(wilson(grown, len(rows))[1:]) if rows else None,
         "repeats_accuracy": [row["repeats"]["accuracy"] for row in rows],
         "second_loss": [row["repeats"]["second_loss"] for row in rows],
@@ -113,6 +110,7 @@ def _group(experiment: Experiment, mixer: str, measured: Rows) -> dict[str, Any]
     names = ("accuracy",) if experiment.kind == "repeats" else ("bits_per_byte", "loss")
     found |= {name: [row[name] for row in rows] for name in names}
     if experiment.kind == "repeats":
+        found["behind"] = [row["behind"] for row in rows]
         found["steps_to"] = {f"{level:g}": [row["steps_to"][f"{level:g}"] for row in rows] for level in LEVELS}
     values = {name: found[name] for name in (*names, "repeats_accuracy", "cut", "control")}
     return found | {"intervals": {name: interval(each) for name, each in values.items()}}
@@ -252,19 +250,24 @@ def _circuit(data: Mapping[str, Any], repeats: Rows) -> Verdict:
 
 
 def _otherwise(data: Mapping[str, Any], repeats: Rows) -> list[Verdict]:
-    """The models that answer without induction heads, if there are any: the task can be solved without them."""
-    found = {
-        f"{mixer} after {each['steps']} steps in {count} of {len(own['seeds'])} seeds": count
-        for each in repeats
-        for mixer, own in data["found"][each["slug"]].items()
-        if (count := own["otherwise"])
-    }
-    if not found:
+    """The models that answer without induction heads, if there are any, and whether these read behind the answer."""
+    parts = []
+    for each in repeats:
+        for mixer, own in data["found"][each["slug"]].items():
+            has = _has(data, each, mixer)
+            answers = [accuracy >= ACCURACY and not there for accuracy, there in zip(own["accuracy"], has, strict=True)]
+            late = [one for one, answered in zip(own["behind"], answers, strict=True) if answered]
+            if late:
+                where, hits, cuts = ([one[name] for one in late] for name in ("offset", "hit", "cut"))
+                parts.append(
+                    f"{mixer} after {each['steps']} steps in {len(late)} of {len(has)} seeds (best head's hit rate "
+                    f"{span(where, digits=0)} behind {span(hits)}, cut {span(cuts)} nats)"
+                )
+    if not parts:
         return []
     text = (
-        f"{'; '.join(found)}: accuracy .5 or more, but no head's hit rate and cut agree. How these answer is not "
-        "shown here; neither the id that was seen longest ago nor one that stands some positions back answers more "
-        "than a few of these rows."
+        f"{'; '.join(parts)}: accuracy .5 or more, but no head's hit rate and cut agree. In brackets: what they owe to "
+        "the tokens right behind those that followed before, where a lower layer can have put the answer."
     )
     return [Verdict(question="Answers without heads?", answer="yes", short="yes", text=text)]
 
@@ -275,18 +278,18 @@ def _has(data: Mapping[str, Any], experiment: Mapping[str, Any], mixer: str) -> 
 
 
 def _time(data: Mapping[str, Any], repeats: Rows) -> Verdict:
-    """Steps to accuracy, in the longest budget."""
-    longest = max(repeats, key=lambda each: each["steps"])
-    level = f"{LEVELS[0]:g}"
-    parts = []
-    for mixer in MIXERS:
-        steps = data["found"][longest["slug"]][mixer]["steps_to"][level]
-        reached = [each for each in steps if each is not None]
-        missing = f", not by {len(steps) - len(reached)} of {len(steps)} seeds" if len(reached) < len(steps) else ""
-        parts.append(f"{mixer} {span(reached, digits=0)}{missing}" if reached else f"{mixer} never")
-    told = "" if all(part.endswith("never") for part in parts) else " Before that there is no head by these rules."
-    text = f"Steps to accuracy {level} at {longest['lr']:g}, of {longest['steps']}: {'; '.join(parts)}.{told}"
-    return Verdict(question="How long does it take?", answer="figure", short="steps", text=text)
+    """Steps to the levels of accuracy, in every budget."""
+    sentences = []
+    for each in repeats:
+        for level in map("{:g}".format, LEVELS):
+            parts = []
+            for mixer in MIXERS:
+                steps = data["found"][each["slug"]][mixer]["steps_to"][level]
+                reached = [step for step in steps if step is not None]
+                missing = f" ({len(steps) - len(reached)} of {len(steps)} never)" if len(reached) < len(steps) else ""
+                parts.append(f"{mixer} {span(reached, digits=0)}{missing}" if reached else f"{mixer} never")
+            sentences.append(f"To {level.removeprefix('0')} at {each['lr']:g}, of {each['steps']}: {', '.join(parts)}.")
+    return Verdict(question="How long does it take?", answer="figure", short="steps", text=" ".join(sentences))
 
 
 def _on_text(data: Mapping[str, Any]) -> list[Verdict]:
