@@ -13,6 +13,7 @@ import pytest
 
 from swamla.checkpoint import load
 from swamla.cli import main
+from swamla.interpret.sections import Verdict
 from swamla.interpret.verdicts import inducing_heads
 from swamla.model.language_model import NO_LABEL
 from swamla.study.nanogpt_mla.measured import (
@@ -169,34 +170,50 @@ def test_in_a_browser_the_page_fits_the_window_loads_nothing_and_tells_what_the_
         assert window.run(CUT_OFF) == [], "no label is cut off"
 
 
-def told(study, grown: dict[tuple[str, str], int]) -> tuple[str, str]:
-    """The first verdict, if so many of two seeds have induction heads: (mixer, experiment) → number."""
+def told(study, grown: dict[tuple[str, str], int], late: dict[tuple[str, str], int]) -> list[Verdict]:
+    """The verdicts, if so many of two seeds have induction heads, and heads that read behind: (mixer, experiment)."""
     data = copy.deepcopy(study.result)
-    for (mixer, experiment), count in grown.items():
-        data["found"][experiment][mixer]["grown"] = count
-        rows = [row for row in data["runs"] if (row["mixer"], row["experiment"]) == (mixer, experiment)]
+    for place, count in grown.items():
+        rows = [row for row in data["runs"] if (row["mixer"], row["experiment"]) == place]
+        reads = [number >= 2 - late.get(place, 0) for number in range(2)]
         for number, row in enumerate(rows):
             row["induction"] = "yes" if number < count else "no"
-    first = verdicts(data)[0]
-    return first.answer, first.text
+            if number < count or reads[number]:
+                row["repeats"]["accuracy"] = 0.9
+            if reads[number]:
+                row["behind"] |= {"hit": 0.8, "cut": 2.0, "control": 0.01}
+        data["found"][place[1]][place[0]] |= {"grown": count, "late": reads}
+    return verdicts(data)
 
 
 @pytest.mark.parametrize(
-    ("mha", "mla", "latent", "answer", "words"),
+    ("mha", "mla", "latent", "late", "answer", "words"),
     [
-        ((2, 2), (2, 2), (2, 2), "no", "It does not hold for mla after 2 steps"),
-        ((2, 2), (0, 0), (0, 0), "yes", "It holds for mla after 2 steps, mla after 2 steps, latent after 2 steps"),
-        ((2, 2), (2, 2), (0, 2), "partly", "So what is found depends on the budget: steps and rate"),
-        ((0, 0), (0, 0), (0, 0), "partly", "It cannot be told, as no run of mha has such heads either"),
-        ((2, 2), (2, 2), (2, 1), "no", "Some seeds only have such heads in latent"),
+        ((2, 2), (2, 2), (2, 2), 0, "no", "It does not hold for mla after 2 steps"),
+        ((2, 2), (0, 0), (0, 0), 0, "yes", "It holds for mla after 2 steps, mla after 2 steps, latent after 2 steps"),
+        ((2, 2), (2, 2), (0, 2), 0, "partly", "So what is found depends on the budget: steps and rate"),
+        ((0, 0), (0, 0), (0, 0), 0, "partly", "It cannot be told, as no run of mha has such heads either"),
+        ((2, 2), (2, 2), (2, 1), 0, "no", "Some seeds only have such heads in latent"),
+        ((2, 2), (0, 0), (0, 0), 2, "partly", "answer that read right behind what followed before, for mla after 2"),
     ],
 )
-def test_the_claim_is_judged_by_the_seeds_that_have_heads(study, mha, mla, latent, answer: str, words: str):
+def test_the_claim_is_judged_by_the_seeds_that_have_heads(study, mha, mla, latent, late: int, answer: str, words: str):
     slugs = [each.slug for each in EXPERIMENTS if each.kind == "repeats"]
     counts = {"mha": mha, "mla": mla, "latent": latent}
     grown = {(mixer, slug): count[n] for mixer, count in counts.items() for n, slug in enumerate(slugs)}
-    found, text = told(study, grown)
-    assert (found, words in text) == (answer, True), text
+    first = told(study, grown, {("mla", slugs[1]): late})[0]
+    assert (first.answer, words in first.text) == (answer, True), first.text
+
+
+def test_heads_that_read_behind_the_answer_are_another_circuit_and_named_as_such(study):
+    short, long = (each.slug for each in EXPERIMENTS if each.kind == "repeats")
+    grown = {(mixer, slug): 0 for mixer in MIXERS for slug in (short, long)} | {("mha", long): 2}
+    found = {each.question: each for each in told(study, grown, {("mla", long): 2})}
+    circuit = found["Is it the same circuit?"]
+    assert (circuit.answer, "mla 2.00 nats (best head's hit rate 0.80, " in circuit.text) == ("no", True), circuit.text
+    heads = found["Heads in mla, 2 steps?"]
+    assert (heads.answer, heads.short) == ("partly", "read behind")
+    assert "Answers otherwise?" not in found
 
 
 @pytest.mark.parametrize("task", TASKS, ids=str)

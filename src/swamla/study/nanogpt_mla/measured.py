@@ -49,16 +49,18 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Behind:
-    """A layer that reads late: `offset` tokens behind those that followed before, where its loss owes most to it.
+    """A layer that reads late: `offset` tokens behind those that followed before, where the loss owes most to it.
 
     A lower layer that spreads each token over the next ones makes the answer readable there. hit: share of queries
     whose largest |weight| is such an edge, of the best head.  cut: rise of the loss without exactly these edges.
+    control: without as many that are neither these nor those of another offset, nor induction's.
     """
 
     offset: int
     layer: int
     hit: float
     cut: float
+    control: float
 
 
 def scored_rows(task: Task, rows: int) -> Examples:
@@ -85,18 +87,30 @@ def induction_edges(rows: Examples) -> dict[str, Tensor]:
     equal_BTS = (tokens_BT[:, :, None] == tokens_BT[:, None]) & (index_T[:, None] > index_T)
     asked_BT1 = (labels_BT != NO_LABEL)[:, :, None]
     followed_BTS = asked_BT1 & F.pad(equal_BTS[:, :, :-1], (1, 0))
-    answer_BTS = tokens_BT[:, None] == labels_BT[:, :, None]
-    beside_BTS = asked_BT1 & (index_T[:, None] >= index_T) & ~followed_BTS & ~answer_BTS
-    count_BT1 = followed_BTS.sum(dim=-1, keepdim=True)
-    assert (beside_BTS.sum(dim=-1, keepdim=True) >= count_BT1).all(), "a query has too few other tokens"
-    drawn_BTS = torch.rand(beside_BTS.shape, generator=torch.Generator().manual_seed(0)).where(beside_BTS, -1.0)
-    rank_BTS = drawn_BTS.argsort(dim=-1, descending=True).argsort(dim=-1)
     return {
         "induction": followed_BTS,
         "duplicate": equal_BTS & asked_BT1,
-        "other": rank_BTS < count_BT1,
+        "other": others(rows, followed_BTS, followed_BTS),
         "previous": edges_between(time, index_T[1:], index_T[:-1]),
     }
+
+
+def moved_on(edges_BTS: Tensor, offset: int) -> Tensor:
+    """The edges to the tokens `offset` behind the sources, but sources themselves and what is later than the query."""
+    index_T = torch.arange(edges_BTS.shape[1])
+    behind_BTS = F.pad(edges_BTS, (offset, 0))[:, :, : len(index_T)]
+    return behind_BTS & ~edges_BTS & (index_T[:, None] >= index_T)
+
+
+def others(rows: Examples, edges_BTS: Tensor, used_BTS: Tensor) -> Tensor:
+    """As many edges of every query as `edges_BTS` has, drawn from those that are not used nor lead to the answer."""
+    index_T = torch.arange(edges_BTS.shape[1])
+    answer_BTS = rows.tokens_BT[:, None] == rows.labels_BT[:, :, None]
+    beside_BTS = (index_T[:, None] >= index_T) & ~used_BTS & ~answer_BTS
+    count_BT1 = edges_BTS.sum(dim=-1, keepdim=True)
+    assert (beside_BTS.sum(dim=-1, keepdim=True) >= count_BT1).all(), "a query has too few other tokens"
+    drawn_BTS = torch.rand(edges_BTS.shape, generator=torch.Generator().manual_seed(0)).where(beside_BTS, -1.0)
+    return drawn_BTS.argsort(dim=-1, descending=True).argsort(dim=-1) < count_BT1
 
 
 @torch.no_grad()
@@ -137,22 +151,24 @@ def induction_on_task(model: LanguageModel, rows: Examples) -> Repeats:
 def induction_behind(model: LanguageModel, rows: Examples) -> Behind:
     """The offset, from 1 to `BEHIND`, and the layer whose edges behind those of induction have the largest cut."""
     edges_BTS = induction_edges(rows)["induction"]
-    sets = {str(offset): moved_on(edges_BTS, offset) for offset in range(1, BEHIND + 1)}
-    scores = edge_scores(model, rows.tokens_BT, sets)
-    cuts = cut_effects(model, rows.tokens_BT, sets, rows.labels_BT)
+    sets = {offset: moved_on(edges_BTS, offset) for offset in range(1, BEHIND + 1)}
+    used_BTS = torch.stack([edges_BTS, *sets.values()]).any(dim=0)
+    named = {str(offset): each for offset, each in sets.items()}
+    controls = {f"other {name}": others(rows, each, used_BTS) for name, each in named.items()}
+    scores = edge_scores(model, rows.tokens_BT, named)
+    cuts = cut_effects(model, rows.tokens_BT, named | controls, rows.labels_BT)
     found = [
-        Behind(offset=int(name), layer=layer, hit=max(score[name].hit), cut=cuts[layer][name])
+        Behind(
+            offset=int(name),
+            layer=layer,
+            hit=max(score[name].hit),
+            cut=cuts[layer][name],
+            control=cuts[layer][f"other {name}"],
+        )
         for layer, score in enumerate(scores)
-        for name in sets
+        for name in named
     ]
     return max(found, key=lambda each: each.cut)
-
-
-def moved_on(edges_BTS: Tensor, offset: int) -> Tensor:
-    """The edges to the tokens `offset` behind the sources, but sources themselves and what is later than the query."""
-    index_T = torch.arange(edges_BTS.shape[1])
-    behind_BTS = F.pad(edges_BTS, (offset, 0))[:, :, : len(index_T)]
-    return behind_BTS & ~edges_BTS & (index_T[:, None] >= index_T)
 
 
 def _losses(model: LanguageModel, rows: Examples) -> tuple[float, float, float]:

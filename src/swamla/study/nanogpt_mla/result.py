@@ -5,7 +5,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from swamla.interpret.sections import Verdict, as_plain
-from swamla.interpret.verdicts import ACCURACY
+from swamla.interpret.verdicts import ACCURACY, CONTROL, CUT, HIT
 from swamla.model.accounting import count_parameters
 from swamla.study.nanogpt_mla.measured import LEVELS
 from swamla.study.nanogpt_mla.plan import EXPERIMENTS, MIXERS, REFERENCE, Experiment, arm_name, mixer_of
@@ -111,9 +111,17 @@ def _group(experiment: Experiment, mixer: str, measured: Rows) -> dict[str, Any]
     found |= {name: [row[name] for row in rows] for name in names}
     if experiment.kind == "repeats":
         found["behind"] = [row["behind"] for row in rows]
+        found["late"] = [_reads_behind(row) for row in rows]
         found["steps_to"] = {f"{level:g}": [row["steps_to"][f"{level:g}"] for row in rows] for level in LEVELS}
     values = {name: found[name] for name in (*names, "repeats_accuracy", "cut", "control")}
     return found | {"intervals": {name: interval(each) for name, each in values.items()}}
+
+
+def _reads_behind(row: Mapping[str, Any]) -> bool:
+    """Whether a run without induction heads answers by heads that read behind the answer, by the same rules."""
+    late = row["behind"]
+    agree = late["hit"] >= HIT and late["cut"] >= CUT and abs(late["control"]) <= CONTROL * late["cut"]
+    return row["induction"] != "yes" and row["repeats"]["accuracy"] >= ACCURACY and agree
 
 
 def _best_layer(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -154,61 +162,72 @@ def _comparisons(experiment: Experiment, measured: Rows) -> list[dict[str, Any]]
 def verdicts(data: Mapping[str, Any]) -> list[Verdict]:
     """The answers, the claim first. data: a result without its verdicts."""
     repeats = [each for each in data["experiments"] if each["kind"] == "repeats"]
-    grown = {(mixer, each["slug"]): _grown(data, each, mixer) for mixer in LATENT for each in repeats}
-    answers = [_claim(repeats, grown), *grown.values(), _circuit(data, repeats), *_otherwise(data, repeats)]
+    grown = [_grown(data, each, mixer) for mixer in LATENT for each in repeats]
+    answers = [_claim(data, repeats), *grown, _circuit(data, repeats), *_otherwise(data, repeats)]
     return [*answers, _time(data, repeats), *_on_text(data)]
 
 
-def _claim(repeats: Rows, grown: Mapping[tuple[str, str], Verdict]) -> Verdict:
+STATES = {
+    "none": "It holds for",
+    "all": "It does not hold for",
+    "some": "Some seeds only have such heads in",
+    "behind": "To the letter alone it holds, since heads answer that read right behind what followed before, for",
+    "untold": "It cannot be told, as no run of mha has such heads either, for",
+}
+
+
+def _state(own: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
+    """What is found of a mixer in a budget, one of `STATES`."""
+    if own["grown"]:
+        return "all" if own["grown"] == len(own["seeds"]) else "some"
+    if any(own["late"]):
+        return "behind"
+    return "none" if own["seeds"] and reference["grown"] else "untold"
+
+
+def _claim(data: Mapping[str, Any], repeats: Rows) -> Verdict:
     """Whether the fork's claim holds, by the cases in which it can be tested."""
     cases: dict[str, list[str]] = {}
     budgets = False
     for mixer in LATENT:
-        answers = {each["slug"]: grown[mixer, each["slug"]].answer for each in repeats}
-        budgets |= "no" in answers.values() and len({"yes", "partly"} & {*answers.values()}) > 0
-        for each in repeats:
-            cases.setdefault(answers[each["slug"]], []).append(f"{mixer} after {each['steps']} steps")
-    told = [
-        f"{what} {', '.join(cases[answer])}."
-        for answer, what in (
-            ("no", "It holds for"),
-            ("yes", "It does not hold for"),
-            ("partly", "Some seeds only have such heads in"),
-            ("figure", "It cannot be told, as no run of mha has such heads either, for"),
-        )
-        if answer in cases
-    ]
+        found = [_state(*(data["found"][each["slug"]][one] for one in (mixer, REFERENCE))) for each in repeats]
+        budgets |= "none" in found and bool({"all", "some", "behind"} & {*found})
+        for each, state in zip(repeats, found, strict=True):
+            cases.setdefault(state, []).append(f"{mixer} after {each['steps']} steps")
+    told = [f"{words} {', '.join(cases[state])}." for state, words in STATES.items() if state in cases]
     if budgets:
         told.append("So what is found depends on the budget: steps and rate.")
     text = f"The claim is that latent attention grows no induction heads. {' '.join(told)}"
-    question, against = "Does the claim hold?", {"yes", "partly"} & cases.keys()
-    if "no" not in cases and "yes" not in cases:
-        return Verdict(question=question, answer="partly", short="unsettled", text=text)
-    if "no" in cases and against:
+    question, against = "Does the claim hold?", {"all", "some"} & cases.keys()
+    if "behind" in cases or ("none" in cases and against):
         return Verdict(question=question, answer="partly", short="in part", text=text)
+    if not against and "none" not in cases:
+        return Verdict(question=question, answer="partly", short="unsettled", text=text)
     return Verdict(question=question, answer="no" if against else "yes", short="no" if against else "yes", text=text)
 
 
 def _grown(data: Mapping[str, Any], experiment: Mapping[str, Any], mixer: str) -> Verdict:
     """In how many seeds a mixer has induction heads: accuracy, hit rate and cut agree."""
     own, reference = (data["found"][experiment["slug"]][each] for each in (mixer, REFERENCE))
-    count, seeds = own["grown"], len(own["seeds"])
+    count, seeds, late = own["grown"], len(own["seeds"]), sum(own["late"])
     question = f"Heads in {mixer}, {experiment['steps']} steps?"
     if not seeds:
         return Verdict(question=question, answer="figure", short="no run", text="No run of it finished.")
     compared = next(each for each in data["comparisons"][experiment["slug"]] if each["mixer"] == mixer)
+    behind = f" In {late} of {seeds} seeds heads answer that read right behind what followed before." if late else ""
     text = (
         f"In {count} of {seeds} seeds{_rate(own)}, at {experiment['lr']:g}; mha in {reference['grown']} of "
-        f"{len(reference['seeds'])}. Accuracy {values(own['accuracy'])}, mha {values(reference['accuracy'])}; "
+        f"{len(reference['seeds'])}.{behind} Accuracy {values(own['accuracy'])}, mha {values(reference['accuracy'])}; "
         f"difference {_bounds(compared['interval'])}."
     )
-    if count == seeds:
-        return Verdict(question=question, answer="yes", short="yes", text=text)
-    if count:
-        return Verdict(question=question, answer="partly", short=f"{count} of {seeds}", text=text)
-    if reference["grown"]:
-        return Verdict(question=question, answer="no", short="no", text=text)
-    return Verdict(question=question, answer="figure", short="nor has mha", text=text)
+    answer, short = {
+        "all": ("yes", "yes"),
+        "some": ("partly", f"{count} of {seeds}"),
+        "behind": ("partly", "read behind"),
+        "none": ("no", "no"),
+        "untold": ("figure", "nor has mha"),
+    }[_state(own, reference)]
+    return Verdict(question=question, answer=answer, short=short, text=text)
 
 
 def _bounds(interval: Sequence[float | None]) -> str:
@@ -225,56 +244,59 @@ def _rate(own: Mapping[str, Any]) -> str:
 
 
 def _circuit(data: Mapping[str, Any], repeats: Rows) -> Verdict:
-    """Whether those that have induction heads owe as much to them."""
+    """Whether those that answer owe as much to the same edges."""
     question = "Is it the same circuit?"
-    parts, controls = [], [0.0]
+    parts, behind, controls = [], [], [0.0]
     for mixer in MIXERS:
-        cuts, hits = [], []
-        for experiment in repeats:
-            own = data["found"][experiment["slug"]][mixer]
-            has = _has(data, experiment, mixer)
-            cuts += [cut for cut, there in zip(own["cut"], has, strict=True) if there]
-            hits += [hit for hit, there in zip(own["hit"], has, strict=True) if there]
-            controls += [abs(each) for each, there in zip(own["control"], has, strict=True) if there]
-        if cuts:
+        rows = [row for each in repeats for row in _runs(data, each, mixer)]
+        best = [_best_layer(row) for row in rows if row["induction"] == "yes"]
+        late = [row["behind"] for row in rows if _reads_behind(row)]
+        controls += [abs(each["control"]) for each in (*best, *late)]
+        if best:
+            hits, cuts = [max(layer["hit"]) for layer in best], [layer["cut"] for layer in best]
             parts.append(f"{mixer} {span(cuts)} nats (best head's hit rate {span(hits)})")
-    if len(parts) < 2:
-        return Verdict(
-            question=question, answer="figure", short="unknown", text="Fewer than two of the mixers have such heads."
+        if late:
+            hits, cuts, offsets = ([each[name] for each in late] for name in ("hit", "cut", "offset"))
+            behind.append(f"{mixer} {span(cuts)} nats (best head's hit rate {span(hits)}, {span(offsets, 0)} behind)")
+    if len(parts) + len(behind) < 2:
+        text = "Fewer than two of the mixers have heads that answer."
+        return Verdict(question=question, answer="figure", short="unknown", text=text)
+    told = []
+    if parts:
+        told.append(
+            f"Without exactly the edges of one layer to what followed before the loss rises by: {', '.join(parts)}."
         )
-    text = (
-        f"Without exactly the induction edges of one layer the loss rises by: {', '.join(parts)}; without as many "
-        f"other edges by {max(controls):.2f} at most. So all of these need attention to the token that followed before."
-    )
-    return Verdict(question=question, answer="yes", short="yes", text=text)
+    if behind:
+        told.append(
+            "Without exactly those to the tokens right behind that, where a lower layer has put the answer, by: "
+            f"{', '.join(behind)}."
+        )
+    told.append(f"Without as many other edges by {max(controls):.2f} at most.")
+    answer = "yes" if not behind or not parts else "partly" if len(parts) > 1 else "no"
+    short = {"yes": "yes", "partly": "in part", "no": "no"}[answer]
+    return Verdict(question=question, answer=answer, short=short, text=" ".join(told))
 
 
 def _otherwise(data: Mapping[str, Any], repeats: Rows) -> list[Verdict]:
-    """The models that answer without induction heads, if there are any, and whether these read behind the answer."""
+    """The models that answer by none of both, if there are any."""
     parts = []
     for each in repeats:
-        for mixer, own in data["found"][each["slug"]].items():
-            has = _has(data, each, mixer)
-            answers = [accuracy >= ACCURACY and not there for accuracy, there in zip(own["accuracy"], has, strict=True)]
-            late = [one for one, answered in zip(own["behind"], answers, strict=True) if answered]
-            if late:
-                where, hits, cuts = ([one[name] for one in late] for name in ("offset", "hit", "cut"))
-                parts.append(
-                    f"{mixer} after {each['steps']} steps in {len(late)} of {len(has)} seeds (best head's hit rate "
-                    f"{span(where, digits=0)} behind {span(hits)}, cut {span(cuts)} nats)"
-                )
+        for mixer in MIXERS:
+            rows = _runs(data, each, mixer)
+            answers = [row for row in rows if row["repeats"]["accuracy"] >= ACCURACY and row["induction"] != "yes"]
+            if other := sum(not _reads_behind(row) for row in answers):
+                parts.append(f"{mixer} after {each['steps']} steps in {other} of {len(rows)} seeds")
     if not parts:
         return []
     text = (
-        f"{'; '.join(parts)}: accuracy .5 or more, but no head's hit rate and cut agree. In brackets: what they owe to "
-        "the tokens right behind those that followed before, where a lower layer can have put the answer."
+        f"{'; '.join(parts)}: accuracy .5 or more, but no head's hit rate and cut agree, neither of what followed "
+        "before nor of the tokens right behind it. How these answer is not shown here."
     )
-    return [Verdict(question="Answers without heads?", answer="yes", short="yes", text=text)]
+    return [Verdict(question="Answers otherwise?", answer="yes", short="yes", text=text)]
 
 
-def _has(data: Mapping[str, Any], experiment: Mapping[str, Any], mixer: str) -> list[bool]:
-    rows = [row for row in data["runs"] if (row["experiment"], row["mixer"]) == (experiment["slug"], mixer)]
-    return [row["induction"] == "yes" for row in sorted(rows, key=lambda row: row["seed"])]
+def _runs(data: Mapping[str, Any], experiment: Mapping[str, Any], mixer: str) -> Rows:
+    return [row for row in data["runs"] if (row["experiment"], row["mixer"]) == (experiment["slug"], mixer)]
 
 
 def _time(data: Mapping[str, Any], repeats: Rows) -> Verdict:
