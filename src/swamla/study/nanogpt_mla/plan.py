@@ -17,6 +17,7 @@ import torch
 from swamla.config import from_plain, load_file
 from swamla.data.dataset import TrainingData
 from swamla.data.hub import has_shakespeare
+from swamla.model.mixers.mha import MHAConfig
 from swamla.recipes import recipe_path
 from swamla.study.matching import Costs
 from swamla.study.plan import Arm, Asked, Study
@@ -121,6 +122,7 @@ def _on_repeats(mixer: str) -> RunConfig:
     model = replace(config.model, learned_positions=LENGTH)
     if mixer == REFERENCE:
         block = model.blocks[mixer]
+        assert isinstance(block.mixer, MHAConfig)
         model = replace(model, blocks={mixer: replace(block, mixer=replace(block.mixer, rope=None))})
     train = replace(config.train, batch_size=ROWS, block_size=LENGTH)
     return replace(config, data=replace(config.data, source=REPEATS), model=model, train=train)
