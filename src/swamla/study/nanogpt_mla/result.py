@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Literal
 
 from swamla.interpret.sections import Verdict, as_plain
 from swamla.interpret.verdicts import ACCURACY, CONTROL, CUT, HIT
@@ -17,6 +17,7 @@ FORMAT = 1
 LATENT = MIXERS[1:]
 MARGINS = {"accuracy": 0.05, "bits per byte": 0.01}  # differences below are too small to matter
 Rows = Sequence[Mapping[str, Any]]
+Answer = Literal["yes", "partly", "no", "figure"]
 
 
 def result(
@@ -220,13 +221,14 @@ def _grown(data: Mapping[str, Any], experiment: Mapping[str, Any], mixer: str) -
         f"{len(reference['seeds'])}.{behind} Accuracy {values(own['accuracy'])}, mha {values(reference['accuracy'])}; "
         f"difference {_bounds(compared['interval'])}."
     )
-    answer, short = {
+    answers: dict[str, tuple[Answer, str]] = {
         "all": ("yes", "yes"),
         "some": ("partly", f"{count} of {seeds}"),
         "behind": ("partly", "read behind"),
         "none": ("no", "no"),
         "untold": ("figure", "nor has mha"),
-    }[_state(own, reference)]
+    }
+    answer, short = answers[_state(own, reference)]
     return Verdict(question=question, answer=answer, short=short, text=text)
 
 
@@ -272,8 +274,8 @@ def _circuit(data: Mapping[str, Any], repeats: Rows) -> Verdict:
             f"{', '.join(behind)}."
         )
     told.append(f"Without as many other edges by {max(controls):.2f} at most.")
-    answer = "yes" if not behind or not parts else "partly" if len(parts) > 1 else "no"
-    short = {"yes": "yes", "partly": "in part", "no": "no"}[answer]
+    answer: Answer = "yes" if not behind or not parts else "partly" if len(parts) > 1 else "no"
+    short = "in part" if answer == "partly" else answer
     return Verdict(question=question, answer=answer, short=short, text=" ".join(told))
 
 
