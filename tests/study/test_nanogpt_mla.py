@@ -24,7 +24,7 @@ from swamla.study.nanogpt_mla.measured import (
     scored_rows,
 )
 from swamla.study.nanogpt_mla.plan import EXPERIMENTS, MIXERS, REPEATS, configs, text_of
-from swamla.study.nanogpt_mla.result import verdicts
+from swamla.study.nanogpt_mla.words import verdicts
 from swamla.tasks import Task, parse
 from tests.interpret.browser import browser
 from tests.interpret.models import build, induction_model

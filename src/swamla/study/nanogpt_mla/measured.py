@@ -21,7 +21,7 @@ from swamla.interpret.explaining import REPEAT_ROWS, repeat_size
 from swamla.interpret.patterns import edge_scores, edges_between
 from swamla.interpret.repeats import LayerInduction, Repeats, conv_width, induction, repeated_rows
 from swamla.interpret.sections import as_plain
-from swamla.interpret.verdicts import inducing_heads, induction_verdict
+from swamla.interpret.verdicts import ACCURACY, CONTROL, CUT, HIT, inducing_heads, induction_verdict
 from swamla.model.language_model import NO_LABEL, LanguageModel
 from swamla.study.nanogpt_mla.plan import experiment_of, mixer_of
 from swamla.study.runs import Outcome, run_folder
@@ -37,6 +37,9 @@ SCORED_TOKENS = 1 << 17  # of held-out text, in rows spread over it
 PROMPT, SAMPLE = 24, 160  # characters of held-out text that are continued, and tokens of the continuation
 PROMPTS = 3
 BEHIND = 3  # tokens behind those that followed before, up to which a head is looked for that reads late
+
+
+Rows = Sequence[Mapping[str, Any]]  # lines of measured.jsonl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,4 +253,17 @@ def prompts_of(text: Dataset) -> list[str]:
         lines = text.tokenizer.decode(ids[begin : begin + 2000].tolist()).splitlines()[1:] or ["\n"]
         line = next((line for line in lines if len(line) > PROMPT // 2 and line.isprintable()), lines[0])
         found.append(line if len(line) <= PROMPT else line[:PROMPT].rpartition(" ")[0] or line[:PROMPT])
+    return found
+
+
+def reads_behind(row: Mapping[str, Any]) -> bool:
+    """Whether a run without induction heads answers by heads that read behind the answer, by the same rules."""
+    late = row["behind"]
+    agree = late["hit"] >= HIT and late["cut"] >= CUT and abs(late["control"]) <= CONTROL * late["cut"]
+    return row["induction"] != "yes" and row["repeats"]["accuracy"] >= ACCURACY and agree
+
+
+def best_layer(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The layer that owes most to its induction edges."""
+    found: Mapping[str, Any] = max(row["repeats"]["layers"], key=lambda layer: layer["cut"])
     return found

@@ -10,7 +10,7 @@ from swamla.interpret.page.parts import Data, legend, table
 from swamla.interpret.page.svg import BLUE, GREEN, ORANGE, Line, heat_map, line_chart, number
 from swamla.study.nanogpt_mla.measured import BEHIND
 from swamla.study.nanogpt_mla.plan import MIXERS
-from swamla.study.nanogpt_mla.result import values
+from swamla.study.nanogpt_mla.words import values
 
 COLOURS = dict(zip(MIXERS, (BLUE, ORANGE, GREEN), strict=True))
 MAPS = (
