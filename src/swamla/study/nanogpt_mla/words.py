@@ -203,10 +203,12 @@ def not_said(data: Mapping[str, Any]) -> list[str]:
     any_values = [float(seed) for seed in range(n)]  # the width in deviations depends on their number alone
     half = (t_interval(any_values).high - mean(any_values)) / stdev(any_values)
     low = wilson(n, n).low
+    longest = max(each["steps"] for each in data["experiments"] if each["kind"] == "repeats")
     return [
         *(f"One seed of {title}: how far seeds differ is not measured there." for title in single),
         f"{n} seeds are few: the 95 % interval of a mean is ± {half:.1f} standard deviations wide, and {n} of {n} "
         f"seeds are a rate of {low:.0%} or more.",
+        f"What is not there after {longest} steps may come later.",
         "Learning rates were fixed beforehand and are not the best of each arm: an arm may be slow because of its "
         "rate. `swamla compare` searches rates.",
         "Arms are equal in width, layers, heads, learned positions, rows and schedule, not in parameters (see the "
