@@ -194,7 +194,14 @@ def told(study, grown: dict[tuple[str, str], int], late: dict[tuple[str, str], i
         ((2, 2), (2, 2), (0, 2), 0, "partly", "So what is found depends on the budget: steps and rate"),
         ((0, 0), (0, 0), (0, 0), 0, "partly", "It cannot be told, as no run of mha has such heads either"),
         ((2, 2), (2, 2), (2, 1), 0, "no", "Some seeds only have such heads in latent"),
-        ((2, 2), (0, 0), (0, 0), 2, "partly", "answer that read right behind what followed before, for mla after 2"),
+        (
+            (2, 2),
+            (0, 0),
+            (0, 0),
+            2,
+            "partly",
+            "to the letter only, as the heads that answer read right behind what followed before, for mla",
+        ),
     ],
 )
 def test_the_claim_is_judged_by_the_seeds_that_have_heads(study, mha, mla, latent, late: int, answer: str, words: str):

@@ -26,7 +26,7 @@ STATES = {
     "none": "It holds for",
     "all": "It does not hold for",
     "some": "Some seeds only have such heads in",
-    "behind": "To the letter alone it holds, since heads answer that read right behind what followed before, for",
+    "behind": "It holds to the letter only, as the heads that answer read right behind what followed before, for",
     "untold": "It cannot be told, as no run of mha has such heads either, for",
 }
 
