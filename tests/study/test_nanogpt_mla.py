@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -124,14 +125,15 @@ def test_arms_differ_in_nothing_but_the_mixer(study):
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_arms_of_random_repeats_are_layers_of_attention_alone_that_differ_in_steps_and_rate(mixer: str):
     found = configs("text.txt", "char")
-    short, long, _ = (found[f"{each.slug}-{mixer}"] for each in EXPERIMENTS)
-    assert short.model == long.model
+    short, long, longest, _ = (found[f"{each.slug}-{mixer}"] for each in EXPERIMENTS)
+    assert short.model == long.model == longest.model
     assert (short.model.width, short.model.pattern, short.model.learned_positions) == (64, (mixer, mixer), 128)
     assert short.model.blocks[mixer].ffn.kind == "none"
-    assert short.data.task == long.data.task == parse(REPEATS)
+    assert short.data.task == long.data.task == longest.data.task == parse(REPEATS)
     train = {name: getattr(short.train, name) for name in ("steps", "lr")}
     assert train == {"steps": 400, "lr": 1e-2}
     assert (long.train.steps, long.train.lr) == (1000, 4e-3)
+    assert replace(longest.train, steps=1000, eval_interval=40, log_interval=100) == long.train
 
 
 def test_sizes_are_those_of_the_trained_models(study):

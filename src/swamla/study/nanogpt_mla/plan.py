@@ -1,9 +1,10 @@
 """The arms of the study: three mixers, equal in all else, in three experiments.
 
 Random repeats have no text: two layers of attention alone, as in the recipe toy-induction, are asked, after a token,
-what followed it before. They are trained twice, with a short and with a long budget, since whether a head is there
-depends on when one looks. Shakespeare's characters are nanoGPT's own test; they have fewer steps than its recipe, and
-one seed, for time. Arms are trained with the same seeds, hence on the same rows.
+what followed it before. They are trained three times, with a short, a long and a very long budget, since whether a head
+is there depends on when one looks. Shakespeare's characters are nanoGPT's own test; they have fewer steps than its
+recipe. They and the longest budget have one seed, for time. Arms are trained with the same seeds, hence on the same
+rows.
 """
 
 import math
@@ -62,6 +63,15 @@ EXPERIMENTS = (
     ),
     Experiment(
         slug="repeats-long", kind="repeats", title="random repeats, long budget", steps=1000, lr=4e-3, evaluations=25
+    ),
+    Experiment(
+        slug="repeats-longest",
+        kind="repeats",
+        title="random repeats, longest budget",
+        steps=3000,
+        lr=4e-3,
+        evaluations=30,
+        seeds=1,
     ),
     Experiment(slug="text", kind="text", title="characters", steps=600, lr=2e-3, evaluations=10, seeds=1),
 )
