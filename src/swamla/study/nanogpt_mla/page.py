@@ -39,6 +39,7 @@ def explorer_data(data: Data) -> dict[str, Any]:
     """What the script reads: texts with every head's weights; layers, which are of another mixer in every text."""
     titles = {each["slug"]: each for each in data["experiments"]}
     runs = [row for row in data["runs"] if "drawn" in row and row["seed"] == _first_seed(data)]
+    runs.sort(key=lambda row: -titles[row["experiment"]]["steps"])  # the longest budget first
     texts = [
         row["drawn"]
         | {"name": f"{row['mixer']}, {titles[row['experiment']]['steps']} steps, seed {row['seed']}: a held-out row"}
@@ -132,25 +133,25 @@ def _repeats(data: Data, experiment: Data) -> Section:
             ("mixer", ""),
             ("cut", "nats, by seed"),
             ("control", "nats, by seed"),
-            ("hit rate", "best head, by seed"),
-            ("attribution", "best head, by seed"),
-            ("hit behind", "best head, by seed"),
+            ("hit rate", "best head"),
+            ("attribution", "best head"),
+            ("hit behind", "best head"),
             ("cut behind", "nats, by seed"),
         ],
         [
             (
                 mixer,
-                _nats(own["cut"]),
-                _nats(own["control"]),
+                _list(own["cut"]),
+                _list(own["control"]),
                 _list(own["hit"]),
                 _list(own["attribution"]),
                 _list([each["hit"] for each in own["behind"]]),
-                _nats([each["cut"] for each in own["behind"]]),
+                _list([each["cut"] for each in own["behind"]]),
             )
             for mixer, own in found.items()
         ],
-        "Of the layer that owes most to its induction edges, which lead from a query to the tokens that followed the "
-        "same token before. Cut: rise of the loss when exactly these are subtracted from the layer's output; control: "
+        "By seed, of the layer that owes most to its induction edges, which lead from a query to the tokens that "
+        "followed the same token before. Cut: rise of the loss when exactly these are subtracted from the layer's output; control: "
         "the same for as many other edges of the same queries. Hit rate: how often a head's largest weight is on one "
         f"of them. Behind: the same of the edges one, two or up to {BEHIND} tokens behind, whichever cut is largest.",
     )
@@ -180,12 +181,10 @@ def _compared(data: Data, experiment: Data) -> str:
     return "".join(f"<p>{escape(each['words'])}</p>" for each in data["comparisons"][experiment["slug"]])
 
 
-def _nats(found: Sequence[float]) -> str:
-    return " · ".join(f"{each:+.2f}".replace("-", "−").replace("−0.00", "+0.00") for each in found)
-
-
-def _list(found: Sequence[float | None]) -> str:
-    return " · ".join(number(each) for each in found)
+def _list(found: Sequence[float]) -> str:
+    """Shares and nats of two decimals, as papers print them: .57 · −.05 · 1.00."""
+    rounded = [round(each, 2) for each in found]
+    return " · ".join("−" * (each < 0) + f"{abs(each):.2f}".removeprefix("0") for each in rounded)
 
 
 def _curves(data: Data, experiment: Data, label: str) -> str:
@@ -239,17 +238,18 @@ def _maps(data: Data, experiment: Data) -> str:
 
 def _text(data: Data, experiment: Data) -> Section:
     found = data["found"][experiment["slug"]]
+    several = experiment["seeds"] > 1
     learned = table(
         [
             ("mixer", ""),
-            ("bits per byte", "mean ± ½ interval"),
+            *([("bits per byte", "mean ± ½ interval")] if several else []),
             ("bits per byte", "by seed"),
             ("nats a token", "by seed"),
         ],
         [
             (
                 mixer,
-                values(own["bits_per_byte"]),
+                *([values(own["bits_per_byte"])] if several else []),
                 *(" · ".join(f"{each:.3f}" for each in own[name]) for name in ("bits_per_byte", "loss")),
             )
             for mixer, own in found.items()
@@ -271,8 +271,8 @@ def _text(data: Data, experiment: Data) -> Section:
                 mixer,
                 f"{own['grown']} of {len(own['seeds'])}",
                 *(_list(own[name]) for name in ("repeats_accuracy", "first_loss", "second_loss")),
-                _nats(own["cut"]),
-                _nats(own["control"]),
+                _list(own["cut"]),
+                _list(own["control"]),
             )
             for mixer, own in found.items()
         ],

@@ -91,7 +91,7 @@ def _bounds(interval: Sequence[float | None]) -> str:
     middle, low, high = interval
     if middle is None or low is None or high is None:
         return "unknown: fewer than two seeds of both"
-    return f"{middle:+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
+    return f"{middle:+.3f} (95 % interval {low:+.3f} to {high:+.3f})".replace("-", "−")
 
 
 def _rate(own: Mapping[str, Any]) -> str:
@@ -210,7 +210,7 @@ def not_said(data: Mapping[str, Any]) -> list[str]:
         f"seeds are a rate of {low:.0%} or more.",
         f"What is not there after {longest} steps may come later.",
         "Learning rates were fixed beforehand and are not the best of each arm: an arm may be slow because of its "
-        "rate. `swamla compare` searches rates.",
+        "rate. The command swamla compare searches rates.",
         "Arms are equal in width, layers, heads, learned positions, rows and schedule, not in parameters (see the "
         "table).",
         "The models of random repeats are two layers of attention alone, whose size of rows was chosen by what mha "
