@@ -153,7 +153,8 @@ def _repeats(data: Data, experiment: Data) -> Section:
         "By seed, of the layer that owes most to its induction edges, which lead from a query to the tokens that "
         "followed the same token before. Cut: rise of the loss when exactly these are subtracted from the layer's "
         "output; control: the same for as many other edges of the same queries. Hit rate: how often a head's largest "
-        f"weight is on one of them. Behind: the same of the edges one, two or up to {BEHIND} tokens behind, whichever cut is largest.",
+        f"weight is on one of them. Behind: the same of the edges one, two or up to {BEHIND} tokens behind, whichever "
+        "cut is largest.",
     )
     lead = (
         f"Rows of {experiment['data']}: different ids, the first of which never come again; then pieces of the others "
