@@ -37,6 +37,7 @@ from .in_process import reproduced
 TASKS = [parse(f"induction?length=24&prefix=4&shortest=4&longest=8&vocabulary=12&pieces={n}") for n in (0, 2, 3)]
 TINY = "--width 16 --batch_size 2 --steps 2 --eval_interval 1 --eval_tokens 128"
 KILLED_RUN = 4
+BUDGETS = [each.slug for each in EXPERIMENTS if each.kind == "repeats" and each.seeds is None]
 CUT_OFF = """
 const frames = [...document.querySelectorAll('svg')];
 return frames.filter(svg => [...svg.querySelectorAll('text')].some(text => {
@@ -190,8 +191,12 @@ def test_in_a_browser_the_page_fits_the_window_loads_nothing_and_tells_what_the_
 
 
 def told(study, grown: dict[tuple[str, str], int], late: dict[tuple[str, str], int]) -> list[Verdict]:
-    """The verdicts, if so many of two seeds have induction heads, and heads that read behind: (mixer, experiment)."""
+    """The verdicts, if so many of two seeds have induction heads, and heads that read behind: (mixer, experiment).
+
+    Of the experiments with two seeds, and the text.
+    """
     data = copy.deepcopy(study.result)
+    data["experiments"] = [each for each in data["experiments"] if each["slug"] in (*BUDGETS, "text")]
     for place, count in grown.items():
         rows = [row for row in data["runs"] if (row["mixer"], row["experiment"]) == place]
         reads = [number >= 2 - late.get(place, 0) for number in range(2)]
@@ -224,15 +229,14 @@ def told(study, grown: dict[tuple[str, str], int], late: dict[tuple[str, str], i
     ],
 )
 def test_the_claim_is_judged_by_the_seeds_that_have_heads(study, mha, mla, latent, late: int, answer: str, words: str):
-    slugs = [each.slug for each in EXPERIMENTS if each.kind == "repeats"]
     counts = {"mha": mha, "mla": mla, "latent": latent}
-    grown = {(mixer, slug): count[n] for mixer, count in counts.items() for n, slug in enumerate(slugs)}
-    first = told(study, grown, {("mla", slugs[1]): late})[0]
+    grown = {(mixer, slug): count[n] for mixer, count in counts.items() for n, slug in enumerate(BUDGETS)}
+    first = told(study, grown, {("mla", BUDGETS[1]): late})[0]
     assert (first.answer, words in first.text) == (answer, True), first.text
 
 
 def test_heads_that_read_behind_the_answer_are_another_circuit_and_named_as_such(study):
-    short, long = (each.slug for each in EXPERIMENTS if each.kind == "repeats")
+    short, long = BUDGETS
     grown = {(mixer, slug): 0 for mixer in MIXERS for slug in (short, long)} | {("mha", long): 2}
     found = {each.question: each for each in told(study, grown, {("mla", long): 2})}
     circuit = found["Is it the same circuit?"]

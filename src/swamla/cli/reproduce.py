@@ -45,7 +45,8 @@ PAGE, RESULT = "report.html", "result.json"
 class Arguments:
     """Reproduce a published comparison: train its arms with several seeds, measure them, and say where its claim holds.
 
-    nanogpt-mla: does latent attention grow induction heads, as GPT-2's attention does? About eleven minutes of two cores.
+    nanogpt-mla: does latent attention grow induction heads, as GPT-2's attention does? About eleven minutes of two
+        cores.
     The same command goes on where it was stopped, whatever stopped it; a run that has ended is not repeated.
 
     name: which comparison.
