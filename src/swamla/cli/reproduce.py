@@ -51,7 +51,7 @@ class Arguments:
 
     name: which comparison.
     output: its folder: report.html (one page that needs no network), pictures, result.json, and the runs.
-    seeds: of every arm.
+    seeds: of every arm but those of one seed, for time: the longest budget and the characters.
     data: the text whose characters are learned, a file or a folder; by default Shakespeare where it is already,
         else Python's own library.
     flags: flags of `swamla train` for all runs, as one text, to try it small: "--width 16 --steps 20".
