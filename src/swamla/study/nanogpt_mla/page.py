@@ -59,7 +59,7 @@ def _opening(data: Data) -> list[str]:
     return [
         '<p class="kicker">swamla reproduce nanogpt-mla</p>',
         f"<h1>{escape(data['question'])}</h1>",
-        f'<div class="box"><p class="question">Claim: <i>{escape(data["claim"])}</i></p>',
+        f'<div class="box long"><p class="question">Claim: <i>{escape(data["claim"])}</i></p>',
         verdict_list(data["verdicts"]),
         f'<p class="note">What this does not say:</p><ul class="note">{notes}</ul></div>',
     ]
