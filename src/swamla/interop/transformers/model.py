@@ -123,6 +123,14 @@ class SwamlaForCausalLM(PreTrainedModel, GenerationMixin):
         super().save_pretrained(save_directory, *arguments, **settings)
         (Path(save_directory) / f"{CODE}.py").write_text(SOURCE, encoding="utf-8")
 
+    @property
+    def init_continuous_batching(self) -> Any:
+        """Absent: it is of keys and values in pages, and this model's state is others. `swamla serve` batches so.
+
+        transformers asks by `hasattr`, and its server then answers one request after the other.
+        """
+        raise AttributeError("init_continuous_batching")
+
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_length: int
     ) -> None:
