@@ -221,6 +221,6 @@ def test_the_model_without_its_head_gives_what_the_head_reads_and_refuses_what_i
     assert isinstance(block.ffn, MoEConfig)
     balanced = replace(block, ffn=replace(block.ffn, aux_loss=0.01))
     routed = of(build_model(replace(hybrid_config(pattern=("swa",)), blocks={"swa": balanced})).train())
-    with pytest.raises(UsageError, match="aux_loss and z_loss: they must be 0"):
+    with pytest.raises(UsageError, match="`aux_loss` and `z_loss`: they must be 0"):
         routed.base_model(input_ids=tokens, attention_mask=mask)
     routed.eval().base_model(input_ids=tokens, attention_mask=mask)

@@ -189,7 +189,8 @@ def _fine_tune(
         run = shlex.quote(str(run_dir))
         longer = f"sft --resume {run} {extension(config.train, step=state.step, seconds=state.seconds)}"
         what = f"{run_dir} has config.json, metrics.jsonl, loss.png and the checkpoints."
-        say_next(console, what, [f"evaluate {run}", longer, f"export {run} OUT"])
+        talk = [f"chat {run}"] if dataset.special_ids else []
+        say_next(console, what, [*talk, f"evaluate {run}", longer, f"export {run} OUT"])
 
 
 def say_answer(console: Console, run_dir: Path, dataset: ChatDataset) -> None:

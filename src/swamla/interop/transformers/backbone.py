@@ -63,7 +63,7 @@ class Backbone(LanguageModel):
         read = self.read(input_ids, attention_mask, position_ids, inputs_embeds, cu_seq_lens_q)
         if self.training and any(name.startswith("loss/") for name in read.statistics):
             raise UsageError(
-                "the loss is computed outside of the model, which loses the routers' aux_loss and z_loss: "
+                "the loss is computed outside of the model, which loses the routers' `aux_loss` and `z_loss`: "
                 "they must be 0 in the model's settings, or use transformers' own Trainer"
             )
         return BaseModelOutput(last_hidden_state=read.rows.apart(read.last_BTD))
