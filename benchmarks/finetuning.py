@@ -1,10 +1,11 @@
 """Fine-tuning a model so that it answers in a format: the share of exact answers before and after, over seeds.
 
+    python benchmarks/finetuning.py runs/base --choose --seeds 0 --lr 1e-3    # to choose a rate
     python benchmarks/finetuning.py runs/base --seeds 0,1,2 [--lora 8] [--steps 150]
 
 The conversations are made here: a user names a person, a city and a number in a sentence, and the answer is one line of
-JSON with these. No held-out sentence, with its three values, is trained on. Prints one line for each seed; everything
-else goes to OUT, by default runs/finetuning.
+JSON with these. No held-out sentence, with its three values, is trained on. Settings are chosen on some of them, and
+answers counted on others. Prints one line for each seed; everything else goes to OUT, by default runs/finetuning.
 """
 
 import argparse
@@ -96,6 +97,9 @@ def main() -> None:
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 trains all weights")
     parser.add_argument("--steps", type=int, default=150, help="of 2,048 tokens: about three minutes on a core")
     parser.add_argument("--lr", type=float, help="by default 2e-3, and 1e-2 for adapters")
+    parser.add_argument(
+        "--choose", action="store_true", help="ask the questions that settings are chosen on, not others"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/finetuning"))
     settings = parser.parse_args()
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -103,7 +107,7 @@ def main() -> None:
     chat.write_text("".join(json.dumps(row) + "\n" for row in conversations()))
     data = DataConfig(source=f"chat:{chat}", tokenizer=str(settings.base / "tokenizer.json"), held_out_fraction=0.1)
     held_out = [(row.messages[0]["content"], row.messages[1]["content"]) for row in ChatDataset(data).held_out]
-    asked = held_out[:ASKED]
+    asked = held_out[:ASKED] if settings.choose else held_out[ASKED : 2 * ASKED]
     before = exact_before(*load(settings.base), asked)
     how = f"lora{settings.lora}" if settings.lora else "all"
     for seed in settings.seeds.split(","):
@@ -115,8 +119,8 @@ def main() -> None:
         with (settings.out / f"{how}-{seed}.log").open("w") as log:
             subprocess.run([sys.executable, "-m", "swamla", *command], stdout=log, stderr=log, check=True)
         after = exact_after(*load(run, "latest"), asked)
-        found = {"seed": int(seed), "trained": how, "asked": len(asked), "exact_before": before, "exact_after": after}
-        print(json.dumps(found), flush=True)
+        found = {"seed": int(seed), "trained": how, "choosing": settings.choose, "asked": len(asked)}
+        print(json.dumps({**found, "exact_before": before, "exact_after": after}), flush=True)
 
 
 if __name__ == "__main__":

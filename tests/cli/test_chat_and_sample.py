@@ -5,7 +5,8 @@ import io
 import pytest
 
 from swamla.cli import chat, main, sample
-from swamla.data.tokenizer import ByteTokenizer, HFTokenizer, Tokenizer
+from swamla.data.chat import template_of
+from swamla.data.tokenizer import ByteTokenizer, HFTokenizer, Tokenizer, train_bpe, with_specials
 from swamla.errors import UsageError
 from swamla.inference.decoding import Decoder
 from swamla.inference.sampling import Sampling
@@ -62,6 +63,17 @@ def test_a_conversation_is_continued_and_begun_anew(
         expected.append(text)
     out, _ = said(monkeypatch, capsys, "Hi\n\nAnd?\n/new\nHi\n/quit\nnever read\n", "--system", "Be kind.")
     assert out == "".join(f"{text}\n" for text in (*expected, expected[0]))
+
+
+def test_a_conversation_has_the_ids_that_fine_tuning_learns_also_where_an_answer_begins_with_a_space() -> None:
+    text = "user\n  a\nassistant\n  b\nsystem\n  c\n" * 9
+    tokenizer = with_specials(HFTokenizer(train_bpe([text], 300)), ("<|im_start|>", "<|im_end|>"))
+    said = [("system", "  c"), ("user", "  a"), ("assistant", "  b"), ("user", "a")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    template = ChatML.of(tokenizer)
+    assert template is not None
+    assert template.encode(tokenizer, messages)[0] == template_of(tokenizer).prompt(messages)
+    assert tokenizer.encode("assistant\n  b") != [*tokenizer.encode("assistant\n"), *tokenizer.encode("  b")]
 
 
 def test_a_conversation_that_is_too_long_says_so_and_goes_on(

@@ -101,6 +101,7 @@ def test_words_may_stand_among_flags_and_behind_two_dashes_nothing_is_a_flag() -
         (["a", "--loud=yes"], "--loud: ignored explicit argument 'yes'"),
         (["a", "--no_loud"], "unknown flag --no_loud; did you mean --loud?"),
         (["a", "--top", "1"], "unknown flag --top; did you mean --top_k?"),
+        (["a", "--chat"], "unknown flag --chat; swamla chat RUN holds a conversation"),
         (["--run", "a"], "unknown flag --run; RUN stands without a flag: a"),
         (["a", "--top-k", "1", "--top_k=2"], "--top_k is given twice"),
         (["a", "--deep", "--no-deep"], "--deep is given twice"),

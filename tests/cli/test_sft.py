@@ -17,6 +17,8 @@ from swamla.data.chat import END, START, template_of
 from swamla.files import read_json
 from swamla.text import answer
 from swamla.train.tracking.metrics import read_metrics
+from tests.model.helpers import assert_close
+from tests.train.ranks import on_ranks
 
 QUESTIONS = [
     {"prompt": f"say {word}", "completion": f"<{word}>"} for word in ("ab", "cd", "ef", "gh", "ij", "kl", "mn", "op")
@@ -60,6 +62,35 @@ def test_a_stopped_fine_tuning_resumes_to_the_bit(folder: Path, tmp_path: Path, 
         assert torch.equal(tensor, second[name]), name
     states = [find_checkpoint(run, "latest").state for run in (whole, parts)]
     assert states[0]["sample"] == states[1]["sample"] == 24
+
+
+def twice(folder: Path, out: Path, planned: tuple[str, ...]) -> None:
+    """On every rank: six steps at once, and in two parts."""
+    assert sft(folder, out / "two", *planned, "--steps", "6") == 0
+    assert sft(folder, out / "parts", *planned, "--steps", "3", "--schedule_steps", "6") == 0
+    assert main(["sft", "--resume", str(out / "parts"), "--steps", "6"]) == 0
+
+
+@pytest.mark.parametrize("lora", [(), ("--lora", "4")], ids=["all weights", "adapters"])
+def test_two_processes_fine_tune_as_one_does_with_the_same_batch_and_resume_to_the_bit(
+    folder: Path, tmp_path: Path, lora: tuple[str, ...]
+) -> None:
+    """Half of each batch's rows each, with other numbers of learned tokens: the mean is over those of both."""
+    planned = (*SMALL[:-2], *lora)
+    assert sft(folder, tmp_path / "one", *planned, "--steps", "6") == 0
+    on_ranks(2, twice, folder, tmp_path, planned)
+    one, two, parts = (tensors(tmp_path / name) for name in ("one", "two", "parts"))
+    assert one.keys() == two.keys() == parts.keys()
+    for name, tensor in one.items():
+        assert torch.equal(parts[name], two[name]), name
+        assert_close(two[name], tensor, 1e-5, name)
+    first, second = (
+        [r["loss"] for r in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in r] for name in ("one", "two")
+    )
+    assert second == pytest.approx(first, rel=1e-5)
+    states = [find_checkpoint(tmp_path / name, "latest").state["sample"] for name in ("one", "two", "parts")]
+    assert states == [24, 24, 24]
+    assert load(tmp_path / "two")[1].specials.keys() >= {START, END}
 
 
 def test_the_vocabulary_grows_by_the_special_ids_whose_rows_begin_as_the_mean(folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from swamla.interop import Architecture, equal_architecture, load_pretrained, re
 from swamla.interop.folder import Weights
 from swamla.model.accounting import count_parameters
 from swamla.registry import members_of
-from tests.interop.cases import CASES, compare
+from tests.interop.cases import CASES, compare, tokens
 
 TOLERANCE, DOUBLE = 1e-5, torch.float64
 
@@ -32,6 +32,23 @@ def test_every_architecture_has_a_case() -> None:
     kinds = {getattr(transformers, case.config).model_type for case in CASES.values()}
     theirs = {kind for kind, each in members_of(Architecture).items() if not each.has_every_model}
     assert kinds == theirs  # our own is compared in test_transformers.py
+
+
+@pytest.mark.parametrize("kind", ["kimi_linear", "bailing_hybrid", "deepseek_v3", "llama", "qwen3_5"])
+@torch.no_grad()
+def test_a_written_folder_computes_the_same_by_eager_attention(kind, tmp_path) -> None:
+    """Which divides the heads of queries by those of keys."""
+    from transformers import AutoModelForCausalLM
+
+    CASES[kind].model().save_pretrained(tmp_path / "theirs")
+    ours = load_pretrained(tmp_path / "theirs")
+    save_pretrained(ours, tmp_path / "out", to=read_architecture(tmp_path / "theirs").kind)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").double()
+    if hasattr(again.config, "num_experts_per_tok"):
+        again.set_experts_implementation("eager")
+    ids = tokens(2, 9)
+    expected = ours.double()(ids)
+    assert (again(ids).logits - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp(min=1)
 
 
 def test_what_transformers_saved_is_the_same_function_here(case) -> None:

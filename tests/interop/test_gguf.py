@@ -10,6 +10,7 @@ import torch
 
 from swamla.checkpoint import load
 from swamla.cli import main
+from swamla.data.chat import make_template, template_of
 from swamla.data.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, IdTokenizer, Tokenizer, gpt2_bpe, train_bpe
 from swamla.errors import MissingBackendError, UsageError
 from swamla.interop import save_gguf
@@ -126,7 +127,7 @@ LLAMA_3 = (
 )
 EXACT = {
     "byte": lambda folder: ByteTokenizer(),
-    "char": lambda folder: CharTokenizer(TEXT),
+    "char": lambda folder: CharTokenizer(f"{TEXT}{''.join(map(chr, range(32, 127)))}"),
     "gpt2": lambda folder: HFTokenizer(gpt2_bpe(gpt2_files(folder))),
     "llama 3": lambda folder: cut_by(LLAMA_3),
     "qwen 2": lambda folder: cut_by(LLAMA_3.replace("{1,3}", "")),
@@ -143,6 +144,62 @@ def test_text_has_the_ids_of_training_behind_the_documents_start_and_comes_back(
         ids = theirs.ask("tokenize", content=TEXT, add_special=True)["tokens"]
         assert ids == [tokenizer.eos_id, *tokenizer.encode(TEXT)]
         assert theirs.ask("detokenize", tokens=ids[1:])["content"] == TEXT
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief: 'é'.\n"},
+    {"role": "user", "content": "  2 + 2?\n\nand 12345 \t☃"},
+    {"role": "assistant", "content": "4\n  <b> "},
+    {"role": "user", "content": "x=[1, 22];"},
+]
+
+
+@needs_gguf
+@pytest.mark.parametrize("kind", EXACT)
+def test_a_model_of_conversations_has_their_template_and_the_ids_that_end_answers(kind, tmp_path) -> None:
+    import gguf
+    import jinja2
+
+    tokenizer = make_template("chatml", EXACT[kind](tmp_path)).tokenizer
+    save_gguf(llama(tokenizer), tmp_path / "model.gguf", tokenizer=tokenizer)
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    found = {name: field.contents() for name, field in fields.items() if name.startswith("tokenizer.")}
+    start, end = (found["tokenizer.ggml.tokens"][tokenizer.specials[each]] for each in ("<|im_start|>", "<|im_end|>"))
+    assert (start, end) == ("<|im_start|>", "<|im_end|>")
+    assert found["tokenizer.ggml.eos_token_id"] == tokenizer.eos_id
+    assert found["tokenizer.ggml.eot_token_id"] == tokenizer.specials["<|im_end|>"]
+    bos = found["tokenizer.ggml.tokens"][found["tokenizer.ggml.bos_token_id"]]
+    template = jinja2.Environment().from_string(found["tokenizer.chat_template"])
+    text = template.render(messages=CHAT, bos_token=bos, add_generation_prompt=True)
+    assert text == tokenizer.decode(template_of(tokenizer).prompt(CHAT))
+    save_gguf(llama(EXACT[kind](tmp_path)), tmp_path / "plain.gguf", tokenizer=EXACT[kind](tmp_path))
+    fields = gguf.GGUFReader(tmp_path / "plain.gguf").fields
+    assert not {"tokenizer.chat_template", "tokenizer.ggml.eot_token_id"} & fields.keys()
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("kind", EXACT)
+def test_llama_cpps_chat_asks_with_the_ids_of_training_and_its_answer_ends_with_the_message(kind, tmp_path) -> None:
+    tokenizer = make_template("chatml", EXACT[kind](tmp_path)).tokenizer
+    ours = llama(tokenizer)
+    ids = template_of(tokenizer).prompt(CHAT)
+    with torch.no_grad():  # a head that says one id, and after it the end of the message
+        said = tokenizer.encode("x")[0]
+        for before, after in ((ids[-1], said), (said, tokenizer.specials["<|im_end|>"])):
+            ours.embedding.weight[before] *= 100
+            ours.head.weight[after] = 0
+        state = ours.hidden(torch.tensor([[*ids, said]]))[0][0]
+        ours.head.weight[said], ours.head.weight[tokenizer.specials["<|im_end|>"]] = state[-2], state[-1]
+    own = ours.generate(torch.tensor([ids]), max_new_tokens=2, temperature=0.0)[0].tolist()
+    assert own == [said, tokenizer.specials["<|im_end|>"]]
+    save_gguf(ours, tmp_path / "model.gguf", tokenizer=tokenizer, weights="f32")
+    with LlamaCpp(tmp_path / "model.gguf") as theirs:
+        text = theirs.ask("apply-template", messages=CHAT)["prompt"]
+        assert theirs.ask("tokenize", content=text, add_special=True, parse_special=True)["tokens"] == ids
+        answer = theirs.ask("v1/chat/completions", messages=CHAT, max_tokens=9, temperature=0)
+        assert answer["usage"]["prompt_tokens"] == len(ids)
+        assert answer["choices"][0]["message"]["content"] == "x"
+        assert answer["choices"][0]["finish_reason"] == "stop"
 
 
 @needs_llama_cpp

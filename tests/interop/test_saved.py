@@ -318,22 +318,6 @@ def test_trainer_trains_evaluates_and_saves_it(tmp_path: Path) -> None:
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "trained/checkpoint-6"), model.model.state_dict())
 
 
-def test_lora_trains_decodes_and_merges() -> None:
-    peft = pytest.importorskip("peft", reason="adapters need peft")
-    torch.manual_seed(0)
-    _, theirs = pair()
-    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
-    adapted, tokens = peft.get_peft_model(theirs, settings).eval(), torch.stack(ids(LONG, LONG))
-    with torch.no_grad():
-        expected = adapted(tokens, use_cache=False).logits
-        cache = adapted(tokens[:, :-1], use_cache=True).past_key_values
-        assert_close(adapted(tokens[:, -1:], past_key_values=cache).logits[:, 0], expected[:, -1], 1e-5)
-    adapted(tokens, labels=tokens).loss.backward()
-    assert all(parameter.grad is not None for parameter in adapted.parameters() if parameter.requires_grad)
-    with torch.no_grad():
-        assert_close(adapted.merge_and_unload()(tokens, use_cache=False).logits, expected, 1e-5)
-
-
 def test_of_is_the_model_that_the_helpers_promise() -> None:
     model = build_model(hybrid_config()).train()
     assert of(model).training

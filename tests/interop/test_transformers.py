@@ -428,3 +428,13 @@ def test_other_rows_than_the_caches_and_other_caches_are_refused() -> None:
         theirs.generate(TOKENS, cache_implementation="static", max_new_tokens=2)
     with pytest.raises(TypeError, match="unexpected keyword argument 'atention_mask'"):
         theirs(TOKENS, atention_mask=TOKENS)
+
+
+def test_transformers_server_is_told_that_continuous_batching_is_not_for_this_class() -> None:
+    """Its pages hold keys and values; so it answers one request after the other, and says so."""
+    serving = pytest.importorskip("transformers.cli.serving.utils", reason="a version without `transformers serve`")
+    _, theirs = pair()
+    state = serving.GenerationState(continuous_batching=True)
+    assert not state.use_continuous_batching(theirs, serving.Modality.LLM)
+    with pytest.raises(AttributeError, match="init_continuous_batching"):
+        theirs.generate_batch([[1, 2, 3]])

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,9 +46,14 @@ def test_what_is_pushed_to_the_hub_is_the_merged_model(dataset, tmp_path: Path) 
     assert "blocks.0.ffn.experts.down" in pushed
 
 
-def test_several_processes_are_refused(dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("changed", [{"parallel": "fsdp"}, {"expert_parallel": 2}])
+def test_processes_that_share_a_model_are_refused(
+    dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]
+) -> None:
     from swamla.train.run_folder import _attach_adapters
 
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    with pytest.raises(ConfigError, match=r"train\.lora = 2: must be 0 with several processes"):
-        _attach_adapters(replace(EXPERTS, vocab_size=300).build(0), tiny_config(EXPERTS, lora=2).train, dataset)
+    with pytest.raises(ConfigError, match=r"train\.lora = 2: must be 0: adapters are trained with the whole model"):
+        _attach_adapters(
+            replace(EXPERTS, vocab_size=300).build(0), tiny_config(EXPERTS, lora=2, **changed).train, dataset
+        )

@@ -42,6 +42,7 @@ ALSO_CALLED = {
 _NO_FLAG = {
     "size": "a recipe has no flag of its own: swamla train {value}",
     "hf_token": "the token is read from HF_TOKEN in the environment, so that it is stored nowhere",
+    "chat": "swamla chat RUN holds a conversation",
 }
 _WORD = re.compile(r"--[\w-]+(=.*)?", re.DOTALL)
 WIDEST = 110

@@ -1,14 +1,16 @@
 """`swamla generate RUN --prompt TEXT`: continue prompts, streaming the text."""
 
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from swamla.checkpoint import load
-from swamla.cli.console import harmless
+from swamla.cli.console import harmless, program
 from swamla.cli.flags import argument, parse
 from swamla.cli.running import run_folder
+from swamla.data.chat import END, START
 from swamla.errors import UsageError
 from swamla.inference.decoding import INT8_MAX_ROWS, decodings_on
 from swamla.inference.sampling import Sampling
@@ -18,7 +20,8 @@ from swamla.text import Generation, encode_prompt, generate_text, room
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Continue prompts with a trained model. One prompt is streamed; several are printed when all are done.
+    """Continue prompts with a trained model; one that was tuned on conversations is asked by `swamla chat RUN`. One
+    prompt is streamed; several are printed when all are done.
 
     run: the run's folder.
     prompt: the text to continue, once per prompt; without one, a new document begins.
@@ -79,6 +82,11 @@ def main(argv: list[str]) -> int:
     model, tokenizer = load(run_folder(arguments.run), arguments.checkpoint)
     if arguments.crop and not model.config.learned_positions:
         raise UsageError("--crop is for learned positions; this model reads texts of any length: leave it out")
+    if {START, END} <= tokenizer.specials.keys():
+        where = f"{program()} chat {shlex.quote(arguments.run)}"
+        print(
+            f"swamla: this model knows conversations: {where} asks it; generate continues plain text", file=sys.stderr
+        )
     fitting = None if arguments.crop else room(model, [encode_prompt(tokenizer, prompt) for prompt in prompts])
     max_new_tokens = _limit(arguments.max_new_tokens, fitting, asked="max_new_tokens" in given)
     alone = len(prompts) == 1

@@ -2,8 +2,8 @@
 
 import math
 import shlex
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,14 @@ from swamla.cli.flags import Flag, argument, parse
 from swamla.cli.outputs import after_training
 from swamla.cli.overrides import flags
 from swamla.cli.run_config import read_recipe
-from swamla.cli.running import claim_folder, naming_resume_command, prepare_data, resumed_folder, run_folder
+from swamla.cli.running import (
+    begun_folder,
+    claim_folder,
+    naming_resume_command,
+    prepare_data,
+    resumed_folder,
+    run_folder,
+)
 from swamla.data.chat_rows import ChatDataset
 from swamla.data.config import CHAT
 from swamla.errors import UsageError
@@ -26,6 +33,7 @@ from swamla.train import RunConfig, train
 from swamla.train.changes import extension
 from swamla.train.claims import Claim, claim_run
 from swamla.train.init_from import origin_of
+from swamla.train.launch import this_launch
 
 RECIPE = Path(__file__).with_name("sft.toml")
 LORA_LR = 5e-3  # adapters, half of which begin at 0, take some ten times the rate of all weights (arXiv 2106.09685)
@@ -57,11 +65,32 @@ def main(argv: list[str]) -> int:
     arguments, given = parse(Arguments, argv, command="swamla sft", more=_flags())
     if not 0 < arguments.epochs < math.inf:
         raise UsageError(f"--epochs {arguments.epochs}: must be > 0, e.g. 3")
-    with distributed.started(), _claimed(arguments, given) as claim:
-        resume = "resume" in given
-        config = _resumed(claim.path, given) if resume else _planned(arguments, given)
-        _fine_tune(config, arguments, given, claim, resume=resume)
+    with distributed.started():
+        _run(arguments, given)
     return 0
+
+
+def _run(arguments: Arguments, given: Mapping[str, Any]) -> None:
+    """The work of every process; the main one has the run's folder."""
+    name = f"{Path(_origin(arguments, given) or 'model').resolve().name}-sft"
+    launch = this_launch() if distributed.started_again() else ()
+    folder = arguments.resume or arguments.output_dir
+    found = distributed.on_main(lambda: begun_folder(launch, folder, name) if launch else None)
+    begun, stopped = found or (None, False)
+    if stopped:
+        say(Console(), f"not started again: the run in {begun} was asked to stop, and is saved")
+        return
+    resume = "resume" in given or begun is not None
+    with ExitStack() as stack:
+        claims: list[Claim] = []
+
+        def claim() -> Path:
+            claims.append(stack.enter_context(_claimed(arguments, name, begun, resume)))
+            return claims[0].path
+
+        run_dir = distributed.on_main(claim)
+        config = _resumed(run_dir, given) if resume else _planned(arguments, given)
+        _fine_tune(config, arguments, given, run_dir, claims[0] if claims else None, resume=resume)
 
 
 def _flags() -> dict[str, Flag]:
@@ -73,16 +102,11 @@ def _flags() -> dict[str, Flag]:
     return {name: replace(flag, usual=usual[name]) for name, flag in known.items()}
 
 
-@contextmanager
-def _claimed(arguments: Arguments, given: Mapping[str, Any]) -> Iterator[Claim]:
-    """The folder of the new run, or of the one to resume; taken on the main rank, named on all."""
-    name = f"{Path(_origin(arguments, given) or 'model').resolve().name}-sft"
-    resume = "resume" in given
-    if distributed.world_size() > 1:
-        raise UsageError(f"sft is for one process; on several: {program()} train --init_from RUN --data {CHAT}FILE")
-    folder = resumed_folder(arguments.resume, arguments.output_dir, name) if resume else None
-    with claim_folder(arguments.output_dir, name) if folder is None else claim_run(folder) as claim:
-        yield claim
+def _claimed(arguments: Arguments, name: str, begun: Path | None, resume: bool) -> Claim:
+    """The folder of the new run, or of the one to resume. begun: what this launch began before it was restarted."""
+    if not resume:
+        return claim_folder(arguments.output_dir, name)
+    return claim_run(begun or resumed_folder(arguments.resume, arguments.output_dir, name))
 
 
 def _origin(arguments: Arguments, given: Mapping[str, Any]) -> str:
@@ -131,9 +155,15 @@ def _length(origin: str, which: str) -> int:
 
 
 def _fine_tune(
-    config: RunConfig, arguments: Arguments, given: Mapping[str, Any], claim: Claim, *, resume: bool
+    config: RunConfig,
+    arguments: Arguments,
+    given: Mapping[str, Any],
+    run_dir: Path,
+    claim: Claim | None,
+    *,
+    resume: bool,
 ) -> None:
-    console, run_dir = Console(), claim.path
+    console = Console()
     say_wrapped(console, f"resuming {run_dir}" if resume else f"fine-tuning {config.train.init_from} in {run_dir}")
     resumed, block_size = run_dir if resume else None, config.train.block_size
     dataset = prepare_data(config.data, console, block_size=block_size, resumed=resumed, verbose=arguments.verbose)
@@ -155,11 +185,12 @@ def _fine_tune(
             verbose=arguments.verbose,
         )
     with after_training(run_dir):
-        say_answer(console, run_dir, dataset)
+        distributed.on_main(lambda: say_answer(console, run_dir, dataset))
         run = shlex.quote(str(run_dir))
         longer = f"sft --resume {run} {extension(config.train, step=state.step, seconds=state.seconds)}"
         what = f"{run_dir} has config.json, metrics.jsonl, loss.png and the checkpoints."
-        say_next(console, what, [f"evaluate {run}", longer, f"export {run} OUT"])
+        talk = [f"chat {run}"] if dataset.special_ids else []
+        say_next(console, what, [*talk, f"evaluate {run}", longer, f"export {run} OUT"])
 
 
 def say_answer(console: Console, run_dir: Path, dataset: ChatDataset) -> None:

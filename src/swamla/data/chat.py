@@ -5,6 +5,7 @@ which special ids stand between the texts. Texts are encoded by themselves, so t
 """
 
 import json
+import re
 from abc import ABC, abstractmethod
 from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,8 @@ JINJA = (
     "{% else %}{{ message['content'] + '" + END + "' }}{% endif %}{{ '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '" + START + "assistant\\n' }}{% endif %}"
 )
+# The same for programs that only answer: `generation` is a tag of transformers' own.
+PLAIN_JINJA = re.sub(r"{% (end)?generation %}", "", JINJA)
 
 
 @dataclass(frozen=True)

@@ -324,6 +324,11 @@ class WithSpecials(_Serialized):
         super().__init__(serialized, vocab_size=base.vocab_size + len(self._texts), eos_id=base.eos_id)
 
     @property
+    def base(self) -> Tokenizer:
+        """The tokenizer without them."""
+        return self._base
+
+    @property
     def specials(self) -> Mapping[str, int]:
         return {**self._base.specials, **{text: i for i, text in enumerate(self._texts, self._base.vocab_size)}}
 

@@ -39,7 +39,10 @@ class ChatML:
         ids = [tokenizer.eos_id]
         marks: tuple[int, ...] = ()
         for index, message in enumerate(messages):
-            text = _plain(tokenizer, f"{message['role']}\n{message['content']}")
+            header, content = f"{message['role']}\n", message["content"]
+            # An answer follows its header as it was generated, and learned: no token joins the two.
+            texts = (header, content) if message["role"] == "assistant" else (header + content,)
+            text = [i for part in texts for i in _plain(tokenizer, part)]
             ids += [self.start, *text, self.end, *newline]
             if index == 0 and message["role"] == "system":
                 marks = (len(ids),)

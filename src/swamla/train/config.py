@@ -89,8 +89,8 @@ class TrainConfig:
     init_checkpoint: which checkpoint of a run in init_from: "best", "latest" or a step; its averaged weights if it has
         any.
     lora: rank of low-rank adapters (arXiv 2106.09685) on the matrices of all blocks, at most the inputs or outputs of a
-        matrix. They alone are trained, and the rows of the special ids of conversations; 0 trains all weights. In one
-        process.
+        matrix. They alone are trained, and the rows of the special ids of conversations; 0 trains all weights. Of
+        several processes each has the whole model.
     lora_alpha: the adapters' products are multiplied by lora_alpha / lora; none for 2 * lora.
     seed: of the initial weights, the order of the data and dropout.
     precision: "fp32"; "bf16", autocast with fp32 weights; or "fp8", which also multiplies the large matrices in fp8, by

@@ -48,7 +48,7 @@ from swamla.train.ema import WeightAverage
 from swamla.train.fp8 import convert_to_fp8
 from swamla.train.init_from import RECORD, Origin, describe, origin_of
 from swamla.train.launch import Launch, this_launch
-from swamla.train.parallel.build import build_model
+from swamla.train.parallel.build import build_model, replicated
 from swamla.train.precision import Chosen, measured_precision, resolve_device, resolve_precision
 from swamla.train.racing import describe_cpu, races_on
 from swamla.train.state import TrainState, seed_generators
@@ -183,6 +183,8 @@ def fresh_state(
             )
     if train.lora:
         notes.append(_attach_adapters(model, train, dataset))
+        if distributed.world_size() > 1:
+            strategy = replicated(model)  # anew, as other parameters have gradients
     if (described := strategy.describe()) is not None:
         notes.append(described)
     compiling = resolve_compile(train.compile, device)
@@ -219,8 +221,10 @@ def fresh_state(
 
 def _attach_adapters(model: LanguageModel, train: TrainConfig, dataset: TrainingData) -> str:
     """Adapt the model as `train.lora` says; returns a line that says how much is trained."""
-    alone = "must be 0 with several processes: adapters are trained by one"
-    require(distributed.world_size() == 1, "train.lora", train.lora, alone)
+    if distributed.world_size() > 1:
+        whole_model = "must be 0: adapters are trained with the whole model in each process (parallel = ddp)"
+        replicas = train.parallel in ("auto", "ddp") and train.expert_parallel == 1
+        require(replicas, "train.lora", train.lora, whole_model)
     whole = sum(p.numel() for p in model.parameters())
     attach(model, rank=train.lora, scale=train.lora_scale, seed=train.seed, ids=dataset.special_ids)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -91,6 +91,10 @@ class KimiLinear(Stack):
             mlp_layer_types=("dense", "sparse", "sparse"),
         )
 
+    def plain(self) -> dict[str, Any]:
+        """The config.json, with as many heads of keys as of queries: transformers' eager attention divides them."""
+        return super().plain() | {"num_key_value_heads": self.num_attention_heads}
+
     @classmethod
     def modern(cls, plain: Mapping[str, Any]) -> dict[str, Any]:
         """With the kinds of layers, which older files give as lists of layers counted from 1."""

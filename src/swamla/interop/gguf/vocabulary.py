@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from swamla.data.tokenizer import LINES, WORDS, CharTokenizer, Tokenizer, byte_signs
+from swamla.data.chat import END, PLAIN_JINJA, START
+from swamla.data.tokenizer import LINES, WORDS, CharTokenizer, Tokenizer, WithSpecials, byte_signs
 from swamla.errors import UsageError
 
 _SHORTENED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -30,6 +31,7 @@ class Vocabulary:
     tokens: by id, in the signs of `byte_signs`.  merges: "left right", the first first.  special: ids of no text.
     whole: ids whose tokens, as they stand, are taken out of a text before it is cut.
     pre: how llama.cpp cuts text.  same: whether all texts have the ids of training.
+    chat_end: the id that ends a message, if the model was tuned on conversations.
     """
 
     tokens: Sequence[str]
@@ -39,11 +41,16 @@ class Vocabulary:
     eos_id: int
     pre: str
     same: bool = True
+    chat_end: int | None = None
 
     def metadata(self) -> dict[str, Any]:
-        """The keys of a GGUF file. A text begins with the document's start, which also ends it, as in training."""
+        """The keys of a GGUF file. A text begins with the document's start, which also ends it, as in training.
+
+        With `chat_end`, the template of conversations, and this id as the end of turns.
+        """
         ids = range(len(self.tokens))
-        return {
+        chat = {"tokenizer.chat_template": PLAIN_JINJA, "tokenizer.ggml.eot_token_id": self.chat_end}
+        return ({} if self.chat_end is None else chat) | {
             "tokenizer.ggml.model": "gpt2",
             "tokenizer.ggml.pre": self.pre,
             "tokenizer.ggml.tokens": list(self.tokens),
@@ -60,13 +67,18 @@ class Vocabulary:
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     """A tokenizer of ours for llama.cpp. Raises `UsageError` for one that it cannot have."""
+    chats = {START, END} <= tokenizer.specials.keys()
+    return replace(_words(tokenizer), chat_end=tokenizer.specials[END] if chats else None)
+
+
+def _words(tokenizer: Tokenizer) -> Vocabulary:
     plain = json.loads(tokenizer.library_json())
     model, normalizer = plain["model"], plain.get("normalizer")
     added = {token["id"]: token["content"] for token in plain["added_tokens"]}
     names = {i: token for token, i in model["vocab"].items()} | added
     tokens = [names.get(i, f"[unused {i}]") for i in range(tokenizer.vocab_size)]
     special = frozenset(added) | {i for i in range(len(tokens)) if i not in names}
-    if isinstance(tokenizer, CharTokenizer):
+    if isinstance(tokenizer.base if isinstance(tokenizer, WithSpecials) else tokenizer, CharTokenizer):
         return _characters(tokens, special, tokenizer.eos_id)
     if model["type"] != "BPE":
         raise _refused(f"its model is {model['type']}, and llama.cpp's is a BPE of bytes")
@@ -102,9 +114,9 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
 def _characters(tokens: Sequence[str], special: frozenset[int], eos_id: int) -> Vocabulary:
     """Characters as merges of their bytes: a byte that continues a character begins none, so no other bytes merge."""
     signs = byte_signs()
-    spelled = ["".join(signs[byte] for byte in character.encode()) for character in tokens]
-    merges = dict.fromkeys(f"{one[:end]} {one[end]}" for one in spelled for end in range(1, len(one)))
-    named = [token if i in special else spelled[i] for i, token in enumerate(tokens)]
+    spelled = {i: "".join(signs[b] for b in tokens[i].encode()) for i in range(len(tokens)) if i not in special}
+    merges = dict.fromkeys(f"{one[:end]} {one[end]}" for one in spelled.values() for end in range(1, len(one)))
+    named = [spelled.get(i, token) for i, token in enumerate(tokens)]
     return Vocabulary(tokens=named, merges=list(merges), special=special, eos_id=eos_id, pre=ANY)
 
 

@@ -57,6 +57,11 @@ class SwamlaConfig(PreTrainedConfig):
         """Number of layers."""
         return self.build_config().depth
 
+    @property
+    def final_logit_softcapping(self) -> float | None:
+        """The bound of logits, under the name of Gemma 2, for programs that multiply with the head themselves."""
+        return self.build_config().logit_cap or None
+
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Nothing: transformers would copy this module into every folder that it saves."""

@@ -14,14 +14,13 @@ from transformers.utils import can_return_tuple
 
 from swamla.errors import UsageError
 from swamla.interop.architectures.swamla import CODE, SOURCE
+from swamla.interop.transformers.backbone import SAID_TWICE, Backbone
 from swamla.interop.transformers.cache import SwamlaCache
 from swamla.interop.transformers.config import SwamlaConfig
-from swamla.interop.transformers.rows import Rows
 from swamla.model.block import Block
 from swamla.model.initial import Initializer, initial_tensor
-from swamla.model.language_model import NO_LABEL, LanguageModel
+from swamla.model.language_model import NO_LABEL
 
-SAID_TWICE = {"cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 OF_GENERATE = {"tokenizer", "assistant_tokenizer"}  # `generate`'s own arguments, which it passes on
 
 
@@ -65,7 +64,7 @@ class SwamlaForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: SwamlaConfig) -> None:
         super().__init__(config)
         self._plan: InitialWeights | None = None
-        self.model = LanguageModel(config.build_config())
+        self.model = Backbone(config.build_config())
         # Tied by transformers alone, after loading: it takes a weight for loaded if it is tied before.
         self.model.head = nn.Linear(self.model.config.width, self.model.config.vocab_size, bias=False)
         for block in self.model.blocks:
@@ -124,6 +123,14 @@ class SwamlaForCausalLM(PreTrainedModel, GenerationMixin):
         super().save_pretrained(save_directory, *arguments, **settings)
         (Path(save_directory) / f"{CODE}.py").write_text(SOURCE, encoding="utf-8")
 
+    @property
+    def init_continuous_batching(self) -> Any:
+        """Absent: it is of keys and values in pages, and this model's state is others. `swamla serve` batches so.
+
+        transformers asks by `hasattr`, and its server then answers one request after the other.
+        """
+        raise AttributeError("init_continuous_batching")
+
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_length: int
     ) -> None:
@@ -169,14 +176,11 @@ class SwamlaForCausalLM(PreTrainedModel, GenerationMixin):
             raise TypeError(f"forward() got an unexpected keyword argument {min(unknown)!r}")
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise UsageError("output_attentions = True: must be left out: attention weights are never held")
-        if (input_ids is None) == (inputs_embeds is None):
-            raise UsageError("give either input_ids or inputs_embeds")
         cache = self._cache(past_key_values, use_cache, has_labels=labels_given is not None)
-        x_BTD = self.model.embed(input_ids) if inputs_embeds is None else inputs_embeds
-        rows = Rows.of(x_BTD, attention_mask, position_ids, cu_seq_lens, past=None if cache is None else cache.columns)
         asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        inputs: list[Tensor] | None = [] if asked else None
-        last_BTD, statistics = self._hidden(x_BTD, input_ids, rows, cache, inputs)
+        rows, last_BTD, statistics, inputs = self.model.read(
+            input_ids, attention_mask, position_ids, inputs_embeds, cu_seq_lens, cache, with_inputs=bool(asked)
+        )
         hidden_states = None if inputs is None else tuple(rows.apart(x) for x in (*inputs, last_BTD))
         kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.logits(rows.apart(last_BTD)[:, kept])
@@ -193,24 +197,6 @@ class SwamlaForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = self.config.use_cache and not has_labels and not torch.is_grad_enabled()
         return SwamlaCache() if given is None and use_cache else given
-
-    def _hidden(
-        self,
-        x_BTD: Tensor,
-        tokens_BT: Tensor | None,
-        rows: Rows,
-        cache: SwamlaCache | None,
-        inputs: list[Tensor] | None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The head's input, and the FFNs' statistics, where tokens stand together. inputs: see `LanguageModel.body`."""
-        tokens_BT = None if tokens_BT is None else rows.together(tokens_BT)
-        if cache is None:
-            return self.model.body(rows.together(x_BTD), rows.layout(), tokens_BT, inputs=inputs)
-        with torch.no_grad():
-            state = cache.room_for(self.model, x_BTD)
-            last_BTD = self.model.step_body(rows.together(x_BTD), state, rows.valid_BT, tokens_BT, inputs=inputs)
-        cache.columns += x_BTD.shape[1]
-        return last_BTD, {}
 
     def _loss(self, logits: Tensor, statistics: dict[str, Tensor], **labels: Any) -> Tensor:
         """transformers' loss; in training plus Σ of the routers' losses, which have to have gradients."""

@@ -38,19 +38,7 @@ def build_model(
         model = config.skeleton()
         prepare(model)
         experts = _fill(model, seed, device, expert_parallel)
-        # Graphs are single blocks, so splitting them for buckets gains nothing.
-        torch._dynamo.config.optimize_ddp = False
-        # Without find_unused_parameters DDP rebuilds its buckets after a process's first step, and more than two ranks
-        # then sum in another order: a resumed run would differ in the last bit from an uninterrupted one.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renamed the option, 2.11 has only this name
-            wrapped = nn.parallel.DistributedDataParallel(
-                _ignoring(experts, _Loss(model)),
-                broadcast_buffers=False,
-                find_unused_parameters=True,
-                gradient_as_bucket_view=True,  # gradients are views of the buckets, not a second copy
-            )
-        return DDPStrategy(model, wrapped, experts=experts)
+        return replicated(model, experts)
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh, model = _mesh(train, device), config.skeleton()
@@ -64,6 +52,23 @@ def build_model(
     )
     register_fsdp_forward_method(model, "loss")
     return FSDPStrategy(model, mesh, experts=experts)
+
+
+def replicated(model: LanguageModel, experts: ExpertParallel | None = None) -> DDPStrategy:
+    """The same model on every rank; gradients are averaged, of the parameters that have one from now on."""
+    # Graphs are single blocks, so splitting them for buckets gains nothing.
+    torch._dynamo.config.optimize_ddp = False
+    # Without find_unused_parameters DDP rebuilds its buckets after a process's first step, and more than two ranks
+    # then sum in another order: a resumed run would differ in the last bit from an uninterrupted one.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renamed the option, 2.11 has only this name
+        wrapped = nn.parallel.DistributedDataParallel(
+            _ignoring(experts, _Loss(model)),
+            broadcast_buffers=False,
+            find_unused_parameters=True,
+            gradient_as_bucket_view=True,  # gradients are views of the buckets, not a second copy
+        )
+    return DDPStrategy(model, wrapped, experts=experts)
 
 
 class _Loss(nn.Module):
