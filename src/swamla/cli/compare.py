@@ -1,4 +1,7 @@
-"""`swamla compare STUDY`, `swamla compare mha "swa swa mla" …`: from a question to a verdict with intervals."""
+"""`swamla compare STUDY`, `swamla compare mha "swa swa mla" …`: from a question to a verdict with intervals.
+
+Of two finished runs: `compare_runs.py`.
+"""
 
 import shlex
 import subprocess
@@ -13,8 +16,9 @@ import torch
 from rich import box
 from rich.table import Table
 
+from swamla.cli import compare_runs
 from swamla.cli.console import PLUGINS, Console, program, say, say_rows, say_wrapped
-from swamla.cli.flags import argument, parse
+from swamla.cli.flags import argument, parse, peek
 from swamla.cli.outputs import Ended
 from swamla.cli.overrides import flags
 from swamla.cli.prepare import executor_settings
@@ -54,7 +58,9 @@ SIZES = {"quickstart": "--width 128 --n_heads 2 --batch_size 8 --block_size 256 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Compare models: train each alike, at its best learning rate, with several seeds, and say what differs.
+    """Compare models: train each alike, at its best learning rate, with several seeds, and say what differs. Or compare
+    two finished runs: swamla compare RUN RUN, where both are folders of runs, or names under runs/ (swamla compare RUN
+    RUN --help has its flags; a name that is a pattern too is an arm if a flag of this page is given).
 
     The same command goes on where a study was stopped, whatever stopped it.
 
@@ -114,6 +120,10 @@ class _OfArm:
 
 def main(argv: list[str]) -> int:
     """Plan, train what is left, score the test part once, and print the verdict."""
+    of_study = {field.name for field in fields(Arguments)} - {field.name for field in fields(compare_runs.Arguments)}
+    words, named = peek(argv, compare_runs.Arguments, Arguments, more=compare_runs.own_flags())
+    if compare_runs.names_runs(words, study=bool(named & of_study)):
+        return compare_runs.main(argv, sorted(of_study))
     arguments, given = parse(Arguments, argv, command="swamla compare")
     scipy_stats()  # an error now, and not when all is trained
     require(arguments.jobs >= 0, "jobs", arguments.jobs, "must be >= 0; 0 takes all cores")
