@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -98,6 +98,10 @@ class Compared:
         return "bits per byte" if self.kind == "text" else "accuracy"
 
     @property
+    def _prediction(self) -> str:
+        return "a token" if self.kind == "text" else "an answer"
+
+    @property
     def what(self) -> str:
         """What is drawn by the bootstrap, in the plural."""
         return "documents" if self.kind == "text" else "rows"
@@ -148,7 +152,7 @@ class Compared:
         better, worse = self.score.lower, self.score.higher
         if self.kind == "task":
             better, worse = worse, better
-        split = f"{second} is better in {better:,} {self.what}, worse in {worse:,}, of {self.score.count:,}."
+        split = f"{second} is better in {better:,} of {self.score.count:,} {self.what}, worse in {worse:,}."
         return [said, f"{figures}. {split}" if self.score.count > 1 else f"{figures}."]
 
     def not_said(self) -> list[str]:
@@ -187,22 +191,22 @@ class Compared:
         """Heads and rows for the screen."""
         heads = ["", *(side.name for side in self.sides)]
 
-        def row(name: str, values: Both) -> list[str]:
-            return [name, *("unknown" if value is None else value for value in values)]
+        def row(name: str, of: Callable[[Side], str | None]) -> list[str]:
+            return [name, *(of(side) or "unknown" for side in self.sides)]
 
-        sides = self.sides
-        flops = [side.training_flops for side in sides]
+        scores = dict(zip((side.name for side in self.sides), (self.score.first, self.score.second), strict=True))
+        losses = dict(zip((side.name for side in self.sides), self.loss, strict=True))
         rows = [
-            row(self.unit, (f"{self.score.first:.4f}", f"{self.score.second:.4f}")),
-            row("nats a label", tuple(f"{loss:.4f}" for loss in self.loss)),
-            row("parameters", tuple(f"{side.costs.total_parameters:,}" for side in sides)),
-            row("without embeddings", tuple(f"{side.costs.parameters:,}" for side in sides)),
-            row("tokens trained on", tuple(None if side.tokens is None else f"{side.tokens:,}" for side in sides)),
-            row("training FLOPs", tuple(None if each is None else f"{each:.3g}" for each in flops)),
-            row("state bytes, fp32", tuple(f"{side.costs.state:,} at {side.block_size:,}" for side in sides)),
-            row("checkpoint", tuple(f"step {side.step:,}, {side.precision}" for side in sides)),
-            row("data", tuple(_identified(side.data, side.data_id) for side in sides)),
-            row("tokenizer", tuple(_identified(side.tokenizer, side.tokenizer_id) for side in sides)),
+            row(self.unit, lambda side: f"{scores[side.name]:.4f}"),
+            row(f"nats {self._prediction}", lambda side: f"{losses[side.name]:.4f}"),
+            row("parameters", lambda side: f"{side.costs.total_parameters:,}"),
+            row("without embeddings", lambda side: f"{side.costs.parameters:,}"),
+            row("tokens trained on", lambda side: None if side.tokens is None else f"{side.tokens:,}"),
+            row("training FLOPs", lambda side: f"{side.training_flops:.3g}" if side.training_flops else None),
+            row("state bytes, fp32", lambda side: f"{side.costs.state:,} at {side.block_size:,}"),
+            row("checkpoint", lambda side: f"step {side.step:,}, {side.precision}"),
+            row("data", lambda side: _identified(side.data, side.data_id)),
+            row("tokenizer", lambda side: _identified(side.tokenizer, side.tokenizer_id)),
         ]
         return heads, rows
 

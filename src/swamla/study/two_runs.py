@@ -26,10 +26,9 @@ from swamla.study.statistics import LEVEL, Interval, scipy_stats
 RESAMPLES, FEWEST = 9999, 1999  # of the bootstrap; fewer of many documents
 DRAWS = 50_000_000  # documents that all resamples draw together, beyond which they are fewer
 AT_ONCE = 5_000_000  # drawn together, which bounds the memory
-APART = 16  # predictions between two that are shown
 BEFORE, AFTER = 40, 16  # tokens of context that are shown of a prediction, at most
 SHOWN_BEFORE, SHOWN_AFTER = 90, 40  # and characters of them
-BEGINNING = 240  # characters of a document that are shown
+BEGINNING = 160  # characters of a document that are shown
 END = "end of document"
 
 
@@ -261,11 +260,10 @@ def token_differences(
 ) -> tuple[tuple[TokenDifference, ...], tuple[TokenDifference, ...]]:
     """The predictions in which the second run is better by most, and worse, at most `count` each, the largest first.
 
-    Of predictions that stand within `APART` of each other only the one that differs most. first_N, second_N: nats of
-    all labels of the split, as in `Losses`.
+    Of all predictions of a token of the vocabulary only the one that differs most. first_N, second_N: nats of all
+    labels of the split, as in `Losses`.
     """
-    apart_N = second_N - first_N
-    starts = starts_of(split)
+    apart_N, labels_N, starts = second_N - first_N, labels_of(split), starts_of(split)
 
     def at(label: int) -> TokenDifference:
         document = int(np.searchsorted(starts, label, side="right")) - 1
@@ -278,40 +276,37 @@ def token_differences(
             document=document, position=place, before=before, token=token, after=after, first=first, second=second
         )
 
-    return tuple(map(at, _largest(-apart_N, count))), tuple(map(at, _largest(apart_N, count)))
+    return tuple(map(at, _largest(-apart_N, labels_N, count))), tuple(map(at, _largest(apart_N, labels_N, count)))
 
 
-def _largest(values: np.ndarray, count: int) -> list[int]:
-    """Places of the largest positive values, at most `count`, not within `APART` of a larger one."""
-    many = min(len(values), count * (2 * APART + 1))  # enough, whichever stand together
-    order = np.argpartition(-values, many - 1)[:many]
-    chosen: list[int] = []
-    for place in order[np.lexsort((order, -values[order]))].tolist():
-        if len(chosen) == count or values[place] <= 0:
-            break
-        if all(abs(place - other) > APART for other in chosen):
-            chosen.append(place)
-    return chosen
+def labels_of(split: Split) -> np.ndarray:
+    """All labels of a split in order, int64: the ids of each document, then `vocab_size` for its end."""
+    tokens, ends = np.asarray(split.tokens, dtype=np.int64), np.asarray(split.offsets[1:])
+    return np.insert(tokens, ends, split.vocab_size)
+
+
+def _largest(values_N: np.ndarray, labels_N: np.ndarray, count: int) -> list[int]:
+    """Places of the largest positive values, one a label, at most `count`, the largest first."""
+    best_V = np.full(int(labels_N.max()) + 1, -np.inf)
+    np.maximum.at(best_V, labels_N, values_N)
+    chosen = [label for label in np.argsort(-best_V, kind="stable")[:count].tolist() if best_V[label] > 0]
+    return [int(np.flatnonzero((labels_N == label) & (values_N == best_V[label]))[0]) for label in chosen]
 
 
 def kind_differences(
     first_N: np.ndarray, second_N: np.ndarray, split: Split, decode: Callable[[Sequence[int]], str], count: int = 10
 ) -> tuple[tuple[KindDifference, ...], tuple[KindDifference, ...]]:
     """The tokens of the vocabulary in whose predictions the second run gains most in all, and loses most."""
-    ends = split.vocab_size  # of documents, apart from all ids
-    labels_N = np.insert(np.asarray(split.tokens, dtype=np.int64), np.asarray(split.offsets[1:]), ends)
-    counts_V = np.bincount(labels_N, minlength=ends + 1)
-    firsts_V, seconds_V = (np.bincount(labels_N, each, minlength=ends + 1) for each in (first_N, second_N))
-    order = np.argsort(seconds_V - firsts_V, kind="stable")
+    labels_N = labels_of(split)
+    counts_V, firsts_V, seconds_V = (np.bincount(labels_N, each) for each in (None, first_N, second_N))
+    order = [token for token in np.argsort(seconds_V - firsts_V, kind="stable").tolist() if counts_V[token]]
 
     def of(token: int) -> KindDifference:
-        name, n = END if token == ends else decode([token]), int(counts_V[token])
-        first, second = float(firsts_V[token]) / n, float(seconds_V[token]) / n
-        return KindDifference(token=name, count=n, first=first, second=second)
+        name, n = END if token == split.vocab_size else decode([token]), int(counts_V[token])
+        return KindDifference(token=name, count=n, first=float(firsts_V[token]) / n, second=float(seconds_V[token]) / n)
 
-    found = [of(int(token)) for token in order if counts_V[token]]
-    better = tuple(kind for kind in found[:count] if kind.total < 0)
-    return better, tuple(kind for kind in found[::-1][:count] if kind.total > 0)
+    better, worse = map(of, order[:count]), map(of, order[::-1][:count])
+    return tuple(kind for kind in better if kind.total < 0), tuple(kind for kind in worse if kind.total > 0)
 
 
 def document_differences(

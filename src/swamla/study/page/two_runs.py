@@ -144,8 +144,8 @@ def _settings(found: Compared) -> str:
     return settings_table(
         found.configs,
         differing,
-        "Settings in which the runs differ, but for those that either leaves at their default. –: a run without that "
-        "setting. compared.json has all of them, dotted.",
+        "Settings in which the runs differ; left out are those that stand at their default wherever they exist. –: a "
+        "run without that setting. compared.json has all of them, dotted.",
     )
 
 
@@ -177,7 +177,7 @@ def _documents(found: Compared) -> Section:
             "of their difference",
             y_label=f"{found.unit}, {_short(found.second.name)} less {_short(found.first.name)}",
             zero=True,
-            size=(760, 280),
+            size=(940, 280),
         )
         told = (
             f"A mark is one of the {found.what}: below 0 "
@@ -200,8 +200,8 @@ def _documents(found: Compared) -> Section:
     if found.rows is not None:
         one = found.rows
         whole_rows = (
-            f"<p>Rows with every answer right: {100 * one.first:.1f} % and {100 * one.second:.1f} %; only "
-            f"{escape(found.second.name)} has {one.higher:,} of them, only {escape(found.first.name)} {one.lower:,}.</p>"
+            f"<p>Rows with every answer right: {100 * one.first:.1f} % and {100 * one.second:.1f} %; {one.higher:,} "
+            f"only of {escape(found.second.name)}, {one.lower:,} only of {escape(found.first.name)}.</p>"
         )
     effective = (
         f" They differ in size, and tell as much as {found.score.effective:,.1f} of equal size."
@@ -209,9 +209,9 @@ def _documents(found: Compared) -> Section:
         else ""
     )
     lead = (
-        f"{found.score.count:,} {found.what}, each scored by both runs.{effective} The interval draws {found.what} anew, "
-        f"each with both figures and its {weight}, so that the total is that of the whole: a ratio of sums, no mean of "
-        "ratios."
+        f"{found.score.count:,} {found.what}, each scored by both runs.{effective} The interval draws {found.what} "
+        f"anew, each with both figures and its {weight}, so that the total is that of the whole: a ratio of sums, no "
+        "mean of ratios."
     )
     return f"Difference by {found.what[:-1]}", lead, whole_rows + figures + tables
 
@@ -292,15 +292,16 @@ def _tokens(found: Compared) -> Section | None:
         if some
     )
     lead = (
-        "The largest differences of single predictions, in nats: of those within a few tokens of each other the one that "
-        "differs most. They are extremes of many thousands, and say what kind of thing differs, not how often. Which "
-        "tokens of the vocabulary differ in all stands below."
+        "The largest differences of single predictions, one for each token of the vocabulary. They are extremes of "
+        f"{found.labels[0]:,}, and say what kind of thing differs, not how often: below stands what each token of the "
+        "vocabulary adds up to."
     )
     return "Tokens on which they differ most", lead, better + worse + f'<div class="side">{kinds}</div>'
 
 
 def _token(each: TokenDifference) -> list[str]:
-    before, token, after = (escape(visible(part)) for part in (each.before, each.token, each.after))
+    before, after = escape(visible(each.before)), escape(visible(each.after))
+    token = escape(_marked(each.token))
     place = f"<small>no. {each.document}, token {each.position}</small>"
     return [
         f'<span class="text">{before}<mark>{token}</mark>{after}</span> {place}',
@@ -311,8 +312,14 @@ def _token(each: TokenDifference) -> list[str]:
 
 
 def _kind(each: KindDifference) -> list[str]:
-    name = f'<span class="text">{escape(visible(each.token)) or "(nothing)"}</span>'
-    return [name, f"{each.count:,}", f"{each.first:.3f}", f"{each.second:.3f}", _two_digits(each.total)]
+    name = f'<span class="text">{escape(_marked(each.token))}</span>'
+    total = f"{each.total:+,.1f}".replace("-", "−")
+    return [name, f"{each.count:,}", f"{each.first:.3f}", f"{each.second:.3f}", total]
+
+
+def _marked(token: str) -> str:
+    """A token with signs for what cannot be seen."""
+    return visible(token).replace(" ", "␣") or "(nothing)"
 
 
 def _two_digits(value: float) -> str:
@@ -356,11 +363,11 @@ def _curves(found: Compared) -> Section | None:
         for line in drawn
     ]
     unit = "million tokens" if scale == 1e6 else "thousand tokens"
-    chart = line_chart(scaled, x_label=f"{unit} trained on", y_label=found.curve_unit, size=(760, 300))
+    chart = line_chart(scaled, x_label=f"{unit} trained on", y_label=found.curve_unit, size=(940, 290))
     without = [side.name for side in found.sides if not side.curve.training]
     told = (
-        "Losses in training, means over spans of steps (small marks), and of the evaluations in training (dashed, large "
-        "marks), each run on its own text; the first twentieth is left out."
+        "Losses in training, means over spans of steps (small marks), and of the evaluations in training (dashed, "
+        "large marks), each run on its own text; the first twentieth is left out."
     )
     told += f" {escape(' and '.join(without))} has no record of its training." if without else ""
     lead = "How they got there, by the runs' own records. The verdict does not rest on these."
