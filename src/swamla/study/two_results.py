@@ -12,7 +12,7 @@ from swamla.files import write_text_atomically
 from swamla.interpret.sections import Positions, as_plain
 from swamla.study.matching import Costs
 from swamla.study.plan import differing_settings
-from swamla.study.results import as_csv
+from swamla.study.results import as_csv, finite
 from swamla.study.two_runs import DocumentDifference, KindDifference, Paired, TokenDifference
 from swamla.train.config import RunConfig
 from swamla.train.plot import Curve
@@ -140,12 +140,13 @@ class Compared:
         count = f"{self.score.count:,} {self.what if self.score.count > 1 else self.what[:-1]}"
         interval = f"95 % bootstrap interval of the difference {low:+.4f} to {high:+.4f} over {count}"
         does = f"predicts {'this text' if self.kind == 'text' else 'these answers'}"
+        unit = self.unit if self.kind == "text" else f"in {self.unit}"
         said = {
-            "better": f"{second} {does} better than {first}, by {abs(mean):.4f} {self.unit} ({interval}).",
-            "worse": f"{second} {does} worse than {first}, by {abs(mean):.4f} {self.unit} ({interval}).",
-            "not shown": f"No difference was shown between {second} and {first}: {mean:+.4f} {self.unit} ({interval}).",
+            "better": f"{second} {does} better than {first}, by {abs(mean):.4f} {unit} ({interval}).",
+            "worse": f"{second} {does} worse than {first}, by {abs(mean):.4f} {unit} ({interval}).",
+            "not shown": f"No difference was shown between {second} and {first}: {mean:+.4f} {unit} ({interval}).",
             "alike": f"{second} and {first} have the same figure in each of {count}.",
-            "no interval": f"{second} and {first} differ by {mean:+.4f} {self.unit} on one document, which has no "
+            "no interval": f"{second} and {first} differ by {mean:+.4f} {unit} on one document, which has no "
             "interval: give more documents by --data.",
         }[self.answer]
         figures = f"{first} {self.score.first:.4f}, {second} {self.score.second:.4f} {self.unit}"
@@ -226,12 +227,12 @@ class Compared:
             "answer": self.answer,
             "runs": [_side(side) for side in self.sides],
             "differing": self.differing,
-            "score": as_plain(asdict(self.score)),
+            "score": finite(asdict(self.score)),
             "loss": list(self.loss),
             "labels": list(self.labels),
             "bytes": int(self.weights_N.sum()) if self.kind == "text" else None,
             "bytes_apart": self.apart if self.kind == "text" else None,
-            "whole_rows": as_plain(asdict(self.rows)) if self.rows else None,
+            "whole_rows": finite(asdict(self.rows)) if self.rows else None,
             "shares": [list(point) for point in self.shares],
             "positions": [as_plain(asdict(one)) for one in self.positions] if self.positions else None,
             "curves": {"unit": self.curve_unit, "runs": [as_plain(asdict(side.curve)) for side in self.sides]},

@@ -134,7 +134,7 @@ def _origins(found: Compared) -> str:
     if any(side.began for side in found.sides):
         facts.append(("began with", lambda side: escape(side.began or "fresh weights")))
     rows = [[name, *(fact(side) for side in found.sides)] for name, fact in facts]
-    return table(["", *(side.name for side in found.sides)], rows, "Where both runs are from.", "words")
+    return table(["", *(side.name for side in found.sides)], rows, "Where both runs are from.", "words origins")
 
 
 def _settings(found: Compared) -> str:
@@ -190,9 +190,7 @@ def _documents(found: Compared) -> Section:
     weight = "bytes" if found.kind == "text" else "answers"
     head = [f"{found.what[:-1]}, its beginning", weight, *(f"{side.name}|{unit}" for side in found.sides), "difference"]
     tables = "".join(
-        table(
-            head, [_document(each) for each in some], f"{_lead(found, better)} that move the total most.", "in-context"
-        )
+        table(head, [_document(each) for each in some], _lead(found, better), "in-context")
         for some, better in zip(found.documents, (True, False), strict=True)
         if some
     )
@@ -218,7 +216,9 @@ def _documents(found: Compared) -> Section:
 
 def _lead(found: Compared, better: bool) -> str:
     side = found.second if better else found.first
-    return f"{found.what[0].upper()}{found.what[1:]} in which {side.name} is better,"
+    if found.kind == "task":
+        return f"Rows in which {side.name} is better by most, by the nats of all answers."
+    return f"Documents in which {side.name} is better, those that move the total most."
 
 
 def _document(each: DocumentDifference) -> list[str]:
@@ -390,7 +390,9 @@ def _origin(found: Compared) -> Section:
     ]
     if found.kind == "text":
         rows.insert(2, ("bytes counted minus bytes of the decoded tokens", f"{found.apart:,}"))
-    body = table(["", ""], [[escape(name), escape(value)] for name, value in rows], "How this page was made.", "words")
+    body = table(
+        ["", ""], [[escape(name), escape(value)] for name, value in rows], "How this page was made.", "words origins"
+    )
     files = "compared.json has all figures of this page; " + (
         f"{found.what}.csv every one of the {found.what}" + ("; tokens.csv the tokens." if found.tokens else ".")
     )
