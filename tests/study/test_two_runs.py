@@ -148,7 +148,7 @@ def test_the_interval_is_that_of_documents_drawn_by_hand() -> None:
 
 def test_the_figure_is_that_of_the_whole_text_however_it_is_cut_into_documents() -> None:
     bits, size = np.array([30.0, 10.0, 70.0, 2.0]), np.array([10, 8, 20, 1])
-    found = paired(bits, bits + [3, -1, 0, 4], size)
+    found = paired(bits, bits + np.array([3, -1, 0, 4]), size)
     assert (found.first, found.second) == pytest.approx((112 / 39, 118 / 39))
     assert found.difference.mean == pytest.approx(6 / 39)
     assert (found.count, found.lower, found.higher) == (4, 1, 2)
@@ -177,7 +177,7 @@ def test_the_same_documents_have_the_same_interval() -> None:
 def test_tokens_are_shown_in_their_context_the_largest_difference_of_each_first() -> None:
     split = split_of(["abcab", "xbz"])  # labels: a b c a b END x b z END
     first = np.ones(10)
-    second = first + [0.5, -3, 0, 2, -1, 0, 0, -4, 0.1, -2]
+    second = first + np.array([0.5, -3, 0, 2, -1, 0, 0, -4, 0.1, -2])
     better, worse = token_differences(first, second, split, BYTES.decode)
     assert [(each.document, each.position, each.token, each.difference) for each in better] == [
         (1, 1, "b", -4),

@@ -147,7 +147,9 @@ def main(argv: list[str], of_arms: Sequence[str] = ()) -> int:
     folders = [run_folder(name) for name in arguments.runs]
     if folders[0].resolve() == folders[1].resolve():
         raise UsageError(f"{arguments.runs[0]} and {arguments.runs[1]} are the same run: {_TWO}")
-    first, second = runs = [_found(*each, arguments) for each in zip(distinct_names(folders), folders, strict=True)]
+    names = distinct_names(folders)
+    names = names if names[0] != names[1] else [str(folder) for folder in folders]
+    first, second = runs = [_found(*each, arguments) for each in zip(names, folders, strict=True)]
     named = checked(arguments.output_dir) if arguments.output_dir else None
     output = named or Path("compared") / f"{slug_of(first.name)}-vs-{slug_of(second.name)}"[:80]
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / COMPARED).exists())):

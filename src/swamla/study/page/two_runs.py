@@ -84,7 +84,8 @@ def _what(found: Compared) -> Section:
     for index, side in enumerate(found.sides):
         flops, base = side.training_flops, first.training_flops
         seen = "unknown" if side.tokens is None else f"{side.tokens:,}"
-        seen += against(side.tokens or 0, first.tokens or 0, index)
+        if side.tokens and first.tokens:
+            seen += against(side.tokens, first.tokens, index)
         costs = side.costs
         rows.append(
             [
@@ -94,7 +95,7 @@ def _what(found: Compared) -> Section:
                 f"{costs.total_parameters:,}{against(costs.total_parameters, first.costs.total_parameters, index)}",
                 f"{costs.parameters:,}{against(costs.parameters, first.costs.parameters, index)}",
                 seen,
-                "unknown" if flops is None else f"{flops:.3g}{against(flops, base or 0, index)}",
+                "unknown" if flops is None else f"{flops:.3g}{against(flops, base or 0.0, index)}",
                 f"{costs.state / 1024:,.1f} KiB{against(costs.state, first.costs.state, index)}",
             ]
         )
