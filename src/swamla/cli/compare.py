@@ -59,8 +59,7 @@ SIZES = {"quickstart": "--width 128 --n_heads 2 --batch_size 8 --block_size 256 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     """Compare models: train each alike, at its best learning rate, with several seeds, and say what differs. Or compare
-    two finished runs: swamla compare RUN RUN, where both are folders of runs, or names under runs/ (swamla compare RUN
-    RUN --help has its flags; a name that is a pattern too is an arm if a flag of this page is given).
+    two finished runs, see below.
 
     The same command goes on where a study was stopped, whatever stopped it.
 
@@ -124,7 +123,8 @@ def main(argv: list[str]) -> int:
     words, named = peek(argv, compare_runs.Arguments, Arguments, more=compare_runs.own_flags())
     if compare_runs.names_runs(words, study=bool(named & of_study)):
         return compare_runs.main(argv, sorted(of_study))
-    arguments, given = parse(Arguments, argv, command="swamla compare")
+    about_runs = compare_runs.help_of_runs()
+    arguments, given = parse(Arguments, argv, command="swamla compare", explain=lambda word: ({}, about_runs))
     scipy_stats()  # an error now, and not when all is trained
     require(arguments.jobs >= 0, "jobs", arguments.jobs, "must be >= 0; 0 takes all cores")
     part = Part.parse(arguments.part) if arguments.part else None

@@ -1,8 +1,10 @@
 """`swamla compare RUN RUN`: two finished runs on the same documents, or on the same rows of a task."""
 
 import shlex
+import shutil
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from rich.text import Text
 from swamla.checkpoint import Checkpoint, find_checkpoint, load
 from swamla.cli.console import Console, say, say_wrapped
 from swamla.cli.evaluate import own_flags
-from swamla.cli.flags import argument, parse
+from swamla.cli.flags import WIDEST, argument, parse
 from swamla.cli.plain import BLOCK_PARTS
 from swamla.cli.plot import distinct_names
 from swamla.cli.progress import shown_progress
@@ -74,7 +76,7 @@ class Arguments:
     data: compare on this data, instead of the held-out text of the first run; or on other rows of a task.
     held_out: only the part of --data that the first run would hold out, by its held_out_fraction.
     part: all of that text, or its validation or test part, of half of the bytes each, as studies divide it.
-    block_size: length of a row, for both; 0 for that of each run's training.
+    block_size: length of a row, for both; 0 for that of each run's training (of an imported run, the other's).
     checkpoint: best, latest, or a step, of both.
     output_dir: the report's folder; by default compared/RUN-vs-RUN.
     """
@@ -97,6 +99,11 @@ class Run:
     config: RunConfig
     checkpoint: Checkpoint
     tokenizer: Tokenizer
+
+    @property
+    def imported(self) -> bool:
+        """Whether `swamla import` made it: nothing is known of its training."""
+        return self.config.data.source == TOKEN_IDS and identity_of_run(self.folder) is None
 
 
 def names_runs(words: Sequence[str], *, study: bool) -> bool:
@@ -121,6 +128,17 @@ def names_runs(words: Sequence[str], *, study: bool) -> bool:
         return False
     other = words[are.index(False)]
     raise UsageError(f"{alone[0]} is a run, and {other} is none: {_TWO}; swamla runs lists runs")
+
+
+def help_of_runs() -> str:
+    """What the help of `swamla compare` says of two runs."""
+    flags = " ".join(f"[--{field.name}]" for field in fields(Arguments) if field.name != "runs")
+    said = (
+        f"Two finished runs: swamla compare RUN RUN {flags}. Two words are runs where both are folders of runs, or "
+        "names under runs/; where both are patterns as well, any flag above but --output_dir makes them arms. swamla compare "
+        "RUN RUN --help, of runs that are there, tells more."
+    )
+    return textwrap.fill(said, min(WIDEST, shutil.get_terminal_size().columns - 2))
 
 
 def _is_run(word: str) -> bool:
@@ -231,7 +249,7 @@ def _on_text(
         notes += _untrained(run, tested, dataset.source, own)
     if apart:
         notes.append(f"The tokenizer loses {apart:,} bytes of the text: bits per byte are too low, in both alike.")
-    lengths = [arguments.block_size or run.config.train.block_size for run in (first, second)]
+    lengths = _lengths(first, second, arguments)
     losses, precisions = zip(
         *(
             _losses(run, tested, length, scoring(run))
@@ -283,11 +301,19 @@ def _dataset(first: Run, arguments: Arguments, given: Mapping[str, Any]) -> Data
     data = first.config.data
     if data.chat is not None:
         raise UsageError(f"{first.name}: was fine-tuned on conversations: give text to compare on by --data FILE")
-    if data.source == TOKEN_IDS and identity_of_run(first.folder) is None:
+    if first.imported:
         raise UsageError(
             f"{first.name}: was imported, and has no held-out text: name the other run first, or give text by --data"
         )
     return own_data(first.folder, first.config, first.checkpoint)
+
+
+def _lengths(first: Run, second: Run, arguments: Arguments) -> list[int]:
+    """The lengths of both runs' rows: those of training; an imported run, which has none, gets the other's."""
+    own = [run.config.train.block_size for run in (first, second)]
+    if first.imported != second.imported:
+        own = [own[first.imported]] * 2
+    return [arguments.block_size or length for length in own]
 
 
 def _untrained(run: Run, tested: Split, source: str, own: str) -> list[str]:
@@ -298,7 +324,7 @@ def _untrained(run: Run, tested: Split, source: str, own: str) -> list[str]:
     data = run.config.data
     if own and str(run.checkpoint.state.get("data_fingerprint", "")) == own and not (run.folder / RECORD).is_file():
         return []  # its own split
-    if data.source == TOKEN_IDS and identity_of_run(run.folder) is None:
+    if run.imported:
         return [f"{run.name} was imported: whether it was trained on this text is not known."]
     found = list(trained_on(tested, run.tokenizer, source, data, run.folder, run.name))
     if sure := [each.told for each in found if each.sure]:
@@ -333,7 +359,6 @@ def _on_task(
     rows = list(dataset.held_out_rows(max(1, EVALUATION_TOKENS // task.length), test=True))
     scored, precisions = zip(*(_answers(run, rows, scoring(run)) for run in (first, second)), strict=True)
     asked, right = scored[0].asked_N, tuple(one.right_N for one in scored)
-    whole = tuple((one == asked).astype(float) for one in right)
     tokens = [row for batch in rows for row in batch.tokens_BT]
 
     def text(number: int) -> str:
@@ -361,7 +386,6 @@ def _on_task(
         labels=(int(asked.sum()), int(asked.sum())),
         documents=document_differences(scored[0].nats_N, scored[1].nats_N, asked, text),
         shares=tuple(shares(right[0], right[1], asked)),
-        rows=paired(whole[0], whole[1], asked > 0),
         curve_unit="loss, nats an answer",
         notes=tuple(notes),
         version=__version__,
@@ -390,7 +414,6 @@ def _side(run: Run, length: int, precision: str, *, in_bits: bool) -> Side:
     records = read_metrics(metrics) if metrics.is_file() else []
     began = run.folder / RECORD
     data = " + ".join(part.source for part in config.data.sources)
-    imported = config.data.source == TOKEN_IDS and identity_of_run(run.folder) is None
     return Side(
         name=run.name,
         folder=str(run.folder),
@@ -400,11 +423,12 @@ def _side(run: Run, length: int, precision: str, *, in_bits: bool) -> Side:
         tokens=int(state["tokens"]) if "tokens" in state else None,
         precision=precision,
         block_size=length,
-        data="unknown: imported" if imported else data,
+        data="unknown" if run.imported else data,
         data_id=str(state.get("data_fingerprint", "")),
-        tokenizer=config.data.tokenizer,
+        tokenizer="as imported" if run.imported else config.data.tokenizer,
         tokenizer_id=run.tokenizer.fingerprint,
         vocabulary=run.tokenizer.vocab_size,
+        imported=run.imported,
         began=describe(read_json(began, inside=run.folder)) if began.is_file() else "",
         curve=read_curve(run.name, records, x="tokens", y="bits_per_byte" if in_bits else "loss"),
     )

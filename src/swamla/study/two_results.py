@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from swamla.config import to_plain
+from swamla.data.caching import short_source
 from swamla.files import write_text_atomically
 from swamla.interpret.sections import Positions, as_plain
 from swamla.study.matching import Costs
@@ -20,6 +21,7 @@ from swamla.train.plot import Curve
 FORMAT = 1
 COMPARED = "compared.json"
 FEW = 20.0  # documents of equal weight, below which an interval is said to rest on few
+SIMILAR = 0.95  # the share of the documents that count, above which they are not said to differ in size
 
 Both = tuple[Any, Any]
 Kind = Literal["text", "task"]
@@ -31,7 +33,8 @@ class Side:
 
     block_size: of the rows it was scored in; costs are at that length.  data, tokenizer: the source and the tokenizer
     of its training, tokenizer_id and data_id their fingerprints, "" if unknown.  vocabulary: ids of the tokenizer.
-    began: whose weights it began with, "" if its own.  curve: of its training, in `Compared.curve_unit`.
+    began: whose weights it began with, "" if its own.  imported: of its config only the model is its own.  curve: of
+    its training, in `Compared.curve_unit`.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Side:
     tokenizer_id: str
     vocabulary: int
     began: str = ""
+    imported: bool = False
     curve: Curve = field(default_factory=lambda: Curve(name="", training=[], held_out=[], lost=[]))
 
     @property
@@ -81,7 +85,6 @@ class Compared:
     positions: tuple[Positions, Positions] | None = None
     tokens: tuple[tuple[TokenDifference, ...], tuple[TokenDifference, ...]] | None = None
     kinds: tuple[tuple[KindDifference, ...], tuple[KindDifference, ...]] | None = None
-    rows: Paired | None = None
     apart: int = 0
     notes: tuple[str, ...] = ()
     command: str = ""
@@ -118,8 +121,25 @@ class Compared:
 
     @property
     def differing(self) -> dict[str, dict[str, Any]]:
-        """Dotted setting → run → value, for those in which the configs differ."""
-        return differing_settings(self.configs)
+        """Dotted setting → run → value, for those in which the configs differ; of an imported run those of models."""
+        found = differing_settings(self.configs)
+        if not any(side.imported for side in self.sides):
+            return found
+        return {setting: values for setting, values in found.items() if setting.startswith("model.")}
+
+    @property
+    def whole_rows(self) -> dict[str, int] | None:
+        """Of a task: rows of which both runs, only the first, only the second, or neither has every answer right."""
+        if self.kind == "text":
+            return None
+        first, second = (right == self.weights_N for right in self.amounts_N)
+        both, neither = int((first & second).sum()), int((~first & ~second).sum())
+        return {
+            "both": both,
+            "first": int(first.sum()) - both,
+            "second": int(second.sum()) - both,
+            "neither": neither,
+        }
 
     @property
     def answer(self) -> Literal["better", "worse", "not shown", "alike", "no interval"]:
@@ -170,10 +190,10 @@ class Compared:
         )
         said = [paired, others]
         if self.score.count > 1 and self.score.effective < FEW:
-            said.append(
-                f"The {self.what} differ in size: {self.score.count:,} tell as much as {self.score.effective:.1f} of "
-                "equal size, and an interval that rests on so few can be too narrow."
-            )
+            few = f"The interval rests on few {self.what}, {self.score.count:,}"
+            if self.score.effective < SIMILAR * self.score.count:
+                few += f", which differ in size and tell as much as {self.score.effective:.1f} of equal size"
+            said.append(f"{few}: it can be too narrow.")
         if self.first.block_size != self.second.block_size and self.kind == "text":
             said.append(
                 f"Rows had {self.first.block_size:,} tokens for {self.first.name} and {self.second.block_size:,} for "
@@ -206,7 +226,7 @@ class Compared:
             row("training FLOPs", lambda side: f"{side.training_flops:.3g}" if side.training_flops else None),
             row("state bytes, fp32", lambda side: f"{side.costs.state:,} at {side.block_size:,}"),
             row("checkpoint", lambda side: f"step {side.step:,}, {side.precision}"),
-            row("data", lambda side: _identified(side.data, side.data_id)),
+            row("data", lambda side: _identified(short_source(side.data), side.data_id)),
             row("tokenizer", lambda side: _identified(side.tokenizer, side.tokenizer_id)),
         ]
         return heads, rows
@@ -232,7 +252,7 @@ class Compared:
             "labels": list(self.labels),
             "bytes": int(self.weights_N.sum()) if self.kind == "text" else None,
             "bytes_apart": self.apart if self.kind == "text" else None,
-            "whole_rows": finite(asdict(self.rows)) if self.rows else None,
+            "whole_rows": self.whole_rows,
             "shares": [list(point) for point in self.shares],
             "positions": [as_plain(asdict(one)) for one in self.positions] if self.positions else None,
             "curves": {"unit": self.curve_unit, "runs": [as_plain(asdict(side.curve)) for side in self.sides]},

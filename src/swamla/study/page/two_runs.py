@@ -12,7 +12,7 @@ from swamla.interpret.page.svg import BLUE, ORANGE, Line, line_chart
 from swamla.study.page.compared import settings_table
 from swamla.study.page.parts import Section, against, signed, table, two
 from swamla.study.page.report import REPORT, page_of
-from swamla.study.two_results import Compared, Side
+from swamla.study.two_results import SIMILAR, Compared, Side
 from swamla.study.two_runs import DocumentDifference, KindDifference, TokenDifference
 
 COLOURS = (BLUE, ORANGE)
@@ -196,15 +196,15 @@ def _documents(found: Compared) -> Section:
         if some
     )
     whole_rows = ""
-    if found.rows is not None:
-        one = found.rows
+    if (rows := found.whole_rows) is not None:
         whole_rows = (
-            f"<p>Rows with every answer right: {100 * one.first:.1f} % and {100 * one.second:.1f} %; {one.higher:,} "
-            f"only of {escape(found.second.name)}, {one.lower:,} only of {escape(found.first.name)}.</p>"
+            f"<p>Rows with every answer right: {rows['both']:,} of both, {rows['first']:,} only of "
+            f"{escape(found.first.name)}, {rows['second']:,} only of {escape(found.second.name)}, "
+            f"{rows['neither']:,} of neither.</p>"
         )
     effective = (
         f" They differ in size, and tell as much as {found.score.effective:,.1f} of equal size."
-        if found.score.effective < 0.95 * found.score.count
+        if found.score.effective < SIMILAR * found.score.count
         else ""
     )
     lead = (
