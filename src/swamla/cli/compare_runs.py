@@ -135,8 +135,8 @@ def help_of_runs() -> str:
     flags = " ".join(f"[--{field.name}]" for field in fields(Arguments) if field.name != "runs")
     said = (
         f"Two finished runs: swamla compare RUN RUN {flags}. Two words are runs where both are folders of runs, or "
-        "names under runs/; where both are patterns as well, any flag above but --output_dir makes them arms. swamla compare "
-        "RUN RUN --help, of runs that are there, tells more."
+        "names under runs/; where both are patterns as well, any flag above but --output_dir makes them arms. "
+        "swamla compare RUN RUN --help, of runs that are there, tells more."
     )
     return textwrap.fill(said, min(WIDEST, shutil.get_terminal_size().columns - 2))
 

@@ -167,7 +167,7 @@ class Compared:
             "not shown": f"No difference was shown between {second} and {first}: {mean:+.4f} {unit} ({interval}).",
             "alike": f"{second} and {first} have the same figure in each of {count}.",
             "no interval": f"{second} and {first} differ by {mean:+.4f} {unit} on one document, which has no "
-            "interval: give more documents by --data.",
+            "interval: it takes more documents.",
         }[self.answer]
         figures = f"{first} {self.score.first:.4f}, {second} {self.score.second:.4f} {self.unit}"
         better, worse = self.score.lower, self.score.higher
@@ -198,7 +198,7 @@ class Compared:
             said.append(
                 f"Rows had {self.first.block_size:,} tokens for {self.first.name} and {self.second.block_size:,} for "
                 f"{self.second.name}, as in training: who has longer rows knows more of the text before "
-                "(--block_size N gives both the same)."
+                "(a `block_size` may be given for both)."
             )
         tokens = self.first.tokens, self.second.tokens
         if None not in tokens and tokens[0] != tokens[1]:
