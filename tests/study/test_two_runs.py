@@ -27,7 +27,9 @@ from swamla.study.two_runs import (
     texts_of,
     token_differences,
 )
-from tests.study.helpers import MIXERS
+
+from .coverage import coverage, drawn, ours, scipys
+from .helpers import MIXERS
 
 TEXTS = ["one two three", "Zwölf Boxkämpfer", "a", "the last of these, and the longest of them"]
 BYTES = ByteTokenizer()
@@ -94,43 +96,12 @@ def test_progress_ends_with_all_of_the_text() -> None:
 # ---- the interval ---------------------------------------------------------------------------------------------------
 
 
-TRUTH = -0.01
-
-
-def drawn(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """(bits apart, bytes) of documents whose sizes differ widely, and long ones of which differ less by the byte.
-
-    The deviation of each is symmetric about TRUTH bits for each of its bytes, so the ratio of all is TRUTH.
-    """
-    size = rng.lognormal(8, 1, count)
-    return size * (TRUTH + 0.02 * rng.standard_t(4, count) * (1000 / size) ** 0.25), size
-
-
-def coverage(count: int, studies: int, interval) -> float:
-    rng = np.random.default_rng(2)
-    found = [interval(*drawn(count, rng)) for _ in range(studies)]
-    return float(np.mean([low <= TRUTH <= high for low, high in found]))
-
-
-def ours(apart: np.ndarray, size: np.ndarray) -> tuple[float, float]:
-    _, low, high = ratio_interval(apart, size, resamples=499)
-    return low, high
-
-
 def test_the_interval_has_the_true_difference_in_95_of_100_texts() -> None:
     assert coverage(40, 400, ours) == pytest.approx(0.95, abs=0.035)  # three times the deviation of 400 texts
 
 
 def test_of_few_documents_bca_has_it_less_often() -> None:
-    def bca(apart: np.ndarray, size: np.ndarray) -> tuple[float, float]:
-        def ratio(a, s, axis=-1):
-            return a.sum(axis) / s.sum(axis)
-
-        settings = {"paired": True, "method": "BCa", "n_resamples": 499, "random_state": np.random.default_rng(0)}
-        low, high = stats.bootstrap((apart, size), ratio, vectorized=True, **settings).confidence_interval
-        return float(low), float(high)
-
-    assert coverage(10, 200, bca) + 0.02 < coverage(10, 200, ours)
+    assert coverage(10, 200, scipys("BCa")) + 0.02 < coverage(10, 200, ours)
 
 
 def test_the_interval_is_that_of_documents_drawn_by_hand() -> None:

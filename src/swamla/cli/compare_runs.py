@@ -30,6 +30,7 @@ from swamla.errors import DataError, UsageError
 from swamla.evaluate import bytes_apart, part_of
 from swamla.evaluate.held_out import EVALUATION_TOKENS
 from swamla.files import read_json
+from swamla.studies import study_names
 from swamla.study.matching import Costs
 from swamla.study.page.compared import setting_words, told_settings
 from swamla.study.page.report import REPORT
@@ -114,7 +115,8 @@ def names_runs(words: Sequence[str], *, study: bool) -> bool:
     """
     are = [_is_run(word) for word in words]
     patterns = [_is_pattern(word) for word in words]
-    if not any(are) or (all(patterns) and (study or not all(are) or len(words) != 2)):
+    shipped = len(words) == 1 and words[0] in study_names()
+    if not any(are) or shipped or (all(patterns) and (study or not all(are) or len(words) != 2)):
         return False
     if all(are) and len(words) == 2:
         return True
@@ -135,7 +137,7 @@ def help_of_runs() -> str:
     flags = " ".join(f"[--{field.name}]" for field in fields(Arguments) if field.name != "runs")
     said = (
         f"Two finished runs: swamla compare RUN RUN {flags}. Two words are runs where both are folders of runs, or "
-        "names under runs/; where both are patterns as well, any flag above but --output_dir makes them arms. "
+        "names under runs/; where both are patterns as well, any flag above that is not one of these makes them arms. "
         "swamla compare RUN RUN --help, of runs that are there, tells more."
     )
     return textwrap.fill(said, min(WIDEST, shutil.get_terminal_size().columns - 2))

@@ -173,7 +173,7 @@ def ratio_interval(
 
     Percentiles of `scipy.stats.bootstrap`, at the level that widens them for few documents as Student's t does
     (Hesterberg 2015, arXiv:1411.5279, section 5.3). BCa covers less in this estimator: its jackknife is led astray by
-    the few longest documents (tests/study/test_two_runs.py). Infinite for one document.
+    the few longest documents (tests/study/coverage.py). Infinite for one document.
     """
     stats, count = scipy_stats(), len(amount_N)
     mean = float(np.sum(amount_N)) / float(np.sum(weight_N))
