@@ -43,7 +43,7 @@ COMMANDS = {
     "import": "a model of transformers as a run",
     "runs": "the runs in a folder: data, progress, losses; runs rm removes some",
     "checkpoint": "the checkpoints of a run: list, verify, convert",
-    "compare": "arms trained alike with several seeds, and what differs, with intervals",
+    "compare": "arms trained alike with several seeds, or two finished runs: what differs, with intervals",
     "reproduce": "a published comparison, trained anew: its page says where the claim holds (about 10 minutes)",
     "plot": "curves of several runs in one picture",
     "prepare": "tokenize data ahead of training",

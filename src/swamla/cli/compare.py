@@ -1,4 +1,7 @@
-"""`swamla compare STUDY`, `swamla compare mha "swa swa mla" …`: from a question to a verdict with intervals."""
+"""`swamla compare STUDY`, `swamla compare mha "swa swa mla" …`: from a question to a verdict with intervals.
+
+Of two finished runs: `compare_runs.py`.
+"""
 
 import shlex
 import subprocess
@@ -13,8 +16,9 @@ import torch
 from rich import box
 from rich.table import Table
 
+from swamla.cli import compare_runs
 from swamla.cli.console import PLUGINS, Console, program, say, say_rows, say_wrapped
-from swamla.cli.flags import argument, parse
+from swamla.cli.flags import argument, parse, peek
 from swamla.cli.outputs import Ended
 from swamla.cli.overrides import flags
 from swamla.cli.prepare import executor_settings
@@ -54,7 +58,8 @@ SIZES = {"quickstart": "--width 128 --n_heads 2 --batch_size 8 --block_size 256 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Compare models: train each alike, at its best learning rate, with several seeds, and say what differs.
+    """Compare models: train each alike, at its best learning rate, with several seeds, and say what differs. Or compare
+    two finished runs, see below.
 
     The same command goes on where a study was stopped, whatever stopped it.
 
@@ -114,7 +119,12 @@ class _OfArm:
 
 def main(argv: list[str]) -> int:
     """Plan, train what is left, score the test part once, and print the verdict."""
-    arguments, given = parse(Arguments, argv, command="swamla compare")
+    of_study = {field.name for field in fields(Arguments)} - {field.name for field in fields(compare_runs.Arguments)}
+    words, named = peek(argv, compare_runs.Arguments, Arguments, more=compare_runs.own_flags())
+    if compare_runs.names_runs(words, study=bool(named & of_study)):
+        return compare_runs.main(argv, sorted(of_study))
+    about_runs = compare_runs.help_of_runs()
+    arguments, given = parse(Arguments, argv, command="swamla compare", explain=lambda word: ({}, about_runs))
     scipy_stats()  # an error now, and not when all is trained
     require(arguments.jobs >= 0, "jobs", arguments.jobs, "must be >= 0; 0 takes all cores")
     part = Part.parse(arguments.part) if arguments.part else None

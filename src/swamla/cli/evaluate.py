@@ -79,7 +79,7 @@ _OF_TASKS = ("num_fewshot", "limit", "batch_size", "include_path", "out", "sampl
 
 def main(argv: list[str]) -> int:
     """Evaluate and print."""
-    arguments, given = parse(Arguments, argv, command="swamla evaluate", more=_own_flags())
+    arguments, given = parse(Arguments, argv, command="swamla evaluate", more=own_flags())
     if arguments.block_size < 0:
         raise UsageError(f"--block_size {arguments.block_size}: must be > 0, e.g. 256")
     if not arguments.data and (alone := sorted(given.keys() & {*_OWN, "held_out"})):
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> int:
         _print_answers(found, chats, f"{len(chats.held_out):,} held-out conversations", precision, arguments)
         return 0
     if arguments.data:
-        dataset = other_data(arguments.data, run, config, given, _own_flags(), held_out=arguments.held_out)
+        dataset = other_data(arguments.data, run, config, given, own_flags(), held_out=arguments.held_out)
     else:
         dataset = own_data(run, config, checkpoint)
     scoring = Scoring.of(dataset, config, checkpoint, model, arguments.block_size, arguments.part)
@@ -176,7 +176,8 @@ def _print_answers(
     say_wrapped(Console(), scored)
 
 
-def _own_flags() -> dict[str, Flag]:
+def own_flags() -> dict[str, Flag]:
+    """The flags of --data, which tell of a source what a run's config would."""
     flags = data_flags()
     flags["split"] = replace(flags["hub_split"], name="split")
     return {name: flags[name] for name in _OWN}

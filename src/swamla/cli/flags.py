@@ -142,6 +142,24 @@ def parse(
     return arguments, {name: value for name, value in given.items() if not table[name].positional}
 
 
+def peek(
+    argv: Sequence[str], *classes: type, more: Mapping[str, Flag] = MappingProxyType({})
+) -> tuple[list[str], set[str]]:
+    """The positional words of a command line, and the names of its flags, which may be those of several commands.
+
+    Nothing of a line with mistakes, of which `parse` tells.
+    """
+    table = {flag.name: flag for cls in classes for flag in _arguments_of(cls)} | dict(more)
+    _, rest = _asks_for_help(argv)
+    try:
+        words = _checked(rest, table, lambda name: "")
+    except UsageError:
+        return [], set()
+    cut = words.index("--") if "--" in words else len(words)
+    positional = [word for word in words[:cut] if not word.startswith("-")] + words[cut + 1 :]
+    return positional, set(_given)
+
+
 def _asks_for_help(argv: Sequence[str]) -> tuple[str, list[str]]:
     """ "usual" or "all" if help is asked for, else ""; and the other words."""
     for index, word in enumerate(argv):

@@ -140,7 +140,7 @@ def _note(texts: list[Text]) -> str:
 
 def _labels(folders: list[Path], texts: list[Text], *, told: bool) -> list[str]:
     """Names for the legend, with the data and the tokenizer if these have to be told apart."""
-    names = _names(folders)
+    names = distinct_names(folders)
     if not told:
         return names
     return [
@@ -164,7 +164,7 @@ def _folder(name: str) -> Path:
     return folder
 
 
-def _names(folders: list[Path]) -> list[str]:
+def distinct_names(folders: list[Path]) -> list[str]:
     """Distinct names for the legend: the folders' names, with their parents' if two are the same."""
     names = [folder.resolve().name for folder in folders]
     alone = len(set(names)) == len(names)

@@ -3,12 +3,12 @@
 import hashlib
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -37,6 +37,7 @@ Part = Literal["all", "validation", "test"]
 # To find a training document that is the beginning of a tested one: the largest number of documents that are searched,
 # the number of first tokens by which they are found, and of last tokens, before the cut, that may differ.
 _FEW, _ALIKE, _AT_THE_CUT = 10_000, 16, 16
+_OVERLAP = 64  # characters that two parts of a text have in common at least, to be said to overlap
 
 
 def run_config(run: Path) -> RunConfig:
@@ -120,37 +121,65 @@ def other_data(
 
     given, flags: what else was said of the data.  held_out: only the part that a run on it would hold out.
     """
+    dataset = data_of_flag(source, run, config, given, flags, held_out=held_out)
+    for found in trained_on(dataset.held_out, dataset.tokenizer, dataset.source, config.data, run):
+        warnings.warn(found.told, stacklevel=2)
+    return dataset
+
+
+def data_of_flag(
+    source: str, run: Path, config: RunConfig, given: Mapping[str, Any], flags: Mapping[str, Flag], *, held_out: bool
+) -> Dataset:
+    """The dataset of `other_data`, without a look at what the model was trained on."""
     fraction = config.data.held_out_fraction if held_out else 1.0
     data = {"source": source, "tokenizer": str(run / "tokenizer.json"), "held_out_fraction": fraction}
     plain = {"data": data | {"cache_dir": config.data.cache_dir}}
     typed = apply_flags(plain, given, flags)
     chosen = from_plain(DataConfig, plain["data"], path="data", origin=lambda field: typed.get(field, "--data"))
-    dataset = read_data(chosen, Console(stderr=True))
-    _warn_of_trained_text(dataset, config.data, run, "the run")
+    return read_data(chosen, Console(stderr=True))
+
+
+class TrainedOn(NamedTuple):
+    """What a model was trained on of a tested text, in a line. sure: False if that could not be found out."""
+
+    told: str
+    sure: bool
+
+
+def trained_on(
+    tested: Split, tokenizer: Tokenizer, source: str, config: DataConfig, run: Path, who: str = "the run"
+) -> Iterator[TrainedOn]:
+    """What `run` was trained on of `tested`, and what the runs were whose weights it began with, as far as known.
+
+    tokenizer: of the run, which `tested` is encoded with.  source: where the text is from.  config: of the run's data.
+    """
+    if told := _trained_text(tested, tokenizer, source, config, run, who):
+        yield TrainedOn(told, sure=True)
     for other in islice(lineage(run), 1, None):
-        who = f"{other}, whose weights the run began with,"
+        origin = f"{other}, whose weights {who} began with,"
         try:
-            _warn_of_trained_text(dataset, config_of(other).data, other, who)
+            if told := _trained_text(tested, tokenizer, source, config_of(other).data, other, origin):
+                yield TrainedOn(told, sure=True)
         except SwamlaError as error:  # damaged, or no longer there
-            warnings.warn(f"cannot tell what {who} was trained on: {error}", stacklevel=2)
-    return dataset
+            yield TrainedOn(f"cannot tell what {origin} was trained on: {error}", sure=False)
 
 
-def _warn_of_trained_text(dataset: Dataset, trained_on: DataConfig, run: Path, who: str) -> None:
-    """Warn of documents that `run` was trained on, found by their tokens, or by the source's name without these."""
+def _trained_text(tested: Split, tokenizer: Tokenizer, source: str, config: DataConfig, run: Path, who: str) -> str:
+    """What `run` was trained on of `tested`, found by its tokens, or by the source's name without these; or ""."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # changed raw files do not matter here
         known = identity_of_run(run)
-        own = None if known is None else reopen(trained_on, known)
-    source, total = dataset.source, dataset.held_out.n_documents
-    if own is not None and (shared := _documents_shared(dataset.held_out, own.train, dataset.tokenizer)):
-        only = " (only a sample of its streamed data was compared)" if trained_on.stream else ""
-        message = f"{source}: {who} was trained on {shared} of these {total} documents{only}"
-        warnings.warn(message, stacklevel=3)
-    elif own is not None and _begins_as_trained(dataset.held_out, own.train):
-        warnings.warn(f"{source}: {who} was trained on the beginning of one of its documents", stacklevel=3)
-    elif own is None and source in {trained_on.source, *(part.source for part in trained_on.mixture)}:
-        warnings.warn(f"{source}: {who} was trained on it", stacklevel=3)
+        own = None if known is None else reopen(config, known)
+    if own is not None and (shared := _documents_shared(tested, own.train, tokenizer)):
+        only = " (only a sample of its streamed data was compared)" if config.stream else ""
+        return f"{source}: {who} was trained on {shared} of these {tested.n_documents} documents{only}"
+    if own is not None and _begins_as_trained(tested, own.train):
+        return f"{source}: {who} was trained on the beginning of one of its documents"
+    if own is not None and _overlaps_an_only_document(tested, own.train, tokenizer):
+        return f"{source}: {who} was trained on a part of one of its documents"
+    if own is None and source in {config.source, *(part.source for part in config.mixture)}:
+        return f"{source}: {who} was trained on it"
+    return ""
 
 
 def _documents_shared(tested: Split, trained: Split, tokenizer: Tokenizer) -> int:
@@ -165,7 +194,7 @@ def _documents_shared(tested: Split, trained: Split, tokenizer: Tokenizer) -> in
 def _with_other_line_ends(ids: np.ndarray, tokenizer: Tokenizer) -> list[np.ndarray]:
     """The ids of a document and, if it has several lines, of its text with \\n and with \\r\\n line ends."""
     text = tokenizer.decode(ids.tolist())
-    unix = text.replace("\r\n", "\n").replace("\r", "\n")
+    unix = _unix(text)
     others = {unix, unix.replace("\n", "\r\n")} - {text} if "\n" in unix else set()
     found = [ids]
     for other in sorted(others):
@@ -194,3 +223,26 @@ def _begins_as_trained(tested: Split, trained: Split) -> bool:
             if 2 * len(start) > len(whole) > len(start) and np.array_equal(whole[: len(start)], start):
                 return True
     return False
+
+
+def _overlaps_an_only_document(tested: Split, trained: Split, tokenizer: Tokenizer) -> bool:
+    """Whether the only training document, the first part of a text, goes on into a tested one, its other part.
+
+    That is so where two runs held out different shares of one document.
+    """
+    if trained.n_documents != 1:
+        return False
+    known = _unix(tokenizer.decode(trained.document(0).tolist()))
+    for text in (_unix(tokenizer.decode(tested.document(index).tolist())) for index in range(tested.n_documents)):
+        beginning = text[:_OVERLAP]
+        at = known.find(beginning) if len(beginning) == _OVERLAP else -1
+        while at >= 0:
+            common = min(len(text), len(known) - at)
+            if text[:common] == known[at : at + common]:
+                return True
+            at = known.find(beginning, at + 1)
+    return False
+
+
+def _unix(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")

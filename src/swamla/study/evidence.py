@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from swamla.config import from_plain
 from swamla.data.dataset import Dataset, TrainingData
@@ -172,7 +173,13 @@ def loss_by_position(model: LanguageModel, split: Split, *, eos_id: int, block_s
         position_N = seq.position_BT.cpu()[there_BT]
         nats_T += torch.bincount(position_N, losses_BT.double().cpu()[there_BT], minlength=block_size)
         count_T += torch.bincount(position_N, minlength=block_size)
-    last = [min(2**power, block_size) for power in range(math.ceil(math.log2(block_size)) + 1)]
+    return by_powers(nats_T, count_T)
+
+
+def by_powers(nats_T: Tensor, count_T: Tensor) -> Positions:
+    """Losses where 1, 2, 3–4, 5–8 … tokens were read, of sums of nats and numbers of labels where 1, 2, 3 … were."""
+    longest = len(count_T)
+    last = [min(2**power, longest) for power in range(math.ceil(math.log2(longest)) + 1)]
     first = [1, *(end + 1 for end in last[:-1])]
     counts = [int(count_T[begin - 1 : end].sum()) for begin, end in zip(first, last, strict=True)]
     sums = [float(nats_T[begin - 1 : end].sum()) for begin, end in zip(first, last, strict=True)]

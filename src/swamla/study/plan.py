@@ -396,10 +396,15 @@ def _described(dataset: TrainingData, config: RunConfig) -> dict[str, str]:
 
 def differing(study: Study) -> dict[str, dict[str, Any]]:
     """Dotted setting → arm → its value, for those in which the arms differ; None where an arm has no such setting."""
-    leaves = {arm.name: dict(_leaves(to_plain(arm.config))) for arm in study.arms}
-    names = dict.fromkeys(name for found in leaves.values() for name in found)
-    values = {name: {arm: found.get(name) for arm, found in leaves.items()} for name in names}
-    return {name: found for name, found in values.items() if any(v != found[study.reference] for v in found.values())}
+    return differing_settings({arm.name: arm.config for arm in study.arms})
+
+
+def differing_settings(configs: Mapping[str, RunConfig]) -> dict[str, dict[str, Any]]:
+    """Dotted setting → name → its value, for those in which configs differ; None where one has no such setting."""
+    leaves = {name: dict(_leaves(to_plain(config))) for name, config in configs.items()}
+    settings = dict.fromkeys(setting for found in leaves.values() for setting in found)
+    values = {setting: {name: found.get(setting) for name, found in leaves.items()} for setting in settings}
+    return {setting: found for setting, found in values.items() if len({repr(value) for value in found.values()}) > 1}
 
 
 def _leaves(plain: Mapping[str, Any], path: str = "") -> Any:

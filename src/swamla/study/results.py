@@ -216,14 +216,12 @@ class Results:
             "study": self.study.as_plain(),
             "verdict": self.verdict(),
             "not_said": self.not_said(),
-            "comparisons": [
-                _finite(asdict(one) | {"kind": one.kind, "words": one.words()}) for one in self.comparisons
-            ],
-            **({"trends": [_finite(_trend_as_dict(one)) for one in self.trends]} if self.sizes else {}),
-            "arms": [_finite(_arm_as_dict(one)) for one in self.arms],
+            "comparisons": [finite(asdict(one) | {"kind": one.kind, "words": one.words()}) for one in self.comparisons],
+            **({"trends": [finite(_trend_as_dict(one)) for one in self.trends]} if self.sizes else {}),
+            "arms": [finite(_arm_as_dict(one)) for one in self.arms],
             **({"published": [_marked_as_dict(one) for one in self.published()]} if self.study.asked.published else {}),
-            "runs": [_finite(asdict(one)) for one in self.outcomes],
-            "tests": [_finite(asdict(one)) for one in self.tests],
+            "runs": [finite(asdict(one)) for one in self.outcomes],
+            "tests": [finite(asdict(one)) for one in self.tests],
             "differing": self.differing,
             "evidence": _evidence_as_dict(self.evidence),
         }
@@ -238,17 +236,17 @@ class Results:
         of_runs = [asdict(one) | {"test": tests[one.run].score if one.run in tests else ""} for one in self.outcomes]
         texts = {
             "results.json": json.dumps(self.as_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-            "runs.csv": _csv(list(of_runs[0]) if of_runs else [], [list(row.values()) for row in of_runs]),
-            "arms.csv": _csv(heads, rows),
+            "runs.csv": as_csv(list(of_runs[0]) if of_runs else [], [list(row.values()) for row in of_runs]),
+            "arms.csv": as_csv(heads, rows),
             "arms.tex": latex(heads, rows),
         }
         if self.sizes:
             heads, rows = self.size_table()
-            texts |= {"sizes.csv": _csv(heads, rows), "sizes.tex": latex(heads, rows)}
+            texts |= {"sizes.csv": as_csv(heads, rows), "sizes.tex": latex(heads, rows)}
         if judged := [_marked_as_dict(one) for one in self.published()]:
-            texts["published.csv"] = _csv(list(judged[0]), [list(row.values()) for row in judged])
+            texts["published.csv"] = as_csv(list(judged[0]), [list(row.values()) for row in judged])
         if self.evidence is not None:
-            texts["evidence.csv"] = _csv(["what", "arm", "seed", "at", "value"], _long(self.evidence))
+            texts["evidence.csv"] = as_csv(["what", "arm", "seed", "at", "value"], _long(self.evidence))
         for name, text in texts.items():
             write_text_atomically(folder / name, text)
         return [folder / name for name in texts]
@@ -354,12 +352,12 @@ def _long(evidence: Evidence) -> list[list[Any]]:
     return rows + [["bytes of a run's process", arm, "", "", size] for arm, size in evidence.memory.items()]
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value with null for what JSON lacks: infinities and NaN."""
     if isinstance(value, Mapping):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not abs(value) < float("inf") else value
@@ -374,7 +372,8 @@ def _with_half(interval: Interval | None, sign: str = "") -> str:
     return f"{mean:{sign}.4f} ± {half:.4f}" if abs(half) < float("inf") else f"{mean:{sign}.4f}"
 
 
-def _csv(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def as_csv(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table as CSV."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(heads)

@@ -95,29 +95,39 @@ def _held_out(data: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def _settings(results: Results) -> str:
-    """Settings that differ; those of one block's mixer, of its FFN, and all others of a block in one row each."""
-    arms = [arm.name for arm in results.study.arms]
-    grouped: dict[str, dict[str, list[str]]] = {}
-    for name, values in results.differing.items():
-        if all(_is_default(arm.config, name) for arm in results.study.arms if values.get(arm.name) is not None):
-            continue
-        group, last = _place(name)
-        cells = grouped.setdefault(group, {arm: [] for arm in arms})
-        for arm in arms:
-            if values.get(arm) is not None:
-                cells[arm].append(f"{last} {_setting(values[arm])}".strip())
-    rows = [
-        [escape(group), *(escape(", ".join(cells[arm])) or "–" for arm in arms)]
-        for group, cells in sorted(grouped.items(), key=lambda each: "." in each[0])  # those of blocks come last
-    ]
-    head = ["setting", *arms]
-    return table(
-        head,
-        rows,
+    return settings_table(
+        {arm.name: arm.config for arm in results.study.arms},
+        results.differing,
         "Settings in which arms differ, after matching, but for those that every arm which has them leaves at their "
         "default. –: an arm without that block.",
-        "words",
     )
+
+
+def settings_table(configs: Mapping[str, RunConfig], differing: Mapping[str, Mapping[str, Any]], meaning: str) -> str:
+    """Settings that differ; those of one block's mixer, of its FFN, and all others of a block in one row each."""
+    grouped: dict[str, dict[str, list[str]]] = {}
+    for setting, values in told_settings(configs, differing).items():
+        group, last = _place(setting)
+        cells = grouped.setdefault(group, {name: [] for name in configs})
+        for name in configs:
+            if values.get(name) is not None:
+                cells[name].append(f"{last} {setting_words(values[name])}".strip())
+    rows = [
+        [escape(group), *(escape(", ".join(cells[name])) or "–" for name in configs)]
+        for group, cells in sorted(grouped.items(), key=lambda each: "." in each[0])  # those of blocks come last
+    ]
+    return table(["setting", *configs], rows, meaning, "words")
+
+
+def told_settings(
+    configs: Mapping[str, RunConfig], differing: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
+    """Those of the settings that differ which some config has, and not at its default."""
+    return {
+        setting: values
+        for setting, values in differing.items()
+        if not all(_is_default(configs[name], setting) for name in configs if values.get(name) is not None)
+    }
 
 
 def _is_default(config: RunConfig, path: str) -> bool:
@@ -143,7 +153,8 @@ def _place(name: str) -> tuple[str, str]:
     return ".".join(words[1:deep]), ".".join(words[deep:])
 
 
-def _setting(value: Any) -> str:
+def setting_words(value: Any) -> str:
+    """A value as one reads it."""
     if isinstance(value, str):
         return value
     if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):

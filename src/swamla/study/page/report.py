@@ -4,7 +4,7 @@ What a clock or the system's memory has said stands in elements of the class "cl
 a study that was stopped, and in one that was not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -48,15 +48,20 @@ def write_report(results: Results, folder: Path) -> list[Path]:
 
 def report_html(results: Results) -> str:
     """The page."""
+    parts = [*_opening(results), *(part for make in SECTIONS for part in section_parts(_at_sizes(make, results)))]
+    return page_of(_title(results), parts)
+
+
+def page_of(title: str, parts: Sequence[str]) -> str:
+    """A page of these parts, with its style and script."""
     interpret, here = files("swamla.interpret.page"), files("swamla.study.page")
     style = "".join(
         (folder / name).read_text(encoding="utf-8") for folder, name in ((interpret, "report.css"), (here, "page.css"))
     )
     script = (here / "page.js").read_text(encoding="utf-8")
-    parts = [*_opening(results), *(part for make in SECTIONS for part in section_parts(_at_sizes(make, results)))]
     return "\n".join(
         [
-            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(_title(results))}</title>',
+            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>',
             '<meta name="viewport" content="width=device-width,initial-scale=1">',
             f'<link rel="icon" href="data:,"><style>{style}</style></head><body><main>',
             numbered(numbered("\n".join(parts), "figcaption", "Figure"), "caption", "Table"),
