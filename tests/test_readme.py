@@ -74,7 +74,7 @@ def modelled(line: str) -> list[str]:
     """The recipe and flags of a line that trains, without those that only say where; empty for any other line."""
     words = shlex.split(line.replace("…", ""), comments=True)
     command, *arguments = words[next(i for i, word in enumerate(words) if Path(word).name == "swamla") + 1 :]
-    elsewhere = any(a.endswith(".toml") or a in ("--resume", "--resume_from_hf") for a in arguments)
+    elsewhere = any(a.endswith((".toml", ".json")) or a in ("--resume", "--resume_from_hf") for a in arguments)
     if command != "train" or elsewhere:
         return []
     where = [i for i, word in enumerate(arguments) if word in ("--output_dir", "--run_name")]
