@@ -59,7 +59,7 @@ class Here:
     started: ClassVar[list[str]] = []
 
     def __init__(self, words: list[str], log: Path) -> None:
-        if "--steps" not in words:  # the run of one step that is timed for the plan
+        if "--steps" not in words:  # the short run that is timed for the plan
             Here.started.append(" ".join(words))
         self.status = main(words)
 

@@ -25,7 +25,7 @@ from swamla.study.running import (
 )
 from swamla.study.runs import Outcome
 
-from .helpers import FakeRun, score_of, study_of
+from .helpers import FakeRun, arm_of, score_of, study_of
 
 CLOCK = ("wall", "seconds")
 
@@ -156,24 +156,30 @@ def test_the_best_rate_of_each_arm_is_found_and_its_seeds_are_scored(whole: Path
         assert one.command.startswith("swamla train ")
 
 
-class OneStep(FakeRun):
-    """A run of one step, which trains for two seconds of the records' and evaluates for three."""
+class Short(FakeRun):
+    """A run of ten steps, the first of which take long; the others 150 ms each. It evaluates for three seconds."""
 
     def __init__(self, words: list[str], log: Path) -> None:
         super().__init__(words, log)
-        assert words[words.index("--steps") + 1] == "1"
-        lines = [{"step": 1, "loss": 3.0, "elapsed": 2.0}, {"step": 1, "held_out_bits_per_byte": 2.0, "elapsed": 5.0}]
+        assert words[words.index("--steps") + 1] == "10"
+        assert words[words.index("--schedule_steps") + 1] == "10"
+        elapsed = [1.0, 1.5, 2.0, *(2.0 + 0.15 * number for number in range(1, 8))]
+        lines: list[dict] = [{"step": step, "loss": 3.0, "elapsed": at} for step, at in enumerate(elapsed, 1)]
+        lines.append({"step": 10, "held_out_bits_per_byte": 2.0, "elapsed": elapsed[-1] + 3.0})
         (self.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_a_run_of_one_step_tells_what_a_run_takes_beside_its_steps(
+def test_a_short_run_tells_what_a_run_takes_beside_its_timed_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter([100.0, 111.5])
-    monkeypatch.setattr(running, "start", OneStep)
+    clock = iter([100.0, 112.55])
+    monkeypatch.setattr(running, "start", Short)
     monkeypatch.setattr(running.time, "monotonic", lambda: next(clock))
-    found = with_start(study_of(), tmp_path)
-    assert (found.start_seconds, found.evaluation_seconds) == (6.5, 3.0)
+    study = study_of()
+    ten_steps = replace(study, arms=(arm_of("mha", steps=10, seconds=0.1), *study.arms[1:]))
+    found = with_start(ten_steps, tmp_path)
+    # 12.55 s, of which 2 + 7 × .15 are steps and 3 the evaluation; a step takes .15 s and not the .1 that were timed
+    assert (found.start_seconds, found.loop_seconds, found.evaluation_seconds) == (6.5, 0.05, 3.0)
 
 
 def test_whoever_stops_the_plan_stops_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +209,7 @@ def test_a_study_whose_runs_cannot_train_is_refused_with_the_runs_error(
         return FakeRun(words, log, status=2)
 
     monkeypatch.setattr(running, "start", fails)
-    with pytest.raises(UsageError, match="arm 'mha': a run of one step fails: no room"):
+    with pytest.raises(UsageError, match="arm 'mha': a run of 20 steps fails: no room"):
         with_start(study_of(), tmp_path)
 
 

@@ -121,15 +121,16 @@ def test_the_predicted_number_of_runs_is_the_played_one_where_no_best_is_at_an_e
 
 
 def test_the_predicted_time_is_steps_start_and_evaluation_and_then_what_runs_took():
-    study = replace(study_of(rates="recipe", seeds=2), start_seconds=4.0, evaluation_seconds=0.5)
+    study = replace(study_of(rates="recipe", seeds=2), start_seconds=4.0, loop_seconds=0.01, evaluation_seconds=0.5)
     slow = replace(study.arms[1], seconds_per_step=0.3)
     study = replace(study, arms=(study.arms[0], slow))
-    # 20 steps of 0.1 s, 4 s to start, 0.5 s to evaluate; of the other arm three times the steps' and evaluation's
-    assert predict(study, {}, 1).seconds == pytest.approx(2 * (4 + 2 + 0.5) + 2 * (4 + 6 + 1.5))
+    # 20 steps of 0.1 s and 10 ms in the loop, 4 s to start, 0.5 s to evaluate; the other arm's steps and evaluation
+    # take three times as long, but not what the loop adds
+    assert predict(study, {}, 1).seconds == pytest.approx(2 * (4 + 2.2 + 0.5) + 2 * (4 + 6.2 + 1.5))
     assert predict(study, {}, 2).seconds == pytest.approx(predict(study, {}, 1).seconds / 2)
     first = ready(study, {})[0]
     left = predict(study, {first.id: outcome(first, wall=19.0)}, 1)
-    assert left.seconds == pytest.approx(19.0 + 2 * (4 + 6 + 1.5) * 19 / 6.5)
+    assert left.seconds == pytest.approx(19.0 + 2 * (4 + 6.2 + 1.5) * 19 / 6.7)
 
 
 def test_a_run_is_an_ordinary_command(tmp_path: Path):
@@ -148,4 +149,4 @@ def test_the_plan_says_what_will_be_done_and_how_long_it_takes(tmp_path: Path):
     assert "±0.01" in said["margin"]
     assert said["runs"].startswith("20 or a few more")
     assert said["time"].startswith("about 20 s, 2 at a time")
-    assert said["by"].startswith("steps of all arms, timed in turns, and a run of one step: 0.0 s to start")
+    assert said["by"].startswith("steps of all arms, timed in turns, and a short run: 0.0 s to start")

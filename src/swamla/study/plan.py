@@ -150,8 +150,9 @@ class Study:
 
     data: its source, the fingerprint of its tokens and split, and bytes of the parts of the held-out text.
     machine: where it was planned; commit: of this program's source, if it is a checkout.  start_seconds,
-    evaluation_seconds: of a run of the first arm beside its steps, 0 if they were not measured.  beside: other runs
-    that were under way as all this was timed.
+    evaluation_seconds: of a run of the first arm beside its steps; loop_seconds: of each of its steps beside what was
+    timed, such as its rows and records; 0 if they were not measured.  beside: other runs that were under way as all
+    this was timed.
     """
 
     asked: Asked
@@ -163,6 +164,7 @@ class Study:
     commit: str = ""
     plugins: tuple[str, ...] = ()
     start_seconds: float = 0.0
+    loop_seconds: float = 0.0
     evaluation_seconds: float = 0.0
     beside: int = 0
 

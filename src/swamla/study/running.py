@@ -43,6 +43,7 @@ from swamla.train.tracking.metrics import read_metrics
 STUDY, RESULTS, TESTS = "study.json", "results", "test"
 POLL = 0.05  # seconds between looks at processes
 WAIT = 1.0  # seconds between looks at the runs of others
+SHORT, WARM_UP = 30, 3  # steps of the run that tells what a run takes beside its steps, and those that are not counted
 ATTEMPTS = 3  # of a run whose process is killed; then it has failed
 ENDED_BY_SIGNAL = range(129, 160)  # statuses of shells; a process's own is negative
 PREEMPTED = (75, 130, 141)  # stopped with all saved
@@ -140,15 +141,16 @@ def _write_study(folder: Path, study: Study) -> None:
 
 
 def with_start(study: Study, scratch: Path) -> Study:
-    """The study with the seconds of a run beside its steps, by a run of one step of the first arm, in `scratch`.
+    """The study with what a run takes beside its arm's timed steps, by a short run of the first arm, in `scratch`.
 
     Raises `UsageError` with the run's own error if it fails: so would all of the study.
     """
     arm, where, log = study.arms[0], scratch / "run", scratch / "log"
     write_text_atomically(scratch / "arm.json", json.dumps(to_plain(arm.config)) + "\n")
-    words = ["train", str(scratch / "arm.json"), "--steps", "1", "--save_interval", "1", "--output_dir", str(where)]
+    steps = str(min(SHORT, arm.steps))
+    words = ["train", str(scratch / "arm.json"), "--steps", steps, "--schedule_steps", str(arm.steps)]
     begun = time.monotonic()
-    process = start([*words, *_loading(study.plugins)], log)
+    process = start([*words, "--save_interval", steps, "--output_dir", str(where), *_loading(study.plugins)], log)
     try:
         status = process.wait()
     except BaseException:  # whoever stops the plan stops this run, too
@@ -157,10 +159,18 @@ def with_start(study: Study, scratch: Path) -> Study:
         raise
     wall = time.monotonic() - begun
     if status:
-        raise UsageError(f"arm {arm.name!r}: a run of one step fails: {_error(log, status)}")
-    elapsed = [record["elapsed"] for record in read_metrics(where / "metrics.jsonl") if "elapsed" in record]
-    evaluation = elapsed[-1] - elapsed[0]
-    return replace(study, start_seconds=round(wall - elapsed[-1], 2), evaluation_seconds=round(evaluation, 2))
+        raise UsageError(f"arm {arm.name!r}: a run of {steps} steps fails: {_error(log, status)}")
+    records = read_metrics(where / "metrics.jsonl")
+    trained = [record["elapsed"] for record in records if "loss" in record]
+    ended = records[-1]["elapsed"]
+    usual = trained[min(WARM_UP, len(trained) - 1) :]  # the first steps of a process are slower
+    each = (usual[-1] - usual[0]) / (len(usual) - 1) if len(usual) > 1 else arm.seconds_per_step
+    return replace(
+        study,
+        start_seconds=round(wall - ended, 2),
+        loop_seconds=round(max(0.0, each - arm.seconds_per_step), 4),
+        evaluation_seconds=round(ended - trained[-1], 2),
+    )
 
 
 def _loading(plugins: Sequence[str]) -> list[str]:

@@ -190,7 +190,8 @@ def _pace(study: Study, outcomes: Mapping[str, Outcome]) -> float:
 def seconds_of_run(study: Study, arm: Arm) -> float:
     """Predicted seconds of a run's process: start, steps, and the evaluation, slower as the arm's steps are."""
     slower = arm.seconds_per_step / (study.arms[0].seconds_per_step or 1.0)
-    return study.start_seconds + arm.steps * arm.seconds_per_step + slower * study.evaluation_seconds
+    steps = arm.steps * (arm.seconds_per_step + study.loop_seconds)
+    return study.start_seconds + steps + slower * study.evaluation_seconds
 
 
 def runs_left(study: Study, arm: Arm, outcomes: Mapping[str, Outcome]) -> int:
@@ -243,8 +244,8 @@ def _basis(study: Study, outcomes: Mapping[str, Outcome]) -> str:
     """What the predicted time rests on."""
     others = f" beside {study.beside} other run{'s' * (study.beside > 1)}" if study.beside else ""
     measured = (
-        f"steps of all arms, timed in turns{others}, and a run of one step: {study.start_seconds:.1f} s to start and "
-        f"to save, {study.evaluation_seconds:.1f} s to evaluate"
+        f"steps of all arms, timed in turns{others}, and a short run: {study.start_seconds:.1f} s to start and "
+        f"to save, {1000 * study.loop_seconds:.0f} ms more a step, {study.evaluation_seconds:.1f} s to evaluate"
     )
     ended = sum(one.status == "finished" for one in outcomes.values())
     if not ended:
