@@ -206,6 +206,13 @@ class Study:
         """The sizes, the smallest first; empty for a study of one."""
         return tuple(dict.fromkeys(arm.size for arm in self.arms if arm.size is not None))
 
+    @property
+    def each_size(self) -> str:
+        """What is done at each size by itself, in words."""
+        done = {"matched": self.asked.match != "none", "searched for its learning rates": self.asked.rates == "search"}
+        words = ", ".join(word for word, is_so in done.items() if is_so)
+        return f"{words} and compared" if words else "compared"
+
     def reference_of(self, arm: Arm) -> Arm:
         """The arm that this one is compared with: the first of its size."""
         return next(other for other in self.arms if other.size == arm.size)

@@ -234,9 +234,7 @@ def _described_sizes(study: Study) -> list[tuple[str, str]]:
         return []
     fewer = study.asked.larger_seeds
     seeds = f", with seeds 1 to {fewer} but for the smallest" if fewer else ""
-    return [
-        ("sizes", f"widths {', '.join(map(str, study.sizes))}, each matched, searched and compared by itself{seeds}")
-    ]
+    return [("sizes", f"widths {', '.join(map(str, study.sizes))}, each {study.each_size} by itself{seeds}")]
 
 
 def _basis(study: Study, outcomes: Mapping[str, Outcome]) -> str:
