@@ -94,7 +94,8 @@ def run(job: Job) -> dict[str, Any]:
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         row: dict[str, Any] = {"recipe": job.toy.recipe, "flags": job.toy.flags, "seed": job.seed}
         if done.returncode:
-            return row | {"error": done.stderr.strip().splitlines()[-1]}
+            said = done.stderr.strip().splitlines()  # nothing, of a process that was killed
+            return row | {"error": said[-1] if said else f"exit status {done.returncode}"}
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     points = [json.loads(line) for line in lines]
     accuracy = {point["step"]: point["held_out_accuracy"] for point in points if "held_out_accuracy" in point}
@@ -103,7 +104,7 @@ def run(job: Job) -> dict[str, Any]:
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
     """A table: what was expected, and each seed's last accuracy with the step by which .99 was reached."""
-    found = {(row["recipe"], row["flags"], row["seed"]): row for row in rows if "error" not in row}
+    found = {(row["recipe"], row["flags"], row["seed"]): row for row in rows}
     seeds = sorted({seed for _, _, seed in found})
     lines = []
     for toy in TOYS:
@@ -115,6 +116,8 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
+    if "error" in row:
+        return "failed"
     points = {int(step): value for step, value in row["accuracy"].items()}
     last = max(points)
     learned = min((step for step, value in points.items() if value >= LEARNED), default=None)
@@ -137,7 +140,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     file = options.output or RESULTS / f"toys-{datetime.now(UTC):%Y-%m-%d}.jsonl"
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
-    have = {(row["recipe"], row["flags"], row["seed"]) for row in rows}
+    have = {(row["recipe"], row["flags"], row["seed"]) for row in rows if "error" not in row}
     jobs = [Job(toy=toy, seed=seed) for seed in range(options.seeds) for toy in TOYS]
     missing = [] if options.table else [job for job in jobs if job.key not in have]
     with ThreadPoolExecutor(options.jobs) as pool, file.open("a", encoding="utf-8") as out:

@@ -32,7 +32,7 @@ def test_a_cell_has_the_last_accuracy_and_the_first_step_with_99_percent() -> No
         first | {"seed": 2, "error": "out of memory"},
     ]
     lines = report(rows).splitlines()
-    assert lines[2] == "| `toy-mqar` | .99 by 500 | .9975@200, .99 by 100 | .250@100 |"
+    assert lines[2] == "| `toy-mqar` | .99 by 500 | .9975@200, .99 by 100 | .250@100 | failed |"
     assert len(lines) == 2 + len(TOYS)
 
 
@@ -49,7 +49,8 @@ def test_what_was_measured_is_not_run_again_and_seeds_come_one_after_the_other(
     monkeypatch.setattr(toys, "TOYS", (Toy(recipe="a", flags="", expected=""), Toy(recipe="b", flags="", expected="")))
     out = tmp_path / "rows.jsonl"
     known = {"recipe": "a", "flags": "", "seed": 1, "accuracy": {"1": 0.5}}
-    out.write_text(json.dumps(known) + "\n", encoding="utf-8")
+    killed = {"recipe": "b", "flags": "", "seed": 0, "error": "exit status -9"}
+    out.write_text("".join(json.dumps(row) + "\n" for row in (known, killed)), encoding="utf-8")
     command = ["--jobs", "1", "--seeds", "2", "--output", str(out)]
     assert toys.main([*command, "--table"]) == 0
     assert ran == []

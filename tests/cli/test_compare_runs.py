@@ -244,6 +244,7 @@ def test_what_cannot_be_compared_is_told_in_a_line(here: Path, capsys, words: st
 def test_the_help_says_how_runs_are_told_from_arms(here: Path, capsys) -> None:
     for words, text in (
         (["--help"], "swamla compare RUN RUN"),
+        (["--help"], "Shipped studies: hybrid-or-not, latent-moe"),
         (["first", "second", "--help"], "Compare two finished"),
     ):
         with pytest.raises(SystemExit):

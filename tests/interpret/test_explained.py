@@ -94,6 +94,14 @@ def test_a_mixer_whose_explanation_is_wrong_is_told_in_the_report(model, monkeyp
     assert found.about.exact_to == 1e-2
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_an_explanation_that_is_no_number_is_exact_to_no_digit(model, monkeypatch, wrong) -> None:
+    right = Explanation.output
+    monkeypatch.setattr(Explanation, "output", lambda self: wrong * right(self))
+    monkeypatch.setattr("swamla.interpret.explaining.REPEAT_ROWS", 2)
+    assert explained(model, TOKENIZER, replace(SUBJECT, rows_BT=None, text=())).about.exact_to == math.inf
+
+
 def test_what_is_measured_on_text_is_what_the_measures_find(model, found) -> None:
     for layer, other in zip(found["worth"]["layers"], ablated(model, ROWS).layers, strict=True):
         fields_close(layer, other)

@@ -131,6 +131,7 @@ def test_a_model_whose_attention_cannot_be_told_is_measured_but_for_that(
     dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(model, tokens_BT):
+        assert 9 <= tokens_BT.shape[1] <= LENGTH, "as long as the rows of training at most"
         raise UsageError("mixer 'x' has no explain")
 
     monkeypatch.setattr("swamla.study.evidence.induction", refused)

@@ -84,6 +84,11 @@ def test_a_study_is_the_same_after_it_was_written(dataset: Dataset) -> None:
     study = resolved(dataset, question="Which?")
     assert from_plain(Study, to_plain(study)) == study
     assert int(study.data["validation_bytes"]) + int(study.data["test_bytes"]) == dataset.held_out.n_bytes
+    decoded = [
+        dataset.tokenizer.decode(dataset.held_out.document(i).tolist()) for i in range(dataset.held_out.n_documents)
+    ]
+    counted = int(study.data["validation_bytes"]) + int(study.data["test_bytes"])
+    assert int(study.data["bytes_apart"]) == counted - len("".join(decoded).encode()) == 0
 
 
 def test_what_arms_differ_in_is_found(dataset: Dataset) -> None:

@@ -243,6 +243,7 @@ def test_steps_are_timed_while_as_many_others_train_which_stop_with_it(
     assert [run.polls for run in begun] == [-1, -1]
     log = (tmp_path / "beside-0.log").read_text()
     assert log.startswith(f"train {tmp_path}/beside.json --steps 1000000000")
+    assert "--max_minutes 30" in log, "whoever kills the plan with SIGKILL is not left with runs without an end"
     assert log.endswith("--plugin mixer.py --output_dir " + f"{tmp_path}/beside-0\n")
     assert json.loads((tmp_path / "beside.json").read_text())["train"]["lr"] == config.train.lr
     with beside(config, 0, tmp_path):

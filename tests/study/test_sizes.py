@@ -219,6 +219,9 @@ def test_all_sizes_run_in_one_folder_each_with_a_search_of_its_own_and_go_on_aft
 
 def test_the_plan_says_the_sizes_and_counts_the_runs_of_all(tmp_path: Path) -> None:
     said = dict(describe(sized(study_of(seeds=5), 32, 48, larger_seeds=3), tmp_path, {}, 1))
-    assert said["sizes"].startswith("widths 32, 48, each matched, searched and compared by itself, with seeds 1 to 3")
+    at_each = "matched, searched for its learning rates and compared by itself, with seeds 1 to 3"
+    assert said["sizes"].startswith(f"widths 32, 48, each {at_each}")
     assert said["runs"].startswith("36 or a few more")
     assert "sizes" not in dict(describe(study_of(), tmp_path, {}, 1))
+    plain = sized(study_of(rates="recipe", match="none"), 32, 48)
+    assert dict(describe(plain, tmp_path, {}, 1))["sizes"] == "widths 32, 48, each compared by itself"

@@ -4,7 +4,9 @@ Of two finished runs: `compare_runs.py`.
 """
 
 import shlex
+import shutil
 import subprocess
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
@@ -18,7 +20,7 @@ from rich.table import Table
 
 from swamla.cli import compare_runs
 from swamla.cli.console import PLUGINS, Console, program, say, say_rows, say_wrapped
-from swamla.cli.flags import argument, parse, peek
+from swamla.cli.flags import WIDEST, argument, parse, peek
 from swamla.cli.outputs import Ended
 from swamla.cli.overrides import flags
 from swamla.cli.prepare import executor_settings
@@ -123,8 +125,8 @@ def main(argv: list[str]) -> int:
     words, named = peek(argv, compare_runs.Arguments, Arguments, more=compare_runs.own_flags())
     if compare_runs.names_runs(words, study=bool(named & of_study)):
         return compare_runs.main(argv, sorted(of_study))
-    about_runs = compare_runs.help_of_runs()
-    arguments, given = parse(Arguments, argv, command="swamla compare", explain=lambda word: ({}, about_runs))
+    epilog = _epilog()
+    arguments, given = parse(Arguments, argv, command="swamla compare", explain=lambda word: ({}, epilog))
     scipy_stats()  # an error now, and not when all is trained
     require(arguments.jobs >= 0, "jobs", arguments.jobs, "must be >= 0; 0 takes all cores")
     part = Part.parse(arguments.part) if arguments.part else None
@@ -163,14 +165,24 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _epilog() -> str:
+    """What the help says below the flags: names of shipped studies, and how two runs are compared."""
+    width = min(WIDEST, shutil.get_terminal_size().columns - 2)
+    said = f"Shipped studies: {', '.join(study_names())}.", compare_runs.help_of_runs()
+    return "\n\n".join(textwrap.fill(text, width) for text in said)
+
+
 def _report(arguments: Arguments, given: Mapping[str, Any]) -> None:
     """Write the results of a study that has ended anew. Raises `UsageError` for one that has not."""
     first = Path(arguments.arms[0])
     if others := sorted(given.keys() - {"arms", "report"}) or arguments.arms[1:]:
         raise UsageError(f"--report takes the study's folder, or its file, alone: leave {others[0]} out")
-    is_file = first.suffix in (".toml", ".json") or str(first) in study_names()
+    is_shipped = str(first) in study_names()
+    is_file = first.suffix in (".toml", ".json") or is_shipped
     folder = Path("studies") / first.stem if is_file else first
-    study = opened(folder)
+    # Figures of others may have been added to its file, if that is still there.
+    asked = _asked(arguments, given)[0] if is_shipped or (is_file and first.is_file()) else None
+    study = opened(folder, asked)
     if study is None:
         raise UsageError(f"{folder}: holds no study (it has no study.json)")
     outcomes, tests = read_outcomes(folder), read_tests(folder)

@@ -1,8 +1,6 @@
 """`swamla compare RUN RUN`: two finished runs on the same documents, or on the same rows of a task."""
 
 import shlex
-import shutil
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +13,7 @@ from rich.text import Text
 from swamla.checkpoint import Checkpoint, find_checkpoint, load
 from swamla.cli.console import Console, say, say_wrapped
 from swamla.cli.evaluate import own_flags
-from swamla.cli.flags import WIDEST, argument, parse
+from swamla.cli.flags import argument, parse
 from swamla.cli.plain import BLOCK_PARTS
 from swamla.cli.plot import distinct_names
 from swamla.cli.progress import shown_progress
@@ -135,12 +133,11 @@ def names_runs(words: Sequence[str], *, study: bool) -> bool:
 def help_of_runs() -> str:
     """What the help of `swamla compare` says of two runs."""
     flags = " ".join(f"[--{field.name}]" for field in fields(Arguments) if field.name != "runs")
-    said = (
+    return (
         f"Two finished runs: swamla compare RUN RUN {flags}. Two words are runs where both are folders of runs, or "
         "names under runs/; where both are patterns as well, any flag above that is not one of these makes them arms. "
         "swamla compare RUN RUN --help, of runs that are there, tells more."
     )
-    return textwrap.fill(said, min(WIDEST, shutil.get_terminal_size().columns - 2))
 
 
 def _is_run(word: str) -> bool:

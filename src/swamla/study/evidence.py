@@ -150,7 +150,7 @@ def _on_text(
     with autocast(precision, model.device):
         positions = loss_by_position(model, split, eos_id=start, block_size=block_size)
     try:
-        length, rows = repeat_size(model, len(ids))
+        length, rows = repeat_size(model, len(ids), block_size)
         repeats_BT = repeated_rows(ids, start, length=length, rows=rows, seed=REPEAT_SEED)
         repeats = induction(model, repeats_BT.to(model.device))
     except UsageError as error:  # a mixer without `explain`, or too few ids

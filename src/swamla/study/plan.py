@@ -19,7 +19,7 @@ import torch
 from swamla.config import to_plain
 from swamla.data.dataset import Dataset, TrainingData
 from swamla.errors import UsageError, require
-from swamla.evaluate import part_of
+from swamla.evaluate import bytes_apart, part_of
 from swamla.study.matching import TOLERANCE, Costs, MatchAxis, match, matched_steps
 from swamla.study.published import Published
 from swamla.study.sizes import at_sizes
@@ -148,7 +148,8 @@ class Study:
 
     Of several sizes it has every arm at each, the smallest first; the reference of a size is its first arm.
 
-    data: its source, the fingerprint of its tokens and split, and bytes of the parts of the held-out text.
+    data: its source, the fingerprint of its tokens and split, bytes of the parts of the held-out text, and how many
+    more were counted than its tokens decode to: 0, or bits per byte are wrong.
     machine: where it was planned; commit: of this program's source, if it is a checkout.  start_seconds,
     evaluation_seconds: of a run of the first arm beside its steps; loop_seconds: of each of its steps beside what was
     timed, such as its rows and records; 0 if they were not measured.  beside: other runs that were under way as all
@@ -207,6 +208,13 @@ class Study:
     def sizes(self) -> tuple[int, ...]:
         """The sizes, the smallest first; empty for a study of one."""
         return tuple(dict.fromkeys(arm.size for arm in self.arms if arm.size is not None))
+
+    @property
+    def each_size(self) -> str:
+        """What is done at each size by itself, in words."""
+        done = {"matched": self.asked.match != "none", "searched for its learning rates": self.asked.rates == "search"}
+        words = ", ".join(word for word, is_so in done.items() if is_so)
+        return f"{words} and compared" if words else "compared"
 
     def reference_of(self, arm: Arm) -> Arm:
         """The arm that this one is compared with: the first of its size."""
@@ -391,9 +399,9 @@ def _described(dataset: TrainingData, config: RunConfig) -> dict[str, str]:
     parts = {part: part_of(dataset.held_out, part, dataset.tokenizer.decode) for part in ("validation", "test")}
     sizes = {f"{name}_bytes": str(part.n_bytes) for name, part in parts.items()}
     tokens = {f"{name}_tokens": str(part.n_tokens + part.n_documents) for name, part in parts.items()}
-    return {"source": dataset.source, "tokenizer": config.data.tokenizer, "fingerprint": dataset.fingerprint} | (
-        sizes | tokens
-    )
+    apart = sum(bytes_apart(part, dataset.tokenizer.decode) for part in parts.values())
+    about = {"source": dataset.source, "tokenizer": config.data.tokenizer, "fingerprint": dataset.fingerprint}
+    return about | sizes | tokens | {"bytes_apart": str(apart)}
 
 
 def differing(study: Study) -> dict[str, dict[str, Any]]:

@@ -44,6 +44,7 @@ STUDY, RESULTS, TESTS = "study.json", "results", "test"
 POLL = 0.05  # seconds between looks at processes
 WAIT = 1.0  # seconds between looks at the runs of others
 SHORT, WARM_UP = 30, 3  # steps of the run that tells what a run takes beside its steps, and those that are not counted
+COMPANY = 30  # minutes after which runs that keep a plan company end by themselves: a killed plan cannot stop them
 ATTEMPTS = 3  # of a run whose process is killed; then it has failed
 ENDED_BY_SIGNAL = range(129, 160)  # statuses of shells; a process's own is negative
 PREEMPTED = (75, 130, 141)  # stopped with all saved
@@ -186,7 +187,8 @@ def beside(config: RunConfig, others: int, scratch: Path, plugins: Sequence[str]
     recipe = scratch / "beside.json"
     write_text_atomically(recipe, json.dumps(to_plain(config)) + "\n")
     folders = [scratch / f"beside-{number}" for number in range(others)]
-    words = ["train", str(recipe), "--steps", "1000000000", "--save_interval", "none", *_loading(plugins)]
+    words = ["train", str(recipe), "--steps", "1000000000", "--max_minutes", str(COMPANY), "--save_interval", "none"]
+    words += _loading(plugins)
     processes = [start([*words, "--output_dir", str(folder)], folder.with_suffix(".log")) for folder in folders]
     try:
         for process, folder in zip(processes, folders, strict=True):

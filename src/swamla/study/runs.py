@@ -235,9 +235,7 @@ def _described_sizes(study: Study) -> list[tuple[str, str]]:
         return []
     fewer = study.asked.larger_seeds
     seeds = f", with seeds 1 to {fewer} but for the smallest" if fewer else ""
-    return [
-        ("sizes", f"widths {', '.join(map(str, study.sizes))}, each matched, searched and compared by itself{seeds}")
-    ]
+    return [("sizes", f"widths {', '.join(map(str, study.sizes))}, each {study.each_size} by itself{seeds}")]
 
 
 def _basis(study: Study, outcomes: Mapping[str, Outcome]) -> str:
@@ -261,7 +259,9 @@ def _described_data(study: Study) -> str:
     sizes = (
         f"{study.data['validation_bytes']} bytes for choices, {study.data['test_bytes']} to be read once, at the end"
     )
-    return f"{study.data['source']}, {sizes}"
+    apart = int(study.data.get("bytes_apart", "0"))
+    lost = f"; its tokenizer loses {apart} bytes of it: bits per byte are too low, in all arms alike" if apart else ""
+    return f"{study.data['source']}, {sizes}{lost}"
 
 
 def _described_arm(arm: Arm) -> str:

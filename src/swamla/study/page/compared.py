@@ -91,7 +91,10 @@ def _held_out(data: Mapping[str, str]) -> list[tuple[str, str]]:
     if "test_bytes" not in data:
         return []
     choices, test = (f"{int(data[name]):,} bytes" for name in ("validation_bytes", "test_bytes"))
-    return [("held-out text", f"{choices} for choices, {test} read once, at the end (test part)")]
+    rows = [("held-out text", f"{choices} for choices, {test} read once, at the end (test part)")]
+    if "bytes_apart" in data:  # studies of earlier versions did not count them
+        rows.append(("counted bytes less decoded ones", f"{int(data['bytes_apart']):,}"))
+    return rows
 
 
 def _settings(results: Results) -> str:

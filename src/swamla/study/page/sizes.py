@@ -29,10 +29,8 @@ def by_size(results: Results) -> Section | None:
         f"±{study.axis.margin:g}. An arrow: the interval goes on. The horizontal axis is logarithmic."
     )
     first, last = study.sizes[0], study.sizes[-1]
-    does = {"matched": study.asked.match != "none", "searched for its learning rates": study.asked.rates == "search"}
-    alone = " and ".join([", ".join(word for word, is_so in does.items() if is_so), "compared"]).removeprefix(" and ")
     lead = (
-        f"Every size was {alone} by itself. Whether a difference lasts is the change "
+        f"Every size was {study.each_size} by itself. Whether a difference lasts is the change "
         f"from width {first} to {last}, paired by seed: a seed has the same rows at all sizes. It fades "
         "or grows, turns to the other side, stays within the margin, or is undecided; p of the differences is adjusted "
         "for all sizes together, p of the changes for all arms (Holm)."

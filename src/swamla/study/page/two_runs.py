@@ -239,7 +239,7 @@ def _by_position(found: Compared) -> Section | None:
     for side, colour, one in zip(found.sides, COLOURS, found.positions, strict=True):
         spans = [f"{a}–{b}" if a < b else f"{a}" for a, b in zip(one.first, one.last, strict=True)]
         points = [(math.sqrt(a * b), loss) for a, b, loss in zip(one.first, one.last, one.loss, strict=True)]
-        tips = [f"{side.name}, {span}th token: {loss:.4f}" for span, (_, loss) in zip(spans, points, strict=True)]
+        tips = [f"{side.name}, token {span}: {loss:.4f}" for span, (_, loss) in zip(spans, points, strict=True)]
         lines.append(Line(name=side.name, points=points, colour=colour, tips=tips))
         by_last.append({(a, b): loss for a, b, loss in zip(one.first, one.last, one.loss, strict=True)})
     total = sum(found.positions[0].tokens)
@@ -252,7 +252,7 @@ def _by_position(found: Compared) -> Section | None:
             name=found.second.name,
             points=[(math.sqrt(a * b), value) for (a, b), value in apart],
             colour=COLOURS[1],
-            tips=[f"{a}–{b}: {signed(value)}" for (a, b), value in apart],
+            tips=[f"token {span}: {signed(value)}" for span, (_, value) in zip(spans, apart, strict=True)],
         )
         label = f"loss less that of {_short(found.first.name)}"
         chart = line_chart([line], x_label=x_label, y_label=label, logarithmic=True, zero=True)
