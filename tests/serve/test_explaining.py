@@ -122,6 +122,15 @@ def test_the_longest_text_is_explained(server: Running) -> None:
     assert described["explained_tokens"] == MAX_EXPLAINED
 
 
+def test_a_text_is_explained_up_to_learned_positions() -> None:
+    with running([("few", model_of("gdn", learned_positions=32), TOKENIZER)]) as server:
+        described = json.loads(server.call("GET", "/v1/models")[1])["data"][0]["swamla"]
+        assert described["explained_tokens"] == described["max_tokens"] == 32
+        assert server.post("/v1/explain", prompt=prompt_of(32))[0] == 200
+        status, found = server.post("/v1/explain", prompt=prompt_of(33))  # a prompt and an answer that fill a slot
+    assert (status, found["error"]["code"]) == (400, "context_length_exceeded")
+
+
 def test_the_answer_has_the_shape_of_the_openapi_document(server: Running) -> None:
     document = openapi("1", key=False)["paths"]["/v1/explain"]["post"]
     assert document["requestBody"]["content"]["application/json"]["schema"] == EXPLANATION

@@ -39,6 +39,11 @@ class Served:
         """The tokenizer of its texts."""
         return self.engine.tokenizer
 
+    @property
+    def explained_tokens(self) -> int:
+        """The tokens of the longest text whose attention is told: `MAX_EXPLAINED`, or the learned positions."""
+        return min(MAX_EXPLAINED, self.engine.config.learned_positions or MAX_EXPLAINED)
+
     def described(self) -> dict[str, Any]:
         """Its entry in /v1/models."""
         engine = self.engine
@@ -52,7 +57,7 @@ class Served:
                 "decoding": engine.decoding,
                 "chat": self.template is not None,
                 "max_tokens": engine.limit,
-                "explained_tokens": MAX_EXPLAINED,
+                "explained_tokens": self.explained_tokens,
             },
         }
 

@@ -155,7 +155,7 @@ EXPLANATION: dict[str, Any] = {
         "model": _SHARED["model"],
         "prompt": {
             "anyOf": [_TEXT, _IDS],
-            "description": f"A text, which begins a document, or ids; {MAX_EXPLAINED} tokens at most.",
+            "description": f"A text, which begins a document, or ids; {MAX_EXPLAINED} tokens at most, or learned positions.",
         },
         "token": {
             "type": ["integer", "null"],
