@@ -51,8 +51,10 @@ def slowed(engine: Engine) -> Iterator[None]:
     """A token takes a twentieth of a second."""
     step = engine.slots.step
     engine.slots.step = lambda tokens: (time.sleep(0.05), step(tokens))[1]  # type: ignore[method-assign]
-    yield
-    engine.slots.step = step  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        engine.slots.step = step  # type: ignore[method-assign]
 
 
 def wait_active(engine: Engine) -> None:
@@ -372,14 +374,21 @@ def test_a_server_that_is_told_to_stop_answers_what_it_has_and_takes_no_more(
     assert "SIGTERM: no new requests; those under way are answered" in capsys.readouterr().err
 
 
-def test_a_connection_without_a_request_is_ended(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_without_a_whole_request_is_ended(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swamla.serve.server.HEADER_SECONDS", 0.2)
-    with (
-        running([("plain", model, TOKENIZER)]) as server,
-        socket.create_connection(("127.0.0.1", server.port), timeout=10) as client,
-    ):
-        client.sendall(b"GET /health HT")
-        assert client.recv(10) == b""
+    monkeypatch.setattr("swamla.serve.server.KEPT_SECONDS", 1)
+    with running([("plain", model, TOKENIZER)]) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+            client.sendall(b"GET /health HT")
+            assert client.recv(10) == b""
+        head = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
+        for request, rest in ((head + b"\r\n", b"GET /hea"), (head + b"content-length: 9\r\n\r\n", b"{")):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+                client.sendall(request)
+                assert b"200 OK" in client.recv(1000)
+                client.sendall(rest)  # what follows never comes
+                while client.recv(1000):
+                    pass
 
 
 def test_metrics_count_what_was_done(model: LanguageModel) -> None:
