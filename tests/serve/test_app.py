@@ -16,6 +16,7 @@ from swamla.inference.sampling import Sampling
 from swamla.model.language_model import LanguageModel
 from swamla.serve.chat import ChatML
 from swamla.serve.engine import Engine
+from swamla.serve.worker import Worker
 from swamla.text import encode_prompt
 
 from .helpers import TOKENIZER, alone, model_of
@@ -307,6 +308,15 @@ def test_a_late_answer_is_504(model: LanguageModel) -> None:
         assert (status, found["error"]["code"]) == (504, "timeout")
         raw = server.call("POST", "/v1/completions", {**body, "stream": True})[1]
         assert json.loads(raw.decode().rstrip().splitlines()[-1].removeprefix("data: "))["error"]["code"] == "timeout"
+
+
+def test_without_engines_requests_are_refused_and_health_says_so(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Worker, "alive", False)
+    status, found = server.post("/v1/completions", prompt=PROMPT)
+    assert (status, found["error"]["type"]) == (503, "server_error")
+    assert server.call("GET", "/health")[0] == 503
 
 
 # -- clients that leave, or are slow
