@@ -51,6 +51,8 @@ def main(argv: list[str]) -> int:
     arguments, given = parse(Arguments, argv, command="swamla chat")
     if arguments.max_new_tokens < 1:
         raise UsageError(f"--max_new_tokens {arguments.max_new_tokens}: must be > 0, e.g. 256")
+    if arguments.max_length < 2:
+        raise UsageError(f"--max_length {arguments.max_length}: must be > 1, e.g. 4096")
     sampling = sampling_of(arguments, given)
     model, tokenizer = load(run_folder(arguments.run), arguments.checkpoint)
     template = require_template(ChatML.of(tokenizer), arguments.run)
