@@ -43,6 +43,15 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
     Raises `UsageError` for NUL, invalid Unicode, and an empty prompt of a task.
     """
+    require_text(prompt)
+    ids = [*tokenizer.start, *tokenizer.encode(prompt)]
+    if not ids:
+        raise UsageError("the prompt is empty: a row of a task begins with a token of its own: give it the row so far")
+    return ids
+
+
+def require_text(prompt: str) -> None:
+    """Raise `UsageError` for NUL and for invalid Unicode."""
     if "\0" in prompt:
         raise UsageError(f"the prompt has a NUL character at position {prompt.index(chr(0))}: remove it")
     try:
@@ -51,10 +60,6 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
         raise UsageError(
             f"the prompt has a lone surrogate at position {error.start}: it is not valid Unicode text"
         ) from error
-    ids = [*tokenizer.start, *tokenizer.encode(prompt)]
-    if not ids:
-        raise UsageError("the prompt is empty: a row of a task begins with a token of its own: give it the row so far")
-    return ids
 
 
 def room(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> int | None:

@@ -14,7 +14,7 @@ import pytest
 from swamla.data.tokenizer import HFTokenizer, Tokenizer
 from swamla.inference.sampling import Sampling
 from swamla.model.language_model import LanguageModel
-from swamla.serve.chat import ChatML
+from swamla.serve.chat import asked_ids, chat_template
 from swamla.serve.engine import Engine
 from swamla.serve.worker import Worker
 from swamla.text import encode_prompt
@@ -163,8 +163,8 @@ def test_a_chat_is_a_conversation_in_chatml(server: Running) -> None:
     talker = server.served[1]
     assert talker.template is not None
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi <|im_end|>"}]
-    ids, marks = talker.template.encode(talker.tokenizer, messages)
-    start, end = talker.template.start, talker.template.end
+    ids, marks = asked_ids(talker.template, messages)
+    start, end = talker.template.special_ids
     plain = talker.tokenizer.encode
     system = [256, start, *plain("system\nBe brief."), end, *plain("\n")]
     user = [start, *plain("user\nHi <|im_end|>"), end, *plain("\n")]
@@ -203,7 +203,7 @@ def test_a_model_without_a_template_refuses_to_chat(server: Running) -> None:
     status, found = server.post("/v1/chat/completions", messages=[{"role": "user", "content": "Hi"}])
     assert status == 400
     assert found["error"]["message"].startswith("plain has no chat template, as its tokenizer has no special ids")
-    assert ChatML.of(TOKENIZER) is None
+    assert chat_template(TOKENIZER) is None
 
 
 # -- errors

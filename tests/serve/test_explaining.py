@@ -84,7 +84,7 @@ def test_a_chats_ids_are_those_of_the_whole_conversation(server: Running) -> Non
     body = {"model": "talker", "messages": messages, "max_tokens": 9, "return_token_ids": True}
     raw = server.call("POST", "/v1/chat/completions", {**body, "stream": True})[1]
     choices = [choice for event in events_of(raw) for choice in event["choices"]]
-    assert choices[0]["prompt_token_ids"] == talker.template.encode(talker.tokenizer, messages)[0]
+    assert choices[0]["prompt_token_ids"] == talker.template.prompt(messages)
     ids = [id for choice in choices for id in choice.get("token_ids", [])]
     assert talker.tokenizer.decode(ids) == "".join(choice["delta"].get("content", "") for choice in choices)
     status, found = server.post("/v1/explain", model="talker", prompt=[*choices[0]["prompt_token_ids"], *ids])

@@ -16,7 +16,7 @@ from swamla.errors import MissingBackendError, UsageError
 from swamla.model.language_model import LanguageModel
 from swamla.serve.answers import Served
 from swamla.serve.app import LOCAL, Limits, make_app
-from swamla.serve.chat import ChatML
+from swamla.serve.chat import chat_template
 from swamla.serve.engine import Engine
 from swamla.serve.worker import Worker
 
@@ -110,7 +110,7 @@ def named_engines(
         raise UsageError(f"two runs are called {twice}: requests could not tell them apart")
     created = int(time.time())
     served = [
-        Served(name, Engine(model, tokenizer, decoding=decoding(model), **settings), ChatML.of(tokenizer), created)
+        Served(name, Engine(model, tokenizer, decoding=decoding(model), **settings), chat_template(tokenizer), created)
         for name, model, tokenizer in models
     ]
     return served, Worker([each.engine for each in served])
