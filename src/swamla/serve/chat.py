@@ -25,8 +25,8 @@ def require_template(template: Chatml | None, name: str) -> Chatml:
 def asked_ids(template: Chatml, messages: Sequence[Message]) -> tuple[list[int], tuple[int, ...]]:
     """The ids of a conversation up to where the assistant answers, and the length of its system prompt.
 
-    The second result is empty where no message of the role "system" begins the conversation. Raises `UsageError` for NUL
-    and for text that is no Unicode, `DataError` for text that the tokenizer cannot encode.
+    The second result is empty where no system prompt begins the conversation. Raises `UsageError` for NUL and for text
+    that is no Unicode, `DataError` for text that the tokenizer cannot encode.
     """
     for message in messages:
         require_text(message["content"])

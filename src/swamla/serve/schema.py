@@ -155,7 +155,7 @@ EXPLANATION: dict[str, Any] = {
         "model": _SHARED["model"],
         "prompt": {
             "anyOf": [_TEXT, _IDS],
-            "description": f"A text, which begins a document, or ids; {MAX_EXPLAINED} tokens at most, or learned positions.",
+            "description": f"A text, which begins a document, or ids; {MAX_EXPLAINED} tokens at most.",
         },
         "token": {
             "type": ["integer", "null"],
@@ -308,7 +308,7 @@ _EVENT: dict[str, Any] = {
 def openapi(version: str, *, key: bool) -> dict[str, Any]:
     """The OpenAPI document of the server. key: whether requests need one."""
     error = {"description": "An error, in OpenAI's shape.", "content": {"application/json": {"schema": ERROR}}}
-    errors = dict.fromkeys(("400", "401", "404", "408", "413", "415", "429", "500", "503", "504"), error)
+    errors = dict.fromkeys(("400", "401", "403", "404", "408", "413", "415", "429", "500", "503", "504"), error)
 
     streamed = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": _EVENT}}
 
