@@ -184,7 +184,7 @@ _EXPLAINED: dict[str, Any] = {
                     "mixer": _TEXT,
                     "signed": {
                         "type": "boolean",
-                        "description": "Whether weights are negative too, as implied weights of linear mixers are.",
+                        "description": "Whether a weight of the text is below 0, as those of linear mixers may be.",
                     },
                     "heads": {
                         "type": "array",
