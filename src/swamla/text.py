@@ -160,12 +160,18 @@ def answer(
 ) -> str:
     """The model's answer to a conversation, e.g. [{"role": "user", "content": "…"}]; greedy by default.
 
+    It ends where the message ends, or the document.
+
     template: that the model was fine-tuned with, see `DataConfig`. Raises `UsageError` for a tokenizer without the
     special ids of conversations, and as `Decoder.generate` does.
     """
     chosen = template_of(tokenizer, template)
     sampling = sampling or Sampling(temperature=0.0)
     (tokens,) = Decoder(model).generate(
-        [chosen.prompt(messages)], max_new_tokens, sampling=sampling, stop_id=chosen.stop_id
+        [chosen.prompt(messages)],
+        max_new_tokens,
+        sampling=sampling,
+        stop_id=chosen.stop_id,
+        on_token=lambda _, token: token == tokenizer.eos_id,
     )
-    return tokenizer.decode(tokens)
+    return tokenizer.decode(tokens[:-1] if tokens[-1:] == [tokenizer.eos_id] else tokens)
