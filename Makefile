@@ -33,8 +33,8 @@ help:
 	@echo 'make mutants      change one line after the other, and see a test fail for each (about 10 minutes)'
 	@echo 'make bench        measure everything on this machine, others beside us (about 13 minutes); arguments in BENCH_ARGS'
 	@echo 'make speedrun     quickstart against nanoGPT by time (about 15 minutes; docs/speedrun.md); arguments in SPEEDRUN_ARGS'
-	@echo 'make interop      installs lm-eval (230 MB) and TransformerLens too; tests of them, of Trainer, peft, trl and ONNX,'
-	@echo '                  and the tables of docs/interop.md'
+	@echo 'make interop      installs lm-eval (230 MB), llama.cpp (100 MB), TransformerLens, trl and more; tests of them, of Trainer,'
+	@echo '                  peft and ONNX, and the tables of docs/interop.md'
 	@echo 'make browser      try the page of swamla serve in headless Chromium (make test does, too, where there is one)'
 	@echo 'make lint         only ruff and mypy'
 	@echo 'make clean        remove $(VENV) and caches; trained models under runs/ are kept'
@@ -74,13 +74,13 @@ browser: $(VENV)/.installed-dev
 		echo 'the page is tried in Chromium, which is missing: apt-get install chromium chromium-driver' >&2; exit 2; }
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/serve/test_page.py
 
-# lm-eval and what it needs are 230 MB, so `make test` goes without it, TransformerLens and ONNX, whose graphs take seconds
-# for each mixer (test_onnx.py: five minutes of one core), and skips what needs them, with that reason.
+# lm-eval and what it needs are 230 MB, llama.cpp 100, so `make test` goes without them, TransformerLens and ONNX, whose
+# graphs take seconds for each mixer (test_onnx.py: five minutes of one core), and skips what needs them, with that reason.
 interop: $(VENV)/.installed-dev
 	@$(INSTALL) --editable '.[dev,interop,lens,onnx]'
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/evaluate tests/interop/test_saved.py tests/interop/test_gguf.py \
 	    tests/interop/test_peft_and_trl.py tests/interop/test_onnx.py tests/serve/test_together.py \
-	    tests/interpret/test_transformer_lens.py
+	    tests/serve/test_hostile.py tests/interpret/test_transformer_lens.py
 	$(TEST_ENV) $(BIN)/python -m tests.interop $(INTEROP_ARGS)
 
 clean:

@@ -254,15 +254,16 @@ def main() -> None:
     file = RESULTS / f"serving-{datetime.now(UTC):%Y-%m-%d}.json"
     machine: dict[str, object] = {"processor": processor(), "cores": os.cpu_count()}
     results = Results(command=" ".join(sys.argv[1:]), machine=machine, file=file)
-    servers = [lambda: ours(arguments.run, arguments.decoding)]
+    servers = {"swamla serve": lambda: ours(arguments.run, arguments.decoding)}
     if arguments.beside == "transformers":
-        servers += [lambda: transformers(arguments.run, False), lambda: transformers(arguments.run, True)]
-    for server in servers:
+        servers["transformers serve"] = lambda: transformers(arguments.run, False)
+        servers["transformers serve, continuous batching"] = lambda: transformers(arguments.run, True)
+    for name, server in servers.items():
         try:
             with server() as target:
                 measure(target, results, arguments.texts, arguments.tokens, arguments.rounds)
         except Exception as error:
-            results.failed("serving", "transformers serve", error)
+            results.failed("serving", name, error)
     print(page(results.plain()))
 
 

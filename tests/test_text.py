@@ -1,18 +1,20 @@
 """Text generation: streamed pieces are the text, rows do not depend on each other, bad prompts are one-line errors."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
-from swamla.data.tokenizer import ByteTokenizer
+from swamla.data.chat import END, START, template_of
+from swamla.data.tokenizer import ByteTokenizer, with_specials
 from swamla.errors import UsageError
 from swamla.inference.sampling import Sampling
 from swamla.model.block import BlockConfig
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.model.mixers.gdn import GDNConfig
 from swamla.model.mixers.swa import SWAConfig
-from swamla.text import Generation, encode_prompt, generate_text
+from swamla.text import Generation, answer, encode_prompt, generate_text
 
 TOKENIZER = ByteTokenizer()
 PROMPTS = ["def f(x):", "", "é€𝄞 and more", "a"]
@@ -144,3 +146,16 @@ def test_a_model_with_more_ids_than_its_tokenizer_never_draws_one_that_no_text_h
     ).build()
     found = generate_text(wide, TOKENIZER, ["a"], 60, sampling=Sampling(temperature=3.0))
     assert max(found.completions[0].tokens) < TOKENIZER.vocab_size
+
+
+def test_an_answer_ends_where_its_message_or_its_document_ends(model: LanguageModel) -> None:
+    talks = with_specials(TOKENIZER, (START, END))
+    talking = replace(model.config, vocab_size=talks.vocab_size, tied_head=False).build(seed=1).eval()
+    messages = [{"role": "user", "content": "a"}]
+    for end in (talks.eos_id, talks.specials[END]):
+        with torch.no_grad():
+            prompt = torch.tensor([template_of(talks).prompt(messages)])
+            talking.head.weight.zero_()
+            talking.head.weight[end] = talking.hidden(prompt)[0][0, -1]
+        assert talking.generate(prompt, 3, temperature=0.0, stop_id=None)[0, 0] == end
+        assert answer(talking, talks, messages, 3) == ""

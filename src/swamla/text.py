@@ -43,6 +43,15 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
     Raises `UsageError` for NUL, invalid Unicode, and an empty prompt of a task.
     """
+    require_text(prompt)
+    ids = [*tokenizer.start, *tokenizer.encode(prompt)]
+    if not ids:
+        raise UsageError("the prompt is empty: a row of a task begins with a token of its own: give it the row so far")
+    return ids
+
+
+def require_text(prompt: str) -> None:
+    """Raise `UsageError` for NUL and for invalid Unicode."""
     if "\0" in prompt:
         raise UsageError(f"the prompt has a NUL character at position {prompt.index(chr(0))}: remove it")
     try:
@@ -51,10 +60,6 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
         raise UsageError(
             f"the prompt has a lone surrogate at position {error.start}: it is not valid Unicode text"
         ) from error
-    ids = [*tokenizer.start, *tokenizer.encode(prompt)]
-    if not ids:
-        raise UsageError("the prompt is empty: a row of a task begins with a token of its own: give it the row so far")
-    return ids
 
 
 def room(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> int | None:
@@ -155,12 +160,18 @@ def answer(
 ) -> str:
     """The model's answer to a conversation, e.g. [{"role": "user", "content": "…"}]; greedy by default.
 
+    It ends where the message ends, or the document.
+
     template: that the model was fine-tuned with, see `DataConfig`. Raises `UsageError` for a tokenizer without the
     special ids of conversations, and as `Decoder.generate` does.
     """
     chosen = template_of(tokenizer, template)
     sampling = sampling or Sampling(temperature=0.0)
     (tokens,) = Decoder(model).generate(
-        [chosen.prompt(messages)], max_new_tokens, sampling=sampling, stop_id=chosen.stop_id
+        [chosen.prompt(messages)],
+        max_new_tokens,
+        sampling=sampling,
+        stop_id=chosen.stop_id,
+        on_token=lambda _, token: token == tokenizer.eos_id,
     )
-    return tokenizer.decode(tokens)
+    return tokenizer.decode(tokens[:-1] if tokens[-1:] == [tokenizer.eos_id] else tokens)

@@ -13,7 +13,7 @@ from swamla.inference.sampling import Sampling
 from swamla.model.block import BlockConfig
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.model.mixers.swa import SWAConfig
-from swamla.serve.chat import ChatML
+from swamla.serve.chat import asked_ids
 from swamla.text import generate_text
 
 PLAIN = ByteTokenizer()
@@ -49,16 +49,15 @@ def test_a_conversation_is_continued_and_begun_anew(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = talking()
-    model, template = model_of(tokenizer), ChatML.of(tokenizer)
-    assert template is not None
+    model, template = model_of(tokenizer), template_of(tokenizer)
     monkeypatch.setattr(chat, "load", lambda *_: (model, tokenizer))
     messages = [{"role": "system", "content": "Be kind."}]
     expected = []
     for message in ("Hi", "And?"):
         messages.append({"role": "user", "content": message})
-        ids, _ = template.encode(tokenizer, messages)
+        ids = template.prompt(messages)
         new = Decoder(model).generate([ids], 9, sampling=Sampling(temperature=0), stop_id=tokenizer.eos_id)[0]
-        text = tokenizer.decode(new[: new.index(template.end)] if template.end in new else new)
+        text = tokenizer.decode(new[: new.index(template.stop_id)] if template.stop_id in new else new)
         messages.append({"role": "assistant", "content": text})
         expected.append(text)
     out, _ = said(monkeypatch, capsys, "Hi\n\nAnd?\n/new\nHi\n/quit\nnever read\n", "--system", "Be kind.")
@@ -70,9 +69,12 @@ def test_a_conversation_has_the_ids_that_fine_tuning_learns_also_where_an_answer
     tokenizer = with_specials(HFTokenizer(train_bpe([text], 300)), ("<|im_start|>", "<|im_end|>"))
     said = [("system", "  c"), ("user", "  a"), ("assistant", "  b"), ("user", "a")]
     messages = [{"role": role, "content": content} for role, content in said]
-    template = ChatML.of(tokenizer)
-    assert template is not None
-    assert template.encode(tokenizer, messages)[0] == template_of(tokenizer).prompt(messages)
+    template = template_of(tokenizer)
+    ids, (system,) = asked_ids(template, messages)
+    for said_before in (1, 3):
+        learned = [tokenizer.eos_id, *template.conversation(messages[:said_before]).ids]
+        assert ids[: len(learned)] == learned
+        assert (len(learned) == system) == (said_before == 1)
     assert tokenizer.encode("assistant\n  b") != [*tokenizer.encode("assistant\n"), *tokenizer.encode("  b")]
 
 
@@ -112,7 +114,9 @@ def test_models_are_sampled_side_by_side_with_the_same_prompts_and_seeds(
                 assert all(word in shown for word in words)
 
 
-@pytest.mark.parametrize("flags", [["--samples", "0"], ["--greedy", "--temperature", "1"], ["--max_new_tokens", "0"]])
+@pytest.mark.parametrize(
+    "flags", [["--samples", "0"], ["--greedy", "--temperature", "1"], ["--max_new_tokens", "0"], ["--max_length", "1"]]
+)
 def test_settings_that_make_no_sense_are_refused(flags: list[str]) -> None:
     with pytest.raises(UsageError):
         sample.main(["a", *flags])

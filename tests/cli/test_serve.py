@@ -76,6 +76,9 @@ def test_an_open_address_without_a_key_is_pointed_out(
     [
         (["--api_key_env", "NO_SUCH_VARIABLE"], "the variable must hold a key"),
         (["--max_seconds", "0"], "--max_seconds 0.0: must be > 0"),
+        (["--drain", "inf"], "--drain inf: must be > 0 and finite"),
+        (["--max_length", "1"], "--max_length 1: must be > 1"),
+        (["--prefix_cache", "-1"], "--prefix_cache -1: must be >= 0"),
         (["--slots", "0"], "--slots 0: must be > 0"),
         (["--slots", "17", "--decoding", "int8"], "--slots 17: must be 16 at most with --decoding int8"),
         (["--port", "70000"], "cannot listen on 127.0.0.1 port 70000"),

@@ -14,8 +14,9 @@ import pytest
 from swamla.data.tokenizer import HFTokenizer, Tokenizer
 from swamla.inference.sampling import Sampling
 from swamla.model.language_model import LanguageModel
-from swamla.serve.chat import ChatML
+from swamla.serve.chat import asked_ids, chat_template
 from swamla.serve.engine import Engine
+from swamla.serve.worker import Worker
 from swamla.text import encode_prompt
 
 from .helpers import TOKENIZER, alone, model_of
@@ -51,8 +52,10 @@ def slowed(engine: Engine) -> Iterator[None]:
     """A token takes a twentieth of a second."""
     step = engine.slots.step
     engine.slots.step = lambda tokens: (time.sleep(0.05), step(tokens))[1]  # type: ignore[method-assign]
-    yield
-    engine.slots.step = step  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        engine.slots.step = step  # type: ignore[method-assign]
 
 
 def wait_active(engine: Engine) -> None:
@@ -160,8 +163,8 @@ def test_a_chat_is_a_conversation_in_chatml(server: Running) -> None:
     talker = server.served[1]
     assert talker.template is not None
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi <|im_end|>"}]
-    ids, marks = talker.template.encode(talker.tokenizer, messages)
-    start, end = talker.template.start, talker.template.end
+    ids, marks = asked_ids(talker.template, messages)
+    start, end = talker.template.special_ids
     plain = talker.tokenizer.encode
     system = [256, start, *plain("system\nBe brief."), end, *plain("\n")]
     user = [start, *plain("user\nHi <|im_end|>"), end, *plain("\n")]
@@ -200,7 +203,7 @@ def test_a_model_without_a_template_refuses_to_chat(server: Running) -> None:
     status, found = server.post("/v1/chat/completions", messages=[{"role": "user", "content": "Hi"}])
     assert status == 400
     assert found["error"]["message"].startswith("plain has no chat template, as its tokenizer has no special ids")
-    assert ChatML.of(TOKENIZER) is None
+    assert chat_template(TOKENIZER) is None
 
 
 # -- errors
@@ -307,6 +310,15 @@ def test_a_late_answer_is_504(model: LanguageModel) -> None:
         assert json.loads(raw.decode().rstrip().splitlines()[-1].removeprefix("data: "))["error"]["code"] == "timeout"
 
 
+def test_without_engines_requests_are_refused_and_health_says_so(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Worker, "alive", False)
+    status, found = server.post("/v1/completions", prompt=PROMPT)
+    assert (status, found["error"]["type"]) == (503, "server_error")
+    assert server.call("GET", "/health")[0] == 503
+
+
 # -- clients that leave, or are slow
 
 
@@ -372,14 +384,21 @@ def test_a_server_that_is_told_to_stop_answers_what_it_has_and_takes_no_more(
     assert "SIGTERM: no new requests; those under way are answered" in capsys.readouterr().err
 
 
-def test_a_connection_without_a_request_is_ended(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_without_a_whole_request_is_ended(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swamla.serve.server.HEADER_SECONDS", 0.2)
-    with (
-        running([("plain", model, TOKENIZER)]) as server,
-        socket.create_connection(("127.0.0.1", server.port), timeout=10) as client,
-    ):
-        client.sendall(b"GET /health HT")
-        assert client.recv(10) == b""
+    monkeypatch.setattr("swamla.serve.server.KEPT_SECONDS", 1)
+    with running([("plain", model, TOKENIZER)]) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+            client.sendall(b"GET /health HT")
+            assert client.recv(10) == b""
+        head = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
+        for request, rest in ((head + b"\r\n", b"GET /hea"), (head + b"content-length: 9\r\n\r\n", b"{")):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+                client.sendall(request)
+                assert b"200 OK" in client.recv(1000)
+                client.sendall(rest)  # what follows never comes
+                while client.recv(1000):
+                    pass
 
 
 def test_metrics_count_what_was_done(model: LanguageModel) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from swamla.inference.sampling import Sampling
 from swamla.model.language_model import LanguageModel
 from swamla.serve.engine import Engine
 from swamla.serve.prefixes import PrefixCache, cut, names
-from swamla.serve.requests import Ended, QueueFull, Read, Request, TooLong
+from swamla.serve.requests import Ended, Event, QueueFull, Read, Request, TooLong
 from swamla.serve.slots import BLOCK, Slots, room_for
 from swamla.serve.worker import Worker
 from tests.model.helpers import MIXERS, assert_close
@@ -294,6 +295,23 @@ def test_a_worker_answers_requests_of_several_engines_and_closes(model: Language
     worker.close()
     assert not worker.alive
     assert late.error is not None or late.reasons
+
+
+def test_a_worker_answers_one_engine_while_another_still_writes(model: LanguageModel) -> None:
+    busy, other = engine_of(model), engine_of(model_of("gdn"))
+    worker, order = Worker([busy, other]), list[str]()
+
+    def note(name: str) -> Callable[[Event], None]:
+        return lambda event: order.append(name) if isinstance(event, Ended) else None
+
+    for engine, name, count in ((busy, "long", 190), (other, "short", 3)):
+        engine.submit(Request(tokens=prompt_of(4), max_new_tokens=count, sampling=GREEDY), note(name))
+    worker.start()
+    until = time.monotonic() + 60
+    while len(order) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    worker.close()
+    assert order == ["short", "long"]
 
 
 def test_settings_out_of_range_are_refused(model: LanguageModel) -> None:

@@ -84,7 +84,7 @@ def test_a_chats_ids_are_those_of_the_whole_conversation(server: Running) -> Non
     body = {"model": "talker", "messages": messages, "max_tokens": 9, "return_token_ids": True}
     raw = server.call("POST", "/v1/chat/completions", {**body, "stream": True})[1]
     choices = [choice for event in events_of(raw) for choice in event["choices"]]
-    assert choices[0]["prompt_token_ids"] == talker.template.encode(talker.tokenizer, messages)[0]
+    assert choices[0]["prompt_token_ids"] == talker.template.prompt(messages)
     ids = [id for choice in choices for id in choice.get("token_ids", [])]
     assert talker.tokenizer.decode(ids) == "".join(choice["delta"].get("content", "") for choice in choices)
     status, found = server.post("/v1/explain", model="talker", prompt=[*choices[0]["prompt_token_ids"], *ids])
@@ -120,6 +120,15 @@ def test_the_longest_text_is_explained(server: Running) -> None:
     assert (status, len(found["tokens"])) == (200, MAX_EXPLAINED)
     described = json.loads(server.call("GET", "/v1/models")[1])["data"][0]["swamla"]
     assert described["explained_tokens"] == MAX_EXPLAINED
+
+
+def test_a_text_is_explained_up_to_learned_positions() -> None:
+    with running([("few", model_of("gdn", learned_positions=32), TOKENIZER)]) as server:
+        described = json.loads(server.call("GET", "/v1/models")[1])["data"][0]["swamla"]
+        assert described["explained_tokens"] == described["max_tokens"] == 32
+        assert server.post("/v1/explain", prompt=prompt_of(32))[0] == 200
+        status, found = server.post("/v1/explain", prompt=prompt_of(33))  # a prompt and an answer that fill a slot
+    assert (status, found["error"]["code"]) == (400, "context_length_exceeded")
 
 
 def test_the_answer_has_the_shape_of_the_openapi_document(server: Running) -> None:

@@ -38,7 +38,7 @@ def test_three_hundred_hostile_requests_change_nothing(server: Running) -> None:
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("schemathesis") is None, reason="needs schemathesis: pip install schemathesis (25 MB)"
+    importlib.util.find_spec("schemathesis") is None, reason="needs schemathesis: make interop installs it"
 )
 def test_schemathesis_finds_no_answer_that_the_openapi_document_does_not_have(server: Running) -> None:
     done = schemathesis(server.url, 15)

@@ -17,10 +17,11 @@ from swamla.text import encode_prompt
 from .browser import CHROMIUM, DRIVER, MISSING, Browser, browser
 from .helpers import GREEDY, TOKENIZER, alone, model_of
 from .servers import Running, running
-from .test_app import chatty
+from .test_app import chatty, slowed
 
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING)
 IDLE = "return document.getElementById('status').textContent.startsWith('Done')"
+STOPPED = "return document.getElementById('status').textContent.startsWith('Stopped')"
 TEXTS = "return [...document.querySelectorAll('.side:not([hidden]) .text')].map(each => each.textContent)"
 SHOTS = os.environ.get("SWAMLA_SCREENSHOTS", "")  # a folder for screenshots, to look at
 
@@ -249,17 +250,29 @@ def test_a_text_that_cannot_be_explained_is_an_error_on_the_page(
 
 
 def test_escape_stops_and_frees_the_slots(server: Running, page: Browser) -> None:
-    step = server.engine.slots.step
-    server.engine.slots.step = lambda tokens: (__import__("time").sleep(0.05), step(tokens))[1]  # type: ignore[method-assign]
-    try:
+    with slowed(server.engine):
         page.type("#max_tokens", "190")
         page.click("#write")
         page.wait("return document.querySelectorAll('.token').length > 3")
         page.press("escape")
-        page.wait("return document.getElementById('status').textContent.startsWith('Stopped')")
+        page.wait(STOPPED)
         server.wait_idle()
-    finally:
-        server.engine.slots.step = step  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("button", ["#clear", "#chat"])
+def test_clearing_ends_what_is_being_written(server: Running, page: Browser, button: str) -> None:
+    page.choose("model-0", 2)
+    page.choose("model-1", 4)
+    with slowed(server.served[2].engine), slowed(server.served[3].engine):
+        page.type("#max_tokens", "150")
+        page.click("#write")
+        page.wait("return document.querySelectorAll('.token').length > 3")
+        page.click(button)
+        page.wait(STOPPED)
+        server.wait_idle()
+    assert page.js(TEXTS) == ["", ""]
+    kept = "sides.flatMap(side => [...side.history, ...side.tokens, ...side.ids.answer])"
+    assert page.js(f"return {kept}.length") == 0
 
 
 def test_an_error_of_the_server_is_shown(page: Browser) -> None:
@@ -287,6 +300,19 @@ def test_a_chat_goes_on_and_is_offered_where_there_is_a_template(server: Running
     assert page.js(f"{box}box.scrollHeight > box.clientHeight")
     assert page.js(f"{box}box.scrollTop + box.clientHeight > box.scrollHeight - 30")
     shoot(page, "chat")
+
+
+def test_a_message_that_is_refused_is_not_asked_again_with_the_next(page: Browser) -> None:
+    page.choose("model-0", 2)
+    page.choose("model-1", 4)
+    page.click("#chat")
+    page.type("#max_tokens", "5")
+    for message, hidden in (("a" * 300, False), ("Hi", True)):
+        page.type("#prompt", message)
+        page.js("document.getElementById('status').textContent = ''")
+        page.click("#write")
+        page.wait(IDLE)
+        assert page.js("return document.querySelector('.side .error').hidden") == hidden
 
 
 def test_a_narrow_window_needs_no_sideways_scrolling(page: Browser) -> None:

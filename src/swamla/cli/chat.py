@@ -9,9 +9,10 @@ from swamla.cli.console import harmless
 from swamla.cli.flags import argument, parse
 from swamla.cli.generate import sampling_of
 from swamla.cli.running import run_folder
+from swamla.data.chat import Chatml
 from swamla.errors import SwamlaError, UsageError
 from swamla.inference.sampling import Sampling
-from swamla.serve.chat import ChatML, require_template
+from swamla.serve.chat import asked_ids, chat_template, require_template
 from swamla.serve.engine import Engine
 from swamla.serve.requests import Event, Failed, Request, TooLong, Written
 
@@ -51,9 +52,11 @@ def main(argv: list[str]) -> int:
     arguments, given = parse(Arguments, argv, command="swamla chat")
     if arguments.max_new_tokens < 1:
         raise UsageError(f"--max_new_tokens {arguments.max_new_tokens}: must be > 0, e.g. 256")
+    if arguments.max_length < 2:
+        raise UsageError(f"--max_length {arguments.max_length}: must be > 1, e.g. 4096")
     sampling = sampling_of(arguments, given)
     model, tokenizer = load(run_folder(arguments.run), arguments.checkpoint)
-    template = require_template(ChatML.of(tokenizer), arguments.run)
+    template = require_template(chat_template(tokenizer), arguments.run)
     engine = Engine(model, tokenizer, slots=1, limit=arguments.max_length)
     talk = Conversation(engine, template, sampling, arguments.system, arguments.max_new_tokens)
     if sys.stdin.isatty():
@@ -73,7 +76,7 @@ def main(argv: list[str]) -> int:
 class Conversation:
     """Messages so far; each answer is written as it comes. What both sides said is read from the cache of prefixes."""
 
-    def __init__(self, engine: Engine, template: ChatML, sampling: Sampling, system: str, max_new_tokens: int) -> None:
+    def __init__(self, engine: Engine, template: Chatml, sampling: Sampling, system: str, max_new_tokens: int) -> None:
         self.engine, self.template, self.sampling = engine, template, sampling
         self.system, self.max_new_tokens = system, max_new_tokens
         self.begin()
@@ -96,9 +99,9 @@ class Conversation:
                 raise UsageError(event.message)
 
         try:
-            tokens, marks = self.template.encode(self.engine.tokenizer, asked)
+            tokens, marks = asked_ids(self.template, asked)
             room = max(1, min(self.max_new_tokens, self.engine.limit - len(tokens) + 1))
-            ends = (self.template.end,)
+            ends = (self.template.stop_id,)
             job = self.engine.submit(
                 Request(tokens=tokens, max_new_tokens=room, sampling=self.sampling, ends=ends, marks=marks), hear
             )

@@ -1,5 +1,6 @@
 """`swamla serve RUN [RUN …]`: an OpenAI-compatible server and a page to try models on."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +50,7 @@ class Arguments:
 def main(argv: list[str]) -> int:
     """Serve until a signal."""
     arguments, _ = parse(Arguments, argv, command="swamla serve")
-    for name in ("max_seconds", "drain"):
-        if not getattr(arguments, name) > 0:
-            raise UsageError(f"--{name} {getattr(arguments, name)}: must be > 0, e.g. 30")
+    _check(arguments)
     from swamla.serve.app import Limits
     from swamla.serve.server import bound_socket, make_server, named_engines
 
@@ -83,6 +82,17 @@ def main(argv: list[str]) -> int:
     finally:
         worker.close()
     return 0
+
+
+def _check(arguments: Arguments) -> None:
+    """Raise `UsageError` for a flag out of range whose setting has another name in the library."""
+    for name in ("max_seconds", "drain"):
+        if not 0 < getattr(arguments, name) < math.inf:
+            raise UsageError(f"--{name} {getattr(arguments, name)}: must be > 0 and finite, e.g. 30")
+    if arguments.max_length < 2:
+        raise UsageError(f"--max_length {arguments.max_length}: must be > 1, e.g. 4096")
+    if arguments.prefix_cache < 0:
+        raise UsageError(f"--prefix_cache {arguments.prefix_cache}: must be >= 0 (0: no cache)")
 
 
 def _key(variable: str) -> str:

@@ -10,11 +10,12 @@ from functools import cached_property
 from secrets import randbelow
 from typing import Any, ClassVar
 
+from swamla.data.chat import Chatml
 from swamla.data.tokenizer import Tokenizer
 from swamla.errors import UsageError
 from swamla.inference.sampling import Sampling
 from swamla.model.accounting import state_bytes
-from swamla.serve.chat import ChatML, require_template
+from swamla.serve.chat import asked_ids, require_template
 from swamla.serve.engine import Engine
 from swamla.serve.requests import Ended, Event, Read, Request, Written
 from swamla.serve.schema import MAX_EXPLAINED, MAX_SEED
@@ -31,13 +32,18 @@ class Served:
 
     name: str
     engine: Engine
-    template: ChatML | None
+    template: Chatml | None
     created: int
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of its texts."""
         return self.engine.tokenizer
+
+    @property
+    def explained_tokens(self) -> int:
+        """The tokens of the longest text whose attention is told: `MAX_EXPLAINED`, or the learned positions."""
+        return min(MAX_EXPLAINED, self.engine.config.learned_positions or MAX_EXPLAINED)
 
     def described(self) -> dict[str, Any]:
         """Its entry in /v1/models."""
@@ -52,7 +58,7 @@ class Served:
                 "decoding": engine.decoding,
                 "chat": self.template is not None,
                 "max_tokens": engine.limit,
-                "explained_tokens": MAX_EXPLAINED,
+                "explained_tokens": self.explained_tokens,
             },
         }
 
@@ -317,7 +323,7 @@ class Chat(Exchange):
     id_prefix: ClassVar[str] = "chatcmpl"
 
     @property
-    def template(self) -> ChatML:
+    def template(self) -> Chatml:
         """The model's template. Raises `UsageError` if it has none."""
         return require_template(self.served.template, self.served.name)
 
@@ -325,12 +331,12 @@ class Chat(Exchange):
         messages = [
             {"role": message["role"], "content": _content(message["content"])} for message in self.body["messages"]
         ]
-        tokens, marks = self.template.encode(self.served.tokenizer, messages)
+        tokens, marks = asked_ids(self.template, messages)
         yield Prompt("", tokens, 0, begun=True, marks=marks)
 
     @property
     def ends(self) -> tuple[int, ...]:
-        return (self.template.end,)
+        return (self.template.stop_id,)
 
     @property
     def top(self) -> int | None:

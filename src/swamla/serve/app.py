@@ -158,9 +158,11 @@ class Routes:
 
     async def _asked(self, request: Request, schema: Schema) -> tuple[Served, dict[str, Any]]:
         """The model that a body names, and the body. Raises `Refused` for one that does not fit the schema."""
+        if not self.worker.alive:
+            raise Refused(503, "the engines have stopped: the server must be started again")
         body = await self._body(request)
         try:
-            check(body, schema)
+            await asyncio.to_thread(check, body, schema)  # half a second for a MiB of ids
         except Invalid as error:
             raise Refused(400, str(error), param=error.where or None) from None
         return self._named(body.get("model")), body
@@ -359,7 +361,7 @@ def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = Non
 
 def _on_refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refused)
-    kinds = {404: "not_found_error", 429: "rate_limit_error", 504: "timeout_error"}
+    kinds = {404: "not_found_error", 429: "rate_limit_error", 503: "server_error", 504: "timeout_error"}
     kind = kinds.get(error.status, "invalid_request_error")
     headers = {"retry-after": "1"} if error.status == 429 else None
     return _json(error_body(str(error), kind, error.param, error.code), error.status, headers)

@@ -1,7 +1,8 @@
 """The attention of a text, for the page: what one of its tokens reads of every earlier one, in every layer and head.
 
 Weights are those of `swamla.interpret`, of the model that reads prompts. They take memory by the square of the tokens,
-so a text has at most `MAX_EXPLAINED`; the first tokens of a longer one have the same weights without the rest.
+so a text has at most 512, or as many as a model has learned positions; the first tokens of a longer one have the same
+weights without the rest.
 """
 
 import asyncio
@@ -20,7 +21,6 @@ from swamla.interpret.sections import as_plain
 from swamla.interpret.tracing import walk
 from swamla.serve.answers import Served, ids_of
 from swamla.serve.requests import QueueFull, TooLong
-from swamla.serve.schema import MAX_EXPLAINED
 
 WAITING = 8  # texts that may wait for the one before
 
@@ -62,8 +62,8 @@ class Explainer:
 
 def _explained(served: Served, body: Mapping[str, Any], is_over: Callable[[], bool]) -> dict[str, Any]:
     tokens, given = ids_of(served.tokenizer, body["prompt"]), body.get("token")
-    if len(tokens) > MAX_EXPLAINED:
-        raise TooLong(f"the text has {len(tokens)} tokens: at most {MAX_EXPLAINED} are explained")
+    if len(tokens) > served.explained_tokens:
+        raise TooLong(f"the text has {len(tokens)} tokens: at most {served.explained_tokens} are explained")
     token = len(tokens) - 1 if given is None else int(given)
     if token >= len(tokens):
         raise UsageError(f"token = {token}: must be 0 … {len(tokens) - 1}, one of the text's tokens")

@@ -184,7 +184,7 @@ _EXPLAINED: dict[str, Any] = {
                     "mixer": _TEXT,
                     "signed": {
                         "type": "boolean",
-                        "description": "Whether weights are negative too, as implied weights of linear mixers are.",
+                        "description": "Whether a weight of the text is below 0, as those of linear mixers may be.",
                     },
                     "heads": {
                         "type": "array",
@@ -308,7 +308,7 @@ _EVENT: dict[str, Any] = {
 def openapi(version: str, *, key: bool) -> dict[str, Any]:
     """The OpenAPI document of the server. key: whether requests need one."""
     error = {"description": "An error, in OpenAI's shape.", "content": {"application/json": {"schema": ERROR}}}
-    errors = dict.fromkeys(("400", "401", "404", "408", "413", "415", "429", "500", "503", "504"), error)
+    errors = dict.fromkeys(("400", "401", "403", "404", "408", "413", "415", "429", "500", "503", "504"), error)
 
     streamed = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": _EVENT}}
 

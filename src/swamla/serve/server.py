@@ -1,5 +1,6 @@
 """Runs the application: a socket, a thread for the engines, and an end in which nothing is lost."""
 
+import asyncio
 import signal
 import socket
 import sys
@@ -15,7 +16,7 @@ from swamla.errors import MissingBackendError, UsageError
 from swamla.model.language_model import LanguageModel
 from swamla.serve.answers import Served
 from swamla.serve.app import LOCAL, Limits, make_app
-from swamla.serve.chat import ChatML
+from swamla.serve.chat import chat_template
 from swamla.serve.engine import Engine
 from swamla.serve.worker import Worker
 
@@ -25,17 +26,25 @@ try:
 except ImportError as error:
     raise MissingBackendError(f"the server needs uvicorn: pip install 'swamla[serve]' ({error})") from error
 
-HEADER_SECONDS = 10.0  # in which a new connection has to send its first request's headers
+HEADER_SECONDS = 10.0  # for a request's headers, from the connection's beginning or KEPT_SECONDS after an answer
+KEPT_SECONDS = 20  # that a connection is kept without a byte after an answer
 CONNECTIONS = 1000
 
 
 class PatientProtocol(H11Protocol):
-    """HTTP whose connections end when no request comes: uvicorn waits for a first one for ever."""
+    """HTTP whose connections end when no whole request comes: uvicorn waits for the rest of its headers for ever."""
 
     def connection_made(self, transport: Any) -> None:
         """Called for a new connection."""
         super().connection_made(transport)
-        self._patience = self.loop.call_later(HEADER_SECONDS, self._end_unless_asked)
+        self._patience = self._end_later(HEADER_SECONDS)
+
+    def on_response_complete(self) -> None:
+        """Called after an answer; whoever still sends its body has that time, too."""
+        if not self.transport.is_closing():
+            self._patience.cancel()
+            self._patience = self._end_later(KEPT_SECONDS + HEADER_SECONDS)
+        super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called at its end, after which no timer must keep its buffers: uvicorn leaves one of a broken connection."""
@@ -43,8 +52,12 @@ class PatientProtocol(H11Protocol):
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
 
-    def _end_unless_asked(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
+    def _end_later(self, seconds: float) -> asyncio.TimerHandle:
+        return self.loop.call_later(seconds, self._end_unless_asked, self.cycle)
+
+    def _end_unless_asked(self, last: object) -> None:
+        """End the connection if no request came after `last`."""
+        if self.cycle is last and not self.transport.is_closing():
             self.transport.close()
 
 
@@ -97,7 +110,7 @@ def named_engines(
         raise UsageError(f"two runs are called {twice}: requests could not tell them apart")
     created = int(time.time())
     served = [
-        Served(name, Engine(model, tokenizer, decoding=decoding(model), **settings), ChatML.of(tokenizer), created)
+        Served(name, Engine(model, tokenizer, decoding=decoding(model), **settings), chat_template(tokenizer), created)
         for name, model, tokenizer in models
     ]
     return served, Worker([each.engine for each in served])
@@ -117,7 +130,7 @@ def make_server(
         access_log=False,
         server_header=False,
         limit_concurrency=CONNECTIONS,
-        timeout_keep_alive=20,
+        timeout_keep_alive=KEPT_SECONDS,
         timeout_graceful_shutdown=max(1, round(drain)),
     )
     return Server(config)

@@ -40,7 +40,8 @@ class Worker:
     def _run(self) -> None:
         while not self._closed:
             self.wake.clear()
-            if not any(self._step(engine) for engine in self.engines) and not self._closed:
+            goes_on = [self._step(engine) for engine in self.engines]  # all of them, whoever has more to do
+            if not any(goes_on) and not self._closed:
                 self.wake.wait()
 
     @staticmethod

@@ -108,7 +108,7 @@ function drawWeights() {
   }
   $("kind").textContent = layer.signed
     ? "implied weights of a linear mixer: signed (below 0 red and dotted), their sum is not 1"
-    : "softmax probabilities";
+    : "none below 0, as softmax probabilities are";
   $("low").textContent = layer.signed ? figure(-high) : "0";
   $("high").textContent = figure(high);
   const stops = Array.from({ length: 25 }, (_, step) => colourOf(layer.signed ? step / 12 - 1 : step / 24));

@@ -93,7 +93,9 @@ function reset(side) {
   side.seeEl.hidden = true;
 }
 
+// What is being written ends, on both sides: it would go on in an emptied place.
 function clear(side) {
+  if (running) running.abort();
   reset(side);
   if (seen.side === side) closeAttention();
 }
@@ -131,7 +133,8 @@ async function answer(side, prompt, seed, signal) {
   side.errorEl.hidden = true;
   side.ids = { prompt: [], answer: [] };
   side.seeEl.hidden = true;
-  if (isChat()) {
+  const chat = isChat();
+  if (chat) {
     side.history.push({ role: "user", content: prompt });
     side.textEl.append(said("You", prompt));
     side.target = said(side.model, "");
@@ -145,17 +148,23 @@ async function answer(side, prompt, seed, signal) {
   side.root.classList.add("busy");
   side.textEl.setAttribute("aria-busy", "true");
   const written = { text: "", first: 0, last: 0, count: 0, usage: null };
+  const history = side.history;
   try {
-    const path = isChat() ? "/v1/chat/completions" : "/v1/completions";
+    const path = chat ? "/v1/chat/completions" : "/v1/completions";
     const response = await fetch(path, { method: "POST", headers: headers(), signal, body: JSON.stringify(bodyOf(side, prompt, seed)) });
     if (!response.ok) throw new Error((await response.json()).error.message);
-    for await (const event of events(response.body)) take(side, written, event);
+    for await (const event of events(response.body)) {
+      if (signal.aborted) break;
+      take(side, written, event);
+    }
   } catch (error) {
     if (error.name !== "AbortError") fail(side, error.message);
   }
-  if (isChat()) side.history.push({ role: "assistant", content: written.text });
   side.root.classList.remove("busy");
   side.textEl.setAttribute("aria-busy", "false");
+  if (side.history !== history) return;  // cleared meanwhile
+  if (chat && !side.errorEl.hidden && !written.text) history.pop();  // what the server refused would be refused again
+  else if (chat) history.push({ role: "assistant", content: written.text });
   showFigures(side, written);
   const explains = side.ids.answer.length > 0;
   side.seeEl.hidden = !explains;
