@@ -85,8 +85,8 @@ def test_rows_may_grow_in_number_and_in_length_at_once(tmp_path, monkeypatch, da
 def test_in_a_run_bounded_by_time_the_share_is_of_the_time(tmp_path, monkeypatch, dataset):
     seen = batches_of(monkeypatch)
     run(tiny_config(batch_ramp="2:0.5,4:inf", schedule_minutes=1e-9), tmp_path / "run", dataset)
-    # Rows are read ahead by the clock of the step before.
-    assert [len(batch.tokens_BT) for batch in seen] == [2, 2, 4, 4, 4, 4]
+    # All of the time is spent in the first step; the rows of the second are mostly read before, by the clock till then.
+    assert [len(batch.tokens_BT) for batch in seen] in ([2, 2, 4, 4, 4, 4], [2, 4, 4, 4, 4, 4])
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4])
