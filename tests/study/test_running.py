@@ -182,6 +182,26 @@ def test_a_short_run_tells_what_a_run_takes_beside_its_timed_steps(
     assert (found.start_seconds, found.loop_seconds, found.evaluation_seconds) == (6.5, 0.05, 3.0)
 
 
+def test_a_short_run_whose_steps_were_skipped_tells_its_start_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Skipped(FakeRun):
+        def __init__(self, words: list[str], log: Path) -> None:
+            super().__init__(words, log)
+            lines = [
+                {"step": 1, "skipped": 1},
+                {"step": 1, "held_out_loss": 2.0, "elapsed": 3.0},
+                {"step": 2, "skipped": 2},
+            ]
+            (self.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    clock = iter([100.0, 110.0])
+    monkeypatch.setattr(running, "start", Skipped)
+    monkeypatch.setattr(running.time, "monotonic", lambda: next(clock))
+    found = with_start(study_of(), tmp_path)
+    assert (found.start_seconds, found.loop_seconds, found.evaluation_seconds) == (7.0, 0.0, 3.0)
+
+
 def test_whoever_stops_the_plan_stops_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 

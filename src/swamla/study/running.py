@@ -161,10 +161,10 @@ def with_start(study: Study, scratch: Path) -> Study:
     wall = time.monotonic() - begun
     if status:
         raise UsageError(f"arm {arm.name!r}: a run of {steps} steps fails: {_error(log, status)}")
-    records = read_metrics(where / "metrics.jsonl")
-    trained = [record["elapsed"] for record in records if "loss" in record]
-    ended = records[-1]["elapsed"]
-    usual = trained[min(WARM_UP, len(trained) - 1) :]  # the first steps of a process are slower
+    timed = [record for record in read_metrics(where / "metrics.jsonl") if "elapsed" in record]  # a skipped step is not
+    trained = [record["elapsed"] for record in timed if "loss" in record] or [0.0]
+    ended = timed[-1]["elapsed"] if timed else 0.0
+    usual = trained[WARM_UP:]  # the first steps of a process are slower
     each = (usual[-1] - usual[0]) / (len(usual) - 1) if len(usual) > 1 else arm.seconds_per_step
     return replace(
         study,
