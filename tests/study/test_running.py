@@ -286,6 +286,19 @@ def test_a_plan_whose_other_runs_cannot_train_is_refused_with_the_runs_error(
         pytest.fail("timed beside a run that failed")
 
 
+def test_a_run_that_is_preempted_goes_on_however_often(whole: Path, tmp_path: Path) -> None:
+    starts: dict[str, int] = {}
+
+    def launch(words: list[str], log: Path) -> FakeRun:
+        starts[log.stem] = starts.get(log.stem, 0) + 1
+        return FakeRun(words, log, status=75 if starts[log.stem] <= 2 * running.ATTEMPTS else 0)
+
+    folder = begun(tmp_path / "study")
+    run_study(folder, launch=launch)
+    assert set(starts.values()) == {2 * running.ATTEMPTS + 1}
+    assert results(folder) == results(whole)
+
+
 def ending(status: int, last: dict | None = None, said: str = ""):
     """A trainer whose runs of gdn end so."""
 

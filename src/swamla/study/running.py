@@ -47,7 +47,7 @@ SHORT, WARM_UP = 30, 3  # steps of the run that tells what a run takes beside it
 COMPANY = 30  # minutes after which runs that keep a plan company end by themselves: a killed plan cannot stop them
 ATTEMPTS = 3  # of a run whose process is killed; then it has failed
 ENDED_BY_SIGNAL = range(129, 160)  # statuses of shells; a process's own is negative
-PREEMPTED = (75, 130, 141)  # stopped with all saved
+PREEMPTED = 75  # stopped by a scheduler with all saved: it goes on, however often
 
 
 class Process(Protocol):
@@ -310,7 +310,9 @@ def _outcome(worker: _Worker, job: _Job) -> Outcome | None:
     """The outcome of an ended process; None for one that was stopped or killed, to be resumed."""
     run, status = job.run, job.process.wait()
     folder, log = run_folder(worker.folder, run.id), worker.folder / "logs" / f"{run.id}.log"
-    was_killed = status < 0 or status in ENDED_BY_SIGNAL or status in PREEMPTED
+    if status == PREEMPTED:
+        return None
+    was_killed = status < 0 or status in ENDED_BY_SIGNAL
     if was_killed:
         worker.killed[run.id] = worker.killed.get(run.id, 0) + 1
         if worker.killed[run.id] < ATTEMPTS:
