@@ -105,6 +105,15 @@ class Browser:
         """What the page's console has said so far."""
         return [entry["message"] for entry in self._send("/se/log", {"type": "browser"})]
 
+    def misfits(self) -> list[str]:
+        """What no page may have: complaints, anything loaded, content wider than the window, tables that are cut."""
+        loaded = self.run("return performance.getEntriesByType('resource').map(e => e.name)")
+        over = self.run("return document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        cut = "return [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
+        found = [*self.complaints(), *(f"loads {name}" for name in loaded)]
+        found += [f"{over} pixels wider than the window"] if over else []
+        return found + ([f"{number} tables are cut"] if (number := self.run(cut)) else [])
+
     def close(self) -> None:
         self._send("", method="DELETE")
 
