@@ -3,14 +3,14 @@
 import base64
 import hashlib
 import json
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.loopback import Loopback, answering
 
 CANARY = "hf_" + "canary" + 28 * "7"  # a token
 
@@ -69,21 +69,15 @@ class Hub:
 @contextmanager
 def serving(hub: Hub) -> Iterator[Hub]:
     """`hub` answers at `hub.url` until the block ends."""
-    handler = type("Bound", (_Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with answering(type("Bound", (_Handler,), {"hub": hub})) as server:
+        hub.url = server.url
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: Hub
+    server: Loopback
 
     def handle_any(self) -> None:
         hub, path = self.hub, unquote(urlsplit(self.path).path).strip("/")
@@ -91,8 +85,9 @@ class _Handler(BaseHTTPRequestHandler):
         hub.seen.append(f"{self.command} /{path}")
         hub.tokens.add(self.headers.get("authorization", "").removeprefix("Bearer "))
         if hub.status == 0:
-            time.sleep(60)
-            hub.answered_late = True
+            hub.answered_late = self.server.hang()
+            self.close_connection = True
+            return
         if path == "":
             self.answer(200, {})
         elif hub.status:

@@ -17,7 +17,7 @@ from swamla.checkpoint import latest_checkpoint
 from swamla.cli.console import Console
 from swamla.errors import Interrupted
 from swamla.train import train
-from swamla.train.signals import StopRequest
+from swamla.train.signals import SAVED, SAVING, STEP, StopRequest
 from tests.waiting import PATIENCE, running
 
 from .helpers import run, tiny_config
@@ -116,22 +116,23 @@ def test_a_run_whose_terminal_is_gone_saves_and_says_so_where_anybody_reads(tmp_
     assert os.waitstatus_to_exitcode(ended) == 75, said.read_text()
     found = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert found is not None
-    assert said.read_text().splitlines() == [
-        "swamla: stop requested (SIGHUP): finishing this step, then saving",
-        f"stopped by SIGHUP after step {found.step}; all is saved in {tmp_path / 'run'}",
-    ]
+    told, ended = said.read_text().splitlines()
+    before, _, doing = told.partition(": ")[2].partition(": ")
+    assert before == "stop requested (SIGHUP)"
+    assert doing in (STEP, SAVING, SAVED)  # a thread says it; the run may be further by then
+    assert ended == f"stopped by SIGHUP after step {found.step}; all is saved in {tmp_path / 'run'}"
 
 
 class Reader(io.StringIO):
-    """Leaves after so many lines."""
+    """Leaves after so many lines; what is written to it then fails with `error`."""
 
-    def __init__(self, lines: int) -> None:
+    def __init__(self, lines: int, error: int = errno.EPIPE) -> None:
         super().__init__()
-        self.lines = lines
+        self.lines, self.error = lines, error
 
     def write(self, text: str) -> int:
         if self.lines == 0:
-            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+            raise OSError(self.error, os.strerror(self.error))
         self.lines -= text.count("\n")
         return len(text)
 
@@ -144,4 +145,10 @@ def test_a_run_that_nobody_reads_any_more_saves_and_ends(tmp_path, dataset, line
     found = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert found is not None
     assert f"after step {found.step};" in str(caught.value)
+
+
+def test_a_terminal_that_is_gone_before_its_signal_arrives_stops_the_run_as_the_signal_does(tmp_path, dataset):
+    with pytest.raises(Interrupted, match=r"stopped by SIGHUP after step .*; all is saved") as caught:
+        train(tiny_config(), tmp_path / "run", dataset=dataset, console=Console(file=Reader(3, errno.EIO)))
+    assert caught.value.exit_status == 75
     assert run(tiny_config(), tmp_path / "run", dataset, resume=True).step == 6

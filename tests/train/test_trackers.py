@@ -8,8 +8,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
@@ -28,6 +26,7 @@ from swamla.train.tracking import trackers, wandb_follower
 from swamla.train.tracking.metrics import read_metrics
 from swamla.train.tracking.trackers import TensorBoard
 from swamla.train.utilisation import peak_memory, peak_of
+from tests.loopback import Loopback, answering
 from tests.waiting import PATIENCE, running, until
 
 from .helpers import held_out, losses, run, tiny_config, weights
@@ -95,12 +94,14 @@ def calls(log: Path) -> list[list[Any]]:
 class Stub(http.server.BaseHTTPRequestHandler):
     """Answers every request with `status`; 0: never."""
 
+    server: Loopback
     status = 0
 
     def answer(self) -> None:
         self.rfile.read(int(self.headers.get("content-length") or 0))
         if self.status == 0:
-            time.sleep(60)
+            self.server.hang()
+            return
         self.send_response(self.status)
         self.send_header("content-length", "2")
         self.end_headers()
@@ -116,14 +117,10 @@ class Stub(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Stub]]:
     """A server on loopback in the place of W&B's; what it answers is the test's choice."""
     chosen = type("Chosen", (Stub,), {})
-    loopback = http.server.ThreadingHTTPServer(("127.0.0.1", 0), chosen)
-    loopback.daemon_threads = True
-    threading.Thread(target=loopback.serve_forever, daemon=True).start()
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{loopback.server_port}")
-    monkeypatch.setenv("WANDB_API_KEY", CANARY)
-    yield chosen
-    loopback.shutdown()
-    loopback.server_close()
+    with answering(chosen) as loopback:
+        monkeypatch.setenv("WANDB_BASE_URL", loopback.url)
+        monkeypatch.setenv("WANDB_API_KEY", CANARY)
+        yield chosen
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Stop requests by signal: the run finishes its step and saves before it ends, unless a second one comes."""
 
+import errno
 import os
 import signal
 import stat
@@ -43,9 +44,12 @@ class StopRequest:
         """Exit status after saving: 75 if preempted, 130 after Ctrl-C, 141 after the output was closed."""
         return _EXIT_STATUS.get(self.received, 75) if self.received else 0
 
-    def unread(self) -> None:
-        """Request a stop because the output was closed, as by `swamla train | head -5`."""
-        self.received = self.received or signal.SIGPIPE
+    def unread(self, error: OSError) -> None:
+        """Request a stop because the output is closed: a pipe, as by `swamla train | head -5`, or the terminal.
+
+        A write to a terminal that is gone can fail before its SIGHUP arrives; both are one cause.
+        """
+        self.received = self.received or (signal.SIGHUP if error.errno == errno.EIO else signal.SIGPIPE)
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():

@@ -166,7 +166,7 @@ class Silence:
 class WhileRead:
     """A display that calls `unread` once its output is closed, and shows nothing more."""
 
-    def __init__(self, display: Display, unread: Callable[[], None]) -> None:
+    def __init__(self, display: Display, unread: Callable[[OSError], None]) -> None:
         self._display, self._unread, self._closed = display, unread, False
 
     def update(self, progress: float, seconds: float, values: Mapping[str, float]) -> None:
@@ -186,7 +186,7 @@ class WhileRead:
             if error.errno not in (errno.EPIPE, errno.EIO):  # a closed pipe or terminal
                 raise
             self._closed = True
-            self._unread()
+            self._unread(error)
 
     def __enter__(self) -> Self:
         self._show(self._display.__enter__)
