@@ -73,7 +73,7 @@ class Arguments:
     match: what all arms have alike, by the widths of their FFNs: parameters (without embeddings, ±1 %), flops (of
         training, ±2 %), state (bytes, ±5 %, by windows and ranks too), seconds (of training, by their steps), or none.
     margin: a difference that is too small to matter, in bits per byte, or in accuracy of a task.
-    tokens: of a run; by default the recipe's steps, or 1,500,000 where it is bounded by time.
+    tokens: of a run; by default the recipe's steps, or 1,200,000 where it is bounded by time.
     seeds: fresh seeds of every arm at its best learning rate.
     rates: search, or recipe for the recipe's learning rate in every arm.
     threads: CPU threads of a run.

@@ -33,7 +33,7 @@ from swamla.train.run_folder import resolve_vocabulary
 from swamla.train.speed import step_seconds
 from swamla.version import __version__
 
-TOKENS = 1_500_000  # of a run, where neither the study nor its recipe has a number of steps
+TOKENS = 1_200_000  # of a run, where neither the study nor its recipe has a number of steps
 SEARCH_SEED = 0
 MOST_SIZES = 6
 ADDED = ("sizes", "larger_seeds", "published")  # keys that files of studies without them do not have
@@ -53,7 +53,7 @@ class Asked:
     match: what all arms have alike: parameters (without embeddings, ±1 %), flops (of training, ±2 %), state (bytes,
         ±5 %), seconds (of training on this machine, by fewer or more steps), or none.
     margin: a difference that is too small to matter, in bits per byte, or in accuracy of a task.
-    tokens: of a run; none for the recipe's steps, or 1,500,000 where it is bounded by time.
+    tokens: of a run; none for the recipe's steps, or 1,200,000 where it is bounded by time.
     seeds: fresh seeds of every arm at its best rate.
     rates: "search", or "recipe" for the recipe's rate in every arm, without a search.
     threads: CPU threads of a run.
