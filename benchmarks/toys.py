@@ -68,7 +68,18 @@ TOYS = (
     swaps(32, "--steps 500 --gdn_beta_max 1", ".33"),
     swaps(64, "--steps 500 --gdn_beta_max 1", ".32"),
     swaps(128, "--steps 500 --gdn_beta_max 1", ".31"),
+    swaps(32, "--steps 500 --gdn_beta_max 1 --learned_positions 32", ".33"),
+    swaps(64, "--steps 500 --gdn_beta_max 1 --learned_positions 64", ".32"),
+    swaps(128, "--steps 500 --gdn_beta_max 1 --learned_positions 128", ".31"),
+    swaps(32, "--steps 500 --learned_positions 32", "1.0"),
+    swaps(64, "--steps 500 --learned_positions 64", "1.0"),
+    swaps(128, "--steps 500 --learned_positions 128", ".97"),
     mqar('--pattern "mha mha" --conv 0 --steps 3000 --eval_interval 250', ".14@3000"),
+    mqar('--batch_size 16 --data "task:mqar?pairs=16"', ".999@150"),
+    mqar('--batch_size 16 --data "task:mqar?pairs=16" --pattern mla', ".999@200"),
+    mqar('--batch_size 16 --data "task:mqar?pairs=16" --pattern mla --mla_kv_lora_rank 8', ".999@350"),
+    mqar('--batch_size 16 --data "task:mqar?pairs=16" --pattern gdn', ".12@500, rising"),
+    mqar('--batch_size 16 --pattern "mha mha" --conv 0 --steps 3000 --eval_interval 250', ".14@3000"),
 )
 
 

@@ -16,8 +16,8 @@ from swamla.evaluate import recall, validation
 from swamla.model.accounting import state_bytes
 from swamla.study import running
 from swamla.study.evidence import read_measured
+from swamla.study.folder import opened, read_outcomes, read_tests
 from swamla.study.plan import Asked
-from swamla.study.running import opened, read_outcomes, read_tests
 from swamla.tasks import parse
 
 RECIPE = """

@@ -31,6 +31,7 @@ _HELD_OUT = "tests/evaluate/test_held_out.py"
 _ACCOUNTING = "tests/model/test_accounting.py"
 _SAMPLING = "tests/inference/test_sampling.py"
 _ROUTER = "src/swamla/model/ffns/router.py"
+_STATISTICS = "tests/study/test_statistics.py"
 _RECALL, _RECALL_TESTS = "src/swamla/evaluate/recall_grid.py", "tests/evaluate/test_recall.py"
 
 MUTATIONS = [
@@ -635,5 +636,147 @@ MUTATIONS = [
         "model.logits(part_QD)[:, : model.known_ids].argmax(dim=-1)",
         "model.logits(part_QD).argmax(dim=-1)",
         _RECALL_TESTS,
+    ),
+    # explanation
+    Mutation(
+        "shares of weights keep their sign",
+        "src/swamla/interpret/patterns.py",
+        "weight_BHTS = weight_BHTS.abs()",
+        "weight_BHTS = weight_BHTS",
+        "tests/interpret/test_patterns.py",
+    ),
+    Mutation(
+        "effective context counts the sinks",
+        "src/swamla/interpret/patterns.py",
+        "distant_HTS = share_BHTS.where(~is_sink_BS, 0.0)",
+        "distant_HTS = share_BHTS",
+        "tests/interpret/test_patterns.py",
+    ),
+    Mutation(
+        "induction edges lead to the same token, not to what followed it",
+        "src/swamla/interpret/repeats.py",
+        "after_Q, later_T = query_Q - length + 1,",
+        "after_Q, later_T = query_Q - length,",
+        "tests/interpret/test_repeats.py",
+    ),
+    Mutation(
+        "the control cuts nothing",
+        "src/swamla/interpret/repeats.py",
+        "others = edges_between(time, query_Q, query_Q - length // 2)",
+        "others = edges_between(time, query_Q, query_Q + 1)",
+        "tests/interpret/test_repeats.py",
+    ),
+    Mutation(
+        "effects of cuts are of all tokens, whether they have edges or not",
+        "src/swamla/interpret/ablation.py",
+        "labels_BT = torch.where(queries_BT, next_labels(",
+        "labels_BT = torch.where(queries_BT | True, next_labels(",
+        "tests/interpret/test_ablation.py",
+    ),
+    Mutation(
+        "a layer without its FFN has it still",
+        "src/swamla/interpret/ablation.py",
+        "yield layer.mixed_BTD",
+        "yield layer.after_BTD",
+        "tests/interpret/test_ablation.py",
+    ),
+    # studies
+    Mutation(
+        "intervals of studies are of 90 %",
+        "src/swamla/study/statistics.py",
+        "scipy_stats().t.ppf((1 + level) / 2, n - 1)",
+        "scipy_stats().t.ppf(level, n - 1)",
+        _STATISTICS,
+    ),
+    Mutation(
+        "a two-sided test is one-sided",
+        "src/swamla/study/statistics.py",
+        "return 2 * scipy_stats().t.sf(np.abs(",
+        "return scipy_stats().t.sf(np.abs(",
+        _STATISTICS,
+    ),
+    Mutation(
+        "an equivalence is tested against half of the margin",
+        "src/swamla/study/statistics.py",
+        "_ratio(margin - np.abs(mean), error)",
+        "_ratio(margin / 2 - np.abs(mean), error)",
+        _STATISTICS,
+    ),
+    Mutation(
+        "Holm's steps are not monotone",
+        "src/swamla/study/statistics.py",
+        "stepped = np.maximum.accumulate(np.take_along_axis(p, order, -1) * factors, axis=-1)",
+        "stepped = np.take_along_axis(p, order, -1) * factors",
+        _STATISTICS,
+    ),
+    Mutation(
+        "Holm counts the smallest p once",
+        "src/swamla/study/statistics.py",
+        "factors = np.arange(p.shape[-1], 0, -1)",
+        "factors = np.arange(1, p.shape[-1] + 1)",
+        _STATISTICS,
+    ),
+    Mutation(
+        "arms are paired by any seed",
+        "src/swamla/study/statistics.py",
+        "for seed in sorted(one.keys() & other.keys())",
+        "for seed in sorted(one.keys() | other.keys())",
+        _STATISTICS,
+    ),
+    Mutation(
+        "where higher is better, lower is called better",
+        "src/swamla/study/statistics.py",
+        'lower = (mean < 0) == (self.axis.direction == "lower")',
+        "lower = mean < 0",
+        _STATISTICS,
+    ),
+    Mutation(
+        "attributed logits are not centred",
+        "src/swamla/interpret/attributing.py",
+        "return weight_VD[ids].to(dtype) - weight_VD.mean(dim=0, dtype=dtype)",
+        "return weight_VD[ids].to(dtype)",
+        "tests/interpret/test_attribution.py",
+    ),
+    Mutation(
+        "copying is of the largest eigenvalue alone",
+        "src/swamla/interpret/attributing.py",
+        "(value_HV.real.sum(dim=1) / value_HV.abs().sum(dim=1)",
+        "(value_HV.real.amax(dim=1) / value_HV.abs().sum(dim=1)",
+        "tests/interpret/test_attribution.py",
+    ),
+    Mutation(
+        "documents of two runs are drawn without their weights",
+        "src/swamla/study/two_runs.py",
+        "return amount.sum(axis) / weight.sum(axis)",
+        "return (amount / weight).mean(axis)",
+        "tests/study/test_two_runs.py",
+    ),
+    Mutation(
+        "few documents have the interval of many",
+        "src/swamla/study/two_runs.py",
+        "confidence_level=wider,",
+        "confidence_level=level,",
+        "tests/study/test_two_runs.py",
+    ),
+    Mutation(
+        "a published row of fewer tokens is comparable",
+        "src/swamla/study/published.py",
+        "elif abs(row.tokens / tokens - 1) > TOKENS_APART:",
+        "elif row.tokens / tokens - 1 > TOKENS_APART:",
+        "tests/study/test_published.py",
+    ),
+    Mutation(
+        "arms are matched in parameters with their embeddings",
+        "src/swamla/study/matching.py",
+        "parameters=count.non_embedding,",
+        "parameters=count.total,",
+        "tests/study/test_matching.py",
+    ),
+    Mutation(
+        "slower arms get more steps",
+        "src/swamla/study/matching.py",
+        "round(steps * first / seconds)",
+        "round(steps * seconds / first)",
+        "tests/study/test_matching.py",
     ),
 ]

@@ -8,6 +8,7 @@ status below 500, and to go on as before.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ BROKEN = [
     b"[" * 50_000, b'{"a":' * 20_000, b'{"prompt": "a"} trailing', b"\x00" * 64, b'{"prompt": "\\ud83d"}',
 ]  # fmt: skip
 TENTHS = 10
+SLOW = 50  # slow bodies that are open at once
 Attack = tuple[str, int]
 
 
@@ -55,6 +57,7 @@ class Attacker:
 
     def __init__(self, port: int, seed: int, patience: float = 30.0) -> None:
         self.port, self.random, self.patience = port, random.Random(seed), patience
+        self._slow: deque[socket.socket] = deque()
         self.kinds: dict[str, Callable[[], int]] = {
             "broken JSON": self.broken_json,
             "wrong values": self.wrong_values,
@@ -62,6 +65,7 @@ class Attacker:
             "bytes that are no HTTP": self.no_http,
             "a huge body": self.huge_body,
             "a body that stops": self.body_that_stops,
+            "a slow body": self.slow_body,
             "a client that leaves": self.client_that_leaves,
             "wrong headers": self.wrong_headers,
             "other paths": self.other_paths,
@@ -120,6 +124,27 @@ class Attacker:
     def body_that_stops(self) -> int:
         return self._send(self._head(PATHS[0], 1000) + b'{"prompt": "a', leave=True)
 
+    def slow_body(self) -> int:
+        """Begin a body, and add a byte to all that were begun before; the status of the oldest once there are many."""
+        client = socket.create_connection(("127.0.0.1", self.port), timeout=self.patience)
+        client.sendall(self._head(PATHS[0], 1000) + b'{"prompt": "a')
+        for each in self._slow:
+            with contextlib.suppress(OSError):  # it has its answer
+                each.sendall(b" ")
+        self._slow.append(client)
+        return self._slow_answer() if len(self._slow) > SLOW else 0
+
+    def _slow_answer(self) -> int:
+        with self._slow.popleft() as client:
+            try:
+                return _status(client.recv(64))
+            except ConnectionError:  # a byte that came after the answer resets the connection
+                return 0
+
+    def wait_for_slow(self) -> list[int]:
+        """The statuses of all slow bodies that have none yet."""
+        return [self._slow_answer() for _ in range(len(self._slow))]
+
     def client_that_leaves(self) -> int:
         body = json.dumps({"prompt": "a", "max_tokens": 100, "stream": self.random.random() < 0.7}).encode()
         return self._send(self._head(PATHS[0], len(body)) + body, leave=True)
@@ -170,7 +195,11 @@ class Attacker:
                 raise
             except OSError:  # it has closed the connection while it was written to
                 return 0
-        return int(line.split()[1]) if line.startswith(b"HTTP/1.1 ") else 0
+        return _status(line)
+
+
+def _status(line: bytes) -> int:
+    return int(line.split()[1]) if line.startswith(b"HTTP/1.1 ") else 0
 
 
 def resident(pid: int) -> int:
@@ -203,6 +232,7 @@ def main() -> None:
                 for _ in range(arguments.requests // TENTHS):
                     statuses[attacker.attack()] += 1
                 memory.append(resident(server.pid))
+            statuses.update(("a slow body", status) for status in attacker.wait_for_slow())
             idle = _is_idle(port)
             for (kind, status), count in sorted(statuses.items()):
                 print(f"{kind:<24} {status or 'no answer':<10} {count:>6}")

@@ -15,7 +15,7 @@ from .servers import Limits, Running, running
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    with running([("plain", model_of(), TOKENIZER)], limits=Limits(body_seconds=5.0)) as found:
+    with running([("plain", model_of(), TOKENIZER)], limits=Limits(body_seconds=2.0)) as found:
         yield found
 
 
@@ -30,6 +30,10 @@ def test_three_hundred_hostile_requests_change_nothing(server: Running) -> None:
     attacker, statuses = Attacker(server.port, seed=1), Counter[Attack]()
     for _ in range(300):
         statuses[attacker.attack()] += 1
+    slow = attacker.wait_for_slow()
+    assert slow
+    assert set(slow) <= {408, 0}  # 0: the answer was there, and a byte sent after it reset the connection
+    assert 408 in slow
     assert {kind for kind, _ in statuses} == set(attacker.kinds)
     assert [attack for attack in statuses if attack[1] >= 500] == []
     assert sum(count for (_, status), count in statuses.items() if status == 400) > 50

@@ -9,9 +9,9 @@ from swamla.data.config import DataConfig
 from swamla.interpret.repeats import LayerInduction, Repeats
 from swamla.study.decoding import Generation
 from swamla.study.evidence import Answers, Curves, Evidence, Measured, Pace, Positions, Speed, caches
+from swamla.study.folder import Test as Score
 from swamla.study.plan import Arm, Study
 from swamla.study.results import Results
-from swamla.study.running import Test as Score
 from swamla.study.runs import Outcome, ready
 from swamla.study.statistics import Axis
 

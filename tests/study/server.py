@@ -14,7 +14,9 @@ import torch._dynamo as _dynamo  # noqa: F401
 import swamla.cli.train  # noqa: F401
 from swamla.cli import main
 from swamla.data.preparing import prepare
-from swamla.study import running
+from swamla.study.folder import opened
+from swamla.study.running import run_study
+from swamla.study.scoring import score_tests
 
 
 class Forked:
@@ -50,11 +52,11 @@ class Forked:
 
 def work(folder: Path, score: bool) -> None:
     """What `swamla compare` does of a planned study."""
-    running.run_study(folder, launch=Forked)
+    run_study(folder, launch=Forked)
     if score:
-        study = running.opened(folder)
+        study = opened(folder)
         assert study is not None
-        running.score_tests(folder, prepare(study.arms[0].config.data))
+        score_tests(folder, prepare(study.arms[0].config.data))
 
 
 if __name__ == "__main__":

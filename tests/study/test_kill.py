@@ -14,10 +14,10 @@ import pytest
 
 from swamla.data.preparing import prepare
 from swamla.study.evidence import measure
+from swamla.study.folder import begin, opened, read_outcomes, read_tests
 from swamla.study.page.report import report_html
 from swamla.study.plan import Asked, resolve_study
 from swamla.study.results import Results
-from swamla.study.running import begin, opened, read_outcomes, read_tests
 from swamla.train import RunConfig
 from tests.train.helpers import tiny_dataset
 
@@ -115,6 +115,8 @@ def test_a_study_killed_with_its_runs_and_without_them_gives_the_same_figures_to
     found = figures(killed)
     assert found == figures(whole)
     assert len(found) == 4
+    for one in (*read_outcomes(killed).values(), *read_outcomes(whole).values()):
+        assert one.wall > one.seconds > 0, "a resumed run took what it went on from, too"
     pages = [page_of(folder) for folder in (killed, whole)]
     assert "Loss by what was read" in pages[0]
     assert pages[0] == pages[1]

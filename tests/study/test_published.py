@@ -11,11 +11,11 @@ from swamla.cli.compare import Arguments, _asked
 from swamla.cli.flags import parse
 from swamla.config import from_plain
 from swamla.errors import ConfigError, UsageError
+from swamla.study.folder import begin, opened
 from swamla.study.page.report import report_html, write_report
 from swamla.study.plan import Asked, Study
 from swamla.study.published import Published, marked
 from swamla.study.results import Results
-from swamla.study.running import begin, opened
 from tests.interpret.test_page import Page
 
 from .helpers import study_of

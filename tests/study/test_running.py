@@ -11,19 +11,11 @@ import pytest
 
 from swamla.errors import CorruptError, UsageError
 from swamla.study import running
+from swamla.study.folder import append_line, begin, opened, read_lines, read_outcomes
 from swamla.study.plan import Study
-from swamla.study.running import (
-    append_line,
-    begin,
-    beside,
-    opened,
-    read_lines,
-    read_outcomes,
-    run_study,
-    score_tests,
-    with_start,
-)
+from swamla.study.running import beside, run_study, with_start
 from swamla.study.runs import Outcome
+from swamla.study.scoring import score_tests
 
 from .helpers import FakeRun, arm_of, score_of, study_of
 

@@ -22,8 +22,9 @@ from swamla.model.mixers.mha import MHAConfig
 from swamla.model.mixers.mixer import MixerConfig
 from swamla.model.mixers.mla import MLAConfig
 from swamla.registry import members_of
+from swamla.study.folder import begin, opened, read_outcomes
 from swamla.study.plan import Asked, Study, resolve_study
-from swamla.study.running import begin, opened, read_outcomes, run_study
+from swamla.study.running import run_study
 from swamla.study.runs import describe, predict, ready
 from swamla.study.sizes import at_sizes, resized, widths_of
 from swamla.train import RunConfig

@@ -36,21 +36,13 @@ from swamla.errors import ConfigError, DataError, UsageError, require
 from swamla.recipes import ALIASES, recipe_names
 from swamla.studies import study_names, study_path
 from swamla.study.evidence import Evidence, measure
+from swamla.study.folder import begin, opened, read_outcomes, read_tests
 from swamla.study.page.report import REPORT, write_report
 from swamla.study.plan import Asked, Study, median_steps, resolve_study, slug_of
 from swamla.study.results import Results
-from swamla.study.running import (
-    begin,
-    beside,
-    executor_of,
-    opened,
-    read_outcomes,
-    read_tests,
-    run_study,
-    score_tests,
-    with_start,
-)
+from swamla.study.running import beside, executor_of, run_study, with_start
 from swamla.study.runs import Outcome, command, describe, duration, predict, ready
+from swamla.study.scoring import score_tests
 from swamla.study.statistics import scipy_stats
 from swamla.train import RunConfig
 

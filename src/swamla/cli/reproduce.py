@@ -26,13 +26,14 @@ from swamla.data.units import available_cores
 from swamla.errors import DataError, UsageError, require
 from swamla.files import write_text_atomically
 from swamla.interpret.sections import Verdict
+from swamla.study.folder import append_line, begin, opened, read_lines, read_outcomes
 from swamla.study.nanogpt_mla.figures import write_figures
 from swamla.study.nanogpt_mla.measured import MEASURED, measure, prompts_of
 from swamla.study.nanogpt_mla.page import page
 from swamla.study.nanogpt_mla.plan import MIXERS, NAME, asked_for, configs, described, planned, text_of
 from swamla.study.nanogpt_mla.result import result
 from swamla.study.plan import Study
-from swamla.study.running import append_line, begin, opened, read_lines, read_outcomes, run_study
+from swamla.study.running import run_study
 from swamla.study.runs import Outcome, duration, predict
 from swamla.study.statistics import scipy_stats
 from swamla.train import RunConfig

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from swamla.data.chat import ROLES
+
 Schema = Mapping[str, Any]
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 200
@@ -121,7 +123,8 @@ CHAT: dict[str, Any] = {
                 "additionalProperties": False,
                 "required": ["role", "content"],
                 "properties": {
-                    "role": {"enum": ["system", "user", "assistant"]},
+                    "role": {"enum": list(ROLES)},
+                    "tool_call_id": {**_TEXT, "description": "Taken, and not told to the model: ChatML has no ids."},
                     "content": {
                         "anyOf": [
                             _TEXT,
@@ -303,6 +306,7 @@ _EVENT: dict[str, Any] = {
     "properties": {"data": _TEXT},
     "description": "Each event of the stream: its data is a piece of the answers in JSON, an error, or [DONE].",
 }
+_NAME: dict[str, Any] = {"name": "name", "in": "path", "required": True, "schema": {**_TEXT, "minLength": 1}}
 
 
 def openapi(version: str, *, key: bool) -> dict[str, Any]:
@@ -321,16 +325,17 @@ def openapi(version: str, *, key: bool) -> dict[str, Any]:
             }
         }
 
-    def got(summary: str, kind: str) -> dict[str, Any]:
+    def got(summary: str, kind: str, *parameters: Mapping[str, Any]) -> dict[str, Any]:
         schema = {"type": "object"} if kind == "application/json" else _TEXT
         done = {"description": summary, "content": {kind: {"schema": schema}}}
-        return {"get": {"summary": summary, "responses": {"200": done, **errors}}}
+        return {"get": {"summary": summary, "parameters": list(parameters), "responses": {"200": done, **errors}}}
 
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "swamla serve", "version": version},
         "paths": {
             "/v1/models": got("The models that are served.", "application/json"),
+            "/v1/models/{name}": got("One of them.", "application/json", _NAME),
             "/v1/completions": posted("Texts continued.", COMPLETION),
             "/v1/chat/completions": posted("The next message of a conversation.", CHAT),
             "/v1/explain": posted(

@@ -20,8 +20,8 @@ from swamla.data.dataset import TrainingData
 from swamla.files import read_json, write_text_atomically
 from swamla.inference.decoding import Decoder
 from swamla.inference.sampling import Sampling
+from swamla.study.folder import waited_for
 from swamla.study.plan import Arm, Study
-from swamla.study.running import waited_for
 from swamla.train.precision import resolve_device
 
 DECODING = "decoding.json"

@@ -31,10 +31,11 @@ from swamla.model.accounting import state_bytes
 from swamla.model.language_model import LanguageModel
 from swamla.ops.layout import Layout
 from swamla.study.decoding import Generation, measure_decoding, read_decoding
+from swamla.study.folder import append_line, read_lines, waited_for
 from swamla.study.matching import STATE_ELEMENT_BYTES
 from swamla.study.plan import Study
-from swamla.study.running import append_line, load_run, read_lines, waited_for
 from swamla.study.runs import Outcome, run_folder, seconds_of_run
+from swamla.study.scoring import load_run
 from swamla.tasks import Task
 from swamla.train.precision import Chosen, autocast
 from swamla.train.speed import step_seconds

@@ -11,9 +11,9 @@ from typing import Any
 from swamla.files import write_text_atomically
 from swamla.interpret.sections import as_plain
 from swamla.study.evidence import Evidence, renamed
+from swamla.study.folder import Test
 from swamla.study.plan import Arm, Study, differing
 from swamla.study.published import Marked, marked
-from swamla.study.running import Test
 from swamla.study.runs import Outcome, rate_of, rate_scores
 from swamla.study.statistics import Comparison, Interval, compare_pairs, t_interval, wilson
 from swamla.study.trends import Trend, trends_of

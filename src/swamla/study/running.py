@@ -1,14 +1,11 @@
 """Runs a study: its runs are ordinary `swamla train` processes, and every outcome is a line of results.jsonl.
 
-A study is a folder: study.json and arms/, which never change (but for the published figures that it names); runs/,
-ordinary runs; logs/, what they printed; results.jsonl and test.jsonl. Whatever is killed, the same call goes on: a run
-that ended is never repeated, one that was stopped is resumed. Several processes may work on one folder, also on several
-machines that share it: each takes runs that no other works on, so none waits for one that is gone.
+Whatever is killed, the same call goes on: a run that ended is never repeated, one that was stopped is resumed. Several
+processes may work on one folder: each takes runs that no other works on, so none waits for one that is gone.
 """
 
 import json
 import math
-import os
 import shutil
 import subprocess
 import time
@@ -17,32 +14,27 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-import torch
-
-from swamla.checkpoint import latest_checkpoint, load
-from swamla.config import from_plain, to_plain
+from swamla.checkpoint import latest_checkpoint
+from swamla.config import to_plain
 from swamla.data.config import DataConfig
 from swamla.data.dataset import TrainingData
 from swamla.data.datatrove import executor
 from swamla.data.preparing import prepare
 from swamla.data.task_rows import TaskDataset
-from swamla.errors import CorruptError, UsageError
-from swamla.evaluate import validation
-from swamla.files import fcntl, read_json, write_text_atomically
-from swamla.model.language_model import LanguageModel
+from swamla.errors import UsageError
+from swamla.files import write_text_atomically
 from swamla.plugins import load_plugin
-from swamla.study.plan import Asked, Study
-from swamla.study.runs import Outcome, Run, Status, arm_file, command, program, ready, run_folder
+from swamla.study.folder import RESULTS, STUDY, WAIT, append_line, locked, opened, read_outcomes
+from swamla.study.plan import Study
+from swamla.study.runs import Outcome, Run, Status, command, program, ready, run_folder
+from swamla.study.scoring import score_tests
 from swamla.train import RunConfig
 from swamla.train.claims import is_running
-from swamla.train.precision import autocast, resolve_as_trained
 from swamla.train.tracking.metrics import read_metrics
 
-STUDY, RESULTS, TESTS = "study.json", "results", "test"
 POLL = 0.05  # seconds between looks at processes
-WAIT = 1.0  # seconds between looks at the runs of others
 SHORT, WARM_UP = 30, 3  # steps of the run that tells what a run takes beside its steps, and those that are not counted
 COMPANY = 30  # minutes after which runs that keep a plan company end by themselves: a killed plan cannot stop them
 ATTEMPTS = 3  # of a run whose process is killed; then it has failed
@@ -74,37 +66,17 @@ def start(words: list[str], log: Path) -> Process:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Test:
-    """A line of test.jsonl: a run of a fresh seed, scored on the test part of a text, or on test rows of a task.
-
-    loss: nats a token, or an answer.  bits_per_byte, bytes: of a text.  accuracy: in a task.
-    """
-
-    run: str
-    arm: str
-    seed: int
-    loss: float
-    tokens: int
-    bits_per_byte: float | None = None
-    bytes: float | None = None
-    accuracy: float | None = None
-
-    @property
-    def score(self) -> float:
-        """What is compared."""
-        score = self.accuracy if self.bits_per_byte is None else self.bits_per_byte
-        assert score is not None
-        return score
-
-
 @dataclass
 class _Job:
-    """A run under way. lock: that no other process of the study works on it, held until its outcome is written."""
+    """A run under way. lock: that no other process of the study works on it, held until its outcome is written.
+
+    before: seconds of the training that it goes on from.
+    """
 
     run: Run
     process: Process
     begun: float
+    before: float
     lock: ExitStack
 
 
@@ -121,24 +93,6 @@ class _Worker:
     report: Callable[[Outcome], None]
     active: dict[str, _Job] = field(default_factory=dict)
     killed: dict[str, int] = field(default_factory=dict)
-
-
-def begin(folder: Path, study: Study) -> None:
-    """Write a new study's folder, in place of one that was only planned. Raises `UsageError` for anything else."""
-    planned = {STUDY, f".{STUDY}.new", "arms"}
-    if folder.exists() and any(path.name not in planned for path in folder.iterdir()):
-        raise UsageError(f"{folder}: exists and holds no study: name another folder with `output_dir`")
-    (folder / STUDY).unlink(missing_ok=True)
-    shutil.rmtree(folder / "arms", ignore_errors=True)
-    (folder / "arms").mkdir(parents=True)
-    for arm in study.arms:
-        write_text_atomically(arm_file(folder, arm.slug), json.dumps(to_plain(arm.config), indent=2) + "\n")
-    # Last: a folder with it has all of the study.
-    _write_study(folder, study)
-
-
-def _write_study(folder: Path, study: Study) -> None:
-    write_text_atomically(folder / STUDY, json.dumps(study.as_plain(), indent=2) + "\n")
 
 
 def with_start(study: Study, scratch: Path) -> Study:
@@ -204,31 +158,6 @@ def beside(config: RunConfig, others: int, scratch: Path, plugins: Sequence[str]
             process.wait()
 
 
-def opened(folder: Path, asked: Asked | None = None) -> Study | None:
-    """The study in a folder, None if there is none yet, or another one of which nothing has run.
-
-    Other published figures make no other study: they are written to it.
-    Raises `UsageError` if it is not the one that is asked for.
-    """
-    file = folder / STUDY
-    if not file.exists():
-        return None
-    study = from_plain(Study, read_json(file, inside=folder), origin=str(file))
-    if asked is not None and study.asked != asked and replace(study.asked, published=asked.published) == asked:
-        study = replace(study, asked=asked)
-        _write_study(folder, study)
-    if asked is not None and study.asked != asked:
-        if not (folder / "runs").exists():
-            return None
-        before, now = to_plain(study.asked), to_plain(asked)
-        name = next(name for name in now if now[name] != before[name])
-        raise UsageError(
-            f"{folder}: holds another study, whose {name} is {before[name]!r}, not {now[name]!r}: name another folder "
-            "with `output_dir`, or remove this one"
-        )
-    return study
-
-
 def run_study(
     folder: Path,
     *,
@@ -273,14 +202,15 @@ def _start_runs(worker: _Worker, wanted: list[Run]) -> None:
         if run.id in worker.active or (folder.exists() and is_running(folder)):  # left behind by a killed process
             continue
         with ExitStack() as stack:
-            if not stack.enter_context(_locked(worker.folder, run.id)) or run.id in read_outcomes(worker.folder):
+            if not stack.enter_context(locked(worker.folder, run.id)) or run.id in read_outcomes(worker.folder):
                 continue
             resume = (folder / "config.json").exists()
             if not resume and folder.exists():
                 shutil.rmtree(folder)  # its process was killed before it had written the config
+            before = _trained_seconds(folder) if resume else 0.0
             words = command(worker.study, worker.folder, run, resume=resume)
             process = worker.launch(words, worker.folder / "logs" / f"{run.id}.log")
-            worker.active[run.id] = _Job(run, process, time.monotonic(), stack.pop_all())
+            worker.active[run.id] = _Job(run, process, time.monotonic(), before, stack.pop_all())
 
 
 def _note_ended(worker: _Worker) -> bool:
@@ -339,10 +269,16 @@ def _outcome(worker: _Worker, job: _Job) -> Outcome | None:
         steps=records[-1]["step"] if records else 0,
         tokens=trained[-1]["tokens"] if trained else 0,
         seconds=round(max((record.get("elapsed", 0.0) for record in records), default=0.0), 2),
-        wall=round(time.monotonic() - job.begun, 2),
+        wall=round(job.before + time.monotonic() - job.begun, 2),
         error=error,
         command=" ".join(["swamla", *command(worker.study, worker.folder, run)]),
     )
+
+
+def _trained_seconds(folder: Path) -> float:
+    """Seconds of training in the checkpoint that a resumed run goes on from."""
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    return float(checkpoint.state.get("seconds", 0.0)) if checkpoint else 0.0
 
 
 def _records(file: Path) -> list[dict[str, Any]]:
@@ -362,109 +298,6 @@ def _error(log: Path, status: int) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
     said = [line for line in lines if line.startswith("swamla: error: ")] or [line for line in lines if line.strip()]
     return said[-1].removeprefix("swamla: error: ") if said else f"exit status {status}"
-
-
-@contextmanager
-def _locked(folder: Path, name: str) -> Iterator[bool]:
-    """Lock a name in the study's folder; False if another process holds it. The system unlocks it as a process ends."""
-    handle = os.open(folder / "locks" / name, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(handle)
-
-
-def append_line(file: Path, values: Mapping[str, Any]) -> None:
-    """Append a record to a file of JSON lines, on the disk when this returns. A half-written last line is removed."""
-    with file.open("a+b") as out:
-        fcntl.flock(out, fcntl.LOCK_EX)  # what another process is writing is not half-written
-        out.seek(0)
-        before = out.read()
-        whole = before.rfind(b"\n") + 1
-        if whole < len(before):  # killed while it wrote
-            out.truncate(whole)
-        out.write(json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        out.flush()
-        os.fsync(out.fileno())
-
-
-def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The records of NAME.jsonl and of NAME-i-of-N.jsonl, without a half-written last line. Raises `CorruptError`."""
-    found = []
-    for file in sorted(folder.glob(f"{name}*.jsonl")):
-        for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
-            try:
-                found.append(json.loads(line))
-            except ValueError as error:
-                raise CorruptError(f"{file}:{number}: not JSON: {error}") from error
-    return found
-
-
-def read_outcomes(folder: Path) -> dict[str, Outcome]:
-    """Run → outcome, of the runs that have ended."""
-    rows = [from_plain(Outcome, row, origin=str(folder)) for row in read_lines(folder, RESULTS)]
-    return {outcome.run: outcome for outcome in sorted(rows, key=lambda one: one.run)}
-
-
-def read_tests(folder: Path) -> list[Test]:
-    """The scores on the test part, of the runs that have one."""
-    return [from_plain(Test, row, origin=str(folder)) for row in read_lines(folder, TESTS)]
-
-
-def score_tests(folder: Path, dataset: TrainingData) -> list[Test]:
-    """Score every finished run of a fresh seed on the test part of the held-out text, once, when all runs have ended.
-
-    Another process that scores the study is waited for. Raises `UsageError` for a study with runs left.
-    """
-    study, outcomes = opened(folder), read_outcomes(folder)
-    if study is None or ready(study, outcomes):
-        raise UsageError(f"{folder}: the study has runs left: the test part is read once, when all have ended")
-    finished = [one for one in outcomes.values() if one.purpose == "seed" and one.status == "finished"]
-    torch.set_num_threads(study.asked.threads)
-    scorer: Any = None
-    with waited_for(folder, TESTS):
-        known = {test.run for test in read_tests(folder)}
-        for outcome in finished:
-            if outcome.run in known:
-                continue
-            train = study.arm(outcome.arm).config.train
-            scorer = scorer or validation(dataset, train.block_size, part="test")
-            append_line(folder / f"{TESTS}.jsonl", asdict(_tested(folder, study, outcome, scorer)))
-    return sorted(read_tests(folder), key=lambda test: ([arm.name for arm in study.arms].index(test.arm), test.seed))
-
-
-def load_run(folder: Path, study: Study, outcome: Outcome) -> tuple[LanguageModel, Literal["fp32", "bf16"]]:
-    """The model of a finished run as it was at its end, and the precision that it was trained with."""
-    run = run_folder(folder, outcome.run)
-    model, _ = load(run, "latest")
-    checkpoint = latest_checkpoint(run / "checkpoints")
-    trained = str(checkpoint.state.get("precision", "")) if checkpoint else ""
-    return model, resolve_as_trained(study.arm(outcome.arm).config.train.precision, trained, model.device)
-
-
-def _tested(folder: Path, study: Study, outcome: Outcome, scorer: Callable[[Any], dict[str, float]]) -> Test:
-    model, precision = load_run(folder, study, outcome)
-    with autocast(precision, model.device):
-        found = scorer(model)
-    scores = {name: found[name] for name in ("bits_per_byte", "loss", "bytes", "accuracy") if name in found}
-    return Test(run=outcome.run, arm=outcome.arm, seed=outcome.seed, tokens=int(found["tokens"]), **scores)
-
-
-@contextmanager
-def waited_for(folder: Path, name: str) -> Iterator[None]:
-    """Lock a name in the study's folder, after whoever holds it."""
-    (folder / "locks").mkdir(exist_ok=True)
-    while True:
-        with _locked(folder, name) as locked:
-            if locked:
-                yield
-                return
-        time.sleep(WAIT)
 
 
 def work(folder: Path, plugins: tuple[str, ...], part: int, parts: int) -> None:

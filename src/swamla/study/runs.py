@@ -43,7 +43,8 @@ class Outcome:
     """How a run ended: a line of results.jsonl. validation: bits per byte of the validation part,
     of a task nats an answer; none unless finished.
 
-    seconds: of training.  wall: of the process that ended it, with its start.  error: its last line, if it failed.
+    seconds: of training.  wall: of its process, with its start; of a resumed run those of the last one and of the
+    training that it went on from.  error: its last line, if it failed.
     """
 
     run: str

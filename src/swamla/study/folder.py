@@ -1,0 +1,155 @@
+"""A study's folder: what is asked and resolved in study.json and arms/, what came of it in lines of results and tests.
+
+study.json and arms/ never change (but for the published figures that it names); runs/ are ordinary runs, logs/ what
+they printed. Several processes may work on one folder, also on several machines that share it: locks/ has their locks.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from swamla.config import from_plain, to_plain
+from swamla.errors import CorruptError, UsageError
+from swamla.files import fcntl, read_json, write_text_atomically
+from swamla.study.plan import Asked, Study
+from swamla.study.runs import Outcome, arm_file
+
+STUDY, RESULTS, TESTS = "study.json", "results", "test"
+WAIT = 1.0  # seconds between looks at what others hold
+
+
+@dataclass(frozen=True, kw_only=True)
+class Test:
+    """A line of test.jsonl: a run of a fresh seed, scored on the test part of a text, or on test rows of a task.
+
+    loss: nats a token, or an answer.  bits_per_byte, bytes: of a text.  accuracy: in a task.
+    """
+
+    run: str
+    arm: str
+    seed: int
+    loss: float
+    tokens: int
+    bits_per_byte: float | None = None
+    bytes: float | None = None
+    accuracy: float | None = None
+
+    @property
+    def score(self) -> float:
+        """What is compared."""
+        score = self.accuracy if self.bits_per_byte is None else self.bits_per_byte
+        assert score is not None
+        return score
+
+
+def begin(folder: Path, study: Study) -> None:
+    """Write a new study's folder, in place of one that was only planned. Raises `UsageError` for anything else."""
+    planned = {STUDY, f".{STUDY}.new", "arms"}
+    if folder.exists() and any(path.name not in planned for path in folder.iterdir()):
+        raise UsageError(f"{folder}: exists and holds no study: name another folder with `output_dir`")
+    (folder / STUDY).unlink(missing_ok=True)
+    shutil.rmtree(folder / "arms", ignore_errors=True)
+    (folder / "arms").mkdir(parents=True)
+    for arm in study.arms:
+        write_text_atomically(arm_file(folder, arm.slug), json.dumps(to_plain(arm.config), indent=2) + "\n")
+    # Last: a folder with it has all of the study.
+    _write_study(folder, study)
+
+
+def _write_study(folder: Path, study: Study) -> None:
+    write_text_atomically(folder / STUDY, json.dumps(study.as_plain(), indent=2) + "\n")
+
+
+def opened(folder: Path, asked: Asked | None = None) -> Study | None:
+    """The study in a folder, None if there is none yet, or another one of which nothing has run.
+
+    Other published figures make no other study: they are written to it.
+    Raises `UsageError` if it is not the one that is asked for.
+    """
+    file = folder / STUDY
+    if not file.exists():
+        return None
+    study = from_plain(Study, read_json(file, inside=folder), origin=str(file))
+    if asked is not None and study.asked != asked and replace(study.asked, published=asked.published) == asked:
+        study = replace(study, asked=asked)
+        _write_study(folder, study)
+    if asked is not None and study.asked != asked:
+        if not (folder / "runs").exists():
+            return None
+        before, now = to_plain(study.asked), to_plain(asked)
+        name = next(name for name in now if now[name] != before[name])
+        raise UsageError(
+            f"{folder}: holds another study, whose {name} is {before[name]!r}, not {now[name]!r}: name another folder "
+            "with `output_dir`, or remove this one"
+        )
+    return study
+
+
+def append_line(file: Path, values: Mapping[str, Any]) -> None:
+    """Append a record to a file of JSON lines, on the disk when this returns. A half-written last line is removed."""
+    with file.open("a+b") as out:
+        fcntl.flock(out, fcntl.LOCK_EX)  # what another process is writing is not half-written
+        out.seek(0)
+        before = out.read()
+        whole = before.rfind(b"\n") + 1
+        if whole < len(before):  # killed while it wrote
+            out.truncate(whole)
+        out.write(json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The records of NAME.jsonl and of NAME-i-of-N.jsonl, without a half-written last line. Raises `CorruptError`."""
+    found = []
+    for file in sorted(folder.glob(f"{name}*.jsonl")):
+        for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                raise CorruptError(f"{file}:{number}: not JSON: {error}") from error
+    return found
+
+
+def read_outcomes(folder: Path) -> dict[str, Outcome]:
+    """Run → outcome, of the runs that have ended."""
+    rows = [from_plain(Outcome, row, origin=str(folder)) for row in read_lines(folder, RESULTS)]
+    return {outcome.run: outcome for outcome in sorted(rows, key=lambda one: one.run)}
+
+
+def read_tests(folder: Path) -> list[Test]:
+    """The scores on the test part, of the runs that have one."""
+    return [from_plain(Test, row, origin=str(folder)) for row in read_lines(folder, TESTS)]
+
+
+@contextmanager
+def locked(folder: Path, name: str) -> Iterator[bool]:
+    """Lock a name in the study's folder; False if another process holds it. The system unlocks it as a process ends."""
+    handle = os.open(folder / "locks" / name, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def waited_for(folder: Path, name: str) -> Iterator[None]:
+    """Lock a name in the study's folder, after whoever holds it."""
+    (folder / "locks").mkdir(exist_ok=True)
+    while True:
+        with locked(folder, name) as held:
+            if held:
+                yield
+                return
+        time.sleep(WAIT)
