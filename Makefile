@@ -35,7 +35,7 @@ help:
 	@echo 'make speedrun     quickstart against nanoGPT by time (about 15 minutes; docs/speedrun.md); arguments in SPEEDRUN_ARGS'
 	@echo 'make interop      installs lm-eval (230 MB), llama.cpp (100 MB), TransformerLens, trl and more; tests of them, of Trainer,'
 	@echo '                  peft and ONNX, and the tables of docs/interop.md'
-	@echo 'make browser      try the page of swamla serve in headless Chromium (make test does, too, where there is one)'
+	@echo 'make browser      try the pages of serve, explain and compare in headless Chromium (as make test does, where there is one)'
 	@echo 'make lint         only ruff and mypy'
 	@echo 'make clean        remove $(VENV) and caches; trained models under runs/ are kept'
 	@echo
@@ -71,8 +71,9 @@ speedrun: $(VENV)/.installed-dev
 # Installs no browser: Debian has one.
 browser: $(VENV)/.installed-dev
 	@command -v chromedriver >/dev/null && command -v chromium >/dev/null || { \
-		echo 'the page is tried in Chromium, which is missing: apt-get install chromium chromium-driver' >&2; exit 2; }
-	$(TEST_ENV) $(BIN)/python -m pytest -q tests/serve/test_page.py
+		echo 'pages are tried in Chromium, which is missing: apt-get install chromium chromium-driver' >&2; exit 2; }
+	$(TEST_ENV) $(BIN)/python -m pytest -q tests/serve/test_page.py tests/interpret/test_page.py tests/study/test_page.py \
+		tests/study/test_two_results.py tests/study/test_nanogpt_mla.py
 
 # lm-eval and what it needs are 230 MB, llama.cpp 100, so `make test` goes without them, TransformerLens and ONNX, whose
 # graphs take seconds for each mixer (test_onnx.py: five minutes of one core), and skips what needs them, with that reason.

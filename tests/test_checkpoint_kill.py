@@ -37,7 +37,7 @@ for trial in range(12):
     child = os.fork()
     if child == 0:
         save_for_ever(reached)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while newest_name(directory) <= step_name(reached) and time.monotonic() < end:  # as long as a slow machine takes
         time.sleep(0.005)
     time.sleep(0.1 * rng.random())

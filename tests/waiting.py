@@ -2,6 +2,7 @@
 
 import re
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -11,8 +12,11 @@ from typing import Any
 PATIENCE = 300.0  # seconds until what should have happened counts as not happening; a loaded machine needs some
 
 
-def until(happened: Callable[[], Any], *, seconds: float = PATIENCE, every: float = 0.01) -> Any:
-    """Wait until `happened()` is true, and return what it gave; a file that is not there yet has not happened."""
+def until(happened: Callable[[], Any], *, seconds: float = PATIENCE, every: float = 0.01, what: str = "") -> Any:
+    """Wait until `happened()` is true, and return what it gave; a file that is not there yet has not happened.
+
+    what: that is waited for, for the message where it does not happen.
+    """
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
@@ -21,7 +25,16 @@ def until(happened: Callable[[], Any], *, seconds: float = PATIENCE, every: floa
         except FileNotFoundError:
             pass  # not begun yet
         time.sleep(every)
-    raise AssertionError(f"did not happen within {seconds:.0f} s: {happened}")
+    raise AssertionError(f"did not happen within {seconds:.0f} s: {what or happened}")
+
+
+def is_there(port: int) -> bool:
+    """Whether something listens on a port of this machine."""
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def after_start(stderr: str) -> str:

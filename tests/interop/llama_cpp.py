@@ -18,6 +18,7 @@ from swamla.data.tokenizer import CharTokenizer, Tokenizer
 from swamla.interop import load_pretrained, save_gguf
 from swamla.model.language_model import LanguageModel
 from tests.interop.cases import CASES, VOCABULARY, Case, tokens
+from tests.waiting import PATIENCE
 
 MISSING = next(
     (f"{name} is not installed: pip install gguf xllamacpp" for name in ("gguf", "xllamacpp") if not find_spec(name)),
@@ -111,7 +112,7 @@ class LlamaCpp:
         """The answer of the server."""
         body = json.dumps(question).encode()
         request = urllib.request.Request(f"{self._address}/{what}", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             return json.loads(answer.read())
 
     def generate(self, prompt: str | Sequence[int], n_text: int) -> tuple[list[int], str]:

@@ -18,7 +18,7 @@ from swamla.interpret.page.figures import FIGURES
 from swamla.interpret.page.html import report_html
 from swamla.interpret.page.report import write_report
 from swamla.interpret.page.svg import Line, bar_chart, heat_map, line_chart, number, shade, shade_signed, short, ticks
-from tests.interpret.browser import browser
+from tests.browser import browser
 from tests.interpret.models import VOCABULARY, hybrid
 from tests.model.helpers import random_tokens
 

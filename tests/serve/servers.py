@@ -3,7 +3,6 @@
 import http.client
 import json
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from swamla.serve.answers import Served
 from swamla.serve.app import Limits
 from swamla.serve.engine import Engine
 from swamla.serve.server import Server, bound_socket, make_server, named_engines
+from tests.waiting import PATIENCE, until
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Running:
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
     ) -> tuple[int, bytes]:
         """Status and body of a request; a body that is no bytes is sent as JSON."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         raw = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         known = {"content-type": "application/json"} if raw is not None else {}
         if self.key:
@@ -59,12 +59,9 @@ class Running:
         status, raw = self.call("POST", path, body)
         return status, json.loads(raw)
 
-    def wait_idle(self, seconds: float = 30.0) -> None:
-        """Wait until no request is under way."""
-        until = time.monotonic() + seconds
-        while any(each.engine.n_active or each.engine.n_waiting for each in self.served):
-            assert time.monotonic() < until, "a slot was lost"
-            time.sleep(0.01)
+    def wait_idle(self) -> None:
+        """Wait until no request is under way; for ever where a slot was lost."""
+        until(lambda: not any(each.engine.n_active or each.engine.n_waiting for each in self.served))
 
 
 @contextmanager
@@ -83,14 +80,12 @@ def running(
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     worker.start()
     thread.start()
-    until = time.monotonic() + 30
-    while not server.started and time.monotonic() < until:
-        time.sleep(0.01)
     try:
+        until(lambda: server.started)
         yield Running(listening.getsockname()[1], served, server, key)
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(PATIENCE)
         worker.close()
         listening.close()
     assert not thread.is_alive()

@@ -8,6 +8,7 @@ import pytest
 from swamla.inference.sampling import Sampling
 from swamla.model.language_model import LanguageModel
 from swamla.text import encode_prompt
+from tests.waiting import PATIENCE
 
 from .helpers import TOKENIZER, alone, model_of
 from .servers import Running, running
@@ -33,7 +34,7 @@ def server(model: LanguageModel) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def client(server: Running) -> Any:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0, timeout=PATIENCE)
 
 
 def text_of(model: LanguageModel, count: int, n: int = 1, **settings: Any) -> list[str]:

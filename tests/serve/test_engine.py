@@ -17,6 +17,7 @@ from swamla.serve.requests import Ended, Event, QueueFull, Read, Request, TooLon
 from swamla.serve.slots import BLOCK, Slots, room_for
 from swamla.serve.worker import Worker
 from tests.model.helpers import MIXERS, assert_close
+from tests.waiting import until
 
 from .helpers import GREEDY, TOKENIZER, Heard, alone, ask, engine_of, model_of, prompt_of, run
 
@@ -287,9 +288,7 @@ def test_a_worker_answers_requests_of_several_engines_and_closes(model: Language
     worker = Worker(engines)
     worker.start()
     heard = [ask(engine, prompt_of(9), 7)[1] for engine in engines]
-    until = time.monotonic() + 60
-    while not all(each.reasons for each in heard) and time.monotonic() < until:
-        time.sleep(0.01)
+    until(lambda: all(each.reasons for each in heard))
     assert [each.reasons for each in heard] == [["length"]] * 2
     _, late = ask(engines[0], prompt_of(9), 190)
     worker.close()
@@ -307,9 +306,7 @@ def test_a_worker_answers_one_engine_while_another_still_writes(model: LanguageM
     for engine, name, count in ((busy, "long", 190), (other, "short", 3)):
         engine.submit(Request(tokens=prompt_of(4), max_new_tokens=count, sampling=GREEDY), note(name))
     worker.start()
-    until = time.monotonic() + 60
-    while len(order) < 2 and time.monotonic() < until:
-        time.sleep(0.01)
+    until(lambda: len(order) == 2)
     worker.close()
     assert order == ["short", "long"]
 

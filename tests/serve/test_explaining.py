@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from swamla.serve.explaining import Explainer
 from swamla.serve.requests import QueueFull
 from swamla.serve.schema import EXPLANATION, MAX_EXPLAINED, check, openapi
 from swamla.text import encode_prompt
+from tests.waiting import until
 
 from .helpers import TOKENIZER, model_of, prompt_of
 from .servers import Limits, Running, running
@@ -162,13 +163,6 @@ class Held:
 
     def wait_until_begun(self) -> None:
         until(lambda: bool(self.texts))
-
-
-def until(is_true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not is_true():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def test_others_are_written_to_while_a_text_is_explained(

@@ -13,13 +13,12 @@ from swamla.interpret.tracing import walk
 from swamla.model.mixers.mha import MHA
 from swamla.model.mixers.mixer import Mixer
 from swamla.text import encode_prompt
+from tests.browser import Browser, browser
 
-from .browser import CHROMIUM, DRIVER, MISSING, Browser, browser
 from .helpers import GREEDY, TOKENIZER, alone, model_of
 from .servers import Running, running
 from .test_app import chatty, slowed
 
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING)
 IDLE = "return document.getElementById('status').textContent.startsWith('Done')"
 STOPPED = "return document.getElementById('status').textContent.startsWith('Stopped')"
 TEXTS = "return [...document.querySelectorAll('.side:not([hidden]) .text')].map(each => each.textContent)"
@@ -36,8 +35,8 @@ def server() -> Iterator[Running]:
 
 
 @pytest.fixture(scope="module")
-def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("profile")) as found:
+def window() -> Iterator[Browser]:
+    with browser(1200, 1000) as found:
         yield found
 
 
@@ -51,7 +50,7 @@ def page(server: Running, window: Browser) -> Browser:
 
 def shoot(page: Browser, name: str) -> None:
     if SHOTS:
-        page.screenshot(Path(SHOTS) / f"{name}.png")
+        (Path(SHOTS) / f"{name}.png").write_bytes(page.picture())
 
 
 def test_two_models_write_side_by_side_what_the_library_writes(server: Running, page: Browser) -> None:
@@ -59,18 +58,18 @@ def test_two_models_write_side_by_side_what_the_library_writes(server: Running, 
         page.type(field, value)
     page.click("#write")
     page.wait(IDLE)
-    hybrid, linear = page.js(TEXTS)
+    hybrid, linear = page.run(TEXTS)
     for text, served in ((hybrid, server.served[0]), (linear, server.served[1])):
         model = served.engine.model
         assert text == "abc" + alone(model, encode_prompt(TOKENIZER, "abc"), 40)[0]
-    figures = page.js("return document.querySelector('.figures').textContent")
+    figures = page.run("return document.querySelector('.figures').textContent")
     assert figures.startswith("40 tokens; ")
     assert "tokens/s; first token after" in figures
     assert "bytes; prompt 4 tokens" in figures
     shoot(page, "wide")
-    outside = page.js("return performance.getEntriesByType('resource').map(each => new URL(each.name).origin)")
+    outside = page.run("return performance.getEntriesByType('resource').map(each => new URL(each.name).origin)")
     assert set(outside) == {server.url}
-    assert page.console() == []
+    assert page.complaints() == []
 
 
 def test_a_tokens_probabilities_are_shown_under_the_mouse_and_by_arrow_keys(page: Browser) -> None:
@@ -79,45 +78,45 @@ def test_a_tokens_probabilities_are_shown_under_the_mouse_and_by_arrow_keys(page
     page.click("#write")
     page.wait(IDLE)
     caption = "return document.querySelector('.tokens caption')?.textContent"
-    page.hover(".token:nth-of-type(3)")
+    page.point_at(".token:nth-of-type(3)")
     assert page.wait(caption).startswith("Token 2 of 12: ")
-    page.js("document.querySelector('.text').focus()")
+    page.run("document.querySelector('.text').focus()")
     page.press("right")
-    assert page.js(caption).startswith("Token 3 of 12: ")
+    assert page.run(caption).startswith("Token 3 of 12: ")
     page.press("end")
-    assert page.js(caption).startswith("Token 12 of 12: ")
-    rows = page.js("return [...document.querySelectorAll('.side .tokens')][0].querySelectorAll('tr').length")
+    assert page.run(caption).startswith("Token 12 of 12: ")
+    rows = page.run("return [...document.querySelectorAll('.side .tokens')][0].querySelectorAll('tr').length")
     assert 5 <= rows <= 6
     shoot(page, "token")
 
 
 def test_everything_is_done_without_a_mouse(server: Running, page: Browser) -> None:
-    page.js("document.getElementById('prompt').focus()")
-    page.press_with_control("a")
+    page.run("document.getElementById('prompt').focus()")
+    page.press("a", control=True)
     page.press(*"xyz")
-    page.press_with_control("enter")
+    page.press("enter", control=True)
     page.wait(IDLE)
-    assert all(text.startswith("xyz") and len(text) > 10 for text in page.js(TEXTS))
+    assert all(text.startswith("xyz") and len(text) > 10 for text in page.run(TEXTS))
     reached = []
-    page.js("document.getElementById('model-0').focus()")
+    page.run("document.getElementById('model-0').focus()")
     for _ in range(20):
-        reached.append(page.js("return document.activeElement.id || document.activeElement.className || 'radio'"))
+        reached.append(page.run("return document.activeElement.id || document.activeElement.className || 'radio'"))
         page.press("tab")
     for control in ("model-1", "prompt", "temperature", "seed", "write", "clear", "shade", "text"):
         assert control in reached
 
 
 def test_every_control_has_a_name_and_progress_is_told_to_screen_readers(page: Browser) -> None:
-    nameless = page.js(
+    nameless = page.run(
         "return [...document.querySelectorAll('input, select, textarea, button')]"
         ".filter(each => !(each.labels?.length || each.textContent.trim())).map(each => each.id)"
     )
     assert nameless == []
-    roles = page.js("return [...document.querySelectorAll('[role], [aria-live]')].map(e => e.getAttribute('role'))")
+    roles = page.run("return [...document.querySelectorAll('[role], [aria-live]')].map(e => e.getAttribute('role'))")
     assert "status" in roles
     assert "alert" in roles
-    assert page.js("return document.documentElement.lang") == "en"
-    tree = page.js("return [...document.querySelectorAll('section')].map(e => e.getAttribute('aria-labelledby'))")
+    assert page.run("return document.documentElement.lang") == "en"
+    tree = page.run("return [...document.querySelectorAll('section')].map(e => e.getAttribute('aria-labelledby'))")
     assert tree == ["side-0", "side-1", "attention-name"]
 
 
@@ -141,14 +140,14 @@ def test_the_attention_of_an_answer_is_that_of_interpret(server: Running, page: 
     ids = encode_prompt(TOKENIZER, "abc")
     ids += Decoder(model).generate([ids], 12, sampling=GREEDY)[0]
     weights = [layer.mixer.weight_BHTS[0, :, -1] for layer in walk(model, torch.tensor([ids]))]
-    assert page.js("return document.querySelectorAll('#reads .token').length") == len(ids) == 16
-    layers = page.js("return [...document.getElementById('layer').options].map(each => each.textContent)")
+    assert page.run("return document.querySelectorAll('#reads .token').length") == len(ids) == 16
+    layers = page.run("return [...document.getElementById('layer').options].map(each => each.textContent)")
     assert layers == ["0: gdn", "1: swa", "2: mla", "3: mha"]
     for layer, weight_HS in enumerate(weights):
         for head, weight_S in enumerate(weight_HS):
-            page.choose("layer", layer)
-            page.choose("head", head)
-            told = page.js("return [...document.querySelectorAll('#strongest .number')].map(each => each.textContent)")
+            page.choose("#layer", layer)
+            page.choose("#head", head)
+            told = page.run("return [...document.querySelectorAll('#strongest .number')].map(each => each.textContent)")
             strongest = sorted(weight_S.tolist(), key=abs, reverse=True)[:8]
             assert [float(each.replace("−", "-")) for each in told] == pytest.approx(strongest, rel=1e-2, abs=1e-6)
     shoot(page, "attention")
@@ -156,12 +155,12 @@ def test_the_attention_of_an_answer_is_that_of_interpret(server: Running, page: 
 
 def test_a_token_under_the_mouse_tells_its_weight_and_signs_are_told_without_colour(page: Browser) -> None:
     opened(page)
-    page.hover("#reads .token:nth-of-type(3)")
+    page.point_at("#reads .token:nth-of-type(3)")
     assert page.wait("return document.getElementById('edge').textContent").startswith("“")
-    edge = page.js("return document.getElementById('edge').textContent")
+    edge = page.run("return document.getElementById('edge').textContent")
     assert re.fullmatch(r"“.+” \(15\) reads “a” \(1\): [+−]\d.*", edge)
-    negative = page.js("return [...document.querySelectorAll('#reads .minus')].map(e => e.style.background)")
-    positive = page.js(
+    negative = page.run("return [...document.querySelectorAll('#reads .minus')].map(e => e.style.background)")
+    positive = page.run(
         "return [...document.querySelectorAll('#reads .token:not(.minus)')].map(e => e.style.background)"
     )
     assert negative
@@ -171,40 +170,40 @@ def test_a_token_under_the_mouse_tells_its_weight_and_signs_are_told_without_col
 
 def test_layer_head_and_token_are_chosen_by_keys(page: Browser) -> None:
     opened(page)
-    assert page.js("return document.activeElement.id") == "layer"
+    assert page.run("return document.activeElement.id") == "layer"
     assert page.wait(READING).startswith("Layer 0 (gdn), head 0 of ")
     page.press("down")
-    assert page.js(READING).startswith("Layer 1 (swa), head 0 of ")
+    assert page.run(READING).startswith("Layer 1 (swa), head 0 of ")
     page.press("tab", "down")
-    assert page.js(READING).startswith("Layer 1 (swa), head 1 of ")
+    assert page.run(READING).startswith("Layer 1 (swa), head 1 of ")
     page.press("tab", "left")
     page.wait(f"{READING}.includes(' (14) reads most of ')")
     page.press("home")
     page.wait(f"{READING}.includes(': “⟨start⟩” (0) reads most of “⟨start⟩” (0), 1.00.')")
-    assert page.js("return document.querySelectorAll('#reads .later').length") == 15
-    assert page.console() == []
+    assert page.run("return document.querySelectorAll('#reads .later').length") == 15
+    assert page.complaints() == []
 
 
 def test_the_side_whose_attention_is_shown_is_chosen_and_follows_its_next_answer(page: Browser) -> None:
     opened(page)
     title = "return document.getElementById('attention-name').textContent"
     pressed = "return [...document.querySelectorAll('.see')].map(each => each.getAttribute('aria-pressed'))"
-    assert (page.js(title), page.js(pressed)) == ("Attention of hybrid", ["true", "false"])
+    assert (page.run(title), page.run(pressed)) == ("Attention of hybrid", ["true", "false"])
     page.click(".side:nth-of-type(2) .see")
     page.wait(f"{title} === 'Attention of linear'".replace("return ", "return (", 1) + ")")
-    assert page.js(pressed) == ["false", "true"]
+    assert page.run(pressed) == ["false", "true"]
     page.wait(f"{READING}.includes('(15) reads most of')")
     page.type("#max_tokens", "14")
-    page.js("document.getElementById('status').textContent = ''")
+    page.run("document.getElementById('status').textContent = ''")
     page.click("#write")
     page.wait(f"{READING}.includes('(17) reads most of')")
-    assert page.js("return [...document.getElementById('layer').options].length") == 1
+    assert page.run("return [...document.getElementById('layer').options].length") == 1
     page.click(".side:nth-of-type(2) .see")
-    assert page.js(f"return {ATTENTION}.hidden")
+    assert page.run(f"return {ATTENTION}.hidden")
     page.click(".side .see")
     page.wait(f"return !{ATTENTION}.hidden")
     page.click("#clear")
-    assert page.js(f"return {ATTENTION}.hidden")
+    assert page.run(f"return {ATTENTION}.hidden")
 
 
 def test_text_on_the_deepest_colours_is_readable(page: Browser) -> None:
@@ -212,8 +211,8 @@ def test_text_on_the_deepest_colours_is_readable(page: Browser) -> None:
     for scheme in ("light", "dark"):
         page.prefer(scheme)
         for sign in (1, -1):
-            page.js("document.querySelector('#reads .token').style.background = colourOf(arguments[0])", sign)
-            colours = page.js(
+            page.run("document.querySelector('#reads .token').style.background = colourOf(arguments[0])", sign)
+            colours = page.run(
                 "const css = getComputedStyle(document.querySelector('#reads .token'));"
                 "const box = getComputedStyle(document.getElementById('reads'));"
                 "return [css.color, css.backgroundColor, box.backgroundColor]"
@@ -246,7 +245,7 @@ def test_a_text_that_cannot_be_explained_is_an_error_on_the_page(
     page.wait(IDLE)
     page.click(".side .see")
     page.wait("return !document.getElementById('attention-error').hidden")
-    assert "has no `explain`" in page.js("return document.getElementById('attention-error').textContent")
+    assert "has no `explain`" in page.run("return document.getElementById('attention-error').textContent")
 
 
 def test_escape_stops_and_frees_the_slots(server: Running, page: Browser) -> None:
@@ -261,8 +260,8 @@ def test_escape_stops_and_frees_the_slots(server: Running, page: Browser) -> Non
 
 @pytest.mark.parametrize("button", ["#clear", "#chat"])
 def test_clearing_ends_what_is_being_written(server: Running, page: Browser, button: str) -> None:
-    page.choose("model-0", 2)
-    page.choose("model-1", 4)
+    page.choose("#model-0", 2)
+    page.choose("#model-1", 4)
     with slowed(server.served[2].engine), slowed(server.served[3].engine):
         page.type("#max_tokens", "150")
         page.click("#write")
@@ -270,49 +269,49 @@ def test_clearing_ends_what_is_being_written(server: Running, page: Browser, but
         page.click(button)
         page.wait(STOPPED)
         server.wait_idle()
-    assert page.js(TEXTS) == ["", ""]
+    assert page.run(TEXTS) == ["", ""]
     kept = "sides.flatMap(side => [...side.history, ...side.tokens, ...side.ids.answer])"
-    assert page.js(f"return {kept}.length") == 0
+    assert page.run(f"return {kept}.length") == 0
 
 
 def test_an_error_of_the_server_is_shown(page: Browser) -> None:
     page.type("#prompt", "a" * 300)
     page.click("#write")
     page.wait("return !document.querySelector('.error').hidden")
-    assert "the prompt has 301 tokens" in page.js("return document.querySelector('.error').textContent")
+    assert "the prompt has 301 tokens" in page.run("return document.querySelector('.error').textContent")
 
 
 def test_a_chat_goes_on_and_is_offered_where_there_is_a_template(server: Running, page: Browser) -> None:
-    assert page.js("return document.getElementById('chat').disabled")
-    page.choose("model-0", 2)
-    page.choose("model-1", 4)  # where "none" comes first
+    assert page.run("return document.getElementById('chat').disabled")
+    page.choose("#model-0", 2)
+    page.choose("#model-1", 4)  # where "none" comes first
     page.click("#chat")
     page.type("#max_tokens", "15")
     page.type("#temperature", "0")
     for message in ("Hello", "More"):
         page.type("#prompt", message)
-        page.js("document.getElementById('status').textContent = ''")
+        page.run("document.getElementById('status').textContent = ''")
         page.click("#write")
         page.wait(IDLE)
-    said = page.js("return [...document.querySelectorAll('.side .said .who')].map(each => each.textContent)")
+    said = page.run("return [...document.querySelectorAll('.side .said .who')].map(each => each.textContent)")
     assert said == ["You", "talker-1", "You", "talker-1", "You", "talker-2", "You", "talker-2"]
     box = "const box = document.querySelector('.side .text'); return "
-    assert page.js(f"{box}box.scrollHeight > box.clientHeight")
-    assert page.js(f"{box}box.scrollTop + box.clientHeight > box.scrollHeight - 30")
+    assert page.run(f"{box}box.scrollHeight > box.clientHeight")
+    assert page.run(f"{box}box.scrollTop + box.clientHeight > box.scrollHeight - 30")
     shoot(page, "chat")
 
 
 def test_a_message_that_is_refused_is_not_asked_again_with_the_next(page: Browser) -> None:
-    page.choose("model-0", 2)
-    page.choose("model-1", 4)
+    page.choose("#model-0", 2)
+    page.choose("#model-1", 4)
     page.click("#chat")
     page.type("#max_tokens", "5")
     for message, hidden in (("a" * 300, False), ("Hi", True)):
         page.type("#prompt", message)
-        page.js("document.getElementById('status').textContent = ''")
+        page.run("document.getElementById('status').textContent = ''")
         page.click("#write")
         page.wait(IDLE)
-        assert page.js("return document.querySelector('.side .error').hidden") == hidden
+        assert page.run("return document.querySelector('.side .error').hidden") == hidden
 
 
 def test_a_narrow_window_needs_no_sideways_scrolling(page: Browser) -> None:
@@ -321,10 +320,10 @@ def test_a_narrow_window_needs_no_sideways_scrolling(page: Browser) -> None:
     page.type("#max_tokens", "40")
     page.click("#write")
     page.wait(IDLE)
-    page.hover(".token")
+    page.point_at(".token")
     page.click(".side .see")
     page.wait("return document.querySelectorAll('#reads .token').length")
-    assert page.js("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    assert page.run("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     shoot(page, "narrow")
 
 
@@ -338,4 +337,4 @@ def test_a_server_with_a_key_is_asked_with_it(window: Browser) -> None:
         window.type("#max_tokens", "5")
         window.click("#write")
         window.wait(IDLE)
-        assert len(window.js(TEXTS)) == 1
+        assert len(window.run(TEXTS)) == 1

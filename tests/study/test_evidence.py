@@ -13,7 +13,7 @@ from swamla.evaluate import part_of, validation
 from swamla.model.accounting import state_bytes
 from swamla.model.language_model import NO_LABEL, LanguageModel
 from swamla.ops.layout import Layout
-from swamla.study.evidence import caches, curves, loss_by_position, measure_runs, peak_memory
+from swamla.study.evidence import caches, curves, loss_by_position, measure_runs, peak_memory, with_closing
 from swamla.study.runs import Outcome
 from swamla.train import speed
 from tests.train.helpers import tiny_dataset
@@ -125,6 +125,24 @@ def test_steps_are_timed_in_turns_behind_one_of_each_that_is_not_and_no_random_n
     assert {name: len(each) for name, each in found.items()} == {"a": 3, "b": 3}
     assert torch.equal(torch.random.get_rng_state(), before)
     assert len(speed.step_seconds({"a": "A"}, None, rounds=3, seconds=0.0)["a"]) == 1
+
+
+def test_closing_is_that_of_one_run_times_all_seeds_and_arms_slower_ones_longer_and_the_test_part_is_not_read(
+    dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts: list[str] = []
+    monkeypatch.setattr("swamla.study.evidence.as_trained", lambda *_: (model_of("mha"), "fp32"))
+    monkeypatch.setattr("swamla.study.evidence.part_of", lambda split, part, _: parts.append(part) or split)
+    monkeypatch.setattr("swamla.study.evidence.validation", lambda *_, part: parts.append(part) or (lambda model: {}))
+    clock = iter([100.0, 102.0])
+    monkeypatch.setattr("swamla.study.evidence.time.monotonic", lambda: next(clock))
+    study = study_of(seeds=3)
+    slower = (study.arms[0], replace(study.arms[1], seconds_per_step=2.5 * study.arms[0].seconds_per_step))
+    study = replace(study, arms=slower)
+    found = with_closing(study, dataset, tmp_path).closing_seconds
+    timing = 20 * 3.5 * study.arms[0].seconds_per_step  # twenty rounds of steps, and generation takes 20 s at most
+    assert found == pytest.approx(2.0 * 3 + 2.0 * 2.5 * 3 + timing + 20, abs=0.05)
+    assert set(parts) == {"validation"}
 
 
 def test_a_model_whose_attention_cannot_be_told_is_measured_but_for_that(

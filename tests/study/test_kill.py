@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from swamla.study.plan import Asked, resolve_study
 from swamla.study.results import Results
 from swamla.train import RunConfig
 from tests.train.helpers import tiny_dataset
+from tests.waiting import until
 
 from .helpers import arm_of
 
@@ -68,10 +68,7 @@ def server() -> Iterator[Server]:
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.01)
+    until(path.exists, what=f"{path} is there")
 
 
 def figures(folder: Path) -> dict[str, tuple]:

@@ -29,7 +29,7 @@ from swamla.study.nanogpt_mla.page import page
 from swamla.study.nanogpt_mla.plan import EXPERIMENTS, MIXERS, REPEATS, configs, text_of
 from swamla.study.nanogpt_mla.words import verdicts
 from swamla.tasks import Task, parse
-from tests.interpret.browser import browser
+from tests.browser import browser
 from tests.interpret.models import build, induction_model
 
 from .in_process import reproduced

@@ -16,7 +16,7 @@ from swamla.study.plan import Asked
 from swamla.study.published import Published
 from swamla.study.results import Results
 from swamla.study.statistics import Interval
-from tests.interpret.browser import browser
+from tests.browser import browser
 from tests.interpret.test_page import NEVER_CLOSED, Page
 
 from .played import evidence_of, results_of

@@ -16,6 +16,7 @@ from swamla.study.plan import Study
 from swamla.study.running import beside, run_study, with_start
 from swamla.study.runs import Outcome
 from swamla.study.scoring import score_tests
+from tests.waiting import PATIENCE
 
 from .helpers import FakeRun, arm_of, score_of, study_of
 
@@ -82,7 +83,7 @@ def begins_together(barrier) -> running.Launch:
         run = FakeRun(words, log)
         if not started:
             started.append(run)
-            barrier.wait(timeout=60)
+            barrier.wait(timeout=PATIENCE)
         return run
 
     return launch

@@ -133,6 +133,28 @@ def test_the_predicted_time_is_steps_start_and_evaluation_and_then_what_runs_too
     assert left.seconds == pytest.approx(19.0 + 2 * (4 + 6.2 + 1.5) * 19 / 6.7)
 
 
+def test_what_follows_the_runs_is_predicted_once_however_many_run_at_a_time_and_not_when_all_have_ended():
+    study = study_of(rates="recipe", seeds=2)
+    closed = replace(study, closing_seconds=50.0)
+    for jobs in (1, 2):
+        assert predict(closed, {}, jobs).seconds - predict(study, {}, jobs).seconds == pytest.approx(50.0)
+    outcomes = {}
+    for run in played(study, lambda run: 1.0):
+        outcomes[run.id] = outcome(run)
+    assert predict(closed, outcomes, 1).seconds == 0.0
+
+
+def test_a_search_is_expected_to_need_part_of_a_run_more_until_it_has_ended():
+    study = replace(study_of(seeds=2), start_seconds=8.0, loop_seconds=0.0, evaluation_seconds=0.0)
+    each = 8.0 + 20 * 0.1
+    assert predict(study, {}, 1).seconds == pytest.approx((2 * (5 + 2) + 2 * 0.4) * each)
+    outcomes = {}
+    for run in played(study, lambda run: abs(run.rate)):
+        if run.purpose == "rate":
+            outcomes[run.id] = outcome(run, abs(run.rate), wall=each)
+    assert predict(study, outcomes, 1).seconds == pytest.approx(2 * 2 * each)
+
+
 def test_a_run_is_an_ordinary_command(tmp_path: Path):
     study = study_of()
     run = ready(study, {})[0]

@@ -17,7 +17,7 @@ from swamla.study.page.two_runs import report_html, write_report
 from swamla.study.two_results import Compared, Side
 from swamla.study.two_runs import document_differences, kind_differences, paired, shares, token_differences
 from swamla.train.plot import Curve
-from tests.interpret.browser import browser
+from tests.browser import browser
 from tests.interpret.test_page import Page
 
 from .helpers import arm_of

@@ -57,7 +57,7 @@ def _rank(tell: Any, rank: int, count: int, port: int, work: Callable[..., None]
     }
     torch.set_num_threads(1)
     try:
-        with started(timeout=60):
+        with started(timeout=PATIENCE):
             work(*args)
     except BaseException:
         tell.send(f"rank {rank}: {traceback.format_exc()}")

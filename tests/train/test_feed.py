@@ -17,7 +17,7 @@ from swamla.checkpoint import latest_checkpoint
 from swamla.errors import DataError, Interrupted
 from swamla.train import loop
 from swamla.train.feed import Feed
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 
 from .helpers import run, tiny_config, tiny_dataset
 from .ranks import on_ranks
@@ -39,7 +39,7 @@ class Rows:
         return self.rows.batch(first, count)
 
 
-def read_by(rows, *expected, patience=10.0):
+def read_by(rows, *expected, patience=PATIENCE):
     """Wait for the thread that reads ahead."""
     end = time.monotonic() + patience
     while rows.read != list(expected) and time.monotonic() < end:

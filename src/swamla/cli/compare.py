@@ -35,7 +35,7 @@ from swamla.data.units import available_cores
 from swamla.errors import ConfigError, DataError, UsageError, require
 from swamla.recipes import ALIASES, recipe_names
 from swamla.studies import study_names, study_path
-from swamla.study.evidence import Evidence, measure
+from swamla.study.evidence import Evidence, measure, with_closing
 from swamla.study.folder import begin, opened, read_outcomes, read_tests
 from swamla.study.page.report import REPORT, write_report
 from swamla.study.plan import Asked, Study, median_steps, resolve_study, slug_of
@@ -244,7 +244,8 @@ def _planned(asked: Asked, jobs: int, console: Console, argv: Sequence[str]) -> 
         study = resolve_study(
             asked, configs, dataset, flags=given, plugins=plugins, commit=source_commit(), measure=timed
         )
-        return replace(with_start(study, Path(scratch)), beside=others), dataset
+        study = with_closing(with_start(study, Path(scratch)), dataset, Path(scratch) / "run")
+        return replace(study, beside=others), dataset
 
 
 def flags_of(asked: Asked, arm: str) -> str:

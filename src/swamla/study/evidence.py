@@ -7,11 +7,12 @@ speed.json and in decoding.json; the page is drawn from these files, however oft
 import json
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from swamla.data.dataset import Dataset, TrainingData
 from swamla.data.packing import NO_LABEL, HeldOutRows
 from swamla.data.shards import Split
 from swamla.errors import UsageError
-from swamla.evaluate import part_of, recall
+from swamla.evaluate import part_of, recall, validation
 from swamla.files import read_json, write_text_atomically
 from swamla.interpret.explaining import repeat_size
 from swamla.interpret.repeats import Repeats, induction, repeated_rows
@@ -30,12 +31,13 @@ from swamla.interpret.sections import Positions
 from swamla.model.accounting import state_bytes
 from swamla.model.language_model import LanguageModel
 from swamla.ops.layout import Layout
+from swamla.study.decoding import SECONDS as GENERATION_SECONDS
 from swamla.study.decoding import Generation, measure_decoding, read_decoding
 from swamla.study.folder import append_line, read_lines, waited_for
 from swamla.study.matching import STATE_ELEMENT_BYTES
 from swamla.study.plan import Study
 from swamla.study.runs import Outcome, run_folder, seconds_of_run
-from swamla.study.scoring import load_run
+from swamla.study.scoring import as_trained, load_run
 from swamla.tasks import Task
 from swamla.train.precision import Chosen, autocast
 from swamla.train.speed import step_seconds
@@ -121,12 +123,14 @@ def read_measured(folder: Path) -> list[Measured]:
     return [from_plain(Measured, row, origin=str(folder)) for row in read_lines(folder, MEASURED)]
 
 
-def _measuring(study: Study, dataset: TrainingData) -> Callable[[LanguageModel, Chosen], dict[str, Any]]:
-    """A function that measures a model: fields of `Measured`."""
+def _measuring(
+    study: Study, dataset: TrainingData, part: Literal["validation", "test"] = "test"
+) -> Callable[[LanguageModel, Chosen], dict[str, Any]]:
+    """A function that measures a model: fields of `Measured`. part: of the held-out text."""
     if not isinstance(dataset, Dataset):
         assert study.task is not None
         return partial(_answers, study.task)
-    split = part_of(dataset.held_out, "test", dataset.tokenizer.decode)
+    split = part_of(dataset.held_out, part, dataset.tokenizer.decode)
     ids = np.unique(dataset.train.tokens[:READ]).tolist()
     return partial(_on_text, split, ids, dataset.tokenizer.eos_id, study.arms[0].config.train.block_size)
 
@@ -377,6 +381,27 @@ class Evidence:
             paces=tuple(paces(study, outcomes)),
             decoding=read_decoding(folder),
         )
+
+
+def with_closing(study: Study, dataset: TrainingData, run: Path) -> Study:
+    """The study with the seconds that all will take once its runs have ended, by a short run of the first arm.
+
+    That run is scored and measured as those of fresh seeds will be, but on the validation part: the test part is read
+    once, at the end. Runs of slower arms take longer by as much as their steps do; of generation the most is taken.
+    """
+    torch.set_num_threads(study.asked.threads)
+    first = study.arms[0]
+    model, precision = as_trained(run, first)
+    score = validation(dataset, first.config.train.block_size, part="validation")
+    measured = _measuring(study, dataset, part="validation")
+    begun = time.monotonic()
+    with autocast(precision, model.device):
+        score(model)
+    measured(model, precision)
+    each = (time.monotonic() - begun) / (first.seconds_per_step or 1.0)
+    runs = sum(each * (arm.seconds_per_step or 1.0) * study.seeds_of(arm) for arm in study.arms)
+    timing = min(SECONDS, ROUNDS * sum(arm.seconds_per_step for arm in study.arms))
+    return replace(study, closing_seconds=round(runs + timing + GENERATION_SECONDS, 1))
 
 
 def measure(

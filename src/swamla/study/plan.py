@@ -152,8 +152,8 @@ class Study:
     more were counted than its tokens decode to: 0, or bits per byte are wrong.
     machine: where it was planned; commit: of this program's source, if it is a checkout.  start_seconds,
     evaluation_seconds: of a run of the first arm beside its steps; loop_seconds: of each of its steps beside what was
-    timed, such as its rows and records; 0 if they were not measured.  beside: other runs that were under way as all
-    this was timed.
+    timed, such as its rows and records; closing_seconds: of scoring and measuring all runs when they have ended; 0 if
+    they were not measured.  beside: other runs that were under way as all this was timed.
     """
 
     asked: Asked
@@ -167,6 +167,7 @@ class Study:
     start_seconds: float = 0.0
     loop_seconds: float = 0.0
     evaluation_seconds: float = 0.0
+    closing_seconds: float = 0.0
     beside: int = 0
 
     @property

@@ -17,6 +17,7 @@ from swamla.study.plan import SEARCH_SEED, Arm, Study
 
 GRID = (-2, 0, 2)  # rates in quarters of a factor of 10 from the arm's own
 REFINED = (-1, 1)  # beside the best of those
+MORE_RATES = 0.4  # runs of a search beyond the fewest: 3 of 8 arms had one in the first two runs of hybrid-or-not
 FARTHEST = 10  # quarters: a factor of 316 from the arm's own rate
 Status = Literal["finished", "diverged", "failed"]
 
@@ -168,16 +169,20 @@ def predict(study: Study, outcomes: Mapping[str, Outcome], jobs: int) -> Predict
     """What is left of a study with `jobs` runs at a time, by measured steps and, where there are some, by ended runs.
 
     Without outcomes of an arm, its runs take as long as their start, steps and evaluation were measured to take, times
-    what the other arms' runs took in excess.
+    what the other arms' runs took in excess. A search may need a run more: some do, so part of one is counted. All
+    that follows the runs is in the seconds, too.
     """
     pace = _pace(study, outcomes)
-    runs = seconds = 0.0
+    runs, seconds = 0, 0.0
     for arm in study.arms:
         left = runs_left(study, arm, outcomes)
         walls = [one.wall for one in outcomes.values() if one.arm == arm.name and one.status == "finished" and one.wall]
         runs += left
-        seconds += left * (sum(walls) / len(walls) if walls else pace * seconds_of_run(study, arm))
-    return Prediction(runs=round(runs), seconds=seconds / jobs)
+        searching = study.asked.rates == "search" and next_rates(rate_scores(arm, outcomes))
+        expected = left + (MORE_RATES if searching else 0.0)
+        seconds += expected * (sum(walls) / len(walls) if walls else pace * seconds_of_run(study, arm))
+    closing = pace * study.closing_seconds if runs else 0.0
+    return Prediction(runs=runs, seconds=seconds / jobs + closing)
 
 
 def _pace(study: Study, outcomes: Mapping[str, Outcome]) -> float:
@@ -245,6 +250,7 @@ def _basis(study: Study, outcomes: Mapping[str, Outcome]) -> str:
     measured = (
         f"steps of all arms, timed in turns{others}, and a short run: {study.start_seconds:.1f} s to start and "
         f"to save, {1000 * study.loop_seconds:.0f} ms more a step, {study.evaluation_seconds:.1f} s to evaluate"
+        + (f"; then {study.closing_seconds:.0f} s to score and measure all runs" if study.closing_seconds else "")
     )
     ended = sum(one.status == "finished" for one in outcomes.values())
     if not ended:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -13,9 +13,9 @@ from swamla.errors import UsageError
 from swamla.evaluate import validation
 from swamla.model.language_model import LanguageModel
 from swamla.study.folder import TESTS, Test, append_line, opened, read_outcomes, read_tests, waited_for
-from swamla.study.plan import Study
+from swamla.study.plan import Arm, Study
 from swamla.study.runs import Outcome, ready, run_folder
-from swamla.train.precision import autocast, resolve_as_trained
+from swamla.train.precision import Chosen, autocast, resolve_as_trained
 
 
 def score_tests(folder: Path, dataset: TrainingData) -> list[Test]:
@@ -40,13 +40,17 @@ def score_tests(folder: Path, dataset: TrainingData) -> list[Test]:
     return sorted(read_tests(folder), key=lambda test: ([arm.name for arm in study.arms].index(test.arm), test.seed))
 
 
-def load_run(folder: Path, study: Study, outcome: Outcome) -> tuple[LanguageModel, Literal["fp32", "bf16"]]:
+def load_run(folder: Path, study: Study, outcome: Outcome) -> tuple[LanguageModel, Chosen]:
     """The model of a finished run as it was at its end, and the precision that it was trained with."""
-    run = run_folder(folder, outcome.run)
+    return as_trained(run_folder(folder, outcome.run), study.arm(outcome.arm))
+
+
+def as_trained(run: Path, arm: Arm) -> tuple[LanguageModel, Chosen]:
+    """The model of a run's last checkpoint, and the precision that it was trained with."""
     model, _ = load(run, "latest")
     checkpoint = latest_checkpoint(run / "checkpoints")
     trained = str(checkpoint.state.get("precision", "")) if checkpoint else ""
-    return model, resolve_as_trained(study.arm(outcome.arm).config.train.precision, trained, model.device)
+    return model, resolve_as_trained(arm.config.train.precision, trained, model.device)
 
 
 def _tested(folder: Path, study: Study, outcome: Outcome, scorer: Callable[[Any], dict[str, float]]) -> Test:

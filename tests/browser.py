@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +15,18 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import PATIENCE, is_there, until
+
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the protocol's key of an element's id
-KEYS = {"left": "\ue012", "up": "\ue013", "right": "\ue014", "down": "\ue015"}
+KEYS = {
+    "left": "\ue012", "up": "\ue013", "right": "\ue014", "down": "\ue015", "home": "\ue011", "end": "\ue010",
+    "tab": "\ue004", "escape": "\ue00c", "enter": "\ue007",
+}  # fmt: skip
+CONTROL = "\ue009"
 
 
 class Browser:
-    """One window. Nothing is loaded from the network: every host name fails."""
+    """One window. Only this machine is there: every host name fails."""
 
     def __init__(self, address: str, width: int, height: int) -> None:
         options = {
@@ -29,7 +36,9 @@ class Browser:
                 "--no-sandbox",
                 "--disable-gpu",
                 "--disable-dev-shm-usage",
-                "--host-resolver-rules=MAP * ~NOTFOUND",
+                "--no-first-run",
+                "--force-color-profile=srgb",
+                "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
                 f"--window-size={width},{height}",
             ],
         }
@@ -44,12 +53,15 @@ class Browser:
             self._address + path, data=data, method=method, headers={"Content-Type": "application/json"}
         )
         local = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with local.open(request, timeout=120) as answer:
-            return json.load(answer)["value"]
+        try:
+            with local.open(request, timeout=PATIENCE) as answer:
+                return json.load(answer)["value"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(json.loads(error.read())["value"]["message"]) from None
 
-    def open(self, page: Path) -> None:
-        """Load a file."""
-        self._send("/url", {"url": page.resolve().as_uri()})
+    def open(self, page: Path | str) -> None:
+        """Load a file, or an address."""
+        self._send("/url", {"url": page if isinstance(page, str) else page.resolve().as_uri()})
 
     def run(self, script: str, *arguments: Any) -> Any:
         """What a script returns."""
@@ -63,6 +75,28 @@ class Browser:
         """What an element shows."""
         return self._send(f"/element/{self.find(selector)}/text", method="GET")
 
+    def wait(self, script: str) -> Any:
+        """Wait until a script returns something true."""
+        return until(lambda: self.run(script), every=0.05, what=script)
+
+    def click(self, selector: str) -> None:
+        self._send(f"/element/{self.find(selector)}/click", {})
+
+    def type(self, selector: str, text: str) -> None:
+        """Replace what a field holds."""
+        field = f"/element/{self.find(selector)}"
+        self._send(f"{field}/clear", {})
+        self._send(f"{field}/value", {"text": text})
+
+    def choose(self, selector: str, index: int) -> None:
+        """Choose an option of a list."""
+        self.run(
+            "const list = document.querySelector(arguments[0]); list.selectedIndex = arguments[1];"
+            "list.dispatchEvent(new Event('change'))",
+            selector,
+            index,
+        )
+
     def point_at(self, selector: str, *, click: bool = False, x: int = 0, y: int = 0) -> None:
         """Move the pointer to an element, x and y pixels from its centre, and perhaps click."""
         element = self.find(selector)
@@ -75,10 +109,20 @@ class Browser:
             actions += [{"type": "pointerDown", "button": 0}, {"type": "pointerUp", "button": 0}]
         self._send("/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": actions}]})
 
-    def press(self, *keys: str) -> None:
-        """Press keys, where the focus is: a name in `KEYS`, or a character."""
-        actions = [{"type": kind, "value": KEYS.get(key, key)} for key in keys for kind in ("keyDown", "keyUp")]
+    def press(self, *keys: str, control: bool = False) -> None:
+        """Press keys one after the other, where the focus is: a name in `KEYS`, or a character."""
+        pressed = [(kind, KEYS.get(key, key)) for key in keys for kind in ("keyDown", "keyUp")]
+        if control:
+            pressed = [("keyDown", CONTROL), *pressed, ("keyUp", CONTROL)]
+        actions = [{"type": kind, "value": value} for kind, value in pressed]
         self._send("/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
+
+    def resize(self, width: int, height: int) -> None:
+        self._send("/window/rect", {"width": width, "height": height})
+
+    def prefer(self, scheme: str) -> None:
+        """Wish for "light" or "dark" colours."""
+        self._chrome("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def media(self, kind: str, width: int, height: int) -> None:
         """Lay the page out for "print" on so many pixels; "" and 0 for the window again."""
@@ -129,7 +173,7 @@ def browser(width: int, height: int) -> Iterator[Browser]:
         port = free.getsockname()[1]
     driver = subprocess.Popen(["chromedriver", f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        _wait_for(port)
+        until(lambda: is_there(port), every=0.05)
         window = Browser(f"http://127.0.0.1:{port}", width, height)
         try:
             yield window
@@ -137,16 +181,4 @@ def browser(width: int, height: int) -> Iterator[Browser]:
             window.close()
     finally:
         driver.terminate()
-        driver.wait(timeout=60)
-
-
-def _wait_for(port: int) -> None:
-    end = time.monotonic() + 60
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.05)
+        driver.wait(PATIENCE)
