@@ -2,7 +2,8 @@
 
     python -m benchmarks.serving runs/quickstart                       # about five minutes of two cores
     python -m benchmarks.serving runs/quickstart --beside transformers # needs pip install 'transformers[serving]' too
-    python -m benchmarks.serving runs/quickstart --decoding int8       # of our server
+    python -m benchmarks.serving runs/quickstart --decoding eager,int8 # our server twice
+    python -m benchmarks.serving runs/a runs/b                         # also both at once, half of the streams each
     python -m benchmarks.serving --table                               # only print what was measured last
 
 Every stream is a connection of its own that asks for one text after another, streamed, until its share is done; prompts
@@ -15,6 +16,7 @@ chat template that passes the text on, because it answers conversations only.
 
 import argparse
 import http.client
+import itertools
 import json
 import os
 import signal
@@ -28,6 +30,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -46,11 +49,11 @@ FIGURES = ("tokens_per_s", "cpu_tokens_per_s", "first_median_s", "first_p95_s")
 
 @dataclass(frozen=True)
 class Target:
-    """A server. chat: whether it answers conversations only.  pid: of its process."""
+    """A server. models: which streams ask in turns.  chat: whether it answers conversations only.  pid: of its process."""
 
     name: str
     port: int
-    model: str
+    models: tuple[str, ...]
     chat: bool
     pid: int
 
@@ -74,9 +77,9 @@ def prompts(count: int, characters: int, begin: int) -> list[str]:
     return [text[(begin + index) * characters :][:characters] for index in range(count)]
 
 
-def ask(target: Target, prompt: str, tokens: int) -> Answer:
+def ask(target: Target, model: str, prompt: str, tokens: int) -> Answer:
     """Stream one text. Raises `RuntimeError` for an answer that is an error."""
-    body: dict[str, Any] = {"model": target.model, "max_tokens": tokens, "temperature": 1.0, "seed": 1, "stream": True}
+    body: dict[str, Any] = {"model": model, "max_tokens": tokens, "temperature": 1.0, "seed": 1, "stream": True}
     if target.chat:
         body["messages"] = [{"role": "user", "content": prompt}]
     else:
@@ -109,13 +112,14 @@ def load(target: Target, streams: int, each: int, tokens: int, begin: int) -> di
     answers: list[Answer] = []
     errors: list[BaseException] = []
 
-    def stream(own: list[str]) -> None:
+    def stream(index: int) -> None:
+        model = target.models[index % len(target.models)]
         try:
-            answers.extend([ask(target, prompt, tokens) for prompt in own])
+            answers.extend([ask(target, model, prompt, tokens) for prompt in asked[index::streams]])
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=stream, args=(asked[index::streams],)) for index in range(streams)]
+    threads = [threading.Thread(target=stream, args=(index,)) for index in range(streams)]
     begun, computed = time.perf_counter(), target.cpu_seconds()
     for thread in threads:
         thread.start()
@@ -137,7 +141,7 @@ def load(target: Target, streams: int, each: int, tokens: int, begin: int) -> di
 
 
 @contextmanager
-def started(name: str, command: list[str], model: str, port: int, *, chat: bool) -> Iterator[Target]:
+def started(name: str, command: list[str], models: tuple[str, ...], port: int, *, chat: bool) -> Iterator[Target]:
     """A server in a process of its own, until the context ends."""
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
@@ -148,7 +152,7 @@ def started(name: str, command: list[str], model: str, port: int, *, chat: bool)
                     log.seek(0)
                     raise RuntimeError(f"{name} does not start: {log.read().decode().strip()[-300:]}")
                 time.sleep(0.2)
-            yield Target(name, port, model, chat, process.pid)
+            yield Target(name, port, models, chat, process.pid)
         finally:
             process.send_signal(signal.SIGTERM)
             try:
@@ -159,14 +163,20 @@ def started(name: str, command: list[str], model: str, port: int, *, chat: bool)
 
 
 @contextmanager
-def ours(run: Path, decoding: str) -> Iterator[Target]:
-    """`swamla serve`."""
+def ours(runs: list[Path], decoding: str) -> Iterator[Target]:
+    """`swamla serve` of one or several runs."""
     port = _free_port()
-    command = [sys.executable, "-m", "swamla", "serve", str(run.resolve()), "--port", f"{port}", "--prefix_cache", "0"]
-    command += ["--decoding", decoding]
-    name = "swamla serve" + (", int8" if decoding == "int8" else "")
-    with started(name, command, run.resolve().name, port, chat=False) as target:
+    folders = [run.resolve() for run in runs]
+    command = [sys.executable, "-m", "swamla", "serve", *map(str, folders), "--port", f"{port}"]
+    command += ["--prefix_cache", "0", "--decoding", decoding]
+    with started(our_name(runs, decoding), command, tuple(each.name for each in folders), port, chat=False) as target:
         yield target
+
+
+def our_name(runs: list[Path], decoding: str) -> str:
+    """What our server's rows are called."""
+    more = [f"{len(runs)} models"] if len(runs) > 1 else []
+    return ", ".join(["swamla serve", *more, *([decoding] if decoding != "eager" else [])])
 
 
 @contextmanager
@@ -185,7 +195,7 @@ def transformers(run: Path, continuous: bool) -> Iterator[Target]:
         command = [sys.executable, "-c", start, "serve", str(out), "--port", f"{port}", "--device", "cpu"]
         command += ["--trust-remote-code", "--continuous-batching" if continuous else "--no-continuous-batching"]
         name = "transformers serve" + (", continuous batching" if continuous else "")
-        with started(name, command, str(out), port, chat=True) as target:
+        with started(name, command, (str(out),), port, chat=True) as target:
             yield target
 
 
@@ -238,9 +248,9 @@ def page(results: dict[str, Any]) -> str:
 def main() -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", type=Path)
+    parser.add_argument("runs", nargs="*", type=Path)
     parser.add_argument("--beside", choices=["none", "transformers"], default="none")
-    parser.add_argument("--decoding", choices=["eager", "int8"], default="eager", help="of swamla serve")
+    parser.add_argument("--decoding", default="eager", help="of swamla serve: eager, int8, or both: eager,int8")
     parser.add_argument("--texts", type=int, default=3, help="texts of each stream in a round")
     parser.add_argument("--tokens", type=int, default=100, help="of each text")
     parser.add_argument("--rounds", type=int, default=3)
@@ -249,15 +259,20 @@ def main() -> None:
     if arguments.table:
         print(page(json.loads(max(RESULTS.glob("serving-*.json")).read_text())))
         return
-    if arguments.run is None:
+    if not arguments.runs:
         parser.error("the run's folder is missing")
-    file = RESULTS / f"serving-{datetime.now(UTC):%Y-%m-%d}.json"
+    file = new_file()
     machine: dict[str, object] = {"processor": processor(), "cores": os.cpu_count()}
     results = Results(command=" ".join(sys.argv[1:]), machine=machine, file=file)
-    servers = {"swamla serve": lambda: ours(arguments.run, arguments.decoding)}
+    first, several = arguments.runs[:1], [arguments.runs] if len(arguments.runs) > 1 else []
+    servers = {
+        our_name(runs, decoding): partial(ours, runs, decoding)
+        for runs in (first, *several)
+        for decoding in arguments.decoding.split(",")
+    }
     if arguments.beside == "transformers":
-        servers["transformers serve"] = lambda: transformers(arguments.run, False)
-        servers["transformers serve, continuous batching"] = lambda: transformers(arguments.run, True)
+        servers["transformers serve"] = partial(transformers, first[0], False)
+        servers["transformers serve, continuous batching"] = partial(transformers, first[0], True)
     for name, server in servers.items():
         try:
             with server() as target:
@@ -265,6 +280,15 @@ def main() -> None:
         except Exception as error:
             results.failed("serving", name, error)
     print(page(results.plain()))
+
+
+def new_file() -> Path:
+    """Where results go: a file of this day that is not there yet."""
+    day = RESULTS / f"serving-{datetime.now(UTC):%Y-%m-%d}"
+    numbered = (day.with_name(f"{day.name}-{number}.json") for number in itertools.count(2))
+    return next(
+        file for file in (day.with_name(f"{day.name}.json"), *itertools.islice(numbered, 99)) if not file.exists()
+    )
 
 
 def _free_port() -> int:
