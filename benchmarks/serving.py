@@ -49,7 +49,7 @@ FIGURES = ("tokens_per_s", "cpu_tokens_per_s", "first_median_s", "first_p95_s")
 
 @dataclass(frozen=True)
 class Target:
-    """A server. models: which streams ask in turns.  chat: whether it answers conversations only.  pid: of its process."""
+    """A server. models: streams ask them in turns.  chat: it answers conversations only.  pid: of its process."""
 
     name: str
     port: int
@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     if arguments.table:
-        print(page(json.loads(max(RESULTS.glob("serving-*.json")).read_text())))
+        print(page(json.loads(max(RESULTS.glob("serving-*.json"), key=number_of).read_text())))
         return
     if not arguments.runs:
         parser.error("the run's folder is missing")
@@ -284,11 +284,15 @@ def main() -> None:
 
 def new_file() -> Path:
     """Where results go: a file of this day that is not there yet."""
-    day = RESULTS / f"serving-{datetime.now(UTC):%Y-%m-%d}"
-    numbered = (day.with_name(f"{day.name}-{number}.json") for number in itertools.count(2))
-    return next(
-        file for file in (day.with_name(f"{day.name}.json"), *itertools.islice(numbered, 99)) if not file.exists()
-    )
+    day = f"serving-{datetime.now(UTC):%Y-%m-%d}"
+    names = (f"{day}{f'-{number}' if number > 1 else ''}.json" for number in itertools.count(1))
+    return next(RESULTS / name for name in names if not (RESULTS / name).exists())
+
+
+def number_of(file: Path) -> tuple[str, int]:
+    """The day of a file of results, and which of that day it is."""
+    _, year, month, day, *number = file.stem.split("-")
+    return f"{year}-{month}-{day}", int(number[0]) if number else 1
 
 
 def _free_port() -> int:
