@@ -121,6 +121,28 @@ def test_models_are_sampled_side_by_side_with_the_same_prompts_and_seeds(
     assert expected[1] != expected[2]
 
 
+@pytest.mark.parametrize(("rounded", "decoding"), [("int8", "int8"), ("", "eager")])
+def test_a_rounded_model_is_decoded_as_generate_and_serve_decode_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rounded: str, decoding: str
+) -> None:
+    tokenizer, used = talking(), list[str]()
+    model = model_of(tokenizer)
+    model.quantized = rounded
+    decoder = Decoder.__init__
+
+    def noted(self: Decoder, model: LanguageModel, decoding: str = "eager") -> None:
+        used.append(decoding)
+        decoder(self, model, decoding)
+
+    monkeypatch.setattr(Decoder, "__init__", noted)
+    monkeypatch.setattr(chat, "load", lambda *_: (model, tokenizer))
+    monkeypatch.setattr(sample, "load", lambda *_: (model, tokenizer))
+    out, _ = said(monkeypatch, capsys, "Hi\n")
+    assert out.strip()
+    assert main(["sample", "a", "--prompt", "x", "--max_new_tokens", "3"]) == 0
+    assert used == [decoding] * 2
+
+
 def cells(shown: str) -> list[list[str]]:
     """What stands in a table's rows below its head, without white space."""
     rows: list[list[str]] = []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from swamla.checkpoint import load
 from swamla.cli.console import harmless
 from swamla.cli.flags import argument, parse
-from swamla.cli.generate import sampling_of
+from swamla.cli.generate import rounded_decoding, sampling_of
 from swamla.cli.running import run_folder
 from swamla.data.chat import Chatml
 from swamla.errors import SwamlaError, UsageError
@@ -57,7 +57,8 @@ def main(argv: list[str]) -> int:
     sampling = sampling_of(arguments, given)
     model, tokenizer = load(run_folder(arguments.run), arguments.checkpoint)
     template = require_template(chat_template(tokenizer), arguments.run)
-    engine = Engine(model, tokenizer, slots=1, limit=arguments.max_length)
+    decoding = rounded_decoding(model, 1)
+    engine = Engine(model, tokenizer, slots=1, limit=arguments.max_length, decoding=decoding)
     talk = Conversation(engine, template, sampling, arguments.system, arguments.max_new_tokens)
     if sys.stdin.isatty():
         print(HELP)

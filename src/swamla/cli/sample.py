@@ -9,7 +9,7 @@ from rich.text import Text
 from swamla.checkpoint import load
 from swamla.cli.console import Console, harmless
 from swamla.cli.flags import argument, parse
-from swamla.cli.generate import sampling_of
+from swamla.cli.generate import rounded_decoding, sampling_of
 from swamla.cli.running import run_folder
 from swamla.errors import UsageError
 from swamla.inference.sampling import Sampling
@@ -70,10 +70,13 @@ def main(argv: list[str]) -> int:
 def texts(folder: Path, prompts: tuple[str, ...], arguments: Arguments, sampling: Sampling) -> list[str]:
     """One model's continuations: all samples of the first prompt, then of the next."""
     model, tokenizer = load(folder, arguments.checkpoint)
+    decoding = rounded_decoding(model, arguments.samples)
     found = []
     for prompt in prompts:
         fitting = room(model, [encode_prompt(tokenizer, prompt)])
         count = arguments.max_new_tokens if fitting is None else min(arguments.max_new_tokens, fitting)
-        done = generate_text(model, tokenizer, [prompt] * arguments.samples, count, sampling=sampling)
+        done = generate_text(
+            model, tokenizer, [prompt] * arguments.samples, count, sampling=sampling, decoding=decoding
+        )
         found += [completion.text for completion in done.completions]
     return found
