@@ -9,9 +9,9 @@
 Every stream is a connection of its own that asks for one text after another, streamed, until its share is done; prompts
 are pieces of this repository's own source, all different. A server is warmed up by one text of each number of streams.
 Tokens are those that the server's usage counts; the rate is all tokens by the time from the first request to the last
-answer, prompts included; by the seconds that the server's threads computed it does not depend on who else uses the
-machine. The other server gets the run exported as the class of `swamla.interop.transformers`, with a
-chat template that passes the text on, because it answers conversations only.
+answer, prompts included; by the seconds that the server's threads computed it depends less on who else uses the
+machine. First tokens are of all rounds together. The other server gets the run exported as the class of
+`swamla.interop.transformers`, with a chat template that passes the text on, because it answers conversations only.
 """
 
 import argparse
@@ -44,7 +44,7 @@ ROOT = Path(__file__).parents[1]
 STREAMS = (1, 4, 16)
 PASS_ON = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 START_SECONDS = 120
-FIGURES = ("tokens_per_s", "cpu_tokens_per_s", "first_median_s", "first_p95_s")
+RATES = ("tokens_per_s", "cpu_tokens_per_s")
 
 
 @dataclass(frozen=True)
@@ -128,14 +128,11 @@ def load(target: Target, streams: int, each: int, tokens: int, begin: int) -> di
     seconds, computed = time.perf_counter() - begun, target.cpu_seconds() - computed
     if errors:
         raise errors[0]
-    firsts = [answer.first for answer in answers]
     written = sum(answer.tokens for answer in answers)
-    late = quantiles(firsts, n=20)[-1] if len(firsts) > 1 else firsts[0]
     return {
         "tokens_per_s": written / seconds,
         "cpu_tokens_per_s": written / max(computed, 0.01),
-        "first_median_s": median(firsts),
-        "first_p95_s": late,
+        "firsts_s": [answer.first for answer in answers],
         "tokens": written,
     }
 
@@ -208,7 +205,9 @@ def measure(target: Target, results: Results, each: int, tokens: int, rounds: in
         except Exception as error:
             results.failed("serving", f"{target.name}, {streams} streams", f"{error}"[:160])
             continue
-        row = {key: median(one[key] for one in found) for key in FIGURES}
+        row = {key: median(one[key] for one in found) for key in RATES}
+        firsts = [seconds for one in found for seconds in one["firsts_s"]]
+        row |= {"first_median_s": median(firsts), "first_p95_s": quantiles(firsts, n=20, method="inclusive")[-1]}
         lowest, highest = (edge(one["tokens_per_s"] for one in found) for edge in (min, max))
         row |= {"low_tokens_per_s": lowest, "high_tokens_per_s": highest, "tokens": sum(one["tokens"] for one in found)}
         results.add("serving", {"name": target.name, "streams": streams, **row})

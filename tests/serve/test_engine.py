@@ -283,6 +283,30 @@ def test_a_long_prompt_lets_others_decode_between_its_pieces(model: LanguageMode
     assert long.text() == alone(model, prompt_of(100), 2)[0]
 
 
+@pytest.mark.parametrize("idle", [0, 1, 2])
+def test_a_short_prompt_waits_for_one_piece_of_a_long_one_whenever_it_comes(model: LanguageModel, idle: int) -> None:
+    engine = engine_of(model, slots=4, limit=4000, piece=16, cache_bytes=0)
+    ask(engine, prompt_of(16 * 100), 1)
+    for _ in range(idle):
+        engine.step()
+    _, short = ask(engine, prompt_of(10), 1)
+    engine.step()
+    engine.step()
+    assert short.reasons == ["length"]
+
+
+@pytest.mark.parametrize("idle", [0, 1, 2])
+def test_a_long_prompt_comes_through_though_a_short_one_arrives_in_every_round(model: LanguageModel, idle: int) -> None:
+    engine = engine_of(model, slots=4, limit=4000, piece=16, cache_bytes=0)
+    for _ in range(idle):
+        engine.step()
+    _, long = ask(engine, prompt_of(16 * 5), 1)
+    for number in range(2 * 5):
+        ask(engine, prompt_of(10, number), 1)
+        engine.step()
+    assert long.reasons == ["length"]
+
+
 def test_a_worker_answers_requests_of_several_engines_and_closes(model: LanguageModel) -> None:
     engines = [engine_of(model), engine_of(model_of("gdn"))]
     worker = Worker(engines)

@@ -233,12 +233,16 @@ class Answers:
         exchange = self.exchange
         try:
             while not exchange.is_done:
-                prompt, event = await self.events.get()
-                if isinstance(event, Failed):
-                    yield _event(_failure(event)[1])
-                    return
-                for chunk in chunks(exchange, prompt, event):
-                    yield _event(chunk)
+                arrived = [await self.events.get()]
+                while not self.events.empty():  # what came meanwhile is sent together
+                    arrived.append(self.events.get_nowait())
+                told = b""
+                for prompt, event in arrived:
+                    if isinstance(event, Failed):
+                        yield told + _event(_failure(event)[1])
+                        return
+                    told += b"".join(map(_event, chunks(exchange, prompt, event)))
+                yield told
             if exchange.tells_usage:
                 yield _event(exchange.chunk([], exchange.usage()))
             yield b"data: [DONE]\n\n"

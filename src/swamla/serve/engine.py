@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from swamla.data.tokenizer import Tokenizer
 from swamla.errors import SwamlaError, UsageError, require
 from swamla.inference.decoding import INT8_MAX_ROWS, Decoder
+from swamla.inference.sampling import Sampling
 from swamla.model.language_model import LanguageModel
 from swamla.serve.prefixes import PrefixCache
 from swamla.serve.reading import Reader, Reading
@@ -99,14 +100,14 @@ class Engine:
         slots: int = 16,
         queue: int = 64,
         limit: int = 4096,
-        piece: int = 128,
+        piece: int = 256,
         cache_bytes: int = 256 << 20,
         decoding: str = "eager",
     ) -> None:
         require(slots > 0, "slots", slots, "must be > 0, e.g. 16")
         require(queue >= 0, "queue", queue, "must be >= 0 (0: a request that finds no slot is refused)")
         require(limit > 1, "limit", limit, "must be > 1, e.g. 4096")
-        require(piece > 0, "piece", piece, "must be > 0, e.g. 128")
+        require(piece > 0, "piece", piece, "must be > 0, e.g. 256")
         require(cache_bytes >= 0, "cache_bytes", cache_bytes, "must be >= 0 (0: no cache)")
         if decoding not in DECODINGS:
             allowed = " or ".join(map(repr, DECODINGS))
@@ -129,7 +130,7 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._reading: list[Job] = []
         self._answers: list[_Answer] = []  # by slot
-        self._reads = 0
+        self._oldest_first = False
 
     @property
     def n_waiting(self) -> int:
@@ -268,8 +269,14 @@ class Engine:
         job.reading = self._reader.begin(job.request)
 
     def _read_some(self) -> None:
-        """Read pieces of prompts, at least one and more while they have no more tokens than one may have."""
+        """Read pieces of prompts, at least one and more while they have no more tokens than one may have.
+
+        One round those of the requests with the shortest rests of prompts, the next those of the oldest, so that short
+        prompts do not wait for long ones and long ones come through.
+        """
         room = self.piece
+        if self._reading:
+            self._oldest_first = not self._oldest_first
         while (found := self._next_to_read()) is not None:
             job, reading = found
             if room < self.piece and reading.next_size > room:
@@ -279,10 +286,9 @@ class Engine:
             self._reading = [each for each in self._reading if not each.over]
 
     def _next_to_read(self) -> tuple[Job, Reading] | None:
-        """The request with the shortest rest of a prompt; every other time the oldest one, so that all come through."""
-        self._reads += 1
+        """The request whose prompt is read next."""
         found = [(job, job.reading) for job in self._reading if job.reading is not None]
-        if not found or self._reads % 2:
+        if not found or self._oldest_first:
             return found[0] if found else None
         return min(found, key=lambda each: each[1].tokens_left)
 
@@ -316,14 +322,25 @@ class Engine:
         """One more token for every sequence in a slot."""
         logits_BV = self.slots.step([answer.last for answer in self._answers])[:, : self.tokenizer.vocab_size]
         self.counters.steps += 1
-        best_B, index_B = logits_BV.max(dim=-1)
-        rows = zip(self._answers, best_B.tolist(), index_B.tolist(), logits_BV, strict=True)
-        for answer, best, index, logits_V in list(rows):
-            if answer.job.over:
-                continue
-            greedy = math.isfinite(best) and answer.job.request.sampling.temperature == 0
-            self._guarded([answer.job], partial(self._append, answer, index if greedy else None, logits_V))
+        chosen = self._chosen(logits_BV)
+        for row, answer in enumerate(list(self._answers)):
+            if not answer.job.over:
+                self._guarded([answer.job], partial(self._append, answer, chosen.get(row), logits_BV[row]))
         self._leave_where(lambda answer: answer.last < 0 or answer.job.over)
+
+    def _chosen(self, logits_BV: Tensor) -> dict[int, int]:
+        """Row → its next token, sampled together with all rows of equal settings; none where logits are not finite."""
+        best_B = logits_BV.amax(dim=-1).tolist()  # NaN if any logit is NaN
+        alike: dict[Sampling, list[int]] = {}
+        for row, answer in enumerate(self._answers):
+            if math.isfinite(best_B[row]) and not answer.job.over:
+                alike.setdefault(replace(answer.job.request.sampling, seed=0), []).append(row)
+        found: dict[int, int] = {}
+        for sampling, rows in alike.items():
+            part_BV = logits_BV if len(rows) == len(logits_BV) else logits_BV[rows]
+            tokens = sampling.choose(part_BV, [self._answers[row].generator for row in rows])
+            found |= dict(zip(rows, tokens, strict=True))
+        return found
 
     def _append(self, answer: _Answer, token: int | None, logits_V: Tensor) -> None:
         """Write a token, by default one that is sampled here. If the answer ends with it, `last` is −1."""
