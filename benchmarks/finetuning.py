@@ -24,6 +24,7 @@ from swamla.data.tokenizer import Tokenizer
 from swamla.inference.decoding import Decoder
 from swamla.inference.sampling import Sampling
 from swamla.model import LanguageModel
+from swamla.process import processor
 
 NAMES = (
     "Ada",
@@ -110,17 +111,19 @@ def main() -> None:
     asked = held_out[:ASKED] if settings.choose else held_out[ASKED : 2 * ASKED]
     before = exact_before(*load(settings.base), asked)
     how = f"lora{settings.lora}" if settings.lora else "all"
+    lr = settings.lr or (1e-2 if settings.lora else 2e-3)
     for seed in settings.seeds.split(","):
         run = settings.out / f"{how}-{seed}"
         command = ["sft", str(settings.base), "--data", str(chat), "--output_dir", str(run), "--seed", seed]
         command += ["--steps", str(settings.steps), "--block_size", "256", "--eval_interval", "none"]
-        command += ["--lr", str(settings.lr or (1e-2 if settings.lora else 2e-3))]
+        command += ["--lr", str(lr)]
         command += ["--lora", str(settings.lora)] if settings.lora else []
         with (settings.out / f"{how}-{seed}.log").open("w") as log:
             subprocess.run([sys.executable, "-m", "swamla", *command], stdout=log, stderr=log, check=True)
         after = exact_after(*load(run, "latest"), asked)
-        found = {"seed": int(seed), "trained": how, "choosing": settings.choose, "asked": len(asked)}
-        print(json.dumps({**found, "exact_before": before, "exact_after": after}), flush=True)
+        found = {"trained": how, "lr": lr, "steps": settings.steps, "seed": int(seed), "choosing": settings.choose}
+        exact = {"asked": len(asked), "exact_before": before, "exact_after": after}
+        print(json.dumps({**found, **exact, "processor": processor()}), flush=True)
 
 
 if __name__ == "__main__":
