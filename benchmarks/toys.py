@@ -1,7 +1,7 @@
 """What toy models reach on tasks, over seeds: the rows of docs/tasks.md beside those expected before they were run.
 
-    python -m benchmarks.toys            # about 20 minutes of two cores; the same command goes on
-    python -m benchmarks.toys --table    # only print what was measured
+    python -m benchmarks.toys --output toys.jsonl   # half an hour or so of two cores; the same command goes on
+    python -m benchmarks.toys --table               # only print what was measured last
 
 Every run is a `swamla train` of one thread, whose flags are in its row. A row of the results is a run: the accuracy on
 held-out rows at every evaluation, and the seconds of its process.
@@ -145,15 +145,19 @@ def main(argv: Sequence[str]) -> int:
     """Run what is missing, then print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.toys", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="run nothing")
-    parser.add_argument("--output", type=Path, help="JSON lines; by default benchmarks/results/toys-DATE.jsonl")
+    parser.add_argument("--output", type=Path, help="JSON lines; by default those of today in benchmarks/results")
     options = parser.parse_args(argv)
-    file = options.output or RESULTS / f"toys-{datetime.now(UTC):%Y-%m-%d}.jsonl"
+    last = max(RESULTS.glob("toys-*.jsonl"), default=None) if options.table else None
+    file = options.output or last or RESULTS / f"toys-{datetime.now(UTC):%Y-%m-%d}.jsonl"
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
     have = {(row["recipe"], row["flags"], row["seed"]) for row in rows if "error" not in row}
     jobs = [Job(toy=toy, seed=seed) for seed in range(options.seeds) for toy in TOYS]
-    missing = [] if options.table else [job for job in jobs if job.key not in have]
+    if options.table:
+        print(report(rows))
+        return 0
+    missing = [job for job in jobs if job.key not in have]
     with ThreadPoolExecutor(options.jobs) as pool, file.open("a", encoding="utf-8") as out:
         for row in pool.map(run, missing):
             rows.append(row | {"processor": processor()})
