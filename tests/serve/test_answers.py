@@ -9,7 +9,7 @@ import pytest
 
 from swamla.model.accounting import state_bytes
 from swamla.serve import app
-from swamla.serve.answers import Completion, Exchange, Served, chunks
+from swamla.serve.answers import Completion, Exchange, Served, chunks, to_json
 from swamla.serve.requests import Ended, Event, Read
 
 from .helpers import TOKENIZER, engine_of, model_of
@@ -52,3 +52,22 @@ def test_a_prompts_tokens_are_written_down_beside_the_servers_own_thread(
     assert not threads[Read] & threads[Ended]
     assert threads[Read]
     assert threads[Ended]
+
+
+def test_whole_answers_and_explanations_become_json_beside_the_servers_own_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads = dict[str, int]()
+
+    def noted(value: dict[str, Any]) -> bytes:
+        threads[value.get("object", "health")] = threading.get_ident()
+        return to_json(value)
+
+    monkeypatch.setattr(app, "to_json", noted)
+    with running([("plain", model_of("swa"), TOKENIZER)]) as server:
+        assert server.post("/v1/completions", prompt="ab", max_tokens=3)[0] == 200
+        assert server.post("/v1/explain", prompt="ab")[0] == 200
+        assert server.call("GET", "/health")[0] == 200
+    own = threads.pop("health")
+    assert threads.keys() == {"text_completion", "explanation"}
+    assert own not in threads.values()

@@ -144,7 +144,8 @@ class Routes:
             return await _unless_left(request, self._explained(served, body))
 
     async def _explained(self, served: Served, body: dict[str, Any]) -> Response:
-        return _json(await self._explainer.explain(served, body))
+        found = await self._explainer.explain(served, body)
+        return await asyncio.to_thread(_json, found)
 
     async def _answer(self, request: Request, schema: Schema, kind: type[Exchange]) -> Response:
         served, body = await self._asked(request, schema)
