@@ -68,10 +68,11 @@ lint: $(VENV)/.installed-dev
 speedrun: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.quality $(SPEEDRUN_ARGS)
 
-# Installs no browser: Debian has one.
-browser: $(VENV)/.installed-dev
+# Installs no browser, which Debian has, and nothing else where there is none.
+browser:
 	@command -v chromedriver >/dev/null && command -v chromium >/dev/null || { \
 		echo 'pages are tried in Chromium, which is missing: apt-get install chromium chromium-driver' >&2; exit 2; }
+	@$(MAKE) --no-print-directory $(VENV)/.installed-dev
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/serve/test_page.py tests/interpret/test_page.py tests/study/test_page.py \
 		tests/study/test_two_results.py tests/study/test_nanogpt_mla.py
 
@@ -82,6 +83,7 @@ interop: $(VENV)/.installed-dev
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/evaluate tests/interop/test_saved.py tests/interop/test_gguf.py \
 	    tests/interop/test_peft_and_trl.py tests/interop/test_onnx.py tests/serve/test_together.py \
 	    tests/serve/test_hostile.py tests/interpret/test_transformer_lens.py
+	$(TEST_ENV) $(BIN)/python -m tests.serve.hostile --requests 1000 --schemathesis 5
 	$(TEST_ENV) $(BIN)/python -m tests.interop $(INTEROP_ARGS)
 
 clean:

@@ -289,3 +289,16 @@ def test_the_image_runs_as_a_user_whose_home_and_cache_are_open_to_any_user() ->
     assert Path(environment["SWAMLA_CACHE"]).parent in folders
     assert Path([word for name, word in said if name == "WORKDIR"][-1]) in folders
     assert not any(name in ("RUN", "COPY") for name in names[names.index("USER") :]), "installed as that user"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_browser_says_that_chromium_is_missing_before_it_installs_anything(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    make, empty = shutil.which("make"), tmp_path / "empty"
+    empty.mkdir()
+    done = subprocess.run(
+        [str(make), "browser"], cwd=tmp_path, env={"PATH": str(empty)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("pages are tried in Chromium, which is missing: apt-get install chromium")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Makefile", "empty"]

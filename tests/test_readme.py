@@ -22,6 +22,7 @@ PYTHON = [(page.name, code) for page in PAGES for code in blocks(page, "python")
 LINES = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines() if "swamla " in line]
 
 
+COMMAND = re.compile(rf"\s*(\S+/)?(torchrun .*)?swamla ({'|'.join(COMMANDS)})\b")
 TINY = "--pattern swa --width 16 --n_heads 2 --steps 1 --max_minutes none --batch_size 1 --block_size 16"
 
 
@@ -53,6 +54,15 @@ def test_there_is_python_to_run_and_there_are_commands_to_check() -> None:
     assert len(PYTHON) >= 3
     assert sum(HALF_A_MINUTE in code for _, code in PYTHON) == 1
     assert len(LINES) >= 10
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_in_a_block_stands_in_one_that_is_checked(page: Path) -> None:
+    """An indented block, or one of another language, hides its flags from the tests below."""
+    prose = re.sub(r"```sh\n.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    blocks = re.findall(r"```.*?```|^ {4}.*$", prose, flags=re.DOTALL | re.MULTILINE)
+    commands = [line for block in blocks for line in block.splitlines() if COMMAND.match(line)]
+    assert commands == []
 
 
 WITH_ACTIONS = {"checkpoint"}  # commands whose first word chooses what they do

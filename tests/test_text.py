@@ -159,3 +159,15 @@ def test_an_answer_ends_where_its_message_or_its_document_ends(model: LanguageMo
             talking.head.weight[end] = talking.hidden(prompt)[0][0, -1]
         assert talking.generate(prompt, 3, temperature=0.0, stop_id=None)[0, 0] == end
         assert answer(talking, talks, messages, 3) == ""
+
+
+def test_an_answer_ends_with_the_last_learned_position(model: LanguageModel) -> None:
+    talks, messages = with_specials(TOKENIZER, (START, END)), [{"role": "user", "content": "a"}]
+    room = 40 - len(template_of(talks).prompt(messages)) + 1  # the last token is not fed back
+    limited = replace(model.config, vocab_size=talks.vocab_size, tied_head=False, learned_positions=40).build().eval()
+    with torch.no_grad():
+        limited.head.weight.zero_()  # so that id 0 is chosen every time
+    assert answer(limited, talks, messages, 120) == room * "\0"
+    assert answer(limited, talks, messages, 3) == 3 * "\0"
+    with pytest.raises(UsageError, match="more than the model's 40 learned positions"):
+        answer(limited, talks, [{"role": "user", "content": "a" * 40}])

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 
 from swamla.distributed import launched
 
@@ -42,6 +43,22 @@ def told_at_once(tell: Callable[[signal.Signals, int], str], *, patience: float 
         thread.join()
         os.close(arrived)
         os.close(sent)
+
+
+@contextmanager
+def handled(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
+    """Within this context `handler` gets these signals, and `told_at_once` tells of none."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    told = signal.set_wakeup_fd(-1)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+        for number, each in before.items():
+            signal.signal(number, each)
 
 
 def _watch(arrived: int, tell: Callable[[signal.Signals, int], str], patience: float, over: threading.Event) -> None:

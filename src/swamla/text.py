@@ -160,15 +160,18 @@ def answer(
 ) -> str:
     """The model's answer to a conversation, e.g. [{"role": "user", "content": "…"}]; greedy by default.
 
-    It ends where the message ends, or the document.
+    It ends where the message ends, or the document, or the learned positions.
 
     template: that the model was fine-tuned with, see `DataConfig`. Raises `UsageError` for a tokenizer without the
     special ids of conversations, and as `Decoder.generate` does.
     """
     chosen = template_of(tokenizer, template)
     sampling = sampling or Sampling(temperature=0.0)
+    prompt = chosen.prompt(messages)
+    if positions := model.config.learned_positions:
+        max_new_tokens = min(max_new_tokens, max(1, positions - len(prompt) + 1))  # the last token is not fed back
     (tokens,) = Decoder(model).generate(
-        [chosen.prompt(messages)],
+        [prompt],
         max_new_tokens,
         sampling=sampling,
         stop_id=chosen.stop_id,

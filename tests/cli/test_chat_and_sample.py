@@ -1,6 +1,7 @@
 """`swamla chat` holds a conversation, `swamla sample` puts models side by side: both write what the library writes."""
 
 import io
+import signal
 
 import pytest
 
@@ -15,6 +16,7 @@ from swamla.model.block import BlockConfig
 from swamla.model.language_model import LanguageModel, LanguageModelConfig
 from swamla.model.mixers.swa import SWAConfig
 from swamla.serve.chat import asked_ids
+from swamla.serve.engine import Engine
 from swamla.text import generate_text
 
 PLAIN = ByteTokenizer()
@@ -90,6 +92,64 @@ def test_a_conversation_that_is_too_long_says_so_and_goes_on(
     alone, nothing = said(monkeypatch, capsys, "Hi\n", "--max_length", "60")
     assert (out, nothing) == (alone, "")  # what did not fit was not kept
     assert out.strip()
+
+
+def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What was said until then is kept; nothing tells that the program stops."""
+    tokenizer, rounds, step = talking(), list[int](), Engine.step
+    model, template = model_of(tokenizer), template_of(tokenizer)
+    monkeypatch.setattr(chat, "load", lambda *_: (model, tokenizer))
+    monkeypatch.setattr("swamla.cli.outputs.PATIENCE", 0.0)  # so that a notice would be written at once
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\nAnd?\n"))
+
+    def interrupted(engine: Engine) -> bool:
+        rounds.append(0)
+        if len(rounds) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return step(engine)
+
+    def answered(messages: list[dict[str, str]], count: int) -> str:
+        ids = template.prompt(messages)
+        ends = tokenizer.eos_id
+        return tokenizer.decode(
+            Decoder(model).generate([ids], count, sampling=Sampling(temperature=0), stop_id=ends)[0]
+        )
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    assert main(["chat", "run", "--greedy", "--max_new_tokens", "20"]) == 0
+    out, err = capfd.readouterr()
+    asked = [{"role": "user", "content": "Hi"}]
+    begun = answered(asked, 20)
+    assert not {template.stop_id} & set(tokenizer.encode(begun))
+    said = next(begun[:end] for end in range(1, 20) if out.startswith(begun[:end] + "\n"))
+    messages = [*asked, {"role": "assistant", "content": said}, {"role": "user", "content": "And?"}]
+    assert out == f"{said}\n{answered(messages, 20)}\n"
+    assert "SIGINT" not in err
+
+
+def test_a_bug_in_the_engine_is_told_as_one_and_the_conversation_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer, decode = talking(), Engine._decode
+    model, rounds = model_of(tokenizer), list[int]()
+    monkeypatch.setattr(chat, "load", lambda *_: (model, tokenizer))
+
+    def broken(engine: Engine) -> None:
+        rounds.append(0)
+        if len(rounds) == 3:
+            raise ZeroDivisionError("no more")
+        decode(engine)
+
+    whole, _ = said(monkeypatch, capsys, "Hi\n")
+    monkeypatch.setattr(Engine, "_decode", broken)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\nHi\n"))
+    assert chat.main(["run", "--greedy", "--max_new_tokens", "9"]) == 1
+    out, err = capsys.readouterr()
+    assert "swamla: error: a bug in swamla: ZeroDivisionError: no more; the message is not kept\n" in err
+    assert out.endswith(f"\n{whole}")  # as if the first had not been said
+    assert out != f"{whole}{whole}"
 
 
 def test_a_model_without_a_template_does_not_chat(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,42 @@ def test_what_is_printed_before_writing_is_what_evaluating_the_result_gives(
     assert "fp32, int8, state" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module", params=["conversations", "a task"])
+def answering(request: pytest.FixtureRequest, home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run whose held-out part is answers."""
+    folder = tmp_path_factory.mktemp("answering")
+    if request.param == "conversations":
+        rows = [{"prompt": f"{i} + 1?", "completion": f"{i + 1}"} for i in range(40)]
+        (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        words = ["sft", str(home / "run"), "--data", str(folder / "chat.jsonl"), "--lora", "2", "--block_size", "64"]
+    else:
+        flags = ["--pattern", "gdn mla", "--width", "16", "--n_heads", "2", "--batch_size", "2"]
+        words = ["train", "quickstart", *flags, "--data", "task:mqar?length=16&pairs=2&vocabulary=16"]
+        words += ["--block_size", "16", "--max_minutes", "none"]
+    assert main([*words, "--steps", "3", "--precision", "fp32", "--output_dir", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def test_the_loss_of_a_run_without_held_out_text_is_that_of_its_answers(
+    answering: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["export", str(answering), str(out), "--quantize", "int4", "--max_loss"]
+    assert main([*words, "-1"]) == 2
+    assert re.search(r"int4 adds -?\d.\d{4} nats per label; .*not written", capsys.readouterr().err)
+    assert not out.exists()
+    assert main([*words, "1"]) == 0
+    (told,) = re.findall(r"nats per label (\d+\.\d{4}) before, (\d+\.\d{4}) in int4", capsys.readouterr().out)
+    for run, loss in zip((answering, out), map(float, told), strict=True):
+        assert main(["evaluate", str(run), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(loss, abs=5e-5)
+    assert main(["evaluate", str(answering), "--quantize", "int4", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["loss"] for row in rows] == pytest.approx([*map(float, told)], abs=5e-5)
+    assert main(["evaluate", str(answering), "--quantize", "int4"]) == 0
+    assert "nats per label computed in fp32" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_loss_above_the_bound_is_refused_and_nothing_written(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -154,6 +154,17 @@ def test_an_imported_folder_is_fine_tuned_too(folder: Path, tmp_path: Path) -> N
     assert load(tmp_path / "run")[1].specials.keys() >= {START, END}
 
 
+def test_a_model_with_learned_positions_answers_as_far_as_they_go(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ("--pattern", "swa", "--width", "16", "--n_heads", "2", "--block_size", "64", "--learned_positions", "64")
+    data = ("--data", str(folder / "text.txt"), "--tokenizer", "byte", "--output_dir", str(tmp_path / "base"))
+    assert main(["train", "quickstart", *base, "--steps", "1", "--batch_size", "2", *data]) == 0
+    chat = ("--data", str(folder / "chat.jsonl"), "--output_dir", str(tmp_path / "run"))
+    assert main(["sft", str(tmp_path / "base"), *chat, *SMALL[:-2], "--steps", "1"]) == 0
+    assert "=== the model's ===" in capsys.readouterr().out
+
+
 LEARN = ("--block_size", "64", "--batch_size", "4", "--eval_interval", "none", "--precision", "fp32", "--lr", "2e-2")
 
 

@@ -265,3 +265,16 @@ def test_a_json_file_is_a_list_of_rows(tmp_path: Path) -> None:
 def test_settings_of_conversations_are_for_these_alone(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DataConfig(**settings)
+
+
+def test_a_question_is_followed_by_an_answer_and_fits_the_positions(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "assistant", "content": f"Hello {i}."}]} for i in range(3)]
+    assert dataset(write(tmp_path, rows), held_out_fraction=1.0).question() is None
+    rows += [{"messages": [*rows[0]["messages"], *CHAT]}, {"prompt": "x" * 9, "completion": "y"}]
+    found = dataset(write(tmp_path, rows), held_out_fraction=1.0)
+    short = ([{"role": "user", "content": "x" * 9}], "y")
+    long = ([*rows[0]["messages"], *CHAT[:2]], CHAT[2]["content"])
+    assert found.question() in (short, long)
+    needed = len(found.template.prompt(short[0]))
+    assert found.question(needed) == short
+    assert found.question(needed - 1) is None

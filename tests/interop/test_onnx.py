@@ -189,6 +189,28 @@ def test_weights_that_are_too_large_for_the_file_are_beside_it(tmp_path: Path, m
     assert_near(pieces(program, tokens, [], 5), model(tokens))
 
 
+def test_weights_beside_the_file_overwrite_nothing_and_are_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swamla.interop.onnx.saving.MOST_BYTES", 1)
+    model, file = build_model(hybrid_config(pattern=("swa",))).eval(), tmp_path / "model.onnx"
+    beside = tmp_path / "model.onnx.data"
+    beside.write_bytes(b"mine")
+    with pytest.raises(UsageError, match=r"model\.onnx\.data: exists"):
+        save_onnx(model, file)
+    assert [path.name for path in tmp_path.iterdir()] == [beside.name]
+    assert beside.read_bytes() == b"mine"
+    beside.unlink()
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("swamla.interop.onnx.saving.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_onnx(model, file)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_model_itself_stays_as_it_is(tmp_path: Path) -> None:
     model = build_model(hybrid_config(pattern=("swa",))).bfloat16().train()
     save_onnx(model, tmp_path / "model.onnx")

@@ -1,10 +1,12 @@
 """Requests that no honest client sends, drawn from a seed: broken JSON, wrong types, huge and slow bodies, vanishing.
 
     python -m tests.serve.hostile runs/quickstart --requests 10000    # a server of its own; memory before and after
+    python -m tests.serve.hostile                                     # of a tiny model, made here
 
 First come a few large honest requests, so that what grows later is no memory of a first use. Each attack returns what
 it did and the status that it got, 0 for a connection that ended without one. A server has to answer every one with a
-status below 500, and to go on as before.
+status below 500, and to go on as before. The exit status is 1, and the last line says why, if an answer was above 499,
+a slot was lost, memory grew by more than 2 % after the first tenth, or schemathesis or the server failed.
 """
 
 import argparse
@@ -19,9 +21,11 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from tests.test_readme import TINY
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/explain")
 VALID: dict[str, dict[str, Any]] = {
@@ -48,6 +52,7 @@ BROKEN = [
     b"[" * 50_000, b'{"a":' * 20_000, b'{"prompt": "a"} trailing', b"\x00" * 64, b'{"prompt": "\\ud83d"}',
 ]  # fmt: skip
 TENTHS = 10
+GROWTH = 0.02  # of memory, from the first tenth to the last, that is no leak
 SLOW = 50  # slow bodies that are open at once
 Attack = tuple[str, int]
 
@@ -207,19 +212,48 @@ def resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def main() -> None:
+def faults(
+    statuses: Mapping[Attack, int], idle: bool, memory: Sequence[int], schemathesis: int, server: int | None
+) -> list[str]:
+    """What must not come of it, in words. memory: bytes after each tenth.  schemathesis, server: exit statuses."""
+    high = sorted({status for _, status in statuses if status >= 500})
+    growth = memory[-1] / memory[0] - 1
+    found = {
+        f"answers of {', '.join(map(str, high))}": bool(high),
+        "slots were lost": not idle,
+        f"memory grew by {growth:.1%}": growth > GROWTH,
+        f"schemathesis found something: exit status {schemathesis}": schemathesis != 0,
+        f"the server ended with status {server}" if server is not None else "the server did not end": server != 0,
+    }
+    return [words for words, is_so in found.items() if is_so]
+
+
+def tiny_run(folder: Path) -> str:
+    """A run of one step on a few bytes."""
+    (folder / "text.txt").write_text("import os\n" * 200)
+    data = ["--data", f"{folder}/text.txt", "--tokenizer", "byte", "--cache_dir", f"{folder}/cache"]
+    words = ["train", "quickstart", *TINY.split(), *data, "--output_dir", f"{folder}/run"]
+    subprocess.run([sys.executable, "-m", "swamla", *words], check=True, stdout=subprocess.DEVNULL)
+    return f"{folder}/run"
+
+
+def main() -> int:
     """Attack a server in a process of its own and print what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run")
+    parser.add_argument("run", nargs="?")
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--schemathesis", type=int, default=0, help="examples of each operation by schemathesis, too")
     arguments = parser.parse_args()
+    if arguments.requests < TENTHS:
+        parser.error(f"--requests {arguments.requests}: must be >= {TENTHS}")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "swamla", "serve", arguments.run, "--port", f"{port}"]
-    with tempfile.TemporaryFile() as output:
+    examined, idle, ended = 0, False, None
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
+        run = arguments.run or tiny_run(Path(folder))
+        command = [sys.executable, "-m", "swamla", "serve", run, "--port", f"{port}"]
         server = subprocess.Popen([*command, "--prefix_cache", "16"], stdout=output, stderr=output)
         try:
             while server.poll() is None and not _answers(port):
@@ -239,12 +273,22 @@ def main() -> None:
             sizes = " ".join(f"{size / 1e6:.1f}" for size in [before, *memory])
             print(f"slots all free: {idle}; MB before and after each tenth: {sizes}")
             if arguments.schemathesis:
-                print(schemathesis(f"http://127.0.0.1:{port}", arguments.schemathesis).stdout[-3000:])
+                done = schemathesis(f"http://127.0.0.1:{port}", arguments.schemathesis)
+                print(done.stdout[-3000:])
+                examined, idle = done.returncode, idle and _is_idle(port)
         finally:
             server.terminate()
-            print(f"exit status {server.wait(60)}")
+            try:
+                ended = server.wait(60)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+            print(f"exit status {ended}")
             output.seek(0)
             print(output.read().decode()[-2000:])
+    wrong = faults(statuses, idle, memory, examined, ended)
+    print(f"FAILED: {'; '.join(wrong)}" if wrong else "nothing failed")
+    return int(bool(wrong))
 
 
 def schemathesis(url: str, examples: int) -> subprocess.CompletedProcess[str]:
@@ -275,4 +319,4 @@ def _is_idle(port: int) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,7 +6,8 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -381,7 +382,7 @@ def test_a_server_that_is_told_to_stop_answers_what_it_has_and_takes_no_more(
 def is_refused(server: Running) -> bool:
     try:
         server.call("GET", "/health")
-    except ConnectionRefusedError:
+    except ConnectionError:  # refused, or accepted while the listener closes and ended without an answer
         return True
     return False
 
@@ -389,18 +390,27 @@ def is_refused(server: Running) -> bool:
 def test_a_connection_without_a_whole_request_is_ended(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swamla.serve.server.HEADER_SECONDS", 0.2)
     monkeypatch.setattr("swamla.serve.server.KEPT_SECONDS", 1)
+
+    def sent(request: bytes, rest: bytes = b"") -> bytes:
+        """What is answered until the connection's end, which may come while it is still written to."""
+        answered = b""
+        with (
+            socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as client,
+            suppress(ConnectionError),
+        ):
+            client.sendall(request)
+            while part := client.recv(1000):
+                answered += part
+                client.sendall(rest)  # what follows never comes
+                rest = b""
+        return answered
+
     with running([("plain", model, TOKENIZER)]) as server:
-        with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as client:
-            client.sendall(b"GET /health HT")
-            assert client.recv(10) == b""
+        assert sent(b"GET /health HT") == b""
         head = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
         for request, rest in ((head + b"\r\n", b"GET /hea"), (head + b"content-length: 9\r\n\r\n", b"{")):
-            with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as client:
-                client.sendall(request)
-                assert b"200 OK" in client.recv(1000)
-                client.sendall(rest)  # what follows never comes
-                while client.recv(1000):
-                    pass
+            answered = partial(lambda *parts: b"200 OK" in sent(*parts), request, rest)
+            until(answered)  # at the second attempt where a slow machine needs longer than HEADER_SECONDS
 
 
 def test_metrics_count_what_was_done(model: LanguageModel) -> None:

@@ -3,13 +3,14 @@
 import importlib.util
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from swamla.text import encode_prompt
 
 from .helpers import TOKENIZER, alone, model_of
-from .hostile import Attack, Attacker, schemathesis
+from .hostile import Attack, Attacker, faults, schemathesis
 from .servers import Limits, Running, running
 
 
@@ -48,3 +49,24 @@ def test_schemathesis_finds_no_answer_that_the_openapi_document_does_not_have(se
     done = schemathesis(server.url, 15)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     answers_as_before(server)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, []),
+        (
+            {"statuses": {("a huge body", 413): 9, ("other paths", 500): 1, ("a slow body", 503): 1}},
+            ["answers of 500, 503"],
+        ),
+        ({"idle": False}, ["slots were lost"]),
+        ({"memory": [1000, 900, 1021]}, ["memory grew by 2.1%"]),
+        ({"memory": [1000, 1100, 1019]}, []),
+        ({"schemathesis": 1}, ["schemathesis found something: exit status 1"]),
+        ({"server": -9}, ["the server ended with status -9"]),
+        ({"server": None, "idle": False}, ["slots were lost", "the server did not end"]),
+    ],
+)
+def test_whatever_went_wrong_is_told(change: dict[str, Any], told: list[str]) -> None:
+    fine = {"statuses": {("broken JSON", 400): 9}, "idle": True, "memory": [1000, 1000], "schemathesis": 0, "server": 0}
+    assert faults(**(fine | change)) == told

@@ -1,8 +1,10 @@
 """`swamla chat RUN`: a conversation in the terminal."""
 
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FrameType
 
 from swamla.checkpoint import load
 from swamla.cli.console import harmless
@@ -15,6 +17,7 @@ from swamla.inference.sampling import Sampling
 from swamla.serve.chat import asked_ids, chat_template, require_template
 from swamla.serve.engine import Engine
 from swamla.serve.requests import Event, Failed, Request, TooLong, Written
+from swamla.signal_notice import handled
 
 HELP = "/new begins another conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer."
 
@@ -48,7 +51,7 @@ class Arguments:
 
 
 def main(argv: list[str]) -> int:
-    """Converse until the end of the input."""
+    """Converse until the end of the input. The status is that of a bug if an answer failed by one."""
     arguments, given = parse(Arguments, argv, command="swamla chat")
     if arguments.max_new_tokens < 1:
         raise UsageError(f"--max_new_tokens {arguments.max_new_tokens}: must be > 0, e.g. 256")
@@ -71,11 +74,16 @@ def main(argv: list[str]) -> int:
             print(HELP)
         else:
             talk.answer(message)
-    return 0
+    return int(talk.failed)
 
 
 class Conversation:
-    """Messages so far; each answer is written as it comes. What both sides said is read from the cache of prefixes."""
+    """Messages so far; each answer is written as it comes. What both sides said is read from the cache of prefixes.
+
+    failed: whether the engine failed in an answer.
+    """
+
+    failed = False
 
     def __init__(self, engine: Engine, template: Chatml, sampling: Sampling, system: str, max_new_tokens: int) -> None:
         self.engine, self.template, self.sampling = engine, template, sampling
@@ -87,9 +95,10 @@ class Conversation:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
     def answer(self, message: str) -> None:
-        """Print the answer to a message. One that does not fit, or is no text, is not kept."""
+        """Print the answer to a message. One that does not fit, is no text, or meets a bug, is not kept."""
         asked = [*self.messages, {"role": "user", "content": message}]
         pieces: list[str] = []
+        failures: list[str] = []
 
         def hear(event: Event) -> None:
             if isinstance(event, Written):
@@ -97,7 +106,7 @@ class Conversation:
                 sys.stdout.write(harmless(event.piece.text) if sys.stdout.isatty() else event.piece.text)
                 sys.stdout.flush()
             elif isinstance(event, Failed):
-                raise UsageError(event.message)
+                failures.append(event.message)
 
         try:
             tokens, marks = asked_ids(self.template, asked)
@@ -112,13 +121,21 @@ class Conversation:
         except SwamlaError as error:
             print(f"swamla: {error}", file=sys.stderr)
             return
-        try:
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            """Ctrl-C ends the answer between two rounds, so that the engine can go on; a second one the program."""
+            if job.cancelled:
+                raise KeyboardInterrupt
+            job.cancel()
+
+        with handled(stop, signal.SIGINT):
             while self.engine.step():
                 pass
-        except KeyboardInterrupt:
-            job.cancel()
-            self.engine.step()
         print()
+        if failures:
+            self.failed = True
+            print(f"swamla: error: a bug in swamla: {failures[0]}; the message is not kept", file=sys.stderr)
+            return
         self.messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
 
 

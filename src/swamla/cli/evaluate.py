@@ -14,18 +14,11 @@ from swamla.cli.flags import Flag, argument, parse
 from swamla.cli.overrides import data_flags
 from swamla.cli.roundings import show_roundings
 from swamla.cli.running import run_folder
-from swamla.cli.scoring import Part, Scoring, other_data, own_data, precision_of, run_config
-from swamla.data.chat_rows import ChatDataset
-from swamla.data.config import CHAT, DataConfig
-from swamla.data.dataset import TrainingData
-from swamla.data.task_rows import HELD_OUT_ROWS, TaskDataset
-from swamla.data.tokenizer import Tokenizer, load_tokenizer
+from swamla.cli.scoring import Part, Scoring, run_config, scored_data
+from swamla.data.dataset import Dataset
 from swamla.errors import UsageError
-from swamla.evaluate import bytes_apart, validation
+from swamla.evaluate import bytes_apart
 from swamla.model.language_model import LanguageModel
-from swamla.tasks import PREFIX
-from swamla.tasks import parse as parse_task
-from swamla.train.precision import Chosen, autocast
 
 # Fields of `DataConfig` that are flags for --data; --split is short for --hub_split.
 _OWN = ("text_column", "hub_config", "split", "hub_revision", "invalid_utf8", "on_bad_row", "cache_dir")
@@ -46,8 +39,8 @@ class Arguments:
     block_size: length of a row; 0 for the run's.
     checkpoint: best, latest, or a step.
     json: print one JSON object.
-    quantize: a table of size, bits per byte and decoding speed with these roundings of the weights beside the weights
-        themselves, e.g. int8,int4; nothing is written.
+    quantize: a table of size, bits per byte (of answers: nats per label) and decoding speed with these roundings of the
+        weights beside the weights themselves, e.g. int8,int4; nothing is written.
     tasks: run these tasks of lm-eval instead, by name or pattern, e.g. hellaswag,arc_*; "list" shows the tasks.
     num_fewshot: examples before each question, by default the task's own number.
     limit: only this many documents of each task; 0 for all.
@@ -96,47 +89,25 @@ def main(argv: list[str]) -> int:
     config = run_config(run)  # says what it is if it is no run
     checkpoint = find_checkpoint(run, arguments.checkpoint)
     model, _ = load(run, str(checkpoint.step))
-    scored = arguments.data or config.data.source
-    if scored.startswith(PREFIX):
-        task = parse_task(scored)
-        if others := sorted(given.keys() & {*_OWN, "held_out", "block_size", "quantize"}):
-            raise UsageError(f"--{others[0]} is for texts; a task has its sizes in its name: --data '{PREFIX}{task}'")
-        precision = precision_of(config, checkpoint, model)
-        _score_task(TaskDataset(task), model, load_tokenizer(run / "tokenizer.json"), precision, arguments)
-        return 0
-    if scored.startswith(CHAT):
-        if others := sorted(given.keys() & {*_OWN, "held_out", "quantize"}):
-            raise UsageError(f"--{others[0]} is for texts; of conversations the held-out answers are scored")
-        own = config.data if config.data.chat is not None else DataConfig(source=scored, tokenizer="byte")
-        chats = ChatDataset(replace(own, source=scored), tokenizer=str(run / "tokenizer.json"))
-        length, precision = arguments.block_size or config.train.block_size, precision_of(config, checkpoint, model)
-        with autocast(precision, model.device):
-            found = validation(chats, length, part=arguments.part)(model)
-        _print_answers(found, chats, f"{len(chats.held_out):,} held-out conversations", precision, arguments)
-        return 0
-    if arguments.data:
-        dataset = other_data(arguments.data, run, config, given, own_flags(), held_out=arguments.held_out)
-    else:
-        dataset = own_data(run, config, checkpoint)
+    dataset = scored_data(arguments.data, run, config, checkpoint, given, own_flags(), held_out=arguments.held_out)
     scoring = Scoring.of(dataset, config, checkpoint, model, arguments.block_size, arguments.part)
     if arguments.quantize:
         formats = [name for name in arguments.quantize.split(",") if name]
-        show_roundings(
-            model,
-            weights_of(checkpoint),
-            formats,
-            scoring.bits_per_byte,
-            precision=scoring.precision,
-            as_json=arguments.json,
-        )
-        return 0
+        show_roundings(model, weights_of(checkpoint), formats, scoring, as_json=arguments.json)
+    elif isinstance(dataset, Dataset):
+        _print_text(scoring, model, arguments.data or config.data.source, arguments)
+    else:
+        _print_answers(scoring, model, as_json=arguments.json)
+    return 0
+
+
+def _print_text(scoring: Scoring, model: LanguageModel, source: str, arguments: Arguments) -> None:
     if not arguments.json:
         scoring.announce()
     found, precision = scoring.score(model), scoring.precision
     part = "all" if arguments.data and not arguments.held_out else "the held-out part"
     part = part if arguments.part == "all" else f"the {arguments.part} part of {part}"
-    source = arguments.data or config.data.source
-    apart = bytes_apart(scoring.text, dataset.tokenizer.decode)
+    apart = bytes_apart(scoring.text, scoring.dataset.tokenizer.decode)
     if arguments.json:
         print(json.dumps(found | {"precision": precision, "source": source, "scored": part, "bytes_apart": apart}))
     else:
@@ -147,33 +118,17 @@ def main(argv: list[str]) -> int:
         scored = f"over {found['tokens']:,} tokens, {found['bytes']:,.0f} bytes: {part} of {source}, in {precision}"
         say_wrapped(console, scored)
         say(console, f"bytes counted minus bytes of the decoded tokens: {apart:,}")
-    return 0
 
 
-def _score_task(
-    dataset: TaskDataset, model: LanguageModel, tokenizer: Tokenizer, precision: Chosen, arguments: Arguments
-) -> None:
-    """Print loss and accuracy on held-out rows of a task. Raises `UsageError` if its ids are not those of the run."""
-    if dataset.tokenizer.fingerprint != tokenizer.fingerprint:
-        other = f"its {dataset.task.vocab_size} ids are others than those that the run was trained on"
-        raise UsageError(f"{dataset.source}: {other}: give it the run's kind and vocabulary")
-    with autocast(precision, model.device):
-        found = validation(dataset, dataset.task.length, part=arguments.part)(model)
-    rows = "test rows" if arguments.part == "test" else "held-out rows"
-    _print_answers(found, dataset, f"{HELD_OUT_ROWS:,} {rows}", precision, arguments)
-
-
-def _print_answers(
-    found: dict[str, float], dataset: TrainingData, rows: str, precision: Chosen, arguments: Arguments
-) -> None:
-    if arguments.json:
-        scored = rows.lstrip("0123456789, ")
-        print(json.dumps(found | {"precision": precision, "source": dataset.source, "scored": scored}))
+def _print_answers(scoring: Scoring, model: LanguageModel, *, as_json: bool) -> None:
+    found, precision, source = scoring.score(model), scoring.precision, scoring.dataset.source
+    if as_json:
+        scored = scoring.rows.lstrip("0123456789, ")
+        print(json.dumps(found | {"precision": precision, "source": source, "scored": scored}))
         return
     print(f"loss          {found['loss']:.4f} nats per label")
     print(f"accuracy      {found['accuracy']:.4f}", flush=True)
-    scored = f"over {found['tokens']:,} labels in {rows} of {dataset.source}, in {precision}"
-    say_wrapped(Console(), scored)
+    say_wrapped(Console(), f"over {found['tokens']:,} labels in {scoring.rows} of {source}, in {precision}")
 
 
 def own_flags() -> dict[str, Flag]:

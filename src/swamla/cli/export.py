@@ -13,7 +13,7 @@ from swamla.cli.console import Console, program, say, say_wrapped
 from swamla.cli.flags import argument, parse
 from swamla.cli.roundings import rounded_copy
 from swamla.cli.running import checked, run_folder
-from swamla.cli.scoring import Scoring, other_data, own_data, run_config
+from swamla.cli.scoring import Scoring, run_config, scored_data
 from swamla.errors import UsageError
 from swamla.interop import save_gguf, save_onnx, save_pretrained
 from swamla.interop.gguf.saving import Type
@@ -37,8 +37,9 @@ class Arguments:
         kda, opset 27.
     quantize: weights of 8 or 4 bits, int8 or int4: in a run without training state, for all commands of swamla, or in a
         file of ONNX.
-    max_loss: refuse, and write nothing, if rounding adds more than this to the bits per byte of held-out text.
-    data: score all of this data instead of the run's held-out text.
+    max_loss: refuse, and write nothing, if rounding adds more than this to the bits per byte of held-out text; of a run
+        on conversations or a task, to the nats per label of held-out answers.
+    data: score all of this data instead of the run's held-out text or answers.
     """
 
     run: str = argument(positional=True)
@@ -107,19 +108,14 @@ def _rounded(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: exists and is not empty: choose another name")
     weights = quantize(weights_of(checkpoint), model.config, format)
-    if arguments.data:
-        dataset = other_data(arguments.data, run, config, {}, {}, held_out=False)
-    else:
-        dataset = own_data(run, config, checkpoint)
-    scoring = Scoring.of(dataset, config, checkpoint, model)
+    scoring = Scoring.of(scored_data(arguments.data, run, config, checkpoint, {}, {}), config, checkpoint, model)
     scoring.announce()
-    before = scoring.bits_per_byte(model)
-    after = scoring.bits_per_byte(rounded_copy(model, weights, format))
+    before, after = (scoring.score(each)[scoring.figure] for each in (model, rounded_copy(model, weights, format)))
     loss = after - before
-    say(Console(), f"bits per byte {before:.4f} before, {after:.4f} in {format} ({loss:+.4f})")
+    say(Console(), f"{scoring.unit} {before:.4f} before, {after:.4f} in {format} ({loss:+.4f})")
     if arguments.max_loss is not None and not loss <= arguments.max_loss:
         raise UsageError(
-            f"--max_loss {arguments.max_loss}: {format} adds {loss:.4f} bits per byte; {out} was not written"
+            f"--max_loss {arguments.max_loss}: {format} adds {loss:.4f} {scoring.unit}; {out} was not written"
         )
     return weights
 

@@ -1,11 +1,11 @@
-"""How the models of a run are scored: on which text, in rows of which length, in which precision."""
+"""How the models of a run are scored: on which text or answers, in rows of which length, in which precision."""
 
 import hashlib
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,14 +18,18 @@ from swamla.cli.flags import Flag
 from swamla.cli.overrides import apply_flags
 from swamla.cli.running import data_of_run, read_data
 from swamla.config import from_plain
-from swamla.data.config import DataConfig
-from swamla.data.dataset import Dataset
+from swamla.data.chat_rows import ChatDataset
+from swamla.data.config import CHAT, DataConfig
+from swamla.data.dataset import Dataset, TrainingData
 from swamla.data.reopening import reopen
 from swamla.data.shards import Split
-from swamla.data.tokenizer import Tokenizer
+from swamla.data.task_rows import HELD_OUT_ROWS, TaskDataset
+from swamla.data.tokenizer import Tokenizer, load_tokenizer
 from swamla.errors import DataError, SwamlaError, UsageError
 from swamla.evaluate import part_of, validation
 from swamla.model.language_model import LanguageModel
+from swamla.tasks import PREFIX
+from swamla.tasks import parse as parse_task
 from swamla.train import RunConfig
 from swamla.train.changes import config_of
 from swamla.train.init_from import lineage
@@ -49,9 +53,9 @@ def run_config(run: Path) -> RunConfig:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How a run's models are scored: the text, the length of rows, the precision."""
+    """How a run's models are scored: the text or the answers, the length of rows, the precision."""
 
-    dataset: Dataset
+    dataset: TrainingData
     block_size: int
     precision: Chosen
     part: Part
@@ -59,36 +63,52 @@ class Scoring:
     @classmethod
     def of(
         cls,
-        dataset: Dataset,
+        dataset: TrainingData,
         config: RunConfig,
         checkpoint: Checkpoint,
         model: LanguageModel,
         block_size: int = 0,
         part: Part = "all",
     ) -> "Scoring":
-        """As the run was trained; block_size: 0 for the run's."""
-        precision = precision_of(config, checkpoint, model)
-        return cls(dataset, block_size or config.train.block_size, precision, part)
+        """As the run was trained; block_size: 0 for the run's, or the task's."""
+        length = dataset.task.length if isinstance(dataset, TaskDataset) else config.train.block_size
+        return cls(dataset, block_size or length, precision_of(config, checkpoint, model), part)
 
     @property
     def text(self) -> Split:
-        """What is scored."""
+        """What is scored, where it is text."""
+        assert isinstance(self.dataset, Dataset)
         return part_of(self.dataset.held_out, self.part, self.dataset.tokenizer.decode)
 
+    @property
+    def rows(self) -> str:
+        """What is scored, where it is answers."""
+        if isinstance(self.dataset, ChatDataset):
+            return f"{len(self.dataset.held_out):,} held-out conversations"
+        return f"{HELD_OUT_ROWS:,} {'test rows' if self.part == 'test' else 'held-out rows'}"
+
+    @property
+    def figure(self) -> str:
+        """The name of the one figure of `score` that models are compared by; answers have no bytes."""
+        return "bits_per_byte" if isinstance(self.dataset, Dataset) else "loss"
+
+    @property
+    def unit(self) -> str:
+        """That of `figure`."""
+        return "bits per byte" if isinstance(self.dataset, Dataset) else "nats per label"
+
     def announce(self) -> None:
-        """Say on stderr how much text is scored."""
-        text = self.text
-        tokens = text.n_tokens + text.n_documents
-        say(Console(stderr=True), f"scoring {tokens:,} tokens, {text.n_bytes:,} bytes of text …")
+        """Say on stderr how much is scored."""
+        what = f"the answers of {self.rows}"
+        if isinstance(self.dataset, Dataset):
+            text = self.text
+            what = f"{text.n_tokens + text.n_documents:,} tokens, {text.n_bytes:,} bytes of text"
+        say(Console(stderr=True), f"scoring {what} …")
 
     def score(self, model: LanguageModel) -> dict[str, float]:
-        """The figures of `Evaluation.as_dict`."""
+        """The figures of `Evaluation.as_dict`, or of `Answers.as_dict`."""
         with autocast(self.precision, model.device):
             return validation(self.dataset, self.block_size, part=self.part)(model)
-
-    def bits_per_byte(self, model: LanguageModel) -> float:
-        """That figure alone."""
-        return self.score(model)["bits_per_byte"]
 
 
 def precision_of(config: RunConfig, checkpoint: Checkpoint, model: LanguageModel) -> Chosen:
@@ -97,13 +117,45 @@ def precision_of(config: RunConfig, checkpoint: Checkpoint, model: LanguageModel
     return resolve_as_trained(config.train.precision, trained, model.device)
 
 
+def scored_data(
+    source: str,
+    run: Path,
+    config: RunConfig,
+    checkpoint: Checkpoint,
+    given: Mapping[str, Any],
+    flags: Mapping[str, Flag],
+    *,
+    held_out: bool = False,
+) -> TrainingData:
+    """What a model is scored on: text, rows of a task, or conversations.
+
+    source: as --data; "" for the run's own.  given, flags, held_out: as of `other_data`.
+    Raises `UsageError` for what was said of the data that is for texts alone, and for a task with other ids.
+    """
+    scored = source or config.data.source
+    if scored.startswith(PREFIX):
+        task = parse_task(scored)
+        if others := sorted(given.keys() & {*flags, "held_out", "block_size"}):
+            raise UsageError(f"--{others[0]} is for texts; a task has its sizes in its name: --data '{PREFIX}{task}'")
+        rows = TaskDataset(task)
+        if rows.tokenizer.fingerprint != load_tokenizer(run / "tokenizer.json").fingerprint:
+            other = f"its {task.vocab_size} ids are others than those that the run was trained on"
+            raise UsageError(f"{rows.source}: {other}: give it the run's kind and vocabulary")
+        return rows
+    if scored.startswith(CHAT):
+        if others := sorted(given.keys() & {*flags, "held_out"}):
+            raise UsageError(f"--{others[0]} is for texts; of conversations the held-out answers are scored")
+        own = config.data if config.data.chat is not None else DataConfig(source=scored, tokenizer="byte")
+        return ChatDataset(replace(own, source=scored), tokenizer=str(run / "tokenizer.json"))
+    if source:
+        return other_data(source, run, config, given, flags, held_out=held_out)
+    return own_data(run, config, checkpoint)
+
+
 def own_data(run: Path, config: RunConfig, checkpoint: Checkpoint) -> Dataset:
-    """The run's own data; warns if it has changed since training. Raises `UsageError` for rows of a task."""
+    """The text that a run was trained on; warns if it has changed since."""
     dataset = data_of_run(run, config.data, Console(stderr=True))
-    if not isinstance(dataset, Dataset):
-        raise UsageError(
-            f"{run}: was trained on {config.data.source}, which has no bytes: give text to score by --data"
-        )
+    assert isinstance(dataset, Dataset), config.data.source
     trained_on = checkpoint.state["data_fingerprint"]
     if dataset.fingerprint != trained_on:
         warnings.warn(

@@ -194,9 +194,12 @@ def _fine_tune(
 
 
 def say_answer(console: Console, run_dir: Path, dataset: ChatDataset) -> None:
-    """Print a held-out question, and how the model answers it."""
+    """Print a held-out question, and how the model answers it; nothing if it can read none of them."""
     model, tokenizer = load(run_dir)
-    asked, expected = dataset.question()
-    found = answer(model, tokenizer, asked, ANSWER_TOKENS, template=dataset.config.template)
+    found = dataset.question(model.config.learned_positions)
+    if found is None:
+        return
+    asked, expected = found
+    told = answer(model, tokenizer, asked, ANSWER_TOKENS, template=dataset.config.template)
     say(console, f"\n=== a held-out question ===\n{harmless(asked[-1]['content'])}")
-    say(console, f"=== the answer there ===\n{harmless(expected)}\n=== the model's ===\n{harmless(found)}\n")
+    say(console, f"=== the answer there ===\n{harmless(expected)}\n=== the model's ===\n{harmless(told)}\n")

@@ -105,11 +105,19 @@ class ChatDataset(TrainingData):
         for first in range(0, count, batch_size):
             yield rows.batch(first, min(batch_size, count - first))
 
-    def question(self) -> tuple[list[Message], str]:
-        """The messages of the first held-out conversation up to its first answer, and that answer."""
-        messages = self.held_out[0].messages
-        at = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
-        return messages[:at], messages[at]["content"]
+    def question(self, positions: int = 0) -> tuple[list[Message], str] | None:
+        """The messages of a held-out conversation before an answer, and that answer; None where no message is before.
+
+        positions: tokens that the question may have as a prompt; 0 for any number.
+        """
+        for messages in (row.messages for row in self.held_out):
+            for at, message in enumerate(messages):
+                asked = messages[:at]
+                if asked and message["role"] == "assistant":
+                    if not positions or len(self.template.prompt(asked)) <= positions:
+                        return asked, message["content"]
+                    break  # what follows is longer
+        return None
 
     def _packed(self, rows: Sequence[_Row], block_size: int, seed: int) -> "ChatRows":
         require(block_size > 0, "block_size", block_size, "must be > 0, e.g. 512")

@@ -218,13 +218,16 @@ class Exchange(ABC):
         return bool((self.body.get("stream_options") or {}).get("include_usage"))
 
     def usage(self) -> dict[str, Any]:
-        """Tokens read and written, and, under "swamla", the size of the state and the speed of the slowest answer."""
+        """Tokens read and written; under "swamla" the largest state, the latest first token and the lowest rate."""
         ended = [each for prompt in self.prompts for each in prompt.ended.values()]
         read = sum(len(prompt.tokens) for prompt in self.prompts)
         written = sum(each.tokens for each in ended)
         rates = [(each.tokens - 1) / each.seconds for each in ended if each.seconds > 0 and each.tokens > 1]
         config, elements = self.served.engine.config, self.served.engine.model.embedding.weight.element_size()
-        longest = max(len(prompt.tokens) for prompt in self.prompts) + max((each.tokens for each in ended), default=0)
+        longest = max(  # the last token is not fed back
+            len(prompt.tokens) + max((each.tokens - 1 for each in prompt.ended.values() if each.tokens), default=0)
+            for prompt in self.prompts
+        )
         return {
             "prompt_tokens": read,
             "completion_tokens": written,

@@ -14,7 +14,7 @@ from swamla.serve.engine import Job
 from swamla.serve.explaining import Explainer, Late
 from swamla.serve.metrics import metrics
 from swamla.serve.page import page
-from swamla.serve.requests import Event, Failed, QueueFull, TooLong
+from swamla.serve.requests import Event, Failed, QueueFull, Read, TooLong
 from swamla.serve.schema import CHAT, COMPLETION, EXPLANATION, Invalid, Schema, check, openapi
 from swamla.serve.worker import Worker
 from swamla.version import __version__
@@ -144,7 +144,8 @@ class Routes:
             return await _unless_left(request, self._explained(served, body))
 
     async def _explained(self, served: Served, body: dict[str, Any]) -> Response:
-        return _json(await self._explainer.explain(served, body))
+        found = await self._explainer.explain(served, body)
+        return await asyncio.to_thread(_json, found)
 
     async def _answer(self, request: Request, schema: Schema, kind: type[Exchange]) -> Response:
         served, body = await self._asked(request, schema)
@@ -241,13 +242,19 @@ class Answers:
                     if isinstance(event, Failed):
                         yield told + _event(_failure(event)[1])
                         return
-                    told += b"".join(map(_event, chunks(exchange, prompt, event)))
+                    if isinstance(event, Read) and (event.prompt or exchange.tells_ids):  # all of the prompt's tokens
+                        told += await asyncio.to_thread(self._told, prompt, event)
+                    else:
+                        told += self._told(prompt, event)
                 yield told
             if exchange.tells_usage:
                 yield _event(exchange.chunk([], exchange.usage()))
             yield b"data: [DONE]\n\n"
         finally:
             self.cancel()
+
+    def _told(self, prompt: int, event: Event) -> bytes:
+        return b"".join(map(_event, chunks(self.exchange, prompt, event)))
 
     async def whole(self, request: Request) -> Response:
         """All answers at once."""
@@ -264,7 +271,7 @@ class Answers:
                 status, body = _failure(event)
                 return _json(body, status)
             collected.add(prompt, event)
-        return _json(await asyncio.to_thread(collected.response))
+        return await asyncio.to_thread(lambda: _json(collected.response()))
 
 
 class Guard:

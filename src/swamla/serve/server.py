@@ -4,7 +4,6 @@ import asyncio
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from swamla.serve.app import LOCAL, Limits, make_app
 from swamla.serve.chat import chat_template
 from swamla.serve.engine import Engine
 from swamla.serve.worker import Worker
+from swamla.signal_notice import handled
 
 try:
     import uvicorn
@@ -80,18 +80,8 @@ class Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Handle signals here; unlike uvicorn's, it does not raise them again after the server has ended."""
-        if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
+        with handled(self.handle_exit, signal.SIGINT, signal.SIGTERM):
             yield
-            return
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self.handle_exit) for number in numbers}
-        told = signal.set_wakeup_fd(-1)  # the command line's own notice would tell of the same signals
-        try:
-            yield
-        finally:
-            signal.set_wakeup_fd(told)
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def named_engines(

@@ -34,7 +34,7 @@ def save_onnx(
     id that begins and ends texts. Ids that only pad the vocabulary have no logits.
     rounded: weights as `swamla.checkpoint.quantize` gives them; those in int8 and int4 are made of these in the graph.
     one_token: T = 1 alone, by operators of opset 20, for runtimes without LinearAttention and CausalConvWithState.
-    Weights of more than 2 GB are in FILE.data beside it. Raises `UsageError` for a file that exists,
+    Weights of more than 2 GB are in FILE.data beside it. Raises `UsageError` for either file that exists,
     `MissingBackendError` without the packages of the extra `onnx`.
     """
     file = Path(file)
@@ -55,14 +55,21 @@ def save_onnx(
         graph.metadata_props.update(metadata)
     graph.producer_name = "swamla"
     size = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
-    staging, beside = file.with_name(f".{file.name}.new"), f"{file.name}.data" if size > MOST_BYTES else None
+    staging, beside = file.with_name(f".{file.name}.new"), file.with_name(f"{file.name}.data")
+    is_apart = size > MOST_BYTES
+    if is_apart and beside.exists():
+        raise UsageError(f"{beside}: exists, and the weights have to go there: choose another name")
+    written = [staging, beside] if is_apart else [staging]
     try:
-        onnx_ir.save(graph, staging, external_data=beside)
-        fsync(staging)
+        onnx_ir.save(graph, staging, external_data=beside.name if is_apart else None)
+        for each in written:
+            fsync(each)
         staging.replace(file)
         fsync(file.parent)
-    finally:
-        staging.unlink(missing_ok=True)
+    except BaseException:
+        for each in written:
+            each.unlink(missing_ok=True)
+        raise
     return int(graph.opset_imports[""])
 
 
