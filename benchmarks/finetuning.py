@@ -113,12 +113,12 @@ def main() -> None:
     how = f"lora{settings.lora}" if settings.lora else "all"
     lr = settings.lr or (1e-2 if settings.lora else 2e-3)
     for seed in settings.seeds.split(","):
-        run = settings.out / f"{how}-{seed}"
+        run = settings.out / f"{how}-{lr:g}-{seed}"
         command = ["sft", str(settings.base), "--data", str(chat), "--output_dir", str(run), "--seed", seed]
         command += ["--steps", str(settings.steps), "--block_size", "256", "--eval_interval", "none"]
         command += ["--lr", str(lr)]
         command += ["--lora", str(settings.lora)] if settings.lora else []
-        with (settings.out / f"{how}-{seed}.log").open("w") as log:
+        with run.with_name(f"{run.name}.log").open("w") as log:
             subprocess.run([sys.executable, "-m", "swamla", *command], stdout=log, stderr=log, check=True)
         after = exact_after(*load(run, "latest"), asked)
         found = {"trained": how, "lr": lr, "steps": settings.steps, "seed": int(seed), "choosing": settings.choose}
