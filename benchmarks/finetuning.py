@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 trains all weights")
     parser.add_argument("--steps", type=int, default=150, help="of 2,048 tokens: about three minutes on a core")
-    parser.add_argument("--lr", type=float, help="by default 2e-3, and 1e-2 for adapters")
+    parser.add_argument("--lr", type=float, help="by default 2e-3, and 5e-3 for adapters")
     parser.add_argument(
         "--choose", action="store_true", help="ask the questions that settings are chosen on, not others"
     )
@@ -111,7 +111,7 @@ def main() -> None:
     asked = held_out[:ASKED] if settings.choose else held_out[ASKED : 2 * ASKED]
     before = exact_before(*load(settings.base), asked)
     how = f"lora{settings.lora}" if settings.lora else "all"
-    lr = settings.lr or (1e-2 if settings.lora else 2e-3)
+    lr = settings.lr or (5e-3 if settings.lora else 2e-3)
     for seed in settings.seeds.split(","):
         run = settings.out / f"{how}-{lr:g}-{seed}"
         command = ["sft", str(settings.base), "--data", str(chat), "--output_dir", str(run), "--seed", seed]
