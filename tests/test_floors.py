@@ -11,7 +11,7 @@ import swamla
 
 PACKAGE = Path(swamla.__file__).parent
 FLOORS = [
-    {"errors", "exports", "faults", "process", "registry", "version"},
+    {"errors", "exports", "faults", "process", "registry", "shares", "version"},
     {"config", "files", "ops", "distributed", "plugins"},
     {"inference", "recipes", "signal_notice", "studies", "tasks", "tensor_file"},
     {"data", "model"},

@@ -126,6 +126,7 @@ def test_an_empty_prompt_of_a_task_is_refused(trained: tuple[Path, str], capsys:
         (["train", "toy-mqar", "--tokenizer", "byte"], "data.tokenizer = 'byte' (--tokenizer): must be \"names\""),
         (["train", "toy-mqar", "--data", "stdlib"], "texts need e.g. byte"),
         (["quickstart", "--data", "task:mqar"], "on a task: train toy-mqar --data task:…"),
+        (["quickstart", "--data", "chat:x.jsonl", "--tokenizer", "byte"], "on conversations: sft RUN --data FILE"),
         (["prepare", "task:mqar"], "has no text to prepare"),
     ],
 )

@@ -16,8 +16,9 @@ from swamla.data.task_rows import TaskDataset
 from swamla.errors import ConfigError, UsageError, require
 from swamla.evaluate import Recall, recall, validation
 from swamla.evaluate.recall_figure import draw_recall
-from swamla.evaluate.recall_grid import SEED, Score, grid, independent_trials, right_answers, steps_to, wilson
+from swamla.evaluate.recall_grid import SEED, Score, grid, right_answers, steps_to
 from swamla.model.language_model import NO_LABEL, LanguageModel
+from swamla.shares import independent_trials, wilson
 from swamla.tasks import Draws, Example, Task, examples
 from swamla.tasks.induction import Induction
 from swamla.tasks.mqar import MQAR

@@ -8,6 +8,7 @@ import torch
 
 from swamla.errors import ConfigError
 from swamla.interpret import behavioural_context, in_context, loss_by_position
+from swamla.interpret.context import standard_error
 from tests.interpret.models import EXPLAINED, build, hybrid, two_rows
 from tests.model.helpers import MIXERS, random_tokens
 
@@ -47,7 +48,10 @@ def test_in_context_learning_is_a_late_loss_less_an_early_one_of_the_same_docume
     )
     assert found.score == pytest.approx(differences.mean().item())
     assert found.error == pytest.approx(differences.std().item() / 3**0.5)
-    assert (found.early, found.late, found.asked, found.documents) == (4, 12, 12, 3)
+    assert (found.early, found.late, found.asked, found.documents, found.texts) == (4, 12, 12, 3, 3)
+    pieces = in_context(model, tokens, early=4, late=12, texts=[7, 2, 7])
+    assert pieces.texts == 2
+    assert pieces.error == pytest.approx(standard_error(differences, torch.tensor([0, 1, 0])))
 
 
 @torch.no_grad()
@@ -108,16 +112,54 @@ def test_losses_with_less_context_are_those_of_truncated_rows(name: str, start: 
     assert all(loss - found.loss >= 0.01 for loss in below)
 
 
-@pytest.mark.parametrize(("window", "expected"), [(1, 1), (2, 2), (5, 5), (6, 6), (9, 9)])
-def test_a_model_that_cannot_see_beyond_its_window_needs_no_more_than_that(window: int, expected: int) -> None:
-    """One layer of a window without sinks: all of the window matters with random weights, nothing else can."""
+@pytest.mark.parametrize("within", [0.01, -1e9])
+def test_the_error_is_that_of_the_difference_on_which_the_answer_rests(within: float) -> None:
+    """Of the loss with so few tokens less that with all, by row; where all are needed, of one fewer than all."""
+    model, tokens = build("mha"), random_tokens(5, 14)
+    found = behavioural_context(model, tokens, queries=3, within=within, texts=[0, 1, 1, 2, 2])
+    few = min(found.tokens, found.longest - 1)
+    by_row = [
+        loss_with(model, row[None], [7, 10, 12], few) - loss_with(model, row[None], [7, 10, 12], 14) for row in tokens
+    ]
+    expected = standard_error(torch.tensor(by_row, dtype=torch.float64), torch.tensor([0, 1, 1, 2, 2]))
+    assert found.error == pytest.approx(expected, rel=1e-6, abs=1e-12)
+    assert math.isnan(behavioural_context(model, tokens[:1], queries=3).error)
+
+
+def test_an_error_over_texts_counts_pieces_that_go_together_once_and_is_never_below_that_over_pieces() -> None:
+    generator = torch.Generator().manual_seed(0)
+    text, piece = (torch.randn(size, generator=generator, dtype=torch.float64) for size in (300, 1200))
+    which = torch.arange(1200) % 300
+    plain = standard_error(piece)
+    assert plain == pytest.approx(1200**-0.5, rel=0.1)
+    assert standard_error(piece, torch.arange(1200)) == pytest.approx(plain)
+    assert standard_error(piece, which) >= plain
+    assert standard_error(text[which], which) == pytest.approx(300**-0.5, rel=0.1)
+    assert standard_error(piece, torch.zeros(1200)) == plain
+    assert math.isnan(standard_error(piece[:1]))
+
+
+@torch.no_grad()
+def telling(model, window: int, rows: int, time: int) -> torch.Tensor:
+    """Rows of tokens each of which is told by all tokens of a window more than by any fewer."""
+    tokens = torch.arange(rows)[:, None] + 1
+    while tokens.shape[1] < time:
+        *fewer, whole = (model(tokens[:, -c:])[:, -1].log_softmax(dim=-1) for c in range(1, window + 1))
+        gain = torch.stack([whole - each for each in fewer]).amin(dim=0) if fewer else whole
+        tokens = torch.cat((tokens, gain.argmax(dim=-1)[:, None]), dim=1)
+    return tokens
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 6, 9])
+def test_a_model_needs_as_many_tokens_as_its_window_has_no_more_and_no_fewer(window: int) -> None:
+    """One layer of a window without sinks, on tokens that all of the window tells: whatever it does not see costs."""
     model = build("swa", mixers={"swa": replace(MIXERS["swa"], window=window, sinks=0)})
-    tokens = random_tokens(4, 30)
+    tokens = telling(model, window, 8, 30)
     full = loss_with(model, tokens, range(15, 29), 30)
     assert loss_with(model, tokens, range(15, 29), window) == pytest.approx(full)
     found = behavioural_context(model, tokens, within=1e-9)
-    assert found.tokens <= expected
-    assert found.losses[found.tokens] <= found.loss + 1e-9
+    assert found.tokens == window
+    assert found.losses[window] == pytest.approx(found.loss, abs=1e-9)
 
 
 def test_a_context_that_is_never_enough_is_all_there_is() -> None:

@@ -25,8 +25,8 @@ from swamla.interpret import (
     trace,
 )
 from swamla.interpret.drawn import CLASSES, draw, guesses, token_classes, token_texts
-from swamla.interpret.explaining import Subject, explained, repeat_size
-from swamla.interpret.repeats import repeated_rows
+from swamla.interpret.explaining import Subject, explained, other_length, repeat_size
+from swamla.interpret.repeats import at_another_length, repeated_rows
 from swamla.model.accounting import count_parameters
 from swamla.model.block import BlockConfig
 from swamla.model.language_model import LanguageModelConfig
@@ -36,7 +36,15 @@ from tests.model.helpers import MIXERS, random_tokens
 
 TOKENIZER = IdTokenizer(VOCABULARY - 1)
 ROWS = random_tokens(4, 40, seed=5)
-SUBJECT = Subject(name="a model", ids=range(VOCABULARY - 1), rows_BT=ROWS, text=ROWS[0].tolist(), source="a text")
+TEXTS = [0, 0, 1, 1]
+SUBJECT = Subject(
+    name="a model",
+    ids=range(VOCABULARY - 1),
+    rows_BT=ROWS,
+    texts=TEXTS,
+    text=ROWS[0].tolist(),
+    source="a text",
+)
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])
@@ -78,6 +86,10 @@ def test_random_repeats_are_those_of_induction(model, found) -> None:
         close(found["repeats"][name], getattr(expected, name))
     for layer, other in zip(found["repeats"]["layers"], expected.layers, strict=True):
         fields_close(layer, other)
+    assert other_length(length) == 20
+    shorter = repeated_rows(SUBJECT.ids, TOKENIZER.eos_id, length=20, rows=rows)
+    fields_close(found["repeats"]["other"], at_another_length(model, shorter))
+    assert [other_length(length) for length in (4, 9, 50)] == [3, 6, 34]
 
 
 def test_the_report_says_how_exact_the_explanation_is_which_is_as_exact_as_the_weights_dtype(model, found) -> None:
@@ -108,8 +120,8 @@ def test_what_is_measured_on_text_is_what_the_measures_find(model, found) -> Non
     for layer, other in zip(found["patterns"]["layers"], head_patterns(model, ROWS), strict=True):
         fields_close(layer, other)
     close(found["lens"]["loss"], logit_lens(model, ROWS).loss)
-    fields_close(found["learned"], in_context(model, ROWS, early=3, span=2))
-    needed = behavioural_context(model, ROWS, queries=8, start=TOKENIZER.eos_id)
+    fields_close(found["learned"], in_context(model, ROWS, early=3, span=2, texts=TEXTS))
+    needed = behavioural_context(model, ROWS, queries=8, start=TOKENIZER.eos_id, texts=TEXTS)
     fields_close(found["needed"]["found"], needed)
     assert found["needed"]["predictions"] == 32
     close([layer["copying"] for layer in found["layers"]], copying(model, ids=torch.arange(VOCABULARY - 1)))
@@ -213,7 +225,10 @@ def test_a_model_of_ten_million_parameters_has_all_64_rows_of_repeats_and_a_larg
     assert 5e6 < count_parameters(Model.config).total < 1.1e7
     assert repeat_size(Model, 4096) == (50, 64)
     Model.config = sized(4 * pattern, 2 * width)
-    assert 1 <= repeat_size(Model, 4096)[1] < 16
+    assert 8 <= repeat_size(Model, 4096)[1] < 16
+    Model.config = sized(8 * pattern, 6 * width)
+    assert count_parameters(Model.config).total > 5e8
+    assert repeat_size(Model, 4096)[1] == 8  # fewer would settle nothing
 
 
 def test_few_ids_and_few_positions_shorten_the_repeats_and_too_few_are_an_error() -> None:

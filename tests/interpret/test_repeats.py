@@ -10,9 +10,10 @@ from swamla.errors import ConfigError
 from swamla.interpret import ablated, behavioural_context, copying, head_patterns, in_context, induction, trace
 from swamla.interpret.attributing import attribution
 from swamla.interpret.patterns import edges_between
-from swamla.interpret.repeats import repeated_rows
+from swamla.interpret.repeats import accuracy_of, at_another_length, repeated_rows
 from swamla.interpret.tracing import logits_without
 from swamla.model.language_model import NO_LABEL
+from swamla.shares import wilson
 from tests.interpret.models import build, hybrid, induction_model
 from tests.model.helpers import MIXERS
 
@@ -20,7 +21,8 @@ MODELS = {
     "hybrid": hybrid,
     "convolutions": lambda: build("kda", "mha", around="post, convolution"),
 }
-WIDTHS = {"hybrid": (4, 1, 1, 1), "convolutions": (6, 3)}
+WIDTHS = {"hybrid": (4, 1, 1, 1), "convolutions": (4, 3)}  # kda's own is 6: more than half of a copy of 8
+NEAREST = {4: 3, 3: 4, 1: 4}  # tokens back to the first other token: 4, but where the convolution has that one
 
 
 def test_a_repeated_row_is_a_start_and_distinct_ids_twice() -> None:
@@ -65,21 +67,23 @@ def test_measures_of_repeats_are_those_of_a_loop_over_tokens(name: str) -> None:
         checked.append(block)
         weight = layer.mixer.weight_BHTS.abs()
         for head in range(weight.shape[1]):
-            shares, wide, hits = [], [], []
+            shares, wide, hits, hits_conv = [], [], [], []
             for row in range(3):
                 for query in range(9, 16):
                     line = weight[row, head, query]
                     shares.append((line[query - 7] / line.sum()).item())
                     wide.append((line[query - 7 : query - 7 + measured.conv].sum() / line.sum()).item())
                     hits.append(float(line.argmax() == query - 7))
+                    hits_conv.append(float(query - 7 <= line.argmax() < query - 7 + measured.conv))
             assert measured.induction[head] == pytest.approx(sum(shares) / len(shares))
             assert measured.induction_conv[head] == pytest.approx(sum(wide) / len(wide))
             assert measured.hit[head] == pytest.approx(sum(hits) / len(hits))
+            assert measured.hit_conv[head] == pytest.approx(sum(hits_conv) / len(hits_conv))
         query = torch.arange(9, 16)
         for rise, sources in (
             (measured.cut, [query - 7]),
             (measured.cut_conv, [query - 7 + i for i in range(measured.conv)]),
-            (measured.control, [query - 4 + i for i in range(measured.conv)]),
+            (measured.control, [query - NEAREST[measured.conv] + i for i in range(measured.conv)]),
         ):
             cut = logits_without(model, tokens, {len(checked) - 1: edges_between(17, query, *sources)})[:, query]
             loss = -cut.log_softmax(-1).gather(2, tokens[:, query + 1][..., None]).mean()
@@ -137,6 +141,48 @@ def test_the_control_is_of_edges_that_a_window_has_if_it_has_those_of_induction(
     found = induction(build("swa", mixers=mixers), repeated_rows(range(1, 31), 0, length=8, rows=3)).layers[0]
     assert found.cut != 0
     assert found.control != 0
+
+
+@pytest.mark.parametrize("length", range(2, 14))
+@pytest.mark.parametrize("taps", [1, 2, 4, 7])
+def test_the_control_has_as_many_edges_as_the_cut_and_none_of_them(length: int, taps: int, monkeypatch) -> None:
+    """Half as far away; where that overlapped, with a long convolution or a short copy, as near as is needed."""
+    seen = []
+
+    def cuts(model, tokens, edges, **settings):
+        seen.append(edges)
+        return {index: dict.fromkeys(edges, 0.0) for index in settings.get("layers", range(1))}
+
+    monkeypatch.setattr("swamla.interpret.repeats.cut_effects", cuts)
+    monkeypatch.setattr("swamla.interpret.repeats.conv_width", lambda block: taps)
+    found = induction(build("mha"), repeated_rows(range(1, 31), 0, length=length, rows=1)).layers[0]
+    assert found.conv == min(taps, length // 2) or found.conv == 1
+    for edges in seen:
+        cut, others = edges.get("wide", edges.get("edges")), edges["others"]
+        assert not (cut & others).any()
+        assert torch.equal(cut.sum(dim=1), others.sum(dim=1))
+        assert not others.triu(1).any()
+        if "wide" not in edges and length > 2:
+            query = torch.arange(length + 1, 2 * length)
+            assert torch.equal(others, edges_between(2 * length + 1, query, query - length // 2))
+
+
+def test_with_copies_of_another_length_accuracy_and_hits_are_those_of_their_own_rows() -> None:
+    model = hybrid()
+    tokens = repeated_rows(range(1, 31), 0, length=9, rows=3)
+    whole, found = induction(model, tokens), at_another_length(model, tokens)
+    assert (found.length, found.chance, found.predictions) == (9, 1 / 9, 24)
+    assert (found.accuracy, found.interval) == (whole.accuracy, whole.interval)
+    assert found.hit_conv == tuple(layer.hit_conv for layer in whole.layers)
+
+
+def test_an_accuracys_interval_is_wider_where_rows_differ_and_is_of_all_predictions_where_all_are_alike() -> None:
+    even, apart = (accuracy_of(right, [20] * 4) for right in ([10, 10, 10, 10], [20, 20, 0, 0]))
+    assert even["accuracy"] == apart["accuracy"] == 0.5
+    assert even["interval"] == wilson(40, 80)
+    assert apart["interval"][0] < 0.2
+    assert accuracy_of([0, 0], [40, 40])["interval"] == wilson(0, 80)
+    assert accuracy_of([7], [10])["predictions"] == 10
 
 
 @pytest.mark.parametrize("seed", [-1, 1 << 63])

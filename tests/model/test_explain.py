@@ -40,9 +40,15 @@ def real(x: torch.Tensor, seq: Layout) -> torch.Tensor:
 @pytest.mark.parametrize("name", EXPLAINED)
 @torch.no_grad()
 def test_the_sum_of_all_contributions_is_the_output(name: str, rows: str, dtype: torch.dtype, tolerance: float) -> None:
+    """In fp32 to 1e-6, or what the mixer's own rounding is, in the order in which this machine adds, where it is more:
+    both round, so together they are apart by up to twice that.
+    """
     mixer, seq = build_mixer(MIXERS[name]).to(dtype).eval(), ROWS[rows]
     x = random_input(*seq.shape).to(dtype)
     found, expected = mixer.explain(x, seq), mixer(x, seq)
+    if dtype == torch.float32:
+        exact = build_mixer(MIXERS[name]).double().eval()(x.double(), seq)
+        tolerance = max(tolerance, 2 * relative(real(expected.double(), seq), real(exact, seq)))
     assert relative(real(found.output(), seq), real(expected, seq)) <= tolerance
     heads = found.contributions().sum(dim=2)
     bias = 0 if found.bias_D is None else found.bias_D
@@ -119,12 +125,14 @@ def test_a_mixer_without_such_a_sum_says_so() -> None:
 
 
 @torch.no_grad()
-def test_swa_with_a_window_of_all_tokens_has_mhas_weights_to_the_digit() -> None:
-    swa = build_mixer(replace(MIXERS["swa"], window=64, sinks=0))
-    mha = build_mixer(MIXERS["mha"])
+def test_swa_with_a_window_of_all_tokens_has_mhas_weights_to_twelve_digits() -> None:
+    """In which order a product adds may depend on where its operands lie in memory."""
+    swa = build_mixer(replace(MIXERS["swa"], window=64, sinks=0)).double()
+    mha = build_mixer(MIXERS["mha"]).double()
     mha.load_state_dict(swa.state_dict())
-    x, seq = random_input(2, 40), ROWS["whole"]
-    assert torch.equal(swa.explain(x, seq).weight_BHTS, mha.explain(x, seq).weight_BHTS)
+    x, seq = random_input(2, 40).double(), ROWS["whole"]
+    found, expected = (mixer.explain(x, seq).weight_BHTS for mixer in (swa, mha))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_explanations_of_latent_attention_hold_for_yarn() -> None:

@@ -618,14 +618,14 @@ MUTATIONS = [
     ),
     Mutation(
         "recall's intervals take the queries of a row for independent",
-        _RECALL,
+        "src/swamla/shares.py",
         "return queries / max(1.0, between / independent)",
         "return float(queries)",
         _RECALL_TESTS,
     ),
     Mutation(
         "Wilson's interval is centred on the share",
-        _RECALL,
+        "src/swamla/shares.py",
         "centre, shrink = share + z * z / (2 * trials), 1 + z * z / trials",
         "centre, shrink = share, 1 + z * z / trials",
         _RECALL_TESTS,
@@ -662,8 +662,8 @@ MUTATIONS = [
     Mutation(
         "the control cuts nothing",
         "src/swamla/interpret/repeats.py",
-        "others = edges_between(time, query_Q, query_Q - length // 2)",
-        "others = edges_between(time, query_Q, query_Q + 1)",
+        "back = min(length // 2, length - width - 1)",
+        "back = -1",
         "tests/interpret/test_repeats.py",
     ),
     Mutation(

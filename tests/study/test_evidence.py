@@ -1,7 +1,7 @@
 """What a page shows beside the scores: the score by position, curves paired by seed, caches, steps timed in turns."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +10,21 @@ import torch
 from swamla.data.packing import HeldOutRows
 from swamla.errors import UsageError
 from swamla.evaluate import part_of, validation
+from swamla.interpret import induction, repeated_rows
+from swamla.interpret.verdicts import induction_verdict
 from swamla.model.accounting import state_bytes
 from swamla.model.language_model import NO_LABEL, LanguageModel
 from swamla.ops.layout import Layout
-from swamla.study.evidence import caches, curves, loss_by_position, measure_runs, peak_memory, with_closing
+from swamla.study.evidence import (
+    Measured,
+    caches,
+    curves,
+    loss_by_position,
+    measure_runs,
+    peak_memory,
+    read_measured,
+    with_closing,
+)
 from swamla.study.runs import Outcome
 from swamla.train import speed
 from tests.train.helpers import tiny_dataset
@@ -160,3 +171,22 @@ def test_a_model_whose_attention_cannot_be_told_is_measured_but_for_that(
     assert sum(found.positions.tokens) > 0
     monkeypatch.setattr("swamla.study.evidence.load_run", lambda *_: pytest.fail("measured again"))
     assert measure_runs(tmp_path, study_of(), {one.run: one}, dataset) == [found]
+
+
+def test_what_was_measured_before_there_were_hits_of_convolved_values_can_be_read_still(tmp_path: Path) -> None:
+    """And what is measured now is read as it was written."""
+    model = model_of("gdn")
+    repeats = replace(induction(model, repeated_rows(range(20), None, length=6, rows=2)), other=None)
+    now = Measured(run="one", arm="gdn", seed=1, repeats=repeats, length=6, rows=2)
+    line = asdict(now)
+    (tmp_path / "measured.jsonl").write_text(json.dumps(line) + "\n")
+    assert read_measured(tmp_path) == [now]
+    for name in ("predictions", "interval", "other"):
+        del line["repeats"][name]
+    for layer in line["repeats"]["layers"]:
+        del layer["hit_conv"]
+    (tmp_path / "measured.jsonl").write_text(json.dumps(line) + "\n")
+    layers = tuple(replace(layer, hit_conv=()) for layer in repeats.layers)
+    before = replace(repeats, predictions=0, interval=None, layers=layers)
+    assert read_measured(tmp_path) == [replace(now, repeats=before)]
+    assert induction_verdict(before).text.startswith(f"No induction: accuracy {before.accuracy:g}, second copy ")

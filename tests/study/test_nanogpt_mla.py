@@ -242,6 +242,29 @@ def test_heads_that_read_behind_the_answer_are_another_circuit_and_named_as_such
     assert "Answers otherwise?" not in found
 
 
+@pytest.mark.parametrize(
+    ("missing", "words", "heads"),
+    [
+        ("mla", "No run finished of mla after 2 steps", "no run"),
+        ("mha", "It cannot be told, as no run of mha finished, for mla after 2 steps", "no run of mha"),
+    ],
+)
+def test_a_mixer_without_a_finished_run_is_told_as_such_whatever_mha_has(study, missing: str, words: str, heads: str):
+    data = copy.deepcopy(study.result)
+    data["experiments"] = [each for each in data["experiments"] if each["slug"] in (*BUDGETS, "text")]
+    for slug in BUDGETS:
+        found = data["found"][slug]
+        found["mha"]["grown"] = 0 if missing == "mha" else 2
+        found["mla"]["grown"], found["mla"]["late"] = 0, [False, False]
+        for each in (found[missing], found[missing]["steps_to"]):
+            each |= {name: [] for name, values in each.items() if isinstance(values, list)}
+    data["runs"] = [row for row in data["runs"] if row["mixer"] != missing or row["experiment"] == "text"]
+    claim, *others = verdicts(data)
+    assert words in claim.text
+    assert "no run of mha has such heads either, for mla" not in claim.text
+    assert next(each for each in others if each.question == "Heads in mla, 2 steps?").short == heads
+
+
 @pytest.mark.parametrize("task", TASKS, ids=str)
 def test_induction_edges_lead_to_what_followed_the_same_token_and_others_to_none_of_it(task: Task):
     rows = scored_rows(task, 8)

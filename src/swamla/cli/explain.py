@@ -16,18 +16,21 @@ from swamla.cli.progress import shown_progress
 from swamla.cli.running import checked, data_of_run, run_folder, writable
 from swamla.config import from_plain
 from swamla.data.caching import short_source
+from swamla.data.chat_rows import ChatDataset
 from swamla.data.config import TOKEN_IDS
 from swamla.data.dataset import Dataset
 from swamla.data.shards import Split
 from swamla.data.tokenizer import IdTokenizer, Tokenizer
 from swamla.errors import UsageError
 from swamla.interop import load_pretrained
+from swamla.interpret.drawn import drawn_tokens
 from swamla.interpret.explaining import LONG, Subject, explained
 from swamla.interpret.page.report import REPORT_JSON, write_report
 from swamla.model.language_model import LanguageModel
 from swamla.tasks import PREFIX
 from swamla.tasks import parse as parse_task
 from swamla.train import RunConfig
+from swamla.train.run_folder import identity_of_run
 
 ENOUGH = 256  # predictions of a text, below which the report says that they are few
 MOST_ROWS, FEW_ROWS, SHORTEST = 64, 4, 64  # rows of text; below FEW_ROWS they are halved, if they stay this long
@@ -140,43 +143,66 @@ def _subject_of_run(run: Path, model: LanguageModel, tokenizer: Tokenizer, text:
         subject = _without_text(run.name, model, tokenizer, note)
         return replace(subject, longest=parse_task(source).length)
     if source == TOKEN_IDS:
-        return _subject(run, model, tokenizer, text)
+        trained = identity_of_run(run) is not None  # on ids given from Python; an imported run tells no length of rows
+        return _subject(run, model, tokenizer, text, plain["train"]["block_size"] if trained else None)
     config = from_plain(RunConfig, plain, origin=str(run / "config.json"))
     dataset = data_of_run(run, config.data, Console(stderr=True))
-    assert isinstance(dataset, Dataset)  # a task's rows are no texts
-    ids = np.unique(dataset.train.tokens[:READ] if dataset.train.n_tokens else dataset.held_out.tokens[:READ]).tolist()
     longest = config.train.block_size
+    if isinstance(dataset, ChatDataset):
+        return _subject_of_conversations(run.name, model, dataset, text, longest)
+    assert isinstance(dataset, Dataset)  # what is no task and no conversations is text
+    ids = np.unique(dataset.train.tokens[:READ] if dataset.train.n_tokens else dataset.held_out.tokens[:READ]).tolist()
     if text is not None:
-        return replace(_with_text(run.name, model, tokenizer, text, ids), longest=longest)
+        return _with_text(run.name, model, tokenizer, text, ids, longest)
     limits = (LONG, longest, model.config.learned_positions or LONG)
-    rows_BT = rows_of(dataset.held_out, tokenizer.eos_id, min(limits))
-    if rows_BT is None:
+    rows = rows_of(dataset.held_out, tokenizer.eos_id, min(limits))
+    if rows is None:
         subject = _without_text(run.name, model, tokenizer, "Its held-out text is too short to measure on.")
         return replace(subject, longest=longest)
     name = f"held-out text of {short_source(dataset.source)}"
-    return Subject(name=run.name, ids=ids, rows_BT=rows_BT, text=rows_BT[0].tolist(), source=name, longest=longest)
+    rows_BT, texts = rows
+    text_ids = rows_BT[0].tolist()
+    return Subject(name=run.name, ids=ids, rows_BT=rows_BT, texts=texts, text=text_ids, source=name, longest=longest)
 
 
-def _subject(folder: Path, model: LanguageModel, tokenizer: Tokenizer, text: str | None) -> Subject:
+def _subject_of_conversations(
+    name: str, model: LanguageModel, dataset: ChatDataset, text: str | None, longest: int
+) -> Subject:
+    """A run on conversations, whose held-out ones are no texts to measure on, with the given text if there is one."""
+    tokenizer = dataset.tokenizer
+    seen = np.unique(np.concatenate([row.tokens.ids for row in dataset.train or dataset.held_out])).tolist()
+    ids = [each for each in seen if each not in (tokenizer.eos_id, *dataset.special_ids)]
+    what = f"It was trained on the conversations of {dataset.path.name}, which are no held-out text"
+    if text is not None:
+        subject = _with_text(name, model, tokenizer, text, ids, longest)
+        return replace(subject, notes=(f"{what}: the given text may be of another kind.", *subject.notes))
+    note = f"{what}, and no text was given (--text, --file): only random repeats were measured."
+    return Subject(name=name, ids=ids, notes=(note,), longest=longest)
+
+
+def _subject(
+    folder: Path, model: LanguageModel, tokenizer: Tokenizer, text: str | None, longest: int | None = None
+) -> Subject:
     """A model without data of its own."""
     name = folder.resolve().name
     if text is not None:
-        return _with_text(name, model, tokenizer, text, _all_ids(tokenizer))
-    return _without_text(
-        name, model, tokenizer, "No text was given (--text, --file): only random repeats were measured."
-    )
+        return _with_text(name, model, tokenizer, text, _all_ids(tokenizer), longest)
+    note = "No text was given (--text, --file): only random repeats were measured."
+    return replace(_without_text(name, model, tokenizer, note), longest=longest)
 
 
 def _without_text(name: str, model: LanguageModel, tokenizer: Tokenizer, note: str) -> Subject:
     return Subject(name=name, ids=_all_ids(tokenizer), notes=(note,))
 
 
-def _with_text(name: str, model: LanguageModel, tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> Subject:
-    """Raises `UsageError` for a text of fewer than two tokens."""
+def _with_text(
+    name: str, model: LanguageModel, tokenizer: Tokenizer, text: str, ids: Sequence[int], longest: int | None = None
+) -> Subject:
+    """The text in rows no longer than those of training. Raises `UsageError` for a text of fewer than two tokens."""
     encoded = tokenizer.encode(text)
     if len(encoded) < 2:
         raise UsageError(f"the text {text[:40]!r} is a single token: two are needed at least")
-    limit = min(LONG, model.config.learned_positions or LONG)
+    limit = min(LONG, longest or LONG, model.config.learned_positions or LONG)
     one = np.array(encoded)
     whole = Split(
         path=Path(name),
@@ -185,8 +211,9 @@ def _with_text(name: str, model: LanguageModel, tokenizer: Tokenizer, text: str,
         byte_counts=np.array([0]),
         vocab_size=tokenizer.vocab_size,
     )
-    rows_BT = rows_of(whole, tokenizer.eos_id, min(limit, len(one) + 1))
-    assert rows_BT is not None
+    rows = rows_of(whole, tokenizer.eos_id, min(limit, len(one) + 1))
+    assert rows is not None
+    rows_BT, texts = rows
     kept = rows_BT.numel() - len(rows_BT)
     notes = (
         [f"Of the text's {len(one):,} tokens {kept:,} were read, in rows of equal length."] if kept < len(one) else []
@@ -196,17 +223,28 @@ def _with_text(name: str, model: LanguageModel, tokenizer: Tokenizer, text: str,
         notes.append(f"The text has only {kept:,} tokens: {figures}.")
     if isinstance(tokenizer, IdTokenizer):
         notes.append("The model came without a tokenizer: its texts are ids.")
-    shown = [tokenizer.eos_id, *encoded][: model.config.learned_positions or None]
-    return Subject(name=name, ids=ids, rows_BT=rows_BT, text=shown, source="the given text", notes=tuple(notes))
+    shown = [tokenizer.eos_id, *encoded][:limit]
+    if len(shown) <= len(encoded) and limit < drawn_tokens(model):
+        notes.append(f"Its first {limit} tokens are drawn: rows of the model are no longer.")
+    return Subject(
+        name=name,
+        ids=ids,
+        rows_BT=rows_BT,
+        texts=texts,
+        text=shown,
+        source="the given text",
+        notes=tuple(notes),
+        longest=longest,
+    )
 
 
 def _all_ids(tokenizer: Tokenizer) -> list[int]:
     return [each for each in range(tokenizer.vocab_size) if each != tokenizer.eos_id]
 
 
-def rows_of(split: Split, start: int, length: int) -> Tensor | None:
+def rows_of(split: Split, start: int, length: int) -> tuple[Tensor, list[int]] | None:
     """Rows (B, T) of T tokens: `start` and T − 1 of a document, the first ones of documents spread over the split
-    first.
+    first; and which document each is of.
 
     T = length, halved while there are fewer than 4 rows and at least 64 tokens stay; at most 64 rows, None without any.
     """
@@ -216,11 +254,13 @@ def rows_of(split: Split, start: int, length: int) -> Tensor | None:
             break
         length //= 2
     rows: list[np.ndarray] = []
+    documents: list[int] = []
     piece = 0
     while len(rows) < MOST_ROWS and len(have := np.flatnonzero(pieces_N > piece)):
         count = min(MOST_ROWS - len(rows), len(have))
-        for document in have[np.arange(count) * len(have) // count]:
+        for document in have[np.arange(count) * len(have) // count].tolist():
             begin = piece * (length - 1)
-            rows.append(np.concatenate(([start], split.document(int(document))[begin : begin + length - 1])))
+            rows.append(np.concatenate(([start], split.document(document)[begin : begin + length - 1])))
+            documents.append(document)
         piece += 1
-    return torch.from_numpy(np.stack(rows).astype(np.int64)) if rows else None
+    return (torch.from_numpy(np.stack(rows).astype(np.int64)), documents) if rows else None

@@ -62,6 +62,8 @@ def main(argv: list[str]) -> int:
         config = read_recipe(str(run_dir / "config.json") if resume else "quickstart", given, new=not resume)
         if config.data.task is not None:
             raise UsageError("quickstart compares a model of texts with gzip; on a task: train toy-mqar --data task:…")
+        if config.data.chat is not None:
+            raise UsageError("quickstart compares a model of texts with gzip; on conversations: sft RUN --data FILE")
         _train(config, given, claim, resume, arguments.verbose)
     return 0
 

@@ -1,10 +1,8 @@
 """Recall: how often a model answers a task's queries, beside the bytes of state that it answers from."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
-from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from swamla.evaluate.held_out import EVALUATION_TOKENS
 from swamla.model.accounting import state_bytes
 from swamla.model.language_model import NO_LABEL, LanguageModel
 from swamla.ops.layout import Layout
+from swamla.shares import independent_trials, wilson
 from swamla.tasks import PREFIX, Task, examples, parse
 
 LOGITS_AT_ONCE = 1024  # queries whose logits are held at the same time
@@ -146,33 +145,6 @@ def right_answers(model: LanguageModel, tokens_BT: Tensor, labels_BT: Tensor, se
     right_BT = torch.zeros_like(asked_BT)
     right_BT[asked_BT] = torch.cat(found) == labels_BT[asked_BT]
     return right_BT
-
-
-def wilson(successes: float, trials: float, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a probability, after `successes` of `trials` independent trials.
-
-    Unlike the interval of a normal distribution it keeps its level near 0 and 1 (Wilson 1927).
-    """
-    share, z = successes / trials, NormalDist().inv_cdf((1 + level) / 2)
-    centre, shrink = share + z * z / (2 * trials), 1 + z * z / trials
-    reach = z * math.sqrt(share * (1 - share) / trials + (z / (2 * trials)) ** 2)
-    # Exact where all or none succeed; rounding would leave 2e-16.
-    return 0.0 if share == 0 else (centre - reach) / shrink, 1.0 if share == 1 else (centre + reach) / shrink
-
-
-def independent_trials(right_B: Sequence[int], queries_B: Sequence[int]) -> float:
-    """The number of independent queries that are as informative as the queries of these rows.
-
-    Queries of a row may be right or wrong together, as after one wrong state. Queries are divided by the design effect
-    (Kish 1965): the variance of the accuracy between rows over that of independent queries, at least 1. Rows that are
-    all right or all wrong do not tell it: then each counts once.
-    """
-    rows, queries, share = len(right_B), sum(queries_B), sum(right_B) / sum(queries_B)
-    if rows == 1 or share in (0, 1):
-        return rows
-    squares = sum((right - share * asked) ** 2 for right, asked in zip(right_B, queries_B, strict=True))
-    between, independent = squares * rows / (rows - 1) / queries**2, share * (1 - share) / queries
-    return queries / max(1.0, between / independent)
 
 
 def steps_to(

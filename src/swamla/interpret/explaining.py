@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from swamla.interpret.context import InContext, behavioural_context, in_context,
 from swamla.interpret.drawn import CLASSES, Text, draw, drawn_tokens, guesses, token_classes
 from swamla.interpret.lens import logit_lens
 from swamla.interpret.patterns import head_patterns
-from swamla.interpret.repeats import Repeats, induction, repeated_rows
+from swamla.interpret.repeats import Repeats, at_another_length, induction, repeated_rows
 from swamla.interpret.routing import load_by_class
 from swamla.interpret.sections import About, Explained, Layer, Lens, Needed, Patterns, Positions, Routing, Shown, Worth
 from swamla.interpret.tracing import layout_of, walk
@@ -25,14 +25,14 @@ from swamla.model.accounting import count_parameters, forward_flops
 from swamla.model.language_model import LanguageModel
 from swamla.version import __version__
 
-REPEAT_LENGTH, REPEAT_ROWS = 50, 64  # tokens of a copy, and rows
+REPEAT_LENGTH, REPEAT_ROWS, FEWEST_ROWS = 50, 64, 8  # tokens of a copy; rows at most and at least
 DRAWN_COPY = 12  # tokens of a copy in the row whose attention is drawn
 SHORT, LONG = 128, 512  # tokens of a row where every head is left out, or every layer reads the logits; at most
 EARLY, LATE, WITHIN = 50, 500, 0.01  # of in-context learning, and of the context that is needed
 PREDICTIONS = 8  # of a row, on which the context that is needed is tried
 COPYING_IDS = 4096
 # FLOPs of the forward passes that a measure may take: it gets fewer rows of a larger model. Together about half a
-# minute of two cores, whatever the model.
+# minute of two cores, whatever the model, but where the fewest rows of repeats take longer.
 _BUDGET = {"repeats": 2e12, "ablation": 6e11, "patterns": 2e11, "lens": 2e11, "position": 4e11, "context": 5e11}
 
 _BOUNDS = (1e-12, 1e-9, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, math.inf)  # of what an explanation may miss
@@ -46,8 +46,9 @@ class Subject:
     """What is explained, and with which texts.
 
     name: the model's, such as its folder's.  ids: from which random rows are drawn.  rows_BT: text to be measured on,
-    in rows that begin with a document's start; None without text.  text: the ids whose attention is drawn, start
-    included; empty without text.  source: where the text is from.  notes: what a reader must know of it.
+    in rows that begin with a document's start; None without text.  texts: which text each row is a piece of, for
+    standard errors; None if each is of its own.  text: the ids whose attention is drawn, start included; empty without
+    text.  source: where the text is from.  notes: what a reader must know of it.
     longest: tokens of the rows that the model was trained on, None if unknown; random repeats are no longer, but have
         nine tokens at least.
     """
@@ -55,6 +56,7 @@ class Subject:
     name: str
     ids: Sequence[int]
     rows_BT: Tensor | None = None
+    texts: Sequence[int] | None = None
     text: Sequence[int] = ()
     source: str = ""
     notes: tuple[str, ...] = ()
@@ -81,6 +83,8 @@ def explained(
     repeats = induction(model, repeated_rows(subject.ids, start, length=length, rows=rows, seed=seed))
     if not math.isfinite(repeats.first_loss + repeats.second_loss):
         raise UsageError(f"{subject.name}: its losses are no finite numbers, so there is nothing to explain")
+    shorter = repeated_rows(subject.ids, start, length=other_length(length), rows=rows, seed=seed)
+    repeats = replace(repeats, other=at_another_length(model, shorter))
     progress("attention of every head", 0.3)
     copy = min(DRAWN_COPY, length)
     row = repeated_rows(subject.ids, start, length=copy, rows=1, seed=seed)[0].tolist()
@@ -90,7 +94,7 @@ def explained(
     if subject.text:
         texts.insert(0, draw(model, tokenizer, subject.text, name=subject.source, note=""))
     layers = _layers(model, texts[0], subject.ids)
-    found = {"repeats": repeats, **_on_text(model, tokenizer, subject.rows_BT, progress)}
+    found = {"repeats": repeats, **_on_text(model, tokenizer, subject, progress)}
     return Explained(
         about=_about(model, subject, row, seed=seed, length=length, rows=rows),
         layers=layers,
@@ -103,7 +107,8 @@ def explained(
 
 
 def repeat_size(model: LanguageModel, n_ids: int, longest: int | None = None) -> tuple[int, int]:
-    """Tokens of a copy and number of rows of random repeats: 50 and 64, fewer for few ids, positions or a large model.
+    """Tokens of a copy and number of rows of random repeats: 50 and 64, fewer for few ids, positions or a large model,
+    which has 8 rows still.
 
     longest: tokens of a row, as far as a copy of four allows.
 
@@ -118,12 +123,18 @@ def repeat_size(model: LanguageModel, n_ids: int, longest: int | None = None) ->
         raise UsageError(f"{n_ids} ids{place}: random repeats need four different ids twice, and 9 positions")
     # Every layer's edges are cut in three ways, and the layers above run again; scores, attribution, losses: five more.
     passes = 5 + 3 * model.config.depth // 2
-    return length, _affordable(model, "repeats", 1 + 2 * length, passes=passes, most=REPEAT_ROWS)
+    rows = _affordable(model, "repeats", 1 + 2 * length, passes=passes, most=REPEAT_ROWS)
+    return length, max(rows, min(FEWEST_ROWS, REPEAT_ROWS))
 
 
-def _on_text(model: LanguageModel, tokenizer: Tokenizer, rows_BT: Tensor | None, progress: Progress) -> dict[str, Any]:
+def other_length(length: int) -> int:
+    """Tokens of a copy in the rows that show whether a model copies by position: about two thirds."""
+    return length - max(1, length // 3)
+
+
+def _on_text(model: LanguageModel, tokenizer: Tokenizer, subject: Subject, progress: Progress) -> dict[str, Any]:
     """The sections that are measured on text; None without one."""
-    names = ("worth", "patterns", "lens", "positions", "learned", "needed", "routing")
+    names, rows_BT = ("worth", "patterns", "lens", "positions", "learned", "needed", "routing"), subject.rows_BT
     if rows_BT is None:
         return dict.fromkeys(names)
     progress("every head and layer left out", 0.35)
@@ -138,9 +149,9 @@ def _on_text(model: LanguageModel, tokenizer: Tokenizer, rows_BT: Tensor | None,
     lens = logit_lens(model, lens_BT)
     progress("the loss by position", 0.76)
     long_BT = _some(model, rows_BT, "position", passes=2)
-    positions, learned = _positions(model, long_BT), _learned(model, long_BT)
+    positions, learned = _positions(model, long_BT), _learned(model, long_BT, subject.texts)
     progress("the context that is needed", 0.84)
-    needed = _needed(model, rows_BT, tokenizer.eos_id)
+    needed = _needed(model, rows_BT, tokenizer.eos_id, subject.texts)
     progress("routers", 0.97)
     routing = load_by_class(model, lens_BT, token_classes(tokenizer, model.config.vocab_size).to(model.device))
     found = (
@@ -176,22 +187,24 @@ def _positions(model: LanguageModel, rows_BT: Tensor) -> Positions:
     return Positions(first=tuple(first), last=tuple(last), loss=loss, tokens=tuple(counts))
 
 
-def _learned(model: LanguageModel, rows_BT: Tensor) -> InContext | None:
+def _learned(model: LanguageModel, rows_BT: Tensor, texts: Sequence[int] | None) -> InContext | None:
     """In-context learning from token 50 to 500, in shorter rows from a tenth of their length; None below 20 tokens."""
     predictions = rows_BT.shape[1] - 1
     if predictions < 20:
         return None
     early = min(EARLY, predictions // 10)
-    return in_context(model, rows_BT, early=early, late=LATE, span=(early + 1) // 2)
+    texts = texts and texts[: len(rows_BT)]
+    return in_context(model, rows_BT, early=early, late=LATE, span=(early + 1) // 2, texts=texts)
 
 
-def _needed(model: LanguageModel, rows_BT: Tensor, start: int) -> Needed | None:
+def _needed(model: LanguageModel, rows_BT: Tensor, start: int, texts: Sequence[int] | None) -> Needed | None:
     """On as many predictions as can be paid for; None below eight tokens."""
     length = rows_BT.shape[1]
     if length < 8:
         return None
     rows_BT = _some(model, rows_BT, "context", passes=PREDICTIONS * math.ceil(math.log2(length)) // 2)
-    found = behavioural_context(model, rows_BT, within=WITHIN, queries=PREDICTIONS, start=start)
+    texts = texts and texts[: len(rows_BT)]
+    found = behavioural_context(model, rows_BT, within=WITHIN, queries=PREDICTIONS, start=start, texts=texts)
     return Needed(predictions=len(rows_BT) * min(PREDICTIONS, length - 1 - length // 2), found=found)
 
 

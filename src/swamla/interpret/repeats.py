@@ -6,6 +6,7 @@ induction heads; a linear mixer with a convolution may copy with a score near 0)
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from swamla.interpret.patterns import edge_scores, edges_between
 from swamla.interpret.tracing import above, in_rows, losses_of
 from swamla.model.block import Block
 from swamla.model.language_model import NO_LABEL, LanguageModel
+from swamla.shares import independent_trials, wilson
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +27,15 @@ class LayerInduction:
 
     previous: mean P of the token before, over all tokens.  duplicate: of the same token in the first copy.
     induction: of the token after that.  hit: share of queries whose largest |weight| is that edge.
-    conv: how many tokens a value mixes by the layer's convolutions, 1 without any.  induction_conv: mean P of the conv
-    tokens after the same token in the first copy, all of whose values have to do with the next one.
+    conv: how many tokens a value mixes by the layer's convolutions, 1 without any, and half a copy at most.
+    induction_conv: mean P of the conv tokens after the same token in the first copy, all of whose values have to do
+    with the next one.  hit_conv: share of queries whose largest |weight| is one of these; empty in results of before it
+    was measured.
     attribution: what the induction edges add to the right logit, of the sum of |what all edges add| (`attribution`).
     cut: rise of the second copy's loss, in nats a token, when exactly the induction edges of all heads are subtracted
     from the layer's output.  cut_conv: when those of all conv tokens are.  control: the same as cut_conv for as many
-    other edges, to the token L // 2 before the query and the conv − 1 after that.
+    other edges, to the token L // 2 before the query and the conv − 1 after that; one nearer where that would be one of
+    the conv.
     """
 
     previous: tuple[float, ...]
@@ -43,6 +48,23 @@ class LayerInduction:
     cut: float
     cut_conv: float
     control: float
+    hit_conv: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Period:
+    """Rows whose copies have another length: a head that copies by position, from as far back as copies are long in
+    the rows of `Repeats`, does not here.
+
+    accuracy, chance, predictions, interval: as in `Repeats`.  hit_conv: of each layer's heads, as in `LayerInduction`.
+    """
+
+    length: int
+    accuracy: float
+    chance: float
+    predictions: int
+    interval: tuple[float, float]
+    hit_conv: tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +72,9 @@ class Repeats:
     """A model on rows [start, r, r]. Losses in nats a token, of the tokens 2 … L of each copy of r.
 
     accuracy: share of the second copy's tokens that have the largest logit.  chance: of guessing among the ids of r.
+    predictions: of how many tokens the accuracy is the share, 0 where that is not known.  interval: its Wilson interval
+    at 95 %, of as many independent predictions as these are worth (`independent_trials`; of accuracies 0 and 1, which
+    do not tell how far rows differ, of all); None where that is not known.  other: copies of another length.
     """
 
     accuracy: float
@@ -57,6 +82,9 @@ class Repeats:
     first_loss: float
     second_loss: float
     layers: tuple[LayerInduction, ...]
+    predictions: int = 0
+    interval: tuple[float, float] | None = None
+    other: Period | None = None
 
 
 def repeated_rows(ids: Sequence[int], start: int | None, *, length: int, rows: int, seed: int = 0) -> Tensor:
@@ -79,14 +107,10 @@ def repeated_rows(ids: Sequence[int], start: int | None, *, length: int, rows: i
 def induction(model: LanguageModel, tokens_BT: Tensor) -> Repeats:
     """Measure a model in evaluation mode on rows of `repeated_rows`. Raises as `walk` does."""
     time, device = tokens_BT.shape[1], tokens_BT.device
-    length = (time - 1) // 2
-    # Tokens of the second copy but the last: what follows each of them stands `length` − 1 tokens before it.
-    query_Q = torch.arange(length + 1, 2 * length, device=device)
+    length, query_Q, widths = _places(model, tokens_BT)
     after_Q, later_T = query_Q - length + 1, torch.arange(2, time, device=device)
     edges = edges_between(time, query_Q, after_Q)
-    # One other token for each query, half as far away: a window that has the induction edges has these, too.
-    others = edges_between(time, query_Q, query_Q - length // 2)
-    widths = [min(conv_width(block), length) for block in model.blocks]
+    others = _others(time, length, query_Q, 1)
     sets = {
         "previous": edges_between(time, later_T, later_T - 1),
         "duplicate": edges_between(time, query_Q, query_Q - length),
@@ -98,18 +122,18 @@ def induction(model: LanguageModel, tokens_BT: Tensor) -> Repeats:
     cuts = cut_effects(model, tokens_BT, {"edges": edges, "others": others})
     for width in set(widths) - {1}:
         wide = [index for index, each in enumerate(widths) if each == width]
-        beside = edges_between(time, query_Q, *(query_Q - length // 2 + i for i in range(width)))
-        both = {"wide": sets[str(width)], "others": beside}
+        both = {"wide": sets[str(width)], "others": _others(time, length, query_Q, width)}
         for index, rises in cut_effects(model, tokens_BT, both, layers=wide).items():
             cuts[index] |= rises
     first, _ = _losses(model, tokens_BT, query_Q - length)
-    second, accuracy = _losses(model, tokens_BT, query_Q)
+    second, right_B = _losses(model, tokens_BT, query_Q)
     layers = tuple(
         LayerInduction(
             previous=score["previous"].share,
             duplicate=score["duplicate"].share,
             induction=score["induction"].share,
             induction_conv=score[str(width)].share,
+            hit_conv=score[str(width)].hit,
             hit=score["induction"].hit,
             attribution=own.score,
             conv=width,
@@ -119,7 +143,58 @@ def induction(model: LanguageModel, tokens_BT: Tensor) -> Repeats:
         )
         for index, (score, own, width) in enumerate(zip(scores, attributed, widths, strict=True))
     )
-    return Repeats(accuracy=accuracy, chance=1 / length, first_loss=first, second_loss=second, layers=layers)
+    return Repeats(
+        **_accuracy(right_B, length),
+        first_loss=first,
+        second_loss=second,
+        layers=layers,
+    )
+
+
+def at_another_length(model: LanguageModel, tokens_BT: Tensor) -> Period:
+    """Accuracy and hit rates alone, on rows of `repeated_rows`. Raises as `walk` does."""
+    length, query_Q, widths = _places(model, tokens_BT)
+    sets = {
+        str(width): edges_between(tokens_BT.shape[1], query_Q, *(query_Q - length + 1 + i for i in range(width)))
+        for width in set(widths)
+    }
+    scores = edge_scores(model, tokens_BT, sets)
+    _, right_B = _losses(model, tokens_BT, query_Q)
+    hit_conv = tuple(score[str(width)].hit for score, width in zip(scores, widths, strict=True))
+    return Period(length=length, **_accuracy(right_B, length), hit_conv=hit_conv)
+
+
+def _places(model: LanguageModel, tokens_BT: Tensor) -> tuple[int, Tensor, list[int]]:
+    """The length of a copy; the tokens of the second one but the last; how many tokens a value mixes in each layer.
+
+    What follows a query stands `length` − 1 tokens before it. Of a value's tokens half a copy counts at most: as many
+    other ones are needed.
+    """
+    length = (tokens_BT.shape[1] - 1) // 2
+    query_Q = torch.arange(length + 1, 2 * length, device=tokens_BT.device)
+    return length, query_Q, [min(conv_width(block), length // 2) for block in model.blocks]
+
+
+def _others(time: int, length: int, query_Q: Tensor, width: int) -> Tensor:
+    """As many edges as those to what followed and the width − 1 tokens after that, none of which is one of these.
+
+    Half as far away, or nearer by one where that meets the last of these: a window that has those has these, too.
+    """
+    back = min(length // 2, length - width - 1)
+    return edges_between(time, query_Q, *(query_Q - back + i for i in range(width)))
+
+
+def _accuracy(right_B: Tensor, length: int) -> dict[str, Any]:
+    """Fields of the accuracy. right_B: how many of the length − 1 predictions of each row are right."""
+    asked_B = [length - 1] * len(right_B)
+    return {"chance": 1 / length, **accuracy_of(right_B.tolist(), asked_B)}
+
+
+def accuracy_of(right_B: Sequence[int], asked_B: Sequence[int]) -> dict[str, Any]:
+    """The accuracy, its number of predictions and its interval, by how many of each row's predictions are right."""
+    right, asked = sum(right_B), sum(asked_B)
+    trials = independent_trials(right_B, asked_B) if len(asked_B) > 1 and 0 < right < asked else asked
+    return {"accuracy": right / asked, "predictions": asked, "interval": wilson(right / asked * trials, trials)}
 
 
 def conv_width(block: Block) -> int:
@@ -130,16 +205,15 @@ def conv_width(block: Block) -> int:
 
 
 @torch.no_grad()
-def _losses(model: LanguageModel, tokens_BT: Tensor, query_Q: Tensor) -> tuple[float, float]:
-    """The mean loss of what follows the queries, and how often it has the largest logit."""
+def _losses(model: LanguageModel, tokens_BT: Tensor, query_Q: Tensor) -> tuple[float, Tensor]:
+    """The mean loss of what follows the queries, and in each row how often it has the largest logit (B,)."""
     labels_BT = torch.full_like(tokens_BT, NO_LABEL)
     labels_BT[:, query_Q] = tokens_BT[:, query_Q + 1]
-    loss = right = 0.0
+    loss, right = 0.0, []
     for rows in in_rows(model, tokens_BT):
         labels = labels_BT[rows.index]
         x_BTD = above(model, -1, model.at_positions(model.embed(rows.tokens_BT), rows.seq), rows)
         loss += losses_of(model, x_BTD, labels).sum().item()
         best_BQ = model.logits(model.head_input(x_BTD[:, query_Q])).argmax(dim=-1)
-        right += (best_BQ == labels[:, query_Q]).sum().item()
-    count = tokens_BT.shape[0] * len(query_Q)
-    return loss / count, right / count
+        right.append((best_BQ == labels[:, query_Q]).sum(dim=1))
+    return loss / (tokens_BT.shape[0] * len(query_Q)), torch.cat(right)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from swamla.interpret.context import InContext
-from swamla.interpret.repeats import Repeats
+from swamla.interpret.repeats import LayerInduction, Repeats
 from swamla.interpret.sections import Lens, Needed, Patterns, Positions, Routing, Verdict, Worth
 
 ACCURACY = 0.5  # from here a model copies
@@ -52,30 +52,70 @@ def verdicts(
 def inducing_heads(repeats: Repeats) -> list[tuple[int, int]]:
     """(layer, head) where hit rate and cut agree: it looks where induction looks, and the layer's edges are needed.
 
-    Where values mix several tokens by a convolution, the share of |weight| on all of them counts as well as the hit
-    rate, and the cut is that of all their edges.
+    Where values mix several tokens by a convolution, a hit is one on any of them, and the cut is that of all their
+    edges. With copies of another length the head must look there, too.
     """
-    return [
-        (index, head)
-        for index, layer in enumerate(repeats.layers)
-        if layer.cut_conv >= CUT and abs(layer.control) <= CONTROL * layer.cut_conv
-        for head, (hit, share) in enumerate(zip(layer.hit, layer.induction_conv, strict=True))
-        if hit >= HIT or (layer.conv > 1 and share >= HIT)
-    ]
+    found = []
+    for index, layer in enumerate(repeats.layers):
+        rates = [_looking(layer)] + ([] if repeats.other is None else [repeats.other.hit_conv[index]])
+        if layer.cut_conv >= CUT and abs(layer.control) <= CONTROL * layer.cut_conv:
+            found += [(index, head) for head, hits in enumerate(zip(*rates, strict=True)) if min(hits) >= HIT]
+    return found
+
+
+def _looking(layer: LayerInduction) -> Sequence[float]:
+    """How often each head looks where induction looks; in results that have no such rate of convolved values, the
+    share of |weight| there.
+    """
+    if layer.hit_conv:
+        return layer.hit_conv
+    return [max(each) for each in zip(layer.hit, layer.induction_conv, strict=True)] if layer.conv > 1 else layer.hit
 
 
 def induction_verdict(repeats: Repeats) -> Verdict:
-    """Whether the model copies what followed before, and which heads do it: only where the three measures agree."""
+    """Whether the model copies what followed before, and which heads do it: only where the three measures agree.
+
+    With copies of either length, where two were measured; unsettled where an interval of the accuracy has a threshold
+    within.
+    """
     question, heads = "Does it do induction?", inducing_heads(repeats)
+    parts = [repeats] + ([] if repeats.other is None else [repeats.other])
+    ends = [each.interval or (each.accuracy, each.accuracy) for each in parts]
+    floors = [max(NO_ACCURACY, GUESSING * each.chance) for each in parts]
+    copies = _surely([low >= ACCURACY for low, _ in ends], [high < ACCURACY for _, high in ends])
+    nothing = _surely(
+        [high < floor for (_, high), floor in zip(ends, floors, strict=True)],
+        [low >= floor for (low, _), floor in zip(ends, floors, strict=True)],
+    )
     losses = f"second copy {repeats.second_loss:.2f} against {repeats.first_loss:.2f} nats"
-    figures = f"accuracy {_share(repeats.accuracy)}, {losses}"
+    figures = f"{_accuracy_in_words(repeats)}, {losses}"
     who = _heads_in_words(repeats, heads) or "No head's hit rate and cut agree, so none is said to do it."
-    if repeats.accuracy < max(NO_ACCURACY, GUESSING * repeats.chance) and not heads:
+    if nothing and not heads:
         return Verdict(question=question, answer="no", short="no", text=f"No induction: {figures}.")
-    if repeats.accuracy >= ACCURACY and heads:
+    if copies and heads:
         return Verdict(question=question, answer="yes", short="yes", text=f"Induction: {figures}. {who}")
-    what = "It copies" if repeats.accuracy >= ACCURACY else "In part"
+    if (copies if heads else nothing) is None:
+        text = f"Unsettled, too few rows to tell: {figures}. {who}"
+        return Verdict(question=question, answer="partly", short="unsettled", text=text)
+    one_only = any(low >= ACCURACY for low, _ in ends) and any(high < ACCURACY for _, high in ends)
+    what = "With copies of one length only" if one_only else "It copies" if copies else "In part"
     return Verdict(question=question, answer="partly", short="partly", text=f"{what}: {figures}. {who}")
+
+
+def _surely(all_of: Sequence[bool], any_of: Sequence[bool]) -> bool | None:
+    """True where each holds, False where one surely does not, None where it cannot be told."""
+    return True if all(all_of) else False if any(any_of) else None
+
+
+def _accuracy_in_words(repeats: Repeats) -> str:
+    text = f"accuracy {_share(repeats.accuracy)}"
+    if repeats.interval is not None:
+        low, high = map(_share, repeats.interval)
+        text += f" (95 % interval {low} to {high}, over {_count(repeats.predictions, 'prediction')})"
+    if repeats.other is not None:
+        low, high = map(_share, repeats.other.interval)
+        text += f", {_share(repeats.other.accuracy)} ({low} to {high}) with copies of {repeats.other.length} tokens"
+    return text
 
 
 def _heads_in_words(repeats: Repeats, heads: Sequence[tuple[int, int]]) -> str:
@@ -84,6 +124,9 @@ def _heads_in_words(repeats: Repeats, heads: Sequence[tuple[int, int]]) -> str:
         layer = repeats.layers[index]
         own = [head for found, head in heads if found == index]
         hits = ", ".join(_share(layer.hit[head]) for head in own)
+        if layer.conv > 1:
+            looking = _looking(layer)
+            hits += f"; on the {layer.conv} tokens of a value {', '.join(_share(looking[head]) for head in own)}"
         parts.append(
             f"layer {index}, head{'s' * (len(own) > 1)} {', '.join(map(str, own))} (hit {hits}; without its induction "
             f"edges +{layer.cut_conv:.2f} nats, without as many others {_signed(layer.control)})"
@@ -156,8 +199,11 @@ def learned_verdict(learned: InContext) -> Verdict:
         f"The loss of tokens {late} minus that of tokens {early} is {_signed(learned.score)} nats{spread}, over "
         f"{_count(learned.documents, 'row')}"
     )
+    if learned.texts < learned.documents:
+        alone = ", taken as independent" if learned.texts == 1 else ""
+        text += f" of {_count(learned.texts, 'text')}{alone}"
     if learned.late < learned.asked:
-        text += f"; the text has no rows of {learned.asked}"
+        text += f"; there are no rows of {learned.asked}"
     question = "Does it learn in context?"
     if known and learned.score <= LEARNED and learned.score <= -ERRORS * learned.error:
         return Verdict(question=question, answer="yes", short="yes", text=f"{text}.")
@@ -167,16 +213,20 @@ def learned_verdict(learned: InContext) -> Verdict:
 
 
 def needed_verdict(needed: Needed) -> Verdict:
-    """How many last tokens are as good as all."""
+    """How many last tokens are as good as all, if the difference is known as well as that."""
     found = needed.found
     if found.tokens >= found.longest:
         text = f"Fewer than all {found.longest} tokens cost {found.within} nats or more"
     else:
         last = _count(found.tokens, "token")
         text = f"With the last {last} only, the loss is within {found.within} nats of that with all {found.longest}"
-    text += f" ({found.loss:.2f} nats, over {_count(needed.predictions, 'prediction')})."
-    short = _count(found.tokens, "token")
-    return Verdict(question="How much context does it need?", answer="figure", short=short, text=text)
+    question, short = "How much context does it need?", _count(found.tokens, "token")
+    known = math.isfinite(found.error)
+    error = f"± {found.error:.1g}, one standard error" if known else "of a single row, so without an error"
+    text += f" (the difference {error}; {found.loss:.2f} nats, over {_count(needed.predictions, 'prediction')})"
+    if known and found.error <= found.within:
+        return Verdict(question=question, answer="figure", short=short, text=f"{text}.")
+    return Verdict(question=question, answer="partly", short="unsettled", text=f"{text}: too few to tell.")
 
 
 def routing_verdict(routing: Routing) -> Verdict:

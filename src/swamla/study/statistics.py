@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from swamla.errors import MissingBackendError, require
-from swamla.evaluate.recall_grid import wilson as score_interval
+from swamla.shares import wilson as score_interval
 
 LEVEL = 0.95
 POWER = 0.8  # with which the number of seeds that a verdict needs is estimated

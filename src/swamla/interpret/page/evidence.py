@@ -22,14 +22,16 @@ def _induction(data: Data) -> Section:
         Map("previous", "previous token", "share of |weight|"),
     ]
     if convolved:
-        maps.insert(3, Map("induction_conv", "induction, convolved", "share of |weight|"))
+        maps.insert(1, Map("hit_conv", "hit rate, convolved", "share of queries"))
+        maps.insert(4, Map("induction_conv", "induction, convolved", "share of |weight|"))
     lead = (
         "A random row is repeated: what followed a token before follows it again. A head that looks there, and is "
         "needed for it, does induction. A pattern alone deceives, so accuracy, hit rate and cut must agree."
     )
     losses = (
-        f"<p>Accuracy on the second copy: <b>{number(repeats['accuracy'])}</b>, of a guess among the row's ids "
-        f"{number(repeats['chance'])}. Loss on the first copy "
+        f"<p>Accuracy on the second copy: <b>{number(repeats['accuracy'])}</b>, over {repeats['predictions']:,} "
+        f"predictions; of a guess among the row's ids {number(repeats['chance'])}. "
+        f"{_with_copies_of_another_length(data)}Loss on the first copy "
         f"<b>{repeats['first_loss']:.2f}</b>, on the second <b>{repeats['second_loss']:.2f}</b> nats a token.</p>"
     )
     carried = " Convolved: on that token and the next ones, into which a convolution carries it." if convolved else ""
@@ -42,6 +44,13 @@ def _induction(data: Data) -> Section:
     )
     body = losses + _cuts(data, convolved=convolved) + map_figure(data, "repeats", maps, caption)
     return "Induction, on random repeats", lead, body
+
+
+def _with_copies_of_another_length(data: Data) -> str:
+    other = data["repeats"]["other"]
+    best = number(max(max(layer) for layer in other["hit_conv"]))
+    accuracy, length = number(other["accuracy"]), other["length"]
+    return f"With copies of {length} tokens accuracy {accuracy}, the best head's hit rate there {best}. "
 
 
 def _cuts(data: Data, *, convolved: bool) -> str:
@@ -233,7 +242,7 @@ def _context(data: Data) -> Section | None:
         right = line_chart(lines, x_label="last tokens that are read", y_label="loss, nats a token", logarithmic=True)
         told = (
             f"Loss when only the last tokens are read, over {needed['predictions']} predictions; dashed: all "
-            f"{found['longest']} tokens. {found['tokens']} are within {found['within']} nats of it."
+            f"{found['longest']} tokens. {found['tokens']} are within {found['within']} nats of it, as measured."
         )
         figures += f"<figure>{right}<figcaption>{told}</figcaption></figure>"
     lead = (

@@ -19,7 +19,7 @@ from swamla.interpret.attributing import attribution
 from swamla.interpret.drawn import draw
 from swamla.interpret.explaining import REPEAT_ROWS, repeat_size
 from swamla.interpret.patterns import edge_scores, edges_between
-from swamla.interpret.repeats import LayerInduction, Repeats, conv_width, induction, repeated_rows
+from swamla.interpret.repeats import LayerInduction, Repeats, accuracy_of, conv_width, induction, repeated_rows
 from swamla.interpret.sections import as_plain
 from swamla.interpret.verdicts import ACCURACY, CONTROL, CUT, HIT, inducing_heads, induction_verdict
 from swamla.model.language_model import NO_LABEL, LanguageModel
@@ -129,13 +129,14 @@ def induction_on_task(model: LanguageModel, rows: Examples) -> Repeats:
     scores = edge_scores(model, tokens_BT, edges)
     attributed = attribution(model, tokens_BT, edges["induction"], labels_BT)
     cuts = cut_effects(model, tokens_BT, {"induction": edges["induction"], "other": other}, labels_BT)
-    first, second, accuracy = _losses(model, rows)
+    first, second, right_B, asked_B = _losses(model, rows)
     layers = tuple(
         LayerInduction(
             previous=score["previous"].share,
             duplicate=score["duplicate"].share,
             induction=score["induction"].share,
             induction_conv=score["induction"].share,
+            hit_conv=score["induction"].hit,
             hit=score["induction"].hit,
             attribution=own.score,
             conv=conv_width(block),
@@ -147,7 +148,8 @@ def induction_on_task(model: LanguageModel, rows: Examples) -> Repeats:
     )
     later = zip(tokens_BT.tolist(), again(rows).tolist(), strict=True)
     chance = sum(1 / len({*tokens[first:]}) for tokens, first in later) / len(tokens_BT)
-    return Repeats(accuracy=accuracy, chance=chance, first_loss=first, second_loss=second, layers=layers)
+    answered = accuracy_of(right_B.tolist(), asked_B.tolist())
+    return Repeats(**answered, chance=chance, first_loss=first, second_loss=second, layers=layers)
 
 
 @torch.no_grad()
@@ -174,8 +176,10 @@ def induction_behind(model: LanguageModel, rows: Examples) -> Behind:
     return max(found, key=lambda each: each.cut)
 
 
-def _losses(model: LanguageModel, rows: Examples) -> tuple[float, float, float]:
-    """Nats a token before the first that comes again and at the queries; the share of queries answered rightly."""
+def _losses(model: LanguageModel, rows: Examples) -> tuple[float, float, Tensor, Tensor]:
+    """Nats a token before the first that comes again and at the queries; of each row how many queries are answered
+    rightly and how many there are, (B,).
+    """
     tokens_BT, labels_BT = rows.tokens_BT, rows.labels_BT
     logits_BTV = model(tokens_BT)
     before_BT = torch.arange(tokens_BT.shape[1]) < again(rows)[:, None] - 1
@@ -186,8 +190,8 @@ def _losses(model: LanguageModel, rows: Examples) -> tuple[float, float, float]:
         for each in (first_BT, labels_BT)
     )
     asked_BT = labels_BT != NO_LABEL
-    right = (logits_BTV.argmax(dim=-1) == labels_BT)[asked_BT]
-    return first, second, right.double().mean().item()
+    right_BT = (logits_BTV.argmax(dim=-1) == labels_BT) & asked_BT
+    return first, second, right_BT.sum(dim=1), asked_BT.sum(dim=1)
 
 
 def measure(folder: Path, outcome: Outcome, task: Task, text: Dataset) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The arms of the study: three mixers, equal in all else, in three experiments.
+"""The arms of the study: three mixers, equal in all else, in four experiments.
 
 Random repeats have no text: two layers of attention alone, as in the recipe toy-induction, are asked, after a token,
 what followed it before. They are trained three times, with a short, a long and a very long budget, since whether a head

@@ -28,16 +28,22 @@ STATES = {
     "some": "Some seeds only have such heads in",
     "behind": "It holds to the letter only, as the heads that answer read right behind what followed before, for",
     "untold": "It cannot be told, as no run of mha has such heads either, for",
+    "alone": "It cannot be told, as no run of mha finished, for",
+    "unfinished": "No run finished of",
 }
 
 
 def _state(own: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
     """What is found of a mixer in a budget, one of `STATES`."""
+    if not own["seeds"]:
+        return "unfinished"
     if own["grown"]:
         return "all" if own["grown"] == len(own["seeds"]) else "some"
     if any(own["late"]):
         return "behind"
-    return "none" if own["seeds"] and reference["grown"] else "untold"
+    if not reference["seeds"]:
+        return "alone"
+    return "none" if reference["grown"] else "untold"
 
 
 def _claim(data: Mapping[str, Any], repeats: Rows) -> Verdict:
@@ -66,7 +72,8 @@ def _grown(data: Mapping[str, Any], experiment: Mapping[str, Any], mixer: str) -
     own, reference = (data["found"][experiment["slug"]][each] for each in (mixer, REFERENCE))
     count, seeds, late = own["grown"], len(own["seeds"]), sum(own["late"])
     question = f"Heads in {mixer}, {experiment['steps']} steps?"
-    if not seeds:
+    state = _state(own, reference)
+    if state == "unfinished":
         return Verdict(question=question, answer="figure", short="no run", text="No run of it finished.")
     compared = next(each for each in data["comparisons"][experiment["slug"]] if each["mixer"] == mixer)
     behind = f" In {late} of {seeds} seeds heads answer that read right behind what followed before." if late else ""
@@ -81,8 +88,9 @@ def _grown(data: Mapping[str, Any], experiment: Mapping[str, Any], mixer: str) -
         "behind": ("partly", "read behind"),
         "none": ("no", "no"),
         "untold": ("figure", "nor has mha"),
+        "alone": ("figure", "no run of mha"),
     }
-    answer, short = answers[_state(own, reference)]
+    answer, short = answers[state]
     return Verdict(question=question, answer=answer, short=short, text=text)
 
 
