@@ -51,6 +51,15 @@ SHORTER = Period(
 )
 
 
+@pytest.mark.parametrize(
+    ("share", "told"),
+    [(0.0, "0"), (0.0012, ".001"), (0.00004, "4e-05"), (0.04, ".04"), (0.99, ".99"), (0.9988, ".9988"), (1.0, "1")],
+)
+def test_a_bound_of_an_interval_is_0_or_1_only_where_it_is(share: float, told: str) -> None:
+    assert rules._bound(share) == told
+    assert rules._bound(0.99999) == ".9999"
+
+
 def test_a_head_does_induction_where_accuracy_hit_rate_and_cut_agree() -> None:
     found = induction_verdict(REPEATS)
     assert (found.answer, inducing_heads(REPEATS)) == ("yes", [(1, 0)])

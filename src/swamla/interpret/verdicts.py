@@ -110,10 +110,10 @@ def _surely(all_of: Sequence[bool], any_of: Sequence[bool]) -> bool | None:
 def _accuracy_in_words(repeats: Repeats) -> str:
     text = f"accuracy {_share(repeats.accuracy)}"
     if repeats.interval is not None:
-        low, high = map(_share, repeats.interval)
+        low, high = map(_bound, repeats.interval)
         text += f" (95 % interval {low} to {high}, over {_count(repeats.predictions, 'prediction')})"
     if repeats.other is not None:
-        low, high = map(_share, repeats.other.interval)
+        low, high = map(_bound, repeats.other.interval)
         text += f", {_share(repeats.other.accuracy)} ({low} to {high}) with copies of {repeats.other.length} tokens"
     return text
 
@@ -132,6 +132,15 @@ def _heads_in_words(repeats: Repeats, heads: Sequence[tuple[int, int]]) -> str:
             f"edges +{layer.cut_conv:.2f} nats, without as many others {_signed(layer.control)})"
         )
     return f"Hit rate and cut agree in {'; '.join(parts)}." if parts else ""
+
+
+def _bound(share: float) -> str:
+    """A bound of an interval, with digits enough near 0 and 1, where a rounded one would say that it is certain."""
+    if 0 < share < 0.005:
+        return f"{share:.1g}".removeprefix("0")
+    if 0.995 <= share < 1:
+        return f"{min(share, 0.9999):.4f}".removeprefix("0")
+    return _share(share)
 
 
 def _share(value: float) -> str:
