@@ -1,8 +1,12 @@
 """`swamla compare`: plan, runs and verdict by one command, which goes on where it was stopped."""
 
 import json
+import multiprocessing
+import os
 import re
+import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,8 +21,10 @@ from swamla.model.accounting import state_bytes
 from swamla.study import running
 from swamla.study.evidence import read_measured
 from swamla.study.folder import opened, read_outcomes, read_tests
-from swamla.study.plan import Asked
+from swamla.study.plan import Asked, Study
 from swamla.tasks import parse
+from tests.study.helpers import FakeRun, study_of
+from tests.waiting import PATIENCE
 
 RECIPE = """
 [model]
@@ -287,6 +293,69 @@ def test_what_cannot_be_compared_is_refused_in_one_line_before_anything_is_train
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("swamla: error: ")]
     assert says in line
     assert not Here.started
+
+
+def test_parts_that_are_started_together_on_a_fresh_folder_plan_it_once_and_share_its_runs(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = multiprocessing.get_context("fork").Barrier(2)
+    looks: list[None] = []
+
+    def first_look_together(folder: Path, asked: Asked | None = None) -> Study | None:
+        found = opened(folder, asked)
+        if not looks:
+            looks.append(None)
+            assert found is None
+            together.wait(timeout=PATIENCE)
+        return found
+
+    def planned(asked: Asked, *_: object) -> tuple[Study, None]:
+        with (home / "plans").open("a") as out:
+            out.write("planned\n")
+        time.sleep(0.2)  # the other one waits meanwhile
+        return replace(study_of(*asked.arms, rates="recipe"), asked=asked), None
+
+    monkeypatch.setattr(compare, "opened", first_look_together)
+    monkeypatch.setattr(compare, "_planned", planned)
+    monkeypatch.setattr(compare, "_data_of", lambda *_: None)
+    monkeypatch.setattr(compare, "score_tests", lambda *_: [])
+    monkeypatch.setattr(compare, "measure", lambda *_: None)
+    monkeypatch.setattr(compare, "_write", lambda *_: None)
+    monkeypatch.setattr(running, "start", FakeRun)
+    monkeypatch.setattr(running, "WAIT", 0.01)
+    line = [
+        "compare",
+        "mha",
+        "gdn",
+        "--recipe",
+        "tiny.toml",
+        "--rates",
+        "recipe",
+        "--seeds",
+        "2",
+        "--output_dir",
+        "new",
+    ]
+    children = []
+    for part in ("1/2", "2/2"):
+        if not (child := os.fork()):
+            try:
+                os._exit(main([*line, "--part", part]))
+            finally:
+                os._exit(70)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    assert (home / "plans").read_text() == "planned\n"
+    assert len(read_outcomes(home / "new")) == 4
+
+
+def test_a_plan_that_is_refused_leaves_nothing_and_what_was_there(home: Path) -> None:
+    assert main(["compare", "mha", "gnd", "--recipe", "tiny.toml", "--output_dir", "new"]) == 2
+    assert not (home / "new").exists()
+    (home / "mine").mkdir()
+    (home / "mine" / "thesis.tex").write_text("")
+    assert main(["compare", "mha", "gnd", "--recipe", "tiny.toml", "--output_dir", "mine"]) == 2
+    assert [path.name for path in (home / "mine").iterdir()] == ["thesis.tex"]
 
 
 def test_a_study_that_has_run_is_not_replaced_by_another(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

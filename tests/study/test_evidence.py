@@ -107,6 +107,16 @@ def test_curves_are_means_over_spans_and_differences_are_paired_by_seed(
     assert peak_memory(tmp_path, outcomes) == {"mha": 9}
 
 
+def test_a_rest_of_steps_that_fills_no_span_is_no_point_of_a_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swamla.study.evidence.POINTS", 3)  # of 20 steps: spans of seven, and a rest of six
+    write_metrics(tmp_path, "mha-lr0.01-seed1", [float(at) for at in range(1, 21)])
+    (found,) = curves(tmp_path, study_of(), {"mha-lr0.01-seed1": outcome("mha", 1)})
+    assert found.tokens == [3.5 * 128, 10.5 * 128]
+    assert found.loss[0] == [4.0, 11.0], "the mean step of a span, whose middle is half a step before it"
+
+
 def test_caches_are_those_of_the_accounting_and_end_where_positions_do() -> None:
     study = study_of()
     short = replace(study.arms[1].config.model, learned_positions=256)

@@ -153,6 +153,11 @@ def test_how_fast_each_arm_writes_is_beside_its_steps_and_of_an_older_folder_lef
     assert "decoding" not in old.as_dict()["evidence"]
 
 
+def test_the_time_of_a_run_that_was_resumed_is_said_as_it_is_counted(page: str) -> None:
+    # tests/study/test_kill.py: `wall` has the seconds of the training that it went on from
+    assert "one that was stopped and resumed counts the training that it went on from, too." in page
+
+
 def test_without_a_search_nothing_is_said_of_sensitivity() -> None:
     page = report_html(results_of(rates="recipe", page=True))
     assert "how sensitive it is to it was not measured" in page

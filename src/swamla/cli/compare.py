@@ -32,15 +32,15 @@ from swamla.data.dataset import TrainingData
 from swamla.data.preparing import Part
 from swamla.data.task_rows import TaskDataset
 from swamla.data.units import available_cores
-from swamla.errors import ConfigError, DataError, UsageError, require
+from swamla.errors import ConfigError, UsageError, require
 from swamla.recipes import ALIASES, recipe_names
 from swamla.studies import study_names, study_path
 from swamla.study.evidence import Evidence, measure, with_closing
-from swamla.study.folder import begin, opened, read_outcomes, read_tests
+from swamla.study.folder import begin, opened, planning, read_outcomes, read_tests
 from swamla.study.page.report import REPORT, write_report
 from swamla.study.plan import Asked, Study, median_steps, resolve_study, slug_of
 from swamla.study.results import Results
-from swamla.study.running import beside, executor_of, run_study, with_start
+from swamla.study.running import beside, executor_of, require_planned, run_study, with_start
 from swamla.study.runs import Outcome, command, describe, duration, predict, ready
 from swamla.study.scoring import score_tests
 from swamla.study.statistics import scipy_stats
@@ -130,13 +130,7 @@ def main(argv: list[str]) -> int:
     asked, name = _asked(arguments, given)
     folder = checked(arguments.output_dir) if arguments.output_dir else Path("studies") / name
     console = Console()
-    study = opened(folder, asked)
-    if study is None:
-        study, dataset = _planned(asked, arguments.jobs, console, argv)
-        begin(folder, study)
-    else:
-        dataset = _data_of(study, console)
-        say(console, f"going on with the study in {folder}")
+    study, dataset = _study_in(folder, asked, arguments.jobs, console, argv)
     jobs = arguments.jobs or _free_jobs(study.arms[0].config, study.asked)
     say_rows(console, describe(study, folder, read_outcomes(folder), jobs))
     if arguments.plan:
@@ -224,6 +218,23 @@ def _asked(arguments: Arguments, given: Mapping[str, Any]) -> tuple[Asked, str]:
     return from_plain(Asked, plain, origin=origin), name
 
 
+def _study_in(
+    folder: Path, asked: Asked, jobs: int, console: Console, argv: Sequence[str]
+) -> tuple[Study, TrainingData]:
+    """The study in a folder, planned and written if there is none yet, and its data."""
+    study = opened(folder, asked)
+    if study is None:
+        with planning(folder):
+            study = opened(folder, asked)  # which another process may have planned meanwhile
+            if study is None:
+                study, dataset = _planned(asked, jobs, console, argv)
+                begin(folder, study)
+                return study, dataset
+    dataset = _data_of(study, console)
+    say(console, f"going on with the study in {folder}")
+    return study, dataset
+
+
 def _planned(asked: Asked, jobs: int, console: Console, argv: Sequence[str]) -> tuple[Study, TrainingData]:
     """The study, resolved; its data is prepared and described, and steps of all arms are timed, beside other runs."""
     configs = {arm: config_of(asked, arm) for arm in asked.arms}
@@ -286,11 +297,7 @@ def _read(config: DataConfig, console: Console) -> TrainingData:
 def _data_of(study: Study, console: Console) -> TrainingData:
     """The data of a study that goes on. Raises `DataError` if it is not what it was planned with."""
     dataset = _read(study.arms[0].config.data, console)
-    if dataset.fingerprint != study.data["fingerprint"]:
-        raise DataError(
-            f"{study.data['source']}: the data changed since the study was planned (fingerprint "
-            f"{dataset.fingerprint[:12]}, then {study.data['fingerprint'][:12]}): restore it, or begin another study"
-        )
+    require_planned(study, dataset)
     return dataset
 
 

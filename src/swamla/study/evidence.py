@@ -250,7 +250,8 @@ def curves(folder: Path, study: Study, outcomes: Mapping[str, Outcome]) -> list[
     for one in outcomes.values():
         file = run_folder(folder, one.run) / "metrics.jsonl"
         if one.purpose == "seed" and one.status == "finished" and file.exists():
-            found.setdefault(one.arm, {})[one.seed] = _means(read_metrics(file), span)
+            whole = max(1, study.arm(one.arm).steps // span)  # a rest of a span is noisier, and no span
+            found.setdefault(one.arm, {})[one.seed] = _means(read_metrics(file), span)[:whole]
     drawn = []
     for arm in study.arms:
         first = study.reference_of(arm)
@@ -261,11 +262,11 @@ def curves(folder: Path, study: Study, outcomes: Mapping[str, Outcome]) -> list[
         paired = [seed for seed in own if seed in others] if arm is not first else []
         both = min([count, *(len(others[seed]) for seed in paired)])
         apart = [[own[seed][at] - others[seed][at] for at in range(both)] for seed in paired]
-        a_step = arm.config.train.batch_size * arm.config.train.block_size
+        a_span = min(span, arm.steps) * arm.config.train.batch_size * arm.config.train.block_size
         drawn.append(
             Curves(
                 arm=arm.name,
-                tokens=[(at + 0.5) * span * a_step for at in range(count)],
+                tokens=[(at + 0.5) * a_span for at in range(count)],
                 loss=_spread([losses[:count] for losses in own.values()]),
                 difference=_spread(apart),
             )

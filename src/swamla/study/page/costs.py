@@ -79,7 +79,7 @@ def time_taken(results: Results) -> Section | None:
     meaning = (
         "Planned: timed before the study. At the end: steps of all arms in turns, so that a machine whose speed "
         "drifts is the same to all. Runs took as long as the process that ended them; one that was stopped and "
-        "resumed counts its last part."
+        "resumed counts the training that it went on from, too."
     )
     times = f", {took / predicted:.2f} times as long" if predicted else ""
     total = f"All runs, one after the other: predicted {duration(predicted)}, took {duration(took)}{times}."
