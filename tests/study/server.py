@@ -1,7 +1,7 @@
 """Works on studies whose runs are real, each a fork: `swamla train` without another start of torch.
 
 Reads lines "STUDY score" or "STUDY ARM"; for each it forks a process that works on the study, and prints its number
-and, when it has ended, its exit status. Runs of the ARM stand still at their tenth step, until they are woken or killed:
+and, when it has ended, its exit status. Runs of the ARM stand still at their tenth step until they are woken or killed:
 however slow the machine is, none has ended before.
 """
 
