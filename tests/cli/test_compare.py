@@ -1,12 +1,8 @@
 """`swamla compare`: plan, runs and verdict by one command, which goes on where it was stopped."""
 
 import json
-import multiprocessing
-import os
 import re
-import time
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,10 +17,8 @@ from swamla.model.accounting import state_bytes
 from swamla.study import running
 from swamla.study.evidence import read_measured
 from swamla.study.folder import opened, read_outcomes, read_tests
-from swamla.study.plan import Asked, Study
+from swamla.study.plan import Asked
 from swamla.tasks import parse
-from tests.study.helpers import FakeRun, study_of
-from tests.waiting import PATIENCE
 
 RECIPE = """
 [model]
@@ -281,6 +275,13 @@ def test_flags_win_over_the_file(home: Path) -> None:
         (["study.toml", "--report", "--seeds", "3"], "--report takes the study's folder, or its file, alone: leave"),
         (["study.toml", "--executor", "k8s", "--parts", "2"], "must be one of local, slurm, ray"),
         (
+            ["study.toml", "--executor", "local", "--parts", "2", "--part", "1/2"],
+            "--part does nothing beside --executor",
+        ),
+        (["study.toml", "--executor", "local", "--parts", "2", "--jobs", "2"], "--jobs does nothing beside --executor"),
+        (["study.toml", "--parts", "2"], "--parts does nothing without --executor: leave it out"),
+        (["study.toml", "--executor_options", "a=b"], "--executor_options does nothing without --executor"),
+        (
             ["mha", "gdn", "--recipe", "tiny.toml", "--match", "state", "--flags", "--ffn none"],
             "arm 'gdn': cannot have",
         ),
@@ -293,60 +294,6 @@ def test_what_cannot_be_compared_is_refused_in_one_line_before_anything_is_train
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("swamla: error: ")]
     assert says in line
     assert not Here.started
-
-
-def test_parts_that_are_started_together_on_a_fresh_folder_plan_it_once_and_share_its_runs(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    together = multiprocessing.get_context("fork").Barrier(2)
-    looks: list[None] = []
-
-    def first_look_together(folder: Path, asked: Asked | None = None) -> Study | None:
-        found = opened(folder, asked)
-        if not looks:
-            looks.append(None)
-            assert found is None
-            together.wait(timeout=PATIENCE)
-        return found
-
-    def planned(asked: Asked, *_: object) -> tuple[Study, None]:
-        with (home / "plans").open("a") as out:
-            out.write("planned\n")
-        time.sleep(0.2)  # the other one waits meanwhile
-        return replace(study_of(*asked.arms, rates="recipe"), asked=asked), None
-
-    monkeypatch.setattr(compare, "opened", first_look_together)
-    monkeypatch.setattr(compare, "_planned", planned)
-    monkeypatch.setattr(compare, "_data_of", lambda *_: None)
-    monkeypatch.setattr(compare, "score_tests", lambda *_: [])
-    monkeypatch.setattr(compare, "measure", lambda *_: None)
-    monkeypatch.setattr(compare, "_write", lambda *_: None)
-    monkeypatch.setattr(running, "start", FakeRun)
-    monkeypatch.setattr(running, "WAIT", 0.01)
-    line = [
-        "compare",
-        "mha",
-        "gdn",
-        "--recipe",
-        "tiny.toml",
-        "--rates",
-        "recipe",
-        "--seeds",
-        "2",
-        "--output_dir",
-        "new",
-    ]
-    children = []
-    for part in ("1/2", "2/2"):
-        if not (child := os.fork()):
-            try:
-                os._exit(main([*line, "--part", part]))
-            finally:
-                os._exit(70)
-        children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
-    assert (home / "plans").read_text() == "planned\n"
-    assert len(read_outcomes(home / "new")) == 4
 
 
 def test_a_plan_that_is_refused_leaves_nothing_and_what_was_there(home: Path) -> None:

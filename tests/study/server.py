@@ -1,13 +1,13 @@
 """Works on studies whose runs are real, each a fork: `swamla train` without another start of torch.
 
 Reads lines "STUDY score" or "STUDY ARM"; for each it forks a process that works on the study, and prints its number
-and, when it has ended, its exit status. Runs of the ARM stand still at their tenth step until they are woken or killed:
-however slow the machine is, none has ended before.
+and, when it has ended, its exit status. Runs of the ARM stand still at their tenth step until the study's folder has a
+file "go": however slow the machine is, none has ended before it is to.
 """
 
 import os
-import signal
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -26,14 +26,14 @@ from swamla.train import loop
 class Forked:
     """A process that does a command of this program; nothing was computed before it was forked."""
 
-    def __init__(self, words: list[str], log: Path, *, still: str) -> None:
+    def __init__(self, words: list[str], log: Path, *, still: str, folder: Path) -> None:
         self.status: int | None = None
         self.child = os.fork()
         if self.child:
             return
         try:
             if Path(words[-1]).name.startswith(still):
-                loop.fault = stand_still
+                loop.fault = partial(stand_still, folder / "go")
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(out, 1)
             os.dup2(out, 2)
@@ -56,15 +56,15 @@ class Forked:
         return self.status
 
 
-def stand_still(point: str, step: int) -> None:
-    """What is called where a run can be killed: here it stops as by Ctrl-Z."""
-    if (point, step) == ("begin", 10):
-        os.kill(os.getpid(), signal.SIGSTOP)
+def stand_still(go: Path, point: str, step: int) -> None:
+    """What is called where a run can be killed: here it waits for a file."""
+    while (point, step) == ("begin", 10) and not go.exists():
+        time.sleep(0.01)
 
 
 def work(folder: Path, what: str) -> None:
     """What `swamla compare` does of a planned study."""
-    run_study(folder, launch=partial(Forked, still=f"{what}-"))
+    run_study(folder, launch=partial(Forked, still=f"{what}-", folder=folder))
     if what == "score":
         study = opened(folder)
         assert study is not None

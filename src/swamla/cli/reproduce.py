@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from swamla.cli.compare import going_on, source_commit
+from swamla.cli.compare import going_on, noted_program, source_commit
 from swamla.cli.console import PLUGINS, Console, say, say_rows, say_wrapped
 from swamla.cli.flags import argument, parse
 from swamla.cli.overrides import flags
@@ -93,6 +93,7 @@ def main(argv: list[str]) -> int:
     say_rows(console, described(study, folder, predict(study, read_outcomes(folder), jobs), jobs))
     if arguments.plan:
         return 0
+    study = noted_program(study, folder, console)
     with going_on(folder):
         _train(study, folder, jobs, console)
         measured = _measure(study, folder, text, console)

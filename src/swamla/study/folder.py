@@ -1,7 +1,8 @@
 """A study's folder: what is asked and resolved in study.json and arms/, what came of it in lines of results and tests.
 
-study.json and arms/ never change (but for the published figures that it names); runs/ are ordinary runs, logs/ what
-they printed. Several processes may work on one folder, also on several machines that share it: locks/ has their locks.
+study.json and arms/ never change (but for published figures, and programs that went on with it); runs/ are ordinary
+runs, logs/ what they printed. Several processes may work on one folder, also on several machines that share it: locks/
+has their locks.
 """
 
 import json
@@ -95,6 +96,17 @@ def opened(folder: Path, asked: Asked | None = None) -> Study | None:
 def _said(asked: Asked) -> dict[str, Any]:
     """What is asked, with the order of its arms, which equal mappings may have apart: the first is the reference."""
     return to_plain(asked) | {"order of arms": list(asked.arms)}
+
+
+def note_program(folder: Path, program: str) -> Study:
+    """The study in a folder, with another program than its own noted in study.json, which trains runs that are left."""
+    with waited_for(folder, "plan"):
+        study = opened(folder)
+        assert study is not None
+        if program not in (study.program, *study.went_on):
+            study = replace(study, went_on=(*study.went_on, program))
+            _write_study(folder, study)
+    return study
 
 
 def append_line(file: Path, values: Mapping[str, Any]) -> None:

@@ -188,7 +188,8 @@ def _commands(results: Results) -> str:
         run = Run(arm=one.arm.name, slug=one.arm.slug, purpose="seed", rate=0, lr=lr, seed=1)
         lines.append(shlex.join(["swamla", *command(study, Path("STUDY"), run)]))
     rows = [
-        ("program", f"swamla {study.version}" + (f", commit {study.commit}" if study.commit else "")),
+        ("program", study.program),
+        *([("went on with", "; ".join(study.went_on))] if study.went_on else []),
         ("data", f"{study.data['source']}, fingerprint {study.data.get('fingerprint') or 'unknown'}"),
         ("machine", ", ".join(f"{name} {value}" for name, value in study.machine.items()) or "unknown"),
         *([("plugins", ", ".join(study.plugins))] if study.plugins else []),
