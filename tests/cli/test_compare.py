@@ -275,6 +275,13 @@ def test_flags_win_over_the_file(home: Path) -> None:
         (["study.toml", "--report", "--seeds", "3"], "--report takes the study's folder, or its file, alone: leave"),
         (["study.toml", "--executor", "k8s", "--parts", "2"], "must be one of local, slurm, ray"),
         (
+            ["study.toml", "--executor", "local", "--parts", "2", "--part", "1/2"],
+            "--part does nothing beside --executor",
+        ),
+        (["study.toml", "--executor", "local", "--parts", "2", "--jobs", "2"], "--jobs does nothing beside --executor"),
+        (["study.toml", "--parts", "2"], "--parts does nothing without --executor: leave it out"),
+        (["study.toml", "--executor_options", "a=b"], "--executor_options does nothing without --executor"),
+        (
             ["mha", "gdn", "--recipe", "tiny.toml", "--match", "state", "--flags", "--ffn none"],
             "arm 'gdn': cannot have",
         ),
@@ -287,6 +294,15 @@ def test_what_cannot_be_compared_is_refused_in_one_line_before_anything_is_train
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("swamla: error: ")]
     assert says in line
     assert not Here.started
+
+
+def test_a_plan_that_is_refused_leaves_nothing_and_what_was_there(home: Path) -> None:
+    assert main(["compare", "mha", "gnd", "--recipe", "tiny.toml", "--output_dir", "new"]) == 2
+    assert not (home / "new").exists()
+    (home / "mine").mkdir()
+    (home / "mine" / "thesis.tex").write_text("")
+    assert main(["compare", "mha", "gnd", "--recipe", "tiny.toml", "--output_dir", "mine"]) == 2
+    assert [path.name for path in (home / "mine").iterdir()] == ["thesis.tex"]
 
 
 def test_a_study_that_has_run_is_not_replaced_by_another(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

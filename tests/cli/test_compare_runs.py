@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from swamla.checkpoint import load
-from swamla.cli import main
+from swamla.cli import compare_runs, main
 from swamla.cli.compare_runs import names_runs
 from swamla.errors import UsageError
 from swamla.study import two_runs
@@ -135,6 +135,21 @@ def test_only_equal_tokenizers_have_tokens_to_set_against_each_other(here: Path,
         "documents.csv",
         "report.html",
     ]
+
+
+def test_that_a_checkpoint_was_chosen_by_the_held_out_loss_is_said_where_it_is_not_the_last(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not any(
+        "the best of its evaluations" in text for text in compared("first", "second", into=tmp_path)["not_said"]
+    )
+    monkeypatch.setattr(compare_runs, "list_checkpoints", lambda folder: [folder / "step-6", folder / "step-9"])
+    for words, count in (([], 2), (["--checkpoint", "latest"], 0)):
+        found = compared("first", "second", *words, into=tmp_path)
+        told = [text for text in found["not_said"] if "the best of its evaluations by held-out loss" in text]
+        assert len(told) == count
+        assert all(", step 6 is compared" in text and "not its last, 9" in text for text in told)
+    assert not any("evaluations" in text for text in compared("mha", "gdn", into=tmp_path / "task")["not_said"])
 
 
 def test_the_screen_has_the_verdict_and_what_it_does_not_say(here: Path, tmp_path: Path, capsys) -> None:

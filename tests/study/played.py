@@ -1,18 +1,18 @@
 """Played studies: results as if their runs had been trained, with and without what a page shows beside the scores."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
 from swamla.data.config import DataConfig
 from swamla.interpret.repeats import LayerInduction, Repeats
 from swamla.study.decoding import Generation
-from swamla.study.evidence import Answers, Curves, Evidence, Measured, Pace, Positions, Speed, caches
+from swamla.study.evidence import Answers, Curves, Evidence, Measured, Positions, Speed, caches
 from swamla.study.folder import Test as Score
 from swamla.study.plan import Arm, Study
 from swamla.study.results import Results
-from swamla.study.runs import Outcome, ready
+from swamla.study.runs import Outcome, Pace, ready
 from swamla.study.statistics import Axis
 
 from .helpers import sized, study_of
@@ -26,11 +26,13 @@ def results_of(
     page: bool = False,
     task: bool = False,
     sizes: Mapping[int, float] = MappingProxyType({}),
+    accuracies: Mapping[str, Sequence[float]] = MappingProxyType({}),
     **asked,
 ) -> Results:
     """A study of five seeds whose second arm differs so; runs whose name has one of `fails` diverge.
 
     page: with evidence.  task: of a task's answers, not of a text.  sizes: width → the difference there.
+    accuracies: arm → those of its seeds, instead of ones that differ so.
     """
     study = study_of(**{"seeds": 5} | asked)
     study = sized(study, *sizes) if sizes else study
@@ -63,7 +65,8 @@ def results_of(
                 "accuracy" if task else "bits_per_byte": (0.4 if task else 1.3)
                 + 0.01 * one.seed
                 + _apart(study.arm(one.arm), one.seed, sizes, difference, spread)
-            },
+            }
+            | ({"accuracy": accuracies[one.arm][one.seed - 1]} if accuracies else {}),
         )
         for one in outcomes.values()
         if one.purpose == "seed" and one.status == "finished"

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from swamla.data.packing import HeldOutRows
+from swamla.data.task_rows import TaskDataset
 from swamla.errors import UsageError
-from swamla.evaluate import part_of, validation
+from swamla.evaluate import part_of, recall, validation
 from swamla.interpret import induction, repeated_rows
 from swamla.interpret.verdicts import induction_verdict
 from swamla.model.accounting import state_bytes
@@ -26,10 +27,12 @@ from swamla.study.evidence import (
     with_closing,
 )
 from swamla.study.runs import Outcome
+from swamla.tasks import Examples, Task, examples
 from swamla.train import speed
 from tests.train.helpers import tiny_dataset
 
 from .helpers import arm_of, study_of
+from .played import of_task
 
 LENGTH = 32
 
@@ -107,6 +110,16 @@ def test_curves_are_means_over_spans_and_differences_are_paired_by_seed(
     assert peak_memory(tmp_path, outcomes) == {"mha": 9}
 
 
+def test_a_rest_of_steps_that_fills_no_span_is_no_point_of_a_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swamla.study.evidence.POINTS", 3)  # of 20 steps: spans of seven, and a rest of six
+    write_metrics(tmp_path, "mha-lr0.01-seed1", [float(at) for at in range(1, 21)])
+    (found,) = curves(tmp_path, study_of(), {"mha-lr0.01-seed1": outcome("mha", 1)})
+    assert found.tokens == [3.5 * 128, 10.5 * 128]
+    assert found.loss[0] == [4.0, 11.0], "the mean step of a span, whose middle is half a step before it"
+
+
 def test_caches_are_those_of_the_accounting_and_end_where_positions_do() -> None:
     study = study_of()
     short = replace(study.arms[1].config.model, learned_positions=256)
@@ -154,6 +167,27 @@ def test_closing_is_that_of_one_run_times_all_seeds_and_arms_slower_ones_longer_
     timing = 20 * 3.5 * study.arms[0].seconds_per_step  # twenty rounds of steps, and generation takes 20 s at most
     assert found == pytest.approx(2.0 * 3 + 2.0 * 2.5 * 3 + timing + 20, abs=0.05)
     assert set(parts) == {"validation"}
+
+
+def test_closing_of_a_task_draws_no_test_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, seeds = of_task(study_of()), set()
+    task = study.task
+    assert task is not None
+
+    def seen(task: Task, seed: int, indices: range, **held_out: bool) -> Examples:
+        seeds.add(seed)
+        return examples(task, seed, indices, **held_out)
+
+    for module in ("swamla.evaluate.recall_grid", "swamla.data.task_rows"):
+        monkeypatch.setattr(f"{module}.examples", seen)
+    model = replace(arm_of("mha").config.model, vocab_size=task.vocab_size).build()
+    model.reset_parameters(seed=3)
+    monkeypatch.setattr("swamla.study.evidence.as_trained", lambda *_: (model.eval(), "fp32"))
+    assert with_closing(study, TaskDataset(task), tmp_path).closing_seconds > 0
+    assert seeds == {0}
+    list(TaskDataset(task).held_out_rows(8, 8, test=True))
+    recall(model, task, rows=4)
+    assert seeds == {0, 1}, "the seed of test rows"
 
 
 def test_a_model_whose_attention_cannot_be_told_is_measured_but_for_that(

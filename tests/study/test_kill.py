@@ -47,8 +47,8 @@ class Server:
         command = [sys.executable, str(SERVER)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def begin(self, folder: Path, what: str = "train") -> int:
-        """The number of a process that works on the study."""
+    def begin(self, folder: Path, what: str) -> int:
+        """The number of a process that works on the study. what: "score", or an arm whose runs stand still midway."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{folder} {what}\n")
         self.process.stdin.flush()
@@ -94,16 +94,17 @@ def test_a_study_killed_with_its_runs_and_without_them_gives_the_same_figures_to
     killed, whole = (planned(tmp_path / name, tmp_path) for name in ("killed", "whole"))
     first, second = (killed / "runs" / f"{arm}-lr0.01-seed1" for arm in ("mha", "gdn"))
 
-    group = server.begin(killed)
+    group = server.begin(killed, "mha")
     wait_for(first / "metrics.jsonl")
     os.killpg(group, signal.SIGKILL)  # in the middle of the first run
     assert server.read() == -9
     assert not read_outcomes(killed)
 
-    alone = server.begin(killed)
+    alone = server.begin(killed, "gdn")
     wait_for(second / "metrics.jsonl")
-    os.kill(alone, signal.SIGKILL)  # its second run goes on, without anyone who notes its end
+    os.kill(alone, signal.SIGKILL)
     assert server.read() == -9
+    (killed / "go").touch()  # its second run goes on, without anyone who notes its end
     assert list(read_outcomes(killed)) == [first.name]
 
     for folder in (killed, whole):

@@ -19,6 +19,7 @@ from swamla.study.statistics import Interval
 from tests.browser import browser
 from tests.interpret.test_page import NEVER_CLOSED, Page
 
+from .helpers import arm_of
 from .played import evidence_of, results_of
 
 FAILS = ("gdn-lr0.01-seed3", "mha-lr0.0316")
@@ -153,6 +154,11 @@ def test_how_fast_each_arm_writes_is_beside_its_steps_and_of_an_older_folder_lef
     assert "decoding" not in old.as_dict()["evidence"]
 
 
+def test_the_time_of_a_run_that_was_resumed_is_said_as_it_is_counted(page: str) -> None:
+    # tests/study/test_kill.py: `wall` has the seconds of the training that it went on from
+    assert "one that was stopped and resumed counts the training that it went on from, too." in page
+
+
 def test_without_a_search_nothing_is_said_of_sensitivity() -> None:
     page = report_html(results_of(rates="recipe", page=True))
     assert "how sensitive it is to it was not measured" in page
@@ -167,9 +173,34 @@ def test_of_a_task_accuracy_is_compared_where_more_is_better_beside_bytes_of_sta
     assert "bits per byte" not in page
     assert "test part" not in page
     (section,) = re.findall("<h2>Recall against memory</h2>.*?<h2>", page, re.DOTALL)
-    assert section.count(">3 of 5 <small>(.23 – .88)</small>") == 2  # Wilson's, of three of five
     assert "4.0 KiB" in section
     assert "gdn, seed 3: 0.9950 (0.9910 – 0.9990), 1,024 answers" in section
+
+
+def test_of_a_task_that_not_all_seeds_learned_their_number_is_told_before_the_test_of_means_and_in_the_table() -> None:
+    results = results_of(task=True, page=True, accuracies={"mha": (0.999,) * 5, "gdn": (0.4, 0.5, 0.99, 0.999, 1.0)})
+    page = report_html(results)
+    (section,) = re.findall("<h2>Recall against memory</h2>.*?<h2>", page, re.DOTALL)
+    assert section.count(">3 of 5 <small>(.23 – .88)</small>") == 1  # Wilson's, of three of five
+    assert section.count(">5 of 5 <small>") == 1
+    (verdict,) = re.findall(r"<dd>(The task was learned .*?)</dd>", page)
+    assert unescape(verdict) == results.verdict()[0]
+
+
+def test_where_arms_have_other_steps_the_page_does_not_say_that_they_saw_the_same() -> None:
+    results = results_of(match="seconds", page=True)
+    shorter = replace(results.study, arms=(results.study.arms[0], arm_of("gdn", steps=8)))
+    page = report_html(replace(results, study=shorter))
+    assert "Every arm saw the same rows" not in page
+    assert "began with the same rows in the same order, and saw them until the first arm's time was over" in page
+    assert "8 to 20 steps of 4 rows of 32 tokens, by seconds: as long as the first arm" in page
+    assert "Every arm saw the same rows in the same order." in report_html(results)
+
+
+def test_programs_that_went_on_with_a_study_are_on_the_page(results: Results, page: str) -> None:
+    assert "went on with" not in page
+    other = replace(results.study, went_on=("swamla 9, commit abc-dirty",))
+    assert "<td>went on with</td><td>swamla 9, commit abc-dirty</td>" in report_html(replace(results, study=other))
 
 
 def test_the_study_file_on_the_page_asks_the_same() -> None:

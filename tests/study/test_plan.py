@@ -8,7 +8,8 @@ from swamla.config import from_plain, to_plain
 from swamla.data.dataset import Dataset
 from swamla.errors import ConfigError, UsageError
 from swamla.study import plan
-from swamla.study.plan import TOKENS, Asked, Study, budget, differing, resolve_study, slug_of
+from swamla.study.caveats import differing
+from swamla.study.plan import TOKENS, Asked, Study, budget, resolve_study, slug_of
 from swamla.train import RunConfig
 from tests.train.helpers import tiny_dataset
 

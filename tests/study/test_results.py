@@ -2,12 +2,19 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from swamla.model.mixers.mha import MHAConfig
+from swamla.model.mixers.mla import MLAConfig
+from swamla.study.caveats import trained_apart
+from swamla.study.plan import Arm
 from swamla.study.results import Results, latex
+from swamla.train.optim.muon import MuonConfig
 
+from .helpers import arm_of
 from .played import results_of
 
 
@@ -50,6 +57,55 @@ def test_what_the_verdict_does_not_say_follows_from_the_study() -> None:
     assert any("the recipe's learning rate" in text for text in decided.not_said())
     assert any("best of 5 or more" in text for text in undecided.not_said())
     assert any("trained for 2,560 tokens in rows of 32" in text for text in decided.not_said())
+
+
+def test_where_some_seeds_learned_a_task_and_some_did_not_their_share_is_said_before_the_test_of_means() -> None:
+    known, mixed, none = (0.999,) * 5, (0.995, 0.99, 0.4, 1.0, 0.42), (0.4, 0.41, 0.42, 0.43, 0.98)
+    results = results_of(task=True, accuracies={"mha": known, "gdn": mixed})
+    assert results.verdict()[0] == (
+        "The task was learned (accuracy 0.99 or more) by 5 of 5 seeds of mha (95% interval of the share 57% to 100%) "
+        "and 3 of 5 seeds of gdn (95% interval of the share 23% to 88%): where some seeds learn it and some do not, "
+        f"these shares say more than means. {results.comparisons[0].words()}"
+    )
+    assert results.as_dict()["comparisons"][0]["words"] == results.verdict()[0]
+    assert results_of(task=True, accuracies={"mha": mixed, "gdn": none}).verdict()[0].startswith("The task was learned")
+    for accuracies in ({"mha": known, "gdn": none}, {"mha": none, "gdn": none}):
+        clear = results_of(task=True, accuracies=accuracies)
+        assert clear.verdict() == [clear.comparisons[0].words()]
+
+
+def test_of_arms_matched_by_seconds_the_tokens_of_each_are_said() -> None:
+    results = results_of(match="seconds")
+    shorter = replace(results.study, arms=(results.study.arms[0], arm_of("gdn", steps=8)))
+    said = replace(results, study=shorter).not_said()
+    assert "trained for 1,024 to 2,560 tokens, in the time of the first arm's 2,560, in rows of 32" in said[0]
+    assert not any("how they are trained" in text for text in said), "steps are what was matched"
+
+
+def test_settings_of_training_and_positions_in_which_arms_differ_are_named() -> None:
+    results = results_of()
+    mha, gdn = results.study.arms
+    assert trained_apart(results.study) == []
+
+    def said(arm: Arm, **asked: str) -> list[str]:
+        study = replace(results.study, arms=(mha, arm), asked=replace(results.study.asked, **asked))
+        text = [text for text in replace(results, study=study).not_said() if "how they are trained" in text]
+        assert (f"too: {', '.join(trained_apart(study))}. A difference may be" in " ".join(text)) == bool(text)
+        return trained_apart(study)
+
+    def train(**changes: object) -> Arm:
+        return replace(gdn, config=replace(gdn.config, train=replace(gdn.config.train, **changes)))
+
+    assert said(train(warmup=0.3, schedule="linear")) == ["train.warmup", "train.schedule"]
+    assert said(train(lr=0.02)) == [], "each arm's rate is searched for"
+    assert said(train(lr=0.02), rates="recipe") == ["train.lr"]
+    assert said(train(optimizer=MuonConfig())) == ["train.optimizer"]
+    learned = replace(gdn.config, model=replace(gdn.config.model, learned_positions=64))
+    assert said(replace(gdn, config=learned)) == ["learned_positions"]
+    for mixer, apart in ((MHAConfig(n_heads=2, rope=None), ["rope"]), (MLAConfig.example(), [])):
+        block = replace(mha.config.model.blocks["mha"], mixer=mixer)
+        model = replace(mha.config.model, blocks={"mha": block})
+        assert said(replace(mha, name="b", config=replace(mha.config, model=model))) == apart
 
 
 def test_the_files_have_the_figures_of_the_screen(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from swamla.errors import CorruptError, UsageError
+from swamla.study import folder as study_folder
 from swamla.study import running
 from swamla.study.folder import append_line, begin, opened, read_lines, read_outcomes
 from swamla.study.plan import Study
 from swamla.study.running import beside, run_study, with_start
-from swamla.study.runs import Outcome
 from swamla.study.scoring import score_tests
 from tests.waiting import PATIENCE
 
@@ -41,6 +41,7 @@ def _impatient() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(running, "POLL", 0.0)
         patch.setattr(running, "WAIT", 0.01)
+        patch.setattr(study_folder, "WAIT", 0.01)
         yield
 
 
@@ -292,43 +293,6 @@ def test_a_run_that_is_preempted_goes_on_however_often(whole: Path, tmp_path: Pa
     assert results(folder) == results(whole)
 
 
-def ending(status: int, last: dict | None = None, said: str = ""):
-    """A trainer whose runs of gdn end so."""
-
-    def launch(words: list[str], log: Path) -> FakeRun:
-        if "gdn" not in " ".join(words):
-            return FakeRun(words, log)
-        run = FakeRun(words, log, status, last)
-        log.write_text(log.read_text() + said)
-        return run
-
-    return launch
-
-
-def outcomes_of_gdn(folder: Path, launch) -> list[Outcome]:
-    begun(folder, study_of(rates="recipe"))
-    return [one for one in run_study(folder, launch=launch).values() if one.arm == "gdn"]
-
-
-def test_failed_and_diverged_runs_are_results_with_their_error(tmp_path: Path):
-    said = "loading …\nswamla: error: no room\nswamla: a note\n"
-    for one in outcomes_of_gdn(tmp_path / "failed", ending(2, said=said)):
-        assert (one.status, one.validation, one.error) == ("failed", None, "no room")
-    said = "swamla: error: 20 steps in a row had no finite gradient\n"
-    for one in outcomes_of_gdn(tmp_path / "diverged", ending(1, {"skipped": 20}, said)):
-        assert (one.status, one.validation) == ("diverged", None)
-        assert "no finite gradient" in one.error
-    for one in outcomes_of_gdn(tmp_path / "nan", ending(0, {"held_out_bits_per_byte": None})):
-        assert (one.status, one.validation) == ("diverged", None)
-
-
-def test_a_run_whose_process_is_killed_again_and_again_has_failed(tmp_path: Path):
-    found = outcomes_of_gdn(tmp_path / "killed", ending(-9))
-    assert {(one.status, one.error) for one in found} == {("failed", "killed 3 times, exit status -9")}
-    log = (tmp_path / "killed" / "logs" / f"{found[0].run}.log").read_text().splitlines()
-    assert len([line for line in log if line.startswith("train")]) == 3
-
-
 def test_whoever_stops_a_study_stops_its_runs_and_they_are_resumed(whole: Path, tmp_path: Path):
     folder, stopped = begun(tmp_path / "study"), []
 
@@ -380,6 +344,10 @@ def test_another_study_in_the_folder_is_refused_and_so_is_a_folder_of_something_
     (tmp_path / "study" / "runs").mkdir()
     with pytest.raises(UsageError, match=r"holds another study, whose seeds is 2, not 7: name another folder"):
         opened(tmp_path / "study", other)
+    turned = replace(study_of().asked, arms=dict(reversed(study_of().asked.arms.items())))
+    assert turned == study_of().asked, "equal mappings: the first arm, the reference, is another"
+    with pytest.raises(UsageError, match=r"whose order of arms is \['mha', 'gdn'\], not \['gdn', 'mha'\]: name"):
+        opened(tmp_path / "study", turned)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
     with pytest.raises(UsageError, match="exists and holds no study"):

@@ -170,5 +170,7 @@ def test_the_plan_says_what_will_be_done_and_how_long_it_takes(tmp_path: Path):
     assert said["question"] == "Does a state suffice?"
     assert "±0.01" in said["margin"]
     assert said["runs"].startswith("20 or a few more")
-    assert said["time"].startswith("about 20 s, 2 at a time")
+    assert said["time"].startswith("about 21 s, 2 at a time")
+    parts = dict(describe(study_of(question="Does a state suffice?", seeds=5), tmp_path, {}, 2, parts=4))
+    assert parts["time"].startswith("about 5 s, 2 at a time in each of 4 parts that work together")
     assert said["by"].startswith("steps of all arms, timed in turns, and a short run: 0.0 s to start")

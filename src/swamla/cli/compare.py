@@ -23,7 +23,7 @@ from swamla.cli.console import PLUGINS, Console, program, say, say_rows, say_wra
 from swamla.cli.flags import WIDEST, argument, parse, peek
 from swamla.cli.outputs import Ended
 from swamla.cli.overrides import flags
-from swamla.cli.prepare import executor_settings
+from swamla.cli.prepare import executor_settings, refuse_idle
 from swamla.cli.run_config import resolve
 from swamla.cli.running import checked, describe_data, read_data
 from swamla.config import from_plain, load_file
@@ -32,19 +32,20 @@ from swamla.data.dataset import TrainingData
 from swamla.data.preparing import Part
 from swamla.data.task_rows import TaskDataset
 from swamla.data.units import available_cores
-from swamla.errors import ConfigError, DataError, UsageError, require
+from swamla.errors import ConfigError, UsageError, require
 from swamla.recipes import ALIASES, recipe_names
 from swamla.studies import study_names, study_path
 from swamla.study.evidence import Evidence, measure, with_closing
-from swamla.study.folder import begin, opened, read_outcomes, read_tests
+from swamla.study.folder import begin, note_program, opened, planning, read_outcomes, read_tests
 from swamla.study.page.report import REPORT, write_report
-from swamla.study.plan import Asked, Study, median_steps, resolve_study, slug_of
+from swamla.study.plan import Asked, Study, median_steps, program_of, resolve_study, slug_of
 from swamla.study.results import Results
-from swamla.study.running import beside, executor_of, run_study, with_start
+from swamla.study.running import beside, executor_of, require_planned, run_study, with_start
 from swamla.study.runs import Outcome, command, describe, duration, predict, ready
 from swamla.study.scoring import score_tests
 from swamla.study.statistics import scipy_stats
 from swamla.train import RunConfig
+from swamla.version import __version__
 
 # quickstart is bounded by time and as large as the machine is fast; a study of it is of one size, and many runs.
 SIZES = {"quickstart": "--width 128 --n_heads 2 --batch_size 8 --block_size 256 --ngram_buckets none"}
@@ -124,24 +125,21 @@ def main(argv: list[str]) -> int:
     part = Part.parse(arguments.part) if arguments.part else None
     if part is not None and not part.count:
         raise UsageError(f"--part {arguments.part}: must be i/N, e.g. 1/4")
+    refuse_idle(given, ("part", "jobs"))
     if arguments.report:
         _report(arguments, given)
         return 0
     asked, name = _asked(arguments, given)
     folder = checked(arguments.output_dir) if arguments.output_dir else Path("studies") / name
     console = Console()
-    study = opened(folder, asked)
-    if study is None:
-        study, dataset = _planned(asked, arguments.jobs, console, argv)
-        begin(folder, study)
-    else:
-        dataset = _data_of(study, console)
-        say(console, f"going on with the study in {folder}")
-    jobs = arguments.jobs or _free_jobs(study.arms[0].config, study.asked)
-    say_rows(console, describe(study, folder, read_outcomes(folder), jobs))
+    study, dataset = _study_in(folder, asked, arguments.jobs, console, argv)
+    jobs = 1 if arguments.executor else arguments.jobs or _free_jobs(study.arms[0].config, study.asked)
+    parts = max(1, arguments.parts, part.count if part else 1)
+    say_rows(console, describe(study, folder, read_outcomes(folder), jobs, parts))
     if arguments.plan:
         _say_commands(console, study, folder)
         return 0
+    study = noted_program(study, folder, console)
     if arguments.executor:
         settings = executor_settings(arguments.executor_options)
         executor_of(folder, study, arguments.executor, arguments.parts, settings).run()
@@ -155,6 +153,16 @@ def main(argv: list[str]) -> int:
         evidence = measure(folder, study, outcomes, dataset, lambda text: say(console, text))
     _write(Results.of(study, outcomes, tests, evidence), folder, console)
     return 0
+
+
+def noted_program(study: Study, folder: Path, console: Console) -> Study:
+    """The study, with this program noted in it where another one planned it and runs are left, which is told."""
+    program = program_of(__version__, source_commit())
+    if program == study.program or not ready(study, read_outcomes(folder)):
+        return study
+    told = f"the study was planned by {study.program}, and goes on with {program}, as its page will say"
+    say_wrapped(console, f"warning: {told}: runs may differ by that")
+    return note_program(folder, program)
 
 
 def _epilog() -> str:
@@ -224,6 +232,23 @@ def _asked(arguments: Arguments, given: Mapping[str, Any]) -> tuple[Asked, str]:
     return from_plain(Asked, plain, origin=origin), name
 
 
+def _study_in(
+    folder: Path, asked: Asked, jobs: int, console: Console, argv: Sequence[str]
+) -> tuple[Study, TrainingData]:
+    """The study in a folder, planned and written if there is none yet, and its data."""
+    study = opened(folder, asked)
+    if study is None:
+        with planning(folder):
+            study = opened(folder, asked)  # which another process may have planned meanwhile
+            if study is None:
+                study, dataset = _planned(asked, jobs, console, argv)
+                begin(folder, study)
+                return study, dataset
+    dataset = _data_of(study, console)
+    say(console, f"going on with the study in {folder}")
+    return study, dataset
+
+
 def _planned(asked: Asked, jobs: int, console: Console, argv: Sequence[str]) -> tuple[Study, TrainingData]:
     """The study, resolved; its data is prepared and described, and steps of all arms are timed, beside other runs."""
     configs = {arm: config_of(asked, arm) for arm in asked.arms}
@@ -286,11 +311,7 @@ def _read(config: DataConfig, console: Console) -> TrainingData:
 def _data_of(study: Study, console: Console) -> TrainingData:
     """The data of a study that goes on. Raises `DataError` if it is not what it was planned with."""
     dataset = _read(study.arms[0].config.data, console)
-    if dataset.fingerprint != study.data["fingerprint"]:
-        raise DataError(
-            f"{study.data['source']}: the data changed since the study was planned (fingerprint "
-            f"{dataset.fingerprint[:12]}, then {study.data['fingerprint'][:12]}): restore it, or begin another study"
-        )
+    require_planned(study, dataset)
     return dataset
 
 
@@ -309,10 +330,11 @@ def _say_commands(console: Console, study: Study, folder: Path) -> None:
 
 def _train(study: Study, folder: Path, jobs: int, part: Part | None, console: Console) -> None:
     """Train what is left, with a line for every run that ends."""
+    place = (part.number - 1, part.count) if part else (0, 1)
 
     def report(outcome: Outcome) -> None:
         outcomes = read_outcomes(folder)
-        left = predict(study, outcomes, jobs)
+        left = predict(study, outcomes, jobs * place[1])
         unit = "nats an answer" if study.task else "bits per byte"
         found = f"{outcome.validation:.4f} {unit}" if outcome.validation is not None else outcome.status
         why = f" ({outcome.error})" if outcome.error else ""
@@ -320,7 +342,6 @@ def _train(study: Study, folder: Path, jobs: int, part: Part | None, console: Co
         what = f"{outcome.arm}, lr {outcome.lr:g}, seed {outcome.seed}: {found}{why}"
         say_wrapped(console, f"[{len(outcomes)}/{len(outcomes) + left.runs}] {what} after {outcome.wall:.0f} s{time}")
 
-    place = (part.number - 1, part.count) if part else (0, 1)
     run_study(folder, jobs=jobs, part=place[0], parts=place[1], report=report)
 
 
@@ -353,14 +374,17 @@ def _say_results(console: Console, results: Results) -> None:
         say_wrapped(console, text, label="- ", indent=2)
 
 
-def source_commit() -> str:
-    """The commit of this program's source, "" if it is no checkout."""
-    root = Path(__file__).parents[3]
+def source_commit(root: Path = Path(__file__).parents[3]) -> str:
+    """The commit of this program's source, with "-dirty" where its files are others; "" if it is no checkout."""
     if not (root / ".git").exists():
         return ""
-    asked = ["git", "-C", str(root), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(asked, check=False, capture_output=True, text=True)
-    except OSError:  # no git
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    found = []
+    for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "src"]):
+        try:
+            done = subprocess.run(["git", "-C", str(root), *words], check=False, capture_output=True, text=True)
+        except OSError:  # no git
+            return ""
+        if done.returncode:
+            return ""
+        found.append(done.stdout.strip())
+    return found[0] + "-dirty" * bool(found[1])

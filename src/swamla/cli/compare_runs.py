@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from swamla.checkpoint import Checkpoint, find_checkpoint, load
+from swamla.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load, step_of
 from swamla.cli.console import Console, say, say_wrapped
 from swamla.cli.evaluate import own_flags
 from swamla.cli.flags import argument, parse
@@ -265,7 +265,7 @@ def _on_text(
         return tokenizer.decode(split.document(number)[:400].tolist())
 
     sides = [
-        _side(run, length, str(precision), in_bits=not same)
+        _side(run, length, str(precision), in_bits=not same, best=arguments.checkpoint == "best")
         for run, length, precision in zip((first, second), lengths, precisions, strict=True)
     ]
     pair = losses[0].nats_N, losses[1].nats_N
@@ -364,7 +364,7 @@ def _on_task(
         return dataset.tokenizer.decode(tokens[number].tolist())
 
     sides = [
-        _side(run, task.length, str(precision), in_bits=False)
+        _side(run, task.length, str(precision), in_bits=False, best=False)  # chosen by other rows than these
         for run, precision in zip((first, second), precisions, strict=True)
     ]
     notes = [
@@ -407,7 +407,7 @@ def _answers(run: Run, rows: Sequence[Any], progress: Progress) -> tuple[Answers
 # ---- both -----------------------------------------------------------------------------------------------------------
 
 
-def _side(run: Run, length: int, precision: str, *, in_bits: bool) -> Side:
+def _side(run: Run, length: int, precision: str, *, in_bits: bool, best: bool) -> Side:
     config, state = run.config, run.checkpoint.state
     metrics = run.folder / "metrics.jsonl"
     records = read_metrics(metrics) if metrics.is_file() else []
@@ -417,6 +417,7 @@ def _side(run: Run, length: int, precision: str, *, in_bits: bool) -> Side:
         name=run.name,
         folder=str(run.folder),
         step=run.checkpoint.step,
+        last=step_of(list_checkpoints(run.folder / "checkpoints")[-1]) if best else None,
         config=config,
         costs=Costs.of(_with_vocabulary(config, run.tokenizer).model, length),
         tokens=int(state["tokens"]) if "tokens" in state else None,

@@ -1,7 +1,7 @@
 """`swamla prepare DATA`: tokenize data ahead of training."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ def main(argv: list[str]) -> int:
     arguments, given = parse(Arguments, argv, command="swamla prepare", more=data_flags())
     if arguments.data.startswith(PREFIX):
         raise UsageError(f"{arguments.data}: a task has no text to prepare: its rows are drawn while it is trained on")
+    refuse_idle(given, ("part", "workers"))
     plain: dict[str, Any] = {"data": {"source": arguments.data}}
     written: Callable[[str], str] = _nowhere
     if _is_recipe(arguments.data):
@@ -114,6 +115,14 @@ def _hand_over(config: DataConfig, arguments: Arguments, console: Console) -> in
     preparation(arguments.executor, config, arguments.parts, executor_settings(arguments.executor_options)).run()
     say(console, f"handed {arguments.parts} parts to {arguments.executor}; the last one assembles the dataset")
     return 0
+
+
+def refuse_idle(given: Mapping[str, Any], beside_executor: Sequence[str]) -> None:
+    """Raise `UsageError` for flags that do nothing: these beside --executor, its own without it."""
+    handed = "executor" in given
+    for name in beside_executor if handed else ("parts", "executor_options"):
+        if name in given:
+            raise UsageError(f"--{name} does nothing {'beside' if handed else 'without'} --executor: leave it out")
 
 
 def executor_settings(options: str) -> dict[str, str | int]:

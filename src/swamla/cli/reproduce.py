@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from swamla.cli.compare import going_on, source_commit
+from swamla.cli.compare import going_on, noted_program, source_commit
 from swamla.cli.console import PLUGINS, Console, say, say_rows, say_wrapped
 from swamla.cli.flags import argument, parse
 from swamla.cli.overrides import flags
@@ -26,13 +26,13 @@ from swamla.data.units import available_cores
 from swamla.errors import DataError, UsageError, require
 from swamla.files import write_text_atomically
 from swamla.interpret.sections import Verdict
-from swamla.study.folder import append_line, begin, opened, read_lines, read_outcomes
+from swamla.study.folder import append_line, begin, opened, planning, read_lines, read_outcomes
 from swamla.study.nanogpt_mla.figures import write_figures
 from swamla.study.nanogpt_mla.measured import MEASURED, measure, prompts_of
 from swamla.study.nanogpt_mla.page import page
 from swamla.study.nanogpt_mla.plan import MIXERS, NAME, asked_for, configs, described, planned, text_of
 from swamla.study.nanogpt_mla.result import result
-from swamla.study.plan import Study
+from swamla.study.plan import Asked, Study
 from swamla.study.running import run_study
 from swamla.study.runs import Outcome, duration, predict
 from swamla.study.statistics import scipy_stats
@@ -93,6 +93,7 @@ def main(argv: list[str]) -> int:
     say_rows(console, described(study, folder, predict(study, read_outcomes(folder), jobs), jobs))
     if arguments.plan:
         return 0
+    study = noted_program(study, folder, console)
     with going_on(folder):
         _train(study, folder, jobs, console)
         measured = _measure(study, folder, text, console)
@@ -131,10 +132,19 @@ def _study(arguments: Arguments, folder: Path, argv: list[str], console: Console
     data = located(DataConfig(source=source, tokenizer=tokenizer))
     asked = asked_for(arguments.seeds, data.source, arguments.flags)
     study = opened(folder, asked)
-    if study is not None:
-        say(console, f"going on with the study in {folder}")
-        return study
-    wanted = {name: _changed(config, arguments.flags) for name, config in configs(data.source, tokenizer).items()}
+    if study is None:
+        with planning(folder):
+            study = opened(folder, asked)  # which another process may have planned meanwhile
+            if study is None:
+                study = _planned(arguments, asked, data, argv, console)
+                begin(folder, study)
+                return study
+    say(console, f"going on with the study in {folder}")
+    return study
+
+
+def _planned(arguments: Arguments, asked: Asked, data: DataConfig, argv: list[str], console: Console) -> Study:
+    wanted = {name: _changed(config, arguments.flags) for name, config in configs(data.source, data.tokenizer).items()}
     parse(Arguments, argv, command="swamla reproduce")  # messages name this command's flags again
     datasets: dict[str, TrainingData] = {}
 
@@ -146,9 +156,7 @@ def _study(arguments: Arguments, folder: Path, argv: list[str], console: Console
 
     say(console, f"timing a few steps of {', '.join(MIXERS)} …")
     plugins = tuple(str(Path(file).resolve()) for file in PLUGINS)
-    study = planned(asked, wanted, dataset_of, plugins=plugins, commit=source_commit())
-    begin(folder, study)
-    return study
+    return planned(asked, wanted, dataset_of, plugins=plugins, commit=source_commit())
 
 
 def _changed(config: RunConfig, text: str) -> RunConfig:

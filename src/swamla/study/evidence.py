@@ -24,6 +24,7 @@ from swamla.data.packing import NO_LABEL, HeldOutRows
 from swamla.data.shards import Split
 from swamla.errors import UsageError
 from swamla.evaluate import part_of, recall, validation
+from swamla.evaluate.recall_grid import SEED as TEST_SEED
 from swamla.files import read_json, write_text_atomically
 from swamla.interpret.explaining import repeat_size
 from swamla.interpret.repeats import Repeats, induction, repeated_rows
@@ -36,7 +37,7 @@ from swamla.study.decoding import Generation, measure_decoding, read_decoding
 from swamla.study.folder import append_line, read_lines, waited_for
 from swamla.study.matching import STATE_ELEMENT_BYTES
 from swamla.study.plan import Study
-from swamla.study.runs import Outcome, run_folder, seconds_of_run
+from swamla.study.runs import Outcome, Pace, paces, run_folder
 from swamla.study.scoring import as_trained, load_run
 from swamla.tasks import Task
 from swamla.train.precision import Chosen, autocast
@@ -47,6 +48,7 @@ MEASURED, SPEED = "measured", "speed.json"
 LOGIT_BYTES = 1 << 28  # of all logits of the rows that are scored together
 READ = 1 << 20  # tokens of the training text whose ids the random repeats are drawn from
 REPEAT_SEED = 0
+CHOICE_SEED = 0  # of a task's held-out rows that are no test rows
 POINTS = 40  # of a curve
 LONGEST = 1 << 15  # tokens up to which caches are counted
 ROUNDS, SECONDS = 20, 20.0  # of timing all arms in turns, at most
@@ -126,18 +128,18 @@ def read_measured(folder: Path) -> list[Measured]:
 def _measuring(
     study: Study, dataset: TrainingData, part: Literal["validation", "test"] = "test"
 ) -> Callable[[LanguageModel, Chosen], dict[str, Any]]:
-    """A function that measures a model: fields of `Measured`. part: of the held-out text."""
+    """A function that measures a model: fields of `Measured`. part: of the held-out text, or rows of a task."""
     if not isinstance(dataset, Dataset):
         assert study.task is not None
-        return partial(_answers, study.task)
+        return partial(_answers, study.task, TEST_SEED if part == "test" else CHOICE_SEED)
     split = part_of(dataset.held_out, part, dataset.tokenizer.decode)
     ids = np.unique(dataset.train.tokens[:READ]).tolist()
     return partial(_on_text, split, ids, dataset.tokenizer.eos_id, study.arms[0].config.train.block_size)
 
 
-def _answers(task: Task, model: LanguageModel, precision: Chosen) -> dict[str, Any]:
+def _answers(task: Task, seed: int, model: LanguageModel, precision: Chosen) -> dict[str, Any]:
     with autocast(precision, model.device):
-        found = recall(model, task)
+        found = recall(model, task, seed=seed)
     low, high = found.score.interval
     answers = Answers(
         accuracy=found.score.accuracy,
@@ -250,7 +252,8 @@ def curves(folder: Path, study: Study, outcomes: Mapping[str, Outcome]) -> list[
     for one in outcomes.values():
         file = run_folder(folder, one.run) / "metrics.jsonl"
         if one.purpose == "seed" and one.status == "finished" and file.exists():
-            found.setdefault(one.arm, {})[one.seed] = _means(read_metrics(file), span)
+            whole = max(1, study.arm(one.arm).steps // span)  # a rest of a span is noisier, and no span
+            found.setdefault(one.arm, {})[one.seed] = _means(read_metrics(file), span)[:whole]
     drawn = []
     for arm in study.arms:
         first = study.reference_of(arm)
@@ -261,11 +264,11 @@ def curves(folder: Path, study: Study, outcomes: Mapping[str, Outcome]) -> list[
         paired = [seed for seed in own if seed in others] if arm is not first else []
         both = min([count, *(len(others[seed]) for seed in paired)])
         apart = [[own[seed][at] - others[seed][at] for at in range(both)] for seed in paired]
-        a_step = arm.config.train.batch_size * arm.config.train.block_size
+        a_span = min(span, arm.steps) * arm.config.train.batch_size * arm.config.train.block_size
         drawn.append(
             Curves(
                 arm=arm.name,
-                tokens=[(at + 0.5) * span * a_step for at in range(count)],
+                tokens=[(at + 0.5) * a_span for at in range(count)],
                 loss=_spread([losses[:count] for losses in own.values()]),
                 difference=_spread(apart),
             )
@@ -318,27 +321,6 @@ def peak_memory(folder: Path, outcomes: Mapping[str, Outcome]) -> dict[str, int]
     return {arm: value for arm, value in most.items() if value}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pace:
-    """Seconds of an arm's runs, as predicted before the study and as they took, means over those that finished."""
-
-    arm: str
-    runs: int
-    predicted: float
-    took: float
-
-
-def paces(study: Study, outcomes: Mapping[str, Outcome]) -> list[Pace]:
-    """Predicted and real times of the arms that have finished runs."""
-    found = []
-    for arm in study.arms:
-        walls = [one.wall for one in outcomes.values() if one.arm == arm.name and one.status == "finished"]
-        if walls:
-            took = statistics.fmean(walls)
-            found.append(Pace(arm=arm.name, runs=len(walls), predicted=seconds_of_run(study, arm), took=took))
-    return found
-
-
 def renamed(ones: Sequence[Any], names: Mapping[str, str]) -> tuple[Any, ...]:
     """Those of the arms that `names` has, by the names that it gives."""
     return tuple(replace(one, arm=names[one.arm]) for one in ones if one.arm in names)
@@ -386,8 +368,9 @@ class Evidence:
 def with_closing(study: Study, dataset: TrainingData, run: Path) -> Study:
     """The study with the seconds that all will take once its runs have ended, by a short run of the first arm.
 
-    That run is scored and measured as those of fresh seeds will be, but on the validation part: the test part is read
-    once, at the end. Runs of slower arms take longer by as much as their steps do; of generation the most is taken.
+    That run is scored and measured as those of fresh seeds will be, but on the validation part, of a task on rows that
+    choices are made by: the test part is read once, at the end. Runs of slower arms take longer by as much as their
+    steps do; of generation the most is taken.
     """
     torch.set_num_threads(study.asked.threads)
     first = study.arms[0]

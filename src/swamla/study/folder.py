@@ -1,7 +1,8 @@
 """A study's folder: what is asked and resolved in study.json and arms/, what came of it in lines of results and tests.
 
-study.json and arms/ never change (but for the published figures that it names); runs/ are ordinary runs, logs/ what
-they printed. Several processes may work on one folder, also on several machines that share it: locks/ has their locks.
+study.json and arms/ never change (but for published figures, and programs that went on with it); runs/ are ordinary
+runs, logs/ what they printed. Several processes may work on one folder, also on several machines that share it: locks/
+has their locks.
 """
 
 import json
@@ -9,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class Test:
 
 def begin(folder: Path, study: Study) -> None:
     """Write a new study's folder, in place of one that was only planned. Raises `UsageError` for anything else."""
-    planned = {STUDY, f".{STUDY}.new", "arms"}
+    planned = {STUDY, f".{STUDY}.new", "arms", "locks"}
     if folder.exists() and any(path.name not in planned for path in folder.iterdir()):
         raise UsageError(f"{folder}: exists and holds no study: name another folder with `output_dir`")
     (folder / STUDY).unlink(missing_ok=True)
@@ -76,18 +77,35 @@ def opened(folder: Path, asked: Asked | None = None) -> Study | None:
     if not file.exists():
         return None
     study = from_plain(Study, read_json(file, inside=folder), origin=str(file))
-    if asked is not None and study.asked != asked and replace(study.asked, published=asked.published) == asked:
+    if asked is None or _said(study.asked) == _said(asked):
+        return study
+    if _said(replace(study.asked, published=asked.published)) == _said(asked):
         study = replace(study, asked=asked)
         _write_study(folder, study)
-    if asked is not None and study.asked != asked:
-        if not (folder / "runs").exists():
-            return None
-        before, now = to_plain(study.asked), to_plain(asked)
-        name = next(name for name in now if now[name] != before[name])
-        raise UsageError(
-            f"{folder}: holds another study, whose {name} is {before[name]!r}, not {now[name]!r}: name another folder "
-            "with `output_dir`, or remove this one"
-        )
+        return study
+    if not (folder / "runs").exists():
+        return None
+    before, now = _said(study.asked), _said(asked)
+    name = next(name for name in now if now[name] != before[name])
+    raise UsageError(
+        f"{folder}: holds another study, whose {name} is {before[name]!r}, not {now[name]!r}: name another folder "
+        "with `output_dir`, or remove this one"
+    )
+
+
+def _said(asked: Asked) -> dict[str, Any]:
+    """What is asked, with the order of its arms, which equal mappings may have apart: the first is the reference."""
+    return to_plain(asked) | {"order of arms": list(asked.arms)}
+
+
+def note_program(folder: Path, program: str) -> Study:
+    """The study in a folder, with another program than its own noted in study.json, which trains runs that are left."""
+    with waited_for(folder, "plan"):
+        study = opened(folder)
+        assert study is not None
+        if program not in (study.program, *study.went_on):
+            study = replace(study, went_on=(*study.went_on, program))
+            _write_study(folder, study)
     return study
 
 
@@ -131,14 +149,15 @@ def read_tests(folder: Path) -> list[Test]:
 @contextmanager
 def locked(folder: Path, name: str) -> Iterator[bool]:
     """Lock a name in the study's folder; False if another process holds it. The system unlocks it as a process ends."""
-    handle = os.open(folder / "locks" / name, os.O_RDWR | os.O_CREAT, 0o666)
+    file = folder / "locks" / name
+    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
         else:
-            yield True
+            yield file.exists() and os.path.samestat(os.fstat(handle), file.stat())  # or who held it took it away
     finally:
         os.close(handle)
 
@@ -146,10 +165,27 @@ def locked(folder: Path, name: str) -> Iterator[bool]:
 @contextmanager
 def waited_for(folder: Path, name: str) -> Iterator[None]:
     """Lock a name in the study's folder, after whoever holds it."""
-    (folder / "locks").mkdir(exist_ok=True)
     while True:
+        (folder / "locks").mkdir(parents=True, exist_ok=True)
         with locked(folder, name) as held:
             if held:
                 yield
                 return
         time.sleep(WAIT)
+
+
+@contextmanager
+def planning(folder: Path) -> Iterator[None]:
+    """Lock a folder while a study is planned for it, after whoever else plans one.
+
+    An error or a stop takes away what was made for the lock: a plan that is refused leaves nothing.
+    """
+    with waited_for(folder, "plan"):
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):  # other things are there
+                (folder / "locks" / "plan").unlink()
+                (folder / "locks").rmdir()
+                folder.rmdir()
+            raise

@@ -153,7 +153,8 @@ class Study:
     machine: where it was planned; commit: of this program's source, if it is a checkout.  start_seconds,
     evaluation_seconds: of a run of the first arm beside its steps; loop_seconds: of each of its steps beside what was
     timed, such as its rows and records; closing_seconds: of scoring and measuring all runs when they have ended; 0 if
-    they were not measured.  beside: other runs that were under way as all this was timed.
+    they were not measured.  beside: other runs that were under way as all this was timed.  went_on: other programs than
+    the one that planned it, which trained some of its runs.
     """
 
     asked: Asked
@@ -169,6 +170,12 @@ class Study:
     evaluation_seconds: float = 0.0
     closing_seconds: float = 0.0
     beside: int = 0
+    went_on: tuple[str, ...] = ()
+
+    @property
+    def program(self) -> str:
+        """What planned it."""
+        return program_of(self.version, self.commit)
 
     @property
     def reference(self) -> str:
@@ -228,11 +235,16 @@ class Study:
 
     def as_plain(self) -> dict[str, Any]:
         """As it is written: without what a study has no use for, so that its file is as older versions wrote it."""
-        plain = to_plain(self)
+        plain = {name: value for name, value in to_plain(self).items() if name != "went_on" or value}
         return plain | {
             "asked": self.asked.as_plain(),
             "arms": [{name: value for name, value in arm.items() if name != "size" or value} for arm in plain["arms"]],
         }
+
+
+def program_of(version: str, commit: str) -> str:
+    """This program in words."""
+    return f"swamla {version}{f', commit {commit}' if commit else ''}"
 
 
 def slug_of(name: str) -> str:
@@ -403,24 +415,3 @@ def _described(dataset: TrainingData, config: RunConfig) -> dict[str, str]:
     apart = sum(bytes_apart(part, dataset.tokenizer.decode) for part in parts.values())
     about = {"source": dataset.source, "tokenizer": config.data.tokenizer, "fingerprint": dataset.fingerprint}
     return about | sizes | tokens | {"bytes_apart": str(apart)}
-
-
-def differing(study: Study) -> dict[str, dict[str, Any]]:
-    """Dotted setting → arm → its value, for those in which the arms differ; None where an arm has no such setting."""
-    return differing_settings({arm.name: arm.config for arm in study.arms})
-
-
-def differing_settings(configs: Mapping[str, RunConfig]) -> dict[str, dict[str, Any]]:
-    """Dotted setting → name → its value, for those in which configs differ; None where one has no such setting."""
-    leaves = {name: dict(_leaves(to_plain(config))) for name, config in configs.items()}
-    settings = dict.fromkeys(setting for found in leaves.values() for setting in found)
-    values = {setting: {name: found.get(setting) for name, found in leaves.items()} for setting in settings}
-    return {setting: found for setting, found in values.items() if len({repr(value) for value in found.values()}) > 1}
-
-
-def _leaves(plain: Mapping[str, Any], path: str = "") -> Any:
-    for name, value in plain.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{path}{name}.")
-        else:
-            yield f"{path}{name}", value

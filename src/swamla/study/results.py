@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from swamla.evaluate.recall_grid import KNOWN
 from swamla.files import write_text_atomically
 from swamla.interpret.sections import as_plain
+from swamla.study.caveats import differing, not_said
 from swamla.study.evidence import Evidence, renamed
 from swamla.study.folder import Test
-from swamla.study.plan import Arm, Study, differing
+from swamla.study.plan import Arm, Study
 from swamla.study.published import Marked, marked
 from swamla.study.runs import Outcome, rate_of, rate_scores
 from swamla.study.statistics import Comparison, Interval, compare_pairs, t_interval, wilson
@@ -38,6 +40,22 @@ class ArmResult:
     tokens: int
     seconds: float
     failed: tuple[str, ...]
+
+    @property
+    def learned(self) -> Interval:
+        """The rate of finished seeds that learned the study's task, by Wilson."""
+        return wilson(self.learned_seeds, len(self.scores))
+
+    @property
+    def learned_seeds(self) -> int:
+        """How many have the accuracy at which a task is learned, on its test rows."""
+        return sum(score >= KNOWN for score in self.scores.values())
+
+    def learned_words(self) -> str:
+        """How many seeds learned the study's task, with the interval of their share."""
+        low, high = self.learned[1:]
+        many = f"{self.learned_seeds} of {len(self.scores)} seeds of {self.arm.name}"
+        return f"{many} (95% interval of the share {low:.0%} to {high:.0%})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,12 +130,23 @@ class Results:
     def compared(self) -> list[str]:
         """A sentence for each comparison, of several sizes for each at each."""
         if not self.sizes:
-            return [comparison.words() for comparison in self.comparisons]
+            return [self.words(comparison) for comparison in self.comparisons]
         return [
-            f"At width {size}, {comparison.words()}"
+            f"At width {size}, {found.words(comparison)}"
             for size, found in self.sizes.items()
             for comparison in found.comparisons
         ]
+
+    def words(self, one: Comparison) -> str:
+        """A comparison in words; where some seeds of its arms learned a task and some did not, first how many did."""
+        arms = [found for name in (one.reference, one.arm) for found in self.arms if found.arm.name == name]
+        if self.study.task is None or not any(0 < found.learned.mean < 1 for found in arms):
+            return one.words()
+        shares = " and ".join(found.learned_words() for found in arms)
+        return (
+            f"The task was learned (accuracy {KNOWN:g} or more) by {shares}: where some seeds learn it and some do "
+            f"not, these shares say more than means. {one.words()}"
+        )
 
     def published(self) -> list[Marked]:
         """The published figures that the study names, each judged against it."""
@@ -128,50 +157,7 @@ class Results:
 
     def not_said(self) -> list[str]:
         """What the verdict does not say."""
-        asked, first = self.study.asked, self.study.arms[0]
-        count = len(self.comparisons)
-        tried = min(len(one.sensitivity) for one in self.arms)
-        rates = (
-            f"Learning rates are the best of {tried} or more, chosen on other "
-            f"{'rows than are' if self.study.task else 'text than is'} scored; other settings are the recipe's and "
-            "suit no arm in particular."
-            if asked.rates == "search"
-            else "Every arm has the recipe's learning rate: a difference may be that of a rate that suits one better."
-        )
-        said = [
-            f"It is about models of about {self.parameters()} parameters without embeddings, trained for "
-            f"{first.steps * first.config.train.batch_size * first.config.train.block_size:,} tokens in rows of "
-            f"{first.config.train.block_size}: at other sizes, budgets and lengths, differences can fade or turn.",
-            self._same_data(),
-            rates,
-            "Intervals are of one comparison alone; only p is adjusted for all."
-            if count > 1
-            else "The margin decides what counts as equivalent: it was stated before the study ran.",
-        ]
-        if any(comparison.kind == "undecided" for comparison in self.comparisons):
-            said.append("Undecided is no equivalence: the arms may differ by anything in the interval.")
-        if self.sizes:
-            said.append(
-                "All sizes are trained for the same tokens, so a larger model has fewer for each parameter; a trend is "
-                "the change from the smallest width to the largest, and says nothing of what lies beyond."
-            )
-        if asked.match == "none":
-            said.append("Arms are not matched: a difference may be that of their sizes.")
-        return said
-
-    def parameters(self) -> str:
-        """Those of the first arm, of several sizes at each: "10,336 and 41,152"."""
-        references = [arm for arm in self.study.arms if self.study.reference_of(arm) is arm]
-        *others, last = (f"{arm.costs.parameters:,}" for arm in references)
-        return f"{', '.join(others)} and {last}" if others else last
-
-    def _same_data(self) -> str:
-        source = self.study.data["source"]
-        if self.study.task:
-            differ = "Seeds differ in initial weights and in the rows of the task"
-            return f"{differ}: of other tasks and sizes than {source}, and of text, it says nothing."
-        differ = "Seeds differ in initial weights and in the order of the data, not in the text"
-        return f"{differ}: of other text than {source} it says nothing."
+        return not_said(self.study, self.comparisons, min(len(one.sensitivity) for one in self.arms))
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Heads and rows for the screen: an arm's cost, rate, score and difference from the first, with intervals."""
@@ -216,7 +202,9 @@ class Results:
             "study": self.study.as_plain(),
             "verdict": self.verdict(),
             "not_said": self.not_said(),
-            "comparisons": [finite(asdict(one) | {"kind": one.kind, "words": one.words()}) for one in self.comparisons],
+            "comparisons": [
+                finite(asdict(one) | {"kind": one.kind, "words": self.words(one)}) for one in self.comparisons
+            ],
             **({"trends": [finite(_trend_as_dict(one)) for one in self.trends]} if self.sizes else {}),
             "arms": [finite(_arm_as_dict(one)) for one in self.arms],
             **({"published": [_marked_as_dict(one) for one in self.published()]} if self.study.asked.published else {}),

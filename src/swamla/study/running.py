@@ -6,6 +6,7 @@ processes may work on one folder: each takes runs that no other works on, so non
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import time
@@ -23,7 +24,7 @@ from swamla.data.dataset import TrainingData
 from swamla.data.datatrove import executor
 from swamla.data.preparing import prepare
 from swamla.data.task_rows import TaskDataset
-from swamla.errors import UsageError
+from swamla.errors import CorruptError, DataError, SwamlaError, UsageError
 from swamla.files import write_text_atomically
 from swamla.plugins import load_plugin
 from swamla.study.folder import RESULTS, STUDY, WAIT, append_line, locked, opened, read_outcomes
@@ -32,14 +33,22 @@ from swamla.study.runs import Outcome, Run, Status, command, program, ready, run
 from swamla.study.scoring import score_tests
 from swamla.train import RunConfig
 from swamla.train.claims import is_running
+from swamla.train.saving import REMEDY, Diverged
 from swamla.train.tracking.metrics import read_metrics
 
 POLL = 0.05  # seconds between looks at processes
 SHORT, WARM_UP = 30, 3  # steps of the run that tells what a run takes beside its steps, and those that are not counted
 COMPANY = 30  # minutes after which runs that keep a plan company end by themselves: a killed plan cannot stop them
 ATTEMPTS = 3  # of a run whose process is killed; then it has failed
+ALIKE = 3  # runs of several arms that fail in a row, with one error: it is not theirs
 ENDED_BY_SIGNAL = range(129, 160)  # statuses of shells; a process's own is negative
 PREEMPTED = 75  # stopped by a scheduler with all saved: it goes on, however often
+
+
+class EnvironmentFault(SwamlaError):
+    """What no run of a study can help, such as a full disk: the study stops, and the same command goes on."""
+
+    exit_status = 1
 
 
 class Process(Protocol):
@@ -82,7 +91,11 @@ class _Job:
 
 @dataclass
 class _Worker:
-    """A process that works on a study. part: its number from 0, of `parts`.  killed: run → times its process was."""
+    """A process that works on a study. part: its number from 0, of `parts`.  killed: run → times its process was.
+
+    doubtful: the last outcomes, if all failed with one error, and their locks: not written before it is known whose
+    fault it is.
+    """
 
     folder: Path
     study: Study
@@ -93,6 +106,7 @@ class _Worker:
     report: Callable[[Outcome], None]
     active: dict[str, _Job] = field(default_factory=dict)
     killed: dict[str, int] = field(default_factory=dict)
+    doubtful: list[tuple[Outcome, ExitStack]] = field(default_factory=list)
 
 
 def with_start(study: Study, scratch: Path) -> Study:
@@ -171,7 +185,8 @@ def run_study(
 
     part: this process's number, from 0, of `parts` that work on the folder: where it begins.  launch: starts a run, by
     default a process of this program.  report: called with every outcome that this process writes. Whatever stops this
-    call, it asks its runs to save, and waits for that.
+    call, it asks its runs to save, and waits for that. Raises `EnvironmentFault` when runs of several arms fail in a
+    row with one error: no outcome of theirs is written, so the next call trains them again.
     """
     study = opened(folder)
     if study is None:
@@ -181,11 +196,13 @@ def run_study(
         (folder / name).mkdir(exist_ok=True)
     try:
         while True:
-            outcomes = read_outcomes(folder)
+            outcomes = read_outcomes(folder) | {one.run: one for one, _ in worker.doubtful}
             wanted = ready(study, outcomes)
-            if not wanted and not worker.active:
-                return outcomes
             _start_runs(worker, wanted)
+            if not worker.active:  # nothing will tell more of failures, and others may wait for their locks
+                _write_doubtful(worker)
+                if not wanted:
+                    return outcomes
             if not _note_ended(worker):
                 time.sleep(POLL if worker.active else WAIT)
     finally:
@@ -218,13 +235,50 @@ def _note_ended(worker: _Worker) -> bool:
     ended = [job for job in worker.active.values() if job.process.poll() is not None]
     for job in ended:
         outcome = _outcome(worker, job)
-        if outcome is not None:
-            part = f"-{worker.part + 1}-of-{worker.parts}" if worker.parts > 1 else ""
-            append_line(worker.folder / f"{RESULTS}{part}.jsonl", asdict(outcome))
-            worker.report(outcome)
         del worker.active[job.run.id]
-        job.lock.close()
+        if outcome is None:
+            job.lock.close()
+        elif outcome.status == "failed":
+            _doubt(worker, outcome, job.lock)
+        else:
+            _write_doubtful(worker)
+            _write(worker, outcome, job.lock)
     return bool(ended)
+
+
+def _doubt(worker: _Worker, outcome: Outcome, lock: ExitStack) -> None:
+    """Keep a failed run's outcome back. Raises `EnvironmentFault` if the error is that of several arms, in a row."""
+    if worker.doubtful and _cause(worker.doubtful[-1][0]) != _cause(outcome):
+        _write_doubtful(worker)
+    worker.doubtful.append((outcome, lock))
+    arms = dict.fromkeys(one.arm for one, _ in worker.doubtful)
+    if len(worker.doubtful) < ALIKE or len(arms) < 2:
+        return
+    count = len(worker.doubtful)
+    while worker.doubtful:
+        worker.doubtful.pop()[1].close()
+    raise EnvironmentFault(
+        f"{count} runs in a row, of {', '.join(arms)}, failed with the same error, which is no result of theirs: "
+        f"{outcome.error}; mend that: the same command trains them again"
+    )
+
+
+def _cause(outcome: Outcome) -> str:
+    """A run's error without what differs between runs: its name and numbers."""
+    return re.sub(r"\d[\d.,]*", "#", outcome.error.replace(outcome.run, "RUN"))
+
+
+def _write_doubtful(worker: _Worker) -> None:
+    while worker.doubtful:
+        _write(worker, *worker.doubtful.pop(0))
+
+
+def _write(worker: _Worker, outcome: Outcome, lock: ExitStack) -> None:
+    """Write a run's outcome, and let go of the run."""
+    with lock:
+        part = f"-{worker.part + 1}-of-{worker.parts}" if worker.parts > 1 else ""
+        append_line(worker.folder / f"{RESULTS}{part}.jsonl", asdict(outcome))
+        worker.report(outcome)
 
 
 def _stop(worker: _Worker) -> None:
@@ -234,6 +288,7 @@ def _stop(worker: _Worker) -> None:
     for job in worker.active.values():
         job.process.wait()
         job.lock.close()
+    _write_doubtful(worker)
 
 
 def _outcome(worker: _Worker, job: _Job) -> Outcome | None:
@@ -247,11 +302,13 @@ def _outcome(worker: _Worker, job: _Job) -> Outcome | None:
         worker.killed[run.id] = worker.killed.get(run.id, 0) + 1
         if worker.killed[run.id] < ATTEMPTS:
             return None
-    records = _records(folder / "metrics.jsonl")
+    records, damage = _readable_records(folder / "metrics.jsonl")
     ended: Status
-    if status:
+    if damage and not status:
+        ended, score, error = "failed", None, damage
+    elif status:
         error = f"killed {ATTEMPTS} times, exit status {status}" if was_killed else _error(log, status)
-        ended = "diverged" if records and {"skipped", "spike"} & records[-1].keys() else "failed"
+        ended = "diverged" if status == Diverged.exit_status and REMEDY in error else "failed"
         score = None
     else:
         score, error = _final_score(records, worker.study.arm(run.arm).steps), ""
@@ -276,13 +333,24 @@ def _outcome(worker: _Worker, job: _Job) -> Outcome | None:
 
 
 def _trained_seconds(folder: Path) -> float:
-    """Seconds of training in the checkpoint that a resumed run goes on from."""
-    checkpoint = latest_checkpoint(folder / "checkpoints")
+    """Seconds of training in the checkpoint that a resumed run goes on from; 0 if none is whole: the run says so."""
+    try:
+        checkpoint = latest_checkpoint(folder / "checkpoints")
+    except CorruptError:
+        return 0.0
     return float(checkpoint.state.get("seconds", 0.0)) if checkpoint else 0.0
 
 
 def _records(file: Path) -> list[dict[str, Any]]:
     return read_metrics(file) if file.exists() else []
+
+
+def _readable_records(file: Path) -> tuple[list[dict[str, Any]], str]:
+    """A run's records, and what is wrong with its file if that cannot be read: a damaged run stops no study."""
+    try:
+        return _records(file), ""
+    except CorruptError as error:
+        return [], str(error)
 
 
 def _final_score(records: Iterable[Mapping[str, Any]], steps: int) -> float | None:
@@ -304,10 +372,21 @@ def work(folder: Path, plugins: tuple[str, ...], part: int, parts: int) -> None:
     """Work on a study as one of several processes, with its data from the cache: what executors call."""
     for file in plugins:
         load_plugin(file)
-    run_study(folder, part=part, parts=parts)
     study = opened(folder)
     assert study is not None
-    score_tests(folder, data_of(study.arms[0].config.data))
+    dataset = data_of(study.arms[0].config.data)
+    require_planned(study, dataset)
+    run_study(folder, part=part, parts=parts)
+    score_tests(folder, dataset)
+
+
+def require_planned(study: Study, dataset: TrainingData) -> None:
+    """Raise `DataError` for data other than the study was planned with."""
+    if dataset.fingerprint != study.data["fingerprint"]:
+        raise DataError(
+            f"{study.data['source']}: the data changed since the study was planned (fingerprint "
+            f"{dataset.fingerprint[:12]}, then {study.data['fingerprint'][:12]}): restore it, or begin another study"
+        )
 
 
 def data_of(config: DataConfig) -> TrainingData:

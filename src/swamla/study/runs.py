@@ -7,6 +7,7 @@ and the outcomes alone (`ready`), so a study goes on wherever it was stopped.
 """
 
 import math
+import statistics
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -200,6 +201,27 @@ def seconds_of_run(study: Study, arm: Arm) -> float:
     return study.start_seconds + steps + slower * study.evaluation_seconds
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """Seconds of an arm's runs, as predicted before the study and as they took, means over those that finished."""
+
+    arm: str
+    runs: int
+    predicted: float
+    took: float
+
+
+def paces(study: Study, outcomes: Mapping[str, Outcome]) -> list[Pace]:
+    """Predicted and real times of the arms that have finished runs."""
+    found = []
+    for arm in study.arms:
+        walls = [one.wall for one in outcomes.values() if one.arm == arm.name and one.status == "finished"]
+        if walls:
+            took = statistics.fmean(walls)
+            found.append(Pace(arm=arm.name, runs=len(walls), predicted=seconds_of_run(study, arm), took=took))
+    return found
+
+
 def runs_left(study: Study, arm: Arm, outcomes: Mapping[str, Outcome]) -> int:
     """Runs of an arm without an outcome; of the search those that it needs at least."""
     scores = rate_scores(arm, outcomes)
@@ -209,10 +231,14 @@ def runs_left(study: Study, arm: Arm, outcomes: Mapping[str, Outcome]) -> int:
     return len(runs_of(study, arm, outcomes))
 
 
-def describe(study: Study, folder: Path, outcomes: Mapping[str, Outcome], jobs: int) -> list[tuple[str, str]]:
-    """Labels and texts of the plan, to be printed before anything runs."""
-    asked, prediction = study.asked, predict(study, outcomes, jobs)
-    first = study.arms[0]
+def describe(
+    study: Study, folder: Path, outcomes: Mapping[str, Outcome], jobs: int, parts: int = 1
+) -> list[tuple[str, str]]:
+    """Labels and texts of the plan, to be printed before anything runs. jobs: of each of `parts` processes."""
+    asked, prediction = study.asked, predict(study, outcomes, jobs * parts)
+    each = f" in each of {parts} parts that work together" if parts > 1 else ""
+    first, train = study.arms[0], study.arms[0].config.train
+    own = ", in other arms as many as take as long" if asked.match == "seconds" else ""
     search = "the recipe's in every arm" if asked.rates == "recipe" else "searched on seed 0, at first √10 apart"
     rows = [
         ("question", asked.question or f"do {', '.join(dict.fromkeys(arm.label for arm in study.arms))} differ?"),
@@ -220,7 +246,7 @@ def describe(study: Study, folder: Path, outcomes: Mapping[str, Outcome], jobs: 
         ("measured", f"{study.axis.name} on the {study.scored}, {study.axis.direction} is better"),
         ("margin", f"differences within ±{asked.margin:g} count as too small to matter"),
         ("data", _described_data(study)),
-        ("budget", f"{first.steps} steps of {first.config.train.batch_size} rows of {first.config.train.block_size}"),
+        ("budget", f"{first.steps} steps of {train.batch_size} rows of {train.block_size}{own}"),
         ("rates", search),
         ("seeds", f"1 to {asked.seeds}, fresh ones, the same in every arm; differences are paired by seed"),
         *_described_sizes(study),
@@ -230,7 +256,7 @@ def describe(study: Study, folder: Path, outcomes: Mapping[str, Outcome], jobs: 
     ]  # fmt: skip
     return [
         *rows,
-        ("time", f"about {duration(prediction.seconds)}, {jobs} at a time, threads of each: {asked.threads}"),
+        ("time", f"about {duration(prediction.seconds)}, {jobs} at a time{each}, threads of each: {asked.threads}"),
         ("by", _basis(study, outcomes)),
     ]
 

@@ -225,7 +225,8 @@ class Comparison:
         if self.kind == "equivalence":
             return (
                 f"{self.arm} and {self.reference} are equivalent: they differ by less than the margin of {margin:g} "
-                f"{unit} ({of}, p of more {_p(self.p_equivalence)}); no difference was shown ({p}){self._alone()}."
+                f"{unit} ({of}, p of a difference beyond the margin {_p(self.p_equivalence)}); no difference was shown "
+                f"({p}){self._alone()}."
             )
         return (
             f"{self.arm} and {self.reference}: undecided, neither a difference nor an equivalence within {margin:g} "

@@ -11,8 +11,8 @@ from swamla.config import to_plain
 from swamla.data.caching import short_source
 from swamla.files import write_text_atomically
 from swamla.interpret.sections import Positions, as_plain
+from swamla.study.caveats import differing_settings
 from swamla.study.matching import Costs
-from swamla.study.plan import differing_settings
 from swamla.study.results import as_csv, finite
 from swamla.study.two_runs import DocumentDifference, KindDifference, Paired, TokenDifference
 from swamla.train.config import RunConfig
@@ -31,6 +31,7 @@ Kind = Literal["text", "task"]
 class Side:
     """A run. step: of its checkpoint.  tokens: trained on until then, None if unknown, as of an imported model.
 
+    last: the step of its last checkpoint, where the one compared is the best of its evaluations.
     block_size: of the rows it was scored in; costs are at that length.  data, tokenizer: the source and the tokenizer
     of its training, tokenizer_id and data_id their fingerprints, "" if unknown.  vocabulary: ids of the tokenizer.
     began: whose weights it began with, "" if its own.  imported: of its config only the model is its own.  curve: of
@@ -52,6 +53,7 @@ class Side:
     vocabulary: int
     began: str = ""
     imported: bool = False
+    last: int | None = None
     curve: Curve = field(default_factory=lambda: Curve(name="", training=[], held_out=[], lost=[]))
 
     @property
@@ -206,6 +208,13 @@ class Compared:
                 f"They were trained for {tokens[0]:,} and {tokens[1]:,} tokens: the difference may be that of their "
                 "training."
             )
+        said += [
+            f"Of {side.name}, step {side.step:,} is compared, the best of its evaluations by held-out loss, and not "
+            f"its last, {side.last:,}: where that loss is of this text, a run that was evaluated more often gains by "
+            "the choice (with `checkpoint` latest nothing is chosen)."
+            for side in self.sides
+            if self.kind == "text" and side.last not in (None, side.step)
+        ]
         return [*said, *self.notes]
 
     def table(self) -> tuple[list[str], list[list[str]]]:

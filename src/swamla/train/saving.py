@@ -10,6 +10,8 @@ from swamla.train.changes import SCORED_BY_DEFAULT, scoring_of
 from swamla.train.precision import autocast
 from swamla.train.run import Evaluate, Run
 
+REMEDY = "try a lower lr"  # in the message of every run that diverged, and of no other
+
 
 class Diverged(SwamlaError):
     """Training that cannot go on because its numbers are no longer finite."""
@@ -68,7 +70,7 @@ def raise_diverged(run: Run, reason: str) -> NoReturn:
     good = distributed.on_main(lambda: latest_checkpoint(run.checkpoints))  # which reads all of it
     where = f"the last good checkpoint is {good.path}" if good else "there is no checkpoint yet"
     if distributed.is_main():
-        raise Diverged(f"{reason}; {where}; try a lower lr, now {run.settings.lr}")
+        raise Diverged(f"{reason}; {where}; {REMEDY}, now {run.settings.lr}")
     raise FailedElsewhere(reason, Diverged.exit_status)
 
 

@@ -322,6 +322,7 @@ def _how(data: Data) -> Section:
     rows = [
         ("command", data["command"]),
         ("program", f"swamla {data['version']}{', commit ' + data['commit'][:12] if data['commit'] else ''}"),
+        *([("went on with", "; ".join(data["went_on"]))] if "went_on" in data else []),
         ("text", f"{data['data']['source']}, fingerprint {data['data']['fingerprint'][:16]}"),
         ("machine", ", ".join(f"{name} {value}" for name, value in data["machine"].items())),
         ("training", f"{seconds / 60:.1f} minutes of all runs together, one thread each"),

@@ -30,6 +30,7 @@ def result(
         "command": command,
         "version": study.version,
         "commit": study.commit,
+        **({"went_on": list(study.went_on)} if study.went_on else {}),
         "machine": study.machine,
         "seeds": study.asked.seeds,
         "data": {name: study.data[name] for name in ("source", "fingerprint")},

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from swamla.study.page.parts import Section, against, clock, name_of, table
+from swamla.study.plan import Study
 from swamla.study.results import Results
 from swamla.train import RunConfig
 
@@ -53,7 +54,7 @@ def compared(results: Results) -> Section:
         f"searched for on seed 0, by the {study.choosing[0]}" if study.asked.rates == "search" else "the recipe's"
     )
     lead = (
-        f"{how}Every arm saw the same rows in the same order. Its learning rate was {searched}; then it was trained "
+        f"{how}{_rows_seen(study)} Its learning rate was {searched}; then it was trained "
         f"with fresh seeds, and scored once on the {study.scored}, when all runs had ended."
     )
     body = table(head, rows, meaning, "stacked")
@@ -62,11 +63,20 @@ def compared(results: Results) -> Section:
     return "What was compared", lead, body + _alike(results) + _settings(results)
 
 
+def _rows_seen(study: Study) -> str:
+    """Whether all arms saw the same; those with fewer steps saw the beginning of it."""
+    if len({arm.steps for arm in study.arms}) == 1:
+        return "Every arm saw the same rows in the same order."
+    until = "the first arm's time was over" if study.asked.match == "seconds" else "its own steps were done"
+    return f"Every arm began with the same rows in the same order, and saw them until {until}, so not all saw as many."
+
+
 def _alike(results: Results) -> str:
     """What all arms have alike."""
     study = results.study
     data, train = study.data, study.arms[0].config.train
     steps, seeds = sorted({arm.steps for arm in study.arms}), max(map(study.seeds_of, study.arms))
+    apart = f", by seconds: as long as the first arm's {study.arms[0].steps:,} took" * (study.asked.match == "seconds")
     rows = [
         (
             "task" if study.task else "text",
@@ -76,7 +86,7 @@ def _alike(results: Results) -> str:
         (
             "budget of a run",
             f"{' to '.join(f'{n:,}' for n in steps[:: max(1, len(steps) - 1)])} steps of {train.batch_size} rows of "
-            f"{train.block_size} tokens",
+            f"{train.block_size} tokens{apart or ', each arm its own' * (len(steps) > 1)}",
         ),
         ("seeds", f"1 to {seeds} in every arm; a seed sets initial weights and the order of the data"),
         ("precision, threads", f"{train.precision}, {study.asked.threads} a run"),

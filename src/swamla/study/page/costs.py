@@ -79,7 +79,7 @@ def time_taken(results: Results) -> Section | None:
     meaning = (
         "Planned: timed before the study. At the end: steps of all arms in turns, so that a machine whose speed "
         "drifts is the same to all. Runs took as long as the process that ended them; one that was stopped and "
-        "resumed counts its last part."
+        "resumed counts the training that it went on from, too."
     )
     times = f", {took / predicted:.2f} times as long" if predicted else ""
     total = f"All runs, one after the other: predicted {duration(predicted)}, took {duration(took)}{times}."
@@ -188,7 +188,8 @@ def _commands(results: Results) -> str:
         run = Run(arm=one.arm.name, slug=one.arm.slug, purpose="seed", rate=0, lr=lr, seed=1)
         lines.append(shlex.join(["swamla", *command(study, Path("STUDY"), run)]))
     rows = [
-        ("program", f"swamla {study.version}" + (f", commit {study.commit}" if study.commit else "")),
+        ("program", study.program),
+        *([("went on with", "; ".join(study.went_on))] if study.went_on else []),
         ("data", f"{study.data['source']}, fingerprint {study.data.get('fingerprint') or 'unknown'}"),
         ("machine", ", ".join(f"{name} {value}" for name, value in study.machine.items()) or "unknown"),
         *([("plugins", ", ".join(study.plugins))] if study.plugins else []),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from swamla.files import write_text_atomically
 from swamla.interpret.page.html import numbered, section_parts
+from swamla.study.caveats import parameters
 from swamla.study.page.compared import compared
 from swamla.study.page.costs import all_runs, memory, time_taken
 from swamla.study.page.parts import Section, verdict_word
@@ -91,7 +92,7 @@ def _at_sizes(make: Callable[[Results], Section | None], results: Results) -> Se
 
 def _title(results: Results) -> str:
     arms = " · ".join(dict.fromkeys(arm.label for arm in results.study.arms))
-    return f"{arms}, at {results.parameters()} parameters"
+    return f"{arms}, at {parameters(results.study)} parameters"
 
 
 def _opening(results: Results) -> list[str]:
@@ -100,9 +101,9 @@ def _opening(results: Results) -> list[str]:
     asked = study.asked.question or f"Do {', '.join(dict.fromkeys(arm.label for arm in study.arms))} differ?"
     expected = study.asked.expectation
     before = f'<p class="question">Expected before: <i>{escape(expected)}</i></p>' if expected else ""
-    found = "".join(_verdict(comparison) for comparison in results.comparisons if not results.sizes)
+    found = "".join(_verdict(results, comparison) for comparison in results.comparisons if not results.sizes)
     for size, at in results.sizes.items():
-        found += "".join(_verdict(comparison, size) for comparison in at.comparisons)
+        found += "".join(_verdict(at, comparison, size) for comparison in at.comparisons)
     found += "".join(_trend(trend) for trend in results.trends)
     said = {*results.compared(), *(trend.words() for trend in results.trends)}
     others = [text for text in results.verdict() if text not in said]
@@ -125,11 +126,11 @@ def _trend(trend: Trend) -> str:
     )
 
 
-def _verdict(comparison: Comparison, size: int | None = None) -> str:
+def _verdict(results: Results, comparison: Comparison, size: int | None = None) -> str:
     short, look = verdict_word(comparison)
     against = f"against {comparison.reference}" if size is None else f"at width {size}"
     where = "" if size is None else f"At width {size}, "
     return (
         f"<dt>{escape(comparison.arm)} {escape(against)}</dt>"
-        f'<dd><span class="answer {look}">{short}</span></dd><dd>{escape(where + comparison.words())}</dd>'
+        f'<dd><span class="answer {look}">{short}</span></dd><dd>{escape(where + results.words(comparison))}</dd>'
     )

@@ -23,7 +23,6 @@ from swamla.study.page.parts import (
     two,
 )
 from swamla.study.results import Results
-from swamla.study.statistics import wilson
 
 
 def by_position(results: Results) -> Section | None:
@@ -196,14 +195,14 @@ def answers(results: Results) -> Section | None:
                 tips=[f"{name}, seed {seed}: {text}" for (seed, _), text in zip(ordered, told, strict=True)],
             )
         )
-        learned = sum(one.accuracy >= KNOWN for one in by_seed.values())
-        _, low, high = wilson(learned, len(by_seed))
+        arm = results.arms[index_of[name]]
+        _, low, high = arm.learned
         rows.append(
             [
                 name_of(results, index_of[name]),
                 bytes_of(next(iter(by_seed.values())).state_bytes),
                 spread([one.accuracy for one in by_seed.values()]),
-                f"{learned} of {len(by_seed)} <small>({number(low)} – {number(high)})</small>",
+                f"{arm.learned_seeds} of {len(arm.scores)} <small>({number(low)} – {number(high)})</small>",
             ]
         )
     names = [(size, f"{size:,.1f}") for size in sorted(sizes)]
@@ -221,8 +220,8 @@ def answers(results: Results) -> Section | None:
         "highest. The horizontal axis is logarithmic."
     )
     meaning = (
-        f"Mean over seeds, in grey the lowest and the highest; how many seeds learned it (accuracy {KNOWN:g} or more), "
-        "in grey the 95 % interval of that share (Wilson)."
+        f"Mean over seeds, in grey the lowest and the highest; how many seeds learned it (accuracy {KNOWN:g} or more "
+        "on all test rows), in grey the 95 % interval of that share (Wilson)."
     )
     lead = (
         "How often the answers are right, and what they are remembered in. Seeds may learn a task or not at all: then "
