@@ -344,6 +344,10 @@ def test_another_study_in_the_folder_is_refused_and_so_is_a_folder_of_something_
     (tmp_path / "study" / "runs").mkdir()
     with pytest.raises(UsageError, match=r"holds another study, whose seeds is 2, not 7: name another folder"):
         opened(tmp_path / "study", other)
+    last = list(study_of().asked.arms)[-1]
+    changed = replace(study_of().asked, arms={**study_of().asked.arms, last: "--pattern other"})
+    with pytest.raises(UsageError, match=rf"whose arms is {{'{last}': '.*'}}, not {{'{last}': '--pattern other'}}:"):
+        opened(tmp_path / "study", changed)
     turned = replace(study_of().asked, arms=dict(reversed(study_of().asked.arms.items())))
     assert turned == study_of().asked, "equal mappings: the first arm, the reference, is another"
     with pytest.raises(UsageError, match=r"whose order of arms is \['mha', 'gdn'\], not \['gdn', 'mha'\]: name"):

@@ -87,10 +87,19 @@ def opened(folder: Path, asked: Asked | None = None) -> Study | None:
         return None
     before, now = _said(study.asked), _said(asked)
     name = next(name for name in now if now[name] != before[name])
+    was, wanted = _apart(before[name], now[name])
     raise UsageError(
-        f"{folder}: holds another study, whose {name} is {before[name]!r}, not {now[name]!r}: name another folder "
-        "with `output_dir`, or remove this one"
+        f"{folder}: holds another study, whose {name} is {was!r:.200}, not {wanted!r:.200}: name another folder with "
+        "`output_dir`, or remove this one"
     )
+
+
+def _apart(before: Any, now: Any) -> tuple[Any, Any]:
+    """Both values; of two tables the first entry that differs, with its name."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return before, now
+    name = next(name for name in {**before, **now} if before.get(name) != now.get(name))
+    return {name: before.get(name)}, {name: now.get(name)}
 
 
 def _said(asked: Asked) -> dict[str, Any]:
