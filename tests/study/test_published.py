@@ -58,6 +58,7 @@ def test_a_row_of_this_unit_data_tokenizer_and_budget_is_comparable_if_its_autho
         ({"tokenizer": "gpt2"}, "another tokenizer, here byte"),
         ({"tokenizer": ""}, "no word of the tokenizer, here byte"),
         ({"tokens": 2_600}, "1.02 times this study's tokens"),
+        ({"tokens": 1_280}, "0.50 times this study's tokens"),
         ({"tokens": 9_000_000_000}, "3,515,625 times this study's tokens"),
         ({"tokens": None}, "no word of its training tokens"),
     ],

@@ -104,15 +104,16 @@ def test_of_few_documents_bca_has_it_less_often() -> None:
     assert coverage(10, 200, scipys("BCa")) + 0.02 < coverage(10, 200, ours)
 
 
-def test_the_interval_is_that_of_documents_drawn_by_hand() -> None:
-    apart, size = drawn(30, np.random.default_rng(3))
+@pytest.mark.parametrize("count", [8, 30])
+def test_the_interval_is_that_of_documents_drawn_by_hand(count: int) -> None:
+    apart, size = drawn(count, np.random.default_rng(3))
     mean, low, high = ratio_interval(apart, size)
     assert mean == pytest.approx(apart.sum() / size.sum(), rel=1e-12)
     rng, ratios = np.random.default_rng(4), []
     for _ in range(20_000):
-        chosen = rng.integers(0, 30, 30)
+        chosen = rng.integers(0, count, count)
         ratios.append(apart[chosen].sum() / size[chosen].sum())
-    tail = stats.norm.sf(math.sqrt(30 / 29) * stats.t.isf(0.025, 29))
+    tail = stats.norm.sf(math.sqrt(count / (count - 1)) * stats.t.isf(0.025, count - 1))
     expected = np.quantile(ratios, [tail, 1 - tail])
     np.testing.assert_allclose([low, high], expected, atol=0.08 * (high - low))
 
