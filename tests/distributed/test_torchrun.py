@@ -186,6 +186,18 @@ def test_a_restart_goes_on_with_nothing_but_what_its_own_launch_began(folder: Pa
     assert files(folder / "runs" / "quickstart") == foreign["alone"]
 
 
+def test_a_fine_tuning_one_of_whose_ranks_is_killed_goes_on_as_if_nothing_had_been(folder: Path) -> None:
+    rows = ({"prompt": f"square of {i}?", "completion": f"{i * i}"} for i in range(60))
+    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tune = "-m swamla sft alone --data chat.jsonl --steps 4 --batch_size 4 --save_interval 1 --log_interval 1"
+    whole = torchrun(folder, f"{tune} --output_dir tuned")
+    assert whole.returncode == 0, whole.stderr
+    killed = restarted(folder, f"{tune} --output_dir killed", ranks=2, SWAMLA_FAULT="step:3@1")
+    assert killed.returncode == 0, killed.stderr
+    assert "resumed after step 2" in killed.stdout
+    assert curve(folder / "killed") == curve(folder / "tuned")
+
+
 def test_a_run_that_was_asked_to_stop_is_not_started_again_and_a_new_launch_goes_on_with_it(folder: Path) -> None:
     run = folder / "stopped"
     command = [*MODULE, *RESTARTS, "--nproc_per_node", "2", *shlex.split(f"{LONG} --output_dir stopped")]
