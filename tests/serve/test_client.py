@@ -12,7 +12,7 @@ from tests.waiting import PATIENCE
 
 from .helpers import TOKENIZER, alone, model_of
 from .servers import Running, running
-from .test_app import chatty
+from .test_app import chatty, slowed
 
 openai = pytest.importorskip("openai", reason="needs OpenAI's client: pip install openai")
 PROMPT = "class A:\n"
@@ -125,7 +125,10 @@ def test_a_model_without_a_template_is_a_bad_request(client: Any) -> None:
 
 
 def test_a_stream_that_is_closed_frees_its_slot(client: Any, server: Running) -> None:
-    stream = client.completions.create(model="plain", prompt=PROMPT, max_tokens=190, stream=True)
-    next(iter(stream))
-    stream.close()
-    server.wait_idle()
+    before = server.engine.counters.cancelled
+    with slowed(server.engine):
+        stream = client.completions.create(model="plain", prompt=PROMPT, max_tokens=190, stream=True)
+        next(iter(stream))
+        stream.close()
+        server.wait_idle()
+    assert server.engine.counters.cancelled == before + 1  # it was not written to its end

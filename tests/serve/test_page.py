@@ -253,9 +253,11 @@ def test_escape_stops_and_frees_the_slots(server: Running, page: Browser) -> Non
         page.type("#max_tokens", "190")
         page.click("#write")
         page.wait("return document.querySelectorAll('.token').length > 3")
+        before = server.engine.counters.cancelled
         page.press("escape")
         page.wait(STOPPED)
         server.wait_idle()
+    assert server.engine.counters.cancelled == before + 1
 
 
 @pytest.mark.parametrize("button", ["#clear", "#chat"])
