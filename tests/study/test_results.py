@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 
 from swamla.model.mixers.mha import MHAConfig
+from swamla.model.mixers.mixer import MixerConfig
 from swamla.model.mixers.mla import MLAConfig
-from swamla.study.caveats import trained_apart
+from swamla.model.mixers.swa import SWAConfig
+from swamla.study.caveats import set_apart, trained_apart
+from swamla.study.export import latex
 from swamla.study.plan import Arm
-from swamla.study.results import Results, latex
+from swamla.study.results import Results
+from swamla.study.statistics import wilson
 from swamla.train.optim.muon import MuonConfig
 
 from .helpers import arm_of
@@ -40,6 +44,46 @@ def test_runs_that_diverged_are_named_and_counted_and_not_in_the_interval() -> N
     assert gdn.finished.mean == 0.8
     assert results.comparisons[0].seeds == (1, 2, 4, 5)
     assert "Of gdn, gdn-lr0.01-seed3 did not finish, and is in no interval." in results.verdict()
+    search = "Of mha's search, mha-lr0.0316-seed0 did not finish, so no seed has that rate."
+    assert search in results.verdict(), "no run of a search is in an interval"
+    (said,) = (text for text in results.not_said() if "finished in both arms" in text)
+    assert "favours an arm that loses some: of gdn the differences" in said
+    assert not any("in both arms" in text for text in results_of(fails=("mha-lr0.0316",)).not_said())
+
+
+@pytest.mark.parametrize("drops_tests", [False, True])
+def test_seeds_of_a_rate_that_was_chosen_before_a_search_went_on_are_in_no_figure(drops_tests: bool) -> None:
+    """A run of the search that failed is tried again and wins, so all seeds are trained anew at its rate."""
+    now = results_of(0.05)
+    chosen = {one.run: one for one in now.outcomes}
+    old = {
+        one.run.replace("lr0.01-", "lr0.0316-"): replace(one, run=one.run.replace("lr0.01-", "lr0.0316-"), rate=2)
+        for one in now.outcomes
+        if one.purpose == "seed" and one.arm == "gdn"
+    }
+    tests = [
+        replace(test, run=test.run.replace("lr0.01-", "lr0.0316-"), bits_per_byte=9.0)
+        for test in now.tests
+        if test.arm == "gdn"
+    ]
+    lost = chosen | {"gdn-lr0.01-seed3": replace(chosen["gdn-lr0.01-seed3"], status="diverged", validation=None)}
+    kept = [test for test in now.tests if test.run != "gdn-lr0.01-seed3"]
+    found = Results.of(now.study, lost | old, kept if drops_tests else [*kept, *tests])
+    assert found.comparisons[0].seeds == (1, 2, 4, 5)
+    assert found.comparisons[0].differences == pytest.approx([0.048, 0.049, 0.051, 0.052])
+    gdn = found.arms[1]
+    assert (gdn.ended, gdn.lost, gdn.left_out) == (5, ("gdn-lr0.01-seed3",), tuple(old))
+    assert gdn.finished.mean == 0.8
+    told = " ".join(found.verdict())
+    assert "gdn-lr0.0316-seed5 are in no figure: a run of its search was tried again, and another rate chosen." in told
+    assert {test.run for test in found.tests} == {test.run for test in kept}
+
+
+def test_seeds_that_diverged_are_seeds_that_did_not_learn() -> None:
+    known = {"mha": (0.999,) * 5, "gdn": (0.999,) * 5}
+    results = results_of(task=True, accuracies=known, fails=("gdn-lr0.01-seed2", "gdn-lr0.01-seed4"))
+    assert results.arms[1].learned == wilson(3, 5)
+    assert "and 3 of 5 seeds of gdn (95% interval of the share 23% to 88%)" in results.verdict()[0]
 
 
 def test_an_arm_that_no_rate_trains_is_said_and_compared_with_nothing() -> None:
@@ -82,6 +126,57 @@ def test_of_arms_matched_by_seconds_the_tokens_of_each_are_said() -> None:
     assert not any("how they are trained" in text for text in said), "steps are what was matched"
 
 
+def test_settings_that_mixers_of_two_arms_both_have_and_in_which_they_differ_are_named() -> None:
+    study = results_of().study
+    mha, gdn = study.arms
+
+    def apart(mixer: MixerConfig, name: str = "b", conv: int = 0) -> dict[str, list[str]]:
+        block = replace(mha.config.model.blocks["mha"], mixer=mixer, conv=conv)
+        config = replace(mha.config, model=replace(mha.config.model, blocks={"mha": block}))
+        return set_apart(replace(study, arms=(mha, replace(mha, name=name, config=config))))
+
+    assert apart(SWAConfig(n_heads=2, window=8)) == {}, "a window is its own"
+    assert apart(SWAConfig(n_heads=2, qk_norm="head")) == {"qk_norm head against none": ["b"]}
+    assert apart(SWAConfig(n_heads=2, rope=None)) == {}, "positions are told by themselves"
+    assert apart(MHAConfig(n_heads=2, qk_norm="head")) == {}, "of one kind: what the arm is compared for"
+    assert apart(MLAConfig(n_heads=2, kv_lora_rank=8, gate="head"), conv=4) == {
+        "conv 4 against 0, gate head against none": ["b"]
+    }
+    assert set_apart(study) == {"conv 4 against 0, gate silu against none": ["gdn"]}
+    twice = replace(study, arms=(mha, gdn, replace(gdn, name="other")))
+    assert set_apart(twice) == {"conv 4 against 0, gate silu against none": ["gdn", "other"]}
+    said = replace(results_of(), study=twice).not_said()
+    assert any("those of mha both have: gdn and other: conv 4 against 0, gate" in text for text in said)
+
+
+def test_comparisons_are_numbers_in_their_file(tmp_path: Path) -> None:
+    results = results_of(sizes={32: 0.05, 48: 0.01}, spread=0.003)
+    results.write(tmp_path)
+    with (tmp_path / "comparisons.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row, one in zip(rows, results.comparisons, strict=True):
+        assert [float(row[name]) for name in ("difference", "low", "high")] == list(one.interval)
+        assert (float(row["p"]), float(row["p_equivalence"])) == (one.p, one.p_equivalence)
+        assert [float(row[name]) for name in ("p_alone", "p_equivalence_alone")] == list(one.alone)
+        assert [float(row[f"seed {seed}"]) for seed in one.seeds] == list(one.differences)
+    found = json.loads((tmp_path / "results.json").read_text())["comparisons"][0]
+    assert (found["alone"]["p"], found["correlation"]) == (results.comparisons[0].alone[0], approx_one())
+    assert "low & high & p &" in (tmp_path / "comparisons.tex").read_text()
+    results_of(fails=("gdn",)).write(tmp_path)
+    assert "nan" not in (tmp_path / "comparisons.csv").read_text()
+
+
+def approx_one() -> object:
+    """Scores of the played arms rise by seed alike."""
+    return pytest.approx(1.0, abs=0.05)
+
+
+def test_what_intervals_leave_out_is_said() -> None:
+    said = " ".join(results_of().not_said())
+    assert "chosen by one seed on other text than is scored: how another seed would have chosen is in no" in said
+    assert "Student's t takes differences to be about normal, which 5 pairs cannot show." in said
+
+
 def test_settings_of_training_and_positions_in_which_arms_differ_are_named() -> None:
     results = results_of()
     mha, gdn = results.study.arms
@@ -111,7 +206,9 @@ def test_settings_of_training_and_positions_in_which_arms_differ_are_named() -> 
 def test_the_files_have_the_figures_of_the_screen(tmp_path: Path) -> None:
     results = results_of(fails=("gdn-lr0.01-seed3",))
     files = results.write(tmp_path)
-    assert {file.name for file in files} == {"results.json", "runs.csv", "arms.csv", "arms.tex"}
+    assert {file.name for file in files} == {
+        "results.json", "runs.csv", "arms.csv", "arms.tex", "comparisons.csv", "comparisons.tex",
+    }  # fmt: skip
     heads, rows = results.table()
     with (tmp_path / "arms.csv").open() as file:
         assert list(csv.reader(file)) == [heads, *rows]

@@ -160,6 +160,43 @@ def test_a_difference_is_said_with_its_direction_interval_seeds_and_p():
     assert "5 seeds, p < 0.001 after Holm over 2" in worse.words()
 
 
+def test_a_difference_says_whether_all_of_its_interval_is_beyond_the_margin():
+    (beyond,) = compare_all(scores(0.05), "mha", Axis(margin=0.01))
+    assert beyond.words().endswith("): more than the margin of 0.01 by all of the interval.")
+    (across,) = compare_all(scores(0.011), "mha", Axis(margin=0.01))
+    assert across.kind == "difference"
+    least = float(across.interval.low)
+    assert 0 < least < 0.01
+    assert across.words().endswith(f"): as little as {least:.4f}, within the margin of 0.01, is not excluded.")
+
+
+def test_where_holm_alone_keeps_an_equivalence_from_being_said_both_ps_are():
+    one, other = 0.002, 0.02
+    found = compare_all(scores(one, other, other, spread=0.0043), "mha", Axis(margin=0.01))[0]
+    alone = float(equivalence_test(list(found.differences), 0.01))
+    assert alone <= 0.05 < found.p_equivalence
+    assert found.kind == "undecided"
+    told = f"alone it is within the margin (p = {alone:.3f}), but not after Holm over 3 (p = {found.p_equivalence:.3f})"
+    assert told in found.words()
+    assert "needed to show an equivalence after Holm over 3 in 80% of such studies" in found.words()
+
+
+def test_more_seeds_are_said_to_show_a_difference_where_that_is_likelier():
+    (found,) = compare_all(scores(0.01, spread=0.006), "mha", Axis(margin=0.001))
+    assert found.kind == "undecided"
+    assert "needed to show a difference in 80% of such studies" in found.words()
+
+
+def test_the_correlation_of_both_arms_over_seeds_is_numpys_and_unknown_of_two_seeds():
+    found = scores(0.05, spread=0.04)
+    (comparison,) = compare_all(found, "mha", Axis())
+    rows = [list(found[arm].values()) for arm in ("mha", "swa")]
+    assert comparison.correlation == pytest.approx(np.corrcoef(rows)[0, 1])
+    assert abs(comparison.correlation) < 0.9
+    few = {arm: {seed: row[seed] for seed in (1, 2)} for arm, row in found.items()}
+    assert compare_all(few, "mha", Axis())[0].correlation is None
+
+
 def test_where_higher_is_better_the_words_turn():
     accuracy = Axis(name="accuracy", direction="higher", margin=0.01)
     assert "swa is better than mha by 0.0500 accuracy" in compare_all(scores(0.05), "mha", accuracy)[0].words()

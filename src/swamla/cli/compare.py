@@ -41,7 +41,7 @@ from swamla.study.page.report import REPORT, write_report
 from swamla.study.plan import Asked, Study, median_steps, program_of, resolve_study, slug_of
 from swamla.study.results import Results
 from swamla.study.running import beside, executor_of, require_planned, run_study, with_start
-from swamla.study.runs import Outcome, command, describe, duration, predict, ready
+from swamla.study.runs import Outcome, command, describe, duration, predict, ready, seed_runs
 from swamla.study.scoring import score_tests
 from swamla.study.statistics import scipy_stats
 from swamla.train import RunConfig
@@ -186,8 +186,8 @@ def _report(arguments: Arguments, given: Mapping[str, Any]) -> None:
     if study is None:
         raise UsageError(f"{folder}: holds no study (it has no study.json)")
     outcomes, tests = read_outcomes(folder), read_tests(folder)
-    finished = [one.run for one in outcomes.values() if one.purpose == "seed" and one.status == "finished"]
-    if ready(study, outcomes) or {test.run for test in tests} != set(finished):
+    finished = [one.run for one in seed_runs(study, outcomes).values() if one.status == "finished"]
+    if ready(study, outcomes) or not {test.run for test in tests} >= set(finished):
         raise UsageError(f"{folder}: the study has not ended: the command that began it goes on, and writes its report")
     _write(Results.of(study, outcomes, tests, Evidence.read(folder, study, outcomes)), folder, Console())
 

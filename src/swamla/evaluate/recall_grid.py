@@ -18,6 +18,7 @@ from swamla.tasks import PREFIX, Task, examples, parse
 
 LOGITS_AT_ONCE = 1024  # queries whose logits are held at the same time
 KNOWN = 0.99  # of the answers: a task is learned
+ROWS = 512  # scored, unless told how many
 SEED = 1  # not 0, as in evaluations of training: by those rows a run's best checkpoint is chosen
 
 
@@ -68,7 +69,7 @@ def recall(
     model: LanguageModel,
     task: Task,
     *,
-    rows: int = 512,
+    rows: int = ROWS,
     seed: int = SEED,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Recall:

@@ -37,7 +37,7 @@ from swamla.study.decoding import Generation, measure_decoding, read_decoding
 from swamla.study.folder import append_line, read_lines, waited_for
 from swamla.study.matching import STATE_ELEMENT_BYTES
 from swamla.study.plan import Study
-from swamla.study.runs import Outcome, Pace, paces, run_folder
+from swamla.study.runs import Outcome, Pace, paces, run_folder, seed_runs
 from swamla.study.scoring import as_trained, load_run
 from swamla.tasks import Task
 from swamla.train.precision import Chosen, autocast
@@ -105,7 +105,7 @@ def measure_runs(folder: Path, study: Study, outcomes: Mapping[str, Outcome], da
 
     Another process that measures the study is waited for.
     """
-    finished = [one for one in outcomes.values() if one.purpose == "seed" and one.status == "finished"]
+    finished = [one for one in seed_runs(study, outcomes).values() if one.status == "finished"]
     with waited_for(folder, MEASURED):
         known = {one.run for one in read_measured(folder)}
         left = [outcome for outcome in finished if outcome.run not in known]
@@ -249,9 +249,9 @@ def curves(folder: Path, study: Study, outcomes: Mapping[str, Outcome]) -> list[
     """The curves of every arm that has finished runs of fresh seeds, whose metrics are still there."""
     span = max(1, math.ceil(study.arms[0].steps / POINTS))
     found: dict[str, dict[int, list[float]]] = {}
-    for one in outcomes.values():
+    for one in seed_runs(study, outcomes).values():
         file = run_folder(folder, one.run) / "metrics.jsonl"
-        if one.purpose == "seed" and one.status == "finished" and file.exists():
+        if one.status == "finished" and file.exists():
             whole = max(1, study.arm(one.arm).steps // span)  # a rest of a span is noisier, and no span
             found.setdefault(one.arm, {})[one.seed] = _means(read_metrics(file), span)[:whole]
     drawn = []
@@ -353,10 +353,11 @@ class Evidence:
     @classmethod
     def read(cls, folder: Path, study: Study, outcomes: Mapping[str, Outcome]) -> "Evidence":
         """What a study's folder has; nothing is measured."""
-        order = [arm.name for arm in study.arms]
+        order, kept = [arm.name for arm in study.arms], seed_runs(study, outcomes)
+        measured = (one for one in read_measured(folder) if one.run in kept)
         return cls(
             curves=tuple(curves(folder, study, outcomes)),
-            measured=tuple(sorted(read_measured(folder), key=lambda one: (order.index(one.arm), one.seed))),
+            measured=tuple(sorted(measured, key=lambda one: (order.index(one.arm), one.seed))),
             speed=read_speed(folder),
             memory=peak_memory(folder, outcomes),
             caches=caches(study),

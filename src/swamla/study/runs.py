@@ -108,6 +108,13 @@ def rate_scores(arm: Arm, outcomes: Mapping[str, Outcome]) -> dict[int, float]:
     return {one.rate: one.score for one in sorted(found, key=lambda one: one.rate)}
 
 
+def seed_runs(study: Study, outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
+    """Outcomes of fresh seeds at the rates that are chosen: those of a choice before a run was tried again are none."""
+    rates = {arm.name: rate_of(study, arm, outcomes) for arm in study.arms}
+    seeds = {run: one for run, one in outcomes.items() if one.purpose == "seed"}
+    return {run: one for run, one in seeds.items() if rates[one.arm] in (None, one.rate)}
+
+
 def runs_of(study: Study, arm: Arm, outcomes: Mapping[str, Outcome]) -> list[Run]:
     """The arm's runs that are known to be wanted and have no outcome, in order."""
 

@@ -14,7 +14,7 @@ from swamla.evaluate import validation
 from swamla.model.language_model import LanguageModel
 from swamla.study.folder import TESTS, Test, append_line, opened, read_outcomes, read_tests, waited_for
 from swamla.study.plan import Arm, Study
-from swamla.study.runs import Outcome, ready, run_folder
+from swamla.study.runs import Outcome, ready, run_folder, seed_runs
 from swamla.train.precision import Chosen, autocast, resolve_as_trained
 
 
@@ -26,7 +26,7 @@ def score_tests(folder: Path, dataset: TrainingData) -> list[Test]:
     study, outcomes = opened(folder), read_outcomes(folder)
     if study is None or ready(study, outcomes):
         raise UsageError(f"{folder}: the study has runs left: the test part is read once, when all have ended")
-    finished = [one for one in outcomes.values() if one.purpose == "seed" and one.status == "finished"]
+    finished = [one for one in seed_runs(study, outcomes).values() if one.status == "finished"]
     torch.set_num_threads(study.asked.threads)
     scorer: Any = None
     with waited_for(folder, TESTS):

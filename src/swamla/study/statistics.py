@@ -92,13 +92,7 @@ def seeds_to_decide(
         return 2
 
     def decides(n: int) -> bool:
-        return (
-            max(
-                _power_of_difference(mean, deviation, n, alpha),
-                _power_of_equivalence(mean, deviation, margin, n, alpha),
-            )
-            >= power
-        )
+        return max(_powers(mean, deviation, margin, n, alpha)) >= power
 
     if not decides(MOST_SEEDS):
         return None
@@ -107,6 +101,11 @@ def seeds_to_decide(
         middle = (low + high) // 2
         low, high = (low, middle) if decides(middle) else (middle, high)
     return high
+
+
+def _powers(mean: float, deviation: float, margin: float, n: int, alpha: float) -> tuple[float, float]:
+    """With which `n` seeds show a difference, and an equivalence."""
+    return _power_of_difference(mean, deviation, n, alpha), _power_of_equivalence(mean, deviation, margin, n, alpha)
 
 
 def _power_of_difference(mean: float, deviation: float, n: int, alpha: float) -> float:
@@ -180,7 +179,8 @@ class Comparison:
     seeds: those that both have.  differences: arm minus reference at each.  interval: of their mean, of one comparison
     alone.  p, p_equivalence: of both tests, adjusted by Holm over the study's comparisons, each test for itself.
     more_seeds: about how many more an undecided comparison needs; None if decided, or if more than `MOST_SEEDS`.
-    comparisons: those that p is adjusted for.
+    comparisons: those that p is adjusted for.  correlation: of both arms' scores over the seeds, by which pairing
+    gains; None for fewer than three.
     """
 
     arm: str
@@ -194,6 +194,12 @@ class Comparison:
     more_seeds: int | None
     comparisons: int
     level: float = LEVEL
+    correlation: float | None = None
+
+    @property
+    def alone(self) -> tuple[float, float]:
+        """p of both tests without the adjustment, of a difference and of an equivalence."""
+        return _tests(self.differences, self.axis.margin)
 
     @property
     def kind(self) -> Kind:
@@ -215,7 +221,8 @@ class Comparison:
         p = self.p_words()
         if self.kind == "difference":
             better = "better" if lower else "worse"
-            return f"{self.arm} is {better} than {self.reference} by {abs(mean):.4f} {unit} ({of}, {p})."
+            size = f"{self.arm} is {better} than {self.reference} by {abs(mean):.4f} {unit}"
+            return f"{size} ({of}, {p}): {self._beyond_margin()}."
         if self.kind == "small difference":
             better = "better" if lower else "worse"
             return (
@@ -225,33 +232,60 @@ class Comparison:
         if self.kind == "equivalence":
             return (
                 f"{self.arm} and {self.reference} are equivalent: they differ by less than the margin of {margin:g} "
-                f"{unit} ({of}, p of a difference beyond the margin {_p(self.p_equivalence)}); no difference was shown "
-                f"({p}){self._alone()}."
+                f"{unit} ({of}, p of a difference beyond the margin {self._adjusted(self.p_equivalence)}); no "
+                f"difference was shown ({p}){self._alone()}."
             )
         return (
             f"{self.arm} and {self.reference}: undecided, neither a difference nor an equivalence within {margin:g} "
-            f"{unit} was shown ({of}, {p}){self._alone()}; {self.needed()}."
+            f"{unit} was shown ({of}, {p}, p of a difference beyond the margin {_p(self.p_equivalence)})"
+            f"{self._alone()}; {self.needed()}."
         )
 
     def p_words(self) -> str:
         """p, and what it is adjusted for."""
-        return f"p {_p(self.p)}{f' after Holm over {self.comparisons}' if self.comparisons > 1 else ''}"
+        return f"p {self._adjusted(self.p)}"
+
+    def _adjusted(self, p: float) -> str:
+        return f"{_p(p)}{f' after Holm over {self.comparisons}' if self.comparisons > 1 else ''}"
+
+    def _beyond_margin(self) -> str:
+        """How a difference's interval lies to the margin."""
+        _, low, high = (float(value) for value in self.interval)
+        least, margin = min(abs(low), abs(high)), self.axis.margin
+        if least > margin:
+            return f"more than the margin of {margin:g} by all of the interval"
+        return f"as little as {least:.4f}, within the margin of {margin:g}, is not excluded"
 
     def _alone(self) -> str:
-        """Where the interval, which is of this comparison alone, seems to contradict the verdict."""
+        """Where an interval, which is of this comparison alone, seems to contradict the verdict."""
         _, low, high = self.interval
-        if low <= 0 <= high:
-            return ""
-        return (
-            f"; the interval alone leaves out 0, but one of {self.comparisons} comparisons does so by chance too often"
-        )
+        said, alpha = "", 1 - self.level
+        if not low <= 0 <= high:
+            said = (
+                f"; the interval alone leaves out 0, but one of {self.comparisons} comparisons does so by chance too "
+                "often"
+            )
+        if (p := self.alone[1]) <= alpha < self.p_equivalence:
+            said += (
+                f"; looked at alone it is within the margin (p {_p(p)}), but not after Holm over {self.comparisons} "
+                f"(p {_p(self.p_equivalence)})"
+            )
+        return said
 
-    def needed(self) -> str:
-        """What an undecided comparison lacks."""
+    def needed(self, names: tuple[str, str] = ("a difference", "an equivalence")) -> str:
+        """What an undecided comparison lacks, and which of the two more seeds would show. names: of these."""
         if self.more_seeds is None:
             return f"even {MOST_SEEDS} seeds would not decide it, if the difference is what was seen"
         seeds = f"{self.more_seeds} more seed{'s' * (self.more_seeds != 1)}"
-        return f"about {seeds} needed, if spread and difference are what was seen"
+        mean, deviation = float(np.mean(self.differences)), float(np.std(self.differences, ddof=1))
+        alpha = (1 - self.level) / self.comparisons
+        n = len(self.seeds) + self.more_seeds
+        difference, equivalence = _powers(mean, deviation, self.axis.margin, n, alpha)
+        holm = f" after Holm over {self.comparisons}" * (self.comparisons > 1)
+        return (
+            f"about {seeds} needed to show {names[equivalence > difference]}{holm} in {POWER:.0%} of such studies, if "
+            "spread and difference are what was seen"
+        )
 
 
 def _kind(p: float, p_equivalence: float, alpha: float) -> Kind:
@@ -304,6 +338,7 @@ def compare_pairs(
                 more_seeds=_more_seeds(values, axis.margin, (1 - level) / len(pairs)) if undecided else None,
                 comparisons=len(pairs),
                 level=level,
+                correlation=_correlation(scores[arm], scores[reference]),
             )
         )
     return found
@@ -312,6 +347,16 @@ def compare_pairs(
 def _paired(one: Mapping[int, float], other: Mapping[int, float]) -> dict[int, float]:
     """Seed → difference, of the seeds that both have."""
     return {seed: one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())}
+
+
+def _correlation(one: Mapping[int, float], other: Mapping[int, float]) -> float | None:
+    """Pearson's, of the seeds that both have; None for fewer than three, or scores that are all equal."""
+    both = sorted(one.keys() & other.keys())
+    rows = [[each[seed] for seed in both] for each in (one, other)]
+    if len(both) < 3 or any(min(row) == max(row) for row in rows):
+        return None
+    matrix: Any = np.corrcoef(rows)
+    return float(matrix[0, 1])
 
 
 def _tests(values: Sequence[float], margin: float) -> tuple[float, float]:

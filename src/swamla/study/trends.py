@@ -67,7 +67,8 @@ class Trend:
         by = f"95% interval of the change {low:+.4f} to {high:+.4f}, {n} seeds, {change.p_words()}"
         seen = f"from {first:+.4f} to {last:+.4f} {unit} ({by})"
         if self.kind == "undecided":
-            return f"{between}, whether {of} fades, stays or turns is undecided: it went {seen}; {change.needed()}."
+            needed = change.needed(("a change", "that it stays"))
+            return f"{between}, whether {of} fades, stays or turns is undecided: it went {seen}; {needed}."
         if self.kind == "stays":
             return f"{between}, {of} stays, within the margin of {change.axis.margin:g}: it went {seen}."
         gains = (mean < 0) == (change.axis.direction == "lower")

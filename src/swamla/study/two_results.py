@@ -12,8 +12,8 @@ from swamla.data.caching import short_source
 from swamla.files import write_text_atomically
 from swamla.interpret.sections import Positions, as_plain
 from swamla.study.caveats import differing_settings
+from swamla.study.export import as_csv, finite
 from swamla.study.matching import Costs
-from swamla.study.results import as_csv, finite
 from swamla.study.two_runs import DocumentDifference, KindDifference, Paired, TokenDifference
 from swamla.train.config import RunConfig
 from swamla.train.plot import Curve

@@ -212,7 +212,19 @@ def not_said(data: Mapping[str, Any]) -> list[str]:
     half = (t_interval(any_values).high - mean(any_values)) / stdev(any_values)
     low = wilson(n, n).low
     longest = max(each["steps"] for each in data["experiments"] if each["kind"] == "repeats")
+    many = {each["mixer"] for found in data["comparisons"].values() for each in found}
+    margins = {each["unit"]: each["margin"] for found in data["comparisons"].values() for each in found}
+    lost = [each["run"] for each in data["failed"]]
+    told = ", ".join(f"{margin:g} in {unit}" for unit, margin in margins.items())
     return [
+        f"p is adjusted by Holm over the {len(many)} mixers of a budget alone: that one of all budgets has a small p "
+        "by chance is likelier than it says.",
+        f"Margins of what is too small to matter are the program's: {told}; the one in study.json is not used.",
+        *(
+            [f"Runs that did not finish are in no figure, nor in the number of seeds: {', '.join(lost)}."]
+            if lost
+            else []
+        ),
         *(f"One seed of {title}: how far seeds differ is not measured there." for title in single),
         f"{n} seeds are few: the 95 % interval of a mean is ± {half:.1f} standard deviations wide, and {n} of {n} "
         f"seeds are a rate of {low:.0%} or more.",

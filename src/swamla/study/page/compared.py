@@ -37,7 +37,7 @@ def compared(results: Results) -> Section:
                 clock(f"{a_step / speed.median:,.0f}" if speed else "–"),
                 clock(f"{memory / 2**20:,.0f} MiB" if memory else "–"),
                 "none" if one.lr is None else f"{one.lr:g}",
-                str(len(scores)),
+                str(one.ended) if len(scores) == one.ended else f"{len(scores)} of {one.ended}",
                 f"<b>{statistics.fmean(scores):.4f}</b>" if scores else "none",
                 f"{statistics.stdev(scores):.4f}" if len(scores) > 1 else "–",
             ]

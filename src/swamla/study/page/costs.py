@@ -194,7 +194,10 @@ def _commands(results: Results) -> str:
         ("machine", ", ".join(f"{name} {value}" for name, value in study.machine.items()) or "unknown"),
         *([("plugins", ", ".join(study.plugins))] if study.plugins else []),
         *([("page by", f"swamla {__version__}")] if __version__ != study.version else []),
-        ("files", "study.json (everything resolved), results.json, runs.csv, arms.csv, arms.tex, evidence.csv, runs/"),
+        (
+            "files",
+            "study.json (everything resolved), results.json; runs, arms, comparisons, evidence (.csv, .tex), runs/",
+        ),
     ]
     body = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
     caption = "Where the figures are from."

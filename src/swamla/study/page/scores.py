@@ -37,8 +37,8 @@ def differences(results: Results) -> Section:
     told = (
         f"Differences from {escape(study.reference)} at the same seed: a circle each, a bar at their mean. Thin line: "
         "the 95 % interval of the mean (Student's t), thick: the 90 % one. Grey: the margin of "
-        f"±{study.axis.margin:g}, stated before the runs, within which a difference is too small to matter. An arrow: "
-        "the interval goes on."
+        f"±{study.axis.margin:g}, stated before the runs, within which a difference is too small to matter. Intervals "
+        "are of one comparison alone. An arrow: the interval goes on."
     )
     seeds = sorted({seed for one in results.arms for seed in one.scores})
     against = {each.arm: dict(zip(each.seeds, each.differences, strict=True)) for each in results.comparisons}
@@ -53,10 +53,12 @@ def differences(results: Results) -> Section:
     meaning = (
         f"{unit[0].upper()}{unit[1:]} on the {study.scored}, by seed; in grey the difference from {study.reference}."
     )
+    known = [f"{each.arm} {each.correlation:+.2f}" for each in results.comparisons if each.correlation is not None]
+    meaning += f" Correlation with {study.reference} over seeds: {', '.join(known)}." if known else ""
     lead = (
         "The same seed means the same order of the data, so seeds are compared one by one: what is common to both "
-        "arms at a seed drops out. A 95 % interval on one side of 0 is a difference, a 90 % interval within the "
-        "margin an equivalence, anything else is undecided."
+        "arms at a seed drops out (their correlation, below, tells how much that is). A 95 % interval on one side of 0 "
+        "is a difference, a 90 % interval within the margin an equivalence, anything else is undecided."
     )
     if any(each.comparisons > 1 for each in results.comparisons):
         lead += " Of several comparisons each must show more than that: p is adjusted for their number (Holm)."

@@ -5,7 +5,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from swamla.evaluate.recall_grid import KNOWN
+from swamla.data.task_rows import HELD_OUT_ROWS
+from swamla.evaluate.recall_grid import KNOWN, ROWS
 from swamla.interpret.page.svg import Line, heat_map, line_chart, number
 from swamla.interpret.repeats import Repeats
 from swamla.interpret.verdicts import induction_verdict
@@ -202,7 +203,7 @@ def answers(results: Results) -> Section | None:
                 name_of(results, index_of[name]),
                 bytes_of(next(iter(by_seed.values())).state_bytes),
                 spread([one.accuracy for one in by_seed.values()]),
-                f"{arm.learned_seeds} of {len(arm.scores)} <small>({number(low)} – {number(high)})</small>",
+                f"{arm.learned_seeds} of {arm.ended} <small>({number(low)} – {number(high)})</small>",
             ]
         )
     names = [(size, f"{size:,.1f}") for size in sorted(sizes)]
@@ -217,11 +218,13 @@ def answers(results: Results) -> Section | None:
     )
     told_of = (
         "Accuracy by the bytes of state at the task's length, in fp32: a circle a seed, a line from the lowest to the "
-        "highest. The horizontal axis is logarithmic."
+        f"highest. Of the first {ROWS:,} test rows, equal ones once. The horizontal axis is logarithmic."
     )
     meaning = (
-        f"Mean over seeds, in grey the lowest and the highest; how many seeds learned it (accuracy {KNOWN:g} or more "
-        "on all test rows), in grey the 95 % interval of that share (Wilson)."
+        f"Accuracy: of the first {ROWS:,} test rows, equal ones once, as in the figure; mean over seeds, in grey the "
+        f"lowest and the highest. Learned: seeds whose accuracy is {KNOWN:g} or more on all {HELD_OUT_ROWS:,} test "
+        "rows, by which the verdict is, of all seeds, also those that did not finish; in grey the 95 % interval of "
+        "that share (Wilson)."
     )
     lead = (
         "How often the answers are right, and what they are remembered in. Seeds may learn a task or not at all: then "
