@@ -17,6 +17,7 @@ from swamla.model.accounting import state_bytes
 from swamla.model.language_model import NO_LABEL, LanguageModel
 from swamla.ops.layout import Layout
 from swamla.study.evidence import (
+    Evidence,
     Measured,
     caches,
     curves,
@@ -26,7 +27,7 @@ from swamla.study.evidence import (
     read_measured,
     with_closing,
 )
-from swamla.study.runs import Outcome
+from swamla.study.runs import Outcome, seed_runs
 from swamla.tasks import Examples, Task, examples
 from swamla.train import speed
 from tests.train.helpers import tiny_dataset
@@ -108,6 +109,24 @@ def test_curves_are_means_over_spans_and_differences_are_paired_by_seed(
     assert mha.difference == ([], [], [])
     assert gdn.difference[0] == gdn.difference[1] == gdn.difference[2] == pytest.approx([0.5] * 10)
     assert peak_memory(tmp_path, outcomes) == {"mha": 9}
+
+
+def test_seeds_at_a_rate_that_is_not_chosen_any_more_are_in_no_curve_and_not_measured(tmp_path: Path) -> None:
+    scores = {-2: 3.0, -1: 2.5, 0: 2.0, 1: 2.4, 2: 2.8}
+    rates = [
+        replace(outcome("mha", 0), run=f"rate{rate}", purpose="rate", rate=rate, validation=score)
+        for rate, score in scores.items()
+    ]
+    now, before = outcome("mha", 1), replace(outcome("mha", 1), run="z-of-a-rate-before", rate=1)
+    outcomes = {one.run: one for one in (*rates, now, before)}
+    write_metrics(tmp_path, now.run, [1.0] * 20)
+    write_metrics(tmp_path, before.run, [9.0] * 20)
+    lines = [json.dumps(asdict(Measured(run=one.run, arm="mha", seed=1))) + "\n" for one in (now, before)]
+    (tmp_path / "measured.jsonl").write_text("".join(lines))
+    found = Evidence.read(tmp_path, study_of(), outcomes)
+    assert set(found.curves[0].loss[0]) == {1.0}
+    assert [one.run for one in found.measured] == [now.run]
+    assert list(seed_runs(study_of(), outcomes)) == [now.run]
 
 
 def test_a_rest_of_steps_that_fills_no_span_is_no_point_of_a_curve(

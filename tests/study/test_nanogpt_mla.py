@@ -27,7 +27,7 @@ from swamla.study.nanogpt_mla.measured import (
 )
 from swamla.study.nanogpt_mla.page import page
 from swamla.study.nanogpt_mla.plan import EXPERIMENTS, MIXERS, REPEATS, configs, text_of
-from swamla.study.nanogpt_mla.words import verdicts
+from swamla.study.nanogpt_mla.words import not_said, verdicts
 from swamla.tasks import Task, parse
 from tests.browser import browser
 from tests.interpret.models import build, induction_model
@@ -263,6 +263,16 @@ def test_a_mixer_without_a_finished_run_is_told_as_such_whatever_mha_has(study, 
     assert words in claim.text
     assert "no run of mha has such heads either, for mla" not in claim.text
     assert next(each for each in others if each.question == "Heads in mla, 2 steps?").short == heads
+
+
+def test_what_the_verdicts_do_not_say_names_the_margins_what_p_is_adjusted_for_and_lost_runs(study):
+    assert study.result["not_said"] == not_said(study.result)
+    said = " ".join(study.result["not_said"])
+    assert "by Holm over the 2 mixers of a budget alone" in said
+    assert "the program's: 0.05 in accuracy, 0.01 in bits per byte; the one in study.json is not used" in said
+    assert "did not finish" not in said
+    lost = study.result | {"failed": [{"run": "a-seed1", "status": "diverged", "error": ""}]}
+    assert any(text.endswith("nor in the number of seeds: a-seed1.") for text in not_said(lost))
 
 
 @pytest.mark.parametrize("task", TASKS, ids=str)

@@ -175,6 +175,8 @@ def test_of_a_task_accuracy_is_compared_where_more_is_better_beside_bytes_of_sta
     (section,) = re.findall("<h2>Recall against memory</h2>.*?<h2>", page, re.DOTALL)
     assert "4.0 KiB" in section
     assert "gdn, seed 3: 0.9950 (0.9910 – 0.9990), 1,024 answers" in section
+    assert section.count("of the first 512 test rows, equal ones once") == 1, "of what the accuracy is"
+    assert "0.99 or more on all 1,024 test rows" in section, "of what the verdict is"
 
 
 def test_of_a_task_that_not_all_seeds_learned_their_number_is_told_before_the_test_of_means_and_in_the_table() -> None:
@@ -185,6 +187,22 @@ def test_of_a_task_that_not_all_seeds_learned_their_number_is_told_before_the_te
     assert section.count(">5 of 5 <small>") == 1
     (verdict,) = re.findall(r"<dd>(The task was learned .*?)</dd>", page)
     assert unescape(verdict) == results.verdict()[0]
+
+
+def test_seeds_that_did_not_finish_are_among_those_that_did_not_learn_and_the_table_of_arms_counts_them() -> None:
+    known = {"mha": (0.999,) * 5, "gdn": (0.999,) * 5}
+    page = report_html(results_of(task=True, page=True, accuracies=known, fails=("gdn-lr0.01-seed2",)))
+    (section,) = re.findall("<h2>Recall against memory</h2>.*?<h2>", page, re.DOTALL)
+    assert section.count(">4 of 5 <small>") == section.count(">5 of 5 <small>") == 1
+    assert page.count("<td>4 of 5</td>") == 1
+
+
+def test_the_table_of_seeds_tells_how_the_arms_scores_correlate_and_the_figure_that_intervals_are_single(
+    page: str,
+) -> None:
+    assert "Correlation with mha over seeds: gdn +1.00." in page
+    assert "Intervals are of one comparison alone." in page
+    assert "Correlation" not in report_html(results_of(fails=("seed2", "seed3", "seed4", "seed5")))
 
 
 def test_where_arms_have_other_steps_the_page_does_not_say_that_they_saw_the_same() -> None:
