@@ -3,6 +3,7 @@
 import json
 import re
 from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,9 +17,10 @@ from swamla.evaluate import recall, validation
 from swamla.model.accounting import state_bytes
 from swamla.study import running
 from swamla.study.evidence import read_measured
-from swamla.study.folder import opened, read_outcomes, read_tests
+from swamla.study.folder import begin, opened, read_outcomes, read_tests
 from swamla.study.plan import Asked
 from swamla.tasks import parse
+from tests.study.played import results_of
 
 RECIPE = """
 [model]
@@ -248,6 +250,30 @@ def test_a_study_that_has_not_ended_has_no_report(home: Path, capsys: pytest.Cap
     assert main(["compare", "study.toml", "--plan"]) == 0
     assert main(["compare", "study.toml", "--report"]) == 2
     assert "the study has not ended: the command that began it goes on" in capsys.readouterr().err
+
+
+def test_a_study_whose_rate_changed_as_a_run_was_tried_again_has_a_report_of_the_seeds_at_the_new_one(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, folder = results_of(0.05), home / "again"
+    before = [
+        replace(one, run=one.run.replace("lr0.01", "lr0.0316"), rate=2, lr=0.0316)
+        for one in results.outcomes
+        if one.purpose == "seed" and one.arm == "gdn"
+    ]
+    old = [replace(one, run=one.run.replace("lr0.01", "lr0.0316"), bits_per_byte=9.0) for one in results.tests[-5:]]
+    begin(folder, results.study)
+    for name, lines in (("results", [*results.outcomes, *before]), ("test", [*results.tests, *old])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(asdict(one)) + "\n" for one in lines))
+    assert main(["compare", "again", "--report"]) == 0
+    (words,) = (one.words() for one in results.comparisons)
+    said = " ".join(capsys.readouterr().out.split())
+    assert words in said
+    assert "gdn-lr0.0316-seed5 are in no figure" in said
+    page = (folder / "report.html").read_text()
+    assert (page.count("<td>nothing</td>"), page.count("<td>the verdict</td>")) == (5, 10)
+    (folder / "test.jsonl").write_text("".join(json.dumps(asdict(one)) + "\n" for one in [*results.tests[:-1], *old]))
+    assert main(["compare", "again", "--report"]) == 2, "a seed at the new rate is not scored yet"
 
 
 def test_flags_win_over_the_file(home: Path) -> None:

@@ -123,6 +123,7 @@ def all_runs(results: Results) -> Section:
     """Every run, those that failed first, and where the figures are from."""
     study = results.study
     tests = {test.run: test.score for test in results.tests}
+    left_out = [run for one in results.arms for run in one.left_out]
     order = [arm.name for arm in study.arms]
     ended = sorted(
         results.outcomes,
@@ -135,7 +136,7 @@ def all_runs(results: Results) -> Section:
         rows.append(
             [
                 escape(one.run),
-                "the rate" if one.purpose == "rate" else "the verdict",
+                "the rate" if one.purpose == "rate" else "nothing" if one.run in left_out else "the verdict",
                 f"{one.lr:g}",
                 str(one.seed),
                 f"{one.status}{error}",
