@@ -292,11 +292,7 @@ def _means(records: Sequence[Mapping[str, Any]], span: int) -> list[float]:
 
 def _spread(rows: Sequence[Sequence[float]]) -> Spread:
     columns = list(zip(*rows, strict=True))
-    return (
-        [statistics.fmean(each) for each in columns],
-        [min(each) for each in columns],
-        [max(each) for each in columns],
-    )
+    return [statistics.fmean(each) for each in columns], [*map(min, columns)], [*map(max, columns)]
 
 
 def caches(study: Study) -> dict[str, dict[int, int]]:

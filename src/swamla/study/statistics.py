@@ -266,10 +266,7 @@ class Comparison:
                 "often"
             )
         if (p := self.alone[1]) <= alpha < self.p_equivalence:
-            said += (
-                f"; looked at alone it is within the margin (p {_p(p)}), but not after Holm over {self.comparisons} "
-                f"(p {_p(self.p_equivalence)})"
-            )
+            said += f"; looked at alone it is within the margin (p {_p(p)}), but not after Holm over {self.comparisons}"
         return said
 
     def needed(self, names: tuple[str, str] = ("a difference", "an equivalence")) -> str:
