@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from swamla.study.scoring import score_tests
 from tests.waiting import PATIENCE
 
 from .helpers import FakeRun, arm_of, score_of, study_of
+from .played import results_of
 
 CLOCK = ("wall", "seconds")
 
@@ -364,3 +365,17 @@ def test_the_test_part_is_not_read_while_runs_are_left(tmp_path: Path):
     begun(tmp_path / "study")
     with pytest.raises(UsageError, match="has runs left: the test part is read once, when all have ended"):
         score_tests(tmp_path / "study", None)  # type: ignore[arg-type]
+
+
+def test_the_test_part_is_read_for_seeds_at_the_chosen_rate_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Those of a rate that was chosen before a run of the search was tried again are not scored."""
+    results, scored = results_of(0.05), list[str]()
+    begin(tmp_path / "study", results.study)
+    before = [replace(one, run=f"{one.run}-before", rate=1) for one in results.outcomes if one.purpose == "seed"]
+    for one in (*results.outcomes, *before):
+        append_line(tmp_path / "study" / "results.jsonl", asdict(one))
+    tests = {test.run: test for test in results.tests}
+    monkeypatch.setattr("swamla.study.scoring.validation", lambda *_, part: part)
+    monkeypatch.setattr("swamla.study.scoring._tested", lambda *given: scored.append(given[2].run) or tests[scored[-1]])
+    score_tests(tmp_path / "study", None)  # type: ignore[arg-type]
+    assert sorted(scored) == sorted(tests)
