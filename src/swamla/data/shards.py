@@ -332,6 +332,10 @@ class Split:
         """Ids without special tokens; each document has one more position to learn, its end."""
         return len(self.tokens)
 
+    def counts(self) -> dict[str, int]:
+        """Documents, bytes and tokens, of which each document has one more for its end."""
+        return {"documents": self.n_documents, "bytes": self.n_bytes, "tokens": self.n_tokens + self.n_documents}
+
     @property
     def n_bytes(self) -> int:
         """UTF-8 bytes of the text."""

@@ -160,15 +160,16 @@ def differing(study: Study) -> dict[str, dict[str, Any]]:
 
 def differing_settings(configs: Mapping[str, RunConfig]) -> dict[str, dict[str, Any]]:
     """Dotted setting → name → its value, for those in which configs differ; None where one has no such setting."""
-    leaves = {name: dict(_leaves(to_plain(config))) for name, config in configs.items()}
-    settings = dict.fromkeys(setting for found in leaves.values() for setting in found)
-    values = {setting: {name: found.get(setting) for name, found in leaves.items()} for setting in settings}
+    of = {name: dict(leaves(to_plain(config))) for name, config in configs.items()}
+    settings = dict.fromkeys(setting for found in of.values() for setting in found)
+    values = {setting: {name: found.get(setting) for name, found in of.items()} for setting in settings}
     return {setting: found for setting, found in values.items() if len({repr(value) for value in found.values()}) > 1}
 
 
-def _leaves(plain: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(plain: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted setting and value of all settings of a config in its plain form."""
     for name, value in plain.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{path}{name}.")
+            yield from leaves(value, f"{path}{name}.")
         else:
             yield f"{path}{name}", value

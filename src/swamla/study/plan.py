@@ -28,7 +28,7 @@ from swamla.tasks import Task
 from swamla.train.backends import fastest_paths, usual_length
 from swamla.train.config import RunConfig, TrainConfig
 from swamla.train.precision import resolve_device, resolve_precision
-from swamla.train.racing import describe_cpu
+from swamla.train.racing import describe_machine
 from swamla.train.run_folder import resolve_vocabulary
 from swamla.train.speed import step_seconds
 from swamla.version import __version__
@@ -148,8 +148,8 @@ class Study:
 
     Of several sizes it has every arm at each, the smallest first; the reference of a size is its first arm.
 
-    data: its source, the fingerprint of its tokens and split, bytes of the parts of the held-out text, and how many
-    more were counted than its tokens decode to: 0, or bits per byte are wrong.
+    data: its source, the fingerprint of its tokens and split, `Split.counts` of training, validation and test text,
+    and how many bytes more were counted than held-out tokens decode to: 0, or bits per byte are wrong.
     machine: where it was planned; commit: of this program's source, if it is a checkout.  start_seconds,
     evaluation_seconds: of a run of the first arm beside its steps; loop_seconds: of each of its steps beside what was
     timed, such as its rows and records; closing_seconds: of scoring and measuring all runs when they have ended; 0 if
@@ -288,7 +288,7 @@ def resolve_study(
         axis=_axis(asked.margin, dataset),
         arms=tuple(arms),
         data=_described(dataset, arms[0].config),
-        machine={name: str(value) for name, value in describe_cpu().items()},
+        machine=describe_machine(),
         commit=commit,
         plugins=tuple(plugins),
     )
@@ -410,8 +410,8 @@ def _described(dataset: TrainingData, config: RunConfig) -> dict[str, str]:
     if not isinstance(dataset, Dataset):
         return {"source": dataset.source, "fingerprint": dataset.fingerprint}
     parts = {part: part_of(dataset.held_out, part, dataset.tokenizer.decode) for part in ("validation", "test")}
-    sizes = {f"{name}_bytes": str(part.n_bytes) for name, part in parts.items()}
-    tokens = {f"{name}_tokens": str(part.n_tokens + part.n_documents) for name, part in parts.items()}
+    known = parts if config.data.stream else {"train": dataset.train, **parts}  # a stream has no end
+    sizes = {f"{name}_{what}": str(n) for name, part in known.items() for what, n in part.counts().items()}
     apart = sum(bytes_apart(part, dataset.tokenizer.decode) for part in parts.values())
     about = {"source": dataset.source, "tokenizer": config.data.tokenizer, "fingerprint": dataset.fingerprint}
-    return about | sizes | tokens | {"bytes_apart": str(apart)}
+    return about | sizes | {"bytes_apart": str(apart)}

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import statistics
 import time
 import warnings
@@ -249,3 +250,9 @@ def describe_cpu() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
     }
+
+
+def describe_machine() -> dict[str, str]:
+    """The same in words, with the versions of Python and of the system, which decide no bits: to be shown."""
+    found = {name: str(value) for name, value in describe_cpu().items()}
+    return found | {"Python": platform.python_version(), "system": platform.platform()}

@@ -25,7 +25,7 @@ class Map:
 def table(head: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], meaning: str) -> str:
     """A table. head: (name, unit) of the columns.  meaning: what it says, in a line."""
     names = "".join(
-        f'<th>{escape(name)}<span class="unit">{escape(unit) or "&nbsp;"}</span></th>' for name, unit in head
+        f'<th>{escape(name)} <span class="unit">{escape(unit) or "&nbsp;"}</span></th>' for name, unit in head
     )
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     caption = f"<caption>{escape(meaning)}</caption>"

@@ -183,7 +183,9 @@ def line_chart(
         up = (to_y(y) - y_low) / (y_high - y_low or 1)
         return left + inset + across * (right - left - 2 * inset), bottom - up * (bottom - top)
 
-    parts = [f'<svg class="chart" role="img" viewBox="0 0 {width} {height}" width="{width}">']
+    label = escape(f"{y_label}, by {x_label}: {', '.join(line.name for line in lines)}")
+    frame = f'viewBox="0 0 {width} {height}" width="{width}"'
+    parts = [f'<svg class="chart" role="img" aria-label="{label}" {frame}>']
     for tick in y_ticks:
         y = at(min(xs), tick)[1]
         parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -238,7 +240,9 @@ def bar_chart(
     def at(value: float) -> float:
         return left + (value - low) / (high - low or 1) * (right - left)
 
-    parts = [f'<svg class="chart" role="img" viewBox="0 0 {width} {bottom + 40:.0f}" width="{width}">']
+    frame = f'viewBox="0 0 {width} {bottom + 40:.0f}" width="{width}"'
+    label_of_all = escape(f"{x_label}: {', '.join(label for label, _ in rows)}")
+    parts = [f'<svg class="chart" role="img" aria-label="{label_of_all}" {frame}>']
     for mark in marks:
         x = at(mark)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{bottom:.0f}"/>')

@@ -26,7 +26,7 @@ from swamla.study.runs import Prediction, duration
 from swamla.study.statistics import Axis
 from swamla.train.config import RunConfig
 from swamla.train.precision import resolve_device, resolve_precision
-from swamla.train.racing import describe_cpu
+from swamla.train.racing import describe_machine
 from swamla.train.run_folder import resolve_vocabulary
 from swamla.train.speed import tokens_per_second
 
@@ -203,7 +203,7 @@ def planned(
         arms=tuple(arms),
         # The runner adds one evaluation of the validation part; ours are part of the steps' time.
         data={"source": text.source, "fingerprint": text.fingerprint, "validation_tokens": "0"},
-        machine={name: str(value) for name, value in describe_cpu().items()},
+        machine=describe_machine(),
         commit=commit,
         plugins=tuple(plugins),
     )

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 from swamla.interpret.page.svg import Line, line_chart
+from swamla.study.decoding import prompt_lengths
 from swamla.study.page.parts import Section, against, bytes_of, clock, colour_of, legend_of, name_of, table
 from swamla.study.plan import Asked
 from swamla.study.results import Results
@@ -34,8 +35,9 @@ def memory(results: Results) -> Section | None:
     ]
     told = "KiB that one sequence keeps while it is continued, in fp32, by its length; both axes are logarithmic."
     lead = (
-        "What each arm keeps of a sequence while it writes on, counted from the config. Lengths beyond the rows of "
-        "training say what it would cost, not that the model is any good there."
+        "What each arm keeps of a sequence while it writes on, counted from the config. What has a fixed size, such as "
+        "the ring of a window or the matrix of a recurrent mixer, is there in full from the first token. Lengths "
+        "beyond the rows of training say what it would cost, not that the model is any good there."
     )
     figure = ""
     if lines:
@@ -84,10 +86,23 @@ def time_taken(results: Results) -> Section | None:
     times = f", {took / predicted:.2f} times as long" if predicted else ""
     total = f"All runs, one after the other: predicted {duration(predicted)}, took {duration(took)}{times}."
     lead = (
-        "Seconds are of the machine below, with whatever else it did; they are the only figures of this page, beside "
-        "speed and memory in the first table, that would differ if the study was run again."
+        "Seconds are of the machine below, with whatever else it did. Beside speed and memory in the table of arms "
+        "they are the only figures of this page that would differ if the study was run again on the same machine, with "
+        "the same versions."
     )
-    return "Time", lead, f"<p>{clock(total)}</p>{table(head, rows, meaning)}{_generation(results)}"
+    body = f'<p>{clock(total)}</p>{table(head, rows, meaning)}<p class="note">{_in_a_run(results)}</p>'
+    return "Time", lead, body + _generation(results)
+
+
+def _in_a_run(results: Results) -> str:
+    """What the prediction of a run is made of, beside its planned steps."""
+    study = results.study
+    each = clock(f"{1000 * study.loop_seconds:.1f} ms")
+    start, evaluation = (clock(f"{seconds:.1f} s") for seconds in (study.start_seconds, study.evaluation_seconds))
+    return (
+        f"A run was predicted to take its steps, {each} more for each of them (rows, records), {start} to start and to "
+        f"save, and {evaluation} to evaluate, longer in an arm whose steps take longer."
+    )
 
 
 def _generation(results: Results) -> str:
@@ -95,7 +110,7 @@ def _generation(results: Results) -> str:
     found = results.evidence.decoding if results.evidence else {}
     if not found:
         return ""
-    prompts = [one.prompt for one in next(iter(found.values()))]
+    prompts, new = [one.prompt for one in next(iter(found.values()))], prompt_lengths(results.study)[1]
     rows = []
     for index, arm in enumerate(results.study.arms):
         base = found[results.study.reference_of(arm).name]
@@ -109,12 +124,13 @@ def _generation(results: Results) -> str:
         rows.append(row)
     head = ["arm"]
     for prompt in prompts:
-        head += [f"tokens a second|after {prompt:,} tokens", f"first token|of {prompt:,} read", "state|live, fp32"]
+        head += [f"tokens a second|after {prompt:,} tokens", f"first token|of {prompt:,} read"]
+        head.append(f"state|{prompt:,} read, {new:,} written")
     meaning = (
         "Generation of one sequence, token by token, as swamla generate does it, in fp32 and greedily: the median, in "
         "grey how much faster or slower than the first arm, and quartiles. First token: the prompt is read at once. "
-        "State: bytes of the tensors that are kept. All arms in turns, with untrained weights, on which the speed does "
-        "not depend."
+        "State: bytes in fp32 of the tensors that are kept when all of that is read and written. All arms in turns, "
+        "with untrained weights, on which the speed does not depend."
     )
     return table(head, rows, meaning, "stacked")
 
@@ -182,14 +198,14 @@ def _key(name: str) -> str:
 def _commands(results: Results) -> str:
     """The study's file, one command of each arm, and where all of it is from."""
     study = results.study
-    lines = [*_study_file(study.asked), "", "# the whole study; from its folder, the page alone"]
+    lines = [*_study_file(study.asked), "", "# the whole study; from STUDY, its folder, the page alone"]
     lines += ["swamla compare study.toml", "swamla compare STUDY --report", "", "# one run of each arm, by hand"]
     for one in results.arms:
         lr = one.lr if one.lr is not None else one.arm.lr(0)
         run = Run(arm=one.arm.name, slug=one.arm.slug, purpose="seed", rate=0, lr=lr, seed=1)
         lines.append(shlex.join(["swamla", *command(study, Path("STUDY"), run)]))
     rows = [
-        ("program", study.program),
+        ("program", f"{study.program}; in a checkout of it: pip install '.[lab]'"),
         *([("went on with", "; ".join(study.went_on))] if study.went_on else []),
         ("data", f"{study.data['source']}, fingerprint {study.data.get('fingerprint') or 'unknown'}"),
         ("machine", ", ".join(f"{name} {value}" for name, value in study.machine.items()) or "unknown"),
@@ -201,7 +217,11 @@ def _commands(results: Results) -> str:
         ),
     ]
     body = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
-    caption = "Where the figures are from."
+    caption = "Where the figures are from." + (
+        ""
+        if study.task
+        else " The fingerprint is the SHA-256 of all tokens, of what is held out, and of the order of rows."
+    )
     return (
         f'<pre class="code">{escape(chr(10).join(lines))}</pre>'
         f'<div class="scroll"><table class="words"><caption>{caption}</caption><tbody>{body}</tbody></table></div>'

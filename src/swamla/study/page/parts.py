@@ -22,7 +22,7 @@ def table(
     names = ""
     for each in head:
         name, _, unit = each.partition("|")
-        below = f'<span class="unit">{escape(unit) or "&nbsp;"}</span>' if units else ""
+        below = f' <span class="unit">{escape(unit) or "&nbsp;"}</span>' if units else ""
         names += f"<th>{escape(name)}{below}</th>"
     classes = [f' class="{look}"' if look else "" for look in looks] or [""] * len(rows)
     body = "".join(

@@ -1,6 +1,7 @@
 """The scores: differences by seed with their intervals, curves of training, and the search for learning rates."""
 
 import math
+from collections.abc import Sequence
 from html import escape
 
 from swamla.interpret.page.svg import Line, line_chart
@@ -10,6 +11,10 @@ from swamla.study.page.parts import Section, colour_of, legend_of, signed, table
 from swamla.study.results import ArmResult, Results
 from swamla.study.statistics import Comparison, t_interval
 
+SEARCH_RULE = (  # of `swamla.study.runs.next_rates`
+    "three rates √10 apart, the recipe's in the middle, one more √10 farther as long as the best stands at an edge, "
+    "then one on either side of the best, a fourth root of 10 away."
+)
 START = 0.1  # share of the training that curves leave out: the fall from the first guess hides all else
 
 
@@ -82,7 +87,7 @@ def learning(results: Results) -> Section | None:
     flops = {arm.name: arm.costs.flops for arm in results.study.arms}
     scale, unit = (1e6, "million tokens") if drawn[0].tokens[-1] >= 1e6 else (1e3, "thousand tokens")
     most = max(each.tokens[-1] * flops[each.arm] for each in drawn)
-    units = ((1e15, "PFLOPs"), (1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"), (1.0, "FLOPs"))
+    units = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1.0, "FLOP"))
     power, flops_unit = next(each for each in units if most >= each[0])
     by_tokens = [_curve(results, each, 1 / scale) for each in drawn]
     by_flops = [_curve(results, each, flops[each.arm] / power) for each in drawn]
@@ -95,24 +100,40 @@ def learning(results: Results) -> Section | None:
         ),
         (
             line_chart(
-                by_flops, x_label=f"{flops_unit} of training", y_label=f"training loss, {results.study.loss_unit}"
+                by_flops,
+                x_label=f"{flops_unit} of training so far",
+                y_label=f"training loss, {results.study.loss_unit}",
             ),
-            "The same by floating-point operations, counted from the config.",
+            f"The same by floating-point operations so far: tokens times those of a token in the table of arms"
+            f"{f'; 1 {flops_unit} is 10^{round(math.log10(power))} of them' if power > 1 else ''}.",
         ),
     ]
     if apart:
         label = f"loss less that of {results.study.reference}"
         told = (
-            f"The loss less that of {escape(results.study.reference)} at the same seed, on the same rows: below 0 is "
-            "better."
+            f"The loss less that of {escape(results.study.reference)} at the same seed, on the same rows, in "
+            f"{results.study.loss_unit}, with a band of the seeds: below 0 is better."
         )
         figures.append((line_chart(apart, x_label=unit, y_label=label, zero=True), told))
     lead = (
-        "Losses in training, at each arm's chosen rate, means over spans of steps. The first tenth is left out. "
+        f"Losses in training, at each arm's chosen rate. {_spans(results, drawn)} The first tenth is left out. "
         "Training rows are the same in all arms, so the last figure shows what the first hides. The verdict does not "
         "rest on these."
     )
     return "How they learn", lead, legend_of(results) + two(figures)
+
+
+def _spans(results: Results, drawn: Sequence[Curves]) -> str:
+    """How many steps a point has; a point stands at half of what its span saw, so the first at half a span."""
+    arms = {arm.name: arm for arm in results.study.arms}
+    steps = {}
+    for each in drawn:
+        train = arms[each.arm].config.train
+        steps[each.arm] = round(2 * each.tokens[0] / (train.batch_size * train.block_size))
+    rest = any(arms[name].steps % span for name, span in steps.items())
+    many = " or ".join(f"{span:,}" for span in sorted(set(steps.values())))
+    left = "; a rest of steps at the end, fewer than that, is no point" if rest else ""
+    return f"A point is the mean over {many} step{'s' * (many != '1')}, and stands at their middle{left}."
 
 
 def _curve(results: Results, one: Curves, scale: float, *, difference: bool = False) -> Line:
@@ -148,7 +169,10 @@ def rates(results: Results) -> Section:
     told = f"Seed 0 at every rate that was tried, on the {results.study.choosing[0]}; a ring: chosen."
     told += f" {lost} runs did not finish and are not drawn." if lost > 1 else ""
     told += " 1 run did not finish and is not drawn." if lost == 1 else ""
-    lead = "How much hangs on the rate: compare the depth of a curve with the differences above. " + (
+    lead = (
+        "How much hangs on the rate: compare the depth of a curve with the differences above. Each arm tried "
+        f"{SEARCH_RULE} That is why arms have tried other rates, and some more than others. "
+    ) + (
         f"The best rate of {escape(', '.join(edges))} stands at the edge of what was tried."
         if edges
         else "No arm's best rate stands at the edge of what was tried."

@@ -9,7 +9,7 @@ from swamla.data.task_rows import HELD_OUT_ROWS
 from swamla.evaluate.recall_grid import KNOWN, ROWS
 from swamla.interpret.page.svg import Line, heat_map, line_chart, number
 from swamla.interpret.repeats import Repeats
-from swamla.interpret.verdicts import induction_verdict
+from swamla.interpret.verdicts import ACCURACY, CONTROL, CUT, GUESSING, HIT, NO_ACCURACY, induction_verdict
 from swamla.study.evidence import Measured
 from swamla.study.page.parts import (
     Section,
@@ -24,6 +24,13 @@ from swamla.study.page.parts import (
     two,
 )
 from swamla.study.results import Results
+
+INDUCTION_RULE = (  # of `induction_verdict`
+    f"Induction: yes, where the accuracy is {number(ACCURACY)} or more, and in some layer a head hits at a rate of "
+    f"{number(HIT)} or more, whose cut costs {CUT:g} nats or more, its control at most {CONTROL:.0%} of that; no, "
+    f"where the accuracy is below {number(NO_ACCURACY)}, or {GUESSING:g} times that of a guess among the row's tokens, "
+    "and no head is so; else partly, or unsettled, where the accuracy's 95 % interval has one of its bounds within."
+)
 
 
 def by_position(results: Results) -> Section | None:
@@ -42,7 +49,10 @@ def by_position(results: Results) -> Section | None:
         spans = [
             f"{begin}–{end}" if begin < end else f"{begin}" for begin, end in zip(a_run.first, a_run.last, strict=True)
         ]
-        tips = [f"{name}, {span} tokens read" for span in spans]
+        tips = [
+            f"{name}, {span} token{'s' * (span != '1')} read, {count:,} prediction{'s' * (count != 1)}"
+            for span, count in zip(spans, a_run.tokens, strict=True)
+        ]
         losses = list(zip(*(one.loss for one in by_seed.values()), strict=True))
         lines.append(_line(results, name, middle, losses, tips))
         rows = [
@@ -52,21 +62,24 @@ def by_position(results: Results) -> Section | None:
         ]
         if name != results.study.reference and rows:
             apart.append(_line(results, name, middle, list(zip(*rows, strict=True)), tips, difference=True))
-    total = sum(next(iter(next(iter(measured.values())).values())).tokens)
+    counts = next(iter(next(iter(measured.values())).values())).tokens
+    x_label = "tokens of the document read"
     figures = [
         (
-            line_chart(lines, x_label="tokens of the document read", y_label="loss, nats a token", logarithmic=True),
-            f"Loss on the {total:,} predictions of the test part, means over 1, 2, 3–4, 5–8 … tokens read; mean over "
-            "seeds, band from the lowest to the highest.",
+            line_chart(lines, x_label=x_label, y_label="loss, nats a token", logarithmic=True),
+            f"Loss on the {sum(counts):,} predictions of the test part, means over 1, 2, 3–4, 5–8 … tokens read: those "
+            "of the document that its row has, the one predicted from included. The first mark has "
+            f"{counts[0]:,} predictions, the last {counts[-1]:,}. Mean over seeds, band from the lowest to the highest.",
         )
     ]
     if apart:
         label = f"loss less that of {results.study.reference}"
         figures.append(
             (
-                line_chart(apart, x_label="tokens of the document read", y_label=label, logarithmic=True, zero=True),
-                "The same less the first arm's at the same seed. A mixer that forgets shows here: its line rises to "
-                "the right.",
+                line_chart(apart, x_label=x_label, y_label=label, logarithmic=True, zero=True),
+                "The same less the first arm's at the same seed, in nats a token, with a band of the seeds: below 0 is "
+                "better. A line that rises to the right gains less, or loses more, the more was read: a mixer that "
+                "forgets does that, and so does one whose gain is at the first tokens.",
             )
         )
     length = results.study.arms[0].config.train.block_size
@@ -127,10 +140,12 @@ def copied(results: Results) -> Section | None:
             ]
         )
     meaning = (
-        "Mean over all seeds, in grey the lowest and the highest. Hit rate: how often a head's largest weight is on "
-        "the token that followed before. Attribution: what that token adds to the right logit, of the sum of |what "
-        "all add|. Cut: how much the second copy's loss rises when exactly these edges of a layer are taken out of "
-        "its output; control: as many others. Induction is said to be there where accuracy, hit rate and cut agree."
+        "Mean over all seeds, in grey the lowest and the highest where they differ as printed. "
+        f"{_surprise(results.study.arms[0].config.model.vocab_size)} Hit rate: how often a head's largest |weight| is "
+        "on the token that followed before; weights of mixers without softmax are implied, and signed. Attribution: "
+        "what that token adds to the right logit, of the sum of |what all add|. Cut: how much the second copy's loss "
+        "rises when exactly these edges of a layer are taken out of its output; control: as many others. "
+        f"{INDUCTION_RULE}"
     )
     maps = "".join(_maps(results, name, ones[0]) for name, ones in known.items())
     told = (
@@ -146,6 +161,14 @@ def copied(results: Results) -> Section | None:
     notes = "".join(f'<p class="note">{escape(why)}</p>' for why in silent)
     body = table(head, rows, meaning, "stacked") + notes + f"<figure>{maps}<figcaption>{told}</figcaption></figure>"
     return "Induction: copying what followed before", lead, body
+
+
+def _surprise(vocabulary: int) -> str:
+    """What a loss of random tokens is to be measured by."""
+    return (
+        f"Losses: in nats a token; a guess among all {vocabulary:,} ids costs ln {vocabulary:,} = "
+        f"{math.log(vocabulary):.1f}, and more than that who expects text, which random tokens are not."
+    )
 
 
 def _seeds_of(known: Mapping[str, Sequence[Measured]]) -> str:
