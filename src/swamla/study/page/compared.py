@@ -16,7 +16,6 @@ from swamla.data.sources import Source
 from swamla.registry import Registered, members_of
 from swamla.study.caveats import leaves
 from swamla.study.page.parts import Section, against, clock, name_of, table
-from swamla.study.page.scores import SEARCH_RULE
 from swamla.study.plan import Study
 from swamla.study.results import Results
 from swamla.train import RunConfig
@@ -72,7 +71,7 @@ def compared(results: Results) -> Section:
         meaning += " Bits per byte: the loss of all tokens of the part, in bits, over the bytes of its text in UTF-8."
     how = f"Matched by <b>{escape(study.asked.match)}</b>. " if study.asked.match != "none" else "Not matched. "
     searched = (
-        f"searched for on seed 0, by the {study.choosing[0]}: {SEARCH_RULE}"
+        f"searched for on seed 0, by the {study.choosing[0]}, as told at the rates below."
         if study.asked.rates == "search"
         else "the recipe's."
     )
@@ -196,7 +195,9 @@ def _positions(results: Results) -> str:
     mixers = {block.mixer.kind: to_plain(block.mixer) for model in models for block in model.layers}
     rotary = [kind for kind, plain in mixers.items() if plain.get("rope")]
     others = [kind for kind in mixers if kind not in rotary]
-    said = [f"rotary in {', '.join(rotary)}"] * bool(rotary) + [f"none in {', '.join(others)}"] * bool(others)
+    said = [f"rotary in {', '.join(rotary)}"] * bool(rotary) + [f"none of their own in {', '.join(others)}"] * bool(
+        others
+    )
     learned = sorted({model.learned_positions for model in models} - {0})
     return "; ".join([*said, *(f"learned ones, {count:,}" for count in learned)])
 
@@ -218,11 +219,17 @@ def _names(results: Results) -> str:
     parts += [*(config.model.norm for config in configs), *(config.train.optimizer for config in configs)]
     kinds: list[type[Registered]] = [*dict.fromkeys(map(type, parts))]
     rows = [[f"<b>{cls.kind}</b>", escape(said)] for cls in kinds if (said := in_a_sentence(cls))]
-    recipe = "the settings that every arm begins with; flags and matching change some"
-    rows.append([f"recipe {escape(results.study.asked.recipe)}", recipe])
-    rows.append(
-        ["backend", "which of several equivalent programs computes a mixer; the fastest here, the same in all runs"]
-    )
+    used = dict.fromkeys(backend for block in blocks if (backend := to_plain(block.mixer).get("backend")))
+    rows += [
+        [
+            f"recipe {escape(results.study.asked.recipe)}",
+            "settings that every arm begins with, which flags and matching change",
+        ],
+        [
+            f"backend {escape(', '.join(used))}",
+            "which of several equivalent programs computes a mixer: speed, and rounding",
+        ],
+    ]
     return table(["name", "what it is"], rows, "What names stand for.", "words")
 
 
@@ -249,7 +256,7 @@ def _all_settings(results: Results) -> str:
             grouped[group].append(words)
     rows = [[escape(group), escape(", ".join(words))] for group, words in grouped.items() if words]
     meaning = (
-        "Settings that all arms have alike, of a block all arms that have it. `lr` is where the search begins, `seed` "
+        "Settings that all arms have alike, of a block all arms that have it. lr is where the search begins, seed "
         "the one of the search. Each is explained in the program's source and by swamla train --help."
     )
     return (

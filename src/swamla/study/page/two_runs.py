@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 
 from swamla.files import write_text_atomically
@@ -376,9 +377,10 @@ def _curves(found: Compared) -> Section | None:
 
 
 def _means(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most `SPANS` points: means of equal numbers of records."""
+    """At most `SPANS` points: means of equal numbers of records; the last has the rest, too, alone a noisier one."""
     span = max(1, math.ceil(len(points) / SPANS))
-    parts = [points[at : at + span] for at in range(0, len(points), span)]
+    ends = [span * number for number in range(len(points) // span)][1:]
+    parts = [points[begin:end] for begin, end in pairwise([0, *ends, len(points)])] if points else []
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
 
 

@@ -69,7 +69,8 @@ def by_position(results: Results) -> Section | None:
             line_chart(lines, x_label=x_label, y_label="loss, nats a token", logarithmic=True),
             f"Loss on the {sum(counts):,} predictions of the test part, means over 1, 2, 3–4, 5–8 … tokens read: those "
             "of the document that its row has, the one predicted from included. The first mark has "
-            f"{counts[0]:,} predictions, the last {counts[-1]:,}. Mean over seeds, band from the lowest to the highest.",
+            f"{counts[0]:,} predictions, the last {counts[-1]:,}. Mean over seeds, band from the lowest to the "
+            "highest.",
         )
     ]
     if apart:
