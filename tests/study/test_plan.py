@@ -85,6 +85,9 @@ def test_a_study_is_the_same_after_it_was_written(dataset: Dataset) -> None:
     study = resolved(dataset, question="Which?")
     assert from_plain(Study, to_plain(study)) == study
     assert int(study.data["validation_bytes"]) + int(study.data["test_bytes"]) == dataset.held_out.n_bytes
+    text = dataset.train
+    counts = {"documents": text.n_documents, "bytes": text.n_bytes, "tokens": text.n_tokens + text.n_documents}
+    assert {what: int(study.data[f"train_{what}"]) for what in counts} == counts
     decoded = [
         dataset.tokenizer.decode(dataset.held_out.document(i).tolist()) for i in range(dataset.held_out.n_documents)
     ]

@@ -168,7 +168,7 @@ def _training(results: Results) -> list[tuple[str, str]]:
     share = f"{100 * train.warmup:g} % of the steps" if train.warmup < 1 else f"{train.warmup:g} steps"
     shape = {
         "model.width": f"width {model.width:,}",
-        "model.pattern": f"{len(model.pattern)} layers",
+        "model.pattern": f"{len(model.pattern)} layer{'s' * (len(model.pattern) != 1)}",
         "model.vocab_size": f"a vocabulary of {model.vocab_size:,} ids",
         "model.tied_head": "embeddings tied to the output head" if model.tied_head else "an output head of its own",
     }
