@@ -1,5 +1,6 @@
 """Write files atomically; read files only from inside their own folder."""
 
+import errno
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from swamla.errors import CorruptError, UnsupportedPlatform
+from swamla.errors import CorruptError, UnsupportedPlatform, UsageError
 
 try:
     import fcntl as fcntl  # for locks on folders and files
@@ -18,6 +19,25 @@ except ImportError:
     raise UnsupportedPlatform(
         "swamla runs on Linux and macOS: this Python has no fcntl, as on Windows; use WSL there (wsl --install)"
     ) from None
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def try_lock(handle: int, path: Path, how: int = fcntl.LOCK_EX) -> bool:
+    """Lock an open file or folder, `path`, without waiting; False if another process holds the lock.
+
+    Raises `UsageError` where the file system has no locks.
+    """
+    try:
+        fcntl.flock(handle, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        needed = "without them two processes could write the same run; use a file system that has them"
+        raise UsageError(f"{path}: its file system has no locks (flock: {error.strerror}): {needed}") from error
+    return True
 
 
 def fsync(path: Path) -> None:

@@ -60,7 +60,7 @@ class Here:
 
     started: ClassVar[list[str]] = []
 
-    def __init__(self, words: list[str], log: Path) -> None:
+    def __init__(self, words: list[str], log: Path, lock: int | None = None) -> None:
         if "--steps" not in words:  # the short run that is timed for the plan
             Here.started.append(" ".join(words))
         self.status = main(words)
@@ -145,7 +145,7 @@ def test_runs_of_a_study_leave_the_test_part_unread_and_are_ordinary_ones(
 def test_whoever_stops_a_study_reads_that_it_goes_on(
     raised: BaseException, status: int, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stopped(words: list[str], log: Path) -> Here:
+    def stopped(words: list[str], log: Path, lock: int | None = None) -> Here:
         if "--steps" in words:
             return Here(words, log)
         raise raised

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import subprocess
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 
 from swamla.cli import compare, main
 from swamla.cli.console import Console
+from swamla.study import folder as study_folder
 from swamla.study import running
-from swamla.study.folder import begin, opened, read_outcomes
+from swamla.study.folder import begin, opened, read_outcomes, waited_for
 from swamla.study.plan import Asked, Study
 from swamla.study.running import run_study
 from tests.study.helpers import FakeRun, study_of
@@ -48,7 +50,7 @@ def test_parts_that_are_started_together_on_a_fresh_folder_plan_it_once_and_shar
     monkeypatch.setattr(compare, "score_tests", lambda *_: [])
     monkeypatch.setattr(compare, "measure", lambda *_: None)
     monkeypatch.setattr(compare, "_write", lambda *_: None)
-    monkeypatch.setattr(running, "start", FakeRun)
+    monkeypatch.setattr(running, "start", lambda words, log, lock: FakeRun(words, log))
     monkeypatch.setattr(running, "WAIT", 0.01)
     line = [
         "compare",
@@ -74,6 +76,41 @@ def test_parts_that_are_started_together_on_a_fresh_folder_plan_it_once_and_shar
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
     assert (tmp_path / "plans").read_text() == "planned\n"
     assert len(read_outcomes(tmp_path / "new")) == 4
+
+
+def test_parts_that_end_together_write_the_report_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    released = threading.Event()
+
+    def written(results: object, folder: Path) -> list[Path]:
+        order.append("report")
+        return []
+
+    def other() -> None:
+        with waited_for(tmp_path, "report"):
+            begun.set()
+            released.wait(PATIENCE)
+            order.append("other")
+
+    def waits(seconds: float) -> None:
+        released.set()
+        part.join()
+
+    begun = threading.Event()
+    part = threading.Thread(target=other)
+    monkeypatch.setattr(compare, "write_report", written)
+    monkeypatch.setattr(compare, "_say_results", lambda *_: None)
+    part.start()
+    assert begun.wait(PATIENCE)
+    monkeypatch.setattr(study_folder.time, "sleep", waits)
+    try:
+        compare._write(None, tmp_path, Console())  # type: ignore[arg-type]
+    finally:
+        released.set()
+        part.join()
+    assert order == ["other", "report"]
 
 
 def test_the_commit_of_a_source_whose_files_are_others_is_marked(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from swamla.study.running import EnvironmentFault, run_study, work
 from swamla.study.runs import Outcome
 from swamla.train.saving import REMEDY, Diverged
 
-from .helpers import FakeRun, study_of
+from .helpers import FakeRun, sized, study_of
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -152,6 +152,21 @@ def test_failures_of_one_arm_or_of_other_errors_or_with_a_run_between_that_ended
         outcomes = run_study(tmp_path / name, launch=launch, jobs=1 if name == "errors" else 6)
         assert [one.status for one in outcomes.values()].count("failed") == failed
         assert read_outcomes(tmp_path / name) == outcomes
+
+
+def test_failures_of_one_arm_at_several_sizes_are_its_results(tmp_path: Path) -> None:
+    fails = ending(2, said="swamla: error: no room\n")
+
+    def launch(words: list[str], log: Path) -> FakeRun:
+        run = fails(words, log)
+        if not run.status:
+            run.poll()  # it ends a look before those that fail, which so end in a row
+        return run
+
+    begin(tmp_path / "study", sized(study_of(rates="recipe"), 32, 48))
+    outcomes = run_study(tmp_path / "study", launch=launch, jobs=8)
+    assert {one.arm for one in outcomes.values() if one.status == "failed"} == {"gdn@32", "gdn@48"}
+    assert [one.status for one in outcomes.values()].count("failed") == 4
 
 
 def test_who_stops_a_study_keeps_the_failure_before(tmp_path: Path) -> None:

@@ -1,22 +1,27 @@
 """A study goes on after a kill at any point, repeats nothing, and ends with the same results to the digit."""
 
+import errno
 import json
 import multiprocessing
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from swamla import files
 from swamla.errors import CorruptError, UsageError
 from swamla.study import folder as study_folder
 from swamla.study import running
-from swamla.study.folder import append_line, begin, opened, read_lines, read_outcomes
-from swamla.study.plan import Study
+from swamla.study.folder import append_line, begin, locked, note_program, opened, read_lines, read_outcomes
+from swamla.study.plan import Asked, Study
+from swamla.study.published import Published
 from swamla.study.running import beside, run_study, with_start
 from swamla.study.scoring import score_tests
-from tests.waiting import PATIENCE
+from swamla.train.claims import claim_new
+from tests.waiting import PATIENCE, until
 
 from .helpers import FakeRun, arm_of, score_of, study_of
 from .played import results_of
@@ -140,6 +145,73 @@ def test_a_part_alone_ends_the_study_when_the_others_are_gone(whole: Path, tmp_p
     assert killed_at(4, folder, part=0, parts=2)
     run_study(folder, launch=FakeRun, part=1, parts=2)
     assert results(folder) == results(whole)
+
+
+def test_a_run_is_started_by_nobody_else_while_its_process_outlives_the_one_that_started_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, go = begun(tmp_path / "study"), tmp_path / "go"
+    script = f"until [ -e {go} ]; do sleep 0.01; done"  # writes nothing, as a run that still imports torch
+    monkeypatch.setattr(running, "program", lambda: ["sh", "-c", script])
+    if not (child := os.fork()):
+        running.time.sleep = lambda seconds: os._exit(9)  # killed at its first look, when its run is under way
+        try:
+            run_study(folder)
+        finally:
+            os._exit(1)
+    try:
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        (run,) = [log.stem for log in (folder / "logs").iterdir()]
+        with locked(folder, run) as held:
+            assert held is None
+    finally:
+        go.touch()
+
+    def is_free() -> bool:
+        with locked(folder, run) as held:
+            return held is not None
+
+    until(is_free, what="the run's process has ended")
+
+
+def test_what_another_process_notes_in_a_study_stays_when_published_figures_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = begun(tmp_path / "study")
+    row = Published(name="a", source="https://a.b", value=1.0, unit="u", comparable=False, why="another text")
+    asked = replace(study_of().asked, published=(row,))
+    apart = study_folder._said
+
+    def meanwhile(asked: Asked) -> dict:
+        monkeypatch.setattr(study_folder, "_said", apart)
+        note_program(folder, "swamla 9")  # after `opened` has read the study, before it writes it
+        return apart(asked)
+
+    monkeypatch.setattr(study_folder, "_said", meanwhile)
+    assert opened(folder, asked) == opened(folder)
+    found = opened(folder)
+    assert found is not None
+    assert (found.asked.published, found.went_on) == ((row,), ("swamla 9",))
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    folder = begun(tmp_path / "study")
+    monkeypatch.setattr(files.fcntl, "flock", missing)
+    with pytest.raises(UsageError, match=r"has no locks \(flock: No locks available\): without them two processes"):
+        run_study(folder, launch=FakeRun)
+    with pytest.raises(UsageError, match="has no locks"):
+        claim_new(tmp_path / "run")
+
+
+def test_the_command_of_a_run_is_one_that_a_shell_takes_apart_into_the_same_words(tmp_path: Path) -> None:
+    folder = begun(tmp_path / "my study", study_of(rates="recipe"))
+    for one in run_study(folder, launch=FakeRun).values():
+        words = shlex.split(one.command)
+        assert words[:3] == ["swamla", "train", str(folder / "arms" / f"{one.arm}.json")]
+        assert words[-1] == str(folder / "runs" / one.run)
 
 
 def test_the_best_rate_of_each_arm_is_found_and_its_seeds_are_scored(whole: Path):

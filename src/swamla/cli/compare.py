@@ -36,11 +36,20 @@ from swamla.errors import ConfigError, UsageError, require
 from swamla.recipes import ALIASES, recipe_names
 from swamla.studies import study_names, study_path
 from swamla.study.evidence import Evidence, measure, with_closing
-from swamla.study.folder import begin, note_program, opened, planning, read_outcomes, read_tests
+from swamla.study.folder import (
+    begin,
+    note_program,
+    opened,
+    planning,
+    read_outcomes,
+    read_tests,
+    require_planned,
+    waited_for,
+)
 from swamla.study.page.report import REPORT, write_report
 from swamla.study.plan import Asked, Study, median_steps, program_of, resolve_study, slug_of
 from swamla.study.results import Results
-from swamla.study.running import beside, executor_of, require_planned, run_study, with_start
+from swamla.study.running import beside, executor_of, run_study, with_start
 from swamla.study.runs import Outcome, command, describe, duration, predict, ready, seed_runs
 from swamla.study.scoring import score_tests
 from swamla.study.statistics import scipy_stats
@@ -193,7 +202,8 @@ def _report(arguments: Arguments, given: Mapping[str, Any]) -> None:
 
 
 def _write(results: Results, folder: Path, console: Console) -> None:
-    written = write_report(results, folder)
+    with waited_for(folder, "report"):  # parts that end together write the same files
+        written = write_report(results, folder)
     _say_results(console, results)
     say_wrapped(console, f"all of it is in {folder}: {', '.join(file.name for file in written)}, and the runs")
     say(console, f"{folder / REPORT}: open it in a browser")

@@ -9,15 +9,16 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from swamla.config import from_plain, to_plain
-from swamla.errors import CorruptError, UsageError
-from swamla.files import fcntl, read_json, write_text_atomically
+from swamla.data.dataset import TrainingData
+from swamla.errors import CorruptError, DataError, UsageError
+from swamla.files import fcntl, read_json, try_lock, write_text_atomically
 from swamla.study.plan import Asked, Study
 from swamla.study.runs import Outcome, arm_file
 
@@ -80,9 +81,7 @@ def opened(folder: Path, asked: Asked | None = None) -> Study | None:
     if asked is None or _said(study.asked) == _said(asked):
         return study
     if _said(replace(study.asked, published=asked.published)) == _said(asked):
-        study = replace(study, asked=asked)
-        _write_study(folder, study)
-        return study
+        return _changed(folder, lambda found: replace(found, asked=asked))
     if not (folder / "runs").exists():
         return None
     before, now = _said(study.asked), _said(asked)
@@ -92,6 +91,16 @@ def opened(folder: Path, asked: Asked | None = None) -> Study | None:
         f"{folder}: holds another study, whose {name} is {was!r:.200}, not {wanted!r:.200}: name another folder with "
         "`output_dir`, or remove this one"
     )
+
+
+def _changed(folder: Path, change: Callable[[Study], Study]) -> Study:
+    """The study in a folder, changed there; read under a lock, so that what others change meanwhile stays."""
+    with waited_for(folder, "study"):
+        before = opened(folder)
+        assert before is not None
+        if (study := change(before)) != before:
+            _write_study(folder, study)
+    return study
 
 
 def _apart(before: Any, now: Any) -> tuple[Any, Any]:
@@ -107,15 +116,24 @@ def _said(asked: Asked) -> dict[str, Any]:
     return to_plain(asked) | {"order of arms": list(asked.arms)}
 
 
+def require_planned(study: Study, dataset: TrainingData) -> None:
+    """Raise `DataError` for data other than the study was planned with."""
+    if dataset.fingerprint != study.data["fingerprint"]:
+        raise DataError(
+            f"{study.data['source']}: the data changed since the study was planned (fingerprint "
+            f"{dataset.fingerprint[:12]}, then {study.data['fingerprint'][:12]}): restore it, or begin another study"
+        )
+
+
 def note_program(folder: Path, program: str) -> Study:
     """The study in a folder, with another program than its own noted in study.json, which trains runs that are left."""
+
+    def noted(study: Study) -> Study:
+        known = program in (study.program, *study.went_on)
+        return study if known else replace(study, went_on=(*study.went_on, program))
+
     with waited_for(folder, "plan"):
-        study = opened(folder)
-        assert study is not None
-        if program not in (study.program, *study.went_on):
-            study = replace(study, went_on=(*study.went_on, program))
-            _write_study(folder, study)
-    return study
+        return _changed(folder, noted)
 
 
 def append_line(file: Path, values: Mapping[str, Any]) -> None:
@@ -156,17 +174,18 @@ def read_tests(folder: Path) -> list[Test]:
 
 
 @contextmanager
-def locked(folder: Path, name: str) -> Iterator[bool]:
-    """Lock a name in the study's folder; False if another process holds it. The system unlocks it as a process ends."""
+def locked(folder: Path, name: str) -> Iterator[int | None]:
+    """Lock a name in the study's folder; None if another process holds it, else the lock's descriptor.
+
+    The system unlocks it when every process that has the descriptor has ended. A file and no folder is locked: file
+    systems of several machines pass locks of files on, and not of folders.
+    """
     file = folder / "locks" / name
     handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield file.exists() and os.path.samestat(os.fstat(handle), file.stat())  # or who held it took it away
+        held = try_lock(handle, file) and file.exists()
+        # Who held it may have removed the file.
+        yield handle if held and os.path.samestat(os.fstat(handle), file.stat()) else None
     finally:
         os.close(handle)
 
@@ -177,7 +196,7 @@ def waited_for(folder: Path, name: str) -> Iterator[None]:
     while True:
         (folder / "locks").mkdir(parents=True, exist_ok=True)
         with locked(folder, name) as held:
-            if held:
+            if held is not None:
                 yield
                 return
         time.sleep(WAIT)

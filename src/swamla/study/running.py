@@ -7,6 +7,7 @@ processes may work on one folder: each takes runs that no other works on, so non
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import time
@@ -24,10 +25,10 @@ from swamla.data.dataset import TrainingData
 from swamla.data.datatrove import executor
 from swamla.data.preparing import prepare
 from swamla.data.task_rows import TaskDataset
-from swamla.errors import CorruptError, DataError, SwamlaError, UsageError
+from swamla.errors import CorruptError, SwamlaError, UsageError
 from swamla.files import write_text_atomically
 from swamla.plugins import load_plugin
-from swamla.study.folder import RESULTS, STUDY, WAIT, append_line, locked, opened, read_outcomes
+from swamla.study.folder import RESULTS, STUDY, WAIT, append_line, locked, opened, read_outcomes, require_planned
 from swamla.study.plan import Study
 from swamla.study.runs import Outcome, Run, Status, command, program, ready, run_folder
 from swamla.study.scoring import score_tests
@@ -67,11 +68,16 @@ class Process(Protocol):
 Launch = Callable[[list[str], Path], Process]
 
 
-def start(words: list[str], log: Path) -> Process:
-    """Start a command of this program; `log` gets what it prints. Signals of the terminal do not reach it."""
+def start(words: list[str], log: Path, lock: int | None = None) -> Process:
+    """Start a command of this program; `log` gets what it prints. Signals of the terminal do not reach it.
+
+    lock: the descriptor of a lock that the process shares, so that it is held until both have ended.
+    """
+    shared = () if lock is None else (lock,)
+    line = [*program(), *words]
     with log.open("ab") as out:
         return subprocess.Popen(
-            [*program(), *words], stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+            line, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, pass_fds=shared
         )
 
 
@@ -102,7 +108,7 @@ class _Worker:
     jobs: int
     part: int
     parts: int
-    launch: Launch
+    launch: Launch | None
     report: Callable[[Outcome], None]
     active: dict[str, _Job] = field(default_factory=dict)
     killed: dict[str, int] = field(default_factory=dict)
@@ -191,7 +197,7 @@ def run_study(
     study = opened(folder)
     if study is None:
         raise UsageError(f"{folder}: holds no study (it has no {STUDY})")
-    worker = _Worker(folder, study, jobs, part, parts, launch or start, report)
+    worker = _Worker(folder, study, jobs, part, parts, launch, report)
     for name in ("runs", "logs", "locks"):
         (folder / name).mkdir(exist_ok=True)
     try:
@@ -219,14 +225,17 @@ def _start_runs(worker: _Worker, wanted: list[Run]) -> None:
         if run.id in worker.active or (folder.exists() and is_running(folder)):  # left behind by a killed process
             continue
         with ExitStack() as stack:
-            if not stack.enter_context(locked(worker.folder, run.id)) or run.id in read_outcomes(worker.folder):
+            lock = stack.enter_context(locked(worker.folder, run.id))
+            if lock is None or run.id in read_outcomes(worker.folder):
                 continue
             resume = (folder / "config.json").exists()
             if not resume and folder.exists():
                 shutil.rmtree(folder)  # its process was killed before it had written the config
             before = _trained_seconds(folder) if resume else 0.0
             words = command(worker.study, worker.folder, run, resume=resume)
-            process = worker.launch(words, worker.folder / "logs" / f"{run.id}.log")
+            log = worker.folder / "logs" / f"{run.id}.log"
+            # The process may outlive this one: the lock goes on, though nothing else shows yet that it is there.
+            process = worker.launch(words, log) if worker.launch else start(words, log, lock)
             worker.active[run.id] = _Job(run, process, time.monotonic(), before, stack.pop_all())
 
 
@@ -251,7 +260,7 @@ def _doubt(worker: _Worker, outcome: Outcome, lock: ExitStack) -> None:
     if worker.doubtful and _cause(worker.doubtful[-1][0]) != _cause(outcome):
         _write_doubtful(worker)
     worker.doubtful.append((outcome, lock))
-    arms = dict.fromkeys(one.arm for one, _ in worker.doubtful)
+    arms = dict.fromkeys(worker.study.arm(one.arm).label for one, _ in worker.doubtful)  # of one at several sizes once
     if len(worker.doubtful) < ALIKE or len(arms) < 2:
         return
     count = len(worker.doubtful)
@@ -328,7 +337,7 @@ def _outcome(worker: _Worker, job: _Job) -> Outcome | None:
         seconds=round(max((record.get("elapsed", 0.0) for record in records), default=0.0), 2),
         wall=round(job.before + time.monotonic() - job.begun, 2),
         error=error,
-        command=" ".join(["swamla", *command(worker.study, worker.folder, run)]),
+        command=shlex.join(["swamla", *command(worker.study, worker.folder, run)]),
     )
 
 
@@ -378,15 +387,6 @@ def work(folder: Path, plugins: tuple[str, ...], part: int, parts: int) -> None:
     require_planned(study, dataset)
     run_study(folder, part=part, parts=parts)
     score_tests(folder, dataset)
-
-
-def require_planned(study: Study, dataset: TrainingData) -> None:
-    """Raise `DataError` for data other than the study was planned with."""
-    if dataset.fingerprint != study.data["fingerprint"]:
-        raise DataError(
-            f"{study.data['source']}: the data changed since the study was planned (fingerprint "
-            f"{dataset.fingerprint[:12]}, then {study.data['fingerprint'][:12]}): restore it, or begin another study"
-        )
 
 
 def data_of(config: DataConfig) -> TrainingData:

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from swamla.checkpoint import list_checkpoints
 from swamla.errors import UsageError
-from swamla.files import fcntl
+from swamla.files import fcntl, try_lock
 
 # What a run writes before its first checkpoint; without a checkpoint it cannot be resumed.
 _BEFORE_A_CHECKPOINT = {
@@ -111,7 +111,7 @@ def is_running(run_dir: Path) -> bool:
     """True while a process has locked the folder."""
     folder = os.open(run_dir, os.O_RDONLY)
     try:
-        return not _locks(folder, fcntl.LOCK_SH)
+        return not try_lock(folder, run_dir, fcntl.LOCK_SH)
     finally:
         os.close(folder)
 
@@ -160,7 +160,7 @@ def _try(folder: Path) -> Claim:
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
-        if _locks(lock, fcntl.LOCK_EX) and _is_still(folder, lock):
+        if try_lock(lock, folder) and _is_still(folder, lock):
             return Claim(folder, lock, made)
         os.close(lock)
         time.sleep(wait)
@@ -177,12 +177,3 @@ def _is_still(folder: Path, opened: int) -> bool:
 
 def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.iterdir())
-
-
-def _locks(folder: int, how: int) -> bool:
-    """Try to lock without waiting; True if that succeeded."""
-    try:
-        fcntl.flock(folder, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
