@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from swamla.cli.compare import config_of, main
+from swamla.cli.compare import config_of, flags_of, main
 from swamla.config import from_plain, load_file
 from swamla.errors import UsageError
 from swamla.model.accounting import count_parameters
@@ -34,7 +34,7 @@ def test_a_shipped_study_says_what_it_asks_and_expects_and_its_arms_can_be_compa
     assert asked.expectation.endswith(".")
     assert asked.seeds == 5
     assert asked.rates == "search"
-    configs = {arm: config_of(asked, arm) for arm in asked.arms}
+    configs = {arm: config_of(asked, arm, flags) for arm, flags in flags_of(asked).items()}
     first = next(iter(configs.values()))
     for config in configs.values():
         assert (config.data, config.train.block_size, config.train.batch_size) == (

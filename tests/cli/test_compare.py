@@ -3,7 +3,7 @@
 import json
 import re
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,13 +12,14 @@ import pytest
 from swamla.checkpoint import load
 from swamla.cli import compare, main
 from swamla.cli.outputs import Ended
+from swamla.cli.overrides import flags as flags_of_train
 from swamla.data.task_rows import TaskDataset
 from swamla.evaluate import recall, validation
 from swamla.model.accounting import state_bytes
 from swamla.study import running
 from swamla.study.evidence import read_measured
 from swamla.study.folder import begin, opened, read_outcomes, read_tests
-from swamla.study.plan import Asked
+from swamla.study.plan import Asked, budget
 from swamla.tasks import parse
 from tests.study.played import results_of
 
@@ -246,6 +247,56 @@ def test_arms_on_the_command_line_are_patterns_of_one_depth(home: Path, capsys: 
     assert abs(study.arms[1].costs.parameters / study.arms[0].costs.parameters - 1) <= 0.01
 
 
+@pytest.mark.parametrize(
+    ("arms", "flags", "patterns"),
+    [
+        ({"a": "--pattern=mha", "b": "--pattern='gdn gdn mla'"}, "", ["mha mha mha", "gdn gdn mla"]),
+        ({"a": "--pattern mha", "b": "--pattern=gdn,mla"}, "", ["mha mha", "gdn mla"]),
+        ({"swa mla": "", "gdn gdn mla": ""}, "", ["swa mla swa", "gdn gdn mla"]),
+        ({"a": "--pattern mha", "b": "--pattern 'gdn mla'"}, "--n-layers 3", ["mha mha mha", "gdn mla gdn"]),
+        ({"a": "--pattern mha --n_layers=1", "b": "--pattern 'gdn mla'"}, "", ["mha", "gdn mla"]),
+        ({"a": "--lr 1e-3", "b": "--pattern 'gdn mla'"}, "", ["mha", "gdn mla"]),
+    ],
+)
+def test_patterns_are_repeated_or_cut_to_the_longest_however_their_flags_are_written(
+    arms: dict[str, str], flags: str, patterns: list[str], home: Path
+) -> None:
+    asked = Asked(arms=arms, recipe="tiny.toml", flags=flags)
+    configs = [compare.config_of(asked, arm, words) for arm, words in compare.flags_of(asked).items()]
+    assert [" ".join(config.model.pattern) for config in configs] == patterns
+
+
+def test_what_a_study_sets_anew_are_flags_that_it_refuses(home: Path) -> None:
+    asked = Asked(arms={"mha": "", "gdn": ""}, recipe="tiny.toml")
+    config = compare.config_of(asked, "mha", "--pattern mha")
+    busy = replace(
+        config.train, seed=9, threads=3, save_interval=7, keep_last=9, async_save=True, eval_interval=2, profile=True
+    )
+    busy = replace(busy, tensorboard=True, eval_tokens=9, max_minutes=1.0, eval_part="all", hf_repo_id="me/x", lr=0.5)
+    set_anew = budget(replace(config, train=busy), asked).train
+    changed = {f.name for f in fields(busy) if getattr(busy, f.name) != getattr(set_anew, f.name)}
+    assert len(changed) == 12
+    assert changed <= compare.DECIDED.keys() <= set(flags_of_train())
+
+
+def test_a_report_of_a_study_that_was_begun_with_flags_beside_its_file_is_asked_for_by_its_folder(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", "study.toml", "--seeds", "3", "--plan"]) == 0
+    (home / "studies" / "study" / "runs").mkdir()
+    assert main(["compare", "--report", "study.toml"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("swamla: error: ")]
+    assert line.endswith("name the folder, swamla compare studies/study --report")
+
+
+def test_the_folder_of_a_study_is_told_what_goes_on_with_it(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "study.toml", "--plan"]) == 0
+    assert main(["compare", "studies/study"]) == 2
+    said = capsys.readouterr().err
+    assert "studies/study is the folder of a study: the command that began it goes on with it" in said
+    assert "swamla compare studies/study --report writes its page anew" in said
+
+
 def test_a_study_that_has_not_ended_has_no_report(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "study.toml", "--plan"]) == 0
     assert main(["compare", "study.toml", "--report"]) == 2
@@ -293,6 +344,14 @@ def test_flags_win_over_the_file(home: Path) -> None:
         (["mha", "gnd", "--recipe", "tiny.toml"], "arm 'gnd': --pattern: no block or mixer is called 'gnd'"),
         (["mha", "gdn", "--recipe", "tiny.toml", "--seeds", "1"], "seeds = 1 (--seeds): must be >= 2"),
         (["mha", "gdn", "--recipe", "tiny.toml", "--flags", "--widht 64"], "arm 'mha': unknown flag --widht; did you"),
+        (
+            ["mha", "gdn", "--recipe", "tiny.toml", "--flags", "--seed 3"],
+            "arm 'mha': --seed does nothing in a study: its runs have seed 0 in the search, and then 1 to",
+        ),
+        (
+            ["mha", "gdn", "--recipe", "tiny.toml", "--tokens", "640", "--flags", "--steps 3"],
+            "arm 'mha': --steps does nothing in a study: a run ends after the study's",
+        ),
         (["study.toml", "--part", "3/2"], "3/2"),
         (["study.toml", "--sizes", "1"], "sizes = 1 (--sizes): must be 2 to 6, each twice as wide as the last, or"),
         (["study.toml", "--sizes", "48,32"], "sizes = [48, 32] (--sizes): must be two or more widths, rising"),

@@ -8,14 +8,15 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from swamla.cli import compare, main
 from swamla.cli.console import Console
 from swamla.study import folder as study_folder
-from swamla.study import running
-from swamla.study.folder import begin, opened, read_outcomes, waited_for
+from swamla.study import running, scoring
+from swamla.study.folder import begin, note_program, opened, read_outcomes, source_commit, waited_for
 from swamla.study.plan import Asked, Study
 from swamla.study.running import run_study
 from tests.study.helpers import FakeRun, study_of
@@ -118,42 +119,60 @@ def test_the_commit_of_a_source_whose_files_are_others_is_marked(tmp_path: Path)
         named = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
         subprocess.run(["git", "-C", str(tmp_path), *named, *words], check=True, capture_output=True)
 
-    assert not compare.source_commit(tmp_path), "no checkout"
+    assert not source_commit(tmp_path), "no checkout"
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "a.py").write_text("a = 1\n")
     git("init")
     git("add", "src")
     git("commit", "-m", "a")
-    commit = compare.source_commit(tmp_path)
+    commit = source_commit(tmp_path)
     assert re.fullmatch("[0-9a-f]{40}", commit)
     (tmp_path / "notes").write_text("no source")
-    assert compare.source_commit(tmp_path) == commit
+    assert source_commit(tmp_path) == commit
     (tmp_path / "src" / "b.py").write_text("b = 1\n")
-    assert compare.source_commit(tmp_path) == f"{commit}-dirty"
+    assert source_commit(tmp_path) == f"{commit}-dirty"
     git("add", "src")
     git("commit", "-m", "b")
     (tmp_path / "src" / "a.py").write_text("a = 2\n")
-    assert compare.source_commit(tmp_path).endswith("-dirty")
+    assert source_commit(tmp_path).endswith("-dirty")
 
 
-def test_another_program_than_planned_a_study_is_told_and_noted_in_it_while_runs_are_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_another_program_or_machine_than_planned_a_study_is_told_and_noted_in_it_while_runs_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "study"
-    study = replace(study_of(rates="recipe"), commit="abc")
+    folder, told = tmp_path / "study", []
+    machine = {"processor": "p", "torch": "2.0", "threads": "1"}
+    study = replace(study_of(rates="recipe"), commit="abc", machine=machine)
     begin(folder, study)
     assert "went_on" not in (folder / "study.json").read_text(), "files of studies are as they were"
-    for commit, noted in (("abc", ()), ("abc-dirty", (f"swamla {study.version}, commit abc-dirty",)), ("def", ...)):
-        monkeypatch.setattr(compare, "source_commit", lambda commit=commit: commit)
-        found = compare.noted_program(study, folder, Console())
-        said = " ".join(capsys.readouterr().out.split())
-        assert (f"planned by swamla {study.version}, commit abc, and goes on with" in said) == (commit != "abc")
-        if noted is ...:
-            assert [program.rpartition(" ")[2] for program in found.went_on] == ["abc-dirty", "def"]
-        else:
-            assert found.went_on == noted
-    assert compare.noted_program(study, folder, Console()) == found == opened(folder), "each is noted once"
+
+    def noted(commit: str, **other: str) -> list[str]:
+        monkeypatch.setattr(study_folder, "source_commit", lambda: commit)
+        monkeypatch.setattr(study_folder, "describe_machine", lambda: machine | other)
+        found = note_program(folder, told.append)
+        assert found == opened(folder)
+        return [program.partition("commit ")[2] for program in found.went_on]
+
+    assert noted("abc") == noted("abc", threads="4") == told == []
+    assert noted("abc-dirty") == ["abc-dirty"]
+    assert f"planned by swamla {study.version}, commit abc, and goes on with swamla" in told[-1]
+    assert noted("abc", torch="2.1", processor="q") == ["abc-dirty", "abc (processor q, torch 2.1)"]
+    assert noted("abc-dirty") == noted("abc", torch="2.1", processor="q"), "each is noted once"
+    assert len(told) == 4, "and told each time"
     monkeypatch.setattr(running, "POLL", 0.0)
     run_study(folder, launch=FakeRun)
-    monkeypatch.setattr(compare, "source_commit", lambda: "ghi")
-    assert compare.noted_program(found, folder, Console()) == found, "it trains nothing"
+    assert len(noted("ghi")) == 2, "it trains nothing"
+
+
+def test_a_process_of_an_executor_notes_its_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = study_of(rates="recipe")
+    study = replace(study, data=study.data | {"fingerprint": "text"})
+    begin(tmp_path / "study", study)
+    monkeypatch.setattr(study_folder, "source_commit", lambda: "abc")
+    monkeypatch.setattr(scoring, "data_of", lambda config: SimpleNamespace(fingerprint="text"))
+    monkeypatch.setattr(scoring, "run_study", lambda *_, **__: None)
+    monkeypatch.setattr(scoring, "score_tests", lambda *_: None)
+    scoring.work(tmp_path / "study", (), 0, 2)
+    found = opened(tmp_path / "study")
+    assert found is not None
+    assert found.went_on == (f"swamla {study.version}, commit abc",)

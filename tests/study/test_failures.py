@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from swamla.errors import CorruptError, DataError
-from swamla.study import running
+from swamla.study import running, scoring
 from swamla.study.folder import begin, locked, read_outcomes
-from swamla.study.running import EnvironmentFault, run_study, work
+from swamla.study.running import EnvironmentFault, run_study
 from swamla.study.runs import Outcome
+from swamla.study.scoring import work
 from swamla.train.saving import REMEDY, Diverged
 
 from .helpers import FakeRun, sized, study_of
@@ -205,7 +206,7 @@ def test_a_process_of_an_executor_refuses_other_data_than_the_study_was_planned_
 
     study = study_of()
     begin(tmp_path / "study", replace(study, data=study.data | {"fingerprint": "planned"}))
-    monkeypatch.setattr(running, "data_of", lambda config: Other())
-    monkeypatch.setattr(running, "run_study", lambda *_, **__: pytest.fail("trained on other data"))
+    monkeypatch.setattr(scoring, "data_of", lambda config: Other())
+    monkeypatch.setattr(scoring, "run_study", lambda *_, **__: pytest.fail("trained on other data"))
     with pytest.raises(DataError, match=r"the data changed since the study was planned \(fingerprint other, then plan"):
         work(tmp_path / "study", (), 0, 2)

@@ -56,6 +56,14 @@ def test_the_page_follows_a_readers_questions(page: str) -> None:
     assert places == sorted(places)
 
 
+def test_where_no_question_was_stated_the_page_says_so() -> None:
+    page = report_html(results_of())
+    assert "No question was stated; asked by default: <i>Does gdn differ from mha?</i>" in page
+    assert "Expected before: nothing was stated" in page
+    assert "stated before the runs: <i>" not in page
+    assert "question = " not in page
+
+
 def test_every_table_and_figure_says_what_it_means_and_has_a_number(page: str) -> None:
     for tag, caption in (("table", "caption"), ("figure", "figcaption")):
         inner = re.findall(rf"<{tag}\b.*?</{tag}>", page, flags=re.DOTALL)

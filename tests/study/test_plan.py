@@ -115,6 +115,11 @@ def test_arms_of_one_file_name_are_refused(dataset: Dataset) -> None:
         resolve_study(
             Asked(arms=dict.fromkeys(found, "")), found, dataset, measure=lambda *_: dict.fromkeys(found, 1.0)
         )
+    found = {"MHA": configs()["mha"], "mha": configs()["mha"]}
+    with pytest.raises(UsageError, match="two arms have the same name for files, 'mha': name them apart"):
+        resolve_study(
+            Asked(arms=dict.fromkeys(found, "")), found, dataset, measure=lambda *_: pytest.fail("timed in vain")
+        )
     assert slug_of("swa swa mla") == "swa-swa-mla"
     assert slug_of("../..") == "arm"
 

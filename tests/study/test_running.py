@@ -181,17 +181,18 @@ def test_what_another_process_notes_in_a_study_stays_when_published_figures_are_
     row = Published(name="a", source="https://a.b", value=1.0, unit="u", comparable=False, why="another text")
     asked = replace(study_of().asked, published=(row,))
     apart = study_folder._said
+    monkeypatch.setattr(study_folder, "source_commit", lambda: "abc")
 
     def meanwhile(asked: Asked) -> dict:
         monkeypatch.setattr(study_folder, "_said", apart)
-        note_program(folder, "swamla 9")  # after `opened` has read the study, before it writes it
+        note_program(folder)  # after `opened` has read the study, before it writes it
         return apart(asked)
 
     monkeypatch.setattr(study_folder, "_said", meanwhile)
     assert opened(folder, asked) == opened(folder)
     found = opened(folder)
     assert found is not None
-    assert (found.asked.published, found.went_on) == ((row,), ("swamla 9",))
+    assert (found.asked.published, found.went_on) == ((row,), (f"swamla {found.version}, commit abc",))
 
 
 def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

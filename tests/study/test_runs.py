@@ -155,6 +155,28 @@ def test_a_search_is_expected_to_need_part_of_a_run_more_until_it_has_ended():
     assert predict(study, outcomes, 1).seconds == pytest.approx(2 * 2 * each)
 
 
+def test_however_many_run_at_a_time_a_study_takes_as_long_as_the_stages_of_its_slowest_arm():
+    study = replace(study_of(seeds=5), start_seconds=8.0, loop_seconds=0.0, evaluation_seconds=0.0)
+    each = 8.0 + 20 * 0.1
+    outcomes, left = {}, [predict(study, {}, 100).seconds]
+    while runs := ready(study, outcomes):  # all of a stage at once
+        outcomes |= {run.id: outcome(run, abs(run.rate), wall=each) for run in runs}
+        left.append(predict(study, outcomes, 100).seconds)
+    assert left == pytest.approx([3.4 * each, 2.4 * each, each, 0.0])
+
+
+def test_where_no_question_was_stated_the_plan_says_so_and_asks_of_each_arm_against_the_first(tmp_path: Path):
+    study = study_of("mha", "gdn")
+    said = dict(describe(study, tmp_path, {}, 1))
+    assert said["question"] == "none was stated; asked by default: Does gdn differ from mha?"
+    assert said["expected"] == "nothing was stated"
+    three = replace(study, arms=(*study.arms, replace(study.arms[1], name="swa swa mla", slug="swa")))
+    assert "Do gdn and swa swa mla differ from mha?" in dict(describe(three, tmp_path, {}, 1))["question"]
+    asked = replace(study.asked, question="Which?", expectation="None.")
+    said = dict(describe(replace(study, asked=asked), tmp_path, {}, 1))
+    assert (said["question"], said["expected"]) == ("Which?", "None.")
+
+
 def test_a_run_is_an_ordinary_command(tmp_path: Path):
     study = study_of()
     run = ready(study, {})[0]
@@ -172,5 +194,5 @@ def test_the_plan_says_what_will_be_done_and_how_long_it_takes(tmp_path: Path):
     assert said["runs"].startswith("20 or a few more")
     assert said["time"].startswith("about 21 s, 2 at a time")
     parts = dict(describe(study_of(question="Does a state suffice?", seeds=5), tmp_path, {}, 2, parts=4))
-    assert parts["time"].startswith("about 5 s, 2 at a time in each of 4 parts that work together")
+    assert parts["time"].startswith("about 7 s, 2 at a time in each of 4 parts that work together")
     assert said["by"].startswith("steps of all arms, timed in turns, and a short run: 0.0 s to start")

@@ -5,7 +5,6 @@ Of two finished runs: `compare_runs.py`.
 
 import shlex
 import shutil
-import subprocess
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,7 +20,7 @@ from rich.table import Table
 from swamla.cli import compare_runs
 from swamla.cli.console import PLUGINS, Console, program, say, say_rows, say_wrapped
 from swamla.cli.flags import WIDEST, argument, parse, peek
-from swamla.cli.outputs import Ended
+from swamla.cli.outputs import going_on
 from swamla.cli.overrides import flags
 from swamla.cli.prepare import executor_settings, refuse_idle
 from swamla.cli.run_config import resolve
@@ -37,6 +36,7 @@ from swamla.recipes import ALIASES, recipe_names
 from swamla.studies import study_names, study_path
 from swamla.study.evidence import Evidence, measure, with_closing
 from swamla.study.folder import (
+    STUDY,
     begin,
     note_program,
     opened,
@@ -44,17 +44,17 @@ from swamla.study.folder import (
     read_outcomes,
     read_tests,
     require_planned,
+    source_commit,
     waited_for,
 )
 from swamla.study.page.report import REPORT, write_report
-from swamla.study.plan import Asked, Study, median_steps, program_of, resolve_study, slug_of
+from swamla.study.plan import Asked, Study, median_steps, resolve_study, slug_of
 from swamla.study.results import Results
-from swamla.study.running import beside, executor_of, run_study, with_start
+from swamla.study.running import beside, run_study, with_start
 from swamla.study.runs import Outcome, command, describe, duration, predict, ready, seed_runs
-from swamla.study.scoring import score_tests
+from swamla.study.scoring import executor_of, score_tests
 from swamla.study.statistics import scipy_stats
 from swamla.train import RunConfig
-from swamla.version import __version__
 
 # quickstart is bounded by time and as large as the machine is fast; a study of it is of one size, and many runs.
 SIZES = {"quickstart": "--width 128 --n_heads 2 --batch_size 8 --block_size 256 --ngram_buckets none"}
@@ -113,6 +113,19 @@ class Arguments:
     executor_options: str = ""
 
 
+_ENDS = "a run ends after the study's `tokens`, or else the recipe's `steps`"
+_SCORED = "a run is scored once, at its end, on the validation part"
+# Flags of `swamla train` that would change nothing, as `budget` sets what they name, and why.
+DECIDED = {
+    "seed": "its runs have seed 0 in the search, and then 1 to as many as its `seeds`",
+    "threads": "it has `threads` of its own",
+    **dict.fromkeys(("max_minutes", "schedule_steps", "schedule_minutes"), _ENDS),
+    **dict.fromkeys(("save_interval", "keep_last", "async_save"), "a run saves four times, and keeps the last one"),
+    **dict.fromkeys(("eval_interval", "eval_seconds", "eval_tokens", "eval_part"), _SCORED),
+    **dict.fromkeys(
+        ("tensorboard", "profile", "wandb_project", "wandb_run_name", "hf_repo_id"), "its runs publish nothing"
+    ),
+}
 _ASKED = {field.name for field in fields(Asked)}  # keys of STUDY.toml; those that are flags too win over it
 
 
@@ -148,7 +161,7 @@ def main(argv: list[str]) -> int:
     if arguments.plan:
         _say_commands(console, study, folder)
         return 0
-    study = noted_program(study, folder, console)
+    study = note_program(folder, lambda text: say_wrapped(console, f"warning: {text}"))
     if arguments.executor:
         settings = executor_settings(arguments.executor_options)
         executor_of(folder, study, arguments.executor, arguments.parts, settings).run()
@@ -162,16 +175,6 @@ def main(argv: list[str]) -> int:
         evidence = measure(folder, study, outcomes, dataset, lambda text: say(console, text))
     _write(Results.of(study, outcomes, tests, evidence), folder, console)
     return 0
-
-
-def noted_program(study: Study, folder: Path, console: Console) -> Study:
-    """The study, with this program noted in it where another one planned it and runs are left, which is told."""
-    program = program_of(__version__, source_commit())
-    if program == study.program or not ready(study, read_outcomes(folder)):
-        return study
-    told = f"the study was planned by {study.program}, and goes on with {program}, as its page will say"
-    say_wrapped(console, f"warning: {told}: runs may differ by that")
-    return note_program(folder, program)
 
 
 def _epilog() -> str:
@@ -191,7 +194,15 @@ def _report(arguments: Arguments, given: Mapping[str, Any]) -> None:
     folder = Path("studies") / first.stem if is_file else first
     # Figures of others may have been added to its file, if that is still there.
     asked = _asked(arguments, given)[0] if is_shipped or (is_file and first.is_file()) else None
-    study = opened(folder, asked)
+    try:
+        study = opened(folder, asked)
+    except UsageError as error:
+        if opened(folder) is None:
+            raise
+        raise UsageError(
+            f"{first} asks for another study than {folder} holds, if no flags stand beside it: name the folder, "
+            f"swamla compare {shlex.quote(str(folder))} --report"
+        ) from error
     if study is None:
         raise UsageError(f"{folder}: holds no study (it has no study.json)")
     outcomes, tests = read_outcomes(folder), read_tests(folder)
@@ -223,6 +234,11 @@ def _asked(arguments: Arguments, given: Mapping[str, Any]) -> tuple[Asked, str]:
             plain = plain | {"recipe": str((file.resolve().parent / Path(recipe).expanduser()).resolve())}
         name = file.stem
     else:
+        if (Path(first) / STUDY).exists():
+            raise UsageError(
+                f"{first} is the folder of a study: the command that began it goes on with it (its file or arms, and "
+                f"the same flags); swamla compare {shlex.quote(first)} --report writes its page anew"
+            )
         twice = [arm for arm in arguments.arms if arguments.arms.count(arm) > 1]
         if twice:
             raise UsageError(f"the arm {twice[0]!r} is given twice")
@@ -261,14 +277,14 @@ def _study_in(
 
 def _planned(asked: Asked, jobs: int, console: Console, argv: Sequence[str]) -> tuple[Study, TrainingData]:
     """The study, resolved; its data is prepared and described, and steps of all arms are timed, beside other runs."""
-    configs = {arm: config_of(asked, arm) for arm in asked.arms}
+    given = flags_of(asked)
+    configs = {arm: config_of(asked, arm, given[arm]) for arm in asked.arms}
     parse(Arguments, argv, command="swamla compare")  # messages name this command's flags again
     first = next(iter(configs.values()))
     dataset = _read(first.data, console)
     describe_data(dataset, console, first.train.block_size, brief=True)
     say(console, "timing a few steps of every arm, and the start of a run …")
     plugins = tuple(str(Path(file).resolve()) for file in PLUGINS)
-    given = {arm: flags_of(asked, arm) for arm in asked.arms}
     others = (jobs or _free_jobs(first, asked)) - 1
     with TemporaryDirectory(prefix="swamla-compare-") as scratch, ExitStack() as under_way:
 
@@ -283,31 +299,44 @@ def _planned(asked: Asked, jobs: int, console: Console, argv: Sequence[str]) -> 
         return replace(study, beside=others), dataset
 
 
-def flags_of(asked: Asked, arm: str) -> str:
-    """The flags of an arm: those of all arms, then its own, or its name as the pattern.
+def flags_of(asked: Asked) -> dict[str, str]:
+    """The flags of each arm: those of all arms, then its own, or its name as the pattern.
 
-    Where every arm has a pattern, shorter ones are repeated to the length of the longest, unless a flag says the depth.
+    Where every arm has a pattern, all are repeated, or cut, to the length of the longest, unless a flag says the depth.
+    Raises `UsageError` for a flag of which the study decides.
     """
     own = {name: given or f"--pattern {shlex.quote(name)}" for name, given in asked.arms.items()}
-    words = shlex.split(f"{asked.flags} {own[arm]}")
-    patterns = [_pattern(shlex.split(given)) for given in own.values()]
-    if "--n_layers" not in words and all(patterns):
-        words += ["--n_layers", str(max(len(pattern) for pattern in patterns))]
-    return shlex.join(words)
+    patterns = [_given(name, words).get("pattern", "").replace(",", " ").split() for name, words in own.items()]
+    found = {}
+    for name in own:
+        words = f"{asked.flags} {own[name]}"
+        given = _given(name, words)
+        decided = DECIDED | ({"steps": _ENDS} if asked.tokens else {})
+        if named := [flag for flag in decided if flag in given]:
+            raise UsageError(f"arm {name!r}: --{named[0]} does nothing in a study: {decided[named[0]]}; leave it out")
+        depth = ["--n_layers", str(max(map(len, patterns)))] if all(patterns) and "n_layers" not in given else []
+        found[name] = shlex.join(shlex.split(words) + depth)
+    return found
 
 
-def _pattern(words: Sequence[str]) -> list[str]:
-    """The names in the value of --pattern, if that is among the words."""
-    if "--pattern" not in words[:-1]:
-        return []
-    return words[words.index("--pattern") + 1].replace(",", " ").split()
-
-
-def config_of(asked: Asked, arm: str) -> RunConfig:
+def config_of(asked: Asked, arm: str, words: str) -> RunConfig:
     """The config of an arm's runs, from the recipe and its flags. Raises `UsageError`, naming the arm."""
-    try:
-        _, given = parse(_OfArm, shlex.split(flags_of(asked, arm)), command="swamla train", more=flags())
+    given = _given(arm, words)
+    with _naming(arm):
         return resolve(asked.recipe, given, new=True).config
+
+
+def _given(arm: str, words: str) -> dict[str, Any]:
+    """Flags of `swamla train` with their values. Raises `UsageError`, naming the arm."""
+    with _naming(arm):
+        return parse(_OfArm, shlex.split(words), command="swamla train", more=flags())[1]
+
+
+@contextmanager
+def _naming(arm: str) -> Iterator[None]:
+    """Errors name the arm."""
+    try:
+        yield
     except ConfigError as error:
         raise ConfigError(error.field, error.got, f"{error.allowed} (arm {arm!r})", error.origin, error.kind) from error
     except (UsageError, ValueError) as error:
@@ -355,19 +384,6 @@ def _train(study: Study, folder: Path, jobs: int, part: Part | None, console: Co
     run_study(folder, jobs=jobs, part=place[0], parts=place[1], report=report)
 
 
-@contextmanager
-def going_on(folder: Path) -> Iterator[None]:
-    """Whoever stops the study is told that nothing is lost."""
-    left = f"all is saved in {folder}, and the same command goes on"
-    try:
-        yield
-    except Ended as ended:
-        raise Ended(ended.number, left) from None
-    except KeyboardInterrupt as interrupt:
-        interrupt.add_note(left)
-        raise
-
-
 def _say_results(console: Console, results: Results) -> None:
     """The table, the verdict, and what it does not say."""
     heads, rows = results.table()
@@ -382,19 +398,3 @@ def _say_results(console: Console, results: Results) -> None:
     say(console, "what this does not say:")
     for text in results.not_said():
         say_wrapped(console, text, label="- ", indent=2)
-
-
-def source_commit(root: Path = Path(__file__).parents[3]) -> str:
-    """The commit of this program's source, with "-dirty" where its files are others; "" if it is no checkout."""
-    if not (root / ".git").exists():
-        return ""
-    found = []
-    for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "src"]):
-        try:
-            done = subprocess.run(["git", "-C", str(root), *words], check=False, capture_output=True, text=True)
-        except OSError:  # no git
-            return ""
-        if done.returncode:
-            return ""
-        found.append(done.stdout.strip())
-    return found[0] + "-dirty" * bool(found[1])

@@ -142,3 +142,16 @@ def discard(number: int) -> None:
 
 def _end(number: int, frame: FrameType | None) -> None:
     raise Ended(number)
+
+
+@contextmanager
+def going_on(folder: Path) -> Iterator[None]:
+    """Whoever stops the study is told that nothing is lost."""
+    left = f"all is saved in {folder}, and the same command goes on"
+    try:
+        yield
+    except Ended as ended:
+        raise Ended(ended.number, left) from None
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(left)
+        raise

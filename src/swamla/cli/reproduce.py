@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import torch
 
-from swamla.cli.compare import going_on, noted_program, source_commit
 from swamla.cli.console import PLUGINS, Console, say, say_rows, say_wrapped
 from swamla.cli.flags import argument, parse
+from swamla.cli.outputs import going_on
 from swamla.cli.overrides import flags
 from swamla.cli.progress import shown_progress
 from swamla.cli.run_config import Written
@@ -26,7 +26,16 @@ from swamla.data.units import available_cores
 from swamla.errors import DataError, UsageError, require
 from swamla.files import write_text_atomically
 from swamla.interpret.sections import Verdict
-from swamla.study.folder import append_line, begin, opened, planning, read_lines, read_outcomes
+from swamla.study.folder import (
+    append_line,
+    begin,
+    note_program,
+    opened,
+    planning,
+    read_lines,
+    read_outcomes,
+    source_commit,
+)
 from swamla.study.nanogpt_mla.figures import write_figures
 from swamla.study.nanogpt_mla.measured import MEASURED, measure, prompts_of
 from swamla.study.nanogpt_mla.page import page
@@ -93,7 +102,7 @@ def main(argv: list[str]) -> int:
     say_rows(console, described(study, folder, predict(study, read_outcomes(folder), jobs), jobs))
     if arguments.plan:
         return 0
-    study = noted_program(study, folder, console)
+    study = note_program(folder, lambda text: say_wrapped(console, f"warning: {text}"))
     with going_on(folder):
         _train(study, folder, jobs, console)
         measured = _measure(study, folder, text, console)

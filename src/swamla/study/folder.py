@@ -8,6 +8,7 @@ has their locks.
 import json
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,8 +20,10 @@ from swamla.config import from_plain, to_plain
 from swamla.data.dataset import TrainingData
 from swamla.errors import CorruptError, DataError, UsageError
 from swamla.files import fcntl, read_json, try_lock, write_text_atomically
-from swamla.study.plan import Asked, Study
-from swamla.study.runs import Outcome, arm_file
+from swamla.study.plan import Asked, Study, program_of
+from swamla.study.runs import Outcome, arm_file, ready
+from swamla.train.racing import describe_machine
+from swamla.version import __version__
 
 STUDY, RESULTS, TESTS = "study.json", "results", "test"
 WAIT = 1.0  # seconds between looks at what others hold
@@ -125,8 +128,45 @@ def require_planned(study: Study, dataset: TrainingData) -> None:
         )
 
 
-def note_program(folder: Path, program: str) -> Study:
-    """The study in a folder, with another program than its own noted in study.json, which trains runs that are left."""
+def source_commit(root: Path = Path(__file__).parents[3]) -> str:
+    """The commit of this program's source, with "-dirty" where its files are others; "" if it is no checkout."""
+    if not (root / ".git").exists():
+        return ""
+    found = []
+    for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "src"]):
+        try:
+            done = subprocess.run(["git", "-C", str(root), *words], check=False, capture_output=True, text=True)
+        except OSError:  # no git
+            return ""
+        if done.returncode:
+            return ""
+        found.append(done.stdout.strip())
+    return found[0] + "-dirty" * bool(found[1])
+
+
+def _this_program(study: Study) -> str:
+    """This program in words, with what this machine has other than the one that the study was planned on."""
+    now = describe_machine()
+    other = [
+        f"{name} {now[name]}" for name in ("processor", "torch") if study.machine.get(name, now[name]) != now[name]
+    ]
+    return program_of(__version__, source_commit()) + (f" ({', '.join(other)})" if other else "")
+
+
+def note_program(folder: Path, tell: Callable[[str], None] = lambda text: None) -> Study:
+    """The study in a folder; with this program noted in it, if it or its machine is another and runs are left.
+
+    tell: called with a sentence of that.
+    """
+    study = opened(folder)
+    assert study is not None
+    program = _this_program(study)
+    if program == study.program or not ready(study, read_outcomes(folder)):
+        return study
+    tell(
+        f"the study was planned by {study.program}, and goes on with {program}, as its page will say: runs may differ "
+        "by that"
+    )
 
     def noted(study: Study) -> Study:
         known = program in (study.program, *study.went_on)

@@ -153,8 +153,8 @@ class Study:
     machine: where it was planned; commit: of this program's source, if it is a checkout.  start_seconds,
     evaluation_seconds: of a run of the first arm beside its steps; loop_seconds: of each of its steps beside what was
     timed, such as its rows and records; closing_seconds: of scoring and measuring all runs when they have ended; 0 if
-    they were not measured.  beside: other runs that were under way as all this was timed.  went_on: other programs than
-    the one that planned it, which trained some of its runs.
+    they were not measured.  beside: other runs that were under way as all this was timed.  went_on: other programs, or
+    machines, than planned it, which trained some of its runs.
     """
 
     asked: Asked
@@ -276,13 +276,13 @@ def resolve_study(
         arm for size, found in at_sizes(resolved, asked.sizes) for arm in _matched(asked, size, found, dataset, flags)
     ]
     arms = [arm if arm.size == arms[0].size else replace(arm, seeds=asked.larger_seeds) for arm in arms]
+    if twice := [slug for slug, count in Counter(arm.slug.lower() for arm in arms).items() if count > 1]:  # as on macOS
+        raise UsageError(f"two arms have the same name for files, {twice[0]!r}: name them apart")
     seconds = (measure or median_steps)({arm.name: arm.config for arm in arms}, dataset)
     arms = [replace(arm, seconds_per_step=seconds[arm.name]) for arm in arms]
     if asked.match == "seconds":
         sizes = dict.fromkeys(arm.size for arm in arms)
         arms = [arm for size in sizes for arm in _matched_by_seconds([one for one in arms if one.size == size])]
-    if twice := [slug for slug, count in Counter(arm.slug for arm in arms).items() if count > 1]:
-        raise UsageError(f"two arms have the same name for files, {twice[0]!r}: name them apart")
     return Study(
         asked=asked,
         axis=_axis(asked.margin, dataset),

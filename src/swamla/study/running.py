@@ -14,24 +14,24 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from swamla.checkpoint import latest_checkpoint
 from swamla.config import to_plain
-from swamla.data.config import DataConfig
-from swamla.data.dataset import TrainingData
-from swamla.data.datatrove import executor
-from swamla.data.preparing import prepare
-from swamla.data.task_rows import TaskDataset
 from swamla.errors import CorruptError, SwamlaError, UsageError
 from swamla.files import write_text_atomically
-from swamla.plugins import load_plugin
-from swamla.study.folder import RESULTS, STUDY, WAIT, append_line, locked, opened, read_outcomes, require_planned
+from swamla.study.folder import (
+    RESULTS,
+    STUDY,
+    WAIT,
+    append_line,
+    locked,
+    opened,
+    read_outcomes,
+)
 from swamla.study.plan import Study
 from swamla.study.runs import Outcome, Run, Status, command, program, ready, run_folder
-from swamla.study.scoring import score_tests
 from swamla.train import RunConfig
 from swamla.train.claims import is_running
 from swamla.train.saving import REMEDY, Diverged
@@ -375,25 +375,3 @@ def _error(log: Path, status: int) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
     said = [line for line in lines if line.startswith("swamla: error: ")] or [line for line in lines if line.strip()]
     return said[-1].removeprefix("swamla: error: ") if said else f"exit status {status}"
-
-
-def work(folder: Path, plugins: tuple[str, ...], part: int, parts: int) -> None:
-    """Work on a study as one of several processes, with its data from the cache: what executors call."""
-    for file in plugins:
-        load_plugin(file)
-    study = opened(folder)
-    assert study is not None
-    dataset = data_of(study.arms[0].config.data)
-    require_planned(study, dataset)
-    run_study(folder, part=part, parts=parts)
-    score_tests(folder, dataset)
-
-
-def data_of(config: DataConfig) -> TrainingData:
-    """The texts, from the cache, or the rows of a task."""
-    return TaskDataset(config.task) if config.task else prepare(config)
-
-
-def executor_of(folder: Path, study: Study, kind: str, parts: int, settings: Mapping[str, Any] | None = None) -> Any:
-    """datatrove's executor of kind local, slurm or ray, which works on a study in `parts` processes; see `executor`."""
-    return executor(kind, partial(work, folder.resolve(), study.plugins), parts, folder / "datatrove", settings)

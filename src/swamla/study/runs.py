@@ -9,7 +9,7 @@ and the outcomes alone (`ready`), so a study goes on wherever it was stopped.
 import math
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -177,20 +177,24 @@ def predict(study: Study, outcomes: Mapping[str, Outcome], jobs: int) -> Predict
     """What is left of a study with `jobs` runs at a time, by measured steps and, where there are some, by ended runs.
 
     Without outcomes of an arm, its runs take as long as their start, steps and evaluation were measured to take, times
-    what the other arms' runs took in excess. A search may need a run more: some do, so part of one is counted. All
-    that follows the runs is in the seconds, too.
+    what the other arms' runs took in excess. A search may need a run more: some do, so part of one is counted. However
+    many run at a time, an arm's stages follow one another: its first rates, those beside the best, its seeds. All that
+    follows the runs is in the seconds, too.
     """
     pace = _pace(study, outcomes)
-    runs, seconds = 0, 0.0
+    runs, seconds, longest = 0, 0.0, 0.0
     for arm in study.arms:
         left = runs_left(study, arm, outcomes)
         walls = [one.wall for one in outcomes.values() if one.arm == arm.name and one.status == "finished" and one.wall]
         runs += left
         searching = study.asked.rates == "search" and next_rates(rate_scores(arm, outcomes))
-        expected = left + (MORE_RATES if searching else 0.0)
-        seconds += expected * (sum(walls) / len(walls) if walls else pace * seconds_of_run(study, arm))
+        each = sum(walls) / len(walls) if walls else pace * seconds_of_run(study, arm)
+        more = MORE_RATES if searching else 0.0
+        seconds += (left + more) * each
+        stages = bool(left) + (1 + (not _is_fine(searching, arm, outcomes)) if searching else 0)
+        longest = max(longest, (stages + more) * each)
     closing = pace * study.closing_seconds if runs else 0.0
-    return Prediction(runs=runs, seconds=seconds / jobs + closing)
+    return Prediction(runs=runs, seconds=max(seconds / jobs, longest) + closing)
 
 
 def _pace(study: Study, outcomes: Mapping[str, Outcome]) -> float:
@@ -231,11 +235,15 @@ def paces(study: Study, outcomes: Mapping[str, Outcome]) -> list[Pace]:
 
 def runs_left(study: Study, arm: Arm, outcomes: Mapping[str, Outcome]) -> int:
     """Runs of an arm without an outcome; of the search those that it needs at least."""
-    scores = rate_scores(arm, outcomes)
-    if study.asked.rates == "search" and (rates := next_rates(scores)):
-        fine = any(rate % 2 for rate in (*rates, *scores))
+    if study.asked.rates == "search" and (rates := next_rates(rate_scores(arm, outcomes))):
+        fine = _is_fine(rates, arm, outcomes)
         return len(rates) + (0 if fine else len(REFINED)) + study.seeds_of(arm)
     return len(runs_of(study, arm, outcomes))
+
+
+def _is_fine(rates: Iterable[int], arm: Arm, outcomes: Mapping[str, Outcome]) -> bool:
+    """Whether the search has come to the rates beside the best. rates: those still to be tried."""
+    return any(rate % 2 for rate in (*rates, *rate_scores(arm, outcomes)))
 
 
 def describe(
@@ -248,8 +256,8 @@ def describe(
     own = ", in other arms as many as take as long" if asked.match == "seconds" else ""
     search = "the recipe's in every arm" if asked.rates == "recipe" else "searched on seed 0, at first √10 apart"
     rows = [
-        ("question", asked.question or f"do {', '.join(dict.fromkeys(arm.label for arm in study.arms))} differ?"),
-        *([("expected", asked.expectation)] if asked.expectation else []),
+        ("question", asked.question or f"none was stated; asked by default: {default_question(study)}"),
+        ("expected", asked.expectation or "nothing was stated"),
         ("measured", f"{study.axis.name} on the {study.scored}, {study.axis.direction} is better"),
         ("margin", f"differences within ±{asked.margin:g} count as too small to matter"),
         ("data", _described_data(study)),
@@ -266,6 +274,14 @@ def describe(
         ("time", f"about {duration(prediction.seconds)}, {jobs} at a time{each}, threads of each: {asked.threads}"),
         ("by", _basis(study, outcomes)),
     ]
+
+
+def default_question(study: Study) -> str:
+    """What a study asks whose author states no question: its comparisons, which are those with the first arm."""
+    first, *others = dict.fromkeys(arm.label for arm in study.arms)
+    if len(others) == 1:
+        return f"Does {others[0]} differ from {first}?"
+    return f"Do {', '.join(others[:-1])} and {others[-1]} differ from {first}?"
 
 
 def _described_sizes(study: Study) -> list[tuple[str, str]]:

@@ -178,7 +178,8 @@ def _study_file(asked: Asked) -> list[str]:
     """A study.toml that asks the same; strings of JSON are strings of TOML."""
     plain = asked.as_plain()
     arms, rows = plain.pop("arms"), plain.pop("published", [])
-    said = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in plain.items() if value is not None]
+    stated = {name: value for name, value in plain.items() if value or name not in ("question", "expectation")}
+    said = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in stated.items() if value is not None]
     named = [f"{_key(name)} = {json.dumps(flags, ensure_ascii=False)}" for name, flags in arms.items()]
     tables = []
     for row in rows:

@@ -20,6 +20,7 @@ from swamla.study.page.scores import differences, learning, rates
 from swamla.study.page.sizes import by_size, trend_word
 from swamla.study.page.weights import answers, by_position, copied
 from swamla.study.results import Results
+from swamla.study.runs import default_question
 from swamla.study.statistics import Comparison
 from swamla.study.trends import Trend
 
@@ -98,9 +99,10 @@ def _title(results: Results) -> str:
 def _opening(results: Results) -> list[str]:
     """What was asked, what was expected, what was found, and what was not."""
     study = results.study
-    asked = study.asked.question or f"Do {', '.join(dict.fromkeys(arm.label for arm in study.arms))} differ?"
-    expected = study.asked.expectation
-    before = f'<p class="question">Expected before: <i>{escape(expected)}</i></p>' if expected else ""
+    question, expected = study.asked.question, study.asked.expectation
+    when = "Question, stated before the runs" if question else "No question was stated; asked by default"
+    asked = f"{when}: <i>{escape(question or default_question(study))}</i>"
+    before = f"Expected before: {f'<i>{escape(expected)}</i>' if expected else 'nothing was stated'}"
     found = "".join(_verdict(results, comparison) for comparison in results.comparisons if not results.sizes)
     for size, at in results.sizes.items():
         found += "".join(_verdict(at, comparison, size) for comparison in at.comparisons)
@@ -112,7 +114,7 @@ def _opening(results: Results) -> list[str]:
     return [
         '<p class="kicker">swamla compare</p>',
         f"<h1>{escape(_title(results))}</h1>",
-        f'<div class="box"><p class="question">Question, stated before the runs: <i>{escape(asked)}</i></p>{before}'
+        f'<div class="box"><p class="question">{asked}</p><p class="question">{before}</p>'
         f'<h3>Found</h3><dl class="verdicts">{found}</dl>{lost}'
         f"<h3>What this does not say</h3><ul>{limits}</ul></div>",
     ]
