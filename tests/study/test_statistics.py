@@ -176,7 +176,7 @@ def test_where_holm_alone_keeps_an_equivalence_from_being_said_both_ps_are():
     alone = float(equivalence_test(list(found.differences), 0.01))
     assert alone <= 0.05 < found.p_equivalence
     assert found.kind == "undecided"
-    assert f"p of a difference beyond the margin = {found.p_equivalence:.3f})" in found.words()
+    assert f"p of an equivalence = {found.p_equivalence:.3f})" in found.words()
     assert f"alone it is within the margin (p = {alone:.3f}), but not after Holm over 3;" in found.words()
     assert "needed to show an equivalence after Holm over 3 in 80% of such studies" in found.words()
 
@@ -206,7 +206,7 @@ def test_an_equivalence_is_said_as_one_and_claims_no_difference():
     (found,) = compare_all(scores(0.0005), "mha", Axis(margin=0.01))
     assert found.kind == "equivalence"
     assert "are equivalent: they differ by less than the margin of 0.01" in found.words()
-    assert "5 seeds, p of a difference beyond the margin < 0.001); no difference was shown" in found.words()
+    assert "5 seeds, p of an equivalence < 0.001); no difference was shown" in found.words()
 
 
 def test_a_difference_within_the_margin_is_called_too_small_to_matter():

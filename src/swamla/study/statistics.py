@@ -232,12 +232,12 @@ class Comparison:
         if self.kind == "equivalence":
             return (
                 f"{self.arm} and {self.reference} are equivalent: they differ by less than the margin of {margin:g} "
-                f"{unit} ({of}, p of a difference beyond the margin {self._adjusted(self.p_equivalence)}); no "
+                f"{unit} ({of}, p of an equivalence {self._adjusted(self.p_equivalence)}); no "
                 f"difference was shown ({p}){self._alone()}."
             )
         return (
             f"{self.arm} and {self.reference}: undecided, neither a difference nor an equivalence within {margin:g} "
-            f"{unit} was shown ({of}, {p}, p of a difference beyond the margin {_p(self.p_equivalence)})"
+            f"{unit} was shown ({of}, {p}, p of an equivalence {_p(self.p_equivalence)})"
             f"{self._alone()}; {self.needed()}."
         )
 
